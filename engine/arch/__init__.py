@@ -1,0 +1,1 @@
+"""What the manuals define, and nothing else: layouts, numbers, words."""

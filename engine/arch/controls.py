@@ -1,0 +1,44 @@
+"""VM-execution controls and VMCS fields that decide about guest-physical accesses (SDM vol. 3C, 25.6, appendix B)."""
+
+from engine.arch.words import positions
+
+# Primary processor-based
+PRIMARY_SECONDARY = 1 << 31
+
+# Secondary processor-based
+SECONDARY_EPT = 1 << 1
+SECONDARY_VPID = 1 << 5
+SECONDARY_UNRESTRICTED = 1 << 7
+SECONDARY_PML = 1 << 17
+SECONDARY_VE = 1 << 18
+SECONDARY_MBEC = 1 << 22
+SECONDARY_SPP = 1 << 23
+
+# Tertiary processor-based
+TERTIARY_PAGING_WRITE = 1 << 2
+TERTIARY_PAGING_VERIFICATION = 1 << 3
+
+# VMCS encodings
+ENCODING_EPTP = 0x201A
+ENCODING_SPPTP = 0x2030
+ENCODING_PML_ADDRESS = 0x200E
+ENCODING_VE_ADDRESS = 0x202A
+
+# Words of a vCPU record (one 512-word frame each).
+(
+    V_EPTP,
+    V_SPPTP,
+    V_PRIMARY,
+    V_SECONDARY,
+    V_TERTIARY,
+    V_PML_ADDRESS,
+    V_PML_INDEX,
+    V_VE_ADDRESS,
+    V_EPTP_INDEX,
+    V_VPID,
+    V_CR0,
+    V_CR3,
+    V_CR4,
+    V_EFER,
+    V_CPL,
+) = positions(15)

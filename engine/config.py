@@ -1,0 +1,109 @@
+"""What a machine is: fixed at creation, validated whole before anything is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from engine.arch import ept
+from engine.errors import InvalidValue
+
+PROFILES = ("kvm-2019", "kvm-latest")
+TRANSLATION_CACHES = ("off", "model")
+VENDORS = ("intel", "amd")
+MAX_VCPUS = 1024
+MAX_VCPU_ID = 4095
+MIN_MAXPHYADDR = 36
+MAX_MAXPHYADDR = 52
+
+# IA32_VMX_EPT_VPID_CAP of the default host: an Ice Lake server without advanced exit information, so that the
+# qualification has no more than the bits every part reports; ``host.vmx_capabilities`` changes it.
+EPT_VPID_CAP = 0x0000_0F01_0633_41C1
+assert EPT_VPID_CAP & ept.CAP_WALK_5
+
+# Capabilities a host can be given by name, as raw MSR values.
+VMX_CAPABILITIES: Mapping[str, int] = MappingProxyType({"ept_vpid_cap": EPT_VPID_CAP})
+
+
+@dataclass(frozen=True)
+class VcpuConfig:
+    """One vCPU: its KVM id, its Hyper-V VP index (the id unless given) and its CPUID leaves."""
+
+    id: int
+    vp_index: int | None = None
+    cpuid: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """The host under KVM. ``nested`` None means the default of the profile (design: off for kvm-latest with SPP)."""
+
+    vendor: str = "intel"
+    ept: bool = True
+    spp: bool = True
+    nested: bool | None = None
+    evmcs: bool = False
+    vmx_capabilities: Mapping[str, int] = field(default_factory=dict)
+    hyperv: Mapping[str, Any] | None = None
+    fail_allocation: int | None = None
+
+    @property
+    def supports_spp(self) -> bool:
+        return self.vendor == "intel" and self.ept and self.spp
+
+    def capability(self, name: str) -> int:
+        """A capability MSR: as given, else of the default host."""
+        return self.vmx_capabilities.get(name, VMX_CAPABILITIES[name])
+
+
+@dataclass(frozen=True)
+class VmConfig:
+    """Everything about a machine that does not change after creation."""
+
+    name: str = ""
+    profile: str = "kvm-2019"
+    vcpus: tuple[VcpuConfig, ...] = (VcpuConfig(0),)
+    maxphyaddr: int = 46
+    translation_cache: str = "off"
+    host: HostConfig = field(default_factory=HostConfig)
+    require_match: bool = False
+    max_table_frames: int = 1 << 20
+
+    @property
+    def ept_levels(self) -> int:
+        """Depth of KVM's EPT: five levels where the guest is wider than 48 bits and the host has them."""
+        wide = self.maxphyaddr > 48 and self.host.capability("ept_vpid_cap") & ept.CAP_WALK_5
+        return 5 if wide else 4
+
+    def validate(self) -> None:
+        """Refuse a machine that cannot be."""
+        choices(self.profile, PROFILES, "profile")
+        choices(self.translation_cache, TRANSLATION_CACHES, "translation_cache")
+        choices(self.host.vendor, VENDORS, "host.vendor")
+        if not MIN_MAXPHYADDR <= self.maxphyaddr <= MAX_MAXPHYADDR:
+            raise InvalidValue(
+                f"maxphyaddr is {MIN_MAXPHYADDR} to {MAX_MAXPHYADDR}", field="maxphyaddr", value=self.maxphyaddr
+            )
+        for name, value in self.host.vmx_capabilities.items():
+            choices(name, tuple(VMX_CAPABILITIES), "host.vmx_capabilities")
+            if not 0 <= value < 1 << 64:
+                raise InvalidValue("a capability has 64 bits", field=f"host.vmx_capabilities.{name}", value=value)
+        self._validate_vcpus()
+
+    def _validate_vcpus(self) -> None:
+        if not 1 <= len(self.vcpus) <= MAX_VCPUS:
+            raise InvalidValue(f"a machine has 1 to {MAX_VCPUS} vCPUs", field="vcpus", value=len(self.vcpus))
+        for position, vcpu in enumerate(self.vcpus):
+            if not 0 <= vcpu.id <= MAX_VCPU_ID:
+                raise InvalidValue(f"a vCPU id is 0 to {MAX_VCPU_ID}", field=f"vcpus[{position}].id", value=vcpu.id)
+        ids = [vcpu.id for vcpu in self.vcpus]
+        if len(set(ids)) != len(ids):
+            raise InvalidValue("vCPU ids are distinct", field="vcpus", value=ids)
+
+
+def choices(value: str, allowed: tuple[str, ...], name: str) -> None:
+    """Refuse a word that is not one of those allowed."""
+    if value not in allowed:
+        raise InvalidValue(f"{name} is one of {', '.join(allowed)}", field=name, value=value)

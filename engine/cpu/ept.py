@@ -1,0 +1,149 @@
+"""The EPT walk (SDM vol. 3C, 29.3.2 and 29.3.3).
+
+For each level from the root: not present is an EPT violation, misconfigured an EPT misconfiguration, and privileges
+are looked at only when the whole walk is done (29.3.3.3). The walk believes nothing but the entries.
+"""
+
+from engine.arch import controls as ctl
+from engine.arch import ept
+from engine.cpu.frames import (
+    CAP_EPT_VPID,
+    CAP_RESERVED_ADDRESS,
+    FIRST_VCPU_FRAME,
+    read_entry,
+    read_word,
+)
+from engine.jit import kernel
+
+# Outcomes
+COMPLETE = 0
+NOT_PRESENT = 1
+MISCONFIGURED = 2
+
+# The mode word: what the VMCS says about walks, gathered once an access.
+MODE_MBEC = 1 << 0
+MODE_SPP = 1 << 1
+MODE_ACCESSED_DIRTY = 1 << 2
+MODE_SHADOW_STACK = 1 << 3
+MODE_PAGING_WRITE = 1 << 4
+MODE_PAGING_VERIFICATION = 1 << 5
+MODE_VE = 1 << 6
+MODE_PML = 1 << 7
+
+# A trail holds what was read: rows 0 to 4 EPT entries, rows 5 to 8 SPPT entries, each [level, table, index, entry];
+# row 9 holds how many of each.
+TRAIL_ROWS = 10
+TRAIL_SPPT = 5
+TRAIL_COUNTS = 9
+
+
+@kernel
+def mode_of(m, vcpu):
+    """The mode word of a vCPU, from its controls and EPTP."""
+    secondary = read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_SECONDARY)
+    tertiary = read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_TERTIARY)
+    eptp = read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_EPTP)
+    mode = 0
+    if secondary & ctl.SECONDARY_MBEC:
+        mode |= MODE_MBEC
+    if secondary & ctl.SECONDARY_SPP:
+        mode |= MODE_SPP
+    if secondary & ctl.SECONDARY_VE:
+        mode |= MODE_VE
+    if secondary & ctl.SECONDARY_PML:
+        mode |= MODE_PML
+    if tertiary & ctl.TERTIARY_PAGING_WRITE:
+        mode |= MODE_PAGING_WRITE
+    if tertiary & ctl.TERTIARY_PAGING_VERIFICATION:
+        mode |= MODE_PAGING_VERIFICATION
+    if eptp & ept.EPTP_ACCESSED_DIRTY:
+        mode |= MODE_ACCESSED_DIRTY
+    if eptp & ept.EPTP_SHADOW_STACK:
+        mode |= MODE_SHADOW_STACK
+    return mode
+
+
+@kernel
+def present(entry, mode):
+    """Any right makes an entry present; under MBEC user execute is one of them."""
+    rights = ept.RIGHTS | (ept.USER_EXECUTE if mode & MODE_MBEC else 0)
+    return entry & rights != 0
+
+
+@kernel
+def is_leaf(entry, level):
+    """Whether a present entry maps a page."""
+    return level == 1 or (level <= 3 and entry & ept.PAGE != 0)
+
+
+@kernel
+def reserved_bits(m, entry, level):
+    """Bits that must be 0 in a present entry of this level."""
+    reserved = m.caps[CAP_RESERVED_ADDRESS]
+    capabilities = m.caps[CAP_EPT_VPID]
+    if level >= 4:
+        return reserved | ept.RESERVED_PML
+    if level == 1:
+        return reserved
+    supported = capabilities & (ept.CAP_1G if level == 3 else ept.CAP_2M)
+    if entry & ept.PAGE:
+        if not supported:
+            return reserved | ept.PAGE
+        return reserved | (ept.RESERVED_1G if level == 3 else ept.RESERVED_2M)
+    return reserved | ept.RESERVED_TABLE
+
+
+@kernel
+def misconfigured(m, entry, level, mode):
+    """The conditions of 29.3.3.1 for one present entry."""
+    if not entry & ept.READ:
+        if entry & ept.WRITE:
+            return True
+        execute = entry & ept.EXECUTE or (mode & MODE_MBEC and entry & ept.USER_EXECUTE)
+        if execute and not m.caps[CAP_EPT_VPID] & ept.CAP_EXECUTE_ONLY:
+            return True
+        if mode & MODE_PAGING_WRITE and is_leaf(entry, level) and entry & ept.PAGING_WRITE:
+            return True
+    if entry & reserved_bits(m, entry, level):
+        return True
+    if is_leaf(entry, level):
+        memory_type = (entry & ept.MEMORY_TYPE_MASK) >> ept.MEMORY_TYPE_SHIFT
+        return memory_type == 2 or memory_type == 3 or memory_type == 7
+    return False
+
+
+@kernel
+def walk(m, eptp, mode, gpa, trail):
+    """Walk EPT for a GPA and leave the entries read in ``trail``.
+
+    Returns (outcome, level, rights, upper): the level of the last entry read, the AND of read, write, execute and
+    user execute over all entries, and the AND of write over the entries above the last.
+    """
+    level = ((eptp & ept.EPTP_WALK_MASK) >> ept.EPTP_WALK_SHIFT) + 1
+    trail[TRAIL_COUNTS, 0] = 0
+    trail[TRAIL_COUNTS, 1] = 0
+    if gpa >> (ept.LEVEL_SHIFT[level] + 9):
+        return NOT_PRESENT, level + 1, 0, 0
+    rights = ept.RIGHTS | ept.USER_EXECUTE
+    upper = ept.WRITE
+    table = eptp & ept.ADDRESS
+    read = 0
+    while True:
+        index = (gpa >> ept.LEVEL_SHIFT[level]) & 511
+        entry = read_entry(m, table, index)
+        trail[read, 0] = level
+        trail[read, 1] = table
+        trail[read, 2] = index
+        trail[read, 3] = entry
+        read += 1
+        trail[TRAIL_COUNTS, 0] = read
+        if not present(entry, mode):
+            return NOT_PRESENT, level, 0, upper
+        if misconfigured(m, entry, level, mode):
+            return MISCONFIGURED, level, 0, upper
+        rights &= entry
+        if is_leaf(entry, level):
+            return COMPLETE, level, rights, upper
+        upper &= entry
+        table = entry & ept.ADDRESS
+        level -= 1

@@ -1,0 +1,173 @@
+"""Explaining an access: the entries the processor reads, field by field, and one sentence saying why it ends as it does.
+
+Explains what ``decision.check`` decided; it walks nothing itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.arch import ept as bits
+from engine.arch import exits, sppt
+from engine.arch.access import ACCESS_NAMES
+from engine.arch.words import unsigned
+from engine.cpu import decision, ept
+from engine.cpu.frames import CAP_ARENA, Machine
+
+# Name and bits (low, width) of the fields of an entry.
+EPT_TABLE_FIELDS = (("read", 0, 1), ("write", 1, 1), ("execute", 2, 1), ("accessed", 8, 1), ("user_execute", 10, 1))
+EPT_LEAF_FIELDS = (
+    ("read", 0, 1),
+    ("write", 1, 1),
+    ("execute", 2, 1),
+    ("memory_type", 3, 3),
+    ("ignore_pat", 6, 1),
+    ("page", 7, 1),
+    ("accessed", 8, 1),
+    ("dirty", 9, 1),
+    ("user_execute", 10, 1),
+    ("verify_paging", 57, 1),
+    ("paging_write", 58, 1),
+    ("supervisor_shadow_stack", 60, 1),
+    ("spp", 61, 1),
+    ("suppress_ve", 63, 1),
+)
+OUTCOMES = {
+    exits.NONE: "allowed",
+    exits.EPT_VIOLATION: "ept_violation",
+    exits.EPT_MISCONFIGURATION: "ept_misconfiguration",
+    exits.SPP_EVENT: "spp_event",
+}
+
+
+@dataclass(frozen=True)
+class ReadEntry:
+    """One table entry that was read; ``fields`` by name, ``absent`` when no table memory is at that address."""
+
+    structure: str
+    level: int
+    table: int
+    index: int
+    raw: int
+    absent: bool
+    fields: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What an access would do now. ``reason`` and ``qualification`` are None when no exit follows."""
+
+    gpa: int
+    size: int
+    access: str
+    outcome: str
+    sentence: str
+    reason: int | None
+    qualification: int | None
+    exit_gpa: int | None
+    subpages: int
+    denied: int
+    ept: tuple[ReadEntry, ...]
+    sppt: tuple[ReadEntry, ...]
+
+
+def explain(m: Machine, vcpu: int, gpa: int, size: int, how: int) -> Explanation:
+    """Explain one access without changing anything; of several pages, the first that exits, else the last."""
+    trail = np.zeros((ept.TRAIL_ROWS, 4), dtype=np.int64)
+    at = gpa
+    while True:
+        part = min(gpa + size - at, 4096 - at % 4096)
+        reason, qualification, denied = (int(x) for x in decision.check(m, vcpu, at, part, how, trail))
+        if reason or at + part == gpa + size:
+            break
+        at += part
+    touched = (2 << ((at + part - 1) >> 7 & 31)) - (1 << (at >> 7 & 31))
+    ept_entries = tuple(_entry(m, row, _ept_fields) for row in trail[: int(trail[ept.TRAIL_COUNTS, 0])])
+    spp_rows = trail[ept.TRAIL_SPPT : ept.TRAIL_SPPT + int(trail[ept.TRAIL_COUNTS, 1])]
+    spp_entries = tuple(_entry(m, row, _sppt_fields) for row in spp_rows)
+    return Explanation(
+        gpa=gpa,
+        size=size,
+        access=ACCESS_NAMES[how & 3],
+        outcome=_outcome(reason, qualification),
+        sentence=_sentence(reason, qualification, denied, ept_entries, spp_entries, ACCESS_NAMES[how & 3]),
+        reason=reason or None,
+        qualification=qualification if reason else None,
+        exit_gpa=at if reason else None,
+        subpages=touched,
+        denied=denied,
+        ept=ept_entries,
+        sppt=spp_entries,
+    )
+
+
+def _outcome(reason: int, qualification: int) -> str:
+    if reason == exits.SPP_EVENT:
+        return "spp_miss" if qualification & exits.Q_SPP_MISS else "spp_misconfiguration"
+    return OUTCOMES[reason]
+
+
+def _entry(m: Machine, row: NDArray[np.int64], fields: Any) -> ReadEntry:
+    level, table, index, raw = (int(x) for x in row)
+    names = sppt.LEVEL_NAMES if fields is _sppt_fields else bits.LEVEL_NAMES
+    frame = (table - int(m.caps[CAP_ARENA])) >> 12
+    absent = not (0 <= frame < len(m.row_of) and m.row_of[frame] >= 0)
+    return ReadEntry(names[level], level, table, index, unsigned(raw), absent, fields(unsigned(raw), level))
+
+
+def _ept_fields(raw: int, level: int) -> dict[str, int]:
+    leaf = level == 1 or (level <= 3 and raw & bits.PAGE)
+    table = EPT_LEAF_FIELDS if leaf else EPT_TABLE_FIELDS
+    values = {name: raw >> low & ((1 << width) - 1) for name, low, width in table}
+    values["address"] = raw & bits.ADDRESS
+    return values
+
+
+def _sppt_fields(raw: int, level: int) -> dict[str, int]:
+    if level == 1:
+        mask = sum((raw >> 2 * s & 1) << s for s in range(sppt.SUBPAGES))
+        return {"writable_subpages": mask, "reserved": unsigned(raw & sppt.VECTOR_RESERVED)}
+    return {"valid": raw & 1, "address": raw & bits.ADDRESS}
+
+
+def _sentence(
+    reason: int,
+    qualification: int,
+    denied: int,
+    walked: tuple[ReadEntry, ...],
+    vectors: tuple[ReadEntry, ...],
+    access: str,
+) -> str:
+    last = walked[-1] if walked else None
+    if reason == exits.NONE:
+        if vectors:
+            return f"allowed: every touched sub-page is 1 in {_place(vectors[-1])}, though EPT write permission is 0"
+        return f"allowed: every EPT entry used permits {access}"
+    if reason == exits.EPT_MISCONFIGURATION and last:
+        return f"EPT misconfiguration: {_place(last)} = {last.raw:#x} is not a valid entry"
+    if reason == exits.SPP_EVENT:
+        what = "is not valid (SPP miss)" if qualification & exits.Q_SPP_MISS else "has a reserved bit set"
+        return f"SPP-related event: {_place(vectors[-1])} = {vectors[-1].raw:#x} {what}"
+    if denied:
+        subpages = ", ".join(str(s) for s in range(sppt.SUBPAGES) if denied >> s & 1)
+        noun = "sub-pages" if denied & (denied - 1) else "sub-page"
+        verb = "are" if denied & (denied - 1) else "is"
+        return f"denied: {noun} {subpages} of {_place(vectors[-1])} {verb} 0"
+    if last is None:
+        return "denied: the GPA is wider than the EPT walk translates"
+    if not qualification >> exits.Q_RIGHTS_SHIFT & bits.RIGHTS and not last.raw & bits.RIGHTS:
+        return f"denied: {_place(last)} is not present"
+    return f"denied: {_place(_refusing(walked, access))} does not permit {access}"
+
+
+def _refusing(walked: tuple[ReadEntry, ...], access: str) -> ReadEntry:
+    bit = 1 << ACCESS_NAMES.index(access)
+    return next((entry for entry in walked if not entry.raw & bit), walked[-1])
+
+
+def _place(entry: ReadEntry) -> str:
+    return f"{entry.structure} at {entry.table + 8 * entry.index:#x}"

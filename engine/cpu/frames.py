@@ -1,0 +1,166 @@
+"""Host-physical table memory: 4-KByte frames of 512 words.
+
+Everything a machine keeps (EPT, SPPT, bitmap layers, guest pages, vCPU records, its own registers) lives in frames.
+A frame is reached through ``row_of``: a change under way writes a copy in a fresh row and leaves the published row
+alone, so readers need no lock and giving a change up costs nothing.
+
+Kernels never allocate: ``ample`` says whether one more access can be served from the frames and rows at hand.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.arch import ept
+from engine.arch.words import positions
+from engine.jit import kernel
+
+WORDS = 512
+FRAME_SIZE = 4096
+
+# Frame kinds
+FREE, STATE, VCPU, EPT, SPPT, LAYER, MEMORY, CLIENT = positions(8)
+KIND_NAMES = ("free", "state", "vcpu", "ept", "sppt", "layer", "memory", "client")
+
+# Frame 0 holds the machine's registers; frame 1 + k the record of the k-th vCPU.
+STATE_FRAME, FIRST_VCPU_FRAME = positions(2)
+
+# Positions in Machine.top
+TOP_FREE = 0
+TOP_SPARE = 1
+
+# Frames and rows that one access can need at most: EPT and SPPT paths, layer paths, and the copies of all of them,
+# for each of the up to 17 pages of a 64-KByte access.
+RESERVE = 640
+
+# Positions in Machine.caps
+CAP_ARENA = 0
+CAP_RESERVED_ADDRESS = 1
+CAP_EPT_VPID = 2
+CAP_SPP_EXECUTE_ONLY = 3
+CAP_VCPUS = 4
+CAP_FILL_IN_SET = 5
+CAP_REGION_FILL = 6
+CAP_FAST_PATH = 7
+CAPS = 16
+
+Words = NDArray[np.int64]
+
+
+class Machine(NamedTuple):
+    """What kernels see of a machine.
+
+    ``rows`` int64[n, 512]; ``row_of`` int64[frames] (-1: free); ``fresh`` uint8[frames] (1: this change owns the row);
+    ``kind`` uint8[frames]; ``free`` and ``spare`` int64 stacks of frames and rows with heights in ``top``;
+    ``caps`` int64[CAPS]; ``vcpu_of_id`` int64 (vCPU id to position, -1: none); ``slots`` int64[n, SLOT_WORDS] sorted
+    by base GFN; ``cache`` int64[CACHE_ENTRIES], the fast path.
+    """
+
+    rows: Words
+    row_of: Words
+    fresh: NDArray[np.uint8]
+    kind: NDArray[np.uint8]
+    free: Words
+    spare: Words
+    top: Words
+    caps: Words
+    vcpu_of_id: Words
+    slots: Words
+    cache: Words
+
+
+@kernel
+def read_word(m, frame, index):
+    """Word ``index`` of ``frame``."""
+    return m.rows[m.row_of[frame], index]
+
+
+@kernel
+def own(m, frame):
+    """Make the frame writable in this change and return its row."""
+    if m.fresh[frame] == 0:
+        m.top[TOP_SPARE] -= 1
+        row = m.spare[m.top[TOP_SPARE]]
+        old = m.row_of[frame]
+        for i in range(WORDS):
+            m.rows[row, i] = m.rows[old, i]
+        m.row_of[frame] = row
+        m.fresh[frame] = 1
+    return m.row_of[frame]
+
+
+@kernel
+def write_word(m, frame, index, word):
+    """Store a word; a word that is already there costs no copy."""
+    if m.rows[m.row_of[frame], index] != word:
+        m.rows[own(m, frame), index] = word
+
+
+@kernel
+def new_frame(m, kind):
+    """A zeroed frame from the free list."""
+    m.top[TOP_FREE] -= 1
+    frame = m.free[m.top[TOP_FREE]]
+    m.top[TOP_SPARE] -= 1
+    row = m.spare[m.top[TOP_SPARE]]
+    for i in range(WORDS):
+        m.rows[row, i] = 0
+    m.row_of[frame] = row
+    m.fresh[frame] = 1
+    m.kind[frame] = kind
+    return frame
+
+
+@kernel
+def free_frame(m, frame):
+    """Return a frame to the free list."""
+    m.row_of[frame] = -1
+    m.fresh[frame] = 0
+    m.kind[frame] = FREE
+    m.free[m.top[TOP_FREE]] = frame
+    m.top[TOP_FREE] += 1
+
+
+@kernel
+def ample(m):
+    """Whether one more access can be served without growing."""
+    return m.top[TOP_FREE] >= RESERVE and m.top[TOP_SPARE] >= RESERVE
+
+
+@kernel
+def address_of(m, frame):
+    """Host-physical address of a frame."""
+    return m.caps[CAP_ARENA] + (frame << 12)
+
+
+@kernel
+def frame_at(m, address):
+    """Frame at a host-physical address, -1 where no table memory is."""
+    frame = (address - m.caps[CAP_ARENA]) >> 12
+    if frame < 0 or frame >= m.row_of.shape[0] or m.row_of[frame] < 0:
+        return -1
+    return frame
+
+
+@kernel
+def read_entry(m, table, index):
+    """Entry of a table by host-physical address; absent memory reads as all ones."""
+    frame = frame_at(m, table)
+    if frame < 0:
+        return -1
+    return m.rows[m.row_of[frame], index]
+
+
+@kernel
+def write_entry(m, table, index, word):
+    """Store an entry of a table by host-physical address; a store to absent memory is lost."""
+    frame = frame_at(m, table)
+    if frame >= 0:
+        write_word(m, frame, index, word)
+
+
+@kernel
+def table_of(entry):
+    """Address bits of an entry."""
+    return entry & ept.ADDRESS

@@ -1,0 +1,114 @@
+"""KVM_RUN for one memory access: the processor decides, KVM handles the exit, the guest tries again.
+
+An access is split at page ends, low page first; nothing lands and no flag is set unless every page allows it.
+"""
+
+from engine.arch import ept as bits
+from engine.arch.sppt import FULL_ACCESS
+from engine.cpu import decision, ept, fastpath, sppt
+from engine.cpu.frames import CAP_FAST_PATH
+from engine.jit import kernel
+from engine.kvm import layers
+from engine.kvm import resolutions as res
+from engine.kvm.fault import count_exit, handle_exit
+
+PAGE = 4096
+
+# A page needs at most three exits (map and arm, SPPT miss, violation); one access touches at most 17 pages.
+# What takes longer is a table that a client broke, and would loop for ever on hardware.
+MAX_EXITS = 64
+
+# Words of an exit record in the buffer that replay and single access share.
+EXIT_INDEX = 0
+EXIT_GPA = 1  # of the record: the exit's own is derived (see trace/results)
+EXIT_RECORD = 2  # word 1 of the record: size, access, vCPU
+EXIT_GVA = 3
+EXIT_QUALIFICATION = 4
+EXIT_REASON = 5  # bits 15:0 reason, 23:16 resolution
+EXIT_DENIED = 6
+EXIT_AT = 7  # GPA that the exit reports
+EXIT_WORDS = 8
+
+
+@kernel
+def log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution, denied, at):
+    """Append an exit record; ``gpa`` and ``word`` are the trace record's two words."""
+    row = used[0]
+    log[row, EXIT_INDEX] = index
+    log[row, EXIT_GPA] = gpa
+    log[row, EXIT_RECORD] = word
+    log[row, EXIT_GVA] = gva
+    log[row, EXIT_QUALIFICATION] = qualification
+    log[row, EXIT_REASON] = reason | resolution << 16
+    log[row, EXIT_DENIED] = denied
+    log[row, EXIT_AT] = at
+    used[0] = row + 1
+
+
+@kernel
+def page_part(at, end):
+    """Bytes of [at, end) that lie in the page of ``at``."""
+    return min(end - at, PAGE - (at & (PAGE - 1)))
+
+
+@kernel
+def settle(m, vcpu, gpa, size, how, trail):
+    """Leave behind what a successful access leaves: flags in the entries, and the page in the fast path."""
+    one_page = page_part(gpa, gpa + size) == size
+    at = gpa
+    while at < gpa + size:
+        part = page_part(at, gpa + size)
+        if not one_page:
+            decision.check(m, vcpu, at, part, how, trail)
+        dirty = decision.complete(m, vcpu, how, trail)
+        if one_page:
+            remember(m, gpa, dirty, trail)
+        at += part
+
+
+@kernel
+def remember(m, gpa, dirty, trail):
+    """Put a page in the fast path if its next access needs nothing but what its entries say now."""
+    if not m.caps[CAP_FAST_PATH]:
+        return
+    rights = bits.RIGHTS
+    for row in range(trail[ept.TRAIL_COUNTS, 0]):
+        rights &= trail[row, 3]
+    if rights & (bits.READ | bits.EXECUTE) != bits.READ | bits.EXECUTE:
+        return
+    writable = 0
+    mask = layers.effective(m, gpa >> 12)
+    if dirty and rights & bits.WRITE and mask == FULL_ACCESS:
+        writable = FULL_ACCESS
+    elif dirty and trail[ept.TRAIL_COUNTS, 1] == 4 and sppt.gather(trail[ept.TRAIL_SPPT + 3, 3]) == mask:
+        writable = mask
+    fastpath.remember(m, gpa >> 12, writable)
+
+
+@kernel
+def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all):
+    """Run one access to its end.
+
+    ``gpa`` and ``word`` are the trace record's two words (size in bits 15:0). Returns (resolution, reason, qualification,
+    denied, at) of the exit that ended it, or COMPLETED. Exits that KVM handles itself are counted in ``tally`` and
+    listed in ``log`` when ``list_all``; the one that ends the access is counted but left to the caller to list.
+    """
+    size = word & 0xFFFF
+    exits = 0
+    at = gpa
+    while at < gpa + size:
+        part = page_part(at, gpa + size)
+        reason, qualification, denied = decision.check(m, vcpu, at, part, how, trail)
+        if reason == 0:
+            at += part
+            continue
+        count_exit(tally, reason, qualification)
+        resolution = handle_exit(m, at, reason, qualification, trail, tally)
+        exits += 1
+        if resolution > res.LAST_INTERNAL or exits == MAX_EXITS:
+            return max(resolution, res.INTERNAL_ERROR) if resolution <= res.LAST_INTERNAL else resolution, reason, qualification, denied, at
+        if list_all:
+            log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution, denied, at)
+        at = gpa
+    settle(m, vcpu, gpa, size, how, trail)
+    return res.COMPLETED, 0, 0, 0, gpa

@@ -1,0 +1,103 @@
+"""What deleting and moving a memory slot does to what hangs on its pages (kvm-spp 2.4).
+
+SET maps, grants and contents follow the slot: they die with it and move by offset when it moves. Protections are by
+GPA and stay. Mappings are dropped; the next touch makes new ones.
+"""
+
+import numpy as np
+
+from engine.cpu import ept
+from engine.cpu.frames import ample
+from engine.jit import kernel
+from engine.kvm import layers, mapping, memory
+from engine.kvm.registers import ROOT_GRANTED, ROOT_MEMORY, ROOT_POLICY
+
+REGION = 512
+NOTHING = np.int64(0)
+
+# Columns of a moved page
+PAGE_OFFSET = 0
+PAGE_DENIED = 1
+PAGE_GRANTED = 2
+PAGE_CONTENT = 3
+PAGE_WORDS = 4
+
+
+@kernel
+def region_is_empty(m, gfn, trail):
+    """Whether nothing was ever said or mapped in the 2-MByte region of a page."""
+    if layers.leaf_of(m, ROOT_POLICY, gfn) or layers.leaf_of(m, ROOT_MEMORY, gfn) or layers.leaf_of(m, ROOT_GRANTED, gfn):
+        return False
+    outcome, level, _, _ = ept.walk(m, mapping.ept_pointer(m), mapping.NO_MODE, gfn << 12, trail)
+    return outcome == ept.NOT_PRESENT and level > 1
+
+
+@kernel
+def drop_pages(m, gfn, pages, start, trail):
+    """Drop mappings, SET maps, grants and contents of a range from page ``start``.
+
+    Returns how many pages are done, less than all when frames ran out.
+    """
+    at = gfn + start
+    end = gfn + pages
+    while at < end:
+        if not ample(m):
+            return at - gfn
+        stop = min(end, (at | (REGION - 1)) + 1)
+        if region_is_empty(m, at, trail):
+            at = stop
+            continue
+        while at < stop:
+            mapping.unmap_page(m, at, trail)
+            layers.store_policy(m, at, NOTHING, layers.protected(m, at))
+            layers.store_granted(m, at, NOTHING)
+            memory.drop_page(m, at)
+            at += 1
+    return pages
+
+
+@kernel
+def lift_pages(m, gfn, pages, out, trail):
+    """Collect what moves with a slot into ``out`` (int64[n, PAGE_WORDS]); returns how many pages have something.
+
+    Contents are detached, so that dropping the range leaves them alone; only the first ``len(out)`` are stored, and
+    nothing is detached when they are fewer than all.
+    """
+    found = 0
+    at = gfn
+    end = gfn + pages
+    while at < end:
+        stop = min(end, (at | (REGION - 1)) + 1)
+        if region_is_empty(m, at, trail):
+            at = stop
+            continue
+        while at < stop:
+            denied = layers.denied_by_set(m, at)
+            lifted = layers.granted(m, at)
+            content = layers.read(m, ROOT_MEMORY, at)
+            if denied or lifted or content:
+                if found < out.shape[0]:
+                    out[found, PAGE_OFFSET] = at - gfn
+                    out[found, PAGE_DENIED] = denied
+                    out[found, PAGE_GRANTED] = lifted
+                    out[found, PAGE_CONTENT] = content
+                found += 1
+            at += 1
+    if found <= out.shape[0]:
+        for i in range(found):
+            layers.write(m, ROOT_MEMORY, gfn + out[i, PAGE_OFFSET], NOTHING)
+    return found
+
+
+@kernel
+def place_pages(m, gfn, moved, start):
+    """Put collected pages at a slot's new place from position ``start``; returns how many are done."""
+    for i in range(start, moved.shape[0]):
+        if not ample(m):
+            return i
+        at = gfn + moved[i, PAGE_OFFSET]
+        covered = layers.protected(m, at)
+        layers.store_policy(m, at, moved[i, PAGE_DENIED], covered)
+        layers.store_granted(m, at, moved[i, PAGE_GRANTED] & covered)
+        layers.write(m, ROOT_MEMORY, at, moved[i, PAGE_CONTENT])
+    return moved.shape[0]

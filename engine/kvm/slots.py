@@ -1,0 +1,115 @@
+"""Memory slots: which guest-physical pages are RAM (KVM_SET_USER_MEMORY_REGION)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import InvalidValue
+from engine.jit import kernel
+
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
+MAX_SLOT = 508  # KVM_USER_MEM_SLOTS - 1 on x86
+HOST_PAGE_SIZES = (1 << 12, 1 << 21, 1 << 30)
+
+# A row of Machine.slots
+SLOT_GFN = 0
+SLOT_PAGES = 1
+SLOT_FLAGS = 2
+SLOT_ID = 3
+SLOT_WORDS = 4
+
+SLOT_READ_ONLY = 1 << 1  # KVM_MEM_READONLY
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSpec:
+    """One memory slot: ``size`` bytes of guest RAM at ``gpa``; ``host_page_size`` is the page size that backs it."""
+
+    slot: int
+    gpa: int
+    size: int
+    read_only: bool = False
+    host_page_size: int = PAGE_SIZE
+    address_space: int = 0
+
+    @property
+    def gfn(self) -> int:
+        return self.gpa >> PAGE_SHIFT
+
+    @property
+    def pages(self) -> int:
+        return self.size >> PAGE_SHIFT
+
+    def validate(self, width: int) -> None:
+        """Refuse what KVM_SET_USER_MEMORY_REGION refuses; ``width`` is the guest's MAXPHYADDR."""
+        if not 0 <= self.slot <= MAX_SLOT:
+            raise InvalidValue(f"a slot number is 0 to {MAX_SLOT}", field="slot", value=self.slot)
+        if self.gpa < 0 or self.gpa % PAGE_SIZE:
+            raise InvalidValue("a slot begins at a multiple of 4096", field="gpa", value=self.gpa)
+        if self.size <= 0 or self.size % PAGE_SIZE:
+            raise InvalidValue("a slot's size is a multiple of 4096 and not 0", field="size", value=self.size)
+        if self.gpa + self.size > 1 << width:
+            raise InvalidValue(
+                f"a slot ends within the guest-physical address width of {width} bits", field="gpa", value=self.gpa
+            )
+        if self.host_page_size not in HOST_PAGE_SIZES:
+            raise InvalidValue("a host page is 4096, 2097152 or 1073741824 bytes", field="host_page_size", value=self.host_page_size)
+        if self.address_space != 0:
+            raise InvalidValue("address space 1 is not supported yet", field="address_space", value=self.address_space)
+
+    def overlaps(self, other: SlotSpec) -> bool:
+        """Whether two slots share a page."""
+        return self.gpa < other.gpa + other.size and other.gpa < self.gpa + self.size
+
+
+def check_overlap(spec: SlotSpec, others: Iterable[SlotSpec]) -> None:
+    """Refuse a slot that shares a page with another one."""
+    for other in others:
+        if other.slot != spec.slot and other.overlaps(spec):
+            raise InvalidValue(
+                f"a slot overlaps no other slot; slot {other.slot} covers {other.gpa:#x} to {other.gpa + other.size - 1:#x}",
+                field="gpa",
+                value=spec.gpa,
+                errno="EEXIST",
+            )
+
+
+def slot_table(specs: Iterable[SlotSpec]) -> NDArray[np.int64]:
+    """int64[n, SLOT_WORDS], sorted by base GFN, as kernels look it up."""
+    rows = sorted((s.gfn, s.pages, SLOT_READ_ONLY if s.read_only else 0, s.slot) for s in specs)
+    return np.array(rows, dtype=np.int64).reshape(len(rows), SLOT_WORDS)
+
+
+@kernel
+def find_slot(m, gfn):
+    """Position of the slot that holds a page, -1 where there is none."""
+    low = 0
+    high = m.slots.shape[0]
+    while low < high:
+        middle = (low + high) >> 1
+        if m.slots[middle, SLOT_GFN] <= gfn:
+            low = middle + 1
+        else:
+            high = middle
+    position = low - 1
+    if position < 0 or gfn >= m.slots[position, SLOT_GFN] + m.slots[position, SLOT_PAGES]:
+        return -1
+    return position
+
+
+@kernel
+def first_page_without_slot(m, gfn, pages):
+    """First page of a range that no slot holds, -1 when every page has one."""
+    at = gfn
+    end = gfn + pages
+    while at < end:
+        position = find_slot(m, at)
+        if position < 0:
+            return at
+        at = m.slots[position, SLOT_GFN] + m.slots[position, SLOT_PAGES]
+    return -1

@@ -1,0 +1,101 @@
+"""SPP operations on the bitmaps: SET, protections and grants over the same sub-pages (kvm-spp 2.2, 2.3).
+
+Each changes the layers first, which are the truth, and then brings EPT and SPPT in line where the page is mapped.
+"""
+
+import numpy as np
+
+from engine.arch.sppt import FULL_ACCESS
+from engine.cpu.frames import SPPT, STATE_FRAME, ample, new_frame, read_word, write_word
+from engine.jit import kernel
+from engine.kvm import layers, mapping
+from engine.kvm import registers as reg
+from engine.kvm.slots import find_slot
+
+# Layers of a page's map
+NOTHING = np.int64(0)
+LAYER_NAMES = ("effective", "set", "protected", "granted")
+
+
+@kernel
+def enable(m):
+    """KVM_INIT_SPP: an empty SPPT root; every page starts with full access. Returns whether it was off before."""
+    if read_word(m, STATE_FRAME, reg.SPP_ACTIVE):
+        return False
+    write_word(m, STATE_FRAME, reg.ROOT_SPPT, new_frame(m, SPPT))
+    write_word(m, STATE_FRAME, reg.SPP_ACTIVE, 1)
+    return True
+
+
+@kernel
+def read_maps(m, gfn, layer, out):
+    """Fill ``out`` (uint32) with one layer of the maps of consecutive pages.
+
+    ``effective`` and ``set``: bit 1 = may be written; ``protected`` and ``granted``: bit 1 = covered, lifted.
+    """
+    for i in range(out.shape[0]):
+        if layer == 0:
+            out[i] = layers.effective(m, gfn + i)
+        elif layer == 1:
+            out[i] = ~layers.denied_by_set(m, gfn + i) & FULL_ACCESS
+        elif layer == 2:
+            out[i] = layers.protected(m, gfn + i)
+        else:
+            out[i] = layers.granted(m, gfn + i)
+
+
+@kernel
+def refresh(m, gfn, trail):
+    """Bring one page's entries in line with its map."""
+    slot = find_slot(m, gfn)
+    if slot >= 0:
+        mapping.refresh_page(m, gfn, slot, trail)
+
+
+@kernel
+def set_maps(m, gfn, access, start, trail):
+    """SET: replace the maps of consecutive pages and end the grants on them.
+
+    ``access`` uint32[n], or uint32[1] for one value for all; ``start`` is where to go on. Returns the number of pages
+    done, less than asked for when frames ran out. The last word of the range is ``access`` of that page.
+    """
+    pages = access.shape[0]
+    for i in range(start, pages):
+        if not ample(m):
+            return i
+        set_map(m, gfn + i, np.int64(access[i]), trail)
+    return pages
+
+
+@kernel
+def set_map(m, gfn, access, trail):
+    """SET one page."""
+    layers.store_policy(m, gfn, ~access & FULL_ACCESS, layers.protected(m, gfn))
+    layers.store_granted(m, gfn, NOTHING)
+    refresh(m, gfn, trail)
+
+
+@kernel
+def cover(m, gfns, masks, start, trail):
+    """Store which sub-pages protections cover, page by page; a grant ends with the protection.
+
+    ``gfns`` int64[n], ``masks`` int64[n]. Returns the number of pages done.
+    """
+    for i in range(start, gfns.shape[0]):
+        if not ample(m):
+            return i
+        gfn = gfns[i]
+        layers.store_policy(m, gfn, layers.denied_by_set(m, gfn), masks[i])
+        layers.store_granted(m, gfn, layers.granted(m, gfn) & masks[i])
+        refresh(m, gfn, trail)
+    return gfns.shape[0]
+
+
+@kernel
+def grant(m, gfn, mask, trail):
+    """Open sub-pages: lift a protection from them, and set them where SET denied them."""
+    denied = layers.denied_by_set(m, gfn)
+    covered = layers.protected(m, gfn)
+    layers.store_policy(m, gfn, denied & ~mask, covered)
+    layers.store_granted(m, gfn, layers.granted(m, gfn) | (mask & covered))
+    refresh(m, gfn, trail)

@@ -1,0 +1,455 @@
+"""VirtualMachine: owns the state and offers the operations. The rules are in the packages below it.
+
+Reads run on the last published state, from any thread, without waiting. A machine has one writer at a time; an
+operation either publishes its whole effect or leaves the machine as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine import birth
+from engine.arch import access as acc
+from engine.config import VmConfig
+from engine.cpu import explain, frames
+from engine.cpu.ept import TRAIL_ROWS
+from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound, TraceError, Unsupported
+from engine.head import config_from_head, config_to_head
+from engine.kvm import memory, protections, slot_changes, spp
+from engine.kvm import registers as reg
+from engine.trace.single import AccessRequest, AccessResult, access_result
+from engine.kvm.protections import ProtectedObject, Protection
+from engine.kvm.slots import SlotSpec, check_overlap, first_page_without_slot, slot_table
+from engine.store import Draft, FrameStore, Snapshot, blocks_of
+from engine.trace.columns import TraceChunk
+from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
+
+MAX_WINDOW = 1 << 20
+SET_BATCH = 1 << 16
+HEAD_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SubpageRange:
+    """Maps for ``npages`` pages from ``gfn``: one 32-bit value for all, or uint32[npages]. Bit s = sub-page s writable."""
+
+    gfn: int
+    npages: int
+    access: NDArray[np.uint32] | int
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that is published together."""
+
+    snapshot: Snapshot
+    slots: Mapping[int, SlotSpec]
+    protections: Mapping[str, Protection]
+
+
+class VirtualMachine:
+    """A guest under KVM. Make one with ``create`` or ``restore``."""
+
+    def __init__(self, config: VmConfig, store: FrameStore, state: State) -> None:
+        self.config = config
+        self._store = store
+        self._state = state
+        self._writer = threading.Lock()
+        self._saved: Snapshot | None = None
+
+    @classmethod
+    def create(cls, config: VmConfig, slots: Sequence[SlotSpec] = (), *, spp: bool = False) -> VirtualMachine:
+        """A new machine; ``spp`` also enables sub-page protection."""
+        config.validate()
+        store = birth.new_store(config)
+        vm = cls(config, store, State(store.published, {}, {}))
+        with vm._change() as draft:
+            birth.build(draft, config)
+        for spec in slots:
+            vm.set_slot(spec)
+        if spp:
+            vm.enable_spp()
+        return vm
+
+    # Reads
+
+    @property
+    def spp_active(self) -> bool:
+        return bool(self._register(reg.SPP_ACTIVE))
+
+    def slots(self) -> tuple[SlotSpec, ...]:
+        """Memory slots in order of their number."""
+        return tuple(spec for _, spec in sorted(self._state.slots.items()))
+
+    def protections(self) -> tuple[Protection, ...]:
+        """Protections in order of creation."""
+        return tuple(self._state.protections.values())
+
+    def protection(self, name: str) -> Protection:
+        """One protection. Raises NotFound."""
+        if name not in self._state.protections:
+            raise NotFound("no protection has that name", field="name", value=name)
+        return self._state.protections[name]
+
+    def subpages(self, gfn: int, npages: int, layer: str = "effective") -> NDArray[np.uint32]:
+        """Maps of consecutive pages, uint32[npages] (KVM_SUBPAGES_GET_ACCESS); ``layer`` is one of LAYER_NAMES."""
+        if layer not in spp.LAYER_NAMES:
+            raise InvalidValue(f"layer is one of {', '.join(spp.LAYER_NAMES)}", field="layer", value=layer)
+        machine = self._state.snapshot.machine
+        self._check_active()
+        self._check_window(machine, gfn, npages)
+        maps = np.empty(npages, dtype=np.uint32)
+        spp.read_maps(machine, gfn, spp.LAYER_NAMES.index(layer), maps)
+        return maps
+
+    def read_memory(self, gpa: int, size: int) -> bytes:
+        """Guest RAM contents, zero where nothing was written."""
+        machine = self._state.snapshot.machine
+        self._check_bytes(machine, gpa, size, "size")
+        return memory.read_bytes(machine, gpa, size)
+
+    def walk(self, gpa: int, access: int = acc.WRITE, size: int = 8, vcpu: int = 0) -> explain.Explanation:
+        """What the processor would do with an access, entry by entry; changes nothing."""
+        request = AccessRequest(gpa=gpa, size=size, access=access, vcpu=vcpu)
+        request.validate(self.config)
+        machine = self._state.snapshot.machine
+        return explain.explain(machine, self.vcpu_position(vcpu), gpa, size, request.how)
+
+    def counters(self) -> dict[str, int]:
+        """Totals since creation, by the names in ``kvm.registers``, and frames and bytes in use."""
+        machine = self._state.snapshot.machine
+        words = machine.rows[machine.row_of[frames.STATE_FRAME]]
+        counts = {name: int(words[reg.COUNTERS_AT + i]) for i, name in enumerate(reg.COUNTERS)}
+        kinds = np.bincount(machine.kind, minlength=len(frames.KIND_NAMES))
+        counts.update({f"frames_{name}": int(kinds[i]) for i, name in enumerate(frames.KIND_NAMES) if i})
+        counts["memory_bytes"] = int(kinds[1:].sum()) * frames.FRAME_SIZE
+        return counts
+
+    def vcpu_position(self, vcpu: int) -> int:
+        """Position of the vCPU with a KVM id. Raises NotFound."""
+        for position, item in enumerate(self.config.vcpus):
+            if item.id == vcpu:
+                return position
+        raise NotFound("the machine has a vCPU of that id", field="vcpu", value=vcpu)
+
+    # Changes
+
+    def set_slot(self, spec: SlotSpec) -> None:
+        """KVM_SET_USER_MEMORY_REGION: a new slot, or a known one at a new address."""
+        spec.validate(self.config.maxphyaddr)
+        known = self._state.slots.get(spec.slot)
+        if known == spec:
+            return
+        check_overlap(spec, self._state.slots.values())
+        if known is not None and known.gpa == spec.gpa and known.size == spec.size and known.read_only == spec.read_only:
+            raise InvalidValue("a slot keeps its host page size", field="host_page_size", value=spec.host_page_size)
+        if known is not None and known.size != spec.size:
+            raise InvalidValue("a slot keeps its size; delete it first", field="size", value=spec.size)
+        if known is not None and known.read_only != spec.read_only:
+            raise InvalidValue("a slot keeps its read_only flag; delete it first", field="read_only", value=spec.read_only)
+        slots = {**self._state.slots, spec.slot: spec}
+        with self._change(slots=slots) as draft:
+            if known is not None:
+                self._move(draft, known, spec)
+
+    def delete_slot(self, slot: int) -> None:
+        """Delete a memory slot with its SET maps and contents. Raises NotFound."""
+        spec = self._state.slots.get(slot)
+        if spec is None:
+            raise NotFound("no memory slot has that number", field="slot", value=slot)
+        with self._change(slots={k: v for k, v in self._state.slots.items() if k != slot}) as draft:
+            _drop(draft, spec)
+
+    def enable_spp(self) -> None:
+        """KVM_INIT_SPP: switch sub-page protection on; a second time does nothing."""
+        if not self.config.host.supports_spp:
+            raise Unsupported(
+                "sub-page protection needs an Intel host with EPT and SPP",
+                field="host",
+                value=self.config.host.vendor,
+                errno="EINVAL" if self.config.profile == "kvm-2019" else "ENODEV",
+            )
+        if self.config.profile == "kvm-latest" and birth.nested(self.config, default=False):
+            raise Conflict("sub-page protection excludes nesting", field="host.nested", value=True, errno="EPERM")
+        if not self.spp_active:
+            with self._change() as draft:
+                spp.enable(draft.machine)
+                birth.load_sppt(draft, self.config)
+
+    def set_subpages(self, ranges: Sequence[SubpageRange]) -> None:
+        """KVM_SUBPAGES_SET_ACCESS over any number of ranges, in order, all or nothing."""
+        self._check_active()
+        machine = self._state.snapshot.machine
+        for item in ranges:
+            self._check_range(machine, item)
+        with self._change() as draft:
+            for item in ranges:
+                _set_range(draft, item)
+
+    def protect(self, name: str, objects: Sequence[ProtectedObject]) -> Protection:
+        """Protect named objects. Raises Conflict when the name is taken."""
+        protections.validate(name, objects, self.config.maxphyaddr)
+        self._check_active()
+        if name in self._state.protections:
+            raise Conflict("a protection of that name exists", field="name", value=name, errno="EEXIST")
+        machine = self._state.snapshot.machine
+        for position, item in enumerate(objects):
+            self._check_slots(machine, item.first_gfn, item.pages, f"objects[{position}].gpa")
+        protection = Protection(name, tuple(objects))
+        self._recover(protection, {**self._state.protections, name: protection})
+        return protection
+
+    def unprotect(self, name: str) -> None:
+        """Delete a protection; what other protections cover stays covered. Raises NotFound."""
+        gone = self.protection(name)
+        self._recover(gone, {k: v for k, v in self._state.protections.items() if k != name})
+
+    def write_memory(self, gpa: int, data: bytes) -> None:
+        """Store bytes in guest RAM from the host's side: no permission applies."""
+        self._check_bytes(self._state.snapshot.machine, gpa, len(data), "body")
+        with self._change() as draft:
+            _write(draft, gpa, data)
+
+    def access(self, request: AccessRequest) -> AccessResult:
+        """One guest access, executed."""
+        request.validate(self.config)
+        options = ReplayOptions(on_violation=request.on_violation, include="all")
+        options.validate()
+        with self._change() as draft:
+            replay = Replay(draft, options, self._protected())
+            try:
+                replay.feed(TraceChunk(request.record(), request.gvas(), {}))
+            except TraceError as error:
+                raise InvalidValue(error.rule, field=error.field, value=error.value) from None
+            result = access_result(request, replay.result(), self.config.profile)
+            if result.lands and request.data:
+                _write(draft, request.gpa, request.data)
+            _count(draft, replay.tally)
+        if result.allowed and request.access == acc.READ:
+            return result.with_data(self.read_memory(request.gpa, request.size))
+        return result
+
+    def replay(self, options: ReplayOptions) -> ReplayTransaction:
+        """A replay, one transaction: ``with vm.replay(options) as r: r.feed(chunk) …; r.finish()``."""
+        options.validate()
+        self._acquire()
+        try:
+            draft = self._begin()
+            replay = Replay(draft, options, self._protected())
+        except BaseException:
+            self._writer.release()
+            raise
+
+        def publish(done: Replay) -> None:
+            try:
+                _count(draft, done.tally)
+                self._publish(draft, self._state.slots, self._state.protections)
+            except BaseException:
+                self._store.abandon(draft)
+                raise
+            finally:
+                self._writer.release()
+
+        def abandon() -> None:
+            self._store.abandon(draft)
+            self._writer.release()
+
+        return ReplayTransaction(replay, publish, abandon)
+
+    # The durable form
+
+    def head(self) -> dict[str, Any]:
+        """The small part of the durable form, as JSON: configuration, slots, protections, number of frames."""
+        state = self._state
+        return {
+            "format": HEAD_FORMAT,
+            "config": config_to_head(self.config),
+            "slots": [[s.slot, s.gpa, s.size, s.read_only, s.host_page_size, s.address_space] for s in self.slots()],
+            "protections": [
+                {"name": p.name, "objects": [[o.name, o.gpa, o.size] for o in p.objects]}
+                for p in state.protections.values()
+            ],
+            "frames": len(state.snapshot.machine.row_of),
+        }
+
+    def changed_blocks(self) -> Iterator[tuple[str, int, bytes]]:
+        """(array, block, 4096 bytes) for what changed since the last call; the first call gives everything.
+
+        The array is the frame's kind and the block its number. A freed frame comes as array ``free``.
+        """
+        snapshot = self._state.snapshot
+        since = self._saved.machine if self._saved is not None else None
+        self._saved = snapshot
+        for frame, kind, data in blocks_of(snapshot.machine, since):
+            yield frames.KIND_NAMES[kind], frame, data
+
+    @classmethod
+    def restore(cls, head: Mapping[str, Any], blocks: Mapping[tuple[str, int], bytes]) -> VirtualMachine:
+        """The machine that ``head`` and all its blocks describe; ``blocks`` maps (array, block) to 4096 bytes."""
+        if head["format"] != HEAD_FORMAT:
+            raise InvalidValue(f"this release reads format {HEAD_FORMAT}", field="format", value=head["format"])
+        config = config_from_head(head["config"])
+        store = birth.new_store(config)
+        kinds = {name: kind for kind, name in enumerate(frames.KIND_NAMES)}
+        store.adopt(
+            {block: (kinds[array], data) for (array, block), data in blocks.items() if array != "free"}, head["frames"]
+        )
+        slots = {row[0]: SlotSpec(*row) for row in head["slots"]}
+        known = {
+            p["name"]: Protection(p["name"], tuple(ProtectedObject(*o) for o in p["objects"]))
+            for p in head["protections"]
+        }
+        vm = cls(config, store, State(store.published, slots, known))
+        with vm._change():
+            pass
+        return vm
+
+    # Inside
+
+    def _register(self, position: int) -> int:
+        machine = self._state.snapshot.machine
+        return int(machine.rows[machine.row_of[frames.STATE_FRAME], position])
+
+    def _protected(self) -> tuple[ProtectedObject, ...]:
+        return tuple(item for p in self._state.protections.values() for item in p.objects)
+
+    def _check_active(self) -> None:
+        if not self.spp_active:
+            raise NotEnabled("sub-page protection is enabled first", field="spp", value=False)
+
+    def _check_window(self, machine: frames.Machine, gfn: int, npages: int) -> None:
+        if not 1 <= npages <= MAX_WINDOW:
+            raise InvalidValue(f"npages is 1 to {MAX_WINDOW}", field="npages", value=npages)
+        self._check_slots(machine, gfn, npages, "gfn")
+
+    def _check_slots(self, machine: frames.Machine, gfn: int, npages: int, field: str) -> None:
+        if gfn < 0 or gfn + npages > 1 << (self.config.maxphyaddr - 12):
+            raise InvalidValue(
+                f"pages lie within the guest-physical address width of {self.config.maxphyaddr} bits", field=field, value=gfn
+            )
+        missing = int(first_page_without_slot(machine, gfn, npages))
+        if missing >= 0:
+            raise InvalidValue(
+                f"every page of the range has a memory slot; GFN {missing:#x} has none",
+                field=field,
+                value=gfn,
+                errno="EFAULT",
+            )
+
+    def _check_range(self, machine: frames.Machine, item: SubpageRange) -> None:
+        if item.npages < 1:
+            raise InvalidValue("npages is at least 1", field="npages", value=item.npages)
+        self._check_slots(machine, item.gfn, item.npages, "gfn")
+        if isinstance(item.access, int):
+            if not 0 <= item.access < 1 << 32:
+                raise InvalidValue("a map has 32 bits", field="access", value=item.access)
+        elif len(item.access) != item.npages:
+            raise InvalidValue("there is one map for each page", field="access", value=len(item.access))
+
+    def _check_bytes(self, machine: frames.Machine, gpa: int, size: int, field: str) -> None:
+        if size < 1:
+            raise InvalidValue("at least one byte is asked for", field=field, value=size)
+        if gpa < 0:
+            raise InvalidValue("an address is not negative", field="gpa", value=gpa)
+        self._check_slots(machine, gpa >> 12, ((gpa + size - 1) >> 12) - (gpa >> 12) + 1, "gpa")
+
+    def _acquire(self) -> None:
+        if not self._writer.acquire(blocking=False):
+            raise Busy("another change of this machine is under way")
+
+    def _begin(self, slots: Mapping[int, SlotSpec] | None = None) -> Draft:
+        return self._store.begin(slot_table((self._state.slots if slots is None else slots).values()))
+
+    @contextmanager
+    def _change(
+        self,
+        slots: Mapping[int, SlotSpec] | None = None,
+        protections: Mapping[str, Protection] | None = None,
+    ) -> Iterator[Draft]:
+        self._acquire()
+        try:
+            draft = self._begin(slots)
+            try:
+                yield draft
+            except BaseException:
+                self._store.abandon(draft)
+                raise
+            self._publish(
+                draft,
+                self._state.slots if slots is None else slots,
+                self._state.protections if protections is None else protections,
+            )
+        finally:
+            self._writer.release()
+
+    def _publish(self, draft: Draft, slots: Mapping[int, SlotSpec], protections: Mapping[str, Protection]) -> None:
+        self._store.publish(draft)
+        self._state = State(self._store.published, slots, protections)
+
+    def _move(self, draft: Draft, old: SlotSpec, new: SlotSpec) -> None:
+        trail = new_trail()
+        moved = np.zeros((0, slot_changes.PAGE_WORDS), dtype=np.int64)
+        while True:
+            draft.ensure()
+            found = int(slot_changes.lift_pages(draft.machine, old.gfn, old.pages, moved, trail))
+            if found <= len(moved):
+                break
+            moved = np.zeros((found, slot_changes.PAGE_WORDS), dtype=np.int64)
+        _drop(draft, old)
+        _all(draft, len(moved), lambda start: slot_changes.place_pages(draft.machine, new.gfn, moved, start))
+
+    def _recover(self, changed: Protection, left: Mapping[str, Protection]) -> None:
+        """Store what ``left`` covers on the pages of a protection that came or went."""
+        gfns, _ = protections.page_masks(changed.objects)
+        masks = protections.masks_at(gfns, [item for p in left.values() for item in p.objects])
+        trail = new_trail()
+        with self._change(protections=left) as draft:
+            _all(draft, len(gfns), lambda start: spp.cover(draft.machine, gfns, masks, start, trail))
+
+
+def new_trail() -> NDArray[np.int64]:
+    """Scratch for a walk."""
+    return np.zeros((TRAIL_ROWS, 4), dtype=np.int64)
+
+
+def _all(draft: Draft, count: int, step: Callable[[int], int]) -> None:
+    """Run a kernel that stops when frames run out until it has done ``count``."""
+    done = 0
+    while done < count:
+        draft.ensure()
+        done = int(step(done))
+
+
+def _set_range(draft: Draft, item: SubpageRange) -> None:
+    trail = new_trail()
+    for begin in range(0, item.npages, SET_BATCH):
+        count = min(SET_BATCH, item.npages - begin)
+        if isinstance(item.access, int):
+            maps = np.full(count, item.access, dtype=np.uint32)
+        else:
+            maps = np.ascontiguousarray(item.access[begin : begin + count], dtype=np.uint32)
+        first = item.gfn + begin
+        _all(draft, count, lambda start: spp.set_maps(draft.machine, first, maps, start, trail))  # noqa: B023
+
+
+def _drop(draft: Draft, spec: SlotSpec) -> None:
+    trail = new_trail()
+    _all(draft, spec.pages, lambda start: slot_changes.drop_pages(draft.machine, spec.gfn, spec.pages, start, trail))
+
+
+def _write(draft: Draft, gpa: int, data: bytes) -> None:
+    array = np.frombuffer(data, dtype=np.uint8)
+    _all(draft, len(array), lambda done: done + memory.write_page(draft.machine, gpa + done, array[done:]))
+
+
+def _count(draft: Draft, tally: NDArray[np.int64]) -> None:
+    machine = draft.machine
+    row = frames.own(machine, frames.STATE_FRAME)
+    machine.rows[row, reg.COUNTERS_AT : reg.COUNTERS_AT + len(tally)] += tally

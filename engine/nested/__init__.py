@@ -1,0 +1,78 @@
+"""Nested VMX state and the enlightened VMCS: what KVM keeps for a guest that runs its own guests.
+
+``NestedVcpu`` is the state of one vCPU. The operations take it together with the guest's memory and change it in
+place; ``explain_nested_state`` and ``read_nested_state`` do not.
+"""
+
+from engine.nested.cpuid import entries_from_json, entries_to_json, supported_cpuid
+from engine.nested.enlightened import current_evmcs, enable_evmcs, evmcs_version
+from engine.nested.entry_checks import ENTRY_CHECKS, checks_of
+from engine.nested.eras import ERAS, Era, era_of
+from engine.nested.get_state import GetResult, get_nested_state, max_state_size, read_nested_state
+from engine.nested.hv_cpuid import supported_hv_cpuid, system_hv_cpuid
+from engine.nested.ioctls import Call, Reply, check_extension, enable_cap, ioctl
+from engine.nested.memory import GuestMemory, NoMemory, Overlay, UserBuffer, UserMemory
+from engine.nested.msrs import read_msr, write_msr
+from engine.nested.operations import RunResult, prepare_run, reset, set_cpuid, set_msr, set_smm
+from engine.nested.set_state import STEPS, explain_nested_state, set_nested_state, steps_of
+from engine.nested.transitions import exit_to_l1, leave_nested
+from engine.nested.vcpu import NestedHost, NestedVcpu, SvmState, VmxState
+from engine.nested.verdict import CheckReport, SetResult
+from engine.nested.vm_entry import InstructionResult, vm_entry, vmclear, vmptrld, vmptrst, vmxoff, vmxon
+
+__all__ = [
+    "ENTRY_CHECKS",
+    "ERAS",
+    "STEPS",
+    "Call",
+    "CheckReport",
+    "Era",
+    "GetResult",
+    "GuestMemory",
+    "InstructionResult",
+    "NestedHost",
+    "NestedVcpu",
+    "NoMemory",
+    "Overlay",
+    "Reply",
+    "RunResult",
+    "SetResult",
+    "SvmState",
+    "UserBuffer",
+    "UserMemory",
+    "VmxState",
+    "check_extension",
+    "checks_of",
+    "current_evmcs",
+    "enable_cap",
+    "enable_evmcs",
+    "entries_from_json",
+    "entries_to_json",
+    "era_of",
+    "evmcs_version",
+    "exit_to_l1",
+    "explain_nested_state",
+    "get_nested_state",
+    "ioctl",
+    "leave_nested",
+    "max_state_size",
+    "prepare_run",
+    "read_msr",
+    "read_nested_state",
+    "reset",
+    "set_cpuid",
+    "set_msr",
+    "set_nested_state",
+    "set_smm",
+    "steps_of",
+    "supported_cpuid",
+    "supported_hv_cpuid",
+    "system_hv_cpuid",
+    "vm_entry",
+    "vmclear",
+    "vmptrld",
+    "vmptrst",
+    "vmxoff",
+    "vmxon",
+    "write_msr",
+]

@@ -1,0 +1,138 @@
+"""The enlightened VMCS: enabling it, the VP assist page that names it, attaching it, copying it.
+
+Where a kernel would loop for ever or follow a NULL pointer this module does something defined instead. A kernel of
+2019 that cannot map the page retries VMLAUNCH silently: here ``attach`` says so and the caller reports it. Its first
+enlightened VMCS at GPA 0 looked attached already: here nothing is attached until it is mapped.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from engine.arch.evmcs import CLEAN_ALL, CLEAN_BITS
+from engine.arch.hyperv_cpuid import EVMCS_VERSIONS
+from engine.arch.nested_state import NO_ADDRESS
+from engine.arch.vmcs12 import EVMCS_VERSION, VMCS12, VMCS12_PAGE, VMCS12_REVISION, put
+from engine.nested.memory import PAGE, GuestMemory
+from engine.nested.msr_numbers import HV_VP_ASSIST_PAGE
+from engine.nested.vcpu import EVMPTR_NONE, EVMPTR_PENDING, NestedVcpu
+
+_ASSIST_ENABLE = 0x1
+_ASSIST_ENLIGHTEN = 40
+_ASSIST_CURRENT = 48
+
+AttachResult = Literal["unused", "attached", "unmapped", "bad-revision"]
+
+
+def enable_evmcs(vcpu: NestedVcpu) -> int:
+    """Mark the enlightened VMCS enabled on this vCPU, for good, and return the version range it supports.
+
+    The range is 0x0101: versions 1 to 1. Today's kernel says 0 when it offers no VMX itself. In 2019 the first call
+    also takes controls away from the vCPU's capabilities.
+    """
+    first = not vcpu.evmcs_enabled
+    vcpu.evmcs_enabled = True
+    if first and vcpu.era.evmcs_clears_controls:
+        vcpu.capabilities.clear_for_evmcs()
+    return evmcs_version(vcpu)
+
+
+def evmcs_version(vcpu: NestedVcpu) -> int:
+    """The version range that this vCPU reports, 0 when it does not have the enlightened VMCS."""
+    return EVMCS_VERSIONS if vcpu.evmcs_enabled and vcpu.host.intel and vcpu.host.nested else 0
+
+
+def current_evmcs(vcpu: NestedVcpu, memory: GuestMemory) -> int | None:
+    """GPA of the enlightened VMCS that the assist page asks for, None when it asks for none.
+
+    Read from guest memory each time. Today's kernel takes -1 and -2 for none.
+    """
+    where = vcpu.msrs.get(HV_VP_ASSIST_PAGE, 0)
+    if not where & _ASSIST_ENABLE:
+        return None
+    era = vcpu.era
+    page = memory.read(where & ~0xFFF, era.assist_size)
+    if page is None or not any(page[_ASSIST_ENLIGHTEN : _ASSIST_ENLIGHTEN + era.enlighten_size]):
+        return None
+    gpa = int.from_bytes(page[_ASSIST_CURRENT : _ASSIST_CURRENT + 8], "little")
+    return None if era.map_pending and gpa in (EVMPTR_NONE, EVMPTR_PENDING) else gpa
+
+
+def attach(vcpu: NestedVcpu, memory: GuestMemory, launch: bool) -> AttachResult:
+    """What VMLAUNCH, VMRESUME and the first run after a restore do before anything else.
+
+    ``unused``: go on with the ordinary VMCS. ``unmapped`` and ``bad-revision``: give up; the caller knows how its
+    kernel says so. ``launch`` empties the cached vmcs12, because the enlightened one does not fill all of it.
+    """
+    vmx = vcpu.vmx
+    if not vcpu.evmcs_visible:
+        return "unused"
+    gpa = current_evmcs(vcpu, memory)
+    if gpa is None:
+        if vcpu.era.map_pending:
+            vmx.evmptr = EVMPTR_NONE
+        return "unused"
+    changed = not vmx.evmcs_mapped or gpa != vmx.evmptr
+    if changed:
+        if vcpu.era.map_pending or not vmx.evmcs_mapped:
+            vmx.current_pa = NO_ADDRESS
+        vmx.evmptr = EVMPTR_NONE
+        raw = memory.read(_page_of(gpa), 4)
+        if raw is None:
+            return "unmapped"
+        if int.from_bytes(raw, "little") not in (EVMCS_VERSION, VMCS12_REVISION):
+            return "bad-revision"
+        vmx.evmptr = gpa
+        if launch:
+            vmx.vmcs12[:] = bytes(VMCS12_PAGE)
+            put(vmx.vmcs12, "revision", VMCS12_REVISION)
+    if launch or changed:
+        _store(vcpu, memory, "hv_clean_fields", clean_fields(vcpu, memory) & ~CLEAN_ALL)
+    return "attached"
+
+
+def copy_in(vcpu: NestedVcpu, memory: GuestMemory, clean: int) -> None:
+    """Enlightened VMCS to cached vmcs12. ``clean`` bits that are set skip their groups; 0 copies everything."""
+    era, vmcs12 = vcpu.era, vcpu.vmx.vmcs12
+    page = memory.read(_page_of(vcpu.vmx.evmptr), era.evmcs.size)
+    if page is None:
+        return
+    for field in era.evmcs_fields:
+        bit = CLEAN_BITS.get(field.group)
+        skipped = bit is not None and clean >> bit & 1
+        if era.copies_in.isdisjoint(field.copies) or skipped:
+            continue
+        twin = VMCS12.by_name[field.name]
+        vmcs12[twin.offset : twin.end] = page[field.offset : field.offset + field.size]
+
+
+def copy_out(vcpu: NestedVcpu, memory: GuestMemory) -> None:
+    """Cached vmcs12 to enlightened VMCS: guest state and exit information. In 2019 every field is clean then."""
+    for field in vcpu.era.evmcs_fields:
+        if "O" in field.copies:
+            twin = VMCS12.by_name[field.name]
+            memory.write(_page_of(vcpu.vmx.evmptr) + field.offset, bytes(vcpu.vmx.vmcs12[twin.offset : twin.end]))
+    if not vcpu.era.map_pending:
+        mark_clean(vcpu, memory)
+
+
+def clean_fields(vcpu: NestedVcpu, memory: GuestMemory) -> int:
+    """hv_clean_fields of the attached enlightened VMCS."""
+    field = vcpu.era.evmcs.by_name["hv_clean_fields"]
+    raw = memory.read(_page_of(vcpu.vmx.evmptr) + field.offset, field.size)
+    return 0 if raw is None else int.from_bytes(raw, "little")
+
+
+def mark_clean(vcpu: NestedVcpu, memory: GuestMemory) -> None:
+    """Set all 16 clean bits in guest memory."""
+    _store(vcpu, memory, "hv_clean_fields", clean_fields(vcpu, memory) | CLEAN_ALL)
+
+
+def _store(vcpu: NestedVcpu, memory: GuestMemory, name: str, value: int) -> None:
+    field = vcpu.era.evmcs.by_name[name]
+    memory.write(_page_of(vcpu.vmx.evmptr) + field.offset, value.to_bytes(field.size, "little"))
+
+
+def _page_of(gpa: int) -> int:
+    # The whole page is mapped and used from its start: the low 12 bits of the GPA do not count.
+    return gpa & ~(PAGE - 1)

@@ -1,0 +1,58 @@
+"""All VM-entry checks together, and the last step that can still refuse: loading the guest's CR3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from engine.arch import vmx_msrs as vmx
+from engine.arch.vmcs12 import get
+from engine.nested.entry_context import EntryCheck, EntryContext
+from engine.nested.entry_controls import CONTROL_CHECKS
+from engine.nested.entry_state import GUEST_CHECKS, HOST_CHECKS
+from engine.nested.memory import GuestMemory
+from engine.nested.registers import CR0_PG, CR4_PAE, guest_efer
+from engine.nested.vcpu import NestedVcpu
+
+ENTRY_CHECKS = CONTROL_CHECKS + HOST_CHECKS + GUEST_CHECKS
+
+# PDPTE bits 2:1 and 8:5 are reserved, and so is everything above the physical address width.
+_PDPTE_RESERVED = 0x1E6
+
+
+def checks_of(profile: str, area: str = "") -> Iterator[EntryCheck]:
+    """The checks that ``profile`` makes, in order; ``area`` is ``ctl``, ``host``, ``guest`` or everything."""
+    return (check for check in ENTRY_CHECKS if profile in check.eras and check.name.startswith(area))
+
+
+def first_failure(vcpu: NestedVcpu, memory: GuestMemory, area: str = "") -> EntryCheck | None:
+    """The first check that refuses the cached vmcs12, None when all pass."""
+    context = EntryContext(vcpu, memory)
+    return next((check for check in checks_of(vcpu.profile, area) if check.fails(context)), None)
+
+
+def cr3_refusal(vcpu: NestedVcpu, memory: GuestMemory, from_vm_entry: bool) -> str | None:
+    """Why entering L2 fails once all checks have passed: ``cr3``, ``pdpte`` or None.
+
+    The page-directory pointers are loaded when L2 uses PAE paging without EPT; today's kernel puts that off to the
+    next run when the state comes from user space.
+    """
+    page = vcpu.vmx.vmcs12
+    cr3 = get(page, "guest_cr3")
+    if cr3 >> vcpu.maxphyaddr:
+        return "cr3"
+    efer = guest_efer(vcpu.registers, page, vcpu.vmx.run_pending)
+    paging = get(page, "guest_cr0") & CR0_PG and get(page, "guest_cr4") & CR4_PAE and not efer & vmx.EFER_LMA
+    nested_ept = get(page, "cpu_based_vm_exec_control") & vmx.PROC_SECONDARY
+    nested_ept = nested_ept and get(page, "secondary_vm_exec_control") & vmx.SEC_EPT
+    deferred = not vcpu.era.set_loads_pdptes and not from_vm_entry
+    if not paging or nested_ept or deferred:
+        return None
+    return None if _pdptes_valid(vcpu, memory, cr3) else "pdpte"
+
+
+def _pdptes_valid(vcpu: NestedVcpu, memory: GuestMemory, cr3: int) -> bool:
+    raw = memory.read(cr3 & ~0x1F, 32)
+    if raw is None:
+        return False
+    entries = [int.from_bytes(raw[at : at + 8], "little") for at in range(0, 32, 8)]
+    return not any(entry & 1 and (entry & _PDPTE_RESERVED or entry >> vcpu.maxphyaddr) for entry in entries)

@@ -1,0 +1,102 @@
+"""What a VM-entry check looks at, and the row of the tables of checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.arch import vmx_msrs as vmx
+from engine.arch.hyperv_cpuid import find_leaf
+from engine.arch.vmcs12 import REVISION_MASK, SHADOW_INDICATOR, VMCS12_REVISION, get
+from engine.nested import cpuid as cpuid_facts
+from engine.nested.eras import BOTH
+from engine.nested.memory import GuestMemory
+from engine.nested.registers import active_secondary
+from engine.nested.vcpu import NestedVcpu
+
+
+class EntryContext:
+    """One vmcs12 about to be entered. The controls are read once; everything else through ``get``."""
+
+    def __init__(self, vcpu: NestedVcpu, memory: GuestMemory) -> None:
+        self.vcpu = vcpu
+        self.memory = memory
+        self.era = vcpu.era
+        self.page = vcpu.vmx.vmcs12
+        self.run_pending = vcpu.vmx.run_pending
+        self.capabilities = vcpu.capabilities
+        self.width = vcpu.maxphyaddr
+        self.pin = self.get("pin_based_vm_exec_control")
+        self.proc = self.get("cpu_based_vm_exec_control")
+        self.secondary = active_secondary(self.page)
+        self.exit = self.get("vm_exit_controls")
+        self.entry = self.get("vm_entry_controls")
+
+    def get(self, name: str) -> int:
+        """A field of vmcs12."""
+        return get(self.page, name)
+
+    def page_valid(self, name: str) -> bool:
+        """The field holds a page address within the guest's physical address width."""
+        return self.vcpu.page_valid(self.get(name))
+
+    def legal(self, address: int) -> bool:
+        """``address`` is within the guest's physical address width."""
+        return not address >> self.width
+
+    def cr_valid(self, register: str, value: int, relaxed: int = 0) -> bool:
+        """CR0 or CR4 respects the fixed bits; ``relaxed`` bits need not be set."""
+        if register == "cr0":
+            fixed1 = self.capabilities.values["cr0_fixed1"]
+        else:
+            fixed1 = cpuid_facts.cr4_allowed(self.vcpu.cpuid)
+        fixed0 = self.capabilities.values[f"{register}_fixed0"] & ~relaxed
+        return (value & fixed1 | fixed0) == value
+
+    def efer_valid(self, value: int) -> bool:
+        """No reserved bit of EFER: SCE, and LME, LMA, NX where the guest CPUID has them."""
+        leaf = find_leaf(self.vcpu.cpuid, 0x8000_0001)
+        features = 0 if leaf is None else leaf.edx
+        allowed = vmx.EFER_SCE
+        allowed |= vmx.EFER_LME | vmx.EFER_LMA if features & cpuid_facts.EDX8_LONG_MODE else 0
+        allowed |= vmx.EFER_NX if features & cpuid_facts.EDX8_NX else 0
+        return not value & ~allowed
+
+    def perf_global_valid(self, value: int) -> bool:
+        """No bit of PERF_GLOBAL_CTRL for a counter that leaf 0xA of the guest CPUID does not have."""
+        leaf = find_leaf(self.vcpu.cpuid, 0xA)
+        if leaf is None or not leaf.eax & 0xFF:
+            return value == 0
+        counters = (1 << (leaf.eax >> 8 & 0xFF)) - 1 | ((1 << (leaf.edx & 0x1F)) - 1) << 32
+        return not value & ~counters
+
+
+@dataclass(frozen=True)
+class EntryCheck:
+    """One check: ``fails`` is true when the VM entry is refused; ``says`` is what would have been accepted."""
+
+    name: str
+    says: str
+    fails: Callable[[EntryContext], bool]
+    eras: tuple[str, ...] = BOTH
+
+
+def canonical(address: int, bits: int = 48) -> bool:
+    """``address`` is a sign extension of its low ``bits`` bits."""
+    top = address >> (bits - 1)
+    return top in (0, (1 << (65 - bits)) - 1)
+
+
+def pat_valid(value: int) -> bool:
+    """Each byte of a PAT is a memory type: 0, 1, 4, 5, 6 or 7."""
+    return all(value >> shift & 0xFF in (0, 1, 4, 5, 6, 7) for shift in range(0, 64, 8))
+
+
+def revision_matches(word: int) -> bool:
+    """The 31-bit revision is KVM's; the shadow indicator is not compared."""
+    return word & REVISION_MASK == VMCS12_REVISION
+
+
+def is_shadow(word: int) -> bool:
+    """Bit 31: a shadow VMCS."""
+    return bool(word & SHADOW_INDICATOR)

@@ -1,0 +1,28 @@
+"""The Hyper-V CPUID leaves that a vCPU, or the system device, supports."""
+
+from __future__ import annotations
+
+from engine.arch.hyperv_cpuid import EVMCS_VERSIONS, CpuidEntry, leaves_2019, leaves_latest
+from engine.nested.enlightened import evmcs_version
+from engine.nested.eras import KVM_2019, era_of
+from engine.nested.vcpu import NestedHost, NestedVcpu
+
+
+def supported_hv_cpuid(vcpu: NestedVcpu) -> list[CpuidEntry]:
+    """KVM_GET_SUPPORTED_HV_CPUID on a vCPU: 6 or 7 leaves in 2019, 10 today."""
+    if vcpu.profile == KVM_2019:
+        return leaves_2019(bool(evmcs_version(vcpu)))
+    return leaves_latest(
+        evmcs_version(vcpu),
+        apic=vcpu.lapic_in_kernel,
+        smt_possible=vcpu.host.smt_possible,
+        max_vcpus=vcpu.host.max_vcpus,
+    )
+
+
+def system_hv_cpuid(profile: str, host: NestedHost) -> list[CpuidEntry] | None:
+    """The same on the system device, without a vCPU; None in 2019, which has no such ioctl."""
+    if era_of(profile).name == KVM_2019:
+        return None
+    version = EVMCS_VERSIONS if host.intel and host.nested else 0
+    return leaves_latest(version, apic=True, smt_possible=host.smt_possible, max_vcpus=host.max_vcpus)

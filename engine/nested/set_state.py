@@ -1,0 +1,345 @@
+"""KVM_SET_NESTED_STATE: every step in order, as one table for both kernels.
+
+A step either lets the call go on or ends it. Steps V1 to V8 and the generic ones before them leave the old state
+alone. V9 leaves nested mode, and what fails after that leaves a partly applied new state behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.arch import nested_state as abi
+from engine.arch import vmx_msrs as vmx
+from engine.arch.vmcs12 import VMCS12, get
+from engine.nested import svm
+from engine.nested.entry_checks import first_failure
+from engine.nested.entry_context import is_shadow, revision_matches
+from engine.nested.eras import BOTH, ONLY_2019, ONLY_LATEST
+from engine.nested.memory import GuestMemory, Overlay, UserBuffer
+from engine.nested.registers import active_secondary
+from engine.nested.transitions import enter_guest, enter_operation, leave_nested
+from engine.nested.vcpu import EVMPTR_PENDING, NestedVcpu
+from engine.nested.verdict import CheckReport, SetResult, Verdict
+
+_SMM_KNOWN = abi.SMM_GUEST_MODE | abi.SMM_VMXON
+
+
+class SetContext:
+    """One call: the vCPU, guest memory, the caller's buffer and, after G1, the header."""
+
+    def __init__(self, vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer) -> None:
+        self.vcpu = vcpu
+        self.memory = memory
+        self.user = user
+        self.header = bytes(abi.HEADER_SIZE)
+
+    @property
+    def flags(self) -> int:
+        """kvm_nested_state.flags."""
+        return abi.COMMON.get(self.header, "flags")
+
+    @property
+    def format(self) -> int:
+        """kvm_nested_state.format."""
+        return abi.COMMON.get(self.header, "format")
+
+    @property
+    def size(self) -> int:
+        """kvm_nested_state.size: what the caller claims."""
+        return abi.COMMON.get(self.header, "size")
+
+    def vmx(self, name: str) -> int:
+        """A field of hdr.vmx."""
+        return abi.VMX_HEADER.get(self.header[abi.COMMON.size :], name)
+
+    @property
+    def vmxon_pa(self) -> int:
+        """hdr.vmx.vmxon_pa."""
+        return self.vmx("vmxon_pa")
+
+    @property
+    def vmcs12_pa(self) -> int:
+        """hdr.vmx.vmcs12_pa."""
+        return self.vmx("vmcs12_pa")
+
+    @property
+    def smm_flags(self) -> int:
+        """hdr.vmx.smm.flags."""
+        return self.vmx("smm_flags")
+
+    @property
+    def shadow_in_use(self) -> bool:
+        """vmcs12 has VMCS shadowing active and a link pointer."""
+        page = self.vcpu.vmx.vmcs12
+        shadowing = active_secondary(page) & vmx.SEC_SHADOW_VMCS
+        return bool(shadowing) and get(page, "vmcs_link_pointer") != abi.NO_ADDRESS
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row: ``says`` is what the step refuses or does; ``run`` returns None to go on."""
+
+    check: str
+    says: str
+    run: Callable[[SetContext], Verdict | None]
+    eras: tuple[str, ...] = BOTH
+    effect: bool = False
+
+
+def _refuse(condition: Callable[[SetContext], bool]) -> Callable[[SetContext], Verdict | None]:
+    return lambda c: Verdict("EINVAL") if condition(c) else None
+
+
+def _vmx_off(condition: Callable[[SetContext], bool]) -> Callable[[SetContext], Verdict | None]:
+    return _refuse(lambda c: c.vmxon_pa == abi.NO_ADDRESS and condition(c))
+
+
+def _vmx_on(condition: Callable[[SetContext], bool]) -> Callable[[SetContext], Verdict | None]:
+    return _refuse(lambda c: c.vmxon_pa != abi.NO_ADDRESS and condition(c))
+
+
+def _no_hook(c: SetContext) -> bool:
+    return not c.vcpu.era.hooks_always and not (c.vcpu.host.intel and c.vcpu.host.nested)
+
+
+def _copy_header(c: SetContext) -> Verdict | None:
+    header = c.user.copy_from(0, abi.HEADER_SIZE)
+    if header is None:
+        return Verdict("EFAULT")
+    c.header = header
+    return None
+
+
+def _svm(c: SetContext) -> Verdict | None:
+    if c.vcpu.host.intel:
+        return None
+    return svm.set_state(c.vcpu, c.header, c.user)
+
+
+def _smm_conflict(c: SetContext) -> bool:
+    if c.vcpu.smm:
+        return bool(c.flags & (abi.GUEST_MODE | abi.RUN_PENDING))
+    return bool(c.smm_flags)
+
+
+def _evmcs_refused(c: SetContext) -> bool:
+    return bool(c.flags & abi.EVMCS) and not (c.vcpu.vmx_allowed and c.vcpu.evmcs_enabled)
+
+
+def _leave(c: SetContext) -> Verdict | None:
+    leave_nested(c.vcpu, c.memory)
+    return None
+
+
+def _vmxon(c: SetContext) -> Verdict | None:
+    if c.vcpu.fail_allocation:
+        c.vcpu.fail_allocation = False
+        return Verdict("ENOMEM")
+    enter_operation(c.vcpu.vmx, c.vmxon_pa)
+    return None
+
+
+def _short_2019(c: SetContext) -> Verdict | None:
+    return Verdict() if c.size < abi.MIN_SIZE_VMCS12 else None
+
+
+def _short_latest(c: SetContext) -> Verdict | None:
+    if c.size >= abi.MIN_SIZE_VMCS12:
+        return None
+    names_vmcs = c.flags & (abi.GUEST_MODE | abi.EVMCS) or c.vmcs12_pa != abi.NO_ADDRESS
+    return Verdict("EINVAL") if names_vmcs else Verdict()
+
+
+def _current(c: SetContext) -> Verdict | None:
+    if c.vmcs12_pa == abi.NO_ADDRESS:
+        return None
+    if c.vmcs12_pa == c.vmxon_pa or not c.vcpu.page_valid(c.vmcs12_pa):
+        return Verdict("EINVAL")
+    c.vcpu.vmx.current_pa = c.vmcs12_pa
+    c.vcpu.vmx.sync_pending = c.vcpu.host.shadow_vmcs
+    return None
+
+
+def _evmcs_mark(c: SetContext) -> Verdict | None:
+    if c.vmcs12_pa != abi.NO_ADDRESS:
+        return None
+    if not c.flags & abi.EVMCS:
+        return Verdict("EINVAL")
+    if c.vcpu.era.map_pending:
+        c.vcpu.vmx.evmptr = EVMPTR_PENDING
+        c.vcpu.vmx.pages_pending = True
+    else:
+        c.vcpu.vmx.sync_pending = True
+    return None
+
+
+def _smm_state(c: SetContext) -> Verdict | None:
+    if c.smm_flags & abi.SMM_VMXON:
+        c.vcpu.vmx.smm_vmxon, c.vcpu.vmx.vmxon = True, False
+        if c.smm_flags & abi.SMM_GUEST_MODE:
+            c.vcpu.vmx.smm_guest_mode = True
+    return None
+
+
+def _copy_page(c: SetContext, offset: int, page: bytearray) -> bool:
+    data = c.user.copy_from(offset, VMCS12.size)
+    if data is not None:
+        page[: VMCS12.size] = data
+    return data is not None
+
+
+def _copy_vmcs12(c: SetContext) -> Verdict | None:
+    return None if _copy_page(c, abi.DATA_OFFSET, c.vcpu.vmx.vmcs12) else Verdict("EFAULT")
+
+
+def _pending(c: SetContext) -> Verdict | None:
+    c.vcpu.vmx.run_pending = bool(c.flags & abi.RUN_PENDING)
+    if c.vcpu.era.reports_timer:
+        c.vcpu.vmx.mtf_pending = bool(c.flags & abi.MTF_PENDING)
+    return None
+
+
+def _late(run: Callable[[SetContext], Verdict | None]) -> Callable[[SetContext], Verdict | None]:
+    """A step after which a failure forgets that a run was pending."""
+
+    def guarded(c: SetContext) -> Verdict | None:
+        verdict = run(c)
+        if verdict is not None and (verdict.errno or verdict.returns):
+            c.vcpu.vmx.run_pending = False
+        return verdict
+
+    return guarded
+
+
+def _shadow_size(c: SetContext) -> Verdict | None:
+    short = c.shadow_in_use and c.size < abi.MIN_SIZE_SHADOW
+    return Verdict("EINVAL", detail="shadow size") if short else None
+
+
+def _shadow_copy(c: SetContext) -> Verdict | None:
+    if not c.shadow_in_use or _copy_page(c, abi.SHADOW_OFFSET, c.vcpu.vmx.shadow):
+        return None
+    return Verdict("EFAULT", detail="shadow copy")
+
+
+def _shadow_header(c: SetContext) -> Verdict | None:
+    word = get(c.vcpu.vmx.shadow, "revision")
+    wrong = c.shadow_in_use and not (revision_matches(word) and is_shadow(word))
+    return Verdict("EINVAL", detail="shadow hdr") if wrong else None
+
+
+def _deadline(c: SetContext) -> Verdict | None:
+    known = c.vmx("flags") & abi.TIMER_DEADLINE
+    c.vcpu.vmx.deadline = c.vmx("preemption_timer_deadline") if known else None
+    return None
+
+
+def _entry_checks(c: SetContext) -> Verdict | None:
+    failed = first_failure(c.vcpu, c.memory)
+    return None if failed is None else Verdict("EINVAL", detail=failed.name, says=f"needs {failed.says}")
+
+
+def _enter(c: SetContext) -> Verdict | None:
+    if not c.vcpu.era.reports_timer:
+        c.vcpu.vmx.deadline = None
+    refused = enter_guest(c.vcpu, c.memory, from_vm_entry=False)
+    return None if refused is None else Verdict(returns=c.vcpu.era.entry_failure, detail=refused)
+
+
+STEPS: tuple[Step, ...] = (
+    Step("G0", "nested state is not implemented by this host", _refuse(_no_hook)),
+    Step("G1", "the 128-byte header cannot be read", _copy_header),
+    Step("G2", "size is less than 128", _refuse(lambda c: c.size < abi.HEADER_SIZE)),
+    Step("G3", "flags has an unknown bit", _refuse(lambda c: bool(c.flags & ~c.vcpu.era.flags_mask))),
+    Step("G4", "RUN_PENDING without GUEST_MODE", _refuse(lambda c: c.flags & 3 == abi.RUN_PENDING)),
+    Step("SVM", "the host is AMD: the steps of SVM decide", _svm, ONLY_LATEST, effect=True),
+    Step("V1", "format is not 0", _refuse(lambda c: c.format != abi.FORMAT_VMX)),
+    Step("V2a", "vmxon_pa is -1 and smm.flags is not 0", _vmx_off(lambda c: bool(c.smm_flags))),
+    Step("V2b", "vmxon_pa is -1 and vmcs12_pa is not", _vmx_off(lambda c: c.vmcs12_pa != abi.NO_ADDRESS)),
+    Step("V2c", "vmxon_pa is -1 and flags has more than EVMCS", _vmx_off(lambda c: bool(c.flags & ~abi.EVMCS))),
+    Step("V3a", "vmxon_pa is given and the guest has no VMX", _vmx_on(lambda c: not c.vcpu.vmx_allowed)),
+    Step("V3b", "vmxon_pa is not a page address", _vmx_on(lambda c: not c.vcpu.page_valid(c.vmxon_pa))),
+    Step(
+        "V4",
+        "L2 both running and interrupted by SMM",
+        _refuse(lambda c: bool(c.smm_flags & abi.SMM_GUEST_MODE and c.flags & abi.GUEST_MODE)),
+    ),
+    Step("V5", "smm.flags has an unknown bit", _refuse(lambda c: bool(c.smm_flags & ~_SMM_KNOWN))),
+    Step(
+        "V5n",
+        "hdr.vmx.flags has an unknown bit",
+        _refuse(lambda c: bool(c.vmx("flags") & ~abi.TIMER_DEADLINE)),
+        ONLY_LATEST,
+    ),
+    Step("V6", "L2 running or pending in SMM, or smm.flags outside SMM", _refuse(_smm_conflict)),
+    Step(
+        "V7",
+        "SMM interrupted L2 but not VMX operation",
+        _refuse(lambda c: c.smm_flags & _SMM_KNOWN == abi.SMM_GUEST_MODE),
+    ),
+    Step(
+        "V8", "EVMCS without VMX in the guest or without the capability enabled on this vCPU", _refuse(_evmcs_refused)
+    ),
+    Step("V9", "leaves nested mode: the old state is gone", _leave, effect=True),
+    Step("V10", "vmxon_pa is -1: done", lambda c: Verdict() if c.vmxon_pa == abi.NO_ADDRESS else None),
+    Step("V11", "enters VMX operation; memory for it may be missing", _vmxon, effect=True),
+    Step("V12", "size is too short for a vmcs12: done, whatever the header says", _short_2019, ONLY_2019),
+    Step("V12n", "size is too short for a vmcs12: done, refused if the header names one", _short_latest, ONLY_LATEST),
+    Step("V13", "vmcs12_pa equals vmxon_pa or is not a page address", _current),
+    Step("V14", "no vmcs12_pa and no EVMCS", _evmcs_mark),
+    Step("V15", "moves VMX operation under SMM", _smm_state, effect=True),
+    Step("V16", "the vmcs12 cannot be read", _copy_vmcs12),
+    Step(
+        "V17",
+        "vmcs12 has another revision",
+        _refuse(lambda c: not revision_matches(get(c.vcpu.vmx.vmcs12, "revision"))),
+    ),
+    Step("V18", "GUEST_MODE is clear: done", lambda c: None if c.flags & abi.GUEST_MODE else Verdict()),
+    Step("V19", "notes what is pending", _pending, effect=True),
+    Step("V20a", "size is too short for the shadow vmcs12", _late(_shadow_size)),
+    Step("V20b", "the shadow vmcs12 cannot be read", _late(_shadow_copy)),
+    Step("V20c", "the shadow vmcs12 has another revision or no shadow bit", _late(_shadow_header), ONLY_2019),
+    Step("V20d", "notes the preemption timer deadline", _deadline, ONLY_LATEST, effect=True),
+    Step("V20c", "the shadow vmcs12 has another revision or no shadow bit", _late(_shadow_header), ONLY_LATEST),
+    Step("V21", "a VM-entry check refuses the vmcs12", _late(_entry_checks)),
+    Step("V22", "entering L2 fails", _late(_enter)),
+    Step("V23", "L2 is entered: done", lambda c: Verdict()),
+)
+
+
+def steps_of(profile: str) -> tuple[Step, ...]:
+    """The steps that the kernel of ``profile`` makes, in order."""
+    return tuple(step for step in STEPS if profile in step.eras)
+
+
+def set_nested_state(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer) -> SetResult:
+    """KVM_SET_NESTED_STATE with the blob in ``user``. Changes ``vcpu``, also when it fails after V9."""
+    context = SetContext(vcpu, memory, user)
+    trail: list[CheckReport] = []
+    decided: tuple[Step, Verdict] | None = None
+    for step in steps_of(vcpu.profile):
+        if decided is not None:
+            trail.append(CheckReport(step.check, step.says, "not reached"))
+            continue
+        verdict = step.run(context)
+        if verdict is None:
+            trail.append(CheckReport(step.check, step.says, "done" if step.effect else "pass"))
+        else:
+            decided = step, verdict
+            trail.append(CheckReport(step.check, step.says, "decides", verdict.detail))
+    if decided is None:
+        raise AssertionError("the last step always decides")
+    step, verdict = decided
+    check, detail = step.check, verdict.detail
+    if check == "SVM" and detail is not None:
+        check, _, rest = detail.partition(" ")
+        detail = rest or None
+    returns = -1 if verdict.errno else verdict.returns
+    return SetResult(returns, verdict.errno, check, detail, verdict.says or step.says, tuple(trail))
+
+
+def explain_nested_state(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer) -> tuple[SetResult, NestedVcpu]:
+    """The same without applying anything: the result, and the vCPU as the call would leave it."""
+    twin = vcpu.copy()
+    return set_nested_state(twin, Overlay(memory), user), twin

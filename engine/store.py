@@ -1,0 +1,213 @@
+"""Where a machine's frames are kept: published state that readers share, and one change at a time on top of it.
+
+A change copies the maps (a few bytes a frame) and, as it goes, the frames it writes. Publishing it swaps one
+reference; giving it up forgets the copies. A row that a newer state replaced is used again only when no reader holds
+a state that still shows it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.cpu import frames
+from engine.cpu.fastpath import CACHE_ENTRIES, EMPTY
+from engine.cpu.frames import FREE, RESERVE, TOP_FREE, TOP_SPARE, WORDS, Machine
+from engine.errors import LimitExceeded
+
+FIRST_FRAMES = 64
+
+T = TypeVar("T", bound=np.generic)
+
+
+class Snapshot:
+    """One published state: a Machine whose maps nobody writes any more."""
+
+    __slots__ = ("__weakref__", "machine")
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+
+class FrameStore:
+    """Rows, the published snapshot, and the growth of both."""
+
+    def __init__(self, caps: NDArray[np.int64], vcpu_of_id: NDArray[np.int64], limit: int) -> None:
+        self.limit = limit
+        self.spare: NDArray[np.int64] = np.arange(FIRST_FRAMES - 1, -1, -1, dtype=np.int64)
+        self._retired: deque[tuple[weakref.ref[Snapshot], NDArray[np.int64]]] = deque()
+        empty = np.zeros(0, dtype=np.int64)
+        self.published = Snapshot(
+            Machine(
+                rows=np.zeros((FIRST_FRAMES, WORDS), dtype=np.int64),
+                row_of=np.full(0, -1, dtype=np.int64),
+                fresh=np.zeros(0, dtype=np.uint8),
+                kind=np.zeros(0, dtype=np.uint8),
+                free=np.zeros(0, dtype=np.int64),
+                spare=np.zeros(0, dtype=np.int64),
+                top=np.zeros(2, dtype=np.int64),
+                caps=caps,
+                vcpu_of_id=vcpu_of_id,
+                slots=empty.reshape(0, 4),
+                cache=np.full(CACHE_ENTRIES, EMPTY, dtype=np.int64),
+            )
+        )
+
+    def adopt(self, blocks: Mapping[int, tuple[int, bytes]], total: int) -> None:
+        """Take over frames from their durable form: frame number to (kind, 4096 bytes); ``total`` frames in all."""
+        rows = np.zeros((max(len(blocks), 1), WORDS), dtype=np.int64)
+        row_of = np.full(total, -1, dtype=np.int64)
+        kind = np.full(total, FREE, dtype=np.uint8)
+        for row, (frame, (frame_kind, data)) in enumerate(sorted(blocks.items())):
+            rows[row] = np.frombuffer(data, dtype=np.int64)
+            row_of[frame] = row
+            kind[frame] = frame_kind
+        free = np.flatnonzero(row_of < 0)[::-1].astype(np.int64)
+        stack = np.zeros(total, dtype=np.int64)
+        stack[: len(free)] = free
+        self.spare = np.zeros(0, dtype=np.int64)
+        self.published = Snapshot(
+            self.published.machine._replace(
+                rows=rows,
+                row_of=row_of,
+                fresh=np.zeros(total, dtype=np.uint8),
+                kind=kind,
+                free=stack,
+                top=np.array([len(free), 0], dtype=np.int64),
+            )
+        )
+
+    def begin(self, slots: NDArray[np.int64]) -> Draft:
+        """A change on top of the published state."""
+        self._reclaim()
+        return Draft(self, slots)
+
+    def _reclaim(self) -> None:
+        freed = []
+        while self._retired and self._retired[0][0]() is None:
+            freed.append(self._retired.popleft()[1])
+        if freed:
+            self.spare = np.concatenate([self.spare, *freed])
+
+    def publish(self, draft: Draft) -> None:
+        """Make a draft the published state."""
+        before = self.published
+        machine = draft.machine
+        machine.fresh[:] = 0
+        old = before.machine.row_of
+        now = machine.row_of[: len(old)]
+        replaced = old[(old != now) & (old >= 0)]
+        unused = np.setdiff1d(draft.taken_rows(), machine.row_of[draft.changed()])
+        self.spare = np.concatenate([draft.spare_rows(), unused])
+        self.published = Snapshot(machine)
+        self._retired.append((weakref.ref(before), replaced))
+
+    def abandon(self, draft: Draft) -> None:
+        """Forget a draft; its rows are spare again."""
+        self.spare = draft.machine.spare.copy()
+        rows = draft.machine.rows
+        if rows.shape[0] > self.published.machine.rows.shape[0]:
+            self.published = Snapshot(self.published.machine._replace(rows=rows))
+
+
+class Draft:
+    """A change under way: ``machine`` is what its kernels read and write."""
+
+    def __init__(self, store: FrameStore, slots: NDArray[np.int64]) -> None:
+        base = store.published.machine
+        self.store = store
+        self.base = base
+        self.machine = base._replace(
+            row_of=base.row_of.copy(),
+            fresh=np.zeros(len(base.row_of), dtype=np.uint8),
+            kind=base.kind.copy(),
+            free=base.free.copy(),
+            spare=store.spare.copy(),
+            top=np.array([base.top[TOP_FREE], len(store.spare)], dtype=np.int64),
+            slots=slots,
+            cache=np.full(CACHE_ENTRIES, EMPTY, dtype=np.int64),
+        )
+        self.ensure()
+
+    def ensure(self, frames_needed: int = RESERVE) -> None:
+        """Grow until that many frames and rows are at hand. Raises LimitExceeded at the machine's limit."""
+        m = self.machine
+        if m.top[TOP_FREE] < frames_needed:
+            self._grow_frames(frames_needed)
+        if m.top[TOP_SPARE] < frames_needed:
+            self._grow_rows(frames_needed)
+
+    def _grow_frames(self, needed: int) -> None:
+        m = self.machine
+        have = len(m.row_of)
+        used = have - int(m.top[TOP_FREE])
+        if used > self.store.limit:
+            raise LimitExceeded(
+                f"a machine has {self.store.limit} table frames at most", field="max_table_frames", value=used
+            )
+        total = max(FIRST_FRAMES, have + max(needed, have // 2))
+        added = np.arange(total - 1, have - 1, -1, dtype=np.int64)
+        free = np.zeros(total, dtype=np.int64)
+        height = int(m.top[TOP_FREE])
+        free[: len(added)] = added
+        free[len(added) : len(added) + height] = m.free[:height]
+        top = m.top.copy()
+        top[TOP_FREE] = height + len(added)
+        self.machine = m._replace(
+            row_of=_extended(m.row_of, total, -1),
+            fresh=_extended(m.fresh, total, 0),
+            kind=_extended(m.kind, total, FREE),
+            free=free,
+            top=top,
+        )
+
+    def _grow_rows(self, needed: int) -> None:
+        m = self.machine
+        have = m.rows.shape[0]
+        total = have + max(needed, have // 2)
+        rows = np.empty((total, WORDS), dtype=np.int64)
+        rows[:have] = m.rows
+        added = np.arange(total - 1, have - 1, -1, dtype=np.int64)
+        height = int(m.top[TOP_SPARE])
+        top = m.top.copy()
+        top[TOP_SPARE] = len(added) + height
+        self.machine = m._replace(rows=rows, spare=np.concatenate([added, m.spare]), top=top)
+
+    def spare_rows(self) -> NDArray[np.int64]:
+        """Rows this change has not taken."""
+        return self.machine.spare[: int(self.machine.top[TOP_SPARE])]
+
+    def taken_rows(self) -> NDArray[np.int64]:
+        """Rows this change has taken."""
+        return self.machine.spare[int(self.machine.top[TOP_SPARE]) :]
+
+    def changed(self) -> NDArray[np.int64]:
+        """Frames whose row is not the published one."""
+        now = self.machine.row_of
+        differs = np.ones(len(now), dtype=bool)
+        differs[: len(self.base.row_of)] = now[: len(self.base.row_of)] != self.base.row_of
+        return np.flatnonzero(differs & (now >= 0))
+
+
+def _extended(array: NDArray[T], total: int, value: int) -> NDArray[T]:
+    result = np.full(total, value, dtype=array.dtype)
+    result[: len(array)] = array
+    return result
+
+
+def blocks_of(machine: Machine, since: Machine | None) -> Iterator[tuple[int, int, bytes]]:
+    """(frame, kind, 4096 bytes) of every frame that differs from an earlier state; freed frames come with kind 0."""
+    for frame in range(len(machine.row_of)):
+        row = int(machine.row_of[frame])
+        before = int(since.row_of[frame]) if since is not None and frame < len(since.row_of) else -1
+        if row == before:
+            continue
+        if row < 0:
+            yield frame, FREE, bytes(frames.FRAME_SIZE)
+        else:
+            yield frame, int(machine.kind[frame]), machine.rows[row].tobytes()

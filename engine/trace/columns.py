@@ -1,0 +1,198 @@
+"""The columns of a guest access, and the chunk in which accesses travel from a reader to the replay.
+
+A trace is a sequence of accesses in guest order. Whatever the body looks like on the wire, inside the engine it is a run of
+``TraceChunk``: two 64-bit words per access, which is also the packed ``record16`` format, so that the fastest body needs no
+conversion at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import TraceError
+
+# Target length of a chunk. 64 Ki records are 1 MiB: they stay in the second-level cache between reader and replay.
+CHUNK_RECORDS = 65536
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a trace: its name, the width it is stored in, and what an absent column means.
+
+    ``default`` is None for a column without one. A ``reserved`` column has a meaning fixed for a later release and is refused
+    until then, because ignoring it would give a wrong answer silently. ``about`` is one line for documentation.
+    """
+
+    name: str
+    dtype: str
+    default: int | None
+    reserved: bool
+    about: str
+
+    @property
+    def limit(self) -> int:
+        """Largest value that fits."""
+        return int(np.iinfo(np.dtype(self.dtype)).max)
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("gpa", "<u8", None, False, "guest-physical address of the first byte; required"),
+    Column("size", "<u2", 8, False, "bytes accessed"),
+    Column("access", "|u1", 1, False, "0 read, 1 write, 2 execute"),
+    Column("vcpu", "<u2", 0, False, "KVM vCPU id"),
+    Column("gva", "<u8", None, False, "guest-linear address of the first byte, if known"),
+    Column(
+        "kind",
+        "|u1",
+        None,
+        True,
+        "0 data, 1 read-modify-write, 2 paging read, 3 paging A/D update, 4 shadow stack",
+    ),
+    Column("source", "|u1", None, True, "0 guest, 1 emulated, 2 host"),
+    Column("linear", "|u1", None, True, "bits: valid, user, writable, execute-disable"),
+    Column("address_space", "<u8", None, True, "guest CR3"),
+    Column("insn_len", "|u1", None, True, "instruction length in bytes"),
+    Column("op", "|u1", None, True, "0 access, 1 hypercall, 2 mov-cr3, 3 invlpg"),
+    Column("arg", "binary", None, True, "argument of the operation"),
+)
+USABLE: Mapping[str, Column] = {column.name: column for column in COLUMNS if not column.reserved}
+RESERVED = frozenset(column.name for column in COLUMNS if column.reserved)
+
+# The two words of a chunk row, field by field (little-endian, 16 bytes).
+RECORD16 = np.dtype(
+    [
+        ("gpa", "<u8"),
+        ("size", "<u2"),
+        ("access", "|u1"),
+        ("zero", "|u1"),
+        ("vcpu", "<u2"),
+        ("zero2", "<u2"),
+    ]
+)
+
+
+class TraceChunk(NamedTuple):
+    """A run of consecutive accesses. Valid until the next chunk is asked for: readers fill the same memory again.
+
+    ``records``: uint64[n, 2], C-contiguous and writable. Word 0 is the GPA. Word 1 holds the size in bytes in bits 15:0, the
+    access in bits 23:16, the vCPU id in bits 47:32; bits 31:24 and 63:48 are zero in a valid record.
+    ``gva``: uint64[n], or None when the trace has no such column.
+    ``carry``: the columns the caller asked to carry along, each of length n and of a fixed-width type.
+    """
+
+    records: npt.NDArray[np.uint64]
+    gva: npt.NDArray[np.uint64] | None
+    carry: dict[str, npt.NDArray[Any]]
+
+
+class MalformedBody(TraceError):
+    """A JSON body, or a line of one, that is not JSON at all."""
+
+    code = "malformed-body"
+
+
+class ColumnPlan(NamedTuple):
+    """Which columns of a body are used, carried and left alone: in the order of the body, those to carry in the order asked for."""
+
+    used: tuple[str, ...]
+    carried: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+
+def check_carry(carry: Sequence[str]) -> tuple[str, ...]:
+    """The names to carry, once each, in the order asked for. Raises ``TraceError`` for a column that has a meaning of its own."""
+    for name in carry:
+        if name in RESERVED:
+            raise not_yet_supported(name)
+        if name in USABLE:
+            raise TraceError(
+                f"{name} is part of every record and is not carried separately",
+                field="carry",
+                value=name,
+            )
+    return tuple(dict.fromkeys(carry))
+
+
+def plan_columns(names: Iterable[str], carry: Sequence[str], *, index: int = 0) -> ColumnPlan:
+    """Sort the column names of a body by what becomes of them.
+
+    ``index`` is the first record that has these columns. Raises ``TraceError`` for a reserved column, for one that occurs twice,
+    for a missing ``gpa`` and for a name to carry that is not there.
+    """
+    used: list[str] = []
+    carried: list[str] = []
+    ignored: list[str] = []
+    for name in names:
+        if name in RESERVED:
+            raise not_yet_supported(name, index)
+        group = used if name in USABLE else carried if name in carry else ignored
+        if name not in group:
+            group.append(name)
+        elif group is not ignored:
+            raise TraceError(f"the column {name} occurs twice", index=index, field=name)
+    if "gpa" not in used:
+        raise TraceError("the column gpa is required", index=index, field="gpa")
+    for name in carry:
+        if name not in carried:
+            raise TraceError(
+                f"the column {name} to be carried does not exist",
+                index=index,
+                field="carry",
+                value=name,
+            )
+    return ColumnPlan(tuple(used), tuple(carry), tuple(ignored))
+
+
+def not_yet_supported(name: str, index: int | None = None) -> TraceError:
+    """The error for a reserved column."""
+    return TraceError(f"the column {name} is reserved and not yet supported", index=index, field=name)
+
+
+def does_not_fit(name: str, index: int, value: Any, limit: int) -> TraceError:
+    """The error for an integer that is negative or wider than its column."""
+    return TraceError(
+        f"{name} must be an integer from 0 to {limit}",
+        index=index,
+        field=name,
+        value=value,
+    )
+
+
+def is_null(name: str, index: int) -> TraceError:
+    """The error for a null, which no column allows."""
+    return TraceError(f"{name} must not be null", index=index, field=name)
+
+
+class ChunkBuffer:
+    """The memory that a reader fills again and again: rows, and the ``gva`` column if there is one.
+
+    Columns that a body lacks keep their defaults for the life of the buffer, so only those it has are written per chunk.
+    """
+
+    def __init__(self, used: Iterable[str], capacity: int = CHUNK_RECORDS) -> None:
+        self.capacity = capacity
+        self.records: npt.NDArray[np.uint64] = np.zeros((capacity, 2), dtype=np.uint64)
+        fields = self.records.view(RECORD16).reshape(capacity)
+        self._columns: dict[str, npt.NDArray[Any]] = {name: fields[name] for name in ("gpa", "size", "access", "vcpu")}
+        self._gva: npt.NDArray[np.uint64] | None = None
+        if "gva" in used:
+            self._gva = self._columns["gva"] = np.zeros(capacity, dtype=np.uint64)
+        for name, column in self._columns.items():
+            column[:] = USABLE[name].default or 0
+
+    def fill(self, name: str, values: npt.NDArray[Any]) -> None:
+        """Store the first ``len(values)`` values of a column; they are known to fit."""
+        self._columns[name][: len(values)] = values
+
+    def chunk(self, length: int, carry: dict[str, npt.NDArray[Any]]) -> TraceChunk:
+        """The first ``length`` rows."""
+        return TraceChunk(
+            self.records[:length],
+            None if self._gva is None else self._gva[:length],
+            carry,
+        )

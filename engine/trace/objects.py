@@ -1,0 +1,154 @@
+"""Which protected objects a violation touches, and whether it touched their own bytes or only their neighbours.
+
+Objects are byte ranges rounded outward to sub-pages. Cutting the line of sub-pages at every end of a range leaves
+pieces whose set of ranges does not change; a violation looks up the few pieces it touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.arch.sppt import SUBPAGE_SHIFT
+from engine.errors import LimitExceeded
+from engine.jit import kernel
+from engine.kvm.protections import ProtectedObject
+from engine.kvm.resolutions import VIOLATION
+from engine.kvm.run import EXIT_GPA, EXIT_INDEX, EXIT_REASON, EXIT_RECORD
+
+# Ranges that lie on top of each other are stored once a piece; nesting thousands of them grows with the square.
+MAX_MEMBERS = 1 << 24
+
+HIT_VIOLATIONS = 0
+HIT_COLLATERAL = 1
+HIT_FIRST = 2
+HIT_WORDS = 3
+
+
+class ObjectIndex(NamedTuple):
+    """Lookup tables: ``cuts`` int64[p + 1] first sub-pages of pieces, ``offsets`` int64[p + 1] into ``members``
+    (positions of ranges), ``ranges`` int64[r, 3] of [first byte, end, name position]."""
+
+    cuts: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    members: NDArray[np.int64]
+    ranges: NDArray[np.int64]
+
+
+def names_of(objects: Sequence[ProtectedObject]) -> tuple[str, ...]:
+    """Distinct names in order of appearance."""
+    return tuple(dict.fromkeys(o.name for o in objects))
+
+
+def build_index(objects: Sequence[ProtectedObject]) -> ObjectIndex:
+    """Index for a set of objects, which may overlap."""
+    position = {name: i for i, name in enumerate(names_of(objects))}
+    ranges = np.array([(o.gpa, o.gpa + o.size, position[o.name]) for o in objects], dtype=np.int64).reshape(-1, 3)
+    first = ranges[:, 0] >> SUBPAGE_SHIFT
+    end = ((ranges[:, 1] - 1) >> SUBPAGE_SHIFT) + 1
+    cuts = np.unique(np.concatenate([first, end]))
+    low = np.searchsorted(cuts, first)
+    high = np.searchsorted(cuts, end)
+    total = int((high - low).sum())
+    if total > MAX_MEMBERS:
+        raise LimitExceeded(f"overlapping objects may share {MAX_MEMBERS} pieces at most", field="objects", value=total)
+    piece = np.concatenate([np.arange(a, b) for a, b in zip(low, high, strict=True)] or [np.zeros(0, np.int64)])
+    owner = np.repeat(np.arange(len(objects)), high - low)
+    order = np.argsort(piece, kind="stable")
+    offsets = np.searchsorted(piece[order], np.arange(max(len(cuts), 1))).astype(np.int64)
+    return ObjectIndex(cuts.astype(np.int64), offsets, owner[order].astype(np.int64), ranges)
+
+
+@kernel
+def piece_at(index, subpage):
+    """Piece that holds a sub-page, -1 before the first."""
+    low = 0
+    high = index.cuts.shape[0]
+    while low < high:
+        middle = (low + high) >> 1
+        if index.cuts[middle] <= subpage:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@kernel
+def attribute(index, log, count, hits, seen, touched):
+    """Add the violations among ``count`` log records to ``hits`` (int64[names, HIT_WORDS]).
+
+    ``seen`` and ``touched`` int64[names] are scratch: the last record that counted for a name, and the last one that
+    touched its own bytes. Both start at -1, and so does the first index in ``hits``.
+    """
+    for row in range(count):
+        if log[row, EXIT_REASON] >> 16 != VIOLATION:
+            continue
+        begin = log[row, EXIT_GPA]
+        end = begin + (log[row, EXIT_RECORD] & 0xFFFF)
+        last = (end - 1) >> SUBPAGE_SHIFT
+        stamp = log[row, EXIT_INDEX]
+        piece = max(piece_at(index, begin >> SUBPAGE_SHIFT), 0)
+        while piece + 1 < index.cuts.shape[0] and index.cuts[piece] <= last:
+            for at in range(index.offsets[piece], index.offsets[piece + 1]):
+                count_range(index.ranges[index.members[at]], begin, end, stamp, hits, seen, touched)
+            piece += 1
+
+
+@kernel
+def count_range(limits, begin, end, stamp, hits, seen, touched):
+    """Count one range that a violation touches, once for each name."""
+    name = limits[2]
+    own = begin < limits[1] and limits[0] < end
+    if seen[name] != stamp:
+        seen[name] = stamp
+        hits[name, HIT_VIOLATIONS] += 1
+        hits[name, HIT_COLLATERAL] += not own
+        if hits[name, HIT_FIRST] < 0:
+            hits[name, HIT_FIRST] = stamp
+        if own:
+            touched[name] = stamp
+    elif own and touched[name] != stamp:
+        touched[name] = stamp
+        hits[name, HIT_COLLATERAL] -= 1
+
+
+@kernel
+def fill_objects(index, gpas, sizes, offsets, positions, seen):
+    """Name positions of the objects each access touches, ascending; returns how many there are.
+
+    ``offsets`` int64[n + 1] is filled whole; ``positions`` as far as it reaches. ``seen`` int64[names] starts at -1.
+    """
+    used = 0
+    for row in range(gpas.shape[0]):
+        offsets[row] = used
+        begin = np.int64(gpas[row])
+        last = (begin + np.int64(sizes[row]) - 1) >> SUBPAGE_SHIFT
+        piece = max(piece_at(index, begin >> SUBPAGE_SHIFT), 0)
+        while piece + 1 < index.cuts.shape[0] and index.cuts[piece] <= last:
+            for at in range(index.offsets[piece], index.offsets[piece + 1]):
+                name = index.ranges[index.members[at], 2]
+                if seen[name] != row:
+                    seen[name] = row
+                    if used < positions.shape[0]:
+                        positions[used] = name
+                    used += 1
+            piece += 1
+    offsets[gpas.shape[0]] = used
+    return used
+
+
+def objects_of(
+    index: ObjectIndex, gpas: NDArray[np.uint64], sizes: NDArray[np.uint16]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(offsets int64[n + 1], name positions): the objects one of whose sub-pages each access touches."""
+    offsets = np.zeros(len(gpas) + 1, dtype=np.int64)
+    names = int(index.ranges[:, 2].max()) + 1 if len(index.ranges) else 0
+    positions = np.zeros(len(gpas) + 64, dtype=np.int64)
+    while True:
+        used = fill_objects(index, gpas, sizes, offsets, positions, np.full(names, -1, dtype=np.int64))
+        if used <= len(positions):
+            return offsets, positions[:used]
+        positions = np.zeros(used, dtype=np.int64)

@@ -1,0 +1,45 @@
+"""Readers: one per body format, all giving the same chunks.
+
+A reader checks what is lost by converting to columns: values that do not fit, wrong types, nulls, missing and reserved columns,
+bodies that end too early. Whether an access makes sense (its size, its vCPU) is for the replay to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from engine.errors import InvalidValue
+from engine.trace.columns import check_carry
+from engine.trace.readers.arrow import ArrowReader
+from engine.trace.readers.base import Source, TraceReader
+from engine.trace.readers.json_bodies import JsonReader, NdjsonReader
+from engine.trace.readers.packed import RECORD_FORMATS, PackedReader
+from engine.trace.readers.parquet import ParquetReader
+
+__all__ = ["FORMATS", "RECORD_FORMATS", "Source", "TraceReader", "open_trace"]
+
+_UNPARAMETERISED: Mapping[str, Callable[[Source, Sequence[str]], TraceReader]] = {
+    "json": JsonReader,
+    "ndjson": NdjsonReader,
+    "arrow": ArrowReader,
+    "parquet": ParquetReader,
+}
+FORMATS = (*_UNPARAMETERISED, "packed")
+
+
+def open_trace(format: str, source: Source, *, record: str | None = None, carry: Sequence[str] = ()) -> TraceReader:
+    """A reader of ``source``, which is read while the reader is iterated.
+
+    ``format`` is one of ``FORMATS``; ``record`` (``gpa8`` or ``record16``) goes with ``packed`` and with nothing else. ``source``
+    needs ``read(n)``, which may return less than asked for and returns nothing only at the end; parquet also needs ``seek`` and
+    ``tell``. ``carry`` names further columns to hand through. Raises ``InvalidValue`` for a format or record format that does not
+    exist and ``TraceError`` for a name that cannot be carried; iteration raises ``TraceError`` with the absolute record index.
+    """
+    if format not in FORMATS:
+        raise InvalidValue(f"the format is one of {', '.join(FORMATS)}", field="format", value=format)
+    names = check_carry(carry)
+    if format == "packed":
+        return PackedReader(source, record, names)
+    if record is not None:
+        raise InvalidValue("a record format goes with packed bodies only", field="record", value=record)
+    return _UNPARAMETERISED[format](source, names)

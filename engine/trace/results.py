@@ -1,0 +1,159 @@
+"""What a replay gives back: totals, hits per object, and exit records as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.arch import exits
+from engine.arch.access import ACCESS_NAMES
+from engine.arch.sppt import SUBPAGE_SHIFT
+from engine.kvm import run
+from engine.kvm.resolutions import RESOLUTION_NAMES
+from engine.trace.objects import ObjectIndex, build_index, objects_of
+
+# Name, dtype and meaning of the columns of an exit record, in the order in which they are shown.
+EXIT_COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("index", "uint64", "position of the record in the trace"),
+    ("vcpu", "uint16", "KVM vCPU id"),
+    ("reason", "uint16", "basic exit reason"),
+    ("qualification", "uint64", "exit qualification"),
+    ("gpa", "uint64", "guest-physical address that the exit reports"),
+    ("gva", "uint64", "guest-linear address of the access, where the trace has it"),
+    ("size", "uint16", "bytes of the whole access"),
+    ("access", "uint8", "0 read, 1 write, 2 execute"),
+    ("gfn", "uint64", "guest frame number of gpa"),
+    ("subpages", "uint32", "sub-pages of that page which the access touches"),
+    ("denied", "uint32", "sub-pages among them that refuse it"),
+    ("resolution", "uint8", "what the hypervisor did about it"),
+)
+
+
+@dataclass(frozen=True)
+class ExitColumns:
+    """Exit records: equally long numpy columns (see ``EXIT_COLUMNS``) and what is needed to name objects.
+
+    ``record_gpa`` is the first byte of the access, which differs from ``gpa`` where the second page of an access
+    exits. Slicing gives the records of a range.
+    """
+
+    columns: Mapping[str, NDArray[Any]]
+    record_gpa: NDArray[np.uint64]
+    has_gva: bool
+    carry: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    object_index: ObjectIndex = field(default_factory=lambda: build_index(()))
+    object_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.record_gpa)
+
+    def __getitem__(self, key: slice) -> ExitColumns:
+        return ExitColumns(
+            {name: column[key] for name, column in self.columns.items()},
+            self.record_gpa[key],
+            self.has_gva,
+            {name: column[key] for name, column in self.carry.items()},
+            self.object_index,
+            self.object_names,
+        )
+
+    def column(self, name: str) -> NDArray[Any]:
+        """One column by name."""
+        return self.columns[name]
+
+    def object_positions(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(offsets int64[n + 1], positions in ``object_names``): the objects each record touches."""
+        return objects_of(self.object_index, self.record_gpa, self.columns["size"])
+
+    def objects(self) -> list[list[str]]:
+        """Names of the objects each record touches."""
+        offsets, positions = self.object_positions()
+        names = [self.object_names[i] for i in positions.tolist()]
+        bounds = offsets.tolist()
+        return [names[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+    def reason_names(self) -> list[str]:
+        """Names of the exit reasons."""
+        return [exits.NAMES.get(r, str(r)) for r in self.columns["reason"].tolist()]
+
+    def resolution_names(self) -> list[str]:
+        """Names of what the hypervisor did."""
+        return [RESOLUTION_NAMES[r] for r in self.columns["resolution"].tolist()]
+
+    def access_names(self) -> list[str]:
+        """Names of the kinds of access."""
+        return [ACCESS_NAMES[a] for a in self.columns["access"].tolist()]
+
+
+def columns_of_log(log: NDArray[np.int64]) -> tuple[dict[str, NDArray[Any]], NDArray[np.uint64]]:
+    """Columns, and the first byte of each access, from int64[n, EXIT_WORDS] log rows."""
+    word = log[:, run.EXIT_RECORD]
+    at = log[:, run.EXIT_AT]
+    gpa = log[:, run.EXIT_GPA]
+    size = word & 0xFFFF
+    end = np.minimum(gpa + size, (at | 0xFFF) + 1)
+    first = (at >> SUBPAGE_SHIFT) & 31
+    last = ((end - 1) >> SUBPAGE_SHIFT) & 31
+    values = {
+        "index": log[:, run.EXIT_INDEX],
+        "vcpu": (word >> 32) & 0xFFFF,
+        "reason": log[:, run.EXIT_REASON] & 0xFFFF,
+        "qualification": log[:, run.EXIT_QUALIFICATION],
+        "gpa": at,
+        "gva": log[:, run.EXIT_GVA],
+        "size": size,
+        "access": (word >> 16) & 0xFF,
+        "gfn": at >> 12,
+        "subpages": (np.int64(2) << last) - (np.int64(1) << first),
+        "denied": log[:, run.EXIT_DENIED],
+        "resolution": log[:, run.EXIT_REASON] >> 16,
+    }
+    return {name: values[name].astype(dtype) for name, dtype, _ in EXIT_COLUMNS}, gpa.astype(np.uint64)
+
+
+def join(parts: Sequence[ExitColumns], empty: ExitColumns) -> ExitColumns:
+    """One after the other; the parts belong to one replay."""
+    if len(parts) < 2:
+        return parts[0] if parts else empty
+    return ExitColumns(
+        {name: np.concatenate([p.columns[name] for p in parts]) for name in parts[0].columns},
+        np.concatenate([p.record_gpa for p in parts]),
+        parts[0].has_gva,
+        {name: np.concatenate([p.carry[name] for p in parts]) for name in parts[0].carry},
+        parts[0].object_index,
+        parts[0].object_names,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectHits:
+    """Violations of one object; ``collateral`` is the part that touched none of its own bytes.
+
+    ``first_index`` is the first record that hit it, None if none did; ``subpages`` how many sub-pages it covers.
+    """
+
+    violations: int
+    collateral: int
+    first_index: int | None
+    subpages: int
+
+
+@dataclass(frozen=True)
+class TraceResult:
+    """Totals of one replay. ``stopped_at`` is the index of the record at which ``on_violation=stop`` ended it."""
+
+    records: int
+    writes: int
+    violations: int
+    page_granular_violations: int
+    by_object: Mapping[str, ObjectHits]
+    mmio: int
+    unenforced_writes: int
+    exits: Mapping[str, int]
+    exit_records_dropped: int
+    stopped_at: int | None
+    exit_columns: ExitColumns

@@ -1,0 +1,237 @@
+"""One replay: chunks in, totals and exit records out, all of it one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.config import choices
+from engine.cpu.ept import TRAIL_ROWS
+from engine.errors import InvalidValue, TraceError
+from engine.kvm import registers as reg
+from engine.kvm import run
+from engine.kvm.protections import ProtectedObject, covered_subpages
+from engine.store import Draft
+from engine.trace import objects, replay
+from engine.trace.columns import TraceChunk
+from engine.trace.results import ExitColumns, ObjectHits, TraceResult, columns_of_log, join
+
+# Rows of the exit buffer: drained into columns when full, so a replay's memory is its kept exits and this.
+LOG_ROWS = 1 << 15
+
+INCLUDE = ("violations", "all")
+
+REFUSALS = {
+    replay.BAD_SIZE: ("size", "an access has at least one byte"),
+    replay.BAD_ACCESS: ("access", "access is 0 read, 1 write or 2 execute"),
+    replay.BAD_VCPU: ("vcpu", "the machine has a vCPU of that id"),
+    replay.BAD_ADDRESS: ("gpa", "an access ends at or below guest-physical address 2^52"),
+    replay.BAD_RESERVED: ("record", "the reserved bytes of a record are zero"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayOptions:
+    """How to replay.
+
+    ``on_violation`` skip, stop, allow or grant; ``start`` the first record to run (indices stay absolute); ``include``
+    which exits are listed, violations or all; ``max_exit_records`` how many are kept; ``carry`` trace columns that go
+    into the exit records.
+    """
+
+    on_violation: str = "skip"
+    start: int = 0
+    include: str = "violations"
+    max_exit_records: int = 10_000_000
+    carry: tuple[str, ...] = ()
+
+    def validate(self) -> None:
+        choices(self.on_violation, replay.ON_VIOLATION, "on_violation")
+        choices(self.include, INCLUDE, "include")
+        if self.start < 0:
+            raise InvalidValue("start is not negative", field="start", value=self.start)
+        if self.max_exit_records < 0:
+            raise InvalidValue("max_exit_records is not negative", field="max_exit_records", value=self.max_exit_records)
+
+    def words(self) -> NDArray[np.int64]:
+        """The options as the kernel reads them."""
+        return np.array([replay.ON_VIOLATION.index(self.on_violation), self.include == "all"], dtype=np.int64)
+
+
+class Replay:
+    """A replay under way. ``records_done`` may be read from other threads."""
+
+    def __init__(self, draft: Draft, options: ReplayOptions, protected: Sequence[ProtectedObject]) -> None:
+        self._draft = draft
+        self._options = options
+        self._words = options.words()
+        self._names = objects.names_of(protected)
+        self._protected = protected
+        self._index = objects.build_index(protected)
+        names = len(self._names)
+        self._hits = np.zeros((names, objects.HIT_WORDS), dtype=np.int64)
+        self._hits[:, objects.HIT_FIRST] = -1
+        self._seen = np.full(names, -1, dtype=np.int64)
+        self._touched = np.full(names, -1, dtype=np.int64)
+        self._trail = np.zeros((TRAIL_ROWS, 4), dtype=np.int64)
+        self._log = np.zeros((LOG_ROWS, run.EXIT_WORDS), dtype=np.int64)
+        self._used = np.zeros(1, dtype=np.int64)
+        self._no_gva = _frozen(np.zeros(0, dtype=np.uint64))
+        self._parts: list[ExitColumns] = []
+        self._kept = 0
+        self._dropped = 0
+        self._next = 0
+        self._has_gva = False
+        self.tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
+        self.stopped_at: int | None = None
+
+    @property
+    def records_done(self) -> int:
+        return int(self.tally[reg.RECORDS])
+
+    def feed(self, chunk: TraceChunk) -> bool:
+        """Replay a chunk. False: the replay stopped and takes no more.
+
+        Raises TraceError, with the absolute record index, for a record that is no access.
+        """
+        if self.stopped_at is not None:
+            return False
+        records = _frozen(chunk.records)
+        gvas = self._no_gva if chunk.gva is None else _frozen(chunk.gva)
+        self._has_gva = self._has_gva or chunk.gva is not None
+        base = self._next
+        self._next = base + len(records)
+        position = max(0, min(len(records), self._options.start - base))
+        while position < len(records):
+            status, position = replay.replay(
+                self._draft.machine,
+                records,
+                gvas,
+                position,
+                base,
+                self._words,
+                self._trail,
+                self._log,
+                self._used,
+                self.tally,
+            )
+            if status == replay.NEED_FRAMES:
+                self._draft.ensure()
+            elif status == replay.LOG_FULL:
+                self._drain(chunk, base)
+            elif status == replay.STOPPED:
+                self.stopped_at = base + position
+                break
+            elif status != replay.DONE:
+                self._refuse(status, records, position, base)
+        self._drain(chunk, base)
+        return self.stopped_at is None
+
+    def _refuse(self, status: int, records: NDArray[np.int64], position: int, base: int) -> None:
+        name, rule = REFUSALS[status]
+        gpa, word = (int(w) & ((1 << 64) - 1) for w in records[position])
+        values = {"size": word & 0xFFFF, "access": (word >> 16) & 0xFF, "vcpu": (word >> 32) & 0xFFFF, "gpa": gpa}
+        raise TraceError(rule, index=base + position, field=name, value=values.get(name, word))
+
+    def _drain(self, chunk: TraceChunk, base: int) -> None:
+        count = int(self._used[0])
+        if count == 0:
+            return
+        self._used[0] = 0
+        objects.attribute(self._index, self._log, count, self._hits, self._seen, self._touched)
+        kept = min(count, self._options.max_exit_records - self._kept)
+        self._dropped += count - kept
+        if kept:
+            self._kept += kept
+            self._parts.append(self._columns(self._log[:kept], chunk, base))
+
+    def _columns(self, log: NDArray[np.int64], chunk: TraceChunk, base: int) -> ExitColumns:
+        columns, record_gpa = columns_of_log(log)
+        at = log[:, run.EXIT_INDEX] - base
+        carry = {name: np.array(chunk.carry[name][at]) for name in self._options.carry if name in chunk.carry}
+        return ExitColumns(columns, record_gpa, chunk.gva is not None, carry, self._index, self._names)
+
+    def result(self) -> TraceResult:
+        """Totals and exit records so far."""
+        t = [int(value) for value in self.tally]
+        columns, record_gpa = columns_of_log(self._log[:0])
+        empty = ExitColumns(columns, record_gpa, self._has_gva, {}, self._index, self._names)
+        return TraceResult(
+            records=t[reg.RECORDS],
+            writes=t[reg.WRITES],
+            violations=t[reg.VIOLATIONS],
+            page_granular_violations=t[reg.PAGE_GRANULAR],
+            by_object=self._by_object(),
+            mmio=t[reg.MMIO],
+            unenforced_writes=t[reg.UNENFORCED],
+            exits={
+                "ept_violation": t[reg.EPT_VIOLATION],
+                "ept_misconfiguration": t[reg.EPT_MISCONFIGURATION],
+                "spp_miss": t[reg.SPP_MISS],
+                "spp_misconfiguration": t[reg.SPP_MISCONFIGURATION],
+            },
+            exit_records_dropped=self._dropped,
+            stopped_at=self.stopped_at,
+            exit_columns=join(self._parts, empty),
+        )
+
+    def _by_object(self) -> dict[str, ObjectHits]:
+        ranges: dict[str, list[ProtectedObject]] = {name: [] for name in self._names}
+        for item in self._protected:
+            ranges[item.name].append(item)
+        return {
+            name: ObjectHits(
+                int(hits[objects.HIT_VIOLATIONS]),
+                int(hits[objects.HIT_COLLATERAL]),
+                int(hits[objects.HIT_FIRST]) if hits[objects.HIT_FIRST] >= 0 else None,
+                covered_subpages(ranges[name]),
+            )
+            for name, hits in zip(self._names, self._hits, strict=True)
+        }
+
+
+def _frozen(words: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """A read-only int64 view: bodies may come as read-only memory, and one signature is compiled for all."""
+    view = words.view(np.int64)
+    view.flags.writeable = False
+    return view
+
+
+class ReplayTransaction:
+    """Context manager around a Replay: ``finish`` publishes, leaving without it changes nothing."""
+
+    def __init__(self, replay_: Replay, publish: Callable[[Replay], None], abandon: Callable[[], None]) -> None:
+        self._replay = replay_
+        self._publish = publish
+        self._abandon = abandon
+        self._open = True
+
+    @property
+    def records_done(self) -> int:
+        return self._replay.records_done
+
+    @property
+    def stopped_at(self) -> int | None:
+        return self._replay.stopped_at
+
+    def feed(self, chunk: TraceChunk) -> bool:
+        """See ``Replay.feed``."""
+        return self._replay.feed(chunk)
+
+    def finish(self) -> TraceResult:
+        """Publish state and counters, and return the result."""
+        result = self._replay.result()
+        self._open = False
+        self._publish(self._replay)
+        return result
+
+    def __enter__(self) -> ReplayTransaction:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open:
+            self._open = False
+            self._abandon()
