@@ -3,7 +3,7 @@
 No HTTP, no files, no clock: the same input gives the same output. The one exception is this module, which tells
 numba where compiled kernels are kept. numba's own cache looks only at the file of the cached function, so a change
 to a rule that it calls in another module would silently bring the old answer back; the folder is therefore named
-after every source of the package.
+after all sources that kernels are made of.
 """
 
 import hashlib
@@ -14,14 +14,29 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parent
 
+# Packages without kernels, and that none imports: editing them leaves the compiled ones good.
+_WITHOUT_KERNELS = ("nested", "hyperv")
+
 
 def source_fingerprint(root: Path = _ROOT) -> str:
-    """Hash of every Python source below ``root``: names and contents, in a fixed order."""
+    """Hash of every source below ``root`` that a kernel can depend on: names and contents, in a fixed order."""
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).parts[0] in _WITHOUT_KERNELS:
+            continue
         digest.update(str(path.relative_to(root)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _private(folder: Path) -> bool:
+    """Make a folder and say whether it is ours alone: compiled code is loaded from it without further checks."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError:
+        return False
+    return status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK)
 
 
 def _kernel_cache() -> Path:
@@ -29,15 +44,11 @@ def _kernel_cache() -> Path:
     if configured:
         return Path(configured) / source_fingerprint()
     home = os.environ.get("XDG_CACHE_HOME") or str(Path("~").expanduser() / ".cache")
-    base = Path(home) / "subpage" / "kernels"
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        usable = os.access(base, os.W_OK)
-    except OSError:
-        usable = False
-    if not usable:
-        base = Path(tempfile.gettempdir()) / f"subpage-kernels-{os.getuid()}"
-    return base / source_fingerprint()
+    shared = Path(tempfile.gettempdir()) / f"subpage-kernels-{os.getuid()}"
+    for base in (Path(home) / "subpage" / "kernels", shared):
+        if _private(base):
+            return base / source_fingerprint()
+    return Path(tempfile.mkdtemp(prefix="subpage-kernels-"))
 
 
 def _point_numba_at(folder: Path) -> None:

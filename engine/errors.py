@@ -1,7 +1,7 @@
 """One tree for everything the engine refuses.
 
-Every error names the field, the offending value and the rule, so that a caller can print it, a client can match on ``code``
-and the ioctl façade can answer with ``errno``. Raising one leaves the machine as it was.
+Every error names the field, the offending value and the rule, so that a caller can print it, a client can match on
+``code`` and the ioctl façade can answer with ``errno``. Raising one leaves the machine as it was.
 """
 
 from __future__ import annotations
@@ -12,14 +12,22 @@ from typing import Any
 class EngineError(Exception):
     """Base of the tree.
 
-    ``code`` is a stable slug, ``errno`` the Linux name of the nearest kernel error, ``field`` the dotted name of the input,
-    ``value`` what was given, ``rule`` one sentence saying what would have been accepted.
+    ``code`` is a stable slug, ``errno`` the Linux name of the nearest kernel error, ``field`` the dotted name of the
+    input, ``value`` what was given, ``rule`` one sentence saying what would have been accepted.
     """
 
     code = "engine-error"
     errno = "EINVAL"
 
-    def __init__(self, rule: str, *, field: str | None = None, value: Any = None, code: str | None = None, errno: str | None = None) -> None:
+    def __init__(
+        self,
+        rule: str,
+        *,
+        field: str | None = None,
+        value: Any = None,
+        code: str | None = None,
+        errno: str | None = None,
+    ) -> None:
         super().__init__(rule)
         self.rule = rule
         self.field = field

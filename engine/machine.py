@@ -24,12 +24,12 @@ from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound, Tr
 from engine.head import config_from_head, config_to_head
 from engine.kvm import memory, protections, slot_changes, spp
 from engine.kvm import registers as reg
-from engine.trace.single import AccessRequest, AccessResult, access_result
 from engine.kvm.protections import ProtectedObject, Protection
 from engine.kvm.slots import SlotSpec, check_overlap, first_page_without_slot, slot_table
 from engine.store import Draft, FrameStore, Snapshot, blocks_of
 from engine.trace.columns import TraceChunk
 from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
+from engine.trace.single import AccessRequest, AccessResult, access_result
 
 MAX_WINDOW = 1 << 20
 SET_BATCH = 1 << 16
@@ -38,7 +38,7 @@ HEAD_FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class SubpageRange:
-    """Maps for ``npages`` pages from ``gfn``: one 32-bit value for all, or uint32[npages]. Bit s = sub-page s writable."""
+    """Maps for ``npages`` pages from ``gfn``: one value for all, or uint32[npages]. Bit s = sub-page s writable."""
 
     gfn: int
     npages: int
@@ -82,7 +82,7 @@ class VirtualMachine:
 
     @property
     def spp_active(self) -> bool:
-        return bool(self._register(reg.SPP_ACTIVE))
+        return bool(self._register(int(reg.SPP_ACTIVE)))
 
     def slots(self) -> tuple[SlotSpec, ...]:
         """Memory slots in order of their number."""
@@ -148,12 +148,19 @@ class VirtualMachine:
         if known == spec:
             return
         check_overlap(spec, self._state.slots.values())
-        if known is not None and known.gpa == spec.gpa and known.size == spec.size and known.read_only == spec.read_only:
+        if (
+            known is not None
+            and known.gpa == spec.gpa
+            and known.size == spec.size
+            and known.read_only == spec.read_only
+        ):
             raise InvalidValue("a slot keeps its host page size", field="host_page_size", value=spec.host_page_size)
         if known is not None and known.size != spec.size:
             raise InvalidValue("a slot keeps its size; delete it first", field="size", value=spec.size)
         if known is not None and known.read_only != spec.read_only:
-            raise InvalidValue("a slot keeps its read_only flag; delete it first", field="read_only", value=spec.read_only)
+            raise InvalidValue(
+                "a slot keeps its read_only flag; delete it first", field="read_only", value=spec.read_only
+            )
         slots = {**self._state.slots, spec.slot: spec}
         with self._change(slots=slots) as draft:
             if known is not None:
@@ -332,7 +339,9 @@ class VirtualMachine:
     def _check_slots(self, machine: frames.Machine, gfn: int, npages: int, field: str) -> None:
         if gfn < 0 or gfn + npages > 1 << (self.config.maxphyaddr - 12):
             raise InvalidValue(
-                f"pages lie within the guest-physical address width of {self.config.maxphyaddr} bits", field=field, value=gfn
+                f"pages lie within the guest-physical address width of {self.config.maxphyaddr} bits",
+                field=field,
+                value=gfn,
             )
         missing = int(first_page_without_slot(machine, gfn, npages))
         if missing >= 0:

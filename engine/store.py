@@ -161,7 +161,7 @@ class Draft:
         self.machine = m._replace(
             row_of=_extended(m.row_of, total, -1),
             fresh=_extended(m.fresh, total, 0),
-            kind=_extended(m.kind, total, FREE),
+            kind=_extended(m.kind, total, int(FREE)),
             free=free,
             top=top,
         )
@@ -208,6 +208,6 @@ def blocks_of(machine: Machine, since: Machine | None) -> Iterator[tuple[int, in
         if row == before:
             continue
         if row < 0:
-            yield frame, FREE, bytes(frames.FRAME_SIZE)
+            yield frame, int(FREE), bytes(frames.FRAME_SIZE)
         else:
             yield frame, int(machine.kind[frame]), machine.rows[row].tobytes()

@@ -70,14 +70,14 @@ class Layout:
         self.named = tuple(sorted(fields, key=lambda field: field.offset))
         self.fields = tuple(_with_gaps(name, size, self.named))
         self.by_name = {field.name: field for field in self.fields}
+        self._spans = {field.name: slice(field.offset, field.end) for field in self.fields}
 
     def __contains__(self, name: str) -> bool:
         return name in self.by_name
 
     def get(self, data: bytes | bytearray, name: str) -> int:
         """The word called ``name`` in ``data``."""
-        field = self.by_name[name]
-        return int.from_bytes(data[field.offset : field.end], "little")
+        return int.from_bytes(data[self._spans[name]], "little")
 
     def put(self, data: bytearray, name: str, value: int) -> None:
         """Store ``value``, cut to the width of the field, in ``data``."""

@@ -88,7 +88,10 @@ def eligible(m, how, mode, level, rights, leaf):
 
 @kernel
 def violation_qualification(m, how, mode, rights, leaf):
-    """Exit qualification of an EPT violation (table 28-7); undefined bits are 0. ``leaf`` is 0 where none was reached."""
+    """Exit qualification of an EPT violation (table 28-7); undefined bits are 0.
+
+    ``leaf`` is 0 where none was reached.
+    """
     linear = how >> acc.LINEAR_SHIFT
     kind = (how & acc.KIND_MASK) >> acc.KIND_SHIFT
     q = wants(how, mode)

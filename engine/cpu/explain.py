@@ -1,4 +1,4 @@
-"""Explaining an access: the entries the processor reads, field by field, and one sentence saying why it ends as it does.
+"""Explaining an access: the entries the processor reads, field by field, and one sentence on why it ends as it does.
 
 Explains what ``decision.check`` decided; it walks nothing itself.
 """

@@ -7,8 +7,8 @@ full is armed in the same step: write permission off, bit 61 on.
 from engine.arch import ept as bits
 from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS, REGION_PAGES
-from engine.cpu import decision, ept
-from engine.cpu.frames import CAP_REGION_FILL
+from engine.cpu import ept
+from engine.cpu.frames import CAP_REGION_FILL, write_entry
 from engine.jit import kernel
 from engine.kvm import layers, mapping
 from engine.kvm import registers as reg
@@ -65,7 +65,7 @@ def handle_violation(m, gpa, qualification, trail, tally):
         return res.VIOLATION
     if mapped and write and entry & mapping.LOCKLESS_WRITABLE == mapping.LOCKLESS_WRITABLE:
         last = trail[ept.TRAIL_COUNTS, 0] - 1
-        mapping.write_entry(m, trail[last, 1], trail[last, 2], entry | bits.WRITE | bits.DIRTY)
+        write_entry(m, trail[last, 1], trail[last, 2], entry | bits.WRITE | bits.DIRTY)
         tally[reg.RESTORED] += 1
         return res.RESTORED
     return map_and_arm(m, gfn, slot, tally)

@@ -5,7 +5,17 @@ import numpy as np
 from engine.arch import ept as bits
 from engine.arch import sppt as sp
 from engine.cpu import ept, fastpath, sppt
-from engine.cpu.frames import CAP_FILL_IN_SET, EPT, SPPT, STATE_FRAME, address_of, new_frame, read_entry, read_word, write_entry
+from engine.cpu.frames import (
+    CAP_FILL_IN_SET,
+    EPT,
+    SPPT,
+    STATE_FRAME,
+    address_of,
+    new_frame,
+    read_entry,
+    read_word,
+    write_entry,
+)
 from engine.jit import kernel
 from engine.kvm import layers
 from engine.kvm.registers import EPT_LEVELS, ROOT_EPT, ROOT_SPPT
@@ -131,7 +141,7 @@ def map_page(m, gfn, slot):
 
 @kernel
 def refresh_page(m, gfn, slot, trail):
-    """Bring EPT and SPPT in line with the map of a page after it changed; an unmapped page waits for its first touch."""
+    """Bring EPT and SPPT in line with a page's map after it changed; an unmapped page waits for its first touch."""
     found, level, table, index, entry = find_leaf(m, gfn, trail)
     if not found or level != 1:
         return

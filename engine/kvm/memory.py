@@ -47,7 +47,8 @@ def drop_page(m, gfn):
 
 def page_bytes(m: Machine, row: int) -> NDArray[np.uint8]:
     """The 4096 bytes of a row."""
-    return m.rows[row].view(np.uint8)
+    content: NDArray[np.uint8] = m.rows[row].view(np.uint8)
+    return content
 
 
 def read_bytes(m: Machine, gpa: int, size: int) -> bytes:

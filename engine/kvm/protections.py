@@ -65,6 +65,8 @@ class Protection:
 
 def covered_subpages(objects: Sequence[ProtectedObject]) -> int:
     """How many distinct sub-pages a set of objects covers."""
+    if len(objects) == 1:
+        return objects[0].last_subpage - objects[0].first_subpage + 1
     return int(np.bitwise_count(page_masks(objects)[1]).sum())
 
 
@@ -88,7 +90,9 @@ def validate(name: str, objects: Sequence[ProtectedObject], width: int) -> None:
             )
     pages = sum(item.pages for item in objects)
     if pages > MAX_PAGES:
-        raise LimitExceeded(f"the objects of a protection lie in {MAX_PAGES} pages at most", field="objects", value=pages)
+        raise LimitExceeded(
+            f"the objects of a protection lie in {MAX_PAGES} pages at most", field="objects", value=pages
+        )
 
 
 def page_masks(objects: Sequence[ProtectedObject]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -89,8 +89,8 @@ def remember(m, gpa, dirty, trail):
 def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all):
     """Run one access to its end.
 
-    ``gpa`` and ``word`` are the trace record's two words (size in bits 15:0). Returns (resolution, reason, qualification,
-    denied, at) of the exit that ended it, or COMPLETED. Exits that KVM handles itself are counted in ``tally`` and
+    ``gpa`` and ``word`` are the trace record's two words (size in bits 15:0). Returns (resolution, reason,
+    qualification, denied, at) of the exit that ended it, or COMPLETED. Exits that KVM handles itself are counted in ``tally`` and
     listed in ``log`` when ``list_all``; the one that ends the access is counted but left to the caller to list.
     """
     size = word & 0xFFFF
@@ -106,7 +106,13 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
         resolution = handle_exit(m, at, reason, qualification, trail, tally)
         exits += 1
         if resolution > res.LAST_INTERNAL or exits == MAX_EXITS:
-            return max(resolution, res.INTERNAL_ERROR) if resolution <= res.LAST_INTERNAL else resolution, reason, qualification, denied, at
+            return (
+                max(resolution, res.INTERNAL_ERROR) if resolution <= res.LAST_INTERNAL else resolution,
+                reason,
+                qualification,
+                denied,
+                at,
+            )
         if list_all:
             log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution, denied, at)
         at = gpa

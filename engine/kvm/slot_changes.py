@@ -26,7 +26,11 @@ PAGE_WORDS = 4
 @kernel
 def region_is_empty(m, gfn, trail):
     """Whether nothing was ever said or mapped in the 2-MByte region of a page."""
-    if layers.leaf_of(m, ROOT_POLICY, gfn) or layers.leaf_of(m, ROOT_MEMORY, gfn) or layers.leaf_of(m, ROOT_GRANTED, gfn):
+    if (
+        layers.leaf_of(m, ROOT_POLICY, gfn)
+        or layers.leaf_of(m, ROOT_MEMORY, gfn)
+        or layers.leaf_of(m, ROOT_GRANTED, gfn)
+    ):
         return False
     outcome, level, _, _ = ept.walk(m, mapping.ept_pointer(m), mapping.NO_MODE, gfn << 12, trail)
     return outcome == ept.NOT_PRESENT and level > 1

@@ -58,7 +58,9 @@ class SlotSpec:
                 f"a slot ends within the guest-physical address width of {width} bits", field="gpa", value=self.gpa
             )
         if self.host_page_size not in HOST_PAGE_SIZES:
-            raise InvalidValue("a host page is 4096, 2097152 or 1073741824 bytes", field="host_page_size", value=self.host_page_size)
+            raise InvalidValue(
+                "a host page is 4096, 2097152 or 1073741824 bytes", field="host_page_size", value=self.host_page_size
+            )
         if self.address_space != 0:
             raise InvalidValue("address space 1 is not supported yet", field="address_space", value=self.address_space)
 
@@ -72,7 +74,7 @@ def check_overlap(spec: SlotSpec, others: Iterable[SlotSpec]) -> None:
     for other in others:
         if other.slot != spec.slot and other.overlaps(spec):
             raise InvalidValue(
-                f"a slot overlaps no other slot; slot {other.slot} covers {other.gpa:#x} to {other.gpa + other.size - 1:#x}",
+                f"a slot overlaps no other; slot {other.slot} covers {other.gpa:#x} to {other.gpa + other.size - 1:#x}",
                 field="gpa",
                 value=spec.gpa,
                 errno="EEXIST",

@@ -39,6 +39,7 @@ _VALUE_MSR = {
     MSR_BY_NAME["IA32_VMX_EPT_VPID_CAP"]: "ept_vpid",
     MSR_BY_NAME["IA32_VMX_VMFUNC"]: "vmfunc",
 }
+_NEEDS_EPT = vmx.SEC_EPT | vmx.SEC_PML | vmx.SEC_UNRESTRICTED_GUEST | vmx.SEC_MODE_BASED_EXECUTE
 _DERIVED = frozenset({"cr0_fixed1"})
 CR4_FIXED1 = MSR_BY_NAME["IA32_VMX_CR4_FIXED1"]
 
@@ -120,6 +121,13 @@ class VmxCapabilities:
         if number == MSR_BY_NAME["IA32_VMX_VMFUNC"]:
             return value & ~0xFFFF_FFFF | value & vmx.EVMCS_SUPPORTED_VMFUNC
         return value
+
+    def drop_ept(self) -> None:
+        """Take away EPT and what needs it, as KVM does on a host without EPT."""
+        must1, may1 = self.controls["secondary"]
+        self.controls["secondary"] = ControlValue(must1, may1 & ~_NEEDS_EPT)
+        self.values["ept_vpid"] &= ~0xFFFF_FFFF
+        self.values["vmfunc"] &= ~vmx.VMFUNC_EPTP_SWITCHING
 
     def clear_for_evmcs(self) -> None:
         """Take away what the enlightened VMCS has no fields for, as the kernels of 2019 do."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from engine.arch import vmx_msrs as vmx
 from engine.arch.vmcs12 import get
@@ -12,6 +13,7 @@ from engine.nested.entry_state import GUEST_CHECKS, HOST_CHECKS
 from engine.nested.memory import GuestMemory
 from engine.nested.registers import CR0_PG, CR4_PAE, guest_efer
 from engine.nested.vcpu import NestedVcpu
+from engine.nested.verdict import CheckReport, report_in_order
 
 ENTRY_CHECKS = CONTROL_CHECKS + HOST_CHECKS + GUEST_CHECKS
 
@@ -28,6 +30,12 @@ def first_failure(vcpu: NestedVcpu, memory: GuestMemory, area: str = "") -> Entr
     """The first check that refuses the cached vmcs12, None when all pass."""
     context = EntryContext(vcpu, memory)
     return next((check for check in checks_of(vcpu.profile, area) if check.fails(context)), None)
+
+
+def explain_checks(vcpu: NestedVcpu, memory: GuestMemory) -> list[CheckReport]:
+    """Every check of this kernel on the cached vmcs12: which pass, which one decides, which are not reached."""
+    context = EntryContext(vcpu, memory)
+    return report_in_order((check.name, check.says, partial(check.fails, context)) for check in checks_of(vcpu.profile))
 
 
 def cr3_refusal(vcpu: NestedVcpu, memory: GuestMemory, from_vm_entry: bool) -> str | None:

@@ -53,6 +53,8 @@ class Era:
     capabilities_only_shrink: bool
     # KVM_SET_CPUID2 with new contents is refused after the first run and in L2: no, yes.
     cpuid_freezes: bool
+    # A CPUID that is refused for its contents is in force all the same: yes, no.
+    refused_cpuid_sticks: bool
     # Toggling SMM from user space leaves nested mode: no, yes.
     smm_leaves_nested: bool
     # Where must KVM_SET_CPUID2 stop: 80, 256 entries.
@@ -95,6 +97,7 @@ ERAS: dict[str, Era] = {
         copies_in=frozenset("I"),
         capabilities_only_shrink=True,
         cpuid_freezes=False,
+        refused_cpuid_sticks=True,
         smm_leaves_nested=False,
         max_cpuid_entries=80,
         ept_walks=(4,),
@@ -124,6 +127,7 @@ ERAS: dict[str, Era] = {
         copies_in=frozenset("Ii"),
         capabilities_only_shrink=False,
         cpuid_freezes=True,
+        refused_cpuid_sticks=False,
         smm_leaves_nested=True,
         max_cpuid_entries=256,
         ept_walks=(4, 5),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.arch.hyperv_cpuid import CpuidEntry
+from engine.arch.hyperv_cpuid import CpuidEntry, find_leaf
 from engine.arch.vmx_msrs import IA32_FEATURE_CONTROL
 from engine.nested.memory import GuestMemory
 from engine.nested.msrs import write_msr
 from engine.nested.transitions import leave_nested, map_pending, synchronise
 from engine.nested.vcpu import NestedVcpu
+
+_LINEAR_WIDTHS = (0, 48, 57)
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,16 @@ def set_cpuid(vcpu: NestedVcpu, entries: tuple[CpuidEntry, ...]) -> str | None:
     """KVM_SET_CPUID2. None, or the errno.
 
     Today's kernel refuses new contents once the vCPU has run and while it is in L2; in 2019 it takes them any time.
+    Linear addresses must be 48 or 57 bits wide, or of no stated width.
     """
     frozen = vcpu.era.cpuid_freezes and (vcpu.has_run or vcpu.vmx.guest_mode or vcpu.svm.guest_mode)
     if frozen and entries != vcpu.cpuid:
         return "EINVAL"
-    vcpu.cpuid = entries
-    return None
+    leaf = find_leaf(entries, 0x8000_0008)
+    refused = leaf is not None and leaf.eax >> 8 & 0xFF not in _LINEAR_WIDTHS
+    if not refused or vcpu.era.refused_cpuid_sticks:
+        vcpu.cpuid = entries
+    return "EINVAL" if refused else None
 
 
 def set_msr(vcpu: NestedVcpu, memory: GuestMemory, number: int, value: int) -> bool:

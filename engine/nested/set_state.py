@@ -13,7 +13,7 @@ from engine.arch import nested_state as abi
 from engine.arch import vmx_msrs as vmx
 from engine.arch.vmcs12 import VMCS12, get
 from engine.nested import svm
-from engine.nested.entry_checks import first_failure
+from engine.nested.entry_checks import explain_checks, first_failure
 from engine.nested.entry_context import is_shadow, revision_matches
 from engine.nested.eras import BOTH, ONLY_2019, ONLY_LATEST
 from engine.nested.memory import GuestMemory, Overlay, UserBuffer
@@ -22,13 +22,18 @@ from engine.nested.transitions import enter_guest, enter_operation, leave_nested
 from engine.nested.vcpu import EVMPTR_PENDING, NestedVcpu
 from engine.nested.verdict import CheckReport, SetResult, Verdict
 
+_INTEL = ("intel",)
+_AMD = ("amd",)
+_ANY = ("intel", "amd")
+
 _SMM_KNOWN = abi.SMM_GUEST_MODE | abi.SMM_VMXON
 
 
 class SetContext:
     """One call: the vCPU, guest memory, the caller's buffer and, after G1, the header."""
 
-    def __init__(self, vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer) -> None:
+    def __init__(self, vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer, explain: bool) -> None:
+        self.parts: list[CheckReport] | None = [] if explain else None
         self.vcpu = vcpu
         self.memory = memory
         self.user = user
@@ -85,6 +90,7 @@ class Step:
     run: Callable[[SetContext], Verdict | None]
     eras: tuple[str, ...] = BOTH
     effect: bool = False
+    vendors: tuple[str, ...] = _INTEL
 
 
 def _refuse(condition: Callable[[SetContext], bool]) -> Callable[[SetContext], Verdict | None]:
@@ -112,9 +118,7 @@ def _copy_header(c: SetContext) -> Verdict | None:
 
 
 def _svm(c: SetContext) -> Verdict | None:
-    if c.vcpu.host.intel:
-        return None
-    return svm.set_state(c.vcpu, c.header, c.user)
+    return svm.set_state(c.vcpu, c.header, c.user, c.parts)
 
 
 def _smm_conflict(c: SetContext) -> bool:
@@ -236,6 +240,8 @@ def _deadline(c: SetContext) -> Verdict | None:
 
 
 def _entry_checks(c: SetContext) -> Verdict | None:
+    if c.parts is not None:
+        c.parts.extend(explain_checks(c.vcpu, c.memory))
     failed = first_failure(c.vcpu, c.memory)
     return None if failed is None else Verdict("EINVAL", detail=failed.name, says=f"needs {failed.says}")
 
@@ -248,12 +254,12 @@ def _enter(c: SetContext) -> Verdict | None:
 
 
 STEPS: tuple[Step, ...] = (
-    Step("G0", "nested state is not implemented by this host", _refuse(_no_hook)),
-    Step("G1", "the 128-byte header cannot be read", _copy_header),
-    Step("G2", "size is less than 128", _refuse(lambda c: c.size < abi.HEADER_SIZE)),
-    Step("G3", "flags has an unknown bit", _refuse(lambda c: bool(c.flags & ~c.vcpu.era.flags_mask))),
-    Step("G4", "RUN_PENDING without GUEST_MODE", _refuse(lambda c: c.flags & 3 == abi.RUN_PENDING)),
-    Step("SVM", "the host is AMD: the steps of SVM decide", _svm, ONLY_LATEST, effect=True),
+    Step("G0", "nested state is not implemented by this host", _refuse(_no_hook), vendors=_ANY),
+    Step("G1", "the 128-byte header cannot be read", _copy_header, vendors=_ANY),
+    Step("G2", "size is less than 128", _refuse(lambda c: c.size < abi.HEADER_SIZE), vendors=_ANY),
+    Step("G3", "flags has an unknown bit", _refuse(lambda c: bool(c.flags & ~c.vcpu.era.flags_mask)), vendors=_ANY),
+    Step("G4", "RUN_PENDING without GUEST_MODE", _refuse(lambda c: c.flags & 3 == abi.RUN_PENDING), vendors=_ANY),
+    Step("SVM", "the host is AMD: the steps of SVM decide", _svm, ONLY_LATEST, effect=True, vendors=_AMD),
     Step("V1", "format is not 0", _refuse(lambda c: c.format != abi.FORMAT_VMX)),
     Step("V2a", "vmxon_pa is -1 and smm.flags is not 0", _vmx_off(lambda c: bool(c.smm_flags))),
     Step("V2b", "vmxon_pa is -1 and vmcs12_pa is not", _vmx_off(lambda c: c.vmcs12_pa != abi.NO_ADDRESS)),
@@ -308,17 +314,20 @@ STEPS: tuple[Step, ...] = (
 )
 
 
-def steps_of(profile: str) -> tuple[Step, ...]:
-    """The steps that the kernel of ``profile`` makes, in order."""
-    return tuple(step for step in STEPS if profile in step.eras)
+def steps_of(profile: str, vendor: str = "intel") -> tuple[Step, ...]:
+    """The steps that the kernel of ``profile`` makes on a host of ``vendor``, in order."""
+    return tuple(step for step in STEPS if profile in step.eras and vendor in step.vendors)
 
 
-def set_nested_state(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer) -> SetResult:
-    """KVM_SET_NESTED_STATE with the blob in ``user``. Changes ``vcpu``, also when it fails after V9."""
-    context = SetContext(vcpu, memory, user)
+def set_nested_state(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer, *, explain: bool = False) -> SetResult:
+    """KVM_SET_NESTED_STATE with the blob in ``user``. Changes ``vcpu``, also when it fails after V9.
+
+    With ``explain`` the result also has the ``parts`` of the steps V21 and SVM.
+    """
+    context = SetContext(vcpu, memory, user, explain)
     trail: list[CheckReport] = []
     decided: tuple[Step, Verdict] | None = None
-    for step in steps_of(vcpu.profile):
+    for step in steps_of(vcpu.profile, vcpu.host.vendor):
         if decided is not None:
             trail.append(CheckReport(step.check, step.says, "not reached"))
             continue
@@ -336,10 +345,11 @@ def set_nested_state(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer) ->
         check, _, rest = detail.partition(" ")
         detail = rest or None
     returns = -1 if verdict.errno else verdict.returns
-    return SetResult(returns, verdict.errno, check, detail, verdict.says or step.says, tuple(trail))
+    says = verdict.says or step.says
+    return SetResult(returns, verdict.errno, check, detail, says, tuple(trail), tuple(context.parts or ()))
 
 
 def explain_nested_state(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer) -> tuple[SetResult, NestedVcpu]:
     """The same without applying anything: the result, and the vCPU as the call would leave it."""
     twin = vcpu.copy()
-    return set_nested_state(twin, Overlay(memory), user), twin
+    return set_nested_state(twin, Overlay(memory), user, explain=True), twin

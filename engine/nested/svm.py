@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from engine.arch import nested_state as abi
 from engine.arch.struct_layout import Field, Layout
@@ -17,7 +18,7 @@ from engine.nested.cpuid import cr4_allowed
 from engine.nested.memory import UserBuffer
 from engine.nested.registers import CR0_PE, CR0_PG, CR4_PAE
 from engine.nested.vcpu import NestedVcpu
-from engine.nested.verdict import Verdict
+from engine.nested.verdict import CheckReport, Verdict, report_in_order
 
 _KNOWN_FLAGS = abi.GUEST_MODE | abi.RUN_PENDING | abi.GIF_SET
 
@@ -150,9 +151,12 @@ _VMCB_STEPS: tuple[SvmStep, ...] = (
 )
 
 
-def set_state(vcpu: NestedVcpu, header: bytes, user: UserBuffer) -> Verdict:
-    """The SVM part of KVM_SET_NESTED_STATE. The verdict's detail is the id of the deciding check and what it says."""
-    refused = _first(_HEADER_STEPS, vcpu, header)
+def set_state(vcpu: NestedVcpu, header: bytes, user: UserBuffer, parts: list[CheckReport] | None = None) -> Verdict:
+    """The SVM part of KVM_SET_NESTED_STATE. The verdict's detail is the id of the deciding check.
+
+    Reports of the checks that were made go to ``parts``.
+    """
+    refused = _first(_HEADER_STEPS, vcpu, header, parts)
     if refused is not None:
         return refused
     state, flags = vcpu.svm, _header("flags", header)
@@ -160,13 +164,13 @@ def set_state(vcpu: NestedVcpu, header: bytes, user: UserBuffer) -> Verdict:
         state.guest_mode = state.run_pending = False
         state.gif = bool(flags & abi.GIF_SET)
         return Verdict(detail="S5", says="GUEST_MODE is clear: leaves L2 and takes GIF over, done")
-    refused = _first(_GUEST_STEPS, vcpu, header)
+    refused = _first(_GUEST_STEPS, vcpu, header, parts)
     if refused is not None:
         return refused
     vmcb = user.copy_from(abi.DATA_OFFSET, abi.VMCB_PAGE)
     if vmcb is None:
         return Verdict("EFAULT", detail="S8", says="the VMCB cannot be read")
-    refused = _first(_VMCB_STEPS, vcpu, vmcb)
+    refused = _first(_VMCB_STEPS, vcpu, vmcb, parts)
     if refused is not None:
         return refused
     state.guest_mode = True
@@ -197,7 +201,11 @@ def _vmcb_pa(header: bytes) -> int:
     return abi.SVM_HEADER.get(header[abi.COMMON.size :], "vmcb_pa")
 
 
-def _first(steps: tuple[SvmStep, ...], vcpu: NestedVcpu, data: bytes) -> Verdict | None:
+def _first(
+    steps: tuple[SvmStep, ...], vcpu: NestedVcpu, data: bytes, parts: list[CheckReport] | None
+) -> Verdict | None:
+    if parts is not None:
+        parts.extend(report_in_order((step.check, step.says, partial(step.refuses, vcpu, data)) for step in steps))
     for step in steps:
         if step.refuses(vcpu, data):
             return Verdict("EINVAL", detail=step.check, says=step.says)

@@ -30,13 +30,15 @@ MP_STATES = ("runnable", "halted", "wait-for-sipi")
 class NestedHost:
     """The host, as far as nesting sees it.
 
-    ``nested`` is the module parameter. ``evmcs`` False is a kernel that does not offer the enlightened VMCS. The
-    enlightened VMCS that KVM itself may use on Hyper-V is another matter and not described here. ``shadow_vmcs`` says
-    that the processor has VMCS shadowing. ``vmx_capabilities`` replaces capability MSRs by name.
+    ``nested`` is the module parameter; ``ept`` says that the processor has EPT, without which no guest gets it.
+    ``evmcs`` False is a kernel that does not offer the enlightened VMCS; the one that KVM itself may use on Hyper-V is
+    another matter and not described here. ``shadow_vmcs`` says that the processor has VMCS shadowing.
+    ``vmx_capabilities`` replaces capability MSRs by name.
     """
 
     vendor: str = "intel"
     nested: bool = True
+    ept: bool = True
     evmcs: bool = True
     shadow_vmcs: bool = True
     maxphyaddr: int = 46
@@ -47,6 +49,7 @@ class NestedHost:
     def __post_init__(self) -> None:
         if self.vendor not in ("intel", "amd"):
             raise InvalidValue("must be intel or amd", field="host.vendor", value=self.vendor)
+        object.__setattr__(self, "vmx_capabilities", dict(self.vmx_capabilities))
 
     @property
     def intel(self) -> bool:
@@ -55,7 +58,10 @@ class NestedHost:
 
     def capabilities(self, profile: str) -> VmxCapabilities:
         """The capability values that a fresh vCPU starts with."""
-        return VmxCapabilities.of_host(profile, self.vmx_capabilities)
+        capabilities = VmxCapabilities.of_host(profile, self.vmx_capabilities)
+        if not self.ept:
+            capabilities.drop_ept()
+        return capabilities
 
 
 @dataclass

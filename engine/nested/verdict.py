@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,13 +31,25 @@ class CheckReport:
         return {"check": self.check, "says": self.says, "outcome": self.outcome, "detail": self.detail}
 
 
+def report_in_order(rows: Iterable[tuple[str, str, Callable[[], bool]]]) -> list[CheckReport]:
+    """Reports of checks given as id, sentence and "does it refuse": up to the first refusal, the rest not reached."""
+    reports: list[CheckReport] = []
+    decided = False
+    for check, says, refuses in rows:
+        outcome = "not reached" if decided else "decides" if refuses() else "pass"
+        decided = decided or outcome == "decides"
+        reports.append(CheckReport(check, says, outcome))
+    return reports
+
+
 @dataclass(frozen=True)
 class SetResult:
     """Result of KVM_SET_NESTED_STATE.
 
     ``returns`` is what ioctl(2) returns: -1 with ``errno``, 0, or the positive number of a failed entry to L2.
     ``check`` is the id of the step that decided, ``detail`` what in it, ``says`` that step in one sentence. ``trail``
-    lists every step of this kernel in order.
+    lists every step of this kernel and vendor in order; ``parts`` the checks inside the steps V21 and SVM, in order, if
+    they were asked for and reached.
     """
 
     returns: int
@@ -45,6 +58,7 @@ class SetResult:
     detail: str | None
     says: str
     trail: tuple[CheckReport, ...] = field(repr=False)
+    parts: tuple[CheckReport, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def label(self) -> str:

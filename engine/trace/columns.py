@@ -1,8 +1,8 @@
 """The columns of a guest access, and the chunk in which accesses travel from a reader to the replay.
 
-A trace is a sequence of accesses in guest order. Whatever the body looks like on the wire, inside the engine it is a run of
-``TraceChunk``: two 64-bit words per access, which is also the packed ``record16`` format, so that the fastest body needs no
-conversion at all.
+A trace is a sequence of accesses in guest order. Whatever the body looks like on the wire, inside the engine it is runs
+of ``TraceChunk``: two 64-bit words per access, which is also the packed ``record16`` format, so that the fastest body
+needs no conversion at all.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ CHUNK_RECORDS = 65536
 class Column:
     """One column of a trace: its name, the width it is stored in, and what an absent column means.
 
-    ``default`` is None for a column without one. A ``reserved`` column has a meaning fixed for a later release and is refused
-    until then, because ignoring it would give a wrong answer silently. ``about`` is one line for documentation.
+    ``default`` is None for a column without one. A ``reserved`` column has a meaning fixed for a later release and is
+    refused until then, because ignoring it would give a wrong answer silently. ``about`` is one line for documentation.
     """
 
     name: str
@@ -79,8 +79,8 @@ RECORD16 = np.dtype(
 class TraceChunk(NamedTuple):
     """A run of consecutive accesses. Valid until the next chunk is asked for: readers fill the same memory again.
 
-    ``records``: uint64[n, 2], C-contiguous and writable. Word 0 is the GPA. Word 1 holds the size in bytes in bits 15:0, the
-    access in bits 23:16, the vCPU id in bits 47:32; bits 31:24 and 63:48 are zero in a valid record.
+    ``records``: uint64[n, 2], C-contiguous, writable. Word 0 is the GPA. Word 1 holds the size in bytes in bits 15:0,
+    the access in bits 23:16, the vCPU id in bits 47:32; bits 31:24 and 63:48 are zero in a valid record.
     ``gva``: uint64[n], or None when the trace has no such column.
     ``carry``: the columns the caller asked to carry along, each of length n and of a fixed-width type.
     """
@@ -97,7 +97,10 @@ class MalformedBody(TraceError):
 
 
 class ColumnPlan(NamedTuple):
-    """Which columns of a body are used, carried and left alone: in the order of the body, those to carry in the order asked for."""
+    """Which columns of a body are used, carried and left alone.
+
+    They are in the order of the body, those to carry in the order asked for.
+    """
 
     used: tuple[str, ...]
     carried: tuple[str, ...]
@@ -105,7 +108,10 @@ class ColumnPlan(NamedTuple):
 
 
 def check_carry(carry: Sequence[str]) -> tuple[str, ...]:
-    """The names to carry, once each, in the order asked for. Raises ``TraceError`` for a column that has a meaning of its own."""
+    """The names to carry, once each, in the order asked for.
+
+    Raises ``TraceError`` for a column that has a meaning of its own.
+    """
     for name in carry:
         if name in RESERVED:
             raise not_yet_supported(name)
@@ -121,8 +127,8 @@ def check_carry(carry: Sequence[str]) -> tuple[str, ...]:
 def plan_columns(names: Iterable[str], carry: Sequence[str], *, index: int = 0) -> ColumnPlan:
     """Sort the column names of a body by what becomes of them.
 
-    ``index`` is the first record that has these columns. Raises ``TraceError`` for a reserved column, for one that occurs twice,
-    for a missing ``gpa`` and for a name to carry that is not there.
+    ``index`` is the first record that has these columns. Raises ``TraceError`` for a reserved column, for one that
+    occurs twice, for a missing ``gpa`` and for a name to carry that is not there.
     """
     used: list[str] = []
     carried: list[str] = []
@@ -171,7 +177,7 @@ def is_null(name: str, index: int) -> TraceError:
 class ChunkBuffer:
     """The memory that a reader fills again and again: rows, and the ``gva`` column if there is one.
 
-    Columns that a body lacks keep their defaults for the life of the buffer, so only those it has are written per chunk.
+    Columns that a body lacks keep their defaults for the life of the buffer: only those it has are written per chunk.
     """
 
     def __init__(self, used: Iterable[str], capacity: int = CHUNK_RECORDS) -> None:

@@ -4,6 +4,8 @@ One loop serves a record in a few instructions when the page is in the fast path
 to a violation or a malformed record, goes through the same functions as a single access.
 """
 
+import numpy as np
+
 from engine.arch import access as acc
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import fastpath, sppt
@@ -37,6 +39,8 @@ OPTION_ON_VIOLATION = 0
 OPTION_LIST_ALL = 1
 
 GPA_LIMIT = 1 << 52
+NO_GVA = np.int64(0)
+ONE = np.uint64(1)
 
 
 @kernel
@@ -94,7 +98,9 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     how = access | acc.DEFAULT_LINEAR
     guarded = access == acc.WRITE and in_protected_page(m, gpa, word & 0xFFFF)
     list_all = options[OPTION_LIST_ALL]
-    resolution, reason, q, denied, at = run.execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all)
+    resolution, reason, q, denied, at = run.execute(
+        m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
+    )
     if resolution == res.MMIO:
         tally[reg.MMIO] += 1
         if list_all:
@@ -115,51 +121,82 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
 
 
 @kernel
-def replay(m, records, gvas, start, base, options, trail, log, used, tally):
-    """Replay ``records`` (int64[n, 2]) from position ``start``; ``base`` is the index of the first of the chunk.
+def served_head(positions, head):
+    """Whether the fast path may serve records with ``head`` above the size in word 1: plain accesses, a known vCPU."""
+    vcpu = head >> 16
+    plain = head & 0xFFFF
+    return 0 <= vcpu < positions.shape[0] and positions[vcpu] >= 0 and plain <= acc.EXECUTE
+
+
+@kernel
+def skim(cache, positions, words, start):
+    """Serve records from the fast path up to the first that it cannot; returns (position, writes, guarded).
+
+    ``guarded`` counts writes to pages with a sub-page that may not be written. The loop sees arrays, not the machine,
+    so that nothing but the record and its cache entry is loaded; who accesses how is checked when it changes.
+    """
+    count = np.uint64(words.shape[0] >> 1)
+    writes = np.int64(0)
+    guarded = np.int64(0)
+    known = np.int64(-1)
+    writing = False
+    i = np.uint64(start)
+    since = i
+    while i < count:
+        gpa = words[i << ONE]
+        word = words[(i << ONE) | ONE]
+        entry = cache[(gpa >> 12) & fastpath.CACHE_MASK]
+        last = (gpa & 0xFFF) + ((word - 1) & 0xFFFF)
+        if entry >> 32 != gpa >> 24 or last > 0xFFF:
+            break
+        if word >> 16 != known:
+            if writing:
+                writes += np.int64(i - since)
+            since = i
+            known = word >> 16
+            writing = known & 0xFFFF == acc.WRITE
+            if not served_head(positions, known):
+                writing = False
+                break
+        if entry & FULL_ACCESS != FULL_ACCESS:
+            if entry == fastpath.EMPTY:
+                break
+            if writing:
+                touched = (2 << (last >> 7)) - (1 << ((gpa >> 7) & 31))
+                if touched & ~entry != 0:
+                    break
+                guarded += 1
+        i += ONE
+    if writing:
+        writes += np.int64(i - since)
+    return np.int64(i), writes, guarded
+
+
+@kernel
+def replay(m, words, gvas, start, base, options, trail, log, used, tally):
+    """Replay ``words`` (int64[2n], two a record) from position ``start``; ``base`` is the index of the chunk's first.
 
     ``gvas`` is int64[n] or empty. Returns (status, position): DONE with n, or why it came back and the record it has
     not run; NEED_FRAMES and LOG_FULL ask the caller to make room and call again from there.
     """
-    n = records.shape[0]
-    cache = m.cache
-    ids = m.caps[CAP_VCPUS]
-    fast_writes = 0
-    guarded = 0
     status = DONE
     i = start
-    while i < n:
-        gpa = records[i, 0]
-        word = records[i, 1]
-        entry = cache[(gpa >> 12) & fastpath.CACHE_MASK]
-        last = (gpa & 0xFFF) + ((word - 1) & 0xFFFF)
-        # gpa >> 40 is below 4096 exactly when the GPA is below 2^52.
-        if entry >> 32 == (gpa >> 24) + 1 and (last | (gpa >> 40)) >> 12 == 0:
-            vcpu = (word >> 32) & 0xFFFF
-            if vcpu < ids and m.vcpu_of_id[vcpu] >= 0:
-                kind = word & fastpath.KIND_BITS
-                if kind == fastpath.PLAIN_WRITE:
-                    touched = (2 << (last >> 7)) - (1 << ((gpa >> 7) & 31))
-                    if touched & ~entry == 0:
-                        guarded += entry & FULL_ACCESS != FULL_ACCESS
-                        fast_writes += 1
-                        i += 1
-                        continue
-                elif kind == fastpath.PLAIN_READ or kind == fastpath.PLAIN_EXECUTE:
-                    i += 1
-                    continue
+    while True:
+        i, writes, guarded = skim(m.cache, m.vcpu_of_id, words, i)
+        tally[reg.WRITES] += writes
+        tally[reg.PAGE_GRANULAR] += guarded
+        if 2 * i == words.shape[0]:
+            break
         if not ample(m):
             status = NEED_FRAMES
             break
         if used[0] + 2 * run.MAX_EXITS + 2 > log.shape[0]:
             status = LOG_FULL
             break
-        gva = gvas[i] if gvas.shape[0] else 0
-        status = run_record(m, gpa, word, base + i, gva, options, trail, log, used, tally)
+        gva = gvas[i] if gvas.shape[0] else NO_GVA
+        status = run_record(m, words[2 * i], words[2 * i + 1], base + i, gva, options, trail, log, used, tally)
         if status != DONE:
             break
         i += 1
-    tally[reg.WRITES] += fast_writes
-    tally[reg.PAGE_GRANULAR] += guarded
     tally[reg.RECORDS] += i - start
     return status, i

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class ExitColumns:
         offsets, positions = self.object_positions()
         names = [self.object_names[i] for i in positions.tolist()]
         bounds = offsets.tolist()
-        return [names[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [names[a:b] for a, b in pairwise(bounds)]
 
     def reason_names(self) -> list[str]:
         """Names of the exit reasons."""

@@ -54,7 +54,9 @@ class ReplayOptions:
         if self.start < 0:
             raise InvalidValue("start is not negative", field="start", value=self.start)
         if self.max_exit_records < 0:
-            raise InvalidValue("max_exit_records is not negative", field="max_exit_records", value=self.max_exit_records)
+            raise InvalidValue(
+                "max_exit_records is not negative", field="max_exit_records", value=self.max_exit_records
+            )
 
     def words(self) -> NDArray[np.int64]:
         """The options as the kernel reads them."""
@@ -99,16 +101,17 @@ class Replay:
         """
         if self.stopped_at is not None:
             return False
-        records = _frozen(chunk.records)
+        count = len(chunk.records)
+        words = _frozen(chunk.records.reshape(-1))
         gvas = self._no_gva if chunk.gva is None else _frozen(chunk.gva)
         self._has_gva = self._has_gva or chunk.gva is not None
         base = self._next
-        self._next = base + len(records)
-        position = max(0, min(len(records), self._options.start - base))
-        while position < len(records):
+        self._next = base + count
+        position = max(0, min(count, self._options.start - base))
+        while position < count:
             status, position = replay.replay(
                 self._draft.machine,
-                records,
+                words,
                 gvas,
                 position,
                 base,
@@ -121,22 +124,24 @@ class Replay:
             if status == replay.NEED_FRAMES:
                 self._draft.ensure()
             elif status == replay.LOG_FULL:
-                self._drain(chunk, base)
+                self._drain(chunk if self._options.carry else None, base)
             elif status == replay.STOPPED:
                 self.stopped_at = base + position
                 break
             elif status != replay.DONE:
-                self._refuse(status, records, position, base)
-        self._drain(chunk, base)
+                self._refuse(status, words, position, base)
+        if self._options.carry:
+            self._drain(chunk, base)
         return self.stopped_at is None
 
-    def _refuse(self, status: int, records: NDArray[np.int64], position: int, base: int) -> None:
+    def _refuse(self, status: int, words: NDArray[np.int64], position: int, base: int) -> None:
         name, rule = REFUSALS[status]
-        gpa, word = (int(w) & ((1 << 64) - 1) for w in records[position])
+        gpa, word = (int(w) & ((1 << 64) - 1) for w in words[2 * position : 2 * position + 2])
         values = {"size": word & 0xFFFF, "access": (word >> 16) & 0xFF, "vcpu": (word >> 32) & 0xFFFF, "gpa": gpa}
         raise TraceError(rule, index=base + position, field=name, value=values.get(name, word))
 
-    def _drain(self, chunk: TraceChunk, base: int) -> None:
+    def _drain(self, chunk: TraceChunk | None = None, base: int = 0) -> None:
+        """Turn the exit buffer into columns; what is carried is taken from the chunk that the exits are in."""
         count = int(self._used[0])
         if count == 0:
             return
@@ -148,14 +153,17 @@ class Replay:
             self._kept += kept
             self._parts.append(self._columns(self._log[:kept], chunk, base))
 
-    def _columns(self, log: NDArray[np.int64], chunk: TraceChunk, base: int) -> ExitColumns:
+    def _columns(self, log: NDArray[np.int64], chunk: TraceChunk | None, base: int) -> ExitColumns:
         columns, record_gpa = columns_of_log(log)
-        at = log[:, run.EXIT_INDEX] - base
-        carry = {name: np.array(chunk.carry[name][at]) for name in self._options.carry if name in chunk.carry}
-        return ExitColumns(columns, record_gpa, chunk.gva is not None, carry, self._index, self._names)
+        carry = {}
+        if chunk is not None:
+            at = log[:, run.EXIT_INDEX] - base
+            carry = {name: np.array(chunk.carry[name][at]) for name in self._options.carry}
+        return ExitColumns(columns, record_gpa, self._has_gva, carry, self._index, self._names)
 
     def result(self) -> TraceResult:
         """Totals and exit records so far."""
+        self._drain()
         t = [int(value) for value in self.tally]
         columns, record_gpa = columns_of_log(self._log[:0])
         empty = ExitColumns(columns, record_gpa, self._has_gva, {}, self._index, self._names)

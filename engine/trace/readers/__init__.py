@@ -1,7 +1,7 @@
 """Readers: one per body format, all giving the same chunks.
 
-A reader checks what is lost by converting to columns: values that do not fit, wrong types, nulls, missing and reserved columns,
-bodies that end too early. Whether an access makes sense (its size, its vCPU) is for the replay to say.
+A reader checks what is lost by converting to columns: values that do not fit, wrong types, nulls, missing and reserved
+columns, bodies that end too early. Whether an access makes sense (its size, its vCPU) is for the replay to say.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ FORMATS = (*_UNPARAMETERISED, "packed")
 def open_trace(format: str, source: Source, *, record: str | None = None, carry: Sequence[str] = ()) -> TraceReader:
     """A reader of ``source``, which is read while the reader is iterated.
 
-    ``format`` is one of ``FORMATS``; ``record`` (``gpa8`` or ``record16``) goes with ``packed`` and with nothing else. ``source``
-    needs ``read(n)``, which may return less than asked for and returns nothing only at the end; parquet also needs ``seek`` and
-    ``tell``. ``carry`` names further columns to hand through. Raises ``InvalidValue`` for a format or record format that does not
-    exist and ``TraceError`` for a name that cannot be carried; iteration raises ``TraceError`` with the absolute record index.
+    ``format`` is one of ``FORMATS``; ``record`` (``gpa8`` or ``record16``) goes with ``packed`` and with nothing else.
+    ``source`` needs ``read(n)``, which may return less than asked for and returns nothing only at the end; its
+    ``readinto`` is used if it has one; parquet also needs ``seek`` and ``tell``. ``carry`` names other columns to hand
+    through. Raises ``InvalidValue`` for an unknown format or record format and ``TraceError`` for a name that
+    cannot be carried; iteration raises ``TraceError`` with the absolute record index.
     """
     if format not in FORMATS:
         raise InvalidValue(f"the format is one of {', '.join(FORMATS)}", field="format", value=format)

@@ -16,8 +16,8 @@ from engine.trace.readers.columnar import BatchConverter
 class ArrowReader(TraceReader):
     """Reads an Arrow IPC stream of any number of batches. One batch is held at a time; unused columns are not decoded.
 
-    The stream must end with its end-of-stream mark: one that was cut between two batches cannot be told from a complete one
-    otherwise.
+    The stream must end with its end-of-stream mark: one that was cut between two batches cannot be told from a complete
+    one otherwise.
     """
 
     def _chunks(self) -> Iterator[TraceChunk]:

@@ -1,9 +1,9 @@
 """The message framing of an Arrow IPC stream, checked before Arrow acts on it.
 
-A stream is a run of messages: the word 0xFFFFFFFF, the length of the metadata, the metadata (a flatbuffer), the body; a length of
-zero ends it (Arrow columnar format, "IPC Streaming Format"). Arrow itself takes a stream that simply stops for a complete one and
-allocates what a message claims, so both are checked here: the end must be marked, and sizes must be within bounds. Layouts are those
-of Message.fbs and Schema.fbs of the Arrow format.
+A stream is a run of messages: the word 0xFFFFFFFF, the length of the metadata, the metadata (a flatbuffer), the body; a
+length of zero ends it (Arrow columnar format, "IPC Streaming Format"). Arrow itself takes a stream that just stops for
+a complete one and allocates what a message claims, so both are checked here: the end must be marked, and sizes must be
+within bounds. Layouts are those of Message.fbs and Schema.fbs of the Arrow format.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class MessageSource:
         return data
 
     def _take_body(self, header_type: int, size: int) -> memoryview:
-        """Record batches share one piece of memory, untouched pages of which cost nothing; dictionaries outlive their message."""
+        """Record batches share one piece of memory, untouched pages of which cost nothing; dictionaries stay."""
         if header_type != RECORD_BATCH:
             return memoryview(self._take(size))
         if len(self._body) < size:
@@ -154,7 +154,10 @@ class MessageSource:
 
 
 def _check_decompressed_size(message: _Table, body: memoryview) -> None:
-    """Add up what the compressed buffers of a batch claim; each starts with its decompressed length as i64, -1 for "as is"."""
+    """Add up what the compressed buffers of a batch claim.
+
+    Each starts with its decompressed length as i64, or with -1 if it is stored as it is.
+    """
     header_type = message.scalar(MESSAGE_HEADER_TYPE, "<B")
     if header_type not in (DICTIONARY_BATCH, RECORD_BATCH):
         return

@@ -22,8 +22,8 @@ class Source(Protocol):
 class TraceReader(ABC):
     """Iterating yields the chunks of a trace, once. Each chunk is valid until the next one is asked for.
 
-    ``ignored_columns`` names the columns that were neither used nor carried. Columnar bodies know them with the first chunk, row
-    bodies when the last row has been read.
+    ``ignored_columns`` names the columns that were neither used nor carried. Columnar bodies know them with the first
+    chunk, row bodies when the last row has been read.
     """
 
     def __init__(self, source: Source, carry: Sequence[str]) -> None:
@@ -56,7 +56,8 @@ def read_up_to(source: Source, size: int) -> bytes | bytearray:
 def read_into(source: Source, target: memoryview) -> int:
     """Fill ``target``; the number of bytes stored is smaller than its length only at the end of the source.
 
-    A source that can store its bytes in place is asked to: a fresh object for every piece costs more than the copy, in page faults.
+    A source that can store its bytes in place is asked to: a fresh object for every piece costs more, in page faults,
+    than the copy.
     """
     in_place = getattr(source, "readinto", None)
     done = 0

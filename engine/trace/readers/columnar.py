@@ -24,8 +24,8 @@ from engine.trace.columns import (
 class BatchConverter:
     """Turns the record batches of one body into chunks. ``done`` is the number of records converted so far.
 
-    Raises ``TraceError`` for a schema that lacks ``gpa``, has a reserved column or a column of the wrong type, or from which a
-    column to carry is missing; index 0 then, since the first record has the fault.
+    Raises ``TraceError`` for a schema that lacks ``gpa``, has a reserved column or a column of the wrong type, or from
+    which a column to carry is missing; index 0 then, since the first record has the fault.
     """
 
     def __init__(self, schema: pa.Schema, carry: Sequence[str]) -> None:
@@ -53,7 +53,10 @@ class BatchConverter:
         self._buffer = ChunkBuffer(self.plan.used)
 
     def chunks(self, batch: pa.RecordBatch) -> Iterator[TraceChunk]:
-        """The records of a batch. Raises ``TraceError`` for nulls, values that do not fit and arrays that contradict themselves."""
+        """The records of a batch.
+
+        Raises ``TraceError`` for nulls, values that do not fit and arrays that contradict themselves.
+        """
         columns = {name: self._plain(name, batch.column(name)) for name in self.names}
         first = self.done
         for start in range(0, batch.num_rows, CHUNK_RECORDS):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import msgspec
 
@@ -18,7 +17,6 @@ BLOCK_BYTES = 1 << 18  # of NDJSON read at a time
 # The rows stay undecoded until their chunk is due: bytes are a tenth of the size of objects.
 _document = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _list = msgspec.json.Decoder(list[msgspec.Raw])
-_value = msgspec.json.Decoder()
 
 
 class JsonReader(TraceReader):
@@ -29,7 +27,7 @@ class JsonReader(TraceReader):
         converter = RowConverter(self._carry)
         for start in range(0, len(rows), CHUNK_ROWS):
             texts = rows[start : start + CHUNK_ROWS]
-            chunk = converter.chunk(_decode_rows(texts, converter.done))
+            chunk = converter.chunk(texts)
             self.ignored_columns = tuple(converter.ignored)
             yield chunk
 
@@ -71,7 +69,7 @@ class NdjsonReader(TraceReader):
             for start in range(0, len(texts), CHUNK_ROWS):
                 part = texts[start : start + CHUNK_ROWS]
                 try:
-                    chunk = converter.chunk(_decode_rows(part, converter.done))
+                    chunk = converter.chunk(part)
                 except TraceError as error:
                     if error.index is not None:
                         number = self._line_number(lines, start + error.index - converter.done)
@@ -107,17 +105,3 @@ class NdjsonReader(TraceReader):
         """Number, from 1, of the line that holds the given row of the current block."""
         filled = [number for number, line in enumerate(lines) if line.strip()]
         return self._lines + filled[row] + 1
-
-
-def _decode_rows(texts: Sequence[bytes | msgspec.Raw], done: int) -> list[Any]:
-    rows: list[Any] = []
-    try:
-        rows.extend(map(_value.decode, texts))
-    except msgspec.ValidationError as error:
-        raise TraceError(
-            f"the record has a number that is out of range: {error}",
-            index=done + len(rows),
-        ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedBody(f"the record is not JSON: {error}", index=done + len(rows)) from error
-    return rows

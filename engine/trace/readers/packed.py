@@ -1,7 +1,7 @@
 """Packed little-endian records: the body that needs no decoding.
 
-``record16`` is u64 GPA, u16 size, u8 access, u8 zero, u16 vCPU, u16 zero: exactly a chunk row. ``gpa8`` is a bare u64 GPA and
-means an 8-byte write by vCPU 0.
+``record16`` is u64 GPA, u16 size, u8 access, u8 zero, u16 vCPU, u16 zero: exactly a chunk row. ``gpa8`` is a bare u64
+GPA and means an 8-byte write by vCPU 0.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RECORD_FORMATS = {"gpa8": 8, "record16": 16}  # name: bytes per record
 
 
 class PackedReader(TraceReader):
-    """Reads packed records straight into the chunk. The zero fields are checked by the replay, with everything else in a row."""
+    """Reads packed records straight into the chunk. The zero fields are checked by the replay, like the rest."""
 
     def __init__(self, source: Source, record: str | None, carry: Sequence[str]) -> None:
         super().__init__(source, carry)

@@ -1,4 +1,4 @@
-"""Parquet files. The directory of a Parquet file is at its end, so the source must be seekable; only needed columns are decoded."""
+"""Parquet files. Their directory is at the end, so the source must be seekable; only needed columns are decoded."""
 
 from __future__ import annotations
 

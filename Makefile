@@ -1,0 +1,106 @@
+# Everything that people and CI run. `make help` lists it.
+
+# Plain assignments, so that HOST and PORT of the calling shell do not leak in; `make serve PORT=9000` overrides them.
+HOST   = 127.0.0.1
+PORT   = 8000
+ARGS   =
+PYTHON ?= python3
+
+VENV      := .venv
+BIN       := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+WARMED    := $(VENV)/.warmed
+COVERAGE  := build/coverage
+
+ENGINE_SOURCES := $(shell find engine -name '*.py' 2>/dev/null)
+# The tests that need no service: what the engine's coverage is measured with.
+ENGINE_TESTS   := $(wildcard tests/engine tests/property)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo serve test coverage lint format openapi bench lock clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(WARMED) ## Replay the boot of a real guest over HTTP and print the report (ARGS="--json")
+	@$(BIN)/subpage demo $(ARGS)
+
+serve: $(WARMED) ## Serve on HOST:PORT, 127.0.0.1:8000 by default
+	@exec $(BIN)/subpage serve --host $(HOST) --port $(PORT) $(ARGS)
+
+# The kernels run compiled in the first run and as plain Python in the second; only there can lines of engine/ be counted.
+test: $(WARMED) ## Run all tests, then engine/ with the JIT off; both packages must reach 95 % of their lines
+	@rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
+	COVERAGE_FILE=$(COVERAGE)/service $(BIN)/python -m pytest --cov=service --cov-report= $(ARGS)
+	COVERAGE_FILE=$(COVERAGE)/engine NUMBA_DISABLE_JIT=1 \
+	    $(BIN)/python -m pytest --cov=engine --cov-report= -m "not jit and not soak and not bench" $(ENGINE_TESTS)
+	@$(BIN)/coverage combine --quiet --keep --data-file=$(COVERAGE)/all $(COVERAGE)/service $(COVERAGE)/engine
+	$(BIN)/coverage report --data-file=$(COVERAGE)/all --include='engine/*' --fail-under=95
+	$(BIN)/coverage report --data-file=$(COVERAGE)/all --include='service/*' --fail-under=95
+
+coverage: $(INSTALLED) ## Write the lines that the last `make test` covered to build/htmlcov/
+	@test -e $(COVERAGE)/all || { echo "No coverage data yet: run 'make test' first." >&2; exit 1; }
+	@$(BIN)/coverage html --data-file=$(COVERAGE)/all
+
+lint: $(INSTALLED) ## ruff, formatting, mypy --strict, and the arrows between the packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## Rewrite the sources as `make lint` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+openapi: $(INSTALLED) ## Regenerate openapi/openapi.json from the code
+	$(BIN)/python -m service.openapi --write
+
+bench: $(WARMED) ## Measure replay and single calls side by side with the alternatives
+	$(BIN)/python -m bench $(ARGS)
+
+lock: ## Resolve the dependencies again into the lock files (UPGRADE=--upgrade moves all of them)
+	@mkdir -p build
+	$(call make_venv,build/lock-venv)
+	build/lock-venv/bin/pip install --quiet 'pip-tools>=7.6,<8'
+	$(call pip_compile,requirements.lock)
+	$(call pip_compile,requirements-dev.lock,--extra=bench --extra=dev --constraint=requirements.lock)
+
+clean: ## Remove what the tools and make have built, but for the environment in .venv/
+	rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# ---- the environment: installed again when the lock or pyproject.toml changes, kernels compiled again when they change
+
+$(INSTALLED): requirements-dev.lock pyproject.toml
+	$(call make_venv,$(VENV))
+	@echo "Installing into $(VENV)/ from requirements-dev.lock (a minute or two, once)" >&2
+	@$(BIN)/pip install --quiet --require-hashes -r requirements-dev.lock
+	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(WARMED): $(INSTALLED) $(ENGINE_SOURCES)
+	@echo "Compiling the kernels (a minute or two, once per change of engine/)" >&2
+	@$(BIN)/python -m engine.warm
+	@touch $@
+
+# $(call make_venv,DIRECTORY): a working virtual environment there, made anew if its interpreter is gone
+define make_venv
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+    echo "Python 3.11 or newer is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name another one: make PYTHON=python3.12 ..." >&2; \
+    exit 1; }
+@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+    echo "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv" >&2; \
+    exit 1; }
+@$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1)
+endef
+
+# $(call pip_compile,OUTPUT,OPTIONS): hashes of every published file, so that one lock serves all platforms
+define pip_compile
+CUSTOM_COMPILE_COMMAND="make lock" build/lock-venv/bin/pip-compile --quiet --generate-hashes --all-build-deps --allow-unsafe \
+    --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \
+    $(UPGRADE) $(2) --output-file=$(1) pyproject.toml
+endef

@@ -1,0 +1,85 @@
+"""Printing, and the few figures that a run is about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.sections import Row
+
+# Heading and how to show it, for the fields of a row that are shown, in order.
+COLUMNS: dict[str, tuple[str, str]] = {
+    "trace": ("trace", "{}"),
+    "policy": ("policy", "{}"),
+    "method": ("method", "{}"),
+    "of_c_walk": ("x C walk", "{:.2f}"),
+    "of_numpy": ("x numpy", "{:.2f}"),
+    "of_sum": ("x sum", "{:.2f}"),
+    "of_empty": ("x empty", "{:.2f}"),
+    "peak_growth_bytes": ("peak growth, bytes", "{:,}"),
+    "final_growth_bytes": ("growth at the end, bytes", "{:,}"),
+    "table_bytes": ("frames, bytes", "{:,}"),
+    "records": ("records", "{:,}"),
+    "violations": ("violations", "{:,}"),
+}
+
+# Figure, part of the run, name of the methods, field, and which of the rows counts.
+SUMMARY: tuple[tuple[str, str, str, str, Any, str], ...] = (
+    ("replay / C walk", "checks", "engine", "of_c_walk", min, ">= 0.8"),
+    ("replay / numpy", "checks", "engine", "of_numpy", min, ">= 1.2"),
+    ("C walk / C sum", "checks", "C walk", "of_sum", min, ">= 0.2, or the baseline is wrong"),
+    ("HTTP packed, slowest, records/s", "http", "HTTP packed", "per_second", min, ">= 30 M"),
+    ("HTTP Arrow, slowest, records/s", "http", "HTTP arrow", "per_second", min, ">= 30 M"),
+    ("GET subpages / empty endpoint", "calls", "GET", "of_empty", min, ">= 0.6"),
+    ("1 TiB guest, peak growth, bytes", "memory", "1 TiB", "peak_growth_bytes", max, "< 20 M"),
+)
+
+
+def rate(value: float) -> str:
+    """Items per second, to three digits."""
+    return f"{value / 1e6:,.3g} M/s" if value >= 1e5 else f"{value:,.0f} /s"
+
+
+def print_section(title: str, rows: list[Row]) -> None:
+    """One table; nothing if the part could not run."""
+    console = Console(width=None if Console().is_terminal else 120)
+    if not rows:
+        console.print(f"\n{title}: not available here")
+        return
+    shown = [name for name in COLUMNS if any(name in row for row in rows)]
+    table = Table(title=title, title_justify="left")
+    for name in shown:
+        table.add_column(COLUMNS[name][0], justify="left" if COLUMNS[name][1] == "{}" else "right")
+    timed = any("per_second" in row for row in rows)
+    if timed:
+        table.add_column("median", justify="right")
+    for row in rows:
+        cells = [COLUMNS[name][1].format(row[name]) if name in row else "" for name in shown]
+        table.add_row(*cells, *([rate(row["per_second"])] if timed else []))
+    console.print()
+    console.print(table)
+
+
+def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The worst case of each promise, over all traces and policies that were run."""
+    figures = []
+    for name, section, method, field, worst, promise in SUMMARY:
+        values = [row[field] for row in results.get(section, []) if row["method"].startswith(method) and field in row]
+        if values:
+            figures.append({"figure": name, "worst": worst(values), "promise": promise})
+    return figures
+
+
+def print_summary(figures: list[dict[str, Any]]) -> None:
+    """The same, for reading."""
+    table = Table(title="Worst case of each promise", title_justify="left")
+    for heading in ("figure", "worst", "promise"):
+        table.add_column(heading, justify="right" if heading == "worst" else "left")
+    for item in figures:
+        value = item["worst"]
+        table.add_row(item["figure"], f"{value:.2f}" if value < 1000 else f"{value:,.0f}", item["promise"])
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print()
+    console.print(table)

@@ -1,0 +1,129 @@
+"""The parts of a run. Each gives plain values: what is printed and written as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.c_walk import CSum, CWalk
+from bench.data import POLICIES, TRACES, Answer, expected, load_policy, load_trace
+from bench.http_replay import BODIES, HttpReplay
+from bench.large_guest import measure
+from bench.numpy_check import NumpyCheck
+from bench.replay import EngineReplay
+from bench.servers import empty_app, service
+from bench.single_calls import SingleCalls
+from bench.timing import Method, Timing, alternate, median_ratio, one_core
+from bench.unicorn_hook import WRITES, UnicornHook
+
+Row = dict[str, Any]
+
+A, B, C, D, E = "numpy bitmap (a)", "C walk (b)", "Unicorn hook (c)", "C sum (d)", "engine (e)"
+
+
+class WrongAnswer(Exception):
+    """A method did not arrive at the ground truth, so its speed means nothing."""
+
+
+def _verify(name: str, trace: str, policy: str, answer: Answer) -> None:
+    truth = expected(policy, trace)
+    if truth.differs(answer):
+        raise WrongAnswer(f"{name} on {trace}, {policy}: {answer} instead of {truth}")
+
+
+def _row(trace: str, policy: str, method: str, count: int, timing: Timing, **more: Any) -> Row:
+    return {
+        "trace": trace,
+        "policy": policy,
+        "method": method,
+        "per_second": timing.rate(count),
+        "seconds": list(timing.seconds),
+        **more,
+    }
+
+
+def checks(rounds: int) -> list[Row]:
+    """(a), (b), (d) and (e) in turn, on one core, over each trace and policy."""
+    rows = []
+    for trace in map(load_trace, TRACES):
+        for policy in map(load_policy, POLICIES):
+            numpy_check, c_walk, c_sum = NumpyCheck(trace, policy), CWalk(trace, policy), CSum(trace)
+            engine = EngineReplay(trace, policy)
+            methods: dict[str, Method] = {A: numpy_check, B: c_walk, D: c_sum, E: engine}
+            with one_core():
+                timings = alternate(methods, rounds)
+            for name, method in ((A, numpy_check), (B, c_walk), (E, engine)):
+                _verify(name, trace.name, policy.name, method.answer())
+            if not c_sum.check():
+                raise WrongAnswer(f"{D} on {trace.name}")
+            c_walk.close()
+            rows += [
+                _row(
+                    trace.name,
+                    policy.name,
+                    name,
+                    len(trace),
+                    timing,
+                    of_c_walk=median_ratio(timing, timings[B]),
+                    of_numpy=median_ratio(timing, timings[A]),
+                    of_sum=median_ratio(timing, timings[D]),
+                )
+                for name, timing in timings.items()
+            ]
+    return rows
+
+
+def unicorn(rounds: int) -> list[Row]:
+    """(c), which has its own small store loop: the recorded stores cannot be run again."""
+    policy = load_policy(POLICIES[0])
+    try:
+        hook = UnicornHook(policy)
+    except ImportError:
+        return []
+    with one_core():
+        timing = alternate({C: hook}, rounds)[C]
+    if not hook.check():
+        raise WrongAnswer(C)
+    return [_row("store loop", policy.name, C, WRITES, timing)]
+
+
+def http_replay(rounds: int) -> list[Row]:
+    """(f) Each body format in turn, against one service process; client and server may use a core each."""
+    rows = []
+    with service() as port:
+        for trace in map(load_trace, TRACES):
+            for policy in map(load_policy, POLICIES):
+                methods = {f"HTTP {kind} (f)": HttpReplay(port, kind, trace, policy) for kind in BODIES}
+                timings = alternate(methods, rounds)
+                for name, method in methods.items():
+                    _verify(name, trace.name, policy.name, method.answer())
+                    method.close()
+                    rows.append(_row(trace.name, policy.name, name, len(trace), timings[name]))
+    return rows
+
+
+def single_calls(rounds: int) -> list[Row]:
+    """(g) GET of one page's map and GET of an empty endpoint, in turn, both servers up throughout."""
+    policy = load_policy(POLICIES[0])
+    with service() as port, empty_app() as empty_port:
+        vm = HttpReplay(port, "packed", load_trace(TRACES[0], 0), policy)
+        vm.prepare()
+        get = SingleCalls(port, f"{vm.path}/subpages?gfn=0x2000&npages=1")
+        empty = SingleCalls(empty_port, "/")
+        alternate({"get": get, "empty": empty}, rounds)
+    pairs = list(zip(get.rates[1:], empty.rates[1:], strict=True))
+    ratio = sorted(a / b for a, b in pairs)[len(pairs) // 2]
+    names = ("GET subpages (g)", "empty endpoint (g)")
+    return [
+        {
+            "method": name,
+            "per_second": sorted(rates)[len(rates) // 2],
+            "rates": rates,
+            "of_empty": ratio if name == names[0] else 1.0,
+        }
+        for name, rates in zip(names, zip(*pairs, strict=True), strict=True)
+    ]
+
+
+def large_guest(_rounds: int) -> list[Row]:
+    """(h) Memory; nothing is timed."""
+    return [{"method": "1 TiB guest (h)", **measure()}]

@@ -1,0 +1,98 @@
+"""What this release of the service can do, and within which limits."""
+
+from __future__ import annotations
+
+from pydantic import ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.arch.exits import NAMES
+from engine.config import PROFILES, TRANSLATION_CACHES
+from engine.kvm.resolutions import RESOLUTION_NAMES
+from engine.trace.columns import COLUMNS
+from engine.trace.readers import RECORD_FORMATS
+from service import __version__
+from service.api.common import documented, headers, router, settings_of, tagged
+from service.api.traces import FORMATS
+from service.http.words import Document, examples
+
+routes = router("service", "/v1/capabilities")
+
+_REPLY = {
+    "version": __version__,
+    "profiles": list(PROFILES),
+    "translation_caches": list(TRANSLATION_CACHES),
+    "trace_content_types": list(FORMATS),
+    "record_formats": list(RECORD_FORMATS),
+    "columns": ["gpa", "size", "access", "vcpu", "gva"],
+    "reserved_columns": ["kind", "source"],
+    "on_violation": ["skip", "stop", "allow", "grant"],
+    "exit_reasons": {"48": "EPT violation"},
+    "resolutions": ["violation"],
+    "limits": {"max_body_bytes": 1073741824, "max_vms": 64},
+}
+
+
+class Capabilities(Document):
+    """Names that this release knows; later ones add names and remove none."""
+
+    model_config = ConfigDict(json_schema_extra=examples(_REPLY))
+
+    version: str
+    profiles: list[str]
+    translation_caches: list[str]
+    trace_content_types: list[str]
+    record_formats: list[str] = Field(description="Values of `record` for packed bodies.")
+    columns: list[str] = Field(description="Trace columns with a meaning.")
+    reserved_columns: list[str] = Field(description="Trace columns that are refused until they work.")
+    on_violation: list[str]
+    exit_reasons: dict[str, str] = Field(description="Basic exit reasons by number.")
+    resolutions: list[str]
+    limits: dict[str, int]
+
+
+@routes.get(
+    "",
+    operation_id="getCapabilities",
+    summary="What the service can do",
+    responses=documented(
+        {
+            200: {"model": Capabilities, "description": "Capabilities and limits.", "headers": headers("ETag")},
+            304: {"description": "Unchanged.", "headers": headers("ETag")},
+        }
+    ),
+)
+async def get_capabilities(request: Request) -> Response:
+    settings = settings_of(request)
+    limits = {
+        name: getattr(settings, name)
+        for name in (
+            "max_body_bytes",
+            "max_document_bytes",
+            "max_vms",
+            "max_table_frames",
+            "max_subpage_window",
+            "max_memory_window",
+            "max_page_size",
+            "exit_page_size",
+            "max_exit_records",
+            "kept_traces",
+            "kept_exit_records",
+        )
+    }
+    return tagged(
+        request,
+        Capabilities(
+            version=__version__,
+            profiles=list(PROFILES),
+            translation_caches=list(TRANSLATION_CACHES),
+            trace_content_types=list(FORMATS),
+            record_formats=list(RECORD_FORMATS),
+            columns=[column.name for column in COLUMNS if not column.reserved],
+            reserved_columns=[column.name for column in COLUMNS if column.reserved],
+            on_violation=["skip", "stop", "allow", "grant"],
+            exit_reasons={str(number): name for number, name in NAMES.items()},
+            resolutions=list(RESOLUTION_NAMES),
+            limits=limits,
+        ),
+    )

@@ -1,0 +1,111 @@
+"""What the routes of every resource share: the machine of a request, its guard, and documented headers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
+from typing import Annotated, Any, ParamSpec, TypeVar, cast
+
+import anyio.to_thread
+import msgspec
+from fastapi import APIRouter, Path, Query
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.http import conditional
+from service.http.route import StrictRoute
+from service.problems import responses
+from service.runtime.registry import Entry, Registry
+from service.settings import Settings
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+VmId = Annotated[str, Path(alias="vm", description="Id of the VM.", examples=["vm_3f9c2a1be07d4c55"])]
+Limit = Annotated[int | None, Query(ge=1, description="Items in one page.", examples=[100])]
+Cursor = Annotated[str | None, Query(description="Opaque cursor, from `next` of the page before.")]
+
+EXAMPLE_VM = "vm_3f9c2a1be07d4c55"
+EXAMPLE_TRACE = "tr_9d41c07a5be2f386"
+
+_NAMES = {
+    "ETag": "Entity tag of the representation.",
+    "Location": "URL of what was created.",
+    "Vary": "Headers of the request that chose the representation.",
+}
+
+
+def headers(*names: str) -> dict[str, Any]:
+    """OpenAPI of response headers."""
+    return {name: {"description": _NAMES[name], "schema": {"type": "string"}} for name in names}
+
+
+def documented(success: dict[int | str, dict[str, Any]], *problems: str) -> dict[int | str, dict[str, Any]]:
+    """The ``responses`` of a route: what it answers with, and the problems it may end in."""
+    return {**success, **responses(*problems)}
+
+
+def router(tag: str, prefix: str = "") -> APIRouter:
+    """A router of one resource."""
+    return APIRouter(prefix=prefix, tags=[tag], route_class=StrictRoute, default_response_class=Response)
+
+
+def settings_of(request: Request) -> Settings:
+    return cast(Settings, request.app.state.settings)
+
+
+def registry_of(request: Request) -> Registry:
+    return cast(Registry, request.app.state.registry)
+
+
+def executor_of(request: Request) -> Executor:
+    """Threads for replays."""
+    return cast(Executor, request.app.state.executor)
+
+
+def find(request: Request, vm_id: str) -> Entry:
+    """The machine that the path names. Raises NotFound."""
+    return registry_of(request).get(vm_id)
+
+
+def guard(request: Request, entry: Entry, current: Callable[[], Iterable[str]]) -> None:
+    """Honour If-Match against the tags of the resource now; demanded on machines created with ``require_match``.
+
+    Call it while holding the machine's writer, so that the state compared is the state changed.
+    """
+    conditional.require_match(request, current, required=entry.require_match)
+
+
+async def maybe_in_thread(small: bool, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call ``function`` here when the work is ``small``, else in a thread, so that the event loop stays responsive."""
+    if small:
+        return function(*args, **kwargs)
+    return await anyio.to_thread.run_sync(functools.partial(function, *args, **kwargs))
+
+
+def encode(document: BaseModel | Any) -> bytes:
+    """JSON of a model or of plain Python values."""
+    if isinstance(document, BaseModel):
+        return document.model_dump_json().encode()
+    return msgspec.json.encode(document)
+
+
+def json_response(document: Any, *, status: int = 200, extra: dict[str, str] | None = None) -> Response:
+    """``document`` as JSON."""
+    return Response(encode(document), status, media_type="application/json", headers=extra)
+
+
+def tagged(request: Request, document: Any, *, status: int = 200, extra: dict[str, str] | None = None) -> Response:
+    """``document`` as JSON with its entity tag, or 304 when the client has it."""
+    content = encode(document)
+    tag = conditional.entity_tag(content)
+    if request.method == "GET" and conditional.not_modified(request, tag):
+        return Response(status_code=304, headers={"ETag": tag})
+    return Response(content, status, media_type="application/json", headers={"ETag": tag, **(extra or {})})
+
+
+def tag_of(document: Any) -> str:
+    """The entity tag that ``tagged`` gives to ``document``."""
+    return conditional.entity_tag(encode(document))

@@ -1,0 +1,229 @@
+"""Exit records of a trace: pages of JSON, or everything as NDJSON or as an Arrow stream.
+
+Records are columns from the replay to the socket; only the JSON forms make an object of each, a batch at a time.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from fastapi import Path
+from pydantic import ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from engine.arch.exits import NAMES
+from engine.kvm.resolutions import RESOLUTION_NAMES
+from engine.trace.results import ExitColumns
+from service.api.common import EXAMPLE_TRACE, Cursor, Limit, VmId, documented, find, headers, router, settings_of
+from service.http import cursors
+from service.http.negotiation import ARROW, JSON, NDJSON, preferred
+from service.http.words import Document, Hex32, Hex64, examples
+from service.problems import InvalidDocument
+
+routes = router("traces", "/v1/vms/{vm}/traces/{trace}/exits")
+
+TraceId = Annotated[str, Path(alias="trace", description="Id of the trace.", examples=[EXAMPLE_TRACE])]
+
+_OFFERS = (JSON, NDJSON, ARROW)
+_ARROW_BATCH = 1 << 16
+_NDJSON_BATCH = 1 << 12
+_SAFE_IN_JSON = (1 << 53) - 1
+
+_lines = msgspec.json.Encoder()
+_RESOLUTIONS = pa.array(RESOLUTION_NAMES, pa.string())
+
+EXAMPLE_EXIT = {
+    "index": 4711,
+    "vcpu": 0,
+    "reason": 48,
+    "name": NAMES[48],
+    "qualification": "0x1aa",
+    "gpa": "0x2a5c6a0",
+    "gva": "0xffffffff82a5c6a0",
+    "size": 8,
+    "access": 1,
+    "gfn": "0x2a5c",
+    "subpages": "0x2000",
+    "denied": "0x2000",
+    "objects": ["modprobe_path"],
+    "resolution": "violation",
+}
+
+
+class ExitRecord(Document):
+    """One VM exit. Carried columns appear under their own names; integers above 2^53 - 1 are `0x…` strings."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra=examples(EXAMPLE_EXIT))
+
+    index: int = Field(description="Position of the access in the trace.")
+    vcpu: int
+    reason: int = Field(description="Basic exit reason: 48, 49, 62, 66.")
+    name: str = Field(description="Name of the reason.")
+    qualification: Hex64
+    gpa: Hex64 = Field(description="Guest-physical address that the exit reports.")
+    gva: Hex64 | None = Field(description="Guest-linear address of the access; null where the trace has none.")
+    size: int = Field(description="Bytes of the whole access.")
+    access: int = Field(description="0 read, 1 write, 2 execute.")
+    gfn: Hex64
+    subpages: Hex32 = Field(description="Sub-pages of the page that the access touches.")
+    denied: Hex32 = Field(description="Those among them that refuse it.")
+    objects: list[str] = Field(description="Protected objects one of whose sub-pages the access touches.")
+    resolution: str = Field(description="`violation`, or what the hypervisor did about the exit.")
+
+
+class ExitPage(Document):
+    """A page of exit records, in the order of the trace."""
+
+    model_config = ConfigDict(json_schema_extra=examples({"exit_records": [EXAMPLE_EXIT], "next": None}))
+
+    exit_records: list[ExitRecord]
+    next: str | None = Field(description="URL of the next page; null on the last.")
+
+
+EXIT_FIELDS = frozenset(ExitRecord.model_fields)
+
+
+def exit_rows(exits: ExitColumns) -> list[dict[str, Any]]:
+    """Each record as a JSON object."""
+    column = exits.columns
+
+    def words(name: str) -> Iterator[str]:
+        return map(hex, column[name].tolist())
+
+    rows: list[dict[str, Any]] = [
+        dict(zip(ExitRecord.model_fields, values, strict=True))
+        for values in zip(
+            column["index"].tolist(),
+            column["vcpu"].tolist(),
+            column["reason"].tolist(),
+            exits.reason_names(),
+            words("qualification"),
+            words("gpa"),
+            words("gva") if exits.has_gva else repeat(None, len(exits)),
+            column["size"].tolist(),
+            column["access"].tolist(),
+            words("gfn"),
+            words("subpages"),
+            words("denied"),
+            exits.objects(),
+            exits.resolution_names(),
+            strict=True,
+        )
+    ]
+    for name, values in exits.carry.items():
+        for row, value in zip(rows, values.tolist(), strict=True):
+            row[name] = hex(value) if isinstance(value, int) and abs(value) > _SAFE_IN_JSON else value
+    return rows
+
+
+def exit_batch(exits: ExitColumns) -> pa.RecordBatch:
+    """The records as one Arrow batch, with the columns of ``ExitRecord`` in its order and carried ones at the end."""
+    column = exits.columns
+    offsets, positions = exits.object_positions()
+    objects = pa.array(exits.object_names, pa.string()).take(pa.array(positions))
+    no_gva = None if exits.has_gva else np.ones(len(exits), dtype=bool)
+    made: dict[str, Any] = {
+        "name": _names(column["reason"]),
+        "gva": pa.array(column["gva"], mask=no_gva),
+        "objects": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), objects),
+        "resolution": _RESOLUTIONS.take(pa.array(column["resolution"])),
+    }
+    arrays = {name: made[name] if name in made else pa.array(column[name]) for name in ExitRecord.model_fields}
+    arrays |= {name: pa.array(values) for name, values in exits.carry.items()}
+    return pa.RecordBatch.from_pydict(arrays)
+
+
+def _names(reasons: npt.NDArray[np.uint16]) -> pa.Array:
+    known, positions = np.unique(reasons, return_inverse=True)
+    return pa.array([NAMES.get(reason, str(reason)) for reason in known.tolist()], pa.string()).take(
+        pa.array(positions)
+    )
+
+
+def ndjson_stream(exits: ExitColumns) -> Iterator[bytes]:
+    """One JSON object per line."""
+    for start in range(0, len(exits), _NDJSON_BATCH):
+        yield _lines.encode_lines(exit_rows(exits[start : start + _NDJSON_BATCH]))
+
+
+def arrow_stream(exits: ExitColumns) -> Iterator[bytes]:
+    """An Arrow IPC stream; without records, its schema alone."""
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, exit_batch(exits[:0]).schema) as writer:
+        for start in range(0, len(exits), _ARROW_BATCH):
+            writer.write_batch(exit_batch(exits[start : start + _ARROW_BATCH]))
+            yield sink.getvalue()
+            sink.seek(0)
+            sink.truncate()
+    yield sink.getvalue()
+
+
+def exits_path(vm_id: str, trace_id: str) -> str:
+    return f"/v1/vms/{vm_id}/traces/{trace_id}/exits"
+
+
+def exits_url(vm_id: str, trace_id: str, position: int, limit: int | None) -> str:
+    """URL of the exit records from ``position`` on."""
+    return cursors.next_url(exits_path(vm_id, trace_id), f"exits:{trace_id}", position, limit)
+
+
+@routes.get(
+    "",
+    operation_id="getExits",
+    summary="Read exit records",
+    description=(
+        "By default violations only; internal exits too if the trace was posted with `include=all`. JSON comes in "
+        "pages; NDJSON and Arrow hold everything from the cursor on unless `limit` is given, and then name the rest in "
+        "`Link`."
+    ),
+    responses=documented(
+        {
+            200: {
+                "model": ExitPage,
+                "description": "Exit records.",
+                "content": {
+                    NDJSON: {
+                        "schema": {"type": "string"},
+                        "example": msgspec.json.encode(EXAMPLE_EXIT).decode() + "\n",
+                    },
+                    ARROW: {"schema": {"type": "string", "format": "binary"}},
+                },
+                "headers": {
+                    **headers("Vary"),
+                    "Link": {"description": "The next page, `rel=next`.", "schema": {"type": "string"}},
+                },
+            }
+        },
+        "not-found",
+        "not-acceptable",
+        "invalid-value",
+    ),
+)
+async def get_exits(request: Request, vm: VmId, trace: TraceId, limit: Limit = None, cursor: Cursor = None) -> Response:
+    found = find(request, vm).traces.get(trace)
+    media = preferred(request, _OFFERS)
+    exits = found.result.exit_columns
+    start = cursors.decode(f"exits:{trace}", cursor) if cursor is not None else 0
+    if start > len(exits):
+        raise InvalidDocument("must be the cursor of an earlier page of this list", field="cursor", value=cursor)
+    size = len(exits) - start if limit is None else limit
+    if media == JSON:
+        largest = settings_of(request).exit_page_size
+        size = cursors.page_limit(limit, largest, largest)
+    end = min(start + size, len(exits))
+    follow = exits_url(vm, trace, end, limit) if end < len(exits) else None
+    extra = {"Vary": "Accept"} | ({"Link": f'<{follow}>; rel="next"'} if follow else {})
+    window = exits[start:end]
+    if media == JSON:
+        content = msgspec.json.encode({"exit_records": exit_rows(window), "next": follow})
+        return Response(content, media_type=JSON, headers=extra)
+    stream = ndjson_stream(window) if media == NDJSON else arrow_stream(window)
+    return StreamingResponse(stream, media_type=media, headers=extra)

@@ -1,0 +1,97 @@
+"""Guest RAM as bytes: sparse, zero until written, reachable only where a slot is."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Query
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.api.common import VmId, documented, find, guard, headers, maybe_in_thread, router, settings_of
+from service.http import conditional
+from service.http.negotiation import OCTETS, content_type
+from service.http.words import Hex64
+from service.problems import InvalidDocument
+
+routes = router("guest memory", "/v1/vms/{vm}/memory")
+
+Gpa = Annotated[Hex64, Query(description="Guest-physical address of the first byte.", examples=["0x2000360"])]
+
+# Above this, copying takes longer than the event loop should be kept from others.
+_INLINE_BYTES = 1 << 18
+
+_BINARY = {OCTETS: {"schema": {"type": "string", "format": "binary"}}}
+
+
+def _tag(content: bytes, gpa: int) -> str:
+    return conditional.entity_tag(f"memory:{gpa:#x}".encode(), content)
+
+
+@routes.get(
+    "",
+    operation_id="readMemory",
+    summary="Read guest memory",
+    responses=documented(
+        {
+            200: {"description": "The bytes, in memory order.", "content": _BINARY, "headers": headers("ETag")},
+            304: {"description": "Unchanged.", "headers": headers("ETag")},
+        },
+        "not-found",
+        "invalid-value",
+    ),
+)
+async def read_memory(
+    request: Request,
+    vm: VmId,
+    gpa: Gpa,
+    size: Annotated[Hex64, Query(description="Number of bytes.", examples=["0x1000"])],
+) -> Response:
+    entry = find(request, vm)
+    limit = settings_of(request).max_memory_window
+    if not 1 <= size <= limit:
+        raise InvalidDocument(f"must be between 1 and {limit}", field="size", value=size)
+    content = await maybe_in_thread(size <= _INLINE_BYTES, entry.machine.read_memory, gpa, size)
+    tag = _tag(content, gpa)
+    if conditional.not_modified(request, tag):
+        return Response(status_code=304, headers={"ETag": tag})
+    return Response(content, media_type=OCTETS, headers={"ETag": tag})
+
+
+@routes.put(
+    "",
+    operation_id="writeMemory",
+    summary="Write guest memory",
+    description="The host writes: no permission of the guest is asked, no exit happens. All of it lands, or nothing.",
+    status_code=204,
+    response_description="Written.",
+    openapi_extra={"requestBody": {"required": True, "content": _BINARY}},
+    responses=documented(
+        {204: {"description": "Written.", "headers": headers("ETag")}},
+        "not-found",
+        "vm-busy",
+        "precondition-failed",
+        "body-too-large",
+        "unsupported-media-type",
+        "invalid-value",
+        "precondition-required",
+        "limit-exceeded",
+    ),
+)
+async def write_memory(
+    request: Request,
+    vm: VmId,
+    gpa: Gpa,
+    size: Annotated[Hex64 | None, Query(description="Number of bytes; when given, the body must have as many.")] = None,
+) -> Response:
+    entry = find(request, vm)
+    content_type(request, (OCTETS,))
+    content = await request.body()
+    if size is not None and size != len(content):
+        raise InvalidDocument(f"must be the length of the body, {len(content)}", field="size", value=size)
+    if not content:
+        raise InvalidDocument("must not be empty", field="body")
+    async with entry.mutation() as machine:
+        guard(request, entry, lambda: [_tag(machine.read_memory(gpa, len(content)), gpa)])
+        await maybe_in_thread(len(content) <= _INLINE_BYTES, machine.write_memory, gpa, content)
+    return Response(status_code=204, headers={"ETag": _tag(content, gpa)})

@@ -1,0 +1,183 @@
+"""Memory slots: KVM_SET_USER_MEMORY_REGION as a resource per slot."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Path
+from pydantic import ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.errors import NotFound
+from engine.kvm.slots import SlotSpec
+from service.api.common import VmId, documented, find, guard, headers, json_response, router, tag_of, tagged
+from service.http.words import Document, Hex64, examples
+from service.runtime.registry import Entry
+
+routes = router("memory slots", "/v1/vms/{vm}/memory-slots")
+
+SlotId = Annotated[int, Path(alias="slot", ge=0, le=65535, description="Number of the slot.", examples=[0])]
+
+_REQUEST = {"gpa": "0x0", "size": "0x40000000", "read_only": False, "host_page_size": 4096}
+_REPLY = {"slot": 0, "gpa": "0x0", "size": "0x40000000", "read_only": False, "host_page_size": 4096}
+
+
+class MemorySlotRequest(Document):
+    """What a slot is to be."""
+
+    model_config = ConfigDict(json_schema_extra=examples(_REQUEST))
+
+    gpa: Hex64 = Field(description="Guest-physical address of the first byte; a multiple of 4096.")
+    size: Hex64 = Field(description="Size in bytes; a multiple of 4096, not zero.")
+    read_only: bool = Field(False, description="KVM_MEM_READONLY: writes are MMIO exits.")
+    host_page_size: int = Field(4096, description="Page size of the host memory behind the slot.")
+
+    def spec(self, slot: int) -> SlotSpec:
+        return SlotSpec(
+            slot=slot, gpa=self.gpa, size=self.size, read_only=self.read_only, host_page_size=self.host_page_size
+        )
+
+
+class NumberedSlotRequest(MemorySlotRequest):
+    """A slot of a VM to be created."""
+
+    model_config = ConfigDict(json_schema_extra=examples(_REPLY))
+
+    slot: int = Field(ge=0, le=65535, description="Number of the slot.")
+
+
+class MemorySlot(Document):
+    """A slot as it is."""
+
+    model_config = ConfigDict(json_schema_extra=examples(_REPLY))
+
+    slot: int
+    gpa: Hex64
+    size: Hex64
+    read_only: bool
+    host_page_size: int
+
+    @classmethod
+    def of(cls, spec: SlotSpec) -> MemorySlot:
+        return cls(
+            slot=spec.slot,
+            gpa=spec.gpa,
+            size=spec.size,
+            read_only=spec.read_only,
+            host_page_size=spec.host_page_size,
+        )
+
+
+class MemorySlots(Document):
+    """All slots of a VM, by number. There are at most 509, so the list is never cut."""
+
+    model_config = ConfigDict(json_schema_extra=examples({"memory_slots": [_REPLY]}))
+
+    memory_slots: list[MemorySlot]
+
+
+def slots_of(entry: Entry) -> list[MemorySlot]:
+    """The slots of a machine, by number."""
+    return [MemorySlot.of(spec) for spec in sorted(entry.machine.slots(), key=lambda spec: spec.slot)]
+
+
+def _find(entry: Entry, slot: int) -> MemorySlot | None:
+    return next((found for found in slots_of(entry) if found.slot == slot), None)
+
+
+def _tags(entry: Entry, slot: int) -> list[str]:
+    found = _find(entry, slot)
+    return [tag_of(found)] if found else []
+
+
+def _unknown(slot: int) -> NotFound:
+    return NotFound("must be the number of an existing slot", field="slot", value=slot)
+
+
+@routes.get(
+    "",
+    operation_id="listMemorySlots",
+    summary="List memory slots",
+    responses=documented({200: {"model": MemorySlots, "description": "All slots."}}, "not-found"),
+)
+async def list_memory_slots(request: Request, vm: VmId) -> Response:
+    return json_response(MemorySlots(memory_slots=slots_of(find(request, vm))))
+
+
+@routes.get(
+    "/{slot}",
+    operation_id="getMemorySlot",
+    summary="Read a memory slot",
+    responses=documented(
+        {
+            200: {"model": MemorySlot, "description": "The slot.", "headers": headers("ETag")},
+            304: {"description": "Unchanged.", "headers": headers("ETag")},
+        },
+        "not-found",
+        "invalid-value",
+    ),
+)
+async def get_memory_slot(request: Request, vm: VmId, slot: SlotId) -> Response:
+    found = _find(find(request, vm), slot)
+    if found is None:
+        raise _unknown(slot)
+    return tagged(request, found)
+
+
+@routes.put(
+    "/{slot}",
+    operation_id="putMemorySlot",
+    summary="Create, move or change a memory slot",
+    description="A slot keeps its size and flags for life; to change them, delete it first.",
+    responses=documented(
+        {
+            200: {"model": MemorySlot, "description": "The slot as changed.", "headers": headers("ETag")},
+            201: {
+                "model": MemorySlot,
+                "description": "The slot as created.",
+                "headers": headers("ETag", "Location"),
+            },
+        },
+        "malformed-body",
+        "not-found",
+        "vm-busy",
+        "conflict",
+        "precondition-failed",
+        "body-too-large",
+        "unsupported-media-type",
+        "invalid-value",
+        "precondition-required",
+        "limit-exceeded",
+    ),
+)
+async def put_memory_slot(request: Request, vm: VmId, slot: SlotId, body: MemorySlotRequest) -> Response:
+    entry = find(request, vm)
+    async with entry.mutation() as machine:
+        guard(request, entry, lambda: _tags(entry, slot))
+        existed = _find(entry, slot) is not None
+        machine.set_slot(body.spec(slot))
+        found = _find(entry, slot)
+    assert found is not None
+    if existed:
+        return tagged(request, found)
+    return tagged(request, found, status=201, extra={"Location": f"/v1/vms/{entry.id}/memory-slots/{slot}"})
+
+
+@routes.delete(
+    "/{slot}",
+    operation_id="deleteMemorySlot",
+    summary="Delete a memory slot",
+    description="Guest memory and SET bitmaps go with it; protections stay and apply again when a slot covers them.",
+    status_code=204,
+    response_description="Deleted.",
+    responses=documented({}, "not-found", "vm-busy", "precondition-failed", "invalid-value", "precondition-required"),
+)
+async def delete_memory_slot(request: Request, vm: VmId, slot: SlotId) -> Response:
+    entry = find(request, vm)
+    async with entry.mutation() as machine:
+        if _find(entry, slot) is None:
+            raise _unknown(slot)
+        guard(request, entry, lambda: _tags(entry, slot))
+        machine.delete_slot(slot)
+    return Response(status_code=204)

@@ -1,0 +1,182 @@
+"""Protections: named byte ranges that may not be written, at sub-page granularity."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Path
+from pydantic import ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.kvm import protections as engine
+from service.api.common import (
+    Cursor,
+    Limit,
+    VmId,
+    documented,
+    find,
+    guard,
+    headers,
+    json_response,
+    maybe_in_thread,
+    router,
+    settings_of,
+    tag_of,
+    tagged,
+)
+from service.http import cursors
+from service.http.words import Document, Hex64, examples
+
+routes = router("protections", "/v1/vms/{vm}/protections")
+
+_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.~-]*$"
+_INLINE_OBJECTS = 64
+
+ProtectionName = Annotated[str, Path(alias="name", description="Name of the protection.", examples=["kernel"])]
+
+_OBJECTS = [
+    {"name": "sys_call_table", "gpa": "0x2000360", "size": 3616},
+    {"name": "modprobe_path", "gpa": "0x2a5c6a0", "size": 256},
+]
+_REPLY = {"name": "kernel", "objects": _OBJECTS, "pages": 2, "subpages": 32}
+
+
+class ObjectRequest(Document):
+    """A byte range to protect; rounded outward to 128 bytes."""
+
+    name: str = Field(min_length=1, max_length=256, description="Ranges of one name count as one object.")
+    gpa: Hex64
+    size: Hex64
+
+
+class ProtectionRequest(Document):
+    """Objects to protect together."""
+
+    model_config = ConfigDict(json_schema_extra=examples({"name": "kernel", "objects": _OBJECTS}))
+
+    name: str = Field(min_length=1, max_length=128, pattern=_NAME, description="Unique in the VM; part of the URL.")
+    objects: list[ObjectRequest] = Field(min_length=1)
+
+
+class ObjectRange(Document):
+    """A protected byte range, as given."""
+
+    name: str
+    gpa: Hex64
+    size: int
+
+
+class Protection(Document):
+    """A protection."""
+
+    model_config = ConfigDict(json_schema_extra=examples(_REPLY))
+
+    name: str
+    objects: list[ObjectRange]
+    pages: int = Field(description="Distinct pages with a protected sub-page.")
+    subpages: int = Field(description="Distinct protected sub-pages.")
+
+    @classmethod
+    def of(cls, protection: engine.Protection) -> Protection:
+        return cls(
+            name=protection.name,
+            objects=[ObjectRange(name=item.name, gpa=item.gpa, size=item.size) for item in protection.objects],
+            pages=protection.pages,
+            subpages=protection.subpages,
+        )
+
+
+class Protections(Document):
+    """A page of protections, by name."""
+
+    model_config = ConfigDict(json_schema_extra=examples({"protections": [_REPLY], "next": None}))
+
+    protections: list[Protection]
+    next: str | None = Field(description="URL of the next page; null on the last.")
+
+
+@routes.post(
+    "",
+    operation_id="createProtection",
+    summary="Protect named objects",
+    description=(
+        "Sub-pages are reference-counted: one stays protected until the last protection that covers it is deleted. "
+        "Grants given during a replay end with the protection."
+    ),
+    status_code=201,
+    responses=documented(
+        {201: {"model": Protection, "description": "Protected.", "headers": headers("Location", "ETag")}},
+        "malformed-body",
+        "not-found",
+        "spp-not-enabled",
+        "conflict",
+        "vm-busy",
+        "body-too-large",
+        "unsupported-media-type",
+        "invalid-value",
+        "limit-exceeded",
+    ),
+)
+async def create_protection(request: Request, vm: VmId, body: ProtectionRequest) -> Response:
+    entry = find(request, vm)
+    objects = [engine.ProtectedObject(item.name, item.gpa, item.size) for item in body.objects]
+    small = len(objects) <= _INLINE_OBJECTS
+    async with entry.mutation() as machine:
+        protection = await maybe_in_thread(small, machine.protect, body.name, objects)
+    location = f"/v1/vms/{entry.id}/protections/{protection.name}"
+    return tagged(request, Protection.of(protection), status=201, extra={"Location": location})
+
+
+@routes.get(
+    "",
+    operation_id="listProtections",
+    summary="List protections",
+    responses=documented(
+        {200: {"model": Protections, "description": "One page, in order of creation."}}, "not-found", "invalid-value"
+    ),
+)
+async def list_protections(request: Request, vm: VmId, limit: Limit = None, cursor: Cursor = None) -> Response:
+    entry = find(request, vm)
+    settings = settings_of(request)
+    size = cursors.page_limit(limit, settings.page_size, settings.max_page_size)
+    start = cursors.decode("protections", cursor) if cursor is not None else 0
+    protections = entry.machine.protections()
+    end = start + size
+    path = f"/v1/vms/{entry.id}/protections"
+    follow = cursors.next_url(path, "protections", end, limit) if end < len(protections) else None
+    return json_response(Protections(protections=[Protection.of(item) for item in protections[start:end]], next=follow))
+
+
+@routes.get(
+    "/{name}",
+    operation_id="getProtection",
+    summary="Read a protection",
+    responses=documented(
+        {
+            200: {"model": Protection, "description": "The protection.", "headers": headers("ETag")},
+            304: {"description": "Unchanged.", "headers": headers("ETag")},
+        },
+        "not-found",
+    ),
+)
+async def get_protection(request: Request, vm: VmId, name: ProtectionName) -> Response:
+    return tagged(request, Protection.of(find(request, vm).machine.protection(name)))
+
+
+@routes.delete(
+    "/{name}",
+    operation_id="deleteProtection",
+    summary="Delete a protection",
+    description="What other protections cover stays covered; what was SET stays SET.",
+    status_code=204,
+    response_description="Deleted.",
+    responses=documented({}, "not-found", "vm-busy", "precondition-failed", "precondition-required", "limit-exceeded"),
+)
+async def delete_protection(request: Request, vm: VmId, name: ProtectionName) -> Response:
+    entry = find(request, vm)
+    async with entry.mutation() as machine:
+        protection = machine.protection(name)
+        guard(request, entry, lambda: [tag_of(Protection.of(protection))])
+        await maybe_in_thread(len(protection.objects) <= _INLINE_OBJECTS, machine.unprotect, name)
+    return Response(status_code=204)

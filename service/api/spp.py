@@ -1,0 +1,76 @@
+"""Enabling sub-page protection: KVM_INIT_SPP, or KVM_ENABLE_CAP."""
+
+from __future__ import annotations
+
+from pydantic import ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.errors import Conflict
+from service.api.common import VmId, documented, find, guard, headers, router, tag_of, tagged
+from service.http.words import Document, examples
+
+routes = router("SPP", "/v1/vms/{vm}/spp")
+
+
+class SppRequest(Document):
+    """What SPP is to be."""
+
+    model_config = ConfigDict(json_schema_extra=examples({"active": True}))
+
+    active: bool
+
+
+class Spp(Document):
+    """What SPP is."""
+
+    model_config = ConfigDict(json_schema_extra=examples({"active": True}))
+
+    active: bool = Field(description="Once enabled it stays so for the life of the VM.")
+
+
+@routes.get(
+    "",
+    operation_id="getSpp",
+    summary="Whether SPP is enabled",
+    responses=documented(
+        {
+            200: {"model": Spp, "description": "The state.", "headers": headers("ETag")},
+            304: {"description": "Unchanged.", "headers": headers("ETag")},
+        },
+        "not-found",
+    ),
+)
+async def get_spp(request: Request, vm: VmId) -> Response:
+    return tagged(request, Spp(active=find(request, vm).machine.spp_active))
+
+
+@routes.put(
+    "",
+    operation_id="putSpp",
+    summary="Enable SPP",
+    description="Idempotent. SPP cannot be switched off again: `false` is a conflict once it is enabled.",
+    responses=documented(
+        {200: {"model": Spp, "description": "The state now.", "headers": headers("ETag")}},
+        "malformed-body",
+        "not-found",
+        "vm-busy",
+        "conflict",
+        "unsupported",
+        "precondition-failed",
+        "body-too-large",
+        "unsupported-media-type",
+        "invalid-value",
+        "precondition-required",
+        "limit-exceeded",
+    ),
+)
+async def put_spp(request: Request, vm: VmId, body: SppRequest) -> Response:
+    entry = find(request, vm)
+    async with entry.mutation() as machine:
+        guard(request, entry, lambda: [tag_of(Spp(active=machine.spp_active))])
+        if body.active:
+            machine.enable_spp()
+        elif machine.spp_active:
+            raise Conflict("must be true: SPP cannot be switched off again", field="active", value=False)
+    return tagged(request, Spp(active=machine.spp_active))

@@ -1,0 +1,326 @@
+"""Replays: post a body of guest accesses, read what would have exited."""
+
+from __future__ import annotations
+
+import functools
+import time
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import Query
+from pydantic import ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.api.common import (
+    EXAMPLE_TRACE,
+    EXAMPLE_VM,
+    Cursor,
+    Limit,
+    VmId,
+    documented,
+    executor_of,
+    find,
+    headers,
+    json_response,
+    router,
+    settings_of,
+    tagged,
+)
+from service.api.exits import EXAMPLE_EXIT, EXIT_FIELDS, ExitRecord, TraceId, exit_rows, exits_url
+from service.http import cursors
+from service.http.negotiation import ARROW, JSON, NDJSON, OCTETS, PARQUET, content_type
+from service.http.words import Access, Document, Hex64, examples
+from service.problems import InvalidDocument
+from service.runtime.bodies import Upload, spooled
+from service.runtime.traces import SPOOLED_FORMATS, Trace, TraceRequest, replay
+
+routes = router("traces", "/v1/vms/{vm}/traces")
+
+FORMATS = {JSON: "json", NDJSON: "ndjson", ARROW: "arrow", PARQUET: "parquet", OCTETS: "packed"}
+
+OnViolation = Literal["skip", "stop", "allow", "grant", "ask"]
+
+_ACCESS = {"gpa": "0x2a5c6a0", "size": 8, "access": 1, "vcpu": 0, "gva": "0xffffffff82a5c6a0"}
+_SUMMARY = {
+    "id": EXAMPLE_TRACE,
+    "vm": EXAMPLE_VM,
+    "created": "2026-08-22T09:30:00.000000Z",
+    "on_violation": "skip",
+    "start": 0,
+    "records": 16000000,
+    "writes": 16000000,
+    "violations": 2550,
+    "page_granular_violations": 17607,
+    "by_object": {"modprobe_path": {"violations": 12, "collateral": 12, "first_index": 4711, "subpages": 3}},
+    "mmio": 3021,
+    "unenforced_writes": 0,
+    "exits": {"ept_violation": 14884, "ept_misconfiguration": 0, "spp_miss": 17, "spp_misconfiguration": 0},
+    "exit_records_dropped": 0,
+    "stopped_at": None,
+    "ignored_columns": ["flags"],
+    "seconds": 0.21,
+}
+_RESULT = {
+    **_SUMMARY,
+    "exit_records": [EXAMPLE_EXIT],
+    "next": f"/v1/vms/{EXAMPLE_VM}/traces/{EXAMPLE_TRACE}/exits?cursor=AQAAAAAAAACf2Pv1",
+}
+
+
+class AccessRecord(Document):
+    """One access of the guest. Other members are ignored and named in the result, or carried with `?carry=`."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra=examples(_ACCESS))
+
+    gpa: Hex64 = Field(description="Guest-physical address of the first byte.")
+    size: int = Field(8, ge=1, le=0xFFFF, description="Bytes accessed.")
+    access: Access = Field(1, description="0 read, 1 write, 2 execute.")
+    vcpu: int = Field(0, ge=0, le=0xFFFF, description="KVM vCPU id.")
+    gva: Hex64 = Field(0, description="Guest-linear address of the first byte, if known.")
+
+
+class TraceBody(Document):
+    """A trace as one JSON document."""
+
+    model_config = ConfigDict(json_schema_extra=examples({"accesses": [_ACCESS, {"gpa": "0x1000"}]}))
+
+    accesses: list[AccessRecord]
+
+
+class ObjectHits(Document):
+    """What happened to one protected object."""
+
+    violations: int = Field(description="Accesses refused that touch one of its protected sub-pages.")
+    collateral: int = Field(description="Those among them that touch none of its own bytes, only its neighbours.")
+    first_index: int | None = Field(description="The first such access; null if there was none.")
+    subpages: int = Field(description="How many sub-pages it covers.")
+
+
+class ExitCounts(Document):
+    """VM exits by kind, internal ones included."""
+
+    model_config = ConfigDict(extra="allow")
+
+    ept_violation: int
+    ept_misconfiguration: int
+    spp_miss: int
+    spp_misconfiguration: int
+
+
+class TraceSummary(Document):
+    """The totals of a replay."""
+
+    model_config = ConfigDict(json_schema_extra=examples(_SUMMARY))
+
+    id: str
+    vm: str
+    created: str = Field(description="RFC 3339, UTC.", json_schema_extra={"format": "date-time"})
+    on_violation: str
+    start: int
+    records: int = Field(description="Accesses replayed, those before `start` not counted.")
+    writes: int = Field(description="Writes among them.")
+    violations: int = Field(description="Accesses that sub-page protection refused.")
+    page_granular_violations: int = Field(
+        description="Writes that plain EPT write protection of the same pages would have refused."
+    )
+    by_object: dict[str, ObjectHits]
+    mmio: int = Field(description="Accesses outside of every memory slot.")
+    unenforced_writes: int = Field(description="Writes of a nested guest that went past SPP.")
+    exits: ExitCounts
+    exit_records_dropped: int = Field(description="Exit records beyond `max_exit_records`; totals count them.")
+    stopped_at: int | None = Field(
+        description="With `on_violation=stop`: the access that ended it; resume with `start`."
+    )
+    ignored_columns: list[str]
+    seconds: float = Field(description="From the start of the replay to the publication of its effects.")
+
+
+class TraceResult(TraceSummary):
+    """The totals of a replay and its first exit records."""
+
+    model_config = ConfigDict(json_schema_extra=examples(_RESULT))
+
+    exit_records: list[ExitRecord]
+    next: str | None = Field(description="URL of the exit records after these; null if there are none.")
+
+
+class Traces(Document):
+    """A page of traces, oldest first."""
+
+    model_config = ConfigDict(json_schema_extra=examples({"traces": [_SUMMARY], "next": None}))
+
+    traces: list[TraceSummary]
+    next: str | None = Field(description="URL of the next page; null on the last.")
+
+
+def _summary(vm_id: str, trace: Trace) -> dict[str, Any]:
+    result = trace.result
+    hits = {
+        name: {
+            "violations": hit.violations,
+            "collateral": hit.collateral,
+            "first_index": hit.first_index,
+            "subpages": hit.subpages,
+        }
+        for name, hit in result.by_object.items()
+    }
+    return {
+        "id": trace.id,
+        "vm": vm_id,
+        "created": trace.created.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "on_violation": trace.request.on_violation,
+        "start": trace.request.start,
+        "records": result.records,
+        "writes": result.writes,
+        "violations": result.violations,
+        "page_granular_violations": result.page_granular_violations,
+        "by_object": hits,
+        "mmio": result.mmio,
+        "unenforced_writes": result.unenforced_writes,
+        "exits": dict(result.exits),
+        "exit_records_dropped": result.exit_records_dropped,
+        "stopped_at": None if result.stopped_at is None else int(result.stopped_at),
+        "ignored_columns": list(trace.ignored_columns),
+        "seconds": round(trace.seconds, 6),
+    }
+
+
+def _result(vm_id: str, trace: Trace, inlined: int) -> dict[str, Any]:
+    exits = trace.result.exit_columns
+    follow = exits_url(vm_id, trace.id, inlined, None) if len(exits) > inlined else None
+    return {**_summary(vm_id, trace), "exit_records": exit_rows(exits[:inlined]), "next": follow}
+
+
+def _carried(carry: str | None) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in carry.split(",")) if carry else ()
+    for name in names:
+        if not name:
+            raise InvalidDocument("must be column names with commas between them", field="carry", value=carry)
+        if name in EXIT_FIELDS:
+            raise InvalidDocument("must not name a member that exit records have anyway", field="carry", value=name)
+    return names
+
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+
+@routes.post(
+    "",
+    operation_id="createTrace",
+    summary="Replay a trace",
+    description=(
+        "One transaction: its effects are published together when it ends, and whatever goes wrong leaves the VM as it "
+        "was. Arrow streams, NDJSON and packed records are replayed while they arrive. Columns: `gpa` u64 (required), "
+        "`size` u16 (8), `access` u8 (1), `vcpu` u16 (0), `gva` u64."
+    ),
+    status_code=201,
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                JSON: {"schema": {"$ref": "#/components/schemas/TraceBody"}},
+                NDJSON: {"schema": {"type": "string"}, "example": '{"gpa": "0x2a5c6a0", "size": 8}\n{"gpa": 4096}\n'},
+                ARROW: _BINARY,
+                PARQUET: _BINARY,
+                OCTETS: _BINARY,
+            },
+        }
+    },
+    responses=documented(
+        {201: {"model": TraceResult, "description": "Replayed.", "headers": headers("Location")}},
+        "malformed-body",
+        "not-found",
+        "vm-busy",
+        "body-too-large",
+        "unsupported-media-type",
+        "invalid-value",
+        "invalid-trace",
+        "not-yet-supported",
+        "limit-exceeded",
+    ),
+)
+async def create_trace(
+    request: Request,
+    vm: VmId,
+    on_violation: Annotated[
+        OnViolation, Query(description="What becomes of a write that is refused; `ask` is reserved.")
+    ] = "skip",
+    start: Annotated[
+        int, Query(ge=0, lt=1 << 63, description="Skip the records before this one; indices stay absolute.")
+    ] = 0,
+    include: Annotated[
+        Literal["violations", "all"], Query(description="Which exits become exit records; `all` adds internal ones.")
+    ] = "violations",
+    record: Annotated[
+        Literal["gpa8", "record16"] | None,
+        Query(description="Layout of packed records; with `application/octet-stream` only."),
+    ] = None,
+    carry: Annotated[
+        str | None, Query(description="Columns to copy into exit records, with commas between them.")
+    ] = None,
+    max_exit_records: Annotated[int | None, Query(ge=0, description="Exit records to keep; totals stay exact.")] = None,
+) -> Response:
+    entry = find(request, vm)
+    settings = settings_of(request)
+    media = content_type(request, tuple(FORMATS))
+    if on_violation == "ask":
+        raise InvalidDocument("is not yet supported", field="on_violation", value="ask", code="not-yet-supported")
+    kept = settings.max_exit_records if max_exit_records is None else max_exit_records
+    if kept > settings.max_exit_records:
+        raise InvalidDocument(f"must be at most {settings.max_exit_records}", field="max_exit_records", value=kept)
+    wanted = TraceRequest(FORMATS[media], record, _carried(carry), on_violation, include, start, kept)
+    async with Upload(request, executor_of(request), settings.body_queue_bytes) as upload:
+        spool = (
+            await upload.run(functools.partial(spooled, settings=settings))
+            if wanted.format in SPOOLED_FORMATS
+            else None
+        )
+        try:
+            async with entry.mutation() as machine:
+                began = time.perf_counter()
+                result, ignored = await upload.run(lambda pipe: replay(machine, wanted, spool or pipe, pipe.check))
+                seconds = time.perf_counter() - began
+                trace_id, sequence = entry.traces.next_id()
+                trace = Trace(trace_id, sequence, wanted, result, ignored, datetime.now(UTC), seconds)
+                entry.traces.add(trace)
+        finally:
+            if spool is not None:
+                spool.close()
+    location = f"/v1/vms/{entry.id}/traces/{trace.id}"
+    return json_response(_result(entry.id, trace, settings.exit_page_size), status=201, extra={"Location": location})
+
+
+@routes.get(
+    "",
+    operation_id="listTraces",
+    summary="List traces",
+    description="Those whose results are still kept, oldest first.",
+    responses=documented({200: {"model": Traces, "description": "One page."}}, "not-found", "invalid-value"),
+)
+async def list_traces(request: Request, vm: VmId, limit: Limit = None, cursor: Cursor = None) -> Response:
+    entry = find(request, vm)
+    settings = settings_of(request)
+    size = cursors.page_limit(limit, settings.page_size, settings.max_page_size)
+    after = cursors.decode("traces", cursor) if cursor is not None else 0
+    traces, following = entry.traces.page(after, size)
+    path = f"/v1/vms/{entry.id}/traces"
+    follow = cursors.next_url(path, "traces", following, limit) if following is not None else None
+    return json_response({"traces": [_summary(entry.id, trace) for trace in traces], "next": follow})
+
+
+@routes.get(
+    "/{trace}",
+    operation_id="getTrace",
+    summary="Read a trace result",
+    responses=documented(
+        {
+            200: {"model": TraceResult, "description": "As the replay returned it.", "headers": headers("ETag")},
+            304: {"description": "Unchanged.", "headers": headers("ETag")},
+        },
+        "not-found",
+    ),
+)
+async def get_trace(request: Request, vm: VmId, trace: TraceId) -> Response:
+    entry = find(request, vm)
+    return tagged(request, _result(entry.id, entry.traces.get(trace), settings_of(request).exit_page_size))

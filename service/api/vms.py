@@ -1,0 +1,307 @@
+"""Virtual machines: create, list, read, delete."""
+
+from __future__ import annotations
+
+from datetime import UTC
+from typing import Annotated, Any, Literal
+
+from fastapi import Body
+from pydantic import ConfigDict, Discriminator, Field, Tag
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.config import HostConfig, VcpuConfig, VmConfig
+from service.api.common import (
+    EXAMPLE_VM,
+    Cursor,
+    Limit,
+    VmId,
+    documented,
+    find,
+    guard,
+    headers,
+    json_response,
+    registry_of,
+    router,
+    settings_of,
+    tag_of,
+    tagged,
+)
+from service.api.memory_slots import MemorySlot, NumberedSlotRequest, slots_of
+from service.http import cursors
+from service.http.words import Document, Hex32, Hex64, examples
+from service.problems import InvalidDocument
+from service.runtime.registry import Entry
+
+routes = router("VMs", "/v1/vms")
+
+# Only what cannot be turned into a configuration is refused here; whether one makes sense is for the engine to say.
+_MOST_VCPUS = 1024
+
+Profile = Literal["kvm-2019", "kvm-latest"]
+TranslationCache = Literal["off", "model"]
+
+
+class CpuidLeafRequest(Document):
+    """One CPUID leaf, as in struct kvm_cpuid_entry2."""
+
+    function: Hex32
+    index: Hex32 = 0
+    eax: Hex32 = 0
+    ebx: Hex32 = 0
+    ecx: Hex32 = 0
+    edx: Hex32 = 0
+
+
+class CpuidLeaf(CpuidLeafRequest):
+    """One CPUID leaf as it is."""
+
+
+class VcpuRequest(Document):
+    """One vCPU."""
+
+    id: int = Field(ge=0, le=0xFFFF, description="KVM vCPU id; `vcpu` in traces.")
+    vp_index: int | None = Field(None, ge=0, le=0xFFFFFFFF, description="Hyper-V VP index; the id unless given.")
+    cpuid: list[CpuidLeafRequest] = Field(default_factory=list, max_length=256)
+
+
+class Vcpu(Document):
+    """One vCPU as it is."""
+
+    id: int
+    vp_index: int | None
+    cpuid: list[CpuidLeaf]
+
+
+class HostRequest(Document):
+    """The host under KVM; the defaults are an Ice Lake server."""
+
+    vendor: Literal["intel", "amd"] = "intel"
+    ept: bool = True
+    spp: bool = True
+    nested: bool | None = Field(None, description="Null: true, but false for `kvm-latest` with SPP.")
+    evmcs: bool = False
+    vmx_capabilities: dict[str, Hex64] = Field(default_factory=dict, description="Capability MSRs by name.")
+    hyperv: dict[str, Any] | None = Field(None, description="Hyper-V as L0 under KVM: its CPUID leaves.")
+    fail_allocation: int | None = Field(None, ge=0, description="Fail the n-th table allocation, to test error paths.")
+
+    def config(self) -> HostConfig:
+        return HostConfig(**self.model_dump())
+
+
+class Host(HostRequest):
+    """The host as it is."""
+
+
+_HOST = {
+    "vendor": "intel",
+    "ept": True,
+    "spp": True,
+    "nested": None,
+    "evmcs": False,
+    "vmx_capabilities": {},
+    "hyperv": None,
+    "fail_allocation": None,
+}
+_SLOT = {"slot": 0, "gpa": "0x0", "size": "0x40000000", "read_only": False, "host_page_size": 4096}
+_CREATE = {"name": "guest", "vcpus": 2, "memory_slots": [{"slot": 0, "gpa": "0x0", "size": "0x40000000"}], "spp": True}
+_REPLY = {
+    "id": EXAMPLE_VM,
+    "name": "guest",
+    "profile": "kvm-2019",
+    "vcpus": [{"id": 0, "vp_index": None, "cpuid": []}, {"id": 1, "vp_index": None, "cpuid": []}],
+    "maxphyaddr": 46,
+    "host": _HOST,
+    "memory_slots": [_SLOT],
+    "spp": True,
+    "translation_cache": "off",
+    "require_match": False,
+    "revision": 1,
+    "created": "2026-08-22T09:30:00.000000Z",
+}
+
+
+def _list_or_count(value: Any) -> str:
+    return "(list)" if isinstance(value, list) else "(count)"
+
+
+_VcpuCount = Annotated[int, Field(ge=1, le=_MOST_VCPUS), Tag("(count)")]
+_VcpuList = Annotated[list[VcpuRequest], Field(min_length=1, max_length=_MOST_VCPUS), Tag("(list)")]
+
+
+class VmRequest(Document):
+    """A VM to be created."""
+
+    model_config = ConfigDict(json_schema_extra=examples(_CREATE))
+
+    name: str = Field("", max_length=200, description="A label; need not be unique.")
+    profile: Profile = Field("kvm-2019", description="Which KVM.")
+    vcpus: _VcpuCount | _VcpuList = Field(
+        1, description="How many, or which.", discriminator=Discriminator(_list_or_count)
+    )
+    maxphyaddr: int = Field(46, ge=0, le=64, description="Width of guest-physical addresses in bits.")
+    host: HostRequest = Field(default_factory=HostRequest)
+    memory_slots: list[NumberedSlotRequest] = Field(default_factory=list, max_length=512)
+    spp: bool = Field(False, description="Enable SPP at once.")
+    translation_cache: TranslationCache = Field("off", description="`model` keeps stale translations until flushed.")
+    require_match: bool = Field(False, description="Demand If-Match on every change (428 without).")
+
+    def refuse_reserved(self) -> None:
+        """Refuse what is named already and does not work yet: taking it silently would give wrong answers."""
+        for field, value, idle in (
+            ("translation_cache", self.translation_cache, "off"),
+            ("host.evmcs", self.host.evmcs, False),
+            ("host.hyperv", self.host.hyperv, None),
+            ("host.fail_allocation", self.host.fail_allocation, None),
+        ):
+            if value != idle:
+                raise InvalidDocument("is not yet supported", field=field, value=value, code="not-yet-supported")
+
+    def config(self, max_table_frames: int) -> VmConfig:
+        if isinstance(self.vcpus, int):
+            vcpus = tuple(VcpuConfig(n) for n in range(self.vcpus))
+        else:
+            vcpus = tuple(
+                VcpuConfig(vcpu.id, vcpu.vp_index, tuple(leaf.model_dump() for leaf in vcpu.cpuid))
+                for vcpu in self.vcpus
+            )
+        return VmConfig(
+            name=self.name,
+            profile=self.profile,
+            vcpus=vcpus,
+            maxphyaddr=self.maxphyaddr,
+            translation_cache=self.translation_cache,
+            host=self.host.config(),
+            require_match=self.require_match,
+            max_table_frames=max_table_frames,
+        )
+
+
+class Vm(Document):
+    """A VM as it is."""
+
+    model_config = ConfigDict(json_schema_extra=examples(_REPLY))
+
+    id: str
+    name: str
+    profile: str
+    vcpus: list[Vcpu]
+    maxphyaddr: int
+    host: Host
+    memory_slots: list[MemorySlot]
+    spp: bool = Field(description="Whether SPP is enabled.")
+    translation_cache: str
+    require_match: bool
+    revision: int = Field(description="Counts committed changes, replays included; part of the entity tag.")
+    created: str = Field(description="RFC 3339, UTC.", json_schema_extra={"format": "date-time"})
+
+    @classmethod
+    def of(cls, entry: Entry) -> Vm:
+        config = entry.machine.config
+        host = config.host
+        return cls(
+            id=entry.id,
+            name=config.name,
+            profile=config.profile,
+            vcpus=[
+                Vcpu(id=vcpu.id, vp_index=vcpu.vp_index, cpuid=[CpuidLeaf(**leaf) for leaf in vcpu.cpuid])
+                for vcpu in config.vcpus
+            ],
+            maxphyaddr=config.maxphyaddr,
+            host=Host(
+                vendor=host.vendor,  # type: ignore[arg-type]
+                ept=host.ept,
+                spp=host.spp,
+                nested=host.nested,
+                evmcs=host.evmcs,
+                vmx_capabilities=dict(host.vmx_capabilities),
+                hyperv=dict(host.hyperv) if host.hyperv is not None else None,
+                fail_allocation=host.fail_allocation,
+            ),
+            memory_slots=slots_of(entry),
+            spp=entry.machine.spp_active,
+            translation_cache=config.translation_cache,
+            require_match=config.require_match,
+            revision=entry.revision,
+            created=entry.created.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        )
+
+
+class Vms(Document):
+    """A page of VMs, oldest first."""
+
+    model_config = ConfigDict(json_schema_extra=examples({"vms": [_REPLY], "next": None}))
+
+    vms: list[Vm]
+    next: str | None = Field(description="URL of the next page; null on the last.")
+
+
+@routes.post(
+    "",
+    operation_id="createVm",
+    summary="Create a VM",
+    status_code=201,
+    responses=documented(
+        {201: {"model": Vm, "description": "Created.", "headers": headers("Location", "ETag")}},
+        "malformed-body",
+        "unsupported",
+        "body-too-large",
+        "unsupported-media-type",
+        "invalid-value",
+        "not-yet-supported",
+        "limit-exceeded",
+    ),
+)
+async def create_vm(request: Request, body: Annotated[VmRequest, Body()]) -> Response:
+    body.refuse_reserved()
+    config = body.config(settings_of(request).max_table_frames)
+    slots = [slot.spec(slot.slot) for slot in body.memory_slots]
+    entry = registry_of(request).create(config, slots, spp=body.spp)
+    return tagged(request, Vm.of(entry), status=201, extra={"Location": f"/v1/vms/{entry.id}"})
+
+
+@routes.get(
+    "",
+    operation_id="listVms",
+    summary="List VMs",
+    responses=documented({200: {"model": Vms, "description": "One page, oldest first."}}, "invalid-value"),
+)
+async def list_vms(request: Request, limit: Limit = None, cursor: Cursor = None) -> Response:
+    settings = settings_of(request)
+    size = cursors.page_limit(limit, settings.page_size, settings.max_page_size)
+    after = cursors.decode("vms", cursor) if cursor is not None else 0
+    entries, following = registry_of(request).page(after, size)
+    follow = cursors.next_url("/v1/vms", "vms", following, limit) if following is not None else None
+    return json_response(Vms(vms=[Vm.of(entry) for entry in entries], next=follow))
+
+
+@routes.get(
+    "/{vm}",
+    operation_id="getVm",
+    summary="Read a VM",
+    responses=documented(
+        {
+            200: {"model": Vm, "description": "The VM.", "headers": headers("ETag")},
+            304: {"description": "Unchanged.", "headers": headers("ETag")},
+        },
+        "not-found",
+    ),
+)
+async def get_vm(request: Request, vm: VmId) -> Response:
+    return tagged(request, Vm.of(find(request, vm)))
+
+
+@routes.delete(
+    "/{vm}",
+    operation_id="deleteVm",
+    summary="Delete a VM",
+    status_code=204,
+    response_description="Deleted.",
+    responses=documented({}, "not-found", "vm-busy", "precondition-failed", "precondition-required"),
+)
+async def delete_vm(request: Request, vm: VmId) -> Response:
+    entry = find(request, vm)
+    async with entry.mutation():
+        guard(request, entry, lambda: [tag_of(Vm.of(entry))])
+        registry_of(request).forget(entry)
+    return Response(status_code=204)

@@ -1,0 +1,103 @@
+"""The application: settings in, ASGI out. Several may live in one process, each with its own machines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.staticfiles import StaticFiles
+
+from engine.warm import warm
+from service import __version__, documents
+from service.api import (
+    accesses,
+    capabilities,
+    counters,
+    exits,
+    health,
+    memory,
+    memory_slots,
+    problem_types,
+    protections,
+    spp,
+    subpages,
+    traces,
+    vms,
+    walk,
+)
+from service.http import handlers
+from service.http.limits import BodyLimits
+from service.runtime.registry import Registry
+from service.settings import Settings
+
+RESOURCES = (
+    vms,
+    memory_slots,
+    memory,
+    spp,
+    subpages,
+    protections,
+    traces,
+    exits,
+    accesses,
+    walk,
+    counters,
+    capabilities,
+    health,
+    problem_types,
+)
+
+_STATIC = Path(__file__).parent / "static"
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = app.state.settings
+    with ThreadPoolExecutor(settings.replay_threads, "replay") as executor:
+        app.state.executor = executor
+        warming = asyncio.create_task(_become_ready(app)) if settings.warm_up else None
+        app.state.ready = warming is None
+        try:
+            yield
+        finally:
+            app.state.ready = False
+            if warming is not None:
+                warming.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await warming
+
+
+async def _become_ready(app: FastAPI) -> None:
+    await asyncio.get_running_loop().run_in_executor(app.state.executor, warm)
+    app.state.ready = True
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """A service without machines. ``settings`` default to what the environment says."""
+    settings = settings or Settings()
+    app = FastAPI(
+        title=documents.TITLE,
+        version=__version__,
+        summary=documents.SUMMARY,
+        description=documents.DESCRIPTION,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        openapi_tags=documents.TAGS,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+    )
+    app.state.settings = settings
+    app.state.registry = Registry(settings)
+    app.state.ready = False
+    handlers.install(app)
+    app.add_middleware(BodyLimits, settings=settings)
+    for resource in RESOURCES:
+        app.include_router(resource.routes)
+    documents.install(app)
+    app.mount("/static", StaticFiles(directory=_STATIC), name="static")
+    return app

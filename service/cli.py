@@ -1,0 +1,93 @@
+"""The command ``subpage``. What a command needs is imported when it runs, so that ``--version`` answers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service import __version__
+
+app = typer.Typer(
+    name="subpage",
+    help="Sub-page write protection of virtual-machine memory, as a network service.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"subpage {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; SUBPAGE_HOST or 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one. SUBPAGE_PORT or 8000.")] = None,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Log every request.")] = False,
+    log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "warning",
+) -> None:
+    """Run the service until it is told to stop. All other settings come from SUBPAGE_… variables."""
+    from pydantic import ValidationError
+
+    from service.server import run
+    from service.settings import Settings
+
+    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    try:
+        settings = Settings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        for fault in error.errors():
+            typer.echo(f"SUBPAGE_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}", err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(run(settings, access_log=access_log, log_level=log_level))
+
+
+@app.command()
+def demo(
+    trace: Annotated[
+        Path | None, typer.Option(help="A trace: .parquet, .arrow, .arrows, .ndjson, .json or .bin.")
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help='A policy: {"name", "objects": [{"name", "gpa", "size"}]}.')
+    ] = None,
+    record: Annotated[str, typer.Option(help="Layout of a .bin trace: record16 or gpa8.")] = "record16",
+    memory: Annotated[
+        str | None, typer.Option(help="Guest RAM from address 0, such as 4GiB; enough for the policy by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Run the main job over HTTP on a recorded trace: which writes would have exited, and what whole pages would cost.
+
+    Starts a service on a free loopback port and stops it at the end. Without --trace and --policy it replays a real
+    Linux kernel boot against a policy that protects the kernel's control data.
+    """
+    from service.demo import DemoError, run_demo
+
+    try:
+        run_demo(trace, policy, record=record, memory=memory, as_json=as_json)
+    except DemoError as error:
+        typer.echo(f"subpage demo: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

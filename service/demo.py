@@ -1,0 +1,210 @@
+"""The main job, end to end over HTTP: create a VM, protect a policy's objects, post a trace, tell what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from service.problems import MEDIA_TYPE
+from service.report import print_report
+
+ROOT = Path(__file__).parent.parent
+DEFAULT_TRACE = ROOT / "tests" / "data" / "traces" / "boot.parquet"
+DEFAULT_POLICY = ROOT / "tests" / "data" / "policies" / "kernel_control_data.json"
+
+CONTENT_TYPES = {
+    ".parquet": "application/vnd.apache.parquet",
+    ".arrow": "application/vnd.apache.arrow.stream",
+    ".arrows": "application/vnd.apache.arrow.stream",
+    ".ndjson": "application/x-ndjson",
+    ".jsonl": "application/x-ndjson",
+    ".json": "application/json",
+    ".bin": "application/octet-stream",
+}
+
+_GIB = 1 << 30
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_START_SECONDS = 300  # the first start after a change compiles every kernel
+
+
+class DemoError(Exception):
+    """Something the user can act on."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Named byte ranges of guest memory to protect."""
+
+    name: str
+    objects: list[dict[str, Any]]
+
+    @property
+    def end(self) -> int:
+        """The first address after every object."""
+        return max(_number(item["gpa"]) + _number(item["size"]) for item in self.objects)
+
+
+def run_demo(trace: Path | None, policy: Path | None, *, record: str, memory: str | None, as_json: bool) -> None:
+    """Start a service, run the job, print the report, stop the service. Raises DemoError."""
+    trace_path = _existing(trace, DEFAULT_TRACE, "--trace")
+    wanted = read_policy(_existing(policy, DEFAULT_POLICY, "--policy"))
+    if trace_path.suffix not in CONTENT_TYPES:
+        raise DemoError(f"{trace_path}: the name must end in one of {', '.join(CONTENT_TYPES)}")
+    size = parse_size(memory) if memory else max(_GIB, -(-wanted.end // 4096) * 4096)
+    with service() as url, httpx2.Client(base_url=url, timeout=httpx2.Timeout(600.0)) as client:
+        report = replay(client, trace_path, wanted, size, record)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report)
+
+
+def read_policy(path: Path) -> Policy:
+    """The policy in a JSON file; members that the service has no use for are left out."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        objects = [{name: item[name] for name in ("name", "gpa", "size")} for item in document["objects"]]
+        policy = Policy(str(document.get("name") or path.stem), objects)
+        if not objects or policy.end < 1:
+            raise ValueError("it has no objects")
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        message = f'must be JSON like {{"name", "objects": [{{"name", "gpa", "size"}}]}}: {error!r}'
+        raise DemoError(f"{path}: {message}") from None
+    return policy
+
+
+def replay(client: httpx2.Client, trace: Path, policy: Policy, memory: int, record: str) -> dict[str, Any]:
+    """The job itself, over HTTP; the report as plain values."""
+    slot = {"slot": 0, "gpa": 0, "size": f"{memory:#x}"}
+    vm = _done(client.post("/v1/vms", json={"name": f"demo {policy.name}", "memory_slots": [slot], "spp": True}))
+    home = f"/v1/vms/{vm['id']}"
+    name = re.sub(r"[^A-Za-z0-9_.~-]", "_", policy.name)[:128]
+    protection = _done(client.post(f"{home}/protections", json={"name": name, "objects": policy.objects}))
+    content_type = CONTENT_TYPES[trace.suffix]
+    query = {"record": record} if trace.suffix == ".bin" else {}
+    began = time.perf_counter()
+    with trace.open("rb") as body:
+        reply = client.post(
+            f"{home}/traces", params=query, content=_pieces(body), headers=_body_headers(body, content_type)
+        )
+    result = _done(reply)
+    seconds = time.perf_counter() - began
+    exits = result["violations"]
+    return {
+        "trace": str(trace),
+        "policy": policy.name,
+        "memory": memory,
+        "objects": [{"name": label, **hits} for label, hits in result["by_object"].items()],
+        "protected_pages": protection["pages"],
+        "protected_subpages": protection["subpages"],
+        "records": result["records"],
+        "writes": result["writes"],
+        "mmio": result["mmio"],
+        "violations": exits,
+        "page_granular_violations": result["page_granular_violations"],
+        "factor": round(result["page_granular_violations"] / exits, 2) if exits else None,
+        "exits": result["exits"],
+        "seconds": round(seconds, 3),
+        "writes_per_second": round(result["writes"] / seconds) if seconds else None,
+        "first_exit_records": result["exit_records"][:3],
+    }
+
+
+def _pieces(body: Any) -> Iterator[bytes]:
+    while piece := body.read(1 << 20):
+        yield piece
+
+
+def _body_headers(body: Any, content_type: str) -> dict[str, str]:
+    return {"Content-Type": content_type, "Content-Length": str(os.fstat(body.fileno()).st_size)}
+
+
+def _done(reply: httpx2.Response) -> dict[str, Any]:
+    document: dict[str, Any] = reply.json()
+    if reply.headers.get("content-type") == MEDIA_TYPE:
+        where = f" at record {document['index']}" if "index" in document else ""
+        raise DemoError(f"{document['title']}{where}: {document['detail']}")
+    return document
+
+
+def _existing(given: Path | None, default: Path, option: str) -> Path:
+    path = given or default
+    if path.is_file():
+        return path
+    if given is not None:
+        raise DemoError(f"{path}: no such file")
+    raise DemoError(
+        f"the committed data is not there ({path}): run from a clone of the repository, or give {option} FILE"
+    )
+
+
+def _number(value: int | str) -> int:
+    return value if isinstance(value, int) else int(value, 0)
+
+
+def parse_size(text: str) -> int:
+    """``4GiB``, ``512M``, ``0x1000`` in bytes, a multiple of a page."""
+    found = re.fullmatch(r"(0x[0-9a-f]+|[0-9]+)\s*(?:([kmgt])(?:i?b)?)?", text.strip().lower())
+    size = int(found[1], 0) * _UNITS[found[2] or ""] if found else 0
+    if size == 0 or size % 4096:
+        raise DemoError(f"--memory {text}: must be a size such as 1GiB, a multiple of 4096 bytes")
+    return size
+
+
+@contextlib.contextmanager
+def service() -> Iterator[str]:
+    """A service of our own on a free loopback port; its URL. Stopped at the end, whatever happens."""
+    command = [sys.executable, "-m", "service.cli", "serve", "--host", "127.0.0.1", "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        url = _url(process)
+        _wait_until_ready(process, url)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _url(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], _START_SECONDS)
+    line = process.stdout.readline() if ready else ""
+    found = re.search(r"http://\S+", line)
+    if found is None:
+        raise DemoError(f"the service did not start (exit status {process.poll()})")
+    return found[0]
+
+
+def _wait_until_ready(process: subprocess.Popen[str], url: str) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    told = False
+    began = time.monotonic()
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise DemoError(f"the service ended with status {process.returncode}")
+        if httpx2.get(f"{url}/readyz").status_code == 200:
+            return
+        if not told and time.monotonic() - began > 3:
+            print("compiling the kernels, once per version of the engine …", file=sys.stderr)
+            told = True
+        time.sleep(0.02)
+    raise DemoError(f"the service was not ready within {_START_SECONDS} s")

@@ -1,0 +1,127 @@
+"""The OpenAPI document as the application serves it, and the page that shows it without the internet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
+from starlette.requests import Request
+from starlette.responses import HTMLResponse
+
+from service.api.subpages import SubpagePatch, SubpageWindowRequest
+from service.api.traces import TraceBody
+from service.http.words import Document
+from service.problems import FieldError, Problem
+
+TITLE = "Subpage"
+SUMMARY = "Protects virtual-machine memory at 128-byte granularity, without the hardware."
+DESCRIPTION = """\
+Create a VM, protect named objects, post a recorded trace of guest writes, and read which of them would have exited,
+why, and how many exits whole-page protection would have cost instead.
+
+* 64-bit numbers are `0x…` strings in replies, and strings or integers in requests; counts are plain integers.
+* Every error is an `application/problem+json` body (RFC 9457) with a stable `type`, the offending `field` and `value`,
+  and the `rule` it breaks. Unknown members and unknown query parameters are refused.
+* Mutable resources have an entity tag; `If-Match` is honoured (412), and demanded of VMs created with
+  `require_match` (428).
+* Lists come in pages: `next` is the URL of the following one. Cursors are opaque.
+"""
+TAGS: list[dict[str, Any]] = [
+    {"name": "VMs", "description": "Virtual machines: guests under an exact model of KVM."},
+    {"name": "memory slots", "description": "Which guest-physical pages are RAM."},
+    {"name": "guest memory", "description": "The bytes in it."},
+    {"name": "SPP", "description": "Enabling sub-page write permission."},
+    {"name": "sub-pages", "description": "Write permission of every 128 bytes: one bit each, 32 for a page."},
+    {"name": "protections", "description": "Named objects that may not be written."},
+    {"name": "traces", "description": "Replay of recorded guest accesses, and the exits that they cause."},
+    {"name": "accesses", "description": "One access, executed or explained."},
+    {"name": "counters", "description": "Totals of a VM."},
+    {"name": "service", "description": "The service itself: capabilities, health, version, problem types."},
+]
+
+# Models of bodies that routes read by themselves, and of problems, which no route returns.
+_FURTHER_MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+    (SubpageWindowRequest, "validation"),
+    (SubpagePatch, "validation"),
+    (TraceBody, "validation"),
+    (FieldError, "serialization"),
+    (Problem, "serialization"),
+]
+
+_REFERENCE = "#/components/schemas/{model}"
+
+
+def openapi_document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI 3.1 description of ``app``."""
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        summary=app.summary,
+        description=app.description,
+        routes=app.routes,
+        tags=app.openapi_tags,
+        license_info=app.license_info,
+    )
+    schemas: dict[str, Any] = document["components"]["schemas"]
+    _, further = models_json_schema(_FURTHER_MODELS, ref_template=_REFERENCE)
+    for name, schema in further["$defs"].items():
+        schemas.setdefault(name, schema)
+    # The framework drops every null on the way, and with it members of the examples.
+    for model in _descendants(Document):
+        shown = model.model_config.get("json_schema_extra")
+        if model.__name__ in schemas and isinstance(shown, dict) and "examples" in shown:
+            schemas[model.__name__]["examples"] = shown["examples"]
+    for unused in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(unused, None)
+    for path in document["paths"].values():
+        for operation in path.values():
+            _finish(operation, schemas)
+    document["components"]["schemas"] = dict(sorted(schemas.items()))
+    return document
+
+
+def _descendants(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for child in model.__subclasses__():
+        yield child
+        yield from _descendants(child)
+
+
+def _finish(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
+    responses: dict[str, Any] = operation["responses"]
+    # The framework documents its own 422 wherever there are parameters; ours says which problems there can be.
+    if "HTTPValidationError" in str(responses.get("422", "")):
+        del responses["422"]
+    operation["responses"] = dict(sorted(responses.items()))
+    bodies = [operation["requestBody"]] if "requestBody" in operation else []
+    for body in (*bodies, *responses.values()):
+        for media in body.get("content", {}).values():
+            model = media.get("schema", {}).get("$ref", "").rpartition("/")[2]
+            examples = schemas.get(model, {}).get("examples")
+            if examples and "example" not in media and "examples" not in media:
+                media["example"] = examples[0]
+
+
+def install(app: FastAPI) -> None:
+    """Serve the document at /openapi.json, and Swagger UI from our own files at /docs."""
+
+    def cached() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = openapi_document(app)
+        return app.openapi_schema
+
+    app.openapi = cached  # type: ignore[method-assign]
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title=TITLE,
+            swagger_js_url="/static/swagger-ui/swagger-ui-bundle.js",
+            swagger_css_url="/static/swagger-ui/swagger-ui.css",
+            swagger_favicon_url="/static/swagger-ui/favicon-32x32.png",
+        )

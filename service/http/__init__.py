@@ -1,0 +1,1 @@
+"""Conventions that every route shares: numbers, media types, validators, cursors, limits, errors."""

@@ -1,0 +1,108 @@
+"""From exceptions to problem+json responses, for our errors and for the framework's."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from engine.errors import EngineError
+from service.problems import (
+    MEDIA_TYPE,
+    FieldError,
+    InvalidDocument,
+    ServiceError,
+    UnsupportedMediaType,
+    describe,
+    showable,
+)
+
+logger = logging.getLogger("subpage")
+
+_PLACES = ("body", "query", "path", "header", "cookie")
+
+
+def problem_response(request: Request, exc: Exception) -> Response:
+    """The answer to ``exc``."""
+    body, headers = describe(exc, request.url.path)
+    # ASCII only: a value quoted from the request may hold lone surrogates, which UTF-8 cannot carry.
+    content = json.dumps(body, ensure_ascii=True).encode()
+    return Response(content, status_code=body["status"], media_type=MEDIA_TYPE, headers=headers)
+
+
+def field_name(location: Sequence[str | int]) -> str | None:
+    """``("body", "ranges", 2, "gfn")`` as ``ranges[2].gfn``."""
+    steps = location[1:] if location and location[0] in _PLACES else location
+    name = ""
+    for step in steps:
+        if isinstance(step, int):
+            name += f"[{step}]"
+        elif not step.startswith("("):  # a tag that names the branch of a union, not a member
+            name += f".{step}"
+    return name.lstrip(".") or (str(location[0]) if location else None)
+
+
+def refusal(faults: Sequence[Mapping[str, Any]]) -> ServiceError:
+    """One refusal out of the faults that pydantic found."""
+    first = faults[0]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "not JSON")
+        return ServiceError(f"the body must be JSON: {reason}", code="malformed-body")
+    listed: list[FieldError] = []
+    for fault in faults[:100]:
+        field = field_name(fault["loc"])
+        # A member that is missing has no value; pydantic reports the document that lacks it.
+        value = None if fault["type"] == "missing" else showable(fault.get("input"), field)
+        listed.append(FieldError(field=field, value=value, rule=_rule(fault)))
+    return InvalidDocument(listed[0].rule, field=listed[0].field, value=listed[0].value, faults=listed)
+
+
+def _rule(fault: Mapping[str, Any]) -> str:
+    if fault["type"] == "extra_forbidden":
+        return "is not a member of this document"
+    if fault["type"] == "missing":
+        return "is required"
+    message = str(fault["msg"]).replace("Input should", "must")
+    return message[:1].lower() + message[1:]
+
+
+async def _on_validation(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, RequestValidationError)
+    faults = exc.errors()
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    about_body = any(fault["loc"] and fault["loc"][0] == "body" for fault in faults)
+    if about_body and isinstance(exc.body, bytes) and media != "application/json":
+        # The framework leaves a body of another type undecoded and then reports bytes where a document should be.
+        rule = "must be application/json"
+        given = request.headers.get("content-type", "")
+        unsupported = UnsupportedMediaType(
+            rule, field="Content-Type", value=given, headers={"Accept": "application/json"}
+        )
+        return problem_response(request, unsupported)
+    return problem_response(request, refusal(faults))
+
+
+async def _on_refusal(request: Request, exc: Exception) -> Response:
+    return problem_response(request, exc)
+
+
+async def _on_disconnect(request: Request, exc: Exception) -> Response:
+    # Nobody is left to read an answer; 499 is what proxies log for it.
+    logger.info("client went away: %s %s", request.method, request.url.path)
+    return Response(status_code=499)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of ``app`` with a problem. Unexpected ones are re-raised by the framework and so logged."""
+    app.add_exception_handler(EngineError, _on_refusal)
+    app.add_exception_handler(HTTPException, _on_refusal)
+    app.add_exception_handler(RequestValidationError, _on_validation)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(Exception, _on_refusal)

@@ -1,0 +1,197 @@
+"""Request bodies as blocking binary files, so that a replay reads while the body arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import IO, Self, TypeVar, cast
+
+from starlette.requests import ClientDisconnect, Request
+
+from service.settings import Settings
+
+T = TypeVar("T")
+
+
+class BodyAborted(Exception):
+    """The body ended before its end; raised in the reading thread. The reason is known to the event loop."""
+
+
+class BodyPipe:
+    """A bounded queue with an asynchronous writing end (one task) and a blocking, file-like reading end (one thread).
+
+    The writing end waits while more than ``bound`` bytes are queued, which stops the socket from being read.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, bound: int) -> None:
+        self._loop = loop
+        self._bound = bound
+        self._chunks: deque[bytes] = deque()
+        self._queued = 0
+        self._ended = False
+        self._aborted = False
+        self._offset = 0
+        self._changed = threading.Condition()
+        self._room = asyncio.Event()
+
+    # The writing end, on the event loop.
+
+    async def feed(self, chunk: bytes) -> None:
+        """Queue ``chunk``; waits for room first."""
+        while True:
+            with self._changed:
+                if self._queued < self._bound or self._aborted:
+                    self._chunks.append(chunk)
+                    self._queued += len(chunk)
+                    self._changed.notify()
+                    return
+                self._room.clear()
+            await self._room.wait()
+
+    def end(self) -> None:
+        """The body is complete."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+
+    def abort(self) -> None:
+        """The body will never be complete: whoever reads gets BodyAborted."""
+        with self._changed:
+            self._aborted = True
+            self._changed.notify()
+        self._room.set()
+
+    # The reading end, in a thread.
+
+    def check(self) -> None:
+        """Raise BodyAborted if the request is gone, also when everything has been read."""
+        if self._aborted:
+            raise BodyAborted
+
+    def read(self, size: int = -1) -> bytes:
+        """Exactly ``size`` bytes, fewer only at the end of the body; everything when ``size`` is negative."""
+        parts: list[memoryview] = []
+        wanted = size if size >= 0 else 1 << 62
+        while wanted and (taken := self._take(wanted)):
+            parts += taken
+            wanted -= sum(map(len, taken))
+        return b"".join(parts)
+
+    def readinto(self, target: memoryview) -> int:
+        """Fill ``target`` with what is there, at least one byte; 0 at the end of the body."""
+        done = 0
+        for part in self._take(len(target)):
+            target[done : done + len(part)] = part
+            done += len(part)
+        return done
+
+    def _take(self, wanted: int) -> list[memoryview]:
+        """What is queued, at most ``wanted`` bytes; waits for the first byte. Empty at the end of the body."""
+        taken: list[memoryview] = []
+        with self._changed:
+            while not self._chunks and not self._ended and not self._aborted:
+                self._changed.wait()
+            if self._aborted:
+                raise BodyAborted
+            was_full = self._queued >= self._bound
+            while wanted and self._chunks:
+                head = memoryview(self._chunks[0])[self._offset :]
+                if len(head) <= wanted:
+                    self._chunks.popleft()
+                    self._offset = 0
+                else:
+                    head = head[:wanted]
+                    self._offset += wanted
+                taken.append(head)
+                wanted -= len(head)
+                self._queued -= len(head)
+            room = was_full and self._queued < self._bound
+        if room:
+            self._loop.call_soon_threadsafe(self._room.set)
+        return taken
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False
+
+    @property
+    def closed(self) -> bool:
+        return False
+
+
+async def _pump(request: Request, pipe: BodyPipe) -> None:
+    """Move the body into ``pipe``, then watch for the client leaving. Ends only by an exception."""
+    async for chunk in request.stream():
+        if chunk:
+            await pipe.feed(chunk)
+    pipe.end()
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+
+
+class Upload:
+    """The body of one request, flowing into a pipe while work in threads reads it. Use as an async context manager.
+
+    When the client leaves or the body passes its limit, running work is told through the pipe and waited for before the
+    reason is raised: after ``run`` and after the context, no thread of this request runs on.
+    """
+
+    def __init__(self, request: Request, executor: Executor, bound: int) -> None:
+        loop = asyncio.get_running_loop()
+        self._loop = loop
+        self._executor = executor
+        self.pipe = BodyPipe(loop, bound)
+        self._pump = loop.create_task(_pump(request, self.pipe))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._pump.cancel()
+        await asyncio.wait((self._pump,))
+        if not self._pump.cancelled():
+            self._pump.exception()  # told by run, or of no interest to anybody any more
+
+    async def run(self, work: Callable[[BodyPipe], T]) -> T:
+        """``work(pipe)`` in a thread. Its result counts even if the client left while it came to its end."""
+        thread = self._loop.run_in_executor(self._executor, work, self.pipe)
+        try:
+            await asyncio.wait((thread, self._pump), return_when=asyncio.FIRST_COMPLETED)
+            if not thread.done():
+                # The pump ends only when the request failed; its reason outranks whatever the reader makes of it.
+                self.pipe.abort()
+                await asyncio.wait((thread,))
+                if thread.exception() is not None:
+                    await self._pump
+            return thread.result()
+        except asyncio.CancelledError:
+            self.pipe.abort()
+            while not thread.done():
+                # A second cancellation must not leave the thread behind with the machine half fed.
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait((thread,))
+            raise
+
+
+def spooled(pipe: BodyPipe, settings: Settings) -> IO[bytes]:
+    """The whole body as a seekable file, in memory while small. Blocking; close it to free it."""
+    spool = tempfile.SpooledTemporaryFile(  # noqa: SIM115 - closed by the caller
+        max_size=settings.spool_memory_bytes, dir=str(settings.spool_dir) if settings.spool_dir else None
+    )
+    try:
+        shutil.copyfileobj(cast("IO[bytes]", pipe), spool, 1 << 20)
+    except BaseException:
+        spool.close()
+        raise
+    spool.seek(0)
+    return cast("IO[bytes]", spool)

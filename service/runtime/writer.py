@@ -1,0 +1,37 @@
+"""One writer per machine. Readers do not come here: they read the last published state and never wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from engine.errors import Busy
+
+
+class Writer:
+    """Gives the right to mutate one machine to one task at a time, in the order of asking.
+
+    Short mutations run inline on the event loop while they hold it; a replay holds it from its first byte to its
+    publication and runs in a thread.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._lock = asyncio.Lock()
+        self._timeout = timeout
+
+    @asynccontextmanager
+    async def hold(self) -> AsyncIterator[None]:
+        """Wait for the right, at most the configured time. Raises Busy when it was not to be had."""
+        if self._lock.locked():
+            try:
+                async with asyncio.timeout(self._timeout):
+                    await self._lock.acquire()
+            except TimeoutError:
+                raise Busy("another mutation of this machine is under way; try again") from None
+        else:
+            await self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()

@@ -1,0 +1,307 @@
+"""Arrow IPC streams: framing, truncation, encodings, hostile bodies."""
+
+from __future__ import annotations
+
+import io
+import random
+import struct
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from engine.errors import TraceError
+from engine.trace.columns import CHUNK_RECORDS
+from engine.trace.readers import arrow_frames, open_trace
+
+EOS = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def table(count=1_000, **more):
+    return pa.table(
+        {
+            "gpa": pa.array(np.arange(count, dtype=np.uint64)),
+            "size": pa.array(np.full(count, 4, np.uint8)),
+        }
+        | more
+    )
+
+
+def stream(*batches, schema=None, eos=True, **options):
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, schema or batches[0].schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        for batch in batches:
+            writer.write(batch)
+    body = sink.getvalue()
+    assert body.endswith(EOS)
+    return body if eos else body[: -len(EOS)]
+
+
+def messages(body):
+    """Start of each message of a stream, the end mark included."""
+    source = pa.BufferReader(body)
+    starts = [0]
+    while starts[-1] < len(body) - len(EOS):
+        pa.ipc.read_message(source)
+        starts.append(source.tell())
+    return starts
+
+
+@pytest.mark.parametrize(
+    "count",
+    [1, CHUNK_RECORDS - 1, CHUNK_RECORDS, CHUNK_RECORDS + 1, 3 * CHUNK_RECORDS + 5],
+)
+def test_batches_of_any_length(read, count):
+    got = read("arrow", stream(table(count), table(0), table(3)))
+    assert got.records[:, 0].tolist() == [*range(count), 0, 1, 2]
+    assert set(got.records[:, 1].tolist()) == {4 | 1 << 16}
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd"])
+def test_compressed_buffers(read, codec):
+    got = read("arrow", stream(table(5_000), compression=codec))
+    assert got.records[:, 0].tolist() == list(range(5_000))
+
+
+def test_streams_without_the_continuation_word(read):
+    got = read("arrow", legacy(stream(table())))
+    assert len(got.records) == 1_000
+
+
+def legacy(body):
+    """The same stream in the framing used before Arrow 0.15: no 0xFFFFFFFF in front of the metadata length."""
+    starts = messages(body)
+    parts = [body[start + 4 : end] for start, end in zip(starts, [*starts[1:], len(body)], strict=True)]
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("values", [pa.uint64(), pa.int16()])
+def test_dictionary_encoded_integers(read, values):
+    gpa = pa.array([5, 6, 5, 7], values).dictionary_encode()
+    got = read("arrow", stream(pa.table({"gpa": gpa, "pc": gpa})), carry=["pc"])
+    assert got.records[:, 0].tolist() == [5, 6, 5, 7]
+    assert got.carry["pc"].tolist() == [5, 6, 5, 7]
+
+
+def test_dictionaries_that_grow_between_batches(read):
+    first = pa.record_batch({"gpa": pa.array([1, 2], pa.uint64()).dictionary_encode()})
+    second = pa.record_batch({"gpa": pa.array([1, 2, 3], pa.uint64()).dictionary_encode()})
+    for deltas in (False, True):
+        got = read("arrow", stream(first, second, second, emit_dictionary_deltas=deltas))
+        assert got.records[:, 0].tolist() == [1, 2, 1, 2, 3, 1, 2, 3]
+
+
+def test_nulls_in_a_dictionary(read):
+    index = pa.array([0, 1, None], pa.int8())
+    value = pa.array([0, 1, 0], pa.int8())
+    for gpa in (
+        pa.DictionaryArray.from_arrays(index, pa.array([4, 5], pa.uint64())),
+        pa.DictionaryArray.from_arrays(value, pa.array([4, None], pa.uint64())),
+    ):
+        with pytest.raises(TraceError, match="null") as caught:
+            read("arrow", stream(pa.table({"gpa": gpa})))
+        assert caught.value.index == (2 if gpa.null_count else 1)
+
+
+def test_dictionary_of_text(read):
+    with pytest.raises(TraceError, match="integers"):
+        read("arrow", stream(pa.table({"gpa": pa.array(["a"]).dictionary_encode()})))
+
+
+def test_run_end_encoding_is_not_a_column_of_integers(read):
+    gpa = pa.RunEndEncodedArray.from_arrays([2, 3], [7, 8])
+    with pytest.raises(TraceError, match="integers"):
+        read("arrow", stream(pa.table({"gpa": gpa})))
+
+
+def test_a_column_twice(read):
+    gpa = pa.array([1], pa.uint64())
+    for name, carry in (("gpa", ()), ("pc", ["pc"])):
+        schema = pa.schema([("gpa", pa.uint64()), (name, pa.uint64()), (name, pa.uint64())])
+        with pytest.raises(TraceError, match="twice") as caught:
+            read("arrow", stream(pa.record_batch([gpa] * 3, schema=schema)), carry=carry)
+        assert caught.value.field == name
+    schema = pa.schema([("gpa", pa.uint64()), ("pc", pa.uint64()), ("pc", pa.uint64())])
+    assert read("arrow", stream(pa.record_batch([gpa] * 3, schema=schema))).ignored == ("pc",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (pa.int64(), [-5, 5]),
+        (pa.float32(), [0.5, 1.5]),
+        (pa.bool_(), [True, False]),
+        (pa.uint8(), [1, 255]),
+    ],
+)
+def test_carried_types_are_kept(read, kind, values):
+    got = read(
+        "arrow",
+        stream(pa.table({"gpa": pa.array([1, 2], pa.uint64()), "x": pa.array(values, kind)})),
+        carry=["x"],
+    )
+    assert got.carry["x"].tolist() == values
+    assert got.carry["x"].dtype.kind in "iufb"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.timestamp("ns"),
+        pa.decimal128(5),
+        pa.binary(4),
+        pa.list_(pa.int8()),
+        pa.null(),
+    ],
+)
+def test_types_that_are_not_carried(read, kind):
+    with pytest.raises(TraceError, match="numbers") as caught:
+        read(
+            "arrow",
+            stream(pa.table({"gpa": pa.array([1], pa.uint64()), "x": pa.nulls(1, kind)})),
+            carry=["x"],
+        )
+    assert caught.value.field == "x"
+
+
+def test_index_of_a_fault_in_a_later_batch(read):
+    bad = pa.table({"gpa": pa.array([1, 2], pa.uint64()), "size": pa.array([1, None], pa.uint8())})
+    with pytest.raises(TraceError) as caught:
+        read("arrow", stream(table(1_000), bad, schema=bad.schema))
+    assert caught.value.index == 1_001
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zstd"}])
+def test_every_truncation_is_found(read, options):
+    body = stream(table(40), table(30), **options)
+    starts = messages(body)
+    assert len(starts) == 4
+    for end in range(len(body)):
+        with pytest.raises(TraceError) as caught:
+            read("arrow", body[:end])
+        assert caught.value.index == (0 if end < starts[2] else 40 if end < starts[3] else 70)
+
+
+def test_a_missing_end_mark_is_a_truncation(read):
+    with pytest.raises(TraceError, match="end-of-stream") as caught:
+        read("arrow", stream(table(), eos=False))
+    assert caught.value.index == 1_000
+
+
+def test_bytes_after_the_end(read):
+    with pytest.raises(TraceError, match="follow"):
+        read("arrow", stream(table()) + b"\0")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"A",
+        b"garbage" * 100,
+        EOS,
+        b"\0" * 64,
+        b"\xff" * 64,
+        b"\xff\xff\xff\xff\x10\0\0\0" + b"\0" * 16,
+    ],
+)
+def test_what_is_not_a_stream(read, body):
+    with pytest.raises(TraceError) as caught:
+        read("arrow", body)
+    assert caught.value.index == 0
+
+
+def test_the_file_format_is_told_apart(read):
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, table().schema) as writer:
+        writer.write(table())
+    with pytest.raises(TraceError, match="stream format"):
+        read("arrow", sink.getvalue())
+
+
+def test_a_message_in_the_wrong_place(read):
+    body = stream(table(10))
+    starts = messages(body)
+    with pytest.raises(TraceError):
+        read("arrow", body[starts[1] :])
+    with pytest.raises(TraceError):
+        read("arrow", body[: starts[1]] + body)
+
+
+def test_claimed_sizes_are_bounded(read, monkeypatch):
+    monkeypatch.setattr(arrow_frames, "MAX_BATCH_BYTES", 4_096)
+    read("arrow", stream(table(400)))
+    with pytest.raises(TraceError, match="4096") as caught:
+        read("arrow", stream(table(400), table(2_000)))
+    assert caught.value.index == 400
+    zeros = pa.table({"gpa": pa.array(np.zeros(100_000, np.uint64))})
+    assert len(stream(zeros, compression="zstd")) < 4_096
+    with pytest.raises(TraceError, match="4096"):
+        read("arrow", stream(zeros, compression="zstd"))
+    encoded = pa.table({"gpa": pa.DictionaryArray.from_arrays(pa.array([0], pa.int8()), zeros["gpa"].chunk(0))})
+    with pytest.raises(TraceError, match="4096"):
+        read("arrow", stream(encoded, compression="zstd"))
+
+
+def test_a_batch_longer_than_its_buffers(read):
+    """A length that the buffers cannot back must not reach memory beyond them."""
+    body = bytearray(stream(table(10)))
+    start = messages(bytes(body))[1]
+    length = struct.pack("<q", 10)
+    found = 0
+    position = body.find(length, start)
+    while position >= 0:
+        for claim in (11, 1 << 20, 1 << 40, -1):
+            changed = body.copy()
+            changed[position : position + 8] = struct.pack("<q", claim)
+            try:
+                got = read("arrow", bytes(changed))
+            except TraceError:
+                found += 1
+            else:
+                assert len(got.records) <= 16
+        position = body.find(length, position + 1)
+    assert found
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "lz4"}])
+def test_damaged_bytes_never_end_in_anything_but_a_refusal(read, options):
+    encoded = pa.array(np.arange(50) % 5, pa.uint16()).dictionary_encode()
+    body = stream(table(50, vcpu=encoded, note=pa.array(["x"] * 50)), **options)
+    rng = random.Random(7)
+    for _ in range(1_500):
+        changed = bytearray(body)
+        for _ in range(rng.choice([1, 1, 2, 8])):
+            changed[rng.randrange(len(changed))] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
+        refused = None
+        try:
+            read("arrow", bytes(changed))
+        except TraceError as error:
+            refused = error
+        assert refused is None or refused.index is not None
+
+
+def test_only_needed_columns_are_decoded(read):
+    """A damaged column that is ignored does no harm."""
+    body = bytearray(stream(table(2_000, note=pa.array(np.arange(2_000) * 7 % 1_999)), compression="zstd"))
+    at = body.rindex(b"\x28\xb5\x2f\xfd")  # the mark at the start of the last compressed buffer
+    body[at : at + 100] = bytes(100)
+    got = read("arrow", bytes(body))
+    assert (len(got.records), got.ignored) == (2_000, ("note",))
+    with pytest.raises(TraceError):
+        read("arrow", bytes(body), carry=["note"])
+
+
+def test_chunks_are_replayed_while_the_stream_arrives():
+    body = stream(*[table(100)] * 50)
+    source = io.BytesIO(body)
+    next(iter(open_trace("arrow", source)))
+    assert source.tell() < len(body) / 10
+
+
+def test_the_source_of_messages_ends_for_good():
+    messages = arrow_frames.MessageSource(io.BytesIO(stream(table(1))))
+    while messages.read():
+        pass
+    assert messages.read() == b""
+    messages.finish()

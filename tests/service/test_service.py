@@ -1,0 +1,69 @@
+"""The service itself: health, version, capabilities, documentation."""
+
+from __future__ import annotations
+
+import re
+import threading
+
+import pytest
+
+from service import __version__, app
+from service.settings import Settings
+from tests.contract.client import ContractClient, contract
+from tests.service.running import running
+
+
+def test_health(client: ContractClient) -> None:
+    assert client.get("/livez").json() == {"status": "alive"}
+    assert client.get("/readyz").json() == {"status": "ready"}
+    assert client.get("/version").json()["version"] == __version__
+
+
+def test_not_ready_while_kernels_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(app, "warm", lambda: go_on.wait(30))
+    with running(Settings(warm_up=True)) as service:
+        reply = service.client.get("/readyz")
+        assert reply.status_code == 503 and reply.json()["code"] == "not-ready" and reply.headers["Retry-After"]
+        assert service.client.get("/livez").status_code == 200
+        go_on.set()
+        while service.client.get("/readyz").status_code != 200:
+            pass
+
+
+def test_it_stops_while_it_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "warm", lambda: None)
+    with running(Settings(warm_up=True)):
+        pass
+
+
+def test_capabilities(client: ContractClient) -> None:
+    reply = client.get("/v1/capabilities")
+    found = reply.json()
+    assert found["on_violation"] == ["skip", "stop", "allow", "grant"]
+    assert "gpa" in found["columns"] and "kind" in found["reserved_columns"]
+    assert "application/vnd.apache.parquet" in found["trace_content_types"]
+    assert found["limits"]["max_vms"] == 64
+    assert client.get("/v1/capabilities", headers={"If-None-Match": reply.headers["ETag"]}).status_code == 304
+
+
+def test_the_document_served_is_the_one_committed(client: ContractClient) -> None:
+    assert client.get("/openapi.json").json() == contract().document
+
+
+def test_the_docs_page_needs_no_internet(client: ContractClient) -> None:
+    page = client.get("/docs")
+    assert page.status_code == 200
+    linked = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(linked) == 3 and all(url.startswith("/static/") for url in linked)
+    for url in linked:
+        assert client.get(url).status_code == 200
+    assert "//" not in re.sub(r"<!--.*?-->|// .*", "", re.sub(r"https?://www\.w3\.org", "", page.text)).replace(
+        "</", ""
+    )
+    assert client.get("/redoc").status_code == 404
+
+
+def test_the_licence_of_swagger_ui_comes_along(client: ContractClient) -> None:
+    assert "Apache License" in client.get("/static/swagger-ui/LICENSE").text
+    assert "SmartBear" in client.get("/static/swagger-ui/NOTICE").text
