@@ -26,6 +26,7 @@ COUNTERS = (
     "sppt_fills",
     "grants",
     "tlb_flushes",
+    "exceptions",
 )
 (
     RECORDS,
@@ -45,4 +46,5 @@ COUNTERS = (
     SPPT_FILLS,
     GRANTS,
     TLB_FLUSHES,
+    EXCEPTIONS,
 ) = range(len(COUNTERS))

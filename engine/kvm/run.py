@@ -4,15 +4,15 @@ An access is split at page ends, low page first; nothing lands and no flag is se
 """
 
 from engine.arch import ept as bits
+from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS
-from engine.cpu import decision, ept, fastpath, sppt
+from engine.cpu import decision, ept, fastpath, page_log, sppt, ve
 from engine.cpu.frames import CAP_FAST_PATH
 from engine.jit import kernel
 from engine.kvm import layers
+from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.fault import count_exit, handle_exit
-
-PAGE = 4096
 
 # A page needs at most three exits (map and arm, SPPT miss, violation); one access touches at most 17 pages.
 # What takes longer is a table that a client broke, and would loop for ever on hardware.
@@ -46,21 +46,15 @@ def log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution
 
 
 @kernel
-def page_part(at, end):
-    """Bytes of [at, end) that lie in the page of ``at``."""
-    return min(end - at, PAGE - (at & (PAGE - 1)))
-
-
-@kernel
 def settle(m, vcpu, gpa, size, how, trail):
     """Leave behind what a successful access leaves: flags in the entries, and the page in the fast path."""
-    one_page = page_part(gpa, gpa + size) == size
+    one_page = decision.page_part(gpa, gpa + size) == size
     at = gpa
     while at < gpa + size:
-        part = page_part(at, gpa + size)
+        part = decision.page_part(at, gpa + size)
         if not one_page:
             decision.check(m, vcpu, at, part, how, trail)
-        dirty = decision.complete(m, vcpu, how, trail)
+        dirty = page_log.commit(m, vcpu, at, how, trail)
         if one_page:
             remember(m, gpa, dirty, trail)
         at += part
@@ -90,22 +84,32 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
     """Run one access to its end.
 
     ``gpa`` and ``word`` are the trace record's two words (size in bits 15:0). Returns (resolution, reason,
-    qualification, denied, at) of the exit that ended it, or COMPLETED. Exits that KVM handles itself are counted in ``tally`` and
-    listed in ``log`` when ``list_all``; the one that ends the access is counted but left to the caller to list.
+    qualification, denied, at) of the exit that ended it, or COMPLETED; an EXCEPTION is the #VE that an EPT violation
+    became. Exits that KVM handles itself are counted in ``tally`` and listed in ``log`` when ``list_all``; the one
+    that ends the access is counted but left to the caller to list.
     """
     size = word & 0xFFFF
-    exits = 0
+    count = 0
     at = gpa
-    while at < gpa + size:
-        part = page_part(at, gpa + size)
-        reason, qualification, denied = decision.check(m, vcpu, at, part, how, trail)
-        if reason == 0:
-            at += part
-            continue
+    while True:
+        if at == gpa + size:
+            if page_log.fits(m, vcpu, gpa, size, how, trail):
+                break
+            at = gpa
+            reason, qualification, denied = exits.PML_FULL, decision.nmi_unblocking(how), 0
+        else:
+            part = decision.page_part(at, gpa + size)
+            reason, qualification, denied = decision.check(m, vcpu, at, part, how, trail)
+            if reason == exits.NONE:
+                at += part
+                continue
+            if reason == exits.EPT_VIOLATION and ve.convert(m, vcpu, how, qualification, gva + (at - gpa), at, trail):
+                tally[reg.EXCEPTIONS] += 1
+                return res.EXCEPTION, reason, qualification, denied, at
         count_exit(tally, reason, qualification)
-        resolution = handle_exit(m, at, reason, qualification, trail, tally)
-        exits += 1
-        if resolution > res.LAST_INTERNAL or exits == MAX_EXITS:
+        resolution = handle_exit(m, vcpu, at, reason, qualification, trail, tally)
+        count += 1
+        if resolution > res.LAST_INTERNAL or count == MAX_EXITS:
             return (
                 max(resolution, res.INTERNAL_ERROR) if resolution <= res.LAST_INTERNAL else resolution,
                 reason,

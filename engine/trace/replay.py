@@ -8,7 +8,7 @@ import numpy as np
 
 from engine.arch import access as acc
 from engine.arch.sppt import FULL_ACCESS
-from engine.cpu import fastpath, sppt
+from engine.cpu import decision, fastpath, sppt
 from engine.cpu.frames import CAP_VCPUS, STATE_FRAME, ample, read_word
 from engine.jit import kernel
 from engine.kvm import layers, run, spp
@@ -78,7 +78,7 @@ def grant_touched(m, gpa, size, trail):
     opened = False
     at = gpa
     while at < gpa + size:
-        part = run.page_part(at, gpa + size)
+        part = decision.page_part(at, gpa + size)
         refused = sppt.touched(at, part) & ~layers.effective(m, at >> 12)
         if refused:
             spp.grant(m, at >> 12, refused, trail)
@@ -101,8 +101,8 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     resolution, reason, q, denied, at = run.execute(
         m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
     )
-    if resolution == res.MMIO:
-        tally[reg.MMIO] += 1
+    if resolution == res.MMIO or resolution == res.EXCEPTION:
+        tally[reg.MMIO] += resolution == res.MMIO
         if list_all:
             run.log_exit(log, used, index, gpa, word, gva, reason, q, resolution, denied, at)
     elif resolution != res.COMPLETED:
