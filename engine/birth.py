@@ -35,7 +35,7 @@ def new_store(config: VmConfig) -> FrameStore:
     for position, vcpu in enumerate(config.vcpus):
         ids[vcpu.id] = position
     caps[frames.CAP_VCPUS] = len(ids)
-    return FrameStore(caps, ids, config.max_table_frames)
+    return FrameStore(caps, ids, config.max_table_frames, modelled=config.translation_cache == "model")
 
 
 def build(draft: Draft, config: VmConfig) -> None:

@@ -57,7 +57,8 @@ class Machine(NamedTuple):
     ``rows`` int64[n, 512]; ``row_of`` int64[frames] (-1: free); ``fresh`` uint8[frames] (1: this change owns the row);
     ``kind`` uint8[frames]; ``free`` and ``spare`` int64 stacks of frames and rows with heights in ``top``;
     ``caps`` int64[CAPS]; ``vcpu_of_id`` int64 (vCPU id to position, -1: none); ``slots`` int64[n, SLOT_WORDS] sorted
-    by base GFN; ``cache`` int64[CACHE_ENTRIES], the fast path.
+    by base GFN; ``cache`` int64[CACHE_ENTRIES], the fast path; ``tlb`` the translation cache, without rows where none
+    is modelled (see ``cpu.tlb``).
     """
 
     rows: Words
@@ -71,6 +72,7 @@ class Machine(NamedTuple):
     vcpu_of_id: Words
     slots: Words
     cache: Words
+    tlb: Words = np.zeros((0, 12), dtype=np.int64)
 
 
 @kernel

@@ -31,28 +31,20 @@ def demand(how, mode, trail):
 
 
 @kernel
-def fits(m, vcpu, gpa, size, how, trail):
-    """Whether the log has room for an access that every page of it allows.
+def index_of(m, vcpu):
+    """Where the next entry goes: below 512, or the log is full."""
+    return read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_PML_INDEX)
 
-    ``trail`` holds the walk of its last page; it is still that of the only page afterwards.
-    """
-    mode = ept.mode_of(m, vcpu)
+
+@kernel
+def take(how, mode, index, trail):
+    """Whether the log has room at ``index`` for what an allowed access to one page must set, and the index after it."""
     if mode & LOGGING != LOGGING:
-        return True
-    index = read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_PML_INDEX)
-    one_page = decision.page_part(gpa, gpa + size) == size
-    at = gpa
-    while at < gpa + size:
-        part = decision.page_part(at, gpa + size)
-        if not one_page:
-            decision.check(m, vcpu, at, part, how, trail)
-        flags, dirty = demand(how, mode, trail)
-        if flags and not 0 <= index < LOG_ENTRIES:
-            return False
-        if dirty:
-            index = (index - 1) & INDEX_MASK
-        at += part
-    return True
+        return True, index
+    flags, dirty = demand(how, mode, trail)
+    if flags and not 0 <= index < LOG_ENTRIES:
+        return False, index
+    return True, (index - 1) & INDEX_MASK if dirty else index
 
 
 @kernel
@@ -66,7 +58,7 @@ def commit(m, vcpu, gpa, how, trail):
         _, dirty = demand(how, mode, trail)
         if dirty:
             frame = FIRST_VCPU_FRAME + vcpu
-            index = read_word(m, frame, ctl.V_PML_INDEX)
+            index = index_of(m, vcpu)
             write_entry(m, read_word(m, frame, ctl.V_PML_ADDRESS) & bits.ADDRESS, index, gpa & ~PAGE_OFFSET)
             write_word(m, frame, ctl.V_PML_INDEX, (index - 1) & INDEX_MASK)
     return decision.set_flags(m, mode, how, trail)

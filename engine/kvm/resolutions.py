@@ -15,6 +15,9 @@ INTERNAL_ERROR = 7
 COMPLETED = 8
 EXCEPTION = 9  # no VM exit: the guest takes an exception of its own
 
+# Set beside a resolution: a cached translation decided, and the tables would have given another answer.
+STALE = 1 << 8
+
 RESOLUTION_NAMES = (
     "mapped",
     "armed",

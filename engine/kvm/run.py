@@ -6,7 +6,7 @@ An access is split at page ends, low page first; nothing lands and no flag is se
 from engine.arch import ept as bits
 from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS
-from engine.cpu import decision, ept, fastpath, page_log, sppt, ve
+from engine.cpu import decision, ept, fastpath, mmu, sppt, tlb, ve
 from engine.cpu.frames import CAP_FAST_PATH
 from engine.jit import kernel
 from engine.kvm import layers
@@ -24,7 +24,7 @@ EXIT_GPA = 1  # of the record: the exit's own is derived (see trace/results)
 EXIT_RECORD = 2  # word 1 of the record: size, access, vCPU
 EXIT_GVA = 3
 EXIT_QUALIFICATION = 4
-EXIT_REASON = 5  # bits 15:0 reason, 23:16 resolution
+EXIT_REASON = 5  # bits 15:0 reason, 23:16 resolution, 24 stale
 EXIT_DENIED = 6
 EXIT_AT = 7  # GPA that the exit reports
 EXIT_WORDS = 8
@@ -46,15 +46,18 @@ def log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution
 
 
 @kernel
-def settle(m, vcpu, gpa, size, how, trail):
-    """Leave behind what a successful access leaves: flags in the entries, and the page in the fast path."""
+def settle(m, vcpu, gpa, size, how, source, trail):
+    """Leave behind what a successful access leaves: flags in the entries, and the page in the caches.
+
+    ``source`` says how its last page was decided (see ``cpu.mmu``).
+    """
     one_page = decision.page_part(gpa, gpa + size) == size
     at = gpa
     while at < gpa + size:
         part = decision.page_part(at, gpa + size)
         if not one_page:
-            decision.check(m, vcpu, at, part, how, trail)
-        dirty = page_log.commit(m, vcpu, at, how, trail)
+            _, _, _, source = mmu.check(m, vcpu, at, part, how, trail)
+        dirty = mmu.finish(m, vcpu, at, how, source, trail)
         if one_page:
             remember(m, gpa, dirty, trail)
         at += part
@@ -85,40 +88,44 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
 
     ``gpa`` and ``word`` are the trace record's two words (size in bits 15:0). Returns (resolution, reason,
     qualification, denied, at) of the exit that ended it, or COMPLETED; an EXCEPTION is the #VE that an EPT violation
-    became. Exits that KVM handles itself are counted in ``tally`` and listed in ``log`` when ``list_all``; the one
-    that ends the access is counted but left to the caller to list.
+    became. STALE stands beside the resolution where a cached translation gave it. Exits that KVM handles itself are
+    counted in ``tally`` and listed in ``log`` when ``list_all``; the one that ends the access is counted but left to
+    the caller to list.
     """
     size = word & 0xFFFF
     count = 0
     at = gpa
+    source = mmu.WALKED
+    stale = 0
     while True:
         if at == gpa + size:
-            if page_log.fits(m, vcpu, gpa, size, how, trail):
+            if mmu.log_fits(m, vcpu, gpa, size, how, source, trail):
                 break
             at = gpa
             reason, qualification, denied = exits.PML_FULL, decision.nmi_unblocking(how), 0
         else:
             part = decision.page_part(at, gpa + size)
-            reason, qualification, denied = decision.check(m, vcpu, at, part, how, trail)
+            reason, qualification, denied, source = mmu.check(m, vcpu, at, part, how, trail)
+            if source == mmu.STALE:
+                stale = res.STALE
             if reason == exits.NONE:
                 at += part
                 continue
+            if reason == exits.EPT_VIOLATION and tlb.modelled(m):
+                tlb.violated(m, vcpu, at, tlb.EVERY)
             if reason == exits.EPT_VIOLATION and ve.convert(m, vcpu, how, qualification, gva + (at - gpa), at, trail):
                 tally[reg.EXCEPTIONS] += 1
-                return res.EXCEPTION, reason, qualification, denied, at
+                return res.EXCEPTION | stale, reason, qualification, denied, at
         count_exit(tally, reason, qualification)
         resolution = handle_exit(m, vcpu, at, reason, qualification, trail, tally)
         count += 1
+        tlb.transition(m, vcpu)
         if resolution > res.LAST_INTERNAL or count == MAX_EXITS:
-            return (
-                max(resolution, res.INTERNAL_ERROR) if resolution <= res.LAST_INTERNAL else resolution,
-                reason,
-                qualification,
-                denied,
-                at,
-            )
+            ending = resolution if resolution > res.LAST_INTERNAL else res.INTERNAL_ERROR
+            return ending | stale, reason, qualification, denied, at
         if list_all:
-            log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution, denied, at)
+            log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution | stale, denied, at)
         at = gpa
-    settle(m, vcpu, gpa, size, how, trail)
-    return res.COMPLETED, 0, 0, 0, gpa
+        stale = 0
+    settle(m, vcpu, gpa, size, how, source, trail)
+    return res.COMPLETED | stale, 0, 0, 0, gpa

@@ -84,7 +84,7 @@ def attribute(index, log, count, hits, seen, touched):
     touched its own bytes. Both start at -1, and so does the first index in ``hits``.
     """
     for row in range(count):
-        if log[row, EXIT_REASON] >> 16 != VIOLATION:
+        if (log[row, EXIT_REASON] >> 16) & 0xFF != VIOLATION:
             continue
         begin = log[row, EXIT_GPA]
         end = begin + (log[row, EXIT_RECORD] & 0xFFFF)

@@ -98,15 +98,18 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     how = access | acc.DEFAULT_LINEAR
     guarded = access == acc.WRITE and in_protected_page(m, gpa, word & 0xFFFF)
     list_all = options[OPTION_LIST_ALL]
-    resolution, reason, q, denied, at = run.execute(
-        m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
-    )
-    if resolution == res.MMIO or resolution == res.EXCEPTION:
+    ending, reason, q, denied, at = run.execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all)
+    resolution = ending & ~res.STALE
+    tally[reg.STALE_ACCESSES] += ending != resolution
+    if resolution == res.COMPLETED:
+        if ending != resolution:
+            run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
+    elif resolution == res.MMIO or resolution == res.EXCEPTION:
         tally[reg.MMIO] += resolution == res.MMIO
         if list_all:
-            run.log_exit(log, used, index, gpa, word, gva, reason, q, resolution, denied, at)
-    elif resolution != res.COMPLETED:
-        run.log_exit(log, used, index, gpa, word, gva, reason, q, resolution, denied, at)
+            run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
+    else:
+        run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
         if resolution == res.VIOLATION:
             tally[reg.VIOLATIONS] += 1
         if options[OPTION_ON_VIOLATION] == STOP:

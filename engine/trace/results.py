@@ -31,6 +31,7 @@ EXIT_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("subpages", "uint32", "sub-pages of that page which the access touches"),
     ("denied", "uint32", "sub-pages among them that refuse it"),
     ("resolution", "uint8", "what the hypervisor did about it"),
+    ("stale", "uint8", "1 where a cached translation decided against what the tables say"),
 )
 
 
@@ -111,7 +112,8 @@ def columns_of_log(log: NDArray[np.int64]) -> tuple[dict[str, NDArray[Any]], NDA
         "gfn": at >> 12,
         "subpages": (np.int64(2) << last) - (np.int64(1) << first),
         "denied": log[:, run.EXIT_DENIED],
-        "resolution": log[:, run.EXIT_REASON] >> 16,
+        "resolution": log[:, run.EXIT_REASON] >> 16 & 0xFF,
+        "stale": log[:, run.EXIT_REASON] >> 24,
     }
     return {name: values[name].astype(dtype) for name, dtype, _ in EXIT_COLUMNS}, gpa.astype(np.uint64)
 
