@@ -113,6 +113,6 @@ def finish(m, vcpu, gpa, how, source, trail):
         return True
     dirty = page_log.commit(m, vcpu, gpa, how, trail)
     if tlb.modelled(m) and trail[ept.TRAIL_COUNTS, 0]:
-        facts = acc.LINEAR_VALID
+        facts = acc.LINEAR_VALID | 12 << tlb.GUEST_SIZE_AT
         tlb.remember(m, vcpu, tlb.PHYSICAL, gpa >> 12, gpa >> 12, facts, trail)
     return dirty

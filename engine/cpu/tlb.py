@@ -60,13 +60,16 @@ LEVEL_SHIFT = 16
 UPPER_SHIFT = 20
 RIGHTS_MASK = bits.RIGHTS | bits.USER_EXECUTE
 
-# E_FACTS: bits 3:0 what the guest's paging says of the page, as the linear bits of an access; 7:4 level of its entry
-GUEST_LEVEL_SHIFT = 4
-VECTOR_READ = 1 << 8
-GUEST_DIRTY = 1 << 9
-GUEST_GLOBAL = 1 << 10
-GUEST_UPPER_WRITABLE = 1 << 11
-GUEST_UNVERIFIED = 1 << 12
+# E_FACTS: bits 3:0 what the guest's paging says of the page, as the linear bits of an access; 9:4 the number of address
+# bits within it
+GUEST_SIZE_AT = 4
+GUEST_SIZE_MASK = 63
+VECTOR_READ = 1 << 10
+GUEST_DIRTY = 1 << 11
+GUEST_GLOBAL = 1 << 12
+GUEST_UPPER_WRITABLE = 1 << 13
+GUEST_LEAF_WRITABLE = 1 << 14
+GUEST_UNVERIFIED = 1 << 15
 
 # In place of a root, VPID, PCID, page or vCPU: any of them. No such thing has this value.
 EVERY = np.int64(-(1 << 62))
@@ -259,7 +262,7 @@ def remove_linear(m, vcpu, vpid, pcid, linear, globals_, nested):
         elif pcid != EVERY and m.tlb[row, E_SPACE] >> PCID_SHIFT != pcid:
             continue
         if linear != EVERY:
-            shift = bits.LEVEL_SHIFT[(facts >> GUEST_LEVEL_SHIFT) & 15]
+            shift = (facts >> GUEST_SIZE_AT) & GUEST_SIZE_MASK
             if (m.tlb[row, E_PAGE] << 12) >> shift != linear >> shift:
                 continue
         drop(m, row)
