@@ -43,6 +43,7 @@ CR0_PG = 1 << 31
 CR3_PCID = 0xFFF
 CR3_KEEP = signed(1 << 63)  # of the operand of MOV to CR3, with CR4.PCIDE: flush nothing
 CR3_PAE_TABLE = 0xFFFF_FFE0
+CR3_RESERVED_HIGH = signed(0xFFF0_0000_0000_0000)  # 63:52; below them, bits beyond MAXPHYADDR
 CR4_PSE = 1 << 4
 CR4_PAE = 1 << 5
 CR4_PGE = 1 << 7
