@@ -141,7 +141,7 @@ def page(m, vcpu, linear, size, how, trail, steps, pages, at):
 def log_fits(m, vcpu, pages, count, trail):
     """Whether the page-modification log has room for all pages of an access."""
     mode = ept.mode_of(m, vcpu)
-    if mode & page_log.LOGGING != page_log.LOGGING:
+    if not page_log.on(mode):
         return True
     index = page_log.index_of(m, vcpu)
     for at in range(count):
@@ -156,13 +156,14 @@ def log_fits(m, vcpu, pages, count, trail):
 @kernel
 def finish(m, vcpu, pages, count, trail):
     """Leave behind what a completed access leaves: EPT flags, log entries, cached translations."""
+    mode = ept.mode_of(m, vcpu)
     for at in range(count):
         how = pages[at, P_HOW]
         gpa = pages[at, P_GPA]
         if pages[at, P_SOURCE] == mmu.CACHED:
             continue
         decision.check(m, vcpu, gpa, pages[at, P_SIZE], how, trail)
-        mmu.finish(m, vcpu, gpa, how, pages[at, P_SOURCE], trail)
+        mmu.finish(m, vcpu, mode, gpa, how, pages[at, P_SOURCE], trail)
         if tlb.modelled(m) and pages[at, P_SOURCE] == mmu.WALKED:
             tlb.remember(m, vcpu, pages[at, P_KIND], pages[at, P_LINEAR] >> 12, gpa >> 12, pages[at, P_FACTS], trail)
 
