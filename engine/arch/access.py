@@ -18,10 +18,14 @@ PAGING_UPDATE = 3  # the processor sets accessed or dirty in a guest paging-stru
 SHADOW_STACK = 4
 KIND_NAMES = ("data", "read-modify-write", "paging-read", "paging-update", "shadow-stack")
 
+# Accesses that a kind can have.
+KIND_ACCESSES = ((READ, WRITE, EXECUTE), (WRITE,), (READ,), (WRITE,), (READ, WRITE))
+
 LINEAR_VALID = 1
 LINEAR_USER = 2
 LINEAR_WRITABLE = 4
 LINEAR_EXECUTE_DISABLE = 8
+LINEAR_BITS = 15
 
 # Circumstances
 NMI_UNBLOCKING = 1 << 12  # by an IRET that began with NMIs blocked, where the exit reports that (SDM vol. 3C, 28.2.3)
@@ -35,9 +39,20 @@ KIND_SHIFT = 4
 KIND_MASK = 7 << 4
 LINEAR_SHIFT = 8
 
+# Word 1 of a trace record holds them too: the kind in 26:24, the linear bits, of which valid is turned over, in 30:27.
+# An ordinary access therefore has zeros there.
+RECORD_KIND_SHIFT = 24
+RECORD_LINEAR_SHIFT = 27
+RECORD_BITS = 0x7F << RECORD_KIND_SHIFT
+
 DEFAULT_LINEAR = LINEAR_VALID << LINEAR_SHIFT
 
 
 def describe(access: int, kind: int = DATA, linear: int = LINEAR_VALID, circumstances: int = 0) -> int:
     """The ``how`` word of an access; ``circumstances`` are the bits above, already in their places."""
     return access | kind << KIND_SHIFT | linear << LINEAR_SHIFT | circumstances
+
+
+def record_bits(kind: int, linear: int) -> int:
+    """Kind and linear bits as word 1 of a trace record holds them."""
+    return kind << RECORD_KIND_SHIFT | (linear ^ LINEAR_VALID) << RECORD_LINEAR_SHIFT

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engine.arch import ept as bits
 from engine.arch import exits, sppt
-from engine.arch.access import ACCESS_NAMES
+from engine.arch.access import ACCESS_NAMES, DATA, KIND_MASK, KIND_NAMES, KIND_SHIFT
 from engine.arch.words import unsigned
 from engine.cpu import decision, ept
 from engine.cpu.frames import CAP_ARENA, Machine
@@ -73,6 +73,7 @@ class Explanation:
     denied: int
     ept: tuple[ReadEntry, ...]
     sppt: tuple[ReadEntry, ...]
+    kind: str = KIND_NAMES[0]
 
 
 def explain(m: Machine, vcpu: int, gpa: int, size: int, how: int) -> Explanation:
@@ -89,12 +90,15 @@ def explain(m: Machine, vcpu: int, gpa: int, size: int, how: int) -> Explanation
     ept_entries = tuple(_entry(m, row, _ept_fields) for row in trail[: int(trail[ept.TRAIL_COUNTS, 0])])
     spp_rows = trail[ept.TRAIL_SPPT : ept.TRAIL_SPPT + int(trail[ept.TRAIL_COUNTS, 1])]
     spp_entries = tuple(_entry(m, row, _sppt_fields) for row in spp_rows)
+    kind = (how & KIND_MASK) >> KIND_SHIFT
+    what = ACCESS_NAMES[how & 3] if kind == DATA else f"{KIND_NAMES[kind]} access"
+    wanted = int(decision.wants(how, ept.mode_of(m, vcpu)))
     return Explanation(
         gpa=gpa,
         size=size,
         access=ACCESS_NAMES[how & 3],
         outcome=_outcome(reason, qualification),
-        sentence=_sentence(reason, qualification, denied, ept_entries, spp_entries, ACCESS_NAMES[how & 3]),
+        sentence=_sentence(reason, qualification, denied, ept_entries, spp_entries, what, wanted),
         reason=reason or None,
         qualification=qualification if reason else None,
         exit_gpa=at if reason else None,
@@ -102,6 +106,7 @@ def explain(m: Machine, vcpu: int, gpa: int, size: int, how: int) -> Explanation
         denied=denied,
         ept=ept_entries,
         sppt=spp_entries,
+        kind=KIND_NAMES[kind],
     )
 
 
@@ -141,6 +146,7 @@ def _sentence(
     walked: tuple[ReadEntry, ...],
     vectors: tuple[ReadEntry, ...],
     access: str,
+    wanted: int,
 ) -> str:
     last = walked[-1] if walked else None
     if reason == exits.NONE:
@@ -152,6 +158,8 @@ def _sentence(
     if reason == exits.SPP_EVENT:
         what = "is not valid (SPP miss)" if qualification & exits.Q_SPP_MISS else "has a reserved bit set"
         return f"SPP-related event: {_place(vectors[-1])} = {vectors[-1].raw:#x} {what}"
+    if qualification & exits.Q_PAGING_VERIFICATION and last:
+        return f"denied: {_place(last)} wants paging-write access of every guest paging structure on the way"
     if denied:
         subpages = ", ".join(str(s) for s in range(sppt.SUBPAGES) if denied >> s & 1)
         noun = "sub-pages" if denied & (denied - 1) else "sub-page"
@@ -161,12 +169,12 @@ def _sentence(
         return "denied: the GPA is wider than the EPT walk translates"
     if not qualification >> exits.Q_RIGHTS_SHIFT & bits.RIGHTS and not last.raw & bits.RIGHTS:
         return f"denied: {_place(last)} is not present"
-    return f"denied: {_place(_refusing(walked, access))} does not permit {access}"
+    return f"denied: {_place(_refusing(walked, wanted))} does not permit {access}"
 
 
-def _refusing(walked: tuple[ReadEntry, ...], access: str) -> ReadEntry:
-    bit = 1 << ACCESS_NAMES.index(access)
-    return next((entry for entry in walked if not entry.raw & bit), walked[-1])
+def _refusing(walked: tuple[ReadEntry, ...], wanted: int) -> ReadEntry:
+    """The first entry that lacks a wanted right, as its read, write and execute bits."""
+    return next((entry for entry in walked if entry.raw & wanted != wanted), walked[-1])
 
 
 def _place(entry: ReadEntry) -> str:

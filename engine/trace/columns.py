@@ -80,7 +80,8 @@ class TraceChunk(NamedTuple):
     """A run of consecutive accesses. Valid until the next chunk is asked for: readers fill the same memory again.
 
     ``records``: uint64[n, 2], C-contiguous, writable. Word 0 is the GPA. Word 1 holds the size in bytes in bits 15:0,
-    the access in bits 23:16, the vCPU id in bits 47:32; bits 31:24 and 63:48 are zero in a valid record.
+    the access in bits 23:16, the vCPU id in bits 47:32; bits 31:24 and 63:48 are zero in a valid record, but where
+    ``kinds`` is set bits 30:24 say what kind of access it is (``arch.access.record_bits``).
     ``gva``: uint64[n], or None when the trace has no such column.
     ``carry``: the columns the caller asked to carry along, each of length n and of a fixed-width type.
     """
@@ -88,6 +89,7 @@ class TraceChunk(NamedTuple):
     records: npt.NDArray[np.uint64]
     gva: npt.NDArray[np.uint64] | None
     carry: dict[str, npt.NDArray[Any]]
+    kinds: bool = False
 
 
 class MalformedBody(TraceError):

@@ -26,6 +26,7 @@ BAD_ACCESS = 5
 BAD_VCPU = 6
 BAD_ADDRESS = 7
 BAD_RESERVED = 8
+BAD_KIND = 9
 
 # on_violation
 SKIP = 0
@@ -37,6 +38,7 @@ ON_VIOLATION = ("skip", "stop", "allow", "grant")
 # Positions in the options array
 OPTION_ON_VIOLATION = 0
 OPTION_LIST_ALL = 1
+OPTION_KINDS = 2  # records may say what kind of access they are; else those bits are zeros
 
 GPA_LIMIT = 1 << 52
 NO_GVA = np.int64(0)
@@ -44,7 +46,27 @@ ONE = np.uint64(1)
 
 
 @kernel
-def refusal(m, gpa, word):
+def fits_kind(access, kind):
+    """Whether an access can be of a kind (``arch.access.KIND_ACCESSES``)."""
+    if kind == acc.READ_MODIFY_WRITE or kind == acc.PAGING_UPDATE:
+        return access == acc.WRITE
+    if kind == acc.PAGING_READ:
+        return access == acc.READ
+    return kind == acc.DATA or (kind == acc.SHADOW_STACK and access != acc.EXECUTE)
+
+
+@kernel
+def describe(word):
+    """The access of a record as the kernels name it."""
+    if not word & acc.RECORD_BITS:
+        return (word >> 16) & acc.ACCESS_MASK | acc.DEFAULT_LINEAR
+    kind = (word >> acc.RECORD_KIND_SHIFT) & 7
+    linear = (word >> acc.RECORD_LINEAR_SHIFT) & acc.LINEAR_BITS
+    return (word >> 16) & acc.ACCESS_MASK | kind << acc.KIND_SHIFT | (linear ^ acc.LINEAR_VALID) << acc.LINEAR_SHIFT
+
+
+@kernel
+def refusal(m, gpa, word, kinds):
     """Why a record is no access at all, DONE if it is one."""
     size = word & 0xFFFF
     if size == 0:
@@ -52,7 +74,10 @@ def refusal(m, gpa, word):
     if (word >> 16) & 0xFF > acc.EXECUTE:
         return BAD_ACCESS
     if (word >> 24) & 0xFF or (word >> 48) & 0xFFFF:
-        return BAD_RESERVED
+        if not kinds or (word >> 31) & 1 or (word >> 48) & 0xFFFF:
+            return BAD_RESERVED
+        if not fits_kind((word >> 16) & 0xFF, (word >> acc.RECORD_KIND_SHIFT) & 7):
+            return BAD_KIND
     vcpu = (word >> 32) & 0xFFFF
     if vcpu >= m.caps[CAP_VCPUS] or m.vcpu_of_id[vcpu] < 0:
         return BAD_VCPU
@@ -90,12 +115,12 @@ def grant_touched(m, gpa, size, trail):
 @kernel
 def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     """Run one record the long way; returns DONE, or STOPPED, or why the record is refused."""
-    bad = refusal(m, gpa, word)
+    bad = refusal(m, gpa, word, options[OPTION_KINDS])
     if bad != DONE:
         return bad
     access = (word >> 16) & acc.ACCESS_MASK
     vcpu = m.vcpu_of_id[(word >> 32) & 0xFFFF]
-    how = access | acc.DEFAULT_LINEAR
+    how = describe(word)
     guarded = access == acc.WRITE and in_protected_page(m, gpa, word & 0xFFFF)
     list_all = options[OPTION_LIST_ALL]
     ending, reason, q, denied, at = run.execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all)

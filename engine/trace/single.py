@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.arch import access as acc
+from engine.arch import exceptions
 from engine.config import VmConfig
 from engine.errors import InvalidValue
 from engine.kvm import resolutions as res
@@ -20,20 +21,26 @@ MAX_SIZE = 0xFFFF
 
 @dataclass(frozen=True, slots=True)
 class AccessRequest:
-    """``size`` bytes at ``gpa``; ``data`` are the bytes of a write, which land in guest memory if it is allowed."""
+    """``size`` bytes at ``gpa``; ``data`` are the bytes of a write, which land in guest memory if it is allowed.
 
-    gpa: int
+    With ``gva`` and no ``gpa`` the guest's own page tables give the address. ``kind`` and ``linear`` are numbers of
+    ``arch.access``: what sort of access it is and, for one by GPA, what the guest's paging would have said.
+    """
+
+    gpa: int | None
     size: int = 8
     access: int = acc.WRITE
     vcpu: int = 0
     gva: int | None = None
     data: bytes | None = None
     on_violation: str = "skip"
+    kind: int = acc.DATA
+    linear: int = acc.LINEAR_VALID
 
     @property
     def how(self) -> int:
         """The access as the kernels name it."""
-        return acc.describe(self.access)
+        return acc.describe(self.access, self.kind, self.linear)
 
     def validate(self, config: VmConfig) -> None:
         """Refuse what is no access."""
@@ -41,11 +48,11 @@ class AccessRequest:
             raise InvalidValue(f"an access has 1 to {MAX_SIZE} bytes", field="size", value=self.size)
         if self.access not in (acc.READ, acc.WRITE, acc.EXECUTE):
             raise InvalidValue("access is 0 read, 1 write or 2 execute", field="access", value=self.access)
-        width = config.maxphyaddr
-        if self.gpa < 0 or self.gpa + self.size > min(GPA_LIMIT, 1 << width):
-            raise InvalidValue(
-                f"an access lies within the guest-physical address width of {width} bits", field="gpa", value=self.gpa
-            )
+        if not 0 <= self.kind < len(acc.KIND_NAMES) or self.access not in acc.KIND_ACCESSES[self.kind]:
+            raise InvalidValue("the kind of access is one that this access can be", field="kind", value=self.kind)
+        if not 0 <= self.linear <= acc.LINEAR_BITS:
+            raise InvalidValue(f"linear is 0 to {acc.LINEAR_BITS}", field="linear", value=self.linear)
+        self._validate_addresses(config.maxphyaddr)
         if self.gva is not None and not 0 <= self.gva < 1 << 64:
             raise InvalidValue("a linear address has 64 bits", field="gva", value=self.gva)
         if all(v.id != self.vcpu for v in config.vcpus):
@@ -55,9 +62,22 @@ class AccessRequest:
         if self.data is not None and len(self.data) != self.size:
             raise InvalidValue("data has as many bytes as the access", field="data", value=self.data.hex())
 
+    def _validate_addresses(self, width: int) -> None:
+        if self.gpa is None:
+            if self.gva is None:
+                raise InvalidValue("an access has a gpa or a gva", field="gpa", value=None)
+            if self.kind in (acc.PAGING_READ, acc.PAGING_UPDATE):
+                raise InvalidValue("an access to a guest paging structure is by gpa", field="kind", value=self.kind)
+            if self.linear != acc.LINEAR_VALID:
+                raise InvalidValue("the guest's paging says what the page is", field="linear", value=self.linear)
+        elif self.gpa < 0 or self.gpa + self.size > min(GPA_LIMIT, 1 << width):
+            raise InvalidValue(
+                f"an access lies within the guest-physical address width of {width} bits", field="gpa", value=self.gpa
+            )
+
     def record(self) -> NDArray[np.uint64]:
-        """The one record, uint64[1, 2]."""
-        word = self.size | self.access << 16 | self.vcpu << 32
+        """The one record of an access by GPA, uint64[1, 2]."""
+        word = self.size | self.access << 16 | acc.record_bits(self.kind, self.linear) | self.vcpu << 32
         return np.array([[self.gpa, word]], dtype=np.uint64)
 
     def gvas(self) -> NDArray[np.uint64] | None:
@@ -70,6 +90,9 @@ class AccessResult:
     """``allowed``: the processor let it through. ``lands``: a write took effect, allowed or by the caller's choice.
 
     ``resolution`` is how it ended; ``exits`` every exit on the way; ``run`` what user space sees, None if nothing.
+    ``gpa`` is that of the access's first byte, or of the exit that ended it, where one by linear address got so far;
+    ``exception`` names what the guest takes instead, with the ``fault_address`` and, of a #PF, the ``error_code``.
+    ``stale``: a cached translation decided, and the tables would have given another answer.
     """
 
     allowed: bool
@@ -78,6 +101,11 @@ class AccessResult:
     exits: ExitColumns
     run: UserExit | None
     data: bytes | None = None
+    gpa: int | None = None
+    exception: str | None = None
+    error_code: int | None = None
+    fault_address: int | None = None
+    stale: bool = False
 
     def with_data(self, data: bytes) -> AccessResult:
         """The same with the bytes that a read found."""
@@ -96,4 +124,14 @@ def access_result(request: AccessRequest, result: TraceResult, profile: str) -> 
     run = None
     if last != res.COMPLETED:
         run = user_exit(last, int(exits.column("reason")[-1]), int(exits.column("gpa")[-1]), profile)
-    return AccessResult(allowed, lands, res.RESOLUTION_NAMES[last], exits, run)
+    return AccessResult(
+        allowed,
+        lands,
+        res.RESOLUTION_NAMES[last],
+        exits,
+        run,
+        gpa=request.gpa,
+        exception=exceptions.NAMES[exceptions.VIRTUALIZATION] if last == res.EXCEPTION else None,
+        fault_address=request.gva if last == res.EXCEPTION else None,
+        stale=bool(exits.column("stale").any()),
+    )
