@@ -25,9 +25,10 @@ from engine.head import config_from_head, config_to_head
 from engine.kvm import memory, protections, slot_changes, spp
 from engine.kvm import registers as reg
 from engine.kvm.protections import ProtectedObject, Protection
-from engine.kvm.slots import SlotSpec, check_overlap, first_page_without_slot, slot_table
+from engine.kvm.slots import SlotSpec, check_overlap, first_page_without_slot, slot_table, writable_bytes
 from engine.store import Draft, FrameStore, Snapshot, blocks_of
 from engine.trace.columns import TraceChunk
+from engine.trace.objects import Targets, targets_of
 from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
 from engine.trace.single import AccessRequest, AccessResult, access_result
 
@@ -52,6 +53,7 @@ class State:
     snapshot: Snapshot
     slots: Mapping[int, SlotSpec]
     protections: Mapping[str, Protection]
+    targets: Targets
 
 
 class VirtualMachine:
@@ -69,7 +71,7 @@ class VirtualMachine:
         """A new machine; ``spp`` also enables sub-page protection."""
         config.validate()
         store = birth.new_store(config)
-        vm = cls(config, store, State(store.published, {}, {}))
+        vm = cls(config, store, State(store.published, {}, {}, targets_of(())))
         with vm._change() as draft:
             birth.build(draft, config)
         for spec in slots:
@@ -78,7 +80,7 @@ class VirtualMachine:
             vm.enable_spp()
         return vm
 
-    # Reads
+    # Reads. Each keeps the snapshot it looks at in a local name: rows of a snapshot that nobody keeps are used again.
 
     @property
     def spp_active(self) -> bool:
@@ -102,7 +104,8 @@ class VirtualMachine:
         """Maps of consecutive pages, uint32[npages] (KVM_SUBPAGES_GET_ACCESS); ``layer`` is one of LAYER_NAMES."""
         if layer not in spp.LAYER_NAMES:
             raise InvalidValue(f"layer is one of {', '.join(spp.LAYER_NAMES)}", field="layer", value=layer)
-        machine = self._state.snapshot.machine
+        snapshot = self._state.snapshot
+        machine = snapshot.machine
         self._check_active()
         self._check_window(machine, gfn, npages)
         maps = np.empty(npages, dtype=np.uint32)
@@ -111,7 +114,8 @@ class VirtualMachine:
 
     def read_memory(self, gpa: int, size: int) -> bytes:
         """Guest RAM contents, zero where nothing was written."""
-        machine = self._state.snapshot.machine
+        snapshot = self._state.snapshot
+        machine = snapshot.machine
         self._check_bytes(machine, gpa, size, "size")
         return memory.read_bytes(machine, gpa, size)
 
@@ -119,12 +123,13 @@ class VirtualMachine:
         """What the processor would do with an access, entry by entry; changes nothing."""
         request = AccessRequest(gpa=gpa, size=size, access=access, vcpu=vcpu)
         request.validate(self.config)
-        machine = self._state.snapshot.machine
-        return explain.explain(machine, self.vcpu_position(vcpu), gpa, size, request.how)
+        snapshot = self._state.snapshot
+        return explain.explain(snapshot.machine, self.vcpu_position(vcpu), gpa, size, request.how)
 
     def counters(self) -> dict[str, int]:
         """Totals since creation, by the names in ``kvm.registers``, and frames and bytes in use."""
-        machine = self._state.snapshot.machine
+        snapshot = self._state.snapshot
+        machine = snapshot.machine
         words = machine.rows[machine.row_of[frames.STATE_FRAME]]
         counts = {name: int(words[reg.COUNTERS_AT + i]) for i, name in enumerate(reg.COUNTERS)}
         kinds = np.bincount(machine.kind, minlength=len(frames.KIND_NAMES))
@@ -230,12 +235,14 @@ class VirtualMachine:
         options = ReplayOptions(on_violation=request.on_violation, include="all")
         options.validate()
         with self._change() as draft:
-            replay = Replay(draft, options, self._protected())
+            replay = Replay(draft, options, self._state.targets)
             try:
                 replay.feed(TraceChunk(request.record(), request.gvas(), {}))
             except TraceError as error:
                 raise InvalidValue(error.rule, field=error.field, value=error.value) from None
             result = access_result(request, replay.result(), self.config.profile)
+            if result.lands and not result.allowed and not writable_bytes(draft.machine, request.gpa, request.size):
+                result = result.without_effect()
             if result.lands and request.data:
                 _write(draft, request.gpa, request.data)
             _count(draft, replay.tally)
@@ -249,7 +256,7 @@ class VirtualMachine:
         self._acquire()
         try:
             draft = self._begin()
-            replay = Replay(draft, options, self._protected())
+            replay = Replay(draft, options, self._state.targets)
         except BaseException:
             self._writer.release()
             raise
@@ -313,7 +320,7 @@ class VirtualMachine:
             p["name"]: Protection(p["name"], tuple(ProtectedObject(*o) for o in p["objects"]))
             for p in head["protections"]
         }
-        vm = cls(config, store, State(store.published, slots, known))
+        vm = cls(config, store, State(store.published, slots, known, _targets(known)))
         with vm._change():
             pass
         return vm
@@ -321,11 +328,9 @@ class VirtualMachine:
     # Inside
 
     def _register(self, position: int) -> int:
-        machine = self._state.snapshot.machine
+        snapshot = self._state.snapshot
+        machine = snapshot.machine
         return int(machine.rows[machine.row_of[frames.STATE_FRAME], position])
-
-    def _protected(self) -> tuple[ProtectedObject, ...]:
-        return tuple(item for p in self._state.protections.values() for item in p.objects)
 
     def _check_active(self) -> None:
         if not self.spp_active:
@@ -400,17 +405,19 @@ class VirtualMachine:
 
     def _publish(self, draft: Draft, slots: Mapping[int, SlotSpec], protections: Mapping[str, Protection]) -> None:
         self._store.publish(draft)
-        self._state = State(self._store.published, slots, protections)
+        same = protections is self._state.protections
+        targets = self._state.targets if same else _targets(protections)
+        self._state = State(self._store.published, slots, protections, targets)
 
     def _move(self, draft: Draft, old: SlotSpec, new: SlotSpec) -> None:
         trail = new_trail()
         moved = np.zeros((0, slot_changes.PAGE_WORDS), dtype=np.int64)
         while True:
-            draft.ensure()
             found = int(slot_changes.lift_pages(draft.machine, old.gfn, old.pages, moved, trail))
             if found <= len(moved):
                 break
             moved = np.zeros((found, slot_changes.PAGE_WORDS), dtype=np.int64)
+        _all(draft, len(moved), lambda start: slot_changes.detach_contents(draft.machine, old.gfn, moved, start))
         _drop(draft, old)
         _all(draft, len(moved), lambda start: slot_changes.place_pages(draft.machine, new.gfn, moved, start))
 
@@ -426,6 +433,10 @@ class VirtualMachine:
 def new_trail() -> NDArray[np.int64]:
     """Scratch for a walk."""
     return np.zeros((TRAIL_ROWS, 4), dtype=np.int64)
+
+
+def _targets(protections: Mapping[str, Protection]) -> Targets:
+    return targets_of([item for p in protections.values() for item in p.objects])
 
 
 def _all(draft: Draft, count: int, step: Callable[[int], int]) -> None:

@@ -11,7 +11,6 @@ from engine.cpu.frames import (
     CAP_RESERVED_ADDRESS,
     FIRST_VCPU_FRAME,
     read_entry,
-    read_word,
 )
 from engine.jit import kernel
 
@@ -40,9 +39,10 @@ TRAIL_COUNTS = 9
 @kernel
 def mode_of(m, vcpu):
     """The mode word of a vCPU, from its controls and EPTP."""
-    secondary = read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_SECONDARY)
-    tertiary = read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_TERTIARY)
-    eptp = read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_EPTP)
+    row = m.row_of[FIRST_VCPU_FRAME + vcpu]
+    secondary = m.rows[row, ctl.V_SECONDARY]
+    tertiary = m.rows[row, ctl.V_TERTIARY]
+    eptp = m.rows[row, ctl.V_EPTP]
     mode = 0
     if secondary & ctl.SECONDARY_MBEC:
         mode |= MODE_MBEC

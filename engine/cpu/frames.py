@@ -54,7 +54,7 @@ class Machine(NamedTuple):
     ``rows`` int64[n, 512]; ``row_of`` int64[frames] (-1: free); ``fresh`` uint8[frames] (1: this change owns the row);
     ``kind`` uint8[frames]; ``free`` and ``spare`` int64 stacks of frames and rows with heights in ``top``;
     ``caps`` int64[CAPS]; ``vcpu_of_id`` int64 (vCPU id to position, -1: none); ``slots`` int64[n, SLOT_WORDS] sorted
-    by base GFN; ``cache`` int64[CACHE_ENTRIES], the fast path.
+    by base GFN; ``cache`` int64[CACHE_WORDS], the fast path.
     """
 
     rows: Words

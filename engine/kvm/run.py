@@ -86,12 +86,21 @@ def remember(m, gpa, dirty, trail):
 
 
 @kernel
+def remember_denial(m, gpa, size, qualification, denied):
+    """Put a refusal in the fast path if the page's map alone explains it."""
+    mask = layers.effective(m, gpa >> 12)
+    if m.caps[CAP_FAST_PATH] and denied == sppt.touched(gpa, size) & ~mask:
+        fastpath.remember_denial(m, gpa >> 12, mask, qualification)
+
+
+@kernel
 def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all):
     """Run one access to its end.
 
     ``gpa`` and ``word`` are the trace record's two words (size in bits 15:0). Returns (resolution, reason,
-    qualification, denied, at) of the exit that ended it, or COMPLETED. Exits that KVM handles itself are counted in ``tally`` and
-    listed in ``log`` when ``list_all``; the one that ends the access is counted but left to the caller to list.
+    qualification, denied, at) of the exit that ended it, or COMPLETED. Exits that KVM handles itself are counted in
+    ``tally`` and listed in ``log`` when ``list_all``; the one that ends the access is counted but left to the caller
+    to list.
     """
     size = word & 0xFFFF
     exits = 0
@@ -105,6 +114,8 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
         count_exit(tally, reason, qualification)
         resolution = handle_exit(m, at, reason, qualification, trail, tally)
         exits += 1
+        if resolution == res.VIOLATION and denied and part == size:
+            remember_denial(m, gpa, size, qualification, denied)
         if resolution > res.LAST_INTERNAL or exits == MAX_EXITS:
             return (
                 max(resolution, res.INTERNAL_ERROR) if resolution <= res.LAST_INTERNAL else resolution,

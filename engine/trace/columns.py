@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from engine.errors import TraceError
 
-# Target length of a chunk. 64 Ki records are 1 MiB: they stay in the second-level cache between reader and replay.
-CHUNK_RECORDS = 65536
+# Target length of a chunk. 256 Ki records are 4 MiB: long enough that what a chunk costs whatever its length does not
+# count, short enough to stay in the last-level cache between reader and replay.
+CHUNK_RECORDS = 1 << 18
 
 
 @dataclass(frozen=True)

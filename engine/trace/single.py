@@ -79,6 +79,10 @@ class AccessResult:
     run: UserExit | None
     data: bytes | None = None
 
+    def without_effect(self) -> AccessResult:
+        """The same, but no byte landed: part of the access is not in writable guest memory."""
+        return replace(self, lands=False)
+
     def with_data(self, data: bytes) -> AccessResult:
         """The same with the bytes that a read found."""
         return replace(self, data=data)
