@@ -22,11 +22,22 @@ from starlette.responses import Response, StreamingResponse
 from engine.arch.exits import NAMES
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.trace.results import ExitColumns
-from service.api.common import EXAMPLE_TRACE, Cursor, Limit, VmId, documented, find, headers, router, settings_of
+from service.api.common import (
+    EXAMPLE_TRACE,
+    Cursor,
+    Limit,
+    VmId,
+    documented,
+    encode,
+    find,
+    headers,
+    router,
+    settings_of,
+)
 from service.http import cursors
 from service.http.negotiation import ARROW, JSON, NDJSON, preferred
 from service.http.words import Document, Hex32, Hex64, examples
-from service.problems import InvalidDocument
+from service.runtime.offload import maybe_in_thread
 
 routes = router("traces", "/v1/vms/{vm}/traces/{trace}/exits")
 
@@ -35,6 +46,8 @@ TraceId = Annotated[str, Path(alias="trace", description="Id of the trace.", exa
 _OFFERS = (JSON, NDJSON, ARROW)
 _ARROW_BATCH = 1 << 16
 _NDJSON_BATCH = 1 << 12
+# Rendering more records than this takes longer than the event loop should be kept from others.
+INLINE_RECORDS = 200
 _SAFE_IN_JSON = (1 << 53) - 1
 
 _lines = msgspec.json.Encoder()
@@ -212,8 +225,6 @@ async def get_exits(request: Request, vm: VmId, trace: TraceId, limit: Limit = N
     media = preferred(request, _OFFERS)
     exits = found.result.exit_columns
     start = cursors.decode(f"exits:{trace}", cursor) if cursor is not None else 0
-    if start > len(exits):
-        raise InvalidDocument("must be the cursor of an earlier page of this list", field="cursor", value=cursor)
     size = len(exits) - start if limit is None else limit
     if media == JSON:
         largest = settings_of(request).exit_page_size
@@ -223,7 +234,8 @@ async def get_exits(request: Request, vm: VmId, trace: TraceId, limit: Limit = N
     extra = {"Vary": "Accept"} | ({"Link": f'<{follow}>; rel="next"'} if follow else {})
     window = exits[start:end]
     if media == JSON:
-        content = msgspec.json.encode({"exit_records": exit_rows(window), "next": follow})
+        small = len(window) <= INLINE_RECORDS
+        content = await maybe_in_thread(small, lambda: encode({"exit_records": exit_rows(window), "next": follow}))
         return Response(content, media_type=JSON, headers=extra)
     stream = ndjson_stream(window) if media == NDJSON else arrow_stream(window)
     return StreamingResponse(stream, media_type=media, headers=extra)

@@ -27,13 +27,15 @@ from service.api.common import (
     settings_of,
     tagged,
 )
-from service.api.exits import EXAMPLE_EXIT, EXIT_FIELDS, ExitRecord, TraceId, exit_rows, exits_url
+from service.api.exits import EXAMPLE_EXIT, EXIT_FIELDS, INLINE_RECORDS, ExitRecord, TraceId, exit_rows, exits_url
 from service.http import cursors
 from service.http.negotiation import ARROW, JSON, NDJSON, OCTETS, PARQUET, content_type
 from service.http.words import Access, Document, Hex64, examples
 from service.problems import InvalidDocument
 from service.runtime.bodies import Upload, spooled
+from service.runtime.offload import maybe_in_thread
 from service.runtime.traces import SPOOLED_FORMATS, Trace, TraceRequest, replay
+from service.settings import Settings
 
 routes = router("traces", "/v1/vms/{vm}/traces")
 
@@ -192,6 +194,11 @@ def _result(vm_id: str, trace: Trace, inlined: int) -> dict[str, Any]:
     return {**_summary(vm_id, trace), "exit_records": exit_rows(exits[:inlined]), "next": follow}
 
 
+async def _rendered(vm_id: str, trace: Trace, settings: Settings) -> dict[str, Any]:
+    small = len(trace.result.exit_columns) <= INLINE_RECORDS
+    return await maybe_in_thread(small, _result, vm_id, trace, settings.exit_page_size)
+
+
 def _carried(carry: str | None) -> tuple[str, ...]:
     names = tuple(name.strip() for name in carry.split(",")) if carry else ()
     for name in names:
@@ -288,7 +295,7 @@ async def create_trace(
             if spool is not None:
                 spool.close()
     location = f"/v1/vms/{entry.id}/traces/{trace.id}"
-    return json_response(_result(entry.id, trace, settings.exit_page_size), status=201, extra={"Location": location})
+    return json_response(await _rendered(entry.id, trace, settings), status=201, extra={"Location": location})
 
 
 @routes.get(
@@ -323,4 +330,4 @@ async def list_traces(request: Request, vm: VmId, limit: Limit = None, cursor: C
 )
 async def get_trace(request: Request, vm: VmId, trace: TraceId) -> Response:
     entry = find(request, vm)
-    return tagged(request, _result(entry.id, entry.traces.get(trace), settings_of(request).exit_page_size))
+    return tagged(request, await _rendered(entry.id, entry.traces.get(trace), settings_of(request)))

@@ -256,7 +256,7 @@ async def create_vm(request: Request, body: Annotated[VmRequest, Body()]) -> Res
     body.refuse_reserved()
     config = body.config(settings_of(request).max_table_frames)
     slots = [slot.spec(slot.slot) for slot in body.memory_slots]
-    entry = registry_of(request).create(config, slots, spp=body.spp)
+    entry = await registry_of(request).create(config, slots, spp=body.spp)
     return tagged(request, Vm.of(entry), status=201, extra={"Location": f"/v1/vms/{entry.id}"})
 
 
