@@ -39,11 +39,15 @@ HEAD_FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class SubpageRange:
-    """Maps for ``npages`` pages from ``gfn``: one value for all, or uint32[npages]. Bit s = sub-page s writable."""
+    """Maps for ``npages`` pages from ``gfn``: one value for all, or uint32[npages]. Bit s = sub-page s writable.
+
+    ``where`` goes before the names of fields in errors.
+    """
 
     gfn: int
     npages: int
     access: NDArray[np.uint32] | int
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -359,13 +363,13 @@ class VirtualMachine:
 
     def _check_range(self, machine: frames.Machine, item: SubpageRange) -> None:
         if item.npages < 1:
-            raise InvalidValue("npages is at least 1", field="npages", value=item.npages)
-        self._check_slots(machine, item.gfn, item.npages, "gfn")
+            raise InvalidValue("npages is at least 1", field=f"{item.where}npages", value=item.npages)
+        self._check_slots(machine, item.gfn, item.npages, f"{item.where}gfn")
         if isinstance(item.access, int):
             if not 0 <= item.access < 1 << 32:
-                raise InvalidValue("a map has 32 bits", field="access", value=item.access)
+                raise InvalidValue("a map has 32 bits", field=f"{item.where}access", value=item.access)
         elif len(item.access) != item.npages:
-            raise InvalidValue("there is one map for each page", field="access", value=len(item.access))
+            raise InvalidValue("there is one map for each page", field=f"{item.where}access", value=len(item.access))
 
     def _check_bytes(self, machine: frames.Machine, gpa: int, size: int, field: str) -> None:
         if size < 1:
@@ -404,9 +408,9 @@ class VirtualMachine:
             self._writer.release()
 
     def _publish(self, draft: Draft, slots: Mapping[int, SlotSpec], protections: Mapping[str, Protection]) -> None:
-        self._store.publish(draft)
         same = protections is self._state.protections
         targets = self._state.targets if same else _targets(protections)
+        self._store.publish(draft)
         self._state = State(self._store.published, slots, protections, targets)
 
     def _move(self, draft: Draft, old: SlotSpec, new: SlotSpec) -> None:

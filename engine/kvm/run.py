@@ -14,6 +14,9 @@ from engine.kvm.fault import count_exit, handle_exit
 
 PAGE = 4096
 
+# Entries that a read or a fetch leaves as they are.
+SETTLED = bits.READ | bits.EXECUTE | bits.ACCESSED
+
 # A page needs at most three exits (map and arm, SPPT miss, violation); one access touches at most 17 pages.
 # What takes longer is a table that a client broke, and would loop for ever on hardware.
 MAX_EXITS = 64
@@ -86,10 +89,15 @@ def remember(m, gpa, dirty, trail):
 
 
 @kernel
-def remember_denial(m, gpa, size, qualification, denied):
-    """Put a refusal in the fast path if the page's map alone explains it."""
+def remember_denial(m, gpa, size, qualification, denied, trail):
+    """Put a refusal in the fast path if the page's map alone explains it, and reads and fetches need nothing."""
     mask = layers.effective(m, gpa >> 12)
-    if m.caps[CAP_FAST_PATH] and denied == sppt.touched(gpa, size) & ~mask:
+    if not m.caps[CAP_FAST_PATH] or denied != sppt.touched(gpa, size) & ~mask:
+        return
+    settled = SETTLED
+    for row in range(trail[ept.TRAIL_COUNTS, 0]):
+        settled &= trail[row, 3]
+    if settled == SETTLED:
         fastpath.remember_denial(m, gpa >> 12, mask, qualification)
 
 
@@ -115,7 +123,7 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
         resolution = handle_exit(m, at, reason, qualification, trail, tally)
         exits += 1
         if resolution == res.VIOLATION and denied and part == size:
-            remember_denial(m, gpa, size, qualification, denied)
+            remember_denial(m, gpa, size, qualification, denied, trail)
         if resolution > res.LAST_INTERNAL or exits == MAX_EXITS:
             return (
                 max(resolution, res.INTERNAL_ERROR) if resolution <= res.LAST_INTERNAL else resolution,

@@ -61,7 +61,7 @@ def refusal(m, gpa, word):
     vcpu = (word >> 32) & 0xFFFF
     if vcpu >= m.caps[CAP_VCPUS] or m.vcpu_of_id[vcpu] < 0:
         return BAD_VCPU
-    if gpa < 0 or gpa + size > GPA_LIMIT or gpa + size < 0:
+    if gpa < 0 or gpa > GPA_LIMIT - size:
         return BAD_ADDRESS
     return DONE
 

@@ -259,9 +259,10 @@ def _parse_patch(content: bytes, limit: int) -> list[SubpageRange]:
             if len(words) != item.npages:
                 rule = f"must have one bitmap for each of {item.npages} pages"
                 raise InvalidDocument(rule, field=f"{prefix}access", value=len(words))
-            ranges.append(SubpageRange(item.gfn, item.npages, words))
+            ranges.append(SubpageRange(item.gfn, item.npages, words, prefix))
         else:
-            ranges.append(SubpageRange(item.gfn, item.npages, bitmaps.word32(item.access, f"{prefix}access")))
+            word = bitmaps.word32(item.access, f"{prefix}access")
+            ranges.append(SubpageRange(item.gfn, item.npages, word, prefix))
     return ranges
 
 
