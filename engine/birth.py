@@ -26,6 +26,8 @@ def new_store(config: VmConfig) -> FrameStore:
     caps[frames.CAP_ARENA] = 1 << (width - 1)
     caps[frames.CAP_RESERVED_ADDRESS] = ((1 << 52) - 1) & ~((1 << width) - 1)
     caps[frames.CAP_EPT_VPID] = signed(config.host.capability("ept_vpid_cap"))
+    caps[frames.CAP_SECONDARY_ALLOWED] = config.host.secondary_allowed
+    caps[frames.CAP_TERTIARY_ALLOWED] = signed(config.host.capability("procbased_ctls3"))
     caps[frames.CAP_FILL_IN_SET] = config.profile == "kvm-2019"
     caps[frames.CAP_REGION_FILL] = config.profile == "kvm-latest"
     caps[frames.CAP_FAST_PATH] = config.translation_cache == "off"
@@ -33,7 +35,7 @@ def new_store(config: VmConfig) -> FrameStore:
     for position, vcpu in enumerate(config.vcpus):
         ids[vcpu.id] = position
     caps[frames.CAP_VCPUS] = len(ids)
-    return FrameStore(caps, ids, config.max_table_frames)
+    return FrameStore(caps, ids, config.max_table_frames, modelled=config.translation_cache == "model")
 
 
 def build(draft: Draft, config: VmConfig) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from engine.arch import controls as ctl
 from engine.arch import ept
 from engine.errors import InvalidValue
 
@@ -23,8 +24,15 @@ MAX_MAXPHYADDR = 52
 EPT_VPID_CAP = 0x0000_0F01_0633_41C1
 assert EPT_VPID_CAP & ept.CAP_WALK_5
 
+# IA32_VMX_PROCBASED_CTLS2: its high half is the secondary controls that may be 1, all that such a server has, sub-page
+# write permissions (bit 23) among them. IA32_VMX_PROCBASED_CTLS3 is the tertiary controls that may be 1: it has none.
+PROCBASED_CTLS2 = 0x07DF_FFFF_0000_0000
+PROCBASED_CTLS3 = 0
+
 # Capabilities a host can be given by name, as raw MSR values.
-VMX_CAPABILITIES: Mapping[str, int] = MappingProxyType({"ept_vpid_cap": EPT_VPID_CAP})
+VMX_CAPABILITIES: Mapping[str, int] = MappingProxyType(
+    {"ept_vpid_cap": EPT_VPID_CAP, "procbased_ctls2": PROCBASED_CTLS2, "procbased_ctls3": PROCBASED_CTLS3}
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,14 @@ class HostConfig:
     def capability(self, name: str) -> int:
         """A capability MSR: as given, else of the default host."""
         return self.vmx_capabilities.get(name, VMX_CAPABILITIES[name])
+
+    @property
+    def secondary_allowed(self) -> int:
+        """Secondary processor-based controls that may be 1; a host without EPT or SPP lacks them whatever it says."""
+        lacking = 0 if self.ept else ctl.SECONDARY_EPT
+        if not self.supports_spp:
+            lacking |= ctl.SECONDARY_SPP
+        return self.capability("procbased_ctls2") >> 32 & ~lacking
 
 
 @dataclass(frozen=True)

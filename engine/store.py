@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.cpu import frames
+from engine.cpu import frames, tlb
 from engine.cpu.fastpath import CACHE_WORDS, EMPTY
 from engine.cpu.frames import FREE, RESERVE, TOP_FREE, TOP_SPARE, WORDS, Machine
 from engine.errors import LimitExceeded
@@ -37,7 +37,9 @@ class Snapshot:
 class FrameStore:
     """Rows, the published snapshot, and the growth of both."""
 
-    def __init__(self, caps: NDArray[np.int64], vcpu_of_id: NDArray[np.int64], limit: int) -> None:
+    def __init__(
+        self, caps: NDArray[np.int64], vcpu_of_id: NDArray[np.int64], limit: int, *, modelled: bool = False
+    ) -> None:
         self.limit = limit
         self.spare: NDArray[np.int64] = np.arange(FIRST_FRAMES - 1, -1, -1, dtype=np.int64)
         self._retired: deque[tuple[weakref.ref[Snapshot], NDArray[np.int64]]] = deque()
@@ -55,6 +57,7 @@ class FrameStore:
                 vcpu_of_id=vcpu_of_id,
                 slots=empty.reshape(0, 4),
                 cache=np.full(CACHE_WORDS, EMPTY, dtype=np.int64),
+                tlb=tlb.new_table() if modelled else tlb.no_table(),
             )
         )
 
@@ -127,6 +130,7 @@ class Draft:
             top=np.array([base.top[TOP_FREE], len(store.spare)], dtype=np.int64),
             slots=slots,
             cache=np.full(CACHE_WORDS, EMPTY, dtype=np.int64),
+            tlb=base.tlb.copy(),
         )
         self.ensure()
 

@@ -3,6 +3,7 @@
 how     bits 1:0   access: read, write, execute
         bits 6:4   kind
         bits 11:8  linear address: valid, user-mode, writable, execute-disable
+        bits 16:12 circumstances, all 0 for an ordinary instruction
 """
 
 READ = 0
@@ -22,6 +23,13 @@ LINEAR_USER = 2
 LINEAR_WRITABLE = 4
 LINEAR_EXECUTE_DISABLE = 8
 
+# Circumstances
+NMI_UNBLOCKING = 1 << 12  # by an IRET that began with NMIs blocked, where the exit reports that (SDM vol. 3C, 28.2.3)
+SPP_EXEMPT = 1 << 13  # in a transactional region, or to an enclave: sub-page permissions never apply (29.3.4.1)
+DELIVERY = 1 << 14  # part of the delivery of an event
+ASYNCHRONOUS = 1 << 15  # not by the instruction: Intel PT output, EPT-friendly PEBS, user-interrupt delivery
+UNVERIFIED_PAGING = 1 << 16  # a page with a guest paging structure of the translation has paging-write access off
+
 ACCESS_MASK = 3
 KIND_SHIFT = 4
 KIND_MASK = 7 << 4
@@ -30,6 +38,6 @@ LINEAR_SHIFT = 8
 DEFAULT_LINEAR = LINEAR_VALID << LINEAR_SHIFT
 
 
-def describe(access: int, kind: int = DATA, linear: int = LINEAR_VALID) -> int:
-    """The ``how`` word of an access."""
-    return access | kind << KIND_SHIFT | linear << LINEAR_SHIFT
+def describe(access: int, kind: int = DATA, linear: int = LINEAR_VALID, circumstances: int = 0) -> int:
+    """The ``how`` word of an access; ``circumstances`` are the bits above, already in their places."""
+    return access | kind << KIND_SHIFT | linear << LINEAR_SHIFT | circumstances

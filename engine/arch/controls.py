@@ -3,6 +3,7 @@
 from engine.arch.words import positions
 
 # Primary processor-based
+PRIMARY_TERTIARY = 1 << 17
 PRIMARY_SECONDARY = 1 << 31
 
 # Secondary processor-based
@@ -13,10 +14,14 @@ SECONDARY_PML = 1 << 17
 SECONDARY_VE = 1 << 18
 SECONDARY_MBEC = 1 << 22
 SECONDARY_SPP = 1 << 23
+SECONDARY_TRACE_GUEST_PHYSICAL = 1 << 24
 
 # Tertiary processor-based
+TERTIARY_HLAT = 1 << 1
 TERTIARY_PAGING_WRITE = 1 << 2
 TERTIARY_PAGING_VERIFICATION = 1 << 3
+
+VPID_MASK = 0xFFFF
 
 # VMCS encodings
 ENCODING_EPTP = 0x201A
@@ -41,4 +46,10 @@ ENCODING_VE_ADDRESS = 0x202A
     V_CR4,
     V_EFER,
     V_CPL,
-) = positions(15)
+    V_RFLAGS,
+    V_PDPTE0,
+    V_PDPTE1,
+    V_PDPTE2,
+    V_PDPTE3,
+    V_NESTED,
+) = positions(21)

@@ -45,6 +45,7 @@ RESERVED_1G = 0x3FFF_F000  # 29:12
 RESERVED_2M = 0x001F_F000  # 20:12, bit 12 included: EPT has no PAT bit
 
 MEMORY_TYPES = {0: "UC", 1: "WC", 4: "WT", 5: "WP", 6: "WB"}
+UNCACHEABLE = 0
 WRITE_BACK = 6
 
 # Level n entries are indexed by nine GPA bits from LEVEL_SHIFT[n]; level 1 is the PTE.

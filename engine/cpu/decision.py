@@ -1,7 +1,18 @@
 """The access decision: what the processor does with one access to one page (SDM vol. 3C, 29.3.3 and 29.3.4).
 
 ``check`` changes nothing and says which VM exit the access causes, if any; ``complete`` does what a successful access
-leaves behind in the EPT entries. Accessed and dirty flags are set only by accesses that succeed.
+leaves behind in the EPT entries (``page_log.commit`` also logs it).
+
+Where the manual leaves a choice, or says too little, this is what happens:
+
+* undefined bits of a qualification are 0;
+* accessed and dirty flags are set only by accesses that succeed, accessed flags included;
+* a page that cannot be read is not eligible for sub-page permissions (``CAP_SPP_EXECUTE_ONLY`` makes it so);
+* a violation by a read-modify-write sets bit 1 of the qualification, not bit 0 (``CAP_RMW_READS`` sets both);
+* an access is reported at its first byte in the page, whichever of its sub-pages refuses it;
+* sub-page permissions apply to each page of an access over two pages, low page first;
+* user shadow-stack writes are eligible, supervisor ones under EPTP[7] are not;
+* SPPTs have four levels also where EPT has five: GPA[56:48] do not matter to them.
 """
 
 import numpy as np
@@ -11,11 +22,31 @@ from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import exits
 from engine.cpu import ept, sppt
-from engine.cpu.frames import CAP_EPT_VPID, CAP_SPP_EXECUTE_ONLY, FIRST_VCPU_FRAME, read_word, write_entry
+from engine.cpu.frames import (
+    CAP_EPT_VPID,
+    CAP_RMW_READS,
+    CAP_SPP_EXECUTE_ONLY,
+    FIRST_VCPU_FRAME,
+    read_word,
+    write_entry,
+)
 from engine.jit import kernel
+
+PAGE = 4096
 
 NO_RIGHTS = np.int64(0)
 NO_LEAF = np.int64(0)
+NO_VECTOR = np.int64(0)
+
+# How ``judge`` comes by the sub-page permission vector: it walks the SPPT, or the caller remembers it.
+WALK_SPPT = np.int64(0)
+VECTOR_KNOWN = np.int64(1)
+
+
+@kernel
+def page_part(at, end):
+    """Bytes of [at, end) that lie in the page of ``at``."""
+    return min(end - at, PAGE - (at & (PAGE - 1)))
 
 
 @kernel
@@ -74,16 +105,42 @@ def eligible(m, how, mode, level, rights, leaf):
     """Whether sub-page permissions decide about a write that EPT refused (29.3.4.1).
 
     Write must be what is missing, at whatever level; the page must be mapped by a 4-KByte PTE with bit 61. Guest
-    paging-structure accesses never are, nor supervisor shadow-stack accesses under EPTP[7].
+    paging-structure accesses never are, nor supervisor shadow-stack accesses under EPTP[7], nor writes in a
+    transactional region or to an enclave.
     """
     wanted = wants(how, mode)
-    if not mode & ept.MODE_SPP or not wanted & bits.WRITE or rights & bits.WRITE:
+    if not mode & ept.MODE_SPP or not wanted & bits.WRITE or rights & bits.WRITE or how & acc.SPP_EXEMPT:
         return False
     if level != 1 or not leaf & bits.SPP or is_paging(how) or supervisor_shadow_stack(how, mode):
         return False
     if wanted & bits.READ and not rights & bits.READ:
         return False
     return rights & bits.READ != 0 or m.caps[CAP_SPP_EXECUTE_ONLY] != 0
+
+
+@kernel
+def refused_by_verification(how, mode, leaf):
+    """Whether guest-paging verification refuses an access that its rights allow.
+
+    Bit 57 of the leaf demands paging-write access to every guest paging structure that led to the page.
+    """
+    unverified = how & acc.UNVERIFIED_PAGING != 0 and mode & ept.MODE_PAGING_VERIFICATION != 0
+    return unverified and leaf & bits.VERIFY_PAGING != 0 and not is_paging(how)
+
+
+@kernel
+def nmi_unblocking(how):
+    """The bit that EPT violations, SPP-related events and a full page-modification log share."""
+    return exits.Q_NMI_UNBLOCKING if how & acc.NMI_UNBLOCKING else 0
+
+
+@kernel
+def circumstances(how):
+    """The bits that EPT violations and SPP-related events share."""
+    q = nmi_unblocking(how)
+    if how & acc.ASYNCHRONOUS:
+        q |= exits.Q_ASYNCHRONOUS
+    return q
 
 
 @kernel
@@ -95,8 +152,9 @@ def violation_qualification(m, how, mode, rights, leaf):
     linear = how >> acc.LINEAR_SHIFT
     kind = (how & acc.KIND_MASK) >> acc.KIND_SHIFT
     q = wants(how, mode)
-    if kind == acc.READ_MODIFY_WRITE:
+    if kind == acc.READ_MODIFY_WRITE and not m.caps[CAP_RMW_READS]:
         q = exits.Q_WRITE
+    q |= circumstances(how)
     q |= (rights & bits.RIGHTS) << exits.Q_RIGHTS_SHIFT
     if mode & ept.MODE_MBEC and rights & bits.USER_EXECUTE:
         q |= exits.Q_USER_EXECUTE
@@ -128,28 +186,44 @@ def check(m, vcpu, gpa, size, how, trail):
     that the SPPT refuses. The entries read are left in ``trail``.
     """
     mode = ept.mode_of(m, vcpu)
+    if not mode & ept.MODE_EPT:
+        trail[ept.TRAIL_COUNTS, 0] = 0
+        trail[ept.TRAIL_COUNTS, 1] = 0
+        return exits.NONE, 0, 0
     eptp = read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_EPTP)
     outcome, level, rights, upper = ept.walk(m, eptp, mode, gpa, trail)
     if outcome == ept.MISCONFIGURED:
         return exits.EPT_MISCONFIGURATION, 0, 0
-    count = trail[ept.TRAIL_COUNTS, 0]
-    leaf = trail[count - 1, 3] if count else 0
     if outcome == ept.NOT_PRESENT:
         return exits.EPT_VIOLATION, violation_qualification(m, how, mode, NO_RIGHTS, NO_LEAF), 0
-    if permitted(how, mode, rights, upper, leaf):
-        return exits.NONE, 0, 0
+    leaf = trail[trail[ept.TRAIL_COUNTS, 0] - 1, 3]
+    return judge(m, vcpu, gpa, size, how, mode, level, rights, upper, leaf, WALK_SPPT, NO_VECTOR, trail)
+
+
+@kernel
+def judge(m, vcpu, gpa, size, how, mode, level, rights, upper, leaf, source, vector, trail):
+    """Decide by what a complete walk found, or a cached mapping holds; returns as ``check`` does.
+
+    ``source`` says whether ``vector`` is the page's vector or the SPPT is to be walked for it.
+    """
     denied = 0
-    if eligible(m, how, mode, level, rights, leaf):
-        spptp = read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_SPPTP)
-        found, vector = sppt.walk(m, spptp, gpa, trail)
-        if found == sppt.MISS:
-            return exits.SPP_EVENT, exits.Q_SPP_MISS, 0
-        if found == sppt.MISCONFIGURED:
-            return exits.SPP_EVENT, 0, 0
+    allowed = permitted(how, mode, rights, upper, leaf)
+    if not allowed and eligible(m, how, mode, level, rights, leaf):
+        if source == WALK_SPPT:
+            spptp = read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_SPPTP)
+            found, vector = sppt.walk(m, spptp, gpa, trail)
+            if found == sppt.MISS:
+                return exits.SPP_EVENT, exits.Q_SPP_MISS | circumstances(how), 0
+            if found == sppt.MISCONFIGURED:
+                return exits.SPP_EVENT, circumstances(how), 0
         denied = sppt.touched(gpa, size) & ~sppt.gather(vector)
-        if denied == 0:
-            return exits.NONE, 0, 0
-    return exits.EPT_VIOLATION, violation_qualification(m, how, mode, rights, leaf), denied
+        allowed = denied == 0
+    if allowed and not refused_by_verification(how, mode, leaf):
+        return exits.NONE, 0, 0
+    q = violation_qualification(m, how, mode, rights, leaf)
+    if allowed:
+        q |= exits.Q_PAGING_VERIFICATION
+    return exits.EPT_VIOLATION, q, denied
 
 
 @kernel
@@ -158,7 +232,12 @@ def complete(m, vcpu, how, trail):
 
     Without EPTP[6] there are no flags and a page counts as dirty.
     """
-    mode = ept.mode_of(m, vcpu)
+    return set_flags(m, ept.mode_of(m, vcpu), how, trail)
+
+
+@kernel
+def set_flags(m, mode, how, trail):
+    """``complete`` for a known mode."""
     if not mode & ept.MODE_ACCESSED_DIRTY:
         return True
     count = trail[ept.TRAIL_COUNTS, 0]

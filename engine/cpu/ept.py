@@ -28,6 +28,7 @@ MODE_PAGING_WRITE = 1 << 4
 MODE_PAGING_VERIFICATION = 1 << 5
 MODE_VE = 1 << 6
 MODE_PML = 1 << 7
+MODE_EPT = 1 << 8
 
 # A trail holds what was read: rows 0 to 4 EPT entries, rows 5 to 8 SPPT entries, each [level, table, index, entry];
 # row 9 holds how many of each.
@@ -38,12 +39,19 @@ TRAIL_COUNTS = 9
 
 @kernel
 def mode_of(m, vcpu):
-    """The mode word of a vCPU, from its controls and EPTP."""
+    """The mode word of a vCPU, from its controls and EPTP.
+
+    Secondary and tertiary controls count as 0 unless the primary controls activate them; without EPT there is nothing
+    that its other controls could do.
+    """
     row = m.row_of[FIRST_VCPU_FRAME + vcpu]
-    secondary = m.rows[row, ctl.V_SECONDARY]
-    tertiary = m.rows[row, ctl.V_TERTIARY]
+    primary = m.rows[row, ctl.V_PRIMARY]
+    secondary = m.rows[row, ctl.V_SECONDARY] if primary & ctl.PRIMARY_SECONDARY else 0
+    tertiary = m.rows[row, ctl.V_TERTIARY] if primary & ctl.PRIMARY_TERTIARY else 0
     eptp = m.rows[row, ctl.V_EPTP]
-    mode = 0
+    if not secondary & ctl.SECONDARY_EPT:
+        return 0
+    mode = MODE_EPT
     if secondary & ctl.SECONDARY_MBEC:
         mode |= MODE_MBEC
     if secondary & ctl.SECONDARY_SPP:

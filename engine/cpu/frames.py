@@ -43,6 +43,9 @@ CAP_VCPUS = 4
 CAP_FILL_IN_SET = 5
 CAP_REGION_FILL = 6
 CAP_FAST_PATH = 7
+CAP_RMW_READS = 8
+CAP_SECONDARY_ALLOWED = 9
+CAP_TERTIARY_ALLOWED = 10
 CAPS = 16
 
 Words = NDArray[np.int64]
@@ -54,7 +57,8 @@ class Machine(NamedTuple):
     ``rows`` int64[n, 512]; ``row_of`` int64[frames] (-1: free); ``fresh`` uint8[frames] (1: this change owns the row);
     ``kind`` uint8[frames]; ``free`` and ``spare`` int64 stacks of frames and rows with heights in ``top``;
     ``caps`` int64[CAPS]; ``vcpu_of_id`` int64 (vCPU id to position, -1: none); ``slots`` int64[n, SLOT_WORDS] sorted
-    by base GFN; ``cache`` int64[CACHE_WORDS], the fast path.
+    by base GFN; ``cache`` int64[CACHE_WORDS], the fast path; ``tlb`` the translation cache, without rows where none
+    is modelled (see ``cpu.tlb``).
     """
 
     rows: Words
@@ -68,6 +72,7 @@ class Machine(NamedTuple):
     vcpu_of_id: Words
     slots: Words
     cache: Words
+    tlb: Words = np.zeros((0, 12), dtype=np.int64)
 
 
 @kernel

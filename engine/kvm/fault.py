@@ -4,16 +4,22 @@ Lazy set-up lives here: a page is mapped when it is first touched, by any kind o
 full is armed in the same step: write permission off, bit 61 on.
 """
 
+import numpy as np
+
+from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS, REGION_PAGES
 from engine.cpu import ept
-from engine.cpu.frames import CAP_REGION_FILL, write_entry
+from engine.cpu.frames import CAP_REGION_FILL, FIRST_VCPU_FRAME, write_entry, write_word
+from engine.cpu.page_log import LOG_ENTRIES
 from engine.jit import kernel
 from engine.kvm import layers, mapping
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY, find_slot
+
+LAST_LOG_ENTRY = np.int64(LOG_ENTRIES - 1)
 
 
 @kernel
@@ -101,10 +107,19 @@ def handle_miss(m, gpa, tally):
 
 
 @kernel
-def handle_exit(m, gpa, reason, qualification, trail, tally):
+def empty_log(m, vcpu):
+    """Full page-modification log: its pages are taken note of, and it begins anew (vmx_flush_pml_buffer)."""
+    write_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_PML_INDEX, LAST_LOG_ENTRY)
+    return res.LOG_EMPTIED
+
+
+@kernel
+def handle_exit(m, vcpu, gpa, reason, qualification, trail, tally):
     """Handle one VM exit; returns a resolution."""
     if reason == exits.EPT_VIOLATION:
         return handle_violation(m, gpa, qualification, trail, tally)
     if reason == exits.SPP_EVENT and qualification & exits.Q_SPP_MISS:
         return handle_miss(m, gpa, tally)
+    if reason == exits.PML_FULL:
+        return empty_log(m, vcpu)
     return res.INTERNAL_ERROR

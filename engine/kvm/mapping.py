@@ -4,7 +4,7 @@ import numpy as np
 
 from engine.arch import ept as bits
 from engine.arch import sppt as sp
-from engine.cpu import ept, fastpath, sppt
+from engine.cpu import ept, fastpath, sppt, tlb
 from engine.cpu.frames import (
     CAP_FILL_IN_SET,
     EPT,
@@ -148,6 +148,8 @@ def map_page(m, gfn, slot):
         return 0
     mask = layers.effective(m, gfn)
     entry = leaf_for(m, gfn, gfn << 12, slot, mask)
+    if read_entry(m, table, gfn & 511) & bits.RIGHTS:
+        tlb.flush(m)
     write_entry(m, table, gfn & 511, entry)
     if not entry & bits.SPP:
         return 1
@@ -156,6 +158,13 @@ def map_page(m, gfn, slot):
     elif stale_vector(m, gfn, mask):
         invalidate_region(m, gfn)
     return 2
+
+
+@kernel
+def forget(m, gfn):
+    """After a change to a page that processors may remember: drop it from the fast path, flush every vCPU's cache."""
+    fastpath.forget(m, gfn)
+    tlb.flush(m)
 
 
 @kernel
@@ -174,7 +183,7 @@ def refresh_page(m, gfn, slot, trail):
     if fresh & bits.SPP and m.caps[CAP_FILL_IN_SET]:
         fill_vector(m, gfn, mask)
     write_entry(m, table, index, fresh)
-    fastpath.forget(m, gfn)
+    forget(m, gfn)
 
 
 @kernel
@@ -183,4 +192,4 @@ def unmap_page(m, gfn, trail):
     found, level, table, index, _ = find_leaf(m, gfn, trail)
     if found and level == 1:
         write_entry(m, table, index, NOTHING)
-        fastpath.forget(m, gfn)
+        forget(m, gfn)

@@ -1,7 +1,6 @@
-"""Guest RAM contents: sparse, zero until written, addressed by GPA.
+"""Guest RAM contents as the host sees them: bytes of the pages that ``cpu.guest_memory`` finds.
 
-A tree by GFN names the frame that holds a page's bytes. Contents belong to the page of the slot: they move with the
-slot and die with it. Where a raw EPT leaf points elsewhere changes the host address that a walk reports, not the bytes.
+Contents belong to the page of the slot: they move with the slot and die with it.
 """
 
 from __future__ import annotations
@@ -9,39 +8,20 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.cpu.frames import FRAME_SIZE, MEMORY, Machine, free_frame, new_frame, own
+from engine.cpu import radix
+from engine.cpu.frames import FRAME_SIZE, Machine, free_frame
+from engine.cpu.guest_memory import ROOT_MEMORY, content_row, own_content_row
 from engine.jit import kernel
-from engine.kvm import layers
-from engine.kvm.registers import ROOT_MEMORY
 
 NOTHING = np.int64(0)
 
 
 @kernel
-def content_row(m, gfn):
-    """Row that holds the bytes of a page, -1 where nothing was written."""
-    frame = layers.read(m, ROOT_MEMORY, gfn)
-    if frame == 0:
-        return -1
-    return m.row_of[frame]
-
-
-@kernel
-def own_content_row(m, gfn):
-    """Row that this change may write the bytes of a page in."""
-    frame = layers.read(m, ROOT_MEMORY, gfn)
-    if frame == 0:
-        frame = new_frame(m, MEMORY)
-        layers.write(m, ROOT_MEMORY, gfn, frame)
-    return own(m, frame)
-
-
-@kernel
 def drop_page(m, gfn):
     """Forget the contents of a page."""
-    frame = layers.read(m, ROOT_MEMORY, gfn)
+    frame = radix.read(m, ROOT_MEMORY, gfn)
     if frame:
-        layers.write(m, ROOT_MEMORY, gfn, NOTHING)
+        radix.write(m, ROOT_MEMORY, gfn, NOTHING)
         free_frame(m, frame)
 
 

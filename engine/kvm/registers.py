@@ -4,8 +4,11 @@ A counter is a position here and a name in ``COUNTERS``; the names are those of 
 """
 
 from engine.arch.words import positions
+from engine.cpu.guest_memory import ROOT_MEMORY
 
-ROOT_EPT, ROOT_SPPT, ROOT_POLICY, ROOT_GRANTED, ROOT_MEMORY, SPP_ACTIVE, EPT_LEVELS = positions(7)
+# The word between these is the root of guest memory, which the processor reads too: ``cpu.guest_memory``.
+ROOT_EPT, ROOT_SPPT, ROOT_POLICY, ROOT_GRANTED = positions(4)
+SPP_ACTIVE, EPT_LEVELS = positions(2, int(ROOT_MEMORY) + 1)
 
 COUNTERS_AT = 64
 COUNTERS = (
@@ -26,6 +29,8 @@ COUNTERS = (
     "sppt_fills",
     "grants",
     "tlb_flushes",
+    "exceptions",
+    "stale_accesses",
 )
 (
     RECORDS,
@@ -45,4 +50,6 @@ COUNTERS = (
     SPPT_FILLS,
     GRANTS,
     TLB_FLUSHES,
+    EXCEPTIONS,
+    STALE_ACCESSES,
 ) = range(len(COUNTERS))

@@ -7,19 +7,26 @@ MAPPED = 0
 ARMED = 1
 FILLED = 2
 RESTORED = 3
-LAST_INTERNAL = RESTORED
-VIOLATION = 4
-MMIO = 5
-INTERNAL_ERROR = 6
-COMPLETED = 7
+LOG_EMPTIED = 4
+LAST_INTERNAL = LOG_EMPTIED
+VIOLATION = 5
+MMIO = 6
+INTERNAL_ERROR = 7
+COMPLETED = 8
+EXCEPTION = 9  # no VM exit: the guest takes an exception of its own
+
+# Set beside a resolution: a cached translation decided, and the tables would have given another answer.
+STALE = 1 << 8
 
 RESOLUTION_NAMES = (
     "mapped",
     "armed",
     "sppt-filled",
     "write-restored",
+    "log-emptied",
     "violation",
     "mmio",
     "internal-error",
     "completed",
+    "exception",
 )

@@ -4,15 +4,15 @@ An access is split at page ends, low page first; nothing lands and no flag is se
 """
 
 from engine.arch import ept as bits
+from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS
-from engine.cpu import decision, ept, fastpath, sppt
+from engine.cpu import decision, ept, fastpath, mmu, sppt, tlb, ve
 from engine.cpu.frames import CAP_FAST_PATH
 from engine.jit import kernel
 from engine.kvm import layers
+from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.fault import count_exit, handle_exit
-
-PAGE = 4096
 
 # Entries that a read or a fetch leaves as they are.
 SETTLED = bits.READ | bits.EXECUTE | bits.ACCESSED
@@ -27,7 +27,7 @@ EXIT_GPA = 1  # of the record: the exit's own is derived (see trace/results)
 EXIT_RECORD = 2  # word 1 of the record: size, access, vCPU
 EXIT_GVA = 3
 EXIT_QUALIFICATION = 4
-EXIT_REASON = 5  # bits 15:0 reason, 23:16 resolution
+EXIT_REASON = 5  # bits 15:0 reason, 23:16 resolution, 24 stale
 EXIT_DENIED = 6
 EXIT_AT = 7  # GPA that the exit reports
 EXIT_WORDS = 8
@@ -49,21 +49,18 @@ def log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution
 
 
 @kernel
-def page_part(at, end):
-    """Bytes of [at, end) that lie in the page of ``at``."""
-    return min(end - at, PAGE - (at & (PAGE - 1)))
+def settle(m, vcpu, gpa, size, how, source, trail):
+    """Leave behind what a successful access leaves: flags in the entries, and the page in the caches.
 
-
-@kernel
-def settle(m, vcpu, gpa, size, how, trail):
-    """Leave behind what a successful access leaves: flags in the entries, and the page in the fast path."""
-    one_page = page_part(gpa, gpa + size) == size
+    ``source`` says how its last page was decided (see ``cpu.mmu``).
+    """
+    one_page = decision.page_part(gpa, gpa + size) == size
     at = gpa
     while at < gpa + size:
-        part = page_part(at, gpa + size)
+        part = decision.page_part(at, gpa + size)
         if not one_page:
-            decision.check(m, vcpu, at, part, how, trail)
-        dirty = decision.complete(m, vcpu, how, trail)
+            _, _, _, source = mmu.check(m, vcpu, at, part, how, trail)
+        dirty = mmu.finish(m, vcpu, at, how, source, trail)
         if one_page:
             remember(m, gpa, dirty, trail)
         at += part
@@ -106,34 +103,47 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
     """Run one access to its end.
 
     ``gpa`` and ``word`` are the trace record's two words (size in bits 15:0). Returns (resolution, reason,
-    qualification, denied, at) of the exit that ended it, or COMPLETED. Exits that KVM handles itself are counted in
-    ``tally`` and listed in ``log`` when ``list_all``; the one that ends the access is counted but left to the caller
-    to list.
+    qualification, denied, at) of the exit that ended it, or COMPLETED; an EXCEPTION is the #VE that an EPT violation
+    became. STALE stands beside the resolution where a cached translation gave it. Exits that KVM handles itself are
+    counted in ``tally`` and listed in ``log`` when ``list_all``; the one that ends the access is counted but left to
+    the caller to list.
     """
     size = word & 0xFFFF
-    exits = 0
+    count = 0
     at = gpa
-    while at < gpa + size:
-        part = page_part(at, gpa + size)
-        reason, qualification, denied = decision.check(m, vcpu, at, part, how, trail)
-        if reason == 0:
-            at += part
-            continue
+    source = mmu.WALKED
+    stale = 0
+    while True:
+        if at == gpa + size:
+            if mmu.log_fits(m, vcpu, gpa, size, how, source, trail):
+                break
+            at = gpa
+            reason, qualification, denied = exits.PML_FULL, decision.nmi_unblocking(how), 0
+        else:
+            part = decision.page_part(at, gpa + size)
+            reason, qualification, denied, source = mmu.check(m, vcpu, at, part, how, trail)
+            if source == mmu.STALE:
+                stale = res.STALE
+            if reason == exits.NONE:
+                at += part
+                continue
+            if reason == exits.EPT_VIOLATION and tlb.modelled(m):
+                tlb.violated(m, vcpu, at, tlb.EVERY)
+            if reason == exits.EPT_VIOLATION and ve.convert(m, vcpu, how, qualification, gva + (at - gpa), at, trail):
+                tally[reg.EXCEPTIONS] += 1
+                return res.EXCEPTION | stale, reason, qualification, denied, at
         count_exit(tally, reason, qualification)
-        resolution = handle_exit(m, at, reason, qualification, trail, tally)
-        exits += 1
+        resolution = handle_exit(m, vcpu, at, reason, qualification, trail, tally)
+        count += 1
+        tlb.transition(m, vcpu)
         if resolution == res.VIOLATION and denied and part == size:
             remember_denial(m, gpa, size, qualification, denied, trail)
-        if resolution > res.LAST_INTERNAL or exits == MAX_EXITS:
-            return (
-                max(resolution, res.INTERNAL_ERROR) if resolution <= res.LAST_INTERNAL else resolution,
-                reason,
-                qualification,
-                denied,
-                at,
-            )
+        if resolution > res.LAST_INTERNAL or count == MAX_EXITS:
+            ending = resolution if resolution > res.LAST_INTERNAL else res.INTERNAL_ERROR
+            return ending | stale, reason, qualification, denied, at
         if list_all:
-            log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution, denied, at)
+            log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution | stale, denied, at)
         at = gpa
-    settle(m, vcpu, gpa, size, how, trail)
-    return res.COMPLETED, 0, 0, 0, gpa
+        stale = 0
+    settle(m, vcpu, gpa, size, how, source, trail)
+    return res.COMPLETED | stale, 0, 0, 0, gpa

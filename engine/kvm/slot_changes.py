@@ -6,11 +6,12 @@ GPA and stay. Mappings are dropped; the next touch makes new ones.
 
 import numpy as np
 
-from engine.cpu import ept
+from engine.cpu import ept, radix
 from engine.cpu.frames import ample
+from engine.cpu.guest_memory import ROOT_MEMORY
 from engine.jit import kernel
 from engine.kvm import layers, mapping, memory
-from engine.kvm.registers import ROOT_GRANTED, ROOT_MEMORY, ROOT_POLICY
+from engine.kvm.registers import ROOT_GRANTED, ROOT_POLICY
 
 REGION = 512
 NOTHING = np.int64(0)
@@ -26,11 +27,7 @@ PAGE_WORDS = 4
 @kernel
 def region_is_empty(m, gfn, trail):
     """Whether nothing was ever said or mapped in the 2-MByte region of a page."""
-    if (
-        layers.leaf_of(m, ROOT_POLICY, gfn)
-        or layers.leaf_of(m, ROOT_MEMORY, gfn)
-        or layers.leaf_of(m, ROOT_GRANTED, gfn)
-    ):
+    if radix.leaf_of(m, ROOT_POLICY, gfn) or radix.leaf_of(m, ROOT_MEMORY, gfn) or radix.leaf_of(m, ROOT_GRANTED, gfn):
         return False
     outcome, level, _, _ = ept.walk(m, mapping.ept_pointer(m), mapping.NO_MODE, gfn << 12, trail)
     return outcome == ept.NOT_PRESENT and level > 1
@@ -77,7 +74,7 @@ def lift_pages(m, gfn, pages, out, trail):
         while at < stop:
             denied = layers.denied_by_set(m, at)
             lifted = layers.granted(m, at)
-            content = layers.read(m, ROOT_MEMORY, at)
+            content = radix.read(m, ROOT_MEMORY, at)
             if denied or lifted or content:
                 if found < out.shape[0]:
                     out[found, PAGE_OFFSET] = at - gfn
@@ -98,7 +95,7 @@ def detach_contents(m, gfn, moved, start):
     for i in range(start, moved.shape[0]):
         if not ample(m):
             return i
-        layers.write(m, ROOT_MEMORY, gfn + moved[i, PAGE_OFFSET], NOTHING)
+        radix.write(m, ROOT_MEMORY, gfn + moved[i, PAGE_OFFSET], NOTHING)
     return moved.shape[0]
 
 
@@ -112,5 +109,5 @@ def place_pages(m, gfn, moved, start):
         covered = layers.protected(m, at)
         layers.store_policy(m, at, moved[i, PAGE_DENIED], covered)
         layers.store_granted(m, at, moved[i, PAGE_GRANTED] & covered)
-        layers.write(m, ROOT_MEMORY, at, moved[i, PAGE_CONTENT])
+        radix.write(m, ROOT_MEMORY, at, moved[i, PAGE_CONTENT])
     return moved.shape[0]

@@ -103,7 +103,7 @@ def attribute(index, log, count, hits, seen, touched):
     """
     found = np.int64(0)
     for row in range(count):
-        if log[row, EXIT_REASON] >> 16 != VIOLATION:
+        if (log[row, EXIT_REASON] >> 16) & 0xFF != VIOLATION:
             continue
         begin = log[row, EXIT_GPA]
         end = begin + (log[row, EXIT_RECORD] & 0xFFFF)

@@ -9,7 +9,7 @@ import numpy as np
 from engine.arch import access as acc
 from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS
-from engine.cpu import fastpath, sppt
+from engine.cpu import decision, fastpath, sppt
 from engine.cpu.frames import CAP_VCPUS, STATE_FRAME, ample, read_word
 from engine.jit import kernel
 from engine.kvm import fault, layers, run, spp
@@ -83,7 +83,7 @@ def grant_touched(m, gpa, size, trail):
     opened = False
     at = gpa
     while at < gpa + size:
-        part = run.page_part(at, gpa + size)
+        part = decision.page_part(at, gpa + size)
         refused = sppt.touched(at, part) & ~layers.effective(m, at >> 12)
         if refused and find_slot(m, at >> 12) >= 0:
             spp.grant(m, at >> 12, refused, trail)
@@ -104,16 +104,18 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     list_all = options[OPTION_LIST_ALL]
     q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if access == acc.WRITE else (0, 0)
     if q:
-        resolution, reason, at = res.VIOLATION, exits.EPT_VIOLATION, gpa
+        ending, reason, at = res.VIOLATION, exits.EPT_VIOLATION, gpa
         fault.count_exit(tally, reason, q)
     else:
-        resolution, reason, q, denied, at = run.execute(
+        ending, reason, q, denied, at = run.execute(
             m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
         )
+    resolution = ending & ~res.STALE
+    tally[reg.STALE_ACCESSES] += ending != resolution
     refused = resolution == res.VIOLATION and denied != 0
     guarded = access == acc.WRITE and (refused or in_protected_page(m, gpa, word & 0xFFFF))
     if resolution == res.VIOLATION or resolution == res.INTERNAL_ERROR:
-        run.log_exit(log, used, index, gpa, word, gva, reason, q, resolution, denied, at)
+        run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
         if resolution == res.VIOLATION:
             tally[reg.VIOLATIONS] += 1
         if options[OPTION_ON_VIOLATION] == STOP:
@@ -121,13 +123,16 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
             return STOPPED
         if options[OPTION_ON_VIOLATION] == GRANT and grant_touched(m, gpa, word & 0xFFFF, trail):
             tally[reg.GRANTS] += 1
-            resolution, reason, q, denied, at = run.execute(
+            ending, reason, q, denied, at = run.execute(
                 m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
             )
-    if resolution == res.MMIO:
-        tally[reg.MMIO] += 1
+            resolution = ending & ~res.STALE
+    if resolution == res.MMIO or resolution == res.EXCEPTION:
+        tally[reg.MMIO] += resolution == res.MMIO
         if list_all:
-            run.log_exit(log, used, index, gpa, word, gva, reason, q, resolution, denied, at)
+            run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
+    elif resolution == res.COMPLETED and ending != resolution:
+        run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
     tally[reg.PAGE_GRANULAR] += guarded
     tally[reg.WRITES] += access == acc.WRITE
     return DONE

@@ -32,6 +32,7 @@ EXIT_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("subpages", "uint32", "sub-pages of that page which the access touches"),
     ("denied", "uint32", "sub-pages among them that refuse it"),
     ("resolution", "uint8", "what the hypervisor did about it"),
+    ("stale", "uint8", "1 where a cached translation decided against what the tables say"),
 )
 
 
@@ -106,6 +107,7 @@ def split_log(
     subpages: Any,
     denied: Any,
     resolution: Any,
+    stale: Any,
     first: Any,
 ) -> None:
     """Take the words of log rows apart into the columns of ``EXIT_COLUMNS`` and the first byte of each access."""
@@ -124,7 +126,8 @@ def split_log(
         gfn[i] = at >> 12
         subpages[i] = sppt.touched(at, end - at)
         denied[i] = log[i, run.EXIT_DENIED]
-        resolution[i] = log[i, run.EXIT_REASON] >> 16
+        resolution[i] = (log[i, run.EXIT_REASON] >> 16) & 0xFF
+        stale[i] = log[i, run.EXIT_REASON] >> 24
         first[i] = log[i, run.EXIT_GPA]
 
 

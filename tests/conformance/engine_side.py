@@ -2,13 +2,7 @@
 
 The machine is made of the engine's own frames, with the arena placed so that the frames of tables have the addresses
 that the tables have under Bochs: raw entries need no translation. Words outside tables are guest memory (GPA = HPA).
-``engine.cpu.probe`` does the rest:
-
-``vm_entry(m, vcpu)``                       VM-instruction error of the entry checks, 0 if there is none
-``access(m, vcpu, linear, size, how)``      a data access to a linear address, through the guest's own tables; returns
-                                            an object with ``reason`` (0: completed), ``qualification``, ``gpa``,
-                                            ``gla`` and ``error_code``; ``reason`` is negative for an exception of
-                                            that vector, with CR2 as ``gla``. It sets flags in EPT and guest entries.
+``engine.cpu.entry`` checks the controls and ``engine.cpu.instruction`` makes the access.
 """
 
 from __future__ import annotations
@@ -21,7 +15,7 @@ from numpy.typing import NDArray
 from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch.words import signed, unsigned
-from engine.cpu import frames, probe
+from engine.cpu import entry, frames, instruction
 from engine.kvm import memory
 
 from . import layout
@@ -55,6 +49,7 @@ class EngineMachine:
         caps[frames.CAP_ARENA] = ARENA
         caps[frames.CAP_RESERVED_ADDRESS] = ((1 << 52) - 1) & ~((1 << width) - 1)
         caps[frames.CAP_EPT_VPID] = signed(processor.ept_vpid_cap)
+        caps[frames.CAP_SECONDARY_ALLOWED] = processor.procbased_ctls2 >> 32
         caps[frames.CAP_SPP_EXECUTE_ONLY] = 1  # the manual lets both pass; Bochs 2.7 has it so
         caps[frames.CAP_VCPUS] = 1
         row_of = np.full(FRAMES, -1, dtype=np.int64)
@@ -113,7 +108,7 @@ class EngineMachine:
         words = vector.memory()
         self.store(words)
         self.set_vcpu({ctl.V_EPTP: vector.eptp, ctl.V_SPPTP: vector.spptp, ctl.V_SECONDARY: vector.secondary})
-        error = int(probe.vm_entry(self.machine, VCPU))
+        error = int(entry.vm_entry(self.machine, VCPU))
         outcome = Outcome(Event.ENTRY_FAILED, reason=error) if error else self.access(vector, words)
         self.store({address: self.base.get(address, 0) for address in words})
         return outcome
@@ -121,7 +116,7 @@ class EngineMachine:
     def access(self, vector: Vector, words: Mapping[int, int]) -> Outcome:
         """Make the access of a vector whose words are stored."""
         how = np.int64(describe(vector.kind))
-        result = probe.access(self.machine, VCPU, np.int64(vector.linear), np.int64(vector.size), how)
+        result = instruction.access(self.machine, VCPU, np.int64(vector.linear), np.int64(vector.size), how)
         now = {address: self.load(address) for address in words}
         changed = tuple(sorted((address, word) for address, word in now.items() if word != words[address]))
         reason = int(result.reason)
