@@ -50,9 +50,7 @@ def machine(
     **config: Any,
 ) -> VirtualMachine:
     """A machine with one slot of 4 MiB at 0 and sub-page protection on, unless told otherwise."""
-    settings = VmConfig(
-        profile=profile, vcpus=tuple(VcpuConfig(i) for i in vcpus), host=host or HostConfig(), **config
-    )
+    settings = VmConfig(profile=profile, vcpus=tuple(VcpuConfig(i) for i in vcpus), host=host or HostConfig(), **config)
     return VirtualMachine.create(settings, slots, spp=spp)
 
 
@@ -194,9 +192,7 @@ class Durable:
 
     def restore(self) -> VirtualMachine:
         """The machine as it was saved."""
-        return VirtualMachine.restore(
-            self.head, {(array, block): data for block, (array, data) in self.blocks.items()}
-        )
+        return VirtualMachine.restore(self.head, {(array, block): data for block, (array, data) in self.blocks.items()})
 
 
 def round_trip(vm: VirtualMachine) -> VirtualMachine:

@@ -54,7 +54,9 @@ def test_fingerprint_leaves_out_rooms_without_kernels(copy: Path) -> None:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in {"SUBPAGE_KERNEL_CACHE", "NUMBA_CACHE_DIR"}}
+    kept = {
+        name: value for name, value in os.environ.items() if name not in {"SUBPAGE_KERNEL_CACHE", "NUMBA_CACHE_DIR"}
+    }
     return {**kept, **variables}
 
 

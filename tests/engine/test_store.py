@@ -119,10 +119,15 @@ def test_change_that_publishes_nothing_new_costs_no_row() -> None:
 def test_change_that_fails_is_forgotten(error: type[BaseException]) -> None:
     vm = machine()
     set_map(vm, 1, 5)
-    with unchanged(vm), pytest.raises(error), vm._change() as draft:
-        frames.write_word(draft.machine, frames.STATE_FRAME, 100, 1)
-        frames.new_frame(draft.machine, frames.CLIENT)
-        raise error
+
+    def fail() -> None:
+        with vm._change() as draft:
+            frames.write_word(draft.machine, frames.STATE_FRAME, 100, 1)
+            frames.new_frame(draft.machine, frames.CLIENT)
+            raise error
+
+    with unchanged(vm), pytest.raises(error):
+        fail()
 
 
 def test_draft_grows_frames_and_rows_and_keeps_what_it_has() -> None:

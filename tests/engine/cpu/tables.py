@@ -87,9 +87,7 @@ class Tables:
     def __init__(self, setup: Mapping[str, Any]) -> None:
         self.far = bool(setup.get("far"))
         self.gpa = FAR if self.far else NEAR
-        config = VmConfig(
-            maxphyaddr=WIDTH, host=HostConfig(vmx_capabilities={"ept_vpid_cap": setup.get("cap", CAP)})
-        )
+        config = VmConfig(maxphyaddr=WIDTH, host=HostConfig(vmx_capabilities={"ept_vpid_cap": setup.get("cap", CAP)}))
         self.draft = bare_draft(config)
         self.m = self.draft.machine
         self.m.caps[frames.CAP_SPP_EXECUTE_ONLY] = setup.get("execute_only_spp", 0)

@@ -12,6 +12,7 @@ import pytest
 
 from engine.arch import access as acc
 from engine.arch import ept as bits
+from engine.cpu import ept
 from tests.engine.cpu.tables import (
     ADVANCED,
     ALL,
@@ -120,6 +121,14 @@ SUBPAGES: list[Row] = [
     ("C34", {"pte": 0x34 | B61, "vec": ALL}, read(), VIOLATION, 0x1A1, "SPP grants no read"),
     ("C35", {"pte": 0x34 | B61, "vec": ALL}, write(), VIOLATION, 0x1A2, "execute-only leaf: not eligible by default"),
     ("C35 switch", {"pte": 0x34 | B61, "vec": ALL, "execute_only_spp": 1}, write(), OK, 0, "eligible by the switch"),
+    (
+        "C35 modify",
+        {"pte": 0x34 | B61, "vec": ALL, "execute_only_spp": 1},
+        modify(),
+        VIOLATION,
+        0x1A2,
+        "read is missing",
+    ),
     ("C36", {"PDE": 0x800000 | 0xB5 | B61, "vec": ALL}, write(), VIOLATION, 0x1AA, "2-MByte page: never"),
     ("C37", {"far": 1, "PDPTE": 0xB5 | B61, "vec": ALL}, write(), VIOLATION, 0x1AA, "1-GByte page: never"),
     ("C38", {"PDE": PT | 5, "pte": 0x37 | B61, "vec": 1}, write(), OK, 0, "W=0 above the leaf: eligible"),
@@ -397,3 +406,23 @@ def test_far_page_has_tables_of_its_own() -> None:
     tables = Tables({"far": 1, "EPTP": AD})
     assert tables.perform(write()).reason == OK
     assert tables.entry("PDE") == FAR_PT | 7 | A
+
+
+# ---- what the VMCS says about walks
+
+MODES = [
+    ("mbec", {"mbec": 1, "spp": False}, ept.MODE_MBEC),
+    ("spp", {}, ept.MODE_SPP),
+    ("accessed and dirty flags", {"spp": False, "EPTP": AD}, ept.MODE_ACCESSED_DIRTY),
+    ("shadow stack", {"spp": False, "EPTP": SUPERVISOR_SHADOW_STACK}, ept.MODE_SHADOW_STACK),
+    ("paging write", {"spp": False, "paging_write": 1}, ept.MODE_PAGING_WRITE),
+    ("paging verification", {"spp": False, "paging_verification": 1}, ept.MODE_PAGING_VERIFICATION),
+    ("virtualization exceptions", {"spp": False, "ve": 1}, ept.MODE_VE),
+    ("page-modification logging", {"spp": False, "pml": 1}, ept.MODE_PML),
+    ("nothing", {"spp": False}, 0),
+]
+
+
+@pytest.mark.parametrize(("setup", "mode"), [row[1:] for row in MODES], ids=[row[0] for row in MODES])
+def test_mode_word(setup: dict[str, Any], mode: int) -> None:
+    assert int(ept.mode_of(Tables(setup).m, 0)) == mode

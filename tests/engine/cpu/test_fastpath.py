@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from engine.cpu import fastpath, frames
-from engine.trace.replay import skim
+from engine.kvm import registers as reg
+from engine.trace.replay import serve
 from engine.trace.session import _frozen
 from tests.engine.builders import FULL, READ, WRITE, bare_draft, records
 
@@ -19,10 +20,16 @@ def m() -> frames.Machine:
     return bare_draft().machine
 
 
+def run(m: frames.Machine, rows: np.ndarray) -> tuple[int, int, int]:
+    """How many records are served from the cache, and the writes and guarded writes among them."""
+    tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
+    position = serve(m.cache, m.vcpu_of_id, _frozen(rows.reshape(-1)), 0, tally)
+    return int(position), int(tally[reg.WRITES]), int(tally[reg.PAGE_GRANULAR])
+
+
 def served(m: frames.Machine, gpa: int, access: int = WRITE, size: int = 8) -> bool:
     """Whether an access needs nothing but the cache."""
-    words = _frozen(records([(gpa, size, access)]).reshape(-1))
-    position, writes, _ = skim(m.cache, m.vcpu_of_id, words, 0)
+    position, writes, _ = run(m, records([(gpa, size, access)]))
     assert (position, writes) in {(0, 0), (1, int(access == WRITE))}
     return bool(position)
 
@@ -102,13 +109,40 @@ def test_record_that_is_no_access_is_never_served(
 ) -> None:
     remember(m, 5, FULL)
     words = np.concatenate([records(before), np.array([[0x5000, word]], dtype=np.uint64)])
-    position, _, _ = skim(m.cache, m.vcpu_of_id, _frozen(words.reshape(-1)), 0)
-    assert position == len(before)
+    assert run(m, words)[0] == len(before)
 
 
 def test_writes_and_guarded_writes_are_counted(m: frames.Machine) -> None:
     remember(m, 5, FULL)
     remember(m, 6, 1)
     rows = [(0x5000,), (0x5000, 8, READ), (0x6000,), (0x6000, 8, READ), (0x6000,), (0x5000,), (0x6080,)]
-    position, writes, guarded = skim(m.cache, m.vcpu_of_id, _frozen(records(rows).reshape(-1)), 0)
-    assert (position, writes, guarded) == (6, 4, 2)
+    assert run(m, records(rows)) == (6, 4, 2)
+
+
+def denial(m: frames.Machine, gpa: int, size: int = 8) -> tuple[int, int]:
+    """How the cache says that a write ends."""
+    qualification, refused = fastpath.denial(m, np.int64(gpa), np.int64(size))
+    return int(qualification), int(refused)
+
+
+@pytest.mark.parametrize("writable", [0, 0xF])
+def test_known_refusal_answers_for_every_other_sub_page(m: frames.Machine, writable: int) -> None:
+    remember(m, 5, writable)
+    assert denial(m, 0x5200)[0] == 0, "refused, but nobody knows how"
+    fastpath.remember_denial(m, np.int64(5), np.int64(writable), np.int64(0x1AA))
+    assert denial(m, 0x5200) == (0x1AA, 1 << 4)
+    assert denial(m, 0x51FC) == (0x1AA, 1 << 4 | (0 if writable else 1 << 3))
+    assert denial(m, 0x5F80, 128) == (0x1AA, 1 << 31)
+    assert denial(m, 0x5FFC) == (0, 0), "over two pages"
+    assert denial(m, 0x6200) == (0, 0), "another page"
+    if writable:
+        assert denial(m, 0x5000) == (0, 0), "allowed"
+        assert served(m, 0x5000)
+    assert not served(m, 0x5200) and served(m, 0x5200, READ)
+
+
+def test_refusal_is_not_known_before_the_allowed_part_of_the_page_is(m: frames.Machine) -> None:
+    """A write that the map allows may still have flags to set."""
+    fastpath.remember_denial(m, np.int64(5), np.int64(0xF), np.int64(0x1AA))
+    assert denial(m, 0x5200) == (0, 0)
+    assert not served(m, 0x5000)

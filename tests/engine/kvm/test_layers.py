@@ -212,4 +212,18 @@ def test_kernels_stop_where_frames_run_out_and_go_on_from_there() -> None:
     assert spp.cover(m, gfns, masks, 0, new_trail()) == 1, "one page takes five frames"
     draft.ensure()
     assert spp.cover(draft.machine, gfns, masks, 1, new_trail()) == 4
-    assert all(int(layers.protected(draft.machine, gfn)) == 1 for gfn in gfns)
+    m = draft.machine
+    assert all(int(layers.protected(m, gfn)) == 1 for gfn in gfns)
+    access = np.zeros(2, dtype=np.uint32)
+    m.top[frames.TOP_FREE] = frames.RESERVE - 1
+    assert spp.set_maps(m, 5 << 20, access, 0, new_trail()) == 0
+    draft.ensure()
+    assert spp.set_maps(draft.machine, 5 << 20, access, 0, new_trail()) == 2
+
+
+def test_enabling_twice_makes_one_root() -> None:
+    m = bare_draft().machine
+    assert spp.enable(m)
+    root = int(frames.read_word(m, frames.STATE_FRAME, reg.ROOT_SPPT))
+    assert not spp.enable(m)
+    assert int(frames.read_word(m, frames.STATE_FRAME, reg.ROOT_SPPT)) == root

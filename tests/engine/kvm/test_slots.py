@@ -90,8 +90,10 @@ def test_table_is_sorted_by_base() -> None:
 
 @pytest.mark.parametrize(
     ("gfn", "slot"),
-    [(0, None), (1, None), (2, 1), (3, None), (4, None), (5, 9), (7, 9), (8, 4), (9, None)]
-    + [(1 << 33, 0), ((1 << 33) + 255, 0), ((1 << 33) + 256, None)],
+    [
+        *((0, None), (1, None), (2, 1), (3, None), (4, None), (5, 9), (7, 9), (8, 4), (9, None)),
+        *((1 << 33, 0), ((1 << 33) + 255, 0), ((1 << 33) + 256, None)),
+    ],
 )
 def test_slot_of_a_page(gfn: int, slot: int | None) -> None:
     m = bare_draft(slots=SLOTS).machine

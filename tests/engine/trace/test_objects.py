@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -21,7 +23,7 @@ def touched(ranges: list[tuple[str, int, int]], *accesses: tuple[int, int]) -> l
     gpas = np.array([gpa for gpa, _ in accesses], dtype=np.uint64)
     sizes = np.array([size for _, size in accesses], dtype=np.uint16)
     offsets, positions = objects_of(index, gpas, sizes)
-    found = [[names[i] for i in positions[a:b]] for a, b in zip(offsets, offsets[1:], strict=False)]
+    found = [[names[i] for i in positions[a:b]] for a, b in pairwise(offsets)]
     assert all(len(set(part)) == len(part) for part in found), "each name once"
     return [set(part) for part in found]
 
@@ -86,7 +88,7 @@ HITS = [
     ("last own byte", [("a", 0x1010, 8)], [(0x1017, 1)], {"a": (1, 0, 0)}),
     ("allowed", [("a", 0x1010, 8)], [(0x1080, 8)], {"a": (0, 0, None)}),
     ("first index", [("a", 0x1010, 8)], [(0x1080, 8), (0x1000, 1), (0x1010, 1)], {"a": (2, 1, 1)}),
-    ("two objects in one sub-page", [("a", 0x1000, 8), ("b", 0x1008, 8)], [(0x1008, 8)], {"a": (1, 1, 0), "b": (1, 0, 0)}),
+    ("two objects share one", [("a", 0x1000, 8), ("b", 0x1008, 8)], [(0x1008, 8)], {"a": (1, 1, 0), "b": (1, 0, 0)}),
     ("both objects", [("a", 0x1000, 8), ("b", 0x1008, 8)], [(0x1004, 8)], {"a": (1, 0, 0), "b": (1, 0, 0)}),
     ("two ranges of a name, one own", [("a", 0x1000, 8), ("a", 0x1040, 8)], [(0x1040, 8)], {"a": (1, 0, 0)}),
     ("the other way round", [("a", 0x1040, 8), ("a", 0x1000, 8)], [(0x1040, 8)], {"a": (1, 0, 0)}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -416,9 +417,13 @@ def test_leaving_without_finish_changes_nothing(vm: VirtualMachine) -> None:
 
 
 def test_failure_inside_changes_nothing(vm: VirtualMachine) -> None:
-    with unchanged(vm), pytest.raises(KeyError), vm.replay(ReplayOptions(on_violation="grant")) as run:
-        run.feed(chunk([SHUT, OPEN]))
-        raise KeyError
+    def fail() -> None:
+        with vm.replay(ReplayOptions(on_violation="grant")) as run:
+            run.feed(chunk([SHUT, OPEN]))
+            raise KeyError
+
+    with unchanged(vm), pytest.raises(KeyError):
+        fail()
 
 
 def test_failure_before_it_begins_lets_the_writer_go(vm: VirtualMachine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,7 +486,7 @@ def guarded(profile: str, **config: Any) -> VirtualMachine:
 
 def pieces(rows: Rows, *cuts: int) -> list[Rows]:
     bounds = [0, *cuts, len(rows)]
-    return [rows[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [rows[a:b] for a, b in pairwise(bounds)]
 
 
 @pytest.mark.parametrize("profile", PROFILES)
