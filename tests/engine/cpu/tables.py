@@ -18,7 +18,6 @@ from engine.arch import ept as bits
 from engine.arch.words import signed, unsigned
 from engine.config import HostConfig, VmConfig
 from engine.cpu import decision, frames
-from engine.kvm import run
 from tests.engine.builders import bare_draft, new_trail
 
 WIDTH = 40
@@ -147,6 +146,7 @@ class Tables:
             (ctl.V_EPTP, root | setup.get("EPTP", 0)),
             (ctl.V_SPPTP, setup.get("SPPTP", L4)),
             (ctl.V_SECONDARY, secondary),
+            (ctl.V_PRIMARY, ctl.PRIMARY_SECONDARY | ctl.PRIMARY_TERTIARY),
             (ctl.V_TERTIARY, tertiary),
         ):
             frames.write_word(self.m, frames.FIRST_VCPU_FRAME, position, value)
@@ -164,7 +164,7 @@ class Tables:
         at = (self.gpa if gpa is None else gpa) + access.offset
         end = at + access.size
         while at < end:
-            part = int(run.page_part(at, end))
+            part = int(decision.page_part(at, end))
             reason, qualification, denied = decision.check(self.m, 0, at, part, access.how, self.trail)
             if reason:
                 return Outcome(int(reason), unsigned(int(qualification)), at, int(denied))

@@ -411,15 +411,15 @@ def test_far_page_has_tables_of_its_own() -> None:
 # ---- what the VMCS says about walks
 
 MODES = [
-    ("mbec", {"mbec": 1, "spp": False}, ept.MODE_MBEC),
-    ("spp", {}, ept.MODE_SPP),
-    ("accessed and dirty flags", {"spp": False, "EPTP": AD}, ept.MODE_ACCESSED_DIRTY),
-    ("shadow stack", {"spp": False, "EPTP": SUPERVISOR_SHADOW_STACK}, ept.MODE_SHADOW_STACK),
-    ("paging write", {"spp": False, "paging_write": 1}, ept.MODE_PAGING_WRITE),
-    ("paging verification", {"spp": False, "paging_verification": 1}, ept.MODE_PAGING_VERIFICATION),
-    ("virtualization exceptions", {"spp": False, "ve": 1}, ept.MODE_VE),
-    ("page-modification logging", {"spp": False, "pml": 1}, ept.MODE_PML),
-    ("nothing", {"spp": False}, 0),
+    ("mbec", {"mbec": 1, "spp": False}, ept.MODE_EPT | ept.MODE_MBEC),
+    ("spp", {}, ept.MODE_EPT | ept.MODE_SPP),
+    ("accessed and dirty flags", {"spp": False, "EPTP": AD}, ept.MODE_EPT | ept.MODE_ACCESSED_DIRTY),
+    ("shadow stack", {"spp": False, "EPTP": SUPERVISOR_SHADOW_STACK}, ept.MODE_EPT | ept.MODE_SHADOW_STACK),
+    ("paging write", {"spp": False, "paging_write": 1}, ept.MODE_EPT | ept.MODE_PAGING_WRITE),
+    ("paging verification", {"spp": False, "paging_verification": 1}, ept.MODE_EPT | ept.MODE_PAGING_VERIFICATION),
+    ("virtualization exceptions", {"spp": False, "ve": 1}, ept.MODE_EPT | ept.MODE_VE),
+    ("page-modification logging", {"spp": False, "pml": 1}, ept.MODE_EPT | ept.MODE_PML),
+    ("nothing", {"spp": False}, ept.MODE_EPT),
 ]
 
 

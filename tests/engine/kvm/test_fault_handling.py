@@ -233,7 +233,7 @@ def test_miss_of_a_page_without_a_slot_is_an_internal_error() -> None:
     def handle(m: frames.Machine) -> None:
         tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
         assert fault.handle_miss(m, 1 << 40, tally) == res.INTERNAL_ERROR
-        assert fault.handle_exit(m, 1 << 40, 66, arch_exits.Q_SPP_MISS, new_trail(), tally) == res.INTERNAL_ERROR
+        assert fault.handle_exit(m, 0, 1 << 40, 66, arch_exits.Q_SPP_MISS, new_trail(), tally) == res.INTERNAL_ERROR
         assert not tally.any()
 
     edit(vm, handle)

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from engine.cpu import frames
+from engine.cpu import frames, radix
 from engine.kvm import layers, protections, spp
 from engine.kvm import registers as reg
 from engine.kvm.protections import ProtectedObject, Protection
@@ -22,35 +22,35 @@ FAR_APART = (0, 1, 511, 512, 1 << 18, 1 << 27, 1 << 36, (1 << 40) - 1)
 def test_tree_keeps_the_word_of_each_page(root: int) -> None:
     m = bare_draft().machine
     for position, gfn in enumerate(FAR_APART):
-        layers.write(m, root, np.int64(gfn), np.int64(position + 1))
-    assert [int(layers.read(m, root, np.int64(gfn))) for gfn in FAR_APART] == list(range(1, 9))
-    assert int(layers.read(m, root, np.int64(2))) == 0
+        radix.write(m, root, np.int64(gfn), np.int64(position + 1))
+    assert [int(radix.read(m, root, np.int64(gfn))) for gfn in FAR_APART] == list(range(1, 9))
+    assert int(radix.read(m, root, np.int64(2))) == 0
 
 
 def test_trees_are_apart() -> None:
     m = bare_draft().machine
-    layers.write(m, reg.ROOT_POLICY, np.int64(5), np.int64(1))
-    assert int(layers.read(m, reg.ROOT_GRANTED, np.int64(5))) == 0
+    radix.write(m, reg.ROOT_POLICY, np.int64(5), np.int64(1))
+    assert int(radix.read(m, reg.ROOT_GRANTED, np.int64(5))) == 0
 
 
 def test_saying_nothing_costs_nothing() -> None:
     m = bare_draft().machine
     before = int(m.top[frames.TOP_FREE])
-    layers.write(m, reg.ROOT_POLICY, np.int64(5), np.int64(0))
+    radix.write(m, reg.ROOT_POLICY, np.int64(5), np.int64(0))
     assert int(m.top[frames.TOP_FREE]) == before
-    assert int(layers.leaf_of(m, reg.ROOT_POLICY, np.int64(5))) == 0
-    layers.write(m, reg.ROOT_POLICY, np.int64(5), np.int64(1))
-    assert int(m.top[frames.TOP_FREE]) == before - layers.TREE_LEVELS
-    layers.write(m, reg.ROOT_POLICY, np.int64(511), np.int64(1))
-    assert int(m.top[frames.TOP_FREE]) == before - layers.TREE_LEVELS, "a neighbour shares the node"
-    assert int(layers.leaf_of(m, reg.ROOT_POLICY, np.int64(6))) != 0
+    assert int(radix.leaf_of(m, reg.ROOT_POLICY, np.int64(5))) == 0
+    radix.write(m, reg.ROOT_POLICY, np.int64(5), np.int64(1))
+    assert int(m.top[frames.TOP_FREE]) == before - radix.TREE_LEVELS
+    radix.write(m, reg.ROOT_POLICY, np.int64(511), np.int64(1))
+    assert int(m.top[frames.TOP_FREE]) == before - radix.TREE_LEVELS, "a neighbour shares the node"
+    assert int(radix.leaf_of(m, reg.ROOT_POLICY, np.int64(6))) != 0
 
 
 def test_word_can_be_taken_back() -> None:
     m = bare_draft().machine
-    layers.write(m, reg.ROOT_POLICY, np.int64(5), np.int64(-1))
-    layers.write(m, reg.ROOT_POLICY, np.int64(5), np.int64(0))
-    assert int(layers.read(m, reg.ROOT_POLICY, np.int64(5))) == 0
+    radix.write(m, reg.ROOT_POLICY, np.int64(5), np.int64(-1))
+    radix.write(m, reg.ROOT_POLICY, np.int64(5), np.int64(0))
+    assert int(radix.read(m, reg.ROOT_POLICY, np.int64(5))) == 0
 
 
 # ---- effective = SET and (not protected or granted)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from engine.arch import exits as arch_exits
+from engine.kvm import resolutions as res
 from engine.kvm import run
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.kvm.user_exits import user_exit
@@ -20,7 +21,7 @@ def log_row(**words: int) -> list[int]:
     row[run.EXIT_RECORD] = words.get("size", 8) | words.get("access", 1) << 16 | words.get("vcpu", 3) << 32
     row[run.EXIT_GVA] = words.get("gva", -0x1000)
     row[run.EXIT_QUALIFICATION] = words.get("qualification", 0x1AA)
-    row[run.EXIT_REASON] = words.get("reason", 48) | words.get("resolution", 4) << 16
+    row[run.EXIT_REASON] = words.get("reason", 48) | words.get("resolution", res.VIOLATION) << 16
     row[run.EXIT_DENIED] = words.get("denied", 0x10)
     row[run.EXIT_AT] = words.get("at", 0x5200)
     return row
@@ -45,7 +46,8 @@ def test_columns_of_one_exit() -> None:
         "gfn": 5,
         "subpages": 1 << 4,
         "denied": 1 << 4,
-        "resolution": 4,
+        "resolution": res.VIOLATION,
+        "stale": 0,
     }
     assert [(name, str(made.column(name).dtype)) for name in made.columns] == [row[:2] for row in EXIT_COLUMNS]
 
@@ -79,7 +81,9 @@ def test_slice_keeps_every_column() -> None:
 
 def test_names() -> None:
     made = columns(
-        log_row(reason=48, access=0), log_row(reason=66, resolution=2, access=2), log_row(reason=99, resolution=6)
+        log_row(reason=48, access=0),
+        log_row(reason=66, resolution=res.FILLED, access=2),
+        log_row(reason=99, resolution=res.INTERNAL_ERROR),
     )
     assert made.reason_names() == ["EPT violation", "SPP-related event", "99"]
     assert made.resolution_names() == ["violation", "sppt-filled", "internal-error"]
