@@ -153,10 +153,11 @@ class VirtualMachine:
     def set_slot(self, spec: SlotSpec) -> None:
         """KVM_SET_USER_MEMORY_REGION: a new slot, or a known one at a new address."""
         spec.validate(self.config.maxphyaddr)
-        known = self._state.slots.get(spec.slot)
+        state = self._state
+        known = state.slots.get(spec.slot)
         if known == spec:
             return
-        check_overlap(spec, self._state.slots.values())
+        check_overlap(spec, state.slots.values())
         if (
             known is not None
             and known.gpa == spec.gpa
@@ -170,17 +171,17 @@ class VirtualMachine:
             raise InvalidValue(
                 "a slot keeps its read_only flag; delete it first", field="read_only", value=spec.read_only
             )
-        slots = {**self._state.slots, spec.slot: spec}
-        with self._change(slots=slots) as draft:
+        with self._change(since=state, slots={**state.slots, spec.slot: spec}) as draft:
             if known is not None:
                 self._move(draft, known, spec)
 
     def delete_slot(self, slot: int) -> None:
         """Delete a memory slot with its SET maps and contents. Raises NotFound."""
-        spec = self._state.slots.get(slot)
+        state = self._state
+        spec = state.slots.get(slot)
         if spec is None:
             raise NotFound("no memory slot has that number", field="slot", value=slot)
-        with self._change(slots={k: v for k, v in self._state.slots.items() if k != slot}) as draft:
+        with self._change(since=state, slots={k: v for k, v in state.slots.items() if k != slot}) as draft:
             _drop(draft, spec)
 
     def enable_spp(self) -> None:
@@ -201,36 +202,38 @@ class VirtualMachine:
 
     def set_subpages(self, ranges: Sequence[SubpageRange]) -> None:
         """KVM_SUBPAGES_SET_ACCESS over any number of ranges, in order, all or nothing."""
+        state = self._state
         self._check_active()
-        machine = self._state.snapshot.machine
         for item in ranges:
-            self._check_range(machine, item)
-        with self._change() as draft:
+            self._check_range(state.snapshot.machine, item)
+        with self._change(since=state) as draft:
             for item in ranges:
                 _set_range(draft, item)
 
     def protect(self, name: str, objects: Sequence[ProtectedObject]) -> Protection:
         """Protect named objects. Raises Conflict when the name is taken."""
         protections.validate(name, objects, self.config.maxphyaddr)
+        state = self._state
         self._check_active()
-        if name in self._state.protections:
+        if name in state.protections:
             raise Conflict("a protection of that name exists", field="name", value=name, errno="EEXIST")
-        machine = self._state.snapshot.machine
         for position, item in enumerate(objects):
-            self._check_slots(machine, item.first_gfn, item.pages, f"objects[{position}].gpa")
+            self._check_slots(state.snapshot.machine, item.first_gfn, item.pages, f"objects[{position}].gpa")
         protection = Protection(name, tuple(objects))
-        self._recover(protection, {**self._state.protections, name: protection})
+        self._recover(state, protection, {**state.protections, name: protection})
         return protection
 
     def unprotect(self, name: str) -> None:
         """Delete a protection; what other protections cover stays covered. Raises NotFound."""
+        state = self._state
         gone = self.protection(name)
-        self._recover(gone, {k: v for k, v in self._state.protections.items() if k != name})
+        self._recover(state, gone, {k: v for k, v in state.protections.items() if k != name})
 
     def write_memory(self, gpa: int, data: bytes) -> None:
         """Store bytes in guest RAM from the host's side: no permission applies."""
-        self._check_bytes(self._state.snapshot.machine, gpa, len(data), "body")
-        with self._change() as draft:
+        state = self._state
+        self._check_bytes(state.snapshot.machine, gpa, len(data), "body")
+        with self._change(since=state) as draft:
             _write(draft, gpa, data)
 
     def access(self, request: AccessRequest) -> AccessResult:
@@ -298,15 +301,16 @@ class VirtualMachine:
         }
 
     def changed_blocks(self) -> Iterator[tuple[str, int, bytes]]:
-        """(array, block, 4096 bytes) for what changed since the last call; the first call gives everything.
+        """(array, block, 4096 bytes) for what changed since the last call that was read to its end, or everything.
 
-        The array is the frame's kind and the block its number. A freed frame comes as array ``free``.
+        The array is the frame's kind and the block its number: a block's number alone tells which one it replaces,
+        and a freed frame comes as array ``free``.
         """
         snapshot = self._state.snapshot
         since = self._saved.machine if self._saved is not None else None
-        self._saved = snapshot
         for frame, kind, data in blocks_of(snapshot.machine, since):
             yield frames.KIND_NAMES[kind], frame, data
+        self._saved = snapshot
 
     @classmethod
     def restore(cls, head: Mapping[str, Any], blocks: Mapping[tuple[str, int], bytes]) -> VirtualMachine:
@@ -388,11 +392,15 @@ class VirtualMachine:
     @contextmanager
     def _change(
         self,
+        since: State | None = None,
         slots: Mapping[int, SlotSpec] | None = None,
         protections: Mapping[str, Protection] | None = None,
     ) -> Iterator[Draft]:
+        """A change, published when the block ends well. ``since`` is the state that its input was checked against."""
         self._acquire()
         try:
+            if since is not None and since is not self._state:
+                raise Busy("another change of this machine came first")
             draft = self._begin(slots)
             try:
                 yield draft
@@ -425,12 +433,12 @@ class VirtualMachine:
         _drop(draft, old)
         _all(draft, len(moved), lambda start: slot_changes.place_pages(draft.machine, new.gfn, moved, start))
 
-    def _recover(self, changed: Protection, left: Mapping[str, Protection]) -> None:
+    def _recover(self, since: State, changed: Protection, left: Mapping[str, Protection]) -> None:
         """Store what ``left`` covers on the pages of a protection that came or went."""
         gfns, _ = protections.page_masks(changed.objects)
         masks = protections.masks_at(gfns, [item for p in left.values() for item in p.objects])
         trail = new_trail()
-        with self._change(protections=left) as draft:
+        with self._change(since=since, protections=left) as draft:
             _all(draft, len(gfns), lambda start: spp.cover(draft.machine, gfns, masks, start, trail))
 
 
