@@ -27,6 +27,7 @@ from engine.kvm import registers as reg
 from engine.kvm.protections import ProtectedObject, Protection
 from engine.kvm.slots import SlotSpec, check_overlap, first_page_without_slot, slot_table, writable_bytes
 from engine.store import Draft, FrameStore, Snapshot, blocks_of
+from engine.tables import TableOperations
 from engine.trace.columns import TraceChunk
 from engine.trace.objects import Targets, targets_of
 from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
@@ -90,6 +91,11 @@ class VirtualMachine:
     def spp_active(self) -> bool:
         return bool(self._register(int(reg.SPP_ACTIVE)))
 
+    @property
+    def tables(self) -> TableOperations:
+        """Raw table entries, read and written."""
+        return TableOperations(self.config, lambda: self._state.snapshot, self._change)
+
     def slots(self) -> tuple[SlotSpec, ...]:
         """Memory slots in order of their number."""
         return tuple(spec for _, spec in sorted(self._state.slots.items()))
@@ -123,9 +129,20 @@ class VirtualMachine:
         self._check_bytes(machine, gpa, size, "size")
         return memory.read_bytes(machine, gpa, size)
 
-    def walk(self, gpa: int, access: int = acc.WRITE, size: int = 8, vcpu: int = 0) -> explain.Explanation:
-        """What the processor would do with an access, entry by entry; changes nothing."""
-        request = AccessRequest(gpa=gpa, size=size, access=access, vcpu=vcpu)
+    def walk(
+        self,
+        gpa: int,
+        access: int = acc.WRITE,
+        size: int = 8,
+        vcpu: int = 0,
+        kind: int = acc.DATA,
+        linear: int = acc.LINEAR_VALID,
+    ) -> explain.Explanation:
+        """What the processor would do with an access, entry by entry; changes nothing.
+
+        ``kind`` and ``linear`` are as ``arch.access`` has them.
+        """
+        request = AccessRequest(gpa=gpa, size=size, access=access, vcpu=vcpu, kind=kind, linear=linear)
         request.validate(self.config)
         snapshot = self._state.snapshot
         return explain.explain(snapshot.machine, self.vcpu_position(vcpu), gpa, size, request.how)
@@ -239,6 +256,12 @@ class VirtualMachine:
     def access(self, request: AccessRequest) -> AccessResult:
         """One guest access, executed."""
         request.validate(self.config)
+        if request.how != acc.describe(request.access):
+            raise InvalidValue(
+                "an access that is executed is a data access with a valid linear address",
+                field="kind",
+                value=acc.KIND_NAMES[request.kind],
+            )
         options = ReplayOptions(on_violation=request.on_violation, include="all")
         options.validate()
         with self._change() as draft:

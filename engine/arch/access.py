@@ -22,6 +22,7 @@ LINEAR_VALID = 1
 LINEAR_USER = 2
 LINEAR_WRITABLE = 4
 LINEAR_EXECUTE_DISABLE = 8
+LINEAR_NAMES = ("valid", "user", "writable", "execute-disable")  # from bit 0
 
 # Circumstances
 NMI_UNBLOCKING = 1 << 12  # by an IRET that began with NMIs blocked, where the exit reports that (SDM vol. 3C, 28.2.3)

@@ -141,9 +141,15 @@ def address_of(m, frame):
 
 @kernel
 def frame_at(m, address):
-    """Frame at a host-physical address, -1 where no table memory is."""
+    """Frame at a host-physical address, -1 where no table memory is.
+
+    Registers, bitmap layers and guest pages are kept in frames too, but an entry that a client made cannot lead there.
+    """
     frame = (address - m.caps[CAP_ARENA]) >> 12
     if frame < 0 or frame >= m.row_of.shape[0] or m.row_of[frame] < 0:
+        return -1
+    kind = m.kind[frame]
+    if kind != EPT and kind != SPPT and kind != CLIENT:
         return -1
     return frame
 

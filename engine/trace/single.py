@@ -20,7 +20,10 @@ MAX_SIZE = 0xFFFF
 
 @dataclass(frozen=True, slots=True)
 class AccessRequest:
-    """``size`` bytes at ``gpa``; ``data`` are the bytes of a write, which land in guest memory if it is allowed."""
+    """``size`` bytes at ``gpa``; ``data`` are the bytes of a write, which land in guest memory if it is allowed.
+
+    ``kind`` and the bits of ``linear`` are those of ``arch.access``.
+    """
 
     gpa: int
     size: int = 8
@@ -29,11 +32,13 @@ class AccessRequest:
     gva: int | None = None
     data: bytes | None = None
     on_violation: str = "skip"
+    kind: int = acc.DATA
+    linear: int = acc.LINEAR_VALID
 
     @property
     def how(self) -> int:
         """The access as the kernels name it."""
-        return acc.describe(self.access)
+        return acc.describe(self.access, self.kind, self.linear)
 
     def validate(self, config: VmConfig) -> None:
         """Refuse what is no access."""
@@ -41,6 +46,12 @@ class AccessRequest:
             raise InvalidValue(f"an access has 1 to {MAX_SIZE} bytes", field="size", value=self.size)
         if self.access not in (acc.READ, acc.WRITE, acc.EXECUTE):
             raise InvalidValue("access is 0 read, 1 write or 2 execute", field="access", value=self.access)
+        if not 0 <= self.kind < len(acc.KIND_NAMES):
+            raise InvalidValue(f"kind is 0 to {len(acc.KIND_NAMES) - 1}", field="kind", value=self.kind)
+        if self.kind != acc.DATA and self.access == acc.EXECUTE:
+            raise InvalidValue("only a data access executes", field="kind", value=acc.KIND_NAMES[self.kind])
+        if not 0 <= self.linear < 1 << len(acc.LINEAR_NAMES):
+            raise InvalidValue(f"linear has {len(acc.LINEAR_NAMES)} bits", field="linear", value=self.linear)
         width = config.maxphyaddr
         if self.gpa < 0 or self.gpa + self.size > min(GPA_LIMIT, 1 << width):
             raise InvalidValue(
