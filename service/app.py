@@ -27,6 +27,7 @@ from service.api import (
     spp,
     subpages,
     traces,
+    vcpus,
     vms,
     walk,
 )
@@ -47,6 +48,7 @@ RESOURCES = (
     protections,
     traces,
     exits,
+    vcpus,
     counters,
     capabilities,
     health,

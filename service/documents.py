@@ -40,6 +40,7 @@ TAGS: list[dict[str, Any]] = [
     {"name": "protections", "description": "Named objects that may not be written."},
     {"name": "traces", "description": "Replay of recorded guest accesses, and the exits that they cause."},
     {"name": "accesses", "description": "One access, executed or explained."},
+    {"name": "vCPUs", "description": "The processor's controls: VMCS, VM entry, INVEPT, INVVPID, translation cache."},
     {"name": "counters", "description": "Totals of a VM."},
     {"name": "service", "description": "The service itself: capabilities, health, version, problem types."},
 ]
