@@ -32,6 +32,7 @@ from engine.trace.columns import TraceChunk
 from engine.trace.objects import Targets, targets_of
 from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
 from engine.trace.single import AccessRequest, AccessResult, access_result
+from engine.vcpus import VcpuOperations, fast_path_serves
 
 MAX_WINDOW = 1 << 20
 SET_BATCH = 1 << 16
@@ -164,6 +165,11 @@ class VirtualMachine:
             if item.id == vcpu:
                 return position
         raise NotFound("the machine has a vCPU of that id", field="vcpu", value=vcpu)
+
+    @property
+    def vcpus(self) -> VcpuOperations:
+        """What can be done to one vCPU: its VMCS, VM entry, INVEPT and INVVPID, its translation cache."""
+        return VcpuOperations(self.config, self.vcpu_position, lambda: self._state.snapshot, self._change)
 
     # Changes
 
@@ -410,7 +416,13 @@ class VirtualMachine:
             raise Busy("another change of this machine is under way")
 
     def _begin(self, slots: Mapping[int, SlotSpec] | None = None) -> Draft:
-        return self._store.begin(slot_table((self._state.slots if slots is None else slots).values()))
+        draft = self._store.begin(slot_table((self._state.slots if slots is None else slots).values()))
+        serves = fast_path_serves(self.config, draft.machine)
+        if bool(draft.machine.caps[frames.CAP_FAST_PATH]) != serves:
+            caps = draft.machine.caps.copy()
+            caps[frames.CAP_FAST_PATH] = serves
+            draft.machine = draft.machine._replace(caps=caps)
+        return draft
 
     @contextmanager
     def _change(

@@ -28,6 +28,7 @@ from service.api import (
     subpages,
     tables,
     traces,
+    vcpus,
     vms,
     walk,
 )
@@ -49,6 +50,7 @@ RESOURCES = (
     traces,
     exits,
     tables,
+    vcpus,
     counters,
     capabilities,
     health,

@@ -41,6 +41,7 @@ TAGS: list[dict[str, Any]] = [
     {"name": "traces", "description": "Replay of recorded guest accesses, and the exits that they cause."},
     {"name": "accesses", "description": "One access, executed or explained."},
     {"name": "tables", "description": "Raw entries of EPT and SPPT, stored as they are and walked as they are."},
+    {"name": "vCPUs", "description": "The processor's controls: VMCS, VM entry, INVEPT, INVVPID, translation cache."},
     {"name": "counters", "description": "Totals of a VM."},
     {"name": "service", "description": "The service itself: capabilities, health, version, problem types."},
 ]

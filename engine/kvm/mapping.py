@@ -96,7 +96,10 @@ def fill_vector(m, gfn, mask):
 
 @kernel
 def invalidate_region(m, gfn):
-    """Clear the valid bit of the SPPL2E above a page and keep its address, so that the next write misses."""
+    """Clear the valid bit of the SPPL2E above a page and keep its address, so that the next write misses.
+
+    Processors may remember vectors of the whole region, so every vCPU's cache is flushed.
+    """
     table = address_of(m, read_word(m, STATE_FRAME, ROOT_SPPT))
     level = 4
     while True:
@@ -106,6 +109,7 @@ def invalidate_region(m, gfn):
             return
         if level == 2:
             write_entry(m, table, index, entry & ~sp.VALID)
+            tlb.flush(m)
             return
         table = entry & bits.ADDRESS
         level -= 1

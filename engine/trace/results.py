@@ -81,7 +81,7 @@ class ExitColumns:
 
     def reason_names(self) -> list[str]:
         """Names of the exit reasons."""
-        return [exits.NAMES.get(r, str(r)) for r in self.columns["reason"].tolist()]
+        return [exits.name_of(r) for r in self.columns["reason"].tolist()]
 
     def resolution_names(self) -> list[str]:
         """Names of what the hypervisor did."""

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from engine.arch.exits import NAMES
+from engine.arch.exits import NAMES, name_of
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.trace.results import ExitColumns
 from service.api.common import (
@@ -68,6 +68,7 @@ EXAMPLE_EXIT = {
     "denied": "0x2000",
     "objects": ["modprobe_path"],
     "resolution": "violation",
+    "stale": False,
 }
 
 
@@ -78,7 +79,9 @@ class ExitRecord(Document):
 
     index: int = Field(description="Position of the access in the trace.")
     vcpu: int
-    reason: int = Field(description="Basic exit reason: 48, 49, 62, 66.")
+    reason: int = Field(
+        description="Basic exit reason: 48, 49, 62, 66; 0 for an access without an exit, listed because it is `stale`."
+    )
     name: str = Field(description="Name of the reason.")
     qualification: Hex64
     gpa: Hex64 = Field(description="Guest-physical address that the exit reports.")
@@ -90,6 +93,9 @@ class ExitRecord(Document):
     denied: Hex32 = Field(description="Those among them that refuse it.")
     objects: list[str] = Field(description="Protected objects one of whose sub-pages the access touches.")
     resolution: str = Field(description="`violation`, or what the hypervisor did about the exit.")
+    stale: bool = Field(
+        description="A cached translation decided against what the tables say; only with `translation_cache: model`."
+    )
 
 
 class ExitPage(Document):
@@ -128,6 +134,7 @@ def exit_rows(exits: ExitColumns) -> list[dict[str, Any]]:
             words("denied"),
             exits.objects(),
             exits.resolution_names(),
+            map(bool, column["stale"].tolist()),
             strict=True,
         )
     ]
@@ -148,6 +155,7 @@ def exit_batch(exits: ExitColumns) -> pa.RecordBatch:
         "gva": pa.array(column["gva"], mask=no_gva),
         "objects": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), objects),
         "resolution": _RESOLUTIONS.take(pa.array(column["resolution"])),
+        "stale": pa.array(column["stale"].astype(bool)),
     }
     arrays = {name: made[name] if name in made else pa.array(column[name]) for name in ExitRecord.model_fields}
     arrays |= {name: pa.array(values) for name, values in exits.carry.items()}
@@ -156,9 +164,7 @@ def exit_batch(exits: ExitColumns) -> pa.RecordBatch:
 
 def _names(reasons: npt.NDArray[np.uint16]) -> pa.Array:
     known, positions = np.unique(reasons, return_inverse=True)
-    return pa.array([NAMES.get(reason, str(reason)) for reason in known.tolist()], pa.string()).take(
-        pa.array(positions)
-    )
+    return pa.array([name_of(reason) for reason in known.tolist()], pa.string()).take(pa.array(positions))
 
 
 def ndjson_stream(exits: ExitColumns) -> Iterator[bytes]:

@@ -149,7 +149,6 @@ class VmRequest(Document):
     def refuse_reserved(self) -> None:
         """Refuse what is named already and does not work yet: taking it silently would give wrong answers."""
         for field, value, idle in (
-            ("translation_cache", self.translation_cache, "off"),
             ("host.evmcs", self.host.evmcs, False),
             ("host.hyperv", self.host.hyperv, None),
             ("host.fail_allocation", self.host.fail_allocation, None),

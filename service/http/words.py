@@ -41,7 +41,7 @@ class Word:
         return core_schema.no_info_plain_validator_function(self.parse, serialization=shown)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        digits = self.bits // 4
+        digits = (self.bits + 3) // 4
         if handler.mode == "serialization":
             return {"type": "string", "pattern": f"^0x[0-9a-f]{{1,{digits}}}$", "examples": ["0x2000"]}
         decimals = len(str(self.limit - 1))
