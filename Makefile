@@ -3,6 +3,7 @@
 # Plain assignments, so that HOST and PORT of the calling shell do not leak in; `make serve PORT=9000` overrides them.
 HOST   = 127.0.0.1
 PORT   = 8000
+SEEDS  = 1
 ARGS   =
 PYTHON ?= python3
 
@@ -21,7 +22,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test coverage lint format openapi bench lock clean
+.PHONY: help demo serve test mutants conformance coverage lint format openapi bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +42,12 @@ test: $(WARMED) ## Run all tests, then engine/ with the JIT off; both packages m
 	@$(BIN)/coverage combine --quiet --keep --data-file=$(COVERAGE)/all $(COVERAGE)/service $(COVERAGE)/engine
 	$(BIN)/coverage report --data-file=$(COVERAGE)/all --include='engine/*' --fail-under=95
 	$(BIN)/coverage report --data-file=$(COVERAGE)/all --include='service/*' --fail-under=95
+
+mutants: $(INSTALLED) ## Put faults into engine/ one at a time; the tests must notice each (ARGS="--only ID --jobs N")
+	@$(BIN)/python -m tests.mutants $(ARGS)
+
+conformance: $(WARMED) ## Compare the engine with Bochs, SEEDS runs of thousands of accesses (needs bochs, gcc, nasm)
+	SEED=1 SEEDS=$(SEEDS) $(BIN)/python -m pytest tests/conformance -o faulthandler_timeout=0 -p no:cacheprovider $(ARGS)
 
 coverage: $(INSTALLED) ## Write the lines that the last `make test` covered to build/htmlcov/
 	@test -e $(COVERAGE)/all || { echo "No coverage data yet: run 'make test' first." >&2; exit 1; }

@@ -1,0 +1,218 @@
+"""Faults of ``engine/kvm``."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+from .paths import FAULT, KVM_GAPS, LAYERS, REPLAY, SLOTS, named
+
+LAYERS_PY = "engine/kvm/layers.py"
+SPP_PY = "engine/kvm/spp.py"
+PROTECTIONS_PY = "engine/kvm/protections.py"
+SLOTS_PY = "engine/kvm/slots.py"
+MAPPING_PY = "engine/kvm/mapping.py"
+FAULT_PY = "engine/kvm/fault.py"
+RUN_PY = "engine/kvm/run.py"
+
+MUTANTS = (
+    Mutant(
+        "layers-set-ignored",
+        LAYERS_PY,
+        "return ~(policy | closed) & FULL_ACCESS",
+        "return ~closed & FULL_ACCESS",
+        "effective = not denied by SET and (not protected or granted)",
+        named(LAYERS, "effective_of_whole_words"),
+    ),
+    Mutant(
+        "layers-grant-ignored",
+        LAYERS_PY,
+        "closed &= ~granted(m, gfn)",
+        "closed &= FULL_ACCESS",
+        "a grant lifts a protection",
+        named(LAYERS, "effective_for_every_combination"),
+    ),
+    Mutant(
+        "layers-set-keeps-grant",
+        SPP_PY,
+        "layers.store_granted(m, gfn, NOTHING)",
+        "layers.store_granted(m, gfn, layers.granted(m, gfn))",
+        "a grant ends with a SET of the page",
+        named(LAYERS, "grant_ends_with_a_set_of_the_page"),
+    ),
+    Mutant(
+        "layers-unprotect-keeps-grant",
+        SPP_PY,
+        "layers.store_granted(m, gfn, layers.granted(m, gfn) & masks[i])",
+        "layers.store_granted(m, gfn, layers.granted(m, gfn))",
+        "a grant ends with the protection",
+        named(LAYERS, "grant_ends_with_the_protection"),
+    ),
+    Mutant(
+        "layers-protect-lifts-set",
+        SPP_PY,
+        "layers.store_policy(m, gfn, layers.denied_by_set(m, gfn), masks[i])",
+        "layers.store_policy(m, gfn, NOTHING, masks[i])",
+        "a protection never lifts a SET",
+        named(LAYERS, "set_never_lifts_a_protection_and_a_protection_never_lifts_a_set"),
+    ),
+    Mutant(
+        "layers-grant-leaves-set",
+        SPP_PY,
+        "layers.store_policy(m, gfn, denied & ~mask, covered)",
+        "layers.store_policy(m, gfn, denied, covered)",
+        "a grant opens what SET denied",
+        named(LAYERS, "grant_opens_what_was_refused_and_nothing_else"),
+    ),
+    Mutant(
+        "protections-last-sub-page",
+        PROTECTIONS_PY,
+        "high = np.where(gfn == last[owner] >> 5, last[owner] & 31, 31)",
+        "high = np.where(gfn == last[owner] >> 5, (last[owner] & 31) - 1, 31)",
+        "objects are rounded outward to 128 bytes",
+        named(LAYERS, "pages_and_masks_of_objects"),
+    ),
+    Mutant(
+        "slots-first-page",
+        SLOTS_PY,
+        "if m.slots[middle, SLOT_GFN] <= gfn:",
+        "if m.slots[middle, SLOT_GFN] < gfn:",
+        "a slot begins with its first page",
+        named(SLOTS, "slot_of_a_page"),
+    ),
+    Mutant(
+        "slots-end",
+        SLOTS_PY,
+        "if position < 0 or gfn >= m.slots[position, SLOT_GFN] + m.slots[position, SLOT_PAGES]:",
+        "if position < 0 or gfn > m.slots[position, SLOT_GFN] + m.slots[position, SLOT_PAGES]:",
+        "a slot ends before gfn + pages",
+        named(SLOTS, "slot_of_a_page"),
+    ),
+    Mutant(
+        "slots-overlap",
+        SLOTS_PY,
+        "return self.gpa < other.gpa + other.size and other.gpa < self.gpa + self.size",
+        "return self.gpa <= other.gpa + other.size and other.gpa < self.gpa + self.size",
+        "slots that touch do not overlap",
+        named(SLOTS, "overlap"),
+    ),
+    Mutant(
+        "mapping-arm-bit",
+        MAPPING_PY,
+        "return entry | bits.SPP",
+        "return entry",
+        "kvm-spp 3.4: a page whose map is not full is armed",
+        named(FAULT, "first_touch_arms_a_page_whose_map_is_not_full"),
+    ),
+    Mutant(
+        "mapping-arm-empty-only",
+        MAPPING_PY,
+        "if mask != sp.FULL_ACCESS:",
+        "if mask == 0:",
+        "kvm-spp 3.4: one refused sub-page arms a page",
+        named(FAULT, "first_touch_arms_a_page_whose_map_is_not_full"),
+        function="leaf_for",
+    ),
+    Mutant(
+        "mapping-born-clean",
+        MAPPING_PY,
+        "return entry | bits.WRITE | bits.DIRTY",
+        "return entry | bits.WRITE",
+        "kvm-spp 3.4: a writable leaf is born dirty",
+        named(FAULT, "first_touch_maps_a_full_page_writable"),
+    ),
+    Mutant(
+        "mapping-fill-in-set",
+        MAPPING_PY,
+        "write_entry(m, table, gfn & 511, sppt.spread(mask))",
+        "write_entry(m, table, gfn & 255, sppt.spread(mask))",
+        "29.3.4.2: SPPL1 is indexed by GPA[20:12]",
+        named(KVM_GAPS, "two_pages_of_one_region_have_vectors_of_their_own"),
+    ),
+    Mutant(
+        "mapping-invalidate-level",
+        MAPPING_PY,
+        "if level == 2:",
+        "if level == 3:",
+        "kvm-spp 3.3: SET invalidates the SPPL2E of the region",
+        named(FAULT, "set_makes_the_region_miss_again_whatever_is_mapped"),
+    ),
+    Mutant(
+        "mapping-refresh-skips",
+        MAPPING_PY,
+        "if not found or level != 1:",
+        "if not found or level != 1 or not entry & bits.SPP:",
+        "kvm-spp 2.2: SET brings the leaf of a mapped page in line",
+        named(FAULT, "set_arms_and_disarms_a_mapped_page"),
+    ),
+    Mutant(
+        "mapping-fast-path-stays",
+        MAPPING_PY,
+        "fastpath.forget(m, gfn)",
+        "fastpath.forget(m, gfn + 1)",
+        "a page whose map changed leaves the fast path",
+        named(REPLAY, "grant_opens_the_sub_page_once", "dropping_the_fast_path_changes_no_answer"),
+    ),
+    Mutant(
+        "fault-violation-any",
+        FAULT_PY,
+        "if mapped and write and entry & bits.SPP:",
+        "if mapped and entry & bits.SPP:",
+        "kvm-spp 3.3: only a write is a sub-page violation",
+        named(FAULT, "leaf_that_lost_a_right_is_made_anew"),
+    ),
+    Mutant(
+        "fault-read-only",
+        FAULT_PY,
+        "if write and read_only:",
+        "if write and read_only and slot > 0:",
+        "kvm-spp 3.3: a write to a read-only slot is MMIO",
+        named(FAULT, "read_only_slot_is_mapped_without_write_and_never_armed"),
+    ),
+    Mutant(
+        "fault-miss-profile",
+        FAULT_PY,
+        "if m.caps[CAP_REGION_FILL]:",
+        "if not m.caps[CAP_REGION_FILL]:",
+        "kvm-spp 3.3: 2019 fills one page, later series the region",
+        named(FAULT, "later_series_fill_the_whole_region_at_one_miss", "2019_miss_fills_the_page_that_missed"),
+    ),
+    Mutant(
+        "fault-region-start",
+        FAULT_PY,
+        "first = gfn & ~(REGION_PAGES - 1)",
+        "first = gfn",
+        "kvm-spp 3.3: a region begins at a multiple of 2 MiB",
+        named(FAULT, "later_series_fill_the_whole_region_at_one_miss"),
+    ),
+    Mutant(
+        "fault-count-miss",
+        FAULT_PY,
+        "elif qualification & exits.Q_SPP_MISS:",
+        "elif not qualification & exits.Q_SPP_MISS:",
+        "28.2.1: bit 11 of the qualification is a miss",
+        named(FAULT, "exits_are_counted_by_kind"),
+    ),
+    Mutant(
+        "fault-log-emptied",
+        FAULT_PY,
+        "LAST_LOG_ENTRY = np.int64(LOG_ENTRIES - 1)",
+        "LAST_LOG_ENTRY = np.int64(LOG_ENTRIES)",
+        "29.3.6: an empty log begins at entry 511",
+        named(KVM_GAPS, "full_log_is_emptied_and_the_access_goes_on"),
+    ),
+    Mutant(
+        "run-fast-path-vector",
+        RUN_PY,
+        "elif dirty and trail[ept.TRAIL_COUNTS, 1] == 4 and sppt.gather(trail[ept.TRAIL_SPPT + 3, 3]) == mask:",
+        "elif dirty and trail[ept.TRAIL_COUNTS, 1] == 4:",
+        "the fast path holds what the entries say, not the map",
+        named(REPLAY, "dropping_the_fast_path_changes_no_answer_on_entries_that_a_client_made"),
+    ),
+    Mutant(
+        "run-fast-path-dirty",
+        RUN_PY,
+        "if dirty and rights & bits.WRITE and mask == FULL_ACCESS:",
+        "if rights & bits.WRITE and mask == FULL_ACCESS:",
+        "a write to a clean page sets its dirty flag",
+        named(KVM_GAPS, "write_after_a_read_sets_the_dirty_flag"),
+    ),
+)

@@ -1,0 +1,37 @@
+"""The tests that the lists name, by short names."""
+
+from __future__ import annotations
+
+CPU = "tests/engine/cpu"
+KVM = "tests/engine/kvm"
+TRACE = "tests/engine/trace"
+DERIVED = f"{CPU}/test_vectors_derived.py"
+ENTRY = f"{CPU}/test_vectors_entry.py"
+CACHED = f"{CPU}/test_vectors_cached.py"
+LOG = f"{CPU}/test_log_and_exceptions.py"
+WORDS = f"{CPU}/test_sppt_words.py"
+FASTPATH = f"{CPU}/test_fastpath.py"
+FRAMES = f"{CPU}/test_frames.py"
+FAULT = f"{KVM}/test_fault_handling.py"
+LAYERS = f"{KVM}/test_layers.py"
+SLOTS = f"{KVM}/test_slots.py"
+REPLAY = f"{TRACE}/test_replay.py"
+OBJECTS = f"{TRACE}/test_objects.py"
+GAPS = f"{CPU}/test_gaps_cpu.py"
+KVM_GAPS = f"{KVM}/test_gaps_kvm.py"
+STORE = "tests/engine/test_store.py"
+
+
+def plain(*rows: str) -> tuple[str, ...]:
+    """Rows of the printed vectors A to F."""
+    return tuple(f"{CPU}/test_vectors_translation.py::test_plain[{row}-plain-no-cache]" for row in rows)
+
+
+def full(*rows: str) -> tuple[str, ...]:
+    """Rows of the printed vectors M and N."""
+    return tuple(f"{CPU}/test_vectors_translation.py::test_full[{row}]" for row in rows)
+
+
+def named(path: str, *names: str) -> tuple[str, ...]:
+    """Test functions of a file."""
+    return tuple(f"{path}::test_{name}" for name in names)

@@ -1,0 +1,112 @@
+"""Faults of what holds the state: ``engine/store.py``, frames, the fast path."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+from .paths import FASTPATH, FRAMES, STORE, named
+
+STORE_PY = "engine/store.py"
+FRAMES_PY = "engine/cpu/frames.py"
+FASTPATH_PY = "engine/cpu/fastpath.py"
+REPLAY_PY = "engine/trace/replay.py"
+
+MUTANTS = (
+    Mutant(
+        "store-reused-rows",
+        STORE_PY,
+        "self.spare = np.concatenate([draft.spare_rows(), unused])",
+        "self.spare = np.concatenate([draft.spare_rows(), unused, replaced])",
+        "a row that a reader may hold is not used again",
+        named(STORE, "state_that_a_reader_holds_never_changes", "rows_of_a_held_state_wait_and_then_come_back"),
+    ),
+    Mutant(
+        "store-increment",
+        STORE_PY,
+        "if row == before:",
+        "if row <= before:",
+        "an increment has every block that changed",
+        named(
+            STORE,
+            "increments_on_top_of_earlier_ones_give_the_same_machine",
+            "increment_has_only_the_blocks_that_changed",
+        ),
+    ),
+    Mutant(
+        "store-freed-block",
+        STORE_PY,
+        "yield frame, int(FREE), bytes(frames.FRAME_SIZE)",
+        "continue",
+        "freed frames are named",
+        named(STORE, "freed_blocks_are_named"),
+    ),
+    Mutant(
+        "frames-own-twice",
+        FRAMES_PY,
+        "m.fresh[frame] = 1",
+        "m.fresh[frame] = 0",
+        "a change copies a frame once",
+        named(FRAMES, "second_write_copies_nothing"),
+        function="own",
+    ),
+    Mutant(
+        "frames-same-word",
+        FRAMES_PY,
+        "if m.rows[m.row_of[frame], index] != word:",
+        "if m.rows[m.row_of[frame], index] != word or word == 0:",
+        "a word that is already there copies nothing",
+        named(FRAMES, "word_that_is_already_there_copies_nothing"),
+    ),
+    Mutant(
+        "frames-ample",
+        FRAMES_PY,
+        "return m.top[TOP_FREE] >= RESERVE and m.top[TOP_SPARE] >= RESERVE",
+        "return m.top[TOP_FREE] >= RESERVE",
+        "an access needs frames and rows",
+        named(FRAMES, "ample_needs_frames_and_rows"),
+    ),
+    Mutant(
+        "frames-new-not-zeroed",
+        FRAMES_PY,
+        "m.rows[row, i] = 0",
+        "m.rows[row, i] |= 0",
+        "a new frame is zeroed",
+        named(FRAMES, "new_frame_is_zeroed_and_named"),
+    ),
+    Mutant(
+        "fastpath-forget-any",
+        FASTPATH_PY,
+        "if m.cache[at] == gfn:",
+        "if m.cache[at] != gfn:",
+        "forgetting a page forgets that page",
+        named(FASTPATH, "forgetting_a_page_leaves_the_one_that_took_its_place"),
+        function="forget",
+    ),
+    Mutant(
+        "fastpath-denial-unknown",
+        FASTPATH_PY,
+        "if known or writable == 0:",
+        "if known or writable:",
+        "a refusal is cached where nothing else is left to do",
+        named(
+            FASTPATH,
+            "refusal_is_not_known_before_the_allowed_part_of_the_page_is",
+            "known_refusal_answers_for_every_other_sub_page",
+        ),
+    ),
+    Mutant(
+        "fastpath-two-pages",
+        REPLAY_PY,
+        "if (cache[at] ^ gfn) | (last >> 12) | ((word >> 16) ^ head) != 0:",
+        "if (cache[at] ^ gfn) | ((word >> 16) ^ head) != 0:",
+        "an access over two pages is not served",
+        named(FASTPATH, "access_to_two_pages_is_not_served"),
+    ),
+    Mutant(
+        "fastpath-last-sub-page",
+        REPLAY_PY,
+        "touched = (2 << (last >> 7)) - (1 << ((gpa >> 7) & 31))",
+        "touched = 1 << ((gpa >> 7) & 31)",
+        "every touched sub-page must be writable",
+        named(FASTPATH, "only_sub_pages_that_may_be_written_are_served"),
+    ),
+)

@@ -1,0 +1,109 @@
+"""Faults of ``engine/trace``."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+from .paths import KVM_GAPS, OBJECTS, REPLAY, named
+
+REPLAY_PY = "engine/trace/replay.py"
+SESSION_PY = "engine/trace/session.py"
+OBJECTS_PY = "engine/trace/objects.py"
+
+MUTANTS = (
+    Mutant(
+        "replay-guarded",
+        REPLAY_PY,
+        "guarded += 1",
+        "guarded += 0",
+        "page-granular violations count allowed writes to guarded pages",
+        named(REPLAY, "page_granular_counts_writes_to_pages_with_any_refused_sub_page"),
+    ),
+    Mutant(
+        "replay-guarded-straddle",
+        REPLAY_PY,
+        "for gfn in range(gpa >> 12, ((gpa + size - 1) >> 12) + 1):",
+        "for gfn in range(gpa >> 12, (gpa >> 12) + 1):",
+        "both pages of an access count for page granularity",
+        named(KVM_GAPS, "second_page_counts_for_page_granularity"),
+    ),
+    Mutant(
+        "replay-grant-whole-page",
+        REPLAY_PY,
+        "refused = sppt.touched(at, part) & ~layers.effective(m, at >> 12)",
+        "refused = ~layers.effective(m, at >> 12)",
+        "a grant opens the sub-pages that are touched, no more",
+        named(REPLAY, "grant_opens_the_sub_page_once", "grant_opens_every_refused_sub_page_of_the_access"),
+    ),
+    Mutant(
+        "replay-reserved-half",
+        REPLAY_PY,
+        "if (word >> 24) & 0xFF or (word >> 48) & 0xFFFF:",
+        "if (word >> 24) & 0xFF:",
+        "the reserved bytes of a record are zero",
+        named(REPLAY, "bad_record_is_refused_with_its_index_and_nothing_is_applied"),
+    ),
+    Mutant(
+        "replay-unknown-vcpu",
+        REPLAY_PY,
+        "if vcpu >= m.caps[CAP_VCPUS] or m.vcpu_of_id[vcpu] < 0:",
+        "if vcpu >= m.caps[CAP_VCPUS]:",
+        "the machine has a vCPU of that id",
+        named(KVM_GAPS, "vcpu_id_between_two_others_is_refused"),
+    ),
+    Mutant(
+        "replay-grant-goes-on",
+        REPLAY_PY,
+        "if options[OPTION_ON_VIOLATION] == GRANT and grant_touched(m, gpa, word & 0xFFFF, trail):",
+        "if options[OPTION_ON_VIOLATION] == ALLOW and grant_touched(m, gpa, word & 0xFFFF, trail):",
+        "only grant changes maps",
+        named(REPLAY, "allow_goes_on_and_leaves_the_protection"),
+    ),
+    Mutant(
+        "replay-stop-position",
+        SESSION_PY,
+        "self.stopped_at = base + position",
+        "self.stopped_at = base + position + 1",
+        "a replay stops at the record that violates",
+        named(REPLAY, "stop_ends_at_the_record_and_start_goes_on_from_it"),
+    ),
+    Mutant(
+        "replay-start",
+        SESSION_PY,
+        "position = max(0, min(count, self._options.start - base))",
+        "position = max(0, min(count, self._options.start))",
+        "start is an index in the whole trace",
+        named(REPLAY, "start_skips_records_and_keeps_indices"),
+    ),
+    Mutant(
+        "objects-own-byte",
+        OBJECTS_PY,
+        "own = begin < limits[1] and limits[0] < end",
+        "own = begin < limits[1] and limits[0] <= end",
+        "an access just before an object touches none of its bytes",
+        named(OBJECTS, "violations_and_collateral"),
+    ),
+    Mutant(
+        "objects-collateral",
+        OBJECTS_PY,
+        "hits[name, HIT_COLLATERAL] -= 1",
+        "hits[name, HIT_COLLATERAL] -= 0",
+        "a violation of an object's own byte is no collateral",
+        named(OBJECTS, "violations_and_collateral"),
+    ),
+    Mutant(
+        "objects-once",
+        OBJECTS_PY,
+        "if seen[name] != stamp:",
+        "if seen[name] < stamp:",
+        "a violation counts once for each name",
+        named(OBJECTS, "violations_and_collateral"),
+    ),
+    Mutant(
+        "objects-end",
+        OBJECTS_PY,
+        "end = ((ranges[:, 1] - 1) >> SUBPAGE_SHIFT) + 1",
+        "end = (ranges[:, 1] >> SUBPAGE_SHIFT) + 1",
+        "an object ends with the sub-page of its last byte",
+        named(OBJECTS, "access_touches_objects_by_sub_page"),
+    ),
+)
