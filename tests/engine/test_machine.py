@@ -649,7 +649,8 @@ def test_walk_shows_every_entry_in_fields() -> None:
         ("PTE", 1, 5, False),
     ]
     assert found.ept[0].fields == {
-        "read": 1, "write": 1, "execute": 1, "accessed": 1, "user_execute": 0, "address": found.ept[1].table,
+        "read": 1, "write": 1, "execute": 1, "page": 0, "accessed": 1, "user_execute": 0, "suppress_ve": 0,
+        "address": found.ept[1].table, "reserved": 0,
     }  # fmt: skip
     pte = found.ept[3].fields
     assert {name: value for name, value in pte.items() if value} == {
@@ -657,9 +658,9 @@ def test_walk_shows_every_entry_in_fields() -> None:
         "spp": 1, "address": 0x5000,
     }  # fmt: skip
     assert [(e.structure, e.fields) for e in found.sppt] == [
-        ("SPPL4E", {"valid": 1, "address": found.sppt[1].table}),
-        ("SPPL3E", {"valid": 1, "address": found.sppt[2].table}),
-        ("SPPL2E", {"valid": 1, "address": found.sppt[3].table}),
+        ("SPPL4E", {"valid": 1, "address": found.sppt[1].table, "reserved": 0}),
+        ("SPPL3E", {"valid": 1, "address": found.sppt[2].table, "reserved": 0}),
+        ("SPPL2E", {"valid": 1, "address": found.sppt[3].table, "reserved": 0}),
         ("SPPL1E", {"writable_subpages": 0xF, "reserved": 0}),
     ]
     read = vm.walk(0x5208, READ)

@@ -70,7 +70,7 @@ def test_freed_frame_is_absent_and_the_next_to_be_used(draft: Draft) -> None:
 
 ADDRESSES = [
     ("below the arena", ARENA - 4096, -1),
-    ("first frame", ARENA, 0),
+    ("frame of registers", ARENA, -1),
     ("inside a frame", ARENA + (FRAME << 12) + 8, FRAME),
     ("free frame", ARENA + (100 << 12), -1),
     ("beyond all frames", ARENA + (1 << 30), -1),
