@@ -5,6 +5,7 @@ HOST   = 127.0.0.1
 PORT   = 8000
 SEEDS  = 1
 ARGS   =
+JOBS   = auto
 PYTHON ?= python3
 
 VENV      := .venv
@@ -38,9 +39,9 @@ serve: $(WARMED) ## Serve on HOST:PORT, 127.0.0.1:8000 by default
 # The kernels run compiled in the first run and as plain Python in the second; only there can lines of engine/ be counted.
 test: $(WARMED) ## Run all tests, then engine/ with the JIT off; both packages must reach 95 % of their lines
 	@rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
-	COVERAGE_FILE=$(COVERAGE)/service $(BIN)/python -m pytest --cov=service --cov=engine --cov-report= $(ARGS)
+	COVERAGE_FILE=$(COVERAGE)/service $(BIN)/python -m pytest -n $(JOBS) --cov=service --cov=engine --cov-report= $(ARGS)
 	COVERAGE_FILE=$(COVERAGE)/engine NUMBA_DISABLE_JIT=1 \
-	    $(BIN)/python -m pytest --cov=engine --cov-report= -m "not jit and not soak and not bench" \
+	    $(BIN)/python -m pytest -n $(JOBS) --cov=engine --cov-report= -m "not jit and not soak and not bench" \
 	    $(WITHOUT_KERNELS:%=--ignore-glob=%) $(ENGINE_TESTS)
 	@$(BIN)/coverage combine --quiet --keep --data-file=$(COVERAGE)/all $(COVERAGE)/service $(COVERAGE)/engine
 	$(BIN)/coverage report --data-file=$(COVERAGE)/all --include='engine/*' --fail-under=95
