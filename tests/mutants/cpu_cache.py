@@ -40,7 +40,7 @@ MUTANTS = (
         "return not asks_vector or m.tlb[row, tlb.E_FACTS] & tlb.VECTOR_READ != 0",
         "return True",
         "29.4.1: a mapping of a read holds no sub-page permissions",
-        named(CACHED, "a_read_leaves_no_right_to_write"),
+        named(GAPS, "mapping_of_a_read_refuses_no_write"),
     ),
     Mutant(
         "tlb-clean-page",
@@ -86,9 +86,9 @@ MUTANTS = (
         "tlb-transition",
         TLB_PY,
         "if modelled(m) and vpid_of(m, vcpu) == 0:",
-        "if modelled(m):",
-        "29.4.3.1: with VPIDs, mappings survive VM entries and exits",
-        named(CACHED, "removals"),
+        "if modelled(m) and vpid_of(m, vcpu) != 0:",
+        "29.4.3.1: without VPIDs, VM entries and exits remove what is by linear address",
+        named(CACHED, "vpid_0_survives_no_transition_and_no_other_vpid_removes_it"),
     ),
     Mutant(
         "tlb-stale-address",
@@ -113,7 +113,7 @@ MUTANTS = (
         "if guest_paging.writes(how) and not m.tlb[row, tlb.E_FACTS] & tlb.GUEST_DIRTY:",
         "if guest_paging.writes(how) and not m.tlb[row, tlb.E_FACTS]:",
         "volume 3A, 4.8: the first write sets the guest's dirty flag",
-        named(CACHED, "a_flushed_cache_changes_no_answer"),
+        named(GAPS, "write_after_a_read_sets_the_guests_dirty_flag"),
     ),
     Mutant(
         "tlb-cr3",

@@ -120,7 +120,7 @@ MUTANTS = (
         "mask |= guest.LARGE",
         "mask |= 0",
         "volume 3A, 4.5: bit 7 of a PML4E is reserved",
-        named(DERIVED, "large_guest_pages"),
+        named(GAPS, "bit_7_of_a_guest_pml4e_is_reserved"),
     ),
     Mutant(
         "guest-canonical",

@@ -133,7 +133,7 @@ MUTANTS = (
         "if level == 2:",
         "if level == 3:",
         "kvm-spp 3.3: SET invalidates the SPPL2E of the region",
-        named(FAULT, "set_makes_the_region_miss_again_whatever_is_mapped"),
+        named(KVM_GAPS, "set_makes_its_own_region_miss_and_no_other"),
     ),
     Mutant(
         "mapping-refresh-skips",
@@ -181,7 +181,7 @@ MUTANTS = (
         "first = gfn & ~(REGION_PAGES - 1)",
         "first = gfn",
         "kvm-spp 3.3: a region begins at a multiple of 2 MiB",
-        named(FAULT, "later_series_fill_the_whole_region_at_one_miss"),
+        named(KVM_GAPS, "miss_fills_the_pages_below_too"),
     ),
     Mutant(
         "fault-count-miss",
@@ -205,7 +205,7 @@ MUTANTS = (
         "elif dirty and trail[ept.TRAIL_COUNTS, 1] == 4 and sppt.gather(trail[ept.TRAIL_SPPT + 3, 3]) == mask:",
         "elif dirty and trail[ept.TRAIL_COUNTS, 1] == 4:",
         "the fast path holds what the entries say, not the map",
-        named(REPLAY, "dropping_the_fast_path_changes_no_answer_on_entries_that_a_client_made"),
+        named(KVM_GAPS, "vector_decides_where_the_map_allows_more"),
     ),
     Mutant(
         "run-fast-path-dirty",

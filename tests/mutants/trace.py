@@ -94,7 +94,7 @@ MUTANTS = (
         "objects-once",
         OBJECTS_PY,
         "if seen[name] != stamp:",
-        "if seen[name] < stamp:",
+        "if stamp >= 0:",
         "a violation counts once for each name",
         named(OBJECTS, "violations_and_collateral"),
     ),

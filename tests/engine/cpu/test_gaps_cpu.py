@@ -97,6 +97,13 @@ def test_flags_of_every_entry() -> None:
     assert flags == [0x100, 0x100, 0x100, 0x300]
 
 
+def test_mapping_of_a_read_refuses_no_write() -> None:
+    p = Processor(model=True)
+    set_up(p, "PTE=0x35|b61; vec=1")
+    assert p.access(READ).reason == 0
+    assert p.access(WRITE)[::6] == (0, False)
+
+
 def test_vpid_tags_combined_mappings() -> None:
     p = Processor(model=True)
     p.vcpu({ctl.V_SECONDARY: ctl.SECONDARY_EPT | ctl.SECONDARY_VPID, ctl.V_VPID: 1})
@@ -158,3 +165,18 @@ def test_guest_flags_of_a_write() -> None:
         p.guest(gpa, p.guest_word(gpa) & ~0x60)
     assert p.access(WRITE).reason == 0
     assert [p.guest_word(gpa) & 0x60 for gpa in entries] == [0x20, 0x20, 0x20, 0x60]
+
+
+def test_write_after_a_read_sets_the_guests_dirty_flag() -> None:
+    p = Processor(model=True)
+    p.guest(GUEST_PTE, LINEAR | 0x23)
+    assert p.access(READ).reason == 0
+    assert p.guest_word(GUEST_PTE) & 0x40 == 0
+    assert p.access(WRITE).reason == 0
+    assert p.guest_word(GUEST_PTE) & 0x40
+
+
+def test_bit_7_of_a_guest_pml4e_is_reserved() -> None:
+    p = Processor()
+    p.guest(GUEST_PML4, p.guest_word(GUEST_PML4) | 0x80)
+    assert p.access(READ).error_code == 9
