@@ -5,6 +5,7 @@ HOST   = 127.0.0.1
 PORT   = 8000
 SEEDS  = 1
 ARGS   =
+JOBS   = auto
 PYTHON ?= python3
 
 VENV      := .venv
@@ -16,6 +17,8 @@ COVERAGE  := build/coverage
 ENGINE_SOURCES := $(shell find engine -name '*.py' 2>/dev/null)
 # The tests that need no service: what the engine's coverage is measured with.
 ENGINE_TESTS   := $(wildcard tests/engine tests/property)
+# Tests of plain Python, which the compiler makes no difference to.
+WITHOUT_KERNELS := tests/engine/nested/* tests/engine/trace/test_readers_*
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -36,9 +39,10 @@ serve: $(WARMED) ## Serve on HOST:PORT, 127.0.0.1:8000 by default
 # The kernels run compiled in the first run and as plain Python in the second; only there can lines of engine/ be counted.
 test: $(WARMED) ## Run all tests, then engine/ with the JIT off; both packages must reach 95 % of their lines
 	@rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
-	COVERAGE_FILE=$(COVERAGE)/service $(BIN)/python -m pytest --cov=service --cov-report= $(ARGS)
+	COVERAGE_FILE=$(COVERAGE)/service $(BIN)/python -m pytest -n $(JOBS) --cov=service --cov=engine --cov-report= $(ARGS)
 	COVERAGE_FILE=$(COVERAGE)/engine NUMBA_DISABLE_JIT=1 \
-	    $(BIN)/python -m pytest --cov=engine --cov-report= -m "not jit and not soak and not bench" $(ENGINE_TESTS)
+	    $(BIN)/python -m pytest -n $(JOBS) --cov=engine --cov-report= -m "not jit and not soak and not bench" \
+	    $(WITHOUT_KERNELS:%=--ignore-glob=%) $(ENGINE_TESTS)
 	@$(BIN)/coverage combine --quiet --keep --data-file=$(COVERAGE)/all $(COVERAGE)/service $(COVERAGE)/engine
 	$(BIN)/coverage report --data-file=$(COVERAGE)/all --include='engine/*' --fail-under=95
 	$(BIN)/coverage report --data-file=$(COVERAGE)/all --include='service/*' --fail-under=95

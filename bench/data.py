@@ -18,7 +18,7 @@ DATA = Path(__file__).parent.parent / "tests" / "data"
 TRACES = ("boot", "user")
 POLICIES = ("kernel_control_data", "hot_pages_stress")
 RAM_BYTES = 1 << 30  # of the recorded guest, at GPA 0
-CHUNK = 1 << 16
+CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,19 @@ from engine.arch import access as acc
 from engine.config import VmConfig
 from engine.cpu import explain, frames
 from engine.cpu.ept import TRAIL_ROWS
-from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound, TraceError, Unsupported
+from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound, Unsupported
 from engine.head import config_from_head, config_to_head
 from engine.kvm import memory, protections, slot_changes, spp
 from engine.kvm import registers as reg
 from engine.kvm.protections import ProtectedObject, Protection
 from engine.kvm.slots import SlotSpec, check_overlap, first_page_without_slot, slot_table
 from engine.store import Draft, FrameStore, Snapshot, blocks_of
-from engine.trace.columns import TraceChunk
+from engine.tables import TableOperations
+from engine.trace.execution import execute
+from engine.trace.objects import Targets, targets_of
 from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
-from engine.trace.single import AccessRequest, AccessResult, access_result
+from engine.trace.single import AccessRequest, AccessResult
+from engine.vcpus import VcpuOperations, fast_path_serves
 
 MAX_WINDOW = 1 << 20
 SET_BATCH = 1 << 16
@@ -38,11 +41,15 @@ HEAD_FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class SubpageRange:
-    """Maps for ``npages`` pages from ``gfn``: one value for all, or uint32[npages]. Bit s = sub-page s writable."""
+    """Maps for ``npages`` pages from ``gfn``: one value for all, or uint32[npages]. Bit s = sub-page s writable.
+
+    ``where`` goes before the names of fields in errors.
+    """
 
     gfn: int
     npages: int
     access: NDArray[np.uint32] | int
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class State:
     snapshot: Snapshot
     slots: Mapping[int, SlotSpec]
     protections: Mapping[str, Protection]
+    targets: Targets
 
 
 class VirtualMachine:
@@ -69,7 +77,7 @@ class VirtualMachine:
         """A new machine; ``spp`` also enables sub-page protection."""
         config.validate()
         store = birth.new_store(config)
-        vm = cls(config, store, State(store.published, {}, {}))
+        vm = cls(config, store, State(store.published, {}, {}, targets_of(())))
         with vm._change() as draft:
             birth.build(draft, config)
         for spec in slots:
@@ -78,11 +86,16 @@ class VirtualMachine:
             vm.enable_spp()
         return vm
 
-    # Reads
+    # Reads. Each keeps the snapshot it looks at in a local name: rows of a snapshot that nobody keeps are used again.
 
     @property
     def spp_active(self) -> bool:
         return bool(self._register(int(reg.SPP_ACTIVE)))
+
+    @property
+    def tables(self) -> TableOperations:
+        """Raw table entries, read and written."""
+        return TableOperations(self.config, lambda: self._state.snapshot, self._change)
 
     def slots(self) -> tuple[SlotSpec, ...]:
         """Memory slots in order of their number."""
@@ -102,7 +115,8 @@ class VirtualMachine:
         """Maps of consecutive pages, uint32[npages] (KVM_SUBPAGES_GET_ACCESS); ``layer`` is one of LAYER_NAMES."""
         if layer not in spp.LAYER_NAMES:
             raise InvalidValue(f"layer is one of {', '.join(spp.LAYER_NAMES)}", field="layer", value=layer)
-        machine = self._state.snapshot.machine
+        snapshot = self._state.snapshot
+        machine = snapshot.machine
         self._check_active()
         self._check_window(machine, gfn, npages)
         maps = np.empty(npages, dtype=np.uint32)
@@ -111,20 +125,34 @@ class VirtualMachine:
 
     def read_memory(self, gpa: int, size: int) -> bytes:
         """Guest RAM contents, zero where nothing was written."""
-        machine = self._state.snapshot.machine
+        snapshot = self._state.snapshot
+        machine = snapshot.machine
         self._check_bytes(machine, gpa, size, "size")
         return memory.read_bytes(machine, gpa, size)
 
-    def walk(self, gpa: int, access: int = acc.WRITE, size: int = 8, vcpu: int = 0) -> explain.Explanation:
-        """What the processor would do with an access, entry by entry; changes nothing."""
-        request = AccessRequest(gpa=gpa, size=size, access=access, vcpu=vcpu)
+    def walk(
+        self,
+        gpa: int,
+        access: int | None = None,
+        size: int = 8,
+        vcpu: int = 0,
+        kind: int = acc.DATA,
+        linear: int = acc.LINEAR_VALID,
+    ) -> explain.Explanation:
+        """What the processor would do with an access, entry by entry; changes nothing.
+
+        ``kind`` and ``linear`` are as ``arch.access`` has them; ``access`` is what the kind does unless given.
+        """
+        access = acc.default_access(kind) if access is None else access
+        request = AccessRequest(gpa=gpa, size=size, access=access, vcpu=vcpu, kind=kind, linear=linear)
         request.validate(self.config)
-        machine = self._state.snapshot.machine
-        return explain.explain(machine, self.vcpu_position(vcpu), gpa, size, request.how)
+        snapshot = self._state.snapshot
+        return explain.explain(snapshot.machine, self.vcpu_position(vcpu), gpa, size, request.how)
 
     def counters(self) -> dict[str, int]:
         """Totals since creation, by the names in ``kvm.registers``, and frames and bytes in use."""
-        machine = self._state.snapshot.machine
+        snapshot = self._state.snapshot
+        machine = snapshot.machine
         words = machine.rows[machine.row_of[frames.STATE_FRAME]]
         counts = {name: int(words[reg.COUNTERS_AT + i]) for i, name in enumerate(reg.COUNTERS)}
         kinds = np.bincount(machine.kind, minlength=len(frames.KIND_NAMES))
@@ -139,15 +167,21 @@ class VirtualMachine:
                 return position
         raise NotFound("the machine has a vCPU of that id", field="vcpu", value=vcpu)
 
+    @property
+    def vcpus(self) -> VcpuOperations:
+        """What can be done to one vCPU: its VMCS, VM entry, INVEPT and INVVPID, its translation cache."""
+        return VcpuOperations(self.config, self.vcpu_position, lambda: self._state.snapshot, self._change)
+
     # Changes
 
     def set_slot(self, spec: SlotSpec) -> None:
         """KVM_SET_USER_MEMORY_REGION: a new slot, or a known one at a new address."""
         spec.validate(self.config.maxphyaddr)
-        known = self._state.slots.get(spec.slot)
+        state = self._state
+        known = state.slots.get(spec.slot)
         if known == spec:
             return
-        check_overlap(spec, self._state.slots.values())
+        check_overlap(spec, state.slots.values())
         if (
             known is not None
             and known.gpa == spec.gpa
@@ -161,17 +195,17 @@ class VirtualMachine:
             raise InvalidValue(
                 "a slot keeps its read_only flag; delete it first", field="read_only", value=spec.read_only
             )
-        slots = {**self._state.slots, spec.slot: spec}
-        with self._change(slots=slots) as draft:
+        with self._change(since=state, slots={**state.slots, spec.slot: spec}) as draft:
             if known is not None:
                 self._move(draft, known, spec)
 
     def delete_slot(self, slot: int) -> None:
         """Delete a memory slot with its SET maps and contents. Raises NotFound."""
-        spec = self._state.slots.get(slot)
+        state = self._state
+        spec = state.slots.get(slot)
         if spec is None:
             raise NotFound("no memory slot has that number", field="slot", value=slot)
-        with self._change(slots={k: v for k, v in self._state.slots.items() if k != slot}) as draft:
+        with self._change(since=state, slots={k: v for k, v in state.slots.items() if k != slot}) as draft:
             _drop(draft, spec)
 
     def enable_spp(self) -> None:
@@ -192,55 +226,52 @@ class VirtualMachine:
 
     def set_subpages(self, ranges: Sequence[SubpageRange]) -> None:
         """KVM_SUBPAGES_SET_ACCESS over any number of ranges, in order, all or nothing."""
+        state = self._state
         self._check_active()
-        machine = self._state.snapshot.machine
         for item in ranges:
-            self._check_range(machine, item)
-        with self._change() as draft:
+            self._check_range(state.snapshot.machine, item)
+        with self._change(since=state) as draft:
             for item in ranges:
                 _set_range(draft, item)
 
     def protect(self, name: str, objects: Sequence[ProtectedObject]) -> Protection:
         """Protect named objects. Raises Conflict when the name is taken."""
         protections.validate(name, objects, self.config.maxphyaddr)
+        state = self._state
         self._check_active()
-        if name in self._state.protections:
+        if name in state.protections:
             raise Conflict("a protection of that name exists", field="name", value=name, errno="EEXIST")
-        machine = self._state.snapshot.machine
         for position, item in enumerate(objects):
-            self._check_slots(machine, item.first_gfn, item.pages, f"objects[{position}].gpa")
+            self._check_slots(state.snapshot.machine, item.first_gfn, item.pages, f"objects[{position}].gpa")
         protection = Protection(name, tuple(objects))
-        self._recover(protection, {**self._state.protections, name: protection})
+        self._recover(state, protection, {**state.protections, name: protection})
         return protection
 
     def unprotect(self, name: str) -> None:
         """Delete a protection; what other protections cover stays covered. Raises NotFound."""
+        state = self._state
         gone = self.protection(name)
-        self._recover(gone, {k: v for k, v in self._state.protections.items() if k != name})
+        self._recover(state, gone, {k: v for k, v in state.protections.items() if k != name})
 
     def write_memory(self, gpa: int, data: bytes) -> None:
         """Store bytes in guest RAM from the host's side: no permission applies."""
-        self._check_bytes(self._state.snapshot.machine, gpa, len(data), "body")
-        with self._change() as draft:
+        state = self._state
+        self._check_bytes(state.snapshot.machine, gpa, len(data), "body")
+        with self._change(since=state) as draft:
             _write(draft, gpa, data)
 
     def access(self, request: AccessRequest) -> AccessResult:
         """One guest access, executed."""
         request.validate(self.config)
-        options = ReplayOptions(on_violation=request.on_violation, include="all")
-        options.validate()
         with self._change() as draft:
-            replay = Replay(draft, options, self._protected())
-            try:
-                replay.feed(TraceChunk(request.record(), request.gvas(), {}))
-            except TraceError as error:
-                raise InvalidValue(error.rule, field=error.field, value=error.value) from None
-            result = access_result(request, replay.result(), self.config.profile)
-            if result.lands and request.data:
-                _write(draft, request.gpa, request.data)
-            _count(draft, replay.tally)
-        if result.allowed and request.access == acc.READ:
-            return result.with_data(self.read_memory(request.gpa, request.size))
+            result, places, tally = execute(draft, request, self.config, self._state.targets)
+            data = request.data or b""
+            for gpa, size in places if data else ():
+                _write(draft, gpa, data[:size])
+                data = data[size:]
+            _count(draft, tally)
+            if result.allowed and places and request.access == acc.READ:
+                return result.with_data(b"".join(memory.read_bytes(draft.machine, *place) for place in places))
         return result
 
     def replay(self, options: ReplayOptions) -> ReplayTransaction:
@@ -249,7 +280,7 @@ class VirtualMachine:
         self._acquire()
         try:
             draft = self._begin()
-            replay = Replay(draft, options, self._protected())
+            replay = Replay(draft, options, self._state.targets)
         except BaseException:
             self._writer.release()
             raise
@@ -287,15 +318,16 @@ class VirtualMachine:
         }
 
     def changed_blocks(self) -> Iterator[tuple[str, int, bytes]]:
-        """(array, block, 4096 bytes) for what changed since the last call; the first call gives everything.
+        """(array, block, 4096 bytes) for what changed since the last call that was read to its end, or everything.
 
-        The array is the frame's kind and the block its number. A freed frame comes as array ``free``.
+        The array is the frame's kind and the block its number: a block's number alone tells which one it replaces,
+        and a freed frame comes as array ``free``.
         """
         snapshot = self._state.snapshot
         since = self._saved.machine if self._saved is not None else None
-        self._saved = snapshot
         for frame, kind, data in blocks_of(snapshot.machine, since):
             yield frames.KIND_NAMES[kind], frame, data
+        self._saved = snapshot
 
     @classmethod
     def restore(cls, head: Mapping[str, Any], blocks: Mapping[tuple[str, int], bytes]) -> VirtualMachine:
@@ -313,7 +345,7 @@ class VirtualMachine:
             p["name"]: Protection(p["name"], tuple(ProtectedObject(*o) for o in p["objects"]))
             for p in head["protections"]
         }
-        vm = cls(config, store, State(store.published, slots, known))
+        vm = cls(config, store, State(store.published, slots, known, _targets(known)))
         with vm._change():
             pass
         return vm
@@ -321,11 +353,9 @@ class VirtualMachine:
     # Inside
 
     def _register(self, position: int) -> int:
-        machine = self._state.snapshot.machine
+        snapshot = self._state.snapshot
+        machine = snapshot.machine
         return int(machine.rows[machine.row_of[frames.STATE_FRAME], position])
-
-    def _protected(self) -> tuple[ProtectedObject, ...]:
-        return tuple(item for p in self._state.protections.values() for item in p.objects)
 
     def _check_active(self) -> None:
         if not self.spp_active:
@@ -354,13 +384,13 @@ class VirtualMachine:
 
     def _check_range(self, machine: frames.Machine, item: SubpageRange) -> None:
         if item.npages < 1:
-            raise InvalidValue("npages is at least 1", field="npages", value=item.npages)
-        self._check_slots(machine, item.gfn, item.npages, "gfn")
+            raise InvalidValue("npages is at least 1", field=f"{item.where}npages", value=item.npages)
+        self._check_slots(machine, item.gfn, item.npages, f"{item.where}gfn")
         if isinstance(item.access, int):
             if not 0 <= item.access < 1 << 32:
-                raise InvalidValue("a map has 32 bits", field="access", value=item.access)
+                raise InvalidValue("a map has 32 bits", field=f"{item.where}access", value=item.access)
         elif len(item.access) != item.npages:
-            raise InvalidValue("there is one map for each page", field="access", value=len(item.access))
+            raise InvalidValue("there is one map for each page", field=f"{item.where}access", value=len(item.access))
 
     def _check_bytes(self, machine: frames.Machine, gpa: int, size: int, field: str) -> None:
         if size < 1:
@@ -374,16 +404,26 @@ class VirtualMachine:
             raise Busy("another change of this machine is under way")
 
     def _begin(self, slots: Mapping[int, SlotSpec] | None = None) -> Draft:
-        return self._store.begin(slot_table((self._state.slots if slots is None else slots).values()))
+        draft = self._store.begin(slot_table((self._state.slots if slots is None else slots).values()))
+        serves = fast_path_serves(self.config, draft.machine)
+        if bool(draft.machine.caps[frames.CAP_FAST_PATH]) != serves:
+            caps = draft.machine.caps.copy()
+            caps[frames.CAP_FAST_PATH] = serves
+            draft.machine = draft.machine._replace(caps=caps)
+        return draft
 
     @contextmanager
     def _change(
         self,
+        since: State | None = None,
         slots: Mapping[int, SlotSpec] | None = None,
         protections: Mapping[str, Protection] | None = None,
     ) -> Iterator[Draft]:
+        """A change, published when the block ends well. ``since`` is the state that its input was checked against."""
         self._acquire()
         try:
+            if since is not None and since is not self._state:
+                raise Busy("another change of this machine came first")
             draft = self._begin(slots)
             try:
                 yield draft
@@ -399,33 +439,39 @@ class VirtualMachine:
             self._writer.release()
 
     def _publish(self, draft: Draft, slots: Mapping[int, SlotSpec], protections: Mapping[str, Protection]) -> None:
+        same = protections is self._state.protections
+        targets = self._state.targets if same else _targets(protections)
         self._store.publish(draft)
-        self._state = State(self._store.published, slots, protections)
+        self._state = State(self._store.published, slots, protections, targets)
 
     def _move(self, draft: Draft, old: SlotSpec, new: SlotSpec) -> None:
         trail = new_trail()
         moved = np.zeros((0, slot_changes.PAGE_WORDS), dtype=np.int64)
         while True:
-            draft.ensure()
             found = int(slot_changes.lift_pages(draft.machine, old.gfn, old.pages, moved, trail))
             if found <= len(moved):
                 break
             moved = np.zeros((found, slot_changes.PAGE_WORDS), dtype=np.int64)
+        _all(draft, len(moved), lambda start: slot_changes.detach_contents(draft.machine, old.gfn, moved, start))
         _drop(draft, old)
         _all(draft, len(moved), lambda start: slot_changes.place_pages(draft.machine, new.gfn, moved, start))
 
-    def _recover(self, changed: Protection, left: Mapping[str, Protection]) -> None:
+    def _recover(self, since: State, changed: Protection, left: Mapping[str, Protection]) -> None:
         """Store what ``left`` covers on the pages of a protection that came or went."""
         gfns, _ = protections.page_masks(changed.objects)
         masks = protections.masks_at(gfns, [item for p in left.values() for item in p.objects])
         trail = new_trail()
-        with self._change(protections=left) as draft:
+        with self._change(since=since, protections=left) as draft:
             _all(draft, len(gfns), lambda start: spp.cover(draft.machine, gfns, masks, start, trail))
 
 
 def new_trail() -> NDArray[np.int64]:
     """Scratch for a walk."""
     return np.zeros((TRAIL_ROWS, 4), dtype=np.int64)
+
+
+def _targets(protections: Mapping[str, Protection]) -> Targets:
+    return targets_of([item for p in protections.values() for item in p.objects])
 
 
 def _all(draft: Draft, count: int, step: Callable[[int], int]) -> None:

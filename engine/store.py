@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.cpu import frames, tlb
-from engine.cpu.fastpath import CACHE_ENTRIES, EMPTY
+from engine.cpu.fastpath import CACHE_WORDS, EMPTY
 from engine.cpu.frames import FREE, RESERVE, TOP_FREE, TOP_SPARE, WORDS, Machine
 from engine.errors import LimitExceeded
 
@@ -56,7 +56,7 @@ class FrameStore:
                 caps=caps,
                 vcpu_of_id=vcpu_of_id,
                 slots=empty.reshape(0, 4),
-                cache=np.full(CACHE_ENTRIES, EMPTY, dtype=np.int64),
+                cache=np.full(CACHE_WORDS, EMPTY, dtype=np.int64),
                 tlb=tlb.new_table() if modelled else tlb.no_table(),
             )
         )
@@ -111,11 +111,7 @@ class FrameStore:
         self._retired.append((weakref.ref(before), replaced))
 
     def abandon(self, draft: Draft) -> None:
-        """Forget a draft; its rows are spare again."""
-        self.spare = draft.machine.spare.copy()
-        rows = draft.machine.rows
-        if rows.shape[0] > self.published.machine.rows.shape[0]:
-            self.published = Snapshot(self.published.machine._replace(rows=rows))
+        """Forget a draft. It wrote in rows that are spare, or in rows of its own growth: nothing is to be undone."""
 
 
 class Draft:
@@ -133,7 +129,7 @@ class Draft:
             spare=store.spare.copy(),
             top=np.array([base.top[TOP_FREE], len(store.spare)], dtype=np.int64),
             slots=slots,
-            cache=np.full(CACHE_ENTRIES, EMPTY, dtype=np.int64),
+            cache=np.full(CACHE_WORDS, EMPTY, dtype=np.int64),
             tlb=base.tlb.copy(),
         )
         self.ensure()

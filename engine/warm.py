@@ -27,6 +27,9 @@ def warm() -> None:
     with vm.replay(ReplayOptions()) as replay:
         replay.feed(TraceChunk(records, None, {}))
         replay.finish().exit_columns.objects()
+    vm.vcpus.vm_entry(0)
+    vm.vcpus.invept(0, 2, 0)
+    vm.vcpus.invvpid(0, 2, 0, 0)
     vm.unprotect("warm")
     vm.set_slot(SlotSpec(0, 1 << 22, 1 << 22))
     vm.delete_slot(0)

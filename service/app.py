@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +26,9 @@ from service.api import (
     protections,
     spp,
     subpages,
+    tables,
     traces,
+    vcpus,
     vms,
     walk,
 )
@@ -34,22 +37,27 @@ from service.http.limits import BodyLimits
 from service.runtime.registry import Registry
 from service.settings import Settings
 
+# In the order in which requests look for their route: the most frequent first.
 RESOURCES = (
+    subpages,
+    accesses,
+    walk,
     vms,
     memory_slots,
     memory,
     spp,
-    subpages,
     protections,
     traces,
     exits,
-    accesses,
-    walk,
+    tables,
+    vcpus,
     counters,
     capabilities,
     health,
     problem_types,
 )
+
+logger = logging.getLogger("subpage")
 
 _STATIC = Path(__file__).parent / "static"
 
@@ -72,8 +80,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _become_ready(app: FastAPI) -> None:
-    await asyncio.get_running_loop().run_in_executor(app.state.executor, warm)
-    app.state.ready = True
+    try:
+        await asyncio.get_running_loop().run_in_executor(app.state.executor, warm)
+    except Exception:
+        logger.exception("the kernels cannot be loaded; the service stays unready")
+    else:
+        app.state.ready = True
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -97,7 +109,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     handlers.install(app)
     app.add_middleware(BodyLimits, settings=settings)
     for resource in RESOURCES:
-        app.include_router(resource.routes)
+        # Not include_router: for every request it would try one router after the other, longer than a short call takes.
+        app.router.routes.extend(resource.routes.routes)
     documents.install(app)
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
     return app

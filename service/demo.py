@@ -13,12 +13,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx2
-
-from service.problems import MEDIA_TYPE
-from service.report import print_report
+if TYPE_CHECKING:
+    import httpx2
 
 ROOT = Path(__file__).parent.parent
 DEFAULT_TRACE = ROOT / "tests" / "data" / "traces" / "boot.parquet"
@@ -36,7 +34,8 @@ CONTENT_TYPES = {
 
 _GIB = 1 << 30
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_START_SECONDS = 300  # the first start after a change compiles every kernel
+_START_SECONDS = 600  # the first start after a change compiles every kernel
+_PATIENCE_SECONDS = 3
 
 
 class DemoError(Exception):
@@ -63,12 +62,19 @@ def run_demo(trace: Path | None, policy: Path | None, *, record: str, memory: st
     if trace_path.suffix not in CONTENT_TYPES:
         raise DemoError(f"{trace_path}: the name must end in one of {', '.join(CONTENT_TYPES)}")
     size = parse_size(memory) if memory else max(_GIB, -(-wanted.end // 4096) * 4096)
-    with service() as url, httpx2.Client(base_url=url, timeout=httpx2.Timeout(600.0)) as client:
-        report = replay(client, trace_path, wanted, size, record)
-    if as_json:
-        print(json.dumps(report, indent=2))
-    else:
-        print_report(report)
+    with service() as started:
+        # Imported while the service starts, on the other core.
+        import httpx2  # noqa: PLC0415
+
+        from service.report import print_report  # noqa: PLC0415
+
+        with httpx2.Client(base_url=started.url(), timeout=httpx2.Timeout(600.0)) as client:
+            started.wait_until_ready(client)
+            report = replay(client, trace_path, wanted, size, record)
+        if as_json:
+            print(json.dumps(report, indent=2))
+        else:
+            print_report(report)
 
 
 def read_policy(path: Path) -> Policy:
@@ -133,7 +139,7 @@ def _body_headers(body: Any, content_type: str) -> dict[str, str]:
 
 def _done(reply: httpx2.Response) -> dict[str, Any]:
     document: dict[str, Any] = reply.json()
-    if reply.headers.get("content-type") == MEDIA_TYPE:
+    if reply.is_error:
         where = f" at record {document['index']}" if "index" in document else ""
         raise DemoError(f"{document['title']}{where}: {document['detail']}")
     return document
@@ -163,48 +169,58 @@ def parse_size(text: str) -> int:
     return size
 
 
-@contextlib.contextmanager
-def service() -> Iterator[str]:
-    """A service of our own on a free loopback port; its URL. Stopped at the end, whatever happens."""
-    command = [sys.executable, "-m", "service.cli", "serve", "--host", "127.0.0.1", "--port", "0"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    try:
-        url = _url(process)
-        _wait_until_ready(process, url)
-        yield url
-    finally:
-        process.terminate()
+class Service:
+    """A service process of our own on a free loopback port."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self._deadline = time.monotonic() + _START_SECONDS
+
+    def url(self) -> str:
+        """Where it listens; it says so in its first line. Raises DemoError if it does not start."""
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], _START_SECONDS)
+        line = self._process.stdout.readline() if ready else ""
+        found = re.search(r"http://\S+", line)
+        if found is None:
+            raise DemoError(f"the service did not start (exit status {self._process.poll()})")
+        return found[0]
+
+    def wait_until_ready(self, client: httpx2.Client) -> None:
+        """Return when the kernels are loaded, which takes long only where they must be compiled first."""
+        tell_at: float | None = time.monotonic() + _PATIENCE_SECONDS
+        while time.monotonic() < self._deadline:
+            if self._process.poll() is not None:
+                raise DemoError(f"the service ended with status {self._process.returncode}")
+            if client.get("/readyz").status_code == 200:
+                return
+            if tell_at is not None and time.monotonic() > tell_at:
+                print("compiling the kernels, once for each version of the engine …", file=sys.stderr)
+                tell_at = None
+            time.sleep(0.05)
+        raise DemoError(f"the service was not ready within {_START_SECONDS} s")
+
+    def stop(self) -> None:
+        """Stop it, whatever state it is in."""
+        self._process.terminate()
         try:
-            process.wait(15)
+            self._process.wait(15)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
 
-def _url(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], _START_SECONDS)
-    line = process.stdout.readline() if ready else ""
-    found = re.search(r"http://\S+", line)
-    if found is None:
-        raise DemoError(f"the service did not start (exit status {process.poll()})")
-    return found[0]
-
-
-def _wait_until_ready(process: subprocess.Popen[str], url: str) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    told = False
-    began = time.monotonic()
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise DemoError(f"the service ended with status {process.returncode}")
-        if httpx2.get(f"{url}/readyz").status_code == 200:
-            return
-        if not told and time.monotonic() - began > 3:
-            print("compiling the kernels, once per version of the engine …", file=sys.stderr)
-            told = True
-        time.sleep(0.02)
-    raise DemoError(f"the service was not ready within {_START_SECONDS} s")
+@contextlib.contextmanager
+def service() -> Iterator[Service]:
+    """A service for the time of the context."""
+    command = [sys.executable, "-m", "service.cli", "serve", "--host", "127.0.0.1", "--port", "0"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    started = Service(
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
+    )
+    try:
+        yield started
+    finally:
+        started.stop()

@@ -40,6 +40,8 @@ TAGS: list[dict[str, Any]] = [
     {"name": "protections", "description": "Named objects that may not be written."},
     {"name": "traces", "description": "Replay of recorded guest accesses, and the exits that they cause."},
     {"name": "accesses", "description": "One access, executed or explained."},
+    {"name": "tables", "description": "Raw entries of EPT and SPPT, stored as they are and walked as they are."},
+    {"name": "vCPUs", "description": "The processor's controls: VMCS, VM entry, INVEPT, INVVPID, translation cache."},
     {"name": "counters", "description": "Totals of a VM."},
     {"name": "service", "description": "The service itself: capabilities, health, version, problem types."},
 ]
@@ -66,6 +68,7 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
         routes=app.routes,
         tags=app.openapi_tags,
         license_info=app.license_info,
+        servers=[{"url": "/"}],
     )
     schemas: dict[str, Any] = document["components"]["schemas"]
     _, further = models_json_schema(_FURTHER_MODELS, ref_template=_REFERENCE)
@@ -97,6 +100,13 @@ def _finish(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
     if "HTTPValidationError" in str(responses.get("422", "")):
         del responses["422"]
     operation["responses"] = dict(sorted(responses.items()))
+    parameters: list[dict[str, Any]] = operation.setdefault("parameters", [])
+    if "304" in responses:
+        parameters.append(_header("If-None-Match", "Entity tags that the client has: 304 if one of them is current."))
+    if "412" in responses:
+        parameters.append(_header("If-Match", "Entity tags: 412 unless one of them is current."))
+    if not parameters:
+        del operation["parameters"]
     bodies = [operation["requestBody"]] if "requestBody" in operation else []
     for body in (*bodies, *responses.values()):
         for media in body.get("content", {}).values():
@@ -104,6 +114,10 @@ def _finish(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
             examples = schemas.get(model, {}).get("examples")
             if examples and "example" not in media and "examples" not in media:
                 media["example"] = examples[0]
+
+
+def _header(name: str, about: str) -> dict[str, Any]:
+    return {"name": name, "in": "header", "required": False, "description": about, "schema": {"type": "string"}}
 
 
 def install(app: FastAPI) -> None:

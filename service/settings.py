@@ -29,7 +29,7 @@ class Settings(BaseSettings):
     max_table_frames: int = Field(
         1 << 20, ge=16, description="4 KiB frames (tables, guest memory, bitmaps) one machine may use."
     )
-    max_subpage_window: int = Field(1 << 20, ge=1, description="Pages one sub-page call may cover.")
+    max_subpage_window: int = Field(1 << 20, ge=1, le=1 << 20, description="Pages one sub-page call may cover.")
     max_memory_window: int = Field(64 * MIB, ge=1, description="Bytes of guest memory one call may cover.")
 
     busy_timeout: float = Field(5.0, ge=0, description="How long a mutation waits for its machine before 409 vm-busy.")

@@ -13,6 +13,9 @@ NAMES = {
     SPP_EVENT: "SPP-related event",
 }
 
+# Name in the record of an access that caused no exit.
+NO_EXIT = "no exit"
+
 # EPT violation
 Q_READ = 1 << 0
 Q_WRITE = 1 << 1
@@ -32,3 +35,8 @@ Q_ASYNCHRONOUS = 1 << 16
 
 # SPP-related event: the bit tells a miss from a misconfiguration
 Q_SPP_MISS = 1 << 11
+
+
+def name_of(reason: int) -> str:
+    """Name of an exit reason; its number where it has none."""
+    return NO_EXIT if reason == NONE else NAMES.get(reason, str(reason))

@@ -5,8 +5,8 @@ Explains what ``decision.check`` decided; it walks nothing itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +14,21 @@ from numpy.typing import NDArray
 from engine.arch import ept as bits
 from engine.arch import exits, sppt
 from engine.arch.access import ACCESS_NAMES, DATA, KIND_MASK, KIND_NAMES, KIND_SHIFT
-from engine.arch.words import unsigned
+from engine.arch.words import signed, unsigned
 from engine.cpu import decision, ept
-from engine.cpu.frames import CAP_ARENA, Machine
+from engine.cpu.frames import CAP_RESERVED_ADDRESS, Machine, frame_at
+from engine.cpu.sppt import HIGH
 
 # Name and bits (low, width) of the fields of an entry.
-EPT_TABLE_FIELDS = (("read", 0, 1), ("write", 1, 1), ("execute", 2, 1), ("accessed", 8, 1), ("user_execute", 10, 1))
+EPT_TABLE_FIELDS = (
+    ("read", 0, 1),
+    ("write", 1, 1),
+    ("execute", 2, 1),
+    ("page", 7, 1),
+    ("accessed", 8, 1),
+    ("user_execute", 10, 1),
+    ("suppress_ve", 63, 1),
+)
 EPT_LEAF_FIELDS = (
     ("read", 0, 1),
     ("write", 1, 1),
@@ -42,6 +51,8 @@ OUTCOMES = {
     exits.EPT_MISCONFIGURATION: "ept_misconfiguration",
     exits.SPP_EVENT: "spp_event",
 }
+
+SplitFields = Callable[[Machine, int, int], dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,6 @@ class Explanation:
     denied: int
     ept: tuple[ReadEntry, ...]
     sppt: tuple[ReadEntry, ...]
-    kind: str = KIND_NAMES[0]
 
 
 def explain(m: Machine, vcpu: int, gpa: int, size: int, how: int) -> Explanation:
@@ -87,18 +97,14 @@ def explain(m: Machine, vcpu: int, gpa: int, size: int, how: int) -> Explanation
             break
         at += part
     touched = (2 << ((at + part - 1) >> 7 & 31)) - (1 << (at >> 7 & 31))
-    ept_entries = tuple(_entry(m, row, _ept_fields) for row in trail[: int(trail[ept.TRAIL_COUNTS, 0])])
-    spp_rows = trail[ept.TRAIL_SPPT : ept.TRAIL_SPPT + int(trail[ept.TRAIL_COUNTS, 1])]
-    spp_entries = tuple(_entry(m, row, _sppt_fields) for row in spp_rows)
-    kind = (how & KIND_MASK) >> KIND_SHIFT
-    what = ACCESS_NAMES[how & 3] if kind == DATA else f"{KIND_NAMES[kind]} access"
-    wanted = int(decision.wants(how, ept.mode_of(m, vcpu)))
+    ept_entries = ept_entries_read(m, trail)
+    spp_entries = sppt_entries_read(m, trail)
     return Explanation(
         gpa=gpa,
         size=size,
         access=ACCESS_NAMES[how & 3],
         outcome=_outcome(reason, qualification),
-        sentence=_sentence(reason, qualification, denied, ept_entries, spp_entries, what, wanted),
+        sentence=_sentence(reason, qualification, denied, ept_entries, spp_entries, _wish(m, vcpu, how)),
         reason=reason or None,
         qualification=qualification if reason else None,
         exit_gpa=at if reason else None,
@@ -106,7 +112,6 @@ def explain(m: Machine, vcpu: int, gpa: int, size: int, how: int) -> Explanation
         denied=denied,
         ept=ept_entries,
         sppt=spp_entries,
-        kind=KIND_NAMES[kind],
     )
 
 
@@ -116,27 +121,46 @@ def _outcome(reason: int, qualification: int) -> str:
     return OUTCOMES[reason]
 
 
-def _entry(m: Machine, row: NDArray[np.int64], fields: Any) -> ReadEntry:
+def ept_entries_read(m: Machine, trail: NDArray[np.int64]) -> tuple[ReadEntry, ...]:
+    """The EPT entries in the trail of a walk, from the root."""
+    rows = trail[: int(trail[ept.TRAIL_COUNTS, 0])]
+    return tuple(_entry(m, row, bits.LEVEL_NAMES, _ept_fields) for row in rows)
+
+
+def sppt_entries_read(m: Machine, trail: NDArray[np.int64]) -> tuple[ReadEntry, ...]:
+    """The SPPT entries in the trail of a walk, from the root."""
+    rows = trail[ept.TRAIL_SPPT : ept.TRAIL_SPPT + int(trail[ept.TRAIL_COUNTS, 1])]
+    return tuple(_entry(m, row, sppt.LEVEL_NAMES, _sppt_fields) for row in rows)
+
+
+def _entry(m: Machine, row: NDArray[np.int64], names: Sequence[str], fields: SplitFields) -> ReadEntry:
     level, table, index, raw = (int(x) for x in row)
-    names = sppt.LEVEL_NAMES if fields is _sppt_fields else bits.LEVEL_NAMES
-    frame = (table - int(m.caps[CAP_ARENA])) >> 12
-    absent = not (0 <= frame < len(m.row_of) and m.row_of[frame] >= 0)
-    return ReadEntry(names[level], level, table, index, unsigned(raw), absent, fields(unsigned(raw), level))
+    absent = bool(frame_at(m, table) < 0)
+    return ReadEntry(names[level], level, table, index, unsigned(raw), absent, fields(m, unsigned(raw), level))
 
 
-def _ept_fields(raw: int, level: int) -> dict[str, int]:
+def _ept_fields(m: Machine, raw: int, level: int) -> dict[str, int]:
     leaf = level == 1 or (level <= 3 and raw & bits.PAGE)
     table = EPT_LEAF_FIELDS if leaf else EPT_TABLE_FIELDS
     values = {name: raw >> low & ((1 << width) - 1) for name, low, width in table}
     values["address"] = raw & bits.ADDRESS
+    values["reserved"] = raw & unsigned(ept.reserved_bits(m, signed(raw), level))
     return values
 
 
-def _sppt_fields(raw: int, level: int) -> dict[str, int]:
+def _sppt_fields(m: Machine, raw: int, level: int) -> dict[str, int]:
     if level == 1:
         mask = sum((raw >> 2 * s & 1) << s for s in range(sppt.SUBPAGES))
-        return {"writable_subpages": mask, "reserved": unsigned(raw & sppt.VECTOR_RESERVED)}
-    return {"valid": raw & 1, "address": raw & bits.ADDRESS}
+        return {"writable_subpages": mask, "reserved": raw & unsigned(sppt.VECTOR_RESERVED)}
+    reserved = unsigned(sppt.RESERVED_LOW | int(m.caps[CAP_RESERVED_ADDRESS]) | HIGH)
+    return {"valid": raw & 1, "address": raw & bits.ADDRESS, "reserved": raw & reserved}
+
+
+def _wish(m: Machine, vcpu: int, how: int) -> tuple[str, int]:
+    """What the access asks of the entries, in words and as rights."""
+    kind = (how & KIND_MASK) >> KIND_SHIFT
+    name = ACCESS_NAMES[how & 3] if kind == DATA else f"a {KIND_NAMES[kind]} access"
+    return name, int(decision.wants(how, ept.mode_of(m, vcpu)))
 
 
 def _sentence(
@@ -145,9 +169,9 @@ def _sentence(
     denied: int,
     walked: tuple[ReadEntry, ...],
     vectors: tuple[ReadEntry, ...],
-    access: str,
-    wanted: int,
+    wish: tuple[str, int],
 ) -> str:
+    access, rights = wish
     last = walked[-1] if walked else None
     if reason == exits.NONE:
         if vectors:
@@ -158,8 +182,6 @@ def _sentence(
     if reason == exits.SPP_EVENT:
         what = "is not valid (SPP miss)" if qualification & exits.Q_SPP_MISS else "has a reserved bit set"
         return f"SPP-related event: {_place(vectors[-1])} = {vectors[-1].raw:#x} {what}"
-    if qualification & exits.Q_PAGING_VERIFICATION and last:
-        return f"denied: {_place(last)} wants paging-write access of every guest paging structure on the way"
     if denied:
         subpages = ", ".join(str(s) for s in range(sppt.SUBPAGES) if denied >> s & 1)
         noun = "sub-pages" if denied & (denied - 1) else "sub-page"
@@ -169,12 +191,11 @@ def _sentence(
         return "denied: the GPA is wider than the EPT walk translates"
     if not qualification >> exits.Q_RIGHTS_SHIFT & bits.RIGHTS and not last.raw & bits.RIGHTS:
         return f"denied: {_place(last)} is not present"
-    return f"denied: {_place(_refusing(walked, wanted))} does not permit {access}"
+    return f"denied: {_place(_refusing(walked, rights))} does not permit {access}"
 
 
-def _refusing(walked: tuple[ReadEntry, ...], wanted: int) -> ReadEntry:
-    """The first entry that lacks a wanted right, as its read, write and execute bits."""
-    return next((entry for entry in walked if entry.raw & wanted != wanted), walked[-1])
+def _refusing(walked: tuple[ReadEntry, ...], rights: int) -> ReadEntry:
+    return next((entry for entry in walked if rights & ~entry.raw), walked[-1])
 
 
 def _place(entry: ReadEntry) -> str:

@@ -57,7 +57,7 @@ class Machine(NamedTuple):
     ``rows`` int64[n, 512]; ``row_of`` int64[frames] (-1: free); ``fresh`` uint8[frames] (1: this change owns the row);
     ``kind`` uint8[frames]; ``free`` and ``spare`` int64 stacks of frames and rows with heights in ``top``;
     ``caps`` int64[CAPS]; ``vcpu_of_id`` int64 (vCPU id to position, -1: none); ``slots`` int64[n, SLOT_WORDS] sorted
-    by base GFN; ``cache`` int64[CACHE_ENTRIES], the fast path; ``tlb`` the translation cache, without rows where none
+    by base GFN; ``cache`` int64[CACHE_WORDS], the fast path; ``tlb`` the translation cache, without rows where none
     is modelled (see ``cpu.tlb``).
     """
 
@@ -141,9 +141,15 @@ def address_of(m, frame):
 
 @kernel
 def frame_at(m, address):
-    """Frame at a host-physical address, -1 where no table memory is."""
+    """Frame at a host-physical address, -1 where no table memory is.
+
+    Registers, bitmap layers and guest pages are kept in frames too, but an entry that a client made cannot lead there.
+    """
     frame = (address - m.caps[CAP_ARENA]) >> 12
     if frame < 0 or frame >= m.row_of.shape[0] or m.row_of[frame] < 0:
+        return -1
+    kind = m.kind[frame]
+    if kind != EPT and kind != SPPT and kind != CLIENT:
         return -1
     return frame
 

@@ -65,6 +65,8 @@ def handle_violation(m, gpa, qualification, trail, tally):
     write = qualification & exits.Q_WRITE != 0
     if write and read_only:
         return res.MMIO
+    if trail[ept.TRAIL_COUNTS, 0] == 0:
+        return res.INTERNAL_ERROR  # wider than the walk translates: no leaf can be made for it
     entry = trail[trail[ept.TRAIL_COUNTS, 0] - 1, 3]
     mapped = qualification >> exits.Q_RIGHTS_SHIFT & bits.RIGHTS != 0
     if mapped and write and entry & bits.SPP:

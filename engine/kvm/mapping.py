@@ -96,7 +96,10 @@ def fill_vector(m, gfn, mask):
 
 @kernel
 def invalidate_region(m, gfn):
-    """Clear the valid bit of the SPPL2E above a page and keep its address, so that the next write misses."""
+    """Clear the valid bit of the SPPL2E above a page and keep its address, so that the next write misses.
+
+    Processors may remember vectors of the whole region, so every vCPU's cache is flushed.
+    """
     table = address_of(m, read_word(m, STATE_FRAME, ROOT_SPPT))
     level = 4
     while True:
@@ -106,9 +109,27 @@ def invalidate_region(m, gfn):
             return
         if level == 2:
             write_entry(m, table, index, entry & ~sp.VALID)
+            tlb.flush(m)
             return
         table = entry & bits.ADDRESS
         level -= 1
+
+
+@kernel
+def stale_vector(m, gfn, mask):
+    """Whether the SPPL1E that a walk would find for a page is not that of its map.
+
+    A region is filled from the maps of its day; a slot that came, went or moved since then changed maps without it.
+    """
+    table = address_of(m, read_word(m, STATE_FRAME, ROOT_SPPT))
+    level = 4
+    while level > 1:
+        entry = read_entry(m, table, (gfn << 12 >> bits.LEVEL_SHIFT[level]) & 511)
+        if not entry & sp.VALID:
+            return False
+        table = entry & bits.ADDRESS
+        level -= 1
+    return read_entry(m, table, gfn & 511) != sppt.spread(mask)
 
 
 @kernel
@@ -138,6 +159,8 @@ def map_page(m, gfn, slot):
         return 1
     if m.caps[CAP_FILL_IN_SET]:
         fill_vector(m, gfn, mask)
+    elif stale_vector(m, gfn, mask):
+        invalidate_region(m, gfn)
     return 2
 
 
@@ -151,6 +174,8 @@ def forget(m, gfn):
 @kernel
 def refresh_page(m, gfn, slot, trail):
     """Bring EPT and SPPT in line with a page's map after it changed; an unmapped page waits for its first touch."""
+    if not m.caps[CAP_FILL_IN_SET]:
+        invalidate_region(m, gfn)
     found, level, table, index, entry = find_leaf(m, gfn, trail)
     if not found or level != 1:
         return
@@ -159,11 +184,8 @@ def refresh_page(m, gfn, slot, trail):
     fresh = (leaf_for(m, gfn, entry & bits.ADDRESS, slot, mask) & ~bits.DIRTY) | kept
     if fresh & bits.WRITE:
         fresh |= bits.DIRTY
-    if fresh & bits.SPP:
-        if m.caps[CAP_FILL_IN_SET]:
-            fill_vector(m, gfn, mask)
-        else:
-            invalidate_region(m, gfn)
+    if fresh & bits.SPP and m.caps[CAP_FILL_IN_SET]:
+        fill_vector(m, gfn, mask)
     write_entry(m, table, index, fresh)
     forget(m, gfn)
 

@@ -3,6 +3,7 @@
 An access is split at page ends, low page first; nothing lands and no flag is set unless every page allows it.
 """
 
+from engine.arch import access as acc
 from engine.arch import ept as bits
 from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS
@@ -13,6 +14,9 @@ from engine.kvm import layers
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.fault import count_exit, handle_exit
+
+# Entries that a read or a fetch leaves as they are.
+SETTLED = bits.READ | bits.EXECUTE | bits.ACCESSED
 
 # A page needs at most three exits (map and arm, SPPT miss, violation); one access touches at most 17 pages.
 # What takes longer is a table that a client broke, and would loop for ever on hardware.
@@ -86,6 +90,19 @@ def remember(m, gpa, dirty, trail):
 
 
 @kernel
+def remember_denial(m, gpa, size, qualification, denied, trail):
+    """Put a refusal in the fast path if the page's map alone explains it, and reads and fetches need nothing."""
+    mask = layers.effective(m, gpa >> 12)
+    if not m.caps[CAP_FAST_PATH] or denied != sppt.touched(gpa, size) & ~mask:
+        return
+    settled = SETTLED
+    for row in range(trail[ept.TRAIL_COUNTS, 0]):
+        settled &= trail[row, 3]
+    if settled == SETTLED:
+        fastpath.remember_denial(m, gpa >> 12, mask, qualification)
+
+
+@kernel
 def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all):
     """Run one access to its end.
 
@@ -127,6 +144,8 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
         resolution = handle_exit(m, vcpu, at, reason, qualification, trail, tally)
         count += 1
         tlb.transition(m, vcpu)
+        if resolution == res.VIOLATION and denied and part == size and how == acc.PLAIN_WRITE:
+            remember_denial(m, gpa, size, qualification, denied, trail)
         if resolution > res.LAST_INTERNAL or count == MAX_EXITS:
             ending = resolution if resolution > res.LAST_INTERNAL else res.INTERNAL_ERROR
             return ending | stale, reason, qualification, denied, at

@@ -61,8 +61,7 @@ def drop_pages(m, gfn, pages, start, trail):
 def lift_pages(m, gfn, pages, out, trail):
     """Collect what moves with a slot into ``out`` (int64[n, PAGE_WORDS]); returns how many pages have something.
 
-    Contents are detached, so that dropping the range leaves them alone; only the first ``len(out)`` are stored, and
-    nothing is detached when they are fewer than all.
+    Only the first ``len(out)`` are stored. Changes nothing.
     """
     found = 0
     at = gfn
@@ -84,10 +83,20 @@ def lift_pages(m, gfn, pages, out, trail):
                     out[found, PAGE_CONTENT] = content
                 found += 1
             at += 1
-    if found <= out.shape[0]:
-        for i in range(found):
-            radix.write(m, ROOT_MEMORY, gfn + out[i, PAGE_OFFSET], NOTHING)
     return found
+
+
+@kernel
+def detach_contents(m, gfn, moved, start):
+    """Take the contents of collected pages out of the tree, so that dropping the range leaves them alone.
+
+    Begins at position ``start``; returns how many are done, less than all when frames ran out.
+    """
+    for i in range(start, moved.shape[0]):
+        if not ample(m):
+            return i
+        radix.write(m, ROOT_MEMORY, gfn + moved[i, PAGE_OFFSET], NOTHING)
+    return moved.shape[0]
 
 
 @kernel

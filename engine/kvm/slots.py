@@ -105,6 +105,16 @@ def find_slot(m, gfn):
 
 
 @kernel
+def writable_bytes(m, gpa, size):
+    """Whether slots that are not read-only hold all of a byte range."""
+    for gfn in range(gpa >> PAGE_SHIFT, ((gpa + size - 1) >> PAGE_SHIFT) + 1):
+        position = find_slot(m, gfn)
+        if position < 0 or m.slots[position, SLOT_FLAGS] & SLOT_READ_ONLY:
+            return False
+    return True
+
+
+@kernel
 def first_page_without_slot(m, gfn, pages):
     """First page of a range that no slot holds, -1 when every page has one."""
     at = gfn

@@ -7,6 +7,7 @@ pieces whose set of ranges does not change; a violation looks up the few pieces 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from engine.arch.sppt import SUBPAGE_SHIFT
 from engine.errors import LimitExceeded
 from engine.jit import kernel
-from engine.kvm.protections import ProtectedObject
+from engine.kvm.protections import ProtectedObject, covered_subpages
 from engine.kvm.resolutions import VIOLATION
 from engine.kvm.run import EXIT_GPA, EXIT_INDEX, EXIT_REASON, EXIT_RECORD
 
@@ -38,14 +39,31 @@ class ObjectIndex(NamedTuple):
     ranges: NDArray[np.int64]
 
 
-def names_of(objects: Sequence[ProtectedObject]) -> tuple[str, ...]:
-    """Distinct names in order of appearance."""
-    return tuple(dict.fromkeys(o.name for o in objects))
+@dataclass(frozen=True)
+class Targets:
+    """Everything a replay needs to know of the objects of a machine.
+
+    ``names`` are distinct, in order of definition; ``subpages`` how many sub-pages each covers.
+    """
+
+    names: tuple[str, ...]
+    subpages: tuple[int, ...]
+    index: ObjectIndex
 
 
-def build_index(objects: Sequence[ProtectedObject]) -> ObjectIndex:
-    """Index for a set of objects, which may overlap."""
-    position = {name: i for i, name in enumerate(names_of(objects))}
+def targets_of(objects: Sequence[ProtectedObject]) -> Targets:
+    """Targets for a set of objects; ranges of one name are one object."""
+    ranges: dict[str, list[ProtectedObject]] = {}
+    for item in objects:
+        ranges.setdefault(item.name, []).append(item)
+    return Targets(
+        tuple(ranges), tuple(covered_subpages(r) for r in ranges.values()), build_index(objects, tuple(ranges))
+    )
+
+
+def build_index(objects: Sequence[ProtectedObject], names: Sequence[str]) -> ObjectIndex:
+    """Index for a set of objects, which may overlap; ``names`` are their distinct names."""
+    position = {name: i for i, name in enumerate(names)}
     ranges = np.array([(o.gpa, o.gpa + o.size, position[o.name]) for o in objects], dtype=np.int64).reshape(-1, 3)
     first = ranges[:, 0] >> SUBPAGE_SHIFT
     end = ((ranges[:, 1] - 1) >> SUBPAGE_SHIFT) + 1
@@ -83,14 +101,19 @@ def attribute(index, log, count, hits, seen, touched):
     ``seen`` and ``touched`` int64[names] are scratch: the last record that counted for a name, and the last one that
     touched its own bytes. Both start at -1, and so does the first index in ``hits``.
     """
+    found = np.int64(0)
     for row in range(count):
         if (log[row, EXIT_REASON] >> 16) & 0xFF != VIOLATION:
             continue
         begin = log[row, EXIT_GPA]
         end = begin + (log[row, EXIT_RECORD] & 0xFFFF)
+        first = begin >> SUBPAGE_SHIFT
         last = (end - 1) >> SUBPAGE_SHIFT
         stamp = log[row, EXIT_INDEX]
-        piece = max(piece_at(index, begin >> SUBPAGE_SHIFT), 0)
+        # Violations come in runs: look at the piece of the one before first.
+        if found + 1 >= index.cuts.shape[0] or not index.cuts[found] <= first < index.cuts[found + 1]:
+            found = max(piece_at(index, first), np.int64(0))
+        piece = found
         while piece + 1 < index.cuts.shape[0] and index.cuts[piece] <= last:
             for at in range(index.offsets[piece], index.offsets[piece + 1]):
                 count_range(index.ranges[index.members[at]], begin, end, stamp, hits, seen, touched)

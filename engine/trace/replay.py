@@ -7,11 +7,12 @@ to a violation or a malformed record, goes through the same functions as a singl
 import numpy as np
 
 from engine.arch import access as acc
+from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import decision, fastpath, sppt
 from engine.cpu.frames import CAP_VCPUS, STATE_FRAME, ample, read_word
 from engine.jit import kernel
-from engine.kvm import layers, run, spp
+from engine.kvm import fault, layers, run, spp
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.slots import find_slot
@@ -27,6 +28,7 @@ BAD_VCPU = 6
 BAD_ADDRESS = 7
 BAD_RESERVED = 8
 BAD_KIND = 9
+BAD_LINEAR = 10
 
 # on_violation
 SKIP = 0
@@ -43,26 +45,30 @@ OPTION_KINDS = 2  # records may say what kind of access they are; else those bit
 GPA_LIMIT = 1 << 52
 NO_GVA = np.int64(0)
 ONE = np.uint64(1)
+CACHE_MASK = np.uint64(fastpath.CACHE_MASK)
 
-
-@kernel
-def fits_kind(access, kind):
-    """Whether an access can be of a kind (``arch.access.KIND_ACCESSES``)."""
-    if kind == acc.READ_MODIFY_WRITE or kind == acc.PAGING_UPDATE:
-        return access == acc.WRITE
-    if kind == acc.PAGING_READ:
-        return access == acc.READ
-    return kind == acc.DATA or (kind == acc.SHADOW_STACK and access != acc.EXECUTE)
+# What no record has above its size: 48 bits, sign-extended, are less.
+NOTHING_YET = np.int64(1 << 62)
 
 
 @kernel
 def describe(word):
     """The access of a record as the kernels name it."""
-    if not word & acc.RECORD_BITS:
-        return (word >> 16) & acc.ACCESS_MASK | acc.DEFAULT_LINEAR
     kind = (word >> acc.RECORD_KIND_SHIFT) & 7
     linear = (word >> acc.RECORD_LINEAR_SHIFT) & acc.LINEAR_BITS
     return (word >> 16) & acc.ACCESS_MASK | kind << acc.KIND_SHIFT | (linear ^ acc.LINEAR_VALID) << acc.LINEAR_SHIFT
+
+
+@kernel
+def refusal_of_kind(how):
+    """Why an access cannot be of its kind, DONE if it can: what the kind does, and what only a linear address has."""
+    kind = (how & acc.KIND_MASK) >> acc.KIND_SHIFT
+    linear = (how >> acc.LINEAR_SHIFT) & acc.LINEAR_BITS
+    if not acc.POSSIBLE >> (4 * kind + (how & acc.ACCESS_MASK)) & 1:
+        return BAD_KIND
+    if not linear & acc.LINEAR_VALID and (linear or not acc.UNTRANSLATED_KINDS >> kind & 1):
+        return BAD_LINEAR
+    return DONE
 
 
 @kernel
@@ -74,14 +80,15 @@ def refusal(m, gpa, word, kinds):
     if (word >> 16) & 0xFF > acc.EXECUTE:
         return BAD_ACCESS
     if (word >> 24) & 0xFF or (word >> 48) & 0xFFFF:
-        if not kinds or (word >> 31) & 1 or (word >> 48) & 0xFFFF:
+        if not kinds or word & acc.RECORD_FREE:
             return BAD_RESERVED
-        if not fits_kind((word >> 16) & 0xFF, (word >> acc.RECORD_KIND_SHIFT) & 7):
-            return BAD_KIND
+        bad = refusal_of_kind(describe(word))
+        if bad != DONE:
+            return bad
     vcpu = (word >> 32) & 0xFFFF
     if vcpu >= m.caps[CAP_VCPUS] or m.vcpu_of_id[vcpu] < 0:
         return BAD_VCPU
-    if gpa < 0 or gpa + size > GPA_LIMIT or gpa + size < 0:
+    if gpa < 0 or gpa > GPA_LIMIT - size:
         return BAD_ADDRESS
     return DONE
 
@@ -105,7 +112,7 @@ def grant_touched(m, gpa, size, trail):
     while at < gpa + size:
         part = decision.page_part(at, gpa + size)
         refused = sppt.touched(at, part) & ~layers.effective(m, at >> 12)
-        if refused:
+        if refused and find_slot(m, at >> 12) >= 0:
             spp.grant(m, at >> 12, refused, trail)
             opened = True
         at += part
@@ -121,19 +128,20 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     access = (word >> 16) & acc.ACCESS_MASK
     vcpu = m.vcpu_of_id[(word >> 32) & 0xFFFF]
     how = describe(word)
-    guarded = access == acc.WRITE and in_protected_page(m, gpa, word & 0xFFFF)
     list_all = options[OPTION_LIST_ALL]
-    ending, reason, q, denied, at = run.execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all)
+    q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if how == acc.PLAIN_WRITE else (0, 0)
+    if q:
+        ending, reason, at = res.VIOLATION, exits.EPT_VIOLATION, gpa
+        fault.count_exit(tally, reason, q)
+    else:
+        ending, reason, q, denied, at = run.execute(
+            m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
+        )
     resolution = ending & ~res.STALE
     tally[reg.STALE_ACCESSES] += ending != resolution
-    if resolution == res.COMPLETED:
-        if ending != resolution:
-            run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
-    elif resolution == res.MMIO or resolution == res.EXCEPTION:
-        tally[reg.MMIO] += resolution == res.MMIO
-        if list_all:
-            run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
-    else:
+    refused = resolution == res.VIOLATION and denied != 0
+    guarded = access == acc.WRITE and (refused or in_protected_page(m, gpa, word & 0xFFFF))
+    if resolution == res.VIOLATION or resolution == res.INTERNAL_ERROR:
         run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
         if resolution == res.VIOLATION:
             tally[reg.VIOLATIONS] += 1
@@ -142,7 +150,18 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
             return STOPPED
         if options[OPTION_ON_VIOLATION] == GRANT and grant_touched(m, gpa, word & 0xFFFF, trail):
             tally[reg.GRANTS] += 1
-            run.execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all)
+            ending, reason, q, denied, at = run.execute(
+                m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
+            )
+            resolution = ending & ~res.STALE
+            if list_all and (resolution == res.VIOLATION or resolution == res.INTERNAL_ERROR):
+                run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
+    if resolution == res.MMIO or resolution == res.EXCEPTION:
+        tally[reg.MMIO] += resolution == res.MMIO
+        if list_all:
+            run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
+    elif resolution == res.COMPLETED and ending != resolution:
+        run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
     tally[reg.PAGE_GRANULAR] += guarded
     tally[reg.WRITES] += access == acc.WRITE
     return DONE
@@ -150,54 +169,61 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
 
 @kernel
 def served_head(positions, head):
-    """Whether the fast path may serve records with ``head`` above the size in word 1: plain accesses, a known vCPU."""
+    """Whether records with ``head`` above the size in word 1 are plain accesses of a known vCPU."""
     vcpu = head >> 16
     plain = head & 0xFFFF
     return 0 <= vcpu < positions.shape[0] and positions[vcpu] >= 0 and plain <= acc.EXECUTE
 
 
 @kernel
-def skim(cache, positions, words, start):
-    """Serve records from the fast path up to the first that it cannot; returns (position, writes, guarded).
+def skim(cache, words, start, head, writing):
+    """Serve records of one ``head`` from the fast path up to the first that it cannot; returns (position, guarded).
 
-    ``guarded`` counts writes to pages with a sub-page that may not be written. The loop sees arrays, not the machine,
-    so that nothing but the record and its cache entry is loaded; who accesses how is checked when it changes.
+    ``guarded`` counts writes to pages with a sub-page that may not be written. The loop has few live values, so that
+    they stay in registers: this is where a trace spends its time.
     """
     count = np.uint64(words.shape[0] >> 1)
-    writes = np.int64(0)
     guarded = np.int64(0)
-    known = np.int64(-1)
-    writing = False
     i = np.uint64(start)
-    since = i
     while i < count:
         gpa = words[i << ONE]
         word = words[(i << ONE) | ONE]
-        entry = cache[(gpa >> 12) & fastpath.CACHE_MASK]
+        gfn = gpa >> 12
+        at = (np.uint64(gfn) & CACHE_MASK) << ONE
         last = (gpa & 0xFFF) + ((word - 1) & 0xFFFF)
-        if entry >> 32 != gpa >> 24 or last > 0xFFF:
+        if (cache[at] ^ gfn) | (last >> 12) | ((word >> 16) ^ head) != 0:
             break
-        if word >> 16 != known:
-            if writing:
-                writes += np.int64(i - since)
-            since = i
-            known = word >> 16
-            writing = known & 0xFFFF == acc.WRITE
-            if not served_head(positions, known):
-                writing = False
+        page = cache[at | ONE]
+        if writing and page != fastpath.ALL_WRITABLE:
+            touched = (2 << (last >> 7)) - (1 << ((gpa >> 7) & 31))
+            if touched & ~page != 0:
                 break
-        if entry & FULL_ACCESS != FULL_ACCESS:
-            if entry == fastpath.EMPTY:
-                break
-            if writing:
-                touched = (2 << (last >> 7)) - (1 << ((gpa >> 7) & 31))
-                if touched & ~entry != 0:
-                    break
-                guarded += 1
+            guarded += 1
         i += ONE
-    if writing:
-        writes += np.int64(i - since)
-    return np.int64(i), writes, guarded
+    return np.int64(i), guarded
+
+
+@kernel
+def serve(cache, positions, words, start, tally):
+    """Serve records from the fast path up to the first that it cannot; returns its position.
+
+    Who accesses how is checked once for each run of records in which it stays the same.
+    """
+    count = words.shape[0] >> 1
+    i = start
+    while i < count:
+        head = words[2 * i + 1] >> 16
+        if not served_head(positions, head):
+            break
+        writing = head & 0xFFFF == acc.WRITE
+        stop, guarded = skim(cache, words, i, head, writing)
+        tally[reg.PAGE_GRANULAR] += guarded
+        if writing:
+            tally[reg.WRITES] += stop - i
+        if stop == i or (stop < count and words[2 * stop + 1] >> 16 == head):
+            return stop
+        i = stop
+    return i
 
 
 @kernel
@@ -210,9 +236,7 @@ def replay(m, words, gvas, start, base, options, trail, log, used, tally):
     status = DONE
     i = start
     while True:
-        i, writes, guarded = skim(m.cache, m.vcpu_of_id, words, i)
-        tally[reg.WRITES] += writes
-        tally[reg.PAGE_GRANULAR] += guarded
+        i = serve(m.cache, m.vcpu_of_id, words, i, tally)
         if 2 * i == words.shape[0]:
             break
         if not ample(m):

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from engine.arch import exits
 from engine.arch.access import ACCESS_NAMES
-from engine.arch.sppt import SUBPAGE_SHIFT
+from engine.cpu import sppt
+from engine.jit import kernel
 from engine.kvm import run
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.trace.objects import ObjectIndex, build_index, objects_of
@@ -47,7 +48,7 @@ class ExitColumns:
     record_gpa: NDArray[np.uint64]
     has_gva: bool
     carry: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    object_index: ObjectIndex = field(default_factory=lambda: build_index(()))
+    object_index: ObjectIndex = field(default_factory=lambda: build_index((), ()))
     object_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -80,7 +81,7 @@ class ExitColumns:
 
     def reason_names(self) -> list[str]:
         """Names of the exit reasons."""
-        return [exits.NAMES.get(r, str(r)) for r in self.columns["reason"].tolist()]
+        return [exits.name_of(r) for r in self.columns["reason"].tolist()]
 
     def resolution_names(self) -> list[str]:
         """Names of what the hypervisor did."""
@@ -91,31 +92,52 @@ class ExitColumns:
         return [ACCESS_NAMES[a] for a in self.columns["access"].tolist()]
 
 
+@kernel
+def split_log(
+    log: Any,
+    index: Any,
+    vcpu: Any,
+    reason: Any,
+    qualification: Any,
+    gpa: Any,
+    gva: Any,
+    size: Any,
+    access: Any,
+    gfn: Any,
+    subpages: Any,
+    denied: Any,
+    resolution: Any,
+    stale: Any,
+    first: Any,
+) -> None:
+    """Take the words of log rows apart into the columns of ``EXIT_COLUMNS`` and the first byte of each access."""
+    for i in range(log.shape[0]):
+        word = log[i, run.EXIT_RECORD]
+        at = log[i, run.EXIT_AT]
+        end = min(log[i, run.EXIT_GPA] + (word & 0xFFFF), (at | 0xFFF) + 1)
+        index[i] = log[i, run.EXIT_INDEX]
+        vcpu[i] = (word >> 32) & 0xFFFF
+        reason[i] = log[i, run.EXIT_REASON] & 0xFFFF
+        qualification[i] = log[i, run.EXIT_QUALIFICATION]
+        gpa[i] = at
+        gva[i] = log[i, run.EXIT_GVA]
+        size[i] = word & 0xFFFF
+        access[i] = (word >> 16) & 0xFF
+        gfn[i] = at >> 12
+        subpages[i] = sppt.touched(at, end - at)
+        denied[i] = log[i, run.EXIT_DENIED]
+        resolution[i] = (log[i, run.EXIT_REASON] >> 16) & 0xFF
+        stale[i] = log[i, run.EXIT_REASON] >> 24
+        first[i] = log[i, run.EXIT_GPA]
+
+
 def columns_of_log(log: NDArray[np.int64]) -> tuple[dict[str, NDArray[Any]], NDArray[np.uint64]]:
     """Columns, and the first byte of each access, from int64[n, EXIT_WORDS] log rows."""
-    word = log[:, run.EXIT_RECORD]
-    at = log[:, run.EXIT_AT]
-    gpa = log[:, run.EXIT_GPA]
-    size = word & 0xFFFF
-    end = np.minimum(gpa + size, (at | 0xFFF) + 1)
-    first = (at >> SUBPAGE_SHIFT) & 31
-    last = ((end - 1) >> SUBPAGE_SHIFT) & 31
-    values = {
-        "index": log[:, run.EXIT_INDEX],
-        "vcpu": (word >> 32) & 0xFFFF,
-        "reason": log[:, run.EXIT_REASON] & 0xFFFF,
-        "qualification": log[:, run.EXIT_QUALIFICATION],
-        "gpa": at,
-        "gva": log[:, run.EXIT_GVA],
-        "size": size,
-        "access": (word >> 16) & 0xFF,
-        "gfn": at >> 12,
-        "subpages": (np.int64(2) << last) - (np.int64(1) << first),
-        "denied": log[:, run.EXIT_DENIED],
-        "resolution": log[:, run.EXIT_REASON] >> 16 & 0xFF,
-        "stale": log[:, run.EXIT_REASON] >> 24,
-    }
-    return {name: values[name].astype(dtype) for name, dtype, _ in EXIT_COLUMNS}, gpa.astype(np.uint64)
+    columns = {name: np.empty(len(log), dtype=dtype) for name, dtype, _ in EXIT_COLUMNS}
+    first = np.empty(len(log), dtype=np.uint64)
+    signed = [c.view(np.int64) if c.dtype == np.uint64 else c for c in (*columns.values(), first)]
+    split_log(log, *signed)
+    return columns, first
 
 
 def join(parts: Sequence[ExitColumns], empty: ExitColumns) -> ExitColumns:

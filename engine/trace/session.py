@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,6 @@ from engine.cpu.ept import TRAIL_ROWS
 from engine.errors import InvalidValue, TraceError
 from engine.kvm import registers as reg
 from engine.kvm import run
-from engine.kvm.protections import ProtectedObject, covered_subpages
 from engine.store import Draft
 from engine.trace import objects, replay
 from engine.trace.columns import TraceChunk
@@ -31,7 +30,8 @@ REFUSALS = {
     replay.BAD_VCPU: ("vcpu", "the machine has a vCPU of that id"),
     replay.BAD_ADDRESS: ("gpa", "an access ends at or below guest-physical address 2^52"),
     replay.BAD_RESERVED: ("record", "the reserved bytes of a record are zero"),
-    replay.BAD_KIND: ("kind", "the kind of access is one that this access can be"),
+    replay.BAD_KIND: ("kind", acc.KIND_RULE),
+    replay.BAD_LINEAR: ("linear", acc.LINEAR_RULE),
 }
 
 
@@ -68,14 +68,12 @@ class ReplayOptions:
 class Replay:
     """A replay under way. ``records_done`` may be read from other threads."""
 
-    def __init__(self, draft: Draft, options: ReplayOptions, protected: Sequence[ProtectedObject]) -> None:
+    def __init__(self, draft: Draft, options: ReplayOptions, targets: objects.Targets) -> None:
         self._draft = draft
         self._options = options
         self._words = options.words()
-        self._names = objects.names_of(protected)
-        self._protected = protected
-        self._index = objects.build_index(protected)
-        names = len(self._names)
+        self._targets = targets
+        names = len(targets.names)
         self._hits = np.zeros((names, objects.HIT_WORDS), dtype=np.int64)
         self._hits[:, objects.HIT_FIRST] = -1
         self._seen = np.full(names, -1, dtype=np.int64)
@@ -142,6 +140,7 @@ class Replay:
         gpa, word = (int(w) & ((1 << 64) - 1) for w in words[2 * position : 2 * position + 2])
         values = {"size": word & 0xFFFF, "access": (word >> 16) & 0xFF, "vcpu": (word >> 32) & 0xFFFF, "gpa": gpa}
         values["kind"] = word >> acc.RECORD_KIND_SHIFT & 7
+        values["linear"] = word >> acc.RECORD_LINEAR_SHIFT & acc.LINEAR_BITS ^ acc.LINEAR_VALID
         raise TraceError(rule, index=base + position, field=name, value=values.get(name, word))
 
     def _drain(self, chunk: TraceChunk | None = None, base: int = 0) -> None:
@@ -150,7 +149,7 @@ class Replay:
         if count == 0:
             return
         self._used[0] = 0
-        objects.attribute(self._index, self._log, count, self._hits, self._seen, self._touched)
+        objects.attribute(self._targets.index, self._log, count, self._hits, self._seen, self._touched)
         kept = min(count, self._options.max_exit_records - self._kept)
         self._dropped += count - kept
         if kept:
@@ -163,14 +162,14 @@ class Replay:
         if chunk is not None:
             at = log[:, run.EXIT_INDEX] - base
             carry = {name: np.array(chunk.carry[name][at]) for name in self._options.carry}
-        return ExitColumns(columns, record_gpa, self._has_gva, carry, self._index, self._names)
+        return ExitColumns(columns, record_gpa, self._has_gva, carry, self._targets.index, self._targets.names)
 
     def result(self) -> TraceResult:
         """Totals and exit records so far."""
         self._drain()
         t = [int(value) for value in self.tally]
         columns, record_gpa = columns_of_log(self._log[:0])
-        empty = ExitColumns(columns, record_gpa, self._has_gva, {}, self._index, self._names)
+        empty = ExitColumns(columns, record_gpa, self._has_gva, {}, self._targets.index, self._targets.names)
         return TraceResult(
             records=t[reg.RECORDS],
             writes=t[reg.WRITES],
@@ -191,17 +190,12 @@ class Replay:
         )
 
     def _by_object(self) -> dict[str, ObjectHits]:
-        ranges: dict[str, list[ProtectedObject]] = {name: [] for name in self._names}
-        for item in self._protected:
-            ranges[item.name].append(item)
+        targets = self._targets
         return {
-            name: ObjectHits(
-                int(hits[objects.HIT_VIOLATIONS]),
-                int(hits[objects.HIT_COLLATERAL]),
-                int(hits[objects.HIT_FIRST]) if hits[objects.HIT_FIRST] >= 0 else None,
-                covered_subpages(ranges[name]),
+            name: ObjectHits(violations, collateral, first if first >= 0 else None, subpages)
+            for name, subpages, (violations, collateral, first) in zip(
+                targets.names, targets.subpages, self._hits.tolist(), strict=True
             )
-            for name, hits in zip(self._names, self._hits, strict=True)
         }
 
 

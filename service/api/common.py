@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
-from typing import Annotated, Any, ParamSpec, TypeVar, cast
+from typing import Annotated, Any, cast
 
-import anyio.to_thread
 import msgspec
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel
@@ -20,21 +18,30 @@ from service.problems import responses
 from service.runtime.registry import Entry, Registry
 from service.settings import Settings
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-VmId = Annotated[str, Path(alias="vm", description="Id of the VM.", examples=["vm_3f9c2a1be07d4c55"])]
-Limit = Annotated[int | None, Query(ge=1, description="Items in one page.", examples=[100])]
-Cursor = Annotated[str | None, Query(description="Opaque cursor, from `next` of the page before.")]
-
 EXAMPLE_VM = "vm_3f9c2a1be07d4c55"
 EXAMPLE_TRACE = "tr_9d41c07a5be2f386"
+
+_VM_ABOUT = "Id of the VM."
+VmId = Annotated[str, Path(alias="vm", description=_VM_ABOUT, examples=[EXAMPLE_VM])]
+Limit = Annotated[int | None, Query(ge=1, description="Items in one page.", examples=[100])]
+Cursor = Annotated[str | None, Query(description="Opaque cursor, from `next` of the page before.")]
 
 _NAMES = {
     "ETag": "Entity tag of the representation.",
     "Location": "URL of what was created.",
     "Vary": "Headers of the request that chose the representation.",
 }
+
+
+def vm_parameter() -> dict[str, Any]:
+    """OpenAPI of the path parameter, for a route that reads it by itself."""
+    return {
+        "name": "vm",
+        "in": "path",
+        "required": True,
+        "description": _VM_ABOUT,
+        "schema": {"type": "string", "examples": [EXAMPLE_VM]},
+    }
 
 
 def headers(*names: str) -> dict[str, Any]:
@@ -76,13 +83,6 @@ def guard(request: Request, entry: Entry, current: Callable[[], Iterable[str]]) 
     Call it while holding the machine's writer, so that the state compared is the state changed.
     """
     conditional.require_match(request, current, required=entry.require_match)
-
-
-async def maybe_in_thread(small: bool, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call ``function`` here when the work is ``small``, else in a thread, so that the event loop stays responsive."""
-    if small:
-        return function(*args, **kwargs)
-    return await anyio.to_thread.run_sync(functools.partial(function, *args, **kwargs))
 
 
 def encode(document: BaseModel | Any) -> bytes:

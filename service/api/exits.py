@@ -19,14 +19,25 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from engine.arch.exits import NAMES
+from engine.arch.exits import NAMES, name_of
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.trace.results import ExitColumns
-from service.api.common import EXAMPLE_TRACE, Cursor, Limit, VmId, documented, find, headers, router, settings_of
+from service.api.common import (
+    EXAMPLE_TRACE,
+    Cursor,
+    Limit,
+    VmId,
+    documented,
+    encode,
+    find,
+    headers,
+    router,
+    settings_of,
+)
 from service.http import cursors
 from service.http.negotiation import ARROW, JSON, NDJSON, preferred
 from service.http.words import Document, Hex32, Hex64, examples
-from service.problems import InvalidDocument
+from service.runtime.offload import maybe_in_thread
 
 routes = router("traces", "/v1/vms/{vm}/traces/{trace}/exits")
 
@@ -35,6 +46,8 @@ TraceId = Annotated[str, Path(alias="trace", description="Id of the trace.", exa
 _OFFERS = (JSON, NDJSON, ARROW)
 _ARROW_BATCH = 1 << 16
 _NDJSON_BATCH = 1 << 12
+# Rendering more records than this takes longer than the event loop should be kept from others.
+INLINE_RECORDS = 200
 _SAFE_IN_JSON = (1 << 53) - 1
 
 _lines = msgspec.json.Encoder()
@@ -55,6 +68,7 @@ EXAMPLE_EXIT = {
     "denied": "0x2000",
     "objects": ["modprobe_path"],
     "resolution": "violation",
+    "stale": False,
 }
 
 
@@ -65,7 +79,9 @@ class ExitRecord(Document):
 
     index: int = Field(description="Position of the access in the trace.")
     vcpu: int
-    reason: int = Field(description="Basic exit reason: 48, 49, 62, 66.")
+    reason: int = Field(
+        description="Basic exit reason: 48, 49, 62, 66; 0 for an access without an exit, listed because it is `stale`."
+    )
     name: str = Field(description="Name of the reason.")
     qualification: Hex64
     gpa: Hex64 = Field(description="Guest-physical address that the exit reports.")
@@ -77,6 +93,9 @@ class ExitRecord(Document):
     denied: Hex32 = Field(description="Those among them that refuse it.")
     objects: list[str] = Field(description="Protected objects one of whose sub-pages the access touches.")
     resolution: str = Field(description="`violation`, or what the hypervisor did about the exit.")
+    stale: bool = Field(
+        description="A cached translation decided against what the tables say; only with `translation_cache: model`."
+    )
 
 
 class ExitPage(Document):
@@ -115,6 +134,7 @@ def exit_rows(exits: ExitColumns) -> list[dict[str, Any]]:
             words("denied"),
             exits.objects(),
             exits.resolution_names(),
+            map(bool, column["stale"].tolist()),
             strict=True,
         )
     ]
@@ -135,6 +155,7 @@ def exit_batch(exits: ExitColumns) -> pa.RecordBatch:
         "gva": pa.array(column["gva"], mask=no_gva),
         "objects": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), objects),
         "resolution": _RESOLUTIONS.take(pa.array(column["resolution"])),
+        "stale": pa.array(column["stale"].astype(bool)),
     }
     arrays = {name: made[name] if name in made else pa.array(column[name]) for name in ExitRecord.model_fields}
     arrays |= {name: pa.array(values) for name, values in exits.carry.items()}
@@ -143,9 +164,7 @@ def exit_batch(exits: ExitColumns) -> pa.RecordBatch:
 
 def _names(reasons: npt.NDArray[np.uint16]) -> pa.Array:
     known, positions = np.unique(reasons, return_inverse=True)
-    return pa.array([NAMES.get(reason, str(reason)) for reason in known.tolist()], pa.string()).take(
-        pa.array(positions)
-    )
+    return pa.array([name_of(reason) for reason in known.tolist()], pa.string()).take(pa.array(positions))
 
 
 def ndjson_stream(exits: ExitColumns) -> Iterator[bytes]:
@@ -212,8 +231,6 @@ async def get_exits(request: Request, vm: VmId, trace: TraceId, limit: Limit = N
     media = preferred(request, _OFFERS)
     exits = found.result.exit_columns
     start = cursors.decode(f"exits:{trace}", cursor) if cursor is not None else 0
-    if start > len(exits):
-        raise InvalidDocument("must be the cursor of an earlier page of this list", field="cursor", value=cursor)
     size = len(exits) - start if limit is None else limit
     if media == JSON:
         largest = settings_of(request).exit_page_size
@@ -223,7 +240,8 @@ async def get_exits(request: Request, vm: VmId, trace: TraceId, limit: Limit = N
     extra = {"Vary": "Accept"} | ({"Link": f'<{follow}>; rel="next"'} if follow else {})
     window = exits[start:end]
     if media == JSON:
-        content = msgspec.json.encode({"exit_records": exit_rows(window), "next": follow})
+        small = len(window) <= INLINE_RECORDS
+        content = await maybe_in_thread(small, lambda: encode({"exit_records": exit_rows(window), "next": follow}))
         return Response(content, media_type=JSON, headers=extra)
     stream = ndjson_stream(window) if media == NDJSON else arrow_stream(window)
     return StreamingResponse(stream, media_type=media, headers=extra)

@@ -8,11 +8,12 @@ from fastapi import Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.api.common import VmId, documented, find, guard, headers, maybe_in_thread, router, settings_of
+from service.api.common import VmId, documented, find, guard, headers, router, settings_of
 from service.http import conditional
 from service.http.negotiation import OCTETS, content_type
 from service.http.words import Hex64
 from service.problems import InvalidDocument
+from service.runtime.offload import maybe_in_thread
 
 routes = router("guest memory", "/v1/vms/{vm}/memory")
 

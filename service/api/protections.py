@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 from fastapi import Path
@@ -19,7 +20,6 @@ from service.api.common import (
     guard,
     headers,
     json_response,
-    maybe_in_thread,
     router,
     settings_of,
     tag_of,
@@ -27,11 +27,12 @@ from service.api.common import (
 )
 from service.http import cursors
 from service.http.words import Document, Hex64, examples
+from service.runtime.offload import maybe_in_thread
 
 routes = router("protections", "/v1/vms/{vm}/protections")
 
 _NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.~-]*$"
-_INLINE_OBJECTS = 64
+_INLINE_PAGES = 4096
 
 ProtectionName = Annotated[str, Path(alias="name", description="Name of the protection.", examples=["kernel"])]
 
@@ -87,6 +88,11 @@ class Protection(Document):
         )
 
 
+def _small(protections: Iterable[engine.Protection]) -> bool:
+    """Whether their pages are counted in no time."""
+    return sum(item.pages for protection in protections for item in protection.objects) <= _INLINE_PAGES
+
+
 class Protections(Document):
     """A page of protections, by name."""
 
@@ -121,11 +127,12 @@ class Protections(Document):
 async def create_protection(request: Request, vm: VmId, body: ProtectionRequest) -> Response:
     entry = find(request, vm)
     objects = [engine.ProtectedObject(item.name, item.gpa, item.size) for item in body.objects]
-    small = len(objects) <= _INLINE_OBJECTS
+    small = len(objects) <= _INLINE_PAGES and _small([engine.Protection(body.name, tuple(objects))])
     async with entry.mutation() as machine:
         protection = await maybe_in_thread(small, machine.protect, body.name, objects)
     location = f"/v1/vms/{entry.id}/protections/{protection.name}"
-    return tagged(request, Protection.of(protection), status=201, extra={"Location": location})
+    shown = await maybe_in_thread(_small([protection]), Protection.of, protection)
+    return tagged(request, shown, status=201, extra={"Location": location})
 
 
 @routes.get(
@@ -143,9 +150,12 @@ async def list_protections(request: Request, vm: VmId, limit: Limit = None, curs
     start = cursors.decode("protections", cursor) if cursor is not None else 0
     protections = entry.machine.protections()
     end = start + size
-    path = f"/v1/vms/{entry.id}/protections"
-    follow = cursors.next_url(path, "protections", end, limit) if end < len(protections) else None
-    return json_response(Protections(protections=[Protection.of(item) for item in protections[start:end]], next=follow))
+    follow = None
+    if end < len(protections):
+        follow = cursors.next_url(f"/v1/vms/{entry.id}/protections", "protections", end, limit)
+    found = protections[start:end]
+    shown = await maybe_in_thread(_small(found), lambda: [Protection.of(item) for item in found])
+    return json_response(Protections(protections=shown, next=follow))
 
 
 @routes.get(
@@ -161,7 +171,8 @@ async def list_protections(request: Request, vm: VmId, limit: Limit = None, curs
     ),
 )
 async def get_protection(request: Request, vm: VmId, name: ProtectionName) -> Response:
-    return tagged(request, Protection.of(find(request, vm).machine.protection(name)))
+    protection = find(request, vm).machine.protection(name)
+    return tagged(request, await maybe_in_thread(_small([protection]), Protection.of, protection))
 
 
 @routes.delete(
@@ -178,5 +189,5 @@ async def delete_protection(request: Request, vm: VmId, name: ProtectionName) ->
     async with entry.mutation() as machine:
         protection = machine.protection(name)
         guard(request, entry, lambda: [tag_of(Protection.of(protection))])
-        await maybe_in_thread(len(protection.objects) <= _INLINE_OBJECTS, machine.unprotect, name)
+        await maybe_in_thread(_small([protection]), machine.unprotect, name)
     return Response(status_code=204)

@@ -16,13 +16,25 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.machine import SubpageRange, VirtualMachine
-from service.api.common import VmId, documented, find, guard, headers, maybe_in_thread, router, settings_of, tag_of
+from service.api.common import (
+    VmId,
+    documented,
+    find,
+    guard,
+    headers,
+    router,
+    settings_of,
+    tag_of,
+    vm_parameter,
+)
 from service.api.vms import Vm
 from service.http import bitmaps, conditional
 from service.http.handlers import refusal
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
+from service.http.route import parse_query, query_parameters, reads_query
 from service.http.words import Document, Hex32, Hex64, examples
 from service.problems import InvalidDocument
+from service.runtime.offload import maybe_in_thread
 
 routes = router("sub-pages", "/v1/vms/{vm}/subpages")
 
@@ -39,6 +51,17 @@ _INLINE_BYTES = 1 << 16
 
 _WINDOW = {"gfn": "0x2000", "npages": 2, "access": ["0xffffffff", "0x8001ffff"]}
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+
+class WindowQuery(Document):
+    """Which bitmaps to read."""
+
+    gfn: Hex64 = Field(description="Number of the first guest page: its address shifted right by 12.")
+    npages: Hex64 = Field(1, description="Number of pages.")
+    layer: Layer = Field("effective", description="`effective` is SET AND (not protected OR granted).")
+
+    def values(self) -> tuple[int, int, str]:
+        return self.gfn, self.npages, self.layer
 
 
 class SubpageWindow(Document):
@@ -123,6 +146,7 @@ def _window(machine: VirtualMachine, gfn: int, npages: int, layer: str, media: s
     "",
     operation_id="getSubpages",
     summary="Read sub-page permissions",
+    openapi_extra={"parameters": [vm_parameter(), *query_parameters(WindowQuery)]},
     responses=documented(
         {
             200: {
@@ -139,14 +163,11 @@ def _window(machine: VirtualMachine, gfn: int, npages: int, layer: str, media: s
         "invalid-value",
     ),
 )
-async def get_subpages(
-    request: Request,
-    vm: VmId,
-    gfn: Gfn,
-    npages: Pages = 1,
-    layer: Annotated[Layer, Query(description="`effective` is SET AND (not protected OR granted).")] = "effective",
-) -> Response:
-    machine = find(request, vm).machine
+@reads_query
+async def get_subpages(request: Request) -> Response:
+    # The shortest path there is: the framework's handling of parameters would take longer than everything else.
+    machine = find(request, request.path_params["vm"]).machine
+    gfn, npages, layer = parse_query(WindowQuery, request).values()
     media = preferred(request, _OFFERS)
     _check_window(gfn, npages, settings_of(request).max_subpage_window)
     small = npages <= _INLINE_PAGES
@@ -216,7 +237,7 @@ async def put_subpages(request: Request, vm: VmId, gfn: Gfn, npages: Pages = 1) 
     async with entry.mutation() as machine:
         guard(request, entry, lambda: _tags(machine, gfn, npages))
         await maybe_in_thread(small, machine.set_subpages, [SubpageRange(gfn, npages, words)])
-        tag = _tag(media, "effective", gfn, machine.subpages(gfn, npages, "effective"))
+        _, tag = await maybe_in_thread(small, _window, machine, gfn, npages, "effective", media)
     return Response(status_code=204, headers={"ETag": tag})
 
 
@@ -238,9 +259,10 @@ def _parse_patch(content: bytes, limit: int) -> list[SubpageRange]:
             if len(words) != item.npages:
                 rule = f"must have one bitmap for each of {item.npages} pages"
                 raise InvalidDocument(rule, field=f"{prefix}access", value=len(words))
-            ranges.append(SubpageRange(item.gfn, item.npages, words))
+            ranges.append(SubpageRange(item.gfn, item.npages, words, prefix))
         else:
-            ranges.append(SubpageRange(item.gfn, item.npages, bitmaps.word32(item.access, f"{prefix}access")))
+            word = bitmaps.word32(item.access, f"{prefix}access")
+            ranges.append(SubpageRange(item.gfn, item.npages, word, prefix))
     return ranges
 
 

@@ -27,13 +27,15 @@ from service.api.common import (
     settings_of,
     tagged,
 )
-from service.api.exits import EXAMPLE_EXIT, EXIT_FIELDS, ExitRecord, TraceId, exit_rows, exits_url
+from service.api.exits import EXAMPLE_EXIT, EXIT_FIELDS, INLINE_RECORDS, ExitRecord, TraceId, exit_rows, exits_url
 from service.http import cursors
 from service.http.negotiation import ARROW, JSON, NDJSON, OCTETS, PARQUET, content_type
 from service.http.words import Access, Document, Hex64, examples
 from service.problems import InvalidDocument
 from service.runtime.bodies import Upload, spooled
+from service.runtime.offload import maybe_in_thread
 from service.runtime.traces import SPOOLED_FORMATS, Trace, TraceRequest, replay
+from service.settings import Settings
 
 routes = router("traces", "/v1/vms/{vm}/traces")
 
@@ -75,9 +77,24 @@ class AccessRecord(Document):
 
     gpa: Hex64 = Field(description="Guest-physical address of the first byte.")
     size: int = Field(8, ge=1, le=0xFFFF, description="Bytes accessed.")
-    access: Access = Field(1, description="0 read, 1 write, 2 execute.")
+    access: Access = Field(1, description="0 read, 1 write, 2 execute; unless given, what the kind does.")
     vcpu: int = Field(0, ge=0, le=0xFFFF, description="KVM vCPU id.")
     gva: Hex64 = Field(0, description="Guest-linear address of the first byte, if known.")
+    kind: int = Field(
+        0,
+        ge=0,
+        le=4,
+        description=(
+            "0 data, 1 read-modify-write, 2 paging read, 3 paging A/D update, 4 shadow stack. Unless `access` is given "
+            "it is what the kind does."
+        ),
+    )
+    linear: int = Field(
+        1,
+        ge=0,
+        le=15,
+        description="The linear address: 1 valid, and its page: 2 user, 4 writable, 8 execute-disable; the sum.",
+    )
 
 
 class TraceBody(Document):
@@ -192,6 +209,11 @@ def _result(vm_id: str, trace: Trace, inlined: int) -> dict[str, Any]:
     return {**_summary(vm_id, trace), "exit_records": exit_rows(exits[:inlined]), "next": follow}
 
 
+async def _rendered(vm_id: str, trace: Trace, settings: Settings) -> dict[str, Any]:
+    small = len(trace.result.exit_columns) <= INLINE_RECORDS
+    return await maybe_in_thread(small, _result, vm_id, trace, settings.exit_page_size)
+
+
 def _carried(carry: str | None) -> tuple[str, ...]:
     names = tuple(name.strip() for name in carry.split(",")) if carry else ()
     for name in names:
@@ -212,7 +234,8 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
     description=(
         "One transaction: its effects are published together when it ends, and whatever goes wrong leaves the VM as it "
         "was. Arrow streams, NDJSON and packed records are replayed while they arrive. Columns: `gpa` u64 (required), "
-        "`size` u16 (8), `access` u8 (1), `vcpu` u16 (0), `gva` u64."
+        "`size` u16 (8), `access` u8 (1), `vcpu` u16 (0), `gva` u64, `kind` u8 (0), `linear` u8 (1: valid); packed records "
+        "have no `kind` and `linear`."
     ),
     status_code=201,
     openapi_extra={
@@ -288,7 +311,7 @@ async def create_trace(
             if spool is not None:
                 spool.close()
     location = f"/v1/vms/{entry.id}/traces/{trace.id}"
-    return json_response(_result(entry.id, trace, settings.exit_page_size), status=201, extra={"Location": location})
+    return json_response(await _rendered(entry.id, trace, settings), status=201, extra={"Location": location})
 
 
 @routes.get(
@@ -323,4 +346,4 @@ async def list_traces(request: Request, vm: VmId, limit: Limit = None, cursor: C
 )
 async def get_trace(request: Request, vm: VmId, trace: TraceId) -> Response:
     entry = find(request, vm)
-    return tagged(request, _result(entry.id, entry.traces.get(trace), settings_of(request).exit_page_size))
+    return tagged(request, await _rendered(entry.id, entry.traces.get(trace), settings_of(request)))

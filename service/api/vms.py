@@ -149,7 +149,6 @@ class VmRequest(Document):
     def refuse_reserved(self) -> None:
         """Refuse what is named already and does not work yet: taking it silently would give wrong answers."""
         for field, value, idle in (
-            ("translation_cache", self.translation_cache, "off"),
             ("host.evmcs", self.host.evmcs, False),
             ("host.hyperv", self.host.hyperv, None),
             ("host.fail_allocation", self.host.fail_allocation, None),
@@ -256,7 +255,7 @@ async def create_vm(request: Request, body: Annotated[VmRequest, Body()]) -> Res
     body.refuse_reserved()
     config = body.config(settings_of(request).max_table_frames)
     slots = [slot.spec(slot.slot) for slot in body.memory_slots]
-    entry = registry_of(request).create(config, slots, spp=body.spp)
+    entry = await registry_of(request).create(config, slots, spp=body.spp)
     return tagged(request, Vm.of(entry), status=201, extra={"Location": f"/v1/vms/{entry.id}"})
 
 

@@ -10,12 +10,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.common import VmId, documented, find, json_response, router
-from service.http.words import Access, Document, Hex32, Hex64, examples
+from service.http.words import Access, Document, Hex32, Hex64, Kind, Linear, examples
 
 routes = router("accesses", "/v1/vms/{vm}/walk")
 
-_LEAF = {
-    "structure": "SPPT L1",
+EXAMPLE_SPPT_LEAF = {
+    "structure": "SPPL1E",
     "level": 1,
     "table": "0x200000004000",
     "index": 92,
@@ -23,41 +23,58 @@ _LEAF = {
     "absent": False,
     "fields": {"writable_subpages": "0xffffdfff", "reserved": "0x0"},
 }
-_EPT_LEAF = {
-    "structure": "EPT PT",
+EXAMPLE_EPT_LEAF = {
+    "structure": "PTE",
     "level": 1,
     "table": "0x200000008000",
     "index": 92,
     "raw": "0x2000000002a5c335",
     "absent": False,
-    "fields": {"read": "0x1", "write": "0x0", "execute": "0x1", "spp": "0x1", "address": "0x2a5c000"},
+    "fields": {
+        "read": "0x1",
+        "write": "0x0",
+        "execute": "0x1",
+        "memory_type": "0x6",
+        "ignore_pat": "0x0",
+        "page": "0x0",
+        "accessed": "0x1",
+        "dirty": "0x1",
+        "user_execute": "0x0",
+        "verify_paging": "0x0",
+        "paging_write": "0x0",
+        "supervisor_shadow_stack": "0x0",
+        "spp": "0x1",
+        "suppress_ve": "0x0",
+        "address": "0x2a5c000",
+        "reserved": "0x0",
+    },
 }
 _REPLY = {
     "gpa": "0x2a5c6a0",
     "size": 8,
     "access": 1,
     "outcome": "ept_violation",
-    "sentence": "denied: sub-page 13 of SPPT L1 at 0x2000000042e0 is 0",
+    "sentence": "denied: sub-page 13 of SPPL1E at 0x2000000042e0 is 0",
     "reason": 48,
     "qualification": "0x1aa",
     "exit_gpa": "0x2a5c6a0",
     "subpages": "0x2000",
     "denied": "0x2000",
-    "ept": [_EPT_LEAF],
-    "sppt": [_LEAF],
+    "ept": [EXAMPLE_EPT_LEAF],
+    "sppt": [EXAMPLE_SPPT_LEAF],
 }
 
 
 class WalkEntry(Document):
     """One table entry that was read."""
 
-    structure: str = Field(description="Which table.")
+    structure: str = Field(description="Which kind of entry: `PML5E` to `PTE`, `SPPL4E` to `SPPL1E`.")
     level: int = Field(description="1 is the leaf.")
     table: Hex64 = Field(description="Address of the table.")
     index: int = Field(description="Position of the entry in the table.")
     raw: Hex64 = Field(description="The entry.")
-    absent: bool = Field(description="No table memory is at that address; the entry reads as zero.")
-    fields: dict[str, Hex64] = Field(description="The entry, split into its fields.")
+    absent: bool = Field(description="No table memory is at that address; the entry reads as all ones.")
+    fields: dict[str, Hex64] = Field(description="The entry by its fields; `reserved`: the bits set that must be 0.")
 
 
 class Walk(Document):
@@ -90,9 +107,36 @@ async def explain_access(
     request: Request,
     vm: VmId,
     gpa: Annotated[Hex64, Query(description="Guest-physical address of the first byte.", examples=["0x2a5c6a0"])],
-    access: Annotated[Access, Query(description="`read`, `write` or `execute`.", examples=["write"])] = 1,
+    access: Annotated[
+        Access | None,
+        Query(
+            description="`read`, `write` or `execute`; unless given, what the kind does, else `write`.",
+            examples=["write"],
+        ),
+    ] = None,
     size: Annotated[int, Query(ge=1, le=0xFFFF, description="Bytes accessed.", examples=[8])] = 8,
     vcpu: Annotated[int, Query(ge=0, le=0xFFFF, description="KVM vCPU id.", examples=[0])] = 0,
+    kind: Annotated[
+        Kind,
+        Query(
+            description=(
+                "What the access is for; `paging-read` and `paging-update` are the processor's own accesses to guest "
+                "paging structures. A kind goes with what it does: `paging-read` reads, `read-modify-write` and "
+                "`paging-update` write, `shadow-stack` does either, and only `data` executes."
+            ),
+            examples=["read-modify-write"],
+        ),
+    ] = 0,
+    linear: Annotated[
+        Linear,
+        Query(
+            description=(
+                "The linear address: whether there is one (`valid`, 1), and whether its page is a `user` (2) page, "
+                "`writable` (4), `execute-disable` (8). Names with commas between them, or the sum."
+            ),
+            examples=["valid,user"],
+        ),
+    ] = 1,
 ) -> Response:
-    told = find(request, vm).machine.walk(gpa, access, size, vcpu)
+    told = find(request, vm).machine.walk(gpa, access, size, vcpu, kind, linear)
     return json_response(Walk.model_validate(told, from_attributes=True, strict=False))

@@ -10,6 +10,9 @@ from service.http.handlers import problem_response
 from service.problems import BodyTooLarge, UnsupportedMediaType
 from service.settings import Settings
 
+# The body of any other method is never read.
+_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+
 
 class BodyLimits:
     """ASGI middleware. A declared length over the limit is refused unread, an undeclared one where it passes it."""
@@ -19,7 +22,7 @@ class BodyLimits:
         self.settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["method"] not in _WITH_BODY:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)

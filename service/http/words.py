@@ -41,7 +41,7 @@ class Word:
         return core_schema.no_info_plain_validator_function(self.parse, serialization=shown)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        digits = self.bits // 4
+        digits = (self.bits + 3) // 4
         if handler.mode == "serialization":
             return {"type": "string", "pattern": f"^0x[0-9a-f]{{1,{digits}}}$", "examples": ["0x2000"]}
         decimals = len(str(self.limit - 1))
@@ -61,30 +61,73 @@ Hex32 = Annotated[int, Word(32)]
 ACCESS_NAMES = ("read", "write", "execute")
 
 
-class _AccessKind:
-    """Annotation of an access: 0, 1, 2 or ``read``, ``write``, ``execute``; a number on the way out."""
+KIND_NAMES = ("data", "read-modify-write", "paging-read", "paging-update", "shadow-stack")
+LINEAR_NAMES = ("valid", "user", "writable", "execute-disable")
+
+
+class _Choice:
+    """Annotation of one of ``names``: its position, as a number or in digits, or the name; a number on the way out."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.digits = tuple(str(position) for position in range(len(names)))
 
     def parse(self, value: Any) -> int:
-        if type(value) is int and 0 <= value < len(ACCESS_NAMES):
+        if type(value) is int and 0 <= value < len(self.names):
             return value
         if isinstance(value, str):
-            if value in ACCESS_NAMES:
-                return ACCESS_NAMES.index(value)
-            if value in ("0", "1", "2"):
+            if value in self.names:
+                return self.names.index(value)
+            if value in self.digits:
                 return int(value)
-        raise PydanticCustomError("access", "must be read (0), write (1) or execute (2)")
+        words = [f"{name} ({position})" for position, name in enumerate(self.names)]
+        raise PydanticCustomError("choice", "must be {words}", {"words": f"{', '.join(words[:-1])} or {words[-1]}"})
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self.parse)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        number = {"type": "integer", "minimum": 0, "maximum": 2}
+        number = {"type": "integer", "minimum": 0, "maximum": len(self.names) - 1}
         if handler.mode == "serialization":
             return number
-        return {"anyOf": [{"type": "string", "enum": [*ACCESS_NAMES, "0", "1", "2"]}, number]}
+        return {"anyOf": [{"type": "string", "enum": [*self.names, *self.digits]}, number]}
 
 
-Access = Annotated[int, _AccessKind()]
+class _Linear:
+    """Annotation of the bits of a linear address: a number, or names with commas between them."""
+
+    limit = 1 << len(LINEAR_NAMES)
+
+    def parse(self, value: Any) -> int:
+        if isinstance(value, str):
+            if value in {str(number) for number in range(self.limit)}:
+                return int(value)
+            names = value.split(",")
+            if len(set(names)) == len(names) and set(names) <= set(LINEAR_NAMES):
+                return sum(1 << LINEAR_NAMES.index(name) for name in names)
+        elif type(value) is int and 0 <= value < self.limit:
+            return value
+        raise PydanticCustomError(
+            "linear",
+            "must be 0 to {last}, or distinct names out of {names} with commas between them",
+            {"last": self.limit - 1, "names": ", ".join(LINEAR_NAMES)},
+        )
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.parse)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        number = {"type": "integer", "minimum": 0, "maximum": self.limit - 1}
+        if handler.mode == "serialization":
+            return number
+        name = f"({'|'.join(LINEAR_NAMES)})"
+        pattern = f"^({name}(,{name}){{0,{len(LINEAR_NAMES) - 1}}}|[0-9]|1[0-5])$"
+        return {"anyOf": [{"type": "string", "pattern": pattern}, number]}
+
+
+Access = Annotated[int, _Choice(ACCESS_NAMES)]
+Kind = Annotated[int, _Choice(KIND_NAMES)]
+Linear = Annotated[int, _Linear()]
 
 
 class Document(BaseModel):

@@ -13,9 +13,12 @@ from engine.config import VmConfig
 from engine.errors import EngineError, InvalidValue, LimitExceeded, NotFound
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
+from service.runtime.offload import maybe_in_thread
 from service.runtime.traces import TraceStore
 from service.runtime.writer import Writer
 from service.settings import Settings
+
+_INLINE_SLOTS = 4
 
 
 @dataclass(slots=True)
@@ -75,18 +78,20 @@ class Registry:
         self._settings = settings
         self._entries: dict[str, Entry] = {}
         self._sequence = 0
+        self._coming = 0
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def create(self, config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool) -> Entry:
+    async def create(self, config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool) -> Entry:
         """A new machine under a fresh unguessable id. Raises LimitExceeded, or what the engine says of the input."""
-        limit = self._settings.max_vms
-        if len(self._entries) >= limit:
-            raise LimitExceeded(f"at most {limit} VMs may exist at one time", field="max_vms", value=limit)
-        machine = _build(config, slots, spp=spp)
-        self._sequence += 1
         settings = self._settings
+        if len(self._entries) + self._coming >= settings.max_vms:
+            rule = f"at most {settings.max_vms} VMs may exist at one time"
+            raise LimitExceeded(rule, field="max_vms", value=settings.max_vms)
+        self._coming += 1
+        try:
+            machine = await maybe_in_thread(len(slots) <= _INLINE_SLOTS, _build, config, slots, spp=spp)
+        finally:
+            self._coming -= 1
+        self._sequence += 1
         entry = Entry(
             id=f"vm_{secrets.token_hex(8)}",
             sequence=self._sequence,

@@ -138,6 +138,37 @@ def test_from_start_to_end(policy: Path, write: Callable[[str], Path]) -> None:
     assert found["violations"] == 2 and found["memory"] == 1 << 20
 
 
+def started(code: str) -> demo.Service:
+    return demo.Service(subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True))
+
+
+def test_a_service_that_does_not_start(client: ContractClient) -> None:
+    service = started("raise SystemExit(7)")
+    with pytest.raises(demo.DemoError, match="did not start"):
+        service.url()
+    service.stop()
+    service = started(f"print('on {client.base_url}')")
+    assert service.url() == str(client.base_url)
+    service._process.wait(30)
+    with httpx2.Client() as none, pytest.raises(demo.DemoError, match="ended with status 0"):
+        service.wait_until_ready(none)
+    service.stop()
+
+
+def test_a_service_that_is_slow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(demo, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(demo, "_START_SECONDS", 0.5)
+    service = started("import time; time.sleep(60)")
+    transport = httpx2.MockTransport(lambda request: httpx2.Response(503))
+    with (
+        httpx2.Client(base_url="http://t", transport=transport) as client,
+        pytest.raises(demo.DemoError, match="ready"),
+    ):
+        service.wait_until_ready(client)
+    assert "compiling the kernels" in capsys.readouterr().err
+    service.stop()
+
+
 @pytest.mark.jit
 def test_the_real_thing() -> None:
     truth = json.loads((ROOT / "tests/data/ground-truth.json").read_text(encoding="utf-8"))

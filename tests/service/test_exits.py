@@ -107,6 +107,7 @@ def test_arrow_has_the_columns_of_the_engine(exits: str, client: ContractClient)
         "denied": "uint32",
         "objects": "list<item: string>",
         "resolution": "string",
+        "stale": "bool",
     }
 
 

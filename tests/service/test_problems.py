@@ -239,7 +239,22 @@ def test_refused_before_it_is_sent(small: Running) -> None:
         assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
 
 
-def test_busy(vm: str, service: Running, client: ContractClient) -> None:
+def test_deleted_while_a_change_waits(vm: str, service: Running) -> None:
+    """The change finds nobody any more: 404, not a change to a machine that no one can see."""
+    entry = service.app.state.registry.get(vm.rpartition("/")[2])
+
+    async def run() -> None:
+        async with entry.mutation():
+            entry.gone = True
+        async with entry.mutation():
+            pass
+
+    with pytest.raises(errors.NotFound):
+        asyncio.run(run())
+    entry.gone = False
+
+
+def test_busy() -> None:
     """Somebody else holds the writer: a mutation waits its time, a read does not wait."""
     with running(Settings(warm_up=False, busy_timeout=0.05)) as slow:
         home = slow.client.post("/v1/vms", json={"spp": True}).headers["Location"]

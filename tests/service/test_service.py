@@ -31,6 +31,14 @@ def test_not_ready_while_kernels_are_loaded(monkeypatch: pytest.MonkeyPatch) -> 
             pass
 
 
+def test_never_ready_without_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(app, "warm", lambda: 1 / 0)
+    with running(Settings(warm_up=True)) as service:
+        while "cannot be loaded" not in caplog.text:
+            assert service.client.get("/readyz").status_code == 503
+        assert service.client.get("/readyz").status_code == 503
+
+
 def test_it_stops_while_it_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "warm", lambda: None)
     with running(Settings(warm_up=True)):

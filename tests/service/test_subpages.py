@@ -161,6 +161,7 @@ def test_refused_ranges(vm: str, client: ContractClient, ranges: list[Any], fiel
         ("gfn=1_0", "gfn"),
         ("", "gfn"),
         ("gfn=0&page=1", "page"),
+        ("gfn=0&gfn=1", "gfn"),
     ],
 )
 def test_refused_windows(vm: str, client: ContractClient, query: str, field: str) -> None:

@@ -78,6 +78,7 @@ def test_formats_agree(guarded: str, client: ContractClient, name: str) -> None:
         "denied": "0x2",
         "objects": ["guarded"],
         "resolution": "violation",
+        "stale": False,
     }
     assert client.get(reply.headers["Location"]).json() == result
     tag = client.get(reply.headers["Location"]).headers["ETag"]

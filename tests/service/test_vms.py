@@ -143,7 +143,6 @@ def test_refused(client: ContractClient, document: dict[str, Any], field: str) -
 @pytest.mark.parametrize(
     ("document", "field"),
     [
-        ({"translation_cache": "model"}, "translation_cache"),
         ({"host": {"evmcs": True}}, "host.evmcs"),
         ({"host": {"hyperv": {}}}, "host.hyperv"),
         ({"host": {"fail_allocation": 3}}, "host.fail_allocation"),

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.errors import TraceError
+from engine.trace.columns import CHUNK_RECORDS
 from engine.trace.readers import open_trace
 
 TRACES = Path(__file__).parents[2] / "data" / "traces"
@@ -61,7 +62,7 @@ def test_row_groups_and_batches(read):
     count = 600_000
     got = read("parquet", file(table(count), row_group_size=250_000))
     assert np.array_equal(got.records[:, 0], np.arange(count, dtype=np.uint64))
-    assert got.chunks >= count // 65_536
+    assert got.chunks >= count // CHUNK_RECORDS
 
 
 def test_index_of_a_fault_in_a_later_row_group(read):

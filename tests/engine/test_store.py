@@ -1,0 +1,309 @@
+"""Published states and changes on top of them: copy-on-write, recycled rows, giving up, and the durable form."""
+
+from __future__ import annotations
+
+import gc
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.config import HostConfig, VcpuConfig, VmConfig
+from engine.cpu import frames
+from engine.errors import InvalidValue
+from engine.head import config_from_head, config_to_head
+from engine.kvm import memory
+from engine.kvm.protections import ProtectedObject
+from engine.kvm.slots import SlotSpec, slot_table
+from engine.machine import AccessRequest, VirtualMachine
+from engine.store import Draft, blocks_of
+from engine.trace.session import ReplayOptions
+from tests.engine.builders import (
+    MIB,
+    PROFILES,
+    Durable,
+    assert_sound,
+    chunk,
+    machine,
+    maps,
+    picture,
+    protect,
+    replay,
+    round_trip,
+    set_map,
+    unchanged,
+)
+
+# ---- snapshots
+
+
+def test_state_that_a_reader_holds_never_changes() -> None:
+    vm = machine()
+    set_map(vm, 1, 0x11)
+    vm.write_memory(0x1000, b"then")
+    held = vm._state
+    then = picture(vm)[1]
+    for word in range(20):
+        set_map(vm, 1, word)
+        vm.write_memory(0x1000, bytes([word]) * 4)
+        vm.access(AccessRequest(0x1000, on_violation="grant"))
+    blocks = {frame: data for frame, _, data in blocks_of(held.snapshot.machine, None)}
+    assert blocks == {frame: data for frame, (_, data) in then.items()}
+    assert memory.read_bytes(held.snapshot.machine, 0x1000, 4) == b"then"
+    assert vm.read_memory(0x1000, 4) == b"\x13" * 4
+    assert_sound(vm)
+
+
+def test_state_that_a_reader_holds_survives_a_change_that_is_given_up() -> None:
+    vm = machine(slots=[SlotSpec(0, 0, 1 << 44)])
+    vm.write_memory(0x1000, b"then")
+    held = vm._state
+    with unchanged(vm), vm.replay(ReplayOptions()) as run:
+        run.feed(chunk([i << 30 for i in range(900)]))
+    for word in range(6):
+        vm.write_memory(0x1000, bytes([word]) * 4)
+    assert memory.read_bytes(held.snapshot.machine, 0x1000, 4) == b"then"
+    assert_sound(vm)
+
+
+def test_many_changes_use_the_same_rows_again() -> None:
+    vm = machine()
+    set_map(vm, 1, 1)
+    vm.access(AccessRequest(0x1000))
+    gc.collect()
+    rows = vm._state.snapshot.machine.rows.shape[0]
+    for word in range(300):
+        set_map(vm, 1, word & 1)
+    assert vm._state.snapshot.machine.rows.shape[0] == rows
+    assert len(vm._store._retired) <= 2
+    assert_sound(vm)
+
+
+def test_rows_of_a_held_state_wait_and_then_come_back() -> None:
+    vm = machine()
+    set_map(vm, 1, 0)
+    held = vm._state
+    for word in range(50):
+        set_map(vm, 1, word)
+    waiting = len(vm._store._retired)
+    assert waiting == 50
+    del held
+    set_map(vm, 1, 99)
+    assert len(vm._store._retired) <= 2
+    assert_sound(vm)
+
+
+def test_slots_that_come_and_go_do_not_grow_the_machine() -> None:
+    vm = machine(slots=[])
+    sizes = []
+    for _ in range(12):
+        vm.set_slot(SlotSpec(0, 0, MIB))
+        vm.write_memory(0, bytes(64 * 4096 - 1) + b"x")
+        vm.access(AccessRequest(0x1000))
+        vm.delete_slot(0)
+        sizes.append(vm.counters()["memory_bytes"])
+    assert len(set(sizes)) == 1
+    assert_sound(vm)
+
+
+def test_change_that_publishes_nothing_new_costs_no_row() -> None:
+    vm = machine()
+    set_map(vm, 1, 5)
+    before = vm._state.snapshot.machine.row_of.copy()
+    set_map(vm, 1, 5)
+    assert np.array_equal(vm._state.snapshot.machine.row_of[: len(before)], before)
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_change_that_fails_is_forgotten(error: type[BaseException]) -> None:
+    vm = machine()
+    set_map(vm, 1, 5)
+
+    def fail() -> None:
+        with vm._change() as draft:
+            frames.write_word(draft.machine, frames.STATE_FRAME, 100, 1)
+            frames.new_frame(draft.machine, frames.CLIENT)
+            raise error
+
+    with unchanged(vm), pytest.raises(error):
+        fail()
+
+
+def test_draft_grows_frames_and_rows_and_keeps_what_it_has() -> None:
+    vm = machine()
+    store = vm._store
+    draft = store.begin(slot_table(vm.slots()))
+    taken = [int(frames.new_frame(draft.machine, frames.CLIENT)) for _ in range(100)]
+    for value, frame in enumerate(taken):
+        frames.write_word(draft.machine, frame, 0, value)
+    draft.ensure(2000)
+    m = draft.machine
+    assert m.top[frames.TOP_FREE] >= 2000 and m.top[frames.TOP_SPARE] >= 2000
+    assert [int(frames.read_word(m, frame, 0)) for frame in taken] == list(range(100))
+    assert set(draft.changed()) == set(taken)
+    assert len(draft.taken_rows()) >= 100 and not np.intersect1d(draft.spare_rows(), draft.taken_rows()).size
+    more = [int(frames.new_frame(m, frames.CLIENT)) for _ in range(500)]
+    assert not set(more) & set(taken)
+    store.publish(draft)
+    assert isinstance(draft, Draft)
+    published = store.published.machine
+    assert [int(frames.read_word(published, frame, 0)) for frame in taken] == list(range(100))
+
+
+# ---- the durable form
+
+
+def rich(profile: str) -> VirtualMachine:
+    vm = machine(
+        profile,
+        slots=[SlotSpec(0, 0, 4 * MIB), SlotSpec(7, 1 << 40, MIB, read_only=True, host_page_size=2 * MIB)],
+        vcpus=(0, 3),
+        name="rich",
+    )
+    set_map(vm, 1, 0xF0)
+    vm.protect("p", [ProtectedObject("a", 0x2010, 8), ProtectedObject("b", 0x3000, 0x2000)])
+    vm.write_memory(0x1FFE, b"durable")
+    replay(vm, [0x1000, 0x2000, (0x3000, 8, 1, 3), 0x9000, 1 << 42], on_violation="grant")
+    return vm
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_machine_comes_back_from_its_head_and_blocks(profile: str) -> None:
+    vm = rich(profile)
+    back = round_trip(vm)
+    assert back.config == vm.config
+    assert back.slots() == vm.slots() and back.protections() == vm.protections()
+    assert back.counters() == vm.counters()
+    for layer in ("effective", "set", "protected", "granted"):
+        assert maps(back, 0, 16, layer) == maps(vm, 0, 16, layer)
+    assert back.read_memory(0x1FFE, 7) == b"durable"
+    assert back.walk(0x2000).outcome == vm.walk(0x2000).outcome
+    rows = [0x1080, 0x2010, 0x3000, 0xA000]
+    assert replay(back, rows).violations == replay(vm, rows).violations == 1
+    assert picture(back)[1] == picture(vm)[1]
+
+
+def test_increments_on_top_of_earlier_ones_give_the_same_machine() -> None:
+    vm = machine()
+    disk = Durable()
+    assert disk.save(vm) == len(picture(vm)[1]), "the first call gives everything"
+    assert disk.save(vm) == 0
+    steps: list[Any] = [
+        lambda: set_map(vm, 1, 0),
+        lambda: vm.write_memory(0x1000, b"one"),
+        lambda: replay(vm, [0x1000, 0x2000]),
+        lambda: protect(vm, "p", (0x2000, 1)),
+        lambda: vm.delete_slot(0),
+        lambda: vm.set_slot(SlotSpec(4, 0, MIB)),
+        lambda: vm.write_memory(0x8000, b"in frames of the old slot"),
+        lambda: vm.unprotect("p"),
+        lambda: vm.set_slot(SlotSpec(4, 32 * MIB, MIB)),
+    ]
+    for step in steps:
+        step()
+        changed = disk.save(vm)
+        assert changed < len(disk.blocks) or step is steps[0]
+        assert disk.blocks == picture(vm)[1]
+        back = disk.restore()
+        assert (back.slots(), back.protections()) == (vm.slots(), vm.protections())
+        assert_sound(back)
+
+
+def test_increment_has_only_the_blocks_that_changed() -> None:
+    vm = machine(slots=[SlotSpec(0, 0, 1 << 30)])
+    for page in range(64):
+        vm.write_memory(page << 12, b"x")
+    disk = Durable()
+    disk.save(vm)
+    vm.write_memory(5 << 12, b"y")
+    changed = list(vm.changed_blocks())
+    assert [(array, data[:1]) for array, _, data in changed] == [("memory", b"y")]
+    vm.write_memory(5 << 12, b"y")
+    assert len(list(vm.changed_blocks())) <= 1
+
+
+def test_freed_blocks_are_named() -> None:
+    vm = machine()
+    vm.write_memory(0x1000, b"x")
+    disk = Durable()
+    disk.save(vm)
+    gone = {block for block, (array, _) in disk.blocks.items() if array == "memory"}
+    vm.delete_slot(0)
+    freed = {block: data for array, block, data in vm.changed_blocks() if array == "free"}
+    assert set(freed) == gone and set(freed.values()) == {bytes(4096)}
+
+
+@pytest.mark.parametrize("changes", range(1, 5))
+def test_increment_after_a_change_that_was_given_up(changes: int) -> None:
+    """Rows must not come round to where they were before while an increment is still to be compared with them."""
+    vm = machine(slots=[SlotSpec(0, 0, 1 << 44)])
+    vm.write_memory(0x1000, b"old")
+    disk = Durable()
+    disk.save(vm)
+    with vm.replay(ReplayOptions()) as run:
+        run.feed(chunk([i << 30 for i in range(900)]))
+    for word in range(changes):
+        vm.write_memory(0x1000, b"new%d" % word)
+    disk.save(vm)
+    assert disk.restore().read_memory(0x1000, 4) == b"new%d" % (changes - 1)
+    assert disk.blocks == picture(vm)[1]
+
+
+def test_restored_machine_gives_everything_once_more() -> None:
+    vm = machine()
+    disk = Durable()
+    disk.save(vm)
+    back = disk.restore()
+    again = Durable()
+    assert again.save(back) == len(disk.blocks)
+    assert again.blocks == disk.blocks
+
+
+def test_other_format_is_refused() -> None:
+    vm = machine()
+    head = {**vm.head(), "format": 99}
+    with pytest.raises(InvalidValue, match="this release reads format 1") as caught:
+        VirtualMachine.restore(head, {})
+    assert (caught.value.field, caught.value.value) == ("format", 99)
+
+
+CONFIGS = [
+    VmConfig(),
+    VmConfig(
+        name="näme",
+        profile="kvm-latest",
+        vcpus=(VcpuConfig(4, 7, (1, 2)), VcpuConfig(0)),
+        maxphyaddr=52,
+        translation_cache="model",
+        host=HostConfig(
+            vendor="amd",
+            ept=False,
+            spp=False,
+            nested=True,
+            evmcs=True,
+            vmx_capabilities={"ept_vpid_cap": (1 << 64) - 1},
+            hyperv={"leaves": [1, 2]},
+            fail_allocation=3,
+        ),
+        require_match=True,
+        max_table_frames=99,
+    ),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["defaults", "everything else"])
+def test_configuration_survives_json(config: VmConfig) -> None:
+    assert config_from_head(json.loads(json.dumps(config_to_head(config)))) == config
+    config.validate()
+
+
+def test_machine_with_the_model_switch_uses_no_fast_path_and_counts_the_same() -> None:
+    rows = [0x1000, 0x1000, 0x1200, (0x1000, 8, 0), 0x2000]
+    results = []
+    for cache in ("off", "model"):
+        vm = machine(translation_cache=cache)
+        set_map(vm, 1, 0xF)
+        results.append(replay(vm, rows * 20))
+    assert results[0].exits == results[1].exits
+    assert results[0].violations == results[1].violations == 20
