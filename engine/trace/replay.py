@@ -40,6 +40,7 @@ ON_VIOLATION = ("skip", "stop", "allow", "grant")
 # Positions in the options array
 OPTION_ON_VIOLATION = 0
 OPTION_LIST_ALL = 1
+OPTION_CIRCUMSTANCES = 3  # bits of ``how`` that records do not hold
 OPTION_KINDS = 2  # records may say what kind of access they are; else those bits are zeros
 
 GPA_LIMIT = 1 << 52
@@ -127,7 +128,7 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
         return bad
     access = (word >> 16) & acc.ACCESS_MASK
     vcpu = m.vcpu_of_id[(word >> 32) & 0xFFFF]
-    how = describe(word)
+    how = describe(word) | options[OPTION_CIRCUMSTANCES]
     list_all = options[OPTION_LIST_ALL]
     q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if how == acc.PLAIN_WRITE else (0, 0)
     if q:
