@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from engine.arch import access as acc
-from engine.arch.access import READ, WRITE
-from engine.config import VmConfig
-from engine.errors import InvalidValue
+from engine.arch import controls as ctl
+from engine.arch.access import EXECUTE, READ, WRITE
+from engine.config import HostConfig, VmConfig
+from engine.errors import InvalidValue, Unsupported
 from engine.kvm.slots import SlotSpec
 from engine.machine import SubpageRange, VirtualMachine
 from engine.trace.columns import TraceChunk
@@ -198,3 +199,54 @@ def test_a_restored_machine_has_its_fields_and_an_empty_cache() -> None:
     again = VirtualMachine.restore(vm.head(), blocks)
     assert again.vcpus.vmcs(0) == vm.vcpus.vmcs(0)
     assert again.vcpus.tlb(0) == []
+
+
+# ---- hosts without EPT: the memory slots alone decide
+
+
+def without_ept() -> VirtualMachine:
+    slots = [SlotSpec(0, 0, 1 << 20), SlotSpec(1, 1 << 20, 1 << 20, read_only=True)]
+    return VirtualMachine.create(VmConfig(host=HostConfig(ept=False)), slots)
+
+
+def test_a_host_without_ept_starts_without_it() -> None:
+    vm = without_ept()
+    controls = vm.vcpus.vmcs(0)["secondary_controls"]
+    assert controls & (ctl.SECONDARY_EPT | ctl.SECONDARY_SPP | ctl.SECONDARY_UNRESTRICTED) == 0
+    assert vm.vcpus.vm_entry(0).result == "VMsucceed"
+    vm.vcpus.set_vmcs(0, {"secondary_controls": controls | ctl.SECONDARY_EPT})
+    assert vm.vcpus.vm_entry(0).vm_instruction_error == 7
+    with pytest.raises(Unsupported):
+        vm.enable_spp()
+
+
+@pytest.mark.parametrize(
+    ("gpa", "access", "resolution"),
+    [
+        (0x5000, WRITE, "completed"),
+        (0x5000, EXECUTE, "completed"),
+        ((1 << 20) + 8, READ, "completed"),
+        ((1 << 20) + 8, WRITE, "mmio"),
+        ((1 << 20) - 4, WRITE, "mmio"),
+        ((2 << 20) - 4, READ, "mmio"),
+        (5 << 20, READ, "mmio"),
+    ],
+)
+def test_slots_alone_decide_without_ept(gpa: int, access: int, resolution: str) -> None:
+    vm = without_ept()
+    told = vm.walk(gpa, access)
+    assert (told.outcome, told.sentence, told.ept) == ("allowed", "allowed: EPT is off", ())
+    # paging off: the linear address is the GPA
+    vm.vcpus.set_vmcs(0, {"cr0": 0x33})
+    for at in ({"gpa": gpa}, {"gpa": None, "gva": gpa}, {"gpa": gpa}):
+        result = vm.access(AccessRequest(access=access, **at))  # type: ignore[arg-type]
+        assert result.resolution == resolution and result.allowed is (resolution == "completed")
+        assert (result.run is None) is result.allowed
+    records = np.array([[gpa, 8 | READ << 16], [gpa, 8 | access << 16]] * 3, dtype=np.uint64)
+    with vm.replay(ReplayOptions()) as replay:
+        replay.feed(TraceChunk(records, None, {}))
+        found = replay.finish()
+    reads = 3 if resolution == "mmio" and access == READ else 0
+    assert found.mmio == reads + (3 if resolution == "mmio" else 0)
+    assert found.writes == (3 if access == WRITE else 0)
+    assert vm.counters()["exits_ept_violation"] == 0
