@@ -145,12 +145,12 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     vcpu = m.vcpu_of_id[(word >> 32) & 0xFFFF]
     how = describe(word) | options[OPTION_CIRCUMSTANCES]
     list_all = options[OPTION_LIST_ALL]
-    if not ept.mode_of(m, vcpu) & ept.MODE_EPT:
-        return run_without_ept(m, gpa, word, index, gva, list_all, log, used, tally)
     q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if how == acc.PLAIN_WRITE else (0, 0)
     if q:
         ending, reason, at = res.VIOLATION, exits.EPT_VIOLATION, gpa
         fault.count_exit(tally, reason, q)
+    elif not ept.mode_of(m, vcpu) & ept.MODE_EPT:
+        return run_without_ept(m, gpa, word, index, gva, list_all, log, used, tally)
     else:
         ending, reason, q, denied, at = run.execute(
             m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all

@@ -162,8 +162,8 @@ MUTANTS = (
     Mutant(
         "no-ept-walks",
         "engine/trace/replay.py",
-        "if not ept.mode_of(m, vcpu) & ept.MODE_EPT:",
-        "if not ept.mode_of(m, vcpu) & ept.MODE_SPP:",
+        "elif not ept.mode_of(m, vcpu) & ept.MODE_EPT:",
+        "elif not ept.mode_of(m, vcpu) & ept.MODE_SPP:",
         "without EPT the slots alone decide",
         named(REPLAY, "grant_opens_the_sub_page_once") + named(KINDS, "slots_alone_decide_without_ept"),
         "run_record",
