@@ -4,10 +4,10 @@ A package that answers ioctls writes a module with ``ROWS`` and names it in ``IO
 the tables in ``ioctls.capabilities``.
 """
 
-from engine.ioctls import capabilities, system
+from engine.ioctls import capabilities, memory_slots, subpages, system
 from engine.ioctls.registry import Ioctl, Registry, Target
 from engine.ioctls.system import NewMachine
 
-IOCTLS = Registry((*system.ROWS, *capabilities.ROWS))
+IOCTLS = Registry((*system.ROWS, *capabilities.ROWS, *memory_slots.ROWS, *subpages.ROWS))
 
 __all__ = ["IOCTLS", "Ioctl", "NewMachine", "Registry", "Target"]

@@ -29,8 +29,8 @@ _HEX = r"^([0-9a-fA-F]{2})*$"
 _FIRST_DESCRIPTOR = 3
 _SET_FULL = "0020000000000000" + "01000000" + "00000000" + "ffffffff"
 _REQUEST = {"data": _SET_FULL}
-_REPLY = {"return": 1, "errno": None, "data": _SET_FULL, "memory": []}
-_CREATED = {"return": 3, "errno": None, "data": None, "memory": [], "vm": "vm_3f9c2a1be07d4c55"}
+_REPLY: dict[str, Any] = {"return": 1, "errno": None, "data": _SET_FULL, "memory": []}
+_CREATED: dict[str, Any] = {"return": 3, "errno": None, "data": None, "memory": [], "vm": "vm_3f9c2a1be07d4c55"}
 
 IoctlName = Annotated[
     str, Path(alias="name", description="Name of the ioctl.", examples=["KVM_SUBPAGES_SET_ACCESS"], max_length=64)
@@ -260,7 +260,7 @@ async def _machine_call(
         entry.machine.vcpu_position(vcpu)
     incoming = await _incoming(request, level, name, arg)
     config = entry.machine.config
-    if not IOCTLS.changes(level, name):
+    if not IOCTLS.changes(entry.machine, level, name):
         target = Target(config.profile, config.host, entry.machine, vcpu)
         return incoming.answer(IOCTLS.perform(target, incoming.call))
     async with entry.mutation() as machine:
