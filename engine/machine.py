@@ -201,6 +201,8 @@ class VirtualMachine:
 
     def enable_spp(self) -> None:
         """KVM_INIT_SPP: switch sub-page protection on; a second time does nothing."""
+        if self.config.profile == "kvm-latest" and birth.nested(self.config, default=False):
+            raise Conflict("sub-page protection excludes nesting", field="host.nested", value=True, errno="EPERM")
         if not self.config.host.supports_spp:
             raise Unsupported(
                 "sub-page protection needs an Intel host with EPT and SPP",
@@ -208,8 +210,6 @@ class VirtualMachine:
                 value=self.config.host.vendor,
                 errno="EINVAL" if self.config.profile == "kvm-2019" else "ENODEV",
             )
-        if self.config.profile == "kvm-latest" and birth.nested(self.config, default=False):
-            raise Conflict("sub-page protection excludes nesting", field="host.nested", value=True, errno="EPERM")
         if not self.spp_active:
             self.allocations.take(len(self._state.slots))
             with self._change() as draft:

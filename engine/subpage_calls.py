@@ -63,7 +63,7 @@ class SubpageCalls:
         with self._change() as draft:
             if whole or self._abi.set_with_hole == "applied":
                 trail = new_trail()
-                if not whole and self._abi.hole_after_mapped_returns_zero:
+                if before and not whole and self._abi.hole_after_mapped_returns_zero:
                     returns = 0 if partial_set.any_mapped(draft.machine, gfn, before, trail) else None
                 run_all(draft, before, lambda start: spp.set_maps(draft.machine, gfn, done, start, trail))
             else:
