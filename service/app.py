@@ -30,6 +30,7 @@ from service.api import (
     tables,
     traces,
     vcpus,
+    vm_capabilities,
     vms,
     walk,
 )
@@ -53,6 +54,7 @@ RESOURCES = (
     tables,
     vcpus,
     ioctls,
+    vm_capabilities,
     counters,
     capabilities,
     health,
