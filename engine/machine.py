@@ -199,6 +199,13 @@ class VirtualMachine:
         """Delete a memory slot with its SET maps and contents. Raises NotFound."""
         self.memory_slots.delete(slot)
 
+    def create_vcpu(self, vcpu: int) -> None:
+        """KVM_CREATE_VCPU. Raises InvalidValue for an id that cannot be, that is taken (EEXIST), or without room."""
+        grown = birth.with_vcpu(self.config, vcpu)
+        with self._change() as draft:
+            birth.admit_vcpus(draft, grown)
+        self.config = grown
+
     def enable_spp(self) -> None:
         """KVM_INIT_SPP: switch sub-page protection on; a second time does nothing."""
         if self.config.profile == "kvm-latest" and birth.nested(self.config, default=False):
