@@ -21,7 +21,8 @@ SLOT_GFN = 0
 SLOT_PAGES = 1
 SLOT_FLAGS = 2
 SLOT_ID = 3
-SLOT_WORDS = 4
+SLOT_LEVEL = 4  # of the leaf that maps one of its host pages
+SLOT_WORDS = 5
 
 SLOT_READ_ONLY = 1 << 1  # KVM_MEM_READONLY
 
@@ -83,7 +84,10 @@ def check_overlap(spec: SlotSpec, others: Iterable[SlotSpec]) -> None:
 
 def slot_table(specs: Iterable[SlotSpec]) -> NDArray[np.int64]:
     """int64[n, SLOT_WORDS], sorted by base GFN, as kernels look it up."""
-    rows = sorted((s.gfn, s.pages, SLOT_READ_ONLY if s.read_only else 0, s.slot) for s in specs)
+    rows = sorted(
+        (s.gfn, s.pages, SLOT_READ_ONLY if s.read_only else 0, s.slot, HOST_PAGE_SIZES.index(s.host_page_size) + 1)
+        for s in specs
+    )
     return np.array(rows, dtype=np.int64).reshape(len(rows), SLOT_WORDS)
 
 
