@@ -24,6 +24,7 @@ from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound, Tr
 from engine.head import config_from_head, config_to_head
 from engine.kvm import enabling, memory, protections, slot_changes, spp
 from engine.kvm import registers as reg
+from engine.kvm.host_memory import HostMemoryOperations
 from engine.kvm.protections import ProtectedObject, Protection
 from engine.kvm.slots import SlotSpec, check_overlap, first_page_without_slot, slot_table, writable_bytes
 from engine.store import Draft, FrameStore, Snapshot, blocks_of
@@ -96,6 +97,11 @@ class VirtualMachine:
     def tables(self) -> TableOperations:
         """Raw table entries, read and written."""
         return TableOperations(self.config, lambda: self._state.snapshot, self._change)
+
+    @property
+    def host_memory(self) -> HostMemoryOperations:
+        """What the host does to the memory behind the guest."""
+        return HostMemoryOperations(self.config, self._change)
 
     def slots(self) -> tuple[SlotSpec, ...]:
         """Memory slots in order of their number."""

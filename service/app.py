@@ -20,6 +20,7 @@ from service.api import (
     counters,
     exits,
     health,
+    host_memory,
     memory,
     memory_slots,
     problem_types,
@@ -54,6 +55,7 @@ RESOURCES = (
     counters,
     capabilities,
     health,
+    host_memory,
     problem_types,
 )
 
