@@ -105,7 +105,7 @@ def change_region(m, event, first, end, trail):
     changed = 0
     for page in range(first, end):
         changed += 1 if change_page(m, event, page, trail) else 0
-    if event == ZAP or event == SHRINK:
+    if event in (ZAP, SHRINK):
         ept_tables.release(m, first)
     if event == SHRINK:
         sppt_tables.free_region(m, first)
@@ -143,7 +143,7 @@ def change_everything(m, event):
 
 @dataclass(frozen=True, slots=True)
 class HostEvent:
-    """What an event did. ``leaves`` is how many leaf entries changed, None where all went; ``frames`` what was freed."""
+    """What an event did: ``leaves`` is how many leaf entries changed, None where all went; ``frames`` were freed."""
 
     event: str
     gfn: int | None

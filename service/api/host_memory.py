@@ -31,12 +31,12 @@ Event = Literal[
 ]
 
 _ABOUT = (
-    "Bitmaps, protections and contents stay; the next access faults and is mapped anew. `unmap` is a swap-out; `migrate` "
-    "gives each page another host frame; `remap-read-only` is a KSM merge: a write then gets a copy; `remap-writable` "
-    "undoes it; `write-protect` is what a dirty log does; `age` clears accessed flags, or takes the rights where the "
-    "processor has none; `split` and `collapse` change the size of host pages; `zap` drops mappings, `shrink` also the "
-    "SPPT, and frees the tables. `split`, `collapse` and `shrink` work on the whole 2-MByte regions that the pages are "
-    "in; `shrink` and `zap` without `gfn` on everything."
+    "Bitmaps, protections and contents stay; the next access faults and is mapped anew. `unmap` is a swap-out; "
+    "`migrate` gives each page another host frame; `remap-read-only` is a KSM merge: a write then gets a copy; "
+    "`remap-writable` undoes it; `write-protect` is what a dirty log does; `age` clears accessed flags, or takes the "
+    "rights where the processor has none; `split` and `collapse` change the size of host pages; `zap` drops mappings, "
+    "`shrink` also the SPPT, and frees the tables. `split`, `collapse` and `shrink` work on the whole 2-MByte regions "
+    "that the pages are in; `shrink` and `zap` without `gfn` on everything."
 )
 
 
