@@ -20,6 +20,7 @@ from service.api import (
     counters,
     exits,
     health,
+    host_memory,
     ioctls,
     memory,
     memory_slots,
@@ -58,6 +59,7 @@ RESOURCES = (
     counters,
     capabilities,
     health,
+    host_memory,
     problem_types,
 )
 

@@ -7,8 +7,10 @@ from engine.arch.words import positions
 from engine.cpu.guest_memory import ROOT_MEMORY
 
 # The word between these is the root of guest memory, which the processor reads too: ``cpu.guest_memory``.
-ROOT_EPT, ROOT_SPPT, ROOT_POLICY, ROOT_GRANTED = positions(4)
-SPP_ACTIVE, EPT_LEVELS = positions(2, int(ROOT_MEMORY) + 1)
+# SPPT_TREES is how many SPPTs KVM keeps: 0 before SPP is on; their roots are in the vCPU records. SPPT_EDITED says that
+# a client has stored an SPPT entry, after which the trees may differ.
+ROOT_EPT, SPPT_TREES, ROOT_POLICY, ROOT_GRANTED = positions(4)
+SPP_ACTIVE, EPT_LEVELS, ROOT_REGIONS, ROOT_HOST, NEXT_HOST_FRAME, SPPT_EDITED = positions(6, int(ROOT_MEMORY) + 1)
 
 # Which allocation of the host from now fails; 0: none.
 (FAIL_ALLOCATION,) = positions(1, 48)
@@ -34,6 +36,9 @@ COUNTERS = (
     "tlb_flushes",
     "exceptions",
     "stale_accesses",
+    "faults_split",
+    "emulated_writes",
+    "host_writes",
 )
 (
     RECORDS,
@@ -55,4 +60,7 @@ COUNTERS = (
     TLB_FLUSHES,
     EXCEPTIONS,
     STALE_ACCESSES,
+    SPLIT,
+    EMULATED,
+    HOST_WRITES,
 ) = range(len(COUNTERS))
