@@ -50,3 +50,25 @@ def write(m, root, gfn, word):
         node = child
         level -= 1
     write_word(m, node, gfn & INDEX_MASK, word)
+
+
+@kernel
+def next_leaf(m, root, gfn, end):
+    """First page from ``gfn`` on, below ``end``, whose word has a leaf node to be in; ``end`` where there is none.
+
+    What has no nodes is passed over at the level at which it has none, so a sparse tree of any width is soon searched.
+    """
+    top = read_word(m, STATE_FRAME, root)
+    at = gfn
+    while at < end and top != 0:
+        node = top
+        level = TREE_LEVELS - 1
+        while level > 0:
+            node = read_word(m, node, (at >> (INDEX_BITS * level)) & INDEX_MASK)
+            if node == 0:
+                break
+            level -= 1
+        if level == 0:
+            return at
+        at = ((at >> (INDEX_BITS * level)) + 1) << (INDEX_BITS * level)
+    return end

@@ -10,6 +10,10 @@ from engine.cpu.guest_memory import ROOT_MEMORY
 ROOT_EPT, ROOT_SPPT, ROOT_POLICY, ROOT_GRANTED = positions(4)
 SPP_ACTIVE, EPT_LEVELS = positions(2, int(ROOT_MEMORY) + 1)
 
+# Dirty tracking (``kvm.tracking``): the trees of written sub-pages and of KVM's log, what is tracked and how, the last
+# harvest and the last one that was acknowledged. ``ROOT_ACCESS`` is the tree of page access (``kvm.page_access``).
+ROOT_WRITTEN, ROOT_LOG, ROOT_ACCESS, DIRTY_MODE, HARVESTS, ACKNOWLEDGED = positions(6, 32)
+
 COUNTERS_AT = 64
 COUNTERS = (
     "records",
@@ -31,6 +35,8 @@ COUNTERS = (
     "tlb_flushes",
     "exceptions",
     "stale_accesses",
+    "dirty_faults",
+    "dirty_harvests",
 )
 (
     RECORDS,
@@ -52,4 +58,6 @@ COUNTERS = (
     TLB_FLUSHES,
     EXCEPTIONS,
     STALE_ACCESSES,
+    DIRTY_FAULTS,
+    DIRTY_HARVESTS,
 ) = range(len(COUNTERS))
