@@ -14,6 +14,9 @@ SPP_ACTIVE, EPT_LEVELS = positions(2, int(ROOT_MEMORY) + 1)
 # harvest and the last one that was acknowledged. ``ROOT_ACCESS`` is the tree of page access (``kvm.page_access``).
 ROOT_WRITTEN, ROOT_LOG, ROOT_ACCESS, DIRTY_MODE, HARVESTS, ACKNOWLEDGED = positions(6, 32)
 
+# Which allocation of the host from now fails; 0: none.
+(FAIL_ALLOCATION,) = positions(1, 48)
+
 COUNTERS_AT = 64
 COUNTERS = (
     "records",
