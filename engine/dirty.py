@@ -13,12 +13,12 @@ from engine.arch import controls as ctl
 from engine.arch import ept
 from engine.config import VmConfig, choices
 from engine.cpu import frames
-from engine.cpu.ept import TRAIL_ROWS
 from engine.cpu.page_log import INDEX_MASK, LOG_ENTRIES
 from engine.errors import Conflict, InvalidValue, NotEnabled, NotFound, Unsupported
 from engine.kvm import dirty_log, tracking
 from engine.kvm import registers as reg
-from engine.kvm.slots import SlotSpec
+from engine.kvm.slots import SlotSpec, key_of, slot_table
+from engine.steps import new_trail, run_all
 from engine.store import Draft, Snapshot
 
 TRACKING = ("off", "page", "subpage")
@@ -159,7 +159,7 @@ class DirtyOperations:
                 raise NotEnabled(
                     "sub-pages are tracked by sub-page protection; enable it first", field="tracking", value=level
                 )
-            self._empty_buffers(draft)
+            empty_buffers(draft, self._config)
             self._use_buffers(draft, method)
             mode = _register(draft.machine, reg.DIRTY_MODE) & tracking.SLOT_LOGS
             mode |= _LEVELS[level] | (tracking.BY_PML if method == "pml" else 0)
@@ -182,10 +182,9 @@ class DirtyOperations:
         if self.tracking().tracking == "off":
             raise Conflict("dirty tracking is switched on first", field="tracking", value="off", errno="ENOENT")
         with self._change() as draft:
-            self._empty_buffers(draft)
+            empty_buffers(draft, self._config)
             trail = new_trail()
-            _through(
-                draft, 0, self._end, lambda at: dirty_log.take_harvest(draft.machine, at, self._end, trail)
+            run_all(draft, self._end, lambda at: dirty_log.take_harvest(draft.machine, at, self._end, trail)
             )
             _store(draft.machine, reg.HARVESTS, _register(draft.machine, reg.HARVESTS) + 1)
             _count(draft.machine, reg.DIRTY_HARVESTS)
@@ -205,25 +204,22 @@ class DirtyOperations:
             _store(draft.machine, reg.ACKNOWLEDGED, harvest)
         return True
 
-    def take_log(self, slot: int) -> bytes:
+    def take_log(self, slot: int, address_space: int = 0) -> bytes:
         """KVM_GET_DIRTY_LOG: the bitmap of a slot, page n in bit n % 8 of byte n // 8, in whole 64-bit words.
 
         The log is empty afterwards and the pages are watched again. Raises NotFound (ENOENT) for a slot that is not
         there or has no log.
         """
-        spec = self._slots().get(slot)
+        spec = self._slots().get(key_of(slot, address_space))
         if spec is None or not spec.log_dirty:
             raise NotFound("the slot exists and has log_dirty", field="slot", value=slot)
         out = np.zeros((spec.pages + tracking.LOG_MASK) >> tracking.LOG_SHIFT, dtype=np.int64)
         if spec.address_space:
             return out.tobytes()
         with self._change() as draft:
-            self._empty_buffers(draft)
+            empty_buffers(draft, self._config)
             trail = new_trail()
-            _through(
-                draft,
-                0,
-                spec.pages,
+            run_all(draft, spec.pages,
                 lambda at: dirty_log.take_log(draft.machine, spec.gfn, at, spec.pages, out, trail),
             )
         return out.tobytes()
@@ -238,13 +234,7 @@ class DirtyOperations:
         return Harvest(gfns, masks.astype(np.uint32), number)
 
     def _clear(self, draft: Draft, kept: np.int64) -> None:
-        _through(draft, 0, self._end, lambda at: dirty_log.clear_written(draft.machine, at, self._end, kept))
-
-    def _empty_buffers(self, draft: Draft) -> None:
-        for position in range(len(self._config.vcpus)):
-            draft.ensure(frames.RESERVE + 10 * LOG_ENTRIES)
-            if _register(draft.machine, reg.DIRTY_MODE) & tracking.BY_PML:
-                dirty_log.empty_buffer(draft.machine, position)
+        run_all(draft, self._end, lambda at: dirty_log.clear_written(draft.machine, at, self._end, kept))
 
     def _use_buffers(self, draft: Draft, method: str) -> None:
         """Give every vCPU a page-modification log, or take it away."""
@@ -307,6 +297,19 @@ class DirtyOperations:
         return next((spec for spec in every if spec.gfn <= gfn < spec.gfn + spec.pages), None)
 
 
+def empty_buffers(draft: Draft, config: VmConfig, slots: Mapping[int, SlotSpec] | None = None) -> None:
+    """Take note of what the processors logged; ``slots`` are those it was logged under, if they are about to change."""
+    if not _register(draft.machine, reg.DIRTY_MODE) & tracking.BY_PML:
+        return
+    after = draft.machine.slots
+    if slots is not None:
+        draft.machine = draft.machine._replace(slots=slot_table(slots.values()))
+    for position in range(len(config.vcpus)):
+        draft.ensure(10 * LOG_ENTRIES)
+        dirty_log.empty_buffer(draft.machine, position)
+    draft.machine = draft.machine._replace(slots=after)
+
+
 def slot_changed(draft: Draft, slots: Mapping[int, SlotSpec], old: SlotSpec | None, new: SlotSpec) -> None:
     """After a slot came or changed: its log begins empty, ends with the flag, and its pages are watched or no longer.
 
@@ -319,8 +322,7 @@ def slot_changed(draft: Draft, slots: Mapping[int, SlotSpec], old: SlotSpec | No
     if had:
         out = np.zeros((new.pages + tracking.LOG_MASK) >> tracking.LOG_SHIFT, dtype=np.int64)
         trail = new_trail()
-        _through(
-            draft, 0, new.pages, lambda at: dirty_log.take_log(draft.machine, new.gfn, at, new.pages, out, trail)
+        run_all(draft, new.pages, lambda at: dirty_log.take_log(draft.machine, new.gfn, at, new.pages, out, trail)
         )
     watch_slot(draft, new)
 
@@ -337,22 +339,8 @@ def watch_slot(draft: Draft, spec: SlotSpec) -> None:
     """Bring the mapped pages of a slot in line with what is tracked."""
     trail = new_trail()
     if not spec.address_space:
-        _through(
-            draft, 0, spec.pages, lambda at: dirty_log.watch_mapped(draft.machine, spec.gfn, at, spec.pages, trail)
+        run_all(draft, spec.pages, lambda at: dirty_log.watch_mapped(draft.machine, spec.gfn, at, spec.pages, trail)
         )
-
-
-def new_trail() -> NDArray[np.int64]:
-    """Scratch for a walk."""
-    return np.zeros((TRAIL_ROWS, 4), dtype=np.int64)
-
-
-def _through(draft: Draft, start: int, end: int, step: Callable[[int], int]) -> None:
-    """Run a kernel that stops when frames run out until it reaches ``end``."""
-    at = start
-    while at < end:
-        draft.ensure()
-        at = int(step(at))
 
 
 def _register(machine: frames.Machine, position: np.int64) -> int:

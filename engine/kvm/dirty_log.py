@@ -178,11 +178,3 @@ def watch_mapped(m, gfn, start, pages, trail):
         watch_again(m, at, trail)
         at += 1
     return pages
-
-
-@kernel
-def drop_page(m, gfn):
-    """Forget what was noted of a page that is gone; an outstanding harvest is what it was."""
-    if tracking.mode(m) != 0:
-        tracking.store_written(m, gfn, NOTHING)
-        tracking.store_logged(m, gfn, NOTHING)

@@ -35,6 +35,7 @@ HARVESTED_SHIFT = 32
 LOG_SHIFT = 6
 LOG_MASK = 63
 
+NOTHING = np.int64(0)
 ONE = np.int64(1)
 EVERYTHING = np.int64(FULL_ACCESS)
 
@@ -172,3 +173,17 @@ def note_host_write(m, gpa, size):
             note_log(m, at >> 12, slot)
             note_written(m, at >> 12, sppt.touched(at, part))
         at += part
+
+
+@kernel
+def forget_page(m, gfn):
+    """Forget what was noted of a page that is gone; an outstanding harvest is what it was."""
+    if mode(m) != 0:
+        store_written(m, gfn, NOTHING)
+        store_logged(m, gfn, NOTHING)
+
+
+@kernel
+def anything_noted(m, gfn):
+    """Whether something may have been noted in the 2-MByte region of a page."""
+    return radix.leaf_of(m, reg.ROOT_WRITTEN, gfn) != 0 or radix.leaf_of(m, reg.ROOT_LOG, gfn >> LOG_SHIFT) != 0
