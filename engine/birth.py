@@ -9,8 +9,9 @@ from engine.arch import ept
 from engine.arch.words import signed
 from engine.config import VmConfig
 from engine.cpu import frames
-from engine.kvm import mapping
+from engine.kvm import mapping, sppt_tables
 from engine.kvm import registers as reg
+from engine.kvm.profile import profile_of
 from engine.store import Draft, FrameStore
 
 # A 64-bit guest with paging on, as the selftests leave one.
@@ -28,8 +29,12 @@ def new_store(config: VmConfig) -> FrameStore:
     caps[frames.CAP_EPT_VPID] = signed(config.host.capability("ept_vpid_cap"))
     caps[frames.CAP_SECONDARY_ALLOWED] = config.host.secondary_allowed
     caps[frames.CAP_TERTIARY_ALLOWED] = signed(config.host.capability("procbased_ctls3"))
-    caps[frames.CAP_FILL_IN_SET] = config.profile == "kvm-2019"
-    caps[frames.CAP_REGION_FILL] = config.profile == "kvm-latest"
+    profile = profile_of(config.profile)
+    trees = len(config.vcpus) if profile.sppt_per_vcpu else 1
+    caps[frames.CAP_KVM] = profile.caps()
+    caps[frames.CAP_SAVED_SHIFT] = profile.saved_shift
+    caps[frames.CAP_SPPT_TREES] = trees
+    caps[frames.CAP_RESERVE] = frames.RESERVE + frames.RESERVE_PER_SPPT * (trees - 1)
     caps[frames.CAP_FAST_PATH] = config.translation_cache == "off"
     ids = np.full(max(v.id for v in config.vcpus) + 1, -1, dtype=np.int64)
     for position, vcpu in enumerate(config.vcpus):
@@ -40,7 +45,7 @@ def new_store(config: VmConfig) -> FrameStore:
 
 def build(draft: Draft, config: VmConfig) -> None:
     """Frame 0, one frame a vCPU, and the EPT root."""
-    draft.ensure(len(config.vcpus) + frames.RESERVE)
+    draft.ensure(len(config.vcpus))
     m = draft.machine
     frames.new_frame(m, frames.STATE)
     for _ in config.vcpus:
@@ -52,7 +57,7 @@ def build(draft: Draft, config: VmConfig) -> None:
     if config.host.capability("ept_vpid_cap") & ept.CAP_ACCESSED_DIRTY:
         eptp |= ept.EPTP_ACCESSED_DIRTY
     secondary = ctl.SECONDARY_EPT | ctl.SECONDARY_VPID | ctl.SECONDARY_UNRESTRICTED
-    if config.host.supports_spp and config.profile == "kvm-2019":
+    if config.host.supports_spp and profile_of(config.profile).control_from_birth:
         secondary |= ctl.SECONDARY_SPP
     for position in range(len(config.vcpus)):
         first = {
@@ -72,14 +77,9 @@ def build(draft: Draft, config: VmConfig) -> None:
 def load_sppt(draft: Draft, config: VmConfig) -> None:
     """Load SPPTP into every vCPU; later series switch the control on only now."""
     m = draft.machine
-    root = int(frames.address_of(m, frames.read_word(m, frames.STATE_FRAME, reg.ROOT_SPPT)))
     for position in range(len(config.vcpus)):
         frame = frames.FIRST_VCPU_FRAME + position
-        frames.write_word(m, frame, ctl.V_SPPTP, root)
+        root = sppt_tables.root_frame(m, sppt_tables.tree_of(m, position))
+        frames.write_word(m, frame, ctl.V_SPPTP, frames.address_of(m, root))
         secondary = int(frames.read_word(m, frame, ctl.V_SECONDARY)) | ctl.SECONDARY_SPP
         frames.write_word(m, frame, ctl.V_SECONDARY, secondary)
-
-
-def nested(config: VmConfig, *, default: bool) -> bool:
-    """Whether the host allows nesting; unset, it is as the profile has it with sub-page protection."""
-    return default if config.host.nested is None else config.host.nested

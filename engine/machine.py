@@ -22,9 +22,9 @@ from engine.arch import access as acc
 from engine.config import VmConfig
 from engine.cpu import explain, frames
 from engine.dirty import DirtyOperations
-from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound, TraceError, Unsupported
+from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound, TraceError
 from engine.head import config_from_head, config_to_head
-from engine.kvm import memory, protections, spp, tracking
+from engine.kvm import enabling, memory, protections, spp, tracking
 from engine.kvm import registers as reg
 from engine.kvm.protections import ProtectedObject, Protection
 from engine.kvm.slots import SlotSpec, first_page_without_slot, slot_table, writable_bytes
@@ -215,18 +215,11 @@ class VirtualMachine:
 
     def enable_spp(self) -> None:
         """KVM_INIT_SPP: switch sub-page protection on; a second time does nothing."""
-        if not self.config.host.supports_spp:
-            raise Unsupported(
-                "sub-page protection needs an Intel host with EPT and SPP",
-                field="host",
-                value=self.config.host.vendor,
-                errno="EINVAL" if self.config.profile == "kvm-2019" else "ENODEV",
-            )
-        if self.config.profile == "kvm-latest" and birth.nested(self.config, default=False):
-            raise Conflict("sub-page protection excludes nesting", field="host.nested", value=True, errno="EPERM")
+        enabling.check(self.config)
         if not self.spp_active:
             self.allocations.take(len(self._state.slots))
             with self._change() as draft:
+                draft.ensure(len(self.config.vcpus))
                 spp.enable(draft.machine)
                 birth.load_sppt(draft, self.config)
 

@@ -14,6 +14,7 @@ MMIO = 6
 INTERNAL_ERROR = 7
 COMPLETED = 8
 EXCEPTION = 9  # no VM exit: the guest takes an exception of its own
+RUN_FAILED = 10  # KVM_RUN itself fails
 
 # Set beside a resolution: a cached translation decided, and the tables would have given another answer.
 STALE = 1 << 8
@@ -29,4 +30,5 @@ RESOLUTION_NAMES = (
     "internal-error",
     "completed",
     "exception",
+    "run-failed",
 )

@@ -5,14 +5,13 @@ An access is split at page ends, low page first; nothing lands and no flag is se
 
 from engine.arch import ept as bits
 from engine.arch import exits
-from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import decision, ept, fastpath, mmu, sppt, tlb, ve
 from engine.cpu.frames import CAP_FAST_PATH
 from engine.jit import kernel
 from engine.kvm import layers
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
-from engine.kvm.fault import count_exit, handle_exit
+from engine.kvm.fault import block_nmis, count_exit, handle_exit
 
 # Entries that a read or a fetch leaves as they are.
 SETTLED = bits.READ | bits.EXECUTE | bits.ACCESSED
@@ -78,8 +77,8 @@ def remember(m, gpa, dirty, trail):
         return
     writable = 0
     mask = layers.effective(m, gpa >> 12)
-    if dirty and rights & bits.WRITE and mask == FULL_ACCESS:
-        writable = FULL_ACCESS
+    if dirty and rights & bits.WRITE:
+        writable = mask  # where that is not all, a write that goes through against the map is counted
     elif dirty and trail[ept.TRAIL_COUNTS, 1] == 4 and sppt.gather(trail[ept.TRAIL_SPPT + 3, 3]) == mask:
         writable = mask
     fastpath.remember(m, gpa >> 12, writable)
@@ -133,6 +132,7 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
                 tally[reg.EXCEPTIONS] += 1
                 return res.EXCEPTION | stale, reason, qualification, denied, at
         count_exit(tally, reason, qualification)
+        block_nmis(m, vcpu, how, qualification)
         resolution = handle_exit(m, vcpu, at, reason, qualification, trail, tally)
         count += 1
         tlb.transition(m, vcpu)

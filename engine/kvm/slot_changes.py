@@ -1,17 +1,17 @@
 """What deleting and moving a memory slot does to what hangs on its pages (kvm-spp 2.4).
 
 SET maps, grants and contents follow the slot: they die with it and move by offset when it moves. Protections are by
-GPA and stay. Mappings are dropped; the next touch makes new ones.
+GPA and stay. Mappings and what is known of the host's pages are dropped; the next touch makes new ones.
 """
 
 import numpy as np
 
-from engine.cpu import ept, radix
+from engine.cpu import radix
 from engine.cpu.frames import ample
 from engine.cpu.guest_memory import ROOT_MEMORY
 from engine.jit import kernel
-from engine.kvm import layers, mapping, memory
-from engine.kvm.registers import ROOT_GRANTED, ROOT_POLICY
+from engine.kvm import host_state, layers, mapping, memory, regions
+from engine.kvm.registers import ROOT_GRANTED, ROOT_HOST, ROOT_POLICY
 
 REGION = 512
 NOTHING = np.int64(0)
@@ -29,8 +29,9 @@ def region_is_empty(m, gfn, trail):
     """Whether nothing was ever said or mapped in the 2-MByte region of a page."""
     if radix.leaf_of(m, ROOT_POLICY, gfn) or radix.leaf_of(m, ROOT_MEMORY, gfn) or radix.leaf_of(m, ROOT_GRANTED, gfn):
         return False
-    outcome, level, _, _ = ept.walk(m, mapping.ept_pointer(m), mapping.NO_MODE, gfn << 12, trail)
-    return outcome == ept.NOT_PRESENT and level > 1
+    if radix.leaf_of(m, ROOT_HOST, gfn) or regions.word(m, gfn, 2):
+        return False
+    return mapping.nothing_mapped(m, gfn, trail)
 
 
 @kernel
@@ -53,7 +54,9 @@ def drop_pages(m, gfn, pages, start, trail):
             layers.store_policy(m, at, NOTHING, layers.protected(m, at))
             layers.store_granted(m, at, NOTHING)
             memory.drop_page(m, at)
+            host_state.forget(m, at)
             at += 1
+        mapping.drop_region(m, stop - 1)
     return pages
 
 

@@ -21,7 +21,8 @@ SLOT_GFN = 0
 SLOT_PAGES = 1
 SLOT_FLAGS = 2
 SLOT_ID = 3
-SLOT_WORDS = 4
+SLOT_LEVEL = 4  # of the leaf that maps one of its host pages
+SLOT_WORDS = 5
 
 SLOT_LOG_DIRTY = 1 << 0  # KVM_MEM_LOG_DIRTY_PAGES
 SLOT_READ_ONLY = 1 << 1  # KVM_MEM_READONLY
@@ -120,7 +121,11 @@ def check_overlap(spec: SlotSpec, others: Iterable[SlotSpec]) -> None:
 
 def slot_table(specs: Iterable[SlotSpec]) -> NDArray[np.int64]:
     """int64[n, SLOT_WORDS] of address space 0, sorted by base GFN, as kernels look it up."""
-    rows = sorted((s.gfn, s.pages, s.flags, s.slot) for s in specs if s.address_space == 0)
+    rows = sorted(
+        (s.gfn, s.pages, s.flags, s.slot, HOST_PAGE_SIZES.index(s.host_page_size) + 1)
+        for s in specs
+        if s.address_space == 0
+    )
     return np.array(rows, dtype=np.int64).reshape(len(rows), SLOT_WORDS)
 
 

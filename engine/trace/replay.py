@@ -114,7 +114,7 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     tally[reg.STALE_ACCESSES] += ending != resolution
     refused = resolution == res.VIOLATION and denied != 0
     guarded = access == acc.WRITE and (refused or in_protected_page(m, gpa, word & 0xFFFF))
-    if resolution == res.VIOLATION or resolution == res.INTERNAL_ERROR:
+    if resolution == res.VIOLATION or resolution == res.INTERNAL_ERROR or resolution == res.RUN_FAILED:
         run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
         if resolution == res.VIOLATION:
             tally[reg.VIOLATIONS] += 1
@@ -131,8 +131,10 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
         tally[reg.MMIO] += resolution == res.MMIO
         if list_all:
             run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
-    elif resolution == res.COMPLETED and ending != resolution:
-        run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
+    elif resolution == res.COMPLETED:
+        if ending != resolution:
+            run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
+        tally[reg.UNENFORCED] += guarded and layers.refuses(m, gpa, word & 0xFFFF)
     tally[reg.PAGE_GRANULAR] += guarded
     tally[reg.WRITES] += access == acc.WRITE
     return DONE

@@ -81,6 +81,8 @@ class AccessResult:
     """``allowed``: the processor let it through. ``lands``: a write took effect, allowed or by the caller's choice.
 
     ``resolution`` is how it ended; ``exits`` every exit on the way; ``run`` what user space sees, None if nothing.
+    ``unenforced``: a write that a map refuses went through all the same, as it does in a larger page that the first
+    series maps.
     """
 
     allowed: bool
@@ -89,6 +91,7 @@ class AccessResult:
     exits: ExitColumns
     run: UserExit | None
     data: bytes | None = None
+    unenforced: bool = False
 
     def without_effect(self) -> AccessResult:
         """The same, but no byte landed: part of the access is not in writable guest memory."""
@@ -102,13 +105,15 @@ class AccessResult:
 def access_result(request: AccessRequest, result: TraceResult, profile: str) -> AccessResult:
     """Read the outcome of a one-record replay that listed every exit."""
     exits = result.exit_columns
-    last = int(exits.column("resolution")[-1]) if len(exits) else res.COMPLETED
-    if last <= res.LAST_INTERNAL:
-        last = res.COMPLETED
+    ended = np.flatnonzero(exits.column("resolution") > res.LAST_INTERNAL)  # after a grant, KVM maps the page anew
+    ending = int(ended[-1]) if len(ended) else -1
+    last = int(exits.column("resolution")[ending]) if len(ended) else res.COMPLETED
     granted = last == res.VIOLATION and request.on_violation == "grant"
     allowed = last == res.COMPLETED or (granted and result.stopped_at is None)
     lands = allowed or (last == res.VIOLATION and request.on_violation == "allow")
     run = None
     if last != res.COMPLETED:
-        run = user_exit(last, int(exits.column("reason")[-1]), int(exits.column("gpa")[-1]), profile)
-    return AccessResult(allowed, lands, res.RESOLUTION_NAMES[last], exits, run)
+        run = user_exit(last, int(exits.column("reason")[ending]), int(exits.column("gpa")[ending]), profile)
+    return AccessResult(
+        allowed, lands, res.RESOLUTION_NAMES[last], exits, run, unenforced=result.unenforced_writes != 0
+    )
