@@ -79,8 +79,9 @@ class SlotOperations:
         spec.validate_width(self._config.maxphyaddr)
         slots = {**state.slots, spec.key: spec}
         with self._change(since=state, slots=slots) as draft:
-            if known is not None and not spec.address_space and known.gpa != spec.gpa:
+            if known is not None:
                 dirty.empty_buffers(draft, self._config, state.slots)
+            if known is not None and not spec.address_space and known.gpa != spec.gpa:
                 _move(draft, known, spec)
             dirty.slot_changed(draft, slots, known, spec)
 

@@ -16,9 +16,11 @@ import numpy as np
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import radix, sppt
 from engine.cpu.decision import page_part
-from engine.cpu.frames import CAP_FILL_IN_SET, STATE_FRAME, read_word
+from engine.cpu.frames import CAP_KVM, STATE_FRAME, read_word
 from engine.jit import kernel
+from engine.kvm import layers
 from engine.kvm import registers as reg
+from engine.kvm.profile import KVM_SAVED_BIT
 from engine.kvm.slots import SLOT_FLAGS, SLOT_LOG_DIRTY, find_slot
 
 # Bits of register DIRTY_MODE: what the written map is kept of, how whole pages are watched, whether a slot has a log.
@@ -117,9 +119,16 @@ def unseen(m, gfn, slot, mask):
 
 
 @kernel
+def permitted(m, gfn, slot):
+    """Sub-pages that the hardware may write by itself: allowed, and nothing is left to note about them."""
+    mask = layers.effective(m, gfn)
+    return mask & ~unseen(m, gfn, slot, mask)
+
+
+@kernel
 def saved(m, gfn, slot, mask):
     """Whether an armed leaf keeps bit 61 in its saved bit, so that the next write tells KVM's log (v11)."""
-    if mask == FULL_ACCESS or m.caps[CAP_FILL_IN_SET] or mode(m) & BY_PML:
+    if mask == FULL_ACCESS or not m.caps[CAP_KVM] & KVM_SAVED_BIT or mode(m) & BY_PML:
         return False
     return log_waits(m, gfn, slot)
 
@@ -150,6 +159,42 @@ def note_written(m, gfn, mask):
         store_written(m, gfn, written(m, gfn) | mask)
     elif state & TRACK_PAGES:
         store_written(m, gfn, EVERYTHING)
+
+
+@kernel
+def note_fault(m, gfn, slot, mask):
+    """A write faults on a page that is not mapped, or that KVM itself forbids to write: it gets permission now.
+
+    What is written is not known, and for a page that is protected in part not even whether anything will be. KVM's
+    later log notes such a page all the same; the first series never faults for it.
+    """
+    state = mode(m)
+    if state == 0 or state & BY_PML:
+        return
+    if mask == FULL_ACCESS:
+        note_log(m, gfn, slot)
+        if state & TRACK_PAGES:
+            store_written(m, gfn, EVERYTHING)
+    elif m.caps[CAP_KVM] & KVM_SAVED_BIT:
+        note_log(m, gfn, slot)
+
+
+@kernel
+def note_refused(m, gfn, slot, mask, denied):
+    """A write was refused by an armed page, of whose map ``denied`` names the sub-pages that were closed.
+
+    Returns whether the logs alone had closed them: they are noted then, and may be opened. A write that sub-page
+    permissions do not serve (``denied`` is 0) opens the whole page, where no policy protects a part of it.
+    """
+    state = mode(m)
+    if state == 0 or denied & ~mask or not watched(m, slot):
+        return False
+    if denied == 0 and mask != FULL_ACCESS:
+        return False
+    note_written(m, gfn, denied if denied else EVERYTHING)
+    if mask == FULL_ACCESS and not state & BY_PML:
+        note_log(m, gfn, slot)
+    return True
 
 
 @kernel
