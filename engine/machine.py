@@ -276,7 +276,9 @@ class VirtualMachine:
                 replay.feed(TraceChunk(request.record(), request.gvas(), {}))
             except TraceError as error:
                 raise InvalidValue(error.rule, field=error.field, value=error.value) from None
-            result = access_result(request, replay.result(), self.config.profile)
+            result = access_result(
+                request, replay.result(), self.config.profile, granted=bool(replay.tally[reg.GRANTS])
+            )
             if result.lands and not result.allowed and not writable_bytes(draft.machine, request.gpa, request.size):
                 result = result.without_effect()
             if result.lands and request.data:

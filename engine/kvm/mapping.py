@@ -298,6 +298,8 @@ def rearm(m, gfn, trail):
     found, level, table, index, entry = find_leaf(m, gfn, trail)
     if not found or level != 1 or entry & LOCKLESS_WRITABLE != LOCKLESS_WRITABLE:
         return
+    if page_rights.lacking(m, gfn) & bits.READ:
+        return
     slot = find_slot(m, gfn)
     if slot >= 0 and tracking.watched(m, slot):
         watch_page(m, gfn, slot, trail)

@@ -45,7 +45,7 @@ def store_rights(m, rows, start, trail):
         if not ample(m):
             return i
         gfn = rows[i, ROW_GFN]
+        mapping.unmap_page(m, gfn, trail)
         page_rights.store(m, gfn, bits.RIGHTS & ~rows[i, ROW_RIGHTS])
         spp.set_map(m, gfn, rows[i, ROW_MAP], trail)
-        mapping.unmap_page(m, gfn, trail)
     return rows.shape[0]

@@ -102,18 +102,18 @@ class AccessResult:
         return replace(self, data=data)
 
 
-def access_result(request: AccessRequest, result: TraceResult, profile: str) -> AccessResult:
-    """Read the outcome of a one-record replay that listed every exit."""
+def access_result(request: AccessRequest, result: TraceResult, profile: str, *, granted: bool) -> AccessResult:
+    """Read the outcome of a one-record replay that listed every exit; ``granted``: a grant opened what it needs."""
     exits = result.exit_columns
     ended = np.flatnonzero(exits.column("resolution") > res.LAST_INTERNAL)  # after a grant, KVM maps the page anew
     ending = int(ended[-1]) if len(ended) else -1
     last = int(exits.column("resolution")[ending]) if len(ended) else res.COMPLETED
-    granted = last == res.VIOLATION and request.on_violation == "grant"
-    allowed = last == res.COMPLETED or (granted and result.stopped_at is None)
+    allowed = last == res.COMPLETED or (granted and last == res.VIOLATION)
     lands = allowed or (last == res.VIOLATION and request.on_violation == "allow")
     run = None
     if last != res.COMPLETED:
-        run = user_exit(last, int(exits.column("reason")[ending]), int(exits.column("gpa")[ending]), profile)
+        reason, gpa, qualification = (int(exits.column(name)[ending]) for name in ("reason", "gpa", "qualification"))
+        run = user_exit(last, reason, gpa, profile, qualification=qualification)
     return AccessResult(
         allowed, lands, res.RESOLUTION_NAMES[last], exits, run, unenforced=result.unenforced_writes != 0
     )

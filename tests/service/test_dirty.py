@@ -284,8 +284,9 @@ def test_what_cannot_be_tracked(make_vm: Callable[..., str], client: ContractCli
     track(client, plain, "page")
     write(client, plain, 0x2000)
     assert pages(harvest(client, plain)) == {2: 0xFFFF_FFFF}
-    for host in ({"vmx_capabilities": {"procbased_ctls2": "0x7ddffff00000000"}}, {"vmx_capabilities": {"ept_vpid_cap": "0x6334141"}}):
-        reply = client.put(f"{make_vm(host=host)}/dirty", json={"tracking": "page", "method": "pml"})
+    for name, value in (("procbased_ctls2", "0x7ddffff00000000"), ("ept_vpid_cap", "0xf01061341c1")):
+        lacking = make_vm(host={"vmx_capabilities": {name: value}})
+        reply = client.put(f"{lacking}/dirty", json={"tracking": "page", "method": "pml"})
         assert reply.status_code == 409 and reply.json()["field"] == "method", reply.text
     used = make_vm()
     secondary = int(client.get(f"{used}/vcpus/0/vmcs").json()["secondary_controls"], 16)
