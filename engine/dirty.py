@@ -146,7 +146,8 @@ class DirtyOperations:
 
         ``level`` off, page or subpage: what is noted of a write to any slot until the next harvest. ``method`` is how
         writes to whole pages are noticed, for KVM's log as well. What was noted and not harvested is forgotten when
-        tracking is switched off; an outstanding harvest stays. Raises NotEnabled for sub-pages without SPP, and
+        tracking is switched off, and taken for whole pages when it goes from sub-pages to pages; an outstanding
+        harvest stays. Raises NotEnabled for sub-pages without SPP, and
         Unsupported for a page-modification log that the host has not.
         """
         choices(level, TRACKING, "tracking")
@@ -166,6 +167,8 @@ class DirtyOperations:
             _store(draft.machine, reg.DIRTY_MODE, mode)
             if level == "off":
                 self._clear(draft, _UPPER)
+            if level == "page":
+                run_all(draft, self._end, lambda at: dirty_log.widen_written(draft.machine, at, self._end))
             for spec in self._slots().values():
                 watch_slot(draft, spec)
         return Tracking(level, method)

@@ -85,6 +85,23 @@ def clear_written(m, start, end, kept):
 
 
 @kernel
+def widen_written(m, start, end):
+    """Take a page of which any part was written for written whole, as one is while whole pages are tracked."""
+    at = start
+    while True:
+        at = radix.next_leaf(m, reg.ROOT_WRITTEN, at, end)
+        if at >= end:
+            return end
+        if not ample(m):
+            return at
+        stop = min(end, (at | (LEAF_PAGES - 1)) + 1)
+        while at < stop:
+            if tracking.written(m, at):
+                tracking.store_written(m, at, tracking.EVERYTHING)
+            at += 1
+
+
+@kernel
 def take_log(m, gfn, start, pages, out, trail):
     """Move KVM's log of a slot's pages into the bitmap ``out`` (int64 words, bit n = page n of the slot) and clear it.
 

@@ -229,6 +229,9 @@ class Model:
         self.tracking, self.method = tracking, method
         if tracking == "off":
             self.written.clear()
+        if tracking == "page":
+            for gfn in self.by_page(self.written):
+                self.written |= set(range(gfn * PER_PAGE, (gfn + 1) * PER_PAGE))
 
     def harvest(self) -> tuple[int, dict[int, int]]:
         if not self.harvests:

@@ -21,7 +21,9 @@ Operation = tuple[Any, ...]
 FIRST, LAST = 500, 523
 KINDS = ("set_slot", "delete_slot", "set_map", "protect", "unprotect", "write", "replay", "access")
 DIRTY = ("track", "harvest", "acknowledge", "take_log", "page_access")
-WEIGHTED = (*KINDS, *DIRTY, "set_map", "protect", "replay", "replay", "replay", "replay", "access", "harvest", "acknowledge")
+# Slots come often, so that the rest has something to work on.
+OFTEN = ("set_slot", "set_slot", "set_map", "protect", "replay", "replay", "replay", "replay", "access", "harvest")
+WEIGHTED = (*KINDS, *DIRTY, *OFTEN, "acknowledge", "take_log")
 ON_VIOLATION = ("skip", "stop", "allow", "grant")
 MASKS = (0, 0xFFFF_FFFF, 0xFFFF_FFFE, 0x7FFF_FFFF, 0x0F0F_F00F, 1)
 TRACKING = ("off", "page", "subpage", "subpage")
@@ -43,7 +45,7 @@ def operation(draw: Draw) -> Operation:
     kind = WEIGHTED[draw(0, len(WEIGHTED) - 1)]
     match kind:
         case "set_slot":
-            return kind, draw(0, 2), draw(FIRST, LAST), (4, 4, 9)[draw(0, 2)], draw(0, 4) == 0, draw(0, 1) == 0
+            return kind, draw(0, 2), draw(FIRST, LAST), (9, 9, 4)[draw(0, 2)], draw(0, 9) == 0, draw(0, 1) == 0
         case "delete_slot":
             return kind, draw(0, 2)
         case "set_map":
