@@ -16,13 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import birth
+from engine.access import AccessOperations
 from engine.allocations import Allocations
 from engine.arch import access as acc
 from engine.config import VmConfig
 from engine.cpu import explain, frames
+from engine.dirty import DirtyOperations
 from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound
 from engine.head import config_from_head, config_to_head
-from engine.kvm import enabling, memory, protections, spp
+from engine.kvm import enabling, memory, protections, spp, tracking
 from engine.kvm import registers as reg
 from engine.kvm.host_memory import HostMemoryOperations
 from engine.kvm.protections import ProtectedObject, Protection
@@ -105,6 +107,16 @@ class VirtualMachine:
     def memory_slots(self) -> SlotOperations:
         """Memory slots: made, moved, changed, deleted."""
         return SlotOperations(self.config, lambda: self._state, self._change)
+
+    @property
+    def dirty(self) -> DirtyOperations:
+        """What was written: looked at, harvested, read as KVM's log."""
+        return DirtyOperations(self.config, lambda: self._state.slots, lambda: self._state.snapshot, self._change)
+
+    @property
+    def page_access(self) -> AccessOperations:
+        """Read, write and execute of whole pages, paired with the write bitmap."""
+        return AccessOperations(self.config, lambda: self.spp_active, lambda: self._state.snapshot, self._change)
 
     @property
     def subpage_calls(self) -> SubpageCalls:
@@ -257,7 +269,7 @@ class VirtualMachine:
         state = self._state
         self._check_bytes(state.snapshot.machine, gpa, len(data), "body")
         with self._change(since=state) as draft:
-            _write(draft, gpa, data)
+            _write_from_host(draft, gpa, data)
 
     def access(self, request: AccessRequest) -> AccessResult:
         """One guest access, executed."""
@@ -471,6 +483,20 @@ def _set_range(draft: Draft, item: SubpageRange) -> None:
 def _write(draft: Draft, gpa: int, data: bytes) -> None:
     array = np.frombuffer(data, dtype=np.uint8)
     run_all(draft, len(array), lambda done: done + memory.write_page(draft.machine, gpa + done, array[done:]))
+
+
+def _write_from_host(draft: Draft, gpa: int, data: bytes) -> None:
+    """Store bytes that no processor wrote: the dirty logs are told."""
+    _write(draft, gpa, data)
+    step = 1 << 16
+    count = -(-len(data) // step)
+
+    def note(done: int) -> int:
+        begin = done * step
+        tracking.note_host_write(draft.machine, gpa + begin, min(step, len(data) - begin))
+        return done + 1
+
+    run_all(draft, count, note)
 
 
 def _count(draft: Draft, tally: NDArray[np.int64]) -> None:

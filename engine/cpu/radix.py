@@ -66,6 +66,28 @@ def write(m, root, gfn, word):
 
 
 @kernel
+def next_leaf(m, root, gfn, end):
+    """First page from ``gfn`` on, below ``end``, whose word has a leaf node to be in; ``end`` where there is none.
+
+    What has no nodes is passed over at the level at which it has none, so a sparse tree of any width is soon searched.
+    """
+    top = read_word(m, STATE_FRAME, root)
+    at = gfn
+    while at < end and top != 0:
+        node = top
+        level = TREE_LEVELS - 1
+        while level > 0:
+            node = read_word(m, node, (at >> (INDEX_BITS * level)) & INDEX_MASK)
+            if node == 0:
+                break
+            level -= 1
+        if level == 0:
+            return at
+        at = ((at >> (INDEX_BITS * level)) + 1) << (INDEX_BITS * level)
+    return end
+
+
+@kernel
 def clear(m, root, gfn):
     """Store 0 for a page, and free the nodes on its path that hold nothing any more."""
     if read(m, root, gfn) == 0:

@@ -4,8 +4,6 @@ Lazy set-up lives here: a page is mapped when it is first touched, by any kind o
 full is armed in the same step: write permission off, bit 61 on.
 """
 
-import numpy as np
-
 from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
@@ -13,15 +11,12 @@ from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS, REGION_PAGES
 from engine.cpu import ept
 from engine.cpu.frames import FIRST_VCPU_FRAME, read_word, write_entry, write_word
-from engine.cpu.page_log import LOG_ENTRIES
 from engine.jit import kernel
-from engine.kvm import layers, mapping, sppt_tables
+from engine.kvm import dirty_log, layers, mapping, page_rights, sppt_tables, tracking
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.profile import KVM_FILL_REGION, KVM_MISS_NEEDS_SLOT
 from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY, find_slot
-
-LAST_LOG_ENTRY = np.int64(LOG_ENTRIES - 1)
 
 
 @kernel
@@ -53,6 +48,8 @@ def block_nmis(m, vcpu, how, qualification):
 @kernel
 def map_and_arm(m, gfn, slot, write, tally):
     """First touch of a page, or a leaf that lost a right it should have."""
+    if write:
+        tracking.note_fault(m, gfn, slot, layers.effective(m, gfn))
     made = mapping.map_page(m, gfn, slot, write)
     if made == mapping.MAP_FAILED:
         return res.INTERNAL_ERROR
@@ -66,7 +63,7 @@ def map_and_arm(m, gfn, slot, write, tally):
 
 
 @kernel
-def fast_fault(m, gfn, write, trail):
+def fast_fault(m, gfn, slot, write, denied, trail, tally):
     """What KVM does about a leaf without building anything: VIOLATION, RESTORED, or INTERNAL_ERROR for "no answer".
 
     Bit 61 of the leaf alone tells a sub-page violation from a plain one, as in the patch series: the bitmap is not
@@ -75,17 +72,24 @@ def fast_fault(m, gfn, write, trail):
     last = trail[ept.TRAIL_COUNTS, 0] - 1
     level = trail[last, 0]
     entry = trail[last, 3]
+    mask = layers.effective(m, gfn)
     if write and level == 1 and entry & bits.SPP and entry & mapping.LOCKLESS_WRITABLE == mapping.LOCKLESS_WRITABLE:
-        return res.VIOLATION
+        if not tracking.note_refused(m, gfn, slot, mask, denied):
+            return res.VIOLATION
+        mapping.watch_page(m, gfn, slot, trail)
+        tally[reg.DIRTY_FAULTS] += 1
+        return res.DIRTY_LOGGED
     fresh = mapping.restored(m, entry, level, write)
     if fresh == entry:
         return res.INTERNAL_ERROR
+    if write:
+        tracking.note_fault(m, gfn, slot, mask)
     write_entry(m, trail[last, 1], trail[last, 2], fresh)
     return res.RESTORED
 
 
 @kernel
-def handle_violation(m, gpa, qualification, trail, tally):
+def handle_violation(m, gpa, qualification, denied, trail, tally):
     """EPT violation: map, arm, give back what KVM itself took, or report."""
     gfn = gpa >> 12
     slot = find_slot(m, gfn)
@@ -95,12 +99,14 @@ def handle_violation(m, gpa, qualification, trail, tally):
     write = qualification & exits.Q_WRITE != 0
     if write and read_only:
         return res.MMIO
+    if page_rights.refuses(m, gfn, qualification):
+        return res.VIOLATION
     if trail[ept.TRAIL_COUNTS, 0] == 0:
         return res.INTERNAL_ERROR  # wider than the walk translates: no leaf can be made for it
     entry = trail[trail[ept.TRAIL_COUNTS, 0] - 1, 3]
     present = qualification >> exits.Q_RIGHTS_SHIFT & bits.RIGHTS != 0
     if mapping.tracked(m, entry) or (present and write):
-        answer = fast_fault(m, gfn, write, trail)
+        answer = fast_fault(m, gfn, slot, write, denied, trail, tally)
         if answer != res.INTERNAL_ERROR:
             tally[reg.RESTORED] += answer == res.RESTORED
             return answer
@@ -116,8 +122,9 @@ def fill_region(m, tree, gfn):
     sppt_tables.vector_table(m, tree, gfn << 12)
     first = gfn & ~(REGION_PAGES - 1)
     for page in range(first, first + REGION_PAGES):
-        mask = layers.effective(m, page)
-        if mask != FULL_ACCESS and find_slot(m, page) >= 0:
+        slot = find_slot(m, page)
+        mask = tracking.permitted(m, page, slot) if slot >= 0 else FULL_ACCESS
+        if mask != FULL_ACCESS:
             sppt_tables.fill_vector(m, tree, page, mask)
 
 
@@ -128,7 +135,8 @@ def handle_miss(m, vcpu, gpa, tally):
     A page without a slot fails KVM_RUN with EFAULT in the first series; later ones leave it out and go on.
     """
     gfn = gpa >> 12
-    has_slot = find_slot(m, gfn) >= 0
+    slot = find_slot(m, gfn)
+    has_slot = slot >= 0
     if not has_slot and mapping.chooses(m, KVM_MISS_NEEDS_SLOT):
         return res.RUN_FAILED
     if sppt_tables.trees(m) == 0:
@@ -137,7 +145,7 @@ def handle_miss(m, vcpu, gpa, tally):
     if mapping.chooses(m, KVM_FILL_REGION):
         fill_region(m, tree, gfn)
     if has_slot:
-        sppt_tables.fill_vector(m, tree, gfn, layers.effective(m, gfn))
+        sppt_tables.fill_vector(m, tree, gfn, tracking.permitted(m, gfn, slot))
     tally[reg.SPPT_FILLS] += 1
     return res.FILLED
 
@@ -145,15 +153,15 @@ def handle_miss(m, vcpu, gpa, tally):
 @kernel
 def empty_log(m, vcpu):
     """Full page-modification log: its pages are taken note of, and it begins anew (vmx_flush_pml_buffer)."""
-    write_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_PML_INDEX, LAST_LOG_ENTRY)
+    dirty_log.empty_buffer(m, vcpu)
     return res.LOG_EMPTIED
 
 
 @kernel
-def handle_exit(m, vcpu, gpa, reason, qualification, trail, tally):
-    """Handle one VM exit; returns a resolution."""
+def handle_exit(m, vcpu, gpa, reason, qualification, denied, trail, tally):
+    """Handle one VM exit; returns a resolution. ``denied`` is what the SPPT refused of the sub-pages touched."""
     if reason == exits.EPT_VIOLATION:
-        return handle_violation(m, gpa, qualification, trail, tally)
+        return handle_violation(m, gpa, qualification, denied, trail, tally)
     if reason == exits.SPP_EVENT and qualification & exits.Q_SPP_MISS:
         return handle_miss(m, vcpu, gpa, tally)
     if reason == exits.PML_FULL:

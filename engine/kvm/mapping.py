@@ -21,10 +21,10 @@ from engine.cpu.frames import (
     write_word,
 )
 from engine.jit import kernel
-from engine.kvm import ept_tables, host_state, layers, regions, sppt_tables
+from engine.kvm import ept_tables, host_state, layers, page_rights, regions, sppt_tables, tracking
 from engine.kvm import registers as reg
 from engine.kvm.profile import KVM_FILL_IN_SET, KVM_FORCE_SMALL, KVM_SAVED_BIT, KVM_SET_ZAPS
-from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY
+from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY, find_slot
 
 # Software bits of KVM's leaf entries: the host page may be written; KVM has no reason of its own to forbid it.
 HOST_WRITEABLE = 1 << 10
@@ -127,8 +127,15 @@ def nothing_mapped(m, gfn, trail):
 
 @kernel
 def level_for(m, gfn, slot):
-    """Level of the leaf KVM maps a page by; later series keep leaves small where a page in them is protected."""
+    """Level of the leaf KVM maps a page by; later series keep leaves small where a page in them is protected.
+
+    Leaves are small in any series where writes are tracked, and where page access is restricted.
+    """
     level = host_state.level_of(m, gfn, slot)
+    if level > 1 and (tracking.watched(m, slot) or page_rights.restricted(m, gfn, 2)):
+        return 1
+    if level == 3 and page_rights.restricted(m, gfn, 3):
+        level = 2
     if level == 1 or not chooses(m, KVM_FORCE_SMALL):
         return level
     if regions.protected(m, gfn, 2):
@@ -140,9 +147,11 @@ def level_for(m, gfn, slot):
 def leaf_for(m, gfn, slot, mask, level):
     """The leaf entry KVM makes for a page with an effective map; a writable one is born dirty.
 
-    Bit 61 is only for a page that its slot and the host let be written: sub-page permissions override neither.
+    Bit 61 is only for a page that its slot and the host let be written: sub-page permissions override neither. A page
+    is armed, too, for the log of its sub-pages alone; one that is watched whole is write-protected.
     """
-    entry = PAGE_BASE
+    gone = page_rights.lacking(m, gfn) if level == 1 else NOTHING
+    entry = PAGE_BASE & ~gone
     if level == 1:
         entry |= host_state.address_of_page(m, gfn)
     else:
@@ -150,9 +159,13 @@ def leaf_for(m, gfn, slot, mask, level):
     if m.slots[slot, SLOT_FLAGS] & SLOT_READ_ONLY or (level == 1 and host_state.read_only(m, gfn)):
         return entry
     entry |= LOCKLESS_WRITABLE
+    if gone & bits.READ:
+        return entry
     if mask != sp.FULL_ACCESS and level == 1:
-        return entry | bits.SPP
-    return entry | bits.WRITE | bits.DIRTY
+        return entry | (saved_bit(m) if tracking.saved(m, gfn, slot, mask) else bits.SPP)
+    if tracking.unseen(m, gfn, slot, mask):
+        return entry | bits.SPP if tracking.mode(m) & tracking.TRACK_SUBPAGES else entry
+    return entry | bits.WRITE | (NOTHING if tracking.flag_waits(m, gfn, slot) else bits.DIRTY)
 
 
 @kernel
@@ -177,8 +190,9 @@ def map_page(m, gfn, slot, write):
         ept_tables.free_below(m, old, level)
     write_entry(m, table, index, entry)
     done = MAP_WRITABLE
-    if entry & bits.SPP:
+    if level == 1 and entry & (bits.SPP | saved_bit(m)):
         done = MAP_ARMED
+        mask = tracking.permitted(m, gfn, slot)
         if chooses(m, KVM_FILL_IN_SET):
             sppt_tables.fill_vectors(m, gfn, mask)
         elif sppt_tables.stale_vector(m, gfn, mask):
@@ -235,8 +249,37 @@ def refresh_page(m, gfn, trail):
         unmap_page(m, gfn, trail)
     else:
         rearm(m, gfn, trail)
-    if not regions.protected(m, gfn, 2):
+    spare_region(m, gfn)
+
+
+@kernel
+def spare_region(m, gfn):
+    """Free the vectors of a region in which no page is armed for a policy, nor for the log of sub-pages."""
+    if not regions.protected(m, gfn, 2) and not tracking.mode(m) & tracking.TRACK_SUBPAGES:
         sppt_tables.free_region(m, gfn)
+
+
+@kernel
+def watch_page(m, gfn, slot, trail):
+    """Bring the leaf and the vectors of a page in line with what is left to note about it, in place.
+
+    The processor's log is told by a dirty flag that begins at 0. What access tracking took stays taken.
+    """
+    found, level, table, index, entry = find_leaf(m, gfn, trail)
+    if not found or level != 1 or entry & LOCKLESS_WRITABLE != LOCKLESS_WRITABLE:
+        return
+    fresh = leaf_for(m, gfn, slot, layers.effective(m, gfn), level)
+    if not tracking.flag_waits(m, gfn, slot):
+        fresh |= entry & bits.DIRTY
+    if fresh & (bits.SPP | saved_bit(m)):
+        mask = tracking.permitted(m, gfn, slot)
+        if chooses(m, KVM_FILL_IN_SET) or sppt_tables.stale_vector(m, gfn, mask):
+            sppt_tables.fill_vectors(m, gfn, mask)
+    if tracked(m, entry) or not entry & bits.ACCESSED:
+        fresh = aged(m, fresh)
+    write_entry(m, table, index, fresh)
+    forget(m, gfn, level)
+    spare_region(m, gfn)
 
 
 @kernel
@@ -254,6 +297,12 @@ def rearm(m, gfn, trail):
     """Arm or disarm the leaf of a page in place; an aged one is disarmed without the rights it has not."""
     found, level, table, index, entry = find_leaf(m, gfn, trail)
     if not found or level != 1 or entry & LOCKLESS_WRITABLE != LOCKLESS_WRITABLE:
+        return
+    if page_rights.lacking(m, gfn) & bits.READ:
+        return
+    slot = find_slot(m, gfn)
+    if slot >= 0 and tracking.watched(m, slot):
+        watch_page(m, gfn, slot, trail)
         return
     mask = layers.effective(m, gfn)
     if mask != sp.FULL_ACCESS:

@@ -12,6 +12,10 @@ from engine.cpu.guest_memory import ROOT_MEMORY
 ROOT_EPT, SPPT_TREES, ROOT_POLICY, ROOT_GRANTED = positions(4)
 SPP_ACTIVE, EPT_LEVELS, ROOT_REGIONS, ROOT_HOST, NEXT_HOST_FRAME, SPPT_EDITED = positions(6, int(ROOT_MEMORY) + 1)
 
+# Dirty tracking (``kvm.tracking``): the trees of written sub-pages and of KVM's log, what is tracked and how, the last
+# harvest and the last one that was acknowledged. ``ROOT_ACCESS`` is the tree of page access (``kvm.page_access``).
+ROOT_WRITTEN, ROOT_LOG, ROOT_ACCESS, DIRTY_MODE, HARVESTS, ACKNOWLEDGED = positions(6, 32)
+
 # Which allocation of the host from now fails; 0: none.
 (FAIL_ALLOCATION,) = positions(1, 48)
 
@@ -36,6 +40,8 @@ COUNTERS = (
     "tlb_flushes",
     "exceptions",
     "stale_accesses",
+    "dirty_faults",
+    "dirty_harvests",
     "faults_split",
     "emulated_writes",
     "host_writes",
@@ -60,6 +66,8 @@ COUNTERS = (
     TLB_FLUSHES,
     EXCEPTIONS,
     STALE_ACCESSES,
+    DIRTY_FAULTS,
+    DIRTY_HARVESTS,
     SPLIT,
     EMULATED,
     HOST_WRITES,

@@ -102,6 +102,13 @@ def remember_denial(m, gpa, size, qualification, denied, trail):
 
 
 @kernel
+def refused_by_policy(m, at, denied):
+    """Sub-pages that a policy refuses, out of those that an SPPT did: a dirty log closes sub-pages as well."""
+    refused = denied & ~layers.effective(m, at >> 12)
+    return refused or denied
+
+
+@kernel
 def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all):
     """Run one access to its end.
 
@@ -141,7 +148,9 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
                 return res.EXCEPTION | stale, reason, qualification, denied, at
         count_exit(tally, reason, qualification)
         block_nmis(m, vcpu, how, qualification)
-        resolution = handle_exit(m, vcpu, at, reason, qualification, trail, tally)
+        resolution = handle_exit(m, vcpu, at, reason, qualification, denied, trail, tally)
+        if resolution == res.VIOLATION:
+            denied = refused_by_policy(m, at, denied)
         count += 1
         tlb.transition(m, vcpu)
         if resolution == res.VIOLATION and denied and part == size and how == acc.PLAIN_WRITE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.arch import exits
 from engine.kvm import resolutions as res
 from engine.kvm.profile import profile_of
 
@@ -29,8 +30,15 @@ class UserExit:
     errno: str | None = None
 
 
-def user_exit(resolution: int, reason: int, gpa: int, profile: str, insn_len: int = 0) -> UserExit | None:
-    """What user space sees of an exit, None when KVM handles it by itself; an ``insn_len`` of 0 is not known."""
+def user_exit(
+    resolution: int, reason: int, gpa: int, profile: str, insn_len: int = 0, qualification: int = exits.Q_WRITE
+) -> UserExit | None:
+    """What user space sees of an exit, None when KVM handles it by itself; an ``insn_len`` of 0 is not known.
+
+    Of an EPT violation by a read or a fetch, which only page access asks for, KVM_RUN tells nothing.
+    """
+    if resolution == res.VIOLATION and reason == exits.EPT_VIOLATION and not qualification & exits.Q_WRITE:
+        return None
     if resolution == res.VIOLATION:
         row = profile_of(profile)
         length = insn_len if row.reports_length else None

@@ -80,7 +80,8 @@ def _user_exit(exits: ExitColumns, profile: str) -> UserExit | None:
     resolution = int(exits.column("resolution")[at]) if at >= 0 else res.EXCEPTION
     if resolution == res.EXCEPTION:
         return None
-    return user_exit(resolution, int(exits.column("reason")[at]), int(exits.column("gpa")[at]), profile)
+    reason, gpa, qualification = (int(exits.column(name)[at]) for name in ("reason", "gpa", "qualification"))
+    return user_exit(resolution, reason, gpa, profile, qualification=qualification)
 
 
 def _result_of_replay(request: AccessRequest, result: TraceResult, profile: str, *, granted: bool) -> AccessResult:
