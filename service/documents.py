@@ -13,6 +13,7 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
+from service.api.ioctls import IoctlRequest
 from service.api.subpages import SubpagePatch, SubpageWindowRequest
 from service.api.traces import TraceBody
 from service.http.words import Document
@@ -35,19 +36,24 @@ TAGS: list[dict[str, Any]] = [
     {"name": "VMs", "description": "Virtual machines: guests under an exact model of KVM."},
     {"name": "memory slots", "description": "Which guest-physical pages are RAM."},
     {"name": "guest memory", "description": "The bytes in it."},
+    {"name": "host memory", "description": "What the host does to the memory behind it."},
     {"name": "SPP", "description": "Enabling sub-page write permission."},
     {"name": "sub-pages", "description": "Write permission of every 128 bytes: one bit each, 32 for a page."},
+    {"name": "page access", "description": "Read, write and execute of whole pages, paired with the write bitmap."},
     {"name": "protections", "description": "Named objects that may not be written."},
     {"name": "traces", "description": "Replay of recorded guest accesses, and the exits that they cause."},
     {"name": "accesses", "description": "One access, executed or explained."},
+    {"name": "dirty tracking", "description": "What was written since it was last taken note of."},
     {"name": "tables", "description": "Raw entries of EPT and SPPT, stored as they are and walked as they are."},
     {"name": "vCPUs", "description": "The processor's controls: VMCS, VM entry, INVEPT, INVVPID, translation cache."},
+    {"name": "ioctls", "description": "The binary KVM ABI: the bytes of an ioctl, and what ioctl(2) returned."},
     {"name": "counters", "description": "Totals of a VM."},
     {"name": "service", "description": "The service itself: capabilities, health, version, problem types."},
 ]
 
 # Models of bodies that routes read by themselves, and of problems, which no route returns.
 _FURTHER_MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+    (IoctlRequest, "validation"),
     (SubpageWindowRequest, "validation"),
     (SubpagePatch, "validation"),
     (TraceBody, "validation"),

@@ -83,7 +83,13 @@ class HostRequest(Document):
     evmcs: bool = False
     vmx_capabilities: dict[str, Hex64] = Field(default_factory=dict, description="Capability MSRs by name.")
     hyperv: dict[str, Any] | None = Field(None, description="Hyper-V as L0 under KVM: its CPUID leaves.")
-    fail_allocation: int | None = Field(None, ge=0, description="Fail the n-th table allocation, to test error paths.")
+    fail_allocation: int | None = Field(
+        None,
+        ge=1,
+        le=0xFFFFFFFF,
+        description="Which allocation of the host fails, 1 the next; null: none. Counted are a bitmap for each slot "
+        "when SPP comes on, and the buffer of each GET or SET through the ioctls of `kvm-latest`.",
+    )
 
     def config(self) -> HostConfig:
         return HostConfig(**self.model_dump())
@@ -103,7 +109,16 @@ _HOST = {
     "hyperv": None,
     "fail_allocation": None,
 }
-_SLOT = {"slot": 0, "gpa": "0x0", "size": "0x40000000", "read_only": False, "host_page_size": 4096}
+_SLOT = {
+    "slot": 0,
+    "address_space": 0,
+    "gpa": "0x0",
+    "size": "0x40000000",
+    "read_only": False,
+    "log_dirty": False,
+    "host_page_size": 4096,
+    "userspace_addr": "0x0",
+}
 _CREATE = {"name": "guest", "vcpus": 2, "memory_slots": [{"slot": 0, "gpa": "0x0", "size": "0x40000000"}], "spp": True}
 _REPLY = {
     "id": EXAMPLE_VM,
@@ -151,7 +166,6 @@ class VmRequest(Document):
         for field, value, idle in (
             ("host.evmcs", self.host.evmcs, False),
             ("host.hyperv", self.host.hyperv, None),
-            ("host.fail_allocation", self.host.fail_allocation, None),
         ):
             if value != idle:
                 raise InvalidDocument("is not yet supported", field=field, value=value, code="not-yet-supported")
@@ -215,7 +229,7 @@ class Vm(Document):
                 evmcs=host.evmcs,
                 vmx_capabilities=dict(host.vmx_capabilities),
                 hyperv=dict(host.hyperv) if host.hyperv is not None else None,
-                fail_allocation=host.fail_allocation,
+                fail_allocation=entry.machine.allocations.failing,
             ),
             memory_slots=slots_of(entry),
             spp=entry.machine.spp_active,
@@ -244,6 +258,7 @@ class Vms(Document):
         {201: {"model": Vm, "description": "Created.", "headers": headers("Location", "ETag")}},
         "malformed-body",
         "unsupported",
+        "out-of-memory",
         "body-too-large",
         "unsupported-media-type",
         "invalid-value",

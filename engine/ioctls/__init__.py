@@ -1,0 +1,25 @@
+"""The binary KVM ABI of a machine: an ioctl's bytes in, one operation of the machine, bytes and errno out.
+
+A package that answers ioctls writes a module with ``ROWS`` and names it in ``IOCTLS`` here; its capabilities go to
+the tables in ``ioctls.capabilities``.
+"""
+
+from engine.abi import VM, Call
+from engine.ioctls import capabilities, dirty_log, memory_slots, subpages, system, vcpus
+from engine.ioctls.registry import Ioctl, Registry, Target
+from engine.ioctls.spp_capability import CAP_X86_SPP
+from engine.ioctls.system import NewMachine
+from engine.machine import VirtualMachine
+
+IOCTLS = Registry(
+    row for package in (system, capabilities, vcpus, memory_slots, dirty_log, subpages) for row in package.ROWS
+)
+
+
+def check_vm_extension(machine: VirtualMachine, capability: int) -> int:
+    """What KVM_CHECK_EXTENSION says of a capability of a VM."""
+    target = Target(machine.config.profile, machine.config.host, machine)
+    return IOCTLS.perform(target, Call("KVM_CHECK_EXTENSION", VM, arg=capability)).returns
+
+
+__all__ = ["CAP_X86_SPP", "IOCTLS", "Ioctl", "NewMachine", "Registry", "Target", "check_vm_extension"]
