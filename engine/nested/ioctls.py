@@ -125,14 +125,15 @@ def enable_cap(vcpu: NestedVcpu, raw: bytes, memory: UserMemory) -> Reply | None
         return _error("EINVAL")
     if capability != CAP_HYPERV_ENLIGHTENED_VMCS:
         return None
-    errno = _no_evmcs_hook(vcpu)
+    errno = evmcs_hook(vcpu)
     if errno is not None:
         return _error(errno)
     version = enable_evmcs(vcpu)
     return Reply(0) if memory.write(pointer, version.to_bytes(2, "little")) else _error("EFAULT")
 
 
-def _no_evmcs_hook(vcpu: NestedVcpu) -> str | None:
+def evmcs_hook(vcpu: NestedVcpu) -> str | None:
+    """Why this kernel cannot enable the enlightened VMCS on the vCPU, as errno; None if it can."""
     if vcpu.era.hooks_always:
         if not vcpu.host.evmcs:
             return "EINVAL"
