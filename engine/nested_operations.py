@@ -23,7 +23,7 @@ from engine.nested.enlightened import clean_fields, evmcs_page
 from engine.nested.ioctls import CAP_HYPERV_ENLIGHTENED_VMCS, evmcs_hook
 from engine.nested.msr_numbers import NAMES as HYPERV_MSR_NAMES
 from engine.nested.msrs import REGISTER_MSR_NAMES
-from engine.nested_states import NestedStates, close_vcpu, nested_host, open_vcpu, record_of
+from engine.nested_states import NestedStates, close_vcpu, first_identity, nested_host, open_vcpu
 from engine.ram import Ram
 from engine.store import Draft, Snapshot
 
@@ -111,11 +111,14 @@ class NestedOperations:
         """The vCPU as it is: a copy, which may be used up. Its methods and ``engine.nested`` answer the rest."""
         return self._read(vcpu)[0]
 
-    def identity(self, vcpu: int) -> tuple[int, tuple[CpuidEntry, ...]]:
-        """VP index and CPUID, without the cost of the whole vCPU."""
-        self._known(vcpu)
-        record = record_of(self._config, self._published()[1], vcpu)
-        return record.vp_index, record.cpuid
+    def identities(self) -> list[tuple[int, tuple[CpuidEntry, ...]]]:
+        """VP index and CPUID of every vCPU in the order of the configuration, without the cost of the whole vCPUs."""
+        touched = self._published()[1].vcpus
+        found = []
+        for item in self._config.vcpus:
+            record = touched.get(item.id)
+            found.append(first_identity(item) if record is None else (record.vp_index, record.cpuid))
+        return found
 
     def ram(self) -> Ram:
         """Guest memory as published."""

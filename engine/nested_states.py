@@ -19,7 +19,7 @@ from engine.arch import vmx_msrs as vmx
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.words import signed, unsigned
 from engine.birth import nested
-from engine.config import NESTED_CAPABILITIES, VmConfig
+from engine.config import NESTED_CAPABILITIES, VcpuConfig, VmConfig
 from engine.cpu import frames
 from engine.kvm import registers as reg
 from engine.nested.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL
@@ -97,15 +97,21 @@ def _capabilities(config: VmConfig) -> dict[str, int]:
     return {"IA32_VMX_PROCBASED_CTLS2": may1 << 32 | must1, "IA32_VMX_EPT_VPID_CAP": ept_vpid, **given}
 
 
+def first_identity(own: VcpuConfig) -> tuple[int, tuple[CpuidEntry, ...]]:
+    """VP index and CPUID of a vCPU that nobody has touched."""
+    leaves = (leaf if isinstance(leaf, CpuidEntry) else CpuidEntry(**leaf) for leaf in own.cpuid)
+    return own.id if own.vp_index is None else own.vp_index, tuple(leaves)
+
+
 def fresh_vcpu(config: VmConfig, vcpu_id: int) -> NestedVcpu:
     """A vCPU that nobody has touched, without pages. CPUID is what the VM was created with, possibly nothing."""
-    own = next(item for item in config.vcpus if item.id == vcpu_id)
+    vp_index, cpuid = first_identity(next(item for item in config.vcpus if item.id == vcpu_id))
     return NestedVcpu(
         profile=config.profile,
         host=nested_host(config, spp_active=False),
         vcpu_id=vcpu_id,
-        vp_index=vcpu_id if own.vp_index is None else own.vp_index,
-        cpuid=tuple(leaf if isinstance(leaf, CpuidEntry) else CpuidEntry(**leaf) for leaf in own.cpuid),
+        vp_index=vp_index,
+        cpuid=cpuid,
         registers=dict(_FIRST_REGISTERS),
         vmx=VmxState(vmcs12=bytearray(), shadow=bytearray()),
         svm=SvmState(vmcb12=bytearray()),

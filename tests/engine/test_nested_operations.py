@@ -13,7 +13,7 @@ from engine.errors import Conflict, InvalidValue, NotFound, Unsupported
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.nested import enable_evmcs
-from engine.nested.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE
+from engine.nested.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX
 from tests.engine.builders import Durable, machine, picture, protect, replay, round_trip, unchanged
 from tests.engine.nested.support import (
     ERAS,
@@ -139,10 +139,12 @@ def test_cpuid_and_vp_index_come_from_the_creation() -> None:
     leaf = {"function": 1, "index": 0, "eax": 0, "ebx": 0, "ecx": 1 << 5, "edx": 0}
     config = VmConfig(vcpus=(VcpuConfig(4, 7, (leaf,)), VcpuConfig(2)))
     vm = VirtualMachine.create(config)
-    assert vm.nested.identity(4)[0] == 7 and vm.nested.identity(4)[1][0].ecx == 1 << 5
-    assert vm.nested.identity(2) == (2, ())
+    (first, (entry,)), second = vm.nested.identities()
+    assert first == 7 and entry.ecx == 1 << 5 and second == (2, ())
+    vm.nested.write_msrs(2, [(HV_VP_INDEX, 9)])
+    assert vm.nested.identities() == [(7, (entry,)), (9, ())]
     assert vm.nested.vcpu(4).vmx_allowed and not vm.nested.vcpu(2).vmx_allowed
-    assert round_trip(vm).nested.identity(4) == vm.nested.identity(4)
+    assert round_trip(vm).nested.identities() == vm.nested.identities()
     with pytest.raises(NotFound):
         vm.nested.vcpu(3)
 
