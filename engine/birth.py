@@ -47,6 +47,7 @@ def build(draft: Draft, config: VmConfig) -> None:
         frames.new_frame(m, frames.VCPU)
     frames.write_word(m, frames.STATE_FRAME, reg.ROOT_EPT, frames.new_frame(m, frames.EPT))
     frames.write_word(m, frames.STATE_FRAME, reg.EPT_LEVELS, config.ept_levels)
+    frames.write_word(m, frames.STATE_FRAME, reg.FAIL_ALLOCATION, config.host.fail_allocation or 0)
     eptp = int(mapping.ept_pointer(m))
     if config.host.capability("ept_vpid_cap") & ept.CAP_ACCESSED_DIRTY:
         eptp |= ept.EPTP_ACCESSED_DIRTY

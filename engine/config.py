@@ -117,6 +117,12 @@ class VmConfig:
             choices(name, (*VMX_CAPABILITIES, *NESTED_CAPABILITIES), "host.vmx_capabilities")
             if not 0 <= value < 1 << 64:
                 raise InvalidValue("a capability has 64 bits", field=f"host.vmx_capabilities.{name}", value=value)
+        if self.host.fail_allocation is not None and not 1 <= self.host.fail_allocation < 1 << 32:
+            raise InvalidValue(
+                "an allocation is counted from 1, the next",
+                field="host.fail_allocation",
+                value=self.host.fail_allocation,
+            )
         self._validate_vcpus()
 
     def _validate_vcpus(self) -> None:

@@ -7,28 +7,31 @@ operation either publishes its whole effect or leaves the machine as it was.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine import birth
+from engine.allocations import Allocations
 from engine.arch import access as acc
 from engine.config import VmConfig
 from engine.cpu import explain, frames
-from engine.cpu.ept import TRAIL_ROWS
 from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound, TraceError, Unsupported
 from engine.head import config_from_head, config_to_head
-from engine.kvm import memory, protections, slot_changes, spp
+from engine.kvm import memory, protections, spp
 from engine.kvm import registers as reg
 from engine.kvm.protections import ProtectedObject, Protection
-from engine.kvm.slots import SlotSpec, check_overlap, first_page_without_slot, slot_table, writable_bytes
+from engine.kvm.slots import SlotSpec, first_page_without_slot, slot_table, writable_bytes
 from engine.nested_operations import NestedOperations, nested_in_use
 from engine.nested_states import NestedStates, states_from_head, states_to_head
+from engine.slot_operations import SlotOperations
+from engine.steps import new_trail, run_all
 from engine.store import Draft, FrameStore, Snapshot, blocks_of
+from engine.subpage_calls import SubpageCalls
 from engine.tables import TableOperations
 from engine.trace.columns import TraceChunk
 from engine.trace.objects import Targets, targets_of
@@ -100,9 +103,24 @@ class VirtualMachine:
         """Raw table entries, read and written."""
         return TableOperations(self.config, lambda: self._state.snapshot, self._change)
 
+    @property
+    def memory_slots(self) -> SlotOperations:
+        """Memory slots: made, moved, changed, deleted."""
+        return SlotOperations(self.config, lambda: self._state, self._change)
+
+    @property
+    def subpage_calls(self) -> SubpageCalls:
+        """GET and SET with the limits and the partial effects of the binary ABI."""
+        return SubpageCalls(self.config, lambda: self._state, self._change)
+
+    @property
+    def allocations(self) -> Allocations:
+        """What the host allocates for the machine, and which allocation fails."""
+        return Allocations(lambda: self._state.snapshot, self._change)
+
     def slots(self) -> tuple[SlotSpec, ...]:
-        """Memory slots in order of their number."""
-        return tuple(spec for _, spec in sorted(self._state.slots.items()))
+        """Memory slots in order of their number, those of address space 1 last."""
+        return self.memory_slots.all()
 
     def protections(self) -> tuple[Protection, ...]:
         """Protections in order of creation."""
@@ -182,41 +200,18 @@ class VirtualMachine:
     # Changes
 
     def set_slot(self, spec: SlotSpec) -> None:
-        """KVM_SET_USER_MEMORY_REGION: a new slot, or a known one at a new address."""
-        spec.validate(self.config.maxphyaddr)
-        state = self._state
-        known = state.slots.get(spec.slot)
-        if known == spec:
-            return
-        check_overlap(spec, state.slots.values())
-        if (
-            known is not None
-            and known.gpa == spec.gpa
-            and known.size == spec.size
-            and known.read_only == spec.read_only
-        ):
-            raise InvalidValue("a slot keeps its host page size", field="host_page_size", value=spec.host_page_size)
-        if known is not None and known.size != spec.size:
-            raise InvalidValue("a slot keeps its size; delete it first", field="size", value=spec.size)
-        if known is not None and known.read_only != spec.read_only:
-            raise InvalidValue(
-                "a slot keeps its read_only flag; delete it first", field="read_only", value=spec.read_only
-            )
-        with self._change(since=state, slots={**state.slots, spec.slot: spec}) as draft:
-            if known is not None:
-                self._move(draft, known, spec)
+        """KVM_SET_USER_MEMORY_REGION: a new slot, or a known one moved or changed."""
+        self.memory_slots.set(spec)
 
     def delete_slot(self, slot: int) -> None:
         """Delete a memory slot with its SET maps and contents. Raises NotFound."""
-        state = self._state
-        spec = state.slots.get(slot)
-        if spec is None:
-            raise NotFound("no memory slot has that number", field="slot", value=slot)
-        with self._change(since=state, slots={k: v for k, v in state.slots.items() if k != slot}) as draft:
-            _drop(draft, spec)
+        self.memory_slots.delete(slot)
 
     def enable_spp(self) -> None:
         """KVM_INIT_SPP: switch sub-page protection on; a second time does nothing."""
+        in_use = nested_in_use(self._state.nested)
+        if self.config.profile == "kvm-latest" and birth.nested(self.config, default=in_use):
+            raise Conflict("sub-page protection excludes nesting", field="host.nested", value=True, errno="EPERM")
         if not self.config.host.supports_spp:
             raise Unsupported(
                 "sub-page protection needs an Intel host with EPT and SPP",
@@ -224,10 +219,8 @@ class VirtualMachine:
                 value=self.config.host.vendor,
                 errno="EINVAL" if self.config.profile == "kvm-2019" else "ENODEV",
             )
-        in_use = nested_in_use(self._state.nested)
-        if self.config.profile == "kvm-latest" and birth.nested(self.config, default=in_use):
-            raise Conflict("sub-page protection excludes nesting", field="host.nested", value=True, errno="EPERM")
         if not self.spp_active:
+            self.allocations.take(len(self._state.slots))
             with self._change() as draft:
                 spp.enable(draft.machine)
                 birth.load_sppt(draft, self.config)
@@ -330,7 +323,7 @@ class VirtualMachine:
         return {
             "format": HEAD_FORMAT,
             "config": config_to_head(self.config),
-            "slots": [[s.slot, s.gpa, s.size, s.read_only, s.host_page_size, s.address_space] for s in self.slots()],
+            "slots": [list(astuple(spec)) for spec in self.slots()],
             "protections": [
                 {"name": p.name, "objects": [[o.name, o.gpa, o.size] for o in p.objects]}
                 for p in state.protections.values()
@@ -362,7 +355,7 @@ class VirtualMachine:
         store.adopt(
             {block: (kinds[array], data) for (array, block), data in blocks.items() if array != "free"}, head["frames"]
         )
-        slots = {row[0]: SlotSpec(*row) for row in head["slots"]}
+        slots = {spec.key: spec for spec in (SlotSpec(*row) for row in head["slots"])}
         known = {
             p["name"]: Protection(p["name"], tuple(ProtectedObject(*o) for o in p["objects"]))
             for p in head["protections"]
@@ -468,42 +461,17 @@ class VirtualMachine:
         self._store.publish(draft)
         self._state = State(self._store.published, slots, protections, targets, draft.beside)
 
-    def _move(self, draft: Draft, old: SlotSpec, new: SlotSpec) -> None:
-        trail = new_trail()
-        moved = np.zeros((0, slot_changes.PAGE_WORDS), dtype=np.int64)
-        while True:
-            found = int(slot_changes.lift_pages(draft.machine, old.gfn, old.pages, moved, trail))
-            if found <= len(moved):
-                break
-            moved = np.zeros((found, slot_changes.PAGE_WORDS), dtype=np.int64)
-        _all(draft, len(moved), lambda start: slot_changes.detach_contents(draft.machine, old.gfn, moved, start))
-        _drop(draft, old)
-        _all(draft, len(moved), lambda start: slot_changes.place_pages(draft.machine, new.gfn, moved, start))
-
     def _recover(self, since: State, changed: Protection, left: Mapping[str, Protection]) -> None:
         """Store what ``left`` covers on the pages of a protection that came or went."""
         gfns, _ = protections.page_masks(changed.objects)
         masks = protections.masks_at(gfns, [item for p in left.values() for item in p.objects])
         trail = new_trail()
         with self._change(since=since, protections=left) as draft:
-            _all(draft, len(gfns), lambda start: spp.cover(draft.machine, gfns, masks, start, trail))
-
-
-def new_trail() -> NDArray[np.int64]:
-    """Scratch for a walk."""
-    return np.zeros((TRAIL_ROWS, 4), dtype=np.int64)
+            run_all(draft, len(gfns), lambda start: spp.cover(draft.machine, gfns, masks, start, trail))
 
 
 def _targets(protections: Mapping[str, Protection]) -> Targets:
     return targets_of([item for p in protections.values() for item in p.objects])
-
-
-def _all(draft: Draft, count: int, step: Callable[[int], int]) -> None:
-    """Run a kernel that stops when frames run out until it has done ``count``."""
-    done = 0
-    while done < count:
-        draft.ensure()
-        done = int(step(done))
 
 
 def _set_range(draft: Draft, item: SubpageRange) -> None:
@@ -515,17 +483,12 @@ def _set_range(draft: Draft, item: SubpageRange) -> None:
         else:
             maps = np.ascontiguousarray(item.access[begin : begin + count], dtype=np.uint32)
         first = item.gfn + begin
-        _all(draft, count, lambda start: spp.set_maps(draft.machine, first, maps, start, trail))  # noqa: B023
-
-
-def _drop(draft: Draft, spec: SlotSpec) -> None:
-    trail = new_trail()
-    _all(draft, spec.pages, lambda start: slot_changes.drop_pages(draft.machine, spec.gfn, spec.pages, start, trail))
+        run_all(draft, count, lambda start: spp.set_maps(draft.machine, first, maps, start, trail))  # noqa: B023
 
 
 def _write(draft: Draft, gpa: int, data: bytes) -> None:
     array = np.frombuffer(data, dtype=np.uint8)
-    _all(draft, len(array), lambda done: done + memory.write_page(draft.machine, gpa + done, array[done:]))
+    run_all(draft, len(array), lambda done: done + memory.write_page(draft.machine, gpa + done, array[done:]))
 
 
 def _count(draft: Draft, tally: NDArray[np.int64]) -> None:

@@ -34,6 +34,7 @@ from service.api import (
     traces,
     vcpu_features,
     vcpus,
+    vm_capabilities,
     vms,
     walk,
 )
@@ -61,6 +62,7 @@ RESOURCES = (
     msrs,
     vcpu_features,
     ioctls,
+    vm_capabilities,
     counters,
     capabilities,
     health,

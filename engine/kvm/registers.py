@@ -10,6 +10,9 @@ from engine.cpu.guest_memory import ROOT_MEMORY
 ROOT_EPT, ROOT_SPPT, ROOT_POLICY, ROOT_GRANTED = positions(4)
 SPP_ACTIVE, EPT_LEVELS = positions(2, int(ROOT_MEMORY) + 1)
 
+# Which allocation of the host from now fails; 0: none.
+(FAIL_ALLOCATION,) = positions(1, 48)
+
 COUNTERS_AT = 64
 COUNTERS = (
     "records",

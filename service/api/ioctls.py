@@ -17,7 +17,7 @@ from engine.config import HostConfig, VmConfig
 from engine.errors import NotFound
 from engine.ioctls import IOCTLS, NewMachine, Target
 from service.api.common import VmId, documented, find, headers, json_response, registry_of, router, settings_of
-from service.api.vms import HostRequest, Profile, VmRequest
+from service.api.vms import HostRequest, Profile
 from service.http.handlers import refusal
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
 from service.http.words import Document, Hex64, examples
@@ -29,8 +29,8 @@ _HEX = r"^([0-9a-fA-F]{2})*$"
 _FIRST_DESCRIPTOR = 3
 _SET_FULL = "0020000000000000" + "01000000" + "00000000" + "ffffffff"
 _REQUEST = {"data": _SET_FULL}
-_REPLY = {"return": 1, "errno": None, "data": _SET_FULL, "memory": []}
-_CREATED = {"return": 3, "errno": None, "data": None, "memory": [], "vm": "vm_3f9c2a1be07d4c55"}
+_REPLY: dict[str, Any] = {"return": 1, "errno": None, "data": _SET_FULL, "memory": []}
+_CREATED: dict[str, Any] = {"return": 3, "errno": None, "data": None, "memory": [], "vm": "vm_3f9c2a1be07d4c55"}
 
 IoctlName = Annotated[
     str, Path(alias="name", description="Name of the ioctl.", examples=["KVM_SUBPAGES_SET_ACCESS"], max_length=64)
@@ -179,7 +179,6 @@ async def _incoming(request: Request, level: str, name: str, arg: int | None) ->
     else:
         user = memory.buffer(body.arg)
     host = body.host or HostRequest()
-    VmRequest(host=host).refuse_reserved()
     return _Incoming(Call(name, level, user, body.arg, memory), host.config(), preferred(request, (JSON, OCTETS)))
 
 
@@ -210,7 +209,7 @@ def _segments(body: IoctlRequest) -> list[tuple[int, bytearray]]:
     summary="Call an ioctl of /dev/kvm",
     description=_ABOUT + " KVM_CREATE_VM makes a VM: `vm` and Location name it.",
     openapi_extra=_BODY,
-    responses=_documented("not-yet-supported", "limit-exceeded", made=True),
+    responses=_documented("limit-exceeded", made=True),
 )
 async def call_system_ioctl(
     request: Request,
@@ -260,7 +259,7 @@ async def _machine_call(
         entry.machine.vcpu_position(vcpu)
     incoming = await _incoming(request, level, name, arg)
     config = entry.machine.config
-    if not IOCTLS.changes(level, name):
+    if not IOCTLS.changes(entry.machine, level, name):
         target = Target(config.profile, config.host, entry.machine, vcpu)
         return incoming.answer(IOCTLS.perform(target, incoming.call))
     async with entry.mutation() as machine:
