@@ -5,13 +5,14 @@ the tables in ``ioctls.capabilities``.
 """
 
 from engine.abi import VM, Call
-from engine.ioctls import capabilities, memory_slots, subpages, system
+from engine.ioctls import capabilities, memory_slots, nested_state, subpages, system
+from engine.ioctls.nested_state import as_created
 from engine.ioctls.registry import Ioctl, Registry, Target
 from engine.ioctls.spp_capability import CAP_X86_SPP
 from engine.ioctls.system import NewMachine
 from engine.machine import VirtualMachine
 
-IOCTLS = Registry((*system.ROWS, *capabilities.ROWS, *memory_slots.ROWS, *subpages.ROWS))
+IOCTLS = Registry((*system.ROWS, *capabilities.ROWS, *memory_slots.ROWS, *subpages.ROWS, *nested_state.ROWS))
 
 
 def check_vm_extension(machine: VirtualMachine, capability: int) -> int:
@@ -20,4 +21,4 @@ def check_vm_extension(machine: VirtualMachine, capability: int) -> int:
     return IOCTLS.perform(target, Call("KVM_CHECK_EXTENSION", VM, arg=capability)).returns
 
 
-__all__ = ["CAP_X86_SPP", "IOCTLS", "Ioctl", "NewMachine", "Registry", "Target", "check_vm_extension"]
+__all__ = ["CAP_X86_SPP", "IOCTLS", "Ioctl", "NewMachine", "Registry", "Target", "as_created", "check_vm_extension"]

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from engine.abi import SYSTEM, VCPU, VM, Call, Reply, UserBuffer, UserMemory
 from engine.config import HostConfig, VmConfig
 from engine.errors import NotFound
-from engine.ioctls import IOCTLS, NewMachine, Target
+from engine.ioctls import IOCTLS, NewMachine, Target, as_created
 from service.api.common import VmId, documented, find, headers, json_response, registry_of, router, settings_of
 from service.api.vms import HostRequest, Profile
 from service.http.handlers import refusal
@@ -224,6 +224,7 @@ async def call_system_ioctl(
     if not isinstance(reply, NewMachine):
         return incoming.answer(reply)
     entry = await registry_of(request).create(config, (), spp=False)
+    as_created(entry.machine)
     return incoming.answer(Reply(_FIRST_DESCRIPTOR + entry.sequence), entry.id)
 
 
