@@ -261,9 +261,13 @@ class NestedOperations:
             return nested.prepare_run(whole, ram)
 
     def reset(self, vcpu: int) -> None:
-        """Make the vCPU what KVM_CREATE_VCPU makes: registers after RESET, no CPUID, nothing enabled."""
+        """Make the vCPU what KVM_CREATE_VCPU makes: registers after RESET, no CPUID, nothing enabled.
+
+        Its VP index is its place among the vCPUs.
+        """
         with self.change(vcpu) as (whole, _):
-            new = NestedVcpu(profile=whole.profile, host=whole.host, vcpu_id=vcpu, vp_index=whole.vp_index)
+            place = [item.id for item in self._config.vcpus].index(vcpu)
+            new = NestedVcpu(profile=whole.profile, host=whole.host, vcpu_id=vcpu, vp_index=place)
             whole.__dict__.update(vars(new))
 
     def set_lapic_in_kernel(self, present: bool) -> None:

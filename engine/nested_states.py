@@ -18,7 +18,6 @@ from engine.arch import controls as ctl
 from engine.arch import vmx_msrs as vmx
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.words import signed, unsigned
-from engine.birth import nested
 from engine.config import NESTED_CAPABILITIES, VcpuConfig, VmConfig
 from engine.cpu import frames
 from engine.kvm import registers as reg
@@ -77,7 +76,7 @@ def nested_host(config: VmConfig, *, spp_active: bool) -> NestedHost:
     host = config.host
     return NestedHost(
         vendor=host.vendor,
-        nested=nested(config, default=not (spp_active and config.profile == "kvm-latest")),
+        nested=not (spp_active and config.profile == "kvm-latest") if host.nested is None else host.nested,
         ept=host.ept,
         evmcs=host.nested_evmcs,
         shadow_vmcs=bool(host.capability("procbased_ctls2") >> 32 & vmx.SEC_SHADOW_VMCS),

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from engine import dirty
 from engine.config import VmConfig
 from engine.cpu import frames
 from engine.errors import InvalidValue, NotFound
@@ -76,9 +77,13 @@ class SlotOperations:
             spec = replace(spec, without_map=self._gives_no_map(state))
         check_overlap(spec, state.slots.values())
         spec.validate_width(self._config.maxphyaddr)
-        with self._change(since=state, slots={**state.slots, spec.key: spec}) as draft:
+        slots = {**state.slots, spec.key: spec}
+        with self._change(since=state, slots=slots) as draft:
+            if known is not None:
+                dirty.empty_buffers(draft, self._config, state.slots)
             if known is not None and not spec.address_space and known.gpa != spec.gpa:
                 _move(draft, known, spec)
+            dirty.slot_changed(draft, slots, known, spec)
 
     def delete(self, slot: int, address_space: int = 0) -> None:
         """Delete a slot with its SET maps and contents. Raises NotFound."""
@@ -87,9 +92,12 @@ class SlotOperations:
         spec = state.slots.get(key)
         if spec is None:
             raise NotFound("no memory slot has that number", field="slot", value=slot)
-        with self._change(since=state, slots={k: v for k, v in state.slots.items() if k != key}) as draft:
+        slots = {k: v for k, v in state.slots.items() if k != key}
+        with self._change(since=state, slots=slots) as draft:
             if not address_space:
+                dirty.empty_buffers(draft, self._config, state.slots)
                 _drop(draft, spec)
+            dirty.note_slots(draft, slots)
 
     def _gives_no_map(self, state: Published) -> bool:
         """Whether a slot made now stays without a bitmap of its own: later series make bitmaps when SPP comes on."""

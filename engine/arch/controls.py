@@ -23,13 +23,17 @@ TERTIARY_PAGING_VERIFICATION = 1 << 3
 
 VPID_MASK = 0xFFFF
 
+# Guest interruptibility state (25.4.2)
+BLOCKING_BY_NMI = 1 << 3
+
 # VMCS encodings
 ENCODING_EPTP = 0x201A
 ENCODING_SPPTP = 0x2030
 ENCODING_PML_ADDRESS = 0x200E
 ENCODING_VE_ADDRESS = 0x202A
 
-# Words of a vCPU record (one 512-word frame each).
+# Words of a vCPU record (one 512-word frame each). V_SPPT_ROOT is KVM's own: the frame of the SPPT that it keeps for
+# this vCPU, 0 before SPP is on.
 (
     V_EPTP,
     V_SPPTP,
@@ -52,8 +56,10 @@ ENCODING_VE_ADDRESS = 0x202A
     V_PDPTE2,
     V_PDPTE3,
     V_NESTED,
+    V_INTERRUPTIBILITY,
+    V_SPPT_ROOT,
     V_GUEST_MODE,
-) = positions(22)
+) = positions(24)
 
 # The last words of the record: the frames that hold the vCPU's nested pages, 0 for a page of zeros.
 V_VMCS12, V_SHADOW_VMCS12, V_VMCB12 = positions(3, 509)

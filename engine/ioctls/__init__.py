@@ -5,14 +5,18 @@ the tables in ``ioctls.capabilities``.
 """
 
 from engine.abi import VM, Call
-from engine.ioctls import capabilities, memory_slots, nested_state, subpages, system
+from engine.ioctls import capabilities, dirty_log, memory_slots, nested_state, subpages, system, vcpus
 from engine.ioctls.nested_state import as_created
 from engine.ioctls.registry import Ioctl, Registry, Target
 from engine.ioctls.spp_capability import CAP_X86_SPP
 from engine.ioctls.system import NewMachine
 from engine.machine import VirtualMachine
 
-IOCTLS = Registry((*system.ROWS, *capabilities.ROWS, *memory_slots.ROWS, *subpages.ROWS, *nested_state.ROWS))
+IOCTLS = Registry(
+    row
+    for package in (system, capabilities, vcpus, memory_slots, dirty_log, subpages, nested_state)
+    for row in package.ROWS
+)
 
 
 def check_vm_extension(machine: VirtualMachine, capability: int) -> int:

@@ -52,18 +52,18 @@ def _enable_evmcs(target: Target, wanted: EnableCap) -> Reply:
 
 
 def create_irqchip(target: Target, _: Call) -> Reply:
-    """KVM_CREATE_IRQCHIP: the local APICs are in the kernel from now on; EEXIST when they are already."""
+    """KVM_CREATE_IRQCHIP: vCPUs will have local APICs in the kernel. EEXIST for a second, EINVAL after a vCPU."""
     if target.vm.nested.lapic_in_kernel:
         return failed("EEXIST")
+    if target.vm.config.vcpus:
+        return failed("EINVAL")
     target.vm.nested.set_lapic_in_kernel(True)
     return Reply(0)
 
 
 def as_created(machine: VirtualMachine) -> None:
-    """Make a fresh machine what KVM_CREATE_VM makes: no interrupt controller, vCPUs after RESET."""
+    """Make a fresh machine what KVM_CREATE_VM makes: without interrupt controller."""
     machine.nested.set_lapic_in_kernel(False)
-    for vcpu in machine.config.vcpus:
-        machine.nested.reset(vcpu.id)
 
 
 CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType(

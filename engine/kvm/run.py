@@ -3,16 +3,16 @@
 An access is split at page ends, low page first; nothing lands and no flag is set unless every page allows it.
 """
 
+from engine.arch import access as acc
 from engine.arch import ept as bits
 from engine.arch import exits
-from engine.arch.sppt import FULL_ACCESS
-from engine.cpu import decision, ept, fastpath, mmu, sppt, tlb, ve
+from engine.cpu import decision, ept, fastpath, mmu, page_log, sppt, tlb, ve
 from engine.cpu.frames import CAP_FAST_PATH
 from engine.jit import kernel
 from engine.kvm import layers
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
-from engine.kvm.fault import count_exit, handle_exit
+from engine.kvm.fault import block_nmis, count_exit, handle_exit
 
 # Entries that a read or a fetch leaves as they are.
 SETTLED = bits.READ | bits.EXECUTE | bits.ACCESSED
@@ -49,7 +49,7 @@ def log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution
 
 
 @kernel
-def settle(m, vcpu, gpa, size, how, source, trail):
+def settle(m, vcpu, mode, gpa, size, how, source, trail):
     """Leave behind what a successful access leaves: flags in the entries, and the page in the caches.
 
     ``source`` says how its last page was decided (see ``cpu.mmu``).
@@ -60,7 +60,10 @@ def settle(m, vcpu, gpa, size, how, source, trail):
         part = decision.page_part(at, gpa + size)
         if not one_page:
             _, _, _, source = mmu.check(m, vcpu, at, part, how, trail)
-        dirty = mmu.finish(m, vcpu, at, how, source, trail)
+        if tlb.modelled(m) or page_log.on(mode):
+            dirty = mmu.finish(m, vcpu, mode, at, how, source, trail)
+        else:
+            dirty = decision.set_flags(m, mode, how, trail)
         if one_page:
             remember(m, gpa, dirty, trail)
         at += part
@@ -78,8 +81,8 @@ def remember(m, gpa, dirty, trail):
         return
     writable = 0
     mask = layers.effective(m, gpa >> 12)
-    if dirty and rights & bits.WRITE and mask == FULL_ACCESS:
-        writable = FULL_ACCESS
+    if dirty and rights & bits.WRITE:
+        writable = mask  # where that is not all, a write that goes through against the map is counted
     elif dirty and trail[ept.TRAIL_COUNTS, 1] == 4 and sppt.gather(trail[ept.TRAIL_SPPT + 3, 3]) == mask:
         writable = mask
     fastpath.remember(m, gpa >> 12, writable)
@@ -99,6 +102,13 @@ def remember_denial(m, gpa, size, qualification, denied, trail):
 
 
 @kernel
+def refused_by_policy(m, at, denied):
+    """Sub-pages that a policy refuses, out of those that an SPPT did: a dirty log closes sub-pages as well."""
+    refused = denied & ~layers.effective(m, at >> 12)
+    return refused or denied
+
+
+@kernel
 def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all):
     """Run one access to its end.
 
@@ -115,15 +125,19 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
     stale = 0
     while True:
         if at == gpa + size:
-            if mmu.log_fits(m, vcpu, gpa, size, how, source, trail):
+            mode = ept.mode_of(m, vcpu)
+            if not page_log.on(mode) or mmu.log_fits(m, vcpu, mode, gpa, size, how, source, trail):
                 break
             at = gpa
             reason, qualification, denied = exits.PML_FULL, decision.nmi_unblocking(how), 0
         else:
             part = decision.page_part(at, gpa + size)
-            reason, qualification, denied, source = mmu.check(m, vcpu, at, part, how, trail)
-            if source == mmu.STALE:
-                stale = res.STALE
+            reason, qualification, denied = decision.check(m, vcpu, at, part, how, trail)
+            if tlb.modelled(m):
+                reason, qualification, denied, source = mmu.through_cache(
+                    m, vcpu, at, part, how, reason, qualification, denied, trail
+                )
+                stale |= res.STALE if source == mmu.STALE else 0
             if reason == exits.NONE:
                 at += part
                 continue
@@ -133,10 +147,13 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
                 tally[reg.EXCEPTIONS] += 1
                 return res.EXCEPTION | stale, reason, qualification, denied, at
         count_exit(tally, reason, qualification)
-        resolution = handle_exit(m, vcpu, at, reason, qualification, trail, tally)
+        block_nmis(m, vcpu, how, qualification)
+        resolution = handle_exit(m, vcpu, at, reason, qualification, denied, trail, tally)
+        if resolution == res.VIOLATION:
+            denied = refused_by_policy(m, at, denied)
         count += 1
         tlb.transition(m, vcpu)
-        if resolution == res.VIOLATION and denied and part == size:
+        if resolution == res.VIOLATION and denied and part == size and how == acc.PLAIN_WRITE:
             remember_denial(m, gpa, size, qualification, denied, trail)
         if resolution > res.LAST_INTERNAL or count == MAX_EXITS:
             ending = resolution if resolution > res.LAST_INTERNAL else res.INTERNAL_ERROR
@@ -145,5 +162,5 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
             log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution | stale, denied, at)
         at = gpa
         stale = 0
-    settle(m, vcpu, gpa, size, how, source, trail)
+    settle(m, vcpu, mode, gpa, size, how, source, trail)
     return res.COMPLETED | stale, 0, 0, 0, gpa

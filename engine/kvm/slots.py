@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.cpu.physical import SLOT_GFN as SLOT_GFN  # noqa: PLC0414 where a slot is, other rooms ask here
+from engine.cpu.physical import SLOT_PAGES as SLOT_PAGES  # noqa: PLC0414 where a slot is, other rooms ask here
+from engine.cpu.physical import find_slot as find_slot  # noqa: PLC0414 where a slot is, other rooms ask here
 from engine.errors import InvalidValue
 from engine.jit import kernel
 from engine.kvm.abi_limits import ADDRESS_SPACES
@@ -16,12 +19,11 @@ PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 HOST_PAGE_SIZES = (1 << 12, 1 << 21, 1 << 30)
 
-# A row of Machine.slots
-SLOT_GFN = 0
-SLOT_PAGES = 1
+# A row of Machine.slots; the first two words say where its pages are, which ``cpu.physical`` knows.
 SLOT_FLAGS = 2
 SLOT_ID = 3
-SLOT_WORDS = 4
+SLOT_LEVEL = 4  # of the leaf that maps one of its host pages
+SLOT_WORDS = 5
 
 SLOT_LOG_DIRTY = 1 << 0  # KVM_MEM_LOG_DIRTY_PAGES
 SLOT_READ_ONLY = 1 << 1  # KVM_MEM_READONLY
@@ -120,25 +122,12 @@ def check_overlap(spec: SlotSpec, others: Iterable[SlotSpec]) -> None:
 
 def slot_table(specs: Iterable[SlotSpec]) -> NDArray[np.int64]:
     """int64[n, SLOT_WORDS] of address space 0, sorted by base GFN, as kernels look it up."""
-    rows = sorted((s.gfn, s.pages, s.flags, s.slot) for s in specs if s.address_space == 0)
+    rows = sorted(
+        (s.gfn, s.pages, s.flags, s.slot, HOST_PAGE_SIZES.index(s.host_page_size) + 1)
+        for s in specs
+        if s.address_space == 0
+    )
     return np.array(rows, dtype=np.int64).reshape(len(rows), SLOT_WORDS)
-
-
-@kernel
-def find_slot(m, gfn):
-    """Position of the slot that holds a page, -1 where there is none."""
-    low = 0
-    high = m.slots.shape[0]
-    while low < high:
-        middle = (low + high) >> 1
-        if m.slots[middle, SLOT_GFN] <= gfn:
-            low = middle + 1
-        else:
-            high = middle
-    position = low - 1
-    if position < 0 or gfn >= m.slots[position, SLOT_GFN] + m.slots[position, SLOT_PAGES]:
-        return -1
-    return position
 
 
 @kernel

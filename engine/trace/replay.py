@@ -7,13 +7,14 @@ to a violation or a malformed record, goes through the same functions as a singl
 import numpy as np
 
 from engine.arch import access as acc
+from engine.arch import ept as bits
 from engine.arch import exits
 from engine.arch.controls import V_GUEST_MODE
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import decision, fastpath, sppt
 from engine.cpu.frames import CAP_VCPUS, FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
 from engine.jit import kernel
-from engine.kvm import fault, layers, run, spp
+from engine.kvm import fault, layers, page_rights, run, spp, tracking
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.slots import find_slot, writable_bytes
@@ -28,6 +29,8 @@ BAD_ACCESS = 5
 BAD_VCPU = 6
 BAD_ADDRESS = 7
 BAD_RESERVED = 8
+BAD_KIND = 9
+BAD_LINEAR = 10
 
 # on_violation
 SKIP = 0
@@ -39,6 +42,7 @@ ON_VIOLATION = ("skip", "stop", "allow", "grant")
 # Positions in the options array
 OPTION_ON_VIOLATION = 0
 OPTION_LIST_ALL = 1
+OPTION_KINDS = 2  # records may say what kind of access they are; else those bits are zeros
 
 GPA_LIMIT = 1 << 52
 NO_GVA = np.int64(0)
@@ -50,7 +54,27 @@ NOTHING_YET = np.int64(1 << 62)
 
 
 @kernel
-def refusal(m, gpa, word):
+def describe(word):
+    """The access of a record as the kernels name it."""
+    kind = (word >> acc.RECORD_KIND_SHIFT) & 7
+    linear = (word >> acc.RECORD_LINEAR_SHIFT) & acc.LINEAR_BITS
+    return (word >> 16) & acc.ACCESS_MASK | kind << acc.KIND_SHIFT | (linear ^ acc.LINEAR_VALID) << acc.LINEAR_SHIFT
+
+
+@kernel
+def refusal_of_kind(how):
+    """Why an access cannot be of its kind, DONE if it can: what the kind does, and what only a linear address has."""
+    kind = (how & acc.KIND_MASK) >> acc.KIND_SHIFT
+    linear = (how >> acc.LINEAR_SHIFT) & acc.LINEAR_BITS
+    if not acc.POSSIBLE >> (4 * kind + (how & acc.ACCESS_MASK)) & 1:
+        return BAD_KIND
+    if not linear & acc.LINEAR_VALID and (linear or not acc.UNTRANSLATED_KINDS >> kind & 1):
+        return BAD_LINEAR
+    return DONE
+
+
+@kernel
+def refusal(m, gpa, word, kinds):
     """Why a record is no access at all, DONE if it is one."""
     size = word & 0xFFFF
     if size == 0:
@@ -58,7 +82,11 @@ def refusal(m, gpa, word):
     if (word >> 16) & 0xFF > acc.EXECUTE:
         return BAD_ACCESS
     if (word >> 24) & 0xFF or (word >> 48) & 0xFFFF:
-        return BAD_RESERVED
+        if not kinds or word & acc.RECORD_FREE:
+            return BAD_RESERVED
+        bad = refusal_of_kind(describe(word))
+        if bad != DONE:
+            return bad
     vcpu = (word >> 32) & 0xFFFF
     if vcpu >= m.caps[CAP_VCPUS] or m.vcpu_of_id[vcpu] < 0:
         return BAD_VCPU
@@ -98,6 +126,9 @@ def passes_unenforced(m, vcpu, gpa, size):
 def grant_touched(m, gpa, size, trail):
     """Open every refused sub-page that an access touches; returns whether there was one."""
     opened = False
+    for gfn in range(gpa >> 12, ((gpa + size - 1) >> 12) + 1):
+        if page_rights.lacking(m, gfn) & bits.READ:
+            return False  # no sub-page of it is eligible
     at = gpa
     while at < gpa + size:
         part = decision.page_part(at, gpa + size)
@@ -110,21 +141,29 @@ def grant_touched(m, gpa, size, trail):
 
 
 @kernel
+def note_landing(m, gpa, size):
+    """Tell the dirty logs of a write that lands by the caller's choice, if all of it is in writable memory."""
+    if tracking.mode(m) and writable_bytes(m, gpa, size):
+        tracking.note_host_write(m, gpa, size)
+
+
+@kernel
 def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     """Run one record the long way; returns DONE, or STOPPED, or why the record is refused."""
-    bad = refusal(m, gpa, word)
+    bad = refusal(m, gpa, word, options[OPTION_KINDS])
     if bad != DONE:
         return bad
     access = (word >> 16) & acc.ACCESS_MASK
     vcpu = m.vcpu_of_id[(word >> 32) & 0xFFFF]
-    how = access | acc.DEFAULT_LINEAR
+    how = describe(word)
     list_all = options[OPTION_LIST_ALL]
     if access == acc.WRITE and passes_unenforced(m, vcpu, gpa, word & 0xFFFF):
+        note_landing(m, gpa, word & 0xFFFF)
         tally[reg.UNENFORCED] += 1
         tally[reg.PAGE_GRANULAR] += 1
         tally[reg.WRITES] += 1
         return DONE
-    q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if access == acc.WRITE else (0, 0)
+    q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if how == acc.PLAIN_WRITE else (0, 0)
     if q:
         ending, reason, at = res.VIOLATION, exits.EPT_VIOLATION, gpa
         fault.count_exit(tally, reason, q)
@@ -135,26 +174,39 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     resolution = ending & ~res.STALE
     tally[reg.STALE_ACCESSES] += ending != resolution
     refused = resolution == res.VIOLATION and denied != 0
-    guarded = access == acc.WRITE and (refused or in_protected_page(m, gpa, word & 0xFFFF))
-    if resolution == res.VIOLATION or resolution == res.INTERNAL_ERROR:
+    if access == acc.WRITE:
+        guarded = refused or in_protected_page(m, gpa, word & 0xFFFF)
+    else:
+        guarded = resolution == res.VIOLATION  # page access is of whole pages anyway
+    if resolution == res.VIOLATION or resolution == res.INTERNAL_ERROR or resolution == res.RUN_FAILED:
         run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
         if resolution == res.VIOLATION:
             tally[reg.VIOLATIONS] += 1
         if options[OPTION_ON_VIOLATION] == STOP:
             tally[reg.PAGE_GRANULAR] += guarded
             return STOPPED
-        if options[OPTION_ON_VIOLATION] == GRANT and grant_touched(m, gpa, word & 0xFFFF, trail):
+        if options[OPTION_ON_VIOLATION] == ALLOW and resolution == res.VIOLATION and access == acc.WRITE:
+            note_landing(m, gpa, word & 0xFFFF)
+        if (
+            options[OPTION_ON_VIOLATION] == GRANT
+            and access == acc.WRITE
+            and grant_touched(m, gpa, word & 0xFFFF, trail)
+        ):
             tally[reg.GRANTS] += 1
             ending, reason, q, denied, at = run.execute(
                 m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
             )
             resolution = ending & ~res.STALE
+            if list_all and (resolution == res.VIOLATION or resolution == res.INTERNAL_ERROR):
+                run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
     if resolution == res.MMIO or resolution == res.EXCEPTION:
         tally[reg.MMIO] += resolution == res.MMIO
         if list_all:
             run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
-    elif resolution == res.COMPLETED and ending != resolution:
-        run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
+    elif resolution == res.COMPLETED:
+        if ending != resolution:
+            run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
+        tally[reg.UNENFORCED] += guarded and layers.refuses(m, gpa, word & 0xFFFF)
     tally[reg.PAGE_GRANULAR] += guarded
     tally[reg.WRITES] += access == acc.WRITE
     return DONE

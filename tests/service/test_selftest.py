@@ -22,7 +22,7 @@ EXIT_SPP = {OLD: 28, NEW: 29}
 
 @pytest.fixture
 def start(client: ContractClient) -> Iterator[Callable[[str], str]]:
-    """Rows 1 and 2: a machine made through the binary ABI, with the test's slot."""
+    """Rows 1 and 2: a machine made through the binary ABI, with the test's slot and vCPU."""
     made: list[str] = []
 
     def create(profile: str) -> str:
@@ -31,6 +31,7 @@ def start(client: ContractClient) -> Iterator[Callable[[str], str]]:
         made.append(url)
         answer = ioctl(client, url, "KVM_SET_USER_MEMORY_REGION", region(SLOT, 0, PAGE, PAGES << 12, HOST))
         assert answer.short == 0
+        assert ioctl(client, url, "KVM_CREATE_VCPU", arg=VCPU).returns >= 0
         return str(url)
 
     yield create
@@ -63,7 +64,7 @@ STORES = [PAGE + i * STRIDE for i in range(32)]
 def test_selftest_of_2019(client: ContractClient, start: Callable[[str], str]) -> None:
     url = start(OLD)
     protect(client, url, OLD)
-    guest = Guest(client, url, PAGE, loops=2)
+    guest = Guest(client, url, PAGE, loops=2, vcpu=VCPU)
     for _ in range(32):
         assert guest.run() == "KVM_EXIT_SPP"
     assert addresses(guest.exits) == STORES
@@ -83,7 +84,7 @@ def test_selftest_of_2019(client: ContractClient, start: Callable[[str], str]) -
 def test_selftest_of_the_later_series(client: ContractClient, start: Callable[[str], str]) -> None:
     url = start(NEW)
     protect(client, url, NEW)
-    guest = Guest(client, url, PAGE, loops=2)
+    guest = Guest(client, url, PAGE, loops=2, vcpu=VCPU)
     for _ in range(32):
         at = guest.rip
         assert guest.run() == "KVM_EXIT_SPP"
@@ -102,7 +103,7 @@ def test_selftest_of_the_later_series(client: ContractClient, start: Callable[[s
 def test_a_later_exit_that_nobody_handles_comes_again(client: ContractClient, start: Callable[[str], str]) -> None:
     url = start(NEW)
     protect(client, url, NEW)
-    guest = Guest(client, url, PAGE)
+    guest = Guest(client, url, PAGE, vcpu=VCPU)
     assert [guest.run() for _ in range(5)] == ["KVM_EXIT_SPP"] * 5
     assert addresses(guest.exits) == [PAGE] * 5
     assert set_access(client, url, NEW, GFN, [1]).short == 1

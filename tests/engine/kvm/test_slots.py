@@ -91,8 +91,13 @@ SLOTS = [
 
 
 def test_table_is_sorted_by_base() -> None:
-    assert slot_table(SLOTS).tolist() == [[2, 1, 2, 1], [5, 3, 0, 9], [8, 1, 0, 4], [1 << 33, 256, 0, 0]]
-    assert slot_table([]).shape == (0, 4)
+    assert slot_table(SLOTS).tolist() == [
+        [2, 1, 2, 1, 1],
+        [5, 3, 0, 9, 1],
+        [8, 1, 0, 4, 1],
+        [1 << 33, 256, 0, 0, 1],
+    ]
+    assert slot_table([]).shape == (0, 5)
 
 
 @pytest.mark.parametrize(

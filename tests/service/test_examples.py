@@ -1,0 +1,46 @@
+"""The examples, run as `make examples` runs them; each asserts its own figures."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.contract.client import ContractClient
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ("introspection", "checkpoint", "device")
+
+
+def run(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.jit
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(client: ContractClient, name: str) -> None:
+    assert run(name, str(client.base_url)).strip()
+
+
+@pytest.mark.jit
+def test_the_saving_is_printed(client: ContractClient) -> None:
+    saved = re.search(r"^(\d+) bytes saved", run("checkpoint", str(client.base_url)), re.MULTILINE)
+    assert saved and int(saved[1]) > 0
+
+
+@pytest.mark.jit
+def test_an_example_brings_its_own_service() -> None:
+    assert "times fewer" in run("device")
+
+
+def test_make_runs_them_all() -> None:
+    recipe = re.search(r"^examples:.*?\n\n", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert recipe and all(name in recipe[0] for name in EXAMPLES)
