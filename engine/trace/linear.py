@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.arch import access as acc
-from engine.arch import exits
+from engine.arch import exceptions, exits
 from engine.arch.words import signed
 from engine.cpu import decision, ept, guest_paging, instruction, tlb
 from engine.cpu.frames import Machine
@@ -74,7 +74,8 @@ def run_linear(
         if reason <= exits.NONE:
             break
         structure = reason != exits.PML_FULL and pages[count, instruction.P_FACTS] == 0
-        part = STRUCTURE_BYTES if structure else int(decision.page_part(gpa, gpa + size - (gla - int(start))))
+        done = 0 if reason == exits.PML_FULL else int(pages[:count, instruction.P_SIZE].sum())
+        part = STRUCTURE_BYTES if structure else int(decision.page_part(gpa, gpa + size - done))
         guarded = guarded or bool(in_protected_page(m, gpa, part))
         count_exit(tally, reason, value)
         block_nmis(m, position, how, value)
@@ -98,6 +99,10 @@ def run_linear(
         resolution = res.MMIO
         word = size | access << 16 | vcpu << 32
         run.log_exit(log, used, 0, gpa, word, signed(gla), reason, 0, resolution, 0, gpa)
+    if reason == -exceptions.VIRTUALIZATION:
+        # No VM exit, but what the guest is told: listed as an access by GPA lists it.
+        word = size | access << 16 | vcpu << 32
+        run.log_exit(log, used, 0, gpa, word, signed(gla), exits.EPT_VIOLATION, value, resolution, denied, gpa)
     places: Places = ()
     if resolution == res.COMPLETED:
         places = tuple((int(row[instruction.P_GPA]), int(row[instruction.P_SIZE])) for row in pages[:count])

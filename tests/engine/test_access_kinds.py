@@ -314,7 +314,7 @@ def test_circumstances_reach_the_processor() -> None:
 
 def test_what_the_processor_itself_writes_may_be_in_guest_memory() -> None:
     vm = machine()
-    vm.access(AccessRequest(GPA))
+    vm.access(AccessRequest(None, gva=GVA))
     leaf = vm.tables.ept_entry(1, GPA).raw
     controls = vm.vcpus.vmcs(0)["secondary_controls"]
     vm.vcpus.set_vmcs(0, {"secondary_controls": controls | 1 << 17 | 1 << 18, "pml_address": 0x40000, "pml_index": 511})
@@ -325,6 +325,11 @@ def test_what_the_processor_itself_writes_may_be_in_guest_memory() -> None:
     vm.tables.set_ept_entry(1, GPA, leaf & ~2)
     assert vm.access(AccessRequest(GPA + 8, gva=GVA)).exception == "#VE"
     assert [word(vm, 0x41000 + 8 * n) for n in range(5)] == [0xFFFF_FFFF_0000_0030, 0x1AA, GVA, GPA + 8, 7]
+    vm.write_memory(0x41004, bytes(4))
+    by_linear = vm.access(AccessRequest(None, gva=GVA + 16))
+    assert (by_linear.exception, by_linear.gpa, by_linear.fault_address) == ("#VE", GPA + 16, GVA + 16)
+    assert by_linear.exits.column("qualification").tolist() == [0x1AA]
+    assert by_linear.exits.resolution_names() == ["exception"] and by_linear.run is None
     # busy, and where there is no memory, which reads as busy
     vm.vcpus.set_vmcs(0, {"ve_information_address": 1 << 30})
     assert vm.access(AccessRequest(GPA + 8)).exception is None
@@ -397,3 +402,15 @@ def test_a_combined_translation_has_the_vector_of_its_physical_one() -> None:
     vm.tables.set_sppt_entry(1, GPA, 0)
     stale = vm.access(AccessRequest(None, gva=GVA + 0x80))
     assert stale.allowed and stale.stale
+
+
+def test_linear_addresses_of_32_bits_are_cut_and_wrap() -> None:
+    """Without paging they are GPAs of 32 bits; the second page of this access is page 0."""
+    vm = VirtualMachine.create(VmConfig(), [SlotSpec(0, 0, 1 << 20), SlotSpec(1, (4 << 30) - PAGE, PAGE)], spp=True)
+    vm.vcpus.set_vmcs(0, {"cr0": 0x33})
+    top = (4 << 30) - 4
+    result = vm.access(AccessRequest(None, gva=7 << 32 | top, data=b"abcdefgh"))
+    assert result.allowed and result.gpa == top
+    assert vm.read_memory(top, 4) + vm.read_memory(0, 4) == b"abcdefgh"
+    assert result.exits.column("size").tolist() == [4, 4]
+    assert result.exits.column("gpa").tolist() == [top, 0]

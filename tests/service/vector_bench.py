@@ -198,8 +198,9 @@ class HttpProcessor:
                 "circumstances": circumstances >> acc.CIRCUMSTANCE_SHIFT,
             },
         )
-        if found["exits"]:
-            first = found["exits"][0]
+        exits = [item for item in found["exits"] if item["resolution"] != "exception"]
+        if exits:
+            first = exits[0]
             numbers = (int(first[name], 16) for name in ("qualification", "gpa", "gva"))
             return Access(first["reason"], *numbers, 0, int(first["denied"], 16), first["stale"])
         if found["exception"] is not None:
