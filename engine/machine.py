@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ from engine.kvm import registers as reg
 from engine.kvm.host_memory import HostMemoryOperations
 from engine.kvm.protections import ProtectedObject, Protection
 from engine.kvm.slots import SlotSpec, first_page_without_slot, slot_table
+from engine.nested_operations import NestedOperations, nested_in_use
+from engine.nested_states import NestedStates, states_from_head, states_to_head
 from engine.slot_operations import SlotOperations
 from engine.steps import new_trail, run_all
 from engine.store import Draft, FrameStore, Snapshot, blocks_of
@@ -66,6 +68,7 @@ class State:
     slots: Mapping[int, SlotSpec]
     protections: Mapping[str, Protection]
     targets: Targets
+    nested: NestedStates = field(default_factory=NestedStates)
 
 
 class VirtualMachine:
@@ -208,6 +211,11 @@ class VirtualMachine:
         """What can be done to one vCPU: its VMCS, VM entry, INVEPT and INVVPID, its translation cache."""
         return VcpuOperations(self.config, self.vcpu_position, lambda: self._state.snapshot, self._change)
 
+    @property
+    def nested(self) -> NestedOperations:
+        """Nested VMX and SVM state of the vCPUs, their CPUID and MSRs, the enlightened VMCS."""
+        return NestedOperations(self.config, lambda: (self._state.snapshot, self._state.nested), self._change)
+
     # Changes
 
     def set_slot(self, spec: SlotSpec) -> None:
@@ -227,7 +235,7 @@ class VirtualMachine:
 
     def enable_spp(self) -> None:
         """KVM_INIT_SPP: switch sub-page protection on; a second time does nothing."""
-        enabling.check(self.config)
+        enabling.check(self.config, nested_in_use(self._state.nested))
         if not self.spp_active:
             self.allocations.take(len(self._state.slots))
             with self._change() as draft:
@@ -325,6 +333,7 @@ class VirtualMachine:
                 {"name": p.name, "objects": [[o.name, o.gpa, o.size] for o in p.objects]}
                 for p in state.protections.values()
             ],
+            "nested": states_to_head(self.config, state.nested),
             "frames": len(state.snapshot.machine.row_of),
         }
 
@@ -356,7 +365,8 @@ class VirtualMachine:
             p["name"]: Protection(p["name"], tuple(ProtectedObject(*o) for o in p["objects"]))
             for p in head["protections"]
         }
-        vm = cls(config, store, State(store.published, slots, known, _targets(known)))
+        nested = states_from_head(config, head.get("nested", {}))
+        vm = cls(config, store, State(store.published, slots, known, _targets(known), nested))
         with vm._change():
             pass
         return vm
@@ -416,6 +426,7 @@ class VirtualMachine:
 
     def _begin(self, slots: Mapping[int, SlotSpec] | None = None) -> Draft:
         draft = self._store.begin(slot_table((self._state.slots if slots is None else slots).values()))
+        draft.beside = self._state.nested
         serves = fast_path_serves(self.config, draft.machine)
         if bool(draft.machine.caps[frames.CAP_FAST_PATH]) != serves:
             caps = draft.machine.caps.copy()
@@ -453,7 +464,7 @@ class VirtualMachine:
         same = protections is self._state.protections
         targets = self._state.targets if same else _targets(protections)
         self._store.publish(draft)
-        self._state = State(self._store.published, slots, protections, targets)
+        self._state = State(self._store.published, slots, protections, targets, draft.beside)
 
     def _recover(self, since: State, changed: Protection, left: Mapping[str, Protection]) -> None:
         """Store what ``left`` covers on the pages of a protection that came or went."""

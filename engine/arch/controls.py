@@ -58,4 +58,8 @@ ENCODING_VE_ADDRESS = 0x202A
     V_NESTED,
     V_INTERRUPTIBILITY,
     V_SPPT_ROOT,
-) = positions(23)
+    V_GUEST_MODE,
+) = positions(24)
+
+# The last words of the record: the frames that hold the vCPU's nested pages, 0 for a page of zeros.
+V_VMCS12, V_SHADOW_VMCS12, V_VMCB12 = positions(3, 509)

@@ -5,14 +5,17 @@ the tables in ``ioctls.capabilities``.
 """
 
 from engine.abi import VM, Call
-from engine.ioctls import capabilities, dirty_log, memory_slots, subpages, system, vcpus
+from engine.ioctls import capabilities, dirty_log, memory_slots, nested_state, subpages, system, vcpus
+from engine.ioctls.nested_state import as_created
 from engine.ioctls.registry import Ioctl, Registry, Target
 from engine.ioctls.spp_capability import CAP_X86_SPP
 from engine.ioctls.system import NewMachine
 from engine.machine import VirtualMachine
 
 IOCTLS = Registry(
-    row for package in (system, capabilities, vcpus, memory_slots, dirty_log, subpages) for row in package.ROWS
+    row
+    for package in (system, capabilities, vcpus, memory_slots, dirty_log, subpages, nested_state)
+    for row in package.ROWS
 )
 
 
@@ -22,4 +25,4 @@ def check_vm_extension(machine: VirtualMachine, capability: int) -> int:
     return IOCTLS.perform(target, Call("KVM_CHECK_EXTENSION", VM, arg=capability)).returns
 
 
-__all__ = ["CAP_X86_SPP", "IOCTLS", "Ioctl", "NewMachine", "Registry", "Target", "check_vm_extension"]
+__all__ = ["CAP_X86_SPP", "IOCTLS", "Ioctl", "NewMachine", "Registry", "Target", "as_created", "check_vm_extension"]

@@ -13,7 +13,9 @@ FIRST_DESCRIPTOR = 4
 
 def create_vcpu(target: Target, call: Call) -> Reply:
     """The id is the argument. Answers with a descriptor; EINVAL for an id too high or no room, EEXIST for one taken."""
-    target.vm.create_vcpu(call.arg & 0xFFFF_FFFF)
+    vcpu = call.arg & 0xFFFF_FFFF
+    target.vm.create_vcpu(vcpu)
+    target.vm.nested.reset(vcpu)
     return Reply(FIRST_DESCRIPTOR + len(target.vm.config.vcpus) - 1)
 
 

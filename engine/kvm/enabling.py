@@ -16,8 +16,11 @@ def allows_nesting(config: VmConfig) -> bool:
     return bool(config.host.nested)
 
 
-def check(config: VmConfig) -> None:
-    """Raise what the profile's enabling call returns on this host: Unsupported or Conflict."""
+def check(config: VmConfig, nesting_in_use: bool = False) -> None:
+    """Raise what the profile's enabling call returns on this host: Unsupported or Conflict.
+
+    Where ``host.nested`` is not set, nesting is off once sub-page protection is on, unless a vCPU uses it already.
+    """
     profile = profile_of(config.profile)
     for test in profile.enable_tests:
         if test == "support" and not config.host.supports_spp:
@@ -27,7 +30,7 @@ def check(config: VmConfig) -> None:
                 value=config.host.vendor,
                 errno=profile.unsupported_errno,
             )
-        if test == "nested" and allows_nesting(config):
+        if test == "nested" and (allows_nesting(config) or (config.host.nested is None and nesting_in_use)):
             raise Conflict(
                 "sub-page protection excludes nesting", field="host.nested", value=True, errno=profile.nested_errno
             )

@@ -16,6 +16,8 @@ from engine.nested.vcpu import NestedVcpu
 
 APIC_BASE = 0x1B
 _X2APIC_ENABLED = 1 << 10
+_APIC_FIRST = 0xFEE0_0800
+_APIC_BOOT = 0x100
 _FS_BASE, _GS_BASE = 0xC000_0100, 0xC000_0101
 _SMM_MONITOR_CTL, _SMBASE = 0x9B, 0x9E
 _MICROCODE = frozenset({0x79, 0x8B})
@@ -31,6 +33,17 @@ _REGISTER_MSRS = {
     _FS_BASE: "fs_base",
     _GS_BASE: "gs_base",
 }
+REGISTER_MSR_NAMES = {
+    vmx.EFER: "IA32_EFER",
+    0x277: "IA32_PAT",
+    0x1D9: "IA32_DEBUGCTL",
+    0x174: "IA32_SYSENTER_CS",
+    0x175: "IA32_SYSENTER_ESP",
+    0x176: "IA32_SYSENTER_EIP",
+    0xD90: "IA32_BNDCFGS",
+    _FS_BASE: "IA32_FS_BASE",
+    _GS_BASE: "IA32_GS_BASE",
+}
 _ENABLE = 0x1
 # VMCALL; RET
 _HYPERCALL_CODE = bytes((0x0F, 0x01, 0xC1, 0xC3))
@@ -45,6 +58,8 @@ def read_msr(vcpu: NestedVcpu, number: int, host: bool) -> int | None:
         return vcpu.registers[_REGISTER_MSRS[number]]
     if number == HV_VP_INDEX:
         return vcpu.vp_index
+    if number == APIC_BASE and number not in vcpu.msrs:
+        return _APIC_FIRST if vcpu.vcpu_id else _APIC_FIRST | _APIC_BOOT
     return vcpu.msrs.get(number, 0)
 
 

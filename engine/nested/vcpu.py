@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from engine.arch.hyperv_cpuid import CpuidEntry
@@ -114,7 +114,8 @@ class NestedVcpu:
     """One vCPU. ``registers`` are the live ones (L2's while in L2); ``msrs`` those that no other field owns.
 
     ``has_run``: KVM_RUN was called. ``mov_ss_blocking`` is the interrupt shadow of MOV SS. ``fail_allocation`` makes
-    the next entry into VMX operation run out of memory, once. ``tsc`` stands still unless the caller moves it.
+    the next entry into VMX operation run out of memory, once; ``allocations`` counts such entries. ``tsc`` stands
+    still unless the caller moves it.
     """
 
     profile: str = "kvm-2019"
@@ -129,6 +130,7 @@ class NestedVcpu:
     mov_ss_blocking: bool = False
     triple_fault: bool = False
     fail_allocation: bool = False
+    allocations: int = field(default=0, compare=False)
     tsc: int = 0
     evmcs_enabled: bool = False
     registers: dict[str, int] = field(default_factory=lambda: dict(RESET_REGISTERS))
@@ -180,8 +182,8 @@ class NestedVcpu:
         twin.registers = dict(self.registers)
         twin.msrs = dict(self.msrs)
         twin.capabilities = self.capabilities.copy()
-        twin.vmx = copy.deepcopy(self.vmx)
-        twin.svm = copy.deepcopy(self.svm)
+        twin.vmx = replace(self.vmx, vmcs12=bytearray(self.vmx.vmcs12), shadow=bytearray(self.vmx.shadow))
+        twin.svm = replace(self.svm, vmcb12=bytearray(self.svm.vmcb12))
         return twin
 
     def to_head(self) -> dict[str, Any]:

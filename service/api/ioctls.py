@@ -15,9 +15,9 @@ from starlette.responses import Response
 from engine.abi import SYSTEM, VCPU, VM, Call, Reply, UserBuffer, UserMemory
 from engine.config import HostConfig, VmConfig
 from engine.errors import NotFound
-from engine.ioctls import IOCTLS, NewMachine, Target
+from engine.ioctls import IOCTLS, NewMachine, Target, as_created
 from service.api.common import VmId, documented, find, headers, json_response, registry_of, router, settings_of
-from service.api.vms import HostRequest, Profile, VmRequest
+from service.api.vms import HostRequest, Profile
 from service.http.handlers import refusal
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
 from service.http.words import Document, Hex64, examples
@@ -185,7 +185,6 @@ async def _incoming(request: Request, level: str, name: str, arg: int | None) ->
     else:
         user = memory.buffer(body.arg)
     host = body.host or HostRequest()
-    VmRequest(host=host).refuse_reserved()
     call = Call(name, level, user, body.arg, memory)
     return _Incoming(call, preferred(request, (JSON, OCTETS)), host.config(), body.max_vcpus or _ROOM)
 
@@ -217,7 +216,7 @@ def _segments(body: IoctlRequest) -> list[tuple[int, bytearray]]:
     summary="Call an ioctl of /dev/kvm",
     description=_ABOUT + " KVM_CREATE_VM makes a VM: `vm` and Location name it.",
     openapi_extra=_BODY,
-    responses=_documented("not-yet-supported", "limit-exceeded", made=True),
+    responses=_documented("limit-exceeded", made=True),
 )
 async def call_system_ioctl(
     request: Request,
@@ -238,6 +237,7 @@ async def call_system_ioctl(
     if not isinstance(reply, NewMachine):
         return incoming.answer(reply)
     entry = await registry_of(request).create(config, (), spp=False)
+    as_created(entry.machine)
     return incoming.answer(Reply(_FIRST_DESCRIPTOR + entry.sequence), entry.id)
 
 
