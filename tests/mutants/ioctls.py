@@ -78,14 +78,6 @@ MUTANTS = (
         named(SPP, "later_set_over_a_hole_invalidates_the_regions_all_the_same"),
     ),
     Mutant(
-        "ioctl-late-slot-has-a-map",
-        "engine/slot_operations.py",
-        'return bool(active) and self._config.profile == "kvm-latest"',
-        "return False",
-        "later kernels give a slot made after SPP came on no bitmap",
-        named(SPP, "a_slot_made_after_switching_on"),
-    ),
-    Mutant(
         "allocation-fails-for-ever",
         "engine/allocations.py",
         "frames.write_word(draft.machine, frames.STATE_FRAME, reg.FAIL_ALLOCATION, max(0, failing - count))",
