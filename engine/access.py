@@ -146,7 +146,9 @@ class AccessOperations:
             writes = bitmap == FULL_ACCESS
             if entry.rights is not None and bool(entry.rights & ept.WRITE) != writes:
                 raise InvalidValue(
-                    "write access goes with a bitmap of all ones, and only with that", field="write_bitmap", value=bitmap
+                    "write access goes with a bitmap of all ones, and only with that",
+                    field="write_bitmap",
+                    value=bitmap,
                 )
             rights = (rights if entry.rights is None else entry.rights) & ~ept.WRITE | (ept.WRITE if writes else 0)
         else:

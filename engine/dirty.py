@@ -187,8 +187,7 @@ class DirtyOperations:
         with self._change() as draft:
             empty_buffers(draft, self._config)
             trail = new_trail()
-            run_all(draft, self._end, lambda at: dirty_log.take_harvest(draft.machine, at, self._end, trail)
-            )
+            run_all(draft, self._end, lambda at: dirty_log.take_harvest(draft.machine, at, self._end, trail))
             _store(draft.machine, reg.HARVESTS, _register(draft.machine, reg.HARVESTS) + 1)
             _count(draft.machine, reg.DIRTY_HARVESTS)
             taken = self._outstanding(draft.machine)
@@ -222,7 +221,9 @@ class DirtyOperations:
         with self._change() as draft:
             empty_buffers(draft, self._config)
             trail = new_trail()
-            run_all(draft, spec.pages,
+            run_all(
+                draft,
+                spec.pages,
                 lambda at: dirty_log.take_log(draft.machine, spec.gfn, at, spec.pages, out, trail),
             )
         return out.tobytes()
@@ -289,7 +290,8 @@ class DirtyOperations:
                 entries = (int(frames.read_entry(machine, table, n)) for n in range(first, LOG_ENTRIES))
                 found += ((entry & ept.ADDRESS) >> 12 for entry in entries)
         gfns = np.array(found, dtype=np.int64)
-        return gfns[np.array([self._slot_of(gfn) is not None for gfn in found], dtype=bool)]
+        held: NDArray[np.int64] = gfns[np.array([self._slot_of(gfn) is not None for gfn in found], dtype=bool)]
+        return held
 
     def _in_logged_slot(self, gfns: NDArray[np.int64]) -> NDArray[np.bool_]:
         slots = [self._slot_of(int(gfn)) for gfn in gfns]
@@ -325,8 +327,7 @@ def slot_changed(draft: Draft, slots: Mapping[int, SlotSpec], old: SlotSpec | No
     if had:
         out = np.zeros((new.pages + tracking.LOG_MASK) >> tracking.LOG_SHIFT, dtype=np.int64)
         trail = new_trail()
-        run_all(draft, new.pages, lambda at: dirty_log.take_log(draft.machine, new.gfn, at, new.pages, out, trail)
-        )
+        run_all(draft, new.pages, lambda at: dirty_log.take_log(draft.machine, new.gfn, at, new.pages, out, trail))
     watch_slot(draft, new)
 
 
@@ -342,8 +343,7 @@ def watch_slot(draft: Draft, spec: SlotSpec) -> None:
     """Bring the mapped pages of a slot in line with what is tracked."""
     trail = new_trail()
     if not spec.address_space:
-        run_all(draft, spec.pages, lambda at: dirty_log.watch_mapped(draft.machine, spec.gfn, at, spec.pages, trail)
-        )
+        run_all(draft, spec.pages, lambda at: dirty_log.watch_mapped(draft.machine, spec.gfn, at, spec.pages, trail))
 
 
 def _register(machine: frames.Machine, position: np.int64) -> int:

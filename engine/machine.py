@@ -115,9 +115,7 @@ class VirtualMachine:
     @property
     def page_access(self) -> AccessOperations:
         """Read, write and execute of whole pages, paired with the write bitmap."""
-        return AccessOperations(
-            self.config, lambda: self.spp_active, lambda: self._state.snapshot, self._change
-        )
+        return AccessOperations(self.config, lambda: self.spp_active, lambda: self._state.snapshot, self._change)
 
     @property
     def subpage_calls(self) -> SubpageCalls:

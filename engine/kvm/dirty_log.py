@@ -110,7 +110,9 @@ def take_log(m, gfn, start, pages, out, trail):
     at = gfn + start
     end = gfn + pages
     while at < end:
-        group = radix.next_leaf(m, reg.ROOT_LOG, at >> tracking.LOG_SHIFT, (end + tracking.LOG_MASK) >> tracking.LOG_SHIFT)
+        group = radix.next_leaf(
+            m, reg.ROOT_LOG, at >> tracking.LOG_SHIFT, (end + tracking.LOG_MASK) >> tracking.LOG_SHIFT
+        )
         at = max(at, group << tracking.LOG_SHIFT)
         stop = min(end, (group + 1) << tracking.LOG_SHIFT)
         if at >= end:
@@ -189,7 +191,7 @@ def watch_mapped(m, gfn, start, pages, trail):
             slot = find_slot(m, at)
             if slot >= 0 and tracking.watched(m, slot):
                 write_entry(m, table, index, NOTHING)
-                mapping.forget(m, at)
+                mapping.forget(m, at, level)
             at = ((at >> (9 * (level - 1))) + 1) << (9 * (level - 1))
             continue
         watch_again(m, at, trail)

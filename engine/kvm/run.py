@@ -101,7 +101,7 @@ def remember_denial(m, gpa, size, qualification, denied, trail):
 def refused_by_policy(m, at, denied):
     """Sub-pages that a policy refuses, out of those that an SPPT did: a dirty log closes sub-pages as well."""
     refused = denied & ~layers.effective(m, at >> 12)
-    return refused if refused else denied
+    return refused or denied
 
 
 @kernel

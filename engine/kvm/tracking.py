@@ -191,7 +191,7 @@ def note_refused(m, gfn, slot, mask, denied):
         return False
     if denied == 0 and mask != FULL_ACCESS:
         return False
-    note_written(m, gfn, denied if denied else EVERYTHING)
+    note_written(m, gfn, denied or EVERYTHING)
     if mask == FULL_ACCESS and not state & BY_PML:
         note_log(m, gfn, slot)
     return True

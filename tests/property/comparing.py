@@ -37,5 +37,9 @@ def compare_dirty(vm: VirtualMachine, model: Model) -> None:
     }
     assert set(found.gfns[found.logged].tolist()) == model.log
     waiting = vm.dirty.outstanding()
-    known = {} if waiting is None else {waiting.harvest: dict(zip(waiting.gfns.tolist(), waiting.maps.tolist(), strict=True))}
+    known = (
+        {}
+        if waiting is None
+        else {waiting.harvest: dict(zip(waiting.gfns.tolist(), waiting.maps.tolist(), strict=True))}
+    )
     assert known == model.harvests

@@ -279,7 +279,7 @@ class Model:
             self.log.add(gfn)
 
     def _note_faults(self, passed: dict[int, list[int]], last: int | None, landed: bool) -> None:
-        """What the faults of a guest's write noted; ``passed`` are the pages that let it, ``last`` the one that did not.
+        """What the faults of a guest's write noted; ``passed`` are the pages that let it, ``last`` did not.
 
         A fault comes before its write, and knows nothing of the pages after it. The processor's own log has pages
         that were really written. KVM's log of the first series misses pages that are protected in part, that of the

@@ -20,7 +20,6 @@ from engine.machine import VirtualMachine
 from tests.engine.builders import (
     PROFILES,
     Durable,
-    assert_sound,
     machine,
     maps,
     picture,
