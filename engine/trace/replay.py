@@ -137,11 +137,8 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
             return STOPPED
         if options[OPTION_ON_VIOLATION] == ALLOW and resolution == res.VIOLATION and access == acc.WRITE:
             note_landing(m, gpa, word & 0xFFFF)
-        if (
-            options[OPTION_ON_VIOLATION] == GRANT
-            and access == acc.WRITE
-            and grant_touched(m, gpa, word & 0xFFFF, trail)
-        ):
+        grants = options[OPTION_ON_VIOLATION] == GRANT and access == acc.WRITE
+        if grants and grant_touched(m, gpa, word & 0xFFFF, trail):
             tally[reg.GRANTS] += 1
             ending, reason, q, denied, at = run.execute(
                 m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
