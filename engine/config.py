@@ -76,16 +76,25 @@ class HostConfig:
 
 @dataclass(frozen=True)
 class VmConfig:
-    """Everything about a machine that does not change after creation."""
+    """Everything about a machine that does not change after creation.
+
+    ``vcpus`` alone may grow, up to ``vcpu_room``: a machine with such room may begin without any (KVM_CREATE_VCPU).
+    """
 
     name: str = ""
     profile: str = "kvm-2019"
     vcpus: tuple[VcpuConfig, ...] = (VcpuConfig(0),)
+    vcpu_room: int = 0
     maxphyaddr: int = 46
     translation_cache: str = "off"
     host: HostConfig = field(default_factory=HostConfig)
     require_match: bool = False
     max_table_frames: int = 1 << 20
+
+    @property
+    def vcpu_records(self) -> int:
+        """How many vCPUs the machine keeps a record for, those that are still to come included; at least one."""
+        return max(len(self.vcpus), self.vcpu_room)
 
     @property
     def ept_levels(self) -> int:
@@ -115,8 +124,11 @@ class VmConfig:
         self._validate_vcpus()
 
     def _validate_vcpus(self) -> None:
-        if not 1 <= len(self.vcpus) <= MAX_VCPUS:
-            raise InvalidValue(f"a machine has 1 to {MAX_VCPUS} vCPUs", field="vcpus", value=len(self.vcpus))
+        room, count = self.vcpu_room, len(self.vcpus)
+        if not 0 <= room <= MAX_VCPUS:
+            raise InvalidValue(f"a machine has room for 1 to {MAX_VCPUS} vCPUs", field="max_vcpus", value=room)
+        if not (0 if room else 1) <= count <= (room or MAX_VCPUS):
+            raise InvalidValue(f"a machine has 1 to {room or MAX_VCPUS} vCPUs", field="vcpus", value=count)
         for position, vcpu in enumerate(self.vcpus):
             if not 0 <= vcpu.id <= MAX_VCPU_ID:
                 raise InvalidValue(f"a vCPU id is 0 to {MAX_VCPU_ID}", field=f"vcpus[{position}].id", value=vcpu.id)

@@ -22,21 +22,22 @@ from engine.arch import access as acc
 from engine.config import VmConfig
 from engine.cpu import explain, frames
 from engine.dirty import DirtyOperations
-from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound, TraceError
+from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound
 from engine.head import config_from_head, config_to_head
 from engine.kvm import enabling, memory, protections, spp, tracking
 from engine.kvm import registers as reg
+from engine.kvm.host_memory import HostMemoryOperations
 from engine.kvm.protections import ProtectedObject, Protection
-from engine.kvm.slots import SlotSpec, first_page_without_slot, slot_table, writable_bytes
+from engine.kvm.slots import SlotSpec, first_page_without_slot, slot_table
 from engine.slot_operations import SlotOperations
 from engine.steps import new_trail, run_all
 from engine.store import Draft, FrameStore, Snapshot, blocks_of
 from engine.subpage_calls import SubpageCalls
 from engine.tables import TableOperations
-from engine.trace.columns import TraceChunk
+from engine.trace.execution import execute
 from engine.trace.objects import Targets, targets_of
 from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
-from engine.trace.single import AccessRequest, AccessResult, access_result
+from engine.trace.single import AccessRequest, AccessResult
 from engine.vcpus import VcpuOperations, fast_path_serves
 
 MAX_WINDOW = 1 << 20
@@ -127,6 +128,11 @@ class VirtualMachine:
         """What the host allocates for the machine, and which allocation fails."""
         return Allocations(lambda: self._state.snapshot, self._change)
 
+    @property
+    def host_memory(self) -> HostMemoryOperations:
+        """What the host does to the memory behind the guest."""
+        return HostMemoryOperations(self.config, self._change)
+
     def slots(self) -> tuple[SlotSpec, ...]:
         """Memory slots in order of their number, those of address space 1 last."""
         return self.memory_slots.all()
@@ -163,7 +169,7 @@ class VirtualMachine:
     def walk(
         self,
         gpa: int,
-        access: int = acc.WRITE,
+        access: int | None = None,
         size: int = 8,
         vcpu: int = 0,
         kind: int = acc.DATA,
@@ -171,8 +177,9 @@ class VirtualMachine:
     ) -> explain.Explanation:
         """What the processor would do with an access, entry by entry; changes nothing.
 
-        ``kind`` and ``linear`` are as ``arch.access`` has them.
+        ``kind`` and ``linear`` are as ``arch.access`` has them; ``access`` is what the kind does unless given.
         """
+        access = acc.default_access(kind) if access is None else access
         request = AccessRequest(gpa=gpa, size=size, access=access, vcpu=vcpu, kind=kind, linear=linear)
         request.validate(self.config)
         snapshot = self._state.snapshot
@@ -211,13 +218,20 @@ class VirtualMachine:
         """Delete a memory slot with its SET maps and contents. Raises NotFound."""
         self.memory_slots.delete(slot)
 
+    def create_vcpu(self, vcpu: int) -> None:
+        """KVM_CREATE_VCPU. Raises InvalidValue for an id that cannot be, that is taken (EEXIST), or without room."""
+        grown = birth.with_vcpu(self.config, vcpu)
+        with self._change() as draft:
+            birth.admit_vcpus(draft, grown)
+        self.config = grown
+
     def enable_spp(self) -> None:
         """KVM_INIT_SPP: switch sub-page protection on; a second time does nothing."""
         enabling.check(self.config)
         if not self.spp_active:
             self.allocations.take(len(self._state.slots))
             with self._change() as draft:
-                draft.ensure(len(self.config.vcpus))
+                draft.ensure(self.config.vcpu_records)
                 spp.enable(draft.machine)
                 birth.load_sppt(draft, self.config)
 
@@ -260,30 +274,15 @@ class VirtualMachine:
     def access(self, request: AccessRequest) -> AccessResult:
         """One guest access, executed."""
         request.validate(self.config)
-        if request.how != acc.describe(request.access):
-            raise InvalidValue(
-                "an access that is executed is a data access with a valid linear address",
-                field="kind",
-                value=acc.KIND_NAMES[request.kind],
-            )
-        options = ReplayOptions(on_violation=request.on_violation, include="all")
-        options.validate()
         with self._change() as draft:
-            replay = Replay(draft, options, self._state.targets)
-            try:
-                replay.feed(TraceChunk(request.record(), request.gvas(), {}))
-            except TraceError as error:
-                raise InvalidValue(error.rule, field=error.field, value=error.value) from None
-            result = access_result(
-                request, replay.result(), self.config.profile, granted=bool(replay.tally[reg.GRANTS])
-            )
-            if result.lands and not result.allowed and not writable_bytes(draft.machine, request.gpa, request.size):
-                result = result.without_effect()
-            if result.lands and request.data:
-                _write(draft, request.gpa, request.data)
-            _count(draft, replay.tally)
-        if result.allowed and request.access == acc.READ:
-            return result.with_data(self.read_memory(request.gpa, request.size))
+            result, places, tally = execute(draft, request, self.config, self._state.targets)
+            data = request.data or b""
+            for gpa, size in places if data else ():
+                _write(draft, gpa, data[:size])
+                data = data[size:]
+            _count(draft, tally)
+            if result.allowed and places and request.access == acc.READ:
+                return result.with_data(b"".join(memory.read_bytes(draft.machine, *place) for place in places))
         return result
 
     def replay(self, options: ReplayOptions) -> ReplayTransaction:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from engine.config import VmConfig
 from engine.cpu import frames
 from engine.kvm import partial_set, spp
-from engine.kvm.access_abi import ABI
+from engine.kvm.profile import profile_of
 from engine.kvm.slots import SlotSpec, first_page_without_slot
 from engine.slot_operations import Published
 from engine.steps import new_trail, run_all
@@ -35,7 +35,7 @@ class SubpageCalls:
         state: Callable[[], Published],
         change: Callable[[], AbstractContextManager[Draft]],
     ) -> None:
-        self._abi = ABI[config.profile]
+        self._abi = profile_of(config.profile)
         self._state = state
         self._change = change
 
@@ -63,7 +63,7 @@ class SubpageCalls:
         with self._change() as draft:
             if whole or self._abi.set_with_hole == "applied":
                 trail = new_trail()
-                if not whole and self._abi.hole_after_mapped_returns_zero:
+                if before and not whole and self._abi.hole_after_mapped_returns_zero:
                     returns = 0 if partial_set.any_mapped(draft.machine, gfn, before, trail) else None
                 run_all(draft, before, lambda start: spp.set_maps(draft.machine, gfn, done, start, trail))
             else:

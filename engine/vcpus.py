@@ -205,7 +205,7 @@ def fast_path_serves(config: VmConfig, machine: frames.Machine) -> bool:
     """Whether one answer is right for every vCPU: no translation cache, and records that say the same."""
     if config.translation_cache != "off":
         return False
-    if len(config.vcpus) == 1 or not len(machine.row_of):
+    if len(config.vcpus) <= 1 or not len(machine.row_of):
         return True
     first = int(frames.FIRST_VCPU_FRAME)
     rows = machine.row_of[first : first + len(config.vcpus)]

@@ -21,6 +21,7 @@ from service.api import (
     dirty,
     exits,
     health,
+    host_memory,
     ioctls,
     memory,
     memory_slots,
@@ -32,6 +33,7 @@ from service.api import (
     tables,
     traces,
     vcpus,
+    vm_capabilities,
     vms,
     walk,
 )
@@ -57,9 +59,11 @@ RESOURCES = (
     dirty,
     page_access,
     ioctls,
+    vm_capabilities,
     counters,
     capabilities,
     health,
+    host_memory,
     problem_types,
 )
 

@@ -36,6 +36,7 @@ TAGS: list[dict[str, Any]] = [
     {"name": "VMs", "description": "Virtual machines: guests under an exact model of KVM."},
     {"name": "memory slots", "description": "Which guest-physical pages are RAM."},
     {"name": "guest memory", "description": "The bytes in it."},
+    {"name": "host memory", "description": "What the host does to the memory behind it."},
     {"name": "SPP", "description": "Enabling sub-page write permission."},
     {"name": "sub-pages", "description": "Write permission of every 128 bytes: one bit each, 32 for a page."},
     {"name": "page access", "description": "Read, write and execute of whole pages, paired with the write bitmap."},

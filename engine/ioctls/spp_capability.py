@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from engine.abi import VM, Reply, failed
 from engine.ioctls.registry import EnableCap, Target
-from engine.kvm.access_abi import ABI
+from engine.kvm.profile import profile_of
 
 CAP_X86_SPP = 182
 
@@ -20,11 +20,11 @@ def enable(target: Target) -> Reply:
 
 def _pages(target: Target) -> int:
     """Pages in one call, whether or not the host has the feature."""
-    return ABI[target.profile].check_extension
+    return profile_of(target.profile).check_extension
 
 
 def _enable(target: Target, _: EnableCap) -> Reply:
-    return enable(target) if ABI[target.profile].capability == CAP_X86_SPP else failed("EINVAL")
+    return enable(target) if profile_of(target.profile).capability == CAP_X86_SPP else failed("EINVAL")
 
 
 CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType({CAP_X86_SPP: _pages})

@@ -17,7 +17,7 @@ from engine.abi import VM, Call, Reply, failed
 from engine.errors import NotEnabled
 from engine.ioctls.registry import Ioctl, Target
 from engine.ioctls.spp_capability import enable
-from engine.kvm.access_abi import ABI, AccessAbi
+from engine.kvm.profile import Profile, profile_of
 
 HEADER = 16
 
@@ -48,7 +48,7 @@ def get_access(target: Target, call: Call) -> Reply:
         return wanted
     maps = target.vm.subpage_calls.get(wanted.gfn, len(wanted.access))
     whole = len(maps) == len(wanted.access)
-    if whole or ABI[target.profile].get_failure_copies:
+    if whole or profile_of(target.profile).get_failure_copies:
         copied = call.user.copy_to(0, wanted.fill(maps))
         whole = whole and copied
     return Reply(len(maps)) if whole else failed("EFAULT")
@@ -67,32 +67,40 @@ def _copy_in(target: Target, call: Call) -> Subpage | Reply:
     """The structure, or the answer that ends the call."""
     if not target.vm.spp_active:
         raise NotEnabled("sub-page protection is enabled first", field="spp", value=False)
-    abi = ABI[target.profile]
+    abi = profile_of(target.profile)
     return _fixed(abi, call) if abi.fixed_map else _flexible(abi, target, call)
 
 
-def _fixed(abi: AccessAbi, call: Call) -> Subpage | Reply:
+def _fixed(abi: Profile, call: Call) -> Subpage | Reply:
     raw = call.user.copy_from(0, HEADER + 4 * abi.max_pages)
     if raw is None:
         return failed("EFAULT")
     gfn, npages = struct.unpack_from("<QQ", raw)
-    if not 1 <= npages <= abi.max_pages:
-        return failed("EINVAL")
+    if npages > abi.max_pages:
+        return failed(abi.too_many_errno)
+    if npages == 0:
+        return _empty(abi)
     return _subpage(gfn, npages, raw)
 
 
-def _flexible(abi: AccessAbi, target: Target, call: Call) -> Subpage | Reply:
+def _flexible(abi: Profile, target: Target, call: Call) -> Subpage | Reply:
     header = call.user.copy_from(0, HEADER)
     if header is None:
         return failed("EFAULT")
     gfn, npages, flags = struct.unpack("<QII", header)
-    if flags or npages > abi.max_pages:
-        return failed("EINVAL")
+    if flags and abi.access_flags_errno is not None:
+        return failed(abi.access_flags_errno)
+    if npages > abi.max_pages:
+        return failed(abi.too_many_errno)
     if npages == 0:
-        return Reply(0)
+        return _empty(abi)
     target.vm.allocations.take()
     raw = call.user.copy_from(0, HEADER + 4 * npages)
     return failed("EFAULT") if raw is None else _subpage(gfn, npages, raw)
+
+
+def _empty(abi: Profile) -> Reply:
+    return Reply(0) if abi.npages_zero_errno is None else failed(abi.npages_zero_errno)
 
 
 def _subpage(gfn: int, npages: int, raw: bytes) -> Subpage:

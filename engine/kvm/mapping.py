@@ -354,13 +354,16 @@ def aged(m, entry):
 
 @kernel
 def make_read_only(m, gfn, trail):
-    """The host page became one that may only be read: the leaf follows, unarmed, at the page's new host frame."""
+    """The host page became one that may only be read: its leaf follows, unarmed, to the page's new host frame.
+
+    Returns whether there was one.
+    """
     found, level, table, index, entry = find_leaf(m, gfn, trail)
     if not found or level != 1:
-        return
+        return False
     kept = with_rights(m, entry) & ~(bits.ADDRESS | bits.WRITE | bits.SPP | saved_bit(m) | HOST_WRITEABLE)
     fresh = kept | host_state.address_of_page(m, gfn)
-    replace(m, gfn, level, table, index, entry, aged(m, fresh))
+    return replace(m, gfn, level, table, index, entry, aged(m, fresh))
 
 
 @kernel

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.cpu.physical import SLOT_GFN as SLOT_GFN  # noqa: PLC0414 where a slot is, other rooms ask here
+from engine.cpu.physical import SLOT_PAGES as SLOT_PAGES  # noqa: PLC0414 where a slot is, other rooms ask here
+from engine.cpu.physical import find_slot as find_slot  # noqa: PLC0414 where a slot is, other rooms ask here
 from engine.errors import InvalidValue
 from engine.jit import kernel
 from engine.kvm.abi_limits import ADDRESS_SPACES
@@ -16,9 +19,7 @@ PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 HOST_PAGE_SIZES = (1 << 12, 1 << 21, 1 << 30)
 
-# A row of Machine.slots
-SLOT_GFN = 0
-SLOT_PAGES = 1
+# A row of Machine.slots; the first two words say where its pages are, which ``cpu.physical`` knows.
 SLOT_FLAGS = 2
 SLOT_ID = 3
 SLOT_LEVEL = 4  # of the leaf that maps one of its host pages
@@ -127,23 +128,6 @@ def slot_table(specs: Iterable[SlotSpec]) -> NDArray[np.int64]:
         if s.address_space == 0
     )
     return np.array(rows, dtype=np.int64).reshape(len(rows), SLOT_WORDS)
-
-
-@kernel
-def find_slot(m, gfn):
-    """Position of the slot that holds a page, -1 where there is none."""
-    low = 0
-    high = m.slots.shape[0]
-    while low < high:
-        middle = (low + high) >> 1
-        if m.slots[middle, SLOT_GFN] <= gfn:
-            low = middle + 1
-        else:
-            high = middle
-    position = low - 1
-    if position < 0 or gfn >= m.slots[position, SLOT_GFN] + m.slots[position, SLOT_PAGES]:
-        return -1
-    return position
 
 
 @kernel

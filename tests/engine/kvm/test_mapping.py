@@ -1,4 +1,4 @@
-"""How pages are mapped: leaf sizes, write protection and aging, host pages; seen as entries, exits and memory in use."""
+"""How pages are mapped: leaf sizes, write protection, aging; seen as entries, exits and memory in use."""
 
 from __future__ import annotations
 
