@@ -12,7 +12,7 @@ from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import decision, sppt
 from engine.jit import kernel
-from engine.kvm import layers, mapping
+from engine.kvm import layers, mapping, tracking
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.profile import KVM_EMULATOR_CHECKS
@@ -65,4 +65,6 @@ def execute(m, source, gpa, size, access, tally):
         if ending != res.COMPLETED:
             return ending, NO_EXIT, 0, 0, at
         at += part
+    if access == acc.WRITE:
+        tracking.note_host_write(m, gpa, size)
     return res.COMPLETED, NO_EXIT, 0, 0, gpa

@@ -183,6 +183,13 @@ class Model:
     def _store(self, gpa: int, data: bytes) -> None:
         self.bytes.update({gpa + i: byte for i, byte in enumerate(data)})
 
+    def host_event(self, event: str, gfn: int | None, pages: int) -> None:
+        """What the host does to its pages changes nothing that a guest or a tool can tell."""
+        if gfn is not None:
+            self._need_slots(range(gfn, gfn + pages))
+        elif event not in ("zap", "shrink"):
+            raise Refused
+
     def _need_slots(self, gfns: range) -> None:
         if any(self.slot_of(gfn) is None for gfn in gfns):
             raise Refused
