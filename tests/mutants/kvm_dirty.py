@@ -18,7 +18,7 @@ MUTANTS = (
     Mutant(
         "dirty-opens-all",
         TRACKING_PY,
-        "note_written(m, gfn, denied if denied else EVERYTHING)",
+        "note_written(m, gfn, denied or EVERYTHING)",
         "note_written(m, gfn, EVERYTHING)",
         "a write opens the sub-pages it touches and no other",
         named(DIRTY, "allowed_and_already_dirty"),
@@ -29,7 +29,7 @@ MUTANTS = (
         "return mask & ~unseen(m, gfn, slot, mask)",
         "return ~unseen(m, gfn, slot, mask) & FULL_ACCESS",
         "the hardware may write what the policy allows AND what is dirty",
-        named(DIRTY, "allowed_and_already_dirty"),
+        named(DIRTY, "what_the_host_wrote_is_not_open_to_the_guest"),
     ),
     Mutant(
         "dirty-refused-noted",
@@ -42,7 +42,7 @@ MUTANTS = (
     Mutant(
         "dirty-refusal-names-clean",
         RUN_PY,
-        "return refused if refused else denied",
+        "return refused or denied",
         "return denied",
         "a refusal names what the policy refuses, not what the log has closed",
         named(DIRTY, "a_refusal_names_what_the_policy_refuses"),

@@ -26,9 +26,8 @@ OFTEN = ("set_slot", "set_slot", "set_map", "protect", "replay", "replay", "repl
 WEIGHTED = (*KINDS, *DIRTY, *OFTEN, "acknowledge", "take_log", "host")
 ON_VIOLATION = ("skip", "stop", "allow", "grant")
 MASKS = (0, 0xFFFF_FFFF, 0xFFFF_FFFE, 0x7FFF_FFFF, 0x0F0F_F00F, 1)
-EVENTS = (
-    "unmap", "write-protect", "age", "zap", "shrink", "split", "collapse", "migrate", "remap-read-only", "remap-writable",
-)  # fmt: skip
+REMAPS = ("remap-read-only", "remap-writable")
+EVENTS = ("unmap", "write-protect", "age", "zap", "shrink", "split", "collapse", "migrate", *REMAPS)
 TRACKING = ("off", "page", "subpage", "subpage")
 RIGHTS = (None, "rwx", "rw", "r", "x", "")
 SIZES = (1, 8, 8, 100, 300, 5000)

@@ -119,6 +119,17 @@ def test_a_refusal_names_what_the_policy_refuses() -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
+def test_what_the_host_wrote_is_not_open_to_the_guest(profile: str) -> None:
+    vm = machine(profile)
+    set_map(vm, 2, 0x1)
+    vm.dirty.track("subpage")
+    vm.write_memory(2 * PAGE + 128, b"host")
+    assert written(vm) == {2: 0x2}
+    assert replay(vm, [2 * PAGE, 2 * PAGE + 128, 2 * PAGE, 2 * PAGE + 128]).violations == 2
+    assert written(vm) == {2: 0x3} and vector(vm, 2) == spread(0x1)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
 def test_without_tracking_nothing_is_left_of_it(profile: str) -> None:
     plain, tracked = machine(profile), machine(profile)
     for vm in (plain, tracked):
