@@ -247,7 +247,7 @@ class DirtyOperations:
             return
         if not uses:
             self._check_page_log(draft.machine)
-        draft.ensure(frames.RESERVE + len(self._config.vcpus))
+        draft.ensure(len(self._config.vcpus))
         machine = draft.machine
         for frame in self._vcpu_frames():
             secondary = int(frames.read_word(machine, frame, ctl.V_SECONDARY))
@@ -310,8 +310,8 @@ def empty_buffers(draft: Draft, config: VmConfig, slots: Mapping[int, SlotSpec] 
     if slots is not None:
         draft.machine = draft.machine._replace(slots=slot_table(slots.values()))
     for position in range(len(config.vcpus)):
-        draft.ensure(10 * LOG_ENTRIES)
-        dirty_log.empty_buffer(draft.machine, position)
+        draft.ensure(20 * LOG_ENTRIES)
+        dirty_log.empty_buffer(draft.machine, position, np.int64(0))
     draft.machine = draft.machine._replace(slots=after)
 
 

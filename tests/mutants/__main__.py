@@ -31,6 +31,7 @@ from . import (
     cpu_spp_walk,
     ioctls,
     kvm,
+    kvm_dirty,
     store,
     trace,
 )
@@ -47,6 +48,7 @@ PACKAGES = (
     cpu_guest,
     kvm,
     ioctls,
+    kvm_dirty,
     trace,
     store,
 )
