@@ -61,6 +61,7 @@ Hex32 = Annotated[int, Word(32)]
 ACCESS_NAMES = ("read", "write", "execute")
 
 
+SOURCE_NAMES = ("guest", "emulated", "host")
 KIND_NAMES = ("data", "read-modify-write", "paging-read", "paging-update", "shadow-stack")
 LINEAR_NAMES = ("valid", "user", "writable", "execute-disable")
 CIRCUMSTANCE_NAMES = ("nmi-unblocking", "spp-exempt", "delivery", "asynchronous")
@@ -158,6 +159,7 @@ CIRCUMSTANCES = (
     "instruction. Names with commas between them, or the sum."
 )
 Circumstances = Annotated[int, _Bits(CIRCUMSTANCE_NAMES)]
+Source = Annotated[int, _Choice(SOURCE_NAMES)]
 
 
 class Document(BaseModel):

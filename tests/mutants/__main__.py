@@ -29,8 +29,10 @@ from . import (
     cpu_flags,
     cpu_guest,
     cpu_spp_walk,
+    ioctls,
     kinds,
     kvm,
+    kvm_dirty,
     store,
     trace,
 )
@@ -47,13 +49,15 @@ PACKAGES = (
     cpu_guest,
     kinds,
     kvm,
+    ioctls,
+    kvm_dirty,
     trace,
     store,
 )
 MUTANTS: tuple[Mutant, ...] = tuple(mutant for package in PACKAGES for mutant in package.MUTANTS)
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("engine", "tests", "pyproject.toml")
+COPIED = ("engine", "service", "openapi", "tests", "pyproject.toml")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", ".hypothesis", "traces", "mutants", "conformance")
 PYTEST = (
     *("-m", "pytest", "-x", "-q", "--tb=line", "--no-header", "--hypothesis-profile=ci"),
