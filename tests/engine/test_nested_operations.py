@@ -111,6 +111,7 @@ def test_registers_are_those_of_the_vcpu_record(era: str) -> None:
     assert vm.nested.write_msrs(0, [(EFER, 0x500)]).refused is None
     assert vm.vcpus.vmcs(0)["efer"] == 0x500 and vm.vcpus.vmcs(0)["cpl"] == 3
     vm.nested.reset(0)
+    assert vm.vcpus.vmcs(0)["cpl"] == 0
     assert vm.vcpus.vmcs(0)["cr0"] == 0x6000_0010 and vm.nested.vcpu(0).cpuid == ()
 
 
