@@ -33,6 +33,7 @@ from . import (
     kinds,
     kvm,
     kvm_dirty,
+    nested,
     store,
     trace,
 )
@@ -51,6 +52,7 @@ PACKAGES = (
     kvm,
     ioctls,
     kvm_dirty,
+    nested,
     trace,
     store,
 )
