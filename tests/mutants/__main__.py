@@ -30,6 +30,7 @@ from . import (
     cpu_guest,
     cpu_spp_walk,
     kvm,
+    kvm_faults,
     store,
     trace,
 )
@@ -45,6 +46,7 @@ PACKAGES = (
     cpu_cache,
     cpu_guest,
     kvm,
+    kvm_faults,
     trace,
     store,
 )
