@@ -55,7 +55,9 @@ def build(draft: Draft, config: VmConfig) -> None:
     eptp = int(mapping.ept_pointer(m))
     if config.host.capability("ept_vpid_cap") & ept.CAP_ACCESSED_DIRTY:
         eptp |= ept.EPTP_ACCESSED_DIRTY
-    secondary = ctl.SECONDARY_EPT | ctl.SECONDARY_VPID | ctl.SECONDARY_UNRESTRICTED
+    secondary = ctl.SECONDARY_VPID
+    if config.host.ept:
+        secondary |= ctl.SECONDARY_EPT | ctl.SECONDARY_UNRESTRICTED
     if config.host.supports_spp and profile_of(config.profile).control_from_birth:
         secondary |= ctl.SECONDARY_SPP
     for position in range(len(config.vcpus)):

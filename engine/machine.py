@@ -144,13 +144,15 @@ class VirtualMachine:
         vcpu: int = 0,
         kind: int = acc.DATA,
         linear: int = acc.LINEAR_VALID,
+        circumstances: int = 0,
     ) -> explain.Explanation:
         """What the processor would do with an access, entry by entry; changes nothing.
 
-        ``kind`` and ``linear`` are as ``arch.access`` has them; ``access`` is what the kind does unless given.
+        ``kind``, ``linear`` and ``circumstances`` are as ``arch.access`` has them; ``access`` is what the kind does
+        unless given.
         """
         access = acc.default_access(kind) if access is None else access
-        request = AccessRequest(gpa=gpa, size=size, access=access, vcpu=vcpu, kind=kind, linear=linear)
+        request = AccessRequest(gpa, size, access, vcpu, kind=kind, linear=linear, circumstances=circumstances)
         request.validate(self.config)
         snapshot = self._state.snapshot
         return explain.explain(snapshot.machine, self.vcpu_position(vcpu), gpa, size, request.how)

@@ -27,6 +27,10 @@ def warm() -> None:
     with vm.replay(ReplayOptions()) as replay:
         replay.feed(TraceChunk(records, None, {}))
         replay.finish().exit_columns.objects()
+    vm.access(AccessRequest(None, gva=0x4010))
+    vm.protect("guest table", [ProtectedObject("entry", 0, 8)])
+    vm.write_memory(0, b"\3")
+    vm.access(AccessRequest(None, gva=0x4010, on_violation="allow"))
     vm.vcpus.vm_entry(0)
     vm.vcpus.invept(0, 2, 0)
     vm.vcpus.invvpid(0, 2, 0, 0)

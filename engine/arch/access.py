@@ -57,6 +57,10 @@ DELIVERY = 1 << 14  # part of the delivery of an event
 ASYNCHRONOUS = 1 << 15  # not by the instruction: Intel PT output, EPT-friendly PEBS, user-interrupt delivery
 UNVERIFIED_PAGING = 1 << 16  # a page with a guest paging structure of the translation has paging-write access off
 
+CIRCUMSTANCE_NAMES = ("nmi-unblocking", "spp-exempt", "delivery", "asynchronous")  # from bit 12
+CIRCUMSTANCE_SHIFT = 12
+CIRCUMSTANCES = NMI_UNBLOCKING | SPP_EXEMPT | DELIVERY | ASYNCHRONOUS
+
 ACCESS_MASK = 3
 KIND_SHIFT = 4
 KIND_MASK = 7 << 4

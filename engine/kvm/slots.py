@@ -93,6 +93,16 @@ def slot_table(specs: Iterable[SlotSpec]) -> NDArray[np.int64]:
 
 
 @kernel
+def is_mmio(m, gpa, size, writes):
+    """Whether KVM emulates an access because of its slots alone: a page without one, or a write to a read-only one."""
+    for gfn in range(gpa >> PAGE_SHIFT, ((gpa + size - 1) >> PAGE_SHIFT) + 1):
+        position = find_slot(m, gfn)
+        if position < 0 or (writes and m.slots[position, SLOT_FLAGS] & SLOT_READ_ONLY):
+            return True
+    return False
+
+
+@kernel
 def writable_bytes(m, gpa, size):
     """Whether slots that are not read-only hold all of a byte range."""
     for gfn in range(gpa >> PAGE_SHIFT, ((gpa + size - 1) >> PAGE_SHIFT) + 1):

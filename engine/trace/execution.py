@@ -58,7 +58,8 @@ def _is_memory(m: Machine, gpa: int, size: int, *, allowed: bool) -> bool:
 
 
 def _by_gpa(draft: Draft, request: AccessRequest, gpa: int, profile: str, targets: Targets) -> Execution:
-    replay = Replay(draft, ReplayOptions(on_violation=request.on_violation, include="all"), targets)
+    options = ReplayOptions(on_violation=request.on_violation, include="all", circumstances=request.circumstances)
+    replay = Replay(draft, options, targets)
     try:
         replay.feed(TraceChunk(request.record(), request.gvas(), {}, kinds=True))
     except TraceError as error:

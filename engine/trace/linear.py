@@ -12,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.arch import access as acc
-from engine.arch import exits
+from engine.arch import exceptions, exits
 from engine.arch.words import signed
-from engine.cpu import decision, guest_paging, instruction, tlb
+from engine.cpu import decision, ept, guest_paging, instruction, tlb
 from engine.cpu.frames import Machine
 from engine.kvm import layers, run
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.fault import block_nmis, count_exit, handle_exit
+from engine.kvm.slots import is_mmio
 from engine.store import Draft
 from engine.trace.replay import grant_touched, in_protected_page
 
@@ -74,7 +75,8 @@ def run_linear(
         if reason <= exits.NONE:
             break
         structure = reason != exits.PML_FULL and pages[count, instruction.P_FACTS] == 0
-        part = STRUCTURE_BYTES if structure else int(decision.page_part(gpa, gpa + size - (gla - int(start))))
+        done = 0 if reason == exits.PML_FULL else int(pages[:count, instruction.P_SIZE].sum())
+        part = STRUCTURE_BYTES if structure else int(decision.page_part(gpa, gpa + size - done))
         guarded = guarded or bool(in_protected_page(m, gpa, part))
         count_exit(tally, reason, value)
         block_nmis(m, position, how, value)
@@ -94,6 +96,14 @@ def run_linear(
         tally[reg.GRANTS] += 1
     if reason <= exits.NONE:
         resolution = res.COMPLETED if reason == exits.NONE else res.EXCEPTION
+    if resolution == res.COMPLETED and _is_mmio_without_ept(draft.machine, position, pages[:count], access):
+        resolution = res.MMIO
+        word = size | access << 16 | vcpu << 32
+        run.log_exit(log, used, 0, gpa, word, signed(gla), reason, 0, resolution, 0, gpa)
+    if reason == -exceptions.VIRTUALIZATION:
+        # No VM exit, but what the guest is told: listed as an access by GPA lists it.
+        word = size | access << 16 | vcpu << 32
+        run.log_exit(log, used, 0, gpa, word, signed(gla), exits.EPT_VIOLATION, value, resolution, denied, gpa)
     places: Places = ()
     if resolution == res.COMPLETED:
         places = tuple((int(row[instruction.P_GPA]), int(row[instruction.P_SIZE])) for row in pages[:count])
@@ -110,6 +120,14 @@ def run_linear(
     tally[reg.EXCEPTIONS] += resolution == res.EXCEPTION
     tally[reg.STALE_ACCESSES] += stale
     return Ending(resolution, reason, value, gpa, gla, stale, granted, places, log[: int(used[0])])
+
+
+def _is_mmio_without_ept(m: Machine, position: int, pages: NDArray[np.int64], access: int) -> bool:
+    """Whether the slots alone, which decide where there is no EPT, have no memory for the access."""
+    if ept.mode_of(m, position) & ept.MODE_EPT:
+        return False
+    places = ((np.int64(row[instruction.P_GPA]), np.int64(row[instruction.P_SIZE])) for row in pages)
+    return any(bool(is_mmio(m, gpa, size, access == acc.WRITE)) for gpa, size in places)
 
 
 def _translate(m: Machine, position: int, linear: int, size: int, how: int) -> Places:

@@ -9,13 +9,13 @@ import numpy as np
 from engine.arch import access as acc
 from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS
-from engine.cpu import decision, fastpath, sppt
+from engine.cpu import decision, ept, fastpath, sppt
 from engine.cpu.frames import CAP_VCPUS, STATE_FRAME, ample, read_word
 from engine.jit import kernel
 from engine.kvm import emulator, fault, layers, run, spp
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
-from engine.kvm.slots import find_slot
+from engine.kvm.slots import find_slot, is_mmio
 
 # Why the loop came back
 DONE = 0
@@ -41,6 +41,7 @@ ON_VIOLATION = ("skip", "stop", "allow", "grant")
 # Positions in the options array
 OPTION_ON_VIOLATION = 0
 OPTION_LIST_ALL = 1
+OPTION_CIRCUMSTANCES = 3  # bits of ``how`` that records do not hold
 OPTION_KINDS = 2  # records may say what kind of access they are; else those bits are zeros
 
 GPA_LIMIT = 1 << 52
@@ -140,6 +141,21 @@ def attempt(m, source, vcpu, gpa, word, index, gva, how, trail, log, used, tally
 
 
 @kernel
+def run_without_ept(m, gpa, word, index, gva, list_all, log, used, tally):
+    """Run one record of a vCPU without EPT: nothing is walked, and the memory slots alone decide.
+
+    KVM shadows the guest's tables then; what it cannot map there exits as a page fault (basic exit reason 0).
+    """
+    writes = (word >> 16) & acc.ACCESS_MASK == acc.WRITE
+    tally[reg.WRITES] += writes
+    if is_mmio(m, gpa, word & 0xFFFF, writes):
+        tally[reg.MMIO] += 1
+        if list_all:
+            run.log_exit(log, used, index, gpa, word, gva, exits.NONE, 0, res.MMIO, 0, gpa)
+    return DONE
+
+
+@kernel
 def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     """Run one record the long way; returns DONE, or STOPPED, or why the record is refused."""
     bad = refusal(m, gpa, word, options[OPTION_KINDS])
@@ -147,13 +163,15 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
         return bad
     access = (word >> 16) & acc.ACCESS_MASK
     vcpu = m.vcpu_of_id[(word >> 32) & 0xFFFF]
-    how = describe(word)
+    how = describe(word) | options[OPTION_CIRCUMSTANCES]
     list_all = options[OPTION_LIST_ALL]
     source = word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK
     q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if how == acc.PLAIN_WRITE and source == acc.GUEST else (0, 0)
     if q:
         ending, reason, at = res.VIOLATION, exits.EPT_VIOLATION, gpa
         fault.count_exit(tally, reason, q)
+    elif source == acc.GUEST and not ept.mode_of(m, vcpu) & ept.MODE_EPT:
+        return run_without_ept(m, gpa, word, index, gva, list_all, log, used, tally)
     else:
         ending, reason, q, denied, at = attempt(
             m, source, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all

@@ -42,7 +42,7 @@ class ReplayOptions:
 
     ``on_violation`` skip, stop, allow or grant; ``start`` the first record to run (indices stay absolute); ``include``
     which exits are listed, violations or all; ``max_exit_records`` how many are kept; ``carry`` trace columns that go
-    into the exit records.
+    into the exit records; ``circumstances`` (bits of ``arch.access.CIRCUMSTANCES``) those of every access.
     """
 
     on_violation: str = "skip"
@@ -50,6 +50,7 @@ class ReplayOptions:
     include: str = "violations"
     max_exit_records: int = 10_000_000
     carry: tuple[str, ...] = ()
+    circumstances: int = 0
 
     def validate(self) -> None:
         choices(self.on_violation, replay.ON_VIOLATION, "on_violation")
@@ -63,7 +64,9 @@ class ReplayOptions:
 
     def words(self) -> NDArray[np.int64]:
         """The options as the kernel reads them."""
-        return np.array([replay.ON_VIOLATION.index(self.on_violation), self.include == "all", 0], dtype=np.int64)
+        kinds = False  # known of each chunk
+        on_violation = replay.ON_VIOLATION.index(self.on_violation)
+        return np.array([on_violation, self.include == "all", kinds, self.circumstances], dtype=np.int64)
 
 
 class Replay:

@@ -22,7 +22,8 @@ class AccessRequest:
     """``size`` bytes at ``gpa``; ``data`` are the bytes of a write, which land in guest memory if it is allowed.
 
     With ``gva`` and no ``gpa`` the guest's own page tables give the address. ``kind`` and ``linear`` are numbers of
-    ``arch.access``: what sort of access it is and, for one by GPA, what the guest's paging would have said.
+    ``arch.access``: what sort of access it is and, for one by GPA, what the guest's paging would have said;
+    ``circumstances`` bits of ``acc.CIRCUMSTANCES``.
     """
 
     gpa: int | None
@@ -36,11 +37,12 @@ class AccessRequest:
     linear: int = acc.LINEAR_VALID
     source: int = acc.GUEST
     insn_len: int = 0
+    circumstances: int = 0
 
     @property
     def how(self) -> int:
         """The access as the kernels name it."""
-        return acc.describe(self.access, self.kind, self.linear)
+        return acc.describe(self.access, self.kind, self.linear, self.circumstances)
 
     def validate(self, config: VmConfig) -> None:
         """Refuse what is no access."""
@@ -65,6 +67,12 @@ class AccessRequest:
             raise InvalidValue(f"kind is 0 to {len(acc.KIND_NAMES) - 1}", field="kind", value=self.kind)
         if not 0 <= self.linear <= acc.LINEAR_BITS:
             raise InvalidValue(f"linear has {len(acc.LINEAR_NAMES)} bits", field="linear", value=self.linear)
+        if self.circumstances & ~acc.CIRCUMSTANCES:
+            raise InvalidValue(
+                f"circumstances are among {', '.join(acc.CIRCUMSTANCE_NAMES)}",
+                field="circumstances",
+                value=self.circumstances,
+            )
         refused = int(refusal_of_kind(np.int64(self.how)))
         if refused == BAD_KIND:
             raise InvalidValue(acc.KIND_RULE, field="kind", value=acc.KIND_NAMES[self.kind])

@@ -8,11 +8,11 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.arch.access import default_access
+from engine.arch.access import CIRCUMSTANCE_SHIFT, default_access
 from engine.trace.single import AccessRequest
 from service.api.common import VmId, documented, find, json_response, router
 from service.api.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
-from service.http.words import Access, Document, Hex64, Kind, Linear, Source, examples
+from service.http.words import CIRCUMSTANCES, Access, Circumstances, Document, Hex64, Kind, Linear, Source, examples
 from service.problems import InvalidDocument
 
 routes = router("accesses", "/v1/vms/{vm}/accesses")
@@ -85,6 +85,7 @@ class SingleAccess(Document):
             "the guest's tables say."
         ),
     )
+    circumstances: Circumstances = Field(0, description=CIRCUMSTANCES)
     vcpu: int = Field(0, ge=0, le=0xFFFF, description="KVM vCPU id.")
     source: Source = Field(
         0,
@@ -164,8 +165,7 @@ class AccessOutcome(Document):
     description=(
         "By `gpa` the access goes to that guest-physical address. By `gva` alone it goes through the guest's own page "
         "tables in guest memory, in the paging mode that the vCPU's VMCS has; every guest entry is read, and its "
-        "accessed and dirty flags are set, through EPT, and the walk may end in an exception instead. Circumstances "
-        "are those of an ordinary instruction: not in the delivery of an event, not in a transaction, not in an IRET."
+        "accessed and dirty flags are set, through EPT, and the walk may end in an exception instead."
     ),
     responses=documented(
         {200: {"model": AccessOutcome, "description": "Executed, whether or not it was allowed."}},
@@ -197,6 +197,7 @@ async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Resp
         linear=body.linear,
         source=body.source,
         insn_len=body.insn_len,
+        circumstances=body.circumstances << CIRCUMSTANCE_SHIFT,
     )
     async with entry.mutation() as machine:
         outcome = machine.access(wanted)

@@ -82,7 +82,10 @@ class ExitRecord(Document):
     index: int = Field(description="Position of the access in the trace.")
     vcpu: int
     reason: int = Field(
-        description="Basic exit reason: 48, 49, 62, 66; 0 for an access without an exit, listed because it is `stale`."
+        description=(
+            "Basic exit reason: 48, 49, 62, 66; 0 for an access without one of these, listed because it is `stale`, or "
+            "MMIO of a host without EPT."
+        )
     )
     name: str = Field(description="Name of the reason.")
     qualification: Hex64

@@ -9,8 +9,9 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.arch.access import CIRCUMSTANCE_SHIFT
 from service.api.common import VmId, documented, find, json_response, router
-from service.http.words import Access, Document, Hex32, Hex64, Kind, Linear, examples
+from service.http.words import CIRCUMSTANCES, Access, Circumstances, Document, Hex32, Hex64, Kind, Linear, examples
 
 routes = router("accesses", "/v1/vms/{vm}/walk")
 
@@ -139,6 +140,7 @@ async def explain_access(
             examples=["valid,user"],
         ),
     ] = 1,
+    circumstances: Annotated[Circumstances, Query(description=CIRCUMSTANCES, examples=["nmi-unblocking"])] = 0,
 ) -> Response:
-    told = find(request, vm).machine.walk(gpa, access, size, vcpu, kind, linear)
+    told = find(request, vm).machine.walk(gpa, access, size, vcpu, kind, linear, circumstances << CIRCUMSTANCE_SHIFT)
     return json_response(Walk.model_validate(told, from_attributes=True, strict=False))

@@ -64,6 +64,7 @@ ACCESS_NAMES = ("read", "write", "execute")
 SOURCE_NAMES = ("guest", "emulated", "host")
 KIND_NAMES = ("data", "read-modify-write", "paging-read", "paging-update", "shadow-stack")
 LINEAR_NAMES = ("valid", "user", "writable", "execute-disable")
+CIRCUMSTANCE_NAMES = ("nmi-unblocking", "spp-exempt", "delivery", "asynchronous")
 
 
 class _Choice:
@@ -94,24 +95,26 @@ class _Choice:
         return {"anyOf": [{"type": "string", "enum": [*self.names, *self.digits]}, number]}
 
 
-class _Linear:
-    """Annotation of the bits of a linear address: a number, or names with commas between them."""
+class _Bits:
+    """Annotation of a set of ``names``, bit 0 first: a number, or names with commas between them."""
 
-    limit = 1 << len(LINEAR_NAMES)
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.limit = 1 << len(names)
 
     def parse(self, value: Any) -> int:
         if isinstance(value, str):
             if value in {str(number) for number in range(self.limit)}:
                 return int(value)
             names = value.split(",")
-            if len(set(names)) == len(names) and set(names) <= set(LINEAR_NAMES):
-                return sum(1 << LINEAR_NAMES.index(name) for name in names)
+            if len(set(names)) == len(names) and set(names) <= set(self.names):
+                return sum(1 << self.names.index(name) for name in names)
         elif type(value) is int and 0 <= value < self.limit:
             return value
         raise PydanticCustomError(
-            "linear",
+            "bits",
             "must be 0 to {last}, or distinct names out of {names} with commas between them",
-            {"last": self.limit - 1, "names": ", ".join(LINEAR_NAMES)},
+            {"last": self.limit - 1, "names": ", ".join(self.names)},
         )
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -121,14 +124,20 @@ class _Linear:
         number = {"type": "integer", "minimum": 0, "maximum": self.limit - 1}
         if handler.mode == "serialization":
             return number
-        name = f"({'|'.join(LINEAR_NAMES)})"
-        pattern = f"^({name}(,{name}){{0,{len(LINEAR_NAMES) - 1}}}|[0-9]|1[0-5])$"
+        name = f"({'|'.join(self.names)})"
+        pattern = f"^({name}(,{name}){{0,{len(self.names) - 1}}}|[0-9]|1[0-5])$"
         return {"anyOf": [{"type": "string", "pattern": pattern}, number]}
 
 
 Access = Annotated[int, _Choice(ACCESS_NAMES)]
 Kind = Annotated[int, _Choice(KIND_NAMES)]
-Linear = Annotated[int, _Linear()]
+Linear = Annotated[int, _Bits(LINEAR_NAMES)]
+CIRCUMSTANCES = (
+    "What else is true of the access, where an exit depends on it: `nmi-unblocking` (1), by an IRET with NMIs blocked; "
+    "`spp-exempt` (2), in a transaction or to an enclave; `delivery` (4), of an event; `asynchronous` (8) to the "
+    "instruction. Names with commas between them, or the sum."
+)
+Circumstances = Annotated[int, _Bits(CIRCUMSTANCE_NAMES)]
 Source = Annotated[int, _Choice(SOURCE_NAMES)]
 
 

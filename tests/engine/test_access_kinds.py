@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from engine.arch import access as acc
-from engine.arch.access import READ, WRITE
-from engine.config import VmConfig
-from engine.errors import InvalidValue
+from engine.arch import controls as ctl
+from engine.arch.access import EXECUTE, READ, WRITE
+from engine.config import HostConfig, VmConfig
+from engine.errors import InvalidValue, Unsupported
 from engine.kvm.slots import SlotSpec
 from engine.machine import SubpageRange, VirtualMachine
 from engine.trace.columns import TraceChunk
@@ -198,3 +199,218 @@ def test_a_restored_machine_has_its_fields_and_an_empty_cache() -> None:
     again = VirtualMachine.restore(vm.head(), blocks)
     assert again.vcpus.vmcs(0) == vm.vcpus.vmcs(0)
     assert again.vcpus.tlb(0) == []
+
+
+# ---- hosts without EPT: the memory slots alone decide
+
+
+def without_ept() -> VirtualMachine:
+    slots = [SlotSpec(0, 0, 1 << 20), SlotSpec(1, 1 << 20, 1 << 20, read_only=True)]
+    return VirtualMachine.create(VmConfig(host=HostConfig(ept=False)), slots)
+
+
+def test_a_host_without_ept_starts_without_it() -> None:
+    vm = without_ept()
+    controls = vm.vcpus.vmcs(0)["secondary_controls"]
+    assert controls & (ctl.SECONDARY_EPT | ctl.SECONDARY_SPP | ctl.SECONDARY_UNRESTRICTED) == 0
+    assert vm.vcpus.vm_entry(0).result == "VMsucceed"
+    vm.vcpus.set_vmcs(0, {"secondary_controls": controls | ctl.SECONDARY_EPT})
+    assert vm.vcpus.vm_entry(0).vm_instruction_error == 7
+    with pytest.raises(Unsupported):
+        vm.enable_spp()
+
+
+@pytest.mark.parametrize(
+    ("gpa", "access", "resolution"),
+    [
+        (0x5000, WRITE, "completed"),
+        (0x5000, EXECUTE, "completed"),
+        ((1 << 20) + 8, READ, "completed"),
+        ((1 << 20) + 8, WRITE, "mmio"),
+        ((1 << 20) - 4, WRITE, "mmio"),
+        ((2 << 20) - 4, READ, "mmio"),
+        (5 << 20, READ, "mmio"),
+    ],
+)
+def test_slots_alone_decide_without_ept(gpa: int, access: int, resolution: str) -> None:
+    vm = without_ept()
+    told = vm.walk(gpa, access)
+    assert (told.outcome, told.sentence, told.ept) == ("allowed", "allowed: EPT is off", ())
+    # paging off: the linear address is the GPA
+    vm.vcpus.set_vmcs(0, {"cr0": 0x33})
+    for at in ({"gpa": gpa}, {"gpa": None, "gva": gpa}, {"gpa": gpa}):
+        result = vm.access(AccessRequest(access=access, **at))  # type: ignore[arg-type]
+        assert result.resolution == resolution and result.allowed is (resolution == "completed")
+        assert (result.run is None) is result.allowed
+    records = np.array([[gpa, 8 | READ << 16], [gpa, 8 | access << 16]] * 3, dtype=np.uint64)
+    with vm.replay(ReplayOptions()) as replay:
+        replay.feed(TraceChunk(records, None, {}))
+        found = replay.finish()
+    reads = 3 if resolution == "mmio" and access == READ else 0
+    assert found.mmio == reads + (3 if resolution == "mmio" else 0)
+    assert found.writes == (3 if access == WRITE else 0)
+    assert vm.counters()["exits_ept_violation"] == 0
+
+
+# ---- where kinds differ
+
+
+def test_a_known_refusal_is_that_of_a_plain_write_alone() -> None:
+    """The fast path remembers how plain writes are refused; other kinds are refused in their own way."""
+    vm = machine()
+    vm.access(AccessRequest(GPA))
+    vm.set_subpages([SubpageRange(GPA >> 12, 1, 0)])
+    plain = 8 | WRITE << 16
+    update = plain | acc.record_bits(acc.PAGING_UPDATE, acc.LINEAR_VALID)
+    untranslated = plain | acc.record_bits(acc.DATA, 0)
+    for words, found in (
+        ((plain, plain, update, untranslated, plain), [0x1AA, 0x1AA, 0xAB, 0x2A, 0x1AA]),
+        ((update, untranslated, update, plain), [0xAB, 0x2A, 0xAB, 0x1AA]),
+    ):
+        records = np.array([[GPA, word] for word in words], dtype=np.uint64)
+        with vm.replay(ReplayOptions()) as replay:
+            replay.feed(TraceChunk(records, None, {}, kinds=True))
+            assert replay.finish().exit_columns.column("qualification").tolist() == found
+
+
+def test_a_grant_of_what_is_not_the_reason_is_no_success() -> None:
+    vm = machine()
+    vm.access(AccessRequest(GPA))
+    vm.set_subpages([SubpageRange(GPA >> 12, 1, 0)])
+    request = AccessRequest(GPA, kind=acc.PAGING_UPDATE, on_violation="grant")
+    for shown in (["violation", "violation"], ["violation"]):
+        result = vm.access(request)
+        assert not result.allowed and not result.lands and result.exits.resolution_names() == shown
+    assert vm.counters()["violations"] == 2 and vm.counters()["grants"] == 1
+    assert vm.access(AccessRequest(GPA, on_violation="grant")).resolution == "completed"
+
+
+def test_an_exit_about_a_guest_table_is_eight_bytes_at_its_entry() -> None:
+    vm = machine()
+    vm.access(AccessRequest(PT, access=READ))
+    vm.set_subpages([SubpageRange(PT >> 12, 1, 0)])
+    result = vm.access(AccessRequest(None, size=64, gva=GVA, on_violation="allow"))
+    columns = result.exits.columns
+    last = {name: int(columns[name][-1]) for name in ("gpa", "gva", "size", "qualification", "subpages", "denied")}
+    assert last == {"gpa": PT + 40, "gva": GVA, "size": 8, "qualification": 0xAB, "subpages": 1, "denied": 0}
+    assert not result.lands and result.resolution == "violation"
+
+
+def test_circumstances_reach_the_processor() -> None:
+    vm = machine()
+    vm.access(AccessRequest(GPA))
+    vm.set_subpages([SubpageRange(GPA >> 12, 1, 0)])
+    for bits, qualification in ((acc.NMI_UNBLOCKING, 0x11AA), (acc.ASYNCHRONOUS, 0x101AA), (0, 0x1AA)):
+        assert vm.walk(GPA, circumstances=bits).qualification == qualification
+        result = vm.access(AccessRequest(GPA, circumstances=bits))
+        assert result.exits.column("qualification").tolist() == [qualification]
+    vm.set_subpages([SubpageRange(GPA >> 12, 1, 1)])
+    assert vm.access(AccessRequest(GPA, size=4)).allowed
+    refused = vm.access(AccessRequest(GPA, size=4, circumstances=acc.SPP_EXEMPT))
+    assert not refused.allowed and refused.exits.column("denied").tolist() == [0]
+    with pytest.raises(InvalidValue, match="circumstances"):
+        vm.access(AccessRequest(GPA, circumstances=1))
+
+
+def test_what_the_processor_itself_writes_may_be_in_guest_memory() -> None:
+    vm = machine()
+    vm.access(AccessRequest(None, gva=GVA))
+    leaf = vm.tables.ept_entry(1, GPA).raw
+    controls = vm.vcpus.vmcs(0)["secondary_controls"]
+    vm.vcpus.set_vmcs(0, {"secondary_controls": controls | 1 << 17 | 1 << 18, "pml_address": 0x40000, "pml_index": 511})
+    vm.vcpus.set_vmcs(0, {"ve_information_address": 0x41000, "eptp_index": 7})
+    vm.tables.set_ept_entry(1, GPA, leaf & ~0x200)
+    assert vm.access(AccessRequest(GPA + 8)).allowed
+    assert word(vm, 0x40000 + 511 * 8) == GPA
+    vm.tables.set_ept_entry(1, GPA, leaf & ~2)
+    assert vm.access(AccessRequest(GPA + 8, gva=GVA)).exception == "#VE"
+    assert [word(vm, 0x41000 + 8 * n) for n in range(5)] == [0xFFFF_FFFF_0000_0030, 0x1AA, GVA, GPA + 8, 7]
+    vm.write_memory(0x41004, bytes(4))
+    by_linear = vm.access(AccessRequest(None, gva=GVA + 16))
+    assert (by_linear.exception, by_linear.gpa, by_linear.fault_address) == ("#VE", GPA + 16, GVA + 16)
+    assert by_linear.exits.column("qualification").tolist() == [0x1AA]
+    assert by_linear.exits.resolution_names() == ["exception"] and by_linear.run is None
+    # busy, and where there is no memory, which reads as busy
+    vm.vcpus.set_vmcs(0, {"ve_information_address": 1 << 30})
+    assert vm.access(AccessRequest(GPA + 8)).exception is None
+
+
+def test_nothing_lands_where_there_is_no_memory() -> None:
+    """The tables say that the page may be written; no slot holds it."""
+    vm = machine()
+    vm.access(AccessRequest(GPA))
+    nowhere = 2 << 20
+    table = vm.tables.new_frame()
+    vm.tables.set_ept_entry(2, nowhere, table | 7)
+    vm.tables.set_ept_entry(1, nowhere, nowhere | 0x37)
+    result = vm.access(AccessRequest(nowhere, data=bytes(8)))
+    assert result.allowed and not result.lands
+    read = vm.access(AccessRequest(nowhere, access=READ))
+    assert read.allowed and read.data is None
+
+
+@pytest.mark.parametrize(
+    ("setup", "kind", "access", "linear", "sentence"),
+    [
+        ({"leaf": 0x35}, acc.SHADOW_STACK, WRITE, 1, "denied: PTE at {pte} does not permit a shadow-stack access"),
+        ({"leaf": 0x35}, acc.PAGING_UPDATE, WRITE, 1, "denied: PTE at {pte} does not permit a paging-update access"),
+        ({"leaf": 0x35, "pde": 5}, acc.PAGING_UPDATE, WRITE, 1, "denied: PDE at {pde} does not permit"),
+        ({"leaf": 1 << 58 | 0x35}, acc.PAGING_UPDATE, WRITE, 1, "allowed: PTE at {pte} has paging-write access"),
+        ({"leaf": 1 << 58 | 0x35, "pde": 5}, acc.PAGING_UPDATE, WRITE, 1, "denied: PDE at {pde} does not permit"),
+        ({"leaf": 0x35, "pde": 5}, acc.DATA, WRITE, 1, "denied: PDE at {pde} does not permit write"),
+        ({"leaf": 0x33}, acc.DATA, EXECUTE, 3, "denied: PTE at {pte} does not permit execute through a user-mode"),
+        ({"leaf": 0x433}, acc.DATA, EXECUTE, 1, "denied: PTE at {pte} does not permit execute through a supervisor"),
+        ({"leaf": 0x430}, acc.DATA, READ, 1, "denied: PTE at {pte} does not permit read"),
+        ({"leaf": 0x37, "pde": 0x403}, acc.DATA, EXECUTE, 1, "denied: PDE at {pde} does not permit execute"),
+        ({"leaf": 0}, acc.DATA, READ, 1, "denied: PTE at {pte} is not present"),
+        ({"leaf": 0x35}, acc.PAGING_READ, READ, 0, "allowed: every EPT entry used permits a paging-read access"),
+    ],
+)
+def test_sentences(setup: dict[str, int], kind: int, access: int, linear: int, sentence: str) -> None:
+    """EPT with mode-based execute control and paging-write control; every upper entry has all rights unless given."""
+    host = HostConfig(vmx_capabilities={"procbased_ctls3": 12})
+    vm = VirtualMachine.create(VmConfig(host=host), [SlotSpec(0, 0, 1 << 20)])
+    vm.access(AccessRequest(GPA))
+    for level in (4, 3, 2):
+        entry = vm.tables.ept_entry(level, GPA)
+        vm.tables.set_ept_entry(level, GPA, entry.raw & ~0x407 | (setup.get("pde", 0x407) if level == 2 else 0x407))
+    vm.tables.set_ept_entry(1, GPA, setup["leaf"] | GPA if setup["leaf"] else 0)
+    controls = vm.vcpus.vmcs(0)["secondary_controls"] & ~ctl.SECONDARY_SPP
+    vm.vcpus.set_vmcs(
+        0,
+        {
+            "secondary_controls": controls | ctl.SECONDARY_MBEC,
+            "primary_controls": ctl.PRIMARY_SECONDARY | ctl.PRIMARY_TERTIARY,
+            "tertiary_controls": ctl.TERTIARY_PAGING_WRITE,
+        },
+    )
+    told = vm.walk(GPA, access, kind=kind, linear=linear)
+    places = {entry.structure.lower(): f"{entry.table + 8 * entry.index:#x}" for entry in told.ept}
+    assert told.sentence.startswith(sentence.format(**places)), told.sentence
+
+
+def test_a_combined_translation_has_the_vector_of_its_physical_one() -> None:
+    """Remembered from a physical entry, it answers as that one would, also when the tables have changed."""
+    vm = machine("model")
+    vm.access(AccessRequest(None, gva=GVA, access=READ))
+    vm.set_subpages([SubpageRange(GPA >> 12, 1, 0xFFFF_FFFE)])
+    vm.access(AccessRequest(GPA + 0x80))
+    assert vm.access(AccessRequest(GPA + 0x80)).allowed
+    assert vm.access(AccessRequest(None, gva=GVA + 0x80)).allowed
+    (combined,) = [entry for entry in vm.vcpus.tlb(0) if entry.kind == "combined" and entry.address == GVA]
+    assert combined.spp_vector == 0x5555_5555_5555_5554
+    vm.tables.set_sppt_entry(1, GPA, 0)
+    stale = vm.access(AccessRequest(None, gva=GVA + 0x80))
+    assert stale.allowed and stale.stale
+
+
+def test_linear_addresses_of_32_bits_are_cut_and_wrap() -> None:
+    """Without paging they are GPAs of 32 bits; the second page of this access is page 0."""
+    vm = VirtualMachine.create(VmConfig(), [SlotSpec(0, 0, 1 << 20), SlotSpec(1, (4 << 30) - PAGE, PAGE)], spp=True)
+    vm.vcpus.set_vmcs(0, {"cr0": 0x33})
+    top = (4 << 30) - 4
+    result = vm.access(AccessRequest(None, gva=7 << 32 | top, data=b"abcdefgh"))
+    assert result.allowed and result.gpa == top
+    assert vm.read_memory(top, 4) + vm.read_memory(0, 4) == b"abcdefgh"
+    assert result.exits.column("size").tolist() == [4, 4]
+    assert result.exits.column("gpa").tolist() == [top, 0]

@@ -8,6 +8,7 @@ from .paths import FAULT, KVM_GAPS, LAYERS, REPLAY, SLOTS, named
 LAYERS_PY = "engine/kvm/layers.py"
 SPP_PY = "engine/kvm/spp.py"
 PROTECTIONS_PY = "engine/kvm/protections.py"
+PHYSICAL_PY = "engine/cpu/physical.py"
 SLOTS_PY = "engine/kvm/slots.py"
 SPPT_PY = "engine/kvm/sppt_tables.py"
 MAPPING_PY = "engine/kvm/mapping.py"
@@ -73,7 +74,7 @@ MUTANTS = (
     ),
     Mutant(
         "slots-first-page",
-        SLOTS_PY,
+        PHYSICAL_PY,
         "if m.slots[middle, SLOT_GFN] <= gfn:",
         "if m.slots[middle, SLOT_GFN] < gfn:",
         "a slot begins with its first page",
@@ -81,7 +82,7 @@ MUTANTS = (
     ),
     Mutant(
         "slots-end",
-        SLOTS_PY,
+        PHYSICAL_PY,
         "if position < 0 or gfn >= m.slots[position, SLOT_GFN] + m.slots[position, SLOT_PAGES]:",
         "if position < 0 or gfn > m.slots[position, SLOT_GFN] + m.slots[position, SLOT_PAGES]:",
         "a slot ends before gfn + pages",

@@ -24,6 +24,10 @@ OBJECTS = f"{TRACE}/test_objects.py"
 GAPS = f"{CPU}/test_gaps_cpu.py"
 KVM_GAPS = f"{KVM}/test_gaps_kvm.py"
 STORE = "tests/engine/test_store.py"
+KINDS = "tests/engine/test_access_kinds.py"
+COLUMNS = f"{TRACE}/test_readers_columns.py"
+RAW_TABLES = "tests/engine/test_tables.py"
+PROCESSOR = "tests/property/test_processor_properties.py"
 
 
 def plain(*rows: str) -> tuple[str, ...]:

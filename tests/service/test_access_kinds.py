@@ -269,3 +269,28 @@ def test_the_page_log_may_be_in_guest_memory(vm: str, client: ContractClient) ->
     assert post(client, vm, gpa=PAGE + 0x123, size=1)["allowed"]
     assert load(client, vm, 0x40000 + 7 * 8) == PAGE.to_bytes(8, "little")
     assert vmcs(client, vm)["pml_index"] == 6
+
+
+# ---- hosts without EPT
+
+
+def test_a_host_without_ept(make_vm: Callable[..., str], client: ContractClient) -> None:
+    """Nothing is walked: memory slots alone decide."""
+    slots = [
+        {"slot": 0, "gpa": 0, "size": 1 << 20},
+        {"slot": 1, "gpa": 1 << 20, "size": 1 << 20, "read_only": True},
+    ]
+    vm = make_vm(spp=False, host={"ept": False}, memory_slots=slots)
+    assert vmcs(client, vm)["secondary_controls"] & 0x82 == 0
+    assert client.post(f"{vm}/vcpus/0/vm-entry").json()["result"] == "VMsucceed"
+    assert client.get(f"{vm}/walk?gpa=0x5000").json()["sentence"] == "allowed: EPT is off"
+    assert post(client, vm, gpa=0x5000, data="01" * 8)["allowed"]
+    for gpa, access, resolution in ((1 << 20, "read", "completed"), (1 << 20, "write", "mmio"), (1 << 30, 0, "mmio")):
+        found = post(client, vm, gpa=gpa, access=access)
+        assert found["resolution"] == resolution and (found["run"] is None) is found["allowed"]
+    assert client.get(f"{vm}/memory?gpa=0x5000&size=8").content == b"\1" * 8
+    reply = client.put(f"{vm}/spp", json={"active": True})
+    assert reply.status_code in (409, 422)
+    controls = vmcs(client, vm)["secondary_controls"]
+    vmcs(client, vm, secondary_controls=controls | 2)
+    assert client.post(f"{vm}/vcpus/0/vm-entry").json()["vm_instruction_error"] == 7

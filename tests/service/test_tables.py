@@ -1,9 +1,8 @@
-"""Raw table entries over HTTP, and the printed vectors of plain misconfigurations and of SPPT walks built with them."""
+"""Raw table entries over HTTP. The printed vectors, which are built with them, are in ``test_vectors``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -50,122 +49,6 @@ def build(client: ContractClient, vm: str, gpa: int) -> None:
         put(client, vm, "ept", level, gpa, frame(client, vm) | 7)
         put(client, vm, "sppt", level, gpa, frame(client, vm) | 1)
     put(client, vm, "ept", 1, gpa, gpa | 0x37)
-
-
-@dataclass
-class Table:
-    """An entry that keeps the address of its table and has these other bits."""
-
-    bits: int
-
-
-@dataclass
-class Vector:
-    """``ept`` and ``sppt`` by level; ``expected`` is None, or outcome and qualification."""
-
-    name: str
-    ept: dict[int, int | Table] = field(default_factory=dict)
-    access: str = "read"
-    expected: tuple[str, int] | None = None
-    gpa: int = PAGE
-    offset: int = 0
-    size: int = 8
-    sppt: dict[int, int | Table] = field(default_factory=dict)
-
-
-def pte(bits: int, gpa: int = PAGE) -> dict[int, int | Table]:
-    return {1: gpa | bits}
-
-
-def armed(bits: int = 0x35) -> dict[int, int | Table]:
-    return {1: PAGE | bits | SPP}
-
-
-BAD = ("ept_misconfiguration", 0)
-MISS = ("spp_miss", 0x800)
-ODD = ("spp_misconfiguration", 0)
-
-
-def refusal(qualification: int) -> tuple[str, int]:
-    return ("ept_violation", qualification)
-
-
-VECTORS = [
-    Vector("B01", pte(0x32), expected=BAD),
-    Vector("B02", pte(0x36), expected=BAD),
-    Vector("B04", pte(0x1F), expected=BAD),
-    Vector("B05", pte(0x3F), expected=BAD),
-    Vector("B07", pte(0x0F)),
-    Vector("B08", pte(0x27)),
-    Vector("B10", pte(0x37 | 1 << 40), expected=BAD),
-    Vector("B11", pte(0x37 | 1 << 51), expected=BAD),
-    Vector("B13", pte(0x37 | 1 << 60), "write"),
-    Vector("B14", {2: Table(7 | 8)}, expected=BAD),
-    Vector("B16", {2: 0x800000 | 0xB7}, "write"),
-    Vector("B17", {2: 0x801000 | 0xB7}, expected=BAD),
-    Vector("B19", {2: 0x900000 | 0xB7}, expected=BAD),
-    Vector("B20", {3: 0xB7}, "write", gpa=FAR),
-    Vector("B22", {3: 0x20000000 | 0xB7}, "write", BAD, gpa=FAR),
-    Vector("B23", {4: Table(7 | 0x80)}, expected=BAD, gpa=FAR),
-    Vector("B25", {1: 1 << 51 | 0xF80 | 0x38}, expected=refusal(0x181)),
-    Vector("B26", {1: PAGE | 0x3F, 2: Table(5)}, "write", BAD),
-    Vector("B28", {2: Table(2)}, expected=BAD),
-    Vector("B29", {1: 0, 2: Table(2)}, expected=BAD),
-    Vector("B31", pte(0x37 | 1 << 58), "write"),
-    Vector("C01", armed(), "write", sppt={1: 1}),
-    Vector("C03", armed(), "write", refusal(0x1AA), offset=0x80, sppt={1: 1}),
-    Vector("C04", armed(), "write", offset=0x80, sppt={1: 4}),
-    Vector("C06", armed(), "write", refusal(0x1AA), offset=0x7F, size=1, sppt={1: 4}),
-    Vector("C07", armed(), "write", refusal(0x1AA), offset=0x100, size=1, sppt={1: 4}),
-    Vector("C09", armed(), "write", offset=0x800, size=4, sppt={1: 1 << 32}),
-    Vector("C10", armed(0x31), "write", refusal(0x18A), sppt={1: ALL & ~1}),
-    Vector("C12", armed(), "write", ODD, sppt={1: 1 | 1 << 63}),
-    Vector("C13", armed(), "write", ODD, offset=0x80, sppt={1: 2}),
-    Vector("C15", armed(), "write", MISS, sppt={3: 0}),
-    Vector("C16", armed(), "write", MISS, sppt={2: 0}),
-    Vector("C18", armed(), "write", ODD, sppt={1: 1, 3: Table(1 | 0x800)}),
-    Vector("C19", armed(), "write", ODD, sppt={1: 1, 2: Table(1 | 0x80)}),
-    Vector("C21", armed(), "write", ODD, sppt={1: 1, 2: Table(1 | 1 << 52)}),
-    Vector("C22", armed(), "write", ODD, sppt={1: 1, 2: Table(1 | 1 << 63)}),
-    Vector("C24", armed(), "write", ODD, sppt={2: 0, 3: Table(3)}),
-    Vector("C25", armed(), "write", MISS, sppt={1: 2, 3: 0}),
-    Vector("C27", pte(0x35), "write", refusal(0x1AA), sppt={1: ALL}),
-    Vector("C28", armed(0x37), "write", sppt={1: 0}),
-    Vector("C30", armed(0x37), "write", sppt={4: Table(0xFFF)}),
-    Vector("C31", armed(), sppt={4: 0}),
-    Vector("C33", armed(0x31), "execute", refusal(0x18C), sppt={1: ALL}),
-    Vector("C34", armed(0x34), expected=refusal(0x1A1), sppt={1: ALL}),
-    Vector("C36", {2: 0x800000 | 0xB5 | SPP}, "write", refusal(0x1AA), sppt={1: ALL}),
-    Vector("C37", {3: 0xB5 | SPP}, "write", refusal(0x1AA), gpa=FAR, sppt={1: ALL}),
-    Vector("C39", {**armed(0x37), 2: Table(5)}, "write", refusal(0x1AA), sppt={1: 0}),
-    Vector("C40", {**armed(0x37), 2: Table(5)}, "write", MISS, sppt={2: 0}),
-    Vector("C42", {1: PAGE | 0x37 | SPP, 4: Table(5)}, "write", gpa=FAR, sppt={1: 1}),
-    Vector("C43", {1: PAGE | 0x37 | SPP, 4: Table(5)}, "write", MISS, gpa=FAR, sppt={4: 0}),
-    Vector("C45", armed(0x3D), "write", BAD, sppt={1: ALL}),
-    Vector("C46", armed(0x30), "write", refusal(0x182), sppt={4: 0}),
-    Vector("C48", armed(), "write", offset=0xFF8, sppt={1: ALL}),
-]
-REASONS = {"ept_violation": 48, "ept_misconfiguration": 49, "spp_miss": 66, "spp_misconfiguration": 66}
-
-
-@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector.name)
-def test_vector(narrow: str, client: ContractClient, vector: Vector) -> None:
-    build(client, narrow, vector.gpa)
-    for structure, entries in (("ept", vector.ept), ("sppt", vector.sppt)):
-        # From the leaf up: an entry that ends the walk hides those below it.
-        for level, entry in sorted(entries.items()):
-            raw = entry if isinstance(entry, int) else entry.bits
-            if isinstance(entry, Table):
-                raw |= int(get(client, narrow, structure, level, vector.gpa)["fields"]["address"], 16)
-            put(client, narrow, structure, level, vector.gpa, raw)
-    at = vector.gpa + vector.offset
-    told = client.get(f"{narrow}/walk?gpa={at:#x}&access={vector.access}&size={vector.size}").json()
-    if vector.expected is None:
-        assert (told["outcome"], told["reason"], told["qualification"]) == ("allowed", None, None)
-        return
-    outcome, qualification = vector.expected
-    assert (told["outcome"], told["reason"]) == (outcome, REASONS[outcome])
-    assert told["qualification"] == hex(qualification) and told["exit_gpa"] == hex(at)
 
 
 @pytest.mark.parametrize("structure", ["ept", "sppt"])

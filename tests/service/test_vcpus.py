@@ -132,22 +132,13 @@ def test_unknown_and_unsupported(
     assert status(f"{amd}/vcpus/0") == ((200, "") if path == "tlb" else (409, "host.vendor"))
 
 
-# ---- table H: VM entry
+# ---- VM entry; the printed vectors are in test_vectors
 
 
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        pytest.param({"sppt_pointer": 0x8000_0000 | 0x10}, 7, id="H02"),
-        pytest.param({"sppt_pointer": 1 << 40}, 7, id="H03"),
         pytest.param({"sppt_pointer": 1 << 39}, None, id="SPPTP within the width"),
-        pytest.param({"eptp": 0x18}, None, id="H05"),
-        pytest.param({"eptp": 0x19}, 7, id="H06"),
-        # The default host has 5-level EPT.
-        pytest.param({"eptp": 0x26}, None, id="H08"),
-        pytest.param({"eptp": 0x1E | 0x100}, 7, id="H09"),
-        pytest.param({"eptp": 0x1E | 1 << 40}, 7, id="H11"),
-        pytest.param({"secondary_controls": 2 | 1 << 17, "pml_address": 0x1008}, 7, id="H12"),
         pytest.param({"secondary_controls": 2 | 1 << 17, "pml_address": 0x1000}, None, id="PML address"),
         pytest.param({"secondary_controls": 2, "sppt_pointer": ONES}, None, id="SPPTP without the control"),
         pytest.param({"secondary_controls": 1 << 23}, 7, id="SPP without EPT"),
@@ -171,46 +162,7 @@ def test_entry_goes_by_the_capabilities(make_vm: Callable[..., str], client: Con
     assert post(client, vm, "vm-entry")["vm_instruction_error"] == 7
 
 
-# ---- table J: operands
-
-
-@pytest.mark.parametrize(
-    ("what", "operands", "error"),
-    [
-        pytest.param("invept", {"type": 2, "eptp": 0}, None, id="J02"),
-        pytest.param("invept", {"type": 2, "eptp": ONES}, None, id="J03"),
-        pytest.param("invept", {"type": 3, "eptp": 0x1E}, 28, id="J05"),
-        pytest.param("invept", {"type": 1, "eptp": 0x19}, 28, id="J06"),
-        pytest.param("invept", {"type": 1, "eptp": 0x1E | 1 << 45}, 28, id="J08"),
-        pytest.param("invept", {"type": 1, "eptp": 0x16}, 28, id="J09"),
-        pytest.param("invept", {"type": 1, "eptp": 0x1E}, None, id="INVEPT type 1"),
-        pytest.param("invept", {"type": 0, "eptp": 0x1E}, 28, id="INVEPT type 0"),
-        pytest.param("invept", {"type": ONES, "eptp": 0x1E}, 28, id="INVEPT type -1"),
-        pytest.param("invept", {"type": 1 << 32 | 1, "eptp": 0x1E}, 28, id="INVEPT type 2^32 + 1"),
-        pytest.param("invvpid", {"type": 0, "vpid": 0}, 28, id="J11"),
-        pytest.param("invvpid", {"type": 0, "vpid": 1, "linear_address": 1 << 63}, 28, id="J12"),
-        pytest.param("invvpid", {"type": 0, "vpid": 1, "linear_address": 1 << 47}, 28, id="bit 47 alone"),
-        pytest.param("invvpid", {"type": 0, "vpid": 1, "linear_address": "0xffff800000000000"}, None, id="canonical"),
-        pytest.param("invvpid", {"type": 1, "vpid": 1, "reserved": 1}, 28, id="J14"),
-        pytest.param("invvpid", {"type": 1, "vpid": 1, "reserved": 1 << 47}, 28, id="descriptor bit 63"),
-        pytest.param("invvpid", {"type": 2, "vpid": 0}, None, id="J15"),
-        pytest.param("invvpid", {"type": 3, "vpid": 0}, 28, id="J17"),
-        pytest.param("invvpid", {"type": 3, "vpid": 1}, None, id="INVVPID type 3"),
-        pytest.param("invvpid", {"type": 4, "vpid": 1}, 28, id="J18"),
-    ],
-)
-@pytest.mark.parametrize("cache", ["off", "model"])
-def test_operands(
-    make_vm: Callable[..., str],
-    client: ContractClient,
-    what: str,
-    operands: dict[str, Any],
-    error: int | None,
-    cache: str,
-) -> None:
-    vm = make_vm(maxphyaddr=40, translation_cache=cache)
-    expected = {"vm_instruction_error": error, "exception": None, "exit_reason": None}
-    assert post(client, vm, what, **operands) == {"result": "VMfail" if error else "VMsucceed", **expected}
+# ---- INVEPT and INVVPID; their operands are in test_vectors
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import numpy as np
@@ -18,9 +17,7 @@ from engine.cpu import control_registers, instruction, invalidate, mmu, tlb
 
 from . import vectors_tables as tables
 from .bench_machine import LINEAR, VCPU, Processor
-from .vectors import GUEST_PTE, expectations, make, satisfies, set_up
-
-RUN = {"[run W8]": WRITE, "[run R8]": READ}
+from .vectors import GUEST_PTE, run_cached, set_up
 
 
 @pytest.mark.parametrize("model", [False, True])
@@ -28,25 +25,7 @@ RUN = {"[run W8]": WRITE, "[run R8]": READ}
     ("setup", "access", "expected"), [r[1:] for r in tables.CACHED], ids=[r[0] for r in tables.CACHED]
 )
 def test_cached(setup: str, access: str, expected: str, model: bool) -> None:
-    p = Processor(model=model)
-    changed = re.search("no INVEPT|clear", setup + access) is not None
-    for item in setup.split("; "):
-        if item in RUN:
-            p.access(RUN[item])
-        else:
-            set_up(p, item)
-    if not changed:
-        p.invept()
-    if access.startswith("write8; clear"):
-        assert p.access(WRITE).reason == 0
-        set_up(p, "vec=0" if "vec" in access else "PTE=0x35")
-        access = "write 8 +0"
-    elif access.startswith("read8 +0, then"):
-        assert p.access(READ).reason == 0
-        access = "write 8 +0x80"
-    result = make(p, access)
-    assert any(satisfies(result, option) for option in expectations(expected, False)), result
-    assert changed or not result.stale
+    run_cached(Processor(model=model), setup, access, expected)
 
 
 def test_stale_answers_are_the_cached_ones_and_say_so() -> None:
