@@ -6,8 +6,13 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.arch import controls as ctl
+from engine.arch import ept
 from engine.arch.exits import NAMES
+from engine.arch.sppt import SUBPAGE_SIZE
+from engine.arch.vmx_msrs import MSR_BY_NAME
 from engine.config import PROFILES, TRANSLATION_CACHES
+from engine.kvm.profile import TABLE
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.trace.columns import COLUMNS
 from engine.trace.readers import RECORD_FORMATS
@@ -30,7 +35,48 @@ _REPLY = {
     "exit_reasons": {"48": "EPT violation"},
     "resolutions": ["violation"],
     "limits": {"max_body_bytes": 1073741824, "max_vms": 64},
+    "spp": {
+        "msr": "0x48b",
+        "msr_bit": 55,
+        "secondary_control": "0x800000",
+        "vmcs_field": "0x2030",
+        "ept_leaf_bit": 61,
+        "subpage_bytes": 128,
+        "profiles": {
+            "kvm-2019": {
+                "series": "v4",
+                "enable_call": "KVM_INIT_SPP",
+                "capability": None,
+                "check_extension": 0,
+                "max_pages": 64,
+                "exit_spp": 28,
+            }
+        },
+    },
 }
+
+
+class SppProfile(Document):
+    """The numbers that one KVM gives to sub-page write permission."""
+
+    series: str = Field(description="Version of the patch series.")
+    enable_call: str
+    capability: int | None = Field(description="Number of KVM_CAP_X86_SPP; null where there is none.")
+    check_extension: int = Field(description="What KVM_CHECK_EXTENSION says about it.")
+    max_pages: int = Field(description="Pages of one GET or SET through the ABI.")
+    exit_spp: int = Field(description="Number of KVM_EXIT_SPP.")
+
+
+class SppCapability(Document):
+    """Where the processor says and is told that it has sub-page write permission, and what each profile calls it."""
+
+    msr: str = Field(description="IA32_VMX_PROCBASED_CTLS2.")
+    msr_bit: int
+    secondary_control: str = Field(description="Secondary processor-based control 23.")
+    vmcs_field: str = Field(description="SPPT pointer.")
+    ept_leaf_bit: int
+    subpage_bytes: int
+    profiles: dict[str, SppProfile]
 
 
 class Capabilities(Document):
@@ -49,6 +95,22 @@ class Capabilities(Document):
     exit_reasons: dict[str, str] = Field(description="Basic exit reasons by number.")
     resolutions: list[str]
     limits: dict[str, int]
+    spp: SppCapability
+
+
+def _spp() -> SppCapability:
+    return SppCapability(
+        msr=hex(MSR_BY_NAME["IA32_VMX_PROCBASED_CTLS2"]),
+        msr_bit=32 + ctl.SECONDARY_SPP.bit_length() - 1,
+        secondary_control=hex(ctl.SECONDARY_SPP),
+        vmcs_field=hex(ctl.ENCODING_SPPTP),
+        ept_leaf_bit=ept.SPP.bit_length() - 1,
+        subpage_bytes=SUBPAGE_SIZE,
+        profiles={
+            name: SppProfile(**{member: getattr(row, member) for member in SppProfile.model_fields})
+            for name, row in TABLE.items()
+        },
+    )
 
 
 @routes.get(
@@ -94,5 +156,6 @@ async def get_capabilities(request: Request) -> Response:
             exit_reasons={str(number): name for number, name in NAMES.items()},
             resolutions=list(RESOLUTION_NAMES),
             limits=limits,
+            spp=_spp(),
         ),
     )

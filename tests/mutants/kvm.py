@@ -10,6 +10,7 @@ SPP_PY = "engine/kvm/spp.py"
 PROTECTIONS_PY = "engine/kvm/protections.py"
 PHYSICAL_PY = "engine/cpu/physical.py"
 SLOTS_PY = "engine/kvm/slots.py"
+SPPT_PY = "engine/kvm/sppt_tables.py"
 MAPPING_PY = "engine/kvm/mapping.py"
 FAULT_PY = "engine/kvm/fault.py"
 RUN_PY = "engine/kvm/run.py"
@@ -106,8 +107,8 @@ MUTANTS = (
     Mutant(
         "mapping-arm-empty-only",
         MAPPING_PY,
-        "if mask != sp.FULL_ACCESS:",
-        "if mask == 0:",
+        "if mask != sp.FULL_ACCESS and level == 1:",
+        "if mask == 0 and level == 1:",
         "kvm-spp 3.4: one refused sub-page arms a page",
         named(FAULT, "first_touch_arms_a_page_whose_map_is_not_full"),
         function="leaf_for",
@@ -122,7 +123,7 @@ MUTANTS = (
     ),
     Mutant(
         "mapping-fill-in-set",
-        MAPPING_PY,
+        SPPT_PY,
         "write_entry(m, table, gfn & 511, sppt.spread(mask))",
         "write_entry(m, table, gfn & 255, sppt.spread(mask))",
         "29.3.4.2: SPPL1 is indexed by GPA[20:12]",
@@ -130,19 +131,20 @@ MUTANTS = (
     ),
     Mutant(
         "mapping-invalidate-level",
-        MAPPING_PY,
-        "if level == 2:",
-        "if level == 3:",
+        SPPT_PY,
+        "table, index = entry_above(m, tree, gfn, 2)",
+        "table, index = entry_above(m, tree, gfn, 3)",
         "kvm-spp 3.3: SET invalidates the SPPL2E of the region",
         named(KVM_GAPS, "set_makes_its_own_region_miss_and_no_other"),
+        function="invalidate_region",
     ),
     Mutant(
         "mapping-refresh-skips",
         MAPPING_PY,
-        "if not found or level != 1:",
+        "if not found or level != 1 or entry & LOCKLESS_WRITABLE != LOCKLESS_WRITABLE:",
         "if not found or level != 1 or not entry & bits.SPP:",
-        "kvm-spp 2.2: SET brings the leaf of a mapped page in line",
-        named(FAULT, "set_arms_and_disarms_a_mapped_page"),
+        "kvm-spp 2.3: SET brings the leaf of a mapped page in line",
+        named(FAULT, "2019_set_arms_and_disarms_a_mapped_page"),
     ),
     Mutant(
         "mapping-fast-path-stays",
@@ -155,9 +157,9 @@ MUTANTS = (
     Mutant(
         "fault-violation-any",
         FAULT_PY,
-        "if mapped and write and entry & bits.SPP:",
-        "if mapped and entry & bits.SPP:",
-        "kvm-spp 3.3: only a write is a sub-page violation",
+        "if mapping.tracked(m, entry) or (present and write):",
+        "if mapping.tracked(m, entry) or present:",
+        "kvm-spp 3.3: the fast path is for writes, and for pages that were aged",
         named(FAULT, "leaf_that_lost_a_right_is_made_anew"),
     ),
     Mutant(
@@ -171,8 +173,8 @@ MUTANTS = (
     Mutant(
         "fault-miss-profile",
         FAULT_PY,
-        "if m.caps[CAP_REGION_FILL]:",
-        "if not m.caps[CAP_REGION_FILL]:",
+        "if mapping.chooses(m, KVM_FILL_REGION):",
+        "if not mapping.chooses(m, KVM_FILL_REGION):",
         "kvm-spp 3.3: 2019 fills one page, later series the region",
         named(FAULT, "later_series_fill_the_whole_region_at_one_miss", "2019_miss_fills_the_page_that_missed"),
     ),
@@ -211,8 +213,8 @@ MUTANTS = (
     Mutant(
         "run-fast-path-dirty",
         RUN_PY,
-        "if dirty and rights & bits.WRITE and mask == FULL_ACCESS:",
-        "if rights & bits.WRITE and mask == FULL_ACCESS:",
+        "if dirty and rights & bits.WRITE:",
+        "if rights & bits.WRITE:",
         "a write to a clean page sets its dirty flag",
         named(KVM_GAPS, "write_after_a_read_sets_the_dirty_flag"),
     ),

@@ -59,8 +59,8 @@ MUTANTS = (
     Mutant(
         "frames-ample",
         FRAMES_PY,
-        "return m.top[TOP_FREE] >= RESERVE and m.top[TOP_SPARE] >= RESERVE",
-        "return m.top[TOP_FREE] >= RESERVE",
+        "return m.top[TOP_FREE] >= m.caps[CAP_RESERVE] and m.top[TOP_SPARE] >= m.caps[CAP_RESERVE]",
+        "return m.top[TOP_FREE] >= m.caps[CAP_RESERVE]",
         "an access needs frames and rows",
         named(FRAMES, "ample_needs_frames_and_rows"),
     ),

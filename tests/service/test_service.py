@@ -49,7 +49,21 @@ def test_capabilities(client: ContractClient) -> None:
     reply = client.get("/v1/capabilities")
     found = reply.json()
     assert found["on_violation"] == ["skip", "stop", "allow", "grant"]
-    assert {"gpa", "kind", "linear"} <= set(found["columns"]) and "source" in found["reserved_columns"]
+    assert {"gpa", "kind", "linear", "source"} <= set(found["columns"]) and "op" in found["reserved_columns"]
+    spp = found["spp"]
+    profiles = spp.pop("profiles")
+    assert spp == {
+        "msr": "0x48b",
+        "msr_bit": 55,
+        "secondary_control": "0x800000",
+        "vmcs_field": "0x2030",
+        "ept_leaf_bit": 61,
+        "subpage_bytes": 128,
+    }
+    assert {name: (row["capability"], row["max_pages"], row["exit_spp"]) for name, row in profiles.items()} == {
+        "kvm-2019": (None, 64, 28),
+        "kvm-latest": (182, 512, 29),
+    }
     assert "application/vnd.apache.parquet" in found["trace_content_types"]
     assert found["limits"]["max_vms"] == 64
     assert client.get("/v1/capabilities", headers={"If-None-Match": reply.headers["ETag"]}).status_code == 304

@@ -307,6 +307,20 @@ def test_root_is_not_lost_when_the_guest_toggles_paging(profile: str) -> None:
     assert vm.spp_active
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+def test_resume_from_a_stop_continues_exactly_there(profile: str) -> None:
+    """The record that stopped has not run: from it on, with the sub-page open, or from the next on without it."""
+    rows = [0x5000, 0x5200, 0x5000, 0x5280]
+    vm = machine(profile)
+    set_map(vm, 5, 0xF)
+    assert replay(vm, rows, on_violation="stop").stopped_at == 1
+    assert replay(vm, rows, on_violation="stop", start=1).stopped_at == 1, "the same exit again"
+    set_map(vm, 5, 0x1F)
+    resumed = replay(vm, rows, on_violation="stop", start=1)
+    assert (resumed.stopped_at, resumed.records, resumed.violations) == (3, 2, 1)
+    assert replay(vm, rows, on_violation="stop", start=4).stopped_at is None
+
+
 # ---- exit 66
 
 

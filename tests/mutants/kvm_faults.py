@@ -1,0 +1,154 @@
+"""Faults of ``engine/kvm``: leaf sizes, write protection, aging, host memory, emulated writes, tables that go back."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+from .paths import EMULATOR, FAULT, HOST_MEMORY, MAPPING, PROFILES, named
+
+MAPPING_PY = "engine/kvm/mapping.py"
+FAULT_PY = "engine/kvm/fault.py"
+REGIONS_PY = "engine/kvm/regions.py"
+HOST_PY = "engine/kvm/host_state.py"
+EPT_PY = "engine/kvm/ept_tables.py"
+EMULATOR_PY = "engine/kvm/emulator.py"
+EVENTS_PY = "engine/kvm/host_memory.py"
+
+MUTANTS = (
+    Mutant(
+        "level-ignores-region",
+        MAPPING_PY,
+        "if regions.protected(m, gfn, 2):",
+        "if regions.protected(m, gfn, 3):",
+        "kvm-spp 3.4: 4-KByte leaves in a 2-MByte region with a protected page, and not beyond it",
+        named(MAPPING, "protected_page_in_a_gbyte_leaves_its_other_regions_2_mbytes"),
+    ),
+    Mutant(
+        "level-forced-in-2019",
+        MAPPING_PY,
+        "if level == 1 or not chooses(m, KVM_FORCE_SMALL):",
+        "if level == 1:",
+        "kvm-spp 8.2: version 4 maps large pages whatever the bitmaps say",
+        named(MAPPING, "2019_maps_a_large_page_over_protected_ones_and_says_which_writes_got_through"),
+    ),
+    Mutant(
+        "level-outside-slot",
+        HOST_PY,
+        "return begin <= first and first + pages <= begin + m.slots[slot, SLOT_PAGES]",
+        "return first + pages <= begin + m.slots[slot, SLOT_PAGES]",
+        "a large leaf is inside of its slot",
+        named(MAPPING, "leaf_is_as_large_as_host_page_and_slot_allow"),
+    ),
+    Mutant(
+        "regions-count-of-gbyte",
+        REGIONS_PY,
+        "if small & PROTECTED == 0 or (small + change) & PROTECTED == 0:",
+        "if small & PROTECTED == 0:",
+        "the counts of a region follow every change",
+        named(MAPPING, "counts_of_regions_follow_every_layer"),
+    ),
+    Mutant(
+        "saved-bit-stays",
+        MAPPING_PY,
+        "return fresh & ~saved_bit(m) | bits.SPP",
+        "return fresh | bits.SPP",
+        "kvm-spp 3.4: the saved bit is moved back, not copied",
+        named(MAPPING, "later_write_protection_puts_bit_61_aside_and_the_next_write_brings_it_back"),
+    ),
+    Mutant(
+        "saved-bit-forgotten",
+        MAPPING_PY,
+        "entry = entry & ~bits.SPP | saved_bit(m)",
+        "entry = entry & ~bits.SPP",
+        "kvm-spp 3.4: bit 61 is put aside while KVM forbids writes",
+        named(MAPPING, "later_write_protection_puts_bit_61_aside_and_the_next_write_brings_it_back"),
+    ),
+    Mutant(
+        "aged-armed-restored-in-2019",
+        FAULT_PY,
+        "return res.VIOLATION",
+        "return res.INTERNAL_ERROR",
+        "kvm-spp 3.3: in version 4 bit 61 of an aged page makes any write a violation",
+        named(MAPPING, "2019_takes_any_write_to_an_aged_armed_page_for_a_violation"),
+        function="fast_fault",
+    ),
+    Mutant(
+        "age-takes-rights-always",
+        MAPPING_PY,
+        "if m.caps[CAP_EPT_VPID] & bits.CAP_ACCESSED_DIRTY:",
+        "if False:",
+        "with accessed flags aging clears the flag",
+        named(MAPPING, "age_clears_the_accessed_flag"),
+    ),
+    Mutant(
+        "read-only-host-armed",
+        MAPPING_PY,
+        "kept = with_rights(m, entry) & ~(bits.ADDRESS | bits.WRITE | bits.SPP | saved_bit(m) | HOST_WRITEABLE)",
+        "kept = with_rights(m, entry) & ~(bits.ADDRESS | bits.WRITE | saved_bit(m) | HOST_WRITEABLE)",
+        "kvm-spp 5: a permitted sub-page does not override a read-only host page",
+        named(HOST_MEMORY, "remap_read_only_disarms_the_leaf_and_a_write_gets_a_copy"),
+    ),
+    Mutant(
+        "no-copy-on-write",
+        MAPPING_PY,
+        "if write and host_state.read_only(m, gfn):",
+        "if not write and host_state.read_only(m, gfn):",
+        "a write to a shared host page gets a copy",
+        named(HOST_MEMORY, "remap_read_only_disarms_the_leaf_and_a_write_gets_a_copy"),
+    ),
+    Mutant(
+        "host-frame-in-slot",
+        HOST_PY,
+        "frame = m.slots[slot, SLOT_GFN] - 1",
+        "slot = -1",
+        "a new host frame backs no guest page",
+        named(HOST_MEMORY, "host_frames_are_not_those_of_guest_memory"),
+    ),
+    Mutant(
+        "shrink-part-of-region",
+        EVENTS_PY,
+        "end = first + REGION",
+        "end = first + 1",
+        "shrink drops the leaves whose vectors it frees",
+        named(HOST_MEMORY, "shrink_frees_both_and_all_is_made_anew"),
+    ),
+    Mutant(
+        "release-too-much",
+        EPT_PY,
+        "if not blank(m, frame):",
+        "if False:",
+        "a table in which something is left stays",
+        named(HOST_MEMORY, "zap_of_a_range_keeps_tables_that_hold_more"),
+    ),
+    Mutant(
+        "large-leaf-keeps-table",
+        EPT_PY,
+        "if names_table(below, 2):",
+        "if False:",
+        "the tables under a large leaf return to the free list",
+        named(MAPPING, "leaf_over_a_table_frees_it"),
+    ),
+    Mutant(
+        "emulator-page-granular",
+        EMULATOR_PY,
+        "denied = sppt.touched(at, size) & ~layers.effective(m, at >> 12) & FULL_ACCESS",
+        "denied = ~layers.effective(m, at >> 12) & FULL_ACCESS",
+        "kvm-spp 3.5: an emulated write obeys sub-pages, not pages",
+        named(EMULATOR, "emulated_write"),
+    ),
+    Mutant(
+        "miss-without-slot-fails",
+        FAULT_PY,
+        "if not has_slot and mapping.chooses(m, KVM_MISS_NEEDS_SLOT):",
+        "if not has_slot:",
+        "kvm-spp 4: later series leave pages without a slot out",
+        named(FAULT, "miss_of_a_page_without_a_slot"),
+    ),
+    Mutant(
+        "nmi-not-blocked",
+        FAULT_PY,
+        "if qualification & exits.Q_NMI_UNBLOCKING and not how & acc.DELIVERY:",
+        "if qualification & exits.Q_NMI_UNBLOCKING and how & acc.DELIVERY:",
+        "kvm-spp 4: blocking by NMI comes back, but for exits in the delivery of an event",
+        named(PROFILES, "nmis_that_iret_had_unblocked_are_blocked_again"),
+    ),
+)
