@@ -52,4 +52,17 @@ ENCODING_VE_ADDRESS = 0x202A
     V_PDPTE2,
     V_PDPTE3,
     V_NESTED,
-) = positions(21)
+    V_NESTED_VM,
+    V_HV_FLAGS,
+    V_HV_FLUSHES,
+    V_HV_HYPERCALLS,
+    V_HV_EVMCS,
+    V_HV_ASSIST,
+) = positions(27)
+
+# V_NESTED says which nested guest runs, as the lower hypervisor knows it: 0 none, else bit 0 and its VP id in 63:32;
+# V_NESTED_VM is its VM id. V_HV_* are KVM's notes about Hyper-V: flags of ``hyperv.notes``, two statistics, and the
+# frames of the enlightened VMCS and of the VP assist page that KVM itself uses on Hyper-V.
+NESTED_RUNS = 1
+NESTED_VP_SHIFT = 32
+NESTED_VP_MASK = 0xFFFF_FFFF

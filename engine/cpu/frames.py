@@ -72,7 +72,7 @@ class Machine(NamedTuple):
     vcpu_of_id: Words
     slots: Words
     cache: Words
-    tlb: Words = np.zeros((0, 12), dtype=np.int64)
+    tlb: Words = np.zeros((0, 13), dtype=np.int64)
 
 
 @kernel
