@@ -17,7 +17,7 @@ FIRST, LAST = positions(2)
 
 @kernel
 def member(set_bits, number):
-    """Whether a set holds a number; ``set_bits`` is int64[64], bit n of word b for b * 64 + n. Numbers beyond are not in."""
+    """Whether a set holds a number: bit n of word b of int64[64] stands for b * 64 + n. Greater ones are in none."""
     if number < 0 or number >= set_bits.shape[0] * 64:
         return False
     return (set_bits[number >> 6] >> (number & 63)) & 1 != 0
@@ -26,7 +26,7 @@ def member(set_bits, number):
 @kernel
 def in_ranges(first, last, ranges):
     """Whether pages ``first`` to ``last`` touch a range."""
-    for at in range(ranges.shape[0]):
+    for at in range(ranges.shape[0]):  # noqa: SIM110
         if first <= ranges[at, LAST] and last >= ranges[at, FIRST]:
             return True
     return False
@@ -41,14 +41,14 @@ def linear_touched(m, row, ranges):
 
 
 @kernel
-def of_guest(m, row, whose, vm, vps):
-    """Whether an entry is a guest's own, or belongs to a VP of the set in the nested partition ``vm``."""
+def of_guest(m, row, whose, vm, everyone, vps):
+    """Whether an entry is a guest's own, or belongs to a VP of the set, or everyone, in the nested partition ``vm``."""
     nested = m.tlb[row, tlb.E_NESTED]
     if whose == OWN:
         return nested == 0
     if nested == 0 or m.tlb[row, tlb.E_NESTED_VM] != vm:
         return False
-    return member(vps, (nested >> ctl.NESTED_VP_SHIFT) & ctl.NESTED_VP_MASK)
+    return everyone or member(vps, (nested >> ctl.NESTED_VP_SHIFT) & ctl.NESTED_VP_MASK)
 
 
 @kernel
@@ -60,7 +60,7 @@ def of_space(m, row, space, globals_):
 
 
 @kernel
-def virtual(m, vcpu, whose, vm, vps, space, globals_, everywhere, ranges, marks):
+def virtual(m, vcpu, whose, vm, everyone, vps, space, globals_, everywhere, ranges, marks):
     """Mark the translations of linear addresses in the cache of a vCPU that a virtual flush is about.
 
     ``everywhere`` says that ``ranges`` does not count: every address is meant.
@@ -68,7 +68,7 @@ def virtual(m, vcpu, whose, vm, vps, space, globals_, everywhere, ranges, marks)
     for row in range(1, m.tlb.shape[0]):
         if not tlb.live(m, row) or m.tlb[row, tlb.E_KIND] >> tlb.VCPU_SHIFT != vcpu:
             continue
-        if m.tlb[row, tlb.E_KIND] & tlb.KIND_MASK == tlb.PHYSICAL or not of_guest(m, row, whose, vm, vps):
+        if m.tlb[row, tlb.E_KIND] & tlb.KIND_MASK == tlb.PHYSICAL or not of_guest(m, row, whose, vm, everyone, vps):
             continue
         if of_space(m, row, space, globals_) and (everywhere or linear_touched(m, row, ranges)):
             marks[row] = 1
