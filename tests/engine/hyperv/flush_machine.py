@@ -104,8 +104,8 @@ class FlushMachine:
         )
         self.situation = replace(self.situation, **changes)
         for vp in self.vps:
-            for name in ENTRIES:
-                self.fill(vp.position, *ENTRIES[name])
+            for entry in ENTRIES.values():
+                self.fill(vp.position, *entry)
 
     def fill(
         self, vcpu: int, space: int, linear: int, bits: int, is_global: bool, nested: tuple[int, int] | None = None
