@@ -20,6 +20,12 @@ LOGGING = ept.MODE_PML | ept.MODE_ACCESSED_DIRTY
 
 
 @kernel
+def on(mode):
+    """Whether pages are logged."""
+    return mode & LOGGING == LOGGING
+
+
+@kernel
 def demand(how, mode, trail):
     """What an allowed access must set along the walk in ``trail``: (any flag, the dirty flag)."""
     count = trail[ept.TRAIL_COUNTS, 0]
@@ -39,7 +45,7 @@ def index_of(m, vcpu):
 @kernel
 def take(how, mode, index, trail):
     """Whether the log has room at ``index`` for what an allowed access to one page must set, and the index after it."""
-    if mode & LOGGING != LOGGING:
+    if not on(mode):
         return True, index
     flags, dirty = demand(how, mode, trail)
     if flags and not 0 <= index < LOG_ENTRIES:
@@ -48,13 +54,12 @@ def take(how, mode, index, trail):
 
 
 @kernel
-def commit(m, vcpu, gpa, how, trail):
+def commit(m, vcpu, mode, gpa, how, trail):
     """Log and flag the page whose walk ``trail`` holds; returns whether its leaf is now dirty.
 
-    The log is a page of table memory; an entry of a log that is not there is lost.
+    ``mode`` is the vCPU's mode word. The log is a page of table memory; an entry of a log that is not there is lost.
     """
-    mode = ept.mode_of(m, vcpu)
-    if mode & LOGGING == LOGGING:
+    if on(mode):
         _, dirty = demand(how, mode, trail)
         if dirty:
             frame = FIRST_VCPU_FRAME + vcpu

@@ -77,9 +77,24 @@ class AccessRecord(Document):
 
     gpa: Hex64 = Field(description="Guest-physical address of the first byte.")
     size: int = Field(8, ge=1, le=0xFFFF, description="Bytes accessed.")
-    access: Access = Field(1, description="0 read, 1 write, 2 execute.")
+    access: Access = Field(1, description="0 read, 1 write, 2 execute; unless given, what the kind does.")
     vcpu: int = Field(0, ge=0, le=0xFFFF, description="KVM vCPU id.")
     gva: Hex64 = Field(0, description="Guest-linear address of the first byte, if known.")
+    kind: int = Field(
+        0,
+        ge=0,
+        le=4,
+        description=(
+            "0 data, 1 read-modify-write, 2 paging read, 3 paging A/D update, 4 shadow stack. Unless `access` is given "
+            "it is what the kind does."
+        ),
+    )
+    linear: int = Field(
+        1,
+        ge=0,
+        le=15,
+        description="The linear address: 1 valid, and its page: 2 user, 4 writable, 8 execute-disable; the sum.",
+    )
 
 
 class TraceBody(Document):
@@ -219,7 +234,8 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
     description=(
         "One transaction: its effects are published together when it ends, and whatever goes wrong leaves the VM as it "
         "was. Arrow streams, NDJSON and packed records are replayed while they arrive. Columns: `gpa` u64 (required), "
-        "`size` u16 (8), `access` u8 (1), `vcpu` u16 (0), `gva` u64."
+        "`size` u16 (8), `access` u8 (1), `vcpu` u16 (0), `gva` u64, `kind` u8 (0), `linear` u8 (1: valid); packed records "
+        "have no `kind` and `linear`."
     ),
     status_code=201,
     openapi_extra={

@@ -107,7 +107,13 @@ async def explain_access(
     request: Request,
     vm: VmId,
     gpa: Annotated[Hex64, Query(description="Guest-physical address of the first byte.", examples=["0x2a5c6a0"])],
-    access: Annotated[Access, Query(description="`read`, `write` or `execute`.", examples=["write"])] = 1,
+    access: Annotated[
+        Access | None,
+        Query(
+            description="`read`, `write` or `execute`; unless given, what the kind does, else `write`.",
+            examples=["write"],
+        ),
+    ] = None,
     size: Annotated[int, Query(ge=1, le=0xFFFF, description="Bytes accessed.", examples=[8])] = 8,
     vcpu: Annotated[int, Query(ge=0, le=0xFFFF, description="KVM vCPU id.", examples=[0])] = 0,
     kind: Annotated[
@@ -115,7 +121,8 @@ async def explain_access(
         Query(
             description=(
                 "What the access is for; `paging-read` and `paging-update` are the processor's own accesses to guest "
-                "paging structures. `access` counts for `data` and `shadow-stack`."
+                "paging structures. A kind goes with what it does: `paging-read` reads, `read-modify-write` and "
+                "`paging-update` write, `shadow-stack` does either, and only `data` executes."
             ),
             examples=["read-modify-write"],
         ),

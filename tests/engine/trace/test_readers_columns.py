@@ -23,11 +23,11 @@ def test_the_column_table_is_the_contract():
         "access": ("|u1", 1),
         "vcpu": ("<u2", 0),
         "gva": ("<u8", None),
+        "kind": ("|u1", 0),
+        "linear": ("|u1", 1),
     }
     assert {
-        "kind",
         "source",
-        "linear",
         "address_space",
         "insn_len",
         "op",
