@@ -15,7 +15,7 @@ from pathlib import Path
 _ROOT = Path(__file__).parent
 
 # Packages without kernels, and that none imports: editing them leaves the compiled ones good.
-_WITHOUT_KERNELS = ("nested", "hyperv")
+_WITHOUT_KERNELS = ("abi", "ioctls", "nested", "hyperv")
 
 
 def source_fingerprint(root: Path = _ROOT) -> str:

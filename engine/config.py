@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.arch import controls as ctl
 from engine.arch import ept
+from engine.arch.vmx_msrs import MSR_BY_NAME
 from engine.errors import InvalidValue
 
 PROFILES = ("kvm-2019", "kvm-latest")
@@ -36,6 +37,10 @@ VMX_CAPABILITIES: Mapping[str, int] = MappingProxyType(
     {"ept_vpid_cap": EPT_VPID_CAP, "procbased_ctls2": PROCBASED_CTLS2, "procbased_ctls3": PROCBASED_CTLS3}
 )
 
+# And what KVM reports to a guest hypervisor, by the name of the MSR; those that follow from others cannot be given.
+_DERIVED = ("PINBASED_CTLS", "PROCBASED_CTLS", "EXIT_CTLS", "ENTRY_CTLS", "CR4_FIXED1")
+NESTED_CAPABILITIES = tuple(name for name in MSR_BY_NAME if name not in {f"IA32_VMX_{part}" for part in _DERIVED})
+
 
 @dataclass(frozen=True)
 class VcpuConfig:
@@ -48,7 +53,11 @@ class VcpuConfig:
 
 @dataclass(frozen=True)
 class HostConfig:
-    """The host under KVM. ``nested`` None means the default of the profile (design: off for kvm-latest with SPP)."""
+    """The host under KVM. ``nested`` None means the default of the profile (design: off for kvm-latest with SPP).
+
+    ``evmcs`` says that KVM itself, under Hyper-V, uses the enlightened VMCS; ``nested_evmcs`` that it offers one to its
+    guests. ``smt`` says that the host's threads may share cores.
+    """
 
     vendor: str = "intel"
     ept: bool = True
@@ -58,6 +67,8 @@ class HostConfig:
     vmx_capabilities: Mapping[str, int] = field(default_factory=dict)
     hyperv: Mapping[str, Any] | None = None
     fail_allocation: int | None = None
+    nested_evmcs: bool = True
+    smt: bool = True
 
     @property
     def supports_spp(self) -> bool:
@@ -114,7 +125,7 @@ class VmConfig:
                 f"maxphyaddr is {MIN_MAXPHYADDR} to {MAX_MAXPHYADDR}", field="maxphyaddr", value=self.maxphyaddr
             )
         for name, value in self.host.vmx_capabilities.items():
-            choices(name, tuple(VMX_CAPABILITIES), "host.vmx_capabilities")
+            choices(name, (*VMX_CAPABILITIES, *NESTED_CAPABILITIES), "host.vmx_capabilities")
             if not 0 <= value < 1 << 64:
                 raise InvalidValue("a capability has 64 bits", field=f"host.vmx_capabilities.{name}", value=value)
         self._validate_vcpus()

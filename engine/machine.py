@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from engine.kvm import memory, protections, slot_changes, spp
 from engine.kvm import registers as reg
 from engine.kvm.protections import ProtectedObject, Protection
 from engine.kvm.slots import SlotSpec, check_overlap, first_page_without_slot, slot_table
+from engine.nested_operations import NestedOperations, nested_in_use
+from engine.nested_states import NestedStates, states_from_head, states_to_head
 from engine.store import Draft, FrameStore, Snapshot, blocks_of
 from engine.tables import TableOperations
 from engine.trace.execution import execute
@@ -60,6 +62,7 @@ class State:
     slots: Mapping[int, SlotSpec]
     protections: Mapping[str, Protection]
     targets: Targets
+    nested: NestedStates = field(default_factory=NestedStates)
 
 
 class VirtualMachine:
@@ -172,6 +175,11 @@ class VirtualMachine:
         """What can be done to one vCPU: its VMCS, VM entry, INVEPT and INVVPID, its translation cache."""
         return VcpuOperations(self.config, self.vcpu_position, lambda: self._state.snapshot, self._change)
 
+    @property
+    def nested(self) -> NestedOperations:
+        """Nested VMX and SVM state of the vCPUs, their CPUID and MSRs, the enlightened VMCS."""
+        return NestedOperations(self.config, lambda: (self._state.snapshot, self._state.nested), self._change)
+
     # Changes
 
     def set_slot(self, spec: SlotSpec) -> None:
@@ -217,7 +225,8 @@ class VirtualMachine:
                 value=self.config.host.vendor,
                 errno="EINVAL" if self.config.profile == "kvm-2019" else "ENODEV",
             )
-        if self.config.profile == "kvm-latest" and birth.nested(self.config, default=False):
+        in_use = nested_in_use(self._state.nested)
+        if self.config.profile == "kvm-latest" and birth.nested(self.config, default=in_use):
             raise Conflict("sub-page protection excludes nesting", field="host.nested", value=True, errno="EPERM")
         if not self.spp_active:
             with self._change() as draft:
@@ -314,6 +323,7 @@ class VirtualMachine:
                 {"name": p.name, "objects": [[o.name, o.gpa, o.size] for o in p.objects]}
                 for p in state.protections.values()
             ],
+            "nested": states_to_head(self.config, state.nested),
             "frames": len(state.snapshot.machine.row_of),
         }
 
@@ -345,7 +355,8 @@ class VirtualMachine:
             p["name"]: Protection(p["name"], tuple(ProtectedObject(*o) for o in p["objects"]))
             for p in head["protections"]
         }
-        vm = cls(config, store, State(store.published, slots, known, _targets(known)))
+        nested = states_from_head(config, head.get("nested", {}))
+        vm = cls(config, store, State(store.published, slots, known, _targets(known), nested))
         with vm._change():
             pass
         return vm
@@ -405,6 +416,7 @@ class VirtualMachine:
 
     def _begin(self, slots: Mapping[int, SlotSpec] | None = None) -> Draft:
         draft = self._store.begin(slot_table((self._state.slots if slots is None else slots).values()))
+        draft.beside = self._state.nested
         serves = fast_path_serves(self.config, draft.machine)
         if bool(draft.machine.caps[frames.CAP_FAST_PATH]) != serves:
             caps = draft.machine.caps.copy()
@@ -442,7 +454,7 @@ class VirtualMachine:
         same = protections is self._state.protections
         targets = self._state.targets if same else _targets(protections)
         self._store.publish(draft)
-        self._state = State(self._store.published, slots, protections, targets)
+        self._state = State(self._store.published, slots, protections, targets, draft.beside)
 
     def _move(self, draft: Draft, old: SlotSpec, new: SlotSpec) -> None:
         trail = new_trail()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,12 +116,16 @@ class FrameStore:
 
 
 class Draft:
-    """A change under way: ``machine`` is what its kernels read and write."""
+    """A change under way: ``machine`` is what its kernels read and write.
+
+    ``beside`` is state that is no frame and is published with them; it belongs to the machine.
+    """
 
     def __init__(self, store: FrameStore, slots: NDArray[np.int64]) -> None:
         base = store.published.machine
         self.store = store
         self.base = base
+        self.beside: Any = None
         self.machine = base._replace(
             row_of=base.row_of.copy(),
             fresh=np.zeros(len(base.row_of), dtype=np.uint8),

@@ -13,6 +13,7 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
+from service.api.ioctls import IoctlRequest
 from service.api.subpages import SubpagePatch, SubpageWindowRequest
 from service.api.traces import TraceBody
 from service.http.words import Document
@@ -42,12 +43,14 @@ TAGS: list[dict[str, Any]] = [
     {"name": "accesses", "description": "One access, executed or explained."},
     {"name": "tables", "description": "Raw entries of EPT and SPPT, stored as they are and walked as they are."},
     {"name": "vCPUs", "description": "The processor's controls: VMCS, VM entry, INVEPT, INVVPID, translation cache."},
+    {"name": "ioctls", "description": "The binary KVM ABI: the bytes of an ioctl, and what ioctl(2) returned."},
     {"name": "counters", "description": "Totals of a VM."},
     {"name": "service", "description": "The service itself: capabilities, health, version, problem types."},
 ]
 
 # Models of bodies that routes read by themselves, and of problems, which no route returns.
 _FURTHER_MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+    (IoctlRequest, "validation"),
     (SubpageWindowRequest, "validation"),
     (SubpagePatch, "validation"),
     (TraceBody, "validation"),

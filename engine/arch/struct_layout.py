@@ -10,12 +10,17 @@ numbers or strings, absent fields are zero. Little-endian throughout.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from engine.errors import InvalidValue
 
 PARTIAL = "partial"
+
+_NUMBER = re.compile(r"0x[0-9a-fA-F]+|[0-9]+")
+_LONGEST_NUMBER = 32
+_HEX = re.compile(r"(?:[0-9a-fA-F]{2})*")
 
 
 class Field(NamedTuple):
@@ -39,10 +44,8 @@ def parse_integer(value: Any, field: str, bits: int) -> int:
     """
     number = value
     if isinstance(value, str):
-        try:
-            number = int(value, 0)
-        except ValueError:
-            number = None
+        plain = len(value) <= _LONGEST_NUMBER and _NUMBER.fullmatch(value)
+        number = int(value, 16 if value.startswith("0x") else 10) if plain else None
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 1 << bits:
         raise InvalidValue(f"must be an unsigned {bits}-bit integer or a 0x string", field=field, value=value)
     return number
@@ -50,10 +53,7 @@ def parse_integer(value: Any, field: str, bits: int) -> int:
 
 def parse_bytes(value: Any, field: str, limit: int | None = None) -> bytes:
     """``value``, a hex string without 0x, as bytes, at most ``limit`` of them. Raises InvalidValue."""
-    try:
-        data = bytes.fromhex(value) if isinstance(value, str) else None
-    except ValueError:
-        data = None
+    data = bytes.fromhex(value) if isinstance(value, str) and _HEX.fullmatch(value) else None
     if data is None:
         raise InvalidValue("must be a string of hex digits, two for each byte", field=field, value=value)
     if limit is not None and len(data) > limit:

@@ -20,8 +20,8 @@ WORDS = 512
 FRAME_SIZE = 4096
 
 # Frame kinds
-FREE, STATE, VCPU, EPT, SPPT, LAYER, MEMORY, CLIENT = positions(8)
-KIND_NAMES = ("free", "state", "vcpu", "ept", "sppt", "layer", "memory", "client")
+FREE, STATE, VCPU, EPT, SPPT, LAYER, MEMORY, CLIENT, NESTED = positions(9)
+KIND_NAMES = ("free", "state", "vcpu", "ept", "sppt", "layer", "memory", "client", "nested")
 
 # Frame 0 holds the machine's registers; frame 1 + k the record of the k-th vCPU.
 STATE_FRAME, FIRST_VCPU_FRAME = positions(2)

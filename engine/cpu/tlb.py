@@ -245,6 +245,7 @@ def combine(m, vcpu, page, frame, facts):
         m.tlb[row, word] = m.tlb[source, word]
     m.tlb[row, E_KIND] = COMBINED | vcpu << VCPU_SHIFT
     m.tlb[row, E_SPACE] = space_of(m, vcpu)
+    m.tlb[row, E_ADDRESS_SPACE] = address_space_of(m, vcpu)
     m.tlb[row, E_PAGE] = page
     m.tlb[row, E_FACTS] = facts | m.tlb[source, E_FACTS] & VECTOR_READ
 

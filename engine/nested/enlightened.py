@@ -123,6 +123,11 @@ def clean_fields(vcpu: NestedVcpu, memory: GuestMemory) -> int:
     return 0 if raw is None else int.from_bytes(raw, "little")
 
 
+def evmcs_page(vcpu: NestedVcpu, memory: GuestMemory) -> bytes | None:
+    """The attached enlightened VMCS as this kernel reads it; None without memory behind it."""
+    return memory.read(_page_of(vcpu.vmx.evmptr), vcpu.era.evmcs.size)
+
+
 def mark_clean(vcpu: NestedVcpu, memory: GuestMemory) -> None:
     """Set all 16 clean bits in guest memory."""
     _store(vcpu, memory, "hv_clean_fields", clean_fields(vcpu, memory) | CLEAN_ALL)

@@ -1,7 +1,6 @@
 """The nesting ioctls as the binary ABI has them: bytes in, bytes and errno out.
 
-A call names its level: the system device, a VM or a vCPU. One that is known but made at another level gets what the
-kernel's dispatch gives there: EINVAL on the system device and on a vCPU, ENOTTY on a VM.
+A call that is known but made at another level gets what the kernel's dispatch gives there: see ``abi.call``.
 
 struct kvm_cpuid2 is u32 nent, u32 padding, then 40-byte entries. struct kvm_enable_cap is 104 bytes: cap u32 at 0,
 flags u32 at 4, args u64[4] at 8.
@@ -12,18 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from engine import abi
+from engine.abi import SYSTEM, VCPU, VM, Reply, UserMemory, wrong_level
+from engine.abi import failed as _error
 from engine.arch.hyperv_cpuid import ENTRY_SIZE, HEADER_SIZE, CpuidEntry, pack_entry, unpack_entries
 from engine.nested.cpuid import supported_cpuid
 from engine.nested.enlightened import enable_evmcs
 from engine.nested.eras import Era, era_of
 from engine.nested.get_state import get_nested_state, max_state_size
 from engine.nested.hv_cpuid import supported_hv_cpuid, system_hv_cpuid
-from engine.nested.memory import GuestMemory, NoMemory, UserBuffer, UserMemory
+from engine.nested.memory import GuestMemory, NoMemory
 from engine.nested.operations import set_cpuid
 from engine.nested.set_state import set_nested_state
 from engine.nested.vcpu import NestedHost, NestedVcpu
-
-SYSTEM, VM, VCPU = "system", "vm", "vcpu"
 
 CAP_NESTED_STATE = 157
 CAP_HYPERV_ENLIGHTENED_VMCS = 163
@@ -43,21 +43,14 @@ NUMBERS = {
     "KVM_GET_SUPPORTED_HV_CPUID": 0xC008AEC1,
 }
 
-_WRONG_LEVEL = {SYSTEM: "EINVAL", VM: "ENOTTY", VCPU: "EINVAL"}
-
 
 @dataclass
-class Call:
-    """One ioctl. ``user`` is what the argument points to, ``arg`` a scalar argument, ``memory`` what pointers reach.
+class Call(abi.Call):
+    """One ioctl of nesting.
 
     At the system and VM levels ``vcpu`` is None and ``host`` and ``profile`` say what is being asked.
     """
 
-    name: str
-    level: str
-    user: UserBuffer = field(default_factory=lambda: UserBuffer(None))
-    arg: int = 0
-    memory: UserMemory = field(default_factory=UserMemory)
     vcpu: NestedVcpu | None = None
     host: NestedHost = field(default_factory=NestedHost)
     profile: str = "kvm-2019"
@@ -71,15 +64,6 @@ class Call:
     def era(self) -> Era:
         """The kernel's choices."""
         return era_of(self.profile)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What ioctl(2) returns, and errno by name. ``decided_by`` names the deciding check where there is one."""
-
-    returns: int
-    errno: str | None = None
-    decided_by: str | None = None
 
 
 def knows(name: str) -> bool:
@@ -96,7 +80,7 @@ def ioctl(call: Call) -> Reply:
     if handler is None:
         if call.name not in NUMBERS:
             raise KeyError(call.name)
-        return _error(_WRONG_LEVEL[call.level])
+        return wrong_level(call.level)
     return handler(call)
 
 
@@ -125,14 +109,15 @@ def enable_cap(vcpu: NestedVcpu, raw: bytes, memory: UserMemory) -> Reply | None
         return _error("EINVAL")
     if capability != CAP_HYPERV_ENLIGHTENED_VMCS:
         return None
-    errno = _no_evmcs_hook(vcpu)
+    errno = evmcs_hook(vcpu)
     if errno is not None:
         return _error(errno)
     version = enable_evmcs(vcpu)
     return Reply(0) if memory.write(pointer, version.to_bytes(2, "little")) else _error("EFAULT")
 
 
-def _no_evmcs_hook(vcpu: NestedVcpu) -> str | None:
+def evmcs_hook(vcpu: NestedVcpu) -> str | None:
+    """Why this kernel cannot enable the enlightened VMCS on the vCPU, as errno; None if it can."""
     if vcpu.era.hooks_always:
         if not vcpu.host.evmcs:
             return "EINVAL"
@@ -140,10 +125,6 @@ def _no_evmcs_hook(vcpu: NestedVcpu) -> str | None:
     if not vcpu.host.intel:
         return "ENODEV"
     return None if vcpu.host.nested and vcpu.host.evmcs else "ENOTTY"
-
-
-def _error(errno: str) -> Reply:
-    return Reply(-1, errno)
 
 
 def _vcpu(call: Call) -> NestedVcpu:

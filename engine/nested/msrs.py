@@ -31,6 +31,17 @@ _REGISTER_MSRS = {
     _FS_BASE: "fs_base",
     _GS_BASE: "gs_base",
 }
+REGISTER_MSR_NAMES = {
+    vmx.EFER: "IA32_EFER",
+    0x277: "IA32_PAT",
+    0x1D9: "IA32_DEBUGCTL",
+    0x174: "IA32_SYSENTER_CS",
+    0x175: "IA32_SYSENTER_ESP",
+    0x176: "IA32_SYSENTER_EIP",
+    0xD90: "IA32_BNDCFGS",
+    _FS_BASE: "IA32_FS_BASE",
+    _GS_BASE: "IA32_GS_BASE",
+}
 _ENABLE = 0x1
 # VMCALL; RET
 _HYPERCALL_CODE = bytes((0x0F, 0x01, 0xC1, 0xC3))

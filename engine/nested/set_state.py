@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch import vmx_msrs as vmx
 from engine.arch.vmcs12 import VMCS12, get
@@ -16,7 +17,7 @@ from engine.nested import svm
 from engine.nested.entry_checks import explain_checks, first_failure
 from engine.nested.entry_context import is_shadow, revision_matches
 from engine.nested.eras import BOTH, ONLY_2019, ONLY_LATEST
-from engine.nested.memory import GuestMemory, Overlay, UserBuffer
+from engine.nested.memory import GuestMemory, Overlay
 from engine.nested.registers import active_secondary
 from engine.nested.transitions import enter_guest, enter_operation, leave_nested
 from engine.nested.vcpu import EVMPTR_PENDING, NestedVcpu

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch.struct_layout import Field, Layout
 from engine.arch.vmx_msrs import EFER_LMA, EFER_LME, EFER_NX, EFER_SCE, EFER_SVME
 from engine.nested.cpuid import cr4_allowed
-from engine.nested.memory import UserBuffer
 from engine.nested.registers import CR0_PE, CR0_PG, CR4_PAE
 from engine.nested.vcpu import NestedVcpu
 from engine.nested.verdict import CheckReport, Verdict, report_in_order

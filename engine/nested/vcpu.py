@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from engine.arch.hyperv_cpuid import CpuidEntry
@@ -180,8 +180,8 @@ class NestedVcpu:
         twin.registers = dict(self.registers)
         twin.msrs = dict(self.msrs)
         twin.capabilities = self.capabilities.copy()
-        twin.vmx = copy.deepcopy(self.vmx)
-        twin.svm = copy.deepcopy(self.svm)
+        twin.vmx = replace(self.vmx, vmcs12=bytearray(self.vmx.vmcs12), shadow=bytearray(self.vmx.shadow))
+        twin.svm = replace(self.svm, vmcb12=bytearray(self.svm.vmcb12))
         return twin
 
     def to_head(self) -> dict[str, Any]:

@@ -8,14 +8,15 @@ import numpy as np
 
 from engine.arch import access as acc
 from engine.arch import exits
+from engine.arch.controls import V_GUEST_MODE
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import decision, fastpath, sppt
-from engine.cpu.frames import CAP_VCPUS, STATE_FRAME, ample, read_word
+from engine.cpu.frames import CAP_VCPUS, FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
 from engine.jit import kernel
 from engine.kvm import fault, layers, run, spp
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
-from engine.kvm.slots import find_slot
+from engine.kvm.slots import find_slot, writable_bytes
 
 # Why the loop came back
 DONE = 0
@@ -105,6 +106,22 @@ def in_protected_page(m, gpa, size):
 
 
 @kernel
+def passes_unenforced(m, vcpu, gpa, size):
+    """Whether a write is one that a nested guest makes past sub-page protection: its own tables do not have it."""
+    if not read_word(m, FIRST_VCPU_FRAME + vcpu, V_GUEST_MODE) or not read_word(m, STATE_FRAME, reg.SPP_ACTIVE):
+        return False
+    if not writable_bytes(m, gpa, size):
+        return False
+    at = gpa
+    while at < gpa + size:
+        part = decision.page_part(at, gpa + size)
+        if sppt.touched(at, part) & ~layers.effective(m, at >> 12):
+            return True
+        at += part
+    return False
+
+
+@kernel
 def grant_touched(m, gpa, size, trail):
     """Open every refused sub-page that an access touches; returns whether there was one."""
     opened = False
@@ -129,6 +146,11 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     vcpu = m.vcpu_of_id[(word >> 32) & 0xFFFF]
     how = describe(word)
     list_all = options[OPTION_LIST_ALL]
+    if access == acc.WRITE and passes_unenforced(m, vcpu, gpa, word & 0xFFFF):
+        tally[reg.UNENFORCED] += 1
+        tally[reg.PAGE_GRANULAR] += 1
+        tally[reg.WRITES] += 1
+        return DONE
     q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if how == acc.PLAIN_WRITE else (0, 0)
     if q:
         ending, reason, at = res.VIOLATION, exits.EPT_VIOLATION, gpa

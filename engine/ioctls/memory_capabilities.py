@@ -1,0 +1,48 @@
+"""Capabilities of memory slots and vCPUs, by number (include/uapi/linux/kvm.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from engine.ioctls.registry import Target
+from engine.kvm.abi_limits import ADDRESS_SPACES, LIMITS
+
+CAP_USER_MEMORY = 3
+CAP_NR_VCPUS = 9
+CAP_NR_MEMSLOTS = 10
+CAP_SYNC_MMU = 16
+CAP_DESTROY_MEMORY_REGION_WORKS = 21
+CAP_JOIN_MEMORY_REGIONS_WORKS = 30
+CAP_ENABLE_CAP = 54
+CAP_MAX_VCPUS = 66
+CAP_READONLY_MEM = 81
+CAP_ENABLE_CAP_VM = 98
+CAP_CHECK_EXTENSION_VM = 105
+CAP_X86_SMM = 117
+CAP_MULTI_ADDRESS_SPACE = 118
+CAP_MAX_VCPU_ID = 128
+
+
+def _yes(_: Target) -> int:
+    return 1
+
+
+CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType(
+    {
+        CAP_USER_MEMORY: _yes,
+        CAP_NR_VCPUS: lambda target: LIMITS[target.profile].soft_vcpus,
+        CAP_NR_MEMSLOTS: lambda target: LIMITS[target.profile].user_slots,
+        CAP_SYNC_MMU: _yes,
+        CAP_DESTROY_MEMORY_REGION_WORKS: _yes,
+        CAP_JOIN_MEMORY_REGIONS_WORKS: _yes,
+        CAP_ENABLE_CAP: _yes,
+        CAP_MAX_VCPUS: lambda target: LIMITS[target.profile].vcpus,
+        CAP_READONLY_MEM: _yes,
+        CAP_ENABLE_CAP_VM: _yes,
+        CAP_CHECK_EXTENSION_VM: _yes,
+        CAP_X86_SMM: _yes,
+        CAP_MULTI_ADDRESS_SPACE: lambda _: ADDRESS_SPACES,
+        CAP_MAX_VCPU_ID: lambda target: LIMITS[target.profile].vcpu_ids,
+    }
+)

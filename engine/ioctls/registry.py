@@ -1,0 +1,93 @@
+"""Which ioctls there are, at which level, in which era, and who answers them."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+from engine.abi import LEVELS, Call, Reply, UserMemory, wrong_level
+from engine.config import PROFILES, HostConfig
+from engine.machine import VirtualMachine
+
+
+@dataclass(frozen=True)
+class Target:
+    """Whom a call is made to: a kernel on a host, and at the other levels a machine, and a vCPU by its KVM id."""
+
+    profile: str
+    host: HostConfig
+    machine: VirtualMachine | None = None
+    vcpu: int | None = None
+
+    @property
+    def vm(self) -> VirtualMachine:
+        """The machine of a call at the VM or vCPU level."""
+        assert self.machine is not None, "a call at this level has a machine"
+        return self.machine
+
+
+@dataclass(frozen=True)
+class EnableCap:
+    """struct kvm_enable_cap, 104 bytes: cap u32 at 0, flags u32 at 4, args u64[4] at 8; ``raw`` is all of it.
+
+    ``memory`` is what pointers in ``args`` reach.
+    """
+
+    SIZE: ClassVar[int] = 104
+
+    number: int
+    flags: int
+    args: tuple[int, ...]
+    raw: bytes
+    memory: UserMemory
+
+    @classmethod
+    def unpack(cls, raw: bytes, call: Call) -> EnableCap:
+        """The structure that a call's argument points to."""
+        number, flags, *args = struct.unpack_from("<2I4Q", raw)
+        return cls(number, flags, tuple(args), raw, call.memory)
+
+
+Handler = Callable[[Target, Call], Reply]
+
+
+@dataclass(frozen=True)
+class Ioctl:
+    """One ioctl at one level. ``changes`` says whether it may change the machine, and so needs its writer.
+
+    A kernel that is not of ``profiles`` does not know the ioctl, and answers as for one of another level.
+    """
+
+    name: str
+    level: str
+    handler: Handler
+    changes: bool = True
+    profiles: tuple[str, ...] = PROFILES
+
+
+class Registry:
+    """All ioctls, by level and name. Raises ValueError when two rows claim the same place."""
+
+    def __init__(self, rows: Iterable[Ioctl]) -> None:
+        table: dict[tuple[str, str], Ioctl] = {}
+        for row in rows:
+            if row.level not in LEVELS or (row.level, row.name) in table:
+                raise ValueError(f"{row.name} at level {row.level}: no such level, or answered twice")
+            table[row.level, row.name] = row
+        self.table: Mapping[tuple[str, str], Ioctl] = MappingProxyType(table)
+        self.names = frozenset(name for _, name in table)
+
+    def changes(self, level: str, name: str) -> bool:
+        """Whether a call may change the machine."""
+        row = self.table.get((level, name))
+        return row is not None and row.changes
+
+    def perform(self, target: Target, call: Call) -> Reply:
+        """Make a call that ``names`` knows; ``call`` and the machine are left as the kernel would leave them."""
+        row = self.table.get((call.level, call.name))
+        if row is None or target.profile not in row.profiles:
+            return wrong_level(call.level)
+        return row.handler(target, call)

@@ -1,0 +1,307 @@
+"""Operations on the nested state of a machine's vCPUs: ``vm.nested``.
+
+A change is made on a copy of one vCPU and published whole, with the guest memory that it wrote; what fails inside the
+kernel's own rules is a result, not an exception, and what such a failure leaves behind is published too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+
+from engine import nested
+from engine.arch import vmx_msrs
+from engine.arch.hyperv_cpuid import CpuidEntry
+from engine.arch.nested_state import NO_ADDRESS
+from engine.config import VmConfig
+from engine.cpu import frames
+from engine.errors import InvalidValue, NotFound, Unsupported
+from engine.kvm import registers as reg
+from engine.nested import Call, InstructionResult, NestedHost, NestedVcpu, Reply, RunResult, SetResult, UserBuffer
+from engine.nested.enlightened import clean_fields, evmcs_page
+from engine.nested.ioctls import CAP_HYPERV_ENLIGHTENED_VMCS, evmcs_hook
+from engine.nested.msr_numbers import NAMES as HYPERV_MSR_NAMES
+from engine.nested.msrs import REGISTER_MSR_NAMES
+from engine.nested_states import NestedStates, close_vcpu, first_identity, nested_host, open_vcpu
+from engine.ram import Ram
+from engine.store import Draft, Snapshot
+
+MSR_NAMES = {
+    vmx_msrs.IA32_FEATURE_CONTROL: "IA32_FEATURE_CONTROL",
+    **REGISTER_MSR_NAMES,
+    **{number: name for name, number in vmx_msrs.MSR_BY_NAME.items()},
+    **HYPERV_MSR_NAMES,
+}
+
+# VMX instructions of L1 by name; those with an operand take a guest-physical address.
+INSTRUCTIONS: dict[str, Callable[[NestedVcpu, Ram, int], InstructionResult]] = {
+    "vmxon": nested.vmxon,
+    "vmclear": nested.vmclear,
+    "vmptrld": nested.vmptrld,
+    "vmptrst": lambda vcpu, ram, _: nested.vmptrst(vcpu),
+    "vmxoff": lambda vcpu, ram, _: nested.vmxoff(vcpu),
+    "vmlaunch": lambda vcpu, ram, _: nested.vm_entry(vcpu, ram, launch=True),
+    "vmresume": lambda vcpu, ram, _: nested.vm_entry(vcpu, ram, launch=False),
+}
+WITH_OPERAND = ("vmxon", "vmclear", "vmptrld")
+
+
+@dataclass(frozen=True, slots=True)
+class VcpuMsr:
+    """An MSR of a vCPU: ``host`` is what KVM_GET_MSRS reads, ``guest`` what RDMSR reads; None where that faults."""
+
+    index: int
+    name: str | None
+    host: int | None
+    guest: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class MsrWrites:
+    """KVM_SET_MSRS, or WRMSRs of the guest: how many were done before the first that faults, and which that is."""
+
+    written: int
+    refused: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class EvmcsState:
+    """The enlightened VMCS of one vCPU.
+
+    ``attached`` is the GPA of the one in use; ``pending`` says that a restored one waits for the next run; ``wanted``
+    is what the assist page asks for. ``page`` are its bytes as this kernel reads them. ``lost`` are the controls it
+    takes away, by name: for good from the vCPU's own values in 2019, from what the guest reads and may use today.
+    """
+
+    enabled: bool
+    visible: bool
+    versions: int
+    attached: int | None
+    pending: bool
+    wanted: int | None
+    clean_fields: int | None
+    page: bytes | None
+    lost: dict[str, int]
+
+
+class NestedOperations:
+    """Nested state. ``vcpu`` is a KVM vCPU id; an unknown one raises NotFound."""
+
+    def __init__(
+        self,
+        config: VmConfig,
+        published: Callable[[], tuple[Snapshot, NestedStates]],
+        change: Callable[[], AbstractContextManager[Draft]],
+    ) -> None:
+        self._config = config
+        self._published = published
+        self._change = change
+
+    # Reads
+
+    def host(self) -> NestedHost:
+        """The host as nesting sees it."""
+        snapshot, _ = self._published()
+        machine = snapshot.machine
+        active = bool(machine.rows[machine.row_of[frames.STATE_FRAME], reg.SPP_ACTIVE])
+        return nested_host(self._config, spp_active=active)
+
+    def vcpu(self, vcpu: int) -> NestedVcpu:
+        """The vCPU as it is: a copy, which may be used up. Its methods and ``engine.nested`` answer the rest."""
+        return self._read(vcpu)[0]
+
+    def identities(self) -> list[tuple[int, tuple[CpuidEntry, ...]]]:
+        """VP index and CPUID of every vCPU in the order of the configuration, without the cost of the whole vCPUs."""
+        touched = self._published()[1].vcpus
+        found = []
+        for item in self._config.vcpus:
+            record = touched.get(item.id)
+            found.append(first_identity(item) if record is None else (record.vp_index, record.cpuid))
+        return found
+
+    def ram(self) -> Ram:
+        """Guest memory as published."""
+        return Ram(self._published()[0])
+
+    def state(self, vcpu: int) -> bytes:
+        """The blob that KVM_GET_NESTED_STATE gives. Raises Unsupported on a host without nested state."""
+        blob = nested.read_nested_state(*self._read(vcpu))
+        if blob is None:
+            raise Unsupported(
+                "this host has no nested state", field="host.nested", value=self.host().nested, errno="EINVAL"
+            )
+        return blob
+
+    def explain_state(self, vcpu: int, blob: bytes | None) -> tuple[SetResult, bytes | None]:
+        """What ``set_state`` would do, check by check, and the blob that GET would give afterwards."""
+        seen, ram = self._read(vcpu)
+        result, after = nested.explain_nested_state(seen, ram, UserBuffer.of(blob))
+        return result, nested.read_nested_state(after, ram)
+
+    def supported_cpuid(self) -> tuple[CpuidEntry, ...]:
+        """KVM_GET_SUPPORTED_CPUID."""
+        host = self.host()
+        return nested.supported_cpuid(host.vendor, host.nested, host.maxphyaddr)
+
+    def hyperv_cpuid(self, vcpu: int) -> list[CpuidEntry]:
+        """KVM_GET_SUPPORTED_HV_CPUID on the vCPU."""
+        return nested.supported_hv_cpuid(self.vcpu(vcpu))
+
+    def check_extension(self, capability: int) -> int | None:
+        """KVM_CHECK_EXTENSION for a capability of nesting; None for any other."""
+        return nested.check_extension(self.host(), self._config.profile, capability)
+
+    def msrs(self, vcpu: int, indices: Sequence[int] = ()) -> list[VcpuMsr]:
+        """The MSRs asked for, or those that have a name or were written."""
+        seen = self.vcpu(vcpu)
+        wanted = indices or sorted({*MSR_NAMES, *seen.msrs})
+        return [
+            VcpuMsr(
+                index,
+                MSR_NAMES.get(index),
+                nested.read_msr(seen, index, host=True),
+                nested.read_msr(seen, index, host=False),
+            )
+            for index in wanted
+        ]
+
+    def evmcs(self, vcpu: int) -> EvmcsState:
+        """The enlightened VMCS of the vCPU."""
+        seen, ram = self._read(vcpu)
+        attached = seen.vmx.evmptr if seen.vmx.evmcs_mapped else None
+        return EvmcsState(
+            enabled=seen.evmcs_enabled,
+            visible=seen.evmcs_visible,
+            versions=nested.evmcs_version(seen),
+            attached=attached,
+            pending=seen.vmx.evmptr != NO_ADDRESS and attached is None,
+            wanted=nested.current_evmcs(seen, ram),
+            clean_fields=None if attached is None else clean_fields(seen, ram),
+            page=None if attached is None else evmcs_page(seen, ram),
+            lost=_lost_controls(seen),
+        )
+
+    # Changes
+
+    @contextmanager
+    def change(self, vcpu: int) -> Iterator[tuple[NestedVcpu, Ram]]:
+        """One vCPU and guest memory, to be changed in place; published when the block ends well."""
+        self._known(vcpu)
+        with self._change() as draft:
+            whole = open_vcpu(self._config, draft.beside, draft.machine, vcpu)
+            yield whole, Ram(draft)
+            draft.beside = close_vcpu(draft, draft.beside, whole)
+
+    def set_state(self, vcpu: int, blob: bytes | None, *, explain: bool = False) -> SetResult:
+        """KVM_SET_NESTED_STATE. A blob that fails after V9 leaves a new state behind, as in the kernel."""
+        with self.change(vcpu) as (whole, ram):
+            return nested.set_nested_state(whole, ram, UserBuffer.of(blob), explain=explain)
+
+    def set_cpuid(self, vcpu: int, entries: Sequence[CpuidEntry]) -> None:
+        """KVM_SET_CPUID2. Raises InvalidValue, and then nothing has changed, where the kernel says EINVAL."""
+        with self.change(vcpu) as (whole, _):
+            errno = nested.set_cpuid(whole, tuple(entries))
+            if errno is not None:
+                rule = "linear addresses have 48 or 57 bits, and today's kernel takes new leaves before L2 and the run"
+                raise InvalidValue(rule, field="entries", value=len(entries), errno=errno)
+
+    def write_msrs(self, vcpu: int, writes: Sequence[tuple[int, int]], *, guest: bool = False) -> MsrWrites:
+        """KVM_SET_MSRS, or WRMSR by the guest: in order, up to the first (index, value) that faults."""
+        with self.change(vcpu) as (whole, ram):
+            for position, (index, value) in enumerate(writes):
+                if guest:
+                    done = nested.write_msr(whole, ram, index, value, host=False)
+                else:
+                    done = nested.set_msr(whole, ram, index, value)
+                if not done:
+                    return MsrWrites(position, (index, value))
+        return MsrWrites(len(writes), None)
+
+    def enable_evmcs(self, vcpu: int) -> int:
+        """KVM_ENABLE_CAP(163): the version range. Raises Unsupported, with the kernel's errno, where there is none."""
+        with self.change(vcpu) as (whole, _):
+            errno = evmcs_hook(whole)
+            if errno is not None:
+                raise Unsupported(
+                    "the host offers an enlightened VMCS to guests that may have VMX",
+                    field="capability",
+                    value=CAP_HYPERV_ENLIGHTENED_VMCS,
+                    errno=errno,
+                )
+            return nested.enable_evmcs(whole)
+
+    def execute(self, vcpu: int, instruction: str, operand: int = 0) -> InstructionResult:
+        """A VMX instruction of L1, one of INSTRUCTIONS. Raises Conflict while the vCPU runs L2."""
+        run = INSTRUCTIONS.get(instruction)
+        if run is None:
+            raise InvalidValue(
+                f"an instruction is one of {', '.join(INSTRUCTIONS)}", field="instruction", value=instruction
+            )
+        if not self._config.host.vendor == "intel":
+            raise Unsupported("VMX needs an Intel host", field="host.vendor", value=self._config.host.vendor)
+        with self.change(vcpu) as (whole, ram):
+            return run(whole, ram, operand)
+
+    def set_smm(self, vcpu: int, smm: bool) -> None:
+        """smi.smm of KVM_SET_VCPU_EVENTS."""
+        with self.change(vcpu) as (whole, ram):
+            nested.set_smm(whole, ram, smm)
+
+    def prepare_run(self, vcpu: int) -> RunResult:
+        """What KVM_RUN does before the guest moves: a restored enlightened VMCS is attached."""
+        with self.change(vcpu) as (whole, ram):
+            return nested.prepare_run(whole, ram)
+
+    def reset(self, vcpu: int) -> None:
+        """Make the vCPU what KVM_CREATE_VCPU makes: registers after RESET, no CPUID, nothing enabled."""
+        with self.change(vcpu) as (whole, _):
+            new = NestedVcpu(profile=whole.profile, host=whole.host, vcpu_id=vcpu, vp_index=whole.vp_index)
+            whole.__dict__.update(vars(new))
+
+    def set_lapic_in_kernel(self, present: bool) -> None:
+        """Whether the vCPUs have their local APIC in the kernel (KVM_CREATE_IRQCHIP before them)."""
+        with self._change() as draft:
+            draft.beside = replace(draft.beside, lapic_in_kernel=present)
+
+    def ioctl(self, call: Call, vcpu: int | None = None) -> Reply:
+        """An ioctl of ``engine.nested.ioctls``, with the vCPU's state and the machine's memory filled in."""
+        if vcpu is None:
+            call.host, call.profile = self.host(), self._config.profile
+            return nested.ioctl(call)
+        with self.change(vcpu) as (whole, ram):
+            call.vcpu, call.host, call.profile, call.guest = whole, whole.host, whole.profile, ram
+            return nested.ioctl(call)
+
+    # Inside
+
+    def _known(self, vcpu: int) -> None:
+        if all(item.id != vcpu for item in self._config.vcpus):
+            raise NotFound("the machine has a vCPU of that id", field="vcpu", value=vcpu)
+
+    def _read(self, vcpu: int) -> tuple[NestedVcpu, Ram]:
+        self._known(vcpu)
+        snapshot, states = self._published()
+        return open_vcpu(self._config, states, snapshot.machine, vcpu), Ram(snapshot)
+
+
+def nested_in_use(states: NestedStates) -> bool:
+    """Whether a vCPU is in VMX operation, in L2, or has its enlightened VMCS enabled."""
+    return any(
+        item.vmx.in_operation or item.vmx.guest_mode or item.svm.guest_mode or item.evmcs_enabled
+        for item in states.vcpus.values()
+    )
+
+
+def _lost_controls(vcpu: NestedVcpu) -> dict[str, int]:
+    """May-be-1 bits, by control, that the enlightened VMCS takes from what the vCPU would have without it."""
+    if not vcpu.evmcs_visible:
+        return {}
+    whole = vcpu.host.capabilities(vcpu.profile)
+    if vcpu.era.evmcs_clears_controls:
+        lost = {name: whole.controls[name].may1 & mask for name, mask in vmx_msrs.EVMCS_CLEARED.items()}
+        lost["vmfunc"] = whole.values["vmfunc"] & vmx_msrs.EVMCS_CLEARED_VMFUNC
+    else:
+        lost = {name: whole.controls[name].may1 & ~mask for name, mask in vmx_msrs.EVMCS_SUPPORTED.items()}
+        lost["vmfunc"] = whole.values["vmfunc"] & ~vmx_msrs.EVMCS_SUPPORTED_VMFUNC
+    return {name: mask for name, mask in lost.items() if mask}
