@@ -9,6 +9,7 @@ from engine.arch import ept
 from engine.arch.words import signed
 from engine.config import VmConfig
 from engine.cpu import frames
+from engine.hyperv import on_hyperv
 from engine.kvm import mapping
 from engine.kvm import registers as reg
 from engine.store import Draft, FrameStore
@@ -66,6 +67,9 @@ def build(draft: Draft, config: VmConfig) -> None:
         }
         for word, value in first.items():
             frames.write_word(m, frames.FIRST_VCPU_FRAME + position, word, value)
+    if config.host.hyperv is not None:
+        draft.ensure(2 * len(config.vcpus) + frames.RESERVE)
+        on_hyperv.build(draft.machine, len(config.vcpus))
 
 
 def load_sppt(draft: Draft, config: VmConfig) -> None:

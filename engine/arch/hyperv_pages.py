@@ -63,6 +63,15 @@ ASSIST_WRITERS: Mapping[str, AssistWriter] = MappingProxyType(
 PARTITION_ASSIST_SIZE = 0x1000
 PARTITION_ASSIST = Layout("partition_assist_page", PARTITION_ASSIST_SIZE, [Field("tlb_lock_count", 0, 4, "count")])
 
+# A VMCB, as far as flushes of a nested guest look at it: bit 0 of the byte at 0x90 is nested paging, bit 1 of the word
+# at 0x10 the intercept of VMMCALL; then exit information, and two registers of the save area.
+VMCB_CONTROL_NESTED_PAGING = 0x90
+VMCB_CONTROL_NESTED_CR3 = 0xB0
+VMCB_CONTROL_INTERCEPTS = 0x10
+VMCB_INTERCEPT_VMMCALL = 1 << 1
+VMCB_EXIT_CODE, VMCB_EXIT_INFO_1, VMCB_EXIT_INFO_2 = 0x70, 0x78, 0x80
+VMCB_SAVE_RIP, VMCB_SAVE_RAX = 0x578, 0x5F8
+
 # The last 32 bytes of a VMCB's control area, under clean bit 31
 VMCB_ENLIGHTENMENTS_AT = 0x3E0
 VMCB_CLEAN_ENLIGHTENMENTS = 31
@@ -83,3 +92,19 @@ ENLIGHTENED_NPT_TLB = 1 << 2
 VMX_EXIT_TRAP_AFTER_FLUSH = 0x1000_0031
 SVM_EXIT_ENLIGHTENED = 0xF000_0000
 SVM_TRAP_AFTER_FLUSH = 1
+
+
+def read_assist(page: bytes, written: str = "correct") -> dict[str, int]:
+    """Three fields of a VP assist page as software of one time stores them: ``control``, ``enlighten``, ``evmcs``."""
+    writer = ASSIST_WRITERS[written]
+    return {
+        name: int.from_bytes(page[offset : offset + size], "little")
+        for name, (offset, size) in writer._asdict().items()
+    }
+
+
+def write_assist(page: bytearray, fields: Mapping[str, int], written: str = "correct") -> None:
+    """Store such fields."""
+    for name, (offset, size) in ASSIST_WRITERS[written]._asdict().items():
+        if name in fields:
+            page[offset : offset + size] = fields[name].to_bytes(size, "little")

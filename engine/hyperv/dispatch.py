@@ -27,7 +27,7 @@ class Situation:
 
     ``guest`` is the nested guest that calls, None when the caller is the machine's own guest. ``translate`` turns a
     GPA of L2 into one of L1 and is there under nested paging. ``locked`` are the VPs whose TLB is locked.
-    ``l0`` is ``hyperv`` when KVM itself runs on it.
+    ``l0`` is ``hyperv`` when KVM itself runs on it; then the machine's guest is L2, and ``tagged`` is False.
     """
 
     machine: Machine
@@ -42,6 +42,7 @@ class Situation:
     translate: Translate | None = None
     locked: frozenset[int] = frozenset()
     l0: str = "kvm"
+    tagged: bool = True
 
 
 def hypercall(caller: Caller, at: Situation) -> Outcome:
@@ -58,7 +59,16 @@ def hypercall(caller: Caller, at: Situation) -> Outcome:
             return replace(blank, outcome="reflected", exit=to_l1)
     if not at.privileges.enabled and at.policy == "kvm":
         return replace(_native(caller, blank), row="D7")
-    return _after_flush(at, _serve(caller, at, Scope(at.guest.vm_id), blank))
+    return _after_flush(at, _serve(caller, at, Scope(at.guest.vm_id, at.tagged), blank))
+
+
+def hypercall_on_hyperv(caller: Caller, below: Situation, own: Situation) -> Outcome:
+    """VMCALL by the guest of a KVM that runs on Hyper-V: served ``below`` by Hyper-V, or, after an exit, by KVM."""
+    done = hypercall(caller, below)
+    if done.outcome != "reflected":
+        return done
+    answered = hypercall(caller, own)
+    return replace(answered, l0=done.l0, level=done.level, row=done.row, exit=done.exit, served_by=1)
 
 
 def _own(caller: Caller, at: Situation, blank: Outcome) -> Outcome:
@@ -68,7 +78,7 @@ def _own(caller: Caller, at: Situation, blank: Outcome) -> Outcome:
 
 
 def _native(caller: Caller, blank: Outcome) -> Outcome:
-    return replace(blank, outcome="native", registers=caller.native_result())
+    return replace(blank, outcome="native", registers=caller.native_result(), served_by=0)
 
 
 def _serve(caller: Caller, at: Situation, scope: Scope, blank: Outcome) -> Outcome:
@@ -111,7 +121,8 @@ def _holders(flush: Flush | SecondLevelFlush, scope: Scope, at: Situation) -> tu
 
 
 def _completed(caller: Caller, blank: Outcome, result: int, effects: tuple[Effect, ...]) -> Outcome:
-    return replace(blank, result=result, registers=caller.result_registers(result), effects=effects)
+    registers = caller.result_registers(result)
+    return replace(blank, result=result, registers=registers, effects=effects, served_by=0)
 
 
 def _after_flush(at: Situation, done: Outcome) -> Outcome:

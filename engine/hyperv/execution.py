@@ -45,9 +45,13 @@ class Vp:
 
 @dataclass(frozen=True)
 class Scope:
-    """Whose translations a flush is about: the caller's own partition's, or, from L2, those of its VM id."""
+    """Whose translations a flush is about: the caller's own partition's, or, from L2, those of its VM id.
+
+    ``tagged`` says that the cache tells L2 from L1; where the machine's guest is L2 itself all it holds is L2's.
+    """
 
     nested_vm: int | None = None
+    tagged: bool = True
 
     @property
     def nested(self) -> bool:
@@ -96,11 +100,12 @@ def required(m: Machine, flush: Flush, scope: Scope, vps: Sequence[Vp]) -> Marks
     marks = np.zeros(len(m.tlb), dtype=np.int64)
     if not len(m.tlb):
         return marks
-    for vp in vps if scope.nested else targets(flush, scope, vps):
+    by_tag = scope.nested and scope.tagged
+    for vp in vps if by_tag else targets(flush, scope, vps):
         tlb_select.virtual(
             m,
             np.int64(vp.position),
-            tlb_select.NESTED_GUESTS if scope.nested else tlb_select.OWN,
+            tlb_select.NESTED_GUESTS if by_tag else tlb_select.OWN,
             np.int64(signed(scope.nested_vm or 0)),
             flush.everyone,
             flush.vps,

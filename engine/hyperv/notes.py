@@ -9,10 +9,11 @@ from engine.arch.words import unsigned
 from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME, Machine
 
-# KVM_CAP_HYPERV_ENFORCE_CPUID; a holder of a TLB lock; KVM_CAP_HYPERV_DIRECT_TLBFLUSH
+# KVM_CAP_HYPERV_ENFORCE_CPUID; a holder of a TLB lock; KVM_CAP_HYPERV_DIRECT_TLBFLUSH; it does not run its guest
 ENFORCE_CPUID = 1 << 0
 TLB_LOCKED = 1 << 1
 DIRECT_FLUSH = 1 << 2
+HALTED = 1 << 3
 
 
 def flag(m: Machine, vcpu: int, bit: int) -> bool:

@@ -19,9 +19,10 @@ OUTCOMES = ("completed", "exception", "intercepted", "suspended", "reflected", "
 class Outcome:
     """A hypercall, executed.
 
-    ``l0`` is who served or reflected it: ``kvm`` or ``hyperv``; ``level`` who called, 1 for a guest, 2 for the guest of
-    a guest. ``result`` is the 64-bit value, ``registers`` what changes. ``row`` is the row of the decision table for
-    direct flushes. ``exit`` is what L1 sees. ``waits_for`` are the vCPUs whose TLB lock suspends the caller.
+    ``l0`` is the lowest hypervisor: ``kvm`` or ``hyperv``; ``level`` who called, 1 for a guest of it, 2 for the guest
+    of a guest; ``served_by`` the level of the hypervisor that answered, None where none did. ``result`` is the 64-bit
+    value, ``registers`` what changes. ``row`` is the row of the decision table for direct flushes. ``exit`` is what L1
+    sees. ``waits_for`` are the vCPUs whose TLB lock suspends the caller.
     """
 
     l0: str
@@ -31,6 +32,7 @@ class Outcome:
     result: int | None = None
     registers: Mapping[str, int] = field(default_factory=dict)
     row: str | None = None
+    served_by: int | None = None
     exit: Exit | None = None
     intercepted_gpa: int | None = None
     waits_for: tuple[int, ...] = ()

@@ -6,9 +6,10 @@ A counter is a position here and a name in ``COUNTERS``; the names are those of 
 from engine.arch.words import positions
 from engine.cpu.guest_memory import ROOT_MEMORY
 
+# PARTITION_ASSIST is the frame of the partition assist page that KVM shares with Hyper-V below it, 0 for none.
 # The word between these is the root of guest memory, which the processor reads too: ``cpu.guest_memory``.
 ROOT_EPT, ROOT_SPPT, ROOT_POLICY, ROOT_GRANTED = positions(4)
-SPP_ACTIVE, EPT_LEVELS = positions(2, int(ROOT_MEMORY) + 1)
+SPP_ACTIVE, EPT_LEVELS, PARTITION_ASSIST = positions(3, int(ROOT_MEMORY) + 1)
 
 COUNTERS_AT = 64
 COUNTERS = (

@@ -106,9 +106,7 @@ def _result_of_replay(request: AccessRequest, result: TraceResult, profile: str,
     )
 
 
-def _by_linear_address(
-    draft: Draft, request: AccessRequest, config: VmConfig, targets: Targets
-) -> Execution:
+def _by_linear_address(draft: Draft, request: AccessRequest, config: VmConfig, targets: Targets) -> Execution:
     tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
     linear = 0 if request.gva is None else request.gva
     position = [vcpu.id for vcpu in config.vcpus].index(request.vcpu)
