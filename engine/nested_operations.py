@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from engine import nested
 from engine.arch import vmx_msrs
@@ -70,8 +71,9 @@ class EvmcsState:
     """The enlightened VMCS of one vCPU.
 
     ``attached`` is the GPA of the one in use; ``pending`` says that a restored one waits for the next run; ``wanted``
-    is what the assist page asks for. ``page`` are its bytes as this kernel reads them. ``lost`` are the controls it
-    takes away, by name: for good from the vCPU's own values in 2019, from what the guest reads and may use today.
+    is what the assist page asks for. ``fields`` is the one in use by field, where this kernel believes them to be.
+    ``lost`` are the controls it takes away, by name: for good from the vCPU's own values in 2019, from what the guest
+    reads and may use today.
     """
 
     enabled: bool
@@ -81,7 +83,7 @@ class EvmcsState:
     pending: bool
     wanted: int | None
     clean_fields: int | None
-    page: bytes | None
+    fields: dict[str, Any] | None
     lost: dict[str, int]
 
 
@@ -178,7 +180,7 @@ class NestedOperations:
             pending=seen.vmx.evmptr != NO_ADDRESS and attached is None,
             wanted=nested.current_evmcs(seen, ram),
             clean_fields=None if attached is None else clean_fields(seen, ram),
-            page=None if attached is None else evmcs_page(seen, ram),
+            fields=None if attached is None else seen.era.evmcs.decode(evmcs_page(seen, ram) or b""),
             lost=_lost_controls(seen),
         )
 

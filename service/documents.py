@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from service.api.ioctls import IoctlRequest
+from service.api.nested_fields import NestedStateFields
 from service.api.subpages import SubpagePatch, SubpageWindowRequest
 from service.api.traces import TraceBody
 from service.http.words import Document
@@ -42,8 +43,15 @@ TAGS: list[dict[str, Any]] = [
     {"name": "traces", "description": "Replay of recorded guest accesses, and the exits that they cause."},
     {"name": "accesses", "description": "One access, executed or explained."},
     {"name": "tables", "description": "Raw entries of EPT and SPPT, stored as they are and walked as they are."},
-    {"name": "vCPUs", "description": "The processor's controls: VMCS, VM entry, INVEPT, INVVPID, translation cache."},
+    {
+        "name": "vCPUs",
+        "description": "The processor's controls: VMCS, VM entry, INVEPT, INVVPID, translation cache, CPUID, MSRs.",
+    },
     {"name": "ioctls", "description": "The binary KVM ABI: the bytes of an ioctl, and what ioctl(2) returned."},
+    {
+        "name": "nested state",
+        "description": "What KVM keeps for a guest that runs guests: KVM_GET/SET_NESTED_STATE, the enlightened VMCS.",
+    },
     {"name": "counters", "description": "Totals of a VM."},
     {"name": "service", "description": "The service itself: capabilities, health, version, problem types."},
 ]
@@ -54,6 +62,7 @@ _FURTHER_MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
     (SubpageWindowRequest, "validation"),
     (SubpagePatch, "validation"),
     (TraceBody, "validation"),
+    (NestedStateFields, "validation"),
     (FieldError, "serialization"),
     (Problem, "serialization"),
 ]

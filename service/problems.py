@@ -55,6 +55,13 @@ _ROWS = (
     ProblemType("unsupported-media-type", 415, "Unsupported media type", "The body's Content-Type is not accepted."),
     ProblemType("invalid-value", 422, "Invalid value", "A well-formed input breaks a rule; nothing was changed."),
     ProblemType("invalid-trace", 422, "Invalid trace", "A trace body or one of its records; nothing was applied."),
+    ProblemType(
+        "nested-state-refused",
+        422,
+        "Nested state refused",
+        "KVM_SET_NESTED_STATE fails: `check` decided, `errno` and `returned` are what the kernel answers. Checks up "
+        "to V8 leave the old state; after those it is gone, and what had been taken over by then stays.",
+    ),
     ProblemType("not-yet-supported", 422, "Not yet supported", "The name is reserved and does not work yet."),
     ProblemType("precondition-required", 428, "Precondition required", "This machine demands If-Match."),
     ProblemType("limit-exceeded", 429, "Limit exceeded", "A configured limit would be passed.", retry_after=5),
@@ -112,6 +119,10 @@ class Problem(BaseModel):
     value: Any = Field(None, description="The offending value.")
     rule: str | None = Field(None, description="What would have been accepted.")
     index: int | None = Field(None, description="Absolute index of the offending trace record.")
+    errno: str | None = Field(None, description="Linux name of the error that the kernel gives.", examples=["EINVAL"])
+    returned: int | None = Field(None, description="What ioctl(2) would return.")
+    check: str | None = Field(None, description="Id of the check that decided, as in docs/nested-state.md.")
+    state_kept: bool | None = Field(None, description="Whether the state is the one before the call.")
     errors: list[FieldError] | None = Field(None, description="Every fault, when there are several.")
 
 
@@ -175,6 +186,16 @@ class InvalidDocument(ServiceError):
     """The request breaks its schema."""
 
     code = "invalid-value"
+
+
+class NestedStateRefused(ServiceError):
+    """The kernel would not take a nested state; ``members`` are those of the problem that say how it refuses."""
+
+    code = "nested-state-refused"
+
+    def __init__(self, rule: str, **members: Any) -> None:
+        super().__init__(rule, field="state")
+        self.members = members
 
 
 class NotReady(ServiceError):
@@ -246,10 +267,12 @@ def describe(exc: Exception, instance: str) -> tuple[dict[str, Any], dict[str, s
         problem = PROBLEMS.get(exc.code) or PROBLEMS[ENGINE_PROBLEMS[nearest]]
         index = getattr(exc, "index", None)
         body = problem_body(problem, exc.rule, instance, code=exc.code, field=exc.field, value=exc.value, index=index)
-        return body, _headers(problem)
+        return body | {"errno": exc.errno}, _headers(problem)
     if isinstance(exc, ServiceError):
         problem = PROBLEMS[exc.code]
         body = problem_body(problem, exc.rule, instance, field=exc.field, value=exc.value, faults=exc.faults)
+        if isinstance(exc, NestedStateRefused):
+            body |= {name: value for name, value in exc.members.items() if value is not None}
         return body, _headers(problem) | dict(exc.headers or {})
     if isinstance(exc, HTTPException) and exc.status_code in _FRAMEWORK_PROBLEMS:
         problem = PROBLEMS[_FRAMEWORK_PROBLEMS[exc.status_code]]
@@ -285,6 +308,15 @@ _EXAMPLES: Mapping[str, dict[str, Any]] = {
         "field": "gpa",
         "value": "0x1001",
         "rule": "must be a multiple of 4096",
+    },
+    "nested-state-refused": {
+        "detail": "state: vmcs12 has another revision",
+        "field": "state",
+        "rule": "vmcs12 has another revision",
+        "errno": "EINVAL",
+        "returned": -1,
+        "check": "V17",
+        "state_kept": False,
     },
     "invalid-trace": {
         "detail": "size: must be at least 1 (got 0)",

@@ -1,4 +1,4 @@
-"""One vCPU's processor: its VMCS, VM entry, INVEPT and INVVPID, its translation cache, its capability MSRs."""
+"""One vCPU's processor: its VMCS, VM entry, INVEPT and INVVPID, its translation cache."""
 
 from __future__ import annotations
 
@@ -180,27 +180,6 @@ class Tlb(Document):
     entries: list[TlbEntry] = Field(description="Empty without `translation_cache: model`.")
 
 
-_MSR = {"index": "0x48c", "name": "IA32_VMX_EPT_VPID_CAP", "value": "0xf01063341c1"}
-
-
-class Msr(Document):
-    """A capability MSR."""
-
-    model_config = ConfigDict(json_schema_extra=examples(_MSR))
-
-    index: Hex64
-    name: str
-    value: Hex64
-
-
-class Msrs(Document):
-    """The VMX capability MSRs that the model goes by; `host.vmx_capabilities` sets them."""
-
-    model_config = ConfigDict(json_schema_extra=examples({"msrs": [_MSR]}))
-
-    msrs: list[Msr]
-
-
 # What every operation that changes something may end in.
 _CHANGE = (
     "malformed-body",
@@ -264,7 +243,10 @@ async def put_vmcs(request: Request, vm: VmId, n: VcpuId, body: VmcsUpdate) -> R
     "/vm-entry",
     operation_id="enterVm",
     summary="Try VM entry",
-    description="Checks the controls that decide about memory accesses; without VPIDs it flushes linear addresses.",
+    description=(
+        "Checks the controls that decide about memory accesses; without VPIDs it flushes linear addresses. A guest "
+        "enters its own guest with `vmx`."
+    ),
     responses=documented(
         {200: {"model": EntryOutcome, "description": "Tried, whether or not it succeeded."}},
         "not-found",
@@ -324,18 +306,3 @@ async def get_tlb(request: Request, vm: VmId, n: VcpuId) -> Response:
             entry[name] = hex(entry[name]) if entry[name] is not None else None
         entries.append(entry)
     return json_response({"entries": entries})
-
-
-@routes.get(
-    "/msrs",
-    operation_id="getMsrs",
-    summary="Read the VMX capability MSRs",
-    responses=documented(
-        {200: {"model": Msrs, "description": "By index."}}, "not-found", "unsupported", "invalid-value"
-    ),
-)
-async def get_msrs(request: Request, vm: VmId, n: VcpuId) -> Response:
-    found = find(request, vm).machine.vcpus.msrs(n)
-    return json_response(
-        {"msrs": [{"index": hex(msr.index), "name": msr.name, "value": hex(msr.value)} for msr in found]}
-    )

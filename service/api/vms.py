@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.config import HostConfig, VcpuConfig, VmConfig
 from service.api.common import (
     EXAMPLE_VM,
@@ -57,20 +58,34 @@ class CpuidLeaf(CpuidLeafRequest):
     """One CPUID leaf as it is."""
 
 
+class CpuidLeafWithFlags(CpuidLeafRequest):
+    """The same with its flags."""
+
+    flags: Hex32 = Field(0, description="Bit 0: the index matters.")
+
+
 class VcpuRequest(Document):
     """One vCPU."""
 
     id: int = Field(ge=0, le=0xFFFF, description="KVM vCPU id; `vcpu` in traces.")
     vp_index: int | None = Field(None, ge=0, le=0xFFFFFFFF, description="Hyper-V VP index; the id unless given.")
-    cpuid: list[CpuidLeafRequest] = Field(default_factory=list, max_length=256)
+    cpuid: list[CpuidLeafWithFlags] = Field(default_factory=list, max_length=256)
 
 
 class Vcpu(Document):
     """One vCPU as it is."""
 
     id: int
-    vp_index: int | None
-    cpuid: list[CpuidLeaf]
+    vp_index: int | None = Field(description="Null while it is the id and was not given.")
+    cpuid: list[CpuidLeaf] = Field(description="As it is now; `vcpus/{n}/cpuid` has the flags, too.")
+
+
+class HypervHost(Document):
+    """Hyper-V under KVM."""
+
+    cpuid: list[CpuidLeafRequest] = Field(
+        default_factory=list, max_length=256, description="Leaves from 0x40000000 on that it shows to KVM."
+    )
 
 
 class HostRequest(Document):
@@ -80,10 +95,18 @@ class HostRequest(Document):
     ept: bool = True
     spp: bool = True
     nested: bool | None = Field(None, description="Null: true, but false for `kvm-latest` with SPP.")
-    evmcs: bool = False
-    vmx_capabilities: dict[str, Hex64] = Field(default_factory=dict, description="Capability MSRs by name.")
-    hyperv: dict[str, Any] | None = Field(None, description="Hyper-V as L0 under KVM: its CPUID leaves.")
+    evmcs: bool = Field(False, description="KVM, as a guest of Hyper-V, uses the enlightened VMCS itself.")
+    vmx_capabilities: dict[str, Hex64] = Field(
+        default_factory=dict,
+        description=(
+            "Capability MSRs by name: `ept_vpid_cap`, `procbased_ctls2` and `procbased_ctls3` are the processor's, "
+            "`IA32_VMX_…` what KVM shows to a guest hypervisor."
+        ),
+    )
+    hyperv: HypervHost | None = Field(None, description="Hyper-V as L0 under KVM: its CPUID leaves.")
     fail_allocation: int | None = Field(None, ge=0, description="Fail the n-th table allocation, to test error paths.")
+    nested_evmcs: bool = Field(True, description="KVM offers its guests an enlightened VMCS (CONFIG_KVM_HYPERV).")
+    smt: bool = Field(True, description="Hardware threads may share a core.")
 
     def config(self) -> HostConfig:
         return HostConfig(**self.model_dump())
@@ -102,6 +125,8 @@ _HOST = {
     "vmx_capabilities": {},
     "hyperv": None,
     "fail_allocation": None,
+    "nested_evmcs": True,
+    "smt": True,
 }
 _SLOT = {"slot": 0, "gpa": "0x0", "size": "0x40000000", "read_only": False, "host_page_size": 4096}
 _CREATE = {"name": "guest", "vcpus": 2, "memory_slots": [{"slot": 0, "gpa": "0x0", "size": "0x40000000"}], "spp": True}
@@ -148,11 +173,7 @@ class VmRequest(Document):
 
     def refuse_reserved(self) -> None:
         """Refuse what is named already and does not work yet: taking it silently would give wrong answers."""
-        for field, value, idle in (
-            ("host.evmcs", self.host.evmcs, False),
-            ("host.hyperv", self.host.hyperv, None),
-            ("host.fail_allocation", self.host.fail_allocation, None),
-        ):
+        for field, value, idle in (("host.fail_allocation", self.host.fail_allocation, None),):
             if value != idle:
                 raise InvalidDocument("is not yet supported", field=field, value=value, code="not-yet-supported")
 
@@ -203,8 +224,8 @@ class Vm(Document):
             name=config.name,
             profile=config.profile,
             vcpus=[
-                Vcpu(id=vcpu.id, vp_index=vcpu.vp_index, cpuid=[CpuidLeaf(**leaf) for leaf in vcpu.cpuid])
-                for vcpu in config.vcpus
+                _vcpu(vcpu, vp_index, cpuid)
+                for vcpu, (vp_index, cpuid) in zip(config.vcpus, entry.machine.nested.identities(), strict=True)
             ],
             maxphyaddr=config.maxphyaddr,
             host=Host(
@@ -214,8 +235,10 @@ class Vm(Document):
                 nested=host.nested,
                 evmcs=host.evmcs,
                 vmx_capabilities=dict(host.vmx_capabilities),
-                hyperv=dict(host.hyperv) if host.hyperv is not None else None,
+                hyperv=HypervHost.model_validate(host.hyperv) if host.hyperv is not None else None,
                 fail_allocation=host.fail_allocation,
+                nested_evmcs=host.nested_evmcs,
+                smt=host.smt,
             ),
             memory_slots=slots_of(entry),
             spp=entry.machine.spp_active,
@@ -224,6 +247,12 @@ class Vm(Document):
             revision=entry.revision,
             created=entry.created.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         )
+
+
+def _vcpu(vcpu: VcpuConfig, vp_index: int, cpuid: tuple[CpuidEntry, ...]) -> Vcpu:
+    leaves = [CpuidLeaf(function=e.function, index=e.index, eax=e.eax, ebx=e.ebx, ecx=e.ecx, edx=e.edx) for e in cpuid]
+    told = None if vcpu.vp_index is None and vp_index == vcpu.id else vp_index
+    return Vcpu(id=vcpu.id, vp_index=told, cpuid=leaves)
 
 
 class Vms(Document):

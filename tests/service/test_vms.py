@@ -143,8 +143,6 @@ def test_refused(client: ContractClient, document: dict[str, Any], field: str) -
 @pytest.mark.parametrize(
     ("document", "field"),
     [
-        ({"host": {"evmcs": True}}, "host.evmcs"),
-        ({"host": {"hyperv": {}}}, "host.hyperv"),
         ({"host": {"fail_allocation": 3}}, "host.fail_allocation"),
     ],
 )
@@ -152,6 +150,19 @@ def test_reserved(client: ContractClient, document: dict[str, Any], field: str) 
     reply = client.post("/v1/vms", json=document)
     assert reply.status_code == 422
     assert reply.json()["code"] == "not-yet-supported" and reply.json()["field"] == field
+
+
+def test_hosts_of_nesting_are_told_back(make_vm: Callable[..., str], client: ContractClient) -> None:
+    leaf = {"function": "0x4000000a", "index": "0x0", "eax": "0xa0101", "ebx": "0x0", "ecx": "0x0", "edx": "0x0"}
+    host = {
+        "evmcs": True,
+        "hyperv": {"cpuid": [leaf]},
+        "nested_evmcs": False,
+        "smt": False,
+        "vmx_capabilities": {"IA32_VMX_MISC": "0x65"},
+    }
+    told = client.get(make_vm(host=host)).json()["host"]
+    assert host.items() <= told.items()
 
 
 @pytest.mark.parametrize("host", [{"vendor": "amd"}, {"ept": False}, {"spp": False}])

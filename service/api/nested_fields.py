@@ -1,0 +1,127 @@
+"""The fields of a nested-state blob as JSON documents: their models, made from the layouts of the ABI."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
+
+from engine.arch import nested_state as abi
+from engine.arch.evmcs import EVMCS
+from engine.arch.struct_layout import PARTIAL, Layout, parse_integer
+from engine.arch.vmcs12 import VMCS12, VMCS12_PAGE
+from service.http.words import examples
+from service.problems import InvalidDocument, ServiceError
+
+_ABOUT_PARTIAL = "Where the bytes end within a field: those that are there, in hex."
+
+_HEADER = {"vmxon_pa": "0x1000", "vmcs12_pa": "0xffffffffffffffff", "smm_flags": "0x0"}
+EXAMPLE = {"length": 128, "flags": "0x0", "format": 0, "size": 128, "vmx": _HEADER}
+
+
+class _Fields(BaseModel):
+    """Base of the models: members that are absent are zero, or lie beyond the end."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _short(schema: dict[str, Any]) -> None:
+    for name in ("default", "title"):
+        schema.pop(name, None)
+
+
+def _member(schema: dict[str, Any]) -> Any:
+    """A member that the engine reads by itself: one schema for both directions, so that there is one model."""
+    return Annotated[Any, WithJsonSchema(schema)], Field(None, json_schema_extra=_short)
+
+
+def _word(size: int) -> dict[str, Any]:
+    digits, decimals = 2 * size, len(str((1 << 8 * size) - 1))
+    return {"type": ["string", "integer"], "pattern": f"^(0x[0-9a-fA-F]{{1,{digits}}}|[0-9]{{1,{decimals}}})$"}
+
+
+_BYTES = {"type": "string", "pattern": "^([0-9a-fA-F]{2})*$"}
+
+
+def _count(size: int) -> dict[str, Any]:
+    return {"type": "integer", "minimum": 0, "maximum": (1 << 8 * size) - 1}
+
+
+_SHAPES = {"count": _count, "word": _word}
+
+
+def _model(name: str, layout: Layout, about: str) -> Any:
+    members: dict[str, Any] = {}
+    for field in layout.fields:
+        members[field.name] = _member(_BYTES if field.kind == "bytes" else _SHAPES[field.kind](field.size))
+    members[PARTIAL] = _member({**_BYTES, "description": _ABOUT_PARTIAL})
+    return create_model(name, __base__=_Fields, __doc__=about, **members)
+
+
+_PAGE = Layout("vmcs12", VMCS12_PAGE, VMCS12.named)
+Vmcs12: Any = _model("Vmcs12", _PAGE, "struct vmcs12 in its page.")
+VmxHeader: Any = _model("VmxHeader", abi.VMX_HEADER, "`hdr.vmx` and the rest of the header.")
+SvmHeader: Any = _model("SvmHeader", abi.SVM_HEADER, "`hdr.svm` and the rest of the header.")
+OtherHeader: Any = _model("OtherHeader", Layout("header", 120, []), "Header of a format that no kernel knows.")
+Vmcb12: Any = _model("Vmcb12", Layout("vmcb12", abi.VMCB_PAGE, []), "The VMCB in its page, as bytes.")
+EvmcsPage: Any = _model("EvmcsPage", EVMCS, "An enlightened VMCS by field; in 2019 some lie elsewhere or are missing.")
+
+
+_ABOUT_LENGTH = "Bytes that are there; without it, up to the end of the last section."
+_ABOUT_FLAGS = "Bits 0 GUEST_MODE, 1 RUN_PENDING, 2 EVMCS, 3 MTF_PENDING, 8 GIF_SET."
+_Length = Annotated[Any, WithJsonSchema({**_count(3), "description": _ABOUT_LENGTH})]
+_Flags = Annotated[Any, WithJsonSchema({**_word(2), "description": _ABOUT_FLAGS})]
+_Format = Annotated[Any, WithJsonSchema({**_count(2), "description": "0 VMX, 1 SVM."})]
+_Size = Annotated[Any, WithJsonSchema({**_count(4), "description": "What the caller claims; without it, the length."})]
+_Partial = Annotated[Any, WithJsonSchema({**_BYTES, "description": _ABOUT_PARTIAL})]
+_Tail = Annotated[Any, WithJsonSchema(_BYTES)]
+
+
+class NestedStateFields(_Fields):
+    """struct kvm_nested_state by name. Lossless: any bytes have one such document, and it has those bytes.
+
+    Which sections there are follows from `format`: `vmx`, `vmcs12` and `shadow_vmcs12` for 0, `svm` and `vmcb12` for
+    1, `header` for others; `tail` is what lies behind them.
+    """
+
+    model_config = ConfigDict(json_schema_extra=examples(EXAMPLE))
+
+    length: _Length = Field(None, json_schema_extra=_short)
+    flags: _Flags = Field(None, json_schema_extra=_short)
+    format: _Format = Field(None, json_schema_extra=_short)
+    size: _Size = Field(None, json_schema_extra=_short)
+    partial: _Partial = Field(None, json_schema_extra=_short)
+    vmx: VmxHeader = Field(None, json_schema_extra=_short)
+    vmcs12: Vmcs12 = Field(None, json_schema_extra=_short)
+    shadow_vmcs12: Vmcs12 = Field(None, json_schema_extra=_short)
+    svm: SvmHeader = Field(None, json_schema_extra=_short)
+    vmcb12: Vmcb12 = Field(None, json_schema_extra=_short)
+    header: OtherHeader = Field(None, json_schema_extra=_short)
+    tail: _Tail = Field(None, json_schema_extra=_short)
+
+
+def parse_document(content: bytes) -> Mapping[str, Any]:
+    """A JSON object. Raises ServiceError (400) for what is not JSON and InvalidDocument for another value."""
+    try:
+        document = msgspec.json.decode(content)
+    except (ValueError, RecursionError) as error:
+        raise ServiceError(f"the body must be JSON: {error}", code="malformed-body") from None
+    if not isinstance(document, dict):
+        raise InvalidDocument("must be an object", field="body")
+    return document
+
+
+def blob_of(content: bytes) -> bytes:
+    """The blob that a JSON body describes. Raises InvalidValue, naming the field, for what a blob cannot hold."""
+    document = dict(parse_document(content))
+    whole_header = "partial" not in document and parse_integer(document.get("length", 8), "length", 24) >= 8
+    if "size" in document or not whole_header:
+        return abi.encode_blob(document)
+    return abi.encode_blob({**document, "size": len(abi.encode_blob(document))})
+
+
+def fields_of(blob: bytes | None) -> dict[str, Any] | None:
+    """The blob by field."""
+    return None if blob is None else abi.decode_blob(blob)
