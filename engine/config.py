@@ -63,7 +63,7 @@ class HostConfig:
     ept: bool = True
     spp: bool = True
     nested: bool | None = None
-    evmcs: bool = False
+    evmcs: bool | None = None
     vmx_capabilities: Mapping[str, int] = field(default_factory=dict)
     hyperv: Mapping[str, Any] | None = None
     fail_allocation: int | None = None

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.arch import controls as ctl
 from engine.arch import paging
 from engine.arch.evmcs import EVMCS
+from engine.arch.hypercall import XMM_REGISTERS
 from engine.arch.hyperv_pages import DIRECT_HYPERCALL, PARTITION_ASSIST, VP_ASSIST, VP_ASSIST_SIZE
 from engine.config import VmConfig
 from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME, Machine
 from engine.errors import InvalidValue, NotFound, Unsupported
 from engine.hyperv import dispatch, execution, modes, nested_paging, notes, on_hyperv, queues
-from engine.hyperv.caller import Caller
+from engine.hyperv.caller import LOW, Caller
 from engine.hyperv.direct import NestedGuest
 from engine.hyperv.dispatch import Situation
-from engine.hyperv.execution import Facts, Vp
+from engine.hyperv.encode import CallFields
+from engine.hyperv.execution import Effect, Facts, Vp
 from engine.hyperv.exits import exit_to_l1, finish_in_guest, rip_of
 from engine.hyperv.outcome import Outcome
 from engine.hyperv.privileges import Privileges
@@ -36,9 +39,8 @@ from engine.nested_states import NestedStates, close_vcpu, first_identity, open_
 from engine.ram import Ram
 from engine.store import Draft, Snapshot
 from engine.trace.columns import TraceChunk
+from engine.vcpus import CachedTranslation, translation_of
 
-CAPABILITIES = ("hyperv-direct-tlbflush", "hyperv-enforce-cpuid")
-CAP_ENFORCE_CPUID = 199
 ACTIVITIES = ("running", "halted")
 _LA57, _LA48 = 57, 48
 _CS_LONG = 1 << 13
@@ -50,23 +52,66 @@ _ASSIST_ENABLED = 1
 class HypercallRequest:
     """Registers of a hypercall, and bytes that are stored where they say that the block is.
 
+    With ``fields`` the registers and bytes follow from them, and for a call that is not fast from ``input_gpa``.
     The caller's mode is that of the vCPU where ``cpl``, ``long_mode`` and ``protected`` are None.
     """
 
-    registers: Caller
+    registers: Caller = field(default_factory=Caller)
     input: bytes | None = None
+    fields: CallFields | None = None
+    input_gpa: int | None = None
     cpl: int | None = None
     long_mode: bool | None = None
     protected: bool | None = None
 
 
 @dataclass(frozen=True)
+class VpEffect:
+    """What a flush did to one VP, by translation; see ``hyperv.execution.Effect``."""
+
+    vcpu: int
+    vp_index: int
+    targeted: bool
+    queued: bool
+    tlb_flush: int
+    required: tuple[CachedTranslation, ...]
+    dropped: tuple[CachedTranslation, ...]
+    over_flushed: tuple[CachedTranslation, ...]
+    left: tuple[CachedTranslation, ...]
+
+    @classmethod
+    def of(cls, effect: Effect) -> VpEffect:
+        """An effect with its rows of the cache taken apart."""
+
+        def entries(rows: NDArray[np.int64]) -> tuple[CachedTranslation, ...]:
+            return tuple(translation_of(row) for row in rows)
+
+        return cls(
+            vcpu=effect.vp.vcpu,
+            vp_index=effect.vp.vp_index,
+            targeted=effect.targeted,
+            queued=effect.queued,
+            tlb_flush=effect.flushes,
+            required=entries(effect.required),
+            dropped=entries(effect.dropped),
+            over_flushed=entries(effect.over_flushed),
+            left=entries(effect.left),
+        )
+
+
+@dataclass(frozen=True)
 class HypercallReport:
-    """A hypercall, executed. ``rip`` is that of the caller before and after it, where the machine knows it."""
+    """A hypercall, executed. ``rip_before`` and ``rip_after`` are the caller's."""
 
     outcome: Outcome
+    caller: Caller
     rip_before: int
     rip_after: int
+
+    @property
+    def vps(self) -> list[VpEffect]:
+        """What it did to each VP that it was sent to, or whose cache changed."""
+        return [VpEffect.of(effect) for effect in self.outcome.effects]
 
 
 @dataclass(frozen=True)
@@ -95,17 +140,6 @@ class PartitionVp:
     running: bool
 
 
-@dataclass(frozen=True)
-class Capability:
-    """A capability of one vCPU. ``hides_kvm`` says that its CPUID shows no KVM: a hypercall of KVM's looks like one."""
-
-    name: str
-    number: int
-    available: bool
-    enabled: bool
-    hides_kvm: bool
-
-
 class HypervOperations:
     """Hyper-V. ``vcpu`` is a KVM vCPU id; an unknown one raises NotFound."""
 
@@ -130,7 +164,7 @@ class HypervOperations:
             caller = _caller(request, whole)
             caller.validate()
             ram = Ram(draft)
-            self._place_input(request, caller, whole, ram)
+            self._place_input(_input_of(request), caller, whole, ram)
             draft.ensure()
             enter(draft, self._config, vcpu)
             outcome = self._dispatch(draft, whole, position, caller, ram)
@@ -142,17 +176,17 @@ class HypervOperations:
                 exit_to_l1(whole, ram, outcome.exit)
             draft.beside = close_vcpu(draft, draft.beside, whole)
             leave(draft, self._config, vcpu)
-        return HypercallReport(outcome, before, after)
+        return HypercallReport(outcome, caller, before, after)
 
-    def _place_input(self, request: HypercallRequest, caller: Caller, whole: NestedVcpu, ram: Ram) -> None:
-        if request.input is None:
+    def _place_input(self, data: bytes | None, caller: Caller, whole: NestedVcpu, ram: Ram) -> None:
+        if data is None:
             return
         if caller.control.fast:
-            raise InvalidValue("a fast call has its input in registers", field="input", value=request.input.hex())
+            raise InvalidValue("a fast call has its input in registers", field="input", value=data.hex())
         gpa: int | None = caller.input_gpa
         if gpa is not None and nested_paging.in_use(whole):
             gpa = nested_paging.translate(whole, ram, gpa)
-        if gpa is None or (request.input and not ram.write(gpa, request.input)):
+        if gpa is None or (data and not ram.write(gpa, data)):
             raise InvalidValue("input goes to guest memory", field="input_gpa", value=caller.input_gpa)
 
     def _dispatch(self, draft: Draft, whole: NestedVcpu, position: int, caller: Caller, ram: Ram) -> Outcome:
@@ -318,26 +352,29 @@ class HypervOperations:
 
     # Capabilities
 
-    def capability(self, vcpu: int, name: str) -> Capability:
-        """One of CAPABILITIES on a vCPU. Raises NotFound."""
-        position = self._position(vcpu)
-        if name not in CAPABILITIES:
-            raise NotFound(f"a capability is one of {', '.join(CAPABILITIES)}", field="capability", value=name)
-        snapshot, states = self._published()
-        whole = open_vcpu(self._config, states, snapshot.machine, vcpu)
-        direct = name == CAPABILITIES[0]
-        return Capability(
-            name=name,
-            number=on_hyperv.CAP_DIRECT_FLUSH if direct else CAP_ENFORCE_CPUID,
-            available=self.direct_flush_available() if direct else True,
-            enabled=notes.flag(snapshot.machine, position, notes.DIRECT_FLUSH if direct else notes.ENFORCE_CPUID),
-            hides_kvm=not whole.shows_kvm,
-        )
-
     def direct_flush_available(self) -> bool:
         """KVM_CHECK_EXTENSION(175)."""
         host = hyperv_host(self._config)
         return host is not None and host.direct_flush
+
+    def direct_flush_enabled(self, vcpu: int) -> bool:
+        """Whether KVM_CAP_HYPERV_DIRECT_TLBFLUSH is enabled on the vCPU."""
+        return notes.flag(self._published()[0].machine, self._position(vcpu), notes.DIRECT_FLUSH)
+
+    def direct_flush_fields(self, vcpu: int) -> dict[str, str]:
+        """What enabling it stored in the vCPU's enlightened VMCS, and whether the guest's CPUID hides KVM.
+
+        It has to: Hyper-V looks at RCX only, where a hypercall of KVM's own has its second argument.
+        """
+        page = self.evmcs_of_kvm(vcpu)
+        names = ("hv_enlightenments_control", "hv_vp_id", "hv_vm_id", "partition_assist_page", "hv_clean_fields")
+        snapshot, states = self._published()
+        hides = not open_vcpu(self._config, states, snapshot.machine, vcpu).shows_kvm
+        return {**{name: hex(EVMCS.get(page, name)) for name in names}, "hides_kvm": hex(hides)}
+
+    def enforces_cpuid(self, vcpu: int) -> bool:
+        """Whether KVM_CAP_HYPERV_ENFORCE_CPUID is enabled on the vCPU."""
+        return notes.flag(self._published()[0].machine, self._position(vcpu), notes.ENFORCE_CPUID)
 
     def enable_direct_flush(self, vcpu: int) -> None:
         """KVM_ENABLE_CAP(175). Raises Unsupported with the kernel's errno, and then nothing has changed."""
@@ -368,7 +405,9 @@ class HypervOperations:
 
 def hyperv_host(config: VmConfig) -> on_hyperv.HypervHost | None:
     """The Hyper-V under KVM, None where there is none."""
-    return None if config.host.hyperv is None else on_hyperv.HypervHost.of(config.host.hyperv)
+    if config.host.hyperv is None:
+        return None
+    return on_hyperv.HypervHost.of(config.host.hyperv, enlightened=config.host.evmcs is not False)
 
 
 def facts_of(config: VmConfig, width: int = _LA48) -> Facts:
@@ -461,12 +500,42 @@ def _caller(request: HypercallRequest, whole: NestedVcpu) -> Caller:
     long_mode = bool(registers["ia32_efer"] & _EFER_LMA and registers["cs_ar_bytes"] & _CS_LONG)
     protected = bool(registers["cr0"] & paging.CR0_PE)
     cpl = registers["ss_ar_bytes"] >> 5 & 3 if protected else 0
+    long_mode = long_mode if request.long_mode is None else request.long_mode
     return replace(
-        request.registers,
-        long_mode=long_mode if request.long_mode is None else request.long_mode,
+        request.registers if request.fields is None else _registers_of(request.fields, request.input_gpa, long_mode),
+        long_mode=long_mode,
         protected=protected if request.protected is None else request.protected,
         cpl=cpl if request.cpl is None else request.cpl,
     )
+
+
+def _registers_of(fields: CallFields, input_gpa: int | None, long_mode: bool) -> Caller:
+    """Registers with a call given by its fields."""
+    control = fields.control()
+    if fields.fast:
+        first, second, xmm = fields.fast_registers()
+    elif input_gpa is None:
+        raise InvalidValue("a call that is not fast has its block somewhere", field="input_gpa", value=None)
+    else:
+        first, second, xmm = input_gpa, 0, (0,) * XMM_REGISTERS
+    if long_mode:
+        return Caller(rcx=control, rdx=first, r8=second, xmm=xmm)
+    return Caller(
+        rdx=control >> 32,
+        rax=control & LOW,
+        rbx=first >> 32,
+        rcx=first & LOW,
+        rdi=second >> 32,
+        rsi=second & LOW,
+        xmm=xmm,
+    )
+
+
+def _input_of(request: HypercallRequest) -> bytes | None:
+    """The bytes to be stored: those given, or the block of a call given by its fields."""
+    if request.input is not None or request.fields is None or request.fields.fast:
+        return request.input
+    return request.fields.block()
 
 
 def _nested_guest(whole: NestedVcpu, memory: Ram) -> NestedGuest:

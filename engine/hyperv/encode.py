@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.arch import hypercall as hv
 from engine.errors import InvalidValue
@@ -34,7 +34,7 @@ class CallFields:
     address_space: int = 0
     flags: int = 0
     processor_mask: int = 0
-    vp_set: VpSet = VpSet()
+    vp_set: VpSet = field(default_factory=VpSet)
     ranges: tuple[int, ...] = ()
 
     def control(self) -> int:

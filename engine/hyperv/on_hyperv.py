@@ -21,7 +21,7 @@ from engine.arch import hyperv_cpuid as leaves
 from engine.arch.evmcs import CLEAN_ALL, EVMCS, NESTED_FLUSH_HYPERCALL
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.hyperv_pages import DIRECT_HYPERCALL, VP_ASSIST, read_assist, write_assist
-from engine.arch.struct_layout import Layout, parse_integer
+from engine.arch.struct_layout import Layout
 from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME, STATE_FRAME, Machine
 from engine.errors import InvalidValue
@@ -29,6 +29,7 @@ from engine.hyperv import notes
 from engine.hyperv.direct import NestedGuest
 from engine.hyperv.privileges import Privileges
 from engine.kvm import registers as reg
+from engine.nested.cpuid import entries_from_json
 
 CAP_DIRECT_FLUSH = 175
 # A Linux of the time: open source, type 1.
@@ -36,7 +37,6 @@ LINUX_OS_ID = 0x8100 << 48
 # Where a kernel has its own memory: the VM id is the address of the machine's structure there.
 KERNEL_BASE = 0xFFFF_8880_0000_0000
 
-_REGISTERS = ("eax", "ebx", "ecx", "edx")
 _DEFAULTS = (
     CpuidEntry(leaves.LEAF_INTERFACE, eax=leaves.INTERFACE_SIGNATURE),
     CpuidEntry(
@@ -57,48 +57,41 @@ _DEFAULTS = (
 
 @dataclass(frozen=True)
 class HypervHost:
-    """The Hyper-V under KVM: what its CPUID says. ``fail_allocation``: KVM gets no page when it enables the flush."""
+    """The Hyper-V under KVM: what its CPUID says.
+
+    ``fail_allocation``: KVM gets no page when it enables the flush. ``enlightened`` False: KVM does not use the
+    enlightened VMCS though it is recommended; a KVM of 2019 would have offered the flush all the same, and stored its
+    fields in an ordinary VMCS.
+    """
 
     privileges: Privileges
     fail_allocation: bool = False
+    enlightened: bool = True
 
     @classmethod
-    def of(cls, description: Mapping[str, Any]) -> HypervHost:
-        """From ``host.hyperv``: leaves by number (``{"0x4000000a": {"eax": "0x80101"}}``), others have defaults.
+    def of(cls, description: Mapping[str, Any], *, enlightened: bool = True) -> HypervHost:
+        """From ``host.hyperv``: the leaves in ``cpuid``, and for those not in it what a Hyper-V of the time shows.
 
         Raises InvalidValue.
         """
-        entries = {entry.function: entry for entry in _DEFAULTS}
-        fail = False
-        for name, value in description.items():
-            where = f"host.hyperv.{name}"
-            if name == "fail_allocation":
-                if not isinstance(value, bool):
-                    raise InvalidValue("is true or false", field=where, value=value)
-                fail = value
-                continue
-            number = parse_integer(name, where, 32)
-            entries[number] = CpuidEntry(number, **_leaf(value, where))
-        return cls(Privileges.of(entries.values(), LINUX_OS_ID), fail)
+        unknown = set(description) - {"cpuid", "fail_allocation"}
+        if unknown:
+            raise InvalidValue("has cpuid and fail_allocation", field="host.hyperv", value=sorted(unknown))
+        given = entries_from_json(description.get("cpuid", ()), "host.hyperv.cpuid")
+        entries = {entry.function: entry for entry in (*_DEFAULTS, *given)}
+        fail = description.get("fail_allocation", False)
+        return cls(Privileges.of(entries.values(), LINUX_OS_ID), bool(fail), enlightened)
 
     @property
     def evmcs(self) -> bool:
         """KVM uses the enlightened VMCS."""
         low = self.privileges.nested_eax & 0xFF
-        return bool(self.privileges.recommendations & leaves.RECOMMEND_EVMCS) and low >= 1
+        return self.enlightened and bool(self.privileges.recommendations & leaves.RECOMMEND_EVMCS) and low >= 1
 
     @property
     def direct_flush(self) -> bool:
         """KVM_CAP_HYPERV_DIRECT_TLBFLUSH is there."""
         return self.evmcs and bool(self.privileges.nested_eax & leaves.NESTED_EAX_DIRECT_FLUSH)
-
-
-def _leaf(value: Any, where: str) -> dict[str, int]:
-    if isinstance(value, Mapping):
-        if not set(value) <= set(_REGISTERS):
-            raise InvalidValue(f"a leaf has {', '.join(_REGISTERS)}", field=where, value=dict(value))
-        return {name: parse_integer(word, f"{where}.{name}", 32) for name, word in value.items()}
-    return {"eax": parse_integer(value, where, 32)}
 
 
 def build(m: Machine, vcpus: int) -> None:

@@ -168,7 +168,7 @@ def test_cpuid_is_enforced_on_demand() -> None:
     vm.nested.set_cpuid(0, CPUID[:2])
     assert call(vm, 0, words(0, 3, 0), rcx=2).outcome.result == 0
     vm.hyperv.enforce_cpuid(0, True)
-    assert vm.hyperv.capability(0, "hyperv-enforce-cpuid").enabled
+    assert vm.hyperv.enforces_cpuid(0)
     assert call(vm, 0, words(0, 3, 0), rcx=2).outcome.result == 6
 
 
@@ -176,15 +176,19 @@ def test_cpuid_is_enforced_on_demand() -> None:
 
 
 def on_hyperv(**leaves: Any) -> VirtualMachine:
-    return hyperv_guest((7, 2, 65), host=HostConfig(hyperv=leaves))
+    fail = leaves.pop("fail_allocation", False)
+    cpuid = [{"function": name, "eax": eax} for name, eax in leaves.items()]
+    return hyperv_guest((7, 2, 65), host=HostConfig(hyperv={"cpuid": cpuid, "fail_allocation": fail}))
 
 
 def test_direct_flush_needs_a_hyperv_that_has_it() -> None:
-    for vm in (hyperv_guest(), on_hyperv(**{"0x4000000a": "0x00080101"}), on_hyperv(**{"0x40000004": {"eax": 0x804}})):
+    for vm in (hyperv_guest(), on_hyperv(**{"0x4000000a": "0x00080101"}), on_hyperv(**{"0x40000004": 0x804})):
         assert not vm.hyperv.direct_flush_available()
         with pytest.raises(Unsupported) as caught:
             vm.hyperv.enable_direct_flush(0)
         assert caught.value.errno == "ENOTTY"
+    vm = hyperv_guest(host=HostConfig(hyperv={}, evmcs=False))
+    assert not vm.hyperv.direct_flush_available()
     vm = on_hyperv(fail_allocation=True)
     before = vm.hyperv.evmcs_of_kvm(0)
     with pytest.raises(Unsupported) as caught:
@@ -212,7 +216,7 @@ def test_enabling_writes_the_enlightened_vmcs_and_running_the_vp_id() -> None:
     vm.hyperv.enable_direct_flush(1)
     assert vm.hyperv.evmcs_of_kvm(1)[0x358:0x360] == page[0x358:0x360]
     assert round_trip(vm).hyperv.evmcs_of_kvm(0) == page
-    assert round_trip(vm).hyperv.capability(0, "hyperv-direct-tlbflush").enabled
+    assert round_trip(vm).hyperv.direct_flush_enabled(0)
 
 
 def test_hyperv_serves_what_it_is_asked_to_and_kvm_the_rest() -> None:
@@ -261,7 +265,7 @@ def test_partitions_name_the_nested_vps() -> None:
 
 
 @pytest.mark.parametrize(
-    "hyperv", [{"no leaf": 1}, {"0x4000000a": {"rax": 1}}, {"0x4000000a": "x"}, {"fail_allocation": 1}]
+    "hyperv", [{"no leaf": 1}, {"cpuid": [{"function": 1, "rax": 1}]}, {"cpuid": [{"function": "x"}]}, {"cpuid": [{}]}]
 )
 def test_a_host_that_cannot_be(hyperv: dict[str, Any]) -> None:
     with pytest.raises(InvalidValue):
