@@ -416,10 +416,10 @@ def facts_of(config: VmConfig, width: int = _LA48) -> Facts:
 
 
 def enter(draft: Draft, config: VmConfig, vcpu: int) -> None:
-    """A vCPU is about to run its guest: it does what was queued for it."""
+    """A vCPU is about to run its guest: it does what was queued for it. One that the machine has not does nothing."""
     m = draft.machine
-    position = int(m.vcpu_of_id[vcpu])
-    if queues.requested(m.queues, position):
+    position = int(m.vcpu_of_id[vcpu]) if vcpu < len(m.vcpu_of_id) else -1
+    if position >= 0 and queues.requested(m.queues, position):
         draft.ensure()
         m = draft.machine
         frame = FIRST_VCPU_FRAME + position

@@ -29,6 +29,7 @@ from . import (
     cpu_flags,
     cpu_guest,
     cpu_spp_walk,
+    hyperv,
     kvm,
     store,
     trace,
@@ -45,6 +46,7 @@ PACKAGES = (
     cpu_cache,
     cpu_guest,
     kvm,
+    hyperv,
     trace,
     store,
 )

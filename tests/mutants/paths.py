@@ -20,6 +20,7 @@ OBJECTS = f"{TRACE}/test_objects.py"
 GAPS = f"{CPU}/test_gaps_cpu.py"
 KVM_GAPS = f"{KVM}/test_gaps_kvm.py"
 STORE = "tests/engine/test_store.py"
+HYPERV = "tests/engine/hyperv"
 
 
 def plain(*rows: str) -> tuple[str, ...]:
