@@ -76,7 +76,7 @@ class Machine(NamedTuple):
     vcpu_of_id: Words
     slots: Words
     cache: Words
-    tlb: Words = np.zeros((0, 13), dtype=np.int64)
+    tlb: Words = np.zeros((0, 14), dtype=np.int64)
     queues: Words = np.zeros((0, 2, QUEUE_WORDS), dtype=np.int64)
 
 

@@ -10,8 +10,9 @@ physical   EPT root                            from GPA
 combined   EPT root, VPID, PCID or global      from linear address, through the guest's paging and EPT
 linear     VPID, PCID or global                from linear address, with EPT off
 
-An entry also says for which nested guest it was made, by VM id and VP id, and one with a linear address by which page
-tables: nothing is looked up by those tables, but hypercalls name them.
+An entry also says for which nested guest it was made, by VM id and VP id, and under which second-level root of the
+guest hypervisor; one with a linear address by which page tables. Nothing is looked up by roots of the guest hypervisor
+and page tables, but hypercalls name them.
 
 Only successful accesses leave entries, so nothing is remembered of entries that are not present or misconfigured. The
 whole cache is volatile. It is a table int64[1 + ENTRIES, ENTRY_WORDS], without rows where the cache is off; row 0 is
@@ -46,8 +47,9 @@ ENTRIES = SETS * WAYS
     E_FACTS,
     E_NESTED_VM,
     E_ADDRESS_SPACE,
-) = positions(13)
-ENTRY_WORDS = 13
+    E_NESTED_ROOT,
+) = positions(14)
+ENTRY_WORDS = 14
 
 # Row 0
 GENERATION, CLOCK = positions(2)
@@ -221,6 +223,7 @@ def remember(m, vcpu, kind, page, frame, facts, trail):
     m.tlb[row, E_ROOT] = NO_SPACE if kind == LINEAR else root_of(m, vcpu)
     m.tlb[row, E_NESTED] = nested_of(m, vcpu)
     m.tlb[row, E_NESTED_VM] = nested_vm_of(m, vcpu)
+    m.tlb[row, E_NESTED_ROOT] = read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_NESTED_ROOT)
     m.tlb[row, E_ADDRESS_SPACE] = NO_SPACE if kind == PHYSICAL else address_space_of(m, vcpu)
     m.tlb[row, E_PAGE] = page
     m.tlb[row, E_FRAME] = frame

@@ -76,12 +76,16 @@ def virtual(m, vcpu, whose, vm, everyone, vps, space, globals_, everywhere, rang
 
 @kernel
 def second_level(m, root, everywhere, ranges, marks):
-    """Mark what was derived from a second-level root, on every vCPU: GPAs, and linear addresses by way of them."""
+    """Mark what was derived from a second-level root, on every vCPU: GPAs, and linear addresses by way of them.
+
+    The root is one that the processor walked, or one of a guest hypervisor from which that was made.
+    """
     for row in range(1, m.tlb.shape[0]):
         if not tlb.live(m, row) or m.tlb[row, tlb.E_KIND] & tlb.KIND_MASK == tlb.LINEAR:
             continue
         page = m.tlb[row, tlb.E_FRAME]
-        if m.tlb[row, tlb.E_ROOT] == root and (everywhere or in_ranges(page, page, ranges)):
+        under = m.tlb[row, tlb.E_ROOT] == root or m.tlb[row, tlb.E_NESTED_ROOT] == root
+        if under and (everywhere or in_ranges(page, page, ranges)):
             marks[row] = 1
 
 

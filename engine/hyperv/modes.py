@@ -13,7 +13,7 @@ from engine.arch.hyperv_pages import VMCB_ENLIGHTENMENTS, VMCB_ENLIGHTENMENTS_AT
 from engine.arch.words import signed
 from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME, Machine
-from engine.hyperv import execution, queues
+from engine.hyperv import execution, nested_paging, queues
 from engine.hyperv.privileges import Privileges
 from engine.nested.memory import GuestMemory
 from engine.nested.msr_numbers import HV_GUEST_OS_ID, HV_VP_ASSIST_PAGE
@@ -48,6 +48,7 @@ def follow(m: Machine, frame: int, before: NestedVcpu | None, after: NestedVcpu,
     tag = lower.vp_id << ctl.NESTED_VP_SHIFT | ctl.NESTED_RUNS if nested else 0
     frames.write_word(m, frame, ctl.V_NESTED, signed(tag))
     frames.write_word(m, frame, ctl.V_NESTED_VM, signed(lower.vm_id) if nested else 0)
+    frames.write_word(m, frame, ctl.V_NESTED_ROOT, nested_paging.root_of(after))
     if nested != was_nested:
         vpid = int(frames.read_word(m, frame, ctl.V_VPID))
         frames.write_word(m, frame, ctl.V_VPID, vpid | NESTED_VPID if nested else vpid & ~NESTED_VPID)

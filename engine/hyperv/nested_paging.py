@@ -33,19 +33,26 @@ def in_use(vcpu: NestedVcpu) -> bool:
     return vcpu.vmx.guest_mode and bool(active_secondary(vcpu.vmx.vmcs12) & vmx_msrs.SEC_EPT)
 
 
+def root_of(vcpu: NestedVcpu) -> int:
+    """Address of the hypervisor's top table, 0 without nested paging."""
+    if not in_use(vcpu):
+        return 0
+    if vcpu.svm.guest_mode:
+        at = VMCB_CONTROL_NESTED_CR3
+        return int.from_bytes(vcpu.svm.vmcb12[at : at + 8], "little") & _ADDRESS
+    return get(vcpu.vmx.vmcs12, "ept_pointer") & _ADDRESS
+
+
 def translate(vcpu: NestedVcpu, memory: ReadsMemory, gpa: int) -> int | None:
     """The address that the vCPU's nested guest means by a GPA."""
     if vcpu.svm.guest_mode:
-        at = VMCB_CONTROL_NESTED_CR3
-        root, depth = int.from_bytes(vcpu.svm.vmcb12[at : at + 8], "little"), 4
-        needed, present = _NPT_PRESENT_USER, 1
+        depth, needed, present = 4, _NPT_PRESENT_USER, 1
     else:
-        root = get(vcpu.vmx.vmcs12, "ept_pointer")
-        depth = (root >> 3 & 7) + 1
+        depth = (get(vcpu.vmx.vmcs12, "ept_pointer") >> 3 & 7) + 1
         needed, present = _EPT_READ, _EPT_ANY
     if gpa >> (12 + 9 * depth):
         return None
-    table = root & _ADDRESS
+    table = root_of(vcpu)
     for level in range(depth, 0, -1):
         shift = 12 + 9 * (level - 1)
         raw = memory.read(table + 8 * (gpa >> shift & 511), 8)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from engine.machine import VirtualMachine
+from engine.trace.single import AccessRequest
 from tests.engine.builders import round_trip
 
 from .flush_machine import words
@@ -14,6 +15,7 @@ from .guests import call
 from .nested_guests import (
     CLEAN_AT,
     CONTROL_AT,
+    EPT12,
     IDS,
     L1_INPUT,
     L1_RIP,
@@ -160,6 +162,20 @@ def test_each_mode_flushes_its_own_translations() -> None:
     enter(vm, 1, launch=False)
     vm.hyperv.service(1)
     assert vm.hyperv.flush_queue(1).nested == () and vm.hyperv.flush_queue(1).flushes == 2
+
+
+def test_l1_flushes_what_was_derived_from_its_tables() -> None:
+    vm = nested_machine(flush_policy="tlfs")
+    for vcpu in (0, 1):
+        vm.vcpus.set_vmcs(vcpu, {"cr0": 0x80000011, "cr3": 0})
+        vm.access(AccessRequest(0x5000, access=0, vcpu=vcpu))
+    assert all({entry.kind for entry in vm.vcpus.tlb(vcpu)} == {"physical"} for vcpu in (0, 1))
+    call(vm, 3, rcx=8)
+    assert call(vm, 3, words(EPT12 + 0x1000, 0), rcx=0xAF).outcome.result == 0
+    assert len(vm.vcpus.tlb(0)) == 1
+    report = call(vm, 3, words(EPT12 | 0x1E, 0, 0x5000), rcx=0x1000000B0)
+    assert [effect.vcpu for effect in report.vps if effect.dropped] == [0, 1]
+    assert vm.vcpus.tlb(0) == vm.vcpus.tlb(1) == []
 
 
 def test_translations_carry_the_ids_of_their_guest() -> None:
