@@ -130,14 +130,17 @@ def second_level_required(m: Machine, flush: SecondLevelFlush) -> Marks:
 def execute(
     m: Machine, flush: Flush, scope: Scope, vps: Sequence[Vp], facts: Facts, rule: Marks | None = None
 ) -> list[Effect]:
-    """Carry a flush out and say what it did. ``rule`` is what had to go if ``flush`` itself does not say so."""
+    """Carry a flush out and say what it did. ``rule`` is what had to go if ``flush`` itself does not say so.
+
+    Carried out exactly, a flush removes what had to go as far as it goes itself.
+    """
     before = m.tlb.copy()
     own = required(m, flush, scope, vps)
     sent = targets(flush, scope, vps)
     flushes = dict.fromkeys((vp.position for vp in vps), 0)
     queued: set[int] = set()
     if facts.execution == "exact":
-        tlb_select.remove(m, own)
+        tlb_select.remove(m, own if rule is None else own & rule)
     elif facts.execution == "paranoid":
         tlb.flush(m)
     else:

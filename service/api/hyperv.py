@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.arch.hyperv_pages import ASSIST_WRITERS, VP_ASSIST, read_assist
+from engine.arch.hyperv_pages import VP_ASSIST, read_assist
 from engine.machine import VirtualMachine
 from service.api.common import VmId, documented, encode, find, guard, headers, json_response, router, tag_of, tagged
 from service.api.nested_fields import parse_document
@@ -337,7 +337,6 @@ async def get_vp_assist_page(
     of: Annotated[Owner, Query(description="Whose page.")] = "guest",
     written: Annotated[Written, Query(description="Layout in which the three fields are looked for.")] = "correct",
 ) -> Response:
-    assert written in ASSIST_WRITERS
     page = find(request, vm).machine.hyperv.vp_assist_page(n, of_kvm=of == "kvm")
     media = preferred(request, _OFFERS)
     told = {"ETag": _assist_tag(page, media, written), "Vary": "Accept"}

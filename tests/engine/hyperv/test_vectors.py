@@ -96,3 +96,17 @@ def test_what_kvm_leaves_behind_is_told(name: str, control: str, text: str, tlfs
     left = {effect.vp.vp_index: names(effect.left) for effect in done.effects if len(effect.left)}
     told: dict[str, Any] = {"X09": {0: ALL, 1: ALL, 3: ALL, 65: ALL}, "L22": {0: "G"}}
     assert left == told.get(name, {})
+
+
+@pytest.mark.parametrize(("name", "control", "text", "tlfs", "kvm"), ROWS, ids=[row[0] for row in ROWS])
+def test_kvms_reading_carried_out_exactly(name: str, control: str, text: str, tlfs: str, kvm: str) -> None:
+    """No more goes than has to, and of what KVM does not see nothing."""
+    machine = FlushMachine("kvm", "exact")
+    done = made(machine, name, control, text)
+    read, strict = expected(kvm), expected(tlfs) if tlfs[:1] != "U" else None
+    assert (done.result, done.flushed) == (read.result, read.flushed)
+    for effect in done.effects:
+        needed = set(names(effect.required))
+        assert set(names(effect.dropped)) == (needed & set(read.entries) if effect.targeted else set())
+        if strict is not None and strict.result & 0xFFFF == 0:
+            assert needed == (set(strict.entries) if effect.vp.vp_index in strict.flushed else set())
