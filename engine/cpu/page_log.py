@@ -9,8 +9,8 @@ An access over several pages sets no flag and logs nothing unless there is room 
 
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
-from engine.cpu import decision, ept
-from engine.cpu.frames import FIRST_VCPU_FRAME, read_word, write_entry, write_word
+from engine.cpu import decision, ept, physical
+from engine.cpu.frames import FIRST_VCPU_FRAME, read_word, write_word
 from engine.jit import kernel
 
 PAGE_OFFSET = 4095
@@ -57,13 +57,14 @@ def take(how, mode, index, trail):
 def commit(m, vcpu, mode, gpa, how, trail):
     """Log and flag the page whose walk ``trail`` holds; returns whether its leaf is now dirty.
 
-    ``mode`` is the vCPU's mode word. The log is a page of table memory; an entry of a log that is not there is lost.
+    ``mode`` is the vCPU's mode word. An entry of a log that is not there is lost (see ``cpu.physical``).
     """
     if on(mode):
         _, dirty = demand(how, mode, trail)
         if dirty:
             frame = FIRST_VCPU_FRAME + vcpu
             index = index_of(m, vcpu)
-            write_entry(m, read_word(m, frame, ctl.V_PML_ADDRESS) & bits.ADDRESS, index, gpa & ~PAGE_OFFSET)
+            log = read_word(m, frame, ctl.V_PML_ADDRESS) & bits.ADDRESS
+            physical.write(m, log, index, gpa & ~PAGE_OFFSET)
             write_word(m, frame, ctl.V_PML_INDEX, (index - 1) & INDEX_MASK)
     return decision.set_flags(m, mode, how, trail)

@@ -234,8 +234,8 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
     description=(
         "One transaction: its effects are published together when it ends, and whatever goes wrong leaves the VM as it "
         "was. Arrow streams, NDJSON and packed records are replayed while they arrive. Columns: `gpa` u64 (required), "
-        "`size` u16 (8), `access` u8 (1), `vcpu` u16 (0), `gva` u64, `kind` u8 (0), `linear` u8 (1: valid); packed records "
-        "have no `kind` and `linear`."
+        "`size` u16 (8), `access` u8 (1), `vcpu` u16 (0), `gva` u64, `kind` u8 (0), `linear` u8 (1: valid); "
+        "packed records have no `kind` and `linear`."
     ),
     status_code=201,
     openapi_extra={

@@ -53,6 +53,7 @@ _REPLY = {
     "gpa": "0x2a5c6a0",
     "size": 8,
     "access": 1,
+    "kind": 0,
     "outcome": "ept_violation",
     "sentence": "denied: sub-page 13 of SPPL1E at 0x2000000042e0 is 0",
     "reason": 48,
@@ -85,6 +86,7 @@ class Walk(Document):
     gpa: Hex64
     size: int
     access: Access = Field(description="0 read, 1 write, 2 execute.")
+    kind: Kind = Field(description="0 data, 1 read-modify-write, 2 paging read, 3 paging A/D update, 4 shadow stack.")
     outcome: str = Field(description="`allowed`, or the exit that would follow.")
     sentence: str = Field(description="The reason in words; not part of the contract.")
     reason: int | None = Field(description="Basic exit reason; null when no exit follows.")
