@@ -4,6 +4,8 @@
 HOST   = 127.0.0.1
 PORT   = 8000
 SEEDS  = 1
+OPS    = 200000
+SEED   = 1
 ARGS   =
 JOBS   = auto
 PYTHON ?= python3
@@ -25,13 +27,17 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test mutants conformance coverage lint format openapi bench lock clean
+.PHONY: help demo examples serve test soak mutants conformance coverage lint format openapi bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(WARMED) ## Replay the boot of a real guest over HTTP and print the report (ARGS="--json")
 	@$(BIN)/subpage demo $(ARGS)
+
+examples: $(WARMED) ## Run the examples: introspection, checkpoint, device virtualization, a forgotten flush
+	@for example in introspection checkpoint device forgotten_flush; do \
+	    echo "== $$example" && PYTHONPATH=. $(BIN)/python examples/$$example.py || exit 1; done
 
 serve: $(WARMED) ## Serve on HOST:PORT, 127.0.0.1:8000 by default
 	@exec $(BIN)/subpage serve --host $(HOST) --port $(PORT) $(ARGS)
@@ -46,6 +52,9 @@ test: $(WARMED) ## Run all tests, then engine/ with the JIT off; both packages m
 	@$(BIN)/coverage combine --quiet --keep --data-file=$(COVERAGE)/all $(COVERAGE)/service $(COVERAGE)/engine
 	$(BIN)/coverage report --data-file=$(COVERAGE)/all --include='engine/*' --fail-under=95
 	$(BIN)/coverage report --data-file=$(COVERAGE)/all --include='service/*' --fail-under=95
+
+soak: $(WARMED) ## OPS random operations from SEED against the naive model, each profile
+	OPS=$(OPS) SEED=$(SEED) $(BIN)/python -m pytest -n 2 -m soak -o faulthandler_timeout=0 tests/property/test_history.py $(ARGS)
 
 mutants: $(INSTALLED) ## Put faults into engine/ one at a time; the tests must notice each (ARGS="--only ID --jobs N")
 	@$(BIN)/python -m tests.mutants $(ARGS)

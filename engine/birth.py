@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.arch import controls as ctl
 from engine.arch import ept
 from engine.arch.words import signed
-from engine.config import VmConfig
+from engine.config import VcpuConfig, VmConfig
 from engine.cpu import frames
+from engine.errors import InvalidValue
 from engine.hyperv import on_hyperv
-from engine.kvm import mapping
+from engine.kvm import mapping, sppt_tables
 from engine.kvm import registers as reg
+from engine.kvm.abi_limits import LIMITS
+from engine.kvm.profile import profile_of
 from engine.store import Draft, FrameStore
 
 # A 64-bit guest with paging on, as the selftests leave one.
@@ -29,32 +35,63 @@ def new_store(config: VmConfig) -> FrameStore:
     caps[frames.CAP_EPT_VPID] = signed(config.host.capability("ept_vpid_cap"))
     caps[frames.CAP_SECONDARY_ALLOWED] = config.host.secondary_allowed
     caps[frames.CAP_TERTIARY_ALLOWED] = signed(config.host.capability("procbased_ctls3"))
-    caps[frames.CAP_FILL_IN_SET] = config.profile == "kvm-2019"
-    caps[frames.CAP_REGION_FILL] = config.profile == "kvm-latest"
+    profile = profile_of(config.profile)
+    trees = config.vcpu_records if profile.sppt_per_vcpu else 1
+    caps[frames.CAP_KVM] = profile.caps()
+    caps[frames.CAP_SAVED_SHIFT] = profile.saved_shift
+    caps[frames.CAP_SPPT_TREES] = trees
+    caps[frames.CAP_RESERVE] = frames.RESERVE + frames.RESERVE_PER_SPPT * (trees - 1)
     caps[frames.CAP_FAST_PATH] = config.translation_cache == "off"
-    ids = np.full(max(v.id for v in config.vcpus) + 1, -1, dtype=np.int64)
-    for position, vcpu in enumerate(config.vcpus):
-        ids[vcpu.id] = position
+    ids = vcpu_positions(config)
     caps[frames.CAP_VCPUS] = len(ids)
     return FrameStore(caps, ids, config.max_table_frames, modelled=config.translation_cache == "model")
 
 
+def vcpu_positions(config: VmConfig) -> NDArray[np.int64]:
+    """Position of a vCPU by its id, -1 where there is none; longer than any id."""
+    ids = np.full(max((v.id for v in config.vcpus), default=0) + 1, -1, dtype=np.int64)
+    for position, vcpu in enumerate(config.vcpus):
+        ids[vcpu.id] = position
+    return ids
+
+
+def with_vcpu(config: VmConfig, vcpu: int) -> VmConfig:
+    """The configuration with one more vCPU; raises InvalidValue in the kernel's order."""
+    limits = LIMITS[config.profile]
+    if not 0 <= vcpu < limits.vcpu_ids or len(config.vcpus) >= limits.vcpus:
+        raise InvalidValue(f"a vCPU id is 0 to {limits.vcpu_ids - 1}", field="vcpu", value=vcpu)
+    if any(item.id == vcpu for item in config.vcpus):
+        raise InvalidValue("vCPU ids are distinct", field="vcpu", value=vcpu, errno="EEXIST")
+    if len(config.vcpus) >= config.vcpu_records:
+        raise InvalidValue(f"the machine has room for {config.vcpu_records} vCPUs", field="vcpu", value=vcpu)
+    return replace(config, vcpus=(*config.vcpus, VcpuConfig(vcpu)))
+
+
+def admit_vcpus(draft: Draft, config: VmConfig) -> None:
+    """Make the vCPUs of a grown configuration known; their records have been there since birth."""
+    ids = vcpu_positions(config)
+    caps = draft.machine.caps.copy()
+    caps[frames.CAP_VCPUS] = len(ids)
+    draft.machine = draft.machine._replace(caps=caps, vcpu_of_id=ids)
+
+
 def build(draft: Draft, config: VmConfig) -> None:
-    """Frame 0, one frame a vCPU, and the EPT root."""
-    draft.ensure(len(config.vcpus) + frames.RESERVE)
+    """Frame 0, one frame for each vCPU that is or may come, and the EPT root."""
+    draft.ensure(config.vcpu_records)
     m = draft.machine
     frames.new_frame(m, frames.STATE)
-    for _ in config.vcpus:
+    for _ in range(config.vcpu_records):
         frames.new_frame(m, frames.VCPU)
     frames.write_word(m, frames.STATE_FRAME, reg.ROOT_EPT, frames.new_frame(m, frames.EPT))
     frames.write_word(m, frames.STATE_FRAME, reg.EPT_LEVELS, config.ept_levels)
+    frames.write_word(m, frames.STATE_FRAME, reg.FAIL_ALLOCATION, config.host.fail_allocation or 0)
     eptp = int(mapping.ept_pointer(m))
     if config.host.capability("ept_vpid_cap") & ept.CAP_ACCESSED_DIRTY:
         eptp |= ept.EPTP_ACCESSED_DIRTY
     secondary = ctl.SECONDARY_EPT | ctl.SECONDARY_VPID | ctl.SECONDARY_UNRESTRICTED
-    if config.host.supports_spp and config.profile == "kvm-2019":
+    if config.host.supports_spp and profile_of(config.profile).control_from_birth:
         secondary |= ctl.SECONDARY_SPP
-    for position in range(len(config.vcpus)):
+    for position in range(config.vcpu_records):
         first = {
             ctl.V_EPTP: eptp,
             ctl.V_PRIMARY: ctl.PRIMARY_SECONDARY,
@@ -75,14 +112,9 @@ def build(draft: Draft, config: VmConfig) -> None:
 def load_sppt(draft: Draft, config: VmConfig) -> None:
     """Load SPPTP into every vCPU; later series switch the control on only now."""
     m = draft.machine
-    root = int(frames.address_of(m, frames.read_word(m, frames.STATE_FRAME, reg.ROOT_SPPT)))
-    for position in range(len(config.vcpus)):
+    for position in range(config.vcpu_records):
         frame = frames.FIRST_VCPU_FRAME + position
-        frames.write_word(m, frame, ctl.V_SPPTP, root)
+        root = sppt_tables.root_frame(m, sppt_tables.tree_of(m, position))
+        frames.write_word(m, frame, ctl.V_SPPTP, frames.address_of(m, root))
         secondary = int(frames.read_word(m, frame, ctl.V_SECONDARY)) | ctl.SECONDARY_SPP
         frames.write_word(m, frame, ctl.V_SECONDARY, secondary)
-
-
-def nested(config: VmConfig, *, default: bool) -> bool:
-    """Whether the host allows nesting; unset, it is as the profile has it with sub-page protection."""
-    return default if config.host.nested is None else config.host.nested

@@ -89,11 +89,15 @@ class HostConfig:
 
 @dataclass(frozen=True)
 class VmConfig:
-    """Everything about a machine that does not change after creation."""
+    """Everything about a machine that does not change after creation.
+
+    ``vcpus`` alone may grow, up to ``vcpu_room``: a machine with such room may begin without any (KVM_CREATE_VCPU).
+    """
 
     name: str = ""
     profile: str = "kvm-2019"
     vcpus: tuple[VcpuConfig, ...] = (VcpuConfig(0),)
+    vcpu_room: int = 0
     maxphyaddr: int = 46
     translation_cache: str = "off"
     host: HostConfig = field(default_factory=HostConfig)
@@ -106,6 +110,11 @@ class VmConfig:
     def executes_flushes(self) -> str:
         """How flushes are carried out: as given, else exactly under the specification and as KVM does under KVM."""
         return self.flush_execution or ("exact" if self.flush_policy == "tlfs" else "kvm")
+
+    @property
+    def vcpu_records(self) -> int:
+        """How many vCPUs the machine keeps a record for, those that are still to come included; at least one."""
+        return max(len(self.vcpus), self.vcpu_room)
 
     @property
     def ept_levels(self) -> int:
@@ -128,11 +137,20 @@ class VmConfig:
             choices(name, (*VMX_CAPABILITIES, *NESTED_CAPABILITIES), "host.vmx_capabilities")
             if not 0 <= value < 1 << 64:
                 raise InvalidValue("a capability has 64 bits", field=f"host.vmx_capabilities.{name}", value=value)
+        if self.host.fail_allocation is not None and not 1 <= self.host.fail_allocation < 1 << 32:
+            raise InvalidValue(
+                "an allocation is counted from 1, the next",
+                field="host.fail_allocation",
+                value=self.host.fail_allocation,
+            )
         self._validate_vcpus()
 
     def _validate_vcpus(self) -> None:
-        if not 1 <= len(self.vcpus) <= MAX_VCPUS:
-            raise InvalidValue(f"a machine has 1 to {MAX_VCPUS} vCPUs", field="vcpus", value=len(self.vcpus))
+        room, count = self.vcpu_room, len(self.vcpus)
+        if not 0 <= room <= MAX_VCPUS:
+            raise InvalidValue(f"a machine has room for 1 to {MAX_VCPUS} vCPUs", field="max_vcpus", value=room)
+        if not (0 if room else 1) <= count <= (room or MAX_VCPUS):
+            raise InvalidValue(f"a machine has 1 to {room or MAX_VCPUS} vCPUs", field="vcpus", value=count)
         for position, vcpu in enumerate(self.vcpus):
             if not 0 <= vcpu.id <= MAX_VCPU_ID:
                 raise InvalidValue(f"a vCPU id is 0 to {MAX_VCPU_ID}", field=f"vcpus[{position}].id", value=vcpu.id)

@@ -96,3 +96,10 @@ class LimitExceeded(EngineError):
 
     code = "limit-exceeded"
     errno = "ENOMEM"
+
+
+class OutOfMemory(EngineError):
+    """The host of the machine could not allocate: it was told to fail."""
+
+    code = "out-of-memory"
+    errno = "ENOMEM"

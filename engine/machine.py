@@ -7,29 +7,35 @@ operation either publishes its whole effect or leaves the machine as it was.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine import birth
+from engine.access import AccessOperations
+from engine.allocations import Allocations
 from engine.arch import access as acc
 from engine.config import VmConfig
 from engine.cpu import explain, frames
-from engine.cpu.ept import TRAIL_ROWS
-from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound, Unsupported
+from engine.dirty import DirtyOperations
+from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound
 from engine.head import config_from_head, config_to_head
 from engine.hyperv_operations import HypervOperations, Runs, enter, hyperv_host, leave
-from engine.kvm import memory, protections, slot_changes, spp
+from engine.kvm import enabling, memory, protections, spp, tracking
 from engine.kvm import registers as reg
+from engine.kvm.host_memory import HostMemoryOperations
 from engine.kvm.protections import ProtectedObject, Protection
-from engine.kvm.slots import SlotSpec, check_overlap, first_page_without_slot, slot_table
+from engine.kvm.slots import SlotSpec, first_page_without_slot, slot_table
 from engine.nested_operations import NestedOperations, nested_in_use
 from engine.nested_states import NestedStates, states_from_head, states_to_head
+from engine.slot_operations import SlotOperations
+from engine.steps import new_trail, run_all
 from engine.store import Draft, FrameStore, Snapshot, blocks_of
+from engine.subpage_calls import SubpageCalls
 from engine.tables import TableOperations
 from engine.trace.execution import execute
 from engine.trace.objects import Targets, targets_of
@@ -102,9 +108,39 @@ class VirtualMachine:
         """Raw table entries, read and written."""
         return TableOperations(self.config, lambda: self._state.snapshot, self._change)
 
+    @property
+    def memory_slots(self) -> SlotOperations:
+        """Memory slots: made, moved, changed, deleted."""
+        return SlotOperations(self.config, lambda: self._state, self._change)
+
+    @property
+    def dirty(self) -> DirtyOperations:
+        """What was written: looked at, harvested, read as KVM's log."""
+        return DirtyOperations(self.config, lambda: self._state.slots, lambda: self._state.snapshot, self._change)
+
+    @property
+    def page_access(self) -> AccessOperations:
+        """Read, write and execute of whole pages, paired with the write bitmap."""
+        return AccessOperations(self.config, lambda: self.spp_active, lambda: self._state.snapshot, self._change)
+
+    @property
+    def subpage_calls(self) -> SubpageCalls:
+        """GET and SET with the limits and the partial effects of the binary ABI."""
+        return SubpageCalls(self.config, lambda: self._state, self._change)
+
+    @property
+    def allocations(self) -> Allocations:
+        """What the host allocates for the machine, and which allocation fails."""
+        return Allocations(lambda: self._state.snapshot, self._change)
+
+    @property
+    def host_memory(self) -> HostMemoryOperations:
+        """What the host does to the memory behind the guest."""
+        return HostMemoryOperations(self.config, self._change)
+
     def slots(self) -> tuple[SlotSpec, ...]:
-        """Memory slots in order of their number."""
-        return tuple(spec for _, spec in sorted(self._state.slots.items()))
+        """Memory slots in order of their number, those of address space 1 last."""
+        return self.memory_slots.all()
 
     def protections(self) -> tuple[Protection, ...]:
         """Protections in order of creation."""
@@ -190,53 +226,27 @@ class VirtualMachine:
     # Changes
 
     def set_slot(self, spec: SlotSpec) -> None:
-        """KVM_SET_USER_MEMORY_REGION: a new slot, or a known one at a new address."""
-        spec.validate(self.config.maxphyaddr)
-        state = self._state
-        known = state.slots.get(spec.slot)
-        if known == spec:
-            return
-        check_overlap(spec, state.slots.values())
-        if (
-            known is not None
-            and known.gpa == spec.gpa
-            and known.size == spec.size
-            and known.read_only == spec.read_only
-        ):
-            raise InvalidValue("a slot keeps its host page size", field="host_page_size", value=spec.host_page_size)
-        if known is not None and known.size != spec.size:
-            raise InvalidValue("a slot keeps its size; delete it first", field="size", value=spec.size)
-        if known is not None and known.read_only != spec.read_only:
-            raise InvalidValue(
-                "a slot keeps its read_only flag; delete it first", field="read_only", value=spec.read_only
-            )
-        with self._change(since=state, slots={**state.slots, spec.slot: spec}) as draft:
-            if known is not None:
-                self._move(draft, known, spec)
+        """KVM_SET_USER_MEMORY_REGION: a new slot, or a known one moved or changed."""
+        self.memory_slots.set(spec)
 
     def delete_slot(self, slot: int) -> None:
         """Delete a memory slot with its SET maps and contents. Raises NotFound."""
-        state = self._state
-        spec = state.slots.get(slot)
-        if spec is None:
-            raise NotFound("no memory slot has that number", field="slot", value=slot)
-        with self._change(since=state, slots={k: v for k, v in state.slots.items() if k != slot}) as draft:
-            _drop(draft, spec)
+        self.memory_slots.delete(slot)
+
+    def create_vcpu(self, vcpu: int) -> None:
+        """KVM_CREATE_VCPU. Raises InvalidValue for an id that cannot be, that is taken (EEXIST), or without room."""
+        grown = birth.with_vcpu(self.config, vcpu)
+        with self._change() as draft:
+            birth.admit_vcpus(draft, grown)
+        self.config = grown
 
     def enable_spp(self) -> None:
         """KVM_INIT_SPP: switch sub-page protection on; a second time does nothing."""
-        if not self.config.host.supports_spp:
-            raise Unsupported(
-                "sub-page protection needs an Intel host with EPT and SPP",
-                field="host",
-                value=self.config.host.vendor,
-                errno="EINVAL" if self.config.profile == "kvm-2019" else "ENODEV",
-            )
-        in_use = nested_in_use(self._state.nested)
-        if self.config.profile == "kvm-latest" and birth.nested(self.config, default=in_use):
-            raise Conflict("sub-page protection excludes nesting", field="host.nested", value=True, errno="EPERM")
+        enabling.check(self.config, nested_in_use(self._state.nested))
         if not self.spp_active:
+            self.allocations.take(len(self._state.slots))
             with self._change() as draft:
+                draft.ensure(self.config.vcpu_records)
                 spp.enable(draft.machine)
                 birth.load_sppt(draft, self.config)
 
@@ -274,7 +284,7 @@ class VirtualMachine:
         state = self._state
         self._check_bytes(state.snapshot.machine, gpa, len(data), "body")
         with self._change(since=state) as draft:
-            _write(draft, gpa, data)
+            _write_from_host(draft, gpa, data)
 
     def access(self, request: AccessRequest) -> AccessResult:
         """One guest access, executed."""
@@ -329,7 +339,7 @@ class VirtualMachine:
         return {
             "format": HEAD_FORMAT,
             "config": config_to_head(self.config),
-            "slots": [[s.slot, s.gpa, s.size, s.read_only, s.host_page_size, s.address_space] for s in self.slots()],
+            "slots": [list(astuple(spec)) for spec in self.slots()],
             "protections": [
                 {"name": p.name, "objects": [[o.name, o.gpa, o.size] for o in p.objects]}
                 for p in state.protections.values()
@@ -361,7 +371,7 @@ class VirtualMachine:
         store.adopt(
             {block: (kinds[array], data) for (array, block), data in blocks.items() if array != "free"}, head["frames"]
         )
-        slots = {row[0]: SlotSpec(*row) for row in head["slots"]}
+        slots = {spec.key: spec for spec in (SlotSpec(*row) for row in head["slots"])}
         known = {
             p["name"]: Protection(p["name"], tuple(ProtectedObject(*o) for o in p["objects"]))
             for p in head["protections"]
@@ -467,42 +477,17 @@ class VirtualMachine:
         self._store.publish(draft)
         self._state = State(self._store.published, slots, protections, targets, draft.beside)
 
-    def _move(self, draft: Draft, old: SlotSpec, new: SlotSpec) -> None:
-        trail = new_trail()
-        moved = np.zeros((0, slot_changes.PAGE_WORDS), dtype=np.int64)
-        while True:
-            found = int(slot_changes.lift_pages(draft.machine, old.gfn, old.pages, moved, trail))
-            if found <= len(moved):
-                break
-            moved = np.zeros((found, slot_changes.PAGE_WORDS), dtype=np.int64)
-        _all(draft, len(moved), lambda start: slot_changes.detach_contents(draft.machine, old.gfn, moved, start))
-        _drop(draft, old)
-        _all(draft, len(moved), lambda start: slot_changes.place_pages(draft.machine, new.gfn, moved, start))
-
     def _recover(self, since: State, changed: Protection, left: Mapping[str, Protection]) -> None:
         """Store what ``left`` covers on the pages of a protection that came or went."""
         gfns, _ = protections.page_masks(changed.objects)
         masks = protections.masks_at(gfns, [item for p in left.values() for item in p.objects])
         trail = new_trail()
         with self._change(since=since, protections=left) as draft:
-            _all(draft, len(gfns), lambda start: spp.cover(draft.machine, gfns, masks, start, trail))
-
-
-def new_trail() -> NDArray[np.int64]:
-    """Scratch for a walk."""
-    return np.zeros((TRAIL_ROWS, 4), dtype=np.int64)
+            run_all(draft, len(gfns), lambda start: spp.cover(draft.machine, gfns, masks, start, trail))
 
 
 def _targets(protections: Mapping[str, Protection]) -> Targets:
     return targets_of([item for p in protections.values() for item in p.objects])
-
-
-def _all(draft: Draft, count: int, step: Callable[[int], int]) -> None:
-    """Run a kernel that stops when frames run out until it has done ``count``."""
-    done = 0
-    while done < count:
-        draft.ensure()
-        done = int(step(done))
 
 
 def _set_range(draft: Draft, item: SubpageRange) -> None:
@@ -514,17 +499,26 @@ def _set_range(draft: Draft, item: SubpageRange) -> None:
         else:
             maps = np.ascontiguousarray(item.access[begin : begin + count], dtype=np.uint32)
         first = item.gfn + begin
-        _all(draft, count, lambda start: spp.set_maps(draft.machine, first, maps, start, trail))  # noqa: B023
-
-
-def _drop(draft: Draft, spec: SlotSpec) -> None:
-    trail = new_trail()
-    _all(draft, spec.pages, lambda start: slot_changes.drop_pages(draft.machine, spec.gfn, spec.pages, start, trail))
+        run_all(draft, count, lambda start: spp.set_maps(draft.machine, first, maps, start, trail))  # noqa: B023
 
 
 def _write(draft: Draft, gpa: int, data: bytes) -> None:
     array = np.frombuffer(data, dtype=np.uint8)
-    _all(draft, len(array), lambda done: done + memory.write_page(draft.machine, gpa + done, array[done:]))
+    run_all(draft, len(array), lambda done: done + memory.write_page(draft.machine, gpa + done, array[done:]))
+
+
+def _write_from_host(draft: Draft, gpa: int, data: bytes) -> None:
+    """Store bytes that no processor wrote: the dirty logs are told."""
+    _write(draft, gpa, data)
+    step = 1 << 16
+    count = -(-len(data) // step)
+
+    def note(done: int) -> int:
+        begin = done * step
+        tracking.note_host_write(draft.machine, gpa + begin, min(step, len(data) - begin))
+        return done + 1
+
+    run_all(draft, count, note)
 
 
 def _count(draft: Draft, tally: NDArray[np.int64]) -> None:

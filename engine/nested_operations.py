@@ -21,7 +21,7 @@ from engine.errors import InvalidValue, NotFound, Unsupported
 from engine.kvm import registers as reg
 from engine.nested import Call, InstructionResult, NestedHost, NestedVcpu, Reply, RunResult, SetResult, UserBuffer
 from engine.nested.enlightened import clean_fields, evmcs_page
-from engine.nested.ioctls import CAP_HYPERV_ENLIGHTENED_VMCS, evmcs_hook
+from engine.nested.ioctls import CAP_HYPERV_ENLIGHTENED_VMCS, READING, evmcs_hook
 from engine.nested.msr_numbers import NAMES as HYPERV_MSR_NAMES
 from engine.nested.msrs import REGISTER_MSR_NAMES
 from engine.nested_states import NestedStates, close_vcpu, first_identity, nested_host, open_vcpu
@@ -108,6 +108,11 @@ class NestedOperations:
         machine = snapshot.machine
         active = bool(machine.rows[machine.row_of[frames.STATE_FRAME], reg.SPP_ACTIVE])
         return nested_host(self._config, spp_active=active)
+
+    @property
+    def lapic_in_kernel(self) -> bool:
+        """Whether the vCPUs have their local APIC in the kernel."""
+        return self._published()[1].lapic_in_kernel
 
     def vcpu(self, vcpu: int) -> NestedVcpu:
         """The vCPU as it is: a copy, which may be used up. Its methods and ``engine.nested`` answer the rest."""
@@ -256,9 +261,13 @@ class NestedOperations:
             return nested.prepare_run(whole, ram)
 
     def reset(self, vcpu: int) -> None:
-        """Make the vCPU what KVM_CREATE_VCPU makes: registers after RESET, no CPUID, nothing enabled."""
+        """Make the vCPU what KVM_CREATE_VCPU makes: registers after RESET, no CPUID, nothing enabled.
+
+        Its VP index is its place among the vCPUs.
+        """
         with self.change(vcpu) as (whole, _):
-            new = NestedVcpu(profile=whole.profile, host=whole.host, vcpu_id=vcpu, vp_index=whole.vp_index)
+            place = [item.id for item in self._config.vcpus].index(vcpu)
+            new = NestedVcpu(profile=whole.profile, host=whole.host, vcpu_id=vcpu, vp_index=place)
             whole.__dict__.update(vars(new))
 
     def set_lapic_in_kernel(self, present: bool) -> None:
@@ -270,6 +279,10 @@ class NestedOperations:
         """An ioctl of ``engine.nested.ioctls``, with the vCPU's state and the machine's memory filled in."""
         if vcpu is None:
             call.host, call.profile = self.host(), self._config.profile
+            return nested.ioctl(call)
+        if call.name in READING:
+            call.vcpu, call.guest = self._read(vcpu)
+            call.host, call.profile = call.vcpu.host, call.vcpu.profile
             return nested.ioctl(call)
         with self.change(vcpu) as (whole, ram):
             call.vcpu, call.host, call.profile, call.guest = whole, whole.host, whole.profile, ram

@@ -18,7 +18,6 @@ from engine.arch import controls as ctl
 from engine.arch import vmx_msrs as vmx
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.words import signed, unsigned
-from engine.birth import nested
 from engine.config import NESTED_CAPABILITIES, VcpuConfig, VmConfig
 from engine.cpu import frames
 from engine.hyperv import modes
@@ -79,7 +78,7 @@ def nested_host(config: VmConfig, *, spp_active: bool) -> NestedHost:
     host = config.host
     return NestedHost(
         vendor=host.vendor,
-        nested=nested(config, default=not (spp_active and config.profile == "kvm-latest")),
+        nested=not (spp_active and config.profile == "kvm-latest") if host.nested is None else host.nested,
         ept=host.ept,
         evmcs=host.nested_evmcs,
         shadow_vmcs=bool(host.capability("procbased_ctls2") >> 32 & vmx.SEC_SHADOW_VMCS),
@@ -129,6 +128,7 @@ def open_vcpu(config: VmConfig, states: NestedStates, machine: frames.Machine, v
     """A whole vCPU, to be read, or changed and put back with ``close_vcpu``."""
     vcpu = record_of(config, states, vcpu_id).copy()
     vcpu.host = nested_host(config, spp_active=bool(frames.read_word(machine, frames.STATE_FRAME, reg.SPP_ACTIVE)))
+    vcpu.fail_allocation = int(frames.read_word(machine, frames.STATE_FRAME, reg.FAIL_ALLOCATION)) == 1
     vcpu.lapic_in_kernel = states.lapic_in_kernel
     vcpu.msrs.update(states.partition)
     frame = _frame_of(machine, vcpu_id)
@@ -157,6 +157,8 @@ def close_vcpu(draft: Draft, states: NestedStates, vcpu: NestedVcpu) -> NestedSt
         (ctl.V_VMCB12, vcpu.svm.vmcb12),
     ):
         _write_page(draft.machine, frame, word, page)
+    failing = int(frames.read_word(draft.machine, frames.STATE_FRAME, reg.FAIL_ALLOCATION))
+    frames.write_word(draft.machine, frames.STATE_FRAME, reg.FAIL_ALLOCATION, max(0, failing - vcpu.allocations))
     registers = {**vcpu.registers, **dict.fromkeys(SHARED_REGISTERS, 0)}
     registers["ss_ar_bytes"] &= ~_DPL
     kept = replace(
@@ -166,6 +168,8 @@ def close_vcpu(draft: Draft, states: NestedStates, vcpu: NestedVcpu) -> NestedSt
         vmx=replace(vcpu.vmx, vmcs12=bytearray(), shadow=bytearray()),
         svm=replace(vcpu.svm, vmcb12=bytearray()),
         lapic_in_kernel=True,
+        fail_allocation=False,
+        allocations=0,
     )
     return NestedStates(
         vcpus={**states.vcpus, vcpu.vcpu_id: kept},

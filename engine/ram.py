@@ -12,6 +12,7 @@ import numpy as np
 from engine.cpu.frames import Machine
 from engine.kvm import memory
 from engine.kvm.slots import first_page_without_slot, writable_bytes
+from engine.steps import run_all
 from engine.store import Draft, Snapshot
 
 
@@ -39,10 +40,7 @@ class Ram:
         if not _backed(draft.machine, gpa, len(data)) or not writable_bytes(draft.machine, gpa, len(data)):
             return False
         array = np.frombuffer(data, dtype=np.uint8)
-        done = 0
-        while done < len(array):
-            draft.ensure()
-            done += memory.write_page(draft.machine, gpa + done, array[done:])
+        run_all(draft, len(array), lambda done: done + memory.write_page(draft.machine, gpa + done, array[done:]))
         return True
 
 

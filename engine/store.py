@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from engine.cpu import frames, tlb
 from engine.cpu.fastpath import CACHE_WORDS, EMPTY
-from engine.cpu.frames import FREE, RESERVE, TOP_FREE, TOP_SPARE, WORDS, Machine
+from engine.cpu.frames import CAP_RESERVE, FREE, TOP_FREE, TOP_SPARE, WORDS, Machine
 from engine.errors import LimitExceeded
 
 FIRST_FRAMES = 64
@@ -55,7 +55,7 @@ class FrameStore:
                 top=np.zeros(2, dtype=np.int64),
                 caps=caps,
                 vcpu_of_id=vcpu_of_id,
-                slots=empty.reshape(0, 4),
+                slots=empty.reshape(0, 5),
                 cache=np.full(CACHE_WORDS, EMPTY, dtype=np.int64),
                 tlb=tlb.new_table() if modelled else tlb.no_table(),
                 queues=np.zeros((int((vcpu_of_id >= 0).sum()), 2, frames.QUEUE_WORDS), dtype=np.int64),
@@ -140,9 +140,10 @@ class Draft:
         )
         self.ensure()
 
-    def ensure(self, frames_needed: int = RESERVE) -> None:
-        """Grow until that many frames and rows are at hand. Raises LimitExceeded at the machine's limit."""
+    def ensure(self, more: int = 0) -> None:
+        """Grow until one access, and ``more`` frames, can be served. Raises LimitExceeded at the machine's limit."""
         m = self.machine
+        frames_needed = int(m.caps[CAP_RESERVE]) + more
         if m.top[TOP_FREE] < frames_needed:
             self._grow_frames(frames_needed)
         if m.top[TOP_SPARE] < frames_needed:

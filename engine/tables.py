@@ -20,6 +20,7 @@ from engine.config import VmConfig
 from engine.cpu import ept, explain, frames, sppt
 from engine.cpu.sentences import ReadEntry
 from engine.errors import InvalidValue
+from engine.kvm import registers as reg
 from engine.store import Draft, Snapshot
 
 TableEntry = ReadEntry
@@ -97,6 +98,8 @@ class TableOperations:
                     f"an entry is stored in table memory; there is none at {entry.table:#x}", field="level", value=level
                 )
             frames.write_entry(machine, entry.table, entry.index, signed(raw))
+            if structure is _SPPT:
+                frames.write_word(machine, frames.STATE_FRAME, reg.SPPT_EDITED, 1)
             trail[structure.first_row + place, 3] = signed(raw)
             return structure.entries(machine, trail)[place]
 

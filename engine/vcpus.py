@@ -16,6 +16,7 @@ from engine.arch.words import signed, unsigned
 from engine.config import VmConfig
 from engine.cpu import entry, frames, invalidate, tlb
 from engine.errors import InvalidValue, Unsupported
+from engine.kvm import registers as reg
 from engine.store import Draft, Snapshot
 
 # Where INVEPT and INVVPID are executed, by position as ``cpu.invalidate`` numbers it.
@@ -28,7 +29,6 @@ IA32_VMX_PROCBASED_CTLS3 = 0x492
 # What the fast path, which does not know vCPUs apart, takes to be the same for all of them.
 _SHARED = (
     ctl.V_EPTP,
-    ctl.V_SPPTP,
     ctl.V_PRIMARY,
     ctl.V_SECONDARY,
     ctl.V_TERTIARY,
@@ -210,12 +210,21 @@ def fast_path_serves(config: VmConfig, machine: frames.Machine) -> bool:
     """Whether one answer is right for every vCPU: no translation cache, and records that say the same."""
     if config.translation_cache != "off":
         return False
-    if len(config.vcpus) == 1 or not len(machine.row_of):
+    if len(config.vcpus) <= 1 or not len(machine.row_of):
         return True
     first = int(frames.FIRST_VCPU_FRAME)
     rows = machine.row_of[first : first + len(config.vcpus)]
     words = machine.rows[np.ix_(rows, np.array(_SHARED))]
-    return bool((words == words[0]).all())
+    return bool((words == words[0]).all()) and _same_sppt(machine, rows)
+
+
+def _same_sppt(machine: frames.Machine, rows: NDArray[np.int64]) -> bool:
+    """Whether all vCPUs walk one SPPT, or each its own of those that KVM keeps alike."""
+    pointers = machine.rows[rows, ctl.V_SPPTP]
+    state = machine.rows[machine.row_of[frames.STATE_FRAME]]
+    own = machine.caps[frames.CAP_ARENA] + (machine.rows[rows, ctl.V_SPPT_ROOT] << 12)
+    alike = state[reg.SPPT_TREES] == len(rows) and not state[reg.SPPT_EDITED] and bool((pointers == own).all())
+    return alike or bool((pointers == pointers[0]).all())
 
 
 def _result(outcome: int, number: int) -> InstructionResult:

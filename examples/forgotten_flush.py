@@ -3,13 +3,14 @@
 Two vCPUs share page tables. The guest gives a linear page another frame and flushes twice: once for the wrong processor
 (the VP index is not the vCPU id), once for the right one.
 
-Start the service (`make serve`), then: `.venv/bin/python examples/forgotten_flush.py [URL]`
+Run: `.venv/bin/python examples/forgotten_flush.py [URL]`; without a URL it starts a service of its own.
 """
 
 import sys
 from typing import Any
 
 import httpx2
+from connect import connect
 
 PAGE = 0x1000
 TABLES, OLD_FRAME, NEW_FRAME = 0x100000, 0x11000, 0x12000
@@ -61,15 +62,16 @@ class Guest:
         return found
 
 
-def main(url: str) -> None:
-    with httpx2.Client(base_url=url, timeout=120) as client:
+def main(url: str | None) -> None:
+    with connect(url) as client:
         guest = Guest(client)
         guest.map(OLD_FRAME)
         print(f"vCPU 1 writes to {guest.write(1)[0]}")
         guest.map(NEW_FRAME)
-        for mask in (1 << 1, 1 << 5):
+        for mask, found in ((1 << 1, (hex(OLD_FRAME), True)), (1 << 5, (hex(NEW_FRAME), False))):
             flush = guest.flush(mask)
             gpa, stale = guest.write(1)
+            assert (gpa, stale) == found
             dropped = sum(len(vp["dropped"]) for vp in flush["vps"])
             print(f"flush of VPs {mask:#b}: targets {flush['targeted']}, {dropped} translations dropped")
             print(f"vCPU 1 writes to {gpa}: {'a stale translation, the flush missed VP 5' if stale else 'as mapped'}")
@@ -77,4 +79,4 @@ def main(url: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000")
+    main(sys.argv[1] if len(sys.argv) > 1 else None)

@@ -49,6 +49,7 @@ _ROWS = (
     ProblemType("conflict", 409, "Conflict", "The machine is in a state in which the call is not defined."),
     ProblemType("spp-not-enabled", 409, "SPP not enabled", "Sub-page protection was used before it was enabled."),
     ProblemType("unsupported", 409, "Not offered by this host", "The host described at creation lacks the feature."),
+    ProblemType("out-of-memory", 409, "Host out of memory", "An allocation of the host failed, as it was told to."),
     ProblemType("vm-busy", 409, "VM busy", "Another mutation of the machine did not end in time.", retry_after=1),
     ProblemType("precondition-failed", 412, "Precondition failed", "If-Match names another state than the current."),
     ProblemType("body-too-large", 413, "Body too large", "The body exceeds the limit given in the problem."),
@@ -81,6 +82,7 @@ ENGINE_PROBLEMS: Mapping[type[errors.EngineError], str] = {
     errors.Unsupported: "unsupported",
     errors.Busy: "vm-busy",
     errors.LimitExceeded: "limit-exceeded",
+    errors.OutOfMemory: "out-of-memory",
 }
 
 _FRAMEWORK_PROBLEMS = {

@@ -23,13 +23,17 @@ TERTIARY_PAGING_VERIFICATION = 1 << 3
 
 VPID_MASK = 0xFFFF
 
+# Guest interruptibility state (25.4.2)
+BLOCKING_BY_NMI = 1 << 3
+
 # VMCS encodings
 ENCODING_EPTP = 0x201A
 ENCODING_SPPTP = 0x2030
 ENCODING_PML_ADDRESS = 0x200E
 ENCODING_VE_ADDRESS = 0x202A
 
-# Words of a vCPU record (one 512-word frame each).
+# Words of a vCPU record (one 512-word frame each). V_SPPT_ROOT is KVM's own: the frame of the SPPT that it keeps for
+# this vCPU, 0 before SPP is on.
 (
     V_EPTP,
     V_SPPTP,
@@ -52,6 +56,8 @@ ENCODING_VE_ADDRESS = 0x202A
     V_PDPTE2,
     V_PDPTE3,
     V_NESTED,
+    V_INTERRUPTIBILITY,
+    V_SPPT_ROOT,
     V_GUEST_MODE,
     V_NESTED_VM,
     V_NESTED_ROOT,
@@ -60,7 +66,7 @@ ENCODING_VE_ADDRESS = 0x202A
     V_HV_HYPERCALLS,
     V_HV_EVMCS,
     V_HV_ASSIST,
-) = positions(29)
+) = positions(31)
 
 # V_NESTED says which nested guest runs, as the lower hypervisor knows it: 0 none, else bit 0 and its VP id in 63:32;
 # V_NESTED_VM is its VM id, V_NESTED_ROOT bits 51:12 of the second-level root that its hypervisor gave it.

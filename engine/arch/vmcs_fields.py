@@ -41,6 +41,9 @@ FIELDS: Mapping[str, VmcsField] = MappingProxyType(
         "pdpte0": VmcsField(int(ctl.V_PDPTE0), 64, "Guest PDPTE 0, used under PAE paging."),
         "pdpte1": VmcsField(int(ctl.V_PDPTE1), 64, "Guest PDPTE 1."),
         "pdpte2": VmcsField(int(ctl.V_PDPTE2), 64, "Guest PDPTE 2."),
+        "interruptibility": VmcsField(
+            int(ctl.V_INTERRUPTIBILITY), 32, "Guest interruptibility state: bit 3 blocking by NMI."
+        ),
         "pdpte3": VmcsField(int(ctl.V_PDPTE3), 64, "Guest PDPTE 3."),
     }
 )

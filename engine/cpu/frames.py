@@ -31,8 +31,10 @@ TOP_FREE = 0
 TOP_SPARE = 1
 
 # Frames and rows that one access can need at most: EPT and SPPT paths, layer paths, and the copies of all of them,
-# for each of the up to 17 pages of a 64-KByte access.
+# for each of the up to 17 pages of a 64-KByte access, with one SPPT; and what each further SPPT adds, of which such an
+# access touches two regions at most.
 RESERVE = 640
+RESERVE_PER_SPPT = 12
 
 # Positions in Machine.caps
 CAP_ARENA = 0
@@ -40,12 +42,14 @@ CAP_RESERVED_ADDRESS = 1
 CAP_EPT_VPID = 2
 CAP_SPP_EXECUTE_ONLY = 3
 CAP_VCPUS = 4
-CAP_FILL_IN_SET = 5
-CAP_REGION_FILL = 6
+CAP_KVM = 5  # choices of the profile (see ``kvm.profile``)
+CAP_SAVED_SHIFT = 6
 CAP_FAST_PATH = 7
 CAP_RMW_READS = 8
 CAP_SECONDARY_ALLOWED = 9
 CAP_TERTIARY_ALLOWED = 10
+CAP_RESERVE = 11  # frames and rows that one access can need at most
+CAP_SPPT_TREES = 12  # how many SPPTs there are when SPP is on
 CAPS = 16
 
 # A queue of flushes: how many, whether its vCPU was told, and up to 16 of them.
@@ -135,7 +139,17 @@ def free_frame(m, frame):
 @kernel
 def ample(m):
     """Whether one more access can be served without growing."""
-    return m.top[TOP_FREE] >= RESERVE and m.top[TOP_SPARE] >= RESERVE
+    return m.top[TOP_FREE] >= m.caps[CAP_RESERVE] and m.top[TOP_SPARE] >= m.caps[CAP_RESERVE]
+
+
+@kernel
+def blank(m, frame):
+    """Whether every word of a frame is 0; from the end, for what is cleared in order to be found out late."""
+    row = m.row_of[frame]
+    last = WORDS - 1
+    while last >= 0 and m.rows[row, last] == 0:
+        last -= 1
+    return last < 0
 
 
 @kernel

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
-from engine.abi import LEVELS, Call, Reply, UserMemory, wrong_level
+from engine.abi import LEVELS, Call, Reply, UserMemory, failed, wrong_level
 from engine.config import PROFILES, HostConfig
+from engine.errors import Busy, EngineError
 from engine.machine import VirtualMachine
 
 
@@ -56,15 +57,18 @@ Handler = Callable[[Target, Call], Reply]
 
 @dataclass(frozen=True)
 class Ioctl:
-    """One ioctl at one level. ``changes`` says whether it may change the machine, and so needs its writer.
+    """One ioctl at one level.
 
-    A kernel that is not of ``profiles`` does not know the ioctl, and answers as for one of another level.
+    ``changes`` says whether it may change the machine, and so needs its writer; ``allocates`` that it makes a counted
+    allocation (``engine.allocations``) without changing anything else. A kernel that is not of ``profiles`` does not
+    know the ioctl, and answers as for one of another level.
     """
 
     name: str
     level: str
     handler: Handler
     changes: bool = True
+    allocates: bool = False
     profiles: tuple[str, ...] = PROFILES
 
 
@@ -80,14 +84,22 @@ class Registry:
         self.table: Mapping[tuple[str, str], Ioctl] = MappingProxyType(table)
         self.names = frozenset(name for _, name in table)
 
-    def changes(self, level: str, name: str) -> bool:
+    def changes(self, machine: VirtualMachine, level: str, name: str) -> bool:
         """Whether a call may change the machine."""
         row = self.table.get((level, name))
-        return row is not None and row.changes
+        return row is not None and (row.changes or (row.allocates and machine.allocations.failing is not None))
 
     def perform(self, target: Target, call: Call) -> Reply:
-        """Make a call that ``names`` knows; ``call`` and the machine are left as the kernel would leave them."""
+        """Make a call that ``names`` knows; ``call`` and the machine are left as the kernel would leave them.
+
+        What the machine refuses becomes errno, save Busy, which is not about the call.
+        """
         row = self.table.get((call.level, call.name))
         if row is None or target.profile not in row.profiles:
             return wrong_level(call.level)
-        return row.handler(target, call)
+        try:
+            return row.handler(target, call)
+        except Busy:
+            raise
+        except EngineError as error:
+            return failed(error.errno)

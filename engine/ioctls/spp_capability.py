@@ -6,30 +6,25 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from engine.abi import VM, Reply, failed
-from engine.errors import EngineError
 from engine.ioctls.registry import EnableCap, Target
-from engine.kvm.abi_limits import LIMITS
+from engine.kvm.profile import profile_of
 
 CAP_X86_SPP = 182
-_SINCE = "kvm-latest"
 
 
 def enable(target: Target) -> Reply:
     """Switch sub-page protection on, as KVM_INIT_SPP and KVM_ENABLE_CAP both do."""
-    try:
-        target.vm.enable_spp()
-    except EngineError as error:
-        return failed(error.errno)
+    target.vm.enable_spp()
     return Reply(0)
 
 
 def _pages(target: Target) -> int:
     """Pages in one call, whether or not the host has the feature."""
-    return LIMITS[target.profile].subpages if target.profile == _SINCE else 0
+    return profile_of(target.profile).check_extension
 
 
 def _enable(target: Target, _: EnableCap) -> Reply:
-    return enable(target) if target.profile == _SINCE else failed("EINVAL")
+    return enable(target) if profile_of(target.profile).capability == CAP_X86_SPP else failed("EINVAL")
 
 
 CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType({CAP_X86_SPP: _pages})

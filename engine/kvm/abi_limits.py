@@ -1,6 +1,6 @@
-"""What the binary ABI of each era allows: how many slots, vCPUs, and pages in one call.
+"""What the binary ABI of each era allows beside sub-pages: how many slots and vCPUs.
 
-kvm-spp 1.2 for pages in one call; the rest is include/asm/kvm_host.h of Linux 5.3 and of 6.16.
+include/asm/kvm_host.h of Linux 5.3 and of 6.16.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ USER_TOP = (1 << 47) - 0x1000  # TASK_SIZE_MAX with four levels of paging
 
 @dataclass(frozen=True)
 class AbiLimits:
-    """``subpages`` pages in one GET or SET, ``user_slots`` slots of an address space, ``vcpus`` of a machine."""
+    """``user_slots`` slots of an address space, ``vcpus`` of a machine, ``vcpu_ids`` ids to choose from."""
 
-    subpages: int
     user_slots: int
     soft_vcpus: int
     vcpus: int
@@ -27,7 +26,7 @@ class AbiLimits:
 
 LIMITS: Mapping[str, AbiLimits] = MappingProxyType(
     {
-        "kvm-2019": AbiLimits(subpages=64, user_slots=509, soft_vcpus=240, vcpus=288, vcpu_ids=1023),
-        "kvm-latest": AbiLimits(subpages=512, user_slots=32764, soft_vcpus=1024, vcpus=1024, vcpu_ids=4096),
+        "kvm-2019": AbiLimits(user_slots=509, soft_vcpus=240, vcpus=288, vcpu_ids=1023),
+        "kvm-latest": AbiLimits(user_slots=32764, soft_vcpus=1024, vcpus=1024, vcpu_ids=4096),
     }
 )

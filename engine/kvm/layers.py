@@ -7,8 +7,11 @@ effective bit = not denied by SET and (not protected or granted)
 """
 
 from engine.arch.sppt import FULL_ACCESS
+from engine.cpu import sppt
+from engine.cpu.decision import page_part
 from engine.cpu.radix import read, write
 from engine.jit import kernel
+from engine.kvm import regions
 from engine.kvm.registers import ROOT_GRANTED, ROOT_POLICY
 
 
@@ -43,12 +46,28 @@ def effective(m, gfn):
 
 
 @kernel
+def refuses(m, gpa, size):
+    """Whether the maps refuse a write of some bytes, whatever the tables let through."""
+    at = gpa
+    while at < gpa + size:
+        part = page_part(at, gpa + size)
+        if sppt.touched(at, part) & ~effective(m, at >> 12):
+            return True
+        at += part
+    return False
+
+
+@kernel
 def store_policy(m, gfn, denied, covered):
     """Store both halves of the policy word of a page."""
+    before = effective(m, gfn)
     write(m, ROOT_POLICY, gfn, (covered << 32) | (denied & FULL_ACCESS))
+    regions.recount(m, gfn, before, effective(m, gfn))
 
 
 @kernel
 def store_granted(m, gfn, mask):
     """Store the grants of a page."""
+    before = effective(m, gfn)
     write(m, ROOT_GRANTED, gfn, mask & FULL_ACCESS)
+    regions.recount(m, gfn, before, effective(m, gfn))

@@ -1,25 +1,30 @@
-"""KVM's own EPT and SPPT: building paths, mapping pages, arming them for sub-page protection (kvm-spp 3, 4)."""
+"""Pages in KVM's EPT: mapped, armed for sub-page protection, write-protected, aged, dropped (kvm-spp 3, 5).
+
+Four states of a page matter beside "not mapped" (kvm-spp 3.1): writable; armed, with write permission off and bit 61
+on; saved, where KVM itself forbids writes and keeps bit 61 aside (later series); and read-only for the host's sake.
+Where the processor has no accessed flag, a page that was aged has no rights at all, and software bits keep them.
+"""
 
 import numpy as np
 
 from engine.arch import ept as bits
 from engine.arch import sppt as sp
-from engine.cpu import ept, fastpath, sppt, tlb
+from engine.cpu import ept, fastpath, tlb
 from engine.cpu.frames import (
-    CAP_FILL_IN_SET,
-    EPT,
-    SPPT,
+    CAP_EPT_VPID,
+    CAP_KVM,
+    CAP_SAVED_SHIFT,
     STATE_FRAME,
-    address_of,
-    new_frame,
     read_entry,
     read_word,
     write_entry,
+    write_word,
 )
 from engine.jit import kernel
-from engine.kvm import layers
-from engine.kvm.registers import EPT_LEVELS, ROOT_EPT, ROOT_SPPT
-from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY
+from engine.kvm import ept_tables, host_state, layers, page_rights, regions, sppt_tables, tracking
+from engine.kvm import registers as reg
+from engine.kvm.profile import KVM_FILL_IN_SET, KVM_FORCE_SMALL, KVM_SAVED_BIT, KVM_SET_ZAPS
+from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY, find_slot
 
 # Software bits of KVM's leaf entries: the host page may be written; KVM has no reason of its own to forbid it.
 HOST_WRITEABLE = 1 << 10
@@ -28,172 +33,349 @@ LOCKLESS_WRITABLE = HOST_WRITEABLE | MMU_WRITEABLE
 
 NOTHING = np.int64(0)
 NO_MODE = np.int64(0)
-TABLE = bits.READ | bits.WRITE | bits.EXECUTE | bits.ACCESSED
 PAGE_BASE = bits.READ | bits.EXECUTE | bits.ACCESSED | bits.IGNORE_PAT | bits.WRITE_BACK << bits.MEMORY_TYPE_SHIFT
+
+FLUSHES = reg.COUNTERS_AT + reg.TLB_FLUSHES
+
+# What ``map_page`` did; MAP_SPLIT stands beside it where a larger page had to go.
+MAP_FAILED = 0
+MAP_WRITABLE = 1
+MAP_ARMED = 2
+MAP_SPLIT = 4
 
 
 @kernel
 def ept_pointer(m):
-    """EPTP of KVM's tables: write-back, accessed and dirty flags where the processor has them."""
-    root = address_of(m, read_word(m, STATE_FRAME, ROOT_EPT))
-    levels = read_word(m, STATE_FRAME, EPT_LEVELS)
-    return root | bits.WRITE_BACK | ((levels - 1) << bits.EPTP_WALK_SHIFT)
+    """EPTP of KVM's tables: write-back, without accessed and dirty flags."""
+    levels = read_word(m, STATE_FRAME, reg.EPT_LEVELS)
+    return ept_tables.root_address(m) | bits.WRITE_BACK | ((levels - 1) << bits.EPTP_WALK_SHIFT)
+
+
+@kernel
+def chooses(m, choice):
+    """Whether the profile has a choice of ``kvm.profile``."""
+    return m.caps[CAP_KVM] & choice != 0
+
+
+@kernel
+def flush(m):
+    """Make every vCPU forget what it remembers of KVM's tables (a remote flush)."""
+    write_word(m, STATE_FRAME, FLUSHES, read_word(m, STATE_FRAME, FLUSHES) + 1)
+    tlb.flush(m)
+
+
+# ---- leaves that access tracking has taken the rights of
+
+
+@kernel
+def saved_rights(m):
+    """Where a leaf keeps read and execute while it has none."""
+    return (bits.READ | bits.EXECUTE) << m.caps[CAP_SAVED_SHIFT]
+
+
+@kernel
+def saved_bit(m):
+    """Where a leaf keeps bit 61 while KVM forbids writes."""
+    return 1 << (m.caps[CAP_SAVED_SHIFT] + 1)
+
+
+@kernel
+def tracked(m, entry):
+    """Whether a leaf has no rights because it was aged."""
+    return entry & bits.RIGHTS == 0 and entry & saved_rights(m) != 0
+
+
+@kernel
+def with_rights(m, entry):
+    """A leaf with the rights it had before it was aged; write is for the next write to ask for."""
+    if not tracked(m, entry):
+        return entry
+    return entry & ~saved_rights(m) | (entry & saved_rights(m)) >> m.caps[CAP_SAVED_SHIFT]
+
+
+@kernel
+def put_aside(m, entry):
+    """A leaf that KVM itself forbids to write: bit 61 goes where the processor does not look."""
+    if entry & bits.SPP and chooses(m, KVM_SAVED_BIT):
+        entry = entry & ~bits.SPP | saved_bit(m)
+    return entry & ~bits.WRITE
 
 
 @kernel
 def find_leaf(m, gfn, trail):
-    """Walk KVM's EPT; returns (found, level, table, index, entry)."""
+    """Walk KVM's EPT; returns (found, level, table, index, entry). A leaf without rights is found too."""
     outcome, level, _, _ = ept.walk(m, ept_pointer(m), NO_MODE, gfn << 12, trail)
-    if outcome != ept.COMPLETE:
+    count = trail[ept.TRAIL_COUNTS, 0]
+    if count == 0:
         return False, level, 0, 0, 0
-    last = trail[ept.TRAIL_COUNTS, 0] - 1
-    return True, level, trail[last, 1], trail[last, 2], trail[last, 3]
+    entry = trail[count - 1, 3]
+    if outcome != ept.COMPLETE and not tracked(m, entry):
+        return False, level, 0, 0, 0
+    return True, level, trail[count - 1, 1], trail[count - 1, 2], entry
 
 
 @kernel
-def page_table(m, gpa):
-    """Address of the EPT page table for a GPA, built where missing; 0 where a larger page is in the way."""
-    level = read_word(m, STATE_FRAME, EPT_LEVELS)
-    table = address_of(m, read_word(m, STATE_FRAME, ROOT_EPT))
-    while level > 1:
-        index = (gpa >> bits.LEVEL_SHIFT[level]) & 511
-        entry = read_entry(m, table, index)
-        if not entry & bits.RIGHTS:
-            entry = address_of(m, new_frame(m, EPT)) | TABLE
-            write_entry(m, table, index, entry)
-        elif ept.is_leaf(entry, level):
-            return 0
-        table = entry & bits.ADDRESS
-        level -= 1
-    return table
+def nothing_mapped(m, gfn, trail):
+    """Whether KVM's EPT has neither a table nor a leaf for the 2-MByte region of a page."""
+    _, level, _, _ = ept.walk(m, ept_pointer(m), NO_MODE, gfn << 12, trail)
+    count = trail[ept.TRAIL_COUNTS, 0]
+    return count == 0 or (level > 1 and trail[count - 1, 3] == 0)
+
+
+# ---- mapping
 
 
 @kernel
-def vector_table(m, gpa):
-    """Address of the SPPL1 table for a GPA, built where missing; an invalidated entry is made valid again."""
-    table = address_of(m, read_word(m, STATE_FRAME, ROOT_SPPT))
-    level = 4
-    while level > 1:
-        index = (gpa >> bits.LEVEL_SHIFT[level]) & 511
-        entry = read_entry(m, table, index)
-        if entry & bits.ADDRESS == 0:
-            entry = address_of(m, new_frame(m, SPPT)) | sp.VALID
-            write_entry(m, table, index, entry)
-        elif not entry & sp.VALID:
-            entry |= sp.VALID
-            write_entry(m, table, index, entry)
-        table = entry & bits.ADDRESS
-        level -= 1
-    return table
+def level_for(m, gfn, slot):
+    """Level of the leaf KVM maps a page by; later series keep leaves small where a page in them is protected.
+
+    Leaves are small in any series where writes are tracked, and where page access is restricted.
+    """
+    level = host_state.level_of(m, gfn, slot)
+    if level > 1 and (tracking.watched(m, slot) or page_rights.restricted(m, gfn, 2)):
+        return 1
+    if level == 3 and page_rights.restricted(m, gfn, 3):
+        level = 2
+    if level == 1 or not chooses(m, KVM_FORCE_SMALL):
+        return level
+    if regions.protected(m, gfn, 2):
+        return 1
+    return 2 if level == 3 and regions.protected(m, gfn, 3) else level
 
 
 @kernel
-def fill_vector(m, gfn, mask):
-    """Write the SPPL1E of one page from its 32-bit map."""
-    table = vector_table(m, gfn << 12)
-    write_entry(m, table, gfn & 511, sppt.spread(mask))
+def leaf_for(m, gfn, slot, mask, level):
+    """The leaf entry KVM makes for a page with an effective map; a writable one is born dirty.
+
+    Bit 61 is only for a page that its slot and the host let be written: sub-page permissions override neither. A page
+    is armed, too, for the log of its sub-pages alone; one that is watched whole is write-protected.
+    """
+    gone = page_rights.lacking(m, gfn) if level == 1 else NOTHING
+    entry = PAGE_BASE & ~gone
+    if level == 1:
+        entry |= host_state.address_of_page(m, gfn)
+    else:
+        entry |= gfn << 12 & -(1 << bits.LEVEL_SHIFT[level]) | bits.PAGE
+    if m.slots[slot, SLOT_FLAGS] & SLOT_READ_ONLY or (level == 1 and host_state.read_only(m, gfn)):
+        return entry
+    entry |= LOCKLESS_WRITABLE
+    if gone & bits.READ:
+        return entry
+    if mask != sp.FULL_ACCESS and level == 1:
+        return entry | (saved_bit(m) if tracking.saved(m, gfn, slot, mask) else bits.SPP)
+    if tracking.unseen(m, gfn, slot, mask):
+        return entry | bits.SPP if tracking.mode(m) & tracking.TRACK_SUBPAGES else entry
+    return entry | bits.WRITE | (NOTHING if tracking.flag_waits(m, gfn, slot) else bits.DIRTY)
+
+
+@kernel
+def map_page(m, gfn, slot, write):
+    """Map a page for an access, and arm it if its map is not full; returns what was done.
+
+    A write to a host page that is shared read-only gets a copy of it first. A region with a larger leaf is armed
+    nowhere, whatever the maps say: that is how the first series loses protection.
+    """
+    if write and host_state.read_only(m, gfn):
+        host_state.renew(m, gfn, NOTHING)
+    level = level_for(m, gfn, slot)
+    table, split = ept_tables.table_for(m, gfn << 12, level)
+    if table == 0:
+        return MAP_FAILED
+    mask = layers.effective(m, gfn)
+    entry = leaf_for(m, gfn, slot, mask, level)
+    index = ept_tables.index_of(gfn << 12, level)
+    old = read_entry(m, table, index)
+    if old or split:
+        forget(m, gfn, 2 if split else level)
+        ept_tables.free_below(m, old, level)
+    write_entry(m, table, index, entry)
+    done = MAP_WRITABLE
+    if level == 1 and entry & (bits.SPP | saved_bit(m)):
+        done = MAP_ARMED
+        mask = tracking.permitted(m, gfn, slot)
+        if chooses(m, KVM_FILL_IN_SET):
+            sppt_tables.fill_vectors(m, gfn, mask)
+        elif sppt_tables.stale_vector(m, gfn, mask):
+            invalidate_region(m, gfn)
+    return done | MAP_SPLIT if split else done
+
+
+# ---- changes of what is mapped
+
+
+@kernel
+def forget(m, gfn, level):
+    """After a change to a leaf that processors may remember: drop its pages from the fast path, and flush."""
+    if level == 1:
+        fastpath.forget(m, gfn)
+    else:
+        fastpath.forget_all(m)
+    flush(m)
+
+
+@kernel
+def replace(m, gfn, level, table, index, before, after):
+    """Store a leaf that may have changed; returns whether it has."""
+    if before == after:
+        return False
+    write_entry(m, table, index, after)
+    forget(m, gfn, level)
+    return True
 
 
 @kernel
 def invalidate_region(m, gfn):
-    """Clear the valid bit of the SPPL2E above a page and keep its address, so that the next write misses.
-
-    Processors may remember vectors of the whole region, so every vCPU's cache is flushed.
-    """
-    table = address_of(m, read_word(m, STATE_FRAME, ROOT_SPPT))
-    level = 4
-    while True:
-        index = (gfn << 12 >> bits.LEVEL_SHIFT[level]) & 511
-        entry = read_entry(m, table, index)
-        if not entry & sp.VALID:
-            return
-        if level == 2:
-            write_entry(m, table, index, entry & ~sp.VALID)
-            tlb.flush(m)
-            return
-        table = entry & bits.ADDRESS
-        level -= 1
-
-
-@kernel
-def stale_vector(m, gfn, mask):
-    """Whether the SPPL1E that a walk would find for a page is not that of its map.
-
-    A region is filled from the maps of its day; a slot that came, went or moved since then changed maps without it.
-    """
-    table = address_of(m, read_word(m, STATE_FRAME, ROOT_SPPT))
-    level = 4
-    while level > 1:
-        entry = read_entry(m, table, (gfn << 12 >> bits.LEVEL_SHIFT[level]) & 511)
-        if not entry & sp.VALID:
-            return False
-        table = entry & bits.ADDRESS
-        level -= 1
-    return read_entry(m, table, gfn & 511) != sppt.spread(mask)
-
-
-@kernel
-def leaf_for(m, gfn, frame_address, slot, mask):
-    """The leaf entry KVM makes for a page with an effective map; a writable one is born dirty."""
-    entry = frame_address | PAGE_BASE
-    if m.slots[slot, SLOT_FLAGS] & SLOT_READ_ONLY:
-        return entry
-    entry |= LOCKLESS_WRITABLE
-    if mask != sp.FULL_ACCESS:
-        return entry | bits.SPP
-    return entry | bits.WRITE | bits.DIRTY
-
-
-@kernel
-def map_page(m, gfn, slot):
-    """Map a 4-KByte page; returns 0 failed, 1 mapped, 2 mapped and armed."""
-    table = page_table(m, gfn << 12)
-    if table == 0:
-        return 0
-    mask = layers.effective(m, gfn)
-    entry = leaf_for(m, gfn, gfn << 12, slot, mask)
-    if read_entry(m, table, gfn & 511) & bits.RIGHTS:
-        tlb.flush(m)
-    write_entry(m, table, gfn & 511, entry)
-    if not entry & bits.SPP:
-        return 1
-    if m.caps[CAP_FILL_IN_SET]:
-        fill_vector(m, gfn, mask)
-    elif stale_vector(m, gfn, mask):
-        invalidate_region(m, gfn)
-    return 2
-
-
-@kernel
-def forget(m, gfn):
-    """After a change to a page that processors may remember: drop it from the fast path, flush every vCPU's cache."""
-    fastpath.forget(m, gfn)
-    tlb.flush(m)
-
-
-@kernel
-def refresh_page(m, gfn, slot, trail):
-    """Bring EPT and SPPT in line with a page's map after it changed; an unmapped page waits for its first touch."""
-    if not m.caps[CAP_FILL_IN_SET]:
-        invalidate_region(m, gfn)
-    found, level, table, index, entry = find_leaf(m, gfn, trail)
-    if not found or level != 1:
-        return
-    mask = layers.effective(m, gfn)
-    kept = entry & (bits.ACCESSED | bits.DIRTY)
-    fresh = (leaf_for(m, gfn, entry & bits.ADDRESS, slot, mask) & ~bits.DIRTY) | kept
-    if fresh & bits.WRITE:
-        fresh |= bits.DIRTY
-    if fresh & bits.SPP and m.caps[CAP_FILL_IN_SET]:
-        fill_vector(m, gfn, mask)
-    write_entry(m, table, index, fresh)
-    forget(m, gfn)
+    """Make the next write to an armed page of a region miss, so that its vectors come from the maps as they are."""
+    if sppt_tables.invalidate_region(m, gfn):
+        flush(m)
 
 
 @kernel
 def unmap_page(m, gfn, trail):
-    """Drop the leaf of a page; its map and its SPPL1E stay."""
-    found, level, table, index, _ = find_leaf(m, gfn, trail)
-    if found and level == 1:
-        write_entry(m, table, index, NOTHING)
-        forget(m, gfn)
+    """Drop the leaf of a page, a larger one too; its map and its SPPL1E stay. Returns whether there was one."""
+    found, level, table, index, entry = find_leaf(m, gfn, trail)
+    return found and replace(m, gfn, level, table, index, entry, NOTHING)
+
+
+@kernel
+def refresh_page(m, gfn, trail):
+    """Bring EPT and SPPT in line with a page's map after it changed; an unmapped page waits for its first touch.
+
+    Later series drop the mapping, whatever its size, and the next access makes it anew. The first one arms and disarms
+    in place; it does not see a page that a larger leaf maps.
+    """
+    if chooses(m, KVM_SET_ZAPS):
+        invalidate_region(m, gfn)
+        unmap_page(m, gfn, trail)
+    else:
+        rearm(m, gfn, trail)
+    spare_region(m, gfn)
+
+
+@kernel
+def spare_region(m, gfn):
+    """Free the vectors of a region in which no page is armed for a policy, nor for the log of sub-pages."""
+    if not regions.protected(m, gfn, 2) and not tracking.mode(m) & tracking.TRACK_SUBPAGES:
+        sppt_tables.free_region(m, gfn)
+
+
+@kernel
+def watch_page(m, gfn, slot, trail):
+    """Bring the leaf and the vectors of a page in line with what is left to note about it, in place.
+
+    The processor's log is told by a dirty flag that begins at 0. What access tracking took stays taken.
+    """
+    found, level, table, index, entry = find_leaf(m, gfn, trail)
+    if not found or level != 1 or entry & LOCKLESS_WRITABLE != LOCKLESS_WRITABLE:
+        return
+    fresh = leaf_for(m, gfn, slot, layers.effective(m, gfn), level)
+    if not tracking.flag_waits(m, gfn, slot):
+        fresh |= entry & bits.DIRTY
+    if fresh & (bits.SPP | saved_bit(m)):
+        mask = tracking.permitted(m, gfn, slot)
+        if chooses(m, KVM_FILL_IN_SET) or sppt_tables.stale_vector(m, gfn, mask):
+            sppt_tables.fill_vectors(m, gfn, mask)
+    if tracked(m, entry) or not entry & bits.ACCESSED:
+        fresh = aged(m, fresh)
+    write_entry(m, table, index, fresh)
+    forget(m, gfn, level)
+    spare_region(m, gfn)
+
+
+@kernel
+def drop_region(m, gfn):
+    """Free the tables of a 2-MByte region that nothing needs, after its pages lost their leaves, and what it says."""
+    ept_tables.release(m, gfn)
+    regions.mark(m, gfn, 2, NOTHING)
+    regions.mark(m, gfn, 3, NOTHING)
+    if not regions.protected(m, gfn, 2):
+        sppt_tables.free_region(m, gfn)
+
+
+@kernel
+def rearm(m, gfn, trail):
+    """Arm or disarm the leaf of a page in place; an aged one is disarmed without the rights it has not."""
+    found, level, table, index, entry = find_leaf(m, gfn, trail)
+    if not found or level != 1 or entry & LOCKLESS_WRITABLE != LOCKLESS_WRITABLE:
+        return
+    if page_rights.lacking(m, gfn) & bits.READ:
+        return
+    slot = find_slot(m, gfn)
+    if slot >= 0 and tracking.watched(m, slot):
+        watch_page(m, gfn, slot, trail)
+        return
+    mask = layers.effective(m, gfn)
+    if mask != sp.FULL_ACCESS:
+        sppt_tables.fill_vectors(m, gfn, mask)
+        fresh = entry & ~bits.WRITE | bits.SPP
+    else:
+        fresh = entry & ~bits.SPP
+        if not tracked(m, entry):
+            fresh |= bits.WRITE | bits.DIRTY
+    write_entry(m, table, index, fresh)
+    forget(m, gfn, level)
+
+
+@kernel
+def write_protect(m, gfn, trail):
+    """Forbid writes to a page for KVM's own ends, as a dirty log does; returns whether its leaf changed.
+
+    The next write faults and gives the permission back. In the first series an armed page stays as it is: writes that
+    its map allows go on without a fault (kvm-spp 5).
+    """
+    found, level, table, index, entry = find_leaf(m, gfn, trail)
+    if not found or (entry & bits.WRITE == 0 and not chooses(m, KVM_SAVED_BIT)):
+        return False
+    return replace(m, gfn, level, table, index, entry, put_aside(m, entry))
+
+
+@kernel
+def age(m, gfn, trail):
+    """Find out whether a page is still used: clear the accessed flag, or without one take all rights away.
+
+    In the first series an armed page keeps bit 61, and any write to it is then taken for a violation.
+    """
+    found, level, table, index, entry = find_leaf(m, gfn, trail)
+    if not found:
+        return False
+    return replace(m, gfn, level, table, index, entry, aged(m, entry))
+
+
+@kernel
+def aged(m, entry):
+    """A leaf as aging leaves it."""
+    if m.caps[CAP_EPT_VPID] & bits.CAP_ACCESSED_DIRTY:
+        return entry & ~bits.ACCESSED
+    if tracked(m, entry):
+        return entry
+    kept = (entry & (bits.READ | bits.EXECUTE)) << m.caps[CAP_SAVED_SHIFT]
+    return put_aside(m, entry) & ~bits.RIGHTS | kept
+
+
+@kernel
+def make_read_only(m, gfn, trail):
+    """The host page became one that may only be read: its leaf follows, unarmed, to the page's new host frame.
+
+    Returns whether there was one.
+    """
+    found, level, table, index, entry = find_leaf(m, gfn, trail)
+    if not found or level != 1:
+        return False
+    kept = with_rights(m, entry) & ~(bits.ADDRESS | bits.WRITE | bits.SPP | saved_bit(m) | HOST_WRITEABLE)
+    fresh = kept | host_state.address_of_page(m, gfn)
+    return replace(m, gfn, level, table, index, entry, aged(m, fresh))
+
+
+@kernel
+def restored(m, entry, level, write):
+    """The leaf with which KVM answers a fault that only its own doing caused; the same entry where it was not.
+
+    Write permission, or bit 61 in its place, comes back to a page that slot and host let be written. A larger leaf
+    gets no write permission back this way.
+    """
+    fresh = with_rights(m, entry)
+    if not write or level > 1 or entry & LOCKLESS_WRITABLE != LOCKLESS_WRITABLE:
+        return fresh
+    if chooses(m, KVM_SAVED_BIT) and fresh & saved_bit(m):
+        return fresh & ~saved_bit(m) | bits.SPP
+    return fresh | bits.WRITE

@@ -6,10 +6,21 @@ A counter is a position here and a name in ``COUNTERS``; the names are those of 
 from engine.arch.words import positions
 from engine.cpu.guest_memory import ROOT_MEMORY
 
-# PARTITION_ASSIST is the frame of the partition assist page that KVM shares with Hyper-V below it, 0 for none.
 # The word between these is the root of guest memory, which the processor reads too: ``cpu.guest_memory``.
-ROOT_EPT, ROOT_SPPT, ROOT_POLICY, ROOT_GRANTED = positions(4)
-SPP_ACTIVE, EPT_LEVELS, PARTITION_ASSIST = positions(3, int(ROOT_MEMORY) + 1)
+# SPPT_TREES is how many SPPTs KVM keeps: 0 before SPP is on; their roots are in the vCPU records. SPPT_EDITED says that
+# a client has stored an SPPT entry, after which the trees may differ.
+ROOT_EPT, SPPT_TREES, ROOT_POLICY, ROOT_GRANTED = positions(4)
+SPP_ACTIVE, EPT_LEVELS, ROOT_REGIONS, ROOT_HOST, NEXT_HOST_FRAME, SPPT_EDITED = positions(6, int(ROOT_MEMORY) + 1)
+
+# Dirty tracking (``kvm.tracking``): the trees of written sub-pages and of KVM's log, what is tracked and how, the last
+# harvest and the last one that was acknowledged. ``ROOT_ACCESS`` is the tree of page access (``kvm.page_access``).
+ROOT_WRITTEN, ROOT_LOG, ROOT_ACCESS, DIRTY_MODE, HARVESTS, ACKNOWLEDGED = positions(6, 32)
+
+# Which allocation of the host from now fails; 0: none.
+(FAIL_ALLOCATION,) = positions(1, 48)
+
+# The frame of the partition assist page that KVM shares with a Hyper-V below it, 0 for none.
+(PARTITION_ASSIST,) = positions(1, 49)
 
 COUNTERS_AT = 64
 COUNTERS = (
@@ -32,6 +43,11 @@ COUNTERS = (
     "tlb_flushes",
     "exceptions",
     "stale_accesses",
+    "dirty_faults",
+    "dirty_harvests",
+    "faults_split",
+    "emulated_writes",
+    "host_writes",
 )
 (
     RECORDS,
@@ -53,4 +69,9 @@ COUNTERS = (
     TLB_FLUSHES,
     EXCEPTIONS,
     STALE_ACCESSES,
+    DIRTY_FAULTS,
+    DIRTY_HARVESTS,
+    SPLIT,
+    EMULATED,
+    HOST_WRITES,
 ) = range(len(COUNTERS))

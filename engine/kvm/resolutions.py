@@ -8,12 +8,14 @@ ARMED = 1
 FILLED = 2
 RESTORED = 3
 LOG_EMPTIED = 4
-LAST_INTERNAL = LOG_EMPTIED
-VIOLATION = 5
-MMIO = 6
-INTERNAL_ERROR = 7
-COMPLETED = 8
-EXCEPTION = 9  # no VM exit: the guest takes an exception of its own
+DIRTY_LOGGED = 5  # a write to a sub-page that was clean: noted, and open from now on
+LAST_INTERNAL = DIRTY_LOGGED
+VIOLATION = 6
+MMIO = 7
+INTERNAL_ERROR = 8
+COMPLETED = 9
+EXCEPTION = 10  # no VM exit: the guest takes an exception of its own
+RUN_FAILED = 11  # KVM_RUN itself fails
 
 # Set beside a resolution: a cached translation decided, and the tables would have given another answer.
 STALE = 1 << 8
@@ -24,9 +26,11 @@ RESOLUTION_NAMES = (
     "sppt-filled",
     "write-restored",
     "log-emptied",
+    "dirty-logged",
     "violation",
     "mmio",
     "internal-error",
     "completed",
     "exception",
+    "run-failed",
 )

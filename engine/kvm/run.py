@@ -6,14 +6,13 @@ An access is split at page ends, low page first; nothing lands and no flag is se
 from engine.arch import access as acc
 from engine.arch import ept as bits
 from engine.arch import exits
-from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import decision, ept, fastpath, mmu, page_log, sppt, tlb, ve
 from engine.cpu.frames import CAP_FAST_PATH
 from engine.jit import kernel
 from engine.kvm import layers
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
-from engine.kvm.fault import count_exit, handle_exit
+from engine.kvm.fault import block_nmis, count_exit, handle_exit
 
 # Entries that a read or a fetch leaves as they are.
 SETTLED = bits.READ | bits.EXECUTE | bits.ACCESSED
@@ -82,8 +81,8 @@ def remember(m, gpa, dirty, trail):
         return
     writable = 0
     mask = layers.effective(m, gpa >> 12)
-    if dirty and rights & bits.WRITE and mask == FULL_ACCESS:
-        writable = FULL_ACCESS
+    if dirty and rights & bits.WRITE:
+        writable = mask  # where that is not all, a write that goes through against the map is counted
     elif dirty and trail[ept.TRAIL_COUNTS, 1] == 4 and sppt.gather(trail[ept.TRAIL_SPPT + 3, 3]) == mask:
         writable = mask
     fastpath.remember(m, gpa >> 12, writable)
@@ -100,6 +99,13 @@ def remember_denial(m, gpa, size, qualification, denied, trail):
         settled &= trail[row, 3]
     if settled == SETTLED:
         fastpath.remember_denial(m, gpa >> 12, mask, qualification)
+
+
+@kernel
+def refused_by_policy(m, at, denied):
+    """Sub-pages that a policy refuses, out of those that an SPPT did: a dirty log closes sub-pages as well."""
+    refused = denied & ~layers.effective(m, at >> 12)
+    return refused or denied
 
 
 @kernel
@@ -141,7 +147,10 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
                 tally[reg.EXCEPTIONS] += 1
                 return res.EXCEPTION | stale, reason, qualification, denied, at
         count_exit(tally, reason, qualification)
-        resolution = handle_exit(m, vcpu, at, reason, qualification, trail, tally)
+        block_nmis(m, vcpu, how, qualification)
+        resolution = handle_exit(m, vcpu, at, reason, qualification, denied, trail, tally)
+        if resolution == res.VIOLATION:
+            denied = refused_by_policy(m, at, denied)
         count += 1
         tlb.transition(m, vcpu)
         if resolution == res.VIOLATION and denied and part == size and how == acc.PLAIN_WRITE:

@@ -1,17 +1,17 @@
 """What deleting and moving a memory slot does to what hangs on its pages (kvm-spp 2.4).
 
 SET maps, grants and contents follow the slot: they die with it and move by offset when it moves. Protections are by
-GPA and stay. Mappings are dropped; the next touch makes new ones.
+GPA and stay. Mappings and what is known of the host's pages are dropped; the next touch makes new ones.
 """
 
 import numpy as np
 
-from engine.cpu import ept, radix
+from engine.cpu import radix
 from engine.cpu.frames import ample
 from engine.cpu.guest_memory import ROOT_MEMORY
 from engine.jit import kernel
-from engine.kvm import layers, mapping, memory
-from engine.kvm.registers import ROOT_GRANTED, ROOT_POLICY
+from engine.kvm import host_state, layers, mapping, memory, page_rights, regions, tracking
+from engine.kvm.registers import ROOT_GRANTED, ROOT_HOST, ROOT_POLICY
 
 REGION = 512
 NOTHING = np.int64(0)
@@ -21,7 +21,10 @@ PAGE_OFFSET = 0
 PAGE_DENIED = 1
 PAGE_GRANTED = 2
 PAGE_CONTENT = 3
-PAGE_WORDS = 4
+PAGE_WRITTEN = 4
+PAGE_LOGGED = 5
+PAGE_RIGHTS = 6
+PAGE_WORDS = 7
 
 
 @kernel
@@ -29,8 +32,11 @@ def region_is_empty(m, gfn, trail):
     """Whether nothing was ever said or mapped in the 2-MByte region of a page."""
     if radix.leaf_of(m, ROOT_POLICY, gfn) or radix.leaf_of(m, ROOT_MEMORY, gfn) or radix.leaf_of(m, ROOT_GRANTED, gfn):
         return False
-    outcome, level, _, _ = ept.walk(m, mapping.ept_pointer(m), mapping.NO_MODE, gfn << 12, trail)
-    return outcome == ept.NOT_PRESENT and level > 1
+    if radix.leaf_of(m, ROOT_HOST, gfn) or regions.word(m, gfn, 2):
+        return False
+    if tracking.anything_noted(m, gfn) or page_rights.restricted(m, gfn, 2):
+        return False
+    return mapping.nothing_mapped(m, gfn, trail)
 
 
 @kernel
@@ -53,7 +59,11 @@ def drop_pages(m, gfn, pages, start, trail):
             layers.store_policy(m, at, NOTHING, layers.protected(m, at))
             layers.store_granted(m, at, NOTHING)
             memory.drop_page(m, at)
+            tracking.forget_page(m, at)
+            page_rights.store(m, at, NOTHING)
+            host_state.forget(m, at)
             at += 1
+        mapping.drop_region(m, stop - 1)
     return pages
 
 
@@ -75,12 +85,18 @@ def lift_pages(m, gfn, pages, out, trail):
             denied = layers.denied_by_set(m, at)
             lifted = layers.granted(m, at)
             content = radix.read(m, ROOT_MEMORY, at)
-            if denied or lifted or content:
+            written = tracking.written(m, at)
+            logged = tracking.logged(m, at)
+            rights = page_rights.read(m, at)
+            if denied or lifted or content or written or logged or rights:
                 if found < out.shape[0]:
                     out[found, PAGE_OFFSET] = at - gfn
                     out[found, PAGE_DENIED] = denied
                     out[found, PAGE_GRANTED] = lifted
                     out[found, PAGE_CONTENT] = content
+                    out[found, PAGE_WRITTEN] = written
+                    out[found, PAGE_LOGGED] = logged
+                    out[found, PAGE_RIGHTS] = rights
                 found += 1
             at += 1
     return found
@@ -110,4 +126,8 @@ def place_pages(m, gfn, moved, start):
         layers.store_policy(m, at, moved[i, PAGE_DENIED], covered)
         layers.store_granted(m, at, moved[i, PAGE_GRANTED] & covered)
         radix.write(m, ROOT_MEMORY, at, moved[i, PAGE_CONTENT])
+        if tracking.mode(m):
+            tracking.store_written(m, at, moved[i, PAGE_WRITTEN])
+            tracking.store_logged(m, at, moved[i, PAGE_LOGGED])
+        page_rights.store(m, at, moved[i, PAGE_RIGHTS])
     return moved.shape[0]

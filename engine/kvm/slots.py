@@ -13,23 +13,35 @@ from engine.cpu.physical import SLOT_PAGES as SLOT_PAGES  # noqa: PLC0414 where 
 from engine.cpu.physical import find_slot as find_slot  # noqa: PLC0414 where a slot is, other rooms ask here
 from engine.errors import InvalidValue
 from engine.jit import kernel
+from engine.kvm.abi_limits import ADDRESS_SPACES
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
-MAX_SLOT = 508  # KVM_USER_MEM_SLOTS - 1 on x86
 HOST_PAGE_SIZES = (1 << 12, 1 << 21, 1 << 30)
 
 # A row of Machine.slots; the first two words say where its pages are, which ``cpu.physical`` knows.
 SLOT_FLAGS = 2
 SLOT_ID = 3
-SLOT_WORDS = 4
+SLOT_LEVEL = 4  # of the leaf that maps one of its host pages
+SLOT_WORDS = 5
 
+SLOT_LOG_DIRTY = 1 << 0  # KVM_MEM_LOG_DIRTY_PAGES
 SLOT_READ_ONLY = 1 << 1  # KVM_MEM_READONLY
+
+
+def key_of(slot: int, address_space: int) -> int:
+    """The ``slot`` member of struct kvm_userspace_memory_region: bits 31:16 address space, bits 15:0 number."""
+    return address_space << 16 | slot
 
 
 @dataclass(frozen=True, slots=True)
 class SlotSpec:
-    """One memory slot: ``size`` bytes of guest RAM at ``gpa``; ``host_page_size`` is the page size that backs it."""
+    """One memory slot: ``size`` bytes of guest RAM at ``gpa``.
+
+    ``host_page_size`` is the page size that backs it, ``userspace_addr`` where it is in the memory of whoever runs the
+    machine, ``log_dirty`` KVM_MEM_LOG_DIRTY_PAGES. ``without_map`` is said by the machine, not by who makes the slot:
+    the kernel gave it no sub-page bitmap of its own, which only the binary ABI shows (kvm-spp 2.4).
+    """
 
     slot: int
     gpa: int
@@ -37,6 +49,13 @@ class SlotSpec:
     read_only: bool = False
     host_page_size: int = PAGE_SIZE
     address_space: int = 0
+    log_dirty: bool = False
+    userspace_addr: int = 0
+    without_map: bool = False
+
+    @property
+    def key(self) -> int:
+        return key_of(self.slot, self.address_space)
 
     @property
     def gfn(self) -> int:
@@ -46,34 +65,53 @@ class SlotSpec:
     def pages(self) -> int:
         return self.size >> PAGE_SHIFT
 
-    def validate(self, width: int) -> None:
-        """Refuse what KVM_SET_USER_MEMORY_REGION refuses; ``width`` is the guest's MAXPHYADDR."""
-        if not 0 <= self.slot <= MAX_SLOT:
-            raise InvalidValue(f"a slot number is 0 to {MAX_SLOT}", field="slot", value=self.slot)
+    @property
+    def flags(self) -> int:
+        """Flags of struct kvm_userspace_memory_region."""
+        return (SLOT_READ_ONLY if self.read_only else 0) | (SLOT_LOG_DIRTY if self.log_dirty else 0)
+
+    def validate_number(self, slots: int) -> None:
+        """Refuse a number that an address space with that many slots has not."""
+        if not 0 <= self.slot < slots:
+            raise InvalidValue(f"a slot number is 0 to {slots - 1}", field="slot", value=self.slot)
+        if not 0 <= self.address_space < ADDRESS_SPACES:
+            raise InvalidValue(
+                "an address space is 0, or 1 for system-management mode",
+                field="address_space",
+                value=self.address_space,
+            )
+
+    def validate_place(self) -> None:
+        """Refuse what does not lie on page bounds."""
         if self.gpa < 0 or self.gpa % PAGE_SIZE:
             raise InvalidValue("a slot begins at a multiple of 4096", field="gpa", value=self.gpa)
         if self.size <= 0 or self.size % PAGE_SIZE:
             raise InvalidValue("a slot's size is a multiple of 4096 and not 0", field="size", value=self.size)
-        if self.gpa + self.size > 1 << width:
-            raise InvalidValue(
-                f"a slot ends within the guest-physical address width of {width} bits", field="gpa", value=self.gpa
-            )
         if self.host_page_size not in HOST_PAGE_SIZES:
             raise InvalidValue(
                 "a host page is 4096, 2097152 or 1073741824 bytes", field="host_page_size", value=self.host_page_size
             )
-        if self.address_space != 0:
-            raise InvalidValue("address space 1 is not supported yet", field="address_space", value=self.address_space)
+
+    def validate_width(self, width: int) -> None:
+        """Refuse what the guest's MAXPHYADDR does not reach."""
+        if self.gpa + self.size > 1 << width:
+            raise InvalidValue(
+                f"a slot ends within the guest-physical address width of {width} bits", field="gpa", value=self.gpa
+            )
 
     def overlaps(self, other: SlotSpec) -> bool:
-        """Whether two slots share a page."""
-        return self.gpa < other.gpa + other.size and other.gpa < self.gpa + self.size
+        """Whether two slots share a page of one address space."""
+        return (
+            self.address_space == other.address_space
+            and self.gpa < other.gpa + other.size
+            and other.gpa < self.gpa + self.size
+        )
 
 
 def check_overlap(spec: SlotSpec, others: Iterable[SlotSpec]) -> None:
     """Refuse a slot that shares a page with another one."""
     for other in others:
-        if other.slot != spec.slot and other.overlaps(spec):
+        if other.key != spec.key and other.overlaps(spec):
             raise InvalidValue(
                 f"a slot overlaps no other; slot {other.slot} covers {other.gpa:#x} to {other.gpa + other.size - 1:#x}",
                 field="gpa",
@@ -83,8 +121,12 @@ def check_overlap(spec: SlotSpec, others: Iterable[SlotSpec]) -> None:
 
 
 def slot_table(specs: Iterable[SlotSpec]) -> NDArray[np.int64]:
-    """int64[n, SLOT_WORDS], sorted by base GFN, as kernels look it up."""
-    rows = sorted((s.gfn, s.pages, SLOT_READ_ONLY if s.read_only else 0, s.slot) for s in specs)
+    """int64[n, SLOT_WORDS] of address space 0, sorted by base GFN, as kernels look it up."""
+    rows = sorted(
+        (s.gfn, s.pages, s.flags, s.slot, HOST_PAGE_SIZES.index(s.host_page_size) + 1)
+        for s in specs
+        if s.address_space == 0
+    )
     return np.array(rows, dtype=np.int64).reshape(len(rows), SLOT_WORDS)
 
 

@@ -5,10 +5,20 @@ Each changes the layers first, which are the truth, and then brings EPT and SPPT
 
 import numpy as np
 
+from engine.arch import controls as ctl
 from engine.arch.sppt import FULL_ACCESS
-from engine.cpu.frames import SPPT, STATE_FRAME, ample, new_frame, read_word, write_word
+from engine.cpu.frames import (
+    CAP_SPPT_TREES,
+    FIRST_VCPU_FRAME,
+    SPPT,
+    STATE_FRAME,
+    ample,
+    new_frame,
+    read_word,
+    write_word,
+)
 from engine.jit import kernel
-from engine.kvm import layers, mapping
+from engine.kvm import layers, mapping, regions
 from engine.kvm import registers as reg
 from engine.kvm.slots import find_slot
 
@@ -19,10 +29,12 @@ LAYER_NAMES = ("effective", "set", "protected", "granted")
 
 @kernel
 def enable(m):
-    """KVM_INIT_SPP: an empty SPPT root; every page starts with full access. Returns whether it was off before."""
+    """KVM_INIT_SPP: empty SPPT roots; every page starts with full access. Returns whether it was off before."""
     if read_word(m, STATE_FRAME, reg.SPP_ACTIVE):
         return False
-    write_word(m, STATE_FRAME, reg.ROOT_SPPT, new_frame(m, SPPT))
+    for tree in range(m.caps[CAP_SPPT_TREES]):
+        write_word(m, FIRST_VCPU_FRAME + tree, ctl.V_SPPT_ROOT, new_frame(m, SPPT))
+    write_word(m, STATE_FRAME, reg.SPPT_TREES, m.caps[CAP_SPPT_TREES])
     write_word(m, STATE_FRAME, reg.SPP_ACTIVE, 1)
     return True
 
@@ -47,9 +59,8 @@ def read_maps(m, gfn, layer, out):
 @kernel
 def refresh(m, gfn, trail):
     """Bring one page's entries in line with its map."""
-    slot = find_slot(m, gfn)
-    if slot >= 0:
-        mapping.refresh_page(m, gfn, slot, trail)
+    if find_slot(m, gfn) >= 0 or not regions.protected(m, gfn, 2):
+        mapping.refresh_page(m, gfn, trail)
 
 
 @kernel

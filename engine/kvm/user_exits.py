@@ -4,33 +4,49 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.arch import exits
 from engine.kvm import resolutions as res
+from engine.kvm.profile import profile_of
 
 KVM_EXIT_UNKNOWN = 0
 KVM_EXIT_MMIO = 6
 
-# KVM_EXIT_SPP by profile, and whether the guest's RIP is past the store when user space sees it.
-KVM_EXIT_SPP = {"kvm-2019": 28, "kvm-latest": 29}
-RIP_ADVANCED = {"kvm-2019": True, "kvm-latest": False}
-
 
 @dataclass(frozen=True, slots=True)
 class UserExit:
-    """``spp_addr`` is the faulting GPA of KVM_EXIT_SPP, ``hw_exit_reason`` that of KVM_EXIT_UNKNOWN."""
+    """What KVM_RUN returns with.
+
+    ``spp_addr`` is the faulting GPA of KVM_EXIT_SPP and ``insn_len`` the length of the store's instruction, None where
+    the profile has no such member; ``hw_exit_reason`` is that of KVM_EXIT_UNKNOWN. With ``errno`` KVM_RUN itself fails,
+    and the rest of struct kvm_run is what it was.
+    """
 
     exit_reason: int
     name: str
     rip_advanced: bool
     spp_addr: int | None = None
+    insn_len: int | None = None
     hw_exit_reason: int | None = None
+    errno: str | None = None
 
 
-def user_exit(resolution: int, reason: int, gpa: int, profile: str) -> UserExit | None:
-    """What user space sees of an exit, None when KVM handles it by itself."""
+def user_exit(
+    resolution: int, reason: int, gpa: int, profile: str, insn_len: int = 0, qualification: int = exits.Q_WRITE
+) -> UserExit | None:
+    """What user space sees of an exit, None when KVM handles it by itself; an ``insn_len`` of 0 is not known.
+
+    Of an EPT violation by a read or a fetch, which only page access asks for, KVM_RUN tells nothing.
+    """
+    if resolution == res.VIOLATION and reason == exits.EPT_VIOLATION and not qualification & exits.Q_WRITE:
+        return None
     if resolution == res.VIOLATION:
-        return UserExit(KVM_EXIT_SPP[profile], "KVM_EXIT_SPP", RIP_ADVANCED[profile], spp_addr=gpa)
+        row = profile_of(profile)
+        length = insn_len if row.reports_length else None
+        return UserExit(row.exit_spp, "KVM_EXIT_SPP", row.skips_instruction, spp_addr=gpa, insn_len=length)
     if resolution == res.MMIO:
         return UserExit(KVM_EXIT_MMIO, "KVM_EXIT_MMIO", True)
     if resolution == res.INTERNAL_ERROR:
         return UserExit(KVM_EXIT_UNKNOWN, "KVM_EXIT_UNKNOWN", False, hw_exit_reason=reason)
+    if resolution == res.RUN_FAILED:
+        return UserExit(KVM_EXIT_UNKNOWN, "KVM_EXIT_UNKNOWN", False, errno="EFAULT")
     return None

@@ -49,10 +49,15 @@ _CR4_FEATURES = (
 _CR4_ALWAYS = 1 << 8  # PCE
 
 
+def features_ecx(entries: Iterable[CpuidEntry]) -> int:
+    """CPUID.1:ECX, 0 without that leaf."""
+    leaf = find_leaf(entries, 1)
+    return 0 if leaf is None else leaf.ecx
+
+
 def has_vmx(entries: Iterable[CpuidEntry]) -> bool:
     """CPUID.1:ECX bit 5."""
-    leaf = find_leaf(entries, 1)
-    return leaf is not None and bool(leaf.ecx & ECX1_VMX)
+    return bool(features_ecx(entries) & ECX1_VMX)
 
 
 def has_hyperv(entries: Iterable[CpuidEntry]) -> bool:

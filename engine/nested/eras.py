@@ -72,6 +72,10 @@ class Era:
     activity_states: tuple[int, ...]
     # VMLAUNCH compares the host address-space size with EFER.LMA: no, yes.
     checks_address_space: bool
+    # KVM_SET_SREGS looks at CR0, CR3 and reserved bits of CR4, and keeps the rights of an unusable segment: no, yes.
+    strict_sregs: bool
+    # KVM_GET_CPUID2 says how many leaves there are: no, yes.
+    reports_cpuid_count: bool
     # A failing SET may be due to the PDPTEs: yes, no (they are loaded at the next run).
     set_loads_pdptes: bool
 
@@ -108,6 +112,8 @@ ERAS: dict[str, Era] = {
         error_code_relaxable=False,
         activity_states=(0, 1),
         checks_address_space=False,
+        strict_sregs=False,
+        reports_cpuid_count=False,
         set_loads_pdptes=True,
     ),
     KVM_LATEST: Era(
@@ -138,6 +144,8 @@ ERAS: dict[str, Era] = {
         error_code_relaxable=True,
         activity_states=(0, 1, 3),
         checks_address_space=True,
+        strict_sregs=True,
+        reports_cpuid_count=True,
         set_loads_pdptes=False,
     ),
 }

@@ -15,13 +15,24 @@ from engine import abi
 from engine.abi import SYSTEM, VCPU, VM, Reply, UserMemory, wrong_level
 from engine.abi import failed as _error
 from engine.arch.hyperv_cpuid import ENTRY_SIZE, HEADER_SIZE, CpuidEntry, pack_entry, unpack_entries
+from engine.arch.kvm_vcpu_structs import VCPU_MMAP_SIZE
 from engine.nested.cpuid import supported_cpuid
 from engine.nested.enlightened import enable_evmcs
 from engine.nested.eras import Era, era_of
 from engine.nested.get_state import get_nested_state, max_state_size
 from engine.nested.hv_cpuid import supported_hv_cpuid, system_hv_cpuid
 from engine.nested.memory import GuestMemory, NoMemory
+from engine.nested.msr_ioctls import (
+    SAVED_MSRS,
+    feature_msrs,
+    get_msrs,
+    list_numbers,
+    read_feature,
+    read_known,
+    set_msrs,
+)
 from engine.nested.operations import set_cpuid
+from engine.nested.register_ioctls import STRUCTURES
 from engine.nested.set_state import set_nested_state
 from engine.nested.vcpu import NestedHost, NestedVcpu
 
@@ -41,7 +52,23 @@ NUMBERS = {
     "KVM_GET_NESTED_STATE": 0xC080AEBE,
     "KVM_SET_NESTED_STATE": 0x4080AEBF,
     "KVM_GET_SUPPORTED_HV_CPUID": 0xC008AEC1,
+    "KVM_GET_CPUID2": 0xC008AE91,
+    "KVM_GET_MSR_INDEX_LIST": 0xC004AE02,
+    "KVM_GET_MSR_FEATURE_INDEX_LIST": 0xC004AE0A,
+    "KVM_GET_VCPU_MMAP_SIZE": 0xAE04,
+    "KVM_GET_REGS": 0x8090AE81,
+    "KVM_SET_REGS": 0x4090AE82,
+    "KVM_GET_SREGS": 0x8138AE83,
+    "KVM_SET_SREGS": 0x4138AE84,
+    "KVM_GET_MSRS": 0xC008AE88,
+    "KVM_SET_MSRS": 0x4008AE89,
+    "KVM_GET_MP_STATE": 0x8004AE98,
+    "KVM_SET_MP_STATE": 0x4004AE99,
+    "KVM_GET_VCPU_EVENTS": 0x8040AE9F,
+    "KVM_SET_VCPU_EVENTS": 0x4040AEA0,
 }
+# Those that leave the vCPU as it is. KVM_GET_NESTED_STATE is not among them: it refreshes the cached vmcs12.
+READING = frozenset(name for name in NUMBERS if name.startswith("KVM_GET_")) - {"KVM_GET_NESTED_STATE"}
 
 
 @dataclass
@@ -76,7 +103,7 @@ def ioctl(call: Call) -> Reply:
 
     Raises KeyError for a name that ``knows`` denies.
     """
-    handler = _HANDLERS.get((call.name, call.level))
+    handler = HANDLERS.get((call.name, call.level))
     if handler is None:
         if call.name not in NUMBERS:
             raise KeyError(call.name)
@@ -195,7 +222,45 @@ def _set_cpuid2(call: Call) -> Reply:
     return Reply(0) if errno is None else _error(errno)
 
 
-_HANDLERS: dict[tuple[str, str], Callable[[Call], Reply]] = {
+def _get_cpuid2(call: Call) -> Reply:
+    """Header in, too small a table is E2BIG, entries out; today's kernel then stores the count."""
+    raw = call.user.copy_from(0, HEADER_SIZE)
+    if raw is None:
+        return _error("EFAULT")
+    entries = _vcpu(call).cpuid
+    if int.from_bytes(raw[:4], "little") < len(entries):
+        return _error("E2BIG")
+    stored = call.user.copy_to(HEADER_SIZE, b"".join(pack_entry(entry) for entry in entries))
+    header = len(entries).to_bytes(4, "little") + raw[4:] if call.era.reports_cpuid_count else raw
+    return Reply(0) if stored and call.user.copy_to(0, header) else _error("EFAULT")
+
+
+def _getter(read: Callable[[NestedVcpu], bytes]) -> Callable[[Call], Reply]:
+    return lambda call: Reply(0) if call.user.copy_to(0, read(_vcpu(call))) else _error("EFAULT")
+
+
+def _setter(size: int, write: Callable[[NestedVcpu, GuestMemory, bytes], str | None]) -> Callable[[Call], Reply]:
+    def handle(call: Call) -> Reply:
+        raw = call.user.copy_from(0, size)
+        errno = "EFAULT" if raw is None else write(_vcpu(call), call.guest, raw)
+        return Reply(0) if errno is None else _error(errno)
+
+    return handle
+
+
+def _counted(outcome: tuple[int, str | None]) -> Reply:
+    return Reply(*outcome)
+
+
+def _listed(errno: str | None) -> Reply:
+    return Reply(0) if errno is None else _error(errno)
+
+
+def _mmap_size(call: Call) -> Reply:
+    return _error("EINVAL") if call.arg else Reply(VCPU_MMAP_SIZE)
+
+
+HANDLERS: dict[tuple[str, str], Callable[[Call], Reply]] = {
     ("KVM_CHECK_EXTENSION", SYSTEM): _check_extension,
     ("KVM_CHECK_EXTENSION", VM): _check_extension,
     ("KVM_GET_SUPPORTED_CPUID", SYSTEM): _supported_cpuid,
@@ -205,4 +270,15 @@ _HANDLERS: dict[tuple[str, str], Callable[[Call], Reply]] = {
     ("KVM_ENABLE_CAP", VCPU): _enable_cap,
     ("KVM_GET_NESTED_STATE", VCPU): _get_nested_state,
     ("KVM_SET_NESTED_STATE", VCPU): _set_nested_state,
+    ("KVM_GET_CPUID2", VCPU): _get_cpuid2,
+    ("KVM_GET_VCPU_MMAP_SIZE", SYSTEM): _mmap_size,
+    ("KVM_GET_MSR_INDEX_LIST", SYSTEM): lambda call: _listed(list_numbers(call.user, SAVED_MSRS)),
+    ("KVM_GET_MSR_FEATURE_INDEX_LIST", SYSTEM): lambda call: _listed(list_numbers(call.user, feature_msrs(call.host))),
+    ("KVM_GET_MSRS", SYSTEM): lambda call: _counted(
+        get_msrs(call.user, lambda number: read_feature(call.host, call.profile, number))
+    ),
+    ("KVM_GET_MSRS", VCPU): lambda call: _counted(get_msrs(call.user, lambda number: read_known(_vcpu(call), number))),
+    ("KVM_SET_MSRS", VCPU): lambda call: _counted(set_msrs(_vcpu(call), call.guest, call.user)),
+    **{(f"KVM_GET_{name}", VCPU): _getter(read) for name, (_, read, _) in STRUCTURES.items()},
+    **{(f"KVM_SET_{name}", VCPU): _setter(size, write) for name, (size, _, write) in STRUCTURES.items()},
 }

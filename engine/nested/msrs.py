@@ -16,6 +16,8 @@ from engine.nested.vcpu import NestedVcpu
 
 APIC_BASE = 0x1B
 _X2APIC_ENABLED = 1 << 10
+_APIC_FIRST = 0xFEE0_0800
+_APIC_BOOT = 0x100
 _FS_BASE, _GS_BASE = 0xC000_0100, 0xC000_0101
 _SMM_MONITOR_CTL, _SMBASE = 0x9B, 0x9E
 _MICROCODE = frozenset({0x79, 0x8B})
@@ -56,6 +58,8 @@ def read_msr(vcpu: NestedVcpu, number: int, host: bool) -> int | None:
         return vcpu.registers[_REGISTER_MSRS[number]]
     if number == HV_VP_INDEX:
         return vcpu.vp_index
+    if number == APIC_BASE and number not in vcpu.msrs:
+        return _APIC_FIRST if vcpu.vcpu_id else _APIC_FIRST | _APIC_BOOT
     return vcpu.msrs.get(number, 0)
 
 

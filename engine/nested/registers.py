@@ -50,8 +50,16 @@ _CONDITIONAL = (
     "pdptr3",
 )
 
+# Of no interest to nesting: general registers, CR2, CR8 and the events that KVM_SET_VCPU_EVENTS leaves behind.
+_CARRIED = (
+    *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp"),
+    *(f"r{number}" for number in range(8, 16)),
+    *("cr2", "cr8"),
+)
+
 RESET_REGISTERS: dict[str, int] = {
-    **dict.fromkeys(PLAIN + _CONDITIONAL, 0),
+    **dict.fromkeys(PLAIN + _CONDITIONAL + _CARRIED, 0),
+    "rdx": 0x600,
     "cr0": 0x6000_0010,
     "rip": 0xFFF0,
     "rflags": _RFLAGS_FIXED,

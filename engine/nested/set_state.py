@@ -138,6 +138,7 @@ def _leave(c: SetContext) -> Verdict | None:
 
 
 def _vmxon(c: SetContext) -> Verdict | None:
+    c.vcpu.allocations += 1
     if c.vcpu.fail_allocation:
         c.vcpu.fail_allocation = False
         return Verdict("ENOMEM")

@@ -136,7 +136,8 @@ class NestedVcpu:
     """One vCPU. ``registers`` are the live ones (L2's while in L2); ``msrs`` those that no other field owns.
 
     ``has_run``: KVM_RUN was called. ``mov_ss_blocking`` is the interrupt shadow of MOV SS. ``fail_allocation`` makes
-    the next entry into VMX operation run out of memory, once. ``tsc`` stands still unless the caller moves it.
+    the next entry into VMX operation run out of memory, once; ``allocations`` counts such entries. ``tsc`` stands
+    still unless the caller moves it.
     """
 
     profile: str = "kvm-2019"
@@ -151,6 +152,7 @@ class NestedVcpu:
     mov_ss_blocking: bool = False
     triple_fault: bool = False
     fail_allocation: bool = False
+    allocations: int = field(default=0, compare=False)
     tsc: int = 0
     evmcs_enabled: bool = False
     registers: dict[str, int] = field(default_factory=lambda: dict(RESET_REGISTERS))

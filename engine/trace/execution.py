@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -79,7 +80,8 @@ def _user_exit(exits: ExitColumns, profile: str) -> UserExit | None:
     resolution = int(exits.column("resolution")[at]) if at >= 0 else res.EXCEPTION
     if resolution == res.EXCEPTION:
         return None
-    return user_exit(resolution, int(exits.column("reason")[at]), int(exits.column("gpa")[at]), profile)
+    reason, gpa, qualification = (int(exits.column(name)[at]) for name in ("reason", "gpa", "qualification"))
+    return user_exit(resolution, reason, gpa, profile, qualification=qualification)
 
 
 def _result_of_replay(request: AccessRequest, result: TraceResult, profile: str, *, granted: bool) -> AccessResult:
@@ -103,6 +105,7 @@ def _result_of_replay(request: AccessRequest, result: TraceResult, profile: str,
         exception=exceptions.NAMES[exceptions.VIRTUALIZATION] if exception else None,
         fault_address=request.gva if exception else None,
         stale=bool(exits.column("stale").any()),
+        unenforced=result.unenforced_writes != 0,
     )
 
 
@@ -113,7 +116,8 @@ def _by_linear_address(draft: Draft, request: AccessRequest, config: VmConfig, t
     ending = run_linear(draft, position, linear, request.size, request.how, request.vcpu, request.on_violation, tally)
     columns, record_gpa = columns_of_log(ending.log)
     exits = ExitColumns(columns, record_gpa, True, {}, targets.index, targets.names)
-    return Execution(_result_of_ending(ending, exits, config.profile), ending.places, tally)
+    result = replace(_result_of_ending(ending, exits, config.profile), unenforced=bool(tally[reg.UNENFORCED]))
+    return Execution(result, ending.places, tally)
 
 
 def _result_of_ending(ending: Ending, exits: ExitColumns, profile: str) -> AccessResult:

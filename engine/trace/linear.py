@@ -16,10 +16,10 @@ from engine.arch import exits
 from engine.arch.words import signed
 from engine.cpu import decision, guest_paging, instruction, tlb
 from engine.cpu.frames import Machine
+from engine.kvm import layers, run
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
-from engine.kvm import run
-from engine.kvm.fault import count_exit, handle_exit
+from engine.kvm.fault import block_nmis, count_exit, handle_exit
 from engine.store import Draft
 from engine.trace.replay import grant_touched, in_protected_page
 
@@ -76,7 +76,8 @@ def run_linear(
         part = STRUCTURE_BYTES if structure else int(decision.page_part(gpa, gpa + size - (gla - int(start))))
         guarded = guarded or bool(in_protected_page(m, gpa, part))
         count_exit(tally, reason, value)
-        resolution = int(handle_exit(m, position, gpa, reason, value, trail, tally))
+        block_nmis(m, position, how, value)
+        resolution = int(handle_exit(m, position, gpa, reason, value, denied, trail, tally))
         tlb.transition(m, position)
         if resolution <= res.LAST_INTERNAL and used[0] >= run.MAX_EXITS:
             resolution = res.INTERNAL_ERROR
@@ -101,6 +102,8 @@ def run_linear(
         guarded = guarded or any(bool(in_protected_page(draft.machine, at, part)) for at, part in places)
         tally[reg.WRITES] += 1
         tally[reg.PAGE_GRANULAR] += guarded
+        if resolution == res.COMPLETED:
+            tally[reg.UNENFORCED] += any(bool(layers.refuses(draft.machine, at, part)) for at, part in places)
     tally[reg.RECORDS] += 1
     tally[reg.MMIO] += resolution == res.MMIO
     tally[reg.EXCEPTIONS] += resolution == res.EXCEPTION

@@ -7,13 +7,14 @@ to a violation or a malformed record, goes through the same functions as a singl
 import numpy as np
 
 from engine.arch import access as acc
+from engine.arch import ept as bits
 from engine.arch import exits
 from engine.arch.controls import V_GUEST_MODE
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import decision, fastpath, sppt
 from engine.cpu.frames import CAP_VCPUS, FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
 from engine.jit import kernel
-from engine.kvm import fault, layers, run, spp
+from engine.kvm import fault, layers, page_rights, run, spp, tracking
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.slots import find_slot, writable_bytes
@@ -125,6 +126,9 @@ def passes_unenforced(m, vcpu, gpa, size):
 def grant_touched(m, gpa, size, trail):
     """Open every refused sub-page that an access touches; returns whether there was one."""
     opened = False
+    for gfn in range(gpa >> 12, ((gpa + size - 1) >> 12) + 1):
+        if page_rights.lacking(m, gfn) & bits.READ:
+            return False  # no sub-page of it is eligible
     at = gpa
     while at < gpa + size:
         part = decision.page_part(at, gpa + size)
@@ -134,6 +138,13 @@ def grant_touched(m, gpa, size, trail):
             opened = True
         at += part
     return opened
+
+
+@kernel
+def note_landing(m, gpa, size):
+    """Tell the dirty logs of a write that lands by the caller's choice, if all of it is in writable memory."""
+    if tracking.mode(m) and writable_bytes(m, gpa, size):
+        tracking.note_host_write(m, gpa, size)
 
 
 @kernel
@@ -147,6 +158,7 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     how = describe(word)
     list_all = options[OPTION_LIST_ALL]
     if access == acc.WRITE and passes_unenforced(m, vcpu, gpa, word & 0xFFFF):
+        note_landing(m, gpa, word & 0xFFFF)
         tally[reg.UNENFORCED] += 1
         tally[reg.PAGE_GRANULAR] += 1
         tally[reg.WRITES] += 1
@@ -162,15 +174,24 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     resolution = ending & ~res.STALE
     tally[reg.STALE_ACCESSES] += ending != resolution
     refused = resolution == res.VIOLATION and denied != 0
-    guarded = access == acc.WRITE and (refused or in_protected_page(m, gpa, word & 0xFFFF))
-    if resolution == res.VIOLATION or resolution == res.INTERNAL_ERROR:
+    if access == acc.WRITE:
+        guarded = refused or in_protected_page(m, gpa, word & 0xFFFF)
+    else:
+        guarded = resolution == res.VIOLATION  # page access is of whole pages anyway
+    if resolution == res.VIOLATION or resolution == res.INTERNAL_ERROR or resolution == res.RUN_FAILED:
         run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
         if resolution == res.VIOLATION:
             tally[reg.VIOLATIONS] += 1
         if options[OPTION_ON_VIOLATION] == STOP:
             tally[reg.PAGE_GRANULAR] += guarded
             return STOPPED
-        if options[OPTION_ON_VIOLATION] == GRANT and grant_touched(m, gpa, word & 0xFFFF, trail):
+        if options[OPTION_ON_VIOLATION] == ALLOW and resolution == res.VIOLATION and access == acc.WRITE:
+            note_landing(m, gpa, word & 0xFFFF)
+        if (
+            options[OPTION_ON_VIOLATION] == GRANT
+            and access == acc.WRITE
+            and grant_touched(m, gpa, word & 0xFFFF, trail)
+        ):
             tally[reg.GRANTS] += 1
             ending, reason, q, denied, at = run.execute(
                 m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
@@ -182,8 +203,10 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
         tally[reg.MMIO] += resolution == res.MMIO
         if list_all:
             run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
-    elif resolution == res.COMPLETED and ending != resolution:
-        run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
+    elif resolution == res.COMPLETED:
+        if ending != resolution:
+            run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
+        tally[reg.UNENFORCED] += guarded and layers.refuses(m, gpa, word & 0xFFFF)
     tally[reg.PAGE_GRANULAR] += guarded
     tally[reg.WRITES] += access == acc.WRITE
     return DONE

@@ -101,6 +101,8 @@ class AccessResult:
     """``allowed``: the processor let it through. ``lands``: a write took effect, allowed or by the caller's choice.
 
     ``resolution`` is how it ended; ``exits`` every exit on the way; ``run`` what user space sees, None if nothing.
+    ``unenforced``: a write that a map refuses went through all the same, as it does in a larger page that the first
+    series maps.
     ``gpa`` is that of the access's first byte, or of the exit that ended it, where one by linear address got so far;
     ``exception`` names what the guest takes instead, with the ``fault_address`` and, of a #PF, the ``error_code``.
     ``stale``: a cached translation decided, and the tables would have given another answer.
@@ -112,6 +114,7 @@ class AccessResult:
     exits: ExitColumns
     run: UserExit | None
     data: bytes | None = None
+    unenforced: bool = False
     gpa: int | None = None
     exception: str | None = None
     error_code: int | None = None

@@ -28,6 +28,7 @@ _REPLY = {
         "spp": {"addr": "0x2a5c6a0", "insn_len": None},
         "hw_exit_reason": None,
         "rip_advanced": True,
+        "errno": None,
     },
     "data": None,
     "gpa": "0x2a5c6a0",
@@ -35,6 +36,7 @@ _REPLY = {
     "error_code": None,
     "fault_address": None,
     "stale": False,
+    "unenforced": False,
 }
 _FAULT = _REPLY | {
     "resolution": "exception",
@@ -96,7 +98,9 @@ class SppRun(Document):
     """The `spp` member of struct kvm_run."""
 
     addr: Hex64
-    insn_len: int | None = Field(description="Null: not known for an access without an instruction.")
+    insn_len: int | None = Field(
+        description="Length of the instruction, 0 where it is not known; null in `kvm-2019`, which does not report it."
+    )
 
 
 class Run(Document):
@@ -107,6 +111,7 @@ class Run(Document):
     spp: SppRun | None
     hw_exit_reason: int | None
     rip_advanced: bool = Field(description="Whether the guest is past the instruction when user space sees the exit.")
+    errno: str | None = Field(description="Where KVM_RUN itself fails; the rest is then what it was before.")
 
 
 class AccessOutcome(Document):
@@ -116,7 +121,9 @@ class AccessOutcome(Document):
 
     allowed: bool = Field(description="The processor let it through, at once or after a grant.")
     landed: bool = Field(description="It took effect: allowed, or refused with `on_violation=allow`.")
-    resolution: str = Field(description="`completed`, `violation`, `mmio`, `internal-error` or `exception`.")
+    resolution: str = Field(
+        description="`completed`, `violation`, `mmio`, `internal-error`, `exception` or `run-failed`."
+    )
     exits: list[ExitRecord] = Field(description="Every exit on the way, those that KVM handles itself included.")
     run: Run | None = Field(description="Null when user space sees nothing of it.")
     data: str | None = Field(description="The bytes that a read found, hexadecimal in memory order.")
@@ -134,6 +141,9 @@ class AccessOutcome(Document):
     )
     error_code: int | None = Field(description="Of a `#PF` or `#GP`.")
     fault_address: Hex64 | None = Field(description="Linear address of the exception; of a `#PF`, what CR2 holds.")
+    unenforced: bool = Field(
+        description="The write went through though a bitmap refuses it: `kvm-2019` maps large pages over them."
+    )
     stale: bool = Field(
         description="A cached translation decided against what the tables say; only with `translation_cache: model`."
     )
@@ -186,9 +196,10 @@ async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Resp
         shown = {
             "exit_reason": run.exit_reason,
             "name": run.name,
-            "spp": {"addr": hex(run.spp_addr), "insn_len": None} if run.spp_addr is not None else None,
+            "spp": {"addr": hex(run.spp_addr), "insn_len": run.insn_len} if run.spp_addr is not None else None,
             "hw_exit_reason": run.hw_exit_reason,
             "rip_advanced": run.rip_advanced,
+            "errno": run.errno,
         }
     return json_response(
         {
@@ -203,5 +214,6 @@ async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Resp
             "error_code": outcome.error_code,
             "fault_address": hex(outcome.fault_address) if outcome.fault_address is not None else None,
             "stale": outcome.stale,
+            "unenforced": outcome.unenforced,
         }
     )

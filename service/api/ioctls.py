@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Path, Query
@@ -15,9 +15,9 @@ from starlette.responses import Response
 from engine.abi import SYSTEM, VCPU, VM, Call, Reply, UserBuffer, UserMemory
 from engine.config import HostConfig, VmConfig
 from engine.errors import NotFound
-from engine.ioctls import IOCTLS, NewMachine, Target
+from engine.ioctls import IOCTLS, NewMachine, Target, as_created
 from service.api.common import VmId, documented, find, headers, json_response, registry_of, router, settings_of
-from service.api.vms import HostRequest, Profile, VmRequest
+from service.api.vms import HostRequest, Profile
 from service.http.handlers import refusal
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
 from service.http.words import Document, Hex64, examples
@@ -27,10 +27,11 @@ routes = router("ioctls", "/v1")
 
 _HEX = r"^([0-9a-fA-F]{2})*$"
 _FIRST_DESCRIPTOR = 3
+_ROOM = 16
 _SET_FULL = "0020000000000000" + "01000000" + "00000000" + "ffffffff"
 _REQUEST = {"data": _SET_FULL}
-_REPLY = {"return": 1, "errno": None, "data": _SET_FULL, "memory": []}
-_CREATED = {"return": 3, "errno": None, "data": None, "memory": [], "vm": "vm_3f9c2a1be07d4c55"}
+_REPLY: dict[str, Any] = {"return": 1, "errno": None, "data": _SET_FULL, "memory": []}
+_CREATED: dict[str, Any] = {"return": 3, "errno": None, "data": None, "memory": [], "vm": "vm_3f9c2a1be07d4c55"}
 
 IoctlName = Annotated[
     str, Path(alias="name", description="Name of the ioctl.", examples=["KVM_SUBPAGES_SET_ACCESS"], max_length=64)
@@ -62,6 +63,9 @@ class IoctlRequest(Document):
     memory: list[MemorySegment] = Field(default_factory=list, max_length=64)
     host: HostRequest | None = Field(
         None, description="The host under /dev/kvm, the default one unless given; for calls to the system only."
+    )
+    max_vcpus: int | None = Field(
+        None, ge=1, le=1024, description=f"KVM_CREATE_VM: room for KVM_CREATE_VCPU, {_ROOM} unless given."
     )
 
 
@@ -136,8 +140,9 @@ class _Incoming:
     """A call as it arrived, and the form of its answer."""
 
     call: Call
-    host: HostConfig
     media: str
+    host: HostConfig = field(default_factory=HostConfig)
+    max_vcpus: int = _ROOM
 
     def answer(self, reply: Reply, vm: str | None = None) -> Response:
         """The call's answer, with the caller's memory as the call left it."""
@@ -164,23 +169,24 @@ async def _incoming(request: Request, level: str, name: str, arg: int | None) ->
         raise NotFound("must be the name of an ioctl that this service answers", field="name", value=name)
     content = await request.body()
     if not content and "content-type" not in request.headers:
-        return _Incoming(Call(name, level, arg=arg or 0), HostConfig(), preferred(request, (JSON, OCTETS)))
+        return _Incoming(Call(name, level, arg=arg or 0), preferred(request, (JSON, OCTETS)))
     if content_type(request, (JSON, OCTETS)) == OCTETS:
         call = Call(name, level, UserBuffer.of(content), arg or 0)
-        return _Incoming(call, HostConfig(), preferred(request, (OCTETS, JSON)))
+        return _Incoming(call, preferred(request, (OCTETS, JSON)))
     if arg is not None:
         raise InvalidDocument("is a member of the body when that is JSON", field="arg", value=arg)
     body = _parse(content)
-    if body.host is not None and level != SYSTEM:
-        raise InvalidDocument("is for calls to the system only", field="host")
+    for member in ("host", "max_vcpus"):
+        if getattr(body, member) is not None and level != SYSTEM:
+            raise InvalidDocument("is for calls to the system only", field=member)
     memory = UserMemory(_segments(body), body.read_only)
     if body.data is not None:
         user = UserBuffer.of(bytes.fromhex(body.data), body.read_only)
     else:
         user = memory.buffer(body.arg)
     host = body.host or HostRequest()
-    VmRequest(host=host).refuse_reserved()
-    return _Incoming(Call(name, level, user, body.arg, memory), host.config(), preferred(request, (JSON, OCTETS)))
+    call = Call(name, level, user, body.arg, memory)
+    return _Incoming(call, preferred(request, (JSON, OCTETS)), host.config(), body.max_vcpus or _ROOM)
 
 
 def _parse(content: bytes) -> IoctlRequest:
@@ -210,7 +216,7 @@ def _segments(body: IoctlRequest) -> list[tuple[int, bytearray]]:
     summary="Call an ioctl of /dev/kvm",
     description=_ABOUT + " KVM_CREATE_VM makes a VM: `vm` and Location name it.",
     openapi_extra=_BODY,
-    responses=_documented("not-yet-supported", "limit-exceeded", made=True),
+    responses=_documented("limit-exceeded", made=True),
 )
 async def call_system_ioctl(
     request: Request,
@@ -219,12 +225,19 @@ async def call_system_ioctl(
     arg: Argument = None,
 ) -> Response:
     incoming = await _incoming(request, SYSTEM, name, arg)
-    config = VmConfig(profile=profile, host=incoming.host, max_table_frames=settings_of(request).max_table_frames)
+    config = VmConfig(
+        profile=profile,
+        vcpus=(),
+        vcpu_room=incoming.max_vcpus,
+        host=incoming.host,
+        max_table_frames=settings_of(request).max_table_frames,
+    )
     config.validate()
     reply = IOCTLS.perform(Target(profile, incoming.host), incoming.call)
     if not isinstance(reply, NewMachine):
         return incoming.answer(reply)
     entry = await registry_of(request).create(config, (), spp=False)
+    as_created(entry.machine)
     return incoming.answer(Reply(_FIRST_DESCRIPTOR + entry.sequence), entry.id)
 
 
@@ -260,7 +273,7 @@ async def _machine_call(
         entry.machine.vcpu_position(vcpu)
     incoming = await _incoming(request, level, name, arg)
     config = entry.machine.config
-    if not IOCTLS.changes(level, name):
+    if not IOCTLS.changes(entry.machine, level, name):
         target = Target(config.profile, config.host, entry.machine, vcpu)
         return incoming.answer(IOCTLS.perform(target, incoming.call))
     async with entry.mutation() as machine:

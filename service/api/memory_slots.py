@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
-from fastapi import Path
+from fastapi import Path, Query
 from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
@@ -13,14 +14,28 @@ from engine.errors import NotFound
 from engine.kvm.slots import SlotSpec
 from service.api.common import VmId, documented, find, guard, headers, json_response, router, tag_of, tagged
 from service.http.words import Document, Hex64, examples
+from service.problems import InvalidDocument
 from service.runtime.registry import Entry
 
 routes = router("memory slots", "/v1/vms/{vm}/memory-slots")
 
 SlotId = Annotated[int, Path(alias="slot", ge=0, le=65535, description="Number of the slot.", examples=[0])]
 
+AddressSpace = Annotated[
+    int | None, Query(ge=0, le=65535, description="0 unless given; 1 is system-management mode.", examples=[0])
+]
+
 _REQUEST = {"gpa": "0x0", "size": "0x40000000", "read_only": False, "host_page_size": 4096}
-_REPLY = {"slot": 0, "gpa": "0x0", "size": "0x40000000", "read_only": False, "host_page_size": 4096}
+_REPLY = {
+    "slot": 0,
+    "address_space": 0,
+    "gpa": "0x0",
+    "size": "0x40000000",
+    "read_only": False,
+    "log_dirty": False,
+    "host_page_size": 4096,
+    "userspace_addr": "0x0",
+}
 
 
 class MemorySlotRequest(Document):
@@ -31,18 +46,30 @@ class MemorySlotRequest(Document):
     gpa: Hex64 = Field(description="Guest-physical address of the first byte; a multiple of 4096.")
     size: Hex64 = Field(description="Size in bytes; a multiple of 4096, not zero.")
     read_only: bool = Field(False, description="KVM_MEM_READONLY: writes are MMIO exits.")
+    log_dirty: bool = Field(False, description="KVM_MEM_LOG_DIRTY_PAGES: writes are logged.")
     host_page_size: int = Field(4096, description="Page size of the host memory behind the slot.")
+    address_space: int | None = Field(
+        None, ge=0, le=65535, description="As in the query: 0, or 1 for system-management mode."
+    )
 
-    def spec(self, slot: int) -> SlotSpec:
+    def spec(self, slot: int, known: SlotSpec | None = None) -> SlotSpec:
+        """What the slot is to be; a known one keeps the host address that an ioctl gave it."""
         return SlotSpec(
-            slot=slot, gpa=self.gpa, size=self.size, read_only=self.read_only, host_page_size=self.host_page_size
+            slot=slot,
+            gpa=self.gpa,
+            size=self.size,
+            read_only=self.read_only,
+            host_page_size=self.host_page_size,
+            address_space=self.address_space or 0,
+            log_dirty=self.log_dirty,
+            userspace_addr=known.userspace_addr if known is not None else 0,
         )
 
 
 class NumberedSlotRequest(MemorySlotRequest):
     """A slot of a VM to be created."""
 
-    model_config = ConfigDict(json_schema_extra=examples(_REPLY))
+    model_config = ConfigDict(json_schema_extra=examples({"slot": 0, **_REQUEST}))
 
     slot: int = Field(ge=0, le=65535, description="Number of the slot.")
 
@@ -53,24 +80,23 @@ class MemorySlot(Document):
     model_config = ConfigDict(json_schema_extra=examples(_REPLY))
 
     slot: int
+    address_space: int = Field(description="1: seen in system-management mode only.")
     gpa: Hex64
     size: Hex64
     read_only: bool
+    log_dirty: bool
     host_page_size: int
+    userspace_addr: Hex64 = Field(
+        description="Where the slot is in its user's memory: as KVM_SET_USER_MEMORY_REGION says."
+    )
 
     @classmethod
     def of(cls, spec: SlotSpec) -> MemorySlot:
-        return cls(
-            slot=spec.slot,
-            gpa=spec.gpa,
-            size=spec.size,
-            read_only=spec.read_only,
-            host_page_size=spec.host_page_size,
-        )
+        return cls(**{name: getattr(spec, name) for name in cls.model_fields})
 
 
 class MemorySlots(Document):
-    """All slots of a VM, by number. There are at most 509, so the list is never cut."""
+    """All slots of a VM, by number, those of address space 1 last. The kernel bounds them; the list is never cut."""
 
     model_config = ConfigDict(json_schema_extra=examples({"memory_slots": [_REPLY]}))
 
@@ -78,16 +104,17 @@ class MemorySlots(Document):
 
 
 def slots_of(entry: Entry) -> list[MemorySlot]:
-    """The slots of a machine, by number."""
-    return [MemorySlot.of(spec) for spec in sorted(entry.machine.slots(), key=lambda spec: spec.slot)]
+    """The slots of a machine, by number, those of address space 1 last."""
+    return [MemorySlot.of(spec) for spec in entry.machine.slots()]
 
 
-def _find(entry: Entry, slot: int) -> MemorySlot | None:
-    return next((found for found in slots_of(entry) if found.slot == slot), None)
+def _find(entry: Entry, slot: int, space: int | None) -> MemorySlot | None:
+    found = entry.machine.memory_slots.find(slot, space or 0)
+    return MemorySlot.of(found) if found is not None else None
 
 
-def _tags(entry: Entry, slot: int) -> list[str]:
-    found = _find(entry, slot)
+def _tags(entry: Entry, slot: int, space: int | None) -> list[str]:
+    found = _find(entry, slot, space)
     return [tag_of(found)] if found else []
 
 
@@ -118,8 +145,8 @@ async def list_memory_slots(request: Request, vm: VmId) -> Response:
         "invalid-value",
     ),
 )
-async def get_memory_slot(request: Request, vm: VmId, slot: SlotId) -> Response:
-    found = _find(find(request, vm), slot)
+async def get_memory_slot(request: Request, vm: VmId, slot: SlotId, address_space: AddressSpace = None) -> Response:
+    found = _find(find(request, vm), slot, address_space)
     if found is None:
         raise _unknown(slot)
     return tagged(request, found)
@@ -129,7 +156,10 @@ async def get_memory_slot(request: Request, vm: VmId, slot: SlotId) -> Response:
     "/{slot}",
     operation_id="putMemorySlot",
     summary="Create, move or change a memory slot",
-    description="A slot keeps its size and flags for life; to change them, delete it first.",
+    description=(
+        "A known slot may move, and change whether its writes are logged. It keeps its size, its read-only flag and "
+        "its host page size for life; to change them, delete it first."
+    ),
     responses=documented(
         {
             200: {"model": MemorySlot, "description": "The slot as changed.", "headers": headers("ETag")},
@@ -151,17 +181,24 @@ async def get_memory_slot(request: Request, vm: VmId, slot: SlotId) -> Response:
         "limit-exceeded",
     ),
 )
-async def put_memory_slot(request: Request, vm: VmId, slot: SlotId, body: MemorySlotRequest) -> Response:
+async def put_memory_slot(
+    request: Request, vm: VmId, slot: SlotId, body: MemorySlotRequest, address_space: AddressSpace = None
+) -> Response:
     entry = find(request, vm)
+    space = address_space if body.address_space is None else body.address_space
+    if address_space not in (None, space):
+        raise InvalidDocument("is the one of the query", field="address_space", value=space)
     async with entry.mutation() as machine:
-        guard(request, entry, lambda: _tags(entry, slot))
-        existed = _find(entry, slot) is not None
-        machine.set_slot(body.spec(slot))
-        found = _find(entry, slot)
+        guard(request, entry, lambda: _tags(entry, slot, space))
+        known = machine.memory_slots.find(slot, space or 0)
+        machine.set_slot(replace(body.spec(slot, known), address_space=space or 0))
+        found = _find(entry, slot, space)
     assert found is not None
-    if existed:
+    if known is not None:
         return tagged(request, found)
-    return tagged(request, found, status=201, extra={"Location": f"/v1/vms/{entry.id}/memory-slots/{slot}"})
+    query = f"?address_space={space}" if space else ""
+    location = f"/v1/vms/{entry.id}/memory-slots/{slot}{query}"
+    return tagged(request, found, status=201, extra={"Location": location})
 
 
 @routes.delete(
@@ -173,11 +210,11 @@ async def put_memory_slot(request: Request, vm: VmId, slot: SlotId, body: Memory
     response_description="Deleted.",
     responses=documented({}, "not-found", "vm-busy", "precondition-failed", "invalid-value", "precondition-required"),
 )
-async def delete_memory_slot(request: Request, vm: VmId, slot: SlotId) -> Response:
+async def delete_memory_slot(request: Request, vm: VmId, slot: SlotId, address_space: AddressSpace = None) -> Response:
     entry = find(request, vm)
     async with entry.mutation() as machine:
-        if _find(entry, slot) is None:
+        if _find(entry, slot, address_space) is None:
             raise _unknown(slot)
-        guard(request, entry, lambda: _tags(entry, slot))
-        machine.delete_slot(slot)
+        guard(request, entry, lambda: _tags(entry, slot, address_space))
+        machine.memory_slots.delete(slot, address_space or 0)
     return Response(status_code=204)

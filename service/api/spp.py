@@ -57,6 +57,7 @@ async def get_spp(request: Request, vm: VmId) -> Response:
         "vm-busy",
         "conflict",
         "unsupported",
+        "out-of-memory",
         "precondition-failed",
         "body-too-large",
         "unsupported-media-type",

@@ -143,7 +143,12 @@ class TraceSummary(Document):
     )
     by_object: dict[str, ObjectHits]
     mmio: int = Field(description="Accesses outside of every memory slot.")
-    unenforced_writes: int = Field(description="Writes of a nested guest that went past SPP.")
+    unenforced_writes: int = Field(
+        description=(
+            "Writes that went through though a bitmap refuses them: in `kvm-2019` those to large pages and those that "
+            "KVM emulates."
+        )
+    )
     exits: ExitCounts
     exit_records_dropped: int = Field(description="Exit records beyond `max_exit_records`; totals count them.")
     stopped_at: int | None = Field(

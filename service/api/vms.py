@@ -31,7 +31,6 @@ from service.api.common import (
 from service.api.memory_slots import MemorySlot, NumberedSlotRequest, slots_of
 from service.http import cursors
 from service.http.words import Document, Hex32, Hex64, examples
-from service.problems import InvalidDocument
 from service.runtime.registry import Entry
 
 routes = router("VMs", "/v1/vms")
@@ -111,7 +110,14 @@ class HostRequest(Document):
         ),
     )
     hyperv: HypervHost | None = Field(None, description="Hyper-V as L0 under KVM: its CPUID leaves.")
-    fail_allocation: int | None = Field(None, ge=0, description="Fail the n-th table allocation, to test error paths.")
+    fail_allocation: int | None = Field(
+        None,
+        ge=1,
+        le=0xFFFFFFFF,
+        description="Which allocation of the host fails, 1 the next; null: none. Counted are a bitmap for each slot "
+        "when SPP comes on, the buffer of each GET or SET through the ioctls of `kvm-latest`, and what a vCPU needs "
+        "when it enters VMX operation.",
+    )
     nested_evmcs: bool = Field(True, description="KVM offers its guests an enlightened VMCS (CONFIG_KVM_HYPERV).")
     smt: bool = Field(True, description="Hardware threads may share a core.")
 
@@ -135,7 +141,16 @@ _HOST = {
     "nested_evmcs": True,
     "smt": True,
 }
-_SLOT = {"slot": 0, "gpa": "0x0", "size": "0x40000000", "read_only": False, "host_page_size": 4096}
+_SLOT = {
+    "slot": 0,
+    "address_space": 0,
+    "gpa": "0x0",
+    "size": "0x40000000",
+    "read_only": False,
+    "log_dirty": False,
+    "host_page_size": 4096,
+    "userspace_addr": "0x0",
+}
 _CREATE = {"name": "guest", "vcpus": 2, "memory_slots": [{"slot": 0, "gpa": "0x0", "size": "0x40000000"}], "spp": True}
 _REPLY = {
     "id": EXAMPLE_VM,
@@ -183,12 +198,6 @@ class VmRequest(Document):
     flush_execution: FlushExecution | None = Field(
         None, description="Null: `kvm` under `kvm`, `exact` under `tlfs`. `paranoid` drops everything."
     )
-
-    def refuse_reserved(self) -> None:
-        """Refuse what is named already and does not work yet: taking it silently would give wrong answers."""
-        for field, value, idle in (("host.fail_allocation", self.host.fail_allocation, None),):
-            if value != idle:
-                raise InvalidDocument("is not yet supported", field=field, value=value, code="not-yet-supported")
 
     def config(self, max_table_frames: int) -> VmConfig:
         if isinstance(self.vcpus, int):
@@ -253,7 +262,7 @@ class Vm(Document):
                 evmcs=host.evmcs,
                 vmx_capabilities=dict(host.vmx_capabilities),
                 hyperv=HypervHost.model_validate(host.hyperv) if host.hyperv is not None else None,
-                fail_allocation=host.fail_allocation,
+                fail_allocation=entry.machine.allocations.failing,
                 nested_evmcs=host.nested_evmcs,
                 smt=host.smt,
             ),
@@ -292,15 +301,14 @@ class Vms(Document):
         {201: {"model": Vm, "description": "Created.", "headers": headers("Location", "ETag")}},
         "malformed-body",
         "unsupported",
+        "out-of-memory",
         "body-too-large",
         "unsupported-media-type",
         "invalid-value",
-        "not-yet-supported",
         "limit-exceeded",
     ),
 )
 async def create_vm(request: Request, body: Annotated[VmRequest, Body()]) -> Response:
-    body.refuse_reserved()
     config = body.config(settings_of(request).max_table_frames)
     slots = [slot.spec(slot.slot) for slot in body.memory_slots]
     entry = await registry_of(request).create(config, slots, spp=body.spp)

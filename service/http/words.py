@@ -125,7 +125,28 @@ class _Linear:
         return {"anyOf": [{"type": "string", "pattern": pattern}, number]}
 
 
+class _Rights:
+    """Annotation of read, write and execute: bits 0, 1 and 2 of a number, or letters with ``-`` for what is lacking."""
+
+    letters = "rwx"
+
+    def parse(self, value: Any) -> int:
+        if type(value) is int and 0 <= value < 8:
+            return value
+        if isinstance(value, str) and re.fullmatch("r?-?w?-?x?-?", value) and len(value) <= 3:
+            return sum(1 << position for position, letter in enumerate(self.letters) if letter in value)
+        raise PydanticCustomError("rights", "must be 0 to 7, or letters out of rwx in that order, - where one lacks")
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.parse)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        text = {"type": "string", "pattern": "^r?-?w?-?x?-?$", "maxLength": 3, "examples": ["r-x"]}
+        return {"anyOf": [text, {"type": "integer", "minimum": 0, "maximum": 7}]}
+
+
 Access = Annotated[int, _Choice(ACCESS_NAMES)]
+Rights = Annotated[int, _Rights()]
 Kind = Annotated[int, _Choice(KIND_NAMES)]
 Linear = Annotated[int, _Linear()]
 

@@ -60,7 +60,7 @@ def _build(config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool) -> Virtual
     machine = VirtualMachine.create(config)
     for position, spec in enumerate(slots):
         try:
-            if any(spec.slot == earlier.slot for earlier in slots[:position]):
+            if any(spec.key == earlier.key for earlier in slots[:position]):
                 raise InvalidValue("a slot number occurs once", field="slot", value=spec.slot)
             machine.set_slot(spec)
         except EngineError as error:

@@ -12,6 +12,7 @@ import pytest
 
 from engine import birth
 from engine.arch import access as acc
+from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.words import unsigned
 from engine.config import HostConfig, VcpuConfig, VmConfig
@@ -19,7 +20,6 @@ from engine.cpu import frames
 from engine.cpu.ept import TRAIL_ROWS
 from engine.errors import EngineError
 from engine.kvm import mapping
-from engine.kvm import registers as reg
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec, slot_table
 from engine.machine import SubpageRange, VirtualMachine
@@ -247,10 +247,11 @@ def store_leaf(vm: VirtualMachine, gfn: int, change: Callable[[int], int]) -> No
     edit(vm, write)
 
 
-def vector(vm: VirtualMachine, gfn: int) -> int | None:
-    """The SPPL1E that a walk finds for a page, None where an entry above it is not valid."""
+def vector(vm: VirtualMachine, gfn: int, tree: int = 0) -> int | None:
+    """The SPPL1E that a walk of a tree finds for a page, None where an entry above it is not valid."""
     m = vm._state.snapshot.machine
-    table = int(m.caps[frames.CAP_ARENA]) + (int(m.rows[m.row_of[0], reg.ROOT_SPPT]) << 12)
+    record = m.rows[m.row_of[frames.FIRST_VCPU_FRAME + tree]]
+    table = int(m.caps[frames.CAP_ARENA]) + (int(record[ctl.V_SPPT_ROOT]) << 12)
     for shift in (39, 30, 21):
         entry = int(frames.read_entry(m, table, (gfn << 12 >> shift) & 511))
         if not entry & 1:

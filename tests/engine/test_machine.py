@@ -11,6 +11,7 @@ import pytest
 
 from engine.config import HostConfig, VcpuConfig, VmConfig
 from engine.cpu import explain as explain_module
+from engine.cpu.frames import RESERVE
 from engine.errors import Busy, Conflict, EngineError, InvalidValue, LimitExceeded, NotEnabled, NotFound
 from engine.kvm import memory, slot_changes, spp
 from engine.kvm import protections as protections_module
@@ -244,12 +245,12 @@ def test_detaching_stops_where_rows_run_out_and_goes_on_from_there() -> None:
         trail = np.zeros((10, 4), dtype=np.int64)
         assert slot_changes.lift_pages(m, 0, 4 * 512, moved, trail) == 4
         height = int(m.top[1])
-        m.top[1] = 641
-        assert slot_changes.detach_contents(m, 0, moved, 0) == 2
+        m.top[1] = RESERVE + 1
+        assert slot_changes.detach_contents(m, 0, moved, 0) == 1, "the root and a node of the tree are copied"
         assert slot_changes.place_pages(m, 8192, moved, 0) == 0
         assert slot_changes.drop_pages(m, 0, 4 * 512, 0, trail) == 0
-        m.top[1] += height - 641
-        assert slot_changes.detach_contents(m, 0, moved, 2) == 4
+        m.top[1] += height - RESERVE - 1
+        assert slot_changes.detach_contents(m, 0, moved, 1) == 4
         assert [int(memory.content_row(m, region << 9)) for region in range(4)] == [-1] * 4
 
     edit(vm, detach)
@@ -582,6 +583,8 @@ def test_walk_says_why() -> None:
     assert explained(vm, 0x5000) == ("allowed", "allowed: every EPT entry used permits write")
     assert explained(vm, 0x5000, READ) == ("allowed", "allowed: every EPT entry used permits read")
     set_map(vm, 5, 0xF)
+    assert explained(vm, 0x5000)[0] == "ept_violation", "SET dropped the mapping"
+    vm.access(AccessRequest(0x5000, access=READ))
     outcome, sentence = explained(vm, 0x5000)
     assert outcome == "spp_miss" and sentence.startswith("SPP-related event: SPPL4E at 0x")
     assert sentence.endswith("= 0x0 is not valid (SPP miss)")

@@ -216,6 +216,21 @@ def test_capabilities_follow_the_processor() -> None:
         guest("kvm-2019", host=HostConfig(vmx_capabilities={"IA32_VMX_PINBASED_CTLS": 1}))
 
 
+@pytest.mark.parametrize("era", ERAS)
+def test_the_allocation_that_fails_is_counted(era: str) -> None:
+    vm = guest(era, host=HostConfig(fail_allocation=2))
+    assert vm.nested.set_state(0, blob(vmxon=NONE, vmcs12_pa=NONE)).returns == 0
+    assert vm.nested.explain_state(0, blob())[0].returns == 0
+    assert vm.allocations.failing == 2
+    assert vm.nested.set_state(0, blob()).returns == 0
+    for machine_ in (round_trip(vm), vm):
+        assert machine_.allocations.failing == 1
+        result = machine_.nested.set_state(0, blob())
+        assert (result.check, result.errno) == ("V11", "ENOMEM")
+        assert len(machine_.nested.state(0)) == abi.HEADER_SIZE and machine_.allocations.failing is None
+        assert machine_.nested.set_state(0, blob()).returns == 0
+
+
 # ---- sub-page protection
 
 

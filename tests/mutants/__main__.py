@@ -31,6 +31,7 @@ from . import (
     cpu_spp_walk,
     hyperv,
     kvm,
+    nested,
     store,
     trace,
 )
@@ -47,6 +48,7 @@ PACKAGES = (
     cpu_guest,
     kvm,
     hyperv,
+    nested,
     trace,
     store,
 )

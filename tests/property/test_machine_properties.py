@@ -20,7 +20,6 @@ from engine.machine import VirtualMachine
 from tests.engine.builders import (
     PROFILES,
     Durable,
-    assert_sound,
     machine,
     maps,
     picture,
@@ -28,10 +27,9 @@ from tests.engine.builders import (
     round_trip,
     totals,
 )
+from tests.property.comparing import LAYERS, compare
 from tests.property.model import PAGE, Model, Refused
 from tests.property.operations import FIRST, LAST, Draw, agree, do, first_slots, foretell, operation, rows
-
-LAYERS = ("effective", "set", "protected", "granted")
 
 small = settings(
     max_examples=20,
@@ -45,26 +43,12 @@ def drawing(data: st.DataObject) -> Draw:
     return lambda low, high: data.draw(st.integers(low, high))
 
 
-def compare(vm: VirtualMachine, model: Model) -> None:
-    """Everything that can be read of a machine is what the model says."""
-    assert {s.slot: (s.gfn, s.pages, s.read_only) for s in vm.slots()} == {
-        number: (slot.gfn, slot.pages, slot.read_only) for number, slot in model.slots.items()
-    }
-    for slot in model.slots.values():
-        for layer in LAYERS:
-            wanted = [model.mask(gfn, layer) for gfn in slot.gfns()]
-            assert maps(vm, slot.gfn, slot.pages, layer) == wanted, layer
-        size = slot.pages * PAGE
-        assert vm.read_memory(slot.gfn * PAGE, size) == model.read(slot.gfn * PAGE, size)
-    assert_sound(vm)
-
-
 @pytest.mark.parametrize("profile", PROFILES)
 @small
 @given(data=st.data())
 def test_machine_does_what_the_model_says(profile: str, data: st.DataObject) -> None:
     draw = drawing(data)
-    vm, model, disk = machine(profile, slots=[]), Model(), Durable()
+    vm, model, disk = machine(profile, slots=[]), Model(profile), Durable()
     steps = first_slots() + [operation(draw) for _ in range(draw(3, 12))]
     for position, step in enumerate(steps):
         before = picture(vm)

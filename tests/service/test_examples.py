@@ -1,18 +1,55 @@
-"""The examples that need nothing but the service, run against it."""
+"""The examples, run as `make examples` runs them; each asserts its own figures."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from examples import forgotten_flush
-from tests.service.running import Running
+from tests.contract.client import ContractClient
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ("introspection", "checkpoint", "device", "forgotten_flush")
 
 
-def test_the_forgotten_flush_is_found(service: Running, capsys: pytest.CaptureFixture[str]) -> None:
-    forgotten_flush.main(str(service.client.base_url))
-    first, missed, stale, hit, fresh = capsys.readouterr().out.splitlines()
+def run(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.jit
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(client: ContractClient, name: str) -> None:
+    assert run(name, str(client.base_url)).strip()
+
+
+@pytest.mark.jit
+def test_the_saving_is_printed(client: ContractClient) -> None:
+    saved = re.search(r"^(\d+) bytes saved", run("checkpoint", str(client.base_url)), re.MULTILINE)
+    assert saved and int(saved[1]) > 0
+
+
+def test_the_forgotten_flush_is_found(client: ContractClient) -> None:
+    first, missed, stale, hit, fresh = run("forgotten_flush", str(client.base_url)).splitlines()
     assert first == "vCPU 1 writes to 0x11000"
     assert missed == "flush of VPs 0b10: targets [], 0 translations dropped"
     assert stale == "vCPU 1 writes to 0x11000: a stale translation, the flush missed VP 5"
     assert hit == "flush of VPs 0b100000: targets [5], 1 translations dropped"
     assert fresh == "vCPU 1 writes to 0x12000: as mapped"
+
+
+@pytest.mark.jit
+def test_an_example_brings_its_own_service() -> None:
+    assert "times fewer" in run("device")
+
+
+def test_make_runs_them_all() -> None:
+    recipe = re.search(r"^examples:.*?\n\n", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert recipe and all(name in recipe[0] for name in EXAMPLES)

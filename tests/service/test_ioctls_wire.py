@@ -97,6 +97,8 @@ def test_an_argument_may_point_into_the_memory(client: ContractClient, make_vm: 
         ({"memory": [{"addr": 8, "data": "00"}, {"addr": 0, "data": "00" * 9}]}, "memory[0].addr"),
         ({"memory": [{"addr": (1 << 64) - 1, "data": "0000"}]}, "memory[0].addr"),
         ({"host": {"vendor": "intel"}}, "host"),
+        ({"max_vcpus": 1}, "max_vcpus"),
+        ({"max_vcpus": 0}, "max_vcpus"),
         ({"more": 1}, "more"),
     ],
 )
@@ -147,7 +149,7 @@ def test_create_vm_refuses_other_machine_types_and_a_host_that_cannot_be(client:
         (9, (240, 1024)),
         (10, (509, 32764)),
         (16, (1, 1)),
-        (66, (288, 1024)),
+        (66, (288, (1024, 1))),
         (81, (1, 1)),
         (98, (1, 1)),
         (118, (2, 2)),
@@ -156,11 +158,12 @@ def test_create_vm_refuses_other_machine_types_and_a_host_that_cannot_be(client:
     ],
 )
 def test_check_extension_at_both_levels(
-    client: ContractClient, make_vm: MakeVm, cap: int, values: tuple[int, int]
+    client: ContractClient, make_vm: MakeVm, cap: int, values: tuple[int, int | tuple[int, int]]
 ) -> None:
-    for profile, value in zip(PROFILES, values, strict=True):
+    for profile, both in zip(PROFILES, values, strict=True):
+        value, of_vm = both if isinstance(both, tuple) else (both, both)
         body = {"arg": cap, "host": {"vendor": "amd"}}
         reply = client.post("/v1/ioctls/KVM_CHECK_EXTENSION", params={"profile": profile}, json=body)
         assert reply.json()["return"] == value
         url = make_vm(profile=profile, spp=False, host={"ept": False})
-        assert ioctl(client, url, "KVM_CHECK_EXTENSION", arg=cap).returns == value
+        assert ioctl(client, url, "KVM_CHECK_EXTENSION", arg=cap).returns == of_vm

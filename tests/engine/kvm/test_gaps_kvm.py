@@ -9,7 +9,7 @@ from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.cpu import frames
 from engine.errors import TraceError
-from engine.kvm import mapping
+from engine.kvm import sppt_tables
 from engine.machine import AccessRequest
 from tests.engine.builders import READ, WRITE, edit, leaf, machine, replay, resolutions, set_map, store_leaf, vector
 
@@ -72,7 +72,7 @@ def test_set_makes_its_own_region_miss_and_no_other() -> None:
         assert resolutions(vm.access(AccessRequest(gfn << 12))) == ["armed", "sppt-filled"]
     set_map(vm, near, 0x7)
     assert resolutions(vm.access(AccessRequest(far << 12))) == []
-    assert resolutions(vm.access(AccessRequest(near << 12))) == ["sppt-filled"]
+    assert resolutions(vm.access(AccessRequest(near << 12))) == ["armed", "sppt-filled"]
 
 
 def test_miss_fills_the_pages_below_too() -> None:
@@ -88,5 +88,5 @@ def test_vector_decides_where_the_map_allows_more() -> None:
     vm = machine()
     set_map(vm, 5, 0xF)
     vm.access(AccessRequest(0x5000))
-    edit(vm, lambda m: mapping.fill_vector(m, np.int64(5), np.int64(1)))
+    edit(vm, lambda m: sppt_tables.fill_vectors(m, np.int64(5), np.int64(1)))
     assert replay(vm, [0x5000, 0x5080, 0x5000]).violations == 1

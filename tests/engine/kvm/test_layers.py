@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.cpu import frames, radix
-from engine.kvm import layers, protections, spp
+from engine.kvm import layers, protections, spp, sppt_tables
 from engine.kvm import registers as reg
 from engine.kvm.protections import ProtectedObject, Protection
 from tests.engine.builders import FULL, bare_draft, machine, maps, new_trail, protect, replay, set_map
@@ -224,6 +224,6 @@ def test_kernels_stop_where_frames_run_out_and_go_on_from_there() -> None:
 def test_enabling_twice_makes_one_root() -> None:
     m = bare_draft().machine
     assert spp.enable(m)
-    root = int(frames.read_word(m, frames.STATE_FRAME, reg.ROOT_SPPT))
+    root = int(sppt_tables.root_frame(m, 0))
     assert not spp.enable(m)
-    assert int(frames.read_word(m, frames.STATE_FRAME, reg.ROOT_SPPT)) == root
+    assert int(sppt_tables.root_frame(m, 0)) == root

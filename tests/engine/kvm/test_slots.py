@@ -9,7 +9,6 @@ import pytest
 
 from engine.errors import InvalidValue
 from engine.kvm.slots import (
-    MAX_SLOT,
     SlotSpec,
     check_overlap,
     find_slot,
@@ -21,7 +20,7 @@ from tests.engine.builders import MIB, bare_draft
 
 REFUSED = [
     ("slot -1", {"slot": -1}, "slot", -1, "a slot number is 0 to 508"),
-    ("slot 509", {"slot": MAX_SLOT + 1}, "slot", MAX_SLOT + 1, "a slot number is 0 to 508"),
+    ("slot 509", {"slot": 509}, "slot", 509, "a slot number is 0 to 508"),
     ("unaligned address", {"gpa": 0x1001}, "gpa", 0x1001, "multiple of 4096"),
     ("negative address", {"gpa": -4096}, "gpa", -4096, "multiple of 4096"),
     ("size 0", {"size": 0}, "size", 0, "multiple of 4096 and not 0"),
@@ -30,8 +29,16 @@ REFUSED = [
     ("beyond the width", {"gpa": (1 << 40) - 4096, "size": 8192}, "gpa", (1 << 40) - 4096, "width of 40 bits"),
     ("far beyond the width", {"gpa": 1 << 70}, "gpa", 1 << 70, "width of 40 bits"),
     ("host page of 8 KByte", {"host_page_size": 8192}, "host_page_size", 8192, "4096, 2097152 or 1073741824"),
-    ("address space 1", {"address_space": 1}, "address_space", 1, "not supported yet"),
+    ("address space 2", {"address_space": 2}, "address_space", 2, "0, or 1 for system-management mode"),
+    ("address space -1", {"address_space": -1}, "address_space", -1, "0, or 1 for system-management mode"),
 ]
+
+
+def validate(spec: SlotSpec) -> None:
+    """All checks of one slot, for a machine of 509 slots and 40 bits."""
+    spec.validate_number(509)
+    spec.validate_place()
+    spec.validate_width(40)
 
 
 @pytest.mark.parametrize(
@@ -40,14 +47,14 @@ REFUSED = [
 def test_slot_that_cannot_be(change: dict[str, Any], field: str, value: Any, rule: str) -> None:
     spec = SlotSpec(**{"slot": 0, "gpa": 0, "size": 4096, **change})
     with pytest.raises(InvalidValue, match=rule) as caught:
-        spec.validate(40)
+        validate(spec)
     assert (caught.value.field, caught.value.value) == (field, value)
 
 
 @pytest.mark.parametrize("host_page_size", [1 << 12, 1 << 21, 1 << 30])
-@pytest.mark.parametrize("slot", [0, MAX_SLOT])
+@pytest.mark.parametrize("slot", [0, 508])
 def test_slot_at_the_ends_of_what_is_allowed(slot: int, host_page_size: int) -> None:
-    SlotSpec(slot, (1 << 40) - 4096, 4096, host_page_size=host_page_size).validate(40)
+    validate(SlotSpec(slot, (1 << 40) - 4096, 4096, host_page_size=host_page_size))
 
 
 OVERLAPS = [
@@ -84,8 +91,13 @@ SLOTS = [
 
 
 def test_table_is_sorted_by_base() -> None:
-    assert slot_table(SLOTS).tolist() == [[2, 1, 2, 1], [5, 3, 0, 9], [8, 1, 0, 4], [1 << 33, 256, 0, 0]]
-    assert slot_table([]).shape == (0, 4)
+    assert slot_table(SLOTS).tolist() == [
+        [2, 1, 2, 1, 1],
+        [5, 3, 0, 9, 1],
+        [8, 1, 0, 4, 1],
+        [1 << 33, 256, 0, 0, 1],
+    ]
+    assert slot_table([]).shape == (0, 5)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,8 @@ def test_access_of_64_kbytes(profile: str) -> None:
     assert exits(result, "gpa", "subpages")[-1] == (0x10FFF, 1 << 31)
     set_map(vm, 0, FULL, npages=1024)
     result = replay(vm, [(0x10FFF, size), (0x10FFF, size)], include="all")
-    assert resolutions(result) == ["mapped"] * 16, "17 pages, the first was mapped before"
+    mapped = 16 if profile == "kvm-2019" else 17  # in 2019 SET left the first page mapped
+    assert resolutions(result) == ["mapped"] * mapped
     set_map(vm, 0x20, FULL & ~(1 << 31))
     result = replay(vm, [(0x10FFF, size)])
     assert exits(result, "gpa", "denied", "size") == [(0x20000, 1 << 31, size)]
@@ -152,7 +153,7 @@ def test_access_of_64_kbytes_over_two_regions_that_both_miss() -> None:
     assert replay(vm, rows).exits["spp_miss"] == 2
     assert replay(vm, rows, include="all").exit_columns.column("index").tolist() == []
     set_map(vm, 520, 2)
-    assert resolutions(replay(vm, rows, include="all")) == ["sppt-filled", "violation"]
+    assert resolutions(replay(vm, rows, include="all")) == ["armed", "sppt-filled", "violation"]
 
 
 @pytest.mark.parametrize("kind", [READ, EXECUTE])

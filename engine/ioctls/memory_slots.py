@@ -1,0 +1,58 @@
+"""KVM_SET_USER_MEMORY_REGION (virt/kvm/kvm_main.c, the order of tests included).
+
+struct kvm_userspace_memory_region is 32 bytes: u32 slot (address space in bits 31:16), u32 flags, u64
+guest_phys_addr, u64 memory_size, u64 userspace_addr.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from engine.abi import VM, Call, Reply, failed
+from engine.ioctls.registry import Ioctl, Target
+from engine.kvm.abi_limits import ADDRESS_SPACES, LIMITS, MAX_SLOT_PAGES, USER_TOP
+from engine.kvm.slots import PAGE_SHIFT, PAGE_SIZE, SLOT_LOG_DIRTY, SLOT_READ_ONLY, SlotSpec
+
+REGION = struct.Struct("<IIQQQ")
+FLAGS = SLOT_LOG_DIRTY | SLOT_READ_ONLY
+
+
+def set_user_memory_region(target: Target, call: Call) -> Reply:
+    """Size 0 deletes; a known slot may move or change its logging, and keeps its size, host address and read-only flag.
+
+    EFAULT for what cannot be read, EEXIST for an overlap within the address space, EINVAL for everything else.
+    """
+    raw = call.user.copy_from(0, REGION.size)
+    if raw is None:
+        return failed("EFAULT")
+    slot, flags, gpa, size, address = REGION.unpack(raw)
+    number, space = slot & 0xFFFF, slot >> 16
+    if number >= LIMITS[target.profile].user_slots or space >= ADDRESS_SPACES or flags & ~FLAGS:
+        return failed("EINVAL")
+    if (size | gpa | address) % PAGE_SIZE or address + size > USER_TOP or gpa + size >= 1 << 64:
+        return failed("EINVAL")
+    if size >> PAGE_SHIFT > MAX_SLOT_PAGES:
+        return failed("EINVAL")
+    slots = target.vm.memory_slots
+    known = slots.find(number, space)
+    if not size:
+        if known is None:
+            return failed("EINVAL")
+        slots.delete(number, space)
+        return Reply(0)
+    slots.set(
+        SlotSpec(
+            slot=number,
+            gpa=gpa,
+            size=size,
+            read_only=bool(flags & SLOT_READ_ONLY),
+            host_page_size=known.host_page_size if known is not None else PAGE_SIZE,
+            address_space=space,
+            log_dirty=bool(flags & SLOT_LOG_DIRTY),
+            userspace_addr=address,
+        )
+    )
+    return Reply(0)
+
+
+ROWS = (Ioctl("KVM_SET_USER_MEMORY_REGION", VM, set_user_memory_region),)

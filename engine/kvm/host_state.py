@@ -1,0 +1,84 @@
+"""The host's side of guest memory: which host frame backs a page, how large a host page is, whether it may be written.
+
+A page is at HPA = GPA until the host moves it; it then gets a frame of its own, from just below table memory downwards.
+Only 4-KByte host pages are moved or shared read-only: the host splits a larger one first.
+
+The word of a page (``cpu.radix``): bits 51:12 its host frame, 0 where that is the GPA; bit 0 host page is read-only.
+"""
+
+from engine.arch import ept as bits
+from engine.cpu import radix
+from engine.cpu.frames import CAP_ARENA, CAP_EPT_VPID, STATE_FRAME, read_word, write_word
+from engine.jit import kernel
+from engine.kvm import regions
+from engine.kvm.registers import NEXT_HOST_FRAME, ROOT_HOST
+from engine.kvm.slots import SLOT_GFN, SLOT_LEVEL, SLOT_PAGES, find_slot
+
+READ_ONLY = 1
+
+
+@kernel
+def address_of_page(m, gfn):
+    """Host-physical address of a page."""
+    word = radix.read(m, ROOT_HOST, gfn) & bits.ADDRESS
+    return word or gfn << 12
+
+
+@kernel
+def read_only(m, gfn):
+    """Whether the host page may only be read: it is shared, and a write gets a copy."""
+    return radix.read(m, ROOT_HOST, gfn) & READ_ONLY != 0
+
+
+@kernel
+def next_frame(m):
+    """A host frame that backs no page yet."""
+    frame = read_word(m, STATE_FRAME, NEXT_HOST_FRAME)
+    if frame == 0:
+        frame = m.caps[CAP_ARENA] >> 12
+    frame -= 1
+    slot = find_slot(m, frame)
+    while slot >= 0:
+        frame = m.slots[slot, SLOT_GFN] - 1
+        slot = find_slot(m, frame)
+    write_word(m, STATE_FRAME, NEXT_HOST_FRAME, frame)
+    return frame
+
+
+@kernel
+def renew(m, gfn, flags):
+    """Put a page in another host frame; ``flags`` is READ_ONLY or 0."""
+    radix.write(m, ROOT_HOST, gfn, next_frame(m) << 12 | flags)
+
+
+@kernel
+def forget(m, gfn):
+    """The page is backed as a new slot's page is."""
+    radix.clear(m, ROOT_HOST, gfn)
+
+
+@kernel
+def level_of(m, gfn, slot):
+    """Level of the largest leaf that the host page, its slot and the processor allow for a page."""
+    level = m.slots[slot, SLOT_LEVEL]
+    if level == 3 and (not fits(m, gfn, slot, 3) or regions.word(m, gfn, 3) & regions.SPLIT):
+        level = 2
+    small = regions.word(m, gfn, 2)
+    if small & regions.SPLIT:
+        return 1
+    if small & regions.COLLAPSED:
+        level = max(level, 2)
+    if level == 3 and not m.caps[CAP_EPT_VPID] & bits.CAP_1G:
+        level = 2
+    if level == 2 and not (fits(m, gfn, slot, 2) and m.caps[CAP_EPT_VPID] & bits.CAP_2M):
+        level = 1
+    return level
+
+
+@kernel
+def fits(m, gfn, slot, level):
+    """Whether the whole region of a page is in its slot."""
+    pages = 1 << 9 * (level - 1)
+    first = gfn & ~(pages - 1)
+    begin = m.slots[slot, SLOT_GFN]
+    return begin <= first and first + pages <= begin + m.slots[slot, SLOT_PAGES]

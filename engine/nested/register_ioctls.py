@@ -1,0 +1,209 @@
+"""Registers and events of a vCPU as KVM_GET/SET_REGS, _SREGS, _VCPU_EVENTS and _MP_STATE have them.
+
+Each ``…_bytes`` gives the structure of a GET; each ``set_…`` takes that of a SET and returns None or the errno.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engine.arch import kvm_vcpu_structs as abi
+from engine.arch import vmx_msrs as vmx
+from engine.nested import cpuid as cpuid_facts
+from engine.nested.memory import GuestMemory
+from engine.nested.msrs import APIC_BASE, read_msr
+from engine.nested.operations import set_smm
+from engine.nested.registers import CR0_PE, CR0_PG, CR4_PAE, SEGMENTS, TABLES
+from engine.nested.vcpu import NestedVcpu
+
+_RFLAGS_FIXED = 0x2
+_CR0_CD, _CR0_NW = 1 << 30, 1 << 29
+_CR4_OSXSAVE = 1 << 18
+_ECX1_XSAVE, _ECX1_X2APIC = 1 << 26, 1 << 21
+# CR4 bits that every guest may set: VME to OSXMMEXCPT.
+_CR4_BASIC = 0x7FF
+_APIC_RESERVED = 0x2FF
+_X2APIC = 1 << 10
+_STI, _MOV_SS = 1 << 0, 1 << 1
+_SOFT_EXCEPTIONS = (3, 4)
+_NMI_VECTOR = 2
+
+# Events that are kept as they were set.
+_KEPT_EVENTS = (
+    *("exception_injected", "exception_nr", "exception_has_error_code", "exception_error_code"),
+    *("interrupt_injected", "interrupt_nr", "interrupt_soft", "nmi_injected", "nmi_masked"),
+)
+_MP_NAMES = {
+    abi.MP_RUNNABLE: "runnable",
+    abi.MP_UNINITIALIZED: "uninitialized",
+    abi.MP_INIT_RECEIVED: "wait-for-sipi",
+    abi.MP_HALTED: "halted",
+    abi.MP_SIPI_RECEIVED: "sipi-received",
+}
+
+
+def regs_bytes(vcpu: NestedVcpu) -> bytes:
+    """struct kvm_regs."""
+    raw = bytearray(abi.REGS.size)
+    for name in abi.GENERAL_REGISTERS:
+        abi.REGS.put(raw, name, vcpu.registers.get(name, 0))
+    return bytes(raw)
+
+
+def set_regs(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
+    """KVM_SET_REGS: everything is taken; bit 1 of RFLAGS is always set."""
+    for name in abi.GENERAL_REGISTERS:
+        vcpu.registers[name] = abi.REGS.get(raw, name)
+    vcpu.registers["rflags"] |= _RFLAGS_FIXED
+    return None
+
+
+def sregs_bytes(vcpu: NestedVcpu) -> bytes:
+    """struct kvm_sregs. A segment is present when it is usable."""
+    raw, registers = bytearray(abi.SREGS.size), vcpu.registers
+    for name in SEGMENTS:
+        rights = registers[f"{name}_ar_bytes"]
+        for part in ("base", "limit", "selector"):
+            abi.SREGS.put(raw, f"{name}_{part}", registers[f"{name}_{part}"])
+        for bit in abi.ACCESS_BITS:
+            abi.SREGS.put(raw, f"{name}_{bit.name}", rights >> bit.shift & bit.mask)
+        unusable = bool(rights & abi.ACCESS_UNUSABLE)
+        abi.SREGS.put(raw, f"{name}_present", not unusable)
+        abi.SREGS.put(raw, f"{name}_unusable", unusable)
+    for name in TABLES:
+        for part in ("base", "limit"):
+            abi.SREGS.put(raw, f"{name}_{part}", registers[f"{name}_{part}"])
+    for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "ia32_efer"):
+        abi.SREGS.put(raw, name, registers.get(name, 0))
+    abi.SREGS.put(raw, "apic_base", read_msr(vcpu, APIC_BASE, host=True) or 0)
+    return bytes(raw)
+
+
+def set_sregs(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
+    """KVM_SET_SREGS. Nothing is taken when the values cannot be together."""
+    given = {name: abi.SREGS.get(raw, name) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "ia32_efer", "apic_base")}
+    if not _sregs_valid(vcpu, given, bool(abi.SREGS.get(raw, "cs_l"))) or not _apic_valid(vcpu, given["apic_base"]):
+        return "EINVAL"
+    vcpu.msrs[APIC_BASE] = given.pop("apic_base")
+    lost_svm = vcpu.registers["ia32_efer"] & vmx.EFER_SVME and not given["ia32_efer"] & vmx.EFER_SVME
+    vcpu.registers.update(given)
+    for name in SEGMENTS:
+        for part in ("base", "limit", "selector"):
+            vcpu.registers[f"{name}_{part}"] = abi.SREGS.get(raw, f"{name}_{part}")
+        vcpu.registers[f"{name}_ar_bytes"] = _access_rights(vcpu, raw, name)
+    for name in TABLES:
+        for part in ("base", "limit"):
+            vcpu.registers[f"{name}_{part}"] = abi.SREGS.get(raw, f"{name}_{part}")
+    if lost_svm and not vcpu.host.intel:
+        # Without SVME there is no nested guest, and the interrupt flag of SVM is set.
+        vcpu.svm.guest_mode = vcpu.svm.run_pending = False
+        vcpu.svm.gif = True
+    return None
+
+
+def events_bytes(vcpu: NestedVcpu) -> bytes:
+    """struct kvm_vcpu_events. Software exceptions are not reported: their length is not known."""
+    raw = bytearray(abi.EVENTS.size)
+    for name in (*_KEPT_EVENTS, "nmi_pending", "smi_pending", "smi_smm_inside_nmi", "smi_latched_init"):
+        abi.EVENTS.put(raw, name, vcpu.registers.get(name, 0))
+    if vcpu.registers.get("exception_nr", 0) in _SOFT_EXCEPTIONS:
+        abi.EVENTS.put(raw, "exception_injected", 0)
+    blocking = vcpu.registers["interruptibility_info"]
+    shadow = (abi.SHADOW_MOV_SS if vcpu.mov_ss_blocking else 0) | (abi.SHADOW_STI if blocking & _STI else 0)
+    abi.EVENTS.put(raw, "interrupt_shadow", shadow)
+    abi.EVENTS.put(raw, "smi_smm", vcpu.smm)
+    abi.EVENTS.put(raw, "flags", abi.EVENT_NMI_PENDING | abi.EVENT_SHADOW | abi.EVENT_SMM)
+    return bytes(raw)
+
+
+def set_events(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
+    """KVM_SET_VCPU_EVENTS. Payloads and triple faults need capabilities that nobody has enabled."""
+
+    def given(name: str) -> int:
+        return abi.EVENTS.get(raw, name)
+
+    flags = given("flags")
+    if flags & ~(abi.EVENT_NMI_PENDING | abi.EVENT_SIPI_VECTOR | abi.EVENT_SHADOW | abi.EVENT_SMM):
+        return "EINVAL"
+    if given("exception_injected") and (given("exception_nr") > 31 or given("exception_nr") == _NMI_VECTOR):
+        return "EINVAL"
+    entering = given("smi_smm") or given("smi_pending")
+    if flags & abi.EVENT_SMM and entering and vcpu.mp_state == _MP_NAMES[abi.MP_INIT_RECEIVED]:
+        return "EINVAL"
+    for name in _KEPT_EVENTS:
+        vcpu.registers[name] = given(name)
+    if flags & abi.EVENT_NMI_PENDING:
+        vcpu.registers["nmi_pending"] = given("nmi_pending")
+    if flags & abi.EVENT_SHADOW:
+        shadow = given("interrupt_shadow")
+        vcpu.mov_ss_blocking = bool(shadow & abi.SHADOW_MOV_SS)
+        blocked = (_STI if shadow & abi.SHADOW_STI else 0) | (_MOV_SS if vcpu.mov_ss_blocking else 0)
+        old = vcpu.registers["interruptibility_info"]
+        vcpu.registers["interruptibility_info"] = old & ~(_STI | _MOV_SS) | blocked
+    if flags & abi.EVENT_SMM:
+        set_smm(vcpu, memory, bool(given("smi_smm")))
+        for name in ("smi_pending", "smi_smm_inside_nmi", "smi_latched_init"):
+            vcpu.registers[name] = given(name)
+    return None
+
+
+def mp_state_bytes(vcpu: NestedVcpu) -> bytes:
+    """struct kvm_mp_state."""
+    number = next(number for number, name in _MP_NAMES.items() if name == vcpu.mp_state)
+    return number.to_bytes(4, "little")
+
+
+def set_mp_state(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
+    """KVM_SET_MP_STATE: without a local APIC in the kernel a vCPU is runnable and nothing else."""
+    number = int.from_bytes(raw, "little")
+    if number not in _MP_NAMES or (not vcpu.lapic_in_kernel and number != abi.MP_RUNNABLE):
+        return "EINVAL"
+    waiting = number in (abi.MP_INIT_RECEIVED, abi.MP_SIPI_RECEIVED)
+    if waiting and (vcpu.smm or vcpu.registers.get("smi_pending", 0)):
+        return "EINVAL"
+    vcpu.mp_state = _MP_NAMES[number]
+    return None
+
+
+def _sregs_valid(vcpu: NestedVcpu, given: dict[str, int], cs_long: bool) -> bool:
+    cr0, cr4, efer = given["cr0"], given["cr4"], given["ia32_efer"]
+    features = cpuid_facts.features_ecx(vcpu.cpuid)
+    if cr4 & _CR4_OSXSAVE and not features & _ECX1_XSAVE:
+        return False
+    if efer & vmx.EFER_LME and cr0 & CR0_PG:
+        if not cr4 & CR4_PAE or not efer & vmx.EFER_LMA:
+            return False
+        if vcpu.era.strict_sregs and given["cr3"] >> vcpu.maxphyaddr:
+            return False
+    elif efer & vmx.EFER_LMA or cs_long:
+        return False
+    if not vcpu.era.strict_sregs:
+        return True
+    cr0_valid = not (cr0 >> 32 or cr0 & (_CR0_CD | _CR0_NW) == _CR0_NW or cr0 & (CR0_PG | CR0_PE) == CR0_PG)
+    return cr0_valid and not cr4 & ~(_CR4_BASIC | cpuid_facts.cr4_allowed(vcpu.cpuid))
+
+
+def _apic_valid(vcpu: NestedVcpu, base: int) -> bool:
+    if base >> vcpu.maxphyaddr or base & _APIC_RESERVED:
+        return False
+    return not base & _X2APIC or bool(cpuid_facts.features_ecx(vcpu.cpuid) & _ECX1_X2APIC)
+
+
+def _access_rights(vcpu: NestedVcpu, raw: bytes, name: str) -> int:
+    rights = 0
+    for bit in abi.ACCESS_BITS:
+        rights |= (abi.SREGS.get(raw, f"{name}_{bit.name}") & bit.mask) << bit.shift
+    if abi.SREGS.get(raw, f"{name}_unusable") or not rights & abi.ACCESS_PRESENT:
+        return abi.ACCESS_UNUSABLE | (rights if vcpu.era.strict_sregs else 0)
+    return rights
+
+
+# Name without KVM_GET_ and KVM_SET_: size, GET, SET.
+STRUCTURES: dict[
+    str, tuple[int, Callable[[NestedVcpu], bytes], Callable[[NestedVcpu, GuestMemory, bytes], str | None]]
+] = {
+    "REGS": (abi.REGS.size, regs_bytes, set_regs),
+    "SREGS": (abi.SREGS.size, sregs_bytes, set_sregs),
+    "VCPU_EVENTS": (abi.EVENTS.size, events_bytes, set_events),
+    "MP_STATE": (4, mp_state_bytes, set_mp_state),
+}

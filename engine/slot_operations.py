@@ -1,0 +1,137 @@
+"""Memory slots of a machine: making, moving, changing and deleting them (KVM_SET_USER_MEMORY_REGION).
+
+There are two address spaces. Space 1 is what a vCPU sees in system-management mode; no access of this model is made
+there, so its slots keep the rules and the limits of slots and hold nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from engine import dirty
+from engine.config import VmConfig
+from engine.cpu import frames
+from engine.errors import InvalidValue, NotFound
+from engine.kvm import registers as reg
+from engine.kvm import slot_changes
+from engine.kvm.abi_limits import LIMITS
+from engine.kvm.slots import SlotSpec, check_overlap, key_of
+from engine.steps import new_trail, run_all
+from engine.store import Draft, Snapshot
+
+Slots = Mapping[int, SlotSpec]
+
+
+class Published(Protocol):
+    """What is read of a machine's published state."""
+
+    @property
+    def snapshot(self) -> Snapshot: ...
+
+    @property
+    def slots(self) -> Slots: ...
+
+
+class Change(Protocol):
+    """Begins a change that publishes new slots; ``since`` is the state that its input was checked against."""
+
+    def __call__(self, *, since: Any, slots: Slots) -> AbstractContextManager[Draft]: ...
+
+
+class SlotOperations:
+    """The memory slots of one machine: ``state`` gives what is published, ``change`` begins a change of it."""
+
+    def __init__(self, config: VmConfig, state: Callable[[], Published], change: Change) -> None:
+        self._config = config
+        self._state = state
+        self._change = change
+
+    def all(self) -> tuple[SlotSpec, ...]:
+        """Slots in order of their number, those of address space 1 last."""
+        return tuple(spec for _, spec in sorted(self._state().slots.items()))
+
+    def find(self, slot: int, address_space: int = 0) -> SlotSpec | None:
+        """The slot of that number, if there is one."""
+        return self._state().slots.get(key_of(slot, address_space))
+
+    def set(self, spec: SlotSpec) -> None:
+        """Make a slot, move a known one, or change whether its writes are logged.
+
+        Raises InvalidValue, with EEXIST for one that overlaps another of its address space.
+        """
+        state = self._state()
+        spec.validate_number(LIMITS[self._config.profile].user_slots)
+        spec.validate_place()
+        known = state.slots.get(spec.key)
+        if known is not None:
+            spec = replace(spec, without_map=known.without_map)
+            if known == spec:
+                return
+            _check_change(known, spec)
+        else:
+            spec = replace(spec, without_map=self._gives_no_map(state))
+        check_overlap(spec, state.slots.values())
+        spec.validate_width(self._config.maxphyaddr)
+        slots = {**state.slots, spec.key: spec}
+        with self._change(since=state, slots=slots) as draft:
+            if known is not None:
+                dirty.empty_buffers(draft, self._config, state.slots)
+            if known is not None and not spec.address_space and known.gpa != spec.gpa:
+                _move(draft, known, spec)
+            dirty.slot_changed(draft, slots, known, spec)
+
+    def delete(self, slot: int, address_space: int = 0) -> None:
+        """Delete a slot with its SET maps and contents. Raises NotFound."""
+        state = self._state()
+        key = key_of(slot, address_space)
+        spec = state.slots.get(key)
+        if spec is None:
+            raise NotFound("no memory slot has that number", field="slot", value=slot)
+        slots = {k: v for k, v in state.slots.items() if k != key}
+        with self._change(since=state, slots=slots) as draft:
+            if not address_space:
+                dirty.empty_buffers(draft, self._config, state.slots)
+                _drop(draft, spec)
+            dirty.note_slots(draft, slots)
+
+    def _gives_no_map(self, state: Published) -> bool:
+        """Whether a slot made now stays without a bitmap of its own: later series make bitmaps when SPP comes on."""
+        machine = state.snapshot.machine
+        active = machine.rows[machine.row_of[frames.STATE_FRAME], int(reg.SPP_ACTIVE)]
+        return bool(active) and self._config.profile == "kvm-latest"
+
+
+def _check_change(known: SlotSpec, spec: SlotSpec) -> None:
+    """Refuse what a slot keeps for life. Moving and logging are all that may change."""
+    fixed = (
+        ("size", known.size, spec.size, "its size"),
+        ("read_only", known.read_only, spec.read_only, "its read_only flag"),
+        ("userspace_addr", known.userspace_addr, spec.userspace_addr, "its host address"),
+        ("host_page_size", known.host_page_size, spec.host_page_size, "its host page size"),
+    )
+    for field, before, now, what in fixed:
+        if before != now:
+            raise InvalidValue(f"a slot keeps {what}; delete it first", field=field, value=now)
+
+
+def _move(draft: Draft, old: SlotSpec, new: SlotSpec) -> None:
+    trail = new_trail()
+    moved = np.zeros((0, slot_changes.PAGE_WORDS), dtype=np.int64)
+    while True:
+        found = int(slot_changes.lift_pages(draft.machine, old.gfn, old.pages, moved, trail))
+        if found <= len(moved):
+            break
+        moved = np.zeros((found, slot_changes.PAGE_WORDS), dtype=np.int64)
+    run_all(draft, len(moved), lambda start: slot_changes.detach_contents(draft.machine, old.gfn, moved, start))
+    _drop(draft, old)
+    run_all(draft, len(moved), lambda start: slot_changes.place_pages(draft.machine, new.gfn, moved, start))
+
+
+def _drop(draft: Draft, spec: SlotSpec) -> None:
+    trail = new_trail()
+    run_all(draft, spec.pages, lambda start: slot_changes.drop_pages(draft.machine, spec.gfn, spec.pages, start, trail))

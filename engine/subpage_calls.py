@@ -1,0 +1,85 @@
+"""GET_ACCESS and SET_ACCESS as the binary ABI of each era has them: with limits, and with what a failure leaves.
+
+Everything else of the service sets maps all or nothing; here a SET that meets a page without a slot has done part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.config import VmConfig
+from engine.cpu import frames
+from engine.kvm import partial_set, spp
+from engine.kvm.profile import profile_of
+from engine.kvm.slots import SlotSpec, first_page_without_slot
+from engine.slot_operations import Published
+from engine.steps import new_trail, run_all
+from engine.store import Draft
+
+# The first page number that no slot can have, and that a kernel's 64-bit arithmetic still holds.
+END = 1 << 52
+
+Words = NDArray[np.uint32]
+
+
+class SubpageCalls:
+    """GET and SET of one machine: ``state`` gives what is published, ``change`` begins a change of it."""
+
+    def __init__(
+        self,
+        config: VmConfig,
+        state: Callable[[], Published],
+        change: Callable[[], AbstractContextManager[Draft]],
+    ) -> None:
+        self._abi = profile_of(config.profile)
+        self._state = state
+        self._change = change
+
+    def get(self, gfn: int, npages: int) -> Words:
+        """Effective maps from ``gfn`` up to the first page that has none: uint32, ``npages`` of them if all have."""
+        state = self._state()
+        snapshot = state.snapshot
+        maps = np.empty(_pages_with_map(snapshot.machine, state.slots.values(), gfn, npages), dtype=np.uint32)
+        if len(maps):
+            spp.read_maps(snapshot.machine, gfn, 0, maps)
+        return maps
+
+    def set(self, gfn: int, access: Words) -> int | None:
+        """Replace the maps of consecutive pages; returns how many, or None for EFAULT, at a page that has no map.
+
+        The pages before that one are changed: their maps and mappings in the era of ``KVM_INIT_SPP``, which forgets
+        to fail (0) if one of them was mapped; their maps alone later, so that a page that may be written stays so
+        until it is mapped anew.
+        """
+        state = self._state()
+        before = _pages_with_map(state.snapshot.machine, state.slots.values(), gfn, len(access))
+        whole = before == len(access)
+        returns: int | None = before if whole else None
+        done = access[:before]
+        with self._change() as draft:
+            if whole or self._abi.set_with_hole == "applied":
+                trail = new_trail()
+                if before and not whole and self._abi.hole_after_mapped_returns_zero:
+                    returns = 0 if partial_set.any_mapped(draft.machine, gfn, before, trail) else None
+                run_all(draft, before, lambda start: spp.set_maps(draft.machine, gfn, done, start, trail))
+            else:
+                if gfn < END:
+                    partial_set.invalidate_regions(draft.machine, gfn, min(len(access), END - gfn))
+                run_all(draft, before, lambda start: partial_set.store_maps(draft.machine, gfn, done, start))
+        return returns
+
+
+def _pages_with_map(machine: frames.Machine, slots: Iterable[SlotSpec], gfn: int, npages: int) -> int:
+    """Pages from ``gfn`` before the first that has no slot, or whose slot the kernel gave no bitmap."""
+    if gfn >= END:
+        return 0
+    missing = int(first_page_without_slot(machine, gfn, npages))
+    end = gfn + npages if missing < 0 else missing
+    for spec in slots:
+        if spec.without_map and not spec.address_space and spec.gfn < end and gfn < spec.gfn + spec.pages:
+            end = max(gfn, spec.gfn)
+    return end - gfn

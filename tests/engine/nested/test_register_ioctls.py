@@ -1,0 +1,176 @@
+"""Registers, events and MSRs in the bytes of the ABI."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import pytest
+
+from engine.abi import UserBuffer
+from engine.arch.kvm_vcpu_structs import EVENTS, REGS, SREGS
+from engine.arch.vmx_msrs import EFER_SVME
+from engine.nested import Call, NestedHost, NestedVcpu, Reply, ioctl
+from engine.nested.cpuid import supported_cpuid
+from tests.engine.nested.support import ERAS, GM, Ram, blob, do_set, make_vcpu
+
+LONG_MODE = {"cr0": 0x8000_0031, "cr4": 0x20, "ia32_efer": 0xD00}
+
+
+def call(vcpu: NestedVcpu | None, name: str, data: bytes | None, **members: Any) -> tuple[Reply, bytes]:
+    user = UserBuffer.of(data)
+    reply = ioctl(Call(name, "vcpu" if vcpu else "system", user, vcpu=vcpu, guest=Ram(), **members))
+    return reply, bytes(user.data or b"")
+
+
+def sregs(vcpu: NestedVcpu, **changes: int) -> bytes:
+    raw = bytearray(call(vcpu, "KVM_GET_SREGS", bytes(312))[1])
+    for name, value in changes.items():
+        SREGS.put(raw, name, value)
+    return bytes(raw)
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_a_fresh_vcpu_is_after_reset(era: str) -> None:
+    raw = sregs(make_vcpu(era, vcpu_id=3))
+    told = {name: SREGS.get(raw, name) for name in ("cr0", "cs_base", "cs_type", "cs_present", "tr_type", "apic_base")}
+    assert told == {
+        "cr0": 0x6000_0010,
+        "cs_base": 0xFFFF_0000,
+        "cs_type": 0xB,
+        "cs_present": 1,
+        "tr_type": 0xB,
+        "apic_base": 0xFEE0_0800,
+    }
+    assert SREGS.get(sregs(make_vcpu(era)), "apic_base") == 0xFEE0_0900
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_sregs_come_back(era: str) -> None:
+    vcpu = make_vcpu(era)
+    raw = sregs(vcpu, **LONG_MODE, cs_l=1, ss_dpl=3, cr8=5, fs_base=7, idtr_limit=9, apic_base=0xFEE0_0D00)
+    assert call(vcpu, "KVM_SET_SREGS", raw)[0] == Reply(0)
+    assert sregs(vcpu) == raw
+    unusable = sregs(vcpu, es_unusable=1)
+    assert call(vcpu, "KVM_SET_SREGS", unusable)[0] == Reply(0)
+    told = sregs(vcpu)
+    assert (SREGS.get(told, "es_present"), SREGS.get(told, "es_unusable")) == (0, 1)
+    assert SREGS.get(told, "es_type") == (0 if era == "kvm-2019" else SREGS.get(raw, "es_type"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "both", "latest"),
+    [
+        ({**LONG_MODE, "cr4": 0}, True, True),
+        ({**LONG_MODE, "ia32_efer": 0x100}, True, True),
+        ({"ia32_efer": 0x400}, True, True),
+        ({"cs_l": 1}, True, True),
+        ({"apic_base": 0xFEE0_0801}, True, True),
+        ({"apic_base": 1 << 39}, True, True),
+        ({"cr0": 1 << 32}, False, True),
+        ({"cr0": 0x2000_0000}, False, True),
+        ({"cr0": 0x8000_0000}, False, True),
+        ({"cr4": 1 << 15}, False, True),
+        ({**LONG_MODE, "cr3": 1 << 39}, False, True),
+        (LONG_MODE, False, False),
+    ],
+)
+def test_sregs_that_cannot_be_together(changes: dict[str, int], both: bool, latest: bool) -> None:
+    for era in ERAS:
+        vcpu = make_vcpu(era)
+        before = vcpu.to_head()
+        reply, _ = call(vcpu, "KVM_SET_SREGS", sregs(vcpu, **changes))
+        refused = both if era == "kvm-2019" else latest
+        assert reply.errno == ("EINVAL" if refused else None), era
+        assert not refused or vcpu.to_head() == before
+
+
+def test_osxsave_needs_xsave_and_x2apic_its_feature() -> None:
+    for era in ERAS:
+        bare = make_vcpu(era, cpuid=())
+        assert call(bare, "KVM_SET_SREGS", sregs(bare, cr4=1 << 18))[0].errno == "EINVAL"
+        assert call(bare, "KVM_SET_SREGS", sregs(bare, apic_base=0xFEE0_0C00))[0].errno == "EINVAL"
+
+
+def test_svm_ends_with_svme() -> None:
+    vcpu = NestedVcpu(
+        profile="kvm-latest",
+        host=NestedHost(vendor="amd"),
+        cpuid=supported_cpuid("amd", True, 46),
+        lapic_in_kernel=True,
+    )
+    assert call(vcpu, "KVM_SET_SREGS", sregs(vcpu, ia32_efer=EFER_SVME))[0] == Reply(0)
+    vcpu.svm.guest_mode, vcpu.svm.gif = True, False
+    assert call(vcpu, "KVM_SET_SREGS", sregs(vcpu, ia32_efer=0))[0] == Reply(0)
+    assert (vcpu.svm.guest_mode, vcpu.svm.gif) == (False, True)
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_regs(era: str) -> None:
+    vcpu = make_vcpu(era)
+    raw = b"".join(struct.pack("<Q", 0x1111 << 20 | number << 3) for number in range(18))
+    assert call(vcpu, "KVM_SET_REGS", raw)[0] == Reply(0)
+    told = call(vcpu, "KVM_GET_REGS", bytes(144))[1]
+    assert told[:136] == raw[:136] and REGS.get(told, "rflags") == REGS.get(raw, "rflags") | 2
+    assert call(vcpu, "KVM_GET_REGS", bytes(100))[0].errno == "EFAULT"
+    assert call(vcpu, "KVM_SET_REGS", raw[:-1])[0].errno == "EFAULT"
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_events(era: str) -> None:
+    vcpu = make_vcpu(era)
+    assert do_set(vcpu, Ram(), blob()).returns == 0
+    given = {"flags": 0xD, "smi_smm": 1, "smi_pending": 1, "interrupt_shadow": 3, "nmi_pending": 1, "nmi_masked": 1}
+    raw = bytearray(64)
+    for name, value in {**given, "exception_injected": 1, "exception_nr": 14, "exception_error_code": 6}.items():
+        EVENTS.put(raw, name, value)
+    assert call(vcpu, "KVM_SET_VCPU_EVENTS", bytes(raw))[0] == Reply(0)
+    assert call(vcpu, "KVM_GET_VCPU_EVENTS", bytes(64))[1] == bytes(raw)
+    assert vcpu.smm and vcpu.mov_ss_blocking and vcpu.vmx.vmxon == (era == "kvm-2019")
+    # Without their flags SMM, shadow and pending NMI stay.
+    EVENTS.put(raw, "flags", 0)
+    EVENTS.put(raw, "smi_smm", 0)
+    EVENTS.put(raw, "exception_nr", 3)
+    assert call(vcpu, "KVM_SET_VCPU_EVENTS", bytes(raw))[0] == Reply(0)
+    told = call(vcpu, "KVM_GET_VCPU_EVENTS", bytes(64))[1]
+    assert vcpu.smm and EVENTS.get(told, "nmi_pending") == 1
+    assert EVENTS.get(told, "exception_injected") == 0
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_smm_and_mp_state_exclude_each_other(era: str) -> None:
+    vcpu = make_vcpu(era)
+    waiting, smm = struct.pack("<I", 2), bytearray(64)
+    assert call(vcpu, "KVM_SET_MP_STATE", waiting)[0] == Reply(0)
+    EVENTS.put(smm, "flags", 8)
+    EVENTS.put(smm, "smi_smm", 1)
+    assert call(vcpu, "KVM_SET_VCPU_EVENTS", bytes(smm))[0].errno == "EINVAL"
+    assert call(vcpu, "KVM_SET_MP_STATE", bytes(4))[0] == Reply(0)
+    assert call(vcpu, "KVM_SET_VCPU_EVENTS", bytes(smm))[0] == Reply(0)
+    assert call(vcpu, "KVM_SET_MP_STATE", waiting)[0].errno == "EINVAL"
+    vcpu.lapic_in_kernel = False
+    assert call(vcpu, "KVM_SET_MP_STATE", struct.pack("<I", 3))[0].errno == "EINVAL"
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_msrs_stop_at_the_first_that_is_not_known(era: str) -> None:
+    vcpu = make_vcpu(era)
+    raw = struct.pack("<II", 3, 0) + b"".join(struct.pack("<IIQ", n, 0, 5) for n in (0x3A, 0xDEAD, 0x10))
+    assert call(vcpu, "KVM_SET_MSRS", raw)[0] == Reply(1)
+    assert call(vcpu, "KVM_GET_MSRS", raw) == (Reply(1), raw)
+    assert 0x10 not in vcpu.msrs
+    assert do_set(vcpu, Ram(), blob(flags=GM)).returns == -1
+    assert call(vcpu, "KVM_SET_MSRS", struct.pack("<IIIIQ", 1, 0, 0x3A, 0, 0))[0] == Reply(1)
+    assert not vcpu.vmx.vmxon
+
+
+def test_feature_msrs_follow_the_host() -> None:
+    names = {"KVM_GET_MSR_FEATURE_INDEX_LIST": (20, 2), "KVM_GET_MSR_INDEX_LIST": (34, 34)}
+    for name, counts in names.items():
+        for host, count in zip((NestedHost(), NestedHost(nested=False)), counts, strict=True):
+            reply, told = call(None, name, bytes(4 + 4 * 60)[:4] + bytes(240), host=host)
+            assert reply.errno == "E2BIG" and int.from_bytes(told[:4], "little") == count, name
+    raw = struct.pack("<II", 2, 0) + struct.pack("<IIQ", 0x489, 0, 0) + struct.pack("<IIQ", 0x3A, 0, 0)
+    reply, told = call(None, "KVM_GET_MSRS", raw)
+    assert reply == Reply(1) and int.from_bytes(told[16:24], "little") == 0x77_7FFF
+    assert call(None, "KVM_GET_MSRS", raw, host=NestedHost(vendor="amd"))[0] == Reply(0)
