@@ -35,8 +35,8 @@ help: ## List the targets
 demo: $(WARMED) ## Replay the boot of a real guest over HTTP and print the report (ARGS="--json")
 	@$(BIN)/subpage demo $(ARGS)
 
-examples: $(WARMED) ## Run the examples: introspection, checkpoint, device virtualization
-	@for example in introspection checkpoint device; do \
+examples: $(WARMED) ## Run the examples: introspection, checkpoint, device virtualization, a forgotten flush
+	@for example in introspection checkpoint device forgotten_flush; do \
 	    echo "== $$example" && PYTHONPATH=. $(BIN)/python examples/$$example.py || exit 1; done
 
 serve: $(WARMED) ## Serve on HOST:PORT, 127.0.0.1:8000 by default

@@ -13,6 +13,7 @@ from engine.arch.words import signed
 from engine.config import VcpuConfig, VmConfig
 from engine.cpu import frames
 from engine.errors import InvalidValue
+from engine.hyperv import on_hyperv
 from engine.kvm import mapping, sppt_tables
 from engine.kvm import registers as reg
 from engine.kvm.abi_limits import LIMITS
@@ -105,6 +106,9 @@ def build(draft: Draft, config: VmConfig) -> None:
         }
         for word, value in first.items():
             frames.write_word(m, frames.FIRST_VCPU_FRAME + position, word, value)
+    if config.host.hyperv is not None:
+        draft.ensure(2 * len(config.vcpus) + frames.RESERVE)
+        on_hyperv.build(draft.machine, len(config.vcpus))
 
 
 def load_sppt(draft: Draft, config: VmConfig) -> None:

@@ -15,6 +15,8 @@ from engine.errors import InvalidValue
 PROFILES = ("kvm-2019", "kvm-latest")
 TRANSLATION_CACHES = ("off", "model")
 VENDORS = ("intel", "amd")
+FLUSH_POLICIES = ("kvm", "tlfs")
+FLUSH_EXECUTIONS = ("exact", "kvm", "paranoid")
 MAX_VCPUS = 1024
 MAX_VCPU_ID = 4095
 MIN_MAXPHYADDR = 36
@@ -61,7 +63,7 @@ class HostConfig:
     ept: bool = True
     spp: bool = True
     nested: bool | None = None
-    evmcs: bool = False
+    evmcs: bool | None = None
     vmx_capabilities: Mapping[str, int] = field(default_factory=dict)
     hyperv: Mapping[str, Any] | None = None
     fail_allocation: int | None = None
@@ -101,6 +103,13 @@ class VmConfig:
     host: HostConfig = field(default_factory=HostConfig)
     require_match: bool = False
     max_table_frames: int = 1 << 20
+    flush_policy: str = "kvm"
+    flush_execution: str | None = None
+
+    @property
+    def executes_flushes(self) -> str:
+        """How flushes are carried out: as given, else exactly under the specification and as KVM does under KVM."""
+        return self.flush_execution or ("exact" if self.flush_policy == "tlfs" else "kvm")
 
     @property
     def vcpu_records(self) -> int:
@@ -118,6 +127,8 @@ class VmConfig:
         choices(self.profile, PROFILES, "profile")
         choices(self.translation_cache, TRANSLATION_CACHES, "translation_cache")
         choices(self.host.vendor, VENDORS, "host.vendor")
+        choices(self.flush_policy, FLUSH_POLICIES, "flush_policy")
+        choices(self.executes_flushes, FLUSH_EXECUTIONS, "flush_execution")
         if not MIN_MAXPHYADDR <= self.maxphyaddr <= MAX_MAXPHYADDR:
             raise InvalidValue(
                 f"maxphyaddr is {MIN_MAXPHYADDR} to {MAX_MAXPHYADDR}", field="maxphyaddr", value=self.maxphyaddr

@@ -24,6 +24,7 @@ from engine.cpu import explain, frames
 from engine.dirty import DirtyOperations
 from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound
 from engine.head import config_from_head, config_to_head
+from engine.hyperv_operations import HypervOperations, Runs, enter, hyperv_host, leave
 from engine.kvm import enabling, memory, protections, spp, tracking
 from engine.kvm import registers as reg
 from engine.kvm.host_memory import HostMemoryOperations
@@ -85,6 +86,7 @@ class VirtualMachine:
     def create(cls, config: VmConfig, slots: Sequence[SlotSpec] = (), *, spp: bool = False) -> VirtualMachine:
         """A new machine; ``spp`` also enables sub-page protection."""
         config.validate()
+        hyperv_host(config)
         store = birth.new_store(config)
         vm = cls(config, store, State(store.published, {}, {}, targets_of(())))
         with vm._change() as draft:
@@ -218,6 +220,11 @@ class VirtualMachine:
         """Nested VMX and SVM state of the vCPUs, their CPUID and MSRs, the enlightened VMCS."""
         return NestedOperations(self.config, lambda: (self._state.snapshot, self._state.nested), self._change)
 
+    @property
+    def hyperv(self) -> HypervOperations:
+        """Hypercalls, flush queues, TLB locks, assist pages, partitions."""
+        return HypervOperations(self.config, lambda: (self._state.snapshot, self._state.nested), self._change)
+
     # Changes
 
     def set_slot(self, spec: SlotSpec) -> None:
@@ -285,12 +292,14 @@ class VirtualMachine:
         """One guest access, executed."""
         request.validate(self.config)
         with self._change() as draft:
+            enter(draft, self.config, request.vcpu)
             result, places, tally = execute(draft, request, self.config, self._state.targets)
             data = request.data or b""
             for gpa, size in places if data else ():
                 _write(draft, gpa, data[:size])
                 data = data[size:]
             _count(draft, tally)
+            leave(draft, self.config, request.vcpu)
             if result.allowed and places and request.access == acc.READ:
                 return result.with_data(b"".join(memory.read_bytes(draft.machine, *place) for place in places))
         return result
@@ -301,7 +310,8 @@ class VirtualMachine:
         self._acquire()
         try:
             draft = self._begin()
-            replay = Replay(draft, options, self._state.targets)
+            runs = Runs(draft, self.config)
+            replay = Replay(draft, options, self._state.targets, runs)
         except BaseException:
             self._writer.release()
             raise
@@ -309,6 +319,7 @@ class VirtualMachine:
         def publish(done: Replay) -> None:
             try:
                 _count(draft, done.tally)
+                runs.finish()
                 self._publish(draft, self._state.slots, self._state.protections)
             except BaseException:
                 self._store.abandon(draft)

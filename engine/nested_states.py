@@ -20,10 +20,12 @@ from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.words import signed, unsigned
 from engine.config import NESTED_CAPABILITIES, VcpuConfig, VmConfig
 from engine.cpu import frames
+from engine.hyperv import modes
 from engine.kvm import registers as reg
 from engine.nested.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL
 from engine.nested.registers import RESET_REGISTERS
 from engine.nested.vcpu import NestedHost, NestedVcpu, SvmState, VmxState
+from engine.ram import Ram
 from engine.store import Draft
 
 PARTITION_MSRS = (HV_GUEST_OS_ID, HV_HYPERCALL)
@@ -148,6 +150,7 @@ def close_vcpu(draft: Draft, states: NestedStates, vcpu: NestedVcpu) -> NestedSt
     frame = _frame_of(draft.machine, vcpu.vcpu_id)
     blocking = vcpu.registers["interruptibility_info"] & ~_BLOCKING_BY_MOV_SS
     vcpu.registers["interruptibility_info"] = blocking | (_BLOCKING_BY_MOV_SS if vcpu.mov_ss_blocking else 0)
+    modes.follow(draft.machine, frame, states.vcpus.get(vcpu.vcpu_id), vcpu, Ram(draft))
     for name, word in SHARED_REGISTERS.items():
         frames.write_word(draft.machine, frame, word, signed(vcpu.registers[name]))
     frames.write_word(draft.machine, frame, ctl.V_CPL, (vcpu.registers["ss_ar_bytes"] & _DPL) >> 5)

@@ -58,6 +58,7 @@ class FrameStore:
                 slots=empty.reshape(0, 5),
                 cache=np.full(CACHE_WORDS, EMPTY, dtype=np.int64),
                 tlb=tlb.new_table() if modelled else tlb.no_table(),
+                queues=np.zeros((int((vcpu_of_id >= 0).sum()), 2, frames.QUEUE_WORDS), dtype=np.int64),
             )
         )
 
@@ -135,6 +136,7 @@ class Draft:
             slots=slots,
             cache=np.full(CACHE_WORDS, EMPTY, dtype=np.int64),
             tlb=base.tlb.copy(),
+            queues=base.queues.copy(),
         )
         self.ensure()
 

@@ -59,8 +59,10 @@ class CachedTranslation:
     """One entry of a translation cache.
 
     ``address`` is the page's linear address, or its GPA for a physical entry, which has no ``vpid`` and ``pcid``; a
-    linear entry has no ``ept_root``. The rights are the AND over the EPT entries used, ``leaf`` the last of them at
-    ``ept_level``; ``spp_vector`` is the sub-page vector if one was read. ``page_bits`` is log2 of the guest's page.
+    linear entry has no ``ept_root``. ``address_space`` are the page tables that gave a linear address's translation;
+    ``vm_id`` and ``vp_id`` name the nested guest that it was made for, None for a guest's own. The rights are the AND
+    over the EPT entries used, ``leaf`` the last of them at ``ept_level``; ``spp_vector`` is the sub-page vector if one
+    was read. ``page_bits`` is log2 of the guest's page.
     """
 
     kind: str
@@ -69,6 +71,9 @@ class CachedTranslation:
     is_global: bool
     ept_root: int | None
     nested: int
+    vm_id: int | None
+    vp_id: int | None
+    address_space: int | None
     address: int
     gpa: int
     page_bits: int
@@ -165,7 +170,7 @@ class VcpuOperations:
             return []
         live = table[1:, tlb.E_GENERATION] == table[0, tlb.GENERATION]
         own = table[1:, tlb.E_KIND] >> tlb.VCPU_SHIFT == position
-        found = [_translation(row) for row in table[1:][live & own]]
+        found = [translation_of(row) for row in table[1:][live & own]]
         return sorted(found, key=lambda item: (item.kind, item.address, item.ept_root or 0, item.vpid or 0))
 
     def msrs(self, vcpu: int) -> list[Msr]:
@@ -237,20 +242,26 @@ def _result(outcome: int, number: int) -> InstructionResult:
     return InstructionResult(name)
 
 
-def _translation(row: NDArray[np.int64]) -> CachedTranslation:
+def translation_of(row: NDArray[np.int64]) -> CachedTranslation:
+    """A row of the translation cache by its parts."""
+
     def word(position: np.int64) -> int:
         return int(row[position])
 
     kind = word(tlb.E_KIND) & tlb.KIND_MASK
     space, rights, facts = word(tlb.E_SPACE), word(tlb.E_RIGHTS), word(tlb.E_FACTS)
     physical = kind == tlb.PHYSICAL
+    nested = unsigned(word(tlb.E_NESTED))
     return CachedTranslation(
         kind=_KINDS[kind],
         vpid=None if physical else space & ctl.VPID_MASK,
         pcid=None if physical else space >> tlb.PCID_SHIFT,
         is_global=bool(facts & tlb.GUEST_GLOBAL),
         ept_root=None if kind == tlb.LINEAR else word(tlb.E_ROOT),
-        nested=unsigned(word(tlb.E_NESTED)),
+        nested=nested,
+        vm_id=unsigned(word(tlb.E_NESTED_VM)) if nested else None,
+        vp_id=nested >> ctl.NESTED_VP_SHIFT if nested else None,
+        address_space=None if physical else word(tlb.E_ADDRESS_SPACE),
         address=unsigned(word(tlb.E_PAGE) << 12),
         gpa=unsigned(word(tlb.E_FRAME) << 12),
         page_bits=facts >> tlb.GUEST_SIZE_AT & tlb.GUEST_SIZE_MASK,

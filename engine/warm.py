@@ -5,13 +5,20 @@ from __future__ import annotations
 import numpy as np
 
 from engine.access import AccessChange
-from engine.config import VmConfig
+from engine.arch.hypercall import GUEST_PHYSICAL_SPACE, LIST, SPACE
+from engine.arch.hyperv_cpuid import INTERFACE_SIGNATURE, LEAF_INTERFACE, LEAF_RECOMMENDATIONS, CpuidEntry
+from engine.config import VcpuConfig, VmConfig
+from engine.hyperv.encode import CallFields
+from engine.hyperv_operations import HypercallRequest
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
 from engine.machine import SubpageRange, VirtualMachine
+from engine.nested.msr_numbers import HV_GUEST_OS_ID
 from engine.trace.columns import TraceChunk
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest
+
+_HYPERV = (CpuidEntry(LEAF_INTERFACE, eax=INTERFACE_SIGNATURE), CpuidEntry(LEAF_RECOMMENDATIONS, eax=0x804))
 
 
 def warm() -> None:
@@ -35,6 +42,7 @@ def warm() -> None:
     vm.vcpus.vm_entry(0)
     vm.vcpus.invept(0, 2, 0)
     vm.vcpus.invvpid(0, 2, 0, 0)
+    _warm_flushes()
     vm.unprotect("warm")
     vm.page_access.set([AccessChange(7, rights=5)])
     vm.page_access.read([7])
@@ -49,6 +57,17 @@ def warm() -> None:
     vm.delete_slot(0)
     vm.counters()
     list(vm.changed_blocks())
+
+
+def _warm_flushes() -> None:
+    """The same for flushes of a translation cache, in both ways that select entries."""
+    for policy in ("tlfs", "kvm"):
+        config = VmConfig(translation_cache="model", flush_policy=policy, vcpus=(VcpuConfig(0, cpuid=_HYPERV),))
+        vm = VirtualMachine.create(config, [SlotSpec(0, 0, 1 << 16)])
+        vm.nested.write_msrs(0, [(HV_GUEST_OS_ID, 1 << 63)])
+        for fields in (CallFields(SPACE, flags=2, processor_mask=1), CallFields(LIST, processor_mask=1, ranges=(0,))):
+            vm.hyperv.hypercall(0, HypercallRequest(fields=fields, input_gpa=0))
+        vm.hyperv.hypercall(0, HypercallRequest(fields=CallFields(GUEST_PHYSICAL_SPACE), input_gpa=0))
 
 
 if __name__ == "__main__":

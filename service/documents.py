@@ -13,6 +13,8 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
+from service.api.hypercalls import Hypercall
+from service.api.hyperv import VpAssistFields
 from service.api.ioctls import IoctlRequest
 from service.api.nested_fields import NestedStateFields
 from service.api.subpages import SubpagePatch, SubpageWindowRequest
@@ -55,6 +57,10 @@ TAGS: list[dict[str, Any]] = [
         "name": "nested state",
         "description": "What KVM keeps for a guest that runs guests: KVM_GET/SET_NESTED_STATE, the enlightened VMCS.",
     },
+    {
+        "name": "Hyper-V",
+        "description": "Flush hypercalls, and who serves them: queues, TLB locks, assist pages, partitions.",
+    },
     {"name": "counters", "description": "Totals of a VM."},
     {"name": "service", "description": "The service itself: capabilities, health, version, problem types."},
 ]
@@ -62,6 +68,8 @@ TAGS: list[dict[str, Any]] = [
 # Models of bodies that routes read by themselves, and of problems, which no route returns.
 _FURTHER_MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
     (IoctlRequest, "validation"),
+    (Hypercall, "validation"),
+    (VpAssistFields, "validation"),
     (SubpageWindowRequest, "validation"),
     (SubpagePatch, "validation"),
     (TraceBody, "validation"),

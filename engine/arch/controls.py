@@ -59,7 +59,22 @@ ENCODING_VE_ADDRESS = 0x202A
     V_INTERRUPTIBILITY,
     V_SPPT_ROOT,
     V_GUEST_MODE,
-) = positions(24)
+    V_NESTED_VM,
+    V_NESTED_ROOT,
+    V_HV_FLAGS,
+    V_HV_FLUSHES,
+    V_HV_HYPERCALLS,
+    V_HV_EVMCS,
+    V_HV_ASSIST,
+) = positions(31)
+
+# V_NESTED says which nested guest runs, as the lower hypervisor knows it: 0 none, else bit 0 and its VP id in 63:32;
+# V_NESTED_VM is its VM id, V_NESTED_ROOT bits 51:12 of the second-level root that its hypervisor gave it.
+# V_HV_* are KVM's notes about Hyper-V: flags of ``hyperv.notes``, two statistics, and the frames of the enlightened
+# VMCS and of the VP assist page that KVM itself uses on Hyper-V.
+NESTED_RUNS = 1
+NESTED_VP_SHIFT = 32
+NESTED_VP_MASK = 0xFFFF_FFFF
 
 # The last words of the record: the frames that hold the vCPU's nested pages, 0 for a page of zeros.
 V_VMCS12, V_SHADOW_VMCS12, V_VMCB12 = positions(3, 509)

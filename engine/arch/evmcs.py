@@ -41,19 +41,6 @@ CLEAN_ALL = 0xFFFF
 NESTED_FLUSH_HYPERCALL = 0x1
 ENLIGHTENED_MSR_BITMAP = 0x2
 
-# VP assist page, at the page that MSR 0x40000073 names.
-ASSIST_LAYOUT = Layout(
-    "vp_assist_page",
-    56,
-    [
-        Field("apic_assist", 0, 4),
-        Field("vtl_control", 8, 24, "bytes"),
-        Field("nested_control", 32, 8),
-        Field("enlighten_vmentry", 40, 1, "count"),
-        Field("current_nested_vmcs", 48, 8),
-    ],
-)
-
 
 class EvmcsField(NamedTuple):
     """One field: where it is, which clean bit covers it ("" none, NONE, ALL or a name), which way KVM copies it.

@@ -52,6 +52,9 @@ CAP_RESERVE = 11  # frames and rows that one access can need at most
 CAP_SPPT_TREES = 12  # how many SPPTs there are when SPP is on
 CAPS = 16
 
+# A queue of flushes: how many, whether its vCPU was told, and up to 16 of them.
+QUEUE_WORDS = 18
+
 Words = NDArray[np.int64]
 
 
@@ -62,7 +65,8 @@ class Machine(NamedTuple):
     ``kind`` uint8[frames]; ``free`` and ``spare`` int64 stacks of frames and rows with heights in ``top``;
     ``caps`` int64[CAPS]; ``vcpu_of_id`` int64 (vCPU id to position, -1: none); ``slots`` int64[n, SLOT_WORDS] sorted
     by base GFN; ``cache`` int64[CACHE_WORDS], the fast path; ``tlb`` the translation cache, without rows where none
-    is modelled (see ``cpu.tlb``).
+    is modelled (see ``cpu.tlb``); ``queues`` int64[vCPUs, 2, QUEUE_WORDS], flushes that vCPUs have not yet done (see
+    ``hyperv.queues``): volatile like the cache.
     """
 
     rows: Words
@@ -76,7 +80,8 @@ class Machine(NamedTuple):
     vcpu_of_id: Words
     slots: Words
     cache: Words
-    tlb: Words = np.zeros((0, 12), dtype=np.int64)
+    tlb: Words = np.zeros((0, 14), dtype=np.int64)
+    queues: Words = np.zeros((0, 2, QUEUE_WORDS), dtype=np.int64)
 
 
 @kernel

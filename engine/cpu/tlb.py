@@ -10,6 +10,10 @@ physical   EPT root                            from GPA
 combined   EPT root, VPID, PCID or global      from linear address, through the guest's paging and EPT
 linear     VPID, PCID or global                from linear address, with EPT off
 
+An entry also says for which nested guest it was made, by VM id and VP id, and under which second-level root of the
+guest hypervisor; one with a linear address by which page tables. Nothing is looked up by roots of the guest hypervisor
+and page tables, but hypercalls name them.
+
 Only successful accesses leave entries, so nothing is remembered of entries that are not present or misconfigured. The
 whole cache is volatile. It is a table int64[1 + ENTRIES, ENTRY_WORDS], without rows where the cache is off; row 0 is
 the generation to which live entries belong and the clock of the replacement.
@@ -41,8 +45,11 @@ ENTRIES = SETS * WAYS
     E_LEAF,
     E_VECTOR,
     E_FACTS,
-) = positions(11)
-ENTRY_WORDS = 12
+    E_NESTED_VM,
+    E_ADDRESS_SPACE,
+    E_NESTED_ROOT,
+) = positions(14)
+ENTRY_WORDS = 14
 
 # Row 0
 GENERATION, CLOCK = positions(2)
@@ -130,6 +137,18 @@ def nested_of(m, vcpu):
 
 
 @kernel
+def nested_vm_of(m, vcpu):
+    """The other half of that tag: the VM id."""
+    return read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_NESTED_VM)
+
+
+@kernel
+def address_space_of(m, vcpu):
+    """The page tables in use: CR3's address bits, which leave the PCID out."""
+    return read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_CR3) & guest.ADDRESS
+
+
+@kernel
 def first_way(vcpu, page):
     """Row of the first way of the set that a page belongs to."""
     return 1 + ((page ^ page >> 9 ^ page >> 18 ^ vcpu << 3) & (SETS - 1)) * WAYS
@@ -158,11 +177,14 @@ def find(m, vcpu, kind, page):
     root = NO_SPACE if kind == LINEAR else root_of(m, vcpu)
     space = NO_SPACE if kind == PHYSICAL else space_of(m, vcpu)
     nested = nested_of(m, vcpu)
+    nested_vm = nested_vm_of(m, vcpu)
     first = first_way(vcpu, page)
     for row in range(first, first + WAYS):
         if not live(m, row) or m.tlb[row, E_PAGE] != page or m.tlb[row, E_KIND] != kind | vcpu << VCPU_SHIFT:
             continue
-        if m.tlb[row, E_ROOT] == root and m.tlb[row, E_NESTED] == nested and same_space(m, row, space):
+        if m.tlb[row, E_NESTED] != nested or m.tlb[row, E_NESTED_VM] != nested_vm:
+            continue
+        if m.tlb[row, E_ROOT] == root and same_space(m, row, space):
             return row
     return MISSING
 
@@ -200,6 +222,9 @@ def remember(m, vcpu, kind, page, frame, facts, trail):
     m.tlb[row, E_SPACE] = NO_SPACE if kind == PHYSICAL else space_of(m, vcpu)
     m.tlb[row, E_ROOT] = NO_SPACE if kind == LINEAR else root_of(m, vcpu)
     m.tlb[row, E_NESTED] = nested_of(m, vcpu)
+    m.tlb[row, E_NESTED_VM] = nested_vm_of(m, vcpu)
+    m.tlb[row, E_NESTED_ROOT] = read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_NESTED_ROOT)
+    m.tlb[row, E_ADDRESS_SPACE] = NO_SPACE if kind == PHYSICAL else address_space_of(m, vcpu)
     m.tlb[row, E_PAGE] = page
     m.tlb[row, E_FRAME] = frame
     level = trail[count - 1, 0] if count else 0
@@ -223,6 +248,7 @@ def combine(m, vcpu, page, frame, facts):
         m.tlb[row, word] = m.tlb[source, word]
     m.tlb[row, E_KIND] = COMBINED | vcpu << VCPU_SHIFT
     m.tlb[row, E_SPACE] = space_of(m, vcpu)
+    m.tlb[row, E_ADDRESS_SPACE] = address_space_of(m, vcpu)
     m.tlb[row, E_PAGE] = page
     m.tlb[row, E_FACTS] = facts | m.tlb[source, E_FACTS] & VECTOR_READ
 

@@ -8,16 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from engine.abi import SYSTEM, VCPU, VM, Call, Reply, failed
-from engine.ioctls import memory_capabilities, nested_state, spp_capability
+from engine.ioctls import hyperv_capabilities, memory_capabilities, nested_state, spp_capability
 from engine.ioctls.registry import EnableCap, Ioctl, Target
 
 # Capability number to what KVM_CHECK_EXTENSION says; a number that none of them has is 0.
 Checked = Mapping[int, Callable[[Target], int]]
-CHECKED: tuple[Checked, ...] = (memory_capabilities.CHECKED, spp_capability.CHECKED, nested_state.CHECKED)
+CHECKED: tuple[Checked, ...] = (
+    memory_capabilities.CHECKED,
+    spp_capability.CHECKED,
+    nested_state.CHECKED,
+    hyperv_capabilities.CHECKED,
+)
 
 # Level and number to what KVM_ENABLE_CAP does.
 Enabled = Mapping[tuple[str, int], Callable[[Target, EnableCap], Reply]]
-ENABLED: tuple[Enabled, ...] = (spp_capability.ENABLED, nested_state.ENABLED)
+ENABLED: tuple[Enabled, ...] = (spp_capability.ENABLED, nested_state.ENABLED, hyperv_capabilities.ENABLED)
 
 
 def check_extension(target: Target, call: Call) -> Reply:

@@ -19,6 +19,9 @@ ROOT_WRITTEN, ROOT_LOG, ROOT_ACCESS, DIRTY_MODE, HARVESTS, ACKNOWLEDGED = positi
 # Which allocation of the host from now fails; 0: none.
 (FAIL_ALLOCATION,) = positions(1, 48)
 
+# The frame of the partition assist page that KVM shares with a Hyper-V below it, 0 for none.
+(PARTITION_ASSIST,) = positions(1, 49)
+
 COUNTERS_AT = 64
 COUNTERS = (
     "records",

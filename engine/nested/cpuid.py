@@ -15,6 +15,9 @@ ECX8_SVM = 1 << 2
 EDX8_NX = 1 << 20
 EDX8_LONG_MODE = 1 << 29
 
+# "KVMK", the first word of the signature.
+KVM_SIGNATURE_EBX = 0x4B4D_564B
+
 # Width that KVM assumes while leaf 0x80000008 is absent, as it is before any KVM_SET_CPUID2.
 DEFAULT_MAXPHYADDR = 36
 
@@ -110,7 +113,7 @@ def supported_cpuid(vendor: str, nested: bool, maxphyaddr: int) -> tuple[CpuidEn
         ),
         CpuidEntry(7, flags=1, ebx=0x219C_07AB if intel else 0x219C_03A9, ecx=0x0000_000C, edx=0x8400_0000),
         CpuidEntry(0xD, flags=1, eax=0x7, ebx=0x340, ecx=0x340),
-        CpuidEntry(0x4000_0000, eax=0x4000_0001, ebx=0x4B4D_564B, ecx=0x564B_4D56, edx=0x0000_004D),
+        CpuidEntry(0x4000_0000, eax=0x4000_0001, ebx=KVM_SIGNATURE_EBX, ecx=0x564B_4D56, edx=0x0000_004D),
         CpuidEntry(0x4000_0001, eax=0x0100_00FB),
         CpuidEntry(0x8000_0000, eax=0x8000_0008 if intel else 0x8000_000A, ebx=ebx, ecx=ecx, edx=edx),
         CpuidEntry(0x8000_0001, ecx=0x0000_0121 | svm, edx=0x2C10_0800),

@@ -7,10 +7,12 @@ enlightened VMCS at GPA 0 looked attached already: here nothing is attached unti
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
-from engine.arch.evmcs import CLEAN_ALL, CLEAN_BITS
+from engine.arch.evmcs import CLEAN_ALL, CLEAN_BITS, EVMCS, EVMCS_SIZE, NESTED_FLUSH_HYPERCALL
 from engine.arch.hyperv_cpuid import EVMCS_VERSIONS
+from engine.arch.hyperv_pages import VP_ASSIST
 from engine.arch.nested_state import NO_ADDRESS
 from engine.arch.vmcs12 import EVMCS_VERSION, VMCS12, VMCS12_PAGE, VMCS12_REVISION, put
 from engine.nested.memory import PAGE, GuestMemory
@@ -18,8 +20,9 @@ from engine.nested.msr_numbers import HV_VP_ASSIST_PAGE
 from engine.nested.vcpu import EVMPTR_NONE, EVMPTR_PENDING, NestedVcpu
 
 _ASSIST_ENABLE = 0x1
-_ASSIST_ENLIGHTEN = 40
-_ASSIST_CURRENT = 48
+_ASSIST_ENLIGHTEN = VP_ASSIST.by_name["enlighten_vmentry"].offset
+_ASSIST_CURRENT = VP_ASSIST.by_name["current_nested_vmcs"].offset
+_ASSIST_READ = 56
 
 AttachResult = Literal["unused", "attached", "unmapped", "bad-revision"]
 
@@ -70,13 +73,13 @@ def attach(vcpu: NestedVcpu, memory: GuestMemory, launch: bool) -> AttachResult:
     gpa = current_evmcs(vcpu, memory)
     if gpa is None:
         if vcpu.era.map_pending:
-            vmx.evmptr = EVMPTR_NONE
+            vmx.release_evmcs()
         return "unused"
     changed = not vmx.evmcs_mapped or gpa != vmx.evmptr
     if changed:
         if vcpu.era.map_pending or not vmx.evmcs_mapped:
             vmx.current_pa = NO_ADDRESS
-        vmx.evmptr = EVMPTR_NONE
+        vmx.release_evmcs()
         raw = memory.read(_page_of(gpa), 4)
         if raw is None:
             return "unmapped"
@@ -88,6 +91,7 @@ def attach(vcpu: NestedVcpu, memory: GuestMemory, launch: bool) -> AttachResult:
             put(vmx.vmcs12, "revision", VMCS12_REVISION)
     if launch or changed:
         _store(vcpu, memory, "hv_clean_fields", clean_fields(vcpu, memory) & ~CLEAN_ALL)
+    _remember_guest(vcpu, memory)
     return "attached"
 
 
@@ -114,6 +118,27 @@ def copy_out(vcpu: NestedVcpu, memory: GuestMemory) -> None:
             memory.write(_page_of(vcpu.vmx.evmptr) + field.offset, bytes(vcpu.vmx.vmcs12[twin.offset : twin.end]))
     if not vcpu.era.map_pending:
         mark_clean(vcpu, memory)
+
+
+def asks_for_direct_flush(vcpu: NestedVcpu, memory: GuestMemory) -> bool:
+    """Whether the attached enlightened VMCS says, as it is now, that the lower hypervisor serves flush hypercalls."""
+    raw = memory.read(_page_of(vcpu.vmx.evmptr) + EVMCS.by_name["hv_enlightenments_control"].offset, 4)
+    return raw is not None and bool(int.from_bytes(raw, "little") & NESTED_FLUSH_HYPERCALL)
+
+
+def _remember_guest(vcpu: NestedVcpu, memory: GuestMemory) -> None:
+    """Copy from the assist page, and from the enlightened VMCS unless it says that nothing of it has changed.
+
+    These fields are where the TLFS has them, whatever a kernel of 2019 believed: it served no flush of L2.
+    """
+    assist = memory.read(vcpu.msrs.get(HV_VP_ASSIST_PAGE, 0) & ~0xFFF, _ASSIST_READ)
+    features = 0 if assist is None else VP_ASSIST.get(assist, "nested_features")
+    lower = replace(vcpu.vmx.lower, features=features)
+    page = memory.read(_page_of(vcpu.vmx.evmptr), EVMCS_SIZE)
+    if page is not None and not EVMCS.get(page, "hv_clean_fields") >> CLEAN_BITS["ENLIGHTENMENTSCONTROL"] & 1:
+        vm_id, vp_id = EVMCS.get(page, "hv_vm_id"), EVMCS.get(page, "hv_vp_id")
+        lower = replace(lower, vm_id=vm_id, vp_id=vp_id, partition_page=EVMCS.get(page, "partition_assist_page"))
+    vcpu.vmx.lower = lower
 
 
 def clean_fields(vcpu: NestedVcpu, memory: GuestMemory) -> int:

@@ -10,7 +10,7 @@ from engine.nested.entry_checks import cr3_refusal
 from engine.nested.memory import GuestMemory
 from engine.nested.msrs import load_msr_list, store_msr_list
 from engine.nested.registers import TOUCHED_BY_FAILURE, active_secondary, load_guest, load_host, save_guest
-from engine.nested.vcpu import EVMPTR_NONE, EVMPTR_PENDING, NestedVcpu, VmxState
+from engine.nested.vcpu import EVMPTR_PENDING, NestedVcpu, VmxState
 
 _EVENT_VALID = 1 << 31
 FAILED_VM_ENTRY = 1 << 31
@@ -129,7 +129,7 @@ def drop_operation(state: VmxState) -> None:
         return
     state.vmxon = state.smm_vmxon = False
     state.vmxon_pa = state.current_pa = NO_ADDRESS
-    state.evmptr = EVMPTR_NONE
+    state.release_evmcs()
     state.sync_pending = state.pages_pending = False
     state.vmcs12[:] = bytes(len(state.vmcs12))
     state.shadow[:] = bytes(len(state.shadow))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from engine.arch.hyperv_cpuid import CpuidEntry
+from engine.arch.hyperv_cpuid import CpuidEntry, find_leaf
 from engine.arch.nested_state import NO_ADDRESS
 from engine.arch.vmcs12 import VMCS12_PAGE
 from engine.errors import InvalidValue
@@ -64,6 +64,21 @@ class NestedHost:
         return capabilities
 
 
+@dataclass(frozen=True)
+class Enlightenment:
+    """What the lower hypervisor remembers of the nested guest that was last entered, to serve its flush hypercalls.
+
+    ``vm_id`` and ``vp_id`` name it, ``partition_page`` is the GPA of its partition assist page. ``features`` is the
+    copy of the VP assist page's word. ``control`` is that of the VMCB: the enlightened VMCS is looked at as it is.
+    """
+
+    vm_id: int = 0
+    vp_id: int = 0
+    partition_page: int = NO_ADDRESS
+    features: int = 0
+    control: int = 0
+
+
 @dataclass
 class VmxState:
     """VMX operation of one vCPU: VMXON, the current VMCS and its cached pages, L2.
@@ -84,6 +99,7 @@ class VmxState:
     evmptr: int = EVMPTR_NONE
     sync_pending: bool = False
     pages_pending: bool = False
+    lower: Enlightenment = field(default_factory=Enlightenment)
     vmcs12: bytearray = field(default_factory=lambda: bytearray(VMCS12_PAGE))
     shadow: bytearray = field(default_factory=lambda: bytearray(VMCS12_PAGE))
 
@@ -97,6 +113,11 @@ class VmxState:
         """An enlightened VMCS is attached."""
         return self.evmptr not in (EVMPTR_NONE, EVMPTR_PENDING)
 
+    def release_evmcs(self) -> None:
+        """Detach the enlightened VMCS, and with it forget who its guest is."""
+        self.evmptr = EVMPTR_NONE
+        self.lower = Enlightenment()
+
 
 @dataclass
 class SvmState:
@@ -106,6 +127,7 @@ class SvmState:
     guest_mode: bool = False
     run_pending: bool = False
     vmcb_pa: int = 0
+    lower: Enlightenment = field(default_factory=Enlightenment)
     vmcb12: bytearray = field(default_factory=lambda: bytearray(VMCS12_PAGE))
 
 
@@ -160,6 +182,12 @@ class NestedVcpu:
         return cpuid_facts.maxphyaddr(self.cpuid)
 
     @property
+    def shows_kvm(self) -> bool:
+        """The guest CPUID shows KVM: at its usual place, or behind the leaves of Hyper-V."""
+        leaves = (find_leaf(self.cpuid, number) for number in (0x4000_0000, 0x4000_0100))
+        return any(leaf is not None and leaf.ebx == cpuid_facts.KVM_SIGNATURE_EBX for leaf in leaves)
+
+    @property
     def evmcs_visible(self) -> bool:
         """The enlightened VMCS takes effect: it is enabled and, in today's kernel, Hyper-V is in the guest CPUID."""
         return self.evmcs_enabled and (not self.era.evmcs_needs_hyperv or cpuid_facts.has_hyperv(self.cpuid))
@@ -194,8 +222,8 @@ class NestedVcpu:
         head["registers"] = dict(self.registers)
         head["msrs"] = {str(number): value for number, value in self.msrs.items()}
         head["capabilities"] = self.capabilities.to_head()
-        head["vmx"] = _with_hex_pages(vars(self.vmx))
-        head["svm"] = _with_hex_pages(vars(self.svm))
+        head["vmx"] = {**_with_hex_pages(vars(self.vmx)), "lower": asdict(self.vmx.lower)}
+        head["svm"] = {**_with_hex_pages(vars(self.svm)), "lower": asdict(self.svm.lower)}
         return head
 
     @classmethod
@@ -209,8 +237,8 @@ class NestedVcpu:
             registers=dict(head["registers"]),
             msrs={int(number): value for number, value in head["msrs"].items()},
             capabilities=VmxCapabilities.from_head(head["capabilities"]),
-            vmx=VmxState(**_with_byte_pages(head["vmx"])),
-            svm=SvmState(**_with_byte_pages(head["svm"])),
+            vmx=VmxState(**{**_with_byte_pages(head["vmx"]), "lower": Enlightenment(**head["vmx"].get("lower", {}))}),
+            svm=SvmState(**{**_with_byte_pages(head["svm"]), "lower": Enlightenment(**head["svm"].get("lower", {}))}),
         )
 
 

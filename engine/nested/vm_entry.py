@@ -27,7 +27,7 @@ from engine.nested.transitions import (
     resume_host,
     synchronise,
 )
-from engine.nested.vcpu import EVMPTR_NONE, NestedVcpu
+from engine.nested.vcpu import NestedVcpu
 
 VMCLEAR_INVALID_ADDRESS = 2
 VMCLEAR_VMXON_POINTER = 3
@@ -114,7 +114,7 @@ def vmclear(vcpu: NestedVcpu, memory: GuestMemory, address: int) -> InstructionR
         return _fail(vcpu, VMCLEAR_VMXON_POINTER)
     if vcpu.evmcs_visible and enlightened.current_evmcs(vcpu, memory) is not None:
         if vcpu.era.map_pending and address == vcpu.vmx.evmptr:
-            vcpu.vmx.evmptr = EVMPTR_NONE
+            vcpu.vmx.release_evmcs()
         return InstructionResult("succeed")
     if address == vcpu.vmx.current_pa:
         _release_current(vcpu, memory)

@@ -72,8 +72,15 @@ class ReplayOptions:
 class Replay:
     """A replay under way. ``records_done`` may be read from other threads."""
 
-    def __init__(self, draft: Draft, options: ReplayOptions, targets: objects.Targets) -> None:
+    def __init__(
+        self,
+        draft: Draft,
+        options: ReplayOptions,
+        targets: objects.Targets,
+        before: Callable[[TraceChunk], None] | None = None,
+    ) -> None:
         self._draft = draft
+        self._before = before
         self._options = options
         self._words = options.words()
         self._targets = targets
@@ -105,6 +112,8 @@ class Replay:
         """
         if self.stopped_at is not None:
             return False
+        if self._before is not None:
+            self._before(chunk)
         count = len(chunk.records)
         words = _frozen(chunk.records.reshape(-1))
         gvas = self._no_gva if chunk.gva is None else _frozen(chunk.gva)

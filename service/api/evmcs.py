@@ -21,6 +21,8 @@ from service.http.words import Document, Hex32, Hex64, examples
 routes = router("nested state", "/v1/vms/{vm}/vcpus/{n}")
 
 CAP_HYPERV_ENLIGHTENED_VMCS = 163
+CAP_HYPERV_DIRECT_TLBFLUSH = 175
+CAP_HYPERV_ENFORCE_CPUID = 199
 
 _CHANGE = (
     "malformed-body",
@@ -120,6 +122,7 @@ class PerVcpu:
     enabled: Callable[[VirtualMachine, int], bool]
     stored: Callable[[VirtualMachine, int], dict[str, str]]
     enable: Callable[[VirtualMachine, int], Any]
+    disable: Callable[[VirtualMachine, int], Any] | None = None
 
 
 CAPABILITIES: tuple[PerVcpu, ...] = (
@@ -130,6 +133,23 @@ CAPABILITIES: tuple[PerVcpu, ...] = (
         lambda machine, n: machine.nested.vcpu(n).evmcs_enabled,
         lambda machine, n: {"versions": hex(machine.nested.evmcs(n).versions)},
         lambda machine, n: machine.nested.enable_evmcs(n),
+    ),
+    PerVcpu(
+        CAP_HYPERV_DIRECT_TLBFLUSH,
+        "hyperv-direct-tlbflush",
+        lambda machine: int(machine.hyperv.direct_flush_available()),
+        lambda machine, n: machine.hyperv.direct_flush_enabled(n),
+        lambda machine, n: machine.hyperv.direct_flush_fields(n),
+        lambda machine, n: machine.hyperv.enable_direct_flush(n),
+    ),
+    PerVcpu(
+        CAP_HYPERV_ENFORCE_CPUID,
+        "hyperv-enforce-cpuid",
+        lambda machine: 1,
+        lambda machine, n: machine.hyperv.enforces_cpuid(n),
+        lambda machine, n: {},
+        lambda machine, n: machine.hyperv.enforce_cpuid(n, True),
+        lambda machine, n: machine.hyperv.enforce_cpuid(n, False),
     ),
 )
 _BY_NAME: Mapping[str, PerVcpu] = {name: row for row in CAPABILITIES for name in (row.name, str(row.number))}
@@ -185,6 +205,8 @@ def _evmcs(machine: VirtualMachine, n: int) -> dict[str, Any]:
 def _enable(row: PerVcpu, machine: VirtualMachine, n: int, wanted: bool) -> None:
     if wanted:
         row.enable(machine, n)
+    elif row.disable is not None:
+        row.disable(machine, n)
     elif row.enabled(machine, n):
         raise Conflict("must be true: it cannot be switched off again", field="enabled", value=False)
 
@@ -247,7 +269,11 @@ async def get_vcpu_capability(request: Request, vm: VmId, n: VcpuId, cap: Capabi
     "/capabilities/{cap}",
     operation_id="putVcpuCapability",
     summary="Enable a capability of a vCPU",
-    description="KVM_ENABLE_CAP on a vCPU. Idempotent, and for good.",
+    description=(
+        "KVM_ENABLE_CAP on a vCPU. Idempotent, and for good but for `hyperv-enforce-cpuid`. Where KVM refuses the "
+        "problem's `errno` is its own: ENOTTY, ENODEV, EINVAL or ENOMEM. A guest whose flushes Hyper-V serves must not "
+        "see KVM in its CPUID: Hyper-V takes a KVM hypercall for its own; `result.hides_kvm` tells."
+    ),
     responses=documented(
         {200: {"model": VcpuCapability, "description": "The capability now.", "headers": headers("ETag")}}, *_CHANGE
     ),

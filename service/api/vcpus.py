@@ -134,6 +134,9 @@ _ENTRY = {
     "global": False,
     "ept_root": "0x200000002000",
     "nested": "0x0",
+    "vm_id": None,
+    "vp_id": None,
+    "address_space": None,
     "address": "0x2a5c000",
     "gpa": "0x2a5c000",
     "page_bits": 12,
@@ -160,6 +163,9 @@ class TlbEntry(Document):
     is_global: bool = Field(alias="global", description="Good for every PCID.")
     ept_root: Hex64 | None = Field(description="Bits 51:12 of the EPT pointer; null for a linear entry.")
     nested: Hex64 = Field(description="The nested guest that it belongs to; 0 for none.")
+    vm_id: Hex64 | None = Field(description="Its VM id, as its hypervisor told the lower one; null for none.")
+    vp_id: Hex64 | None = Field(description="Its VP id.")
+    address_space: Hex64 | None = Field(description="Page tables, CR3 without PCID; null for a physical entry.")
     address: Hex64 = Field(description="What is translated: a GPA for a physical entry, else a linear address.")
     gpa: Hex64 = Field(description="What guest paging makes of it.")
     page_bits: int = Field(description="Log2 of the size of the guest's page.")
@@ -191,6 +197,29 @@ _CHANGE = (
     "invalid-value",
     "limit-exceeded",
 )
+
+
+_HEX_WORDS = (
+    "vpid",
+    "pcid",
+    "ept_root",
+    "nested",
+    "vm_id",
+    "vp_id",
+    "address_space",
+    "address",
+    "gpa",
+    "leaf",
+    "spp_vector",
+)
+
+
+def tlb_entry(item: Any) -> dict[str, Any]:
+    """One cached translation as a document."""
+    entry = {"global" if name == "is_global" else name: value for name, value in asdict(item).items()}
+    for name in _HEX_WORDS:
+        entry[name] = hex(entry[name]) if entry[name] is not None else None
+    return entry
 
 
 def _vmcs(machine: VirtualMachine, n: int) -> dict[str, str]:
@@ -299,10 +328,4 @@ async def execute_invvpid(request: Request, vm: VmId, n: VcpuId, body: InvvpidRe
     responses=documented({200: {"model": Tlb, "description": "Every entry."}}, "not-found", "invalid-value"),
 )
 async def get_tlb(request: Request, vm: VmId, n: VcpuId) -> Response:
-    entries = []
-    for item in find(request, vm).machine.vcpus.tlb(n):
-        entry = {"global" if name == "is_global" else name: value for name, value in asdict(item).items()}
-        for name in ("vpid", "pcid", "ept_root", "nested", "address", "gpa", "leaf", "spp_vector"):
-            entry[name] = hex(entry[name]) if entry[name] is not None else None
-        entries.append(entry)
-    return json_response({"entries": entries})
+    return json_response({"entries": [tlb_entry(item) for item in find(request, vm).machine.vcpus.tlb(n)]})

@@ -40,6 +40,8 @@ _MOST_VCPUS = 1024
 
 Profile = Literal["kvm-2019", "kvm-latest"]
 TranslationCache = Literal["off", "model"]
+FlushPolicy = Literal["kvm", "tlfs"]
+FlushExecution = Literal["exact", "kvm", "paranoid"]
 
 
 class CpuidLeafRequest(Document):
@@ -83,8 +85,11 @@ class HypervHost(Document):
     """Hyper-V under KVM."""
 
     cpuid: list[CpuidLeafRequest] = Field(
-        default_factory=list, max_length=256, description="Leaves from 0x40000000 on that it shows to KVM."
+        default_factory=list,
+        max_length=256,
+        description="Leaves from 0x40000000 on that it shows to KVM; others are those of a Hyper-V of 2019.",
     )
+    fail_allocation: bool = Field(False, description="KVM gets no page when it first enables direct TLB flush.")
 
 
 class HostRequest(Document):
@@ -94,7 +99,9 @@ class HostRequest(Document):
     ept: bool = True
     spp: bool = True
     nested: bool | None = Field(None, description="Null: true, but false for `kvm-latest` with SPP.")
-    evmcs: bool = Field(False, description="KVM, as a guest of Hyper-V, uses the enlightened VMCS itself.")
+    evmcs: bool | None = Field(
+        None, description="KVM, as a guest of Hyper-V, uses the enlightened VMCS itself. Null: if it is recommended."
+    )
     vmx_capabilities: dict[str, Hex64] = Field(
         default_factory=dict,
         description=(
@@ -127,7 +134,7 @@ _HOST = {
     "ept": True,
     "spp": True,
     "nested": None,
-    "evmcs": False,
+    "evmcs": None,
     "vmx_capabilities": {},
     "hyperv": None,
     "fail_allocation": None,
@@ -156,6 +163,8 @@ _REPLY = {
     "spp": True,
     "translation_cache": "off",
     "require_match": False,
+    "flush_policy": "kvm",
+    "flush_execution": "kvm",
     "revision": 1,
     "created": "2026-08-22T09:30:00.000000Z",
 }
@@ -185,6 +194,10 @@ class VmRequest(Document):
     spp: bool = Field(False, description="Enable SPP at once.")
     translation_cache: TranslationCache = Field("off", description="`model` keeps stale translations until flushed.")
     require_match: bool = Field(False, description="Demand If-Match on every change (428 without).")
+    flush_policy: FlushPolicy = Field("kvm", description="Whose reading of a flush hypercall: KVM's, or the TLFS.")
+    flush_execution: FlushExecution | None = Field(
+        None, description="Null: `kvm` under `kvm`, `exact` under `tlfs`. `paranoid` drops everything."
+    )
 
     def config(self, max_table_frames: int) -> VmConfig:
         if isinstance(self.vcpus, int):
@@ -203,6 +216,8 @@ class VmRequest(Document):
             host=self.host.config(),
             require_match=self.require_match,
             max_table_frames=max_table_frames,
+            flush_policy=self.flush_policy,
+            flush_execution=self.flush_execution,
         )
 
 
@@ -221,6 +236,8 @@ class Vm(Document):
     spp: bool = Field(description="Whether SPP is enabled.")
     translation_cache: str
     require_match: bool
+    flush_policy: str
+    flush_execution: str = Field(description="How flush hypercalls are carried out.")
     revision: int = Field(description="Counts committed changes, replays included; part of the entity tag.")
     created: str = Field(description="RFC 3339, UTC.", json_schema_extra={"format": "date-time"})
 
@@ -253,6 +270,8 @@ class Vm(Document):
             spp=entry.machine.spp_active,
             translation_cache=config.translation_cache,
             require_match=config.require_match,
+            flush_policy=config.flush_policy,
+            flush_execution=config.executes_flushes,
             revision=entry.revision,
             created=entry.created.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         )

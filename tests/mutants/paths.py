@@ -30,6 +30,7 @@ KINDS = "tests/engine/test_access_kinds.py"
 COLUMNS = f"{TRACE}/test_readers_columns.py"
 RAW_TABLES = "tests/engine/test_tables.py"
 PROCESSOR = "tests/property/test_processor_properties.py"
+HYPERV = "tests/engine/hyperv"
 
 
 def plain(*rows: str) -> tuple[str, ...]:

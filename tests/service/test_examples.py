@@ -13,7 +13,7 @@ import pytest
 from tests.contract.client import ContractClient
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ("introspection", "checkpoint", "device")
+EXAMPLES = ("introspection", "checkpoint", "device", "forgotten_flush")
 
 
 def run(name: str, *arguments: str) -> str:
@@ -34,6 +34,15 @@ def test_example(client: ContractClient, name: str) -> None:
 def test_the_saving_is_printed(client: ContractClient) -> None:
     saved = re.search(r"^(\d+) bytes saved", run("checkpoint", str(client.base_url)), re.MULTILINE)
     assert saved and int(saved[1]) > 0
+
+
+def test_the_forgotten_flush_is_found(client: ContractClient) -> None:
+    first, missed, stale, hit, fresh = run("forgotten_flush", str(client.base_url)).splitlines()
+    assert first == "vCPU 1 writes to 0x11000"
+    assert missed == "flush of VPs 0b10: targets [], 0 translations dropped"
+    assert stale == "vCPU 1 writes to 0x11000: a stale translation, the flush missed VP 5"
+    assert hit == "flush of VPs 0b100000: targets [5], 1 translations dropped"
+    assert fresh == "vCPU 1 writes to 0x12000: as mapped"
 
 
 @pytest.mark.jit

@@ -153,7 +153,7 @@ def test_hosts_of_nesting_are_told_back(make_vm: Callable[..., str], client: Con
     leaf = {"function": "0x4000000a", "index": "0x0", "eax": "0xa0101", "ebx": "0x0", "ecx": "0x0", "edx": "0x0"}
     host = {
         "evmcs": True,
-        "hyperv": {"cpuid": [leaf]},
+        "hyperv": {"cpuid": [leaf], "fail_allocation": False},
         "nested_evmcs": False,
         "smt": False,
         "vmx_capabilities": {"IA32_VMX_MISC": "0x65"},

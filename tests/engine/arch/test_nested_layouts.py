@@ -6,7 +6,6 @@ import pytest
 
 from engine.arch import nested_state as abi
 from engine.arch.evmcs import (
-    ASSIST_LAYOUT,
     CLEAN_BITS,
     EVMCS,
     EVMCS_FIELDS,
@@ -14,6 +13,7 @@ from engine.arch.evmcs import (
     EVMCS_PACKED,
 )
 from engine.arch.hyperv_cpuid import ENTRY_LAYOUT, CpuidEntry, pack_entry, unpack_entries
+from engine.arch.hyperv_pages import VP_ASSIST
 from engine.arch.struct_layout import Field, Layout, parse_integer
 from engine.arch.vmcs12 import ENCODINGS, SINCE_2020, VMCS12, field_index, locate
 from engine.errors import InvalidValue
@@ -54,7 +54,7 @@ OFFSETS = {
 }
 
 
-LAYOUTS = [VMCS12, EVMCS, EVMCS_PACKED, ASSIST_LAYOUT, ENTRY_LAYOUT, abi.VMX_HEADER, abi.COMMON]
+LAYOUTS = [VMCS12, EVMCS, EVMCS_PACKED, VP_ASSIST, ENTRY_LAYOUT, abi.VMX_HEADER, abi.COMMON]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,0 +1,212 @@
+"""KVM as the guest of Hyper-V: how it has Hyper-V serve the flush hypercalls of KVM's own guests.
+
+Each vCPU has an enlightened VMCS and runs on a CPU of its own, which has a VP assist page: both are pages of the host
+and are kept as such. One partition assist page, always zero, serves the whole machine. Source: Linux 5.4, vmx.c and
+the series that brought KVM_CAP_HYPERV_DIRECT_TLBFLUSH.
+
+Kept as that KVM has it: enabling does not clear the clean bit of what it changes, and a vCPU's VP id is stored after
+its first exit only. The Hyper-V here looks at these fields at each entry, whatever the clean bits say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from engine.arch import controls as ctl
+from engine.arch import hyperv_cpuid as leaves
+from engine.arch.evmcs import CLEAN_ALL, EVMCS, NESTED_FLUSH_HYPERCALL
+from engine.arch.hyperv_cpuid import CpuidEntry
+from engine.arch.hyperv_pages import DIRECT_HYPERCALL, VP_ASSIST, read_assist, write_assist
+from engine.arch.struct_layout import Layout
+from engine.cpu import frames
+from engine.cpu.frames import FIRST_VCPU_FRAME, STATE_FRAME, Machine
+from engine.errors import InvalidValue
+from engine.hyperv import notes
+from engine.hyperv.direct import NestedGuest
+from engine.hyperv.privileges import Privileges
+from engine.kvm import registers as reg
+from engine.nested.cpuid import entries_from_json
+
+CAP_DIRECT_FLUSH = 175
+# A Linux of the time: open source, type 1.
+LINUX_OS_ID = 0x8100 << 48
+# Where a kernel has its own memory: the VM id is the address of the machine's structure there.
+KERNEL_BASE = 0xFFFF_8880_0000_0000
+
+_DEFAULTS = (
+    CpuidEntry(leaves.LEAF_INTERFACE, eax=leaves.INTERFACE_SIGNATURE),
+    CpuidEntry(
+        leaves.LEAF_FEATURES,
+        eax=leaves.FEATURES_EAX_ASSIST_MSR | leaves.FEATURES_EAX_HYPERCALL_MSRS | leaves.FEATURES_EAX_VP_INDEX,
+        edx=leaves.FEATURES_EDX_XMM_INPUT | leaves.FEATURES_EDX_EXTENDED_RANGES,
+    ),
+    CpuidEntry(
+        leaves.LEAF_RECOMMENDATIONS,
+        eax=leaves.RECOMMEND_REMOTE_FLUSH | leaves.RECOMMEND_EX_PROCESSOR_MASKS | leaves.RECOMMEND_EVMCS,
+    ),
+    CpuidEntry(
+        leaves.LEAF_NESTED,
+        eax=leaves.EVMCS_VERSIONS | leaves.NESTED_EAX_DIRECT_FLUSH | leaves.NESTED_EAX_MSR_BITMAP,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class HypervHost:
+    """The Hyper-V under KVM: what its CPUID says.
+
+    ``fail_allocation``: KVM gets no page when it enables the flush. ``enlightened`` False: KVM does not use the
+    enlightened VMCS though it is recommended; a KVM of 2019 would have offered the flush all the same, and stored its
+    fields in an ordinary VMCS.
+    """
+
+    privileges: Privileges
+    fail_allocation: bool = False
+    enlightened: bool = True
+
+    @classmethod
+    def of(cls, description: Mapping[str, Any], *, enlightened: bool = True) -> HypervHost:
+        """From ``host.hyperv``: the leaves in ``cpuid``, and for those not in it what a Hyper-V of the time shows.
+
+        Raises InvalidValue.
+        """
+        unknown = set(description) - {"cpuid", "fail_allocation"}
+        if unknown:
+            raise InvalidValue("has cpuid and fail_allocation", field="host.hyperv", value=sorted(unknown))
+        given = entries_from_json(description.get("cpuid", ()), "host.hyperv.cpuid")
+        entries = {entry.function: entry for entry in (*_DEFAULTS, *given)}
+        fail = description.get("fail_allocation", False)
+        return cls(Privileges.of(entries.values(), LINUX_OS_ID), bool(fail), enlightened)
+
+    @property
+    def evmcs(self) -> bool:
+        """KVM uses the enlightened VMCS."""
+        low = self.privileges.nested_eax & 0xFF
+        return self.enlightened and bool(self.privileges.recommendations & leaves.RECOMMEND_EVMCS) and low >= 1
+
+    @property
+    def direct_flush(self) -> bool:
+        """KVM_CAP_HYPERV_DIRECT_TLBFLUSH is there."""
+        return self.evmcs and bool(self.privileges.nested_eax & leaves.NESTED_EAX_DIRECT_FLUSH)
+
+
+def build(m: Machine, vcpus: int) -> None:
+    """The host's pages of a new machine: an enlightened VMCS and a VP assist page for each vCPU."""
+    for position in range(vcpus):
+        for word in (ctl.V_HV_EVMCS, ctl.V_HV_ASSIST):
+            frames.write_word(m, FIRST_VCPU_FRAME + position, word, frames.new_frame(m, frames.NESTED))
+        load(m, position)
+
+
+def load(m: Machine, vcpu: int) -> None:
+    """Loading a vCPU's enlightened VMCS on its CPU: the assist page names it. DirectHypercall is never taken back."""
+    evmcs = _page(m, vcpu, ctl.V_HV_EVMCS)
+    page = bytearray(_page(m, vcpu, ctl.V_HV_ASSIST))
+    control = read_assist(bytes(page))["control"]
+    if EVMCS.get(evmcs, "hv_enlightenments_control") & NESTED_FLUSH_HYPERCALL:
+        control |= DIRECT_HYPERCALL
+    write_assist(page, {"control": control, "enlighten": 1, "evmcs": address(m, vcpu, ctl.V_HV_EVMCS)})
+    _store(m, vcpu, ctl.V_HV_ASSIST, bytes(page))
+
+
+def unload(m: Machine, vcpu: int) -> None:
+    """KVM leaves the CPU: it takes back all three fields."""
+    page = bytearray(_page(m, vcpu, ctl.V_HV_ASSIST))
+    write_assist(page, {"control": 0, "enlighten": 0, "evmcs": 0})
+    _store(m, vcpu, ctl.V_HV_ASSIST, bytes(page))
+
+
+def enable_direct_flush(m: Machine, vcpu: int, host: HypervHost) -> str | None:
+    """KVM_CAP_HYPERV_DIRECT_TLBFLUSH on a vCPU: None, or the errno, and then nothing has changed."""
+    if not host.direct_flush:
+        return "ENOTTY"
+    page = int(frames.read_word(m, STATE_FRAME, reg.PARTITION_ASSIST))
+    if not page:
+        if host.fail_allocation:
+            return "ENOMEM"
+        page = int(frames.new_frame(m, frames.NESTED))
+        frames.write_word(m, STATE_FRAME, reg.PARTITION_ASSIST, page)
+    control = EVMCS.get(_page(m, vcpu, ctl.V_HV_EVMCS), "hv_enlightenments_control") | NESTED_FLUSH_HYPERCALL
+    fields = {
+        "partition_assist_page": int(frames.address_of(m, page)),
+        "hv_vm_id": vm_id(m),
+        "hv_enlightenments_control": control,
+    }
+    _put(m, vcpu, fields)
+    notes.set_flag(m, vcpu, notes.DIRECT_FLUSH, True)
+    load(m, vcpu)
+    return None
+
+
+def exited(m: Machine, vcpu: int, vp_index: int) -> None:
+    """After each exit of a vCPU: its VP id, and every field is clean."""
+    _put(m, vcpu, {"hv_vp_id": vp_index & 0xFFFF_FFFF, "hv_clean_fields": CLEAN_ALL})
+
+
+def vm_id(m: Machine) -> int:
+    """The VM id of the machine: the kernel address of its structure."""
+    return KERNEL_BASE + int(frames.address_of(m, STATE_FRAME))
+
+
+def nested_guest(m: Machine, vcpu: int, host: HypervHost) -> NestedGuest:
+    """The machine's guest as Hyper-V sees it on the CPU of a vCPU: a nested guest of KVM."""
+    if not host.evmcs:
+        return NestedGuest(enlightened=False)
+    evmcs = _page(m, vcpu, ctl.V_HV_EVMCS)
+    assist = read_assist(_page(m, vcpu, ctl.V_HV_ASSIST))
+    return NestedGuest(
+        enlightened=bool(assist["enlighten"]) and assist["evmcs"] == address(m, vcpu, ctl.V_HV_EVMCS),
+        asks=bool(EVMCS.get(evmcs, "hv_enlightenments_control") & NESTED_FLUSH_HYPERCALL),
+        direct=bool(assist["control"] & DIRECT_HYPERCALL),
+        vm_id=EVMCS.get(evmcs, "hv_vm_id"),
+        vp_id=EVMCS.get(evmcs, "hv_vp_id"),
+        assist_page=EVMCS.get(evmcs, "partition_assist_page"),
+    )
+
+
+@dataclass(frozen=True)
+class HostPages:
+    """The host's memory, as far as its pages are kept: what Hyper-V reads of KVM's."""
+
+    machine: Machine
+
+    def read(self, address: int, size: int) -> bytes | None:
+        """``size`` bytes at a host-physical address, within one page."""
+        frame = (address - int(frames.address_of(self.machine, 0))) >> 12
+        known = 0 <= frame < len(self.machine.kind) and self.machine.kind[frame] == frames.NESTED
+        if not known or address % frames.FRAME_SIZE + size > frames.FRAME_SIZE:
+            return None
+        page = bytes(self.machine.rows[self.machine.row_of[frame]].tobytes())
+        return page[address % frames.FRAME_SIZE :][:size]
+
+
+def address(m: Machine, vcpu: int, word: np.int64) -> int:
+    """Host-physical address of one of a vCPU's pages."""
+    return int(frames.address_of(m, frames.read_word(m, FIRST_VCPU_FRAME + vcpu, word)))
+
+
+def page_of(m: Machine, vcpu: int, layout: Layout) -> bytes:
+    """The bytes of a vCPU's enlightened VMCS or VP assist page."""
+    return _page(m, vcpu, ctl.V_HV_ASSIST if layout is VP_ASSIST else ctl.V_HV_EVMCS)[: layout.size]
+
+
+def _page(m: Machine, vcpu: int, word: np.int64) -> bytes:
+    return bytes(m.rows[m.row_of[frames.read_word(m, FIRST_VCPU_FRAME + vcpu, word)]].tobytes())
+
+
+def _put(m: Machine, vcpu: int, fields: Mapping[str, int]) -> None:
+    page = bytearray(_page(m, vcpu, ctl.V_HV_EVMCS))
+    for name, value in fields.items():
+        EVMCS.put(page, name, value)
+    _store(m, vcpu, ctl.V_HV_EVMCS, bytes(page))
+
+
+def _store(m: Machine, vcpu: int, word: np.int64, page: bytes) -> None:
+    frame = int(frames.read_word(m, FIRST_VCPU_FRAME + vcpu, word))
+    for position in range(0, frames.FRAME_SIZE, 8):
+        value = int.from_bytes(page[position : position + 8], "little", signed=True)
+        frames.write_word(m, frame, position >> 3, value)

@@ -1,0 +1,59 @@
+"""Capabilities of the TLB flush: the calls, direct flush for guests of a KVM on Hyper-V, CPUID checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from engine.abi import VCPU, Reply, failed
+from engine.config import VmConfig
+from engine.errors import EngineError
+from engine.hyperv_operations import hyperv_host
+from engine.ioctls.registry import EnableCap, Target
+
+CAP_HYPERV_TLBFLUSH = 155
+CAP_HYPERV_DIRECT_TLBFLUSH = 175
+CAP_HYPERV_ENFORCE_CPUID = 199
+_ENFORCES_SINCE = "kvm-latest"
+
+
+def _vcpu(target: Target) -> int:
+    assert target.vcpu is not None, "a call at this level has a vCPU"
+    return target.vcpu
+
+
+def _direct_flush(target: Target) -> int:
+    host = hyperv_host(VmConfig(profile=target.profile, host=target.host))
+    return int(host is not None and host.direct_flush)
+
+
+def _enable_direct_flush(target: Target, _: EnableCap) -> Reply:
+    """Its arguments are not looked at."""
+    try:
+        target.vm.hyperv.enable_direct_flush(_vcpu(target))
+    except EngineError as error:
+        return failed(error.errno)
+    return Reply(0)
+
+
+def _enforces(target: Target) -> int:
+    return int(target.profile == _ENFORCES_SINCE)
+
+
+def _enforce_cpuid(target: Target, wanted: EnableCap) -> Reply:
+    if not _enforces(target):
+        return failed("EINVAL")
+    target.vm.hyperv.enforce_cpuid(_vcpu(target), bool(wanted.args[0]))
+    return Reply(0)
+
+
+CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType(
+    {
+        CAP_HYPERV_TLBFLUSH: lambda _: 1,
+        CAP_HYPERV_DIRECT_TLBFLUSH: _direct_flush,
+        CAP_HYPERV_ENFORCE_CPUID: _enforces,
+    }
+)
+ENABLED: Mapping[tuple[str, int], Callable[[Target, EnableCap], Reply]] = MappingProxyType(
+    {(VCPU, CAP_HYPERV_DIRECT_TLBFLUSH): _enable_direct_flush, (VCPU, CAP_HYPERV_ENFORCE_CPUID): _enforce_cpuid}
+)

@@ -1,0 +1,82 @@
+"""A guest that forgets one flush: a processor goes on writing to the page that it no longer owns, and is found out.
+
+Two vCPUs share page tables. The guest gives a linear page another frame and flushes twice: once for the wrong processor
+(the VP index is not the vCPU id), once for the right one.
+
+Run: `.venv/bin/python examples/forgotten_flush.py [URL]`; without a URL it starts a service of its own.
+"""
+
+import sys
+from typing import Any
+
+import httpx2
+from connect import connect
+
+PAGE = 0x1000
+TABLES, OLD_FRAME, NEW_FRAME = 0x100000, 0x11000, 0x12000
+LINEAR = 0x7F0000001000
+GUEST_OS_ID = {"index": "0x40000000", "value": "0x8100000000000000"}
+CPUID = [{"function": "0x40000001", "eax": "0x31237648"}, {"function": "0x40000004", "eax": "0x804"}]
+
+
+class Guest:
+    """A VM whose vCPU 1 has VP index 5."""
+
+    def __init__(self, client: httpx2.Client) -> None:
+        self.client = client
+        vm = client.post(
+            "/v1/vms",
+            json={
+                "memory_slots": [{"slot": 0, "gpa": 0, "size": "0x1000000"}],
+                "vcpus": [{"id": 0, "cpuid": CPUID}, {"id": 1, "vp_index": 5, "cpuid": CPUID}],
+                "translation_cache": "model",
+                "flush_policy": "tlfs",
+            },
+        )
+        self.url = vm.raise_for_status().headers["Location"]
+        client.put(f"{self.url}/vcpus/0/msrs", json={"msrs": [GUEST_OS_ID]}).raise_for_status()
+        for level in range(3):
+            table = TABLES + level * PAGE
+            self.store(table + 8 * (LINEAR >> (39 - 9 * level) & 511), table + PAGE | 0x67)
+        for vcpu in (0, 1):
+            client.put(f"{self.url}/vcpus/{vcpu}/vmcs", json={"cr3": hex(TABLES)}).raise_for_status()
+
+    def store(self, gpa: int, word: int) -> None:
+        octets = {"Content-Type": "application/octet-stream"}
+        content = word.to_bytes(8, "little")
+        self.client.put(f"{self.url}/memory", params={"gpa": hex(gpa)}, content=content, headers=octets)
+
+    def map(self, frame: int) -> None:
+        self.store(TABLES + 3 * PAGE + 8 * (LINEAR >> 12 & 511), frame | 0x67)
+
+    def write(self, vcpu: int) -> tuple[str, bool]:
+        body = {"gva": hex(LINEAR), "size": 8, "vcpu": vcpu, "data": "00" * 8}
+        done = self.client.post(f"{self.url}/accesses", json=body).raise_for_status().json()
+        return done["gpa"], done["stale"]
+
+    def flush(self, mask: int) -> dict[str, Any]:
+        call = {"name": "HvCallFlushVirtualAddressList", "address_space": hex(TABLES), "processor_mask": mask}
+        body = {"call": {**call, "ranges": [hex(LINEAR)]}, "input_gpa": "0x5000"}
+        reply = self.client.post(f"{self.url}/vcpus/0/hypercalls", json=body)
+        found: dict[str, Any] = reply.raise_for_status().json()
+        return found
+
+
+def main(url: str | None) -> None:
+    with connect(url) as client:
+        guest = Guest(client)
+        guest.map(OLD_FRAME)
+        print(f"vCPU 1 writes to {guest.write(1)[0]}")
+        guest.map(NEW_FRAME)
+        for mask, found in ((1 << 1, (hex(OLD_FRAME), True)), (1 << 5, (hex(NEW_FRAME), False))):
+            flush = guest.flush(mask)
+            gpa, stale = guest.write(1)
+            assert (gpa, stale) == found
+            dropped = sum(len(vp["dropped"]) for vp in flush["vps"])
+            print(f"flush of VPs {mask:#b}: targets {flush['targeted']}, {dropped} translations dropped")
+            print(f"vCPU 1 writes to {gpa}: {'a stale translation, the flush missed VP 5' if stale else 'as mapped'}")
+        client.delete(guest.url)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else None)

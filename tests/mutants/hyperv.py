@@ -1,0 +1,147 @@
+"""Faults of ``engine/hyperv``: reading of hypercalls, execution of flushes, queues, direct flush."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+from .paths import HYPERV, named
+
+KVM_RULES = "engine/hyperv/kvm_rules.py"
+TLFS_RULES = "engine/hyperv/tlfs_rules.py"
+QUEUES_PY = "engine/hyperv/queues.py"
+EXECUTION_PY = "engine/hyperv/execution.py"
+DIRECT_PY = "engine/hyperv/direct.py"
+RANGES_PY = "engine/hyperv/ranges.py"
+SELECT_PY = "engine/cpu/tlb_select.py"
+VECTORS = f"{HYPERV}/test_vectors.py"
+
+MUTANTS = (
+    Mutant(
+        "hyperv-empty-mask",
+        KVM_RULES,
+        "everyone = bool(header[1] & hv.ALL_PROCESSORS) or header[2] == 0",
+        "everyone = bool(header[1] & hv.ALL_PROCESSORS)",
+        "Linux 6.16: an empty processor mask means everyone",
+        (f"{VECTORS}::test_as_kvm_reads_it[S07]",),
+    ),
+    Mutant(
+        "hyperv-long-list",
+        KVM_RULES,
+        "if call.rep and control.reps <= LONGEST_LIST:",
+        "if call.rep:",
+        "Linux 6.16: a list of more than 15 is not read",
+        (f"{VECTORS}::test_as_kvm_reads_it[F06]",),
+    ),
+    Mutant(
+        "hyperv-nested-reserved",
+        KVM_RULES,
+        "if control.value & hv.RESERVED_WITH_NESTED:",
+        "if control.value & hv.RESERVED:",
+        "Linux 6.16: bit 31 of the input value is reserved",
+        (f"{VECTORS}::test_as_kvm_reads_it[S17]",),
+    ),
+    Mutant(
+        "hyperv-page-crossing",
+        TLFS_RULES,
+        "if gpa % hv.WORD_BYTES or gpa % hv.PAGE + size > hv.PAGE or gpa + size > 1 << environment.physical_width:",
+        "if gpa % hv.WORD_BYTES or gpa + size > 1 << environment.physical_width:",
+        "TLFS: a parameter list does not cross a page",
+        (f"{VECTORS}::test_by_the_specification[S22-exact]",),
+    ),
+    Mutant(
+        "hyperv-rep-start",
+        TLFS_RULES,
+        "words = block[call.header + control.variable + control.start :]",
+        "words = block[call.header + control.variable :]",
+        "TLFS: a rep call resumes at its start index",
+        (f"{VECTORS}::test_by_the_specification[L13-exact]",),
+    ),
+    Mutant(
+        "hyperv-all-processors",
+        TLFS_RULES,
+        "everyone = bool(flags & hv.ALL_PROCESSORS) or (call.sparse and block[2] == hv.SET_ALL)",
+        "everyone = call.sparse and block[2] == hv.SET_ALL",
+        "TLFS: ALL_PROCESSORS counts in every call",
+        (f"{VECTORS}::test_by_the_specification[X09-exact]",),
+    ),
+    Mutant(
+        "hyperv-large-ranges",
+        RANGES_PY,
+        "bits = hv.HUGE_BITS if word & hv.RANGE_1G else hv.LARGE_BITS",
+        "bits = hv.LARGE_BITS",
+        "Ranges of 1-GiB pages have bit 12 set",
+        named(f"{HYPERV}/test_second_level.py", "vectors"),
+    ),
+    Mutant(
+        "hyperv-queue-place",
+        QUEUES_PY,
+        "wanted = words if words is not None and 0 < len(words) < PLACES - count else (EVERYTHING,)",
+        "wanted = words if words is not None and 0 < len(words) <= PLACES - count else (EVERYTHING,)",
+        "Linux 6.16: one place of a queue is kept for everything",
+        named(f"{HYPERV}/test_queues.py", "sequences"),
+    ),
+    Mutant(
+        "hyperv-queue-of-mode",
+        EXECUTION_PY,
+        "which = queues.NESTED_QUEUE if in_nested else queues.OWN_QUEUE",
+        "which = queues.OWN_QUEUE",
+        "Linux 6.16: a vCPU does the queue of its mode",
+        named(f"{HYPERV}/test_queues.py", "each_mode_has_its_queue"),
+        function="service",
+    ),
+    Mutant(
+        "hyperv-globals",
+        SELECT_PY,
+        "return globals_ == tlb.GLOBALS_TOO",
+        "return True",
+        "TLFS: NON_GLOBAL_MAPPINGS_ONLY lets global translations be",
+        (f"{VECTORS}::test_by_the_specification[S05-exact]",),
+    ),
+    Mutant(
+        "hyperv-large-page",
+        SELECT_PY,
+        "return in_ranges(first, first + (1 << bits) - 1, ranges)",
+        "return in_ranges(m.tlb[row, tlb.E_PAGE], m.tlb[row, tlb.E_PAGE], ranges)",
+        "TLFS: an address within a large page drops the whole page",
+        named(f"{HYPERV}/test_properties.py", "a_page_inside_a_large_one_drops_it_whole"),
+    ),
+    Mutant(
+        "hyperv-nested-ids",
+        SELECT_PY,
+        "if nested == 0 or m.tlb[row, tlb.E_NESTED_VM] != vm:",
+        "if nested == 0:",
+        "TLFS: a direct flush is of the contexts of the caller's VM id",
+        named(f"{HYPERV}/test_direct.py", "nothing_required_is_left_of_other_contexts_either"),
+    ),
+    Mutant(
+        "hyperv-lock-count",
+        "engine/hyperv/dispatch.py",
+        "if not any(page):",
+        "if True:",
+        "TLFS: L1 is told after a flush while its TLB lock count is not 0",
+        named(f"{HYPERV}/test_direct.py", "the_lock_count_asks_for_an_exit_after_the_flush"),
+    ),
+    Mutant(
+        "hyperv-direct-hypercall",
+        DIRECT_PY,
+        "if not guest.direct:",
+        "if False:",
+        "TLFS: L1 asks for direct hypercalls in its VP assist page",
+        named(f"{HYPERV}/test_direct.py", "reflected"),
+    ),
+    Mutant(
+        "hyperv-clean-bit",
+        "engine/nested/enlightened.py",
+        'if page is not None and not EVMCS.get(page, "hv_clean_fields") >> CLEAN_BITS["ENLIGHTENMENTSCONTROL"] & 1:',
+        "if page is not None:",
+        "TLFS: clean bit 15 covers VP id, VM id and partition assist page",
+        named(f"{HYPERV}/test_nested_guest.py", "a_clean_bit_keeps_the_old_id"),
+    ),
+    Mutant(
+        "hyperv-late-vp-id",
+        "engine/hyperv/on_hyperv.py",
+        '_put(m, vcpu, {"hv_vp_id": vp_index & 0xFFFF_FFFF, "hv_clean_fields": CLEAN_ALL})',
+        '_put(m, vcpu, {"hv_clean_fields": CLEAN_ALL})',
+        "Linux 5.4: the VP id is stored after each exit",
+        named(f"{HYPERV}/test_operations.py", "enabling_writes_the_enlightened_vmcs_and_running_the_vp_id"),
+    ),
+)
