@@ -252,6 +252,12 @@ def test_slots_alone_decide_without_ept(gpa: int, access: int, resolution: str) 
     assert vm.counters()["exits_ept_violation"] == 0
 
 
+def test_ept_is_walked_without_spp() -> None:
+    vm = VirtualMachine.create(VmConfig(host=HostConfig(spp=False)), [SlotSpec(0, 0, 1 << 20)])
+    assert vm.access(AccessRequest(GPA)).exits.resolution_names() == ["mapped"]
+    assert vm.counters()["exits_ept_violation"] == 1
+
+
 # ---- where kinds differ
 
 
