@@ -201,14 +201,6 @@ MUTANTS = (
         named(KINDS, "sentences"),
     ),
     Mutant(
-        "sentence-paging-write",
-        "engine/cpu/sentences.py",
-        "wanted &= ~bits.WRITE",
-        "wanted &= bits.WRITE",
-        "29.3.3.2: bit 58 stands in for the leaf's write permission",
-        named(KINDS, "sentences"),
-    ),
-    Mutant(
         "cached-combined",
         "engine/cpu/tlb.py",
         "m.tlb[row, E_FACTS] = facts | m.tlb[source, E_FACTS] & VECTOR_READ",
