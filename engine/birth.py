@@ -107,8 +107,8 @@ def build(draft: Draft, config: VmConfig) -> None:
         for word, value in first.items():
             frames.write_word(m, frames.FIRST_VCPU_FRAME + position, word, value)
     if config.host.hyperv is not None:
-        draft.ensure(2 * len(config.vcpus) + frames.RESERVE)
-        on_hyperv.build(draft.machine, len(config.vcpus))
+        draft.ensure(2 * config.vcpu_records + frames.RESERVE)
+        on_hyperv.build(draft.machine, config.vcpu_records)
 
 
 def load_sppt(draft: Draft, config: VmConfig) -> None:

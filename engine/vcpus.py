@@ -15,7 +15,6 @@ from engine.arch.vmcs_fields import FIELDS
 from engine.arch.words import signed, unsigned
 from engine.config import VmConfig
 from engine.cpu import entry, frames, invalidate, tlb
-from engine.cpu import ept as ept_of_cpu
 from engine.errors import InvalidValue, Unsupported
 from engine.kvm import registers as reg
 from engine.store import Draft, Snapshot
@@ -208,13 +207,11 @@ class VcpuOperations:
 
 
 def fast_path_serves(config: VmConfig, machine: frames.Machine) -> bool:
-    """Whether one answer is right for every vCPU: no translation cache, EPT, and records that say the same."""
+    """Whether one answer is right for every vCPU: no translation cache, and records that say the same."""
     if config.translation_cache != "off":
         return False
-    if not config.vcpus or not len(machine.row_of):
+    if len(config.vcpus) <= 1 or not len(machine.row_of):
         return True
-    if not ept_of_cpu.mode_of(machine, np.int64(0)) & ept_of_cpu.MODE_EPT:
-        return False
     first = int(frames.FIRST_VCPU_FRAME)
     rows = machine.row_of[first : first + len(config.vcpus)]
     words = machine.rows[np.ix_(rows, np.array(_SHARED))]

@@ -91,7 +91,10 @@ def _wants_write(how: int, mode: int) -> bool:
 
 
 def _refuses(entry: ReadEntry, last: ReadEntry, how: int, mode: int) -> bool:
-    """Whether an entry of a whole walk is why the access is refused."""
+    """Whether an entry of a whole walk is why the access is refused; asked from the root, of the last one in the end.
+
+    Paging-write access of the leaf needs no word here: where it is not enough, an entry above is to blame.
+    """
     leaf = entry is last
     if decision.supervisor_shadow_stack(how, mode):
         right = bits.SUPERVISOR_SHADOW_STACK if leaf else bits.WRITE
@@ -99,8 +102,6 @@ def _refuses(entry: ReadEntry, last: ReadEntry, how: int, mode: int) -> bool:
     wanted = int(decision.wants(how, mode))
     if wanted & bits.EXECUTE and mode & ept.MODE_MBEC and how >> acc.LINEAR_SHIFT & acc.LINEAR_USER:
         wanted = bits.USER_EXECUTE
-    if leaf and decision.is_paging(how) and mode & ept.MODE_PAGING_WRITE and entry.raw & bits.PAGING_WRITE:
-        wanted &= ~bits.WRITE
     return bool(wanted & ~entry.raw)
 
 

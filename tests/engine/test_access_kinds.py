@@ -252,6 +252,12 @@ def test_slots_alone_decide_without_ept(gpa: int, access: int, resolution: str) 
     assert vm.counters()["exits_ept_violation"] == 0
 
 
+def test_ept_is_walked_without_spp() -> None:
+    vm = VirtualMachine.create(VmConfig(host=HostConfig(spp=False)), [SlotSpec(0, 0, 1 << 20)])
+    assert vm.access(AccessRequest(GPA)).exits.resolution_names() == ["mapped"]
+    assert vm.counters()["exits_ept_violation"] == 1
+
+
 # ---- where kinds differ
 
 
@@ -359,6 +365,13 @@ def test_nothing_lands_where_there_is_no_memory() -> None:
         ({"leaf": 1 << 58 | 0x35, "pde": 5}, acc.PAGING_UPDATE, WRITE, 1, "denied: PDE at {pde} does not permit"),
         ({"leaf": 0x35, "pde": 5}, acc.DATA, WRITE, 1, "denied: PDE at {pde} does not permit write"),
         ({"leaf": 0x33}, acc.DATA, EXECUTE, 3, "denied: PTE at {pte} does not permit execute through a user-mode"),
+        (
+            {"leaf": 0x437, "pde": 7},
+            acc.DATA,
+            EXECUTE,
+            3,
+            "denied: PDE at {pde} does not permit execute through a user",
+        ),
         ({"leaf": 0x433}, acc.DATA, EXECUTE, 1, "denied: PTE at {pte} does not permit execute through a supervisor"),
         ({"leaf": 0x430}, acc.DATA, READ, 1, "denied: PTE at {pte} does not permit read"),
         ({"leaf": 0x37, "pde": 0x403}, acc.DATA, EXECUTE, 1, "denied: PDE at {pde} does not permit execute"),

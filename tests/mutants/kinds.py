@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import COLUMNS, KINDS, PROCESSOR, RAW_TABLES, REPLAY, named
+from .paths import COLUMNS, KINDS, PROCESSOR, RAW_TABLES, named
 
 MUTANTS = (
     Mutant(
@@ -165,7 +165,7 @@ MUTANTS = (
         "elif not ept.mode_of(m, vcpu) & ept.MODE_EPT:",
         "elif not ept.mode_of(m, vcpu) & ept.MODE_SPP:",
         "without EPT the slots alone decide",
-        named(REPLAY, "grant_opens_the_sub_page_once") + named(KINDS, "slots_alone_decide_without_ept"),
+        named(KINDS, "ept_is_walked_without_spp"),
         "run_record",
     ),
     Mutant(
@@ -174,14 +174,6 @@ MUTANTS = (
         "if position < 0 or (writes and m.slots[position, SLOT_FLAGS] & SLOT_READ_ONLY):",
         "if position < 0:",
         "a write to a read-only slot is MMIO without EPT too",
-        named(KINDS, "slots_alone_decide_without_ept"),
-    ),
-    Mutant(
-        "no-ept-fast",
-        "engine/vcpus.py",
-        "if not ept_of_cpu.mode_of(machine, np.int64(0)) & ept_of_cpu.MODE_EPT:",
-        "if False:",
-        "the fast path knows nothing of read-only slots",
         named(KINDS, "slots_alone_decide_without_ept"),
     ),
     Mutant(
@@ -206,14 +198,6 @@ MUTANTS = (
         "wanted = bits.USER_EXECUTE",
         "wanted = bits.EXECUTE",
         "29.3.3.2: bit 10 decides about user-mode addresses",
-        named(KINDS, "sentences"),
-    ),
-    Mutant(
-        "sentence-paging-write",
-        "engine/cpu/sentences.py",
-        "wanted &= ~bits.WRITE",
-        "wanted &= bits.WRITE",
-        "29.3.3.2: bit 58 stands in for the leaf's write permission",
         named(KINDS, "sentences"),
     ),
     Mutant(
