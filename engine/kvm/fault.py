@@ -75,7 +75,8 @@ def fast_fault(m, gfn, write, trail):
     last = trail[ept.TRAIL_COUNTS, 0] - 1
     level = trail[last, 0]
     entry = trail[last, 3]
-    if write and level == 1 and entry & bits.SPP and entry & mapping.LOCKLESS_WRITABLE == mapping.LOCKLESS_WRITABLE:
+    lockless = entry & mapping.LOCKLESS_WRITABLE == mapping.LOCKLESS_WRITABLE
+    if write and level == 1 and entry & bits.SPP and lockless:
         return res.VIOLATION
     fresh = mapping.restored(m, entry, level, write)
     if fresh == entry:
