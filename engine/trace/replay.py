@@ -166,7 +166,8 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     how = describe(word) | options[OPTION_CIRCUMSTANCES]
     list_all = options[OPTION_LIST_ALL]
     source = word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK
-    q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if how == acc.PLAIN_WRITE and source == acc.GUEST else (0, 0)
+    plain = how == acc.PLAIN_WRITE and source == acc.GUEST
+    q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if plain else (0, 0)
     if q:
         ending, reason, at = res.VIOLATION, exits.EPT_VIOLATION, gpa
         fault.count_exit(tally, reason, q)
