@@ -34,6 +34,8 @@ def warm() -> None:
     vm.vcpus.vm_entry(0)
     vm.vcpus.invept(0, 2, 0)
     vm.vcpus.invvpid(0, 2, 0, 0)
+    vm.host_memory.event("age", 4)
+    vm.host_memory.event("shrink")
     vm.unprotect("warm")
     vm.set_slot(SlotSpec(0, 1 << 22, 1 << 22))
     vm.delete_slot(0)
