@@ -43,6 +43,8 @@ def warm() -> None:
     vm.vcpus.invept(0, 2, 0)
     vm.vcpus.invvpid(0, 2, 0, 0)
     _warm_flushes()
+    vm.host_memory.event("age", 4)
+    vm.host_memory.event("shrink")
     vm.unprotect("warm")
     vm.page_access.set([AccessChange(7, rights=5)])
     vm.page_access.read([7])

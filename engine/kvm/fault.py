@@ -73,7 +73,8 @@ def fast_fault(m, gfn, slot, write, denied, trail, tally):
     level = trail[last, 0]
     entry = trail[last, 3]
     mask = layers.effective(m, gfn)
-    if write and level == 1 and entry & bits.SPP and entry & mapping.LOCKLESS_WRITABLE == mapping.LOCKLESS_WRITABLE:
+    lockless = entry & mapping.LOCKLESS_WRITABLE == mapping.LOCKLESS_WRITABLE
+    if write and level == 1 and entry & bits.SPP and lockless:
         if not tracking.note_refused(m, gfn, slot, mask, denied):
             return res.VIOLATION
         mapping.watch_page(m, gfn, slot, trail)

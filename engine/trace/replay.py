@@ -202,7 +202,8 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
         tally[reg.PAGE_GRANULAR] += 1
         tally[reg.WRITES] += 1
         return DONE
-    q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if how == acc.PLAIN_WRITE and source == acc.GUEST else (0, 0)
+    plain = how == acc.PLAIN_WRITE and source == acc.GUEST
+    q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if plain else (0, 0)
     if q:
         ending, reason, at = res.VIOLATION, exits.EPT_VIOLATION, gpa
         fault.count_exit(tally, reason, q)

@@ -33,8 +33,8 @@ MUTANTS = (
     Mutant(
         "kind-linear-valid",
         "engine/arch/access.py",
-        "return kind << RECORD_KIND_SHIFT | (linear ^ LINEAR_VALID) << RECORD_LINEAR_SHIFT",
-        "return kind << RECORD_KIND_SHIFT | linear << RECORD_LINEAR_SHIFT",
+        "what = kind << RECORD_KIND_SHIFT | (linear ^ LINEAR_VALID) << RECORD_LINEAR_SHIFT",
+        "what = kind << RECORD_KIND_SHIFT | linear << RECORD_LINEAR_SHIFT",
         "an ordinary record has zeros in byte 3",
         named(KINDS, "kinds_of_access_in_a_trace", "a_known_refusal_is_that_of_a_plain_write_alone"),
     ),
@@ -81,8 +81,8 @@ MUTANTS = (
     Mutant(
         "kind-known-refusal",
         "engine/trace/replay.py",
-        "q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if how == acc.PLAIN_WRITE else (0, 0)",
-        "q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if access == acc.WRITE else (0, 0)",
+        "plain = how == acc.PLAIN_WRITE and source == acc.GUEST",
+        "plain = access == acc.WRITE",
         "a remembered refusal is that of a plain write",
         named(KINDS, "a_known_refusal_is_that_of_a_plain_write_alone"),
     ),
@@ -162,7 +162,7 @@ MUTANTS = (
     Mutant(
         "no-ept-walks",
         "engine/trace/replay.py",
-        "elif not ept.mode_of(m, vcpu) & ept.MODE_EPT:",
+        "elif source == acc.GUEST and not ept.mode_of(m, vcpu) & ept.MODE_EPT:",
         "elif not ept.mode_of(m, vcpu) & ept.MODE_SPP:",
         "without EPT the slots alone decide",
         named(KINDS, "ept_is_walked_without_spp"),

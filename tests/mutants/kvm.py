@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import FAULT, KVM_GAPS, LAYERS, REPLAY, SLOTS, named
+from .paths import FAULT, KVM_GAPS, LAYERS, MAPPING, REPLAY, SLOTS, named
 
 LAYERS_PY = "engine/kvm/layers.py"
 SPP_PY = "engine/kvm/spp.py"
@@ -157,10 +157,10 @@ MUTANTS = (
     Mutant(
         "fault-violation-any",
         FAULT_PY,
-        "if mapping.tracked(m, entry) or (present and write):",
-        "if mapping.tracked(m, entry) or present:",
-        "kvm-spp 3.3: the fast path is for writes, and for pages that were aged",
-        named(FAULT, "leaf_that_lost_a_right_is_made_anew"),
+        "if write and level == 1 and entry & bits.SPP and lockless:",
+        "if level == 1 and entry & bits.SPP and lockless:",
+        "kvm-spp 3.3: only a write is a sub-page violation",
+        named(MAPPING, "age_without_accessed_flags_takes_all_rights"),
     ),
     Mutant(
         "fault-read-only",

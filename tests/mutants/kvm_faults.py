@@ -99,7 +99,7 @@ MUTANTS = (
         "host-frame-in-slot",
         HOST_PY,
         "frame = m.slots[slot, SLOT_GFN] - 1",
-        "slot = -1",
+        "frame = m.slots[slot, SLOT_GFN] - 2",
         "a new host frame backs no guest page",
         named(HOST_MEMORY, "host_frames_are_not_those_of_guest_memory"),
     ),
