@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from engine.warm import warm
@@ -33,8 +34,11 @@ from service.api import (
     walk,
 )
 from service.http import handlers
-from service.http.limits import BodyLimits
+from service.http.envelope import Envelope
 from service.runtime.registry import Registry
+from service.security.access import AccessControl
+from service.security.audit import AuditLog
+from service.security.tokens import FileTokens, TokenStore
 from service.settings import Settings
 
 # In the order in which requests look for their route: the most frequent first.
@@ -67,16 +71,19 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     with ThreadPoolExecutor(settings.replay_threads, "replay") as executor:
         app.state.executor = executor
-        warming = asyncio.create_task(_become_ready(app)) if settings.warm_up else None
-        app.state.ready = warming is None
+        tasks = [asyncio.create_task(app.state.access.keep_fresh())]
+        if settings.warm_up:
+            tasks.append(asyncio.create_task(_become_ready(app)))
+        app.state.ready = not settings.warm_up
         try:
             yield
         finally:
             app.state.ready = False
-            if warming is not None:
-                warming.cancel()
+            for task in tasks:
+                task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
-                    await warming
+                    await task
+            app.state.audit.close()
 
 
 async def _become_ready(app: FastAPI) -> None:
@@ -88,9 +95,11 @@ async def _become_ready(app: FastAPI) -> None:
         app.state.ready = True
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """A service without machines. ``settings`` default to what the environment says."""
+def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = None) -> FastAPI:
+    """A service without machines. ``settings`` default to what the environment says, ``tokens`` to its token_file."""
     settings = settings or Settings()
+    if tokens is None and settings.token_file is not None:
+        tokens = FileTokens(settings.token_file)
     app = FastAPI(
         title=documents.TITLE,
         version=__version__,
@@ -98,16 +107,27 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description=documents.DESCRIPTION,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         openapi_tags=documents.TAGS,
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         lifespan=_lifespan,
     )
     app.state.settings = settings
+    access = app.state.access = AccessControl(settings, tokens)
+    app.state.audit = AuditLog(settings.audit_log, lambda: access.guarded)
     app.state.registry = Registry(settings)
     app.state.ready = False
     handlers.install(app)
-    app.add_middleware(BodyLimits, settings=settings)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "If-Match", "If-None-Match", "Prefer"],
+            expose_headers=["ETag", "Location", "Retry-After", "X-Request-Id"],
+        )
+    app.add_middleware(Envelope, settings=settings, audit=app.state.audit)  # the last one added is the outermost
     for resource in RESOURCES:
         # Not include_router: for every request it would try one router after the other, longer than a short call takes.
         app.router.routes.extend(resource.routes.routes)

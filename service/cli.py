@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from service import __version__
+from service.tokens_cli import tokens
 
 app = typer.Typer(
     name="subpage",
@@ -16,6 +17,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(tokens, name="token")
 
 
 def _version(wanted: bool) -> None:
@@ -46,19 +48,16 @@ def serve(
     # What is imported stays for good; looking for garbage in it over and over takes an eighth of the start.
     gc.disable()
 
-    from pydantic import ValidationError
-
-    from service.server import run
-    from service.settings import Settings
+    from service.cli_common import load_settings
+    from service.server import Refused, run
 
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     try:
-        settings = Settings(**given)  # type: ignore[arg-type]
-    except ValidationError as error:
-        for fault in error.errors():
-            typer.echo(f"SUBPAGE_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}", err=True)
+        status = run(load_settings(**given), access_log=access_log, log_level=log_level)
+    except Refused as refused:
+        typer.echo(f"subpage serve: {refused}", err=True)
         raise typer.Exit(2) from None
-    raise typer.Exit(run(settings, access_log=access_log, log_level=log_level))
+    raise typer.Exit(status)
 
 
 @app.command()

@@ -43,6 +43,12 @@ class ProblemType:
 
 _ROWS = (
     ProblemType("malformed-body", 400, "Malformed body", "The body is not well-formed JSON in UTF-8."),
+    ProblemType(
+        "unauthenticated", 401, "Unauthenticated", "A valid token is needed: Authorization: Bearer and a token."
+    ),
+    ProblemType(
+        "forbidden", 403, "Forbidden", "The token's scope does not include the call, or the host is not local."
+    ),
     ProblemType("not-found", 404, "Not found", "The path or the thing that it names does not exist."),
     ProblemType("method-not-allowed", 405, "Method not allowed", "The path exists, the method does not; see Allow."),
     ProblemType("not-acceptable", 406, "Not acceptable", "None of the media types in Accept can be produced."),
@@ -58,6 +64,9 @@ _ROWS = (
     ProblemType("not-yet-supported", 422, "Not yet supported", "The name is reserved and does not work yet."),
     ProblemType("precondition-required", 428, "Precondition required", "This machine demands If-Match."),
     ProblemType("limit-exceeded", 429, "Limit exceeded", "A configured limit would be passed.", retry_after=5),
+    ProblemType(
+        "rate-limited", 429, "Rate limited", "The token made too many requests; see Retry-After.", retry_after=1
+    ),
     ProblemType("internal-error", 500, "Internal error", "A defect of the service; the details are in its log."),
     ProblemType("not-ready", 503, "Not ready", "The service is starting or draining.", retry_after=1),
 )
@@ -139,6 +148,24 @@ class ServiceError(HTTPException):
         self.field = field
         self.value = value
         self.faults = faults
+
+
+class Unauthenticated(ServiceError):
+    """The route needs a token, and none that is valid was given."""
+
+    code = "unauthenticated"
+
+
+class Forbidden(ServiceError):
+    """The caller is known and may not do this."""
+
+    code = "forbidden"
+
+
+class RateLimited(ServiceError):
+    """The token has made too many requests."""
+
+    code = "rate-limited"
 
 
 class NotAcceptable(ServiceError):
@@ -276,7 +303,23 @@ def responses(*codes: str) -> dict[int | str, dict[str, Any]]:
         if problem.retry_after is not None:
             schema = {"type": "integer", "minimum": 0}
             entry["headers"] = {"Retry-After": {"description": "Seconds to wait.", "schema": schema}}
+        if problem.status == HTTPStatus.UNAUTHORIZED:
+            schema = {"type": "string"}
+            entry["headers"] = {"WWW-Authenticate": {"description": "How to authenticate.", "schema": schema}}
     return documented
+
+
+def add_responses(documented: dict[str, Any], *codes: str) -> None:
+    """Add problems to the OpenAPI ``responses`` of an operation, which may document their statuses already."""
+    for code in codes:
+        for status, entry in responses(code).items():
+            known = documented.setdefault(str(status), entry)
+            examples = known["content"][MEDIA_TYPE]["examples"]
+            if code not in examples:
+                examples.update(entry["content"][MEDIA_TYPE]["examples"])
+                known["description"] = f"{known['description']}; {PROBLEMS[code].title}"
+            if "headers" in entry:
+                known.setdefault("headers", {}).update(entry["headers"])
 
 
 _EXAMPLES: Mapping[str, dict[str, Any]] = {

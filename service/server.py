@@ -6,11 +6,14 @@ import contextlib
 import gc
 import signal
 import socket
+import ssl
 import sys
+from typing import Any
 
 import uvicorn
 
 from service.app import create_app
+from service.security.access import AccessControl, is_loopback
 from service.settings import Settings
 
 
@@ -24,14 +27,48 @@ class _Server(uvicorn.Server):
         if self.started:
             listening = self.servers[0].sockets[0].getsockname()
             host = f"[{listening[0]}]" if ":" in listening[0] else listening[0]
-            sys.stdout.write(f"subpage is listening on http://{host}:{listening[1]}\n")
+            scheme = "https" if self.config.is_ssl else "http"
+            sys.stdout.write(f"subpage is listening on {scheme}://{host}:{listening[1]}\n")
             sys.stdout.flush()
 
 
+class Refused(Exception):
+    """The service does not start like this; the text says what to do."""
+
+
+def check_exposure(settings: Settings, access: AccessControl) -> None:
+    """Raise Refused when strangers could reach the service and nobody would need a token."""
+    if not is_loopback(settings.host) and not access.usable:
+        raise Refused(
+            f"{settings.host} can be reached from other machines, and there is no valid token. Make one with "
+            "`subpage token create` in the file that SUBPAGE_TOKEN_FILE names, or give one in SUBPAGE_TOKEN; "
+            "or listen on 127.0.0.1, which needs none."
+        )
+
+
+def tls_options(settings: Settings) -> dict[str, Any]:
+    """What uvicorn is told of TLS; nothing unless there is a certificate."""
+    if settings.tls_certificate is None:
+        return {}
+    password = settings.tls_key_password
+    return {
+        "ssl_certfile": str(settings.tls_certificate),
+        "ssl_keyfile": str(settings.tls_key) if settings.tls_key is not None else None,
+        "ssl_keyfile_password": password.get_secret_value() if password is not None else None,
+        "ssl_ca_certs": str(settings.tls_client_ca) if settings.tls_client_ca is not None else None,
+        "ssl_cert_reqs": ssl.CERT_REQUIRED if settings.tls_client_ca is not None else ssl.CERT_NONE,
+    }
+
+
 def run(settings: Settings, *, access_log: bool = False, log_level: str = "warning") -> int:
-    """Serve until SIGINT or SIGTERM, then let requests end for a while; the exit status of the process."""
+    """Serve until SIGINT or SIGTERM, then let requests end for a while; the exit status of the process.
+
+    Raises Refused.
+    """
+    app = create_app(settings)
+    check_exposure(settings, app.state.access)
     config = uvicorn.Config(
-        create_app(settings),
+        app,
         host=settings.host,
         port=settings.port,
         loop="uvloop",
@@ -41,6 +78,7 @@ def run(settings: Settings, *, access_log: bool = False, log_level: str = "warni
         log_level=log_level,
         server_header=False,
         timeout_graceful_shutdown=settings.shutdown_timeout,
+        **tls_options(settings),
     )
     server = _Server(config)
     # uvicorn raises the signal that stopped it once more after its shutdown; being told to stop is no failure.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1 << 20
@@ -18,6 +18,26 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and prints it.")
+
+    token: SecretStr | None = Field(
+        None, min_length=32, description="A token with scope admin for the default tenant, besides those that are kept."
+    )
+    token_file: Path | None = Field(None, description="SQLite file of the tokens that `subpage token` makes.")
+    token_refresh: float = Field(2.0, gt=0, description="How long a change of the tokens may take to be noticed.")
+    rate_limit: float = Field(0, ge=0, description="Requests a second that one token may make; 0: any number.")
+    rate_burst: int = Field(100, ge=1, description="Requests that one token may make at once before rate_limit holds.")
+    audit_log: str | None = Field(
+        None, description="File of the audit log, - for standard error; by default - when tokens are needed, else none."
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (), description="Origins whose web pages may call the service; none by default."
+    )
+    tls_certificate: Path | None = Field(None, description="PEM file of the certificate chain; switches TLS on.")
+    tls_key: Path | None = Field(None, description="PEM file of its private key, unless it is in the same file.")
+    tls_key_password: SecretStr | None = Field(None, description="Password of the private key.")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file of authorities; clients must show a certificate of one."
+    )
 
     max_body_bytes: int = Field(GIB, ge=1, description="Largest body of a trace.")
     max_document_bytes: int = Field(32 * MIB, ge=1, description="Largest body of every other call.")

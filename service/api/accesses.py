@@ -14,7 +14,7 @@ from service.api.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
 from service.http.words import Access, Document, Hex64, examples
 from service.problems import InvalidDocument
 
-routes = router("accesses", "/v1/vms/{vm}/accesses")
+routes = router("accesses", "/v1/vms/{vm}/accesses", reads="read", writes="write")
 
 _REPLY = {
     "allowed": False,

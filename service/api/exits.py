@@ -39,7 +39,7 @@ from service.http.negotiation import ARROW, JSON, NDJSON, preferred
 from service.http.words import Document, Hex32, Hex64, examples
 from service.runtime.offload import maybe_in_thread
 
-routes = router("traces", "/v1/vms/{vm}/traces/{trace}/exits")
+routes = router("traces", "/v1/vms/{vm}/traces/{trace}/exits", reads="read")
 
 TraceId = Annotated[str, Path(alias="trace", description="Id of the trace.", examples=[EXAMPLE_TRACE])]
 

@@ -14,7 +14,7 @@ from service.api.common import documented, json_response, router
 from service.http.words import Document, examples
 from service.problems import NotReady
 
-routes = router("service")
+routes = router("service", reads="public")
 
 
 class Alive(Document):

@@ -15,7 +15,7 @@ from service.api.common import VmId, documented, find, guard, headers, json_resp
 from service.http.words import Document, Hex64, examples
 from service.runtime.registry import Entry
 
-routes = router("memory slots", "/v1/vms/{vm}/memory-slots")
+routes = router("memory slots", "/v1/vms/{vm}/memory-slots", reads="read", writes="write")
 
 SlotId = Annotated[int, Path(alias="slot", ge=0, le=65535, description="Number of the slot.", examples=[0])]
 

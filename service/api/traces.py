@@ -37,7 +37,7 @@ from service.runtime.offload import maybe_in_thread
 from service.runtime.traces import SPOOLED_FORMATS, Trace, TraceRequest, replay
 from service.settings import Settings
 
-routes = router("traces", "/v1/vms/{vm}/traces")
+routes = router("traces", "/v1/vms/{vm}/traces", reads="read", writes="write")
 
 FORMATS = {JSON: "json", NDJSON: "ndjson", ARROW: "arrow", PARQUET: "parquet", OCTETS: "packed"}
 

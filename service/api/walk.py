@@ -12,7 +12,7 @@ from starlette.responses import Response
 from service.api.common import VmId, documented, find, json_response, router
 from service.http.words import Access, Document, Hex32, Hex64, Kind, Linear, examples
 
-routes = router("accesses", "/v1/vms/{vm}/walk")
+routes = router("accesses", "/v1/vms/{vm}/walk", reads="read")
 
 EXAMPLE_SPPT_LEAF = {
     "structure": "SPPL1E",

@@ -31,6 +31,7 @@ class Entry:
     writer: Writer
     traces: TraceStore
     created: datetime
+    tenant: str
     revision: int = 1
     gone: bool = field(default=False)
 
@@ -80,8 +81,8 @@ class Registry:
         self._sequence = 0
         self._coming = 0
 
-    async def create(self, config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool) -> Entry:
-        """A new machine under a fresh unguessable id. Raises LimitExceeded, or what the engine says of the input."""
+    async def create(self, config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool, tenant: str) -> Entry:
+        """A new machine of ``tenant`` under a fresh id. Raises LimitExceeded, or what the engine says of the input."""
         settings = self._settings
         if len(self._entries) + self._coming >= settings.max_vms:
             rule = f"at most {settings.max_vms} VMs may exist at one time"
@@ -99,6 +100,7 @@ class Registry:
             writer=Writer(settings.busy_timeout),
             traces=TraceStore(settings.kept_traces, settings.kept_exit_records),
             created=datetime.now(UTC),
+            tenant=tenant,
         )
         self._entries[entry.id] = entry
         return entry
@@ -110,9 +112,9 @@ class Registry:
             raise unknown_vm(vm_id)
         return entry
 
-    def page(self, after: int, limit: int) -> tuple[list[Entry], int | None]:
-        """Up to ``limit`` machines created after sequence number ``after``, and where the next page starts."""
-        entries = list(self._entries.values())
+    def page(self, tenant: str, after: int, limit: int) -> tuple[list[Entry], int | None]:
+        """Up to ``limit`` machines of ``tenant`` after sequence number ``after``, and where the next page starts."""
+        entries = [entry for entry in self._entries.values() if entry.tenant == tenant]
         start = bisect.bisect_right(entries, after, key=lambda entry: entry.sequence)
         found = entries[start : start + limit]
         return found, found[-1].sequence if start + limit < len(entries) else None

@@ -233,7 +233,7 @@ def test_refused_before_it_is_sent(small: Running) -> None:
     """A client that waits for 100 Continue never sends the body."""
     with socket.create_connection(("127.0.0.1", small.port)) as connection:
         connection.sendall(
-            b"POST /v1/vms HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/vms HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: 99999999999\r\nExpect: 100-continue\r\n\r\n"
         )
         assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")

@@ -1,0 +1,115 @@
+"""Around every exchange: its id, the headers that every reply carries, and what is recorded of it.
+
+Plain ASGI, the outermost layer of the application, so that it also sees what no route answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import itertools
+import re
+import secrets
+import time
+
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.http.handlers import problem_response
+from service.security.access import NOBODY, Principal
+from service.security.audit import AuditLog, outcome_of
+from service.settings import Settings
+
+# The request being served, for whatever is logged meanwhile.
+request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
+
+# Nothing here may be framed, guessed at, embedded or kept by a shared cache; what a route says itself outranks these.
+SECURITY_HEADERS: tuple[tuple[bytes, bytes], ...] = (
+    (b"cache-control", b"private, no-cache"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+)
+TRANSPORT_SECURITY = (b"strict-transport-security", b"max-age=31536000")
+
+_GIVEN_ID = re.compile(rb"[A-Za-z0-9._~:-]{1,128}")
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+class Envelope:
+    """ASGI middleware; see the module."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, audit: AuditLog) -> None:
+        self.app = app
+        self._audit = audit
+        self._headers = (*SECURITY_HEADERS, TRANSPORT_SECURITY) if settings.tls_certificate else SECURITY_HEADERS
+        self._prefix = secrets.token_hex(6)
+        self._count = itertools.count(1)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        identity = self._identity(scope)
+        request_id.set(identity)
+        status = 0
+        began = time.perf_counter()
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            match message["type"]:
+                case "http.response.start" | "websocket.http.response.start":
+                    status = message["status"]
+                    message["headers"] = self._enriched(message["headers"], identity)
+                case "websocket.accept":
+                    status = 101
+                case "websocket.close" if not status:
+                    status = 403
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        except Exception as defect:
+            if not status and scope["type"] == "http":
+                # The framework would answer outside of this layer, without the headers and the id that the log shows.
+                # A client that has left is no reason to lose the defect.
+                with contextlib.suppress(OSError):
+                    await problem_response(HTTPConnection(scope), defect)(scope, receive, sending)
+            raise
+        finally:
+            self._record(scope, identity, status, time.perf_counter() - began)
+
+    def _identity(self, scope: Scope) -> str:
+        for name, value in scope["headers"]:
+            if name == b"x-request-id" and _GIVEN_ID.fullmatch(value):
+                return str(value, "ascii")
+        return f"{self._prefix}-{next(self._count):x}"
+
+    def _enriched(self, headers: list[tuple[bytes, bytes]], identity: str) -> list[tuple[bytes, bytes]]:
+        given = {name for name, _ in headers}
+        return [
+            *headers,
+            *(header for header in self._headers if header[0] not in given),
+            (b"x-request-id", identity.encode()),
+        ]
+
+    def _record(self, scope: Scope, identity: str, status: int, seconds: float) -> None:
+        method = scope.get("method", "WEBSOCKET")
+        route = scope.get("route")
+        if method in _SAFE or not self._audit.on or getattr(route, "permission", "write") == "read":
+            return
+        principal: Principal = scope.get("principal", NOBODY)
+        query = scope["query_string"].decode("latin-1")
+        self._audit.write(
+            "request",
+            principal,
+            request_id=identity,
+            client=scope["client"][0] if scope.get("client") else None,
+            method=method,
+            path=scope["path"],
+            **({"query": query} if query else {}),
+            status=status,
+            outcome=outcome_of(status),
+            seconds=round(seconds, 6),
+        )
