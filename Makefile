@@ -67,8 +67,9 @@ format: $(INSTALLED) ## Rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-openapi: $(INSTALLED) ## Regenerate openapi/openapi.json from the code
+openapi: $(INSTALLED) ## Regenerate openapi/openapi.json and docs/reference.md from the code
 	$(BIN)/python -m service.openapi --write
+	$(BIN)/python -m service.reference --write
 
 bench: $(WARMED) ## Measure replay and single calls side by side with the alternatives
 	$(BIN)/python -m bench $(ARGS)

@@ -35,6 +35,7 @@ from service.api import (
 )
 from service.http import handlers
 from service.http.envelope import Envelope
+from service.http.idempotency import Idempotency, MemoryAnswers
 from service.runtime.registry import Registry
 from service.security.access import AccessControl
 from service.security.audit import AuditLog
@@ -116,6 +117,7 @@ def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = 
     app.state.settings = settings
     access = app.state.access = AccessControl(settings, tokens)
     app.state.audit = AuditLog(settings.audit_log, lambda: access.guarded)
+    app.state.idempotency = Idempotency(MemoryAnswers(settings.idempotency_seconds), settings.idempotency_bytes)
     app.state.registry = Registry(settings)
     app.state.ready = False
     handlers.install(app)

@@ -33,6 +33,8 @@ why, and how many exits whole-page protection would have cost instead.
   tenant of the token that created them and do not exist for any other.
 * Mutable resources have an entity tag; `If-Match` is honoured (412), and demanded of VMs created with
   `require_match` (428).
+* `POST` honours `Idempotency-Key`: kept for a day, so that a call whose answer was lost can be sent again.
+* Bodies may be coded (`Content-Encoding: gzip` or `zstd`); limits hold for what they decode to.
 * Lists come in pages: `next` is the URL of the following one. Cursors are opaque.
 """
 TAGS: list[dict[str, Any]] = [
@@ -112,18 +114,27 @@ def _descendants(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 def _guard(operation: dict[str, Any], route: StrictRoute) -> None:
     """What the gate of every route adds to what the route itself documents."""
     operation["x-permission"] = route.permission
-    if route.permission == "public":
-        operation["security"] = []
-        return
-    operation["security"] = [{"token": []}]
-    add_responses(operation["responses"], "unauthenticated", "forbidden", "rate-limited")
-
-
-def _finish(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
     responses: dict[str, Any] = operation["responses"]
     # The framework documents its own 422 wherever there are parameters; ours says which problems there can be.
     if "HTTPValidationError" in str(responses.get("422", "")):
         del responses["422"]
+    if route.offers:
+        add_responses(responses, "not-acceptable")
+    if "requestBody" in operation:
+        add_responses(responses, "malformed-body", "body-too-large", "unsupported-media-type")
+    if "POST" in (route.methods or ()):
+        add_responses(responses, "idempotency-in-progress", "idempotency-mismatch", "invalid-value", "limit-exceeded")
+        about = "Sent again with the same key and the same request, the call is answered again and not done again."
+        operation.setdefault("parameters", []).append(_header("Idempotency-Key", about))
+    if route.permission == "public":
+        operation["security"] = []
+        return
+    operation["security"] = [{"token": []}]
+    add_responses(responses, "unauthenticated", "forbidden", "rate-limited")
+
+
+def _finish(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
+    responses: dict[str, Any] = operation["responses"]
     operation["responses"] = dict(sorted(responses.items()))
     parameters: list[dict[str, Any]] = operation.setdefault("parameters", [])
     if "304" in responses:

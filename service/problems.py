@@ -42,7 +42,7 @@ class ProblemType:
 
 
 _ROWS = (
-    ProblemType("malformed-body", 400, "Malformed body", "The body is not well-formed JSON in UTF-8."),
+    ProblemType("malformed-body", 400, "Malformed body", "The body is not well-formed JSON in UTF-8, or badly coded."),
     ProblemType(
         "unauthenticated", 401, "Unauthenticated", "A valid token is needed: Authorization: Bearer and a token."
     ),
@@ -56,12 +56,20 @@ _ROWS = (
     ProblemType("spp-not-enabled", 409, "SPP not enabled", "Sub-page protection was used before it was enabled."),
     ProblemType("unsupported", 409, "Not offered by this host", "The host described at creation lacks the feature."),
     ProblemType("vm-busy", 409, "VM busy", "Another mutation of the machine did not end in time.", retry_after=1),
+    ProblemType(
+        "idempotency-in-progress",
+        409,
+        "Request under way",
+        "The first request with this key still runs.",
+        retry_after=1,
+    ),
     ProblemType("precondition-failed", 412, "Precondition failed", "If-Match names another state than the current."),
     ProblemType("body-too-large", 413, "Body too large", "The body exceeds the limit given in the problem."),
     ProblemType("unsupported-media-type", 415, "Unsupported media type", "The body's Content-Type is not accepted."),
     ProblemType("invalid-value", 422, "Invalid value", "A well-formed input breaks a rule; nothing was changed."),
     ProblemType("invalid-trace", 422, "Invalid trace", "A trace body or one of its records; nothing was applied."),
     ProblemType("not-yet-supported", 422, "Not yet supported", "The name is reserved and does not work yet."),
+    ProblemType("idempotency-mismatch", 422, "Key of another request", "The Idempotency-Key was used for another one."),
     ProblemType("precondition-required", 428, "Precondition required", "This machine demands If-Match."),
     ProblemType("limit-exceeded", 429, "Limit exceeded", "A configured limit would be passed.", retry_after=5),
     ProblemType(
@@ -202,6 +210,18 @@ class InvalidDocument(ServiceError):
     """The request breaks its schema."""
 
     code = "invalid-value"
+
+
+class IdempotencyInProgress(ServiceError):
+    """The first request with this Idempotency-Key has not been answered yet."""
+
+    code = "idempotency-in-progress"
+
+
+class IdempotencyMismatch(ServiceError):
+    """The Idempotency-Key was used for a request that differs from this one."""
+
+    code = "idempotency-mismatch"
 
 
 class NotReady(ServiceError):

@@ -45,7 +45,11 @@ class Settings(BaseSettings):
     spool_dir: Path | None = Field(None, description="Folder of spooled bodies; the system's own by default.")
     body_queue_bytes: int = Field(8 * MIB, ge=1, description="Bytes of one body that may wait for its replay.")
 
+    idempotency_seconds: float = Field(86400, gt=0, description="How long the answer under an Idempotency-Key is kept.")
+    idempotency_bytes: int = Field(64 * MIB, ge=0, description="What the kept answers of one token may take together.")
+
     max_vms: int = Field(64, ge=1, description="Machines that may exist at one time.")
+    max_memory_slots: int = Field(512, ge=1, description="Memory slots that one machine may have.")
     max_table_frames: int = Field(
         1 << 20, ge=16, description="4 KiB frames (tables, guest memory, bitmaps) one machine may use."
     )

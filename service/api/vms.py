@@ -28,7 +28,7 @@ from service.api.common import (
     tagged,
     tenant_of,
 )
-from service.api.memory_slots import MemorySlot, NumberedSlotRequest, slots_of
+from service.api.memory_slots import MemorySlot, NumberedSlotRequest, check_slots, slots_of
 from service.http import cursors
 from service.http.words import Document, Hex32, Hex64, examples
 from service.problems import InvalidDocument
@@ -255,6 +255,7 @@ class Vms(Document):
 async def create_vm(request: Request, body: Annotated[VmRequest, Body()]) -> Response:
     body.refuse_reserved()
     config = body.config(settings_of(request).max_table_frames)
+    check_slots(settings_of(request), len(body.memory_slots))
     slots = [slot.spec(slot.slot) for slot in body.memory_slots]
     entry = await registry_of(request).create(config, slots, spp=body.spp, tenant=tenant_of(request))
     return tagged(request, Vm.of(entry), status=201, extra={"Location": f"/v1/vms/{entry.id}"})

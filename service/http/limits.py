@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from starlette.types import Message, Receive, Scope
 
+from service.http.codings import ACCEPTED, CODINGS, decoded
 from service.problems import BodyTooLarge, UnsupportedMediaType
 from service.settings import Settings
 
@@ -14,7 +15,7 @@ WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
 def bounded(scope: Scope, receive: Receive, headers: Mapping[bytes, bytes], settings: Settings) -> Receive:
-    """``receive`` within the limits of the call.
+    """``receive`` within the limits of the call, and decoded; the limit holds before and after that.
 
     A declared length over the limit is refused here and unread, an undeclared one where it passes it: raises
     BodyTooLarge, or UnsupportedMediaType for a coding that is not read.
@@ -26,8 +27,8 @@ def bounded(scope: Scope, receive: Receive, headers: Mapping[bytes, bytes], sett
     if declared is not None and int(declared) > limit:
         raise _too_large(limit)
     coding = headers.get(b"content-encoding", b"identity").decode("latin-1").lower()
-    if coding != "identity":
-        rule, accepted = "must be identity: coded bodies are not read", {"Accept-Encoding": "identity"}
+    if coding != "identity" and coding not in CODINGS:
+        rule, accepted = f"must be one of {ACCEPTED}", {"Accept-Encoding": ACCEPTED}
         raise UnsupportedMediaType(rule, field="Content-Encoding", value=coding, headers=accepted)
     seen = 0
 
@@ -40,7 +41,7 @@ def bounded(scope: Scope, receive: Receive, headers: Mapping[bytes, bytes], sett
                 raise _too_large(limit)
         return message
 
-    return counted
+    return counted if coding == "identity" else decoded(counted, coding, limit)
 
 
 def limit_of(scope: Scope, settings: Settings) -> int:

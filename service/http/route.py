@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi import APIRouter
@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from service.http.gate import gated
 from service.http.handlers import refusal
+from service.http.negotiation import JSON
 from service.problems import InvalidDocument
 from service.security.access import Permission
 
@@ -67,14 +68,27 @@ def query_parameters(model: type[BaseModel]) -> list[dict[str, Any]]:
     ]
 
 
+def _offers(responses: Mapping[int | str, dict[str, Any]]) -> tuple[str, ...]:
+    """The media types that the successes among ``responses`` document."""
+    found: dict[str, None] = {}
+    for status, reply in responses.items():
+        if str(status).startswith("2"):
+            found |= dict.fromkeys(reply.get("content", {}))
+            if "model" in reply:
+                found[JSON] = None
+    return tuple(found)
+
+
 class StrictRoute(APIRoute):
     """A route behind its gate. A typing error in an option must not silently run the call with the default."""
 
     permission: Permission | None
+    offers: tuple[str, ...]
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
         self.permission = getattr(endpoint, "permission", None)
+        self.offers = _offers(self.responses)
         self.app = gated(self, self.app)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -104,6 +118,7 @@ class GuardedWebSocketRoute(APIWebSocketRoute):
     """A WebSocket behind the same gate: a refusal answers the opening handshake."""
 
     permission: Permission | None
+    offers: tuple[str, ...] = ()
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
