@@ -23,6 +23,7 @@ from service.api import (
     health,
     memory,
     memory_slots,
+    metrics,
     problem_types,
     protections,
     spp,
@@ -36,6 +37,7 @@ from service.api import (
 from service.http import handlers
 from service.http.envelope import Envelope
 from service.http.idempotency import Idempotency, MemoryAnswers
+from service.metrics import Metrics
 from service.runtime.registry import Registry
 from service.security.access import AccessControl
 from service.security.audit import AuditLog
@@ -59,10 +61,14 @@ RESOURCES = (
     counters,
     capabilities,
     health,
+    metrics,
     problem_types,
 )
 
 logger = logging.getLogger("subpage")
+
+# How long the end of the service waits for cancelled requests to let go.
+_SETTLE_SECONDS = 5.0
 
 _STATIC = Path(__file__).parent / "static"
 
@@ -72,7 +78,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     with ThreadPoolExecutor(settings.replay_threads, "replay") as executor:
         app.state.executor = executor
-        tasks = [asyncio.create_task(app.state.access.keep_fresh())]
+        tasks = [
+            asyncio.create_task(app.state.access.keep_fresh()),
+            asyncio.create_task(app.state.metrics.watch_lag()),
+        ]
         if settings.warm_up:
             tasks.append(asyncio.create_task(_become_ready(app)))
         app.state.ready = not settings.warm_up
@@ -80,11 +89,23 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             yield
         finally:
             app.state.ready = False
+            await _settled(app)
             for task in tasks:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
             app.state.audit.close()
+
+
+async def _settled(app: FastAPI) -> None:
+    """Wait until requests that the server gave up have let go of their machines, which takes a moment.
+
+    A replay among them is cancelled: its machine stays as it was before.
+    """
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_SETTLE_SECONDS):
+            while app.state.metrics.under_way:  # noqa: ASYNC110 - at the end only; an event would cost every request
+                await asyncio.sleep(0.01)
 
 
 async def _become_ready(app: FastAPI) -> None:
@@ -112,6 +133,13 @@ def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = 
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry={
+            "tracing": settings.telemetry,
+            "metrics": settings.telemetry,
+            "logs": settings.telemetry,
+            "operation_spans": settings.telemetry,
+            "auto_configure": settings.telemetry,
+        },
         lifespan=_lifespan,
     )
     app.state.settings = settings
@@ -129,7 +157,9 @@ def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = 
             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "If-Match", "If-None-Match", "Prefer"],
             expose_headers=["ETag", "Location", "Retry-After", "X-Request-Id"],
         )
-    app.add_middleware(Envelope, settings=settings, audit=app.state.audit)  # the last one added is the outermost
+    app.state.metrics = Metrics(app.state.registry)
+    # The last one added is the outermost.
+    app.add_middleware(Envelope, settings=settings, audit=app.state.audit, metrics=app.state.metrics)
     for resource in RESOURCES:
         # Not include_router: for every request it would try one router after the other, longer than a short call takes.
         app.router.routes.extend(resource.routes.routes)

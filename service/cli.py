@@ -39,8 +39,8 @@ def _common(
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; SUBPAGE_HOST or 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one. SUBPAGE_PORT or 8000.")] = None,
-    access_log: Annotated[bool, typer.Option("--access-log", help="Log every request.")] = False,
-    log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "warning",
+    access_log: Annotated[bool | None, typer.Option("--access-log", help="Log every request.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="critical, error, warning, info or debug.")] = None,
 ) -> None:
     """Run the service until it is told to stop. All other settings come from SUBPAGE_… variables."""
     import gc
@@ -51,9 +51,10 @@ def serve(
     from service.cli_common import load_settings
     from service.server import Refused, run
 
-    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    flags = {"host": host, "port": port, "access_log": access_log, "log_level": log_level}
+    given = {name: value for name, value in flags.items() if value is not None}
     try:
-        status = run(load_settings(**given), access_log=access_log, log_level=log_level)
+        status = run(load_settings(**given))
     except Refused as refused:
         typer.echo(f"subpage serve: {refused}", err=True)
         raise typer.Exit(2) from None

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import signal
 import socket
 import ssl
 import sys
+from importlib.util import find_spec
+from types import FrameType
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from service.app import create_app
+from service.logs import configure
 from service.security.access import AccessControl, is_loopback
 from service.settings import Settings
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens, which only it knows when the port was left to the system."""
+    """Says where it listens, which only it knows when the port was left to the system, and drains before it stops."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._app = app
+        self._drain_seconds = drain_seconds
+        self._draining = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Told to stop: unready at once, so that balancers look elsewhere; deaf after the drain. Twice means now."""
+        loop = self._loop
+        self._app.state.ready = False
+        if loop is None or self._draining or not self._drain_seconds:
+            super().handle_exit(sig, frame)
+            return
+        self._draining = True
+        stop = super().handle_exit
+        # From a signal handler, hence thread-safe.
+        loop.call_soon_threadsafe(lambda: loop.call_later(self._drain_seconds, stop, sig, frame))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         gc.freeze()
         gc.enable()
@@ -46,6 +71,12 @@ def check_exposure(settings: Settings, access: AccessControl) -> None:
         )
 
 
+def check_telemetry(settings: Settings) -> None:
+    """Raise Refused when telemetry is asked for and what it needs is not installed."""
+    if settings.telemetry and find_spec("opentelemetry.sdk") is None:
+        raise Refused("SUBPAGE_TELEMETRY needs the OpenTelemetry SDK: install subpage[telemetry]")
+
+
 def tls_options(settings: Settings) -> dict[str, Any]:
     """What uvicorn is told of TLS; nothing unless there is a certificate."""
     if settings.tls_certificate is None:
@@ -60,11 +91,13 @@ def tls_options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def run(settings: Settings, *, access_log: bool = False, log_level: str = "warning") -> int:
+def run(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM, then let requests end for a while; the exit status of the process.
 
     Raises Refused.
     """
+    configure(settings)
+    check_telemetry(settings)
     app = create_app(settings)
     check_exposure(settings, app.state.access)
     config = uvicorn.Config(
@@ -74,13 +107,13 @@ def run(settings: Settings, *, access_log: bool = False, log_level: str = "warni
         loop="uvloop",
         http="httptools",
         ws="none",
-        access_log=access_log,
-        log_level=log_level,
+        log_config=None,
+        access_log=False,  # the application writes its own, with the ids of requests
         server_header=False,
         timeout_graceful_shutdown=settings.shutdown_timeout,
         **tls_options(settings),
     )
-    server = _Server(config)
+    server = _Server(config, app, settings.drain_seconds)
     # uvicorn raises the signal that stopped it once more after its shutdown; being told to stop is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -19,6 +20,15 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and prints it.")
 
+    log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
+        "warning", description="The least severe of what is logged."
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Logs for people, or a JSON object for each line.")
+    access_log: bool = Field(False, description="Log every request.")
+    metrics_public: bool = Field(False, description="Serve /metrics without a token.")
+    telemetry: bool = Field(
+        False, description="Send traces and metrics by OpenTelemetry as the OTEL_… variables say; extra `telemetry`."
+    )
     token: SecretStr | None = Field(
         None, min_length=32, description="A token with scope admin for the default tenant, besides those that are kept."
     )
@@ -58,6 +68,9 @@ class Settings(BaseSettings):
 
     busy_timeout: float = Field(5.0, ge=0, description="How long a mutation waits for its machine before 409 vm-busy.")
     replay_threads: int = Field(32, ge=1, description="Replays that may be under way at one time, over all machines.")
+    drain_seconds: float = Field(
+        0, ge=0, description="How long /readyz answers 503 before the service stops to accept connections."
+    )
     shutdown_timeout: int = Field(10, ge=0, description="Seconds that requests have to end when the service stops.")
     warm_up: bool = Field(True, description="Load the compiled kernels before /readyz answers 200.")
 

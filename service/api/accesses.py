@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.trace.single import AccessRequest
-from service.api.common import VmId, documented, find, json_response, router
+from service.api.common import VmId, documented, find, json_response, metrics_of, router
 from service.api.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
 from service.http.words import Access, Document, Hex64, examples
 from service.problems import InvalidDocument
@@ -118,6 +118,7 @@ async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Resp
     )
     async with entry.mutation() as machine:
         outcome = machine.access(wanted)
+    metrics_of(request).accessed(outcome.exits)
     run = outcome.run
     shown = None
     if run is not None:

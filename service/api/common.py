@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from service.http import conditional
 from service.http.route import Routes
+from service.metrics import Metrics
 from service.problems import responses
 from service.runtime.registry import Entry, Registry, unknown_vm
 from service.security.access import Permission, Principal
@@ -66,6 +67,10 @@ def settings_of(request: HTTPConnection) -> Settings:
 
 def registry_of(request: HTTPConnection) -> Registry:
     return cast(Registry, request.app.state.registry)
+
+
+def metrics_of(request: HTTPConnection) -> Metrics:
+    return cast(Metrics, request.app.state.metrics)
 
 
 def executor_of(request: HTTPConnection) -> Executor:

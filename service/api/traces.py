@@ -23,6 +23,7 @@ from service.api.common import (
     find,
     headers,
     json_response,
+    metrics_of,
     router,
     settings_of,
     tagged,
@@ -291,6 +292,7 @@ async def create_trace(
                 trace_id, sequence = entry.traces.next_id()
                 trace = Trace(trace_id, sequence, wanted, result, ignored, datetime.now(UTC), seconds)
                 entry.traces.add(trace)
+                metrics_of(request).replayed(result)
         finally:
             if spool is not None:
                 spool.close()

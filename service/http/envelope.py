@@ -5,9 +5,11 @@ Plain ASGI, the outermost layer of the application, so that it also sees what no
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import itertools
+import logging
 import re
 import secrets
 import time
@@ -16,6 +18,8 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.http.handlers import problem_response
+from service.metrics import Metrics
+from service.problems import NotReady
 from service.security.access import NOBODY, Principal
 from service.security.audit import AuditLog, outcome_of
 from service.settings import Settings
@@ -35,14 +39,19 @@ TRANSPORT_SECURITY = (b"strict-transport-security", b"max-age=31536000")
 
 _GIVEN_ID = re.compile(rb"[A-Za-z0-9._~:-]{1,128}")
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+_METHODS = _SAFE | {"POST", "PUT", "PATCH", "DELETE", "WEBSOCKET"}
+
+access_logger = logging.getLogger("subpage.access")
 
 
 class Envelope:
     """ASGI middleware; see the module."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, audit: AuditLog) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, audit: AuditLog, metrics: Metrics) -> None:
         self.app = app
         self._audit = audit
+        self._metrics = metrics
+        self._log_requests = settings.access_log
         self._headers = (*SECURITY_HEADERS, TRANSPORT_SECURITY) if settings.tls_certificate else SECURITY_HEADERS
         self._prefix = secrets.token_hex(6)
         self._count = itertools.count(1)
@@ -54,6 +63,7 @@ class Envelope:
         identity = self._identity(scope)
         request_id.set(identity)
         status = 0
+        self._metrics.under_way += 1
         began = time.perf_counter()
 
         async def sending(message: Message) -> None:
@@ -70,6 +80,14 @@ class Envelope:
 
         try:
             await self.app(scope, receive, sending)
+        except asyncio.CancelledError:
+            if scope["app"].state.ready:
+                raise
+            # The service stops and gave the request up: its client is told, and the task ends here as it was meant to.
+            if not status and scope["type"] == "http":
+                stopping = NotReady("the service is stopping; look at the state before trying again")
+                with contextlib.suppress(OSError):
+                    await problem_response(HTTPConnection(scope), stopping)(scope, receive, sending)
         except Exception as defect:
             if not status and scope["type"] == "http":
                 # The framework would answer outside of this layer, without the headers and the id that the log shows.
@@ -78,13 +96,14 @@ class Envelope:
                     await problem_response(HTTPConnection(scope), defect)(scope, receive, sending)
             raise
         finally:
+            self._metrics.under_way -= 1
             self._record(scope, identity, status, time.perf_counter() - began)
 
     def _identity(self, scope: Scope) -> str:
         for name, value in scope["headers"]:
             if name == b"x-request-id" and _GIVEN_ID.fullmatch(value):
                 return str(value, "ascii")
-        return f"{self._prefix}-{next(self._count):x}"
+        return f"{self._prefix}-{next(self._count):010x}"  # always as long: replies of equal content are equally long
 
     def _enriched(self, headers: list[tuple[bytes, bytes]], identity: str) -> list[tuple[bytes, bytes]]:
         given = {name for name, _ in headers}
@@ -97,6 +116,13 @@ class Envelope:
     def _record(self, scope: Scope, identity: str, status: int, seconds: float) -> None:
         method = scope.get("method", "WEBSOCKET")
         route = scope.get("route")
+        # A path that no route has is whatever strangers type: it must not make a time series.
+        template = getattr(route, "path", "(none)")
+        self._metrics.request(method if method in _METHODS else "(other)", template, status, seconds)
+        if self._log_requests:
+            fields = {"method": method, "path": scope["path"], "status": status, "seconds": round(seconds, 6)}
+            fields["token"] = scope.get("principal", NOBODY).token
+            access_logger.info("%s %s %d", method, scope["path"], status, extra={"fields": fields})
         if method in _SAFE or not self._audit.on or getattr(route, "permission", "write") == "read":
             return
         principal: Principal = scope.get("principal", NOBODY)

@@ -112,6 +112,10 @@ class Registry:
             raise unknown_vm(vm_id)
         return entry
 
+    def all(self) -> list[Entry]:
+        """The machines of every tenant."""
+        return list(self._entries.values())
+
     def page(self, tenant: str, after: int, limit: int) -> tuple[list[Entry], int | None]:
         """Up to ``limit`` machines of ``tenant`` after sequence number ``after``, and where the next page starts."""
         entries = [entry for entry in self._entries.values() if entry.tenant == tenant]

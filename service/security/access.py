@@ -23,9 +23,16 @@ from service.problems import Forbidden, RateLimited, Unauthenticated
 from service.security.tokens import DEFAULT_TENANT, Clock, Token, TokenStore, digest_of, split, utc_now
 from service.settings import Settings
 
-Permission = Literal["public", "read", "write", "admin"]
+Permission = Literal["public", "read", "write", "admin", "metrics"]
 
-# A scope includes those before it.
+# A scope includes those before it. Metrics are of all tenants and so for admins, unless they are made public.
+_SCOPE: dict[Permission, str] = {
+    "public": "public",
+    "read": "read",
+    "write": "write",
+    "admin": "admin",
+    "metrics": "admin",
+}
 _RANK = {"public": 0, "read": 1, "write": 2, "admin": 3}
 
 logger = logging.getLogger("subpage")
@@ -97,6 +104,7 @@ class AccessControl:
         self._store = store
         self._refresh = settings.token_refresh
         self._rate, self._burst = settings.rate_limit, float(settings.rate_burst)
+        self._metrics_public = settings.metrics_public
         self._clock, self._monotonic = clock, monotonic
         self._tokens: dict[str, tuple[Token, Principal]] = {}
         self._fixed: tuple[bytes, Principal] | None = None
@@ -150,7 +158,7 @@ class AccessControl:
         Raises Unauthenticated (401), Forbidden (403) or RateLimited (429).
         """
         scope["principal"] = NOBODY
-        if permission == "public":
+        if permission == "public" or (permission == "metrics" and self._metrics_public):
             return NOBODY
         if not self.guarded:
             # A web page can make its own name resolve to 127.0.0.1; its requests then carry that name.
@@ -160,9 +168,10 @@ class AccessControl:
             scope["principal"] = ANYBODY
             return ANYBODY
         principal = scope["principal"] = self._identify(authorization)
-        if _RANK[principal.scope] < _RANK[permission]:
-            challenge = f'Bearer realm="subpage", error="insufficient_scope", scope="{permission}"'
-            rule = f"must be a token with scope {permission}; this one has {principal.scope}"
+        needed = _SCOPE[permission]
+        if _RANK[principal.scope] < _RANK[needed]:
+            challenge = f'Bearer realm="subpage", error="insufficient_scope", scope="{needed}"'
+            rule = f"must be a token with scope {needed}; this one has {principal.scope}"
             raise Forbidden(rule, field="Authorization", headers={"WWW-Authenticate": challenge})
         if self._rate:
             self._count(principal)

@@ -17,13 +17,13 @@ from starlette.routing import Mount
 
 from service.app import create_app
 from service.http.route import GuardedWebSocketRoute, StrictRoute
-from service.security.access import _RANK
+from service.security.access import _RANK, _SCOPE
 from service.security.tokens import MemoryTokens, TokenStore, mint
 from service.settings import Settings
 from tests.contract.client import ContractClient, contract
 from tests.service.running import Running, running
 
-PERMISSIONS = tuple(_RANK)
+PERMISSIONS = tuple(_SCOPE)
 ROUTES = create_app(Settings(warm_up=False)).routes
 HTTP = [
     pytest.param(route, method, id=f"{method} {route.path}")
@@ -121,7 +121,7 @@ def test_every_route_declares_its_permission(route: Any) -> None:
 def test_callers(route: StrictRoute, method: str, guarded: Guarded) -> None:
     vm = guarded.callers["red write"].post("/v1/vms", json={"spp": True}).headers["Location"]
     asked = request_for(route, method, vm.rpartition("/")[2])
-    needed = _RANK[route.permission or "admin"]
+    needed = _RANK[_SCOPE[route.permission or "admin"]]
     for caller, client in sorted(guarded.callers.items(), key=lambda item: item[0].startswith("red")):
         reply = client.request(**asked)
         tenant, _, scope = caller.partition(" ")
