@@ -53,6 +53,7 @@ class Envelope:
         self._metrics = metrics
         self._log_requests = settings.access_log
         self._headers = (*SECURITY_HEADERS, TRANSPORT_SECURITY) if settings.tls_certificate else SECURITY_HEADERS
+        self._names = frozenset(name for name, _ in self._headers)
         self._prefix = secrets.token_hex(6)
         self._count = itertools.count(1)
 
@@ -106,12 +107,13 @@ class Envelope:
         return f"{self._prefix}-{next(self._count):010x}"  # always as long: replies of equal content are equally long
 
     def _enriched(self, headers: list[tuple[bytes, bytes]], identity: str) -> list[tuple[bytes, bytes]]:
-        given = {name for name, _ in headers}
-        return [
-            *headers,
-            *(header for header in self._headers if header[0] not in given),
-            (b"x-request-id", identity.encode()),
-        ]
+        own = self._headers
+        for name, _ in headers:
+            if name in self._names:
+                given = {name for name, _ in headers}
+                own = tuple(header for header in own if header[0] not in given)
+                break
+        return [*headers, *own, (b"x-request-id", identity.encode())]
 
     def _record(self, scope: Scope, identity: str, status: int, seconds: float) -> None:
         method = scope.get("method", "WEBSOCKET")
