@@ -9,6 +9,7 @@ import typer
 
 from service import __version__
 from service.tokens_cli import tokens
+from service.vms_cli import vms
 
 app = typer.Typer(
     name="subpage",
@@ -18,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(tokens, name="token")
+app.add_typer(vms, name="vm")
 
 
 def _version(wanted: bool) -> None:
@@ -26,39 +28,73 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _names(incomplete: str) -> list[str]:
+    """Settings, for the shell."""
+    from service.settings import Settings
+
+    return [f"{name}=" for name in Settings.model_fields if name.startswith(incomplete)]
+
+
 @app.callback()
 def _common(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings, named as in `subpage config`; SUBPAGE_CONFIG.")
+    ] = None,
+    given: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting; may be repeated.", autocompletion=_names),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    import os
+
+    if config is not None:
+        os.environ["SUBPAGE_CONFIG"] = str(config)
+    if given:
+        from service.cli_common import parse_flags
+
+        context.obj = parse_flags(given)
 
 
 @app.command()
 def serve(
+    context: typer.Context,
     host: Annotated[str | None, typer.Option(help="Address to listen on; SUBPAGE_HOST or 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one. SUBPAGE_PORT or 8000.")] = None,
     access_log: Annotated[bool | None, typer.Option("--access-log", help="Log every request.")] = None,
     log_level: Annotated[str | None, typer.Option(help="critical, error, warning, info or debug.")] = None,
 ) -> None:
-    """Run the service until it is told to stop. All other settings come from SUBPAGE_… variables."""
+    """Run the service until it is told to stop. `subpage config` shows all settings and where they come from."""
     import gc
 
     # What is imported stays for good; looking for garbage in it over and over takes an eighth of the start.
     gc.disable()
 
-    from service.cli_common import load_settings
+    from service.cli_common import common_flags, load_settings
     from service.server import Refused, run
 
     flags = {"host": host, "port": port, "access_log": access_log, "log_level": log_level}
     given = {name: value for name, value in flags.items() if value is not None}
     try:
-        status = run(load_settings(**given))
+        status = run(load_settings(**common_flags(context) | given))
     except Refused as refused:
         typer.echo(f"subpage serve: {refused}", err=True)
         raise typer.Exit(2) from None
     raise typer.Exit(status)
+
+
+@app.command()
+def config(context: typer.Context) -> None:
+    """Print the effective settings as TOML, each with where it comes from. Secrets are hidden."""
+    from service.cli_common import common_flags, effective, load_settings
+
+    given = common_flags(context)
+    for name, value, origin in effective(load_settings(**given), given):
+        comment = "# " if value == "none" else ""
+        typer.echo(f"{comment}{name} = {value}" + (f"  # {origin}" if origin != "default" else ""))
 
 
 @app.command()

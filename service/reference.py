@@ -23,7 +23,11 @@ Made from the code by `make openapi`; a test fails when it is not current.
 
 ## Settings
 
-Each is an environment variable. Sizes are bytes, times seconds unless the name says otherwise.
+Each is an environment variable; the same names without the prefix and in lower case are keys of the TOML file that
+`SUBPAGE_CONFIG` or `subpage --config` names, and of `subpage --set name=value`. Flags outrank the environment, which
+outranks the file. `subpage config` prints what is in effect.
+
+Sizes are bytes, times seconds unless the name says otherwise.
 
 | variable | type | default | |
 |---|---|---|---|

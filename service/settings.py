@@ -1,21 +1,64 @@
-"""Every knob of the service, from the environment (prefix ``SUBPAGE_``) or from the command line."""
+"""Every knob of the service: from the command line, the environment (prefix ``SUBPAGE_``) or a file, in that order."""
 
 from __future__ import annotations
 
+import os
+import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 MIB = 1 << 20
 GIB = 1 << 30
+
+
+# The variable that names a file of settings.
+CONFIG_VARIABLE = "SUBPAGE_CONFIG"
+
+
+class BadFile(Exception):
+    """The file of settings cannot be read."""
+
+
+def file_settings() -> dict[str, Any]:
+    """The settings in the TOML file that SUBPAGE_CONFIG names; none without one. Raises BadFile."""
+    path = os.environ.get(CONFIG_VARIABLE)
+    if not path:
+        return {}
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadFile(f"{CONFIG_VARIABLE}={path}: {error}") from None
+
+
+class _FileSource(PydanticBaseSettingsSource):
+    """The file, where neither a flag nor the environment says something."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return self().get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return file_settings()
 
 
 class Settings(BaseSettings):
     """Immutable for the life of an application. Sizes are bytes, times are seconds unless the name says otherwise."""
 
     model_config = SettingsConfigDict(env_prefix="SUBPAGE_", frozen=True, extra="forbid")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _FileSource(settings_cls)
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and prints it.")

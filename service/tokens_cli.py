@@ -41,6 +41,7 @@ def _scopes() -> list[str]:
 
 @tokens.command()
 def create(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="What it is for; shown in lists and in the audit log.")],
     scope: Annotated[
         str, typer.Option(help="read, write or admin; each includes those before it.", autocompletion=_scopes)
@@ -51,10 +52,10 @@ def create(
     ] = None,
 ) -> None:
     """Make a token and print it. It is shown once: only a hash is kept."""
-    from service.cli_common import audit_of, load_settings, token_store
+    from service.cli_common import audit_of, common_flags, load_settings, token_store
     from service.security.tokens import mint, utc_now
 
-    settings = load_settings()
+    settings = load_settings(**common_flags(context))
     now = utc_now()
     try:
         record, token = mint(name, tenant=tenant, scope=scope, now=now, expires=_expiry(expires, now))  # type: ignore[arg-type]
@@ -69,27 +70,29 @@ def create(
 
 
 @tokens.command("list")
-def list_() -> None:
+def list_(context: typer.Context) -> None:
     """List the tokens: id, state, scope, tenant, times and name, never the token itself."""
-    from service.cli_common import load_settings, token_store
+    from service.cli_common import common_flags, load_settings, token_store
     from service.security.tokens import utc_now
 
     now = utc_now()
     row = "{:<12}  {:<7}  {:<5}  {:<16}  {:<20}  {:<20}  {}"
     typer.echo(row.format("ID", "STATE", "SCOPE", "TENANT", "CREATED", "EXPIRES", "NAME"))
-    for token in token_store(load_settings()).all():
+    for token in token_store(load_settings(**common_flags(context))).all():
         state = "valid" if token.usable(now) else "revoked" if token.revoked else "expired"
         times = (_shown(token.created), _shown(token.expires))
         typer.echo(row.format(token.id, state, token.scope, token.tenant, *times, token.name))
 
 
 @tokens.command()
-def revoke(token: Annotated[str, typer.Argument(help="Its id, from `subpage token list`.")]) -> None:
+def revoke(
+    context: typer.Context, token: Annotated[str, typer.Argument(help="Its id, from `subpage token list`.")]
+) -> None:
     """Refuse a token from now on; running services notice within SUBPAGE_TOKEN_REFRESH seconds."""
-    from service.cli_common import audit_of, load_settings, token_store
+    from service.cli_common import audit_of, common_flags, load_settings, token_store
     from service.security.tokens import utc_now
 
-    settings = load_settings()
+    settings = load_settings(**common_flags(context))
     if not token_store(settings).revoke(token, utc_now()):
         typer.echo(f"subpage token: there is no token with id {token}", err=True)
         raise typer.Exit(1)

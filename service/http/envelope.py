@@ -63,12 +63,12 @@ class Envelope:
             return
         identity = self._identity(scope)
         request_id.set(identity)
-        status = 0
+        status, audited = 0, False
         self._metrics.under_way += 1
         began = time.perf_counter()
 
         async def sending(message: Message) -> None:
-            nonlocal status
+            nonlocal status, audited
             match message["type"]:
                 case "http.response.start" | "websocket.http.response.start":
                     status = message["status"]
@@ -77,6 +77,10 @@ class Envelope:
                     status = 101
                 case "websocket.close" if not status:
                     status = 403
+            if not audited and status:
+                audited = True
+                # Before the client is told: what it knows of is in the log.
+                self._audit_mutation(scope, identity, status, time.perf_counter() - began)
             await send(message)
 
         try:
@@ -98,7 +102,10 @@ class Envelope:
             raise
         finally:
             self._metrics.under_way -= 1
-            self._record(scope, identity, status, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            if not audited:
+                self._audit_mutation(scope, identity, status, seconds)
+            self._record(scope, status, seconds)
 
     def _identity(self, scope: Scope) -> str:
         for name, value in scope["headers"]:
@@ -115,17 +122,19 @@ class Envelope:
                 break
         return [*headers, *own, (b"x-request-id", identity.encode())]
 
-    def _record(self, scope: Scope, identity: str, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
         method = scope.get("method", "WEBSOCKET")
-        route = scope.get("route")
         # A path that no route has is whatever strangers type: it must not make a time series.
-        template = getattr(route, "path", "(none)")
+        template = getattr(scope.get("route"), "path", "(none)")
         self._metrics.request(method if method in _METHODS else "(other)", template, status, seconds)
         if self._log_requests:
             fields = {"method": method, "path": scope["path"], "status": status, "seconds": round(seconds, 6)}
             fields["token"] = scope.get("principal", NOBODY).token
             access_logger.info("%s %s %d", method, scope["path"], status, extra={"fields": fields})
-        if method in _SAFE or not self._audit.on or getattr(route, "permission", "write") == "read":
+
+    def _audit_mutation(self, scope: Scope, identity: str, status: int, seconds: float) -> None:
+        method = scope.get("method", "WEBSOCKET")
+        if method in _SAFE or not self._audit.on or getattr(scope.get("route"), "permission", "") == "read":
             return
         principal: Principal = scope.get("principal", NOBODY)
         query = scope["query_string"].decode("latin-1")
