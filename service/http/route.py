@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.http.gate import gated
+from service.http.admission import gated
 from service.http.handlers import refusal
 from service.http.negotiation import JSON
 from service.problems import InvalidDocument
