@@ -33,7 +33,9 @@ from service.api import (
     walk,
 )
 from service.http import handlers
+from service.http.gate import StoreGate
 from service.http.limits import BodyLimits
+from service.runtime.home import home_of
 from service.runtime.registry import Registry
 from service.settings import Settings
 
@@ -65,31 +67,42 @@ _STATIC = Path(__file__).parent / "static"
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
+    registry: Registry = app.state.registry
     with ThreadPoolExecutor(settings.replay_threads, "replay") as executor:
         app.state.executor = executor
-        warming = asyncio.create_task(_become_ready(app)) if settings.warm_up else None
-        app.state.ready = warming is None
+        app.state.warm = not settings.warm_up
+        app.state.draining = False
+        registry.home.start(registry, lambda: _see_whether_ready(app))
+        warming = asyncio.create_task(_warm_up(app)) if settings.warm_up else None
+        _see_whether_ready(app)
         try:
             yield
         finally:
-            app.state.ready = False
+            app.state.draining = True
+            _see_whether_ready(app)
+            await registry.home.stop()
             if warming is not None:
                 warming.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await warming
 
 
-async def _become_ready(app: FastAPI) -> None:
+def _see_whether_ready(app: FastAPI) -> None:
+    app.state.ready = app.state.warm and app.state.registry.home.ready and not app.state.draining
+
+
+async def _warm_up(app: FastAPI) -> None:
     try:
         await asyncio.get_running_loop().run_in_executor(app.state.executor, warm)
     except Exception:
         logger.exception("the kernels cannot be loaded; the service stays unready")
     else:
-        app.state.ready = True
+        app.state.warm = True
+        _see_whether_ready(app)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """A service without machines. ``settings`` default to what the environment says."""
+    """A service with the machines of its store. ``settings`` default to what the environment says."""
     settings = settings or Settings()
     app = FastAPI(
         title=documents.TITLE,
@@ -104,9 +117,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=_lifespan,
     )
     app.state.settings = settings
-    app.state.registry = Registry(settings)
+    app.state.registry = Registry(settings, home_of(settings))
     app.state.ready = False
     handlers.install(app)
+    app.add_middleware(StoreGate, registry=app.state.registry)
     app.add_middleware(BodyLimits, settings=settings)
     for resource in RESOURCES:
         # Not include_router: for every request it would try one router after the other, longer than a short call takes.

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from service import __version__
+from service.storage.urls import StoreUrl
 
 app = typer.Typer(
     name="subpage",
@@ -37,11 +38,24 @@ def _common(
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; SUBPAGE_HOST or 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one. SUBPAGE_PORT or 8000.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="sqlite:///path, postgresql://user:password@host/database or memory; SUBPAGE_STORE."),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Always 1: one process owns a store.")] = 1,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log every request.")] = False,
     log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "warning",
 ) -> None:
     """Run the service until it is told to stop. All other settings come from SUBPAGE_… variables."""
     import gc
+
+    if workers != 1:
+        typer.echo(
+            "subpage serve: --workers must be 1. One process owns a store and holds its machines in memory; a second "
+            "one would only wait for the first to end. Replays already use several cores.",
+            err=True,
+        )
+        raise typer.Exit(2)
 
     # What is imported stays for good; looking for garbage in it over and over takes an eighth of the start.
     gc.disable()
@@ -51,7 +65,7 @@ def serve(
     from service.server import run
     from service.settings import Settings
 
-    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    given = {name: value for name, value in (("host", host), ("port", port), ("store", store)) if value is not None}
     try:
         settings = Settings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
@@ -87,6 +101,55 @@ def demo(
     except DemoError as error:
         typer.echo(f"subpage demo: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+_STORE = typer.Option(help="The store; SUBPAGE_STORE, or the file that `serve` uses by default.")
+_ONE_VM = typer.Option("--vm", help="Only the VM of that id.")
+
+
+def _store_url(store: str | None) -> StoreUrl:
+    from service.settings import Settings
+
+    try:
+        return StoreUrl.parse(Settings().store if store is None else store)
+    except ValueError as error:
+        typer.echo(f"--store: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")],
+    vm: Annotated[str | None, _ONE_VM] = None,
+    store: Annotated[str | None, _STORE] = None,
+) -> None:
+    """Write the VMs of a store to a file. A service may be running on it; the file has one state of the store."""
+    from service.storage import offline
+
+    try:
+        count = offline.backup(_store_url(store), file, vm)
+    except offline.OfflineError as error:
+        typer.echo(f"subpage backup: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"{count} VMs written to {file}")
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="A file that `subpage backup` wrote.")],
+    vm: Annotated[str | None, _ONE_VM] = None,
+    store: Annotated[str | None, _STORE] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite VMs of the same id.")] = False,
+) -> None:
+    """Put the VMs of a backup into a store, under their own ids: all of them or, if one cannot be, none."""
+    from service.storage import offline
+
+    try:
+        ids = offline.restore(_store_url(store), file, vm, replace=replace)
+    except offline.OfflineError as error:
+        typer.echo(f"subpage restore: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"{len(ids)} VMs restored")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from starlette.responses import HTMLResponse
 from service.api.subpages import SubpagePatch, SubpageWindowRequest
 from service.api.traces import TraceBody
 from service.http.words import Document
-from service.problems import FieldError, Problem
+from service.problems import FieldError, Problem, responses
 
 TITLE = "Subpage"
 SUMMARY = "Protects virtual-machine memory at 128-byte granularity, without the hardware."
@@ -55,6 +55,8 @@ _FURTHER_MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
     (Problem, "serialization"),
 ]
 
+_STORE_PROBLEMS = {str(status): entry for status, entry in responses("not-ready", "store-unavailable").items()}
+
 _REFERENCE = "#/components/schemas/{model}"
 
 
@@ -81,8 +83,11 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
             schemas[model.__name__]["examples"] = shown["examples"]
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
-    for path in document["paths"].values():
-        for operation in path.values():
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if path.startswith("/v1/"):
+                # Not the routes' own: refused before them, or after them by the commit.
+                operation["responses"].update(_STORE_PROBLEMS)
             _finish(operation, schemas)
     document["components"]["schemas"] = dict(sorted(schemas.items()))
     return document

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.storage.urls import StoreUrl, default_store
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -18,6 +21,12 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and prints it.")
+
+    store: str = Field(
+        default_factory=lambda: default_store(dict(os.environ), Path.home()),
+        description="Where machines are kept: sqlite:///path, postgresql://user:password@host/database, or memory.",
+    )
+    max_loaded_vms: int = Field(64, ge=1, description="Machines kept in memory while nobody uses them.")
 
     max_body_bytes: int = Field(GIB, ge=1, description="Largest body of a trace.")
     max_document_bytes: int = Field(32 * MIB, ge=1, description="Largest body of every other call.")
@@ -43,3 +52,13 @@ class Settings(BaseSettings):
     max_exit_records: int = Field(10_000_000, ge=0, description="Largest max_exit_records of one trace; its default.")
     kept_traces: int = Field(100, ge=1, description="Trace results kept per machine; the oldest go first.")
     kept_exit_records: int = Field(20_000_000, ge=0, description="Exit records kept per machine over all its traces.")
+    kept_trace_days: float = Field(30, ge=0, description="Trace results older than this go; 0 keeps them.")
+    loaded_exit_records: int = Field(
+        2_000_000, ge=0, description="Exit records kept in memory per machine; the store has the others."
+    )
+
+    @field_validator("store")
+    @classmethod
+    def _known_store(cls, value: str) -> str:
+        StoreUrl.parse(value)
+        return value

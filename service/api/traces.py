@@ -305,7 +305,9 @@ async def create_trace(
                 result, ignored = await upload.run(lambda pipe: replay(machine, wanted, spool or pipe, pipe.check))
                 seconds = time.perf_counter() - began
                 trace_id, sequence = entry.traces.next_id()
-                trace = Trace(trace_id, sequence, wanted, result, ignored, datetime.now(UTC), seconds)
+                kept_records = len(result.exit_columns)
+                now = datetime.now(UTC)
+                trace = Trace(trace_id, sequence, wanted, result, ignored, now, seconds, kept_records)
                 entry.traces.add(trace)
         finally:
             if spool is not None:
@@ -346,4 +348,4 @@ async def list_traces(request: Request, vm: VmId, limit: Limit = None, cursor: C
 )
 async def get_trace(request: Request, vm: VmId, trace: TraceId) -> Response:
     entry = find(request, vm)
-    return tagged(request, await _rendered(entry.id, entry.traces.get(trace), settings_of(request)))
+    return tagged(request, await _rendered(entry.id, await entry.traces.get(trace), settings_of(request)))
