@@ -4,6 +4,8 @@
 HOST   = 127.0.0.1
 PORT   = 8000
 SEEDS  = 1
+ROUNDS = 200
+STORE  = sqlite
 ARGS   =
 JOBS   = auto
 PYTHON ?= python3
@@ -25,7 +27,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test mutants conformance coverage lint format openapi bench lock clean
+.PHONY: help demo serve test kill-test fault-test mutants conformance coverage lint format openapi bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +48,12 @@ test: $(WARMED) ## Run all tests, then engine/ with the JIT off; both packages m
 	@$(BIN)/coverage combine --quiet --keep --data-file=$(COVERAGE)/all $(COVERAGE)/service $(COVERAGE)/engine
 	$(BIN)/coverage report --data-file=$(COVERAGE)/all --include='engine/*' --fail-under=95
 	$(BIN)/coverage report --data-file=$(COVERAGE)/all --include='service/*' --fail-under=95
+
+kill-test: $(WARMED) ## kill -9 the server ROUNDS times under load; nothing acknowledged may be lost (STORE=sqlite or postgres)
+	@$(BIN)/python -m tests.faults.kill --rounds $(ROUNDS) --store $(STORE) $(ARGS)
+
+fault-test: $(WARMED) ## Full and read-only disks, restarts of the database, stores that are taken away
+	$(BIN)/python -m pytest tests/faults tests/service/storage/test_ownership.py $(ARGS)
 
 mutants: $(INSTALLED) ## Put faults into engine/ one at a time; the tests must notice each (ARGS="--only ID --jobs N")
 	@$(BIN)/python -m tests.mutants $(ARGS)

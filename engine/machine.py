@@ -6,6 +6,7 @@ operation either publishes its whole effect or leaves the machine as it was.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,18 +21,18 @@ from engine.arch import access as acc
 from engine.config import VmConfig
 from engine.cpu import explain, frames
 from engine.cpu.ept import TRAIL_ROWS
-from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound, TraceError, Unsupported
+from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound, Unsupported
 from engine.head import config_from_head, config_to_head
 from engine.kvm import memory, protections, slot_changes, spp
 from engine.kvm import registers as reg
 from engine.kvm.protections import ProtectedObject, Protection
-from engine.kvm.slots import SlotSpec, check_overlap, first_page_without_slot, slot_table, writable_bytes
+from engine.kvm.slots import SlotSpec, check_overlap, first_page_without_slot, slot_table
 from engine.store import Draft, FrameStore, Snapshot, blocks_of
 from engine.tables import TableOperations
-from engine.trace.columns import TraceChunk
+from engine.trace.execution import execute
 from engine.trace.objects import Targets, targets_of
 from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
-from engine.trace.single import AccessRequest, AccessResult, access_result
+from engine.trace.single import AccessRequest, AccessResult
 from engine.vcpus import VcpuOperations, fast_path_serves
 
 MAX_WINDOW = 1 << 20
@@ -133,7 +134,7 @@ class VirtualMachine:
     def walk(
         self,
         gpa: int,
-        access: int = acc.WRITE,
+        access: int | None = None,
         size: int = 8,
         vcpu: int = 0,
         kind: int = acc.DATA,
@@ -141,8 +142,9 @@ class VirtualMachine:
     ) -> explain.Explanation:
         """What the processor would do with an access, entry by entry; changes nothing.
 
-        ``kind`` and ``linear`` are as ``arch.access`` has them.
+        ``kind`` and ``linear`` are as ``arch.access`` has them; ``access`` is what the kind does unless given.
         """
+        access = acc.default_access(kind) if access is None else access
         request = AccessRequest(gpa=gpa, size=size, access=access, vcpu=vcpu, kind=kind, linear=linear)
         request.validate(self.config)
         snapshot = self._state.snapshot
@@ -262,28 +264,15 @@ class VirtualMachine:
     def access(self, request: AccessRequest) -> AccessResult:
         """One guest access, executed."""
         request.validate(self.config)
-        if request.how != acc.describe(request.access):
-            raise InvalidValue(
-                "an access that is executed is a data access with a valid linear address",
-                field="kind",
-                value=acc.KIND_NAMES[request.kind],
-            )
-        options = ReplayOptions(on_violation=request.on_violation, include="all")
-        options.validate()
         with self._change() as draft:
-            replay = Replay(draft, options, self._state.targets)
-            try:
-                replay.feed(TraceChunk(request.record(), request.gvas(), {}))
-            except TraceError as error:
-                raise InvalidValue(error.rule, field=error.field, value=error.value) from None
-            result = access_result(request, replay.result(), self.config.profile)
-            if result.lands and not result.allowed and not writable_bytes(draft.machine, request.gpa, request.size):
-                result = result.without_effect()
-            if result.lands and request.data:
-                _write(draft, request.gpa, request.data)
-            _count(draft, replay.tally)
-        if result.allowed and request.access == acc.READ:
-            return result.with_data(self.read_memory(request.gpa, request.size))
+            result, places, tally = execute(draft, request, self.config, self._state.targets)
+            data = request.data or b""
+            for gpa, size in places if data else ():
+                _write(draft, gpa, data[:size])
+                data = data[size:]
+            _count(draft, tally)
+            if result.allowed and places and request.access == acc.READ:
+                return result.with_data(b"".join(memory.read_bytes(draft.machine, *place) for place in places))
         return result
 
     def replay(self, options: ReplayOptions) -> ReplayTransaction:
@@ -340,6 +329,29 @@ class VirtualMachine:
         for frame, kind, data in blocks_of(snapshot.machine, since):
             yield frames.KIND_NAMES[kind], frame, data
         self._saved = snapshot
+
+    def blocks_since(self, earlier: VirtualMachine | None) -> Iterator[tuple[str, int, bytes]]:
+        """As ``changed_blocks``, against what an earlier machine shows (see ``successor``); remembers nothing."""
+        since = earlier._state.snapshot.machine if earlier is not None else None
+        for frame, kind, data in blocks_of(self._state.snapshot.machine, since):
+            yield frames.KIND_NAMES[kind], frame, data
+
+    def successor(self) -> VirtualMachine:
+        """A machine that goes on from this state and takes the changes; this one shows its state for good.
+
+        Until the successor is withdrawn this machine refuses changes, so there is one line of states. Raises Busy
+        while a change is under way.
+        """
+        self._acquire()
+        after = copy.copy(self)
+        after._writer = threading.Lock()
+        return after
+
+    def withdraw(self, after: VirtualMachine) -> None:
+        """Undo all that was done to the successor, which takes no changes any more; this machine takes them again."""
+        after._acquire()
+        self._store.revert(self._state.snapshot)
+        self._writer.release()
 
     @classmethod
     def restore(cls, head: Mapping[str, Any], blocks: Mapping[tuple[str, int], bytes]) -> VirtualMachine:

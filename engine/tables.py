@@ -18,10 +18,11 @@ from engine.arch import ept as bits
 from engine.arch.words import signed
 from engine.config import VmConfig
 from engine.cpu import ept, explain, frames, sppt
+from engine.cpu.sentences import ReadEntry
 from engine.errors import InvalidValue
 from engine.store import Draft, Snapshot
 
-TableEntry = explain.ReadEntry
+TableEntry = ReadEntry
 
 Trail = NDArray[np.int64]
 

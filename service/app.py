@@ -36,12 +36,15 @@ from service.api import (
 )
 from service.http import handlers
 from service.http.envelope import Envelope
+from service.http.gate import StoreGate
 from service.http.idempotency import Idempotency, MemoryAnswers
 from service.metrics import Metrics
+from service.runtime.home import home_of
 from service.runtime.registry import Registry
 from service.security.access import AccessControl
 from service.security.audit import AuditLog
-from service.security.tokens import FileTokens, TokenStore
+from service.security.stores import tokens_of
+from service.security.tokens import TokenStore
 from service.settings import Settings
 
 # In the order in which requests look for their route: the most frequent first.
@@ -76,20 +79,26 @@ _STATIC = Path(__file__).parent / "static"
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
+    registry: Registry = app.state.registry
     with ThreadPoolExecutor(settings.replay_threads, "replay") as executor:
         app.state.executor = executor
+        app.state.warm = not settings.warm_up
+        app.state.draining = False
+        await app.state.access.open()
+        registry.home.start(registry, lambda: see_whether_ready(app))
         tasks = [
             asyncio.create_task(app.state.access.keep_fresh()),
             asyncio.create_task(app.state.metrics.watch_lag()),
         ]
         if settings.warm_up:
-            tasks.append(asyncio.create_task(_become_ready(app)))
-        app.state.ready = not settings.warm_up
+            tasks.append(asyncio.create_task(_warm_up(app)))
+        see_whether_ready(app)
         try:
             yield
         finally:
-            app.state.ready = False
+            drain(app)
             await _settled(app)
+            await registry.home.stop()
             for task in tasks:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -108,20 +117,32 @@ async def _settled(app: FastAPI) -> None:
                 await asyncio.sleep(0.01)
 
 
-async def _become_ready(app: FastAPI) -> None:
+def see_whether_ready(app: FastAPI) -> None:
+    app.state.ready = app.state.warm and app.state.registry.home.ready and not app.state.draining
+
+
+def drain(app: FastAPI) -> None:
+    """Unready from here on: the service is about to stop."""
+    app.state.draining = True
+    see_whether_ready(app)
+
+
+async def _warm_up(app: FastAPI) -> None:
     try:
         await asyncio.get_running_loop().run_in_executor(app.state.executor, warm)
     except Exception:
         logger.exception("the kernels cannot be loaded; the service stays unready")
     else:
-        app.state.ready = True
+        app.state.warm = True
+        see_whether_ready(app)
 
 
 def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = None) -> FastAPI:
-    """A service without machines. ``settings`` default to what the environment says, ``tokens`` to its token_file."""
+    """A service with the machines of its store, and the tokens of it unless it is given others.
+
+    ``settings`` default to what the environment says.
+    """
     settings = settings or Settings()
-    if tokens is None and settings.token_file is not None:
-        tokens = FileTokens(settings.token_file)
     app = FastAPI(
         title=documents.TITLE,
         version=__version__,
@@ -143,12 +164,13 @@ def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = 
         lifespan=_lifespan,
     )
     app.state.settings = settings
-    access = app.state.access = AccessControl(settings, tokens)
+    access = app.state.access = AccessControl(settings, tokens if tokens is not None else tokens_of(settings))
     app.state.audit = AuditLog(settings.audit_log, lambda: access.guarded)
     app.state.idempotency = Idempotency(MemoryAnswers(settings.idempotency_seconds), settings.idempotency_bytes)
-    app.state.registry = Registry(settings)
-    app.state.ready = False
+    app.state.registry = Registry(settings, home_of(settings))
+    app.state.ready = app.state.warm = app.state.draining = False
     handlers.install(app)
+    app.add_middleware(StoreGate, registry=app.state.registry)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from service import __version__
+from service.storage.urls import StoreUrl
 from service.tokens_cli import tokens
 from service.vms_cli import vms
 
@@ -64,11 +65,24 @@ def serve(
     context: typer.Context,
     host: Annotated[str | None, typer.Option(help="Address to listen on; SUBPAGE_HOST or 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one. SUBPAGE_PORT or 8000.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="sqlite:///path, postgresql://user:password@host/database or memory; SUBPAGE_STORE."),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Always 1: one process owns a store.")] = 1,
     access_log: Annotated[bool | None, typer.Option("--access-log", help="Log every request.")] = None,
     log_level: Annotated[str | None, typer.Option(help="critical, error, warning, info or debug.")] = None,
 ) -> None:
     """Run the service until it is told to stop. `subpage config` shows all settings and where they come from."""
     import gc
+
+    if workers != 1:
+        typer.echo(
+            "subpage serve: --workers must be 1. One process owns a store and holds its machines in memory; a second "
+            "one would only wait for the first to end. Replays already use several cores.",
+            err=True,
+        )
+        raise typer.Exit(2)
 
     # What is imported stays for good; looking for garbage in it over and over takes an eighth of the start.
     gc.disable()
@@ -76,7 +90,7 @@ def serve(
     from service.cli_common import common_flags, load_settings
     from service.server import Refused, run
 
-    flags = {"host": host, "port": port, "access_log": access_log, "log_level": log_level}
+    flags = {"host": host, "port": port, "store": store, "access_log": access_log, "log_level": log_level}
     given = {name: value for name, value in flags.items() if value is not None}
     try:
         status = run(load_settings(**common_flags(context) | given))
@@ -123,6 +137,55 @@ def demo(
     except DemoError as error:
         typer.echo(f"subpage demo: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+_STORE = typer.Option(help="The store; SUBPAGE_STORE, or the file that `serve` uses by default.")
+_ONE_VM = typer.Option("--vm", help="Only the VM of that id.")
+
+
+def _store_url(store: str | None) -> StoreUrl:
+    from service.settings import Settings
+
+    try:
+        return StoreUrl.parse(Settings().store if store is None else store)
+    except ValueError as error:
+        typer.echo(f"--store: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")],
+    vm: Annotated[str | None, _ONE_VM] = None,
+    store: Annotated[str | None, _STORE] = None,
+) -> None:
+    """Write the VMs of a store to a file. A service may be running on it; the file has one state of the store."""
+    from service.storage import offline
+
+    try:
+        count = offline.backup(_store_url(store), file, vm)
+    except offline.OfflineError as error:
+        typer.echo(f"subpage backup: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"{count} VMs written to {file}")
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="A file that `subpage backup` wrote.")],
+    vm: Annotated[str | None, _ONE_VM] = None,
+    store: Annotated[str | None, _STORE] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite VMs of the same id.")] = False,
+) -> None:
+    """Put the VMs of a backup into a store, under their own ids: all of them or, if one cannot be, none."""
+    from service.storage import offline
+
+    try:
+        ids = offline.restore(_store_url(store), file, vm, replace=replace)
+    except offline.OfflineError as error:
+        typer.echo(f"subpage restore: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"{len(ids)} VMs restored")
 
 
 def main() -> None:

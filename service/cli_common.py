@@ -13,7 +13,8 @@ import typer
 from pydantic import SecretStr, ValidationError
 
 from service.security.audit import AuditLog
-from service.security.tokens import FileTokens, TokenStore
+from service.security.stores import tokens_of
+from service.security.tokens import TokenStore
 from service.settings import CONFIG_VARIABLE, BadFile, Settings, file_settings
 
 HIDDEN = "(hidden)"
@@ -82,10 +83,11 @@ def shown(value: Any) -> str:
 
 def token_store(settings: Settings) -> TokenStore:
     """Where tokens are kept; without such a place the command ends with status 2."""
-    if settings.token_file is None:
-        typer.echo("SUBPAGE_TOKEN_FILE must name the file that keeps the tokens", err=True)
+    store = tokens_of(settings)
+    if store is None:
+        typer.echo("with SUBPAGE_STORE=memory, SUBPAGE_TOKEN_FILE must name the file that keeps the tokens", err=True)
         raise typer.Exit(2)
-    return FileTokens(settings.token_file)
+    return store
 
 
 def audit_of(settings: Settings) -> AuditLog:

@@ -69,6 +69,7 @@ _FURTHER_MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
     (Problem, "serialization"),
 ]
 
+
 _REFERENCE = "#/components/schemas/{model}"
 
 
@@ -96,9 +97,12 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
     routes = {route.operation_id: route for route in app.routes if isinstance(route, StrictRoute)}
-    for path in document["paths"].values():
-        for operation in path.values():
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
             _guard(operation, routes[operation["operationId"]])
+            if path.startswith("/v1/"):
+                # Not the routes' own: refused before them, or after them by the commit.
+                add_responses(operation["responses"], "not-ready", "store-unavailable")
             _finish(operation, schemas)
     document["components"]["schemas"] = dict(sorted(schemas.items()))
     document["components"]["securitySchemes"] = _SECURITY_SCHEMES
@@ -130,7 +134,7 @@ def _guard(operation: dict[str, Any], route: StrictRoute) -> None:
         operation["security"] = []
         return
     operation["security"] = [{"token": []}]
-    add_responses(responses, "unauthenticated", "forbidden", "rate-limited")
+    add_responses(responses, "unauthenticated", "forbidden", "rate-limited", "not-ready")
 
 
 def _finish(operation: dict[str, Any], schemas: dict[str, Any]) -> None:

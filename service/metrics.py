@@ -34,11 +34,15 @@ class _Machines(Collector):
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         machines = GaugeMetricFamily("subpage_vms", "Machines that exist.")
-        frames = GaugeMetricFamily("subpage_frames", "4 KiB frames in use over all machines.", labels=["kind"])
+        frames = GaugeMetricFamily(
+            "subpage_frames", "4 KiB frames in use over all machines in memory.", labels=["kind"]
+        )
         counts: dict[str, int] = {}
         entries = self._registry.all()
         for entry in entries:
-            for name, count in entry.machine.counters().items():
+            if entry.loaded is None:
+                continue
+            for name, count in entry.loaded.counters().items():
                 kind = name.removeprefix("frames_")
                 if kind != name:
                     counts[kind] = counts.get(kind, 0) + count

@@ -77,6 +77,9 @@ _ROWS = (
     ),
     ProblemType("internal-error", 500, "Internal error", "A defect of the service; the details are in its log."),
     ProblemType("not-ready", 503, "Not ready", "The service is starting or draining.", retry_after=1),
+    ProblemType(
+        "store-unavailable", 503, "Store unavailable", "The store failed or belongs to another.", retry_after=2
+    ),
 )
 PROBLEMS: Mapping[str, ProblemType] = {row.code: row for row in _ROWS}
 
@@ -228,6 +231,16 @@ class NotReady(ServiceError):
     """The service is starting or draining."""
 
     code = "not-ready"
+
+
+class StoreUnavailable(ServiceError):
+    """The store could not be written or read. ``certain``: nothing of the change is stored, now or later."""
+
+    code = "store-unavailable"
+
+    def __init__(self, rule: str, *, certain: bool = True) -> None:
+        super().__init__(rule)
+        self.certain = certain
 
 
 def showable(value: Any, field: str | None = None) -> Any:

@@ -66,7 +66,7 @@ def _type(field: FieldInfo) -> str:
 def _default(name: str, field: FieldInfo) -> str:
     value = field.default
     if value is PydanticUndefined:
-        return "see there"
+        return "a file below `~/.local/share`"
     if value is None or value == ():
         return "none"
     if isinstance(value, bool):

@@ -16,7 +16,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from service.app import create_app
+from service.app import create_app, drain
 from service.logs import configure
 from service.security.access import AccessControl, is_loopback
 from service.settings import Settings
@@ -35,7 +35,7 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Told to stop: unready at once, so that balancers look elsewhere; deaf after the drain. Twice means now."""
         loop = self._loop
-        self._app.state.ready = False
+        drain(self._app)
         if loop is None or self._draining or not self._drain_seconds:
             super().handle_exit(sig, frame)
             return
@@ -63,11 +63,17 @@ class Refused(Exception):
 
 def check_exposure(settings: Settings, access: AccessControl) -> None:
     """Raise Refused when strangers could reach the service and nobody would need a token."""
-    if not is_loopback(settings.host) and not access.usable:
+    if is_loopback(settings.host):
+        return
+    try:
+        access.load()
+    except Exception as error:
+        if not access.usable:
+            raise Refused(f"the tokens cannot be read: {error}") from error
+    if not access.usable:
         raise Refused(
             f"{settings.host} can be reached from other machines, and there is no valid token. Make one with "
-            "`subpage token create` in the file that SUBPAGE_TOKEN_FILE names, or give one in SUBPAGE_TOKEN; "
-            "or listen on 127.0.0.1, which needs none."
+            "`subpage token create`, or give one in SUBPAGE_TOKEN; or listen on 127.0.0.1, which needs none."
         )
 
 

@@ -7,9 +7,11 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from service.storage.urls import StoreUrl, default_store
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -63,6 +65,12 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and prints it.")
 
+    store: str = Field(
+        default_factory=lambda: default_store(dict(os.environ), Path.home()),
+        description="Where machines are kept: sqlite:///path, postgresql://user:password@host/database, or memory.",
+    )
+    max_loaded_vms: int = Field(64, ge=1, description="Machines kept in memory while nobody uses them.")
+
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
         "warning", description="The least severe of what is logged."
     )
@@ -75,7 +83,7 @@ class Settings(BaseSettings):
     token: SecretStr | None = Field(
         None, min_length=32, description="A token with scope admin for the default tenant, besides those that are kept."
     )
-    token_file: Path | None = Field(None, description="SQLite file of the tokens that `subpage token` makes.")
+    token_file: Path | None = Field(None, description="SQLite file for tokens alone; without it they are in the store.")
     token_refresh: float = Field(2.0, gt=0, description="How long a change of the tokens may take to be noticed.")
     rate_limit: float = Field(0, ge=0, description="Requests a second that one token may make; 0: any number.")
     rate_burst: int = Field(100, ge=1, description="Requests that one token may make at once before rate_limit holds.")
@@ -123,3 +131,13 @@ class Settings(BaseSettings):
     max_exit_records: int = Field(10_000_000, ge=0, description="Largest max_exit_records of one trace; its default.")
     kept_traces: int = Field(100, ge=1, description="Trace results kept per machine; the oldest go first.")
     kept_exit_records: int = Field(20_000_000, ge=0, description="Exit records kept per machine over all its traces.")
+    kept_trace_days: float = Field(30, ge=0, description="Trace results older than this go; 0 keeps them.")
+    loaded_exit_records: int = Field(
+        2_000_000, ge=0, description="Exit records kept in memory per machine; the store has the others."
+    )
+
+    @field_validator("store")
+    @classmethod
+    def _known_store(cls, value: str) -> str:
+        StoreUrl.parse(value)
+        return value

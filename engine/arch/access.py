@@ -6,6 +6,8 @@ how     bits 1:0   access: read, write, execute
         bits 16:12 circumstances, all 0 for an ordinary instruction
 """
 
+from engine.arch.words import signed
+
 READ = 0
 WRITE = 1
 EXECUTE = 2
@@ -18,10 +20,24 @@ PAGING_UPDATE = 3  # the processor sets accessed or dirty in a guest paging-stru
 SHADOW_STACK = 4
 KIND_NAMES = ("data", "read-modify-write", "paging-read", "paging-update", "shadow-stack")
 
+# What an access of each kind can do, what it does unless said, and the same as one number: bit 4 * kind + access.
+KIND_ACCESSES = ((READ, WRITE, EXECUTE), (WRITE,), (READ,), (WRITE,), (READ, WRITE))
+DEFAULT_ACCESS = (WRITE, WRITE, READ, WRITE, WRITE)
+POSSIBLE = sum(1 << 4 * kind + access for kind, some in enumerate(KIND_ACCESSES) for access in some)
+KIND_RULE = "a read-modify-write or a paging-update writes, a paging-read reads, and only a data access executes"
+LINEAR_RULE = (
+    "an access without a valid linear address is a data access or a paging-read, and its page is not said to be "
+    "user, writable or execute-disable"
+)
+
+# Kinds that can be without a linear address: output of Intel PT, and loads of PDPTEs by MOV to CR (28.2.1).
+UNTRANSLATED_KINDS = 1 << DATA | 1 << PAGING_READ
+
 LINEAR_VALID = 1
 LINEAR_USER = 2
 LINEAR_WRITABLE = 4
 LINEAR_EXECUTE_DISABLE = 8
+LINEAR_BITS = 15
 LINEAR_NAMES = ("valid", "user", "writable", "execute-disable")  # from bit 0
 
 # Circumstances
@@ -36,9 +52,27 @@ KIND_SHIFT = 4
 KIND_MASK = 7 << 4
 LINEAR_SHIFT = 8
 
+# Word 1 of a trace record holds them too: the kind in 26:24, the linear bits, of which valid is turned over, in 30:27.
+# An ordinary access therefore has zeros there. Of the word, bits 31 and 63:48 mean nothing yet.
+RECORD_KIND_SHIFT = 24
+RECORD_LINEAR_SHIFT = 27
+RECORD_BITS = 0x7F << RECORD_KIND_SHIFT
+RECORD_FREE = signed(0xFFFF_0000_8000_0000)
+
 DEFAULT_LINEAR = LINEAR_VALID << LINEAR_SHIFT
+PLAIN_WRITE = WRITE | DEFAULT_LINEAR
+
+
+def default_access(kind: int) -> int:
+    """What an access of a kind does unless said; of a kind that is none, a write."""
+    return DEFAULT_ACCESS[kind] if 0 <= kind < len(DEFAULT_ACCESS) else WRITE
 
 
 def describe(access: int, kind: int = DATA, linear: int = LINEAR_VALID, circumstances: int = 0) -> int:
     """The ``how`` word of an access; ``circumstances`` are the bits above, already in their places."""
     return access | kind << KIND_SHIFT | linear << LINEAR_SHIFT | circumstances
+
+
+def record_bits(kind: int, linear: int) -> int:
+    """Kind and linear bits as word 1 of a trace record holds them."""
+    return kind << RECORD_KIND_SHIFT | (linear ^ LINEAR_VALID) << RECORD_LINEAR_SHIFT

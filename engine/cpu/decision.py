@@ -197,6 +197,8 @@ def check(m, vcpu, gpa, size, how, trail):
     if outcome == ept.NOT_PRESENT:
         return exits.EPT_VIOLATION, violation_qualification(m, how, mode, NO_RIGHTS, NO_LEAF), 0
     leaf = trail[trail[ept.TRAIL_COUNTS, 0] - 1, 3]
+    if not mode & ept.MODE_PAGING_VERIFICATION and permitted(how, mode, rights, upper, leaf):
+        return exits.NONE, 0, 0
     return judge(m, vcpu, gpa, size, how, mode, level, rights, upper, leaf, WALK_SPPT, NO_VECTOR, trail)
 
 

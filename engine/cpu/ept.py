@@ -19,15 +19,16 @@ COMPLETE = 0
 NOT_PRESENT = 1
 MISCONFIGURED = 2
 
-# The mode word: what the VMCS says about walks, gathered once an access.
+# The mode word: what the VMCS says about walks, gathered once an access. Pairs are in the order of the fields that they
+# come from, so that ``mode_of`` moves them with a shift.
 MODE_MBEC = 1 << 0
 MODE_SPP = 1 << 1
 MODE_ACCESSED_DIRTY = 1 << 2
 MODE_SHADOW_STACK = 1 << 3
 MODE_PAGING_WRITE = 1 << 4
 MODE_PAGING_VERIFICATION = 1 << 5
-MODE_VE = 1 << 6
-MODE_PML = 1 << 7
+MODE_PML = 1 << 6
+MODE_VE = 1 << 7
 MODE_EPT = 1 << 8
 
 # A trail holds what was read: rows 0 to 4 EPT entries, rows 5 to 8 SPPT entries, each [level, table, index, entry];
@@ -47,28 +48,12 @@ def mode_of(m, vcpu):
     row = m.row_of[FIRST_VCPU_FRAME + vcpu]
     primary = m.rows[row, ctl.V_PRIMARY]
     secondary = m.rows[row, ctl.V_SECONDARY] if primary & ctl.PRIMARY_SECONDARY else 0
-    tertiary = m.rows[row, ctl.V_TERTIARY] if primary & ctl.PRIMARY_TERTIARY else 0
+    tertiary = m.rows[row, ctl.V_TERTIARY] if primary & ctl.PRIMARY_TERTIARY else 0  # EPT's paging controls: 2 and 3
     eptp = m.rows[row, ctl.V_EPTP]
     if not secondary & ctl.SECONDARY_EPT:
         return 0
-    mode = MODE_EPT
-    if secondary & ctl.SECONDARY_MBEC:
-        mode |= MODE_MBEC
-    if secondary & ctl.SECONDARY_SPP:
-        mode |= MODE_SPP
-    if secondary & ctl.SECONDARY_VE:
-        mode |= MODE_VE
-    if secondary & ctl.SECONDARY_PML:
-        mode |= MODE_PML
-    if tertiary & ctl.TERTIARY_PAGING_WRITE:
-        mode |= MODE_PAGING_WRITE
-    if tertiary & ctl.TERTIARY_PAGING_VERIFICATION:
-        mode |= MODE_PAGING_VERIFICATION
-    if eptp & ept.EPTP_ACCESSED_DIRTY:
-        mode |= MODE_ACCESSED_DIRTY
-    if eptp & ept.EPTP_SHADOW_STACK:
-        mode |= MODE_SHADOW_STACK
-    return mode
+    mode = MODE_EPT | (secondary >> 22 & 3) | (secondary >> 17 & 3) << 6
+    return mode | (eptp >> 6 & 3) << 2 | (tertiary >> 2 & 3) << 4
 
 
 @kernel

@@ -6,17 +6,18 @@ Explains what ``decision.check`` decided; it walks nothing itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.arch import ept as bits
 from engine.arch import exits, sppt
-from engine.arch.access import ACCESS_NAMES, DATA, KIND_MASK, KIND_NAMES, KIND_SHIFT
+from engine.arch.access import ACCESS_MASK, ACCESS_NAMES, KIND_MASK, KIND_NAMES, KIND_SHIFT
 from engine.arch.words import signed, unsigned
 from engine.cpu import decision, ept
 from engine.cpu.frames import CAP_RESERVED_ADDRESS, Machine, frame_at
+from engine.cpu.sentences import ReadEntry, Verdict, sentence_on
 from engine.cpu.sppt import HIGH
 
 # Name and bits (low, width) of the fields of an entry.
@@ -56,25 +57,13 @@ SplitFields = Callable[[Machine, int, int], dict[str, int]]
 
 
 @dataclass(frozen=True)
-class ReadEntry:
-    """One table entry that was read; ``fields`` by name, ``absent`` when no table memory is at that address."""
-
-    structure: str
-    level: int
-    table: int
-    index: int
-    raw: int
-    absent: bool
-    fields: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Explanation:
     """What an access would do now. ``reason`` and ``qualification`` are None when no exit follows."""
 
     gpa: int
     size: int
     access: str
+    kind: str
     outcome: str
     sentence: str
     reason: int | None
@@ -99,12 +88,14 @@ def explain(m: Machine, vcpu: int, gpa: int, size: int, how: int) -> Explanation
     touched = (2 << ((at + part - 1) >> 7 & 31)) - (1 << (at >> 7 & 31))
     ept_entries = ept_entries_read(m, trail)
     spp_entries = sppt_entries_read(m, trail)
+    verdict = Verdict(reason, qualification, denied)
     return Explanation(
         gpa=gpa,
         size=size,
-        access=ACCESS_NAMES[how & 3],
+        access=ACCESS_NAMES[how & ACCESS_MASK],
+        kind=KIND_NAMES[(how & KIND_MASK) >> KIND_SHIFT],
         outcome=_outcome(reason, qualification),
-        sentence=_sentence(reason, qualification, denied, ept_entries, spp_entries, _wish(m, vcpu, how)),
+        sentence=sentence_on(verdict, ept_entries, spp_entries, how, int(ept.mode_of(m, vcpu))),
         reason=reason or None,
         qualification=qualification if reason else None,
         exit_gpa=at if reason else None,
@@ -154,49 +145,3 @@ def _sppt_fields(m: Machine, raw: int, level: int) -> dict[str, int]:
         return {"writable_subpages": mask, "reserved": raw & unsigned(sppt.VECTOR_RESERVED)}
     reserved = unsigned(sppt.RESERVED_LOW | int(m.caps[CAP_RESERVED_ADDRESS]) | HIGH)
     return {"valid": raw & 1, "address": raw & bits.ADDRESS, "reserved": raw & reserved}
-
-
-def _wish(m: Machine, vcpu: int, how: int) -> tuple[str, int]:
-    """What the access asks of the entries, in words and as rights."""
-    kind = (how & KIND_MASK) >> KIND_SHIFT
-    name = ACCESS_NAMES[how & 3] if kind == DATA else f"a {KIND_NAMES[kind]} access"
-    return name, int(decision.wants(how, ept.mode_of(m, vcpu)))
-
-
-def _sentence(
-    reason: int,
-    qualification: int,
-    denied: int,
-    walked: tuple[ReadEntry, ...],
-    vectors: tuple[ReadEntry, ...],
-    wish: tuple[str, int],
-) -> str:
-    access, rights = wish
-    last = walked[-1] if walked else None
-    if reason == exits.NONE:
-        if vectors:
-            return f"allowed: every touched sub-page is 1 in {_place(vectors[-1])}, though EPT write permission is 0"
-        return f"allowed: every EPT entry used permits {access}"
-    if reason == exits.EPT_MISCONFIGURATION and last:
-        return f"EPT misconfiguration: {_place(last)} = {last.raw:#x} is not a valid entry"
-    if reason == exits.SPP_EVENT:
-        what = "is not valid (SPP miss)" if qualification & exits.Q_SPP_MISS else "has a reserved bit set"
-        return f"SPP-related event: {_place(vectors[-1])} = {vectors[-1].raw:#x} {what}"
-    if denied:
-        subpages = ", ".join(str(s) for s in range(sppt.SUBPAGES) if denied >> s & 1)
-        noun = "sub-pages" if denied & (denied - 1) else "sub-page"
-        verb = "are" if denied & (denied - 1) else "is"
-        return f"denied: {noun} {subpages} of {_place(vectors[-1])} {verb} 0"
-    if last is None:
-        return "denied: the GPA is wider than the EPT walk translates"
-    if not qualification >> exits.Q_RIGHTS_SHIFT & bits.RIGHTS and not last.raw & bits.RIGHTS:
-        return f"denied: {_place(last)} is not present"
-    return f"denied: {_place(_refusing(walked, rights))} does not permit {access}"
-
-
-def _refusing(walked: tuple[ReadEntry, ...], rights: int) -> ReadEntry:
-    return next((entry for entry in walked if rights & ~entry.raw), walked[-1])
-
-
-def _place(entry: ReadEntry) -> str:
-    return f"{entry.structure} at {entry.table + 8 * entry.index:#x}"

@@ -154,9 +154,10 @@ def touch(m, vcpu, slot, size, how, doing, trail):
         reason, q, _, source = mmu.check(m, vcpu, slot, size, how, trail)
     if reason != exits.NONE or not doing & EXECUTE:
         return reason, q, source
-    if not mmu.log_fits(m, vcpu, slot, size, how, source, trail):
+    mode = ept.mode_of(m, vcpu)
+    if not mmu.log_fits(m, vcpu, mode, slot, size, how, source, trail):
         return exits.PML_FULL, decision.nmi_unblocking(how), source
-    mmu.finish(m, vcpu, slot, how, source, trail)
+    mmu.finish(m, vcpu, mode, slot, how, source, trail)
     return exits.NONE, 0, source
 
 

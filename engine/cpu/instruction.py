@@ -17,8 +17,8 @@ from engine.cpu.frames import Machine, Words
 from engine.jit import kernel
 
 # Rows of ``pages``: how each page of an access was translated. 64 KBytes touch at most 17 pages.
-(P_LINEAR, P_GPA, P_SIZE, P_HOW, P_FACTS, P_SOURCE, P_KIND) = range(7)
-PAGE_WORDS = 7
+(P_LINEAR, P_GPA, P_SIZE, P_HOW, P_FACTS, P_SOURCE, P_KIND, P_REMEMBERED) = range(8)
+PAGE_WORDS = 8
 MAX_PAGES = 18
 
 LOW_32 = 0xFFFF_FFFF
@@ -119,6 +119,7 @@ def page(m, vcpu, linear, size, how, trail, steps, pages, at):
         )
         pages[at, P_FACTS] = facts
         pages[at, P_SOURCE] = final
+        pages[at, P_REMEMBERED] = 0
         stale = source == mmu.STALE
     else:
         real_reason, real_value, real_gpa, _, real_denied, _, _, _ = by_walk(
@@ -127,6 +128,7 @@ def page(m, vcpu, linear, size, how, trail, steps, pages, at):
         reason, value, gpa, how, denied = by_entry(m, vcpu, row, linear, size, how, mode, trail)
         stale = reason != real_reason or value != real_value or gpa != real_gpa or denied != real_denied
         pages[at, P_SOURCE] = mmu.CACHED
+        pages[at, P_REMEMBERED] = 1
         if reason < 0:
             tlb.drop(m, row)
     pages[at, P_LINEAR] = linear
@@ -141,7 +143,7 @@ def page(m, vcpu, linear, size, how, trail, steps, pages, at):
 def log_fits(m, vcpu, pages, count, trail):
     """Whether the page-modification log has room for all pages of an access."""
     mode = ept.mode_of(m, vcpu)
-    if mode & page_log.LOGGING != page_log.LOGGING:
+    if not page_log.on(mode):
         return True
     index = page_log.index_of(m, vcpu)
     for at in range(count):
@@ -156,15 +158,18 @@ def log_fits(m, vcpu, pages, count, trail):
 @kernel
 def finish(m, vcpu, pages, count, trail):
     """Leave behind what a completed access leaves: EPT flags, log entries, cached translations."""
+    mode = ept.mode_of(m, vcpu)
     for at in range(count):
         how = pages[at, P_HOW]
         gpa = pages[at, P_GPA]
-        if pages[at, P_SOURCE] == mmu.CACHED:
-            continue
-        decision.check(m, vcpu, gpa, pages[at, P_SIZE], how, trail)
-        mmu.finish(m, vcpu, gpa, how, pages[at, P_SOURCE], trail)
-        if tlb.modelled(m) and pages[at, P_SOURCE] == mmu.WALKED:
-            tlb.remember(m, vcpu, pages[at, P_KIND], pages[at, P_LINEAR] >> 12, gpa >> 12, pages[at, P_FACTS], trail)
+        linear = pages[at, P_LINEAR]
+        if pages[at, P_SOURCE] == mmu.WALKED:
+            decision.check(m, vcpu, gpa, pages[at, P_SIZE], how, trail)
+            mmu.finish(m, vcpu, mode, gpa, how, mmu.WALKED, trail)
+            if tlb.modelled(m):
+                tlb.remember(m, vcpu, pages[at, P_KIND], linear >> 12, gpa >> 12, pages[at, P_FACTS], trail)
+        elif not pages[at, P_REMEMBERED]:
+            tlb.combine(m, vcpu, linear >> 12, gpa >> 12, pages[at, P_FACTS])
 
 
 @kernel

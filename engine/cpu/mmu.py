@@ -80,13 +80,12 @@ def through_cache(m, vcpu, gpa, size, how, reason, q, denied, trail):
 
 
 @kernel
-def log_fits(m, vcpu, gpa, size, how, source, trail):
+def log_fits(m, vcpu, mode, gpa, size, how, source, trail):
     """Whether the page-modification log has room for an access that every page of it allows.
 
     ``trail`` and ``source`` are those of its last page; they still are those of the only page afterwards.
     """
-    mode = ept.mode_of(m, vcpu)
-    if mode & page_log.LOGGING != page_log.LOGGING:
+    if not page_log.on(mode):
         return True
     index = page_log.index_of(m, vcpu)
     one_page = decision.page_part(gpa, gpa + size) == size
@@ -104,14 +103,14 @@ def log_fits(m, vcpu, gpa, size, how, source, trail):
 
 
 @kernel
-def finish(m, vcpu, gpa, how, source, trail):
+def finish(m, vcpu, mode, gpa, how, source, trail):
     """Leave behind what an allowed access to a page leaves; returns whether its leaf is dirty.
 
     An entry that served it has nothing left to do; a walk sets flags, logs, and is remembered.
     """
     if source != WALKED:
         return True
-    dirty = page_log.commit(m, vcpu, gpa, how, trail)
+    dirty = page_log.commit(m, vcpu, mode, gpa, how, trail)
     if tlb.modelled(m) and trail[ept.TRAIL_COUNTS, 0]:
         facts = acc.LINEAR_VALID | 12 << tlb.GUEST_SIZE_AT
         tlb.remember(m, vcpu, tlb.PHYSICAL, gpa >> 12, gpa >> 12, facts, trail)

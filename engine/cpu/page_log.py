@@ -9,14 +9,20 @@ An access over several pages sets no flag and logs nothing unless there is room 
 
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
-from engine.cpu import decision, ept
-from engine.cpu.frames import FIRST_VCPU_FRAME, read_word, write_entry, write_word
+from engine.cpu import decision, ept, physical
+from engine.cpu.frames import FIRST_VCPU_FRAME, read_word, write_word
 from engine.jit import kernel
 
 PAGE_OFFSET = 4095
 LOG_ENTRIES = 512
 INDEX_MASK = 0xFFFF
 LOGGING = ept.MODE_PML | ept.MODE_ACCESSED_DIRTY
+
+
+@kernel
+def on(mode):
+    """Whether pages are logged."""
+    return mode & LOGGING == LOGGING
 
 
 @kernel
@@ -39,7 +45,7 @@ def index_of(m, vcpu):
 @kernel
 def take(how, mode, index, trail):
     """Whether the log has room at ``index`` for what an allowed access to one page must set, and the index after it."""
-    if mode & LOGGING != LOGGING:
+    if not on(mode):
         return True, index
     flags, dirty = demand(how, mode, trail)
     if flags and not 0 <= index < LOG_ENTRIES:
@@ -48,17 +54,17 @@ def take(how, mode, index, trail):
 
 
 @kernel
-def commit(m, vcpu, gpa, how, trail):
+def commit(m, vcpu, mode, gpa, how, trail):
     """Log and flag the page whose walk ``trail`` holds; returns whether its leaf is now dirty.
 
-    The log is a page of table memory; an entry of a log that is not there is lost.
+    ``mode`` is the vCPU's mode word. An entry of a log that is not there is lost (see ``cpu.physical``).
     """
-    mode = ept.mode_of(m, vcpu)
-    if mode & LOGGING == LOGGING:
+    if on(mode):
         _, dirty = demand(how, mode, trail)
         if dirty:
             frame = FIRST_VCPU_FRAME + vcpu
             index = index_of(m, vcpu)
-            write_entry(m, read_word(m, frame, ctl.V_PML_ADDRESS) & bits.ADDRESS, index, gpa & ~PAGE_OFFSET)
+            log = read_word(m, frame, ctl.V_PML_ADDRESS) & bits.ADDRESS
+            physical.write(m, log, index, gpa & ~PAGE_OFFSET)
             write_word(m, frame, ctl.V_PML_INDEX, (index - 1) & INDEX_MASK)
     return decision.set_flags(m, mode, how, trail)

@@ -213,6 +213,21 @@ def remember(m, vcpu, kind, page, frame, facts, trail):
 
 
 @kernel
+def combine(m, vcpu, page, frame, facts):
+    """Remember a combined translation to GFN ``frame`` whose EPT half a physical entry gave."""
+    source = find(m, vcpu, PHYSICAL, frame)
+    if source == MISSING:
+        return
+    row = place(m, vcpu, COMBINED, page)
+    for word in range(ENTRY_WORDS):
+        m.tlb[row, word] = m.tlb[source, word]
+    m.tlb[row, E_KIND] = COMBINED | vcpu << VCPU_SHIFT
+    m.tlb[row, E_SPACE] = space_of(m, vcpu)
+    m.tlb[row, E_PAGE] = page
+    m.tlb[row, E_FACTS] = facts | m.tlb[source, E_FACTS] & VECTOR_READ
+
+
+@kernel
 def drop(m, row):
     """Empty a row."""
     m.tlb[row, E_GENERATION] = 0

@@ -3,10 +3,11 @@
 An access is split at page ends, low page first; nothing lands and no flag is set unless every page allows it.
 """
 
+from engine.arch import access as acc
 from engine.arch import ept as bits
 from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS
-from engine.cpu import decision, ept, fastpath, mmu, sppt, tlb, ve
+from engine.cpu import decision, ept, fastpath, mmu, page_log, sppt, tlb, ve
 from engine.cpu.frames import CAP_FAST_PATH
 from engine.jit import kernel
 from engine.kvm import layers
@@ -49,7 +50,7 @@ def log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution
 
 
 @kernel
-def settle(m, vcpu, gpa, size, how, source, trail):
+def settle(m, vcpu, mode, gpa, size, how, source, trail):
     """Leave behind what a successful access leaves: flags in the entries, and the page in the caches.
 
     ``source`` says how its last page was decided (see ``cpu.mmu``).
@@ -60,7 +61,10 @@ def settle(m, vcpu, gpa, size, how, source, trail):
         part = decision.page_part(at, gpa + size)
         if not one_page:
             _, _, _, source = mmu.check(m, vcpu, at, part, how, trail)
-        dirty = mmu.finish(m, vcpu, at, how, source, trail)
+        if tlb.modelled(m) or page_log.on(mode):
+            dirty = mmu.finish(m, vcpu, mode, at, how, source, trail)
+        else:
+            dirty = decision.set_flags(m, mode, how, trail)
         if one_page:
             remember(m, gpa, dirty, trail)
         at += part
@@ -115,15 +119,19 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
     stale = 0
     while True:
         if at == gpa + size:
-            if mmu.log_fits(m, vcpu, gpa, size, how, source, trail):
+            mode = ept.mode_of(m, vcpu)
+            if not page_log.on(mode) or mmu.log_fits(m, vcpu, mode, gpa, size, how, source, trail):
                 break
             at = gpa
             reason, qualification, denied = exits.PML_FULL, decision.nmi_unblocking(how), 0
         else:
             part = decision.page_part(at, gpa + size)
-            reason, qualification, denied, source = mmu.check(m, vcpu, at, part, how, trail)
-            if source == mmu.STALE:
-                stale = res.STALE
+            reason, qualification, denied = decision.check(m, vcpu, at, part, how, trail)
+            if tlb.modelled(m):
+                reason, qualification, denied, source = mmu.through_cache(
+                    m, vcpu, at, part, how, reason, qualification, denied, trail
+                )
+                stale |= res.STALE if source == mmu.STALE else 0
             if reason == exits.NONE:
                 at += part
                 continue
@@ -136,7 +144,7 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
         resolution = handle_exit(m, vcpu, at, reason, qualification, trail, tally)
         count += 1
         tlb.transition(m, vcpu)
-        if resolution == res.VIOLATION and denied and part == size:
+        if resolution == res.VIOLATION and denied and part == size and how == acc.PLAIN_WRITE:
             remember_denial(m, gpa, size, qualification, denied, trail)
         if resolution > res.LAST_INTERNAL or count == MAX_EXITS:
             ending = resolution if resolution > res.LAST_INTERNAL else res.INTERNAL_ERROR
@@ -145,5 +153,5 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
             log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution | stale, denied, at)
         at = gpa
         stale = 0
-    settle(m, vcpu, gpa, size, how, source, trail)
+    settle(m, vcpu, mode, gpa, size, how, source, trail)
     return res.COMPLETED | stale, 0, 0, 0, gpa

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.cpu.physical import SLOT_GFN as SLOT_GFN  # noqa: PLC0414 where a slot is, other rooms ask here
+from engine.cpu.physical import SLOT_PAGES as SLOT_PAGES  # noqa: PLC0414 where a slot is, other rooms ask here
+from engine.cpu.physical import find_slot as find_slot  # noqa: PLC0414 where a slot is, other rooms ask here
 from engine.errors import InvalidValue
 from engine.jit import kernel
 
@@ -16,9 +19,7 @@ PAGE_SIZE = 1 << PAGE_SHIFT
 MAX_SLOT = 508  # KVM_USER_MEM_SLOTS - 1 on x86
 HOST_PAGE_SIZES = (1 << 12, 1 << 21, 1 << 30)
 
-# A row of Machine.slots
-SLOT_GFN = 0
-SLOT_PAGES = 1
+# A row of Machine.slots; the first two words say where its pages are, which ``cpu.physical`` knows.
 SLOT_FLAGS = 2
 SLOT_ID = 3
 SLOT_WORDS = 4
@@ -85,23 +86,6 @@ def slot_table(specs: Iterable[SlotSpec]) -> NDArray[np.int64]:
     """int64[n, SLOT_WORDS], sorted by base GFN, as kernels look it up."""
     rows = sorted((s.gfn, s.pages, SLOT_READ_ONLY if s.read_only else 0, s.slot) for s in specs)
     return np.array(rows, dtype=np.int64).reshape(len(rows), SLOT_WORDS)
-
-
-@kernel
-def find_slot(m, gfn):
-    """Position of the slot that holds a page, -1 where there is none."""
-    low = 0
-    high = m.slots.shape[0]
-    while low < high:
-        middle = (low + high) >> 1
-        if m.slots[middle, SLOT_GFN] <= gfn:
-            low = middle + 1
-        else:
-            high = middle
-    position = low - 1
-    if position < 0 or gfn >= m.slots[position, SLOT_GFN] + m.slots[position, SLOT_PAGES]:
-        return -1
-    return position
 
 
 @kernel

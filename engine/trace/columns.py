@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from engine.arch import access as acc
 from engine.errors import TraceError
 
 # Target length of a chunk. 256 Ki records are 4 MiB: long enough that what a chunk costs whatever its length does not
@@ -27,6 +28,7 @@ class Column:
 
     ``default`` is None for a column without one. A ``reserved`` column has a meaning fixed for a later release and is
     refused until then, because ignoring it would give a wrong answer silently. ``about`` is one line for documentation.
+    ``largest`` is the largest value that means something, where that is less than what fits.
     """
 
     name: str
@@ -34,11 +36,12 @@ class Column:
     default: int | None
     reserved: bool
     about: str
+    largest: int | None = None
 
     @property
     def limit(self) -> int:
-        """Largest value that fits."""
-        return int(np.iinfo(np.dtype(self.dtype)).max)
+        """Largest value allowed."""
+        return int(np.iinfo(np.dtype(self.dtype)).max) if self.largest is None else self.largest
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -50,17 +53,28 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "kind",
         "|u1",
-        None,
-        True,
+        acc.DATA,
+        False,
         "0 data, 1 read-modify-write, 2 paging read, 3 paging A/D update, 4 shadow stack",
+        len(acc.KIND_NAMES) - 1,
+    ),
+    Column(
+        "linear",
+        "|u1",
+        acc.LINEAR_VALID,
+        False,
+        "the linear address, bits: 1 valid, 2 user, 4 writable, 8 execute-disable",
+        acc.LINEAR_BITS,
     ),
     Column("source", "|u1", None, True, "0 guest, 1 emulated, 2 host"),
-    Column("linear", "|u1", None, True, "bits: valid, user, writable, execute-disable"),
     Column("address_space", "<u8", None, True, "guest CR3"),
     Column("insn_len", "|u1", None, True, "instruction length in bytes"),
     Column("op", "|u1", None, True, "0 access, 1 hypercall, 2 mov-cr3, 3 invlpg"),
     Column("arg", "binary", None, True, "argument of the operation"),
 )
+KINDS = frozenset({"kind", "linear"})  # the columns that say what kind of access it is
+_DEFAULT_ACCESS = np.array(acc.DEFAULT_ACCESS, dtype=np.uint8)
+
 USABLE: Mapping[str, Column] = {column.name: column for column in COLUMNS if not column.reserved}
 RESERVED = frozenset(column.name for column in COLUMNS if column.reserved)
 
@@ -81,7 +95,9 @@ class TraceChunk(NamedTuple):
     """A run of consecutive accesses. Valid until the next chunk is asked for: readers fill the same memory again.
 
     ``records``: uint64[n, 2], C-contiguous, writable. Word 0 is the GPA. Word 1 holds the size in bytes in bits 15:0,
-    the access in bits 23:16, the vCPU id in bits 47:32; bits 31:24 and 63:48 are zero in a valid record.
+    the access in bits 23:16, the vCPU id in bits 47:32; bits 31:24 and 63:48 are zero in a valid record, but where
+    ``kinds`` is set bits 30:24 hold the columns kind and linear (``arch.access.record_bits``). A packed body never
+    sets it: its byte 3 is zero. Bits 31 and 63:48 are free for columns to come.
     ``gva``: uint64[n], or None when the trace has no such column.
     ``carry``: the columns the caller asked to carry along, each of length n and of a fixed-width type.
     """
@@ -89,6 +105,7 @@ class TraceChunk(NamedTuple):
     records: npt.NDArray[np.uint64]
     gva: npt.NDArray[np.uint64] | None
     carry: dict[str, npt.NDArray[Any]]
+    kinds: bool = False
 
 
 class MalformedBody(TraceError):
@@ -187,14 +204,31 @@ class ChunkBuffer:
         fields = self.records.view(RECORD16).reshape(capacity)
         self._columns: dict[str, npt.NDArray[Any]] = {name: fields[name] for name in ("gpa", "size", "access", "vcpu")}
         self._gva: npt.NDArray[np.uint64] | None = None
+        used = frozenset(used)
         if "gva" in used:
             self._gva = self._columns["gva"] = np.zeros(capacity, dtype=np.uint64)
         for name, column in self._columns.items():
             column[:] = USABLE[name].default or 0
+        self._kinds = not used.isdisjoint(KINDS)
+        self._kind_says_access = "kind" in used and "access" not in used
+        self._byte3 = fields["zero"]
 
     def fill(self, name: str, values: npt.NDArray[Any]) -> None:
-        """Store the first ``len(values)`` values of a column; they are known to fit."""
-        self._columns[name][: len(values)] = values
+        """Store the first ``len(values)`` values of a column; they are known to be allowed."""
+        if name in KINDS:
+            self._fill_byte3(name, values.astype(np.uint8))
+        else:
+            self._columns[name][: len(values)] = values
+
+    def _fill_byte3(self, name: str, values: npt.NDArray[np.uint8]) -> None:
+        """Kind and linear bits share a byte; see ``arch.access.record_bits``."""
+        shared = self._byte3[: len(values)]
+        if name == "linear":
+            shared[:] = shared & 7 | (values ^ acc.LINEAR_VALID) << 3
+            return
+        shared[:] = shared & ~np.uint8(7) | values
+        if self._kind_says_access:
+            self._columns["access"][: len(values)] = _DEFAULT_ACCESS[values]
 
     def chunk(self, length: int, carry: dict[str, npt.NDArray[Any]]) -> TraceChunk:
         """The first ``length`` rows."""
@@ -202,4 +236,5 @@ class ChunkBuffer:
             self.records[:length],
             None if self._gva is None else self._gva[:length],
             carry,
+            self._kinds,
         )

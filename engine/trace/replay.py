@@ -27,6 +27,8 @@ BAD_ACCESS = 5
 BAD_VCPU = 6
 BAD_ADDRESS = 7
 BAD_RESERVED = 8
+BAD_KIND = 9
+BAD_LINEAR = 10
 
 # on_violation
 SKIP = 0
@@ -38,6 +40,7 @@ ON_VIOLATION = ("skip", "stop", "allow", "grant")
 # Positions in the options array
 OPTION_ON_VIOLATION = 0
 OPTION_LIST_ALL = 1
+OPTION_KINDS = 2  # records may say what kind of access they are; else those bits are zeros
 
 GPA_LIMIT = 1 << 52
 NO_GVA = np.int64(0)
@@ -49,7 +52,27 @@ NOTHING_YET = np.int64(1 << 62)
 
 
 @kernel
-def refusal(m, gpa, word):
+def describe(word):
+    """The access of a record as the kernels name it."""
+    kind = (word >> acc.RECORD_KIND_SHIFT) & 7
+    linear = (word >> acc.RECORD_LINEAR_SHIFT) & acc.LINEAR_BITS
+    return (word >> 16) & acc.ACCESS_MASK | kind << acc.KIND_SHIFT | (linear ^ acc.LINEAR_VALID) << acc.LINEAR_SHIFT
+
+
+@kernel
+def refusal_of_kind(how):
+    """Why an access cannot be of its kind, DONE if it can: what the kind does, and what only a linear address has."""
+    kind = (how & acc.KIND_MASK) >> acc.KIND_SHIFT
+    linear = (how >> acc.LINEAR_SHIFT) & acc.LINEAR_BITS
+    if not acc.POSSIBLE >> (4 * kind + (how & acc.ACCESS_MASK)) & 1:
+        return BAD_KIND
+    if not linear & acc.LINEAR_VALID and (linear or not acc.UNTRANSLATED_KINDS >> kind & 1):
+        return BAD_LINEAR
+    return DONE
+
+
+@kernel
+def refusal(m, gpa, word, kinds):
     """Why a record is no access at all, DONE if it is one."""
     size = word & 0xFFFF
     if size == 0:
@@ -57,7 +80,11 @@ def refusal(m, gpa, word):
     if (word >> 16) & 0xFF > acc.EXECUTE:
         return BAD_ACCESS
     if (word >> 24) & 0xFF or (word >> 48) & 0xFFFF:
-        return BAD_RESERVED
+        if not kinds or word & acc.RECORD_FREE:
+            return BAD_RESERVED
+        bad = refusal_of_kind(describe(word))
+        if bad != DONE:
+            return bad
     vcpu = (word >> 32) & 0xFFFF
     if vcpu >= m.caps[CAP_VCPUS] or m.vcpu_of_id[vcpu] < 0:
         return BAD_VCPU
@@ -95,14 +122,14 @@ def grant_touched(m, gpa, size, trail):
 @kernel
 def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     """Run one record the long way; returns DONE, or STOPPED, or why the record is refused."""
-    bad = refusal(m, gpa, word)
+    bad = refusal(m, gpa, word, options[OPTION_KINDS])
     if bad != DONE:
         return bad
     access = (word >> 16) & acc.ACCESS_MASK
     vcpu = m.vcpu_of_id[(word >> 32) & 0xFFFF]
-    how = access | acc.DEFAULT_LINEAR
+    how = describe(word)
     list_all = options[OPTION_LIST_ALL]
-    q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if access == acc.WRITE else (0, 0)
+    q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if how == acc.PLAIN_WRITE else (0, 0)
     if q:
         ending, reason, at = res.VIOLATION, exits.EPT_VIOLATION, gpa
         fault.count_exit(tally, reason, q)
@@ -127,6 +154,8 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
                 m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
             )
             resolution = ending & ~res.STALE
+            if list_all and (resolution == res.VIOLATION or resolution == res.INTERNAL_ERROR):
+                run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
     if resolution == res.MMIO or resolution == res.EXCEPTION:
         tally[reg.MMIO] += resolution == res.MMIO
         if list_all:

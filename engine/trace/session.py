@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.arch import access as acc
 from engine.config import choices
 from engine.cpu.ept import TRAIL_ROWS
 from engine.errors import InvalidValue, TraceError
@@ -29,6 +30,8 @@ REFUSALS = {
     replay.BAD_VCPU: ("vcpu", "the machine has a vCPU of that id"),
     replay.BAD_ADDRESS: ("gpa", "an access ends at or below guest-physical address 2^52"),
     replay.BAD_RESERVED: ("record", "the reserved bytes of a record are zero"),
+    replay.BAD_KIND: ("kind", acc.KIND_RULE),
+    replay.BAD_LINEAR: ("linear", acc.LINEAR_RULE),
 }
 
 
@@ -59,7 +62,7 @@ class ReplayOptions:
 
     def words(self) -> NDArray[np.int64]:
         """The options as the kernel reads them."""
-        return np.array([replay.ON_VIOLATION.index(self.on_violation), self.include == "all"], dtype=np.int64)
+        return np.array([replay.ON_VIOLATION.index(self.on_violation), self.include == "all", 0], dtype=np.int64)
 
 
 class Replay:
@@ -102,6 +105,7 @@ class Replay:
         words = _frozen(chunk.records.reshape(-1))
         gvas = self._no_gva if chunk.gva is None else _frozen(chunk.gva)
         self._has_gva = self._has_gva or chunk.gva is not None
+        self._words[replay.OPTION_KINDS] = chunk.kinds
         base = self._next
         self._next = base + count
         position = max(0, min(count, self._options.start - base))
@@ -135,6 +139,8 @@ class Replay:
         name, rule = REFUSALS[status]
         gpa, word = (int(w) & ((1 << 64) - 1) for w in words[2 * position : 2 * position + 2])
         values = {"size": word & 0xFFFF, "access": (word >> 16) & 0xFF, "vcpu": (word >> 32) & 0xFFFF, "gpa": gpa}
+        values["kind"] = word >> acc.RECORD_KIND_SHIFT & 7
+        values["linear"] = word >> acc.RECORD_LINEAR_SHIFT & acc.LINEAR_BITS ^ acc.LINEAR_VALID
         raise TraceError(rule, index=base + position, field=name, value=values.get(name, word))
 
     def _drain(self, chunk: TraceChunk | None = None, base: int = 0) -> None:

@@ -8,12 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.arch import access as acc
-from engine.config import VmConfig
+from engine.config import VmConfig, choices
 from engine.errors import InvalidValue
-from engine.kvm import resolutions as res
-from engine.kvm.user_exits import UserExit, user_exit
-from engine.trace.replay import GPA_LIMIT
-from engine.trace.results import ExitColumns, TraceResult
+from engine.kvm.user_exits import UserExit
+from engine.trace.replay import BAD_KIND, BAD_LINEAR, GPA_LIMIT, ON_VIOLATION, refusal_of_kind
+from engine.trace.results import ExitColumns
 
 MAX_SIZE = 0xFFFF
 
@@ -22,10 +21,11 @@ MAX_SIZE = 0xFFFF
 class AccessRequest:
     """``size`` bytes at ``gpa``; ``data`` are the bytes of a write, which land in guest memory if it is allowed.
 
-    ``kind`` and the bits of ``linear`` are those of ``arch.access``.
+    With ``gva`` and no ``gpa`` the guest's own page tables give the address. ``kind`` and ``linear`` are numbers of
+    ``arch.access``: what sort of access it is and, for one by GPA, what the guest's paging would have said.
     """
 
-    gpa: int
+    gpa: int | None
     size: int = 8
     access: int = acc.WRITE
     vcpu: int = 0
@@ -46,17 +46,9 @@ class AccessRequest:
             raise InvalidValue(f"an access has 1 to {MAX_SIZE} bytes", field="size", value=self.size)
         if self.access not in (acc.READ, acc.WRITE, acc.EXECUTE):
             raise InvalidValue("access is 0 read, 1 write or 2 execute", field="access", value=self.access)
-        if not 0 <= self.kind < len(acc.KIND_NAMES):
-            raise InvalidValue(f"kind is 0 to {len(acc.KIND_NAMES) - 1}", field="kind", value=self.kind)
-        if self.kind != acc.DATA and self.access == acc.EXECUTE:
-            raise InvalidValue("only a data access executes", field="kind", value=acc.KIND_NAMES[self.kind])
-        if not 0 <= self.linear < 1 << len(acc.LINEAR_NAMES):
-            raise InvalidValue(f"linear has {len(acc.LINEAR_NAMES)} bits", field="linear", value=self.linear)
-        width = config.maxphyaddr
-        if self.gpa < 0 or self.gpa + self.size > min(GPA_LIMIT, 1 << width):
-            raise InvalidValue(
-                f"an access lies within the guest-physical address width of {width} bits", field="gpa", value=self.gpa
-            )
+        choices(self.on_violation, ON_VIOLATION, "on_violation")
+        self._validate_kind()
+        self._validate_addresses(config.maxphyaddr)
         if self.gva is not None and not 0 <= self.gva < 1 << 64:
             raise InvalidValue("a linear address has 64 bits", field="gva", value=self.gva)
         if all(v.id != self.vcpu for v in config.vcpus):
@@ -66,9 +58,37 @@ class AccessRequest:
         if self.data is not None and len(self.data) != self.size:
             raise InvalidValue("data has as many bytes as the access", field="data", value=self.data.hex())
 
+    def _validate_kind(self) -> None:
+        if not 0 <= self.kind < len(acc.KIND_NAMES):
+            raise InvalidValue(f"kind is 0 to {len(acc.KIND_NAMES) - 1}", field="kind", value=self.kind)
+        if not 0 <= self.linear <= acc.LINEAR_BITS:
+            raise InvalidValue(f"linear has {len(acc.LINEAR_NAMES)} bits", field="linear", value=self.linear)
+        refused = int(refusal_of_kind(np.int64(self.how)))
+        if refused == BAD_KIND:
+            raise InvalidValue(acc.KIND_RULE, field="kind", value=acc.KIND_NAMES[self.kind])
+        if refused == BAD_LINEAR:
+            raise InvalidValue(acc.LINEAR_RULE, field="linear", value=self.linear)
+
+    def _validate_addresses(self, width: int) -> None:
+        if self.gpa is None:
+            if self.gva is None:
+                raise InvalidValue("an access has a gpa or a gva", field="gpa", value=None)
+            if self.kind in (acc.PAGING_READ, acc.PAGING_UPDATE):
+                raise InvalidValue(
+                    "an access to a guest paging structure is by gpa", field="kind", value=acc.KIND_NAMES[self.kind]
+                )
+            if self.linear != acc.LINEAR_VALID:
+                raise InvalidValue(
+                    "of an access by gva the guest's paging says what its page is", field="linear", value=self.linear
+                )
+        elif self.gpa < 0 or self.gpa + self.size > min(GPA_LIMIT, 1 << width):
+            raise InvalidValue(
+                f"an access lies within the guest-physical address width of {width} bits", field="gpa", value=self.gpa
+            )
+
     def record(self) -> NDArray[np.uint64]:
-        """The one record, uint64[1, 2]."""
-        word = self.size | self.access << 16 | self.vcpu << 32
+        """The one record of an access by GPA, uint64[1, 2]."""
+        word = self.size | self.access << 16 | acc.record_bits(self.kind, self.linear) | self.vcpu << 32
         return np.array([[self.gpa, word]], dtype=np.uint64)
 
     def gvas(self) -> NDArray[np.uint64] | None:
@@ -81,6 +101,9 @@ class AccessResult:
     """``allowed``: the processor let it through. ``lands``: a write took effect, allowed or by the caller's choice.
 
     ``resolution`` is how it ended; ``exits`` every exit on the way; ``run`` what user space sees, None if nothing.
+    ``gpa`` is that of the access's first byte, or of the exit that ended it, where one by linear address got so far;
+    ``exception`` names what the guest takes instead, with the ``fault_address`` and, of a #PF, the ``error_code``.
+    ``stale``: a cached translation decided, and the tables would have given another answer.
     """
 
     allowed: bool
@@ -89,6 +112,11 @@ class AccessResult:
     exits: ExitColumns
     run: UserExit | None
     data: bytes | None = None
+    gpa: int | None = None
+    exception: str | None = None
+    error_code: int | None = None
+    fault_address: int | None = None
+    stale: bool = False
 
     def without_effect(self) -> AccessResult:
         """The same, but no byte landed: part of the access is not in writable guest memory."""
@@ -97,18 +125,3 @@ class AccessResult:
     def with_data(self, data: bytes) -> AccessResult:
         """The same with the bytes that a read found."""
         return replace(self, data=data)
-
-
-def access_result(request: AccessRequest, result: TraceResult, profile: str) -> AccessResult:
-    """Read the outcome of a one-record replay that listed every exit."""
-    exits = result.exit_columns
-    last = int(exits.column("resolution")[-1]) if len(exits) else res.COMPLETED
-    if last <= res.LAST_INTERNAL:
-        last = res.COMPLETED
-    granted = last == res.VIOLATION and request.on_violation == "grant"
-    allowed = last == res.COMPLETED or (granted and result.stopped_at is None)
-    lands = allowed or (last == res.VIOLATION and request.on_violation == "allow")
-    run = None
-    if last != res.COMPLETED:
-        run = user_exit(last, int(exits.column("reason")[-1]), int(exits.column("gpa")[-1]), profile)
-    return AccessResult(allowed, lands, res.RESOLUTION_NAMES[last], exits, run)

@@ -8,10 +8,11 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.arch.access import default_access
 from engine.trace.single import AccessRequest
 from service.api.common import VmId, documented, find, json_response, metrics_of, router
 from service.api.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
-from service.http.words import Access, Document, Hex64, examples
+from service.http.words import Access, Document, Hex64, Kind, Linear, examples
 from service.problems import InvalidDocument
 
 routes = router("accesses", "/v1/vms/{vm}/accesses", reads="read", writes="write")
@@ -29,6 +30,20 @@ _REPLY = {
         "rip_advanced": True,
     },
     "data": None,
+    "gpa": "0x2a5c6a0",
+    "exception": None,
+    "error_code": None,
+    "fault_address": None,
+    "stale": False,
+}
+_FAULT = _REPLY | {
+    "resolution": "exception",
+    "exits": [],
+    "run": None,
+    "gpa": None,
+    "exception": "#PF",
+    "error_code": 2,
+    "fault_address": "0x7f0000001000",
 }
 
 
@@ -36,13 +51,38 @@ class SingleAccess(Document):
     """An access of the guest."""
 
     model_config = ConfigDict(
-        json_schema_extra=examples({"gpa": "0x2a5c6a0", "size": 8, "access": "write", "data": "2f62696e2f736800"})
+        json_schema_extra=examples(
+            {"gpa": "0x2a5c6a0", "size": 8, "access": "write", "data": "2f62696e2f736800"},
+            {"gva": "0x7f0000001000", "access": "write"},
+            {"gpa": "0x2a5c6a0", "kind": "paging-update"},
+        )
     )
 
-    gpa: Hex64 | None = Field(None, description="Guest-physical address of the first byte; required for now.")
-    gva: Hex64 | None = Field(None, description="Guest-linear address, copied into exit records.")
+    gpa: Hex64 | None = Field(
+        None, description="Guest-physical address of the first byte. Without it the guest's own tables translate `gva`."
+    )
+    gva: Hex64 | None = Field(
+        None, description="Guest-linear address of the first byte. Beside a `gpa` it is only copied into exit records."
+    )
     size: int = Field(8, ge=1, le=0xFFFF, description="Bytes accessed.")
-    access: Access = Field(1, description="`read` (0), `write` (1) or `execute` (2).")
+    access: Access | None = Field(
+        None, description="`read` (0), `write` (1) or `execute` (2); unless given, what the kind does, else `write`."
+    )
+    kind: Kind = Field(
+        0,
+        description=(
+            "What the access is for. `paging-read` and `paging-update` are the processor's own accesses to guest "
+            "paging structures: they need a `gpa`."
+        ),
+    )
+    linear: Linear = Field(
+        1,
+        description=(
+            "What is true of the linear address: `valid` (1), and of its page: `user` (2), `writable` (4), "
+            "`execute-disable` (8); names with commas between them, or the sum. For an access by `gpa` only: otherwise "
+            "the guest's tables say."
+        ),
+    )
     vcpu: int = Field(0, ge=0, le=0xFFFF, description="KVM vCPU id.")
     data: str | None = Field(
         None, pattern=r"^([0-9a-fA-F]{2})*$", description="Bytes to write, hexadecimal in memory order; `size` of them."
@@ -72,20 +112,43 @@ class Run(Document):
 class AccessOutcome(Document):
     """How an access ended."""
 
-    model_config = ConfigDict(json_schema_extra=examples(_REPLY))
+    model_config = ConfigDict(json_schema_extra=examples(_REPLY, _FAULT))
 
     allowed: bool = Field(description="The processor let it through, at once or after a grant.")
     landed: bool = Field(description="It took effect: allowed, or refused with `on_violation=allow`.")
-    resolution: str = Field(description="`completed`, `violation`, `mmio` or `internal-error`.")
+    resolution: str = Field(description="`completed`, `violation`, `mmio`, `internal-error` or `exception`.")
     exits: list[ExitRecord] = Field(description="Every exit on the way, those that KVM handles itself included.")
     run: Run | None = Field(description="Null when user space sees nothing of it.")
     data: str | None = Field(description="The bytes that a read found, hexadecimal in memory order.")
+    gpa: Hex64 | None = Field(
+        description=(
+            "Guest-physical address of the first byte, or that which the last exit or #VE was about; null where the "
+            "guest's own tables gave none."
+        )
+    )
+    exception: str | None = Field(
+        description=(
+            "What the guest takes instead: `#PF` or `#GP` by its own tables, `#VE` for an EPT violation that the VMCS "
+            "turns into one."
+        )
+    )
+    error_code: int | None = Field(description="Of a `#PF` or `#GP`.")
+    fault_address: Hex64 | None = Field(description="Linear address of the exception; of a `#PF`, what CR2 holds.")
+    stale: bool = Field(
+        description="A cached translation decided against what the tables say; only with `translation_cache: model`."
+    )
 
 
 @routes.post(
     "",
     operation_id="executeAccess",
     summary="Execute one access",
+    description=(
+        "By `gpa` the access goes to that guest-physical address. By `gva` alone it goes through the guest's own page "
+        "tables in guest memory, in the paging mode that the vCPU's VMCS has; every guest entry is read, and its "
+        "accessed and dirty flags are set, through EPT, and the walk may end in an exception instead. Circumstances "
+        "are those of an ordinary instruction: not in the delivery of an event, not in a transaction, not in an IRET."
+    ),
     responses=documented(
         {200: {"model": AccessOutcome, "description": "Executed, whether or not it was allowed."}},
         "malformed-body",
@@ -102,19 +165,18 @@ async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Resp
     entry = find(request, vm)
     if body.on_violation == "ask":
         raise InvalidDocument("is not yet supported", field="on_violation", value="ask", code="not-yet-supported")
-    if body.gpa is None:
-        if body.gva is None:
-            raise InvalidDocument("is required", field="gpa")
-        rule = "is not yet supported without gpa: the guest's page tables are not walked"
-        raise InvalidDocument(rule, field="gva", value=body.gva, code="not-yet-supported")
+    if body.gpa is None and body.gva is None:
+        raise InvalidDocument("or gva is required", field="gpa")
     wanted = AccessRequest(
         gpa=body.gpa,
         size=body.size,
-        access=body.access,
+        access=default_access(body.kind) if body.access is None else body.access,
         vcpu=body.vcpu,
         gva=body.gva,
         data=bytes.fromhex(body.data) if body.data is not None else None,
         on_violation=body.on_violation,
+        kind=body.kind,
+        linear=body.linear,
     )
     async with entry.mutation() as machine:
         outcome = machine.access(wanted)
@@ -137,5 +199,10 @@ async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Resp
             "exits": exit_rows(outcome.exits),
             "run": shown,
             "data": outcome.data.hex() if outcome.data is not None else None,
+            "gpa": hex(outcome.gpa) if outcome.gpa is not None else None,
+            "exception": outcome.exception,
+            "error_code": outcome.error_code,
+            "fault_address": hex(outcome.fault_address) if outcome.fault_address is not None else None,
+            "stale": outcome.stale,
         }
     )

@@ -25,7 +25,7 @@ _REPLY = {
     "trace_content_types": list(FORMATS),
     "record_formats": list(RECORD_FORMATS),
     "columns": ["gpa", "size", "access", "vcpu", "gva"],
-    "reserved_columns": ["kind", "source"],
+    "reserved_columns": ["source", "op"],
     "on_violation": ["skip", "stop", "allow", "grant"],
     "exit_reasons": {"48": "EPT violation"},
     "resolutions": ["violation"],

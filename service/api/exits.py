@@ -227,7 +227,7 @@ def exits_url(vm_id: str, trace_id: str, position: int, limit: int | None) -> st
     ),
 )
 async def get_exits(request: Request, vm: VmId, trace: TraceId, limit: Limit = None, cursor: Cursor = None) -> Response:
-    found = find(request, vm).traces.get(trace)
+    found = await find(request, vm).traces.get(trace)
     media = preferred(request, _OFFERS)
     exits = found.result.exit_columns
     start = cursors.decode(f"exits:{trace}", cursor) if cursor is not None else 0

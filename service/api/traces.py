@@ -78,9 +78,24 @@ class AccessRecord(Document):
 
     gpa: Hex64 = Field(description="Guest-physical address of the first byte.")
     size: int = Field(8, ge=1, le=0xFFFF, description="Bytes accessed.")
-    access: Access = Field(1, description="0 read, 1 write, 2 execute.")
+    access: Access = Field(1, description="0 read, 1 write, 2 execute; unless given, what the kind does.")
     vcpu: int = Field(0, ge=0, le=0xFFFF, description="KVM vCPU id.")
     gva: Hex64 = Field(0, description="Guest-linear address of the first byte, if known.")
+    kind: int = Field(
+        0,
+        ge=0,
+        le=4,
+        description=(
+            "0 data, 1 read-modify-write, 2 paging read, 3 paging A/D update, 4 shadow stack. Unless `access` is given "
+            "it is what the kind does."
+        ),
+    )
+    linear: int = Field(
+        1,
+        ge=0,
+        le=15,
+        description="The linear address: 1 valid, and its page: 2 user, 4 writable, 8 execute-disable; the sum.",
+    )
 
 
 class TraceBody(Document):
@@ -220,7 +235,8 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
     description=(
         "One transaction: its effects are published together when it ends, and whatever goes wrong leaves the VM as it "
         "was. Arrow streams, NDJSON and packed records are replayed while they arrive. Columns: `gpa` u64 (required), "
-        "`size` u16 (8), `access` u8 (1), `vcpu` u16 (0), `gva` u64."
+        "`size` u16 (8), `access` u8 (1), `vcpu` u16 (0), `gva` u64, `kind` u8 (0), `linear` u8 (1: valid); "
+        "packed records have no `kind` and `linear`."
     ),
     status_code=201,
     openapi_extra={
@@ -290,7 +306,9 @@ async def create_trace(
                 result, ignored = await upload.run(lambda pipe: replay(machine, wanted, spool or pipe, pipe.check))
                 seconds = time.perf_counter() - began
                 trace_id, sequence = entry.traces.next_id()
-                trace = Trace(trace_id, sequence, wanted, result, ignored, datetime.now(UTC), seconds)
+                kept_records = len(result.exit_columns)
+                now = datetime.now(UTC)
+                trace = Trace(trace_id, sequence, wanted, result, ignored, now, seconds, kept_records)
                 entry.traces.add(trace)
                 metrics_of(request).replayed(result)
         finally:
@@ -332,4 +350,4 @@ async def list_traces(request: Request, vm: VmId, limit: Limit = None, cursor: C
 )
 async def get_trace(request: Request, vm: VmId, trace: TraceId) -> Response:
     entry = find(request, vm)
-    return tagged(request, await _rendered(entry.id, entry.traces.get(trace), settings_of(request)))
+    return tagged(request, await _rendered(entry.id, await entry.traces.get(trace), settings_of(request)))

@@ -271,7 +271,7 @@ async def list_vms(request: Request, limit: Limit = None, cursor: Cursor = None)
     settings = settings_of(request)
     size = cursors.page_limit(limit, settings.page_size, settings.max_page_size)
     after = cursors.decode("vms", cursor) if cursor is not None else 0
-    entries, following = registry_of(request).page(tenant_of(request), after, size)
+    entries, following = await registry_of(request).page(tenant_of(request), after, size)
     follow = cursors.next_url("/v1/vms", "vms", following, limit) if following is not None else None
     return json_response(Vms(vms=[Vm.of(entry) for entry in entries], next=follow))
 

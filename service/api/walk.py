@@ -53,6 +53,7 @@ _REPLY = {
     "gpa": "0x2a5c6a0",
     "size": 8,
     "access": 1,
+    "kind": 0,
     "outcome": "ept_violation",
     "sentence": "denied: sub-page 13 of SPPL1E at 0x2000000042e0 is 0",
     "reason": 48,
@@ -85,6 +86,7 @@ class Walk(Document):
     gpa: Hex64
     size: int
     access: Access = Field(description="0 read, 1 write, 2 execute.")
+    kind: Kind = Field(description="0 data, 1 read-modify-write, 2 paging read, 3 paging A/D update, 4 shadow stack.")
     outcome: str = Field(description="`allowed`, or the exit that would follow.")
     sentence: str = Field(description="The reason in words; not part of the contract.")
     reason: int | None = Field(description="Basic exit reason; null when no exit follows.")
@@ -107,7 +109,13 @@ async def explain_access(
     request: Request,
     vm: VmId,
     gpa: Annotated[Hex64, Query(description="Guest-physical address of the first byte.", examples=["0x2a5c6a0"])],
-    access: Annotated[Access, Query(description="`read`, `write` or `execute`.", examples=["write"])] = 1,
+    access: Annotated[
+        Access | None,
+        Query(
+            description="`read`, `write` or `execute`; unless given, what the kind does, else `write`.",
+            examples=["write"],
+        ),
+    ] = None,
     size: Annotated[int, Query(ge=1, le=0xFFFF, description="Bytes accessed.", examples=[8])] = 8,
     vcpu: Annotated[int, Query(ge=0, le=0xFFFF, description="KVM vCPU id.", examples=[0])] = 0,
     kind: Annotated[
@@ -115,7 +123,8 @@ async def explain_access(
         Query(
             description=(
                 "What the access is for; `paging-read` and `paging-update` are the processor's own accesses to guest "
-                "paging structures. `access` counts for `data` and `shadow-stack`."
+                "paging structures. A kind goes with what it does: `paging-read` reads, `read-modify-write` and "
+                "`paging-update` write, `shadow-stack` does either, and only `data` executes."
             ),
             examples=["read-modify-write"],
         ),

@@ -86,7 +86,7 @@ class Envelope:
         try:
             await self.app(scope, receive, sending)
         except asyncio.CancelledError:
-            if scope["app"].state.ready:
+            if not scope["app"].state.draining:
                 raise
             # The service stops and gave the request up: its client is told, and the task ends here as it was meant to.
             if not status and scope["type"] == "http":

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import Scope
 
-from service.problems import Forbidden, RateLimited, Unauthenticated
+from service.problems import Forbidden, NotReady, RateLimited, Unauthenticated
 from service.security.tokens import DEFAULT_TENANT, Clock, Token, TokenStore, digest_of, split, utc_now
 from service.settings import Settings
 
@@ -107,11 +107,12 @@ class AccessControl:
         self._metrics_public = settings.metrics_public
         self._clock, self._monotonic = clock, monotonic
         self._tokens: dict[str, tuple[Token, Principal]] = {}
+        # Until the store was read once, nobody knows whether callers need tokens.
+        self._known = store is None
         self._fixed: tuple[bytes, Principal] | None = None
         if settings.token is not None:
             principal = Principal("fixed", "SUBPAGE_TOKEN", DEFAULT_TENANT, "admin", self._bucket())
             self._fixed = (digest_of(settings.token.get_secret_value()), principal)
-        self.load()
 
     def _bucket(self) -> Bucket:
         return Bucket(self._burst, self._monotonic())
@@ -128,11 +129,20 @@ class AccessControl:
         return self._fixed is not None or any(token.usable(now) for token, _ in self._tokens.values())
 
     def load(self) -> None:
-        """Read the store. Blocking."""
+        """Read the store. Blocking; raises what the store raises."""
         if self._store is not None:
             self._take(list(self._store.all()))
 
+    async def open(self) -> None:
+        """Read the store for the first time; while that fails, nobody but the fixed token is let in."""
+        if self._store is not None:
+            try:
+                self._take(list(await asyncio.to_thread(self._store.all)))
+            except Exception:
+                logger.exception("the tokens cannot be read; trying again")
+
     def _take(self, tokens: list[Token]) -> None:
+        self._known = True
         known = self._tokens
         self._tokens = {
             token.id: (token, known[token.id][1] if token.id in known else self._principal(token)) for token in tokens
@@ -161,6 +171,8 @@ class AccessControl:
         if permission == "public" or (permission == "metrics" and self._metrics_public):
             return NOBODY
         if not self.guarded:
+            if not self._known:
+                raise NotReady("the tokens have not been read yet; try again")
             # A web page can make its own name resolve to 127.0.0.1; its requests then carry that name.
             if host is not None and not _local_authority(host):
                 rule = "must be a loopback name or address: without tokens the service is for this machine only"
@@ -190,6 +202,8 @@ class AccessControl:
                 return known[1]
             if self._fixed is not None and hmac.compare_digest(digest_of(text), self._fixed[0]):
                 return self._fixed[1]
+        if not self._known:
+            raise NotReady("the tokens have not been read yet; try again")
         # Unknown, expired and revoked read the same: what is not said cannot be learned.
         challenge = 'Bearer realm="subpage", error="invalid_token"'
         raise Unauthenticated(

@@ -13,7 +13,7 @@ from engine.cpu import frames
 from engine.errors import Busy, InvalidValue
 from engine.machine import VirtualMachine
 from engine.trace.single import AccessRequest
-from tests.engine.builders import READ, WRITE, machine, refused, round_trip, unchanged
+from tests.engine.builders import READ, machine, refused, round_trip, unchanged
 
 GPA = 0x2000
 LEAF = GPA | 0x35
@@ -230,7 +230,7 @@ def test_nothing_is_flushed() -> None:
 )
 def test_kinds_of_access(vm: VirtualMachine, leaf: int, kind: int, linear: int, qualification: int | None) -> None:
     vm.tables.set_ept_entry(1, GPA, leaf)
-    told = vm.walk(GPA, WRITE, kind=kind, linear=linear)
+    told = vm.walk(GPA, kind=kind, linear=linear)
     # Without a linear address bits 11:9 are undefined, and a host may not report them at all.
     found = told.qualification if told.qualification is None else told.qualification & ~0xE00
     assert found == qualification
@@ -244,14 +244,13 @@ def test_kinds_of_access(vm: VirtualMachine, leaf: int, kind: int, linear: int, 
         ({"kind": 5}, "kind", 5),
         ({"kind": -1}, "kind", -1),
         ({"linear": 16}, "linear", 16),
+        ({"linear": acc.LINEAR_USER}, "linear", 2),
+        ({"linear": 0, "kind": acc.PAGING_UPDATE}, "linear", 0),
+        ({"kind": acc.PAGING_READ, "access": acc.WRITE}, "kind", "paging-read"),
+        ({"kind": acc.READ_MODIFY_WRITE, "access": acc.READ}, "kind", "read-modify-write"),
         ({"kind": acc.SHADOW_STACK, "access": acc.EXECUTE}, "kind", "shadow-stack"),
     ],
 )
 def test_kinds_that_are_none(vm: VirtualMachine, members: dict[str, int], field: str, value: object) -> None:
-    with refused(vm, InvalidValue, field, value, "kind is|linear has|only a data access"):
+    with refused(vm, InvalidValue, field, value, "kind is|linear has|only a data access|valid linear address"):
         vm.walk(GPA, **members)
-
-
-def test_only_data_accesses_are_executed(vm: VirtualMachine) -> None:
-    with refused(vm, InvalidValue, "kind", "paging-read", "data access"):
-        vm.access(AccessRequest(GPA, kind=acc.PAGING_READ))

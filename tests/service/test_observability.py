@@ -24,6 +24,7 @@ from service.app import create_app
 from service.http.envelope import request_id
 from service.logs import JsonFormatter, TextFormatter, configuration
 from service.metrics import EXIT_KINDS, Metrics
+from service.runtime.home import Home
 from service.runtime.registry import Registry
 from service.security.tokens import MemoryTokens, mint
 from service.server import Refused, check_telemetry
@@ -120,7 +121,7 @@ def test_lag_is_measured() -> None:
     """A loop that is held up is seen to be late."""
 
     async def run() -> float:
-        metrics = Metrics(Registry(Settings()))
+        metrics = Metrics(Registry(Settings(), Home()))
         watching = asyncio.create_task(metrics.watch_lag())
         await asyncio.sleep(0)
         time.sleep(0.3)  # noqa: ASYNC251 - this is the point

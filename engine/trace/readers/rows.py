@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from engine.arch.access import DEFAULT_ACCESS
 from engine.errors import TraceError
 from engine.trace.columns import (
     USABLE,
@@ -42,6 +43,8 @@ class _PlainRow(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     access: Any = msgspec.UNSET
     vcpu: Any = msgspec.UNSET
     gva: Any = msgspec.UNSET
+    kind: Any = msgspec.UNSET
+    linear: Any = msgspec.UNSET
 
 
 _plain_row = msgspec.json.Decoder(_PlainRow)
@@ -104,6 +107,9 @@ class RowConverter:
         for name, column in USABLE.items():
             if any(name in plan.used for plan in plans):
                 columns[name] = [row.get(name, column.default) for row in rows]
+        if "kind" in columns:
+            kinds = self._integers("kind", columns["kind"]).tolist()
+            columns["access"] = [row.get("access", DEFAULT_ACCESS[kind]) for row, kind in zip(rows, kinds, strict=True)]
         return columns
 
     def _decode(self, texts: Sequence[bytes | msgspec.Raw]) -> list[Any]:

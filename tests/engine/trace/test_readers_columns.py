@@ -23,11 +23,11 @@ def test_the_column_table_is_the_contract():
         "access": ("|u1", 1),
         "vcpu": ("<u2", 0),
         "gva": ("<u8", None),
+        "kind": ("|u1", 0),
+        "linear": ("|u1", 1),
     }
     assert {
-        "kind",
         "source",
-        "linear",
         "address_space",
         "insn_len",
         "op",
@@ -112,6 +112,37 @@ def test_a_value_that_does_not_fit_is_named_with_its_index(named, read, column, 
     error = caught.value
     assert (error.index, error.field, int(error.value)) == (bad, column, value)
     assert str(limit) in error.rule
+
+
+def test_kinds(named, read):
+    """Byte 3: the kind in bits 2:0, the linear bits above, of which valid is turned over."""
+    name, encode = named
+    body = encode(
+        table(
+            linear=pa.array([1, 0, 3, 15, 1], pa.uint8()),
+            gpa=pa.array([1, 2, 3, 4, 5], pa.uint64()),
+            access=pa.array([1, 0, 2, 1, 0], pa.uint8()),
+            kind=pa.array([0, 2, 0, 3, 4], pa.int32()),
+        )
+    )
+    got = read(name, body)
+    assert [word >> 16 for word in got.records[:, 1].tolist()] == [0x0001, 0x0A00, 0x1002, 0x7301, 0x0400]
+
+
+def test_a_kind_says_what_it_does(named, read):
+    name, encode = named
+    body = encode(table(gpa=pa.array(range(5), pa.uint64()), kind=pa.array(range(5), pa.uint8())))
+    assert [word >> 16 & 0xFF for word in read(name, body).records[:, 1].tolist()] == [1, 1, 0, 1, 1]
+
+
+@pytest.mark.parametrize(("column", "value", "limit"), [("kind", 5, 4), ("kind", 255, 4), ("linear", 16, 15)])
+def test_kinds_that_are_none(named, read, column, value, limit):
+    name, encode = named
+    body = encode(table(gpa=pa.array([1, 2, 3], pa.uint64()), **{column: pa.array([0, 1, value], pa.uint8())}))
+    with pytest.raises(TraceError) as caught:
+        read(name, body)
+    error = caught.value
+    assert (error.index, error.field, int(error.value)) == (2, column, value) and f"0 to {limit}" in error.rule
 
 
 @pytest.mark.parametrize("reserved", sorted(RESERVED))

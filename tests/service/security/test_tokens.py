@@ -14,6 +14,8 @@ from service.problems import Forbidden, RateLimited, Unauthenticated
 from service.security.access import ANYBODY, NOBODY, AccessControl, Permission, Principal, is_loopback
 from service.security.tokens import FileTokens, MemoryTokens, TokenStore, digest_of, mint, split
 from service.settings import Settings
+from service.storage.tokens import StoredTokens
+from service.storage.urls import StoreUrl
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 LATER = NOW + timedelta(hours=1)
@@ -26,19 +28,25 @@ class Clock:
     given: list[str] = field(default_factory=list)
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=["memory", "file", "store"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> TokenStore:
-    return MemoryTokens() if request.param == "memory" else FileTokens(tmp_path / "tokens.db")
+    if request.param == "memory":
+        return MemoryTokens()
+    if request.param == "file":
+        return FileTokens(tmp_path / "tokens.db")
+    return StoredTokens(StoreUrl.parse(f"sqlite:///{tmp_path / 'deep' / 'subpage.db'}"))
 
 
 def control(store: TokenStore | None, clock: Clock | None = None, **settings: object) -> AccessControl:
     clock = clock or Clock()
-    return AccessControl(
+    access = AccessControl(
         Settings(**settings),  # type: ignore[arg-type]
         store,
         clock=lambda: clock.now,
         monotonic=lambda: clock.seconds,
     )
+    access.load()
+    return access
 
 
 def admit(access: AccessControl, permission: Permission, token: str | None, scheme: str = "Bearer") -> Principal:
@@ -47,6 +55,7 @@ def admit(access: AccessControl, permission: Permission, token: str | None, sche
 
 
 def test_a_token_and_its_record(store: TokenStore) -> None:
+    assert store.all() == []
     record, token = mint("scanner", tenant="red", scope="write", now=NOW, expires=LATER)
     assert split(token) == (record.id, token[16:]) and token.startswith(f"sp_{record.id}_")
     assert record.proves(token[16:]) and not record.proves(token[16:-1] + "x" * (token[-1] != "x") + "yy")

@@ -1,0 +1,141 @@
+"""One guest access, executed on a change under way: by GPA as a trace of one record, by linear address on its own."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.arch import exceptions
+from engine.arch.words import unsigned
+from engine.config import VmConfig
+from engine.cpu.frames import FRAME_SIZE, Machine
+from engine.errors import InvalidValue, TraceError
+from engine.kvm import registers as reg
+from engine.kvm import resolutions as res
+from engine.kvm.slots import first_page_without_slot, writable_bytes
+from engine.kvm.user_exits import UserExit, user_exit
+from engine.store import Draft
+from engine.trace.columns import TraceChunk
+from engine.trace.linear import Ending, Places, run_linear
+from engine.trace.objects import Targets
+from engine.trace.results import ExitColumns, TraceResult, columns_of_log
+from engine.trace.session import Replay, ReplayOptions
+from engine.trace.single import AccessRequest, AccessResult
+
+
+class Execution(NamedTuple):
+    """What an access came to, where its bytes are ((GPA, bytes) a page or run of pages), and what it counts for."""
+
+    result: AccessResult
+    places: Places
+    tally: NDArray[np.int64]
+
+
+def execute(draft: Draft, request: AccessRequest, config: VmConfig, targets: Targets) -> Execution:
+    """Run a validated request. Nothing of ``request.data`` is stored.
+
+    ``places`` is empty where nothing takes effect.
+    """
+    if request.gpa is None:
+        found = _by_linear_address(draft, request, config, targets)
+    else:
+        found = _by_gpa(draft, request, request.gpa, config.profile, targets)
+    result = found.result
+    if result.lands and not all(_is_memory(draft.machine, *place, allowed=result.allowed) for place in found.places):
+        result = result.without_effect()
+    return found._replace(result=result, places=found.places if result.lands else ())
+
+
+def _is_memory(m: Machine, gpa: int, size: int, *, allowed: bool) -> bool:
+    """Whether there is guest memory to hold the bytes; what is not allowed does not land in a read-only slot."""
+    if not allowed:
+        return bool(writable_bytes(m, gpa, size))
+    first = gpa // FRAME_SIZE
+    return int(first_page_without_slot(m, first, (gpa + size - 1) // FRAME_SIZE - first + 1)) < 0
+
+
+def _by_gpa(draft: Draft, request: AccessRequest, gpa: int, profile: str, targets: Targets) -> Execution:
+    replay = Replay(draft, ReplayOptions(on_violation=request.on_violation, include="all"), targets)
+    try:
+        replay.feed(TraceChunk(request.record(), request.gvas(), {}, kinds=True))
+    except TraceError as error:
+        raise InvalidValue(error.rule, field=error.field, value=error.value) from None
+    result = _result_of_replay(request, replay.result(), profile, granted=bool(replay.tally[reg.GRANTS]))
+    return Execution(result, ((gpa, request.size),), replay.tally)
+
+
+def _last_visible(exits: ExitColumns) -> int:
+    """Position of the last exit that KVM did not handle itself, -1 if there is none."""
+    resolution = exits.column("resolution")
+    seen = np.flatnonzero((resolution > res.LAST_INTERNAL) & (resolution != res.COMPLETED))
+    return int(seen[-1]) if len(seen) else -1
+
+
+def _user_exit(exits: ExitColumns, profile: str) -> UserExit | None:
+    """What user space saw last; nothing of an exception, which is the guest's own."""
+    at = _last_visible(exits)
+    resolution = int(exits.column("resolution")[at]) if at >= 0 else res.EXCEPTION
+    if resolution == res.EXCEPTION:
+        return None
+    return user_exit(resolution, int(exits.column("reason")[at]), int(exits.column("gpa")[at]), profile)
+
+
+def _result_of_replay(request: AccessRequest, result: TraceResult, profile: str, *, granted: bool) -> AccessResult:
+    """The outcome of a one-record replay that listed every exit.
+
+    A violation that was granted ended well, unless the second run lists another.
+    """
+    exits = result.exit_columns
+    at = _last_visible(exits)
+    last = int(exits.column("resolution")[at]) if at >= 0 else res.COMPLETED
+    retried = granted and last == res.VIOLATION and int((exits.column("resolution") == last).sum()) == 1
+    allowed = last == res.COMPLETED or retried
+    exception = last == res.EXCEPTION
+    return AccessResult(
+        allowed,
+        allowed or (last == res.VIOLATION and request.on_violation == "allow"),
+        res.RESOLUTION_NAMES[last],
+        exits,
+        _user_exit(exits, profile),
+        gpa=request.gpa,
+        exception=exceptions.NAMES[exceptions.VIRTUALIZATION] if exception else None,
+        fault_address=request.gva if exception else None,
+        stale=bool(exits.column("stale").any()),
+    )
+
+
+def _by_linear_address(draft: Draft, request: AccessRequest, config: VmConfig, targets: Targets) -> Execution:
+    tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
+    linear = 0 if request.gva is None else request.gva
+    position = [vcpu.id for vcpu in config.vcpus].index(request.vcpu)
+    ending = run_linear(draft, position, linear, request.size, request.how, request.vcpu, request.on_violation, tally)
+    columns, record_gpa = columns_of_log(ending.log)
+    exits = ExitColumns(columns, record_gpa, True, {}, targets.index, targets.names)
+    return Execution(_result_of_ending(ending, exits, config.profile), ending.places, tally)
+
+
+def _result_of_ending(ending: Ending, exits: ExitColumns, profile: str) -> AccessResult:
+    exception = ending.resolution == res.EXCEPTION
+    completed = ending.resolution == res.COMPLETED
+    return AccessResult(
+        allowed=completed,
+        lands=bool(ending.places),
+        # A grant leaves a record that says violation, as in a replay.
+        resolution=res.RESOLUTION_NAMES[res.VIOLATION if completed and ending.granted else ending.resolution],
+        exits=exits,
+        run=None if exception else _user_exit(exits, profile),
+        gpa=None if exception and -ending.reason != exceptions.VIRTUALIZATION else ending.gpa,
+        exception=exceptions.NAMES[-ending.reason] if exception else None,
+        error_code=_error_code(ending),
+        fault_address=unsigned(ending.gla) if exception else None,
+        stale=ending.stale,
+    )
+
+
+def _error_code(ending: Ending) -> int | None:
+    """Of a #PF what the processor says of it, of a #GP 0; a #VE has none."""
+    if ending.reason == -exceptions.PAGE_FAULT:
+        return ending.value
+    return 0 if ending.reason == -exceptions.GENERAL_PROTECTION else None

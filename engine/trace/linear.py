@@ -1,0 +1,125 @@
+"""One guest access by linear address: the processor runs it, KVM handles its exits, until it ends.
+
+The exits may be about the guest's paging structures as well as the page itself; each is listed at its own GPA. What
+is decided about an exit is decided by the same functions as for an access by GPA.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.arch import access as acc
+from engine.arch import exits
+from engine.arch.words import signed
+from engine.cpu import decision, guest_paging, instruction, tlb
+from engine.cpu.frames import Machine
+from engine.kvm import registers as reg
+from engine.kvm import resolutions as res
+from engine.kvm import run
+from engine.kvm.fault import count_exit, handle_exit
+from engine.store import Draft
+from engine.trace.replay import grant_touched, in_protected_page
+
+# What the processor reads and writes of a guest paging structure at a time.
+STRUCTURE_BYTES = 8
+
+Places = tuple[tuple[int, int], ...]
+
+
+class Ending(NamedTuple):
+    """How the access ended: ``resolution``, and the event that ended it.
+
+    ``reason``, ``value``, ``gpa`` and ``gla`` are those of ``instruction.attempt``. ``places`` is where the bytes are,
+    (GPA, bytes) a page, where they were translated and take effect; ``log`` the exits on the way.
+    """
+
+    resolution: int
+    reason: int
+    value: int
+    gpa: int
+    gla: int
+    stale: bool
+    granted: bool
+    places: Places
+    log: NDArray[np.int64]
+
+
+def run_linear(
+    draft: Draft,
+    position: int,
+    linear: int,
+    size: int,
+    how: int,
+    vcpu: int,
+    on_violation: str,
+    tally: NDArray[np.int64],
+) -> Ending:
+    """Run an access of ``size`` bytes at ``linear`` on the vCPU at a position, whose id is ``vcpu``."""
+    trail, steps, pages = instruction.scratch()
+    log = np.zeros((2 * run.MAX_EXITS + 2, run.EXIT_WORDS), dtype=np.int64)
+    used = np.zeros(1, dtype=np.int64)
+    start, length, access = np.int64(signed(linear)), np.int64(size), how & acc.ACCESS_MASK
+    stale = granted = guarded = False
+    resolution = res.COMPLETED
+    while True:
+        draft.ensure()
+        m = draft.machine
+        event = instruction.attempt(m, position, start, length, np.int64(how), trail, steps, pages)
+        reason, value, gpa, gla, denied, misled, count = (int(x) for x in event)
+        stale = stale or bool(misled)
+        if reason <= exits.NONE:
+            break
+        structure = reason != exits.PML_FULL and pages[count, instruction.P_FACTS] == 0
+        part = STRUCTURE_BYTES if structure else int(decision.page_part(gpa, gpa + size - (gla - int(start))))
+        guarded = guarded or bool(in_protected_page(m, gpa, part))
+        count_exit(tally, reason, value)
+        resolution = int(handle_exit(m, position, gpa, reason, value, trail, tally))
+        tlb.transition(m, position)
+        if resolution <= res.LAST_INTERNAL and used[0] >= run.MAX_EXITS:
+            resolution = res.INTERNAL_ERROR
+        word = part | access << 16 | vcpu << 32
+        marked = resolution | (res.STALE if misled else 0)
+        run.log_exit(log, used, 0, gpa, word, signed(gla), reason, value, marked, denied, gpa)
+        if resolution <= res.LAST_INTERNAL:
+            continue
+        tally[reg.VIOLATIONS] += resolution == res.VIOLATION and not granted
+        if resolution != res.VIOLATION or on_violation != "grant" or not grant_touched(m, gpa, part, trail):
+            break
+        granted = True
+        tally[reg.GRANTS] += 1
+    if reason <= exits.NONE:
+        resolution = res.COMPLETED if reason == exits.NONE else res.EXCEPTION
+    places: Places = ()
+    if resolution == res.COMPLETED:
+        places = tuple((int(row[instruction.P_GPA]), int(row[instruction.P_SIZE])) for row in pages[:count])
+    elif resolution == res.VIOLATION and on_violation == "allow":
+        places = _translate(draft.machine, position, int(start), size, how)
+    if access == acc.WRITE:
+        guarded = guarded or any(bool(in_protected_page(draft.machine, at, part)) for at, part in places)
+        tally[reg.WRITES] += 1
+        tally[reg.PAGE_GRANULAR] += guarded
+    tally[reg.RECORDS] += 1
+    tally[reg.MMIO] += resolution == res.MMIO
+    tally[reg.EXCEPTIONS] += resolution == res.EXCEPTION
+    tally[reg.STALE_ACCESSES] += stale
+    return Ending(resolution, reason, value, gpa, gla, stale, granted, places, log[: int(used[0])])
+
+
+def _translate(m: Machine, position: int, linear: int, size: int, how: int) -> Places:
+    """Where the bytes of an access are by the guest's paging alone; nothing if a page has no translation."""
+    trail, steps, _ = instruction.scratch()
+    places: list[tuple[int, int]] = []
+    done = 0
+    while done < size:
+        at = np.int64(instruction.effective(m, position, np.int64(signed(linear + done))))
+        part = int(decision.page_part(at, at + size - done))
+        doing = guest_paging.LOOK | guest_paging.FRESH
+        reason, _, gpa, _, _ = guest_paging.walk(m, position, at, np.int64(how), doing, trail, steps)
+        if reason != exits.NONE:
+            return ()
+        places.append((int(gpa), part))
+        done += part
+    return tuple(places)
