@@ -41,6 +41,7 @@ ENV PATH=/opt/subpage/.venv/bin:$PATH \
     SUBPAGE_HOST=0.0.0.0 \
     SUBPAGE_PORT=8000 \
     SUBPAGE_KERNEL_CACHE=/var/cache/subpage \
+    SUBPAGE_STORE=sqlite:////var/lib/subpage/subpage.db \
     SUBPAGE_LOG_FORMAT=json
 WORKDIR /opt/subpage
 # By number, so that an orchestrator can see that it is not root.

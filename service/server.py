@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from service.app import create_app, drain
 from service.logs import configure
 from service.security.access import AccessControl, is_loopback
+from service.security.tokens import TokensUnavailable
 from service.settings import Settings
 
 
@@ -67,7 +68,7 @@ def check_exposure(settings: Settings, access: AccessControl) -> None:
         return
     try:
         access.load()
-    except Exception as error:
+    except TokensUnavailable as error:
         if not access.usable:
             raise Refused(f"the tokens cannot be read: {error}") from error
     if not access.usable:

@@ -12,6 +12,12 @@ tokens = typer.Typer(
     help="Make, list and revoke the tokens that callers of a guarded service need.", no_args_is_help=True
 )
 
+
+def _failed(error: Exception) -> typer.Exit:
+    typer.echo(f"subpage token: {error}", err=True)
+    return typer.Exit(1)
+
+
 _SPAN = re.compile(r"(\d{1,9})([smhdw])")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
@@ -53,7 +59,7 @@ def create(
 ) -> None:
     """Make a token and print it. It is shown once: only a hash is kept."""
     from service.cli_common import audit_of, common_flags, load_settings, token_store
-    from service.security.tokens import mint, utc_now
+    from service.security.tokens import TokensUnavailable, mint, utc_now
 
     settings = load_settings(**common_flags(context))
     now = utc_now()
@@ -62,7 +68,10 @@ def create(
     except ValueError as error:
         typer.echo(f"subpage token: {error}", err=True)
         raise typer.Exit(2) from None
-    token_store(settings).add(record)
+    try:
+        token_store(settings).add(record)
+    except TokensUnavailable as error:
+        raise _failed(error) from None
     audit_of(settings).write(
         "token-created", None, token=record.id, name=name, tenant=tenant, scope=scope, expires=record.expires
     )
@@ -73,12 +82,16 @@ def create(
 def list_(context: typer.Context) -> None:
     """List the tokens: id, state, scope, tenant, times and name, never the token itself."""
     from service.cli_common import common_flags, load_settings, token_store
-    from service.security.tokens import utc_now
+    from service.security.tokens import TokensUnavailable, utc_now
 
     now = utc_now()
+    try:
+        listed = token_store(load_settings(**common_flags(context))).all()
+    except TokensUnavailable as error:
+        raise _failed(error) from None
     row = "{:<12}  {:<7}  {:<5}  {:<16}  {:<20}  {:<20}  {}"
     typer.echo(row.format("ID", "STATE", "SCOPE", "TENANT", "CREATED", "EXPIRES", "NAME"))
-    for token in token_store(load_settings(**common_flags(context))).all():
+    for token in listed:
         state = "valid" if token.usable(now) else "revoked" if token.revoked else "expired"
         times = (_shown(token.created), _shown(token.expires))
         typer.echo(row.format(token.id, state, token.scope, token.tenant, *times, token.name))
@@ -90,10 +103,14 @@ def revoke(
 ) -> None:
     """Refuse a token from now on; running services notice within SUBPAGE_TOKEN_REFRESH seconds."""
     from service.cli_common import audit_of, common_flags, load_settings, token_store
-    from service.security.tokens import utc_now
+    from service.security.tokens import TokensUnavailable, utc_now
 
     settings = load_settings(**common_flags(context))
-    if not token_store(settings).revoke(token, utc_now()):
+    try:
+        known = token_store(settings).revoke(token, utc_now())
+    except TokensUnavailable as error:
+        raise _failed(error) from None
+    if not known:
         typer.echo(f"subpage token: there is no token with id {token}", err=True)
         raise typer.Exit(1)
     audit_of(settings).write("token-revoked", None, token=token)

@@ -49,11 +49,15 @@ class Token:
         return hmac.compare_digest(digest_of(secret), self.digest)
 
 
-class TokenStore(Protocol):
-    """Where tokens are kept. Blocking, and called from threads; records are added and revoked, never removed.
+class TokensUnavailable(Exception):
+    """Where tokens are kept cannot be read or written; the text says why."""
 
-    The record of a revoked token stays, so that revoking the last one does not open the service, and ids in the audit
-    log keep their meaning.
+
+class TokenStore(Protocol):
+    """Where tokens are kept. Blocking, and called from threads; every call may raise TokensUnavailable.
+
+    Records are added and revoked, never removed. That of a revoked token stays, so that revoking the last one does not
+    open the service, and ids in the audit log keep their meaning.
     """
 
     def all(self) -> Sequence[Token]:
@@ -138,6 +142,12 @@ class FileTokens:
         self._lock = threading.Lock()
 
     def _run(self, statement: str, values: Sequence[object] = ()) -> tuple[list[tuple[str, ...]], int]:
+        try:
+            return self._execute(statement, values)
+        except (OSError, sqlite3.OperationalError, sqlite3.NotSupportedError) as error:
+            raise TokensUnavailable(f"{self._path}: {error}") from error
+
+    def _execute(self, statement: str, values: Sequence[object]) -> tuple[list[tuple[str, ...]], int]:
         with self._lock:
             if not self._path.exists():
                 # Only the owner reads it: hashes prove nothing, names and tenants are nobody's business.

@@ -9,9 +9,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
 
-from service.security.tokens import Token
-from service.storage.database import connect
+from service.security.tokens import Token, TokensUnavailable
+from service.storage.database import connect, reason_of
 from service.storage.lease import lease_of
 from service.storage.migrate import migrate, stored_revision
 from service.storage.schema import REVISION, tokens
@@ -33,6 +34,8 @@ class StoredTokens:
                     self._migrate(connection)
                 with connection.begin():
                     yield connection
+        except SQLAlchemyError as error:
+            raise TokensUnavailable(f"the store {self._url.shown}: {reason_of(error)}") from error
         finally:
             engine.dispose()
 
