@@ -49,7 +49,7 @@ def test_capabilities(client: ContractClient) -> None:
     reply = client.get("/v1/capabilities")
     found = reply.json()
     assert found["on_violation"] == ["skip", "stop", "allow", "grant"]
-    assert "gpa" in found["columns"] and "kind" in found["reserved_columns"]
+    assert "gpa" in found["columns"] and "source" in found["reserved_columns"]
     assert "application/vnd.apache.parquet" in found["trace_content_types"]
     assert found["limits"]["max_vms"] == 64
     assert client.get("/v1/capabilities", headers={"If-None-Match": reply.headers["ETag"]}).status_code == 304
