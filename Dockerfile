@@ -1,10 +1,15 @@
 # Subpage as a container.
 #
 #   docker build -t subpage .
-#   docker run --rm -p 127.0.0.1:8000:8000 --read-only --tmpfs /tmp subpage
+#   docker run --rm -p 127.0.0.1:8000:8000 --read-only --tmpfs /tmp \
+#       -v subpage:/var/lib/subpage -e SUBPAGE_TOKEN="$(openssl rand -hex 32)" subpage
 #
-# The root file system may be read-only. Two places are written:
+# In a container the service listens on all addresses, so it does not start without a token: SUBPAGE_TOKEN, or those of
+# `docker exec … subpage token create`, which are kept in the volume. compose.yaml has PostgreSQL beside it.
+#
+# The root file system may be read-only. Three places are written:
 #   /tmp                large request bodies while they are read (a tmpfs, or a volume as large as the largest body)
+#   /var/lib/subpage    what has to last
 #   /var/cache/subpage  compiled kernels. The image carries those for the processor model that built it, and the volume
 #                       starts as a copy of them. On another model, or with an empty volume mounted there, the first
 #                       start compiles them again; /readyz answers once that is done.
@@ -27,18 +32,24 @@ FROM python:3.11-slim
 LABEL org.opencontainers.image.title="subpage" \
       org.opencontainers.image.licenses="Apache-2.0"
 RUN useradd --system --uid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin subpage \
+ && install -d -o subpage -g subpage -m 0700 /var/lib/subpage \
  && install -d -o subpage -g subpage /var/cache/subpage
 COPY --from=build /opt/subpage/.venv /opt/subpage/.venv
 ENV PATH=/opt/subpage/.venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
-    SUBPAGE_KERNEL_CACHE=/var/cache/subpage
+    SUBPAGE_HOST=0.0.0.0 \
+    SUBPAGE_PORT=8000 \
+    SUBPAGE_KERNEL_CACHE=/var/cache/subpage \
+    SUBPAGE_STORE=sqlite:////var/lib/subpage/subpage.db \
+    SUBPAGE_LOG_FORMAT=json
 WORKDIR /opt/subpage
-USER subpage
+# By number, so that an orchestrator can see that it is not root.
+USER 10001
 RUN python -m engine.warm
-VOLUME /var/cache/subpage
+VOLUME ["/var/lib/subpage", "/var/cache/subpage"]
 
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-c", "from urllib.request import ProxyHandler, build_opener; build_opener(ProxyHandler({})).open('http://127.0.0.1:8000/livez', timeout=3)"]
-CMD ["subpage", "serve", "--host", "0.0.0.0", "--port", "8000"]
+CMD ["subpage", "serve"]

@@ -6,6 +6,8 @@ PORT   = 8000
 SEEDS  = 1
 OPS    = 200000
 SEED   = 1
+ROUNDS = 200
+STORE  = sqlite
 ARGS   =
 JOBS   = auto
 PYTHON ?= python3
@@ -27,7 +29,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo examples serve test soak mutants conformance coverage lint format openapi bench lock clean
+.PHONY: help demo examples serve test soak kill-test fault-test mutants conformance coverage lint format openapi bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +58,12 @@ test: $(WARMED) ## Run all tests, then engine/ with the JIT off; both packages m
 soak: $(WARMED) ## OPS random operations from SEED against the naive model, each profile
 	OPS=$(OPS) SEED=$(SEED) $(BIN)/python -m pytest -n 2 -m soak -o faulthandler_timeout=0 tests/property/test_history.py $(ARGS)
 
+kill-test: $(WARMED) ## kill -9 the server ROUNDS times under load; nothing acknowledged may be lost (STORE=sqlite or postgres)
+	@$(BIN)/python -m tests.faults.kill --rounds $(ROUNDS) --store $(STORE) $(ARGS)
+
+fault-test: $(WARMED) ## Full and read-only disks, restarts of the database, stores that are taken away
+	$(BIN)/python -m pytest tests/faults tests/service/storage/test_ownership.py $(ARGS)
+
 mutants: $(INSTALLED) ## Put faults into engine/ one at a time; the tests must notice each (ARGS="--only ID --jobs N")
 	@$(BIN)/python -m tests.mutants $(ARGS)
 
@@ -76,8 +84,9 @@ format: $(INSTALLED) ## Rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-openapi: $(INSTALLED) ## Regenerate openapi/openapi.json from the code
+openapi: $(INSTALLED) ## Regenerate openapi/openapi.json and docs/reference.md from the code
 	$(BIN)/python -m service.openapi --write
+	$(BIN)/python -m service.reference --write
 
 bench: $(WARMED) ## Measure replay and single calls side by side with the alternatives
 	$(BIN)/python -m bench $(ARGS)

@@ -40,7 +40,9 @@ def serving(command: Sequence[str], ready: str) -> Iterator[int]:
 @contextmanager
 def service() -> Iterator[int]:
     """``subpage serve``."""
-    with serving(("service.cli", "serve", "--host", "127.0.0.1", "--port", "0"), "/readyz") as port:
+    with serving(
+        ("service.cli", "serve", "--host", "127.0.0.1", "--port", "0", "--store", "memory"), "/readyz"
+    ) as port:
         yield port
 
 

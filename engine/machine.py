@@ -6,6 +6,7 @@ operation either publishes its whole effect or leaves the machine as it was.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -361,6 +362,29 @@ class VirtualMachine:
         for frame, kind, data in blocks_of(snapshot.machine, since):
             yield frames.KIND_NAMES[kind], frame, data
         self._saved = snapshot
+
+    def blocks_since(self, earlier: VirtualMachine | None) -> Iterator[tuple[str, int, bytes]]:
+        """As ``changed_blocks``, against what an earlier machine shows (see ``successor``); remembers nothing."""
+        since = earlier._state.snapshot.machine if earlier is not None else None
+        for frame, kind, data in blocks_of(self._state.snapshot.machine, since):
+            yield frames.KIND_NAMES[kind], frame, data
+
+    def successor(self) -> VirtualMachine:
+        """A machine that goes on from this state and takes the changes; this one shows its state for good.
+
+        Until the successor is withdrawn this machine refuses changes, so there is one line of states. Raises Busy
+        while a change is under way.
+        """
+        self._acquire()
+        after = copy.copy(self)
+        after._writer = threading.Lock()
+        return after
+
+    def withdraw(self, after: VirtualMachine) -> None:
+        """Undo all that was done to the successor, which takes no changes any more; this machine takes them again."""
+        after._acquire()
+        self._store.revert(self._state.snapshot)
+        self._writer.release()
 
     @classmethod
     def restore(cls, head: Mapping[str, Any], blocks: Mapping[tuple[str, int], bytes]) -> VirtualMachine:

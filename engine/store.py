@@ -111,6 +111,31 @@ class FrameStore:
         self.published = Snapshot(machine)
         self._retired.append((weakref.ref(before), replaced))
 
+    def revert(self, snapshot: Snapshot) -> None:
+        """Make an earlier state the published one again: one that somebody has held since it was published.
+
+        What was published after it is forgotten. Being held, it kept the rows that it shows from being used again.
+        """
+        now = self.published
+        if now is snapshot:
+            return
+        while self._retired[-1][0]() is not snapshot:
+            self._retired.pop()
+        self._retired.pop()
+        machine = snapshot.machine
+        idle = np.ones(len(machine.rows), dtype=bool)
+        idle[machine.row_of[machine.row_of >= 0]] = False
+        for _, rows in self._retired:
+            idle[rows] = False
+        if now.machine.rows is machine.rows:
+            # Whoever still looks at the state that goes keeps its rows until then.
+            shown = now.machine.row_of[now.machine.row_of >= 0]
+            late = shown[idle[shown]]
+            idle[late] = False
+            self._retired.append((weakref.ref(now), late))
+        self.spare = np.flatnonzero(idle)
+        self.published = snapshot
+
     def abandon(self, draft: Draft) -> None:
         """Forget a draft. It wrote in rows that are spare, or in rows of its own growth: nothing is to be undone."""
 
@@ -209,11 +234,12 @@ def _extended(array: NDArray[T], total: int, value: int) -> NDArray[T]:
 
 def blocks_of(machine: Machine, since: Machine | None) -> Iterator[tuple[int, int, bytes]]:
     """(frame, kind, 4096 bytes) of every frame that differs from an earlier state; freed frames come with kind 0."""
-    for frame in range(len(machine.row_of)):
+    before = np.full(len(machine.row_of), -1, dtype=np.int64)
+    if since is not None:
+        shared = min(len(before), len(since.row_of))
+        before[:shared] = since.row_of[:shared]
+    for frame in np.flatnonzero(machine.row_of != before).tolist():
         row = int(machine.row_of[frame])
-        before = int(since.row_of[frame]) if since is not None and frame < len(since.row_of) else -1
-        if row == before:
-            continue
         if row < 0:
             yield frame, int(FREE), bytes(frames.FRAME_SIZE)
         else:

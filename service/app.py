@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from engine.warm import warm
@@ -28,6 +29,7 @@ from service.api import (
     ioctls,
     memory,
     memory_slots,
+    metrics,
     msrs,
     nested_state,
     page_access,
@@ -44,8 +46,16 @@ from service.api import (
     walk,
 )
 from service.http import handlers
-from service.http.limits import BodyLimits
+from service.http.envelope import Envelope
+from service.http.gate import StoreGate
+from service.http.idempotency import Idempotency, MemoryAnswers
+from service.metrics import Metrics
+from service.runtime.home import home_of
 from service.runtime.registry import Registry
+from service.security.access import AccessControl
+from service.security.audit import AuditLog
+from service.security.stores import tokens_of
+from service.security.tokens import TokenStore
 from service.settings import Settings
 
 # In the order in which requests look for their route: the most frequent first.
@@ -76,10 +86,14 @@ RESOURCES = (
     capabilities,
     health,
     host_memory,
+    metrics,
     problem_types,
 )
 
 logger = logging.getLogger("subpage")
+
+# How long the end of the service waits for cancelled requests to let go.
+_SETTLE_SECONDS = 5.0
 
 _STATIC = Path(__file__).parent / "static"
 
@@ -87,31 +101,69 @@ _STATIC = Path(__file__).parent / "static"
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
+    registry: Registry = app.state.registry
     with ThreadPoolExecutor(settings.replay_threads, "replay") as executor:
         app.state.executor = executor
-        warming = asyncio.create_task(_become_ready(app)) if settings.warm_up else None
-        app.state.ready = warming is None
+        app.state.warm = not settings.warm_up
+        app.state.draining = False
+        await app.state.access.open()
+        registry.home.start(registry, lambda: see_whether_ready(app))
+        tasks = [
+            asyncio.create_task(app.state.access.keep_fresh()),
+            asyncio.create_task(app.state.metrics.watch_lag()),
+        ]
+        if settings.warm_up:
+            tasks.append(asyncio.create_task(_warm_up(app)))
+        see_whether_ready(app)
         try:
             yield
         finally:
-            app.state.ready = False
-            if warming is not None:
-                warming.cancel()
+            drain(app)
+            await _settled(app)
+            await registry.home.stop()
+            for task in tasks:
+                task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
-                    await warming
+                    await task
+            app.state.audit.close()
 
 
-async def _become_ready(app: FastAPI) -> None:
+async def _settled(app: FastAPI) -> None:
+    """Wait until requests that the server gave up have let go of their machines, which takes a moment.
+
+    A replay among them is cancelled: its machine stays as it was before.
+    """
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_SETTLE_SECONDS):
+            while app.state.metrics.under_way:  # noqa: ASYNC110 - at the end only; an event would cost every request
+                await asyncio.sleep(0.01)
+
+
+def see_whether_ready(app: FastAPI) -> None:
+    app.state.ready = app.state.warm and app.state.registry.home.ready and not app.state.draining
+
+
+def drain(app: FastAPI) -> None:
+    """Unready from here on: the service is about to stop."""
+    app.state.draining = True
+    see_whether_ready(app)
+
+
+async def _warm_up(app: FastAPI) -> None:
     try:
         await asyncio.get_running_loop().run_in_executor(app.state.executor, warm)
     except Exception:
         logger.exception("the kernels cannot be loaded; the service stays unready")
     else:
-        app.state.ready = True
+        app.state.warm = True
+        see_whether_ready(app)
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """A service without machines. ``settings`` default to what the environment says."""
+def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = None) -> FastAPI:
+    """A service with the machines of its store, and the tokens of it unless it is given others.
+
+    ``settings`` default to what the environment says.
+    """
     settings = settings or Settings()
     app = FastAPI(
         title=documents.TITLE,
@@ -120,16 +172,38 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description=documents.DESCRIPTION,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         openapi_tags=documents.TAGS,
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry={
+            "tracing": settings.telemetry,
+            "metrics": settings.telemetry,
+            "logs": settings.telemetry,
+            "operation_spans": settings.telemetry,
+            "auto_configure": settings.telemetry,
+        },
         lifespan=_lifespan,
     )
     app.state.settings = settings
-    app.state.registry = Registry(settings)
-    app.state.ready = False
+    access = app.state.access = AccessControl(settings, tokens if tokens is not None else tokens_of(settings))
+    app.state.audit = AuditLog(settings.audit_log, lambda: access.guarded)
+    app.state.idempotency = Idempotency(MemoryAnswers(settings.idempotency_seconds), settings.idempotency_bytes)
+    app.state.registry = Registry(settings, home_of(settings))
+    app.state.ready = app.state.warm = app.state.draining = False
     handlers.install(app)
-    app.add_middleware(BodyLimits, settings=settings)
+    app.add_middleware(StoreGate, registry=app.state.registry)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "If-Match", "If-None-Match", "Prefer"],
+            expose_headers=["ETag", "Location", "Retry-After", "X-Request-Id"],
+        )
+    app.state.metrics = Metrics(app.state.registry)
+    # The last one added is the outermost.
+    app.add_middleware(Envelope, settings=settings, audit=app.state.audit, metrics=app.state.metrics)
     for resource in RESOURCES:
         # Not include_router: for every request it would try one router after the other, longer than a short call takes.
         app.router.routes.extend(resource.routes.routes)

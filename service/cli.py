@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 from service import __version__
+from service.storage.urls import StoreUrl
+from service.tokens_cli import tokens
+from service.vms_cli import vms
 
 app = typer.Typer(
     name="subpage",
@@ -16,6 +19,8 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(tokens, name="token")
+app.add_typer(vms, name="vm")
 
 
 def _version(wanted: bool) -> None:
@@ -24,41 +29,86 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _names(incomplete: str) -> list[str]:
+    """Settings, for the shell."""
+    from service.settings import Settings
+
+    return [f"{name}=" for name in Settings.model_fields if name.startswith(incomplete)]
+
+
 @app.callback()
 def _common(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of settings, named as in `subpage config`; SUBPAGE_CONFIG.")
+    ] = None,
+    given: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting; may be repeated.", autocompletion=_names),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    import os
+
+    if config is not None:
+        os.environ["SUBPAGE_CONFIG"] = str(config)
+    if given:
+        from service.cli_common import parse_flags
+
+        context.obj = parse_flags(given)
 
 
 @app.command()
 def serve(
+    context: typer.Context,
     host: Annotated[str | None, typer.Option(help="Address to listen on; SUBPAGE_HOST or 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one. SUBPAGE_PORT or 8000.")] = None,
-    access_log: Annotated[bool, typer.Option("--access-log", help="Log every request.")] = False,
-    log_level: Annotated[str, typer.Option(help="critical, error, warning, info or debug.")] = "warning",
+    store: Annotated[
+        str | None,
+        typer.Option(help="sqlite:///path, postgresql://user:password@host/database or memory; SUBPAGE_STORE."),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Always 1: one process owns a store.")] = 1,
+    access_log: Annotated[bool | None, typer.Option("--access-log", help="Log every request.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="critical, error, warning, info or debug.")] = None,
 ) -> None:
-    """Run the service until it is told to stop. All other settings come from SUBPAGE_… variables."""
+    """Run the service until it is told to stop. `subpage config` shows all settings and where they come from."""
     import gc
+
+    if workers != 1:
+        typer.echo(
+            "subpage serve: --workers must be 1. One process owns a store and holds its machines in memory; a second "
+            "one would only wait for the first to end. Replays already use several cores.",
+            err=True,
+        )
+        raise typer.Exit(2)
 
     # What is imported stays for good; looking for garbage in it over and over takes an eighth of the start.
     gc.disable()
 
-    from pydantic import ValidationError
+    from service.cli_common import common_flags, load_settings
+    from service.server import Refused, run
 
-    from service.server import run
-    from service.settings import Settings
-
-    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    flags = {"host": host, "port": port, "store": store, "access_log": access_log, "log_level": log_level}
+    given = {name: value for name, value in flags.items() if value is not None}
     try:
-        settings = Settings(**given)  # type: ignore[arg-type]
-    except ValidationError as error:
-        for fault in error.errors():
-            typer.echo(f"SUBPAGE_{'_'.join(map(str, fault['loc'])).upper()}: {fault['msg']}", err=True)
+        status = run(load_settings(**common_flags(context) | given))
+    except Refused as refused:
+        typer.echo(f"subpage serve: {refused}", err=True)
         raise typer.Exit(2) from None
-    raise typer.Exit(run(settings, access_log=access_log, log_level=log_level))
+    raise typer.Exit(status)
+
+
+@app.command()
+def config(context: typer.Context) -> None:
+    """Print the effective settings as TOML, each with where it comes from. Secrets are hidden."""
+    from service.cli_common import common_flags, effective, load_settings
+
+    given = common_flags(context)
+    for name, value, origin in effective(load_settings(**given), given):
+        comment = "# " if value == "none" else ""
+        typer.echo(f"{comment}{name} = {value}" + (f"  # {origin}" if origin != "default" else ""))
 
 
 @app.command()
@@ -87,6 +137,55 @@ def demo(
     except DemoError as error:
         typer.echo(f"subpage demo: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+_STORE = typer.Option(help="The store; SUBPAGE_STORE, or the file that `serve` uses by default.")
+_ONE_VM = typer.Option("--vm", help="Only the VM of that id.")
+
+
+def _store_url(store: str | None) -> StoreUrl:
+    from service.settings import Settings
+
+    try:
+        return StoreUrl.parse(Settings().store if store is None else store)
+    except ValueError as error:
+        typer.echo(f"--store: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")],
+    vm: Annotated[str | None, _ONE_VM] = None,
+    store: Annotated[str | None, _STORE] = None,
+) -> None:
+    """Write the VMs of a store to a file. A service may be running on it; the file has one state of the store."""
+    from service.storage import offline
+
+    try:
+        count = offline.backup(_store_url(store), file, vm)
+    except offline.OfflineError as error:
+        typer.echo(f"subpage backup: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"{count} VMs written to {file}")
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="A file that `subpage backup` wrote.")],
+    vm: Annotated[str | None, _ONE_VM] = None,
+    store: Annotated[str | None, _STORE] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite VMs of the same id.")] = False,
+) -> None:
+    """Put the VMs of a backup into a store, under their own ids: all of them or, if one cannot be, none."""
+    from service.storage import offline
+
+    try:
+        ids = offline.restore(_store_url(store), file, vm, replace=replace)
+    except offline.OfflineError as error:
+        typer.echo(f"subpage restore: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"{len(ids)} VMs restored")
 
 
 def main() -> None:

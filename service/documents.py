@@ -11,7 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.requests import Request
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from service.api.hypercalls import Hypercall
 from service.api.hyperv import VpAssistFields
@@ -19,8 +19,9 @@ from service.api.ioctls import IoctlRequest
 from service.api.nested_fields import NestedStateFields
 from service.api.subpages import SubpagePatch, SubpageWindowRequest
 from service.api.traces import TraceBody
+from service.http.route import Routes, StrictRoute
 from service.http.words import Document
-from service.problems import FieldError, Problem
+from service.problems import FieldError, Problem, add_responses
 
 TITLE = "Subpage"
 SUMMARY = "Protects virtual-machine memory at 128-byte granularity, without the hardware."
@@ -31,8 +32,13 @@ why, and how many exits whole-page protection would have cost instead.
 * 64-bit numbers are `0x…` strings in replies, and strings or integers in requests; counts are plain integers.
 * Every error is an `application/problem+json` body (RFC 9457) with a stable `type`, the offending `field` and `value`,
   and the `rule` it breaks. Unknown members and unknown query parameters are refused.
+* Calls need `Authorization: Bearer` and a token whose scope includes their `x-permission` (`read`, `write` or `admin`,
+  each including those before it), unless the service is reached over loopback only and has no tokens. VMs belong to the
+  tenant of the token that created them and do not exist for any other.
 * Mutable resources have an entity tag; `If-Match` is honoured (412), and demanded of VMs created with
   `require_match` (428).
+* `POST` honours `Idempotency-Key`: kept for a day, so that a call whose answer was lost can be sent again.
+* Bodies may be coded (`Content-Encoding: gzip` or `zstd`); limits hold for what they decode to.
 * Lists come in pages: `next` is the URL of the following one. Cursors are opaque.
 """
 TAGS: list[dict[str, Any]] = [
@@ -65,6 +71,14 @@ TAGS: list[dict[str, Any]] = [
     {"name": "service", "description": "The service itself: capabilities, health, version, problem types."},
 ]
 
+_SECURITY_SCHEMES = {
+    "token": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "Made by `subpage token create`. A service that listens on loopback may run without tokens.",
+    }
+}
+
 # Models of bodies that routes read by themselves, and of problems, which no route returns.
 _FURTHER_MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
     (IoctlRequest, "validation"),
@@ -77,6 +91,7 @@ _FURTHER_MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
     (FieldError, "serialization"),
     (Problem, "serialization"),
 ]
+
 
 _REFERENCE = "#/components/schemas/{model}"
 
@@ -104,10 +119,16 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
             schemas[model.__name__]["examples"] = shown["examples"]
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
-    for path in document["paths"].values():
-        for operation in path.values():
+    routes = {route.operation_id: route for route in app.routes if isinstance(route, StrictRoute)}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            _guard(operation, routes[operation["operationId"]])
+            if path.startswith("/v1/"):
+                # Not the routes' own: refused before them, or after them by the commit.
+                add_responses(operation["responses"], "not-ready", "store-unavailable")
             _finish(operation, schemas)
     document["components"]["schemas"] = dict(sorted(schemas.items()))
+    document["components"]["securitySchemes"] = _SECURITY_SCHEMES
     return document
 
 
@@ -117,11 +138,30 @@ def _descendants(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
         yield from _descendants(child)
 
 
-def _finish(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
+def _guard(operation: dict[str, Any], route: StrictRoute) -> None:
+    """What the gate of every route adds to what the route itself documents."""
+    operation["x-permission"] = "admin" if route.permission == "metrics" else route.permission
     responses: dict[str, Any] = operation["responses"]
     # The framework documents its own 422 wherever there are parameters; ours says which problems there can be.
     if "HTTPValidationError" in str(responses.get("422", "")):
         del responses["422"]
+    if route.offers:
+        add_responses(responses, "not-acceptable")
+    if "requestBody" in operation:
+        add_responses(responses, "malformed-body", "body-too-large", "unsupported-media-type")
+    if "POST" in (route.methods or ()):
+        add_responses(responses, "idempotency-in-progress", "idempotency-mismatch", "invalid-value", "limit-exceeded")
+        about = "Sent again with the same key and the same request, the call is answered again and not done again."
+        operation.setdefault("parameters", []).append(_header("Idempotency-Key", about))
+    if route.permission == "public":
+        operation["security"] = []
+        return
+    operation["security"] = [{"token": []}]
+    add_responses(responses, "unauthenticated", "forbidden", "rate-limited", "not-ready")
+
+
+def _finish(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
+    responses: dict[str, Any] = operation["responses"]
     operation["responses"] = dict(sorted(responses.items()))
     parameters: list[dict[str, Any]] = operation.setdefault("parameters", [])
     if "304" in responses:
@@ -153,12 +193,29 @@ def install(app: FastAPI) -> None:
 
     app.openapi = cached  # type: ignore[method-assign]
 
-    @app.get("/docs", include_in_schema=False)
-    async def docs(request: Request) -> HTMLResponse:
-        return get_swagger_ui_html(
-            openapi_url="/openapi.json",
-            title=TITLE,
-            swagger_js_url="/static/swagger-ui/swagger-ui-bundle.js",
-            swagger_css_url="/static/swagger-ui/swagger-ui.css",
-            swagger_favicon_url="/static/swagger-ui/favicon-32x32.png",
-        )
+    app.router.routes.extend(_pages.routes)
+
+
+_pages = Routes(reads="public")
+
+
+@_pages.get("/openapi.json", include_in_schema=False)
+async def document(request: Request) -> Response:
+    return JSONResponse(request.app.openapi())
+
+
+@_pages.get("/docs", include_in_schema=False)
+async def docs() -> HTMLResponse:
+    page = get_swagger_ui_html(
+        openapi_url="/openapi.json",
+        title=TITLE,
+        swagger_js_url="/static/swagger-ui/swagger-ui-bundle.js",
+        swagger_css_url="/static/swagger-ui/swagger-ui.css",
+        swagger_favicon_url="/static/swagger-ui/favicon-32x32.png",
+    )
+    # The page has a script and styles of its own, and pictures in its style sheet.
+    page.headers["Content-Security-Policy"] = (
+        "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' data:; frame-ancestors 'none'"
+    )
+    return page

@@ -42,7 +42,13 @@ class ProblemType:
 
 
 _ROWS = (
-    ProblemType("malformed-body", 400, "Malformed body", "The body is not well-formed JSON in UTF-8."),
+    ProblemType("malformed-body", 400, "Malformed body", "The body is not well-formed JSON in UTF-8, or badly coded."),
+    ProblemType(
+        "unauthenticated", 401, "Unauthenticated", "A valid token is needed: Authorization: Bearer and a token."
+    ),
+    ProblemType(
+        "forbidden", 403, "Forbidden", "The token's scope does not include the call, or the host is not local."
+    ),
     ProblemType("not-found", 404, "Not found", "The path or the thing that it names does not exist."),
     ProblemType("method-not-allowed", 405, "Method not allowed", "The path exists, the method does not; see Allow."),
     ProblemType("not-acceptable", 406, "Not acceptable", "None of the media types in Accept can be produced."),
@@ -51,6 +57,13 @@ _ROWS = (
     ProblemType("unsupported", 409, "Not offered by this host", "The host described at creation lacks the feature."),
     ProblemType("out-of-memory", 409, "Host out of memory", "An allocation of the host failed, as it was told to."),
     ProblemType("vm-busy", 409, "VM busy", "Another mutation of the machine did not end in time.", retry_after=1),
+    ProblemType(
+        "idempotency-in-progress",
+        409,
+        "Request under way",
+        "The first request with this key still runs.",
+        retry_after=1,
+    ),
     ProblemType("precondition-failed", 412, "Precondition failed", "If-Match names another state than the current."),
     ProblemType("body-too-large", 413, "Body too large", "The body exceeds the limit given in the problem."),
     ProblemType("unsupported-media-type", 415, "Unsupported media type", "The body's Content-Type is not accepted."),
@@ -64,10 +77,17 @@ _ROWS = (
         "to V8 leave the old state; after those it is gone, and what had been taken over by then stays.",
     ),
     ProblemType("not-yet-supported", 422, "Not yet supported", "The name is reserved and does not work yet."),
+    ProblemType("idempotency-mismatch", 422, "Key of another request", "The Idempotency-Key was used for another one."),
     ProblemType("precondition-required", 428, "Precondition required", "This machine demands If-Match."),
     ProblemType("limit-exceeded", 429, "Limit exceeded", "A configured limit would be passed.", retry_after=5),
+    ProblemType(
+        "rate-limited", 429, "Rate limited", "The token made too many requests; see Retry-After.", retry_after=1
+    ),
     ProblemType("internal-error", 500, "Internal error", "A defect of the service; the details are in its log."),
     ProblemType("not-ready", 503, "Not ready", "The service is starting or draining.", retry_after=1),
+    ProblemType(
+        "store-unavailable", 503, "Store unavailable", "The store failed or belongs to another.", retry_after=2
+    ),
 )
 PROBLEMS: Mapping[str, ProblemType] = {row.code: row for row in _ROWS}
 
@@ -154,6 +174,24 @@ class ServiceError(HTTPException):
         self.faults = faults
 
 
+class Unauthenticated(ServiceError):
+    """The route needs a token, and none that is valid was given."""
+
+    code = "unauthenticated"
+
+
+class Forbidden(ServiceError):
+    """The caller is known and may not do this."""
+
+    code = "forbidden"
+
+
+class RateLimited(ServiceError):
+    """The token has made too many requests."""
+
+    code = "rate-limited"
+
+
 class NotAcceptable(ServiceError):
     """None of the offered media types is acceptable to the client."""
 
@@ -200,10 +238,32 @@ class NestedStateRefused(ServiceError):
         self.members = members
 
 
+class IdempotencyInProgress(ServiceError):
+    """The first request with this Idempotency-Key has not been answered yet."""
+
+    code = "idempotency-in-progress"
+
+
+class IdempotencyMismatch(ServiceError):
+    """The Idempotency-Key was used for a request that differs from this one."""
+
+    code = "idempotency-mismatch"
+
+
 class NotReady(ServiceError):
     """The service is starting or draining."""
 
     code = "not-ready"
+
+
+class StoreUnavailable(ServiceError):
+    """The store could not be written or read. ``certain``: nothing of the change is stored, now or later."""
+
+    code = "store-unavailable"
+
+    def __init__(self, rule: str, *, certain: bool = True) -> None:
+        super().__init__(rule)
+        self.certain = certain
 
 
 def showable(value: Any, field: str | None = None) -> Any:
@@ -301,7 +361,23 @@ def responses(*codes: str) -> dict[int | str, dict[str, Any]]:
         if problem.retry_after is not None:
             schema = {"type": "integer", "minimum": 0}
             entry["headers"] = {"Retry-After": {"description": "Seconds to wait.", "schema": schema}}
+        if problem.status == HTTPStatus.UNAUTHORIZED:
+            schema = {"type": "string"}
+            entry["headers"] = {"WWW-Authenticate": {"description": "How to authenticate.", "schema": schema}}
     return documented
+
+
+def add_responses(documented: dict[str, Any], *codes: str) -> None:
+    """Add problems to the OpenAPI ``responses`` of an operation, which may document their statuses already."""
+    for code in codes:
+        for status, entry in responses(code).items():
+            known = documented.setdefault(str(status), entry)
+            examples = known["content"][MEDIA_TYPE]["examples"]
+            if code not in examples:
+                examples.update(entry["content"][MEDIA_TYPE]["examples"])
+                known["description"] = f"{known['description']}; {PROBLEMS[code].title}"
+            if "headers" in entry:
+                known.setdefault("headers", {}).update(entry["headers"])
 
 
 _EXAMPLES: Mapping[str, dict[str, Any]] = {

@@ -2,47 +2,125 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import signal
 import socket
+import ssl
 import sys
+from importlib.util import find_spec
+from types import FrameType
+from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
-from service.app import create_app
+from service.app import create_app, drain
+from service.logs import configure
+from service.security.access import AccessControl, is_loopback
+from service.security.tokens import TokensUnavailable
 from service.settings import Settings
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens, which only it knows when the port was left to the system."""
+    """Says where it listens, which only it knows when the port was left to the system, and drains before it stops."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._app = app
+        self._drain_seconds = drain_seconds
+        self._draining = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Told to stop: unready at once, so that balancers look elsewhere; deaf after the drain. Twice means now."""
+        loop = self._loop
+        drain(self._app)
+        if loop is None or self._draining or not self._drain_seconds:
+            super().handle_exit(sig, frame)
+            return
+        self._draining = True
+        stop = super().handle_exit
+        # From a signal handler, hence thread-safe.
+        loop.call_soon_threadsafe(lambda: loop.call_later(self._drain_seconds, stop, sig, frame))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         gc.freeze()
         gc.enable()
         if self.started:
             listening = self.servers[0].sockets[0].getsockname()
             host = f"[{listening[0]}]" if ":" in listening[0] else listening[0]
-            sys.stdout.write(f"subpage is listening on http://{host}:{listening[1]}\n")
+            scheme = "https" if self.config.is_ssl else "http"
+            sys.stdout.write(f"subpage is listening on {scheme}://{host}:{listening[1]}\n")
             sys.stdout.flush()
 
 
-def run(settings: Settings, *, access_log: bool = False, log_level: str = "warning") -> int:
-    """Serve until SIGINT or SIGTERM, then let requests end for a while; the exit status of the process."""
+class Refused(Exception):
+    """The service does not start like this; the text says what to do."""
+
+
+def check_exposure(settings: Settings, access: AccessControl) -> None:
+    """Raise Refused when strangers could reach the service and nobody would need a token."""
+    if is_loopback(settings.host):
+        return
+    try:
+        access.load()
+    except TokensUnavailable as error:
+        if not access.usable:
+            raise Refused(f"the tokens cannot be read: {error}") from error
+    if not access.usable:
+        raise Refused(
+            f"{settings.host} can be reached from other machines, and there is no valid token. Make one with "
+            "`subpage token create`, or give one in SUBPAGE_TOKEN; or listen on 127.0.0.1, which needs none."
+        )
+
+
+def check_telemetry(settings: Settings) -> None:
+    """Raise Refused when telemetry is asked for and what it needs is not installed."""
+    if settings.telemetry and find_spec("opentelemetry.sdk") is None:
+        raise Refused("SUBPAGE_TELEMETRY needs the OpenTelemetry SDK: install subpage[telemetry]")
+
+
+def tls_options(settings: Settings) -> dict[str, Any]:
+    """What uvicorn is told of TLS; nothing unless there is a certificate."""
+    if settings.tls_certificate is None:
+        return {}
+    password = settings.tls_key_password
+    return {
+        "ssl_certfile": str(settings.tls_certificate),
+        "ssl_keyfile": str(settings.tls_key) if settings.tls_key is not None else None,
+        "ssl_keyfile_password": password.get_secret_value() if password is not None else None,
+        "ssl_ca_certs": str(settings.tls_client_ca) if settings.tls_client_ca is not None else None,
+        "ssl_cert_reqs": ssl.CERT_REQUIRED if settings.tls_client_ca is not None else ssl.CERT_NONE,
+    }
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGINT or SIGTERM, then let requests end for a while; the exit status of the process.
+
+    Raises Refused.
+    """
+    configure(settings)
+    check_telemetry(settings)
+    app = create_app(settings)
+    check_exposure(settings, app.state.access)
     config = uvicorn.Config(
-        create_app(settings),
+        app,
         host=settings.host,
         port=settings.port,
         loop="uvloop",
         http="httptools",
         ws="none",
-        access_log=access_log,
-        log_level=log_level,
+        log_config=None,
+        access_log=False,  # the application writes its own, with the ids of requests
         server_header=False,
         timeout_graceful_shutdown=settings.shutdown_timeout,
+        **tls_options(settings),
     )
-    server = _Server(config)
+    server = _Server(config, app, settings.drain_seconds)
     # uvicorn raises the signal that stopped it once more after its shutdown; being told to stop is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):

@@ -1,14 +1,49 @@
-"""Every knob of the service, from the environment (prefix ``SUBPAGE_``) or from the command line."""
+"""Every knob of the service: from the command line, the environment (prefix ``SUBPAGE_``) or a file, in that order."""
 
 from __future__ import annotations
 
+import os
+import tomllib
 from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from service.storage.urls import StoreUrl, default_store
 
 MIB = 1 << 20
 GIB = 1 << 30
+
+
+# The variable that names a file of settings.
+CONFIG_VARIABLE = "SUBPAGE_CONFIG"
+
+
+class BadFile(Exception):
+    """The file of settings cannot be read."""
+
+
+def file_settings() -> dict[str, Any]:
+    """The settings in the TOML file that SUBPAGE_CONFIG names; none without one. Raises BadFile."""
+    path = os.environ.get(CONFIG_VARIABLE)
+    if not path:
+        return {}
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadFile(f"{CONFIG_VARIABLE}={path}: {error}") from None
+
+
+class _FileSource(PydanticBaseSettingsSource):
+    """The file, where neither a flag nor the environment says something."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return self().get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return file_settings()
 
 
 class Settings(BaseSettings):
@@ -16,8 +51,54 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="SUBPAGE_", frozen=True, extra="forbid")
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _FileSource(settings_cls)
+
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one and prints it.")
+
+    store: str = Field(
+        default_factory=lambda: default_store(dict(os.environ), Path.home()),
+        description="Where machines are kept: sqlite:///path, postgresql://user:password@host/database, or memory.",
+    )
+    max_loaded_vms: int = Field(64, ge=1, description="Machines kept in memory while nobody uses them.")
+
+    log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
+        "warning", description="The least severe of what is logged."
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Logs for people, or a JSON object for each line.")
+    access_log: bool = Field(False, description="Log every request.")
+    metrics_public: bool = Field(False, description="Serve /metrics without a token.")
+    telemetry: bool = Field(
+        False, description="Send traces and metrics by OpenTelemetry as the OTEL_… variables say; extra `telemetry`."
+    )
+    token: SecretStr | None = Field(
+        None, min_length=32, description="A token with scope admin for the default tenant, besides those that are kept."
+    )
+    token_file: Path | None = Field(None, description="SQLite file for tokens alone; without it they are in the store.")
+    token_refresh: float = Field(2.0, gt=0, description="How long a change of the tokens may take to be noticed.")
+    rate_limit: float = Field(0, ge=0, description="Requests a second that one token may make; 0: any number.")
+    rate_burst: int = Field(100, ge=1, description="Requests that one token may make at once before rate_limit holds.")
+    audit_log: str | None = Field(
+        None, description="File of the audit log, - for standard error; by default - when tokens are needed, else none."
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (), description="Origins whose web pages may call the service; none by default."
+    )
+    tls_certificate: Path | None = Field(None, description="PEM file of the certificate chain; switches TLS on.")
+    tls_key: Path | None = Field(None, description="PEM file of its private key, unless it is in the same file.")
+    tls_key_password: SecretStr | None = Field(None, description="Password of the private key.")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file of authorities; clients must show a certificate of one."
+    )
 
     max_body_bytes: int = Field(GIB, ge=1, description="Largest body of a trace.")
     max_document_bytes: int = Field(32 * MIB, ge=1, description="Largest body of every other call.")
@@ -25,7 +106,11 @@ class Settings(BaseSettings):
     spool_dir: Path | None = Field(None, description="Folder of spooled bodies; the system's own by default.")
     body_queue_bytes: int = Field(8 * MIB, ge=1, description="Bytes of one body that may wait for its replay.")
 
+    idempotency_seconds: float = Field(86400, gt=0, description="How long the answer under an Idempotency-Key is kept.")
+    idempotency_bytes: int = Field(64 * MIB, ge=0, description="What the kept answers of one token may take together.")
+
     max_vms: int = Field(64, ge=1, description="Machines that may exist at one time.")
+    max_memory_slots: int = Field(512, ge=1, description="Memory slots that one machine may have.")
     max_table_frames: int = Field(
         1 << 20, ge=16, description="4 KiB frames (tables, guest memory, bitmaps) one machine may use."
     )
@@ -34,6 +119,9 @@ class Settings(BaseSettings):
 
     busy_timeout: float = Field(5.0, ge=0, description="How long a mutation waits for its machine before 409 vm-busy.")
     replay_threads: int = Field(32, ge=1, description="Replays that may be under way at one time, over all machines.")
+    drain_seconds: float = Field(
+        0, ge=0, description="How long /readyz answers 503 before the service stops to accept connections."
+    )
     shutdown_timeout: int = Field(10, ge=0, description="Seconds that requests have to end when the service stops.")
     warm_up: bool = Field(True, description="Load the compiled kernels before /readyz answers 200.")
 
@@ -43,3 +131,13 @@ class Settings(BaseSettings):
     max_exit_records: int = Field(10_000_000, ge=0, description="Largest max_exit_records of one trace; its default.")
     kept_traces: int = Field(100, ge=1, description="Trace results kept per machine; the oldest go first.")
     kept_exit_records: int = Field(20_000_000, ge=0, description="Exit records kept per machine over all its traces.")
+    kept_trace_days: float = Field(30, ge=0, description="Trace results older than this go; 0 keeps them.")
+    loaded_exit_records: int = Field(
+        2_000_000, ge=0, description="Exit records kept in memory per machine; the store has the others."
+    )
+
+    @field_validator("store")
+    @classmethod
+    def _known_store(cls, value: str) -> str:
+        StoreUrl.parse(value)
+        return value

@@ -10,12 +10,12 @@ from starlette.responses import Response
 
 from engine.arch.access import CIRCUMSTANCE_SHIFT, default_access
 from engine.trace.single import AccessRequest
-from service.api.common import VmId, documented, find, json_response, router
+from service.api.common import VmId, documented, find, json_response, metrics_of, router
 from service.api.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
 from service.http.words import CIRCUMSTANCES, Access, Circumstances, Document, Hex64, Kind, Linear, Source, examples
 from service.problems import InvalidDocument
 
-routes = router("accesses", "/v1/vms/{vm}/accesses")
+routes = router("accesses", "/v1/vms/{vm}/accesses", reads="read", writes="write")
 
 _REPLY = {
     "allowed": False,
@@ -201,6 +201,7 @@ async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Resp
     )
     async with entry.mutation() as machine:
         outcome = machine.access(wanted)
+    metrics_of(request).accessed(outcome.exits)
     run = outcome.run
     shown = None
     if run is not None:

@@ -21,7 +21,7 @@ from service.api.common import documented, headers, router, settings_of, tagged
 from service.api.traces import FORMATS
 from service.http.words import Document, examples
 
-routes = router("service", "/v1/capabilities")
+routes = router("service", "/v1/capabilities", reads="read")
 
 _REPLY = {
     "version": __version__,

@@ -7,15 +7,17 @@ from concurrent.futures import Executor
 from typing import Annotated, Any, cast
 
 import msgspec
-from fastapi import APIRouter, Path, Query
+from fastapi import Path, Query
 from pydantic import BaseModel
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
 from service.http import conditional
-from service.http.route import StrictRoute
+from service.http.route import Routes
+from service.metrics import Metrics
 from service.problems import responses
-from service.runtime.registry import Entry, Registry
+from service.runtime.registry import Entry, Registry, unknown_vm
+from service.security.access import Permission, Principal
 from service.settings import Settings
 
 EXAMPLE_VM = "vm_3f9c2a1be07d4c55"
@@ -54,27 +56,44 @@ def documented(success: dict[int | str, dict[str, Any]], *problems: str) -> dict
     return {**success, **responses(*problems)}
 
 
-def router(tag: str, prefix: str = "") -> APIRouter:
-    """A router of one resource."""
-    return APIRouter(prefix=prefix, tags=[tag], route_class=StrictRoute, default_response_class=Response)
+def router(tag: str, prefix: str = "", *, reads: Permission | None = None, writes: Permission | None = None) -> Routes:
+    """A router of one resource. ``reads`` and ``writes`` are what its routes demand of their callers."""
+    return Routes(reads=reads, writes=writes, prefix=prefix, tags=[tag], default_response_class=Response)
 
 
-def settings_of(request: Request) -> Settings:
+def settings_of(request: HTTPConnection) -> Settings:
     return cast(Settings, request.app.state.settings)
 
 
-def registry_of(request: Request) -> Registry:
+def registry_of(request: HTTPConnection) -> Registry:
     return cast(Registry, request.app.state.registry)
 
 
-def executor_of(request: Request) -> Executor:
+def metrics_of(request: HTTPConnection) -> Metrics:
+    return cast(Metrics, request.app.state.metrics)
+
+
+def executor_of(request: HTTPConnection) -> Executor:
     """Threads for replays."""
     return cast(Executor, request.app.state.executor)
 
 
-def find(request: Request, vm_id: str) -> Entry:
-    """The machine that the path names. Raises NotFound."""
-    return registry_of(request).get(vm_id)
+def principal_of(request: HTTPConnection) -> Principal:
+    """Who is asking."""
+    return cast(Principal, request.scope["principal"])
+
+
+def tenant_of(request: HTTPConnection) -> str:
+    """Whose machines the caller sees."""
+    return principal_of(request).tenant
+
+
+def find(request: HTTPConnection, vm_id: str) -> Entry:
+    """The machine that the path names. Raises NotFound, also for one of another tenant."""
+    entry = registry_of(request).get(vm_id)
+    if entry.tenant != tenant_of(request):
+        raise unknown_vm(vm_id)
+    return entry
 
 
 def guard(request: Request, entry: Entry, current: Callable[[], Iterable[str]]) -> None:

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from service.api.common import VmId, documented, find, json_response, router
 from service.http.words import Document
 
-routes = router("counters", "/v1/vms/{vm}/counters")
+routes = router("counters", "/v1/vms/{vm}/counters", reads="read")
 
 
 class Counters(Document):

@@ -29,7 +29,7 @@ from service.http.words import Document, Hex32, Hex64, examples
 from service.runtime.offload import maybe_in_thread
 from service.runtime.registry import Entry
 
-routes = router("dirty tracking", "/v1/vms/{vm}")
+routes = router("dirty tracking", "/v1/vms/{vm}", reads="read", writes="write")
 
 # Machines with this many pages at most are walked in no time.
 _INLINE_PAGES = 1 << 14

@@ -18,7 +18,7 @@ from service.api.nested_fields import EvmcsPage
 from service.api.nested_state import VcpuId
 from service.http.words import Document, Hex32, Hex64, examples
 
-routes = router("nested state", "/v1/vms/{vm}/vcpus/{n}")
+routes = router("nested state", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
 
 CAP_HYPERV_ENLIGHTENED_VMCS = 163
 CAP_HYPERV_DIRECT_TLBFLUSH = 175

@@ -39,7 +39,7 @@ from service.http.negotiation import ARROW, JSON, NDJSON, preferred
 from service.http.words import Document, Hex32, Hex64, examples
 from service.runtime.offload import maybe_in_thread
 
-routes = router("traces", "/v1/vms/{vm}/traces/{trace}/exits")
+routes = router("traces", "/v1/vms/{vm}/traces/{trace}/exits", reads="read")
 
 TraceId = Annotated[str, Path(alias="trace", description="Id of the trace.", examples=[EXAMPLE_TRACE])]
 
@@ -236,7 +236,7 @@ def exits_url(vm_id: str, trace_id: str, position: int, limit: int | None) -> st
     ),
 )
 async def get_exits(request: Request, vm: VmId, trace: TraceId, limit: Limit = None, cursor: Cursor = None) -> Response:
-    found = find(request, vm).traces.get(trace)
+    found = await find(request, vm).traces.get(trace)
     media = preferred(request, _OFFERS)
     exits = found.result.exit_columns
     start = cursors.decode(f"exits:{trace}", cursor) if cursor is not None else 0

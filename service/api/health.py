@@ -14,7 +14,7 @@ from service.api.common import documented, json_response, router
 from service.http.words import Document, examples
 from service.problems import NotReady
 
-routes = router("service")
+routes = router("service", reads="public")
 
 
 class Alive(Document):
@@ -60,12 +60,15 @@ async def livez() -> Response:
     "/readyz",
     operation_id="getReadyz",
     summary="Readiness",
-    description="Answers 503 while the compiled kernels are loaded and while the service drains.",
+    description=(
+        "Answers 503 while the compiled kernels are loaded, while the store is not to be had (another process owns it, "
+        "or it failed), and while the service drains."
+    ),
     responses=documented({200: {"model": Ready, "description": "Ready."}}, "not-ready"),
 )
 async def readyz(request: Request) -> Response:
     if not request.app.state.ready:
-        raise NotReady("the service is starting or draining; try again")
+        raise NotReady(request.app.state.registry.home.trouble or "the service is starting or draining; try again")
     return json_response(Ready(status="ready"))
 
 

@@ -12,7 +12,7 @@ from service.api.common import VmId, documented, find, json_response, router
 from service.http.words import Document, Hex64, examples
 from service.runtime.offload import maybe_in_thread
 
-routes = router("host memory", "/v1/vms/{vm}/host-memory")
+routes = router("host memory", "/v1/vms/{vm}/host-memory", reads="read", writes="write")
 
 # Events on so few pages are done before the event loop notices.
 _INLINE_PAGES = 64

@@ -21,7 +21,7 @@ from service.http.negotiation import JSON, OCTETS, content_type
 from service.http.words import Document, Hex64, examples
 from service.problems import InvalidDocument
 
-routes = router("Hyper-V", "/v1/vms/{vm}/vcpus/{n}")
+routes = router("Hyper-V", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
 
 _XMM = r"^([0-9a-f]{32})$"
 _BYTES = r"^([0-9a-f]{2})*$"

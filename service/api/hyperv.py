@@ -18,7 +18,7 @@ from service.http import conditional
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
 from service.http.words import Document, Hex64, examples
 
-routes = router("Hyper-V", "/v1/vms/{vm}")
+routes = router("Hyper-V", "/v1/vms/{vm}", reads="read", writes="write")
 
 _OFFERS = (JSON, OCTETS)
 _BINARY = {"schema": {"type": "string", "format": "binary"}}

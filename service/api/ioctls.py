@@ -16,14 +16,24 @@ from engine.abi import SYSTEM, VCPU, VM, Call, Reply, UserBuffer, UserMemory
 from engine.config import HostConfig, VmConfig
 from engine.errors import NotFound
 from engine.ioctls import IOCTLS, NewMachine, Target, as_created
-from service.api.common import VmId, documented, find, headers, json_response, registry_of, router, settings_of
+from service.api.common import (
+    VmId,
+    documented,
+    find,
+    headers,
+    json_response,
+    registry_of,
+    router,
+    settings_of,
+    tenant_of,
+)
 from service.api.vms import HostRequest, Profile
 from service.http.handlers import refusal
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
 from service.http.words import Document, Hex64, examples
 from service.problems import InvalidDocument
 
-routes = router("ioctls", "/v1")
+routes = router("ioctls", "/v1", reads="read", writes="write")
 
 _HEX = r"^([0-9a-fA-F]{2})*$"
 _FIRST_DESCRIPTOR = 3
@@ -236,7 +246,7 @@ async def call_system_ioctl(
     reply = IOCTLS.perform(Target(profile, incoming.host), incoming.call)
     if not isinstance(reply, NewMachine):
         return incoming.answer(reply)
-    entry = await registry_of(request).create(config, (), spp=False)
+    entry = await registry_of(request).create(config, (), spp=False, tenant=tenant_of(request))
     as_created(entry.machine)
     return incoming.answer(Reply(_FIRST_DESCRIPTOR + entry.sequence), entry.id)
 

@@ -15,7 +15,7 @@ from service.http.words import Hex64
 from service.problems import InvalidDocument
 from service.runtime.offload import maybe_in_thread
 
-routes = router("guest memory", "/v1/vms/{vm}/memory")
+routes = router("guest memory", "/v1/vms/{vm}/memory", reads="read", writes="write")
 
 Gpa = Annotated[Hex64, Query(description="Guest-physical address of the first byte.", examples=["0x2000360"])]
 

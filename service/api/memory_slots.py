@@ -10,14 +10,26 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.errors import NotFound
+from engine.errors import LimitExceeded, NotFound
 from engine.kvm.slots import SlotSpec
-from service.api.common import VmId, documented, find, guard, headers, json_response, router, tag_of, tagged
+from service.api.common import (
+    VmId,
+    documented,
+    find,
+    guard,
+    headers,
+    json_response,
+    router,
+    settings_of,
+    tag_of,
+    tagged,
+)
 from service.http.words import Document, Hex64, examples
 from service.problems import InvalidDocument
 from service.runtime.registry import Entry
+from service.settings import Settings
 
-routes = router("memory slots", "/v1/vms/{vm}/memory-slots")
+routes = router("memory slots", "/v1/vms/{vm}/memory-slots", reads="read", writes="write")
 
 SlotId = Annotated[int, Path(alias="slot", ge=0, le=65535, description="Number of the slot.", examples=[0])]
 
@@ -122,6 +134,13 @@ def _unknown(slot: int) -> NotFound:
     return NotFound("must be the number of an existing slot", field="slot", value=slot)
 
 
+def check_slots(settings: Settings, count: int) -> None:
+    """Raise LimitExceeded when one machine may not have ``count`` slots."""
+    if count > settings.max_memory_slots:
+        rule = f"one VM may have at most {settings.max_memory_slots} memory slots"
+        raise LimitExceeded(rule, field="max_memory_slots", value=settings.max_memory_slots)
+
+
 @routes.get(
     "",
     operation_id="listMemorySlots",
@@ -191,6 +210,8 @@ async def put_memory_slot(
     async with entry.mutation() as machine:
         guard(request, entry, lambda: _tags(entry, slot, space))
         known = machine.memory_slots.find(slot, space or 0)
+        if known is None:
+            check_slots(settings_of(request), len(machine.slots()) + 1)
         machine.set_slot(replace(body.spec(slot, known), address_space=space or 0))
         found = _find(entry, slot, space)
     assert found is not None

@@ -13,7 +13,7 @@ from service.api.common import VmId, documented, find, json_response, router
 from service.api.nested_state import VcpuId
 from service.http.words import Document, Hex32, Hex64, examples
 
-routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}/msrs")
+routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}/msrs", reads="read", writes="write")
 
 _MSR = {"index": "0x48c", "name": "IA32_VMX_EPT_VPID_CAP", "value": "0xf01063341c1"}
 _VCPU_MSR = {"index": "0x48d", "name": "IA32_VMX_TRUE_PINBASED_CTLS", "host": "0x7f00000016", "guest": "0x3f00000016"}

@@ -14,10 +14,11 @@ from service.api.common import VmId, documented, encode, find, guard, headers, j
 from service.api.nested_fields import EXAMPLE, NestedStateFields, blob_of, fields_of
 from service.http import conditional
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
+from service.http.route import permission
 from service.http.words import Document, examples
 from service.problems import NestedStateRefused
 
-routes = router("nested state", "/v1/vms/{vm}/vcpus/{n}")
+routes = router("nested state", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
 
 VcpuId = Annotated[int, Path(alias="n", ge=0, description="KVM vCPU id.", examples=[0])]
 
@@ -199,6 +200,7 @@ async def put_nested_state(request: Request, vm: VmId, n: VcpuId) -> Response:
         "invalid-value",
     ),
 )
+@permission("read")
 async def explain_nested_state(request: Request, vm: VmId, n: VcpuId) -> Response:
     machine = find(request, vm).machine
     blob = await _blob(request)

@@ -17,7 +17,7 @@ from service.http.words import Document, Hex32, Hex64, Rights, examples
 from service.problems import InvalidDocument, showable
 from service.runtime.offload import maybe_in_thread
 
-routes = router("page access", "/v1/vms/{vm}/page-access")
+routes = router("page access", "/v1/vms/{vm}/page-access", reads="read", writes="write")
 
 _INLINE_ENTRIES = 64
 _ABOUT = (

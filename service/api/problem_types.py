@@ -14,7 +14,7 @@ from service import problems
 from service.api.common import documented, json_response, router
 from service.http.words import Document, examples
 
-routes = router("service", "/problems")
+routes = router("service", "/problems", reads="public")
 
 _REPLY = {
     "type": "/problems/vm-busy",

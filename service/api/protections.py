@@ -29,7 +29,7 @@ from service.http import cursors
 from service.http.words import Document, Hex64, examples
 from service.runtime.offload import maybe_in_thread
 
-routes = router("protections", "/v1/vms/{vm}/protections")
+routes = router("protections", "/v1/vms/{vm}/protections", reads="read", writes="write")
 
 _NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.~-]*$"
 _INLINE_PAGES = 4096

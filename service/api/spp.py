@@ -10,7 +10,7 @@ from engine.errors import Conflict
 from service.api.common import VmId, documented, find, guard, headers, router, tag_of, tagged
 from service.http.words import Document, examples
 
-routes = router("SPP", "/v1/vms/{vm}/spp")
+routes = router("SPP", "/v1/vms/{vm}/spp", reads="read", writes="write")
 
 
 class SppRequest(Document):

@@ -36,7 +36,7 @@ from service.http.words import Document, Hex32, Hex64, examples
 from service.problems import InvalidDocument
 from service.runtime.offload import maybe_in_thread
 
-routes = router("sub-pages", "/v1/vms/{vm}/subpages")
+routes = router("sub-pages", "/v1/vms/{vm}/subpages", reads="read", writes="write")
 
 Layer = Literal["effective", "set", "protected", "granted"]
 Gfn = Annotated[

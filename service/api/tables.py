@@ -14,7 +14,7 @@ from service.api.common import VmId, documented, find, guard, headers, json_resp
 from service.api.walk import EXAMPLE_EPT_LEAF, EXAMPLE_SPPT_LEAF, WalkEntry
 from service.http.words import Document, Hex64, examples
 
-routes = router("tables", "/v1/vms/{vm}")
+routes = router("tables", "/v1/vms/{vm}", reads="read", writes="write")
 
 _ABOUT = (
     "The entry is the one that the first vCPU's walk of `gpa` reads at `level`, by EPTP or SPPTP and the entries "

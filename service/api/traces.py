@@ -23,6 +23,7 @@ from service.api.common import (
     find,
     headers,
     json_response,
+    metrics_of,
     router,
     settings_of,
     tagged,
@@ -37,7 +38,7 @@ from service.runtime.offload import maybe_in_thread
 from service.runtime.traces import SPOOLED_FORMATS, Trace, TraceRequest, replay
 from service.settings import Settings
 
-routes = router("traces", "/v1/vms/{vm}/traces")
+routes = router("traces", "/v1/vms/{vm}/traces", reads="read", writes="write")
 
 FORMATS = {JSON: "json", NDJSON: "ndjson", ARROW: "arrow", PARQUET: "parquet", OCTETS: "packed"}
 
@@ -312,8 +313,11 @@ async def create_trace(
                 result, ignored = await upload.run(lambda pipe: replay(machine, wanted, spool or pipe, pipe.check))
                 seconds = time.perf_counter() - began
                 trace_id, sequence = entry.traces.next_id()
-                trace = Trace(trace_id, sequence, wanted, result, ignored, datetime.now(UTC), seconds)
+                kept_records = len(result.exit_columns)
+                now = datetime.now(UTC)
+                trace = Trace(trace_id, sequence, wanted, result, ignored, now, seconds, kept_records)
                 entry.traces.add(trace)
+                metrics_of(request).replayed(result)
         finally:
             if spool is not None:
                 spool.close()
@@ -353,4 +357,4 @@ async def list_traces(request: Request, vm: VmId, limit: Limit = None, cursor: C
 )
 async def get_trace(request: Request, vm: VmId, trace: TraceId) -> Response:
     entry = find(request, vm)
-    return tagged(request, await _rendered(entry.id, entry.traces.get(trace), settings_of(request)))
+    return tagged(request, await _rendered(entry.id, await entry.traces.get(trace), settings_of(request)))

@@ -16,7 +16,7 @@ from service.api.nested_state import VcpuId
 from service.http.words import Document, Hex32, Hex64, examples
 from service.problems import InvalidDocument
 
-routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}")
+routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
 
 _LEAF = {
     "function": "0x40000001",

@@ -15,7 +15,7 @@ from engine.machine import VirtualMachine
 from service.api.common import VmId, documented, find, guard, headers, json_response, router, tag_of, tagged
 from service.http.words import Document, Hex64, Word, examples
 
-routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}")
+routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
 
 VcpuId = Annotated[int, Path(alias="n", ge=0, description="KVM vCPU id.", examples=[0])]
 Place = Literal["root", "outside", "non-root", "wrong-mode"]

@@ -15,7 +15,7 @@ from engine.machine import VirtualMachine
 from service.api.common import VmId, documented, find, guard, headers, router, tag_of, tagged
 from service.http.words import Document, Hex64, examples
 
-routes = router("SPP", "/v1/vms/{vm}/capabilities")
+routes = router("SPP", "/v1/vms/{vm}/capabilities", reads="read", writes="write")
 
 NAME = "x86-spp"
 _KNOWN = (str(CAP_X86_SPP), NAME, "KVM_CAP_X86_SPP")

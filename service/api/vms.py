@@ -27,13 +27,14 @@ from service.api.common import (
     settings_of,
     tag_of,
     tagged,
+    tenant_of,
 )
-from service.api.memory_slots import MemorySlot, NumberedSlotRequest, slots_of
+from service.api.memory_slots import MemorySlot, NumberedSlotRequest, check_slots, slots_of
 from service.http import cursors
 from service.http.words import Document, Hex32, Hex64, examples
 from service.runtime.registry import Entry
 
-routes = router("VMs", "/v1/vms")
+routes = router("VMs", "/v1/vms", reads="read", writes="write")
 
 # Only what cannot be turned into a configuration is refused here; whether one makes sense is for the engine to say.
 _MOST_VCPUS = 1024
@@ -310,8 +311,9 @@ class Vms(Document):
 )
 async def create_vm(request: Request, body: Annotated[VmRequest, Body()]) -> Response:
     config = body.config(settings_of(request).max_table_frames)
+    check_slots(settings_of(request), len(body.memory_slots))
     slots = [slot.spec(slot.slot) for slot in body.memory_slots]
-    entry = await registry_of(request).create(config, slots, spp=body.spp)
+    entry = await registry_of(request).create(config, slots, spp=body.spp, tenant=tenant_of(request))
     return tagged(request, Vm.of(entry), status=201, extra={"Location": f"/v1/vms/{entry.id}"})
 
 
@@ -325,7 +327,7 @@ async def list_vms(request: Request, limit: Limit = None, cursor: Cursor = None)
     settings = settings_of(request)
     size = cursors.page_limit(limit, settings.page_size, settings.max_page_size)
     after = cursors.decode("vms", cursor) if cursor is not None else 0
-    entries, following = registry_of(request).page(after, size)
+    entries, following = await registry_of(request).page(tenant_of(request), after, size)
     follow = cursors.next_url("/v1/vms", "vms", following, limit) if following is not None else None
     return json_response(Vms(vms=[Vm.of(entry) for entry in entries], next=follow))
 

@@ -13,7 +13,7 @@ from engine.arch.access import CIRCUMSTANCE_SHIFT
 from service.api.common import VmId, documented, find, json_response, router
 from service.http.words import CIRCUMSTANCES, Access, Circumstances, Document, Hex32, Hex64, Kind, Linear, examples
 
-routes = router("accesses", "/v1/vms/{vm}/walk")
+routes = router("accesses", "/v1/vms/{vm}/walk", reads="read")
 
 EXAMPLE_SPPT_LEAF = {
     "structure": "SPPL1E",

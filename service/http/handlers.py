@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 
 from engine.errors import EngineError
@@ -29,7 +29,7 @@ logger = logging.getLogger("subpage")
 _PLACES = ("body", "query", "path", "header", "cookie")
 
 
-def problem_response(request: Request, exc: Exception) -> Response:
+def problem_response(request: HTTPConnection, exc: Exception) -> Response:
     """The answer to ``exc``."""
     body, headers = describe(exc, request.url.path)
     # ASCII only: a value quoted from the request may hold lone surrogates, which UTF-8 cannot carry.

@@ -1,67 +1,58 @@
-"""Limits that hold before a route sees the request: size and coding of the body."""
+"""Limits that hold before a route reads its body: size and coding."""
 
 from __future__ import annotations
 
-from starlette.datastructures import Headers
-from starlette.requests import Request
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from collections.abc import Mapping
 
-from service.http.handlers import problem_response
+from starlette.types import Message, Receive, Scope
+
+from service.http.codings import ACCEPTED, CODINGS, decoded
 from service.problems import BodyTooLarge, UnsupportedMediaType
 from service.settings import Settings
 
 # The body of any other method is never read.
-_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
-class BodyLimits:
-    """ASGI middleware. A declared length over the limit is refused unread, an undeclared one where it passes it."""
+def bounded(scope: Scope, receive: Receive, headers: Mapping[bytes, bytes], settings: Settings) -> Receive:
+    """``receive`` within the limits of the call, and decoded; the limit holds before and after that.
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self.app = app
-        self.settings = settings
+    A declared length over the limit is refused here and unread, an undeclared one where it passes it: raises
+    BodyTooLarge, or UnsupportedMediaType for a coding that is not read.
+    """
+    declared = headers.get(b"content-length")
+    if (declared is None or declared == b"0") and b"transfer-encoding" not in headers:
+        return receive
+    limit = limit_of(scope, settings)
+    if declared is not None and int(declared) > limit:
+        raise _too_large(limit)
+    coding = headers.get(b"content-encoding", b"identity").decode("latin-1").lower()
+    if coding != "identity" and coding not in CODINGS:
+        rule, accepted = f"must be one of {ACCEPTED}", {"Accept-Encoding": ACCEPTED}
+        raise UnsupportedMediaType(rule, field="Content-Encoding", value=coding, headers=accepted)
+    seen = 0
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] not in _WITH_BODY:
-            await self.app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        declared = headers.get("content-length")
-        if (declared is None or declared == "0") and "transfer-encoding" not in headers:
-            await self.app(scope, receive, send)
-            return
-        limit = self._limit(scope)
-        refused: BodyTooLarge | UnsupportedMediaType | None = None
-        if declared is not None and int(declared) > limit:
-            refused = _too_large(limit)
-        elif headers.get("content-encoding", "identity").lower() != "identity":
-            rule, coding = "must be identity: coded bodies are not read", headers["content-encoding"]
-            accepted = {"Accept-Encoding": "identity"}
-            refused = UnsupportedMediaType(rule, field="Content-Encoding", value=coding, headers=accepted)
-        if refused is not None:
-            await problem_response(Request(scope, receive), refused)(scope, receive, send)
-            return
-        seen = 0
+    async def counted() -> Message:
+        nonlocal seen
+        message = await receive()
+        if message["type"] == "http.request":
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                raise _too_large(limit)
+        return message
 
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            if message["type"] == "http.request":
-                seen += len(message.get("body", b""))
-                if seen > limit:
-                    raise _too_large(limit)
-            return message
+    return counted if coding == "identity" else decoded(counted, coding, limit)
 
-        await self.app(scope, counted, send)
 
-    def _limit(self, scope: Scope) -> int:
-        match scope["method"], scope["path"].rpartition("/")[2]:
-            case "POST", "traces":
-                return self.settings.max_body_bytes
-            case "PUT", "memory":
-                return self.settings.max_memory_window
-            case _:
-                return self.settings.max_document_bytes
+def limit_of(scope: Scope, settings: Settings) -> int:
+    """The largest body of this call in bytes."""
+    match scope["method"], scope["path"].rpartition("/")[2]:
+        case "POST", "traces":
+            return settings.max_body_bytes
+        case "PUT", "memory":
+            return settings.max_memory_window
+        case _:
+            return settings.max_document_bytes
 
 
 def _too_large(limit: int) -> BodyTooLarge:

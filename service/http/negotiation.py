@@ -64,7 +64,11 @@ def preferred(request: Request, offers: tuple[str, ...]) -> str:
 
     Raises NotAcceptable, naming the offers.
     """
-    header = ",".join(request.headers.getlist("accept"))
+    return acceptable(",".join(request.headers.getlist("accept")), offers)
+
+
+def acceptable(header: str, offers: tuple[str, ...]) -> str:
+    """The same of the Accept header itself."""
     if not header:
         return offers[0]
     best = _preferred(header, offers)

@@ -1,17 +1,21 @@
-"""The route class of the API: query parameters that a call does not have are refused, not ignored."""
+"""The routes of the API: each declares who may call it, and refuses query parameters that it does not have."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-from fastapi.routing import APIRoute
+from fastapi import APIRouter
+from fastapi.routing import APIRoute, APIWebSocketRoute
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from service.http.admission import gated
 from service.http.handlers import refusal
+from service.http.negotiation import JSON
 from service.problems import InvalidDocument
+from service.security.access import Permission
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -23,6 +27,16 @@ def reads_query(endpoint: F) -> F:
     """Mark an endpoint that reads its query with ``parse_query``, which is as strict and four times as fast."""
     endpoint.reads_query = True  # type: ignore[attr-defined]
     return endpoint
+
+
+def permission(needed: Permission) -> Callable[[F], F]:
+    """Declare what an endpoint demands of its caller, where that differs from the rest of its module."""
+
+    def declare(endpoint: F) -> F:
+        endpoint.permission = needed  # type: ignore[attr-defined]
+        return endpoint
+
+    return declare
 
 
 def parse_query(model: type[M], request: Request) -> M:
@@ -54,8 +68,28 @@ def query_parameters(model: type[BaseModel]) -> list[dict[str, Any]]:
     ]
 
 
+def _offers(responses: Mapping[int | str, dict[str, Any]]) -> tuple[str, ...]:
+    """The media types that the successes among ``responses`` document."""
+    found: dict[str, None] = {}
+    for status, reply in responses.items():
+        if str(status).startswith("2"):
+            found |= dict.fromkeys(reply.get("content", {}))
+            if "model" in reply:
+                found[JSON] = None
+    return tuple(found)
+
+
 class StrictRoute(APIRoute):
-    """A typing error in an option must not silently run the call with the default."""
+    """A route behind its gate. A typing error in an option must not silently run the call with the default."""
+
+    permission: Permission | None
+    offers: tuple[str, ...]
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, endpoint, **options)
+        self.permission = getattr(endpoint, "permission", None)
+        self.offers = _offers(self.responses)
+        self.app = gated(self, self.app)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -78,3 +112,42 @@ class StrictRoute(APIRoute):
             return await handler(request)
 
         return strict
+
+
+class GuardedWebSocketRoute(APIWebSocketRoute):
+    """A WebSocket behind the same gate: a refusal answers the opening handshake."""
+
+    permission: Permission | None
+    offers: tuple[str, ...] = ()
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, endpoint, **options)
+        self.permission = getattr(endpoint, "permission", None)
+        self.app = gated(self, self.app)
+
+
+class Routes(APIRouter):
+    """The routes of one resource.
+
+    ``reads`` is the permission of its GETs, ``writes`` that of everything else, WebSockets included;
+    ``@permission(...)`` below the route's decorator overrides them. A route without either is a mistake that a test
+    finds, and demands ``admin`` until then.
+    """
+
+    def __init__(self, *, reads: Permission | None = None, writes: Permission | None = None, **options: Any) -> None:
+        super().__init__(route_class=StrictRoute, **options)
+        self._reads, self._writes = reads, writes
+
+    def add_api_route(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().add_api_route(path, endpoint, **options)
+        route = self.routes[-1]
+        assert isinstance(route, StrictRoute)
+        if route.permission is None:
+            route.permission = self._reads if (route.methods or set()) <= {"GET", "HEAD"} else self._writes
+
+    def add_api_websocket_route(
+        self, path: str, endpoint: Callable[..., Any], name: str | None = None, **options: Any
+    ) -> None:
+        route = GuardedWebSocketRoute(self.prefix + path, endpoint, name=name, **options)
+        route.permission = route.permission or self._writes
+        self.routes.append(route)

@@ -180,6 +180,7 @@ class Upload:
                 # A second cancellation must not leave the thread behind with the machine half fed.
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait((thread,))
+            thread.exception()  # that it was aborted is no news
             raise
 
 

@@ -2,57 +2,27 @@
 
 from __future__ import annotations
 
-import bisect
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from engine.config import VmConfig
-from engine.errors import EngineError, InvalidValue, LimitExceeded, NotFound
+from engine.errors import EngineError, InvalidValue, LimitExceeded
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
+from service.problems import NotReady
+from service.runtime.entry import Entry, unknown_vm
+from service.runtime.home import Home
 from service.runtime.offload import maybe_in_thread
 from service.runtime.traces import TraceStore
 from service.runtime.writer import Writer
 from service.settings import Settings
+from service.storage.records import VmRecord
+
+__all__ = ["Entry", "Registry", "unknown_vm"]
 
 _INLINE_SLOTS = 4
-
-
-@dataclass(slots=True)
-class Entry:
-    """One machine and what the service keeps about it. ``sequence`` orders entries by creation."""
-
-    id: str
-    sequence: int
-    machine: VirtualMachine
-    writer: Writer
-    traces: TraceStore
-    created: datetime
-    revision: int = 1
-    gone: bool = field(default=False)
-
-    @property
-    def require_match(self) -> bool:
-        return self.machine.config.require_match
-
-    @asynccontextmanager
-    async def mutation(self) -> AsyncIterator[VirtualMachine]:
-        """The machine, held for one mutation. Leaving without an exception counts as one new revision.
-
-        Raises Busy after the configured wait, NotFound if the machine was deleted meanwhile.
-        """
-        async with self.writer.hold():
-            if self.gone:
-                raise unknown_vm(self.id)
-            yield self.machine
-            self.revision += 1
-
-
-def unknown_vm(vm_id: str) -> NotFound:
-    return NotFound("must be the id of an existing VM", field="vm", value=vm_id)
 
 
 def _build(config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool) -> VirtualMachine:
@@ -72,52 +42,154 @@ def _build(config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool) -> Virtual
 
 
 class Registry:
-    """Creates, finds, lists and deletes machines; used from the event loop only."""
+    """Creates, finds, lists and deletes machines; used from the event loop only.
 
-    def __init__(self, settings: Settings) -> None:
+    Machines of a durable home are read when they are first asked for, and the least recently used are forgotten while
+    there are more than ``max_loaded_vms``.
+    """
+
+    def __init__(self, settings: Settings, home: Home) -> None:
         self._settings = settings
+        self.home = home
         self._entries: dict[str, Entry] = {}
         self._sequence = 0
         self._coming = 0
 
-    async def create(self, config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool) -> Entry:
-        """A new machine under a fresh unguessable id. Raises LimitExceeded, or what the engine says of the input."""
+    # What the home says
+
+    def arrive(self, machines: Sequence[VmRecord], *, goes_on: bool) -> None:
+        """The store has these machines; with ``goes_on`` those in memory are the same."""
+        if not goes_on:
+            self.leave()
+        for record in machines:
+            if record.id not in self._entries:
+                created = datetime.fromisoformat(record.created)
+                self._entries[record.id] = self._entry(
+                    record.id, record.number, created, record.revision, record.tenant
+                )
+            self._sequence = max(self._sequence, record.number)
+
+    def leave(self) -> None:
+        """Another process may change the store: whatever is under way will find its machine gone."""
+        for entry in self._entries.values():
+            entry.gone = entry.lost = True
+        self._entries = {}
+
+    # What requests ask for
+
+    @asynccontextmanager
+    async def using(self, vm_id: str | None) -> AsyncIterator[None]:
+        """A request about a machine, or about none: what it names is loaded, and stays so until the end.
+
+        Raises NotReady while the home is not open, StoreUnavailable. A machine that does not exist is the route's
+        to report.
+        """
+        if not self.home.open:
+            raise NotReady(self.home.trouble)
+        entry = self._entries.get(vm_id) if vm_id is not None else None
+        if entry is None:
+            yield
+            return
+        # Now the most recently used.
+        self._entries[entry.id] = self._entries.pop(entry.id)
+        entry.uses += 1
+        try:
+            await self._load(entry)
+            yield
+        finally:
+            entry.uses -= 1
+
+    async def _load(self, entry: Entry) -> None:
+        if entry.loaded is not None and not (entry.doubtful and self.home.ready):
+            return
+        if entry.doubtful:
+            async with entry.writer.hold():
+                await self._read(entry)
+        else:
+            await self._read(entry)
+        self._forget_unused()
+
+    async def _read(self, entry: Entry) -> None:
+        try:
+            await entry.load()
+        except EngineError:
+            self._entries.pop(entry.id, None)
+
+    def _forget_unused(self) -> None:
+        loaded = [entry for entry in self._entries.values() if entry.loaded is not None]
+        for entry in loaded[: max(0, len(loaded) - self._settings.max_loaded_vms)]:
+            if not entry.uses and not entry.doubtful:
+                entry.unload()
+
+    async def create(self, config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool, tenant: str) -> Entry:
+        """A new machine of ``tenant`` under a fresh unguessable id, committed.
+
+        Raises LimitExceeded, what the engine says of the input, or StoreUnavailable.
+        """
         settings = self._settings
+        self._drop_gone()
         if len(self._entries) + self._coming >= settings.max_vms:
             rule = f"at most {settings.max_vms} VMs may exist at one time"
             raise LimitExceeded(rule, field="max_vms", value=settings.max_vms)
         self._coming += 1
         try:
             machine = await maybe_in_thread(len(slots) <= _INLINE_SLOTS, _build, config, slots, spp=spp)
+            self._sequence += 1
+            entry = self._entry(f"vm_{secrets.token_hex(8)}", self._sequence, datetime.now(UTC), 1, tenant)
+            await self.home.create(entry.record(), machine)
         finally:
             self._coming -= 1
-        self._sequence += 1
-        entry = Entry(
-            id=f"vm_{secrets.token_hex(8)}",
-            sequence=self._sequence,
-            machine=machine,
-            writer=Writer(settings.busy_timeout),
-            traces=TraceStore(settings.kept_traces, settings.kept_exit_records),
-            created=datetime.now(UTC),
-        )
+        entry.loaded = machine
         self._entries[entry.id] = entry
+        if self.home.durable:
+            self._forget_unused()
         return entry
+
+    def _entry(self, vm_id: str, sequence: int, created: datetime, revision: int, tenant: str) -> Entry:
+        settings = self._settings
+        traces = TraceStore(
+            settings.kept_traces,
+            settings.kept_exit_records,
+            settings.kept_trace_days,
+            loaded_exit_records=settings.loaded_exit_records,
+            load=self.home.loader(sequence),
+        )
+        return Entry(vm_id, sequence, created, revision, tenant, self.home, Writer(settings.busy_timeout), traces)
 
     def get(self, vm_id: str) -> Entry:
         """The machine called ``vm_id``. Raises NotFound."""
         entry = self._entries.get(vm_id)
-        if entry is None:
+        if entry is None or entry.gone:
             raise unknown_vm(vm_id)
         return entry
 
-    def page(self, after: int, limit: int) -> tuple[list[Entry], int | None]:
-        """Up to ``limit`` machines created after sequence number ``after``, and where the next page starts."""
-        entries = list(self._entries.values())
-        start = bisect.bisect_right(entries, after, key=lambda entry: entry.sequence)
-        found = entries[start : start + limit]
-        return found, found[-1].sequence if start + limit < len(entries) else None
+    def all(self) -> list[Entry]:
+        """The machines of every tenant, loaded or not."""
+        return [entry for entry in self._entries.values() if not entry.gone]
+
+    def _drop_gone(self) -> None:
+        self._entries = {vm_id: entry for vm_id, entry in self._entries.items() if not entry.gone}
+
+    async def page(self, tenant: str, after: int, limit: int) -> tuple[list[Entry], int | None]:
+        """Up to ``limit`` machines of ``tenant`` after sequence number ``after``, and where the next page starts.
+
+        All of them are loaded.
+        """
+        later = sorted(
+            (entry for entry in self.all() if entry.tenant == tenant and entry.sequence > after),
+            key=lambda entry: entry.sequence,
+        )
+        found = later[:limit]
+        for entry in found:
+            entry.uses += 1
+        try:
+            for entry in found:
+                await self._load(entry)
+        finally:
+            for entry in found:
+                entry.uses -= 1
+        return [entry for entry in found if not entry.gone], found[-1].sequence if limit < len(later) else None
 
     def forget(self, entry: Entry) -> None:
-        """Remove the machine; the caller holds its writer, and whoever waits for that will find it gone."""
-        entry.gone = True
-        del self._entries[entry.id]
+        """Delete the machine with the commit of the mutation that the caller is in; whoever waits finds it gone."""
+        entry.leaving = True

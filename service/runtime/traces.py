@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
 
 from engine.errors import NotFound
 from engine.machine import VirtualMachine
 from engine.trace.readers import Source, open_trace
-from engine.trace.results import TraceResult
+from engine.trace.results import EXIT_COLUMNS, ExitColumns, TraceResult
 from engine.trace.session import ReplayOptions
 
 # These need the whole body before the first access: a Parquet file's directory comes last, JSON is one value.
 SPOOLED_FORMATS = frozenset({"json", "parquet"})
+
+NO_RECORDS = ExitColumns(
+    {name: np.empty(0, dtype=dtype) for name, dtype, _ in EXIT_COLUMNS}, np.empty(0, dtype=np.uint64), has_gva=False
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,10 @@ class TraceRequest:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One finished replay: what was asked, what came out. ``seconds`` runs from its start to its publication."""
+    """One finished replay: what was asked, what came out. ``seconds`` runs from its start to its publication.
+
+    ``exit_records`` is how many the result has, also where ``result.exit_columns`` were left out.
+    """
 
     id: str
     sequence: int
@@ -50,6 +59,11 @@ class Trace:
     ignored_columns: tuple[str, ...]
     created: datetime
     seconds: float
+    exit_records: int
+
+    def without_records(self) -> Trace:
+        """The same with no exit records, for keeping many."""
+        return replace(self, result=replace(self.result, exit_columns=NO_RECORDS))
 
 
 def replay(
@@ -71,13 +85,36 @@ def replay(
 
 
 class TraceStore:
-    """The last traces of one machine, oldest dropped first; the newest always stays."""
+    """The last traces of one machine, oldest dropped first; the newest stays however many records it has.
 
-    def __init__(self, kept: int, kept_exit_records: int) -> None:
+    Changes are handed in with ``add`` and take effect with ``settle``, after the machine's commit, or are given up
+    with ``discard``. ``load`` fetches exit records that are no longer in memory; without it all of them stay there.
+    """
+
+    def __init__(
+        self,
+        kept: int,
+        kept_exit_records: int,
+        kept_days: float = 0,
+        *,
+        loaded_exit_records: int = 0,
+        load: Callable[[str], Awaitable[ExitColumns]] | None = None,
+    ) -> None:
         self._kept = kept
         self._kept_exit_records = kept_exit_records
+        self._kept_for = timedelta(days=kept_days) if kept_days else None
+        self._loaded_exit_records = loaded_exit_records
+        self._load = load
         self._traces: dict[str, Trace] = {}
+        self._columns: dict[str, ExitColumns] = {}
+        self._coming: list[Trace] = []
+        self._going: list[str] = []
         self._sequence = 0
+
+    def adopt(self, traces: Iterable[Trace]) -> None:
+        """Begin with traces that the store has, oldest first; their exit records are loaded when asked for."""
+        self._traces = {trace.id: trace for trace in traces}
+        self._sequence = max((trace.sequence for trace in self._traces.values()), default=0)
 
     def next_id(self) -> tuple[str, int]:
         """A fresh unguessable id and its place in the order."""
@@ -85,23 +122,70 @@ class TraceStore:
         return f"tr_{secrets.token_hex(8)}", self._sequence
 
     def add(self, trace: Trace) -> None:
-        self._traces[trace.id] = trace
-        records = sum(len(kept.result.exit_columns) for kept in self._traces.values())
-        while len(self._traces) > 1 and (len(self._traces) > self._kept or records > self._kept_exit_records):
-            oldest = next(iter(self._traces))
-            records -= len(self._traces.pop(oldest).result.exit_columns)
+        """Keep ``trace`` from the machine's next commit on."""
+        self._coming.append(trace)
 
-    def get(self, trace_id: str) -> Trace:
-        """Raises NotFound, also for a result that was dropped."""
+    def coming(self) -> tuple[list[Trace], list[str]]:
+        """What the next commit stores: the traces handed in, and the ids of those that have to go for them."""
+        left = [*self._traces.values(), *self._coming]
+        records = sum(trace.exit_records for trace in left)
+        gone: list[str] = []
+        while left and (
+            self._is_too_old(left[0])
+            or (len(left) > 1 and (len(left) > self._kept or records > self._kept_exit_records))
+        ):
+            oldest = left.pop(0)
+            records -= oldest.exit_records
+            gone.append(oldest.id)
+        self._going = [trace_id for trace_id in gone if trace_id in self._traces]
+        self._coming = [trace for trace in self._coming if trace.id not in gone]
+        return self._coming, self._going
+
+    def settle(self) -> None:
+        """The commit has been made."""
+        for trace_id in self._going:
+            del self._traces[trace_id]
+            self._columns.pop(trace_id, None)
+        added, self._coming, self._going = self._coming, [], []
+        for trace in added:
+            self._columns[trace.id] = trace.result.exit_columns
+            self._traces[trace.id] = trace.without_records()
+        self._shrink()
+
+    def discard(self) -> None:
+        """There was no commit."""
+        self._coming.clear()
+        self._going.clear()
+
+    def _shrink(self) -> None:
+        if self._load is None:
+            return
+        held = sum(map(len, self._columns.values()))
+        while held > self._loaded_exit_records and len(self._columns) > 1:
+            held -= len(self._columns.pop(next(iter(self._columns))))
+
+    def _is_too_old(self, trace: Trace) -> bool:
+        return self._kept_for is not None and trace.created < datetime.now(UTC) - self._kept_for
+
+    async def get(self, trace_id: str) -> Trace:
+        """The whole result. Raises NotFound, also for a result that was dropped."""
         trace = self._traces.get(trace_id)
-        if trace is None:
+        if trace is None or self._is_too_old(trace):
             raise NotFound(
                 "must be the id of a trace of this VM whose result is still kept", field="trace", value=trace_id
             )
-        return trace
+        columns = self._columns.pop(trace_id, None)
+        if columns is None:
+            assert self._load is not None
+            columns = await self._load(trace_id)
+        if trace_id in self._traces:
+            self._columns[trace_id] = columns
+            self._shrink()
+        return replace(trace, result=replace(trace.result, exit_columns=columns))
 
     def page(self, after: int, limit: int) -> tuple[list[Trace], int | None]:
-        """Up to ``limit`` traces after sequence number ``after``, and where the next page starts."""
-        traces = [trace for trace in self._traces.values() if trace.sequence > after]
+        """Up to ``limit`` traces after sequence number ``after``, without their exit records, and where the next page
+        starts."""
+        traces = [trace for trace in self._traces.values() if trace.sequence > after and not self._is_too_old(trace)]
         found = traces[:limit]
         return found, found[-1].sequence if limit < len(traces) else None

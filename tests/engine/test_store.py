@@ -11,7 +11,7 @@ import pytest
 
 from engine.config import HostConfig, VcpuConfig, VmConfig
 from engine.cpu import frames
-from engine.errors import InvalidValue
+from engine.errors import Busy, InvalidValue
 from engine.head import config_from_head, config_to_head
 from engine.kvm import memory
 from engine.kvm.protections import ProtectedObject
@@ -308,3 +308,104 @@ def test_machine_with_the_model_switch_uses_no_fast_path_and_counts_the_same() -
         results.append(replay(vm, rows * 20))
     assert results[0].exits == results[1].exits
     assert results[0].violations == results[1].violations == 20
+
+
+# ---- successors: a change that is shown only when it is kept
+
+
+def test_a_successor_takes_the_changes_and_its_predecessor_shows_none() -> None:
+    vm = machine()
+    set_map(vm, 1, 0x11)
+    before = picture(vm)
+    after = vm.successor()
+    set_map(after, 1, 0x22)
+    after.write_memory(0x1000, b"now")
+    assert picture(vm) == before and maps(vm, 1) == [0x11]
+    assert maps(after, 1) == [0x22] and after.read_memory(0x1000, 3) == b"now"
+    with pytest.raises(Busy):
+        set_map(vm, 1, 0x33)
+    assert_sound(after)
+
+
+def test_a_withdrawn_successor_leaves_no_trace() -> None:
+    vm = machine(slots=[SlotSpec(0, 0, 1 << 30)])
+    set_map(vm, 1, 0x11)
+    before = picture(vm)
+    for turn in range(20):
+        after = vm.successor()
+        for word in range(3):
+            set_map(after, 1, 0x100 * turn + word)
+            after.write_memory(0x1000 * (turn + word + 1), b"gone")
+        protect(after, f"p{turn}", (0x4000, 256))
+        after.delete_slot(0)
+        vm.withdraw(after)
+        assert picture(vm) == before
+        with pytest.raises(Busy):
+            after.set_slot(SlotSpec(7, 1 << 40, MIB))
+        assert_sound(vm)
+        set_map(vm, 2, turn)
+        before = picture(vm)
+    gc.collect()
+    rows = len(vm._state.snapshot.machine.rows)
+    for turn in range(300):
+        after = vm.successor()
+        set_map(after, 1, turn)
+        vm.withdraw(after)
+        set_map(vm, 2, turn & 1)
+        del after
+    assert len(vm._state.snapshot.machine.rows) == rows, "rows of withdrawn states are used again"
+
+
+def test_a_state_held_from_before_survives_a_withdrawal() -> None:
+    vm = machine()
+    set_map(vm, 1, 0x11)
+    first = vm.successor()
+    first.write_memory(0x1000, b"never")
+    vm.withdraw(first)
+    vm.write_memory(0x1000, b"then")
+    held = vm._state
+    vm.write_memory(0x1000, b"here")
+    after = vm.successor()
+    after.write_memory(0x1000, b"gone")
+    late = after._state
+    vm.withdraw(after)
+    later = []
+    for word in range(60):
+        set_map(vm, 1, word)
+        vm.write_memory(0x1000, bytes([word]) * 4)
+        later.append(vm._state)  # so that no row comes back, and every spare one is taken
+    assert memory.read_bytes(held.snapshot.machine, 0x1000, 4) == b"then"
+    assert memory.read_bytes(late.snapshot.machine, 0x1000, 4) == b"gone"
+    assert [memory.read_bytes(state.snapshot.machine, 0x1000, 1)[0] for state in later] == list(range(60))
+
+
+def test_a_successor_that_grew_is_withdrawn() -> None:
+    vm = machine(slots=[SlotSpec(0, 0, 1 << 44)])
+    vm.write_memory(0x1000, b"then")
+    before = picture(vm)
+    after = vm.successor()
+    replay(after, [i << 30 for i in range(900)])
+    assert len(after._state.snapshot.machine.rows) > len(vm._state.snapshot.machine.rows)
+    vm.withdraw(after)
+    assert picture(vm) == before
+    vm.write_memory(0x1000, b"next")
+    assert vm.read_memory(0x1000, 4) == b"next"
+    assert_sound(vm)
+
+
+def test_blocks_since_a_predecessor_give_the_successor() -> None:
+    vm = machine(slots=[SlotSpec(0, 0, 1 << 30)])
+    stored = {block: (kind, data) for kind, block, data in vm.blocks_since(None)}
+    for word in range(5):
+        after = vm.successor()
+        set_map(after, word, word)
+        after.write_memory(word << 12, b"x")
+        changed = list(after.blocks_since(vm))
+        assert changed == list(after.blocks_since(vm)), "asking does not change the answer"
+        stored.update({block: (kind, data) for kind, block, data in changed})
+        vm = after
+    copied = VirtualMachine.restore(
+        json.loads(json.dumps(vm.head())),
+        {(kind, block): data for block, (kind, data) in stored.items() if kind != "free"},
+    )
+    assert picture(copied) == picture(vm)

@@ -213,7 +213,8 @@ def test_a_client_that_leaves_mid_body_changes_nothing(
     client.put(f"{vm}/subpages?gfn=2", json={"access": [0]})
     query = "?record=gpa8" if media == "application/octet-stream" else ""
     content = gpa8([0x2000] * 10_000).content
-    head = f"POST {vm}/traces{query} HTTP/1.1\r\nHost: x\r\nContent-Type: {media}\r\nContent-Length: 160000\r\n\r\n"
+    head = f"POST {vm}/traces{query} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {media}\r\n"
+    head += "Content-Length: 160000\r\n\r\n"
     connection = socket.create_connection(("127.0.0.1", service.port))
     connection.sendall(head.encode() + content)
     time.sleep(0.2)

@@ -1,0 +1,36 @@
+"""Metrics for Prometheus."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.api.common import documented, metrics_of, router
+from service.http.route import permission
+
+routes = router("service")
+
+TEXT = "text/plain"
+_EXAMPLE = "# HELP subpage_vms Machines that exist.\n# TYPE subpage_vms gauge\nsubpage_vms 3.0\n"
+
+
+@routes.get(
+    "/metrics",
+    operation_id="getMetrics",
+    summary="Metrics",
+    description=(
+        "In the text format of Prometheus, over all tenants: exits by kind, writes replayed, request latency, lag of "
+        "the event loop, machines and frames. Needs scope `admin` unless the service is configured with public metrics."
+    ),
+    responses=documented(
+        {
+            200: {
+                "description": "The metrics.",
+                "content": {TEXT: {"schema": {"type": "string"}, "example": _EXAMPLE}},
+            }
+        },
+    ),
+)
+@permission("metrics")
+async def get_metrics(request: Request) -> Response:
+    return Response(metrics_of(request).exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")

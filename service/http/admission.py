@@ -1,0 +1,78 @@
+"""What stands between a request that found its route and the route: may the caller, and within which limits.
+
+It is one plain ASGI function around each route and not a stack of middleware, because it runs for every request, and
+because only a route knows what it demands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from engine.errors import EngineError
+from service.http.handlers import problem_response
+from service.http.idempotency import Idempotency
+from service.http.limits import WITH_BODY, bounded
+from service.http.negotiation import acceptable
+from service.problems import ServiceError
+from service.security.access import AccessControl, Permission
+from service.settings import Settings
+
+_READ = frozenset(
+    {
+        b"accept",
+        b"authorization",
+        b"content-encoding",
+        b"content-length",
+        b"host",
+        b"idempotency-key",
+        b"transfer-encoding",
+    }
+)
+
+
+class Declared(Protocol):
+    """A route that says what it demands; None, for one that forgot to say, is answered as ``admin``."""
+
+    permission: Permission | None
+    # The media types of its successes. A route with one is held to Accept here, one with several chooses itself.
+    offers: tuple[str, ...]
+
+
+def gated(route: Declared, app: ASGIApp) -> ASGIApp:
+    """``app``, the inside of ``route``, behind its gate."""
+
+    async def gate(scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope["app"].state
+        headers = _wanted(scope["headers"])
+        try:
+            access = cast(AccessControl, state.access)
+            access.admit(scope, route.permission or "admin", headers.get(b"authorization"), headers.get(b"host"))
+            if len(route.offers) == 1 and b"accept" in headers:
+                acceptable(headers[b"accept"].decode("latin-1"), route.offers)
+            if scope["type"] == "http" and scope["method"] in WITH_BODY:
+                receive = bounded(scope, receive, headers, cast(Settings, state.settings))
+                if b"idempotency-key" in headers and scope["method"] == "POST":
+                    keys = cast(Idempotency, state.idempotency)
+                    await keys.once(headers[b"idempotency-key"], app, scope, receive, send)
+                    return
+        except (ServiceError, EngineError) as refused:
+            if scope["type"] == "websocket":
+                await receive()  # the opening, which the refusal answers
+            await problem_response(HTTPConnection(scope), refused)(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return gate
+
+
+def _wanted(given: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Those headers that a gate reads; of a repeated one all values, with commas."""
+    found: dict[bytes, bytes] = {}
+    for name, value in given:
+        if name in _READ:
+            found[name] = value if name not in found else found[name] + b"," + value
+    return found

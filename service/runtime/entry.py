@@ -1,0 +1,143 @@
+"""One machine as the service keeps it, and the way every change of it goes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from engine.errors import NotFound
+from engine.machine import VirtualMachine
+from service.problems import NotReady, StoreUnavailable
+from service.runtime.home import Home
+from service.runtime.traces import TraceStore
+from service.runtime.writer import Writer
+from service.storage.records import VmRecord
+
+# The entry that the running task is changing, and the machine that takes the changes.
+_CHANGING: ContextVar[tuple[Entry, VirtualMachine] | None] = ContextVar("changing", default=None)
+
+
+def unknown_vm(vm_id: str) -> NotFound:
+    return NotFound("must be the id of an existing VM", field="vm", value=vm_id)
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """One machine and what the service keeps about it.
+
+    ``sequence`` orders entries by creation and is their number in the store. ``revision`` counts committed changes.
+    ``loaded`` is the machine as committed, None until it is asked for; ``uses`` are requests that need it to stay.
+    ``gone`` means deleted or, with ``lost``, in the hands of another process.
+    """
+
+    id: str
+    sequence: int
+    created: datetime
+    revision: int
+    tenant: str
+    home: Home
+    writer: Writer
+    traces: TraceStore
+    loaded: VirtualMachine | None = None
+    uses: int = 0
+    gone: bool = False
+    lost: bool = False
+    leaving: bool = False
+    doubtful: bool = False
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def machine(self) -> VirtualMachine:
+        """The machine as committed; for the task that changes it, with its changes."""
+        changing = _CHANGING.get()
+        if changing is not None and changing[0] is self:
+            return changing[1]
+        if self.loaded is None:
+            raise NotReady("the machine is being read from the store")
+        return self.loaded
+
+    @property
+    def require_match(self) -> bool:
+        return self.machine.config.require_match
+
+    @asynccontextmanager
+    async def mutation(self) -> AsyncIterator[VirtualMachine]:
+        """The machine, held for one mutation, which is committed as one when the block ends without an exception.
+
+        Readers see it from then on. Leaving with an exception, or a commit that fails, leaves the machine as it was.
+        Raises Busy after the configured wait, NotFound if the machine was deleted meanwhile, StoreUnavailable.
+        """
+        async with self.writer.hold():
+            await self.load()
+            before = self.machine
+            after = before.successor()
+            token = _CHANGING.set((self, after))
+            try:
+                yield after
+                await self._commit(before, after)
+            except BaseException as error:
+                if isinstance(error, StoreUnavailable) and not error.certain:
+                    self.doubtful = True
+                before.withdraw(after)
+                self.traces.discard()
+                self.leaving = False
+                raise
+            finally:
+                _CHANGING.reset(token)
+
+    async def _commit(self, before: VirtualMachine, after: VirtualMachine) -> None:
+        """Make the change durable, then show it. Nothing is awaited between the one and the other."""
+        if self.gone:
+            raise self._absence()
+        if self.leaving:
+            await self.home.delete(self.record())
+            self.gone = True
+        else:
+            traces, dropped = self.traces.coming()
+            await self.home.commit(self.record(), self.record(self.revision + 1), (before, after), traces, dropped)
+            self.traces.settle()
+        self.loaded = after
+        self.revision += 1
+
+    def record(self, revision: int | None = None) -> VmRecord:
+        """The entry as the store keeps it, without its head."""
+        created = self.created.astimezone(UTC).isoformat()
+        revision = self.revision if revision is None else revision
+        return VmRecord(self.sequence, self.id, created, revision, tenant=self.tenant)
+
+    async def load(self) -> None:
+        """Read the machine from the store unless it is here. Raises NotFound if it is gone, StoreUnavailable."""
+        if self.gone:
+            raise self._absence()
+        if self.loaded is not None and not self.doubtful:
+            return
+        async with self.loading:
+            if self.doubtful:
+                # A commit may or may not have been made; what the store says now is what was.
+                if await self.home.revision(self.sequence) != self.revision:
+                    self.loaded = None
+                self.doubtful = False
+            if self.loaded is None:
+                found = await self.home.load(self.sequence)
+                if found is None:
+                    self.gone = True
+                    raise unknown_vm(self.id)
+                record, machine, traces = found
+                self.revision = record.revision
+                self.traces.adopt(traces)
+                self.loaded = machine
+
+    def _absence(self) -> Exception:
+        """Why there is no such machine any more."""
+        if self.lost:
+            return StoreUnavailable("another process has taken the store over; nothing was changed")
+        return unknown_vm(self.id)
+
+    def unload(self) -> None:
+        """Forget the machine; the store has it. Only while nobody uses it."""
+        self.loaded = None
+        self.traces.adopt(())

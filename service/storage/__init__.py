@@ -1,0 +1,1 @@
+"""Durable state: machines, their blocks and the results of their replays, in SQLite or PostgreSQL."""

@@ -1,0 +1,176 @@
+"""Machines as files: one machine or all of a store, for another store, another release, another place.
+
+Layout, everything little-endian:
+
+    8 bytes   ``SUBPAGE\\0``
+    u32       format, FORMAT of the release that wrote it
+    then sections until the end: u8 kind, u32 length, that many bytes, u32 CRC-32 of kind, length and bytes
+
+Kinds: ``V`` a machine begins, JSON; ``B`` blocks of it, columns ``kind``, ``block``, ``data``; ``T`` a result of a
+replay, JSON, followed by ``I`` its lookup tables and ``P`` its parts, as the store has them; ``E`` the end, JSON with
+the number of machines. A file without its ``E`` was cut.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from typing import IO
+
+import numpy as np
+import sqlalchemy as sa
+
+from engine.errors import EngineError
+from engine.machine import VirtualMachine
+from service.storage import rows
+from service.storage.columns import pack, unpack
+from service.storage.records import Block, Change, TraceRecord, VmRecord
+
+MAGIC = b"SUBPAGE\0"
+FORMAT = 1
+
+# Blocks of one section: 16 MiB before compression.
+_BLOCKS = 4096
+_SECTION = struct.Struct("<BI")
+
+
+class BadBackup(Exception):
+    """The file is no backup, is damaged, or was written by a later release."""
+
+
+# Writing
+
+
+def write_backup(file: IO[bytes], connection: sa.Connection, machines: Sequence[VmRecord]) -> None:
+    """Write these machines as the transaction of ``connection`` sees them."""
+    file.write(MAGIC + FORMAT.to_bytes(4, "little"))
+    for record in machines:
+        _write(file, b"V", json.dumps(asdict(record)).encode())
+        blocks = rows.vm_blocks(connection, record.number)
+        while batch := list(islice(blocks, _BLOCKS)):
+            _write(file, b"B", _packed(batch))
+        for trace in rows.trace_records(connection, record.number):
+            about = {"id": trace.id, "sequence": trace.sequence, "created": trace.created, "head": trace.head}
+            _write(file, b"T", json.dumps({**about, "exit_records": trace.exit_records}).encode())
+            _write(file, b"I", trace.object_index)
+            for part in rows.parts_of(connection, trace.id):
+                _write(file, b"P", part)
+    _write(file, b"E", json.dumps({"machines": len(machines)}).encode())
+
+
+def _write(file: IO[bytes], kind: bytes, data: bytes) -> None:
+    framed = _SECTION.pack(kind[0], len(data)) + data
+    file.write(framed + zlib.crc32(framed).to_bytes(4, "little"))
+
+
+def _packed(batch: Sequence[Block]) -> bytes:
+    return pack(
+        {
+            "kind": np.array([kind.encode() for kind, _, _ in batch]),
+            "block": np.array([block for _, block, _ in batch], dtype=np.uint64),
+            "data": np.frombuffer(b"".join(data for _, _, data in batch), dtype=np.uint8),
+        }
+    )
+
+
+# Reading
+
+
+def _sections(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
+    """Kinds and contents to the end. Raises BadBackup."""
+    start = file.read(len(MAGIC) + 4)
+    if start[: len(MAGIC)] != MAGIC:
+        raise BadBackup("this is not a backup of subpage")
+    version = int.from_bytes(start[len(MAGIC) :], "little")
+    if version > FORMAT:
+        raise BadBackup(f"the backup has format {version}, written by a later release; this one reads up to {FORMAT}")
+    while True:
+        framed = file.read(_SECTION.size)
+        if len(framed) < _SECTION.size:
+            raise BadBackup("the backup was cut: its end is missing")
+        kind, length = _SECTION.unpack(framed)
+        data = file.read(length)
+        if zlib.crc32(framed + data).to_bytes(4, "little") != file.read(4):
+            raise BadBackup("the backup is damaged: a checksum does not match")
+        yield chr(kind), data
+        if kind == ord("E"):
+            return
+
+
+def read_backup(file: IO[bytes]) -> Iterator[tuple[VmRecord, list[Block], list[TraceRecord]]]:
+    """One machine after the other. Raises BadBackup, at the latest where the damage is."""
+    machine: tuple[VmRecord, list[Block], list[TraceRecord]] | None = None
+    seen = 0
+    for kind, data in _sections(file):
+        if kind in "VE" and machine is not None:
+            yield machine
+            machine = None
+        if kind == "V":
+            machine = (VmRecord(**json.loads(data)), [], [])
+            seen += 1
+        elif kind == "E":
+            if json.loads(data)["machines"] != seen:
+                raise BadBackup("the backup is damaged: it has not the machines that it says")
+        elif machine is None:
+            raise BadBackup("the backup is damaged: a machine's data come before the machine")
+        else:
+            _add(machine, kind, data)
+
+
+def _add(machine: tuple[VmRecord, list[Block], list[TraceRecord]], kind: str, data: bytes) -> None:
+    _, blocks, traces = machine
+    if kind == "B":
+        blocks += _unpacked(data)
+    elif kind == "T":
+        traces.append(TraceRecord(**json.loads(data), object_index=b"", parts=[]))
+    elif kind == "I":
+        last = traces.pop()
+        traces.append(TraceRecord(last.id, last.sequence, last.created, last.exit_records, last.head, data, []))
+    elif kind == "P":
+        last = traces.pop()
+        parts = [*last.parts, data]
+        traces.append(
+            TraceRecord(last.id, last.sequence, last.created, last.exit_records, last.head, last.object_index, parts)
+        )
+    else:
+        raise BadBackup(f"the backup is damaged: there is no section {kind!r}")
+
+
+def _unpacked(data: bytes) -> Iterable[Block]:
+    columns = unpack(data)
+    contents = columns["data"].tobytes()
+    for place, (kind, block) in enumerate(zip(columns["kind"].tolist(), columns["block"].tolist(), strict=True)):
+        yield kind.decode(), block, contents[place * 4096 : (place + 1) * 4096]
+
+
+# Into a store
+
+
+def restore_machine(
+    connection: sa.Connection, number: int, machine: tuple[VmRecord, list[Block], list[TraceRecord]], *, replace: bool
+) -> VmRecord:
+    """Put a machine into a store, in the transaction of ``connection``, under its own id and a number of this store.
+
+    Raises BadBackup for a machine that this release cannot run, FileExistsError when the store has that id and
+    ``replace`` is not given.
+    """
+    record, blocks, traces = machine
+    try:
+        VirtualMachine.restore(json.loads(record.head), {(kind, block): data for kind, block, data in blocks})
+    except (EngineError, KeyError, TypeError, ValueError) as error:
+        raise BadBackup(f"machine {record.id} of the backup cannot be read: {error}") from error
+    known = next((item for item in rows.vm_records(connection) if item.id == record.id), None)
+    if known is not None:
+        if not replace:
+            raise FileExistsError(record.id)
+        rows.write(connection, Change(known.number, known.revision, None))
+        number = known.number
+    # Clients that hold a tag of either state must find it overtaken.
+    revision = max(record.revision, known.revision if known is not None else 0) + 1
+    placed = VmRecord(number, record.id, record.created, revision, record.head, record.tenant)
+    rows.write(connection, Change(number, None, placed, lambda: record.head, lambda: iter(blocks), traces))
+    return placed

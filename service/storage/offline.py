@@ -1,0 +1,108 @@
+"""What the command line does to a store: take a backup, also of a running service, and put one back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
+
+from service.storage import rows
+from service.storage.backup import BadBackup, read_backup, restore_machine, write_backup
+from service.storage.database import connect, reason_of
+from service.storage.lease import lease_of
+from service.storage.migrate import NewerSchema, migrate, stored_revision
+from service.storage.schema import REVISION
+from service.storage.urls import MEMORY, SQLITE, StoreUrl
+
+
+class OfflineError(Exception):
+    """What the command says and exits with."""
+
+
+@contextlib.contextmanager
+def _transaction(url: StoreUrl, *, writes: bool) -> Iterator[sa.Connection]:
+    """One transaction on the store; one that writes has the lease. Raises OfflineError."""
+    if url.kind == MEMORY:
+        raise OfflineError("machines of the store 'memory' live in their process: there is nothing to read or write")
+    if url.kind == SQLITE and not writes:
+        assert url.path is not None
+        if not url.path.exists():
+            raise OfflineError(f"there is no store at {url.path}")
+    engine = connect(url)
+    lease = lease_of(url)
+    try:
+        with engine.connect().execution_options(writes=writes) as connection:
+            if writes:
+                with connection.begin():
+                    if not lease.take(connection):
+                        raise OfflineError("a service owns the store: stop it first")
+            try:
+                with connection.begin():
+                    if writes:
+                        migrate(connection)
+                        rows.next_epoch(connection, "subpage restore")
+                    elif stored_revision(connection) != REVISION:
+                        raise OfflineError("the store has another schema than this release; start the service once")
+                    yield connection
+            finally:
+                connection.invalidate()
+    except NewerSchema as error:
+        raise OfflineError(str(error)) from error
+    except SQLAlchemyError as error:
+        raise OfflineError(f"the store {url.shown} cannot be used: {reason_of(error)}") from error
+    finally:
+        lease.release()
+        engine.dispose()
+
+
+def backup(url: StoreUrl, path: Path, vm: str | None) -> int:
+    """Write all machines of a store, or the one called ``vm``, to a new file; how many. Raises OfflineError.
+
+    A running service goes on: what is written is one state of the store.
+    """
+    unfinished = path.with_name(path.name + ".part")
+    with _transaction(url, writes=False) as connection:
+        machines = [record for record in rows.vm_records(connection) if vm in (None, record.id)]
+        if vm is not None and not machines:
+            raise OfflineError(f"the store has no VM {vm}")
+        if path.exists():
+            raise OfflineError(f"{path} exists")
+        try:
+            with unfinished.open("wb") as file:
+                write_backup(file, connection, machines)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.rename(path)
+        except OSError as error:
+            raise OfflineError(f"{path} cannot be written: {error.strerror}") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return len(machines)
+
+
+def restore(url: StoreUrl, path: Path, vm: str | None, *, replace: bool) -> list[str]:
+    """Put the machines of a backup, or the one called ``vm``, into a store: all of them or none. Their ids.
+
+    The store is made when there is none. Raises OfflineError, also while a service owns the store.
+    """
+    restored: list[str] = []
+    try:
+        with path.open("rb") as file, _transaction(url, writes=True) as connection:
+            number = max((record.number for record in rows.vm_records(connection)), default=0)
+            for machine in read_backup(file):
+                if vm in (None, machine[0].id):
+                    number += 1
+                    restored.append(restore_machine(connection, number, machine, replace=replace).id)
+            if vm is not None and not restored:
+                raise OfflineError(f"the backup has no VM {vm}")
+    except BadBackup as error:
+        raise OfflineError(f"{path}: {error}") from error
+    except FileExistsError as error:
+        raise OfflineError(f"the store has VM {error} already; --replace overwrites it") from error
+    except OSError as error:
+        raise OfflineError(f"{path}: {error.strerror}") from error
+    return restored

@@ -1,0 +1,63 @@
+"""What is read outside of the owner's thread: machines when they are first asked for, results of old replays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
+
+from engine.errors import NotFound
+from service.problems import StoreUnavailable
+from service.storage import rows
+from service.storage.database import reason_of
+from service.storage.records import TraceRecord, VmRecord
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMachine:
+    """All of one machine. ``blocks`` maps (kind, number) to 4096 bytes."""
+
+    record: VmRecord
+    blocks: dict[tuple[str, int], bytes]
+    traces: list[TraceRecord]
+
+
+class Reader:
+    """Blocking reads, for threads. Raises StoreUnavailable."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
+        try:
+            with self._engine.connect() as connection, connection.begin():
+                yield connection
+        except SQLAlchemyError as error:
+            raise StoreUnavailable(f"the store could not be read: {reason_of(error)}") from error
+
+    def revision(self, number: int) -> int | None:
+        """The stored revision of a machine, None if there is no such machine."""
+        with self._transaction() as connection:
+            record = rows.vm_record(connection, number)
+            return record.revision if record is not None else None
+
+    def machine(self, number: int) -> StoredMachine | None:
+        """A machine as one transaction sees it."""
+        with self._transaction() as connection:
+            record = rows.vm_record(connection, number)
+            if record is None:
+                return None
+            found = {(kind, block): data for kind, block, data in rows.vm_blocks(connection, number)}
+            return StoredMachine(record, found, rows.trace_records(connection, number))
+
+    def trace(self, number: int, trace: str) -> tuple[TraceRecord, list[bytes]]:
+        """A replay's result and its exit records. Raises NotFound when it has been dropped meanwhile."""
+        with self._transaction() as connection:
+            for record in rows.trace_records(connection, number):
+                if record.id == trace:
+                    return record, rows.parts_of(connection, trace)
+        raise NotFound("must be the id of a trace of this VM whose result is still kept", field="trace", value=trace)

@@ -1,0 +1,56 @@
+"""What goes into a store and comes out of it, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+Block = tuple[str, int, bytes]
+"""Kind, number and 4096 bytes; the kind ``free`` means that the block is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class VmRecord:
+    """One machine without its blocks. ``created`` is RFC 3339, ``head`` the JSON of ``VirtualMachine.head``, which may
+    be left out where it is not looked at."""
+
+    number: int
+    id: str
+    created: str
+    revision: int
+    head: str = ""
+    tenant: str = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRecord:
+    """One replay's result. ``object_index`` and each of ``parts`` are blobs of columns."""
+
+    id: str
+    sequence: int
+    created: str
+    exit_records: int
+    head: str
+    object_index: bytes
+    parts: Sequence[bytes] = ()
+
+
+def no_blocks() -> Iterator[Block]:
+    return iter(())
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What one transaction makes durable: all of it or nothing.
+
+    ``before`` is the revision that the store must have (None: the machine is new), ``after`` what it has then
+    (None: the machine is deleted). ``head`` and ``blocks`` are called in the writing thread, perhaps more than once.
+    """
+
+    number: int
+    before: int | None
+    after: VmRecord | None
+    head: Callable[[], str] = str
+    blocks: Callable[[], Iterator[Block]] = no_blocks
+    traces: Sequence[TraceRecord] = ()
+    dropped: Sequence[str] = ()

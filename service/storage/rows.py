@@ -1,0 +1,153 @@
+"""Statements: every read and write of the tables, over a connection that the caller has begun a transaction on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from service.storage.records import Block, Change, TraceRecord, VmRecord
+from service.storage.schema import blocks, owner, trace_parts, traces, vms
+
+FREE = "free"
+# Blocks of one statement: 1 MiB of data.
+_BATCH = 256
+
+
+class Overtaken(Exception):
+    """The row is not what this owner left there: somebody else has written to the store."""
+
+
+def epoch_of(connection: sa.Connection) -> int:
+    """The epoch now; on PostgreSQL no other may begin until this transaction has ended."""
+    return int(connection.execute(sa.select(owner.c.epoch).with_for_update(read=True)).scalar_one())
+
+
+def next_epoch(connection: sa.Connection, holder: str) -> int:
+    """Begin a new epoch, and return its number."""
+    epoch = int(connection.execute(sa.select(owner.c.epoch).with_for_update()).scalar_one()) + 1
+    connection.execute(sa.update(owner).values(epoch=epoch, holder=holder))
+    return epoch
+
+
+def vm_records(connection: sa.Connection) -> list[VmRecord]:
+    """All machines in order of creation."""
+    return [VmRecord(*row) for row in connection.execute(sa.select(*_VM).order_by(vms.c.number))]
+
+
+def vm_record(connection: sa.Connection, number: int) -> VmRecord | None:
+    row = connection.execute(sa.select(*_VM).where(vms.c.number == number)).first()
+    return VmRecord(*row) if row is not None else None
+
+
+def vm_blocks(connection: sa.Connection, number: int) -> Iterator[Block]:
+    """The blocks of a machine in order."""
+    found = connection.execution_options(stream_results=True, max_row_buffer=_BATCH).execute(
+        sa.select(blocks.c.kind, blocks.c.block, blocks.c.data).where(blocks.c.vm == number).order_by(blocks.c.block)
+    )
+    for kind, block, data in found:
+        yield kind, block, bytes(data)
+
+
+def trace_records(connection: sa.Connection, number: int) -> list[TraceRecord]:
+    """The results of a machine's replays, oldest first, without their parts."""
+    listed = connection.execute(sa.select(*_TRACE).where(traces.c.vm == number).order_by(traces.c.sequence))
+    return [TraceRecord(*row[:-1], bytes(row[-1])) for row in listed]
+
+
+def parts_of(connection: sa.Connection, trace: str) -> list[bytes]:
+    """The exit records of one replay."""
+    listed = connection.execute(
+        sa.select(trace_parts.c.data).where(trace_parts.c.trace == trace).order_by(trace_parts.c.part)
+    )
+    return [bytes(data) for (data,) in listed]
+
+
+def write(connection: sa.Connection, change: Change) -> None:
+    """Everything that ``change`` says. Raises Overtaken."""
+    if change.after is None:
+        _delete(connection, change)
+        return
+    record, head = change.after, change.head()
+    if change.before is None:
+        connection.execute(
+            sa.insert(vms).values(
+                number=record.number,
+                id=record.id,
+                created=record.created,
+                revision=record.revision,
+                head=head,
+                tenant=record.tenant,
+            )
+        )
+    else:
+        done = connection.execute(
+            sa.update(vms)
+            .where(vms.c.number == change.number, vms.c.revision == change.before)
+            .values(revision=record.revision, head=head)
+        )
+        if done.rowcount != 1:
+            raise Overtaken
+    _write_blocks(connection, change.number, change.blocks())
+    for trace in change.traces:
+        _insert_trace(connection, change.number, trace)
+    if change.dropped:
+        connection.execute(sa.delete(trace_parts).where(trace_parts.c.trace.in_(change.dropped)))
+        connection.execute(sa.delete(traces).where(traces.c.id.in_(change.dropped)))
+
+
+def _delete(connection: sa.Connection, change: Change) -> None:
+    mine = sa.select(traces.c.id).where(traces.c.vm == change.number)
+    connection.execute(sa.delete(trace_parts).where(trace_parts.c.trace.in_(mine)))
+    connection.execute(sa.delete(traces).where(traces.c.vm == change.number))
+    connection.execute(sa.delete(blocks).where(blocks.c.vm == change.number))
+    done = connection.execute(sa.delete(vms).where(vms.c.number == change.number, vms.c.revision == change.before))
+    if done.rowcount != 1:
+        raise Overtaken
+
+
+def _write_blocks(connection: sa.Connection, number: int, changed: Iterable[Block]) -> None:
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    statement = insert(blocks)
+    statement = statement.on_conflict_do_update(
+        index_elements=["vm", "block"], set_={"kind": statement.excluded.kind, "data": statement.excluded.data}
+    )
+    remaining = iter(changed)
+    while batch := list(islice(remaining, _BATCH)):
+        kept = [
+            {"vm": number, "block": block, "kind": kind, "data": data} for kind, block, data in batch if kind != FREE
+        ]
+        freed = [block for kind, block, _ in batch if kind == FREE]
+        if kept:
+            connection.execute(statement, kept)
+        if freed:
+            connection.execute(sa.delete(blocks).where(blocks.c.vm == number, blocks.c.block.in_(freed)))
+
+
+def _insert_trace(connection: sa.Connection, number: int, trace: TraceRecord) -> None:
+    connection.execute(
+        sa.insert(traces).values(
+            id=trace.id,
+            vm=number,
+            sequence=trace.sequence,
+            created=trace.created,
+            exit_records=trace.exit_records,
+            head=trace.head,
+            object_index=trace.object_index,
+        )
+    )
+    for part, data in enumerate(trace.parts):
+        connection.execute(sa.insert(trace_parts).values(trace=trace.id, part=part, data=data))
+
+
+_VM = (vms.c.number, vms.c.id, vms.c.created, vms.c.revision, vms.c.head, vms.c.tenant)
+_TRACE = (
+    traces.c.id,
+    traces.c.sequence,
+    traces.c.created,
+    traces.c.exit_records,
+    traces.c.head,
+    traces.c.object_index,
+)

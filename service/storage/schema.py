@@ -1,0 +1,78 @@
+"""The tables. A change of them is a new file in ``migrations/versions`` and a new ``REVISION``.
+
+A machine is a head (JSON) and blocks of 4 KiB, as ``engine.machine`` gives them; a block's number tells which one it
+replaces. A trace is a head, the lookup tables that name its objects, and its exit records in parts of columns.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+# What `alembic upgrade head` leaves in alembic_version; a store that has it needs no migration.
+REVISION = "0002"
+
+metadata = sa.MetaData()
+
+# One row. `epoch` counts owners: a transaction of an owner that has been followed by another finds a different one.
+owner = sa.Table(
+    "owner",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("holder", sa.Text, nullable=False),
+)
+
+# `number` orders machines by creation and names them in the other tables.
+vms = sa.Table(
+    "vms",
+    metadata,
+    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("id", sa.Text, nullable=False, unique=True),
+    sa.Column("created", sa.Text, nullable=False),
+    sa.Column("revision", sa.BigInteger, nullable=False),
+    sa.Column("head", sa.Text, nullable=False),
+    sa.Column("tenant", sa.Text, nullable=False, server_default="default"),
+)
+
+# Who is let in: `subpage token` writes it, also while a service owns the rest. Times are RFC 3339.
+tokens = sa.Table(
+    "tokens",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("scope", sa.Text, nullable=False),
+    sa.Column("digest", sa.LargeBinary, nullable=False),
+    sa.Column("created", sa.Text, nullable=False),
+    sa.Column("expires", sa.Text),
+    sa.Column("revoked", sa.Text),
+)
+
+blocks = sa.Table(
+    "blocks",
+    metadata,
+    sa.Column("vm", sa.BigInteger, sa.ForeignKey("vms.number"), primary_key=True),
+    sa.Column("block", sa.BigInteger, primary_key=True),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+)
+
+traces = sa.Table(
+    "traces",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("vm", sa.BigInteger, sa.ForeignKey("vms.number"), nullable=False, index=True),
+    sa.Column("sequence", sa.BigInteger, nullable=False),
+    sa.Column("created", sa.Text, nullable=False),
+    sa.Column("exit_records", sa.BigInteger, nullable=False),
+    sa.Column("head", sa.Text, nullable=False),
+    sa.Column("object_index", sa.LargeBinary, nullable=False),
+)
+
+trace_parts = sa.Table(
+    "trace_parts",
+    metadata,
+    sa.Column("trace", sa.Text, sa.ForeignKey("traces.id"), primary_key=True),
+    sa.Column("part", sa.BigInteger, primary_key=True),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+)

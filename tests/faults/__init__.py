@@ -1,0 +1,1 @@
+"""What becomes of acknowledged changes when something fails: processes, disks, databases."""

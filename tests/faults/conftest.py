@@ -1,0 +1,5 @@
+"""The stores of the storage tests."""
+
+from tests.service.storage.conftest import postgres, store_url, until
+
+__all__ = ["postgres", "store_url", "until"]

@@ -1,0 +1,142 @@
+"""Disks full or read-only, databases that restart: the service says so, serves reads, and recovers by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.contract.client import ContractClient
+from tests.faults.postgres import Cluster
+from tests.service.storage.stored import map_of, new_vm, serving, set_map
+
+Until = Callable[[Callable[[], bool]], None]
+OCTETS = {"Content-Type": "application/octet-stream"}
+MIB = 1 << 20
+
+
+def mount(*arguments: str) -> None:
+    subprocess.run(["mount", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder))
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("file systems can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def write_memory(client: ContractClient, vm: str, gpa: int, size: int) -> int:
+    reply = client.put(f"{vm}/memory", params={"gpa": gpa, "size": size}, content=b"\x55" * size, headers=OCTETS)
+    if reply.status_code == 503:
+        assert "the disk is full" in reply.json()["detail"] and reply.headers["Retry-After"]
+    return reply.status_code
+
+
+def test_disk_full(small_disk: Path, until: Until) -> None:
+    url = f"sqlite:///{small_disk}/subpage.db"
+    with serving(url) as service:
+        client = service.client
+        vm = new_vm(client)
+        assert set_map(client, vm, 1, 0x11) == 204
+        written = 0
+        while write_memory(client, vm, written << 16, 1 << 16) == 204:
+            written += 1
+            assert written < 64, "the disk never fills"
+        # What was refused is not there; what was acknowledged is; reads are served.
+        assert client.get(f"{vm}/memory", params={"gpa": written << 16, "size": 4}).content == bytes(4)
+        assert map_of(client, vm, 1) == 0x11
+        before = client.get(vm).json()
+        assert write_memory(client, vm, 0, 1 << 20) == 503 and client.get(vm).json() == before
+        mount("-o", "remount,size=64m", str(small_disk))
+        until(lambda: write_memory(client, vm, written << 16, 1 << 16) == 204)
+        assert client.get("/readyz").status_code == 200
+    with serving(url) as service:
+        for part in range(written + 1):
+            content = service.client.get(f"{vm}/memory", params={"gpa": part << 16, "size": 1 << 16}).content
+            assert content == b"\x55" * (1 << 16)
+
+
+def test_read_only_disk(small_disk: Path, until: Until) -> None:
+    """A service on it is never ready, says why, and is as soon as the disk can be written."""
+    url = f"sqlite:///{small_disk}/subpage.db"
+    with serving(url) as service:
+        vm = new_vm(service.client)
+    mount("-o", "remount,ro", str(small_disk))
+    with serving(url, ready=False) as service:
+        until(lambda: "read-only" in service.client.get("/readyz").json()["detail"])
+        assert service.client.get(vm).status_code == 503
+        mount("-o", "remount,rw", str(small_disk))
+        until(lambda: service.client.get("/readyz").status_code == 200)
+        assert set_map(service.client, vm, 1, 0x22) == 204
+
+
+def test_read_only_database(postgres: Cluster, until: Until) -> None:
+    postgres.sql("CREATE DATABASE readonly", database="postgres")
+    url = postgres.url.rpartition("/")[0] + "/readonly"
+    with serving(url) as service:
+        client = service.client
+        vm = new_vm(client)
+        assert set_map(client, vm, 1, 0x11) == 204
+        postgres.sql("ALTER SYSTEM SET default_transaction_read_only = on")
+        postgres.sql("SELECT pg_reload_conf()")
+        try:
+            until(lambda: set_map(client, vm, 1, 0x22) == 503)
+            reply = client.put(f"{vm}/subpages?gfn=1&npages=1", json={"access": [1]})
+            assert reply.status_code == 503 and "read-only" in reply.json()["detail"]
+            assert client.get(vm).status_code == 200
+        finally:
+            postgres.sql("ALTER SYSTEM RESET default_transaction_read_only")
+            postgres.sql("SELECT pg_reload_conf()")
+        until(lambda: set_map(client, vm, 1, 0x33) == 204)
+        assert map_of(client, vm, 1) == 0x33
+
+
+def test_a_database_that_restarts_under_load(postgres: Cluster, until: Until) -> None:
+    """Clients see 204 or 503 and nothing else; what was answered 204 stays, through both restarts."""
+    postgres.sql("CREATE DATABASE restarted", database="postgres")
+    url = postgres.url.rpartition("/")[0] + "/restarted"
+    stop = threading.Event()
+    statuses: list[int] = []
+    # By machine: the last acknowledged word, and the one that was sent after it and not acknowledged.
+    last: dict[str, list[int]] = {}
+
+    def work(base: str, vm: str) -> None:
+        word = 0
+        with ContractClient(base_url=base, timeout=60.0) as client:
+            while not stop.is_set():
+                word += 1
+                status = set_map(client, vm, 1, word)
+                statuses.append(status)
+                last[vm] = [word] if status == 204 else [*last.get(vm, [0xFFFF_FFFF]), word]
+
+    with serving(url) as service, contextlib.ExitStack() as stack:
+        vms = [new_vm(service.client) for _ in range(3)]
+        threads = [threading.Thread(target=work, args=(service.url, vm)) for vm in vms]
+        for thread in threads:
+            thread.start()
+        stack.callback(lambda: [thread.join() for thread in threads])
+        stack.callback(stop.set)
+        for _ in range(2):
+            seen = len(statuses)
+            until(lambda seen=seen: 204 in statuses[seen + 5 :])
+            postgres.restart()
+        seen = len(statuses)
+        until(lambda: 204 in statuses[seen:] and all(len(words) == 1 for words in last.values()))
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert set(statuses) == {204, 503}
+        assert all(map_of(service.client, vm, 1) in last[vm] for vm in vms)
+    with serving(url) as service:
+        assert all(map_of(service.client, vm, 1) in last[vm] for vm in vms)

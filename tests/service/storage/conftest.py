@@ -1,0 +1,48 @@
+"""Empty stores of both kinds."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.postgres import MISSING, Cluster, binaries, cluster
+
+PATIENCE = 120.0
+_NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Cluster]:
+    """One server for the session."""
+    if binaries() is None:
+        pytest.skip(MISSING)
+    with cluster() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a store that does not exist yet."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/folder/subpage.db"
+    server: Cluster = request.getfixturevalue("postgres")
+    name = f"store_{next(_NUMBERS)}"
+    server.sql(f"CREATE DATABASE {name}", database="postgres")
+    return server.url.rpartition("/")[0] + "/" + name
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], bool]], None]:
+    """Waits until something is so, and fails rather than for ever."""
+
+    def wait(holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not holds():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    return wait
