@@ -247,7 +247,7 @@ class DirtyOperations:
             return
         if not uses:
             self._check_page_log(draft.machine)
-        draft.ensure(frames.RESERVE + len(self._config.vcpus))
+        draft.ensure(self._config.vcpu_records)
         machine = draft.machine
         for frame in self._vcpu_frames():
             secondary = int(frames.read_word(machine, frame, ctl.V_SECONDARY))
@@ -278,7 +278,7 @@ class DirtyOperations:
 
     def _vcpu_frames(self) -> range:
         first = int(frames.FIRST_VCPU_FRAME)
-        return range(first, first + len(self._config.vcpus))
+        return range(first, first + self._config.vcpu_records)
 
     def _buffered(self, machine: frames.Machine) -> NDArray[np.int64]:
         """GFNs in the page-modification logs that no log has taken note of yet, in slots."""
@@ -309,9 +309,9 @@ def empty_buffers(draft: Draft, config: VmConfig, slots: Mapping[int, SlotSpec] 
     after = draft.machine.slots
     if slots is not None:
         draft.machine = draft.machine._replace(slots=slot_table(slots.values()))
-    for position in range(len(config.vcpus)):
-        draft.ensure(10 * LOG_ENTRIES)
-        dirty_log.empty_buffer(draft.machine, position)
+    for position in range(config.vcpu_records):
+        draft.ensure(20 * LOG_ENTRIES)
+        dirty_log.empty_buffer(draft.machine, position, np.int64(0))
     draft.machine = draft.machine._replace(slots=after)
 
 

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from engine import dirty
 from engine.config import VmConfig
-from engine.cpu import frames
 from engine.errors import InvalidValue, NotFound
-from engine.kvm import registers as reg
 from engine.kvm import slot_changes
 from engine.kvm.abi_limits import LIMITS
 from engine.kvm.slots import SlotSpec, check_overlap, key_of
@@ -69,12 +66,9 @@ class SlotOperations:
         spec.validate_place()
         known = state.slots.get(spec.key)
         if known is not None:
-            spec = replace(spec, without_map=known.without_map)
             if known == spec:
                 return
             _check_change(known, spec)
-        else:
-            spec = replace(spec, without_map=self._gives_no_map(state))
         check_overlap(spec, state.slots.values())
         spec.validate_width(self._config.maxphyaddr)
         slots = {**state.slots, spec.key: spec}
@@ -98,12 +92,6 @@ class SlotOperations:
                 dirty.empty_buffers(draft, self._config, state.slots)
                 _drop(draft, spec)
             dirty.note_slots(draft, slots)
-
-    def _gives_no_map(self, state: Published) -> bool:
-        """Whether a slot made now stays without a bitmap of its own: later series make bitmaps when SPP comes on."""
-        machine = state.snapshot.machine
-        active = machine.rows[machine.row_of[frames.STATE_FRAME], int(reg.SPP_ACTIVE)]
-        return bool(active) and self._config.profile == "kvm-latest"
 
 
 def _check_change(known: SlotSpec, spec: SlotSpec) -> None:

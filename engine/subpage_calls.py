@@ -5,7 +5,7 @@ Everything else of the service sets maps all or nothing; here a SET that meets a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -15,7 +15,7 @@ from engine.config import VmConfig
 from engine.cpu import frames
 from engine.kvm import partial_set, spp
 from engine.kvm.profile import profile_of
-from engine.kvm.slots import SlotSpec, first_page_without_slot
+from engine.kvm.slots import first_page_without_slot
 from engine.slot_operations import Published
 from engine.steps import new_trail, run_all
 from engine.store import Draft
@@ -40,23 +40,23 @@ class SubpageCalls:
         self._change = change
 
     def get(self, gfn: int, npages: int) -> Words:
-        """Effective maps from ``gfn`` up to the first page that has none: uint32, ``npages`` of them if all have."""
+        """Effective maps from ``gfn`` up to the first page without a slot: uint32, ``npages`` of them if all have."""
         state = self._state()
         snapshot = state.snapshot
-        maps = np.empty(_pages_with_map(snapshot.machine, state.slots.values(), gfn, npages), dtype=np.uint32)
+        maps = np.empty(_pages_with_slot(snapshot.machine, gfn, npages), dtype=np.uint32)
         if len(maps):
             spp.read_maps(snapshot.machine, gfn, 0, maps)
         return maps
 
     def set(self, gfn: int, access: Words) -> int | None:
-        """Replace the maps of consecutive pages; returns how many, or None for EFAULT, at a page that has no map.
+        """Replace the maps of consecutive pages; returns how many, or None for EFAULT, at a page without a slot.
 
         The pages before that one are changed: their maps and mappings in the era of ``KVM_INIT_SPP``, which forgets
         to fail (0) if one of them was mapped; their maps alone later, so that a page that may be written stays so
         until it is mapped anew.
         """
         state = self._state()
-        before = _pages_with_map(state.snapshot.machine, state.slots.values(), gfn, len(access))
+        before = _pages_with_slot(state.snapshot.machine, gfn, len(access))
         whole = before == len(access)
         returns: int | None = before if whole else None
         done = access[:before]
@@ -73,13 +73,9 @@ class SubpageCalls:
         return returns
 
 
-def _pages_with_map(machine: frames.Machine, slots: Iterable[SlotSpec], gfn: int, npages: int) -> int:
-    """Pages from ``gfn`` before the first that has no slot, or whose slot the kernel gave no bitmap."""
+def _pages_with_slot(machine: frames.Machine, gfn: int, npages: int) -> int:
+    """Pages from ``gfn`` before the first that has no slot."""
     if gfn >= END:
         return 0
     missing = int(first_page_without_slot(machine, gfn, npages))
-    end = gfn + npages if missing < 0 else missing
-    for spec in slots:
-        if spec.without_map and not spec.address_space and spec.gfn < end and gfn < spec.gfn + spec.pages:
-            end = max(gfn, spec.gfn)
-    return end - gfn
+    return npages if missing < 0 else missing - gfn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.access import AccessChange
 from engine.config import VmConfig
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
@@ -31,6 +32,15 @@ def warm() -> None:
     vm.vcpus.invept(0, 2, 0)
     vm.vcpus.invvpid(0, 2, 0, 0)
     vm.unprotect("warm")
+    vm.page_access.set([AccessChange(7, rights=5)])
+    vm.page_access.read([7])
+    vm.dirty.track("page", "pml")
+    vm.set_slot(SlotSpec(0, 0, 1 << 22, log_dirty=True))
+    vm.dirty.track("subpage")
+    vm.write_memory(0x5000, b"warm")
+    vm.dirty.pages()
+    vm.dirty.acknowledge(vm.dirty.harvest().harvest)
+    vm.dirty.take_log(0)
     vm.set_slot(SlotSpec(0, 1 << 22, 1 << 22))
     vm.delete_slot(0)
     vm.counters()

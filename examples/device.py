@@ -1,7 +1,7 @@
 """Device virtualization: a ring shared with a device, whose doorbell traps while its descriptors stay writable.
 
-The page is a real one: a buffer that the recorded guest fills round and round with nearly two million writes. Its first
-128 bytes, which it writes once in a round, play the doorbell. Whole-page protection would trap every descriptor as well.
+The page is a real one: a buffer that the recorded guest fills round and round with nearly two million writes. Its
+first 128 bytes, which it writes least, play the doorbell. Whole-page protection would trap every descriptor as well.
 
 Run: `.venv/bin/python examples/device.py [URL]`; without a URL it starts a service of its own.
 """

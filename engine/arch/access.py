@@ -33,6 +33,16 @@ LINEAR_RULE = (
 # Kinds that can be without a linear address: output of Intel PT, and loads of PDPTEs by MOV to CR (28.2.1).
 UNTRANSLATED_KINDS = 1 << DATA | 1 << PAGING_READ
 
+# Whose access it is: an instruction's of the guest, one that KVM emulates for it, or the host's own. The latter two are
+# no accesses of the processor: they read or write data.
+GUEST = 0
+EMULATED = 1
+HOST = 2
+SOURCE_NAMES = ("guest", "emulated", "host")
+SOURCE_RULE = "an emulated or host access is a read or a write of data"
+
+MAX_INSTRUCTION = 15  # bytes of an instruction; 0 stands for a length that is not known
+
 LINEAR_VALID = 1
 LINEAR_USER = 2
 LINEAR_WRITABLE = 4
@@ -53,11 +63,16 @@ KIND_MASK = 7 << 4
 LINEAR_SHIFT = 8
 
 # Word 1 of a trace record holds them too: the kind in 26:24, the linear bits, of which valid is turned over, in 30:27.
-# An ordinary access therefore has zeros there. Of the word, bits 31 and 63:48 mean nothing yet.
+# An ordinary access therefore has zeros there. The source is in 49:48, the length of the instruction in 57:50; bits 31
+# and 63:58 mean nothing yet.
 RECORD_KIND_SHIFT = 24
 RECORD_LINEAR_SHIFT = 27
 RECORD_BITS = 0x7F << RECORD_KIND_SHIFT
-RECORD_FREE = signed(0xFFFF_0000_8000_0000)
+RECORD_SOURCE_SHIFT = 48
+RECORD_SOURCE_MASK = 3
+RECORD_LENGTH_SHIFT = 50
+RECORD_LENGTH_MASK = 0xFF
+RECORD_FREE = signed(0xFC00_0000_8000_0000)
 
 DEFAULT_LINEAR = LINEAR_VALID << LINEAR_SHIFT
 PLAIN_WRITE = WRITE | DEFAULT_LINEAR
@@ -73,6 +88,7 @@ def describe(access: int, kind: int = DATA, linear: int = LINEAR_VALID, circumst
     return access | kind << KIND_SHIFT | linear << LINEAR_SHIFT | circumstances
 
 
-def record_bits(kind: int, linear: int) -> int:
-    """Kind and linear bits as word 1 of a trace record holds them."""
-    return kind << RECORD_KIND_SHIFT | (linear ^ LINEAR_VALID) << RECORD_LINEAR_SHIFT
+def record_bits(kind: int, linear: int, source: int = GUEST, insn_len: int = 0) -> int:
+    """Kind, linear bits, source and instruction length as word 1 of a trace record holds them."""
+    what = kind << RECORD_KIND_SHIFT | (linear ^ LINEAR_VALID) << RECORD_LINEAR_SHIFT
+    return what | source << RECORD_SOURCE_SHIFT | insn_len << RECORD_LENGTH_SHIFT

@@ -9,7 +9,16 @@ from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import radix
-from engine.cpu.frames import FIRST_VCPU_FRAME, ample, read_entry, read_word, write_entry, write_word
+from engine.cpu.frames import (
+    FIRST_VCPU_FRAME,
+    TOP_FREE,
+    TOP_SPARE,
+    ample,
+    read_entry,
+    read_word,
+    write_entry,
+    write_word,
+)
 from engine.cpu.page_log import INDEX_MASK, LOG_ENTRIES
 from engine.jit import kernel
 from engine.kvm import mapping, tracking
@@ -26,19 +35,27 @@ OUTSTANDING = np.int64(tracking.HARVESTED_SHIFT)
 
 
 @kernel
-def empty_buffer(m, vcpu):
-    """Note what the processor logged for a vCPU, and let its log begin anew (vmx_flush_pml_buffer)."""
+def empty_buffer(m, vcpu, kept):
+    """Note what the processor logged for a vCPU, and let its log begin anew (vmx_flush_pml_buffer).
+
+    Pages far apart take frames for each of them. Once no more than ``kept`` are left, the entries that were not reached
+    stay in the log, which has room for others then; one at least is noted.
+    """
     frame = FIRST_VCPU_FRAME + vcpu
-    index = read_word(m, frame, ctl.V_PML_INDEX)
-    first = (index + 1) & INDEX_MASK
-    if tracking.mode(m) & tracking.BY_PML:
-        table = read_word(m, frame, ctl.V_PML_ADDRESS) & bits.ADDRESS
-        for position in range(first, LOG_ENTRIES):
-            gfn = (read_entry(m, table, position) & bits.ADDRESS) >> 12
-            slot = find_slot(m, gfn)
-            if slot >= 0:
-                tracking.note_page(m, gfn, slot)
-    write_word(m, frame, ctl.V_PML_INDEX, LAST_LOG_ENTRY)
+    if not tracking.mode(m) & tracking.BY_PML:
+        write_word(m, frame, ctl.V_PML_INDEX, LAST_LOG_ENTRY)
+        return
+    table = read_word(m, frame, ctl.V_PML_ADDRESS) & bits.ADDRESS
+    position = (read_word(m, frame, ctl.V_PML_INDEX) + 1) & INDEX_MASK
+    while position < LOG_ENTRIES:
+        gfn = (read_entry(m, table, position) & bits.ADDRESS) >> 12
+        slot = find_slot(m, gfn)
+        if slot >= 0:
+            tracking.note_page(m, gfn, slot)
+        position += 1
+        if min(m.top[TOP_FREE], m.top[TOP_SPARE]) <= kept:
+            break
+    write_word(m, frame, ctl.V_PML_INDEX, np.int64(position - 1))
 
 
 @kernel

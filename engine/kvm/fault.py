@@ -10,7 +10,7 @@ from engine.arch import ept as bits
 from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS, REGION_PAGES
 from engine.cpu import ept
-from engine.cpu.frames import FIRST_VCPU_FRAME, read_word, write_entry, write_word
+from engine.cpu.frames import CAP_RESERVE, FIRST_VCPU_FRAME, read_word, write_entry, write_word
 from engine.jit import kernel
 from engine.kvm import dirty_log, layers, mapping, page_rights, sppt_tables, tracking
 from engine.kvm import registers as reg
@@ -153,7 +153,7 @@ def handle_miss(m, vcpu, gpa, tally):
 @kernel
 def empty_log(m, vcpu):
     """Full page-modification log: its pages are taken note of, and it begins anew (vmx_flush_pml_buffer)."""
-    dirty_log.empty_buffer(m, vcpu)
+    dirty_log.empty_buffer(m, vcpu, m.caps[CAP_RESERVE] * 3 // 4)
     return res.LOG_EMPTIED
 
 

@@ -39,8 +39,7 @@ class SlotSpec:
     """One memory slot: ``size`` bytes of guest RAM at ``gpa``.
 
     ``host_page_size`` is the page size that backs it, ``userspace_addr`` where it is in the memory of whoever runs the
-    machine, ``log_dirty`` KVM_MEM_LOG_DIRTY_PAGES. ``without_map`` is said by the machine, not by who makes the slot:
-    the kernel gave it no sub-page bitmap of its own, which only the binary ABI shows (kvm-spp 2.4).
+    machine, ``log_dirty`` KVM_MEM_LOG_DIRTY_PAGES.
     """
 
     slot: int
@@ -51,7 +50,6 @@ class SlotSpec:
     address_space: int = 0
     log_dirty: bool = False
     userspace_addr: int = 0
-    without_map: bool = False
 
     @property
     def key(self) -> int:

@@ -66,13 +66,14 @@ COLUMNS: tuple[Column, ...] = (
         "the linear address, bits: 1 valid, 2 user, 4 writable, 8 execute-disable",
         acc.LINEAR_BITS,
     ),
-    Column("source", "|u1", None, True, "0 guest, 1 emulated, 2 host"),
+    Column("source", "|u1", acc.GUEST, False, "0 guest, 1 emulated by KVM, 2 host", len(acc.SOURCE_NAMES) - 1),
     Column("address_space", "<u8", None, True, "guest CR3"),
-    Column("insn_len", "|u1", None, True, "instruction length in bytes"),
+    Column("insn_len", "|u1", 0, False, "instruction length in bytes, 0 if not known", acc.MAX_INSTRUCTION),
     Column("op", "|u1", None, True, "0 access, 1 hypercall, 2 mov-cr3, 3 invlpg"),
     Column("arg", "binary", None, True, "argument of the operation"),
 )
-KINDS = frozenset({"kind", "linear"})  # the columns that say what kind of access it is
+# The columns that share bytes of a record: what kind of access it is, whose, and how long its instruction.
+KINDS = frozenset({"kind", "linear", "source", "insn_len"})
 _DEFAULT_ACCESS = np.array(acc.DEFAULT_ACCESS, dtype=np.uint8)
 
 USABLE: Mapping[str, Column] = {column.name: column for column in COLUMNS if not column.reserved}
@@ -96,8 +97,8 @@ class TraceChunk(NamedTuple):
 
     ``records``: uint64[n, 2], C-contiguous, writable. Word 0 is the GPA. Word 1 holds the size in bytes in bits 15:0,
     the access in bits 23:16, the vCPU id in bits 47:32; bits 31:24 and 63:48 are zero in a valid record, but where
-    ``kinds`` is set bits 30:24 hold the columns kind and linear (``arch.access.record_bits``). A packed body never
-    sets it: its byte 3 is zero. Bits 31 and 63:48 are free for columns to come.
+    ``kinds`` is set bits 30:24 hold the columns kind and linear, 49:48 source and 57:50 insn_len
+    (``arch.access.record_bits``). A packed body never sets it: those bits of its records are zero.
     ``gva``: uint64[n], or None when the trace has no such column.
     ``carry``: the columns the caller asked to carry along, each of length n and of a fixed-width type.
     """
@@ -212,10 +213,13 @@ class ChunkBuffer:
         self._kinds = not used.isdisjoint(KINDS)
         self._kind_says_access = "kind" in used and "access" not in used
         self._byte3 = fields["zero"]
+        self._top = fields["zero2"]
 
     def fill(self, name: str, values: npt.NDArray[Any]) -> None:
         """Store the first ``len(values)`` values of a column; they are known to be allowed."""
-        if name in KINDS:
+        if name in ("source", "insn_len"):
+            self._fill_top(name, values.astype(np.uint16))
+        elif name in KINDS:
             self._fill_byte3(name, values.astype(np.uint8))
         else:
             self._columns[name][: len(values)] = values
@@ -229,6 +233,14 @@ class ChunkBuffer:
         shared[:] = shared & ~np.uint8(7) | values
         if self._kind_says_access:
             self._columns["access"][: len(values)] = _DEFAULT_ACCESS[values]
+
+    def _fill_top(self, name: str, values: npt.NDArray[np.uint16]) -> None:
+        """Source and instruction length share the last two bytes; see ``arch.access.record_bits``."""
+        shared = self._top[: len(values)]
+        if name == "source":
+            shared[:] = shared & ~np.uint16(3) | values
+        else:
+            shared[:] = shared & np.uint16(3) | values << 2
 
     def chunk(self, length: int, carry: dict[str, npt.NDArray[Any]]) -> TraceChunk:
         """The first ``length`` rows."""

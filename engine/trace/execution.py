@@ -80,8 +80,9 @@ def _user_exit(exits: ExitColumns, profile: str) -> UserExit | None:
     resolution = int(exits.column("resolution")[at]) if at >= 0 else res.EXCEPTION
     if resolution == res.EXCEPTION:
         return None
-    reason, gpa, qualification = (int(exits.column(name)[at]) for name in ("reason", "gpa", "qualification"))
-    return user_exit(resolution, reason, gpa, profile, qualification=qualification)
+    names = ("reason", "gpa", "insn_len", "qualification")
+    reason, gpa, insn_len, qualification = (int(exits.column(name)[at]) for name in names)
+    return user_exit(resolution, reason, gpa, profile, insn_len, qualification)
 
 
 def _result_of_replay(request: AccessRequest, result: TraceResult, profile: str, *, granted: bool) -> AccessResult:
@@ -113,7 +114,8 @@ def _by_linear_address(draft: Draft, request: AccessRequest, config: VmConfig, t
     tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
     linear = 0 if request.gva is None else request.gva
     position = [vcpu.id for vcpu in config.vcpus].index(request.vcpu)
-    ending = run_linear(draft, position, linear, request.size, request.how, request.vcpu, request.on_violation, tally)
+    how, on_violation = request.how, request.on_violation
+    ending = run_linear(draft, position, linear, request.size, how, request.vcpu, on_violation, request.insn_len, tally)
     columns, record_gpa = columns_of_log(ending.log)
     exits = ExitColumns(columns, record_gpa, True, {}, targets.index, targets.names)
     result = replace(_result_of_ending(ending, exits, config.profile), unenforced=bool(tally[reg.UNENFORCED]))

@@ -55,6 +55,7 @@ def run_linear(
     how: int,
     vcpu: int,
     on_violation: str,
+    insn_len: int,
     tally: NDArray[np.int64],
 ) -> Ending:
     """Run an access of ``size`` bytes at ``linear`` on the vCPU at a position, whose id is ``vcpu``."""
@@ -81,7 +82,7 @@ def run_linear(
         tlb.transition(m, position)
         if resolution <= res.LAST_INTERNAL and used[0] >= run.MAX_EXITS:
             resolution = res.INTERNAL_ERROR
-        word = part | access << 16 | vcpu << 32
+        word = part | access << 16 | vcpu << 32 | insn_len << acc.RECORD_LENGTH_SHIFT
         marked = resolution | (res.STALE if misled else 0)
         run.log_exit(log, used, 0, gpa, word, signed(gla), reason, value, marked, denied, gpa)
         if resolution <= res.LAST_INTERNAL:

@@ -14,7 +14,7 @@ from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import decision, fastpath, sppt
 from engine.cpu.frames import CAP_VCPUS, FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
 from engine.jit import kernel
-from engine.kvm import fault, layers, page_rights, run, spp, tracking
+from engine.kvm import emulator, fault, layers, page_rights, run, spp, tracking
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.slots import find_slot, writable_bytes
@@ -31,6 +31,7 @@ BAD_ADDRESS = 7
 BAD_RESERVED = 8
 BAD_KIND = 9
 BAD_LINEAR = 10
+BAD_SOURCE = 11
 
 # on_violation
 SKIP = 0
@@ -48,6 +49,9 @@ GPA_LIMIT = 1 << 52
 NO_GVA = np.int64(0)
 ONE = np.uint64(1)
 CACHE_MASK = np.uint64(fastpath.CACHE_MASK)
+
+# The instruction length in word 1 without its lowest 16 bits; nothing but a report to user space depends on it.
+LENGTH_OF_HEAD = acc.RECORD_LENGTH_MASK << (acc.RECORD_LENGTH_SHIFT - 16)
 
 # What no record has above its size: 48 bits, sign-extended, are less.
 NOTHING_YET = np.int64(1 << 62)
@@ -74,6 +78,12 @@ def refusal_of_kind(how):
 
 
 @kernel
+def fits_source(source, how):
+    """Whether an access can come from a source: what is not the guest's is a read or a write of data."""
+    return source == acc.GUEST or (source <= acc.HOST and how & ~1 == acc.DEFAULT_LINEAR)
+
+
+@kernel
 def refusal(m, gpa, word, kinds):
     """Why a record is no access at all, DONE if it is one."""
     size = word & 0xFFFF
@@ -87,6 +97,8 @@ def refusal(m, gpa, word, kinds):
         bad = refusal_of_kind(describe(word))
         if bad != DONE:
             return bad
+        if not fits_source(word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK, describe(word)):
+            return BAD_SOURCE
     vcpu = (word >> 32) & 0xFFFF
     if vcpu >= m.caps[CAP_VCPUS] or m.vcpu_of_id[vcpu] < 0:
         return BAD_VCPU
@@ -148,6 +160,14 @@ def note_landing(m, gpa, size):
 
 
 @kernel
+def attempt(m, source, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all):
+    """Run an access by whoever makes it; returns as ``run.execute`` does."""
+    if source == acc.GUEST:
+        return run.execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all)
+    return emulator.execute(m, source, gpa, word & 0xFFFF, how & acc.ACCESS_MASK, tally)
+
+
+@kernel
 def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     """Run one record the long way; returns DONE, or STOPPED, or why the record is refused."""
     bad = refusal(m, gpa, word, options[OPTION_KINDS])
@@ -157,26 +177,27 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     vcpu = m.vcpu_of_id[(word >> 32) & 0xFFFF]
     how = describe(word)
     list_all = options[OPTION_LIST_ALL]
-    if access == acc.WRITE and passes_unenforced(m, vcpu, gpa, word & 0xFFFF):
+    source = word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK
+    if access == acc.WRITE and source == acc.GUEST and passes_unenforced(m, vcpu, gpa, word & 0xFFFF):
         note_landing(m, gpa, word & 0xFFFF)
         tally[reg.UNENFORCED] += 1
         tally[reg.PAGE_GRANULAR] += 1
         tally[reg.WRITES] += 1
         return DONE
-    q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if how == acc.PLAIN_WRITE else (0, 0)
+    q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if how == acc.PLAIN_WRITE and source == acc.GUEST else (0, 0)
     if q:
         ending, reason, at = res.VIOLATION, exits.EPT_VIOLATION, gpa
         fault.count_exit(tally, reason, q)
     else:
-        ending, reason, q, denied, at = run.execute(
-            m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
+        ending, reason, q, denied, at = attempt(
+            m, source, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
         )
     resolution = ending & ~res.STALE
     tally[reg.STALE_ACCESSES] += ending != resolution
     refused = resolution == res.VIOLATION and denied != 0
-    if access == acc.WRITE:
-        guarded = refused or in_protected_page(m, gpa, word & 0xFFFF)
-    else:
+    closed = access == acc.WRITE and source != acc.HOST and (refused or in_protected_page(m, gpa, word & 0xFFFF))
+    guarded = closed and emulator.obeys(m, source)
+    if access != acc.WRITE:
         guarded = resolution == res.VIOLATION  # page access is of whole pages anyway
     if resolution == res.VIOLATION or resolution == res.INTERNAL_ERROR or resolution == res.RUN_FAILED:
         run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
@@ -187,14 +208,11 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
             return STOPPED
         if options[OPTION_ON_VIOLATION] == ALLOW and resolution == res.VIOLATION and access == acc.WRITE:
             note_landing(m, gpa, word & 0xFFFF)
-        if (
-            options[OPTION_ON_VIOLATION] == GRANT
-            and access == acc.WRITE
-            and grant_touched(m, gpa, word & 0xFFFF, trail)
-        ):
+        grants = options[OPTION_ON_VIOLATION] == GRANT and access == acc.WRITE
+        if grants and grant_touched(m, gpa, word & 0xFFFF, trail):
             tally[reg.GRANTS] += 1
-            ending, reason, q, denied, at = run.execute(
-                m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
+            ending, reason, q, denied, at = attempt(
+                m, source, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
             )
             resolution = ending & ~res.STALE
             if list_all and (resolution == res.VIOLATION or resolution == res.INTERNAL_ERROR):
@@ -206,16 +224,19 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     elif resolution == res.COMPLETED:
         if ending != resolution:
             run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
-        tally[reg.UNENFORCED] += guarded and layers.refuses(m, gpa, word & 0xFFFF)
+        tally[reg.UNENFORCED] += closed and layers.refuses(m, gpa, word & 0xFFFF)
     tally[reg.PAGE_GRANULAR] += guarded
     tally[reg.WRITES] += access == acc.WRITE
     return DONE
 
 
 @kernel
-def served_head(positions, head):
-    """Whether records with ``head`` above the size in word 1 are plain accesses of a known vCPU."""
-    vcpu = head >> 16
+def served_head(positions, head, lengths):
+    """Whether records with ``head`` above the size in word 1 are plain accesses of a known vCPU.
+
+    ``lengths`` are the bits of it that may hold an instruction length.
+    """
+    vcpu = (head & ~lengths) >> 16
     plain = head & 0xFFFF
     return 0 <= vcpu < positions.shape[0] and positions[vcpu] >= 0 and plain <= acc.EXECUTE
 
@@ -249,16 +270,17 @@ def skim(cache, words, start, head, writing):
 
 
 @kernel
-def serve(cache, positions, words, start, tally):
+def serve(cache, positions, words, start, lengths, tally):
     """Serve records from the fast path up to the first that it cannot; returns its position.
 
-    Who accesses how is checked once for each run of records in which it stays the same.
+    Who accesses how is checked once for each run of records in which it stays the same. ``lengths`` is as
+    ``served_head`` has it.
     """
     count = words.shape[0] >> 1
     i = start
     while i < count:
         head = words[2 * i + 1] >> 16
-        if not served_head(positions, head):
+        if not served_head(positions, head, lengths):
             break
         writing = head & 0xFFFF == acc.WRITE
         stop, guarded = skim(cache, words, i, head, writing)
@@ -280,8 +302,9 @@ def replay(m, words, gvas, start, base, options, trail, log, used, tally):
     """
     status = DONE
     i = start
+    lengths = LENGTH_OF_HEAD if options[OPTION_KINDS] else 0
     while True:
-        i = serve(m.cache, m.vcpu_of_id, words, i, tally)
+        i = serve(m.cache, m.vcpu_of_id, words, i, lengths, tally)
         if 2 * i == words.shape[0]:
             break
         if not ample(m):

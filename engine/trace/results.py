@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.arch import access as acc
 from engine.arch import exits
 from engine.arch.access import ACCESS_NAMES
 from engine.cpu import sppt
@@ -33,6 +34,8 @@ EXIT_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("denied", "uint32", "sub-pages among them that refuse it"),
     ("resolution", "uint8", "what the hypervisor did about it"),
     ("stale", "uint8", "1 where a cached translation decided against what the tables say"),
+    ("source", "uint8", "0 guest, 1 emulated by KVM, 2 host"),
+    ("insn_len", "uint8", "bytes of the instruction, 0 if not known"),
 )
 
 
@@ -108,6 +111,8 @@ def split_log(
     denied: Any,
     resolution: Any,
     stale: Any,
+    source: Any,
+    insn_len: Any,
     first: Any,
 ) -> None:
     """Take the words of log rows apart into the columns of ``EXIT_COLUMNS`` and the first byte of each access."""
@@ -128,6 +133,8 @@ def split_log(
         denied[i] = log[i, run.EXIT_DENIED]
         resolution[i] = (log[i, run.EXIT_REASON] >> 16) & 0xFF
         stale[i] = log[i, run.EXIT_REASON] >> 24
+        source[i] = word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK
+        insn_len[i] = word >> acc.RECORD_LENGTH_SHIFT & acc.RECORD_LENGTH_MASK
         first[i] = log[i, run.EXIT_GPA]
 
 

@@ -31,6 +31,7 @@ REFUSALS = {
     replay.BAD_ADDRESS: ("gpa", "an access ends at or below guest-physical address 2^52"),
     replay.BAD_RESERVED: ("record", "the reserved bytes of a record are zero"),
     replay.BAD_KIND: ("kind", acc.KIND_RULE),
+    replay.BAD_SOURCE: ("source", acc.SOURCE_RULE),
     replay.BAD_LINEAR: ("linear", acc.LINEAR_RULE),
 }
 
@@ -139,6 +140,7 @@ class Replay:
         name, rule = REFUSALS[status]
         gpa, word = (int(w) & ((1 << 64) - 1) for w in words[2 * position : 2 * position + 2])
         values = {"size": word & 0xFFFF, "access": (word >> 16) & 0xFF, "vcpu": (word >> 32) & 0xFFFF, "gpa": gpa}
+        values["source"] = word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK
         values["kind"] = word >> acc.RECORD_KIND_SHIFT & 7
         values["linear"] = word >> acc.RECORD_LINEAR_SHIFT & acc.LINEAR_BITS ^ acc.LINEAR_VALID
         raise TraceError(rule, index=base + position, field=name, value=values.get(name, word))

@@ -11,7 +11,7 @@ from engine.arch import access as acc
 from engine.config import VmConfig, choices
 from engine.errors import InvalidValue
 from engine.kvm.user_exits import UserExit
-from engine.trace.replay import BAD_KIND, BAD_LINEAR, GPA_LIMIT, ON_VIOLATION, refusal_of_kind
+from engine.trace.replay import BAD_KIND, BAD_LINEAR, GPA_LIMIT, ON_VIOLATION, fits_source, refusal_of_kind
 from engine.trace.results import ExitColumns
 
 MAX_SIZE = 0xFFFF
@@ -34,6 +34,8 @@ class AccessRequest:
     on_violation: str = "skip"
     kind: int = acc.DATA
     linear: int = acc.LINEAR_VALID
+    source: int = acc.GUEST
+    insn_len: int = 0
 
     @property
     def how(self) -> int:
@@ -68,6 +70,19 @@ class AccessRequest:
             raise InvalidValue(acc.KIND_RULE, field="kind", value=acc.KIND_NAMES[self.kind])
         if refused == BAD_LINEAR:
             raise InvalidValue(acc.LINEAR_RULE, field="linear", value=self.linear)
+        self._validate_source()
+
+    def _validate_source(self) -> None:
+        if not 0 <= self.source < len(acc.SOURCE_NAMES):
+            raise InvalidValue(f"source is 0 to {len(acc.SOURCE_NAMES) - 1}", field="source", value=self.source)
+        if not fits_source(np.int64(self.source), np.int64(self.how)):
+            raise InvalidValue(acc.SOURCE_RULE, field="source", value=acc.SOURCE_NAMES[self.source])
+        if self.source != acc.GUEST and self.gpa is None:
+            raise InvalidValue("an access of KVM or the host is by gpa", field="gpa", value=None)
+        if not 0 <= self.insn_len <= acc.MAX_INSTRUCTION:
+            raise InvalidValue(
+                f"an instruction has up to {acc.MAX_INSTRUCTION} bytes", field="insn_len", value=self.insn_len
+            )
 
     def _validate_addresses(self, width: int) -> None:
         if self.gpa is None:
@@ -88,7 +103,8 @@ class AccessRequest:
 
     def record(self) -> NDArray[np.uint64]:
         """The one record of an access by GPA, uint64[1, 2]."""
-        word = self.size | self.access << 16 | acc.record_bits(self.kind, self.linear) | self.vcpu << 32
+        what = acc.record_bits(self.kind, self.linear, self.source, self.insn_len)
+        word = self.size | self.access << 16 | what | self.vcpu << 32
         return np.array([[self.gpa, word]], dtype=np.uint64)
 
     def gvas(self) -> NDArray[np.uint64] | None:

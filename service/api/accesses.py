@@ -12,7 +12,7 @@ from engine.arch.access import default_access
 from engine.trace.single import AccessRequest
 from service.api.common import VmId, documented, find, json_response, router
 from service.api.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
-from service.http.words import Access, Document, Hex64, Kind, Linear, examples
+from service.http.words import Access, Document, Hex64, Kind, Linear, Source, examples
 from service.problems import InvalidDocument
 
 routes = router("accesses", "/v1/vms/{vm}/accesses")
@@ -86,6 +86,14 @@ class SingleAccess(Document):
         ),
     )
     vcpu: int = Field(0, ge=0, le=0xFFFF, description="KVM vCPU id.")
+    source: Source = Field(
+        0,
+        description=(
+            "Whose access it is: the guest's (0), one that KVM emulates for it (1), or the host's own (2). `kvm-2019` "
+            "emulates without asking sub-page permissions; the host never asks."
+        ),
+    )
+    insn_len: int = Field(0, ge=0, le=15, description="Bytes of the instruction, 0 if not known; an exit reports it.")
     data: str | None = Field(
         None, pattern=r"^([0-9a-fA-F]{2})*$", description="Bytes to write, hexadecimal in memory order; `size` of them."
     )
@@ -187,6 +195,8 @@ async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Resp
         on_violation=body.on_violation,
         kind=body.kind,
         linear=body.linear,
+        source=body.source,
+        insn_len=body.insn_len,
     )
     async with entry.mutation() as machine:
         outcome = machine.access(wanted)

@@ -236,8 +236,9 @@ async def get_dirty(
     summary="Switch dirty tracking",
     description=(
         "Tracks the pages of every slot from now on; what was written before is not known. Switched off, what was "
-        "noted and not harvested is forgotten; a harvest that waits stays. If-Match is compared with the tag of the VM. "
-        "KVM's own log of a slot is switched by the slot's `log_dirty`."
+        "noted and not harvested is forgotten; a harvest that waits stays. From `subpage` to `page`, a page written in "
+        "part counts whole. KVM's own log of a slot is switched by the slot's `log_dirty`. "
+        "If-Match is compared with the tag of the VM."
     ),
     responses=documented(
         {200: {"model": Tracking, "description": "What is tracked now."}},

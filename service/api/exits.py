@@ -69,6 +69,8 @@ EXAMPLE_EXIT = {
     "objects": ["modprobe_path"],
     "resolution": "violation",
     "stale": False,
+    "source": 0,
+    "insn_len": 4,
 }
 
 
@@ -96,6 +98,8 @@ class ExitRecord(Document):
     stale: bool = Field(
         description="A cached translation decided against what the tables say; only with `translation_cache: model`."
     )
+    source: int = Field(description="0 guest, 1 emulated by KVM, 2 host.")
+    insn_len: int = Field(description="Bytes of the instruction; 0 where the trace does not say.")
 
 
 class ExitPage(Document):
@@ -135,6 +139,8 @@ def exit_rows(exits: ExitColumns) -> list[dict[str, Any]]:
             exits.objects(),
             exits.resolution_names(),
             map(bool, column["stale"].tolist()),
+            column["source"].tolist(),
+            column["insn_len"].tolist(),
             strict=True,
         )
     ]

@@ -95,6 +95,8 @@ class AccessRecord(Document):
         le=15,
         description="The linear address: 1 valid, and its page: 2 user, 4 writable, 8 execute-disable; the sum.",
     )
+    source: int = Field(0, ge=0, le=2, description="0 guest, 1 emulated by KVM, 2 host.")
+    insn_len: int = Field(0, ge=0, le=15, description="Bytes of the instruction, 0 if not known.")
 
 
 class TraceBody(Document):
@@ -239,8 +241,8 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
     description=(
         "One transaction: its effects are published together when it ends, and whatever goes wrong leaves the VM as it "
         "was. Arrow streams, NDJSON and packed records are replayed while they arrive. Columns: `gpa` u64 (required), "
-        "`size` u16 (8), `access` u8 (1), `vcpu` u16 (0), `gva` u64, `kind` u8 (0), `linear` u8 (1: valid); "
-        "packed records have no `kind` and `linear`."
+        "`size` u16 (8), `access` u8 (1), `vcpu` u16 (0), `gva` u64, `kind` u8 (0), `linear` u8 (1: valid), `source` "
+        "u8 (0: guest), `insn_len` u8 (0: not known); packed records have only the first four."
     ),
     status_code=201,
     openapi_extra={

@@ -61,6 +61,7 @@ Hex32 = Annotated[int, Word(32)]
 ACCESS_NAMES = ("read", "write", "execute")
 
 
+SOURCE_NAMES = ("guest", "emulated", "host")
 KIND_NAMES = ("data", "read-modify-write", "paging-read", "paging-update", "shadow-stack")
 LINEAR_NAMES = ("valid", "user", "writable", "execute-disable")
 
@@ -149,6 +150,7 @@ Access = Annotated[int, _Choice(ACCESS_NAMES)]
 Rights = Annotated[int, _Rights()]
 Kind = Annotated[int, _Choice(KIND_NAMES)]
 Linear = Annotated[int, _Linear()]
+Source = Annotated[int, _Choice(SOURCE_NAMES)]
 
 
 class Document(BaseModel):

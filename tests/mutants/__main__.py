@@ -29,7 +29,9 @@ from . import (
     cpu_flags,
     cpu_guest,
     cpu_spp_walk,
+    ioctls,
     kvm,
+    kvm_dirty,
     nested,
     store,
     trace,
@@ -46,6 +48,8 @@ PACKAGES = (
     cpu_cache,
     cpu_guest,
     kvm,
+    ioctls,
+    kvm_dirty,
     nested,
     trace,
     store,
@@ -53,7 +57,7 @@ PACKAGES = (
 MUTANTS: tuple[Mutant, ...] = tuple(mutant for package in PACKAGES for mutant in package.MUTANTS)
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("engine", "tests", "pyproject.toml")
+COPIED = ("engine", "service", "openapi", "tests", "pyproject.toml")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", ".hypothesis", "traces", "mutants", "conformance")
 PYTEST = (
     *("-m", "pytest", "-x", "-q", "--tb=line", "--no-header", "--hypothesis-profile=ci"),

@@ -53,8 +53,8 @@ MUTANTS = (
     Mutant(
         "replay-grant-goes-on",
         REPLAY_PY,
-        "if options[OPTION_ON_VIOLATION] == GRANT and grant_touched(m, gpa, word & 0xFFFF, trail):",
-        "if options[OPTION_ON_VIOLATION] == ALLOW and grant_touched(m, gpa, word & 0xFFFF, trail):",
+        "grants = options[OPTION_ON_VIOLATION] == GRANT and access == acc.WRITE",
+        "grants = options[OPTION_ON_VIOLATION] == ALLOW and access == acc.WRITE",
         "only grant changes maps",
         named(REPLAY, "allow_goes_on_and_leaves_the_protection"),
     ),

@@ -183,6 +183,13 @@ class Model:
     def _store(self, gpa: int, data: bytes) -> None:
         self.bytes.update({gpa + i: byte for i, byte in enumerate(data)})
 
+    def host_event(self, event: str, gfn: int | None, pages: int) -> None:
+        """What the host does to its pages changes nothing that a guest or a tool can tell."""
+        if gfn is not None:
+            self._need_slots(range(gfn, gfn + pages))
+        elif event not in ("zap", "shrink"):
+            raise Refused
+
     def _need_slots(self, gfns: range) -> None:
         if any(self.slot_of(gfn) is None for gfn in gfns):
             raise Refused
@@ -279,7 +286,7 @@ class Model:
             self.log.add(gfn)
 
     def _note_faults(self, passed: dict[int, list[int]], last: int | None, landed: bool) -> None:
-        """What the faults of a guest's write noted; ``passed`` are the pages that let it, ``last`` the one that did not.
+        """What the faults of a guest's write noted; ``passed`` are the pages that let it, ``last`` did not.
 
         A fault comes before its write, and knows nothing of the pages after it. The processor's own log has pages
         that were really written. KVM's log of the first series misses pages that are protected in part, that of the

@@ -20,12 +20,14 @@ Operation = tuple[Any, ...]
 # Pages around the end of a 2-MByte region, so that tables are shared and not.
 FIRST, LAST = 500, 523
 KINDS = ("set_slot", "delete_slot", "set_map", "protect", "unprotect", "write", "replay", "access")
-DIRTY = ("track", "harvest", "acknowledge", "take_log", "page_access")
+DIRTY = ("track", "harvest", "acknowledge", "take_log", "page_access", "host")
 # Slots come often, so that the rest has something to work on.
 OFTEN = ("set_slot", "set_slot", "set_map", "protect", "replay", "replay", "replay", "replay", "access", "harvest")
-WEIGHTED = (*KINDS, *DIRTY, *OFTEN, "acknowledge", "take_log")
+WEIGHTED = (*KINDS, *DIRTY, *OFTEN, "acknowledge", "take_log", "host")
 ON_VIOLATION = ("skip", "stop", "allow", "grant")
 MASKS = (0, 0xFFFF_FFFF, 0xFFFF_FFFE, 0x7FFF_FFFF, 0x0F0F_F00F, 1)
+REMAPS = ("remap-read-only", "remap-writable")
+EVENTS = ("unmap", "write-protect", "age", "zap", "shrink", "split", "collapse", "migrate", *REMAPS)
 TRACKING = ("off", "page", "subpage", "subpage")
 RIGHTS = (None, "rwx", "rw", "r", "x", "")
 SIZES = (1, 8, 8, 100, 300, 5000)
@@ -67,6 +69,9 @@ def operation(draw: Draw) -> Operation:
             return kind, draw(-2, 0)
         case "take_log":
             return kind, draw(0, 2)
+        case "host":
+            everywhere = draw(0, 9) == 0
+            return kind, EVENTS[draw(0, 9)], None if everywhere else draw(FIRST, LAST), draw(1, 4)
         case "page_access":
             entries = [
                 (draw(FIRST, LAST), RIGHTS[draw(0, 5)], (None, None, 0xFFFF_FFFF, 0, 0x0F0F_F00F)[draw(0, 4)])
@@ -123,6 +128,9 @@ def do_more(vm: VirtualMachine, step: Operation) -> Any:
         case ("take_log", slot):
             bitmap = int.from_bytes(vm.dirty.take_log(slot), "little")
             return {number for number in range(bitmap.bit_length()) if bitmap >> number & 1}
+        case ("host", event, gfn, npages):
+            vm.host_memory.event(event, gfn, None if gfn is None else npages)
+            return None
         case ("page_access", entries, mode):
             changes = [AccessChange(gfn, rights_of(letters), bitmap) for gfn, letters, bitmap in entries]
             return [result.outcome for result in vm.page_access.set(changes, mode)]
@@ -164,6 +172,8 @@ def foretell(model: Model, step: Operation) -> Any:
             return model.acknowledge(model.harvested + back)
         case ("take_log", slot):
             return model.take_log(slot)
+        case ("host", event, gfn, npages):
+            model.host_event(event, gfn, npages)
         case ("page_access", entries, mode):
             return model.set_page_access(entries, mode)
     return None

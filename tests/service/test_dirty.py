@@ -189,7 +189,7 @@ def test_kvm_log_of_a_slot(make_vm: Callable[..., str], client: ContractClient, 
 OCTETS = "application/octet-stream"
 
 
-# Pages that a policy protects in part: what each KVM's own log says of them (by write protection, and by the processor).
+# What each KVM's own log says of a page that a policy protects in part.
 @pytest.mark.parametrize(
     ("profile", "method", "gpa", "logged"),
     [

@@ -108,6 +108,8 @@ def test_arrow_has_the_columns_of_the_engine(exits: str, client: ContractClient)
         "objects": "list<item: string>",
         "resolution": "string",
         "stale": "bool",
+        "source": "uint8",
+        "insn_len": "uint8",
     }
 
 

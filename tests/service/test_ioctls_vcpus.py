@@ -87,3 +87,17 @@ def test_a_vcpu_made_after_spp_obeys_it(client: ContractClient, create_vm: Calla
         assert client.get(f"{url}/vcpus/{vcpu}/vmcs").json()["sppt_pointer"] != "0x0"
         assert client.post(f"{url}/accesses", json={"gpa": 0x5000, "vcpu": vcpu}).json()["landed"] is True
         assert client.post(f"{url}/accesses", json={"gpa": 0x5080, "vcpu": vcpu}).json()["landed"] is False
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_vcpu_made_after_dirty_tracking_has_its_page_log(
+    client: ContractClient, create_vm: Callable[..., str], profile: str
+) -> None:
+    url = create_vm(profile)
+    assert ioctl(client, url, "KVM_SET_USER_MEMORY_REGION", region(0, 0, 0, MIB)).short == 0
+    tracking = {"tracking": "page", "method": "pml"}
+    assert client.put(f"{url}/dirty", json=tracking).status_code == 200
+    assert ioctl(client, url, "KVM_CREATE_VCPU", arg=3).returns >= 0
+    assert client.post(f"{url}/accesses", json={"gpa": 0x5000, "vcpu": 3}).json()["landed"] is True
+    dirty = client.get(f"{url}/dirty").json()
+    assert [page["gfn"] for page in dirty["pages"]] == ["0x5"]

@@ -55,9 +55,10 @@ def misses(client: ContractClient, url: str) -> int:
     return int(client.get(f"{url}/counters").json()["counters"]["exits_spp_miss"])
 
 
-def drop(client: ContractClient, url: str, gpa: int) -> None:
-    """The host takes a page away: its leaf is gone, as after swap-out."""
-    assert client.put(f"{url}/ept/1/{gpa}", json={"raw": 0}).status_code == 200
+def happens(client: ContractClient, url: str, event: str, gfn: int) -> None:
+    """Something that the host does to a page."""
+    reply = client.post(f"{url}/host-memory", json={"event": event, "gfn": gfn, "npages": 1})
+    assert reply.status_code == 200, reply.text
 
 
 def test_1_nothing_works_before_init(client: ContractClient, make_vm: MakeVm, profile: str) -> None:
@@ -135,6 +136,20 @@ def test_8_a_range_with_a_hole(client: ContractClient, url: str, profile: str) -
     assert maps_of(get_access(client, url, profile, 1022, 2).data, 2) == [4, 5]
 
 
+def test_9_a_huge_page(client: ContractClient, make_vm: MakeVm, profile: str) -> None:
+    """2019 enforces nothing until the host splits it; later SET makes room for small mappings, and enforces at once."""
+    ram = [{"slot": 0, "gpa": 0, "size": 4 * MIB, "host_page_size": 2 * MIB}]
+    url = make_vm(profile=profile, memory_slots=ram)
+    assert lands(client, url, 5 << 12), "the first touch maps 2 MByte"
+    assert set_access(client, url, profile, 5, [0]).short == 1
+    assert maps_of(get_access(client, url, profile, 5).data, 1) == [0]
+    assert lands(client, url, 5 << 12) is (profile == OLD)
+    happens(client, url, "split", 5)
+    assert not lands(client, url, 5 << 12)
+    for gfn in (4, 6, 511):
+        assert all(lands(client, url, (gfn << 12) + i * STRIDE) for i in (0, 31)), "neighbours stay writable"
+
+
 def test_10_skip_or_retry(client: ContractClient, url: str, profile: str) -> None:
     assert set_access(client, url, profile, 5, [0]).short == 1
     guest = Guest(client, url, 5 << 12)
@@ -154,8 +169,9 @@ def test_11_swapped_out_and_deleted(client: ContractClient, make_vm: MakeVm, pro
     assert enable(client, url, profile).short == 0
     assert set_access(client, url, profile, 5, [0]).short == 1
     assert not lands(client, url, 5 << 12)
-    drop(client, url, 5 << 12)
-    assert not lands(client, url, 5 << 12), "still denied after it came back"
+    for event in ("unmap", "migrate", "remap-read-only", "remap-writable"):
+        happens(client, url, event, 5)
+        assert not lands(client, url, 5 << 12), f"still denied after {event}"
     assert ioctl(client, url, "KVM_SET_USER_MEMORY_REGION", region(0, 0, 0, 0)).short == 0
     assert ioctl(client, url, "KVM_SET_USER_MEMORY_REGION", ram).short == 0
     assert lands(client, url, 5 << 12), "the protection went with the slot"

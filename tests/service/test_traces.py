@@ -79,6 +79,8 @@ def test_formats_agree(guarded: str, client: ContractClient, name: str) -> None:
         "objects": ["guarded"],
         "resolution": "violation",
         "stale": False,
+        "source": 0,
+        "insn_len": 0,
     }
     assert client.get(reply.headers["Location"]).json() == result
     tag = client.get(reply.headers["Location"]).headers["ETag"]
@@ -196,7 +198,7 @@ def test_a_preference_for_later_may_be_ignored(guarded: str, client: ContractCli
         ("carry=pc,,as", "carry"),
         ("carry=qualification", "carry"),
         ("carry=gpa", "carry"),
-        ("carry=source", "source"),
+        ("carry=op", "op"),
         ("carry=missing", "carry"),
         ("record=gpa8", "record"),
     ],
@@ -259,7 +261,7 @@ WRONG: dict[str, tuple[Body, int | None]] = {
     "access 3": (bodies.arrow(with_column("access", [1, 1, 3, *[1] * 6], pa.uint8())), 2),
     "unknown vcpu": (bodies.arrow(with_column("vcpu", [0, 0, 5, *[0] * 6], pa.uint16())), 2),
     "zero byte not zero": (Body(bytes(8) + b"\x08\0\x01\x07\0\0\0\0", bodies.PACKED, "record=record16"), 0),
-    "reserved column": (bodies.arrow(with_column("source", [0] * 9, pa.uint8())), 0),
+    "reserved column": (bodies.arrow(with_column("op", [0] * 9, pa.uint8())), 0),
     "reserved column in json": (Body(b'{"accesses": [{"gpa": 1, "op": 0}]}', bodies.JSON), 0),
     "json without accesses": (Body(b"{}", bodies.JSON), None),
     "json that is a list": (Body(b"[]", bodies.JSON), None),

@@ -45,6 +45,8 @@ class _PlainRow(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     gva: Any = msgspec.UNSET
     kind: Any = msgspec.UNSET
     linear: Any = msgspec.UNSET
+    source: Any = msgspec.UNSET
+    insn_len: Any = msgspec.UNSET
 
 
 _plain_row = msgspec.json.Decoder(_PlainRow)

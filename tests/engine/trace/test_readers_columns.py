@@ -25,11 +25,11 @@ def test_the_column_table_is_the_contract():
         "gva": ("<u8", None),
         "kind": ("|u1", 0),
         "linear": ("|u1", 1),
+        "source": ("|u1", 0),
+        "insn_len": ("|u1", 0),
     }
     assert {
-        "source",
         "address_space",
-        "insn_len",
         "op",
         "arg",
     } == RESERVED
@@ -129,13 +129,33 @@ def test_kinds(named, read):
     assert [word >> 16 for word in got.records[:, 1].tolist()] == [0x0001, 0x0A00, 0x1002, 0x7301, 0x0400]
 
 
+def test_source_and_length(named, read):
+    """Bits 63:48: the source in 49:48, the length of the instruction above."""
+    name, encode = named
+    body = encode(
+        table(
+            insn_len=pa.array([0, 15, 4], pa.int16()),
+            gpa=pa.array([1, 2, 3], pa.uint64()),
+            source=pa.array([2, 0, 1], pa.uint8()),
+            vcpu=pa.array([0, 7, 65535], pa.uint16()),
+        )
+    )
+    got = read(name, body)
+    assert got.records[:, 1].tolist() == [
+        8 | 1 << 16 | v << 32 | s << 48 | n << 50 for s, v, n in ((2, 0, 0), (0, 7, 15), (1, 65535, 4))
+    ]
+
+
 def test_a_kind_says_what_it_does(named, read):
     name, encode = named
     body = encode(table(gpa=pa.array(range(5), pa.uint64()), kind=pa.array(range(5), pa.uint8())))
     assert [word >> 16 & 0xFF for word in read(name, body).records[:, 1].tolist()] == [1, 1, 0, 1, 1]
 
 
-@pytest.mark.parametrize(("column", "value", "limit"), [("kind", 5, 4), ("kind", 255, 4), ("linear", 16, 15)])
+@pytest.mark.parametrize(
+    ("column", "value", "limit"),
+    [("kind", 5, 4), ("kind", 255, 4), ("linear", 16, 15), ("source", 3, 2), ("insn_len", 16, 15)],
+)
 def test_kinds_that_are_none(named, read, column, value, limit):
     name, encode = named
     body = encode(table(gpa=pa.array([1, 2, 3], pa.uint64()), **{column: pa.array([0, 1, value], pa.uint8())}))

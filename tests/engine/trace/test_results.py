@@ -48,6 +48,8 @@ def test_columns_of_one_exit() -> None:
         "denied": 1 << 4,
         "resolution": res.VIOLATION,
         "stale": 0,
+        "source": 0,
+        "insn_len": 0,
     }
     assert [(name, str(made.column(name).dtype)) for name in made.columns] == [row[:2] for row in EXIT_COLUMNS]
 
@@ -110,9 +112,11 @@ def test_what_user_space_sees(resolution: str, profile: str, number: int, advanc
         "violation": (number, "KVM_EXIT_SPP", advanced, 0x5200, None),
         "mmio": (6, "KVM_EXIT_MMIO", True, None, None),
         "internal-error": (0, "KVM_EXIT_UNKNOWN", False, None, 66),
+        "run-failed": (0, "KVM_EXIT_UNKNOWN", False, None, None),
     }.get(resolution)
     if wanted is None:
         assert seen is None
         return
     assert seen is not None
     assert (seen.exit_reason, seen.name, seen.rip_advanced, seen.spp_addr, seen.hw_exit_reason) == wanted
+    assert seen.errno == ("EFAULT" if resolution == "run-failed" else None)
