@@ -24,7 +24,7 @@ from engine.nested.enlightened import clean_fields, evmcs_page
 from engine.nested.ioctls import CAP_HYPERV_ENLIGHTENED_VMCS, READING, evmcs_hook
 from engine.nested.msr_numbers import NAMES as HYPERV_MSR_NAMES
 from engine.nested.msrs import REGISTER_MSR_NAMES
-from engine.nested_states import NestedStates, close_vcpu, first_identity, nested_host, open_vcpu
+from engine.nested_states import PARTITION_MSRS, NestedStates, close_vcpu, first_identity, nested_host, open_vcpu
 from engine.ram import Ram
 from engine.store import Draft, Snapshot
 
@@ -267,8 +267,9 @@ class NestedOperations:
         """
         with self.change(vcpu) as (whole, _):
             place = [item.id for item in self._config.vcpus].index(vcpu)
-            new = NestedVcpu(profile=whole.profile, host=whole.host, vcpu_id=vcpu, vp_index=place)
-            whole.__dict__.update(vars(new))
+            kept = {number: value for number, value in whole.msrs.items() if number in PARTITION_MSRS}
+            new = NestedVcpu(profile=whole.profile, host=whole.host, vcpu_id=vcpu, vp_index=place, msrs=kept)
+            vars(whole).update(vars(new))
 
     def set_lapic_in_kernel(self, present: bool) -> None:
         """Whether the vCPUs have their local APIC in the kernel (KVM_CREATE_IRQCHIP before them)."""

@@ -41,7 +41,9 @@ SHARED_REGISTERS = {
     "pdptr1": ctl.V_PDPTE1,
     "pdptr2": ctl.V_PDPTE2,
     "pdptr3": ctl.V_PDPTE3,
+    "interruptibility_info": ctl.V_INTERRUPTIBILITY,
 }
+_BLOCKING_BY_MOV_SS = 1 << 1
 _DPL = 0b11 << 5
 _UNUSABLE = 0x1_0000
 _CODE_64, _DATA_FLAT = 0xA09B, 0xC093
@@ -136,6 +138,7 @@ def open_vcpu(config: VmConfig, states: NestedStates, machine: frames.Machine, v
     for name, word in SHARED_REGISTERS.items():
         vcpu.registers[name] = unsigned(words[word])
     vcpu.registers["ss_ar_bytes"] = vcpu.registers["ss_ar_bytes"] & ~_DPL | int(words[ctl.V_CPL]) << 5
+    vcpu.mov_ss_blocking = bool(vcpu.registers["interruptibility_info"] & _BLOCKING_BY_MOV_SS)
     vcpu.vmx.vmcs12, vcpu.vmx.shadow, vcpu.svm.vmcb12 = (
         _read_page(machine, int(words[word])) for word in (ctl.V_VMCS12, ctl.V_SHADOW_VMCS12, ctl.V_VMCB12)
     )
@@ -145,6 +148,8 @@ def open_vcpu(config: VmConfig, states: NestedStates, machine: frames.Machine, v
 def close_vcpu(draft: Draft, states: NestedStates, vcpu: NestedVcpu) -> NestedStates:
     """Put a vCPU back: its words and pages into the draft, the rest into the states that are returned."""
     frame = _frame_of(draft.machine, vcpu.vcpu_id)
+    blocking = vcpu.registers["interruptibility_info"] & ~_BLOCKING_BY_MOV_SS
+    vcpu.registers["interruptibility_info"] = blocking | (_BLOCKING_BY_MOV_SS if vcpu.mov_ss_blocking else 0)
     modes.follow(draft.machine, frame, states.vcpus.get(vcpu.vcpu_id), vcpu, Ram(draft))
     for name, word in SHARED_REGISTERS.items():
         frames.write_word(draft.machine, frame, word, signed(vcpu.registers[name]))
@@ -168,6 +173,7 @@ def close_vcpu(draft: Draft, states: NestedStates, vcpu: NestedVcpu) -> NestedSt
         vmx=replace(vcpu.vmx, vmcs12=bytearray(), shadow=bytearray()),
         svm=replace(vcpu.svm, vmcb12=bytearray()),
         lapic_in_kernel=True,
+        mov_ss_blocking=False,
         fail_allocation=False,
         allocations=0,
     )

@@ -111,6 +111,7 @@ def test_registers_are_those_of_the_vcpu_record(era: str) -> None:
     assert vm.nested.write_msrs(0, [(EFER, 0x500)]).refused is None
     assert vm.vcpus.vmcs(0)["efer"] == 0x500 and vm.vcpus.vmcs(0)["cpl"] == 3
     vm.nested.reset(0)
+    assert vm.vcpus.vmcs(0)["cpl"] == 0
     assert vm.vcpus.vmcs(0)["cr0"] == 0x6000_0010 and vm.nested.vcpu(0).cpuid == ()
 
 
@@ -123,6 +124,8 @@ def test_partition_msrs_are_the_same_on_every_vcpu() -> None:
     for back in (vm, round_trip(vm)):
         assert [msr.host for msr in back.nested.msrs(3, [HV_GUEST_OS_ID, HV_HYPERCALL])] == [0x8100, 0x2001]
         assert back.nested.msrs(9, [HV_VP_ASSIST_PAGE])[0].host == 0
+    vm.nested.reset(9)
+    assert vm.nested.msrs(9, [HV_GUEST_OS_ID])[0].host == 0x8100 and vm.nested.vcpu(9).vp_index == 1
     assert vm.nested.write_msrs(3, [(HV_GUEST_OS_ID, 0)], guest=True).written == 1
     assert vm.nested.msrs(9, [HV_HYPERCALL])[0].guest == 0x2000
 
@@ -286,6 +289,10 @@ def test_instructions() -> None:
     assert vm.nested.execute(0, "vmxon", 0x1000).result == "succeed"
     assert vm.nested.execute(0, "vmptrld", 0x2000).result == "succeed"
     assert vm.nested.execute(0, "vmptrst").value == 0x2000
+    vm.vcpus.set_vmcs(0, {"interruptibility": 2})
+    assert vm.nested.execute(0, "vmlaunch").vm_instruction_error == 26
+    assert round_trip(vm).nested.vcpu(0).mov_ss_blocking
+    vm.vcpus.set_vmcs(0, {"interruptibility": 0})
     assert vm.nested.execute(0, "vmlaunch").result == "entered"
     with unchanged(vm), pytest.raises(Conflict):
         vm.nested.execute(0, "vmlaunch")
