@@ -180,7 +180,7 @@ class StoredHome(Home):
 
     async def _store(self, change: Change) -> None:
         if not self._ready or self._keeper is None:
-            raise StoreUnavailable(f"changes are not taken at present: {self.trouble}")
+            raise StoreUnavailable(f"changes are not taken at present: {self.trouble or 'the store is being opened'}")
         await finished(self._keeper.submit(change, self._epoch))
 
     async def revision(self, number: int) -> int | None:

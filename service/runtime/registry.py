@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
 from engine.config import VmConfig
-from engine.errors import EngineError, InvalidValue, LimitExceeded
+from engine.errors import Busy, EngineError, InvalidValue, LimitExceeded
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
-from service.problems import NotReady
+from service.problems import NotReady, StoreUnavailable
 from service.runtime.entry import Entry, unknown_vm
 from service.runtime.home import Home
 from service.runtime.offload import maybe_in_thread
@@ -103,8 +103,13 @@ class Registry:
         if entry.loaded is not None and not (entry.doubtful and self.home.ready):
             return
         if entry.doubtful:
-            async with entry.writer.hold():
-                await self._read(entry)
+            try:
+                async with entry.writer.hold():
+                    await self._read(entry)
+            except (Busy, StoreUnavailable):
+                # What was committed before the doubtful change is still a state that clients may be shown.
+                if entry.loaded is None:
+                    raise
         else:
             await self._read(entry)
         self._forget_unused()
