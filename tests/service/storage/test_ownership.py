@@ -19,6 +19,7 @@ import typer.testing
 
 from service.cli import app
 from service.problems import StoreUnavailable
+from service.storage.schema import REVISION
 from tests.faults.postgres import Cluster
 from tests.service.running import Running
 from tests.service.storage.stored import map_of, new_vm, run_sql, serving, set_map
@@ -124,7 +125,7 @@ def test_a_store_of_a_later_release_is_left_alone(store_url: str, until: Until) 
     run_sql(store_url, "UPDATE alembic_version SET version_num = '9999'")
     with serving(store_url, ready=False) as service:
         until(lambda: "9999" in service.client.get("/readyz").json()["detail"])
-    run_sql(store_url, "UPDATE alembic_version SET version_num = '0001'")
+    run_sql(store_url, f"UPDATE alembic_version SET version_num = '{REVISION}'")
     with serving(store_url) as service:
         assert len(service.client.get("/v1/vms").json()["vms"]) == 1
 
