@@ -262,7 +262,8 @@ async def put_evmcs(request: Request, vm: VmId, n: VcpuId, body: EnableRequest) 
     ),
 )
 async def get_vcpu_capability(request: Request, vm: VmId, n: VcpuId, cap: CapabilityName) -> Response:
-    return tagged(request, _shown(_capability(cap), find(request, vm).machine, n))
+    machine = find(request, vm).machine
+    return tagged(request, _shown(_capability(cap), machine, n))
 
 
 @routes.put(

@@ -337,8 +337,9 @@ async def get_vp_assist_page(
     of: Annotated[Owner, Query(description="Whose page.")] = "guest",
     written: Annotated[Written, Query(description="Layout in which the three fields are looked for.")] = "correct",
 ) -> Response:
-    page = find(request, vm).machine.hyperv.vp_assist_page(n, of_kvm=of == "kvm")
+    entry = find(request, vm)
     media = preferred(request, _OFFERS)
+    page = entry.machine.hyperv.vp_assist_page(n, of_kvm=of == "kvm")
     told = {"ETag": _assist_tag(page, media, written), "Vary": "Accept"}
     if conditional.not_modified(request, told["ETag"]):
         return Response(status_code=304, headers=told)

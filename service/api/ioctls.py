@@ -131,7 +131,7 @@ def _documented(*problems: str, made: bool = False) -> dict[int | str, dict[str,
         "model": IoctlReply,
         "description": "The call was made.",
         "content": {OCTETS: _BINARY},
-        "headers": {**_KVM_HEADERS, **location},
+        "headers": {**headers("Vary"), **_KVM_HEADERS, **location},
     }
     return documented(
         {200: reply},
@@ -156,18 +156,18 @@ class _Incoming:
 
     def answer(self, reply: Reply, vm: str | None = None) -> Response:
         """The call's answer, with the caller's memory as the call left it."""
-        location = {"Location": f"/v1/vms/{vm}"} if vm is not None else {}
+        told = {"Vary": "Accept"} | ({"Location": f"/v1/vms/{vm}"} if vm is not None else {})
         data = self.call.user.data
         if self.media == OCTETS:
-            told = {"X-KVM-Return": str(reply.returns)} | ({"X-KVM-Errno": reply.errno} if reply.errno else {})
-            return Response(bytes(data or b""), media_type=OCTETS, headers=told | location)
+            told |= {"X-KVM-Return": str(reply.returns)} | ({"X-KVM-Errno": reply.errno} if reply.errno else {})
+            return Response(bytes(data or b""), media_type=OCTETS, headers=told)
         document: dict[str, Any] = {
             "return": reply.returns,
             "errno": reply.errno,
             "data": data.hex() if data is not None and not self._pointed_at() else None,
             "memory": [{"addr": hex(addr), "data": part.hex()} for addr, part in self.call.memory.segments],
         }
-        return json_response(document | ({"vm": vm} if vm is not None else {}), extra=location)
+        return json_response(document | ({"vm": vm} if vm is not None else {}), extra=told)
 
     def _pointed_at(self) -> bool:
         return any(self.call.user.data is part for _, part in self.call.memory.segments)

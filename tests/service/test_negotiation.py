@@ -12,7 +12,18 @@ from service.settings import Settings
 from tests.contract.client import ContractClient, contract
 from tests.service.running import Running, running
 
-PLACES = {"n": "0", "slot": "0", "level": "1", "gpa": "0x0", "trace": "tr_0", "name": "paths", "code": "vm-busy"}
+PLACES = {
+    "n": "0",
+    "slot": "0",
+    "level": "1",
+    "gpa": "0x0",
+    "trace": "tr_0",
+    "name": "paths",
+    "code": "vm-busy",
+    "cap": "163",
+}
+# Where the same word names something else: the first that the path ends with.
+BY_PATH = {"/vcpus/{n}/ioctls/{name}": "KVM_GET_CPUID2", "/ioctls/{name}": "KVM_CHECK_EXTENSION"}
 OPERATIONS = [
     pytest.param(path, method, operation, id=f"{method.upper()} {path}")
     for path, item in contract().document["paths"].items()
@@ -36,6 +47,7 @@ def url(path: str, operation: dict[str, Any], vm: str) -> str:
         if parameter["in"] == "query" and parameter["required"]
     )
     vm = vm.rpartition("/")[2]
+    path = next((path.replace("{name}", name) for end, name in BY_PATH.items() if path.endswith(end)), path)
     return re.sub(r"{(\w+)}", lambda name: PLACES.get(name[1], vm if name[1] == "vm" else "0"), path) + f"?{asked}"
 
 

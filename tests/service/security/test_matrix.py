@@ -40,7 +40,9 @@ PLACES = {
     "trace": "tr_0",
     "name": "paths",
     "code": "vm-busy",
+    "cap": "163",
 }
+IOCTL = "KVM_CHECK_EXTENSION"
 
 
 @dataclass
@@ -86,6 +88,8 @@ def request_for(route: APIRoute, method: str, vm: str) -> dict[str, Any]:
 
     def place(match: re.Match[str]) -> str:
         name = match[1].partition(":")[0]
+        if name == "name" and "/ioctls/" in route.path:
+            return IOCTL
         return vm if name == "vm" else PLACES.get(name, "0")
 
     asked: dict[str, Any] = {"method": method, "url": re.sub(r"{([^}]+)}", place, route.path)}
