@@ -44,7 +44,8 @@ def new_store(config: VmConfig) -> FrameStore:
     caps[frames.CAP_FAST_PATH] = config.translation_cache == "off"
     ids = vcpu_positions(config)
     caps[frames.CAP_VCPUS] = len(ids)
-    return FrameStore(caps, ids, config.max_table_frames, modelled=config.translation_cache == "model")
+    modelled = config.translation_cache == "model"
+    return FrameStore(caps, ids, config.max_table_frames, vcpus=config.vcpu_records, modelled=modelled)
 
 
 def vcpu_positions(config: VmConfig) -> NDArray[np.int64]:

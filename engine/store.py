@@ -38,7 +38,7 @@ class FrameStore:
     """Rows, the published snapshot, and the growth of both."""
 
     def __init__(
-        self, caps: NDArray[np.int64], vcpu_of_id: NDArray[np.int64], limit: int, *, modelled: bool = False
+        self, caps: NDArray[np.int64], vcpu_of_id: NDArray[np.int64], limit: int, *, vcpus: int, modelled: bool = False
     ) -> None:
         self.limit = limit
         self.spare: NDArray[np.int64] = np.arange(FIRST_FRAMES - 1, -1, -1, dtype=np.int64)
@@ -58,7 +58,7 @@ class FrameStore:
                 slots=empty.reshape(0, 5),
                 cache=np.full(CACHE_WORDS, EMPTY, dtype=np.int64),
                 tlb=tlb.new_table() if modelled else tlb.no_table(),
-                queues=np.zeros((int((vcpu_of_id >= 0).sum()), 2, frames.QUEUE_WORDS), dtype=np.int64),
+                queues=np.zeros((vcpus, 2, frames.QUEUE_WORDS), dtype=np.int64),
             )
         )
 

@@ -109,7 +109,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await app.state.access.open()
         registry.home.start(registry, lambda: see_whether_ready(app))
         tasks = [
-            asyncio.create_task(app.state.access.keep_fresh()),
+            asyncio.create_task(app.state.access.keep_fresh(lambda: see_whether_ready(app))),
             asyncio.create_task(app.state.metrics.watch_lag()),
         ]
         if settings.warm_up:
@@ -140,7 +140,8 @@ async def _settled(app: FastAPI) -> None:
 
 
 def see_whether_ready(app: FastAPI) -> None:
-    app.state.ready = app.state.warm and app.state.registry.home.ready and not app.state.draining
+    state = app.state
+    state.ready = state.warm and state.registry.home.ready and state.access.known and not state.draining
 
 
 def drain(app: FastAPI) -> None:

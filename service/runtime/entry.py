@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from engine.errors import NotFound
+from engine.errors import NotFound, OutOfMemory
 from engine.machine import VirtualMachine
 from service.problems import NotReady, StoreUnavailable
 from service.runtime.home import Home
@@ -68,7 +68,8 @@ class Entry:
     async def mutation(self) -> AsyncIterator[VirtualMachine]:
         """The machine, held for one mutation, which is committed as one when the block ends without an exception.
 
-        Readers see it from then on. Leaving with an exception, or a commit that fails, leaves the machine as it was.
+        Readers see it from then on. Leaving with an exception, or a commit that fails, leaves the machine as it was;
+        but an allocation of the host that failed is counted, so that a retry finds the next one.
         Raises Busy after the configured wait, NotFound if the machine was deleted meanwhile, StoreUnavailable.
         """
         async with self.writer.hold():
@@ -76,8 +77,12 @@ class Entry:
             before = self.machine
             after = before.successor()
             token = _CHANGING.set((self, after))
+            failed: OutOfMemory | None = None
             try:
-                yield after
+                try:
+                    yield after
+                except OutOfMemory as error:
+                    failed = error
                 await self._commit(before, after)
             except BaseException as error:
                 if isinstance(error, StoreUnavailable) and not error.certain:
@@ -88,6 +93,8 @@ class Entry:
                 raise
             finally:
                 _CHANGING.reset(token)
+            if failed is not None:
+                raise failed
 
     async def _commit(self, before: VirtualMachine, after: VirtualMachine) -> None:
         """Make the change durable, then show it. Nothing is awaited between the one and the other."""

@@ -25,6 +25,9 @@ from service.settings import Settings
 
 Permission = Literal["public", "read", "write", "admin", "metrics"]
 
+# How soon a store that could not be read at first is read again.
+_FIRST_READ_SECONDS = 0.5
+
 # A scope includes those before it. Metrics are of all tenants and so for admins, unless they are made public.
 _SCOPE: dict[Permission, str] = {
     "public": "public",
@@ -151,16 +154,23 @@ class AccessControl:
     def _principal(self, token: Token) -> Principal:
         return Principal(token.id, token.name, token.tenant, token.scope, self._bucket())
 
-    async def keep_fresh(self) -> None:
-        """Read the store again and again. When it cannot be read, what is known goes on to count."""
+    @property
+    def known(self) -> bool:
+        """Whether the store was read, so that it is decided who may come in."""
+        return self._known or self._fixed is not None
+
+    async def keep_fresh(self, told: Callable[[], None]) -> None:
+        """Read the store again and again, and tell of it. When it cannot be read, what is known goes on to count."""
         if self._store is None:
             return
         while True:
-            await asyncio.sleep(self._refresh)
+            await asyncio.sleep(self._refresh if self._known else min(self._refresh, _FIRST_READ_SECONDS))
             try:
                 self._take(list(await asyncio.to_thread(self._store.all)))
             except Exception:
                 logger.exception("the tokens cannot be read again; those that are known go on to count")
+            else:
+                told()
 
     def admit(self, scope: Scope, permission: Permission, authorization: bytes | None, host: bytes | None) -> Principal:
         """The caller of a route that demands ``permission``; also left in ``scope["principal"]``, refused or not.

@@ -25,6 +25,9 @@ def test_create_move_delete(vm: str, client: ContractClient) -> None:
         "size": "0x100000",
         "read_only": False,
         "host_page_size": 4096,
+        "address_space": 0,
+        "log_dirty": False,
+        "userspace_addr": "0x0",
     }
     assert client.get(url).headers["ETag"] == created.headers["ETag"]
     assert client.get(url, headers={"If-None-Match": created.headers["ETag"]}).status_code == 304
