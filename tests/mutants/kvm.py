@@ -91,15 +91,15 @@ MUTANTS = (
     Mutant(
         "slots-overlap",
         SLOTS_PY,
-        "return self.gpa < other.gpa + other.size and other.gpa < self.gpa + self.size",
-        "return self.gpa <= other.gpa + other.size and other.gpa < self.gpa + self.size",
+        "and self.gpa < other.gpa + other.size",
+        "and self.gpa <= other.gpa + other.size",
         "slots that touch do not overlap",
         named(SLOTS, "overlap"),
     ),
     Mutant(
         "mapping-arm-bit",
         MAPPING_PY,
-        "return entry | bits.SPP",
+        "return entry | (saved_bit(m) if tracking.saved(m, gfn, slot, mask) else bits.SPP)",
         "return entry",
         "kvm-spp 3.4: a page whose map is not full is armed",
         named(FAULT, "first_touch_arms_a_page_whose_map_is_not_full"),
@@ -116,7 +116,7 @@ MUTANTS = (
     Mutant(
         "mapping-born-clean",
         MAPPING_PY,
-        "return entry | bits.WRITE | bits.DIRTY",
+        "return entry | bits.WRITE | (NOTHING if tracking.flag_waits(m, gfn, slot) else bits.DIRTY)",
         "return entry | bits.WRITE",
         "kvm-spp 3.4: a writable leaf is born dirty",
         named(FAULT, "first_touch_maps_a_full_page_writable"),
@@ -145,6 +145,7 @@ MUTANTS = (
         "if not found or level != 1 or not entry & bits.SPP:",
         "kvm-spp 2.3: SET brings the leaf of a mapped page in line",
         named(FAULT, "2019_set_arms_and_disarms_a_mapped_page"),
+        function="rearm",
     ),
     Mutant(
         "mapping-fast-path-stays",
@@ -196,7 +197,7 @@ MUTANTS = (
     ),
     Mutant(
         "fault-log-emptied",
-        FAULT_PY,
+        "engine/kvm/dirty_log.py",
         "LAST_LOG_ENTRY = np.int64(LOG_ENTRIES - 1)",
         "LAST_LOG_ENTRY = np.int64(LOG_ENTRIES)",
         "29.3.6: an empty log begins at entry 511",

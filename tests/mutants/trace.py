@@ -25,6 +25,7 @@ MUTANTS = (
         "for gfn in range(gpa >> 12, (gpa >> 12) + 1):",
         "both pages of an access count for page granularity",
         named(KVM_GAPS, "second_page_counts_for_page_granularity"),
+        function="in_protected_page",
     ),
     Mutant(
         "replay-grant-whole-page",
