@@ -8,13 +8,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.arch import access as acc
 from engine.arch import exceptions
 from engine.arch.words import unsigned
 from engine.config import VmConfig
+from engine.cpu import ept
 from engine.cpu.frames import FRAME_SIZE, Machine
 from engine.errors import InvalidValue, TraceError
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
+from engine.kvm import tracking
 from engine.kvm.slots import first_page_without_slot, writable_bytes
 from engine.kvm.user_exits import UserExit, user_exit
 from engine.store import Draft
@@ -46,7 +49,18 @@ def execute(draft: Draft, request: AccessRequest, config: VmConfig, targets: Tar
     result = found.result
     if result.lands and not all(_is_memory(draft.machine, *place, allowed=result.allowed) for place in found.places):
         result = result.without_effect()
+    if result.lands and request.gpa is None and request.access == acc.WRITE:
+        _note_written(draft, found, position_of(config, request.vcpu))
     return found._replace(result=result, places=found.places if result.lands else ())
+
+
+def _note_written(draft: Draft, found: Execution, position: int) -> None:
+    """Tell the dirty logs of a write by linear address that no EPT let through, as a replay tells them of others."""
+    if found.result.allowed and int(ept.mode_of(draft.machine, position)) & ept.MODE_EPT:
+        return
+    for gpa, size in found.places:
+        draft.ensure()
+        tracking.note_host_write(draft.machine, gpa, size)
 
 
 def _is_memory(m: Machine, gpa: int, size: int, *, allowed: bool) -> bool:
@@ -111,10 +125,15 @@ def _result_of_replay(request: AccessRequest, result: TraceResult, profile: str,
     )
 
 
+def position_of(config: VmConfig, vcpu: int) -> int:
+    """Position of a vCPU that is known to exist."""
+    return [item.id for item in config.vcpus].index(vcpu)
+
+
 def _by_linear_address(draft: Draft, request: AccessRequest, config: VmConfig, targets: Targets) -> Execution:
     tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
     linear = 0 if request.gva is None else request.gva
-    position = [vcpu.id for vcpu in config.vcpus].index(request.vcpu)
+    position = position_of(config, request.vcpu)
     how, on_violation = request.how, request.on_violation
     ending = run_linear(draft, position, linear, request.size, how, request.vcpu, on_violation, request.insn_len, tally)
     columns, record_gpa = columns_of_log(ending.log)

@@ -204,6 +204,18 @@ def test_a_restored_machine_has_its_fields_and_an_empty_cache() -> None:
 # ---- hosts without EPT: the memory slots alone decide
 
 
+@pytest.mark.parametrize("on_violation", ["skip", "allow", "grant"])
+def test_dirty_logs_know_what_lands_by_linear_address(on_violation: str) -> None:
+    vm = machine()
+    vm.set_subpages([SubpageRange(GPA >> 12, 1, 0xFFFF_FFFD)])
+    vm.dirty.track("subpage")
+    vm.access(AccessRequest(None, gva=GVA + 0x80, data=bytes(8), on_violation=on_violation))
+    noted = vm.dirty.pages(GPA >> 12, 1)
+    assert dict(zip(noted.gfns.tolist(), noted.maps.tolist(), strict=True)) == (
+        {} if on_violation == "skip" else {GPA >> 12: 2}
+    )
+
+
 def without_ept() -> VirtualMachine:
     slots = [SlotSpec(0, 0, 1 << 20), SlotSpec(1, 1 << 20, 1 << 20, read_only=True)]
     return VirtualMachine.create(VmConfig(host=HostConfig(ept=False)), slots)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import DIRTY, PAGE_ACCESS, named
+from .paths import DIRTY, KINDS, PAGE_ACCESS, named
 
 TRACKING_PY = "engine/kvm/tracking.py"
 DIRTY_LOG_PY = "engine/kvm/dirty_log.py"
@@ -15,6 +15,14 @@ RIGHTS_PY = "engine/kvm/page_rights.py"
 ACCESS_PY = "engine/access.py"
 
 MUTANTS = (
+    Mutant(
+        "dirty-linear-by-choice",
+        "engine/trace/execution.py",
+        "_note_written(draft, found, position_of(config, request.vcpu))",
+        "pass",
+        "a write that lands by the caller's choice is dirty, by linear address too",
+        named(KINDS, "dirty_logs_know_what_lands_by_linear_address"),
+    ),
     Mutant(
         "dirty-opens-all",
         TRACKING_PY,
