@@ -152,11 +152,22 @@ CAPABILITIES: tuple[PerVcpu, ...] = (
         lambda machine, n: machine.hyperv.enforce_cpuid(n, False),
     ),
 )
-_BY_NAME: Mapping[str, PerVcpu] = {name: row for row in CAPABILITIES for name in (row.name, str(row.number))}
+
+
+def _names(row: PerVcpu) -> tuple[str, str, str]:
+    """What a capability may be called: by name, by number, and as the kernel's headers have it."""
+    return row.name, str(row.number), f"KVM_CAP_{row.name.replace('-', '_').upper()}"
+
+
+_BY_NAME: Mapping[str, PerVcpu] = {name: row for row in CAPABILITIES for name in _names(row)}
 
 CapabilityName = Annotated[
     str,
-    Path(alias="cap", description="Number or name, as 163 or `hyperv-enlightened-vmcs`.", examples=["163"]),
+    Path(
+        alias="cap",
+        description="Number or name, as 163, `hyperv-enlightened-vmcs` or KVM_CAP_HYPERV_ENLIGHTENED_VMCS.",
+        examples=["163"],
+    ),
 ]
 
 

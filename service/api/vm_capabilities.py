@@ -18,7 +18,7 @@ from service.http.words import Document, Hex64, examples
 routes = router("SPP", "/v1/vms/{vm}/capabilities", reads="read", writes="write")
 
 NAME = "x86-spp"
-_KNOWN = (str(CAP_X86_SPP), NAME, "KVM_CAP_X86_SPP")
+_KNOWN = (str(CAP_X86_SPP), NAME, "KVM_CAP_X86_SPP", "spp")
 _REPLY = {"capability": CAP_X86_SPP, "name": NAME, "available": 512, "enabled": True, "result": {}}
 
 CapabilityName = Annotated[

@@ -213,7 +213,12 @@ def test_hosts_without_one(
     client: ContractClient, make_vm: MakeVm, profile: str, host: dict[str, Any], available: int, errno: str
 ) -> None:
     vcpu = f"{make_vm(profile=profile, spp=False, host=host)}/vcpus/0"
-    for path in ("evmcs", "capabilities/163", "capabilities/hyperv-enlightened-vmcs"):
+    for path in (
+        "evmcs",
+        "capabilities/163",
+        "capabilities/hyperv-enlightened-vmcs",
+        "capabilities/KVM_CAP_HYPERV_ENLIGHTENED_VMCS",
+    ):
         refused = client.put(f"{vcpu}/{path}", json={"enabled": True})
         assert (refused.status_code, refused.json()["code"], refused.json()["errno"]) == (409, "unsupported", errno)
     told = client.get(f"{vcpu}/capabilities/163").json()
