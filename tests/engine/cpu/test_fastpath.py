@@ -23,7 +23,7 @@ def m() -> frames.Machine:
 def run(m: frames.Machine, rows: np.ndarray) -> tuple[int, int, int]:
     """How many records are served from the cache, and the writes and guarded writes among them."""
     tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
-    position = serve(m.cache, m.vcpu_of_id, _frozen(rows.reshape(-1)), 0, np.int64(0), tally)
+    position = serve(m.cache, m.vcpu_of_id, _frozen(rows.reshape(-1)), 0, tally)
     return int(position), int(tally[reg.WRITES]), int(tally[reg.PAGE_GRANULAR])
 
 
