@@ -51,9 +51,6 @@ NO_GVA = np.int64(0)
 ONE = np.uint64(1)
 CACHE_MASK = np.uint64(fastpath.CACHE_MASK)
 
-# The instruction length in word 1 without its lowest 16 bits; nothing but a report to user space depends on it.
-LENGTH_OF_HEAD = acc.RECORD_LENGTH_MASK << (acc.RECORD_LENGTH_SHIFT - 16)
-
 # What no record has above its size: 48 bits, sign-extended, are less.
 NOTHING_YET = np.int64(1 << 62)
 
@@ -291,36 +288,14 @@ def skim(cache, words, start, head, writing):
 def serve(cache, positions, words, start, tally):
     """Serve records from the fast path up to the first that it cannot; returns its position.
 
-    Who accesses how is checked once for each run of records in which it stays the same.
+    Who accesses how is checked once for each run of records in which it stays the same. A record that says how long
+    its instruction is goes the long way: one more value to keep costs the loop of ``skim`` a sixth of its speed.
     """
     count = words.shape[0] >> 1
     i = start
     while i < count:
         head = words[2 * i + 1] >> 16
         if not served_head(positions, head):
-            break
-        writing = head & 0xFFFF == acc.WRITE
-        stop, guarded = skim(cache, words, i, head, writing)
-        tally[reg.PAGE_GRANULAR] += guarded
-        if writing:
-            tally[reg.WRITES] += stop - i
-        if stop == i or (stop < count and words[2 * stop + 1] >> 16 == head):
-            return stop
-        i = stop
-    return i
-
-
-@kernel
-def serve_lengths(cache, positions, words, start, tally):
-    """``serve`` for records that may hold instruction lengths, which nothing here depends on.
-
-    A function of its own: one more value to keep costs the loop of ``skim`` a sixth of its speed.
-    """
-    count = words.shape[0] >> 1
-    i = start
-    while i < count:
-        head = words[2 * i + 1] >> 16
-        if not served_head(positions, head & ~LENGTH_OF_HEAD):
             break
         writing = head & 0xFFFF == acc.WRITE
         stop, guarded = skim(cache, words, i, head, writing)
@@ -343,10 +318,7 @@ def replay(m, words, gvas, start, base, options, trail, log, used, tally):
     status = DONE
     i = start
     while True:
-        if options[OPTION_KINDS]:
-            i = serve_lengths(m.cache, m.vcpu_of_id, words, i, tally)
-        else:
-            i = serve(m.cache, m.vcpu_of_id, words, i, tally)
+        i = serve(m.cache, m.vcpu_of_id, words, i, tally)
         if 2 * i == words.shape[0]:
             break
         if not ample(m):
