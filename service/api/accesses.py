@@ -10,7 +10,15 @@ from starlette.responses import Response
 
 from engine.arch.access import CIRCUMSTANCE_SHIFT, default_access
 from engine.trace.single import AccessRequest
-from service.api.common import VmId, documented, find, json_response, metrics_of, router
+from service.api.common import (
+    CHANGE,
+    VmId,
+    documented,
+    find,
+    json_response,
+    metrics_of,
+    router,
+)
 from service.api.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
 from service.http.words import CIRCUMSTANCES, Access, Circumstances, Document, Hex64, Kind, Linear, Source, examples
 from service.problems import InvalidDocument
@@ -169,14 +177,8 @@ class AccessOutcome(Document):
     ),
     responses=documented(
         {200: {"model": AccessOutcome, "description": "Executed, whether or not it was allowed."}},
-        "malformed-body",
-        "not-found",
-        "vm-busy",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
+        *CHANGE,
         "not-yet-supported",
-        "limit-exceeded",
     ),
 )
 async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Response:

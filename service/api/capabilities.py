@@ -17,7 +17,13 @@ from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.trace.columns import COLUMNS
 from engine.trace.readers import RECORD_FORMATS
 from service import __version__
-from service.api.common import documented, headers, router, settings_of, tagged
+from service.api.common import (
+    documented,
+    router,
+    settings_of,
+    tagged,
+    tagged_reply,
+)
 from service.api.traces import FORMATS
 from service.http.words import Document, examples
 
@@ -117,12 +123,7 @@ def _spp() -> SppCapability:
     "",
     operation_id="getCapabilities",
     summary="What the service can do",
-    responses=documented(
-        {
-            200: {"model": Capabilities, "description": "Capabilities and limits.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        }
-    ),
+    responses=documented(tagged_reply(Capabilities, "Capabilities and limits.")),
 )
 async def get_capabilities(request: Request) -> Response:
     settings = settings_of(request)

@@ -35,6 +35,19 @@ _NAMES = {
 }
 
 
+# Problems of every change of a machine that a JSON body describes; and of one that honours If-Match.
+CHANGE = (
+    "malformed-body",
+    "not-found",
+    "vm-busy",
+    "body-too-large",
+    "unsupported-media-type",
+    "invalid-value",
+    "limit-exceeded",
+)
+GUARDED_CHANGE = (*CHANGE, "precondition-failed", "precondition-required")
+
+
 def vm_parameter() -> dict[str, Any]:
     """OpenAPI of the path parameter, for a route that reads it by itself."""
     return {
@@ -49,6 +62,15 @@ def vm_parameter() -> dict[str, Any]:
 def headers(*names: str) -> dict[str, Any]:
     """OpenAPI of response headers."""
     return {name: {"description": _NAMES[name], "schema": {"type": "string"}} for name in names}
+
+
+def tagged_reply(model: type[BaseModel], about: str) -> dict[int | str, dict[str, Any]]:
+    """What a read answers that ``tagged`` renders: the document with its tag, or that the client has it."""
+    told = headers("ETag")
+    return {
+        200: {"model": model, "description": about, "headers": told},
+        304: {"description": "Unchanged.", "headers": told},
+    }
 
 
 def documented(success: dict[int | str, dict[str, Any]], *problems: str) -> dict[int | str, dict[str, Any]]:

@@ -12,6 +12,8 @@ from starlette.responses import Response
 from engine import dirty as engine
 from engine.errors import NotFound
 from service.api.common import (
+    CHANGE,
+    GUARDED_CHANGE,
     Cursor,
     Limit,
     VmId,
@@ -242,18 +244,10 @@ async def get_dirty(
     ),
     responses=documented(
         {200: {"model": Tracking, "description": "What is tracked now."}},
-        "malformed-body",
-        "not-found",
         "spp-not-enabled",
         "unsupported",
         "conflict",
-        "vm-busy",
-        "precondition-failed",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
-        "precondition-required",
-        "limit-exceeded",
+        *GUARDED_CHANGE,
     ),
 )
 async def put_dirty(request: Request, vm: VmId, body: TrackingRequest) -> Response:
@@ -318,13 +312,7 @@ async def get_harvest(
     description="A second time it says `repeated`; a number that no harvest has had is 404.",
     responses=documented(
         {200: {"model": Acknowledged, "description": "Acknowledged."}},
-        "malformed-body",
-        "not-found",
-        "vm-busy",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
-        "limit-exceeded",
+        *CHANGE,
     ),
 )
 async def acknowledge_dirty(request: Request, vm: VmId, body: Acknowledgement) -> Response:
@@ -344,13 +332,7 @@ async def acknowledge_dirty(request: Request, vm: VmId, body: Acknowledgement) -
     ),
     responses=documented(
         {200: {"model": SlotLog, "description": "The log as it was."}},
-        "malformed-body",
-        "not-found",
-        "vm-busy",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
-        "limit-exceeded",
+        *CHANGE,
     ),
 )
 async def get_dirty_log(request: Request, vm: VmId, body: SlotLogRequest) -> Response:

@@ -13,7 +13,18 @@ from starlette.responses import Response
 
 from engine.errors import Conflict, NotFound
 from engine.machine import VirtualMachine
-from service.api.common import VmId, documented, find, guard, headers, router, tag_of, tagged
+from service.api.common import (
+    GUARDED_CHANGE,
+    VmId,
+    documented,
+    find,
+    guard,
+    headers,
+    router,
+    tag_of,
+    tagged,
+    tagged_reply,
+)
 from service.api.nested_fields import EvmcsPage
 from service.api.nested_state import VcpuId
 from service.http.words import Document, Hex32, Hex64, examples
@@ -25,17 +36,9 @@ CAP_HYPERV_DIRECT_TLBFLUSH = 175
 CAP_HYPERV_ENFORCE_CPUID = 199
 
 _CHANGE = (
-    "malformed-body",
-    "not-found",
-    "vm-busy",
+    *GUARDED_CHANGE,
     "conflict",
     "unsupported",
-    "precondition-failed",
-    "body-too-large",
-    "unsupported-media-type",
-    "invalid-value",
-    "precondition-required",
-    "limit-exceeded",
 )
 
 
@@ -227,10 +230,7 @@ def _enable(row: PerVcpu, machine: VirtualMachine, n: int, wanted: bool) -> None
     operation_id="getEvmcs",
     summary="Read the enlightened VMCS of a vCPU",
     responses=documented(
-        {
-            200: {"model": Evmcs, "description": "The state.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(Evmcs, "The state."),
         "not-found",
         "invalid-value",
     ),
@@ -264,10 +264,7 @@ async def put_evmcs(request: Request, vm: VmId, n: VcpuId, body: EnableRequest) 
     operation_id="getVcpuCapability",
     summary="Read a capability of a vCPU",
     responses=documented(
-        {
-            200: {"model": VcpuCapability, "description": "The capability.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(VcpuCapability, "The capability."),
         "not-found",
         "invalid-value",
     ),

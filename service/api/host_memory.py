@@ -8,7 +8,14 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.api.common import VmId, documented, find, json_response, router
+from service.api.common import (
+    CHANGE,
+    VmId,
+    documented,
+    find,
+    json_response,
+    router,
+)
 from service.http.words import Document, Hex64, examples
 from service.runtime.offload import maybe_in_thread
 
@@ -73,13 +80,7 @@ class HostMemoryOutcome(Document):
     description=_ABOUT,
     responses=documented(
         {200: {"model": HostMemoryOutcome, "description": "It happened."}},
-        "malformed-body",
-        "not-found",
-        "vm-busy",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
-        "limit-exceeded",
+        *CHANGE,
     ),
 )
 async def host_memory_event(request: Request, vm: VmId, body: HostMemoryEvent) -> Response:

@@ -13,7 +13,14 @@ from engine.arch import hypercall as hv
 from engine.hyperv.caller import Caller
 from engine.hyperv.encode import CallFields, VpSet, code_of
 from engine.hyperv_operations import HypercallReport, HypercallRequest, VpEffect
-from service.api.common import VmId, documented, find, json_response, router
+from service.api.common import (
+    CHANGE,
+    VmId,
+    documented,
+    find,
+    json_response,
+    router,
+)
 from service.api.nested_state import VcpuId
 from service.api.vcpus import TlbEntry, tlb_entry
 from service.http.handlers import refusal
@@ -334,13 +341,7 @@ _BODY = {
     openapi_extra=_BODY,
     responses=documented(
         {200: {"model": HypercallOutcome, "description": "Executed, whatever came of it."}},
-        "malformed-body",
-        "not-found",
-        "vm-busy",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
-        "limit-exceeded",
+        *CHANGE,
     ),
 )
 async def execute_hypercall(

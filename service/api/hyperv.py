@@ -11,7 +11,21 @@ from starlette.responses import Response
 
 from engine.arch.hyperv_pages import VP_ASSIST, read_assist
 from engine.machine import VirtualMachine
-from service.api.common import VmId, documented, encode, find, guard, headers, json_response, router, tag_of, tagged
+from service.api.common import (
+    CHANGE,
+    GUARDED_CHANGE,
+    VmId,
+    documented,
+    encode,
+    find,
+    guard,
+    headers,
+    json_response,
+    router,
+    tag_of,
+    tagged,
+    tagged_reply,
+)
 from service.api.nested_fields import parse_document
 from service.api.nested_state import VcpuId
 from service.http import conditional
@@ -22,17 +36,6 @@ routes = router("Hyper-V", "/v1/vms/{vm}", reads="read", writes="write")
 
 _OFFERS = (JSON, OCTETS)
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_CHANGE = (
-    "malformed-body",
-    "not-found",
-    "vm-busy",
-    "precondition-failed",
-    "body-too-large",
-    "unsupported-media-type",
-    "invalid-value",
-    "precondition-required",
-    "limit-exceeded",
-)
 Written = Literal["correct", "before-fix", "first-fix"]
 Owner = Literal["guest", "kvm"]
 
@@ -173,10 +176,7 @@ def _assist_tag(page: bytes, media: str, written: str) -> str:
     operation_id="getPartitions",
     summary="Read the nested partitions and their VPs",
     responses=documented(
-        {
-            200: {"model": Partitions, "description": "By vCPU.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(Partitions, "By vCPU."),
         "not-found",
         "invalid-value",
     ),
@@ -205,10 +205,7 @@ async def get_partitions(request: Request, vm: VmId) -> Response:
     operation_id="getFlushQueue",
     summary="Read what a vCPU has still to flush",
     responses=documented(
-        {
-            200: {"model": FlushQueue, "description": "Both queues.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(FlushQueue, "Both queues."),
         "not-found",
         "invalid-value",
     ),
@@ -224,13 +221,7 @@ async def get_flush_queue(request: Request, vm: VmId, n: VcpuId) -> Response:
     description="What it does before it enters its guest. Accesses and hypercalls of the vCPU do it by themselves.",
     responses=documented(
         {200: {"model": FlushQueue, "description": "Both queues as they are now."}},
-        "malformed-body",
-        "not-found",
-        "vm-busy",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
-        "limit-exceeded",
+        *CHANGE,
     ),
 )
 async def service_flush_queue(request: Request, vm: VmId, n: VcpuId, body: ServiceRequest) -> Response:
@@ -244,10 +235,7 @@ async def service_flush_queue(request: Request, vm: VmId, n: VcpuId, body: Servi
     operation_id="getActivity",
     summary="Whether a vCPU executes its guest",
     responses=documented(
-        {
-            200: {"model": Activity, "description": "What it does.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(Activity, "What it does."),
         "not-found",
         "invalid-value",
     ),
@@ -262,7 +250,7 @@ async def get_activity(request: Request, vm: VmId, n: VcpuId) -> Response:
     summary="Halt a vCPU, or let it run",
     description="A flush does not wake a halted vCPU: it is queued, and done before the vCPU runs.",
     responses=documented(
-        {200: {"model": Activity, "description": "What it does now.", "headers": headers("ETag")}}, *_CHANGE
+        {200: {"model": Activity, "description": "What it does now.", "headers": headers("ETag")}}, *GUARDED_CHANGE
     ),
 )
 async def put_activity(request: Request, vm: VmId, n: VcpuId, body: Activity) -> Response:
@@ -278,10 +266,7 @@ async def put_activity(request: Request, vm: VmId, n: VcpuId, body: Activity) ->
     operation_id="getTlbLock",
     summary="Whether the TLB of a vCPU is locked",
     responses=documented(
-        {
-            200: {"model": TlbLock, "description": "The lock.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(TlbLock, "The lock."),
         "not-found",
         "invalid-value",
     ),
@@ -296,7 +281,7 @@ async def get_tlb_lock(request: Request, vm: VmId, n: VcpuId) -> Response:
     summary="Lock the TLB of a vCPU, or release it",
     description="A call that was suspended by the lock is made again after its release.",
     responses=documented(
-        {200: {"model": TlbLock, "description": "The lock now.", "headers": headers("ETag")}}, *_CHANGE
+        {200: {"model": TlbLock, "description": "The lock now.", "headers": headers("ETag")}}, *GUARDED_CHANGE
     ),
 )
 async def put_tlb_lock(request: Request, vm: VmId, n: VcpuId, body: TlbLock) -> Response:
@@ -358,7 +343,7 @@ async def get_vp_assist_page(
         }
     },
     responses=documented(
-        {200: {"model": VpAssistPage, "description": "The page now.", "headers": headers("ETag")}}, *_CHANGE
+        {200: {"model": VpAssistPage, "description": "The page now.", "headers": headers("ETag")}}, *GUARDED_CHANGE
     ),
 )
 async def put_vp_assist_page(request: Request, vm: VmId, n: VcpuId) -> Response:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from engine.errors import LimitExceeded, NotFound
 from engine.kvm.slots import SlotSpec
 from service.api.common import (
+    GUARDED_CHANGE,
     VmId,
     documented,
     find,
@@ -23,6 +24,7 @@ from service.api.common import (
     settings_of,
     tag_of,
     tagged,
+    tagged_reply,
 )
 from service.http.words import Document, Hex64, examples
 from service.problems import InvalidDocument
@@ -156,10 +158,7 @@ async def list_memory_slots(request: Request, vm: VmId) -> Response:
     operation_id="getMemorySlot",
     summary="Read a memory slot",
     responses=documented(
-        {
-            200: {"model": MemorySlot, "description": "The slot.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(MemorySlot, "The slot."),
         "not-found",
         "invalid-value",
     ),
@@ -188,16 +187,8 @@ async def get_memory_slot(request: Request, vm: VmId, slot: SlotId, address_spac
                 "headers": headers("ETag", "Location"),
             },
         },
-        "malformed-body",
-        "not-found",
-        "vm-busy",
+        *GUARDED_CHANGE,
         "conflict",
-        "precondition-failed",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
-        "precondition-required",
-        "limit-exceeded",
     ),
 )
 async def put_memory_slot(

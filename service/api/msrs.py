@@ -9,7 +9,14 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.api.common import VmId, documented, find, json_response, router
+from service.api.common import (
+    CHANGE,
+    VmId,
+    documented,
+    find,
+    json_response,
+    router,
+)
 from service.api.nested_state import VcpuId
 from service.http.words import Document, Hex32, Hex64, examples
 
@@ -120,13 +127,7 @@ async def get_msrs(
     ),
     responses=documented(
         {200: {"model": MsrsWritten, "description": "Written, or refused by the kernel."}},
-        "malformed-body",
-        "not-found",
-        "vm-busy",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
-        "limit-exceeded",
+        *CHANGE,
     ),
 )
 async def put_msrs(request: Request, vm: VmId, n: VcpuId, body: MsrsRequest) -> Response:

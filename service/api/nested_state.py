@@ -10,7 +10,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.nested import SetResult
-from service.api.common import VmId, documented, encode, find, guard, headers, json_response, router
+from service.api.common import (
+    GUARDED_CHANGE,
+    VmId,
+    documented,
+    encode,
+    find,
+    guard,
+    headers,
+    json_response,
+    router,
+)
 from service.api.nested_fields import EXAMPLE, NestedStateFields, blob_of, fields_of
 from service.http import conditional
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
@@ -153,17 +163,9 @@ async def get_nested_state(request: Request, vm: VmId, n: VcpuId) -> Response:
     openapi_extra={"requestBody": {"required": True, "content": _CONTENT}},
     responses=documented(
         {200: {"model": NestedStateSet, "description": "Taken.", "headers": headers("ETag")}},
-        "malformed-body",
-        "not-found",
-        "vm-busy",
+        *GUARDED_CHANGE,
         "unsupported",
-        "precondition-failed",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
         "nested-state-refused",
-        "precondition-required",
-        "limit-exceeded",
     ),
 )
 async def put_nested_state(request: Request, vm: VmId, n: VcpuId) -> Response:

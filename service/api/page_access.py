@@ -11,7 +11,16 @@ from starlette.responses import Response
 
 from engine.access import MAX_ENTRIES, AccessChange, EntryResult, PageRights, text_of
 from engine.errors import EngineError
-from service.api.common import VmId, documented, find, guard, json_response, router, tag_of
+from service.api.common import (
+    GUARDED_CHANGE,
+    VmId,
+    documented,
+    find,
+    guard,
+    json_response,
+    router,
+    tag_of,
+)
 from service.api.vms import Vm
 from service.http.words import Document, Hex32, Hex64, Rights, examples
 from service.problems import InvalidDocument, showable
@@ -153,16 +162,8 @@ async def get_page_access(
     "If-Match is compared with the tag of the VM.",
     responses=documented(
         {200: {"model": PageAccessResults, "description": "One result for each entry."}},
-        "malformed-body",
-        "not-found",
         "spp-not-enabled",
-        "vm-busy",
-        "precondition-failed",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
-        "precondition-required",
-        "limit-exceeded",
+        *GUARDED_CHANGE,
     ),
 )
 async def patch_page_access(request: Request, vm: VmId, body: PageAccessPatch) -> Response:

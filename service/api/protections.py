@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from engine.kvm import protections as engine
 from service.api.common import (
+    CHANGE,
     Cursor,
     Limit,
     VmId,
@@ -24,6 +25,7 @@ from service.api.common import (
     settings_of,
     tag_of,
     tagged,
+    tagged_reply,
 )
 from service.http import cursors
 from service.http.words import Document, Hex64, examples
@@ -113,15 +115,9 @@ class Protections(Document):
     status_code=201,
     responses=documented(
         {201: {"model": Protection, "description": "Protected.", "headers": headers("Location", "ETag")}},
-        "malformed-body",
-        "not-found",
         "spp-not-enabled",
         "conflict",
-        "vm-busy",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
-        "limit-exceeded",
+        *CHANGE,
     ),
 )
 async def create_protection(request: Request, vm: VmId, body: ProtectionRequest) -> Response:
@@ -163,10 +159,7 @@ async def list_protections(request: Request, vm: VmId, limit: Limit = None, curs
     operation_id="getProtection",
     summary="Read a protection",
     responses=documented(
-        {
-            200: {"model": Protection, "description": "The protection.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(Protection, "The protection."),
         "not-found",
     ),
 )

@@ -7,7 +7,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.errors import Conflict
-from service.api.common import VmId, documented, find, guard, headers, router, tag_of, tagged
+from service.api.common import (
+    GUARDED_CHANGE,
+    VmId,
+    documented,
+    find,
+    guard,
+    headers,
+    router,
+    tag_of,
+    tagged,
+    tagged_reply,
+)
 from service.http.words import Document, examples
 
 routes = router("SPP", "/v1/vms/{vm}/spp", reads="read", writes="write")
@@ -34,10 +45,7 @@ class Spp(Document):
     operation_id="getSpp",
     summary="Whether SPP is enabled",
     responses=documented(
-        {
-            200: {"model": Spp, "description": "The state.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(Spp, "The state."),
         "not-found",
     ),
 )
@@ -52,18 +60,10 @@ async def get_spp(request: Request, vm: VmId) -> Response:
     description="Idempotent. SPP cannot be switched off again: `false` is a conflict once it is enabled.",
     responses=documented(
         {200: {"model": Spp, "description": "The state now.", "headers": headers("ETag")}},
-        "malformed-body",
-        "not-found",
-        "vm-busy",
+        *GUARDED_CHANGE,
         "conflict",
         "unsupported",
         "out-of-memory",
-        "precondition-failed",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
-        "precondition-required",
-        "limit-exceeded",
     ),
 )
 async def put_spp(request: Request, vm: VmId, body: SppRequest) -> Response:

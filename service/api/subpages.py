@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from engine.machine import SubpageRange, VirtualMachine
 from service.api.common import (
+    GUARDED_CHANGE,
     VmId,
     documented,
     find,
@@ -215,16 +216,8 @@ def _parse_window(media: str, content: bytes, npages: int) -> npt.NDArray[np.uin
                 "headers": headers("ETag"),
             }
         },
-        "malformed-body",
-        "not-found",
         "spp-not-enabled",
-        "vm-busy",
-        "precondition-failed",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
-        "precondition-required",
-        "limit-exceeded",
+        *GUARDED_CHANGE,
     ),
 )
 async def put_subpages(request: Request, vm: VmId, gfn: Gfn, npages: Pages = 1) -> Response:
@@ -281,16 +274,8 @@ def _parse_patch(content: bytes, limit: int) -> list[SubpageRange]:
     },
     responses=documented(
         {},
-        "malformed-body",
-        "not-found",
         "spp-not-enabled",
-        "vm-busy",
-        "precondition-failed",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
-        "precondition-required",
-        "limit-exceeded",
+        *GUARDED_CHANGE,
     ),
 )
 async def patch_subpages(request: Request, vm: VmId) -> Response:

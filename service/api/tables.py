@@ -10,7 +10,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.tables import TableEntry
-from service.api.common import VmId, documented, find, guard, headers, json_response, router, tag_of, tagged
+from service.api.common import (
+    GUARDED_CHANGE,
+    VmId,
+    documented,
+    find,
+    guard,
+    headers,
+    json_response,
+    router,
+    tag_of,
+    tagged,
+    tagged_reply,
+)
 from service.api.walk import EXAMPLE_EPT_LEAF, EXAMPLE_SPPT_LEAF, WalkEntry
 from service.http.words import Document, Hex64, examples
 
@@ -26,18 +38,6 @@ _ABOUT_PUT = (
     "is flushed from the translation caches. Refused where there is no table memory to store in. "
 )
 _READ_PROBLEMS = ("not-found", "invalid-value")
-_CHANGE_PROBLEMS = (
-    "malformed-body",
-    "not-found",
-    "vm-busy",
-    "precondition-failed",
-    "body-too-large",
-    "unsupported-media-type",
-    "invalid-value",
-    "precondition-required",
-    "limit-exceeded",
-)
-
 Level = Annotated[int, Path(ge=1, le=5, description="1 is the leaf: the PTE, or the vector of a page.", examples=[1])]
 Gpa = Annotated[Hex64, Path(description="Guest-physical address.", examples=["0x2a5c000"])]
 
@@ -84,10 +84,7 @@ def _sppt(entry: TableEntry) -> SpptEntry:
     summary="Read an EPT entry",
     description=_ABOUT,
     responses=documented(
-        {
-            200: {"model": EptEntry, "description": "The entry.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(EptEntry, "The entry."),
         *_READ_PROBLEMS,
     ),
 )
@@ -102,7 +99,7 @@ async def get_ept_entry(request: Request, vm: VmId, level: Level, gpa: Gpa) -> R
     description=_ABOUT_PUT + _ABOUT,
     responses=documented(
         {200: {"model": EptEntry, "description": "The entry as stored.", "headers": headers("ETag")}},
-        *_CHANGE_PROBLEMS,
+        *GUARDED_CHANGE,
     ),
 )
 async def put_ept_entry(request: Request, vm: VmId, level: Level, gpa: Gpa, body: RawEntry) -> Response:
@@ -119,10 +116,7 @@ async def put_ept_entry(request: Request, vm: VmId, level: Level, gpa: Gpa, body
     summary="Read an SPPT entry",
     description=_ABOUT,
     responses=documented(
-        {
-            200: {"model": SpptEntry, "description": "The entry.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(SpptEntry, "The entry."),
         *_READ_PROBLEMS,
     ),
 )
@@ -137,7 +131,7 @@ async def get_sppt_entry(request: Request, vm: VmId, level: Level, gpa: Gpa) -> 
     description=_ABOUT_PUT + _ABOUT,
     responses=documented(
         {200: {"model": SpptEntry, "description": "The entry as stored.", "headers": headers("ETag")}},
-        *_CHANGE_PROBLEMS,
+        *GUARDED_CHANGE,
     ),
 )
 async def put_sppt_entry(request: Request, vm: VmId, level: Level, gpa: Gpa, body: RawEntry) -> Response:

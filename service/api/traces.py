@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.common import (
+    CHANGE,
     EXAMPLE_TRACE,
     EXAMPLE_VM,
     Cursor,
@@ -27,6 +28,7 @@ from service.api.common import (
     router,
     settings_of,
     tagged,
+    tagged_reply,
 )
 from service.api.exits import EXAMPLE_EXIT, EXIT_FIELDS, INLINE_RECORDS, ExitRecord, TraceId, exit_rows, exits_url
 from service.http import cursors
@@ -260,15 +262,9 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
     },
     responses=documented(
         {201: {"model": TraceResult, "description": "Replayed.", "headers": headers("Location")}},
-        "malformed-body",
-        "not-found",
-        "vm-busy",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
+        *CHANGE,
         "invalid-trace",
         "not-yet-supported",
-        "limit-exceeded",
     ),
 )
 async def create_trace(
@@ -348,10 +344,7 @@ async def list_traces(request: Request, vm: VmId, limit: Limit = None, cursor: C
     operation_id="getTrace",
     summary="Read a trace result",
     responses=documented(
-        {
-            200: {"model": TraceResult, "description": "As the replay returned it.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(TraceResult, "As the replay returned it."),
         "not-found",
     ),
 )

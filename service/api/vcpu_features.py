@@ -11,7 +11,20 @@ from starlette.responses import Response
 
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.machine import VirtualMachine
-from service.api.common import VmId, documented, find, guard, headers, json_response, router, tag_of, tagged
+from service.api.common import (
+    CHANGE,
+    GUARDED_CHANGE,
+    VmId,
+    documented,
+    find,
+    guard,
+    headers,
+    json_response,
+    router,
+    tag_of,
+    tagged,
+    tagged_reply,
+)
 from service.api.nested_state import VcpuId
 from service.http.words import Document, Hex32, Hex64, examples
 from service.problems import InvalidDocument
@@ -27,18 +40,6 @@ _LEAF = {
     "ecx": "0x0",
     "edx": "0x0",
 }
-
-_CHANGE = (
-    "malformed-body",
-    "not-found",
-    "vm-busy",
-    "precondition-failed",
-    "body-too-large",
-    "unsupported-media-type",
-    "invalid-value",
-    "precondition-required",
-    "limit-exceeded",
-)
 
 
 class CpuidEntryRequest(Document):
@@ -160,10 +161,7 @@ def _smm(machine: VirtualMachine, n: int) -> dict[str, bool]:
     operation_id="getCpuid",
     summary="Read the CPUID of a vCPU",
     responses=documented(
-        {
-            200: {"model": Cpuid, "description": "Its leaves.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(Cpuid, "Its leaves."),
         "not-found",
         "invalid-value",
     ),
@@ -181,7 +179,7 @@ async def get_cpuid(request: Request, vm: VmId, n: VcpuId) -> Response:
         "without it), Hyper-V is leaf 0x40000001 with EAX 0x31237648. What the kernel refuses changes nothing here."
     ),
     responses=documented(
-        {200: {"model": Cpuid, "description": "The leaves now.", "headers": headers("ETag")}}, *_CHANGE
+        {200: {"model": Cpuid, "description": "The leaves now.", "headers": headers("ETag")}}, *GUARDED_CHANGE
     ),
 )
 async def put_cpuid(request: Request, vm: VmId, n: VcpuId, body: CpuidRequest) -> Response:
@@ -198,10 +196,7 @@ async def put_cpuid(request: Request, vm: VmId, n: VcpuId, body: CpuidRequest) -
     summary="Read the Hyper-V leaves that KVM supports on a vCPU",
     description="KVM_GET_SUPPORTED_HV_CPUID: what user space may put into the CPUID, not what is in it.",
     responses=documented(
-        {
-            200: {"model": HypervCpuid, "description": "In the order of the kernel.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(HypervCpuid, "In the order of the kernel."),
         "not-found",
         "invalid-value",
     ),
@@ -216,10 +211,7 @@ async def get_hyperv_cpuid(request: Request, vm: VmId, n: VcpuId) -> Response:
     operation_id="getSmm",
     summary="Whether a vCPU is in system-management mode",
     responses=documented(
-        {
-            200: {"model": Smm, "description": "The mode.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(Smm, "The mode."),
         "not-found",
         "invalid-value",
     ),
@@ -233,7 +225,9 @@ async def get_smm(request: Request, vm: VmId, n: VcpuId) -> Response:
     operation_id="putSmm",
     summary="Put a vCPU into system-management mode, or take it out",
     description="smi.smm of KVM_SET_VCPU_EVENTS. In `kvm-latest` a change leaves nested mode.",
-    responses=documented({200: {"model": Smm, "description": "The mode now.", "headers": headers("ETag")}}, *_CHANGE),
+    responses=documented(
+        {200: {"model": Smm, "description": "The mode now.", "headers": headers("ETag")}}, *GUARDED_CHANGE
+    ),
 )
 async def put_smm(request: Request, vm: VmId, n: VcpuId, body: Smm) -> Response:
     entry = find(request, vm)
@@ -253,15 +247,9 @@ async def put_smm(request: Request, vm: VmId, n: VcpuId, body: Smm) -> Response:
     ),
     responses=documented(
         {200: {"model": VmxOutcome, "description": "Executed, whether or not it succeeded."}},
-        "malformed-body",
-        "not-found",
-        "vm-busy",
+        *CHANGE,
         "conflict",
         "unsupported",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
-        "limit-exceeded",
     ),
 )
 async def execute_vmx(request: Request, vm: VmId, n: VcpuId, body: VmxRequest) -> Response:

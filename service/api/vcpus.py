@@ -12,7 +12,19 @@ from starlette.responses import Response
 
 from engine.arch.vmcs_fields import FIELDS, VmcsField
 from engine.machine import VirtualMachine
-from service.api.common import VmId, documented, find, guard, headers, json_response, router, tag_of, tagged
+from service.api.common import (
+    CHANGE,
+    VmId,
+    documented,
+    find,
+    guard,
+    headers,
+    json_response,
+    router,
+    tag_of,
+    tagged,
+    tagged_reply,
+)
 from service.http.words import Document, Hex64, Word, examples
 
 routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
@@ -188,14 +200,8 @@ class Tlb(Document):
 
 # What every operation that changes something may end in.
 _CHANGE = (
-    "malformed-body",
-    "not-found",
-    "vm-busy",
+    *CHANGE,
     "unsupported",
-    "body-too-large",
-    "unsupported-media-type",
-    "invalid-value",
-    "limit-exceeded",
 )
 
 
@@ -231,10 +237,7 @@ def _vmcs(machine: VirtualMachine, n: int) -> dict[str, str]:
     operation_id="getVmcs",
     summary="Read the VMCS of a vCPU",
     responses=documented(
-        {
-            200: {"model": Vmcs, "description": "Every field.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(Vmcs, "Every field."),
         "not-found",
         "unsupported",
         "invalid-value",

@@ -12,7 +12,18 @@ from starlette.responses import Response
 from engine.errors import Conflict, NotFound
 from engine.ioctls import CAP_X86_SPP, check_vm_extension
 from engine.machine import VirtualMachine
-from service.api.common import VmId, documented, find, guard, headers, router, tag_of, tagged
+from service.api.common import (
+    GUARDED_CHANGE,
+    VmId,
+    documented,
+    find,
+    guard,
+    headers,
+    router,
+    tag_of,
+    tagged,
+    tagged_reply,
+)
 from service.http.words import Document, Hex64, examples
 
 routes = router("SPP", "/v1/vms/{vm}/capabilities", reads="read", writes="write")
@@ -66,10 +77,7 @@ def _shown(machine: VirtualMachine) -> dict[str, Any]:
     operation_id="getVmCapability",
     summary="Read a capability of a VM",
     responses=documented(
-        {
-            200: {"model": VmCapability, "description": "The capability.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(VmCapability, "The capability."),
         "not-found",
         "invalid-value",
     ),
@@ -90,18 +98,10 @@ async def get_vm_capability(request: Request, vm: VmId, cap: CapabilityName) -> 
     ),
     responses=documented(
         {200: {"model": VmCapability, "description": "The capability now.", "headers": headers("ETag")}},
-        "malformed-body",
-        "not-found",
-        "vm-busy",
+        *GUARDED_CHANGE,
         "conflict",
         "unsupported",
         "out-of-memory",
-        "precondition-failed",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
-        "precondition-required",
-        "limit-exceeded",
     ),
 )
 async def put_vm_capability(request: Request, vm: VmId, cap: CapabilityName, body: VmCapabilityRequest) -> Response:

@@ -27,6 +27,7 @@ from service.api.common import (
     settings_of,
     tag_of,
     tagged,
+    tagged_reply,
     tenant_of,
 )
 from service.api.memory_slots import MemorySlot, NumberedSlotRequest, check_slots, slots_of
@@ -337,10 +338,7 @@ async def list_vms(request: Request, limit: Limit = None, cursor: Cursor = None)
     operation_id="getVm",
     summary="Read a VM",
     responses=documented(
-        {
-            200: {"model": Vm, "description": "The VM.", "headers": headers("ETag")},
-            304: {"description": "Unchanged.", "headers": headers("ETag")},
-        },
+        tagged_reply(Vm, "The VM."),
         "not-found",
     ),
 )

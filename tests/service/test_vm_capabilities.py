@@ -40,7 +40,7 @@ def test_a_host_that_lacks_it(client: ContractClient, make_vm: MakeVm) -> None:
     )
 
 
-@pytest.mark.parametrize("cap", ["KVM_CAP_USER_MEMORY", "183", "0xb6", "spp"])
+@pytest.mark.parametrize("cap", ["KVM_CAP_USER_MEMORY", "183", "0xb6", "SPP"])
 def test_others_are_not_found(client: ContractClient, vm: str, cap: str) -> None:
     for reply in (
         client.get(f"{vm}/capabilities/{cap}"),
