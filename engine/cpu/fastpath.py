@@ -1,10 +1,12 @@
 """The fast path: a small, derived cache of what the next plain access to a page will do.
 
-Two words an entry: the GFN, and what is known of the page: bits 31:0 the sub-pages that may be written at once,
-bits 63:32 the exit qualification of a write to any other, 0 where that is not known; all ones where every sub-page
-may be written. An entry is made only where the
-accessed and dirty flags are set, nothing is to be logged and nothing is modelled, so a hit is the whole effect of the
-access. It is never state: dropping it changes no answer.
+Two words an entry, in two halves of the array. The tag: the GFN, with ``GUARDED`` set unless every sub-page may be
+written. What is known of a guarded page: bits 31:0 the sub-pages that may be written at once, bits 63:32 the exit
+qualification of a write to any other, 0 where that is not known. Most accesses read the tag alone, and all tags
+together fit into the first-level cache of a processor.
+
+An entry is made only where the accessed and dirty flags are set, nothing is to be logged and nothing is modelled, so a
+hit is the whole effect of the access. It is never state: dropping it changes no answer.
 """
 
 from engine.arch.sppt import FULL_ACCESS
@@ -16,19 +18,22 @@ CACHE_ENTRIES = 1 << CACHE_BITS
 CACHE_MASK = CACHE_ENTRIES - 1
 CACHE_WORDS = 2 * CACHE_ENTRIES
 
-# No GFN: an address shifted by 12 does not reach it.
-EMPTY = -1 << 63
+# Where the words about the pages begin.
+PAGES = CACHE_ENTRIES
 
-ALL_WRITABLE = -1
+# No GFN: an address shifted by 12 reaches neither of the two bits.
+EMPTY = -1 << 63
+GUARDED = 1 << 62
+
 DENIAL_SHIFT = 32
 
 
 @kernel
 def remember(m, gfn, writable):
     """Cache that a page is mapped and which of its sub-pages a write may touch."""
-    at = 2 * (gfn & CACHE_MASK)
-    m.cache[at] = gfn
-    m.cache[at + 1] = ALL_WRITABLE if writable == FULL_ACCESS else writable
+    at = gfn & CACHE_MASK
+    m.cache[at] = gfn if writable == FULL_ACCESS else gfn | GUARDED
+    m.cache[PAGES + at] = writable
 
 
 @kernel
@@ -38,30 +43,31 @@ def remember_denial(m, gfn, writable, qualification):
     ``writable`` is the whole truth about the page; unless it is already cached, or nothing may be written, a write
     that it allows still has flags to set, and nothing is cached.
     """
-    at = 2 * (gfn & CACHE_MASK)
-    known = m.cache[at] == gfn and m.cache[at + 1] & FULL_ACCESS == writable
+    at = gfn & CACHE_MASK
+    known = m.cache[at] == gfn | GUARDED and m.cache[PAGES + at] & FULL_ACCESS == writable
     if known or writable == 0:
-        m.cache[at] = gfn
-        m.cache[at + 1] = writable | qualification << DENIAL_SHIFT
+        m.cache[at] = gfn | GUARDED
+        m.cache[PAGES + at] = writable | qualification << DENIAL_SHIFT
 
 
 @kernel
 def denial(m, gpa, size):
     """(qualification, refused sub-pages) of a plain write in one page that is known to be refused, else (0, 0)."""
-    at = 2 * ((gpa >> 12) & CACHE_MASK)
-    if m.cache[at] != gpa >> 12 or (gpa & 0xFFF) + size > 4096:
+    at = (gpa >> 12) & CACHE_MASK
+    if m.cache[at] != (gpa >> 12) | GUARDED or (gpa & 0xFFF) + size > 4096:
         return 0, 0
-    refused = sppt.touched(gpa, size) & ~m.cache[at + 1] & FULL_ACCESS
+    page = m.cache[PAGES + at]
+    refused = sppt.touched(gpa, size) & ~page & FULL_ACCESS
     if refused == 0:
         return 0, 0
-    return m.cache[at + 1] >> DENIAL_SHIFT, refused
+    return page >> DENIAL_SHIFT, refused
 
 
 @kernel
 def forget(m, gfn):
     """Drop a page."""
-    at = 2 * (gfn & CACHE_MASK)
-    if m.cache[at] == gfn:
+    at = gfn & CACHE_MASK
+    if m.cache[at] & ~GUARDED == gfn:
         m.cache[at] = EMPTY
 
 
@@ -69,4 +75,4 @@ def forget(m, gfn):
 def forget_all(m):
     """Drop everything."""
     for i in range(CACHE_ENTRIES):
-        m.cache[2 * i] = EMPTY
+        m.cache[i] = EMPTY

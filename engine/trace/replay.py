@@ -13,7 +13,7 @@ from engine.arch.controls import V_GUEST_MODE
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import decision, ept, fastpath, sppt
 from engine.cpu.frames import CAP_VCPUS, FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
-from engine.jit import kernel
+from engine.jit import kernel, stands_alone
 from engine.kvm import emulator, fault, layers, page_rights, run, spp, tracking
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
@@ -50,9 +50,11 @@ GPA_LIMIT = 1 << 52
 NO_GVA = np.int64(0)
 ONE = np.uint64(1)
 CACHE_MASK = np.uint64(fastpath.CACHE_MASK)
+PAGES = np.uint64(fastpath.PAGES)
 
-# What no record has above its size: 48 bits, sign-extended, are less.
-NOTHING_YET = np.int64(1 << 62)
+# Word 1 without the instruction length; nothing but a report to user space depends on that.
+BUT_LENGTH = ~(acc.RECORD_LENGTH_MASK << acc.RECORD_LENGTH_SHIFT)
+WHOLE = -1
 
 
 @kernel
@@ -257,52 +259,56 @@ def served_head(positions, head):
 
 
 @kernel
-def skim(cache, words, start, head, writing):
+def skim(cache, words, start, head, seen, writing):
     """Serve records of one ``head`` from the fast path up to the first that it cannot; returns (position, guarded).
 
-    ``guarded`` counts writes to pages with a sub-page that may not be written. The loop has few live values, so that
-    they stay in registers: this is where a trace spends its time.
+    ``seen`` are the bits of word 1 that count; ``guarded`` counts writes to pages with a sub-page that may not be
+    written. This is where a trace spends its time, so a record costs one test: that of ``miss``, which is 0 if word 1
+    has ``head`` and a size of at least one byte, and the tag is the GFN of the last byte; no GFN but that of the first
+    byte can be in its place.
     """
     count = np.uint64(words.shape[0] >> 1)
     guarded = np.int64(0)
+    above = head << 16
     i = np.uint64(start)
     while i < count:
         gpa = words[i << ONE]
-        word = words[(i << ONE) | ONE]
-        gfn = gpa >> 12
-        at = (np.uint64(gfn) & CACHE_MASK) << ONE
-        last = (gpa & 0xFFF) + ((word - 1) & 0xFFFF)
-        if (cache[at] ^ gfn) | (last >> 12) | ((word >> 16) ^ head) != 0:
-            break
-        page = cache[at | ONE]
-        if writing and page != fastpath.ALL_WRITABLE:
-            touched = (2 << (last >> 7)) - (1 << ((gpa >> 7) & 31))
-            if touched & ~page != 0:
+        more = ((words[(i << ONE) | ONE] & seen) ^ above) - 1
+        at = np.uint64(gpa >> 12) & CACHE_MASK
+        miss = (cache[at] ^ ((gpa + more) >> 12)) | (more >> 16)
+        if miss != 0:
+            if miss != fastpath.GUARDED:
                 break
-            guarded += 1
+            if writing:
+                last = (gpa & 0xFFF) + more
+                touched = (2 << (last >> 7)) - (1 << ((gpa >> 7) & 31))
+                if touched & ~cache[PAGES | at] != 0:
+                    break
+                guarded += 1
         i += ONE
     return np.int64(i), guarded
 
 
 @kernel
-def serve(cache, positions, words, start, tally):
+def serve(cache, positions, words, start, seen, tally):
     """Serve records from the fast path up to the first that it cannot; returns its position.
 
-    Who accesses how is checked once for each run of records in which it stays the same. A record that says how long
-    its instruction is goes the long way: one more value to keep costs the loop of ``skim`` a sixth of its speed.
+    Who accesses how is checked once for each run of records in which it stays the same. ``seen`` are the bits of
+    word 1 that count.
     """
+    stands_alone()
     count = words.shape[0] >> 1
     i = start
     while i < count:
-        head = words[2 * i + 1] >> 16
+        head = (words[2 * i + 1] & seen) >> 16
         if not served_head(positions, head):
             break
         writing = head & 0xFFFF == acc.WRITE
-        stop, guarded = skim(cache, words, i, head, writing)
+        stop, guarded = skim(cache, words, i, head, seen, writing)
         tally[reg.PAGE_GRANULAR] += guarded
         if writing:
             tally[reg.WRITES] += stop - i
-        if stop == i or (stop < count and words[2 * stop + 1] >> 16 == head):
+        if stop == i or (stop < count and (words[2 * stop + 1] & seen) >> 16 == head):
             return stop
         i = stop
     return i
@@ -317,8 +323,9 @@ def replay(m, words, gvas, start, base, options, trail, log, used, tally):
     """
     status = DONE
     i = start
+    seen = BUT_LENGTH if options[OPTION_KINDS] else WHOLE
     while True:
-        i = serve(m.cache, m.vcpu_of_id, words, i, tally)
+        i = serve(m.cache, m.vcpu_of_id, words, i, seen, tally)
         if 2 * i == words.shape[0]:
             break
         if not ample(m):

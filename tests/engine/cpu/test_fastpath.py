@@ -10,7 +10,7 @@ import pytest
 
 from engine.cpu import fastpath, frames
 from engine.kvm import registers as reg
-from engine.trace.replay import serve
+from engine.trace.replay import BUT_LENGTH, WHOLE, serve
 from engine.trace.session import _frozen
 from tests.engine.builders import FULL, READ, WRITE, bare_draft, records
 
@@ -20,10 +20,10 @@ def m() -> frames.Machine:
     return bare_draft().machine
 
 
-def run(m: frames.Machine, rows: np.ndarray) -> tuple[int, int, int]:
+def run(m: frames.Machine, rows: np.ndarray, seen: int = WHOLE) -> tuple[int, int, int]:
     """How many records are served from the cache, and the writes and guarded writes among them."""
     tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
-    position = serve(m.cache, m.vcpu_of_id, _frozen(rows.reshape(-1)), 0, tally)
+    position = serve(m.cache, m.vcpu_of_id, _frozen(rows.reshape(-1)), 0, np.int64(seen), tally)
     return int(position), int(tally[reg.WRITES]), int(tally[reg.PAGE_GRANULAR])
 
 
@@ -104,12 +104,21 @@ BAD = [
 
 @pytest.mark.parametrize("word", [row[1] for row in BAD], ids=[row[0] for row in BAD])
 @pytest.mark.parametrize("before", [[], [(0x5000, 8, READ)]], ids=["first", "after a good one"])
+@pytest.mark.parametrize("offset", [0, 8])
 def test_record_that_is_no_access_is_never_served(
-    m: frames.Machine, word: int, before: list[tuple[int, int, int]]
+    m: frames.Machine, word: int, before: list[tuple[int, int, int]], offset: int
 ) -> None:
     remember(m, 5, FULL)
-    words = np.concatenate([records(before), np.array([[0x5000, word]], dtype=np.uint64)])
+    words = np.concatenate([records(before), np.array([[0x5000 + offset, word]], dtype=np.uint64)])
     assert run(m, words)[0] == len(before)
+
+
+def test_reserved_bits_are_no_part_of_the_size(m: frames.Machine) -> None:
+    """As a size, bit 24 would reach the page that is kept in the place of the first."""
+    remember(m, 5 + 4096, FULL)
+    word = 8 | 1 << 16
+    following = np.array([[(5 + 4096) << 12, word], [0x5000, word | 1 << 24]], dtype=np.uint64)
+    assert run(m, following)[0] == 1
 
 
 def test_writes_and_guarded_writes_are_counted(m: frames.Machine) -> None:
@@ -146,3 +155,10 @@ def test_refusal_is_not_known_before_the_allowed_part_of_the_page_is(m: frames.M
     fastpath.remember_denial(m, np.int64(5), np.int64(0xF), np.int64(0x1AA))
     assert denial(m, 0x5200) == (0, 0)
     assert not served(m, 0x5000)
+
+
+def test_instruction_length_counts_only_where_it_may_not_be_given(m: frames.Machine) -> None:
+    remember(m, 5, FULL)
+    lengths = [records([(0x5000,)])[0] | np.array([0, length << 50], dtype=np.uint64) for length in (0, 15, 4)]
+    assert run(m, np.array(lengths), BUT_LENGTH) == (3, 3, 0)
+    assert run(m, np.array(lengths), WHOLE) == (1, 1, 0)
