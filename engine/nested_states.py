@@ -108,7 +108,7 @@ def first_identity(own: VcpuConfig) -> tuple[int, tuple[CpuidEntry, ...]]:
 
 def fresh_vcpu(config: VmConfig, vcpu_id: int) -> NestedVcpu:
     """A vCPU that nobody has touched, without pages. CPUID is what the VM was created with, possibly nothing."""
-    vp_index, cpuid = first_identity(next(item for item in config.vcpus if item.id == vcpu_id))
+    vp_index, cpuid = first_identity(config.vcpus[config.vcpu_position(vcpu_id)])
     return NestedVcpu(
         profile=config.profile,
         host=nested_host(config, spp_active=False),

@@ -8,8 +8,8 @@ import pytest
 
 from engine.config import HostConfig
 from engine.errors import InvalidValue, NotFound, Unsupported
+from engine.hypercalls import HypercallRequest
 from engine.hyperv.caller import Caller
-from engine.hyperv_operations import HypercallRequest
 from engine.machine import VirtualMachine
 from tests.engine.builders import round_trip
 
