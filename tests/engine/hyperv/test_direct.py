@@ -146,6 +146,9 @@ def test_level_2_must_be_its_kernel_too() -> None:
 def test_without_an_identity_of_l1_the_call_is_kvms_own() -> None:
     done = DirectMachine(privileges=replace(PRIVILEGES, os_id=0)).call(replace(N01, rax=0xDEAD))
     assert (done.outcome, done.row, done.registers["rax"]) == ("native", "D7", (1 << 64) - 1000)
+    # the row before it comes first
+    done = DirectMachine(privileges=replace(PRIVILEGES, os_id=0)).call(replace(N01, cpl=3))
+    assert (done.outcome, done.row) == ("exception", "D6")
 
 
 def test_a_vmmcall_that_l1_lets_through_is_served() -> None:
