@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.arch import controls as ctl
-from engine.arch.evmcs import EVMCS
 from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME
 from engine.errors import InvalidValue, Unsupported
@@ -93,15 +92,14 @@ class HypervOperations(Hypercalls, SharedPages):
         return notes.flag(self._published()[0].machine, self._config.vcpu_position(vcpu), notes.DIRECT_FLUSH)
 
     def direct_flush_fields(self, vcpu: int) -> dict[str, str]:
-        """What enabling it stored in the vCPU's enlightened VMCS, and whether the guest's CPUID hides KVM.
+        """What enabling it stored in the vCPU's enlightened VMCS or VMCB, and whether the guest's CPUID hides KVM.
 
         It has to: Hyper-V looks at RCX only, where a hypercall of KVM's own has its second argument.
         """
-        page = self.evmcs_of_kvm(vcpu)
-        names = ("hv_enlightenments_control", "hv_vp_id", "hv_vm_id", "partition_assist_page", "hv_clean_fields")
+        fields = self.vmcs_of_kvm(vcpu).fields
         snapshot, states = self._published()
         hides = not open_vcpu(self._config, states, snapshot.machine, vcpu).shows_kvm
-        return {**{name: hex(EVMCS.get(page, name)) for name in names}, "hides_kvm": hex(hides)}
+        return {**{name: hex(value) for name, value in fields.items()}, "hides_kvm": hex(hides)}
 
     def enforces_cpuid(self, vcpu: int) -> bool:
         """Whether KVM_CAP_HYPERV_ENFORCE_CPUID is enabled on the vCPU."""

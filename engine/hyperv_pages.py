@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.arch.evmcs import EVMCS
-from engine.arch.hyperv_pages import PARTITION_ASSIST, VP_ASSIST, VP_ASSIST_SIZE
+from engine.arch import controls as ctl
+from engine.arch.hyperv_pages import PARTITION_ASSIST, VP_ASSIST_SIZE
 from engine.errors import InvalidValue, NotFound
 from engine.hyperv import modes, on_hyperv
 from engine.hyperv.execution import Vp
@@ -34,6 +34,20 @@ class PartitionVp:
     running: bool
 
 
+# What an enlightened VMCS and a VMCB have for Hyper-V, by the names of the former.
+ENLIGHTENED_FIELDS = ("hv_enlightenments_control", "hv_vp_id", "hv_vm_id", "partition_assist_page", "hv_clean_fields")
+
+
+@dataclass(frozen=True)
+class KvmVmcs:
+    """The ``evmcs`` or ``vmcb`` by which KVM, a guest of Hyper-V, runs a vCPU; ``address`` is host-physical."""
+
+    kind: str
+    address: int
+    page: bytes
+    fields: dict[str, int]
+
+
 class SharedPages(Operations):
     """Assist pages and partitions. ``vcpu`` is a KVM vCPU id; an unknown one raises NotFound."""
 
@@ -42,9 +56,8 @@ class SharedPages(Operations):
         position = self._config.vcpu_position(vcpu)
         snapshot, _ = self._published()
         if of_kvm:
-            if hyperv_host(self._config) is None:
-                raise NotFound("KVM has one where it runs on Hyper-V", field="of", value="kvm")
-            return on_hyperv.page_of(snapshot.machine, position, VP_ASSIST)
+            self._host()
+            return on_hyperv.assist_page(snapshot.machine, position)
         page = Ram(snapshot).read(self._assist_gpa(vcpu), VP_ASSIST_SIZE)
         if page is None:
             raise NotFound("the guest's VP assist page is in guest memory", field="vcpu", value=vcpu)
@@ -59,12 +72,33 @@ class SharedPages(Operations):
             if data and not Ram(draft).write(gpa, data):
                 raise NotFound("the guest's VP assist page is in guest memory", field="vcpu", value=vcpu)
 
-    def evmcs_of_kvm(self, vcpu: int) -> bytes:
-        """The enlightened VMCS that KVM itself uses for the vCPU on Hyper-V. Raises NotFound without one."""
+    def vmcs_of_kvm(self, vcpu: int) -> KvmVmcs:
+        """What KVM, on Hyper-V, runs the vCPU by. Raises NotFound where it does not."""
         position = self._config.vcpu_position(vcpu)
-        if hyperv_host(self._config) is None:
-            raise NotFound("KVM uses one where it runs on Hyper-V", field="of", value="kvm")
-        return on_hyperv.page_of(self._published()[0].machine, position, EVMCS)
+        host, m = self._host(), self._published()[0].machine
+        page = on_hyperv.control_page(m, position, host)
+        fields = {name: host.control.get(page, name) for name in ENLIGHTENED_FIELDS}
+        return KvmVmcs("vmcb" if host.svm else "evmcs", on_hyperv.address(m, position, ctl.V_HV_EVMCS), page, fields)
+
+    def load_on_cpu(self, cpu: int, vcpu: int) -> None:
+        """KVM, on Hyper-V, loads a vCPU on the CPU of another, or on its own; ``cpu`` is the id of whose CPU it is."""
+        place, position = self._config.vcpu_position(cpu), self._config.vcpu_position(vcpu)
+        host = self._host()
+        with self._change() as draft:
+            on_hyperv.load(draft.machine, place, host, position)
+
+    def leave_cpu(self, cpu: int) -> None:
+        """KVM leaves the CPU of a vCPU: the module goes, or virtualization is switched off."""
+        place = self._config.vcpu_position(cpu)
+        self._host()
+        with self._change() as draft:
+            on_hyperv.unload(draft.machine, place)
+
+    def _host(self) -> on_hyperv.HypervHost:
+        host = hyperv_host(self._config)
+        if host is None:
+            raise NotFound("KVM has one where it runs on Hyper-V", field="of", value="kvm")
+        return host
 
     def partitions(self) -> list[PartitionVp]:
         """Nested VPs by the vCPU that ran them last; vCPUs that ran none have ids of 0."""

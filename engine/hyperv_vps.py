@@ -25,9 +25,7 @@ _LA57, _LA48 = 57, 48
 
 def hyperv_host(config: VmConfig) -> on_hyperv.HypervHost | None:
     """The Hyper-V under KVM, None where there is none."""
-    if config.host.hyperv is None:
-        return None
-    return on_hyperv.HypervHost.of(config.host.hyperv, enlightened=config.host.evmcs is not False)
+    return on_hyperv.HypervHost.under(config)
 
 
 def facts_of(config: VmConfig, width: int = _LA48) -> Facts:
@@ -78,9 +76,17 @@ def nested_guest_of(whole: NestedVcpu, memory: Ram) -> NestedGuest:
 
 
 def enter(draft: Draft, config: VmConfig, vcpu: int) -> None:
-    """A vCPU is about to run its guest: it does what was queued for it. One that the machine has not does nothing."""
+    """A vCPU is about to run its guest: it does what was queued for it, and on Hyper-V it is loaded on its CPU.
+
+    One that the machine has not does nothing.
+    """
     m = draft.machine
     position = int(m.vcpu_of_id[vcpu]) if vcpu < len(m.vcpu_of_id) else -1
+    host = hyperv_host(config)
+    if host is not None and position >= 0:
+        draft.ensure()
+        m = draft.machine
+        on_hyperv.entering(m, position, _identity(config, draft.beside, vcpu), host)
     if position >= 0 and queues.requested(m.queues, position):
         draft.ensure()
         m = draft.machine
@@ -91,13 +97,12 @@ def enter(draft: Draft, config: VmConfig, vcpu: int) -> None:
 
 
 def leave(draft: Draft, config: VmConfig, vcpu: int) -> None:
-    """A vCPU has run its guest: on Hyper-V, KVM notes its VP id after the exit."""
+    """A vCPU has run its guest: on Hyper-V, KVM notes what it notes after an exit."""
     host = hyperv_host(config)
-    if host is not None and host.evmcs:
+    if host is not None:
         draft.ensure()
         position = int(draft.machine.vcpu_of_id[vcpu])
-        index = _identity(config, draft.beside, vcpu)
-        on_hyperv.exited(draft.machine, position, index)
+        on_hyperv.exited(draft.machine, position, _identity(config, draft.beside, vcpu), host)
 
 
 class Runs:

@@ -63,7 +63,7 @@ class FlushVm:
         return named(entry for entry in entries if entry["kind"] == "combined")
 
     def fill(self) -> None:
-        """Let every VP read through what it does not remember, page tables by page tables, each in a PCID of its own."""
+        """Let every VP read through what it does not remember, each address space in a PCID of its own."""
         for vcpu in range(len(VP_INDICES)):
             held = self.held(vcpu)
             for space in (0x1000, 0x2000):

@@ -381,3 +381,74 @@ def test_direct_flush_is_refused(
     flagged = enable[:4] + b"\x01" + enable[5:]
     told = client.post(f"{vm}/vcpus/0/ioctls/KVM_ENABLE_CAP", json={"data": flagged.hex()}).json()
     assert told["errno"] == "EINVAL"
+
+
+def test_pages_of_a_kvm_on_hyperv(client: ContractClient, make_vm: MakeVm) -> None:
+    """The vectors of the 2019 series: what enabling, running, loading and leaving a CPU store (E03 to E11)."""
+    vm = flush_guest(client, make_vm, host={"hyperv": {}})
+    put(client, f"{vm}/vcpus/0/vmcs", cpl=0)
+    pages = [client.get(f"{vm}/vcpus/{n}/kvm-vmcs").json() for n in range(3)]
+    assert {page["kind"] for page in pages} == {"evmcs"}
+    for _ in range(2):  # E03, E05
+        put(client, f"{vm}/vcpus/0/capabilities/175", enabled=True)
+        reply = client.get(f"{vm}/vcpus/0/kvm-vmcs", headers=RAW)
+        page = reply.content
+        assert len(page) == 1024 and page[0x344:0x34C] == b"\x01" + bytes(7)
+        vm_id, partition_page = (int.from_bytes(page[at : at + 8], "little") for at in (0x350, 0x358))
+        assert vm_id >> 47 == 0x1FFFF and partition_page and partition_page % 0x1000 == 0
+    assert (
+        client.get(f"{vm}/vcpus/0/kvm-vmcs", headers={**RAW, "If-None-Match": reply.headers["ETag"]}).status_code == 304
+    )
+    assert client.get(f"{vm}/vcpus/1/kvm-vmcs").json() == pages[1]
+    read(client, vm, 2)  # E08: VP index 65
+    told = client.get(f"{vm}/vcpus/2/kvm-vmcs").json()["fields"]
+    assert (told["hv_clean_fields"], told["hv_vp_id"]) == ("0xffff", "0x41")
+
+    def assist(of: int) -> tuple[str, ...]:
+        seen = client.get(f"{vm}/vcpus/{of}/vp-assist-page", params={"of": "kvm"}).json()
+        return seen["control"], seen["enlighten"], seen["evmcs"]
+
+    assert assist(0) == ("0x1", "0x1", pages[0]["address"]) and assist(1) == ("0x0", "0x1", pages[1]["address"])  # E09
+    url = f"{vm}/vcpus/0/vp-assist-page"
+    seen = client.post(f"{url}:load", json={"vcpu": 1}).json()  # E10
+    assert (seen["control"], seen["enlighten"], seen["evmcs"]) == ("0x1", "0x1", pages[1]["address"])
+    raw = client.get(url, params={"of": "kvm"}, headers=RAW).content
+    assert raw[0x20:0x30].hex() == "0100000000000000" + "0100000000000000"
+    assert client.post(f"{url}:load", json={}).json()["evmcs"] == pages[0]["address"]
+    client.post(f"{url}:unload")  # E11
+    assert assist(0) == ("0x0", "0x0", "0x0")
+    assert not any(client.get(url, params={"of": "kvm"}, headers=RAW).content)
+    assert call(client, vm, rcx=0x10002, r8=3)["row"] == "D10"  # its next run loads it
+    assert assist(0) == ("0x1", "0x1", pages[0]["address"])
+    assert client.post(f"{url}:load", json={"vcpu": 9}).status_code == 404
+    plain = make_vm(spp=False)
+    for path in (":load", ":unload"):
+        reply = client.post(f"{plain}/vcpus/0/vp-assist-page{path}", **({"json": {}} if path == ":load" else {}))
+        assert reply.status_code == 404 and reply.json()["field"] == "of"
+    assert client.get(f"{plain}/vcpus/0/kvm-vmcs").status_code == 404
+
+
+def test_direct_flush_on_amd(client: ContractClient, make_vm: MakeVm) -> None:
+    cpuid = leaves(guests.CPUID)
+    vms = {}
+    for profile in ("kvm-2019", "kvm-latest"):
+        host = {"vendor": "amd", "hyperv": {}}
+        vms[profile] = vm = make_vm(
+            profile=profile, spp=False, host=host, vcpus=[{"id": 0, "vp_index": 5, "cpuid": cpuid}]
+        )
+        msr(client, vm, 0, guests.GUEST_OS_ID, guests.OS_ID)
+        done = call(client, vm, rcx=0x10002, r8=3)  # KVM answers after VMMCALL
+        assert (done["served_by"], done["row"], done["exit"]["reason"]) == (1, "D3", "0x81")
+    enable = {"enabled": True}
+    reply = client.put(f"{vms['kvm-2019']}/vcpus/0/capabilities/175", json=enable)
+    assert (reply.status_code, reply.json()["errno"]) == (409, "ENOTTY")
+    put(client, f"{vm}/vcpus/0/capabilities/175", **enable)
+    done = call(client, vm, rcx=0x10002, r8=2, xmm=(1 << 5, 0, 0, 0, 0, 0))  # the first run: the VP id is there
+    assert (done["served_by"], done["row"], done["flushed"]) == (0, "D10", [5])
+    told = client.get(f"{vm}/vcpus/0/kvm-vmcs").json()
+    assert (told["kind"], told["fields"]["hv_vp_id"], told["fields"]["hv_clean_fields"]) == (
+        "vmcb",
+        "0x5",
+        "0x80000000",
+    )
+    assert len(client.get(f"{vm}/vcpus/0/kvm-vmcs", headers=RAW).content) == 4096
