@@ -23,6 +23,7 @@ class FlushVm:
 
     def __init__(self, client: ContractClient, make_vm: Callable[..., str], **config: Any) -> None:
         self.client = client
+        self.policy = config.get("flush_policy", "kvm")
         vcpus = [{"id": at, "vp_index": index, "cpuid": leaves(CPUID)} for at, index in enumerate(VP_INDICES)]
         self.url = make_vm(spp=False, vcpus=vcpus, translation_cache="model", **config)
         self.put("vcpus/0/msrs", msrs=[{"index": hex(GUEST_OS_ID), "value": hex(OS_ID)}])

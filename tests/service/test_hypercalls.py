@@ -12,7 +12,8 @@ from tests.engine.hyperv import guests
 from tests.engine.hyperv import nested_guests as n0
 from tests.engine.hyperv.flush_machine import words
 from tests.engine.hyperv.test_operations import STAGES
-from tests.engine.nested.support import NONE, blob
+from tests.engine.nested.support import GIF, GM, NONE, blob
+from tests.engine.nested.test_svm import svm_blob
 from tests.service.nested_calls import OCTETS, RAW, leaves
 from tests.service.svm_guest import svm_vm
 
@@ -452,3 +453,34 @@ def test_direct_flush_on_amd(client: ContractClient, make_vm: MakeVm) -> None:
         "0x80000000",
     )
     assert len(client.get(f"{vm}/vcpus/0/kvm-vmcs", headers=RAW).content) == 4096
+
+
+def reenter(client: ContractClient, vm: str) -> None:
+    """Let L2 run again with the VMCB that is in memory, as L1 left it: what VMRUN would do."""
+    page = client.get(f"{vm}/memory", params={"gpa": "0x7000", "size": 4096}).content
+    data = bytearray(svm_blob(GM | GIF, page))
+    data[8:16] = word(0x7000)
+    reply = client.put(f"{vm}/vcpus/0/nested-state", content=bytes(data), headers=OCTETS)
+    assert reply.status_code == 200, reply.text
+
+
+def test_hyperv_svm_from_end_to_end(client: ContractClient, make_vm: MakeVm) -> None:
+    """One L2 through the whole of hyperv_svm_test."""
+    vm = svm_vm(client, make_vm)
+    plain = call(client, vm, rcx=0xFFFF)
+    assert (plain["outcome"], plain["exit"]["reason"], plain["rip_advance"]) == ("reflected", "0x81", 0)
+    store(client, vm, 0x7578, word(3))  # L1 skips the instruction
+    reenter(client, vm)
+    served = call(client, vm, rcx=0x10002, r8=3)
+    assert (served["row"], served["exit"], served["rip"]) == ("D10", None, "0x6")
+    assert client.get(f"{vm}/partitions").json()["vps"][0]["running"]
+    store(client, vm, n0.PARTITION, b"\x01\0\0\0")
+    told = call(client, vm, rcx=0x10002, r8=3)
+    assert (told["row"], told["exit"]["reason"], told["exit"]["qualification"]) == ("D11", "0xf0000000", "0x1")
+    reenter(client, vm)  # RIP untouched
+    again = call(client, vm, rcx=0xFFFF)
+    assert (again["exit"]["reason"], again["rip"]) == ("0x81", "0x9")
+    # the control bit that counts is the one of VMRUN
+    store(client, vm, 0x73E0, bytes(4))
+    reenter(client, vm)
+    assert call(client, vm, rcx=0x10002, r8=3)["row"] == "D3"
