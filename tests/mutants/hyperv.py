@@ -153,6 +153,14 @@ MUTANTS = (
         named(f"{HYPERV}/test_on_hyperv.py", "loading_and_leaving_a_cpu"),
     ),
     Mutant(
+        "hyperv-msrs-enforced",
+        "engine/nested/msrs.py",
+        "return leaf is None or not leaf.eax & _NEEDED[number]",
+        "return leaf is None",
+        "Linux 6.16: each MSR needs its bit of CPUID 0x40000003.EAX where CPUID is enforced",
+        named("tests/service/test_hypercalls.py", "msrs_are_kept_from_a_guest_whose_cpuid_has_them_not"),
+    ),
+    Mutant(
         "hyperv-amd-2019",
         "engine/hyperv/on_hyperv.py",
         "able = self.ported if self.svm else self.evmcs",

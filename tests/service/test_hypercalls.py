@@ -484,3 +484,42 @@ def test_hyperv_svm_from_end_to_end(client: ContractClient, make_vm: MakeVm) -> 
     store(client, vm, 0x73E0, bytes(4))
     reenter(client, vm)
     assert call(client, vm, rcx=0x10002, r8=3)["row"] == "D3"
+
+
+@pytest.mark.parametrize(("vendor", "code"), [("intel", "0f01c1c3"), ("amd", "0f01d9c3")])
+def test_the_hypercall_page_has_the_instruction_of_the_processor(
+    client: ContractClient, make_vm: MakeVm, vendor: str, code: str
+) -> None:
+    vm = make_vm(spp=False, host={"vendor": vendor}, vcpus=[{"id": 0, "cpuid": leaves(guests.CPUID)}])
+    store(client, vm, 0x9000, b"\xff" * 8)
+    msr(client, vm, 0, 0x40000001, 0x9001)  # no identity: it stays off
+    assert client.get(f"{vm}/memory", params={"gpa": "0x9000", "size": 8}).content.hex() == "ff" * 8
+    msr(client, vm, 0, guests.GUEST_OS_ID, guests.OS_ID)
+    msr(client, vm, 0, 0x40000001, 0x9001)
+    assert client.get(f"{vm}/memory", params={"gpa": "0x9000", "size": 8}).content.hex() == code + "ff" * 4
+
+
+def test_msrs_are_kept_from_a_guest_whose_cpuid_has_them_not(client: ContractClient, make_vm: MakeVm) -> None:
+    vm = make_vm(spp=False, vcpus=[{"id": 0, "cpuid": []}])
+    url = f"{vm}/vcpus/0"
+    writes = {0x40000000: (5, guests.OS_ID), 0x40000001: (5, 0), 0x40000073: (4, 0x9001)}
+
+    def outcome(index: int, value: int) -> str:
+        body = {"msrs": [{"index": hex(index), "value": hex(value)}], "by": "guest"}
+        found: str = put(client, f"{url}/msrs", **body)["result"]
+        return found
+
+    def seen(index: int) -> str | None:
+        (found,) = client.get(f"{url}/msrs", params={"index": hex(index)}).json()["vcpu"]
+        guest: str | None = found["guest"]
+        return guest
+
+    assert [outcome(index, value) for index, (_, value) in writes.items()] == ["ok"] * 3
+    put(client, f"{url}/capabilities/hyperv-enforce-cpuid", enabled=True)
+    for index, (bit, value) in {**writes, 0x40000002: (6, 0)}.items():
+        for eax, works in ((0, False), (0x70 & ~(1 << bit), False), (1 << bit, True)):
+            entries = [{"function": "0x40000001", "eax": "0x31237648"}, {"function": "0x40000003", "eax": hex(eax)}]
+            put(client, f"{url}/cpuid", entries=entries)
+            assert (seen(index) is not None) is works
+            assert outcome(index, value) == ("ok" if works and index != 0x40000002 else "#GP")
+            msr(client, vm, 0, index, 0)  # the host may all the same
