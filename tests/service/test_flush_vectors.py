@@ -44,3 +44,30 @@ def test_printed_vectors(client: ContractClient, make_vm: MakeVm, policy: str) -
             assert done["result"]["status"] == hex(hv.Status.INVALID_HYPERCALL_INPUT)
         else:
             check(vm, done, expected(told))
+
+
+@pytest.mark.parametrize("policy", ["kvm", "tlfs"])
+def test_second_level_vectors(client: ContractClient, make_vm: MakeVm, policy: str) -> None:
+    """P01 to P08 with another root, which nothing was derived from, and the one of the VM, from which all was."""
+    vm = FlushVm(client, make_vm, flush_policy=policy)
+    vm.fill()
+    own = int(client.get(f"{vm.url}/vcpus/0/vmcs").json()["eptp"], 16)
+    rows = [
+        (0xAF, (0x30001E, 0), 0, False),
+        (0xAF, (own, 1), 5, False),
+        (0x1000000B0, (0x30001E, 0, 0x12345000), 1 << 32, False),
+        (0x1000000B0, (own, 0, 0x1007FF), 1 << 32, False),
+        (0x1FE000000B0, (own, 0, *[0x12345000] * 510), 0x1FE << 32, False),
+        (0xB0, (own, 0, 0), 3, False),
+        (0x1000000B0, (own, 0, 0x1800), 1 << 32, True),
+        (0xAF, (own, 0), 0, True),
+    ]
+    for control, block, result, gone in rows:
+        done = vm.call(control, words(*block).hex())
+        assert int(done["result"]["value"], 16) == (2 if policy == "kvm" else result)
+        dropped = {vp["vp_index"]: {entry["kind"] for entry in vp["dropped"]} for vp in done["vps"] if vp["dropped"]}
+        everywhere = {key: {"combined", "physical"} for key in (0, 1, 2, 3, 65)}
+        assert dropped == (everywhere if gone and policy == "tlfs" else {})
+        if dropped:
+            assert [vm.held(at) for at in range(5)] == [""] * 5
+            vm.fill()

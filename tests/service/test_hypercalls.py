@@ -232,11 +232,11 @@ def test_queues_locks_and_activity(client: ContractClient, make_vm: MakeVm) -> N
 # Nested guests
 
 
-def nested_vm(client: ContractClient, make_vm: MakeVm) -> str:
+def nested_vm(client: ContractClient, make_vm: MakeVm, profile: str = "kvm-latest") -> str:
     """State N0, made over HTTP."""
     cpuid = [entry for entry in n0.supported_cpuid("intel", True, n0.WIDTH) if entry.function >> 28 != 4]
     vcpus = [{"id": i, "cpuid": leaves((*cpuid, *guests.CPUID))} for i in range(len(n0.IDS))]
-    vm = make_vm(profile="kvm-latest", spp=False, vcpus=vcpus, translation_cache="model")
+    vm = make_vm(profile=profile, spp=False, vcpus=vcpus, translation_cache="model")
     msr(client, vm, 0, guests.GUEST_OS_ID, guests.OS_ID)
     for level in range(3):
         store(client, vm, n0.EPT12 + 0x1000 * level, word(n0.EPT12 + 0x1000 * (level + 1) | 7))
@@ -523,3 +523,64 @@ def test_msrs_are_kept_from_a_guest_whose_cpuid_has_them_not(client: ContractCli
             assert (seen(index) is not None) is works
             assert outcome(index, value) == ("ok" if works and index != 0x40000002 else "#GP")
             msr(client, vm, 0, index, 0)  # the host may all the same
+
+
+def bounce(client: ContractClient, vm: str, vcpu: int, *stores: tuple[int, bytes]) -> None:
+    """L2 of a vCPU exits to L1, which changes its enlightened VMCS and enters it again."""
+    assert call(client, vm, vcpu, rcx=8)["outcome"] == "reflected"
+    for offset, data in stores:
+        store(client, vm, n0.evmcs(vcpu) + offset, data)
+    launch(client, vm, vcpu)
+
+
+XMM_4 = (4, 0, 0, 0, 0, 0)
+L2_CALLS: list[tuple[str, dict[str, Any], int, list[int]]] = [
+    ("N01", {"rcx": 0x10002, "r8": 3}, 0, [0, 1, 2]),
+    ("N02", {"rcx": 0x10002, "r8": 2, "xmm": XMM_4}, 0, [1]),
+    ("N04", {"rcx": 0x30013, "r8": 2, "xmm": (2 << 64, 2, 0, 0, 0, 0)}, 0, [2]),
+    ("N05", {"rcx": 0x100010003, "r8": 2, "xmm": (6 | 0x7F0000001000 << 64, 0, 0, 0, 0, 0)}, 1 << 32, [0, 1]),
+    ("N07", {"rcx": 2, "rdx": 0x6000}, 3, []),
+    ("N08", {"rcx": 0x10002, "r8": 2}, 0, [0, 1, 2]),
+    ("N16", {"rax": 5, "rcx": 2, "rdx": 0x5000}, 0, [0, 1, 2]),
+    ("N16 unmapped", {"rax": 5, "rcx": 2, "rdx": 0x6000}, 3, []),
+]
+
+
+def test_direct_flush_vectors(client: ContractClient, make_vm: MakeVm) -> None:
+    """The printed vectors of direct flush, L0 being KVM, one after the other on state N0."""
+    vm = nested_vm(client, make_vm, "kvm-2019")  # which lets CPUID change while L2 runs
+    for name, registers, result, flushed in L2_CALLS:
+        done = call(client, vm, **registers)
+        told = done["outcome"], done["registers"], done["flushed"], done["exit"], done["rip_advance"]
+        assert told == ("completed", {"rax": hex(result)}, flushed, None, 3), name
+    narrow = {"registers": {"rax": "0x10002", "rsi": 3}, "long_mode": False}
+    done = client.post(f"{vm}/vcpus/0/hypercalls", json=narrow).json()  # N22
+    assert (done["registers"], done["flushed"]) == ({"rdx": "0x0", "rax": "0x0"}, [0, 1, 2])
+    put(client, f"{vm}/vcpus/0/vp-assist-page", enlighten_vmentry=1, current_nested_vmcs=hex(n0.evmcs(0)))
+    n01, n02 = L2_CALLS[0][1], L2_CALLS[1][1]
+    assert call(client, vm, **n01)["row"] == "D10"  # N13: the copy still has the bit
+    bounce(client, vm, 0)
+    assert call(client, vm, **n01)["row"] == "D4"
+    url = f"{vm}/vcpus/0/vp-assist-page"
+    put(client, url, nested_features=1, enlighten_vmentry=1, current_nested_vmcs=hex(n0.evmcs(0)))
+    launch(client, vm)
+    bounce(client, vm, 1, (n0.CLEAN_AT, b"\0\x80\0\0"), (n0.VP_AT, b"\3\0\0\0"))  # N19
+    assert call(client, vm, **n02)["flushed"] == [1]
+    bounce(client, vm, 1, (n0.CLEAN_AT, bytes(4)), (n0.VP_AT, b"\xff" * 4))  # N20
+    done = call(client, vm, rcx=0x10002, r8=2, xmm=((1 << 64) - 1, 0, 0, 0, 0, 0))
+    assert (done["flushed"], done["targeted"]) == ([0], [0])
+    bounce(client, vm, 0, (n0.CLEAN_AT, bytes(4)), (n0.PAGE_AT, word(0xFFFFFFFFFF000)))  # N17
+    done = call(client, vm, **n01)
+    assert (done["row"], done["result"]["value"], done["flushed"], done["exit"]) == ("D9", "0x3", [0, 1, 2], None)
+    store(client, vm, n0.evmcs(0) + n0.CONTROL_AT, bytes(4))  # N10: the page as it is now
+    done = call(client, vm, **n01)
+    assert (done["row"], done["exit"]["reason"], done["exit"]["instruction_length"]) == ("D3", "0x12", 3)
+    store(client, vm, n0.evmcs(0) + n0.CONTROL_AT, b"\1\0\0\0")
+    entries = client.get(f"{vm}/vcpus/0/cpuid").json()["entries"]
+    for entry in entries:
+        if int(entry["function"], 16) == 0x4000000A:
+            entry["eax"] = "0x80101"
+    reply = client.put(f"{vm}/vcpus/0/cpuid", json={"entries": entries})
+    assert reply.status_code == 200, reply.text
+    launch(client, vm)
+    assert call(client, vm, **n01)["row"] == "D1"  # N11
