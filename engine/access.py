@@ -22,9 +22,9 @@ from engine.arch.sppt import FULL_ACCESS
 from engine.config import VmConfig, choices
 from engine.cpu.ept import TRAIL_ROWS
 from engine.cpu.frames import Machine
+from engine.cpu.physical import find_slot
 from engine.errors import EngineError, InvalidValue, NotEnabled
 from engine.kvm import page_access as kernels
-from engine.kvm.slots import find_slot
 from engine.store import Draft, Snapshot
 
 MODES = ("atomic", "apply-all", "stop-at-first")

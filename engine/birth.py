@@ -107,9 +107,10 @@ def build(draft: Draft, config: VmConfig) -> None:
         }
         for word, value in first.items():
             frames.write_word(m, frames.FIRST_VCPU_FRAME + position, word, value)
-    if config.host.hyperv is not None:
+    below = on_hyperv.HypervHost.under(config)
+    if below is not None:
         draft.ensure(2 * config.vcpu_records + frames.RESERVE)
-        on_hyperv.build(draft.machine, config.vcpu_records)
+        on_hyperv.build(draft.machine, config.vcpu_records, below)
 
 
 def load_sppt(draft: Draft, config: VmConfig) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from engine.arch import controls as ctl
 from engine.arch import ept
 from engine.arch.vmx_msrs import MSR_BY_NAME
-from engine.errors import InvalidValue
+from engine.errors import InvalidValue, NotFound
 
 PROFILES = ("kvm-2019", "kvm-latest")
 TRANSLATION_CACHES = ("off", "model")
@@ -115,6 +115,13 @@ class VmConfig:
     def vcpu_records(self) -> int:
         """How many vCPUs the machine keeps a record for, those that are still to come included; at least one."""
         return max(len(self.vcpus), self.vcpu_room)
+
+    def vcpu_position(self, vcpu: int) -> int:
+        """Position of the vCPU with a KVM id. Raises NotFound."""
+        for position, item in enumerate(self.vcpus):
+            if item.id == vcpu:
+                return position
+        raise NotFound("the machine has a vCPU of that id", field="vcpu", value=vcpu)
 
     @property
     def ept_levels(self) -> int:

@@ -25,7 +25,8 @@ from engine.cpu import explain, frames
 from engine.dirty import DirtyOperations
 from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound
 from engine.head import config_from_head, config_to_head
-from engine.hyperv_operations import HypervOperations, Runs, enter, hyperv_host, leave
+from engine.hyperv_operations import HypervOperations
+from engine.hyperv_vps import Runs, enter, hyperv_host, leave
 from engine.kvm import enabling, memory, protections, spp, tracking
 from engine.kvm import registers as reg
 from engine.kvm.host_memory import HostMemoryOperations
@@ -191,7 +192,7 @@ class VirtualMachine:
         request = AccessRequest(gpa, size, access, vcpu, kind=kind, linear=linear, circumstances=circumstances)
         request.validate(self.config)
         snapshot = self._state.snapshot
-        return explain.explain(snapshot.machine, self.vcpu_position(vcpu), gpa, size, request.how)
+        return explain.explain(snapshot.machine, self.config.vcpu_position(vcpu), gpa, size, request.how)
 
     def counters(self) -> dict[str, int]:
         """Totals since creation, by the names in ``kvm.registers``, and frames and bytes in use."""
@@ -204,17 +205,10 @@ class VirtualMachine:
         counts["memory_bytes"] = int(kinds[1:].sum()) * frames.FRAME_SIZE
         return counts
 
-    def vcpu_position(self, vcpu: int) -> int:
-        """Position of the vCPU with a KVM id. Raises NotFound."""
-        for position, item in enumerate(self.config.vcpus):
-            if item.id == vcpu:
-                return position
-        raise NotFound("the machine has a vCPU of that id", field="vcpu", value=vcpu)
-
     @property
     def vcpus(self) -> VcpuOperations:
         """What can be done to one vCPU: its VMCS, VM entry, INVEPT and INVVPID, its translation cache."""
-        return VcpuOperations(self.config, self.vcpu_position, lambda: self._state.snapshot, self._change)
+        return VcpuOperations(self.config, self.config.vcpu_position, lambda: self._state.snapshot, self._change)
 
     @property
     def nested(self) -> NestedOperations:

@@ -7,7 +7,7 @@ kernel's own rules is a result, not an exception, and what such a failure leaves
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +15,8 @@ from engine import nested
 from engine.arch import vmx_msrs
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.nested_state import NO_ADDRESS
-from engine.config import VmConfig
 from engine.cpu import frames
-from engine.errors import InvalidValue, NotFound, Unsupported
+from engine.errors import InvalidValue, Unsupported
 from engine.kvm import registers as reg
 from engine.nested import Call, InstructionResult, NestedHost, NestedVcpu, Reply, RunResult, SetResult, UserBuffer
 from engine.nested.enlightened import clean_fields, evmcs_page
@@ -25,8 +24,8 @@ from engine.nested.ioctls import CAP_HYPERV_ENLIGHTENED_VMCS, READING, evmcs_hoo
 from engine.nested.msr_numbers import NAMES as HYPERV_MSR_NAMES
 from engine.nested.msrs import REGISTER_MSR_NAMES
 from engine.nested_states import PARTITION_MSRS, NestedStates, close_vcpu, first_identity, nested_host, open_vcpu
+from engine.operations import Operations
 from engine.ram import Ram
-from engine.store import Draft, Snapshot
 
 MSR_NAMES = {
     vmx_msrs.IA32_FEATURE_CONTROL: "IA32_FEATURE_CONTROL",
@@ -87,18 +86,8 @@ class EvmcsState:
     lost: dict[str, int]
 
 
-class NestedOperations:
+class NestedOperations(Operations):
     """Nested state. ``vcpu`` is a KVM vCPU id; an unknown one raises NotFound."""
-
-    def __init__(
-        self,
-        config: VmConfig,
-        published: Callable[[], tuple[Snapshot, NestedStates]],
-        change: Callable[[], AbstractContextManager[Draft]],
-    ) -> None:
-        self._config = config
-        self._published = published
-        self._change = change
 
     # Reads
 
@@ -194,7 +183,7 @@ class NestedOperations:
     @contextmanager
     def change(self, vcpu: int) -> Iterator[tuple[NestedVcpu, Ram]]:
         """One vCPU and guest memory, to be changed in place; published when the block ends well."""
-        self._known(vcpu)
+        self._config.vcpu_position(vcpu)
         with self._change() as draft:
             whole = open_vcpu(self._config, draft.beside, draft.machine, vcpu)
             yield whole, Ram(draft)
@@ -266,7 +255,7 @@ class NestedOperations:
         Its VP index is its place among the vCPUs.
         """
         with self.change(vcpu) as (whole, _):
-            place = [item.id for item in self._config.vcpus].index(vcpu)
+            place = self._config.vcpu_position(vcpu)
             kept = {number: value for number, value in whole.msrs.items() if number in PARTITION_MSRS}
             new = NestedVcpu(profile=whole.profile, host=whole.host, vcpu_id=vcpu, vp_index=place, msrs=kept)
             vars(whole).update(vars(new))
@@ -291,12 +280,7 @@ class NestedOperations:
 
     # Inside
 
-    def _known(self, vcpu: int) -> None:
-        if all(item.id != vcpu for item in self._config.vcpus):
-            raise NotFound("the machine has a vCPU of that id", field="vcpu", value=vcpu)
-
     def _read(self, vcpu: int) -> tuple[NestedVcpu, Ram]:
-        self._known(vcpu)
         snapshot, states = self._published()
         return open_vcpu(self._config, states, snapshot.machine, vcpu), Ram(snapshot)
 

@@ -20,7 +20,7 @@ from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.words import signed, unsigned
 from engine.config import NESTED_CAPABILITIES, VcpuConfig, VmConfig
 from engine.cpu import frames
-from engine.hyperv import modes
+from engine.hyperv import modes, notes
 from engine.kvm import registers as reg
 from engine.nested.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL
 from engine.nested.registers import RESET_REGISTERS
@@ -108,7 +108,7 @@ def first_identity(own: VcpuConfig) -> tuple[int, tuple[CpuidEntry, ...]]:
 
 def fresh_vcpu(config: VmConfig, vcpu_id: int) -> NestedVcpu:
     """A vCPU that nobody has touched, without pages. CPUID is what the VM was created with, possibly nothing."""
-    vp_index, cpuid = first_identity(next(item for item in config.vcpus if item.id == vcpu_id))
+    vp_index, cpuid = first_identity(config.vcpus[config.vcpu_position(vcpu_id)])
     return NestedVcpu(
         profile=config.profile,
         host=nested_host(config, spp_active=False),
@@ -132,6 +132,7 @@ def open_vcpu(config: VmConfig, states: NestedStates, machine: frames.Machine, v
     vcpu.host = nested_host(config, spp_active=bool(frames.read_word(machine, frames.STATE_FRAME, reg.SPP_ACTIVE)))
     vcpu.fail_allocation = int(frames.read_word(machine, frames.STATE_FRAME, reg.FAIL_ALLOCATION)) == 1
     vcpu.lapic_in_kernel = states.lapic_in_kernel
+    vcpu.enforces_cpuid = notes.flag(machine, int(machine.vcpu_of_id[vcpu_id]), notes.ENFORCE_CPUID)
     vcpu.msrs.update(states.partition)
     frame = _frame_of(machine, vcpu_id)
     words = machine.rows[machine.row_of[frame]]
@@ -173,6 +174,7 @@ def close_vcpu(draft: Draft, states: NestedStates, vcpu: NestedVcpu) -> NestedSt
         vmx=replace(vcpu.vmx, vmcs12=bytearray(), shadow=bytearray()),
         svm=replace(vcpu.svm, vmcb12=bytearray()),
         lapic_in_kernel=True,
+        enforces_cpuid=False,
         mov_ss_blocking=False,
         fail_allocation=False,
         allocations=0,

@@ -8,8 +8,8 @@ from engine.access import AccessChange
 from engine.arch.hypercall import GUEST_PHYSICAL_SPACE, LIST, SPACE
 from engine.arch.hyperv_cpuid import INTERFACE_SIGNATURE, LEAF_INTERFACE, LEAF_RECOMMENDATIONS, CpuidEntry
 from engine.config import VcpuConfig, VmConfig
+from engine.hypercalls import HypercallRequest
 from engine.hyperv.encode import CallFields
-from engine.hyperv_operations import HypercallRequest
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
 from engine.machine import SubpageRange, VirtualMachine

@@ -121,6 +121,11 @@ CALLS: Mapping[int, Call] = MappingProxyType(
     }
 )
 VIRTUAL_CALLS = frozenset(code for code, call in CALLS.items() if not call.second_level)
+# Calls whose block does not fit the two general registers: in their fast form they have input in XMM registers. KVM
+# counts one more, which sends interrupts.
+SEND_IPI_EX = 0x0015
+XMM_CALLS = frozenset(code for code, call in CALLS.items() if call.header + call.rep > FAST_GENERAL)
+KVM_XMM_CALLS = VIRTUAL_CALLS | {SEND_IPI_EX}
 
 # Flags of a virtual flush
 ALL_PROCESSORS = 1 << 0

@@ -85,6 +85,13 @@ VMCB_ENLIGHTENMENTS = Layout(
         Field("partition_assist_page", 16, 8),
     ],
 )
+# The same in a whole VMCB, with the word of clean bits
+ENLIGHTENED_VMCB = Layout(
+    "enlightened_vmcb",
+    0x1000,
+    [Field("hv_clean_fields", 0xC0, 4)]
+    + [field._replace(offset=field.offset + VMCB_ENLIGHTENMENTS_AT) for field in VMCB_ENLIGHTENMENTS.named],
+)
 # hv_enlightenments_control of a VMCB; bits 0 and 1 are those of the enlightened VMCS
 ENLIGHTENED_NPT_TLB = 1 << 2
 

@@ -57,7 +57,7 @@ def hypercall(caller: Caller, at: Situation) -> Outcome:
         to_l1 = direct.reflected(at.guest)
         if to_l1 is not None:
             return replace(blank, outcome="reflected", exit=to_l1)
-    if not at.privileges.enabled and at.policy == "kvm":
+    if not at.privileges.enabled and at.policy == "kvm" and route.row != "D6":
         return replace(_native(caller, blank), row="D7")
     return _after_flush(at, _serve(caller, at, Scope(at.guest.vm_id, at.tagged), blank))
 

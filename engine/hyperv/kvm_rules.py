@@ -41,10 +41,10 @@ def read(
         return Refused(hv.Status.ACCESS_DENIED)
     if control.value & hv.RESERVED_WITH_NESTED:
         return _INVALID
+    if control.fast and control.code in hv.KVM_XMM_CALLS and privileges.enforced and not privileges.xmm_input:
+        return Undefined()
     if control.code not in hv.VIRTUAL_CALLS:
         return Refused(hv.Status.INVALID_HYPERCALL_CODE)
-    if control.fast and privileges.enforced and not privileges.xmm_input:
-        return Undefined()
     call = hv.CALLS[control.code]
     if not _shape_fits(call, control):
         return _INVALID

@@ -1,17 +1,18 @@
 """KVM as the guest of Hyper-V: how it has Hyper-V serve the flush hypercalls of KVM's own guests.
 
-Each vCPU has an enlightened VMCS and runs on a CPU of its own, which has a VP assist page: both are pages of the host
-and are kept as such. One partition assist page, always zero, serves the whole machine. Source: Linux 5.4, vmx.c and
-the series that brought KVM_CAP_HYPERV_DIRECT_TLBFLUSH.
+Each vCPU has an enlightened VMCS, or on AMD a VMCB, and runs on a CPU of its own, which has a VP assist page: both are
+pages of the host and are kept as such. One partition assist page, always zero, serves the whole machine. Source: Linux
+5.4, vmx.c and the series that brought KVM_CAP_HYPERV_DIRECT_TLBFLUSH; Linux 6.16, svm_onhyperv.c.
 
-Kept as that KVM has it: enabling does not clear the clean bit of what it changes, and a vCPU's VP id is stored after
-its first exit only. The Hyper-V here looks at these fields at each entry, whatever the clean bits say.
+Kept as that KVM has it: with VMX enabling does not clear the clean bit of what it changes, and a vCPU's VP id is stored
+after its first exit only; with SVM it does, and the id is there before VMRUN. The Hyper-V here looks at these fields at
+each entry, whatever the clean bits say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,16 @@ from engine.arch import controls as ctl
 from engine.arch import hyperv_cpuid as leaves
 from engine.arch.evmcs import CLEAN_ALL, EVMCS, NESTED_FLUSH_HYPERCALL
 from engine.arch.hyperv_cpuid import CpuidEntry
-from engine.arch.hyperv_pages import DIRECT_HYPERCALL, VP_ASSIST, read_assist, write_assist
+from engine.arch.hyperv_pages import (
+    DIRECT_HYPERCALL,
+    ENLIGHTENED_VMCB,
+    VMCB_CLEAN_ENLIGHTENMENTS,
+    VP_ASSIST_SIZE,
+    read_assist,
+    write_assist,
+)
 from engine.arch.struct_layout import Layout
+from engine.config import VmConfig
 from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME, STATE_FRAME, Machine
 from engine.errors import InvalidValue
@@ -32,6 +41,7 @@ from engine.kvm import registers as reg
 from engine.nested.cpuid import entries_from_json
 
 CAP_DIRECT_FLUSH = 175
+_CLEAN_BIT = 1 << VMCB_CLEAN_ENLIGHTENMENTS
 # A Linux of the time: open source, type 1.
 LINUX_OS_ID = 0x8100 << 48
 # Where a kernel has its own memory: the VM id is the address of the machine's structure there.
@@ -61,12 +71,24 @@ class HypervHost:
 
     ``fail_allocation``: KVM gets no page when it enables the flush. ``enlightened`` False: KVM does not use the
     enlightened VMCS though it is recommended; a KVM of 2019 would have offered the flush all the same, and stored its
-    fields in an ordinary VMCS.
+    fields in an ordinary VMCS. ``svm``: the processor is AMD's; ``ported``: this KVM asks
+    for flushes there too.
     """
 
     privileges: Privileges
     fail_allocation: bool = False
     enlightened: bool = True
+    svm: bool = False
+    ported: bool = False
+
+    @classmethod
+    def under(cls, config: VmConfig) -> HypervHost | None:
+        """The Hyper-V of a machine's host, None where there is none. Raises InvalidValue."""
+        host = config.host
+        if host.hyperv is None:
+            return None
+        found = cls.of(host.hyperv, enlightened=host.evmcs is not False)
+        return replace(found, svm=host.vendor == "amd", ported=config.profile == "kvm-latest")
 
     @classmethod
     def of(cls, description: Mapping[str, Any], *, enlightened: bool = True) -> HypervHost:
@@ -86,38 +108,53 @@ class HypervHost:
     def evmcs(self) -> bool:
         """KVM uses the enlightened VMCS."""
         low = self.privileges.nested_eax & 0xFF
-        return self.enlightened and bool(self.privileges.recommendations & leaves.RECOMMEND_EVMCS) and low >= 1
+        recommended = bool(self.privileges.recommendations & leaves.RECOMMEND_EVMCS)
+        return not self.svm and self.enlightened and recommended and low >= 1
 
     @property
     def direct_flush(self) -> bool:
         """KVM_CAP_HYPERV_DIRECT_TLBFLUSH is there."""
-        return self.evmcs and bool(self.privileges.nested_eax & leaves.NESTED_EAX_DIRECT_FLUSH)
+        able = self.ported if self.svm else self.evmcs
+        return able and bool(self.privileges.nested_eax & leaves.NESTED_EAX_DIRECT_FLUSH)
+
+    @property
+    def control(self) -> Layout:
+        """What tells Hyper-V of a guest of KVM's: the enlightened VMCS, or the VMCB."""
+        return ENLIGHTENED_VMCB if self.svm else EVMCS
 
 
-def build(m: Machine, vcpus: int) -> None:
-    """The host's pages of a new machine: an enlightened VMCS and a VP assist page for each vCPU."""
+def build(m: Machine, vcpus: int, host: HypervHost) -> None:
+    """The host's pages of a new machine: an enlightened VMCS or VMCB and a VP assist page for each vCPU."""
     for position in range(vcpus):
         for word in (ctl.V_HV_EVMCS, ctl.V_HV_ASSIST):
             frames.write_word(m, FIRST_VCPU_FRAME + position, word, frames.new_frame(m, frames.NESTED))
-        load(m, position)
+        load(m, position, host)
 
 
-def load(m: Machine, vcpu: int) -> None:
-    """Loading a vCPU's enlightened VMCS on its CPU: the assist page names it. DirectHypercall is never taken back."""
-    evmcs = _page(m, vcpu, ctl.V_HV_EVMCS)
-    page = bytearray(_page(m, vcpu, ctl.V_HV_ASSIST))
-    control = read_assist(bytes(page))["control"]
-    if EVMCS.get(evmcs, "hv_enlightenments_control") & NESTED_FLUSH_HYPERCALL:
-        control |= DIRECT_HYPERCALL
-    write_assist(page, {"control": control, "enlighten": 1, "evmcs": address(m, vcpu, ctl.V_HV_EVMCS)})
-    _store(m, vcpu, ctl.V_HV_ASSIST, bytes(page))
+def load(m: Machine, cpu: int, host: HypervHost, vcpu: int | None = None) -> None:
+    """Loading a vCPU on a CPU, its own unless said otherwise; both are positions.
+
+    The assist page of the CPU names the enlightened VMCS. DirectHypercall is never taken back: neither by one that does
+    not ask for it, nor on AMD, where a KVM that knows how sets it on every CPU from the start.
+    """
+    evmcs = _page(m, cpu if vcpu is None else vcpu, ctl.V_HV_EVMCS)
+    page = bytearray(_page(m, cpu, ctl.V_HV_ASSIST))
+    fields = read_assist(bytes(page))
+    asks = host.svm and host.direct_flush
+    if host.evmcs:
+        asks = bool(EVMCS.get(evmcs, "hv_enlightenments_control") & NESTED_FLUSH_HYPERCALL)
+        fields["enlighten"] = 1
+        fields["evmcs"] = address(m, cpu if vcpu is None else vcpu, ctl.V_HV_EVMCS)
+    fields["control"] |= DIRECT_HYPERCALL if asks else 0
+    write_assist(page, fields)
+    _store(m, cpu, ctl.V_HV_ASSIST, bytes(page))
 
 
-def unload(m: Machine, vcpu: int) -> None:
-    """KVM leaves the CPU: it takes back all three fields."""
-    page = bytearray(_page(m, vcpu, ctl.V_HV_ASSIST))
+def unload(m: Machine, cpu: int) -> None:
+    """KVM leaves a CPU, with its module or when virtualization is switched off there: it takes all fields back."""
+    page = bytearray(_page(m, cpu, ctl.V_HV_ASSIST))
     write_assist(page, {"control": 0, "enlighten": 0, "evmcs": 0})
-    _store(m, vcpu, ctl.V_HV_ASSIST, bytes(page))
+    _store(m, cpu, ctl.V_HV_ASSIST, bytes(page))
 
 
 def enable_direct_flush(m: Machine, vcpu: int, host: HypervHost) -> str | None:
@@ -130,21 +167,37 @@ def enable_direct_flush(m: Machine, vcpu: int, host: HypervHost) -> str | None:
             return "ENOMEM"
         page = int(frames.new_frame(m, frames.NESTED))
         frames.write_word(m, STATE_FRAME, reg.PARTITION_ASSIST, page)
-    control = EVMCS.get(_page(m, vcpu, ctl.V_HV_EVMCS), "hv_enlightenments_control") | NESTED_FLUSH_HYPERCALL
+    seen = _page(m, vcpu, ctl.V_HV_EVMCS)
+    control = host.control.get(seen, "hv_enlightenments_control") | NESTED_FLUSH_HYPERCALL
     fields = {
         "partition_assist_page": int(frames.address_of(m, page)),
         "hv_vm_id": vm_id(m),
         "hv_enlightenments_control": control,
     }
-    _put(m, vcpu, fields)
+    if host.svm:
+        fields["hv_clean_fields"] = ENLIGHTENED_VMCB.get(seen, "hv_clean_fields") & ~_CLEAN_BIT
+    _put(m, vcpu, host, fields)
     notes.set_flag(m, vcpu, notes.DIRECT_FLUSH, True)
-    load(m, vcpu)
+    load(m, vcpu, host)
     return None
 
 
-def exited(m: Machine, vcpu: int, vp_index: int) -> None:
-    """After each exit of a vCPU: its VP id, and every field is clean."""
-    _put(m, vcpu, {"hv_vp_id": vp_index & 0xFFFF_FFFF, "hv_clean_fields": CLEAN_ALL})
+def entering(m: Machine, vcpu: int, vp_index: int, host: HypervHost) -> None:
+    """Before a vCPU runs: it is loaded on its CPU, and a VMCB has its VP id."""
+    here = read_assist(_page(m, vcpu, ctl.V_HV_ASSIST))
+    if host.evmcs and not (here["enlighten"] and here["evmcs"] == address(m, vcpu, ctl.V_HV_EVMCS)):
+        load(m, vcpu, host)
+    if host.svm and host.direct_flush:
+        _put(m, vcpu, host, {"hv_vp_id": vp_index & 0xFFFF_FFFF})
+
+
+def exited(m: Machine, vcpu: int, vp_index: int, host: HypervHost) -> None:
+    """After each exit of a vCPU: every field is clean, and an enlightened VMCS has its VP id."""
+    if host.evmcs:
+        _put(m, vcpu, host, {"hv_vp_id": vp_index & 0xFFFF_FFFF, "hv_clean_fields": CLEAN_ALL})
+    elif host.svm and host.direct_flush:
+        clean = ENLIGHTENED_VMCB.get(_page(m, vcpu, ctl.V_HV_EVMCS), "hv_clean_fields") | _CLEAN_BIT
+        _put(m, vcpu, host, {"hv_clean_fields": clean})
 
 
 def vm_id(m: Machine) -> int:
@@ -154,17 +207,18 @@ def vm_id(m: Machine) -> int:
 
 def nested_guest(m: Machine, vcpu: int, host: HypervHost) -> NestedGuest:
     """The machine's guest as Hyper-V sees it on the CPU of a vCPU: a nested guest of KVM."""
-    if not host.evmcs:
+    if not host.evmcs and not host.svm:
         return NestedGuest(enlightened=False)
-    evmcs = _page(m, vcpu, ctl.V_HV_EVMCS)
+    page, layout = _page(m, vcpu, ctl.V_HV_EVMCS), host.control
     assist = read_assist(_page(m, vcpu, ctl.V_HV_ASSIST))
     return NestedGuest(
+        svm=host.svm,
         enlightened=bool(assist["enlighten"]) and assist["evmcs"] == address(m, vcpu, ctl.V_HV_EVMCS),
-        asks=bool(EVMCS.get(evmcs, "hv_enlightenments_control") & NESTED_FLUSH_HYPERCALL),
+        asks=bool(layout.get(page, "hv_enlightenments_control") & NESTED_FLUSH_HYPERCALL),
         direct=bool(assist["control"] & DIRECT_HYPERCALL),
-        vm_id=EVMCS.get(evmcs, "hv_vm_id"),
-        vp_id=EVMCS.get(evmcs, "hv_vp_id"),
-        assist_page=EVMCS.get(evmcs, "partition_assist_page"),
+        vm_id=layout.get(page, "hv_vm_id"),
+        vp_id=layout.get(page, "hv_vp_id"),
+        assist_page=layout.get(page, "partition_assist_page"),
     )
 
 
@@ -189,19 +243,24 @@ def address(m: Machine, vcpu: int, word: np.int64) -> int:
     return int(frames.address_of(m, frames.read_word(m, FIRST_VCPU_FRAME + vcpu, word)))
 
 
-def page_of(m: Machine, vcpu: int, layout: Layout) -> bytes:
-    """The bytes of a vCPU's enlightened VMCS or VP assist page."""
-    return _page(m, vcpu, ctl.V_HV_ASSIST if layout is VP_ASSIST else ctl.V_HV_EVMCS)[: layout.size]
+def assist_page(m: Machine, cpu: int) -> bytes:
+    """The bytes of the VP assist page of a vCPU's CPU."""
+    return _page(m, cpu, ctl.V_HV_ASSIST)[:VP_ASSIST_SIZE]
+
+
+def control_page(m: Machine, vcpu: int, host: HypervHost) -> bytes:
+    """The bytes of a vCPU's enlightened VMCS or VMCB."""
+    return _page(m, vcpu, ctl.V_HV_EVMCS)[: host.control.size]
 
 
 def _page(m: Machine, vcpu: int, word: np.int64) -> bytes:
     return bytes(m.rows[m.row_of[frames.read_word(m, FIRST_VCPU_FRAME + vcpu, word)]].tobytes())
 
 
-def _put(m: Machine, vcpu: int, fields: Mapping[str, int]) -> None:
+def _put(m: Machine, vcpu: int, host: HypervHost, fields: Mapping[str, int]) -> None:
     page = bytearray(_page(m, vcpu, ctl.V_HV_EVMCS))
     for name, value in fields.items():
-        EVMCS.put(page, name, value)
+        host.control.put(page, name, value)
     _store(m, vcpu, ctl.V_HV_EVMCS, bytes(page))
 
 

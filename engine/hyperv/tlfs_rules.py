@@ -55,7 +55,7 @@ def read(
     control = caller.control
     if caller.undefined or not privileges.enabled:
         return Undefined()
-    if control.fast and control.code in hv.VIRTUAL_CALLS and not privileges.xmm_input:
+    if control.fast and control.code in hv.XMM_CALLS and not privileges.xmm_input:
         return Undefined()
     if not privileges.tlfs_allows(control.code):
         return Refused(hv.Status.ACCESS_DENIED)

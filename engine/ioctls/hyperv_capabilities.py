@@ -8,7 +8,7 @@ from types import MappingProxyType
 from engine.abi import VCPU, Reply, failed
 from engine.config import VmConfig
 from engine.errors import EngineError
-from engine.hyperv_operations import hyperv_host
+from engine.hyperv_vps import hyperv_host
 from engine.ioctls.registry import EnableCap, Target
 
 CAP_HYPERV_TLBFLUSH = 155

@@ -20,10 +20,10 @@ from engine.cpu.frames import (
     write_word,
 )
 from engine.cpu.page_log import INDEX_MASK, LOG_ENTRIES
+from engine.cpu.physical import find_slot
 from engine.jit import kernel
 from engine.kvm import mapping, tracking
 from engine.kvm import registers as reg
-from engine.kvm.slots import find_slot
 
 LAST_LOG_ENTRY = np.int64(LOG_ENTRIES - 1)
 NOTHING = np.int64(0)

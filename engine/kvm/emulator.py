@@ -11,12 +11,13 @@ from engine.arch import access as acc
 from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import decision, sppt
+from engine.cpu.physical import find_slot
 from engine.jit import kernel
 from engine.kvm import layers, mapping, tracking
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.profile import KVM_EMULATOR_CHECKS
-from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY, find_slot
+from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY
 
 NO_EXIT = np.int64(exits.NONE)
 

@@ -11,12 +11,13 @@ from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS, REGION_PAGES
 from engine.cpu import ept
 from engine.cpu.frames import CAP_RESERVE, FIRST_VCPU_FRAME, read_word, write_entry, write_word
+from engine.cpu.physical import find_slot
 from engine.jit import kernel
 from engine.kvm import dirty_log, layers, mapping, page_rights, sppt_tables, tracking
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.profile import KVM_FILL_REGION, KVM_MISS_NEEDS_SLOT
-from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY, find_slot
+from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY
 
 
 @kernel

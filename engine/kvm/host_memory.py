@@ -16,10 +16,11 @@ from engine.config import VmConfig, choices
 from engine.cpu import fastpath
 from engine.cpu.ept import TRAIL_ROWS
 from engine.cpu.frames import EPT, SPPT, Machine, ample
+from engine.cpu.physical import find_slot
 from engine.errors import InvalidValue
 from engine.jit import kernel
 from engine.kvm import ept_tables, host_state, mapping, regions, sppt_tables
-from engine.kvm.slots import find_slot, first_page_without_slot
+from engine.kvm.slots import first_page_without_slot
 from engine.store import Draft
 
 # In the order of their numbers. The first three do nothing where nothing is mapped.

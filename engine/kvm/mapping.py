@@ -20,11 +20,12 @@ from engine.cpu.frames import (
     write_entry,
     write_word,
 )
+from engine.cpu.physical import find_slot
 from engine.jit import kernel
 from engine.kvm import ept_tables, host_state, layers, page_rights, regions, sppt_tables, tracking
 from engine.kvm import registers as reg
 from engine.kvm.profile import KVM_FILL_IN_SET, KVM_FORCE_SMALL, KVM_SAVED_BIT, KVM_SET_ZAPS
-from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY, find_slot
+from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY
 
 # Software bits of KVM's leaf entries: the host page may be written; KVM has no reason of its own to forbid it.
 HOST_WRITEABLE = 1 << 10

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.cpu.physical import SLOT_GFN as SLOT_GFN  # noqa: PLC0414 where a slot is, other rooms ask here
-from engine.cpu.physical import SLOT_PAGES as SLOT_PAGES  # noqa: PLC0414 where a slot is, other rooms ask here
-from engine.cpu.physical import find_slot as find_slot  # noqa: PLC0414 where a slot is, other rooms ask here
+from engine.cpu.physical import SLOT_GFN, SLOT_PAGES, find_slot
 from engine.errors import InvalidValue
 from engine.jit import kernel
 from engine.kvm.abi_limits import ADDRESS_SPACES

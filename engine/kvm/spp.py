@@ -17,10 +17,10 @@ from engine.cpu.frames import (
     read_word,
     write_word,
 )
+from engine.cpu.physical import find_slot
 from engine.jit import kernel
 from engine.kvm import layers, mapping, regions
 from engine.kvm import registers as reg
-from engine.kvm.slots import find_slot
 
 # Layers of a page's map
 NOTHING = np.int64(0)

@@ -17,11 +17,12 @@ from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import radix, sppt
 from engine.cpu.decision import page_part
 from engine.cpu.frames import CAP_KVM, STATE_FRAME, read_word
+from engine.cpu.physical import find_slot
 from engine.jit import kernel
 from engine.kvm import layers
 from engine.kvm import registers as reg
 from engine.kvm.profile import KVM_SAVED_BIT
-from engine.kvm.slots import SLOT_FLAGS, SLOT_LOG_DIRTY, find_slot
+from engine.kvm.slots import SLOT_FLAGS, SLOT_LOG_DIRTY
 
 # Bits of register DIRTY_MODE: what the written map is kept of, how whole pages are watched, whether a slot has a log.
 TRACK_PAGES = 1

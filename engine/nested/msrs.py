@@ -7,7 +7,9 @@ GUEST_OS_ID and HYPERCALL belong to the partition; a caller with several vCPUs w
 
 from __future__ import annotations
 
+from engine.arch import hyperv_cpuid as leaves
 from engine.arch import vmx_msrs as vmx
+from engine.arch.hyperv_cpuid import find_leaf
 from engine.nested import cpuid as cpuid_facts
 from engine.nested.capabilities import CR4_FIXED1
 from engine.nested.memory import GuestMemory
@@ -45,8 +47,15 @@ REGISTER_MSR_NAMES = {
     _GS_BASE: "IA32_GS_BASE",
 }
 _ENABLE = 0x1
-# VMCALL; RET
-_HYPERCALL_CODE = bytes((0x0F, 0x01, 0xC1, 0xC3))
+# VMCALL; RET, and on AMD VMMCALL; RET
+_HYPERCALL_CODE = {"intel": bytes((0x0F, 0x01, 0xC1, 0xC3)), "amd": bytes((0x0F, 0x01, 0xD9, 0xC3))}
+# What the guest needs in CPUID 0x40000003.EAX for an MSR, where KVM holds it to its CPUID
+_NEEDED = {
+    HV_GUEST_OS_ID: leaves.FEATURES_EAX_HYPERCALL_MSRS,
+    HV_HYPERCALL: leaves.FEATURES_EAX_HYPERCALL_MSRS,
+    HV_VP_INDEX: leaves.FEATURES_EAX_VP_INDEX,
+    HV_VP_ASSIST_PAGE: leaves.FEATURES_EAX_ASSIST_MSR,
+}
 _LIST_ENTRY = 16
 
 
@@ -56,6 +65,8 @@ def read_msr(vcpu: NestedVcpu, number: int, host: bool) -> int | None:
         return _read_capability(vcpu, number, host)
     if number in _REGISTER_MSRS:
         return vcpu.registers[_REGISTER_MSRS[number]]
+    if not host and _withheld(vcpu, number):
+        return None
     if number == HV_VP_INDEX:
         return vcpu.vp_index
     if number == APIC_BASE and number not in vcpu.msrs:
@@ -72,6 +83,8 @@ def write_msr(vcpu: NestedVcpu, memory: GuestMemory, number: int, value: int, ho
         return host and _write_capability(vcpu, number, value)
     if number == vmx.IA32_FEATURE_CONTROL:
         return _write_feature_control(vcpu, value, host)
+    if not host and _withheld(vcpu, number):
+        return False
     if number == HV_VP_INDEX:
         if not host or value & 0xFFFF_FFFF >= vcpu.host.max_vcpus:
             return False
@@ -166,6 +179,14 @@ def _write_feature_control(vcpu: NestedVcpu, value: int, host: bool) -> bool:
     return True
 
 
+def _withheld(vcpu: NestedVcpu, number: int) -> bool:
+    """Whether KVM keeps an MSR of Hyper-V from a guest whose CPUID does not show it."""
+    if not vcpu.enforces_cpuid or number not in _NEEDED:
+        return False
+    leaf = find_leaf(vcpu.cpuid, leaves.LEAF_FEATURES)
+    return leaf is None or not leaf.eax & _NEEDED[number]
+
+
 def _write_hyperv(vcpu: NestedVcpu, memory: GuestMemory, number: int, value: int) -> bool:
     if number == HV_GUEST_OS_ID:
         if not value:
@@ -173,7 +194,7 @@ def _write_hyperv(vcpu: NestedVcpu, memory: GuestMemory, number: int, value: int
     elif number == HV_HYPERCALL:
         if not vcpu.msrs.get(HV_GUEST_OS_ID):
             return True
-        if value & _ENABLE and not memory.write(value & ~0xFFF, _HYPERCALL_CODE):
+        if value & _ENABLE and not memory.write(value & ~0xFFF, _HYPERCALL_CODE[vcpu.host.vendor]):
             return False
     elif value & _ENABLE and not memory.write(value & ~0xFFF, bytes(4)):
         # Only the APIC part of the assist page is cleared: the rest may be state that was just restored.

@@ -135,7 +135,8 @@ class SvmState:
 class NestedVcpu:
     """One vCPU. ``registers`` are the live ones (L2's while in L2); ``msrs`` those that no other field owns.
 
-    ``has_run``: KVM_RUN was called. ``mov_ss_blocking`` is the interrupt shadow of MOV SS. ``fail_allocation`` makes
+    ``has_run``: KVM_RUN was called. ``enforces_cpuid`` is KVM_CAP_HYPERV_ENFORCE_CPUID, filled in by who opens the
+    vCPU. ``mov_ss_blocking`` is the interrupt shadow of MOV SS. ``fail_allocation`` makes
     the next entry into VMX operation run out of memory, once; ``allocations`` counts such entries. ``tsc`` stands
     still unless the caller moves it.
     """
@@ -146,6 +147,7 @@ class NestedVcpu:
     vp_index: int = 0
     cpuid: tuple[CpuidEntry, ...] = ()
     lapic_in_kernel: bool = True
+    enforces_cpuid: bool = False
     smm: bool = False
     has_run: bool = False
     mp_state: str = "runnable"

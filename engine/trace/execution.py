@@ -50,7 +50,7 @@ def execute(draft: Draft, request: AccessRequest, config: VmConfig, targets: Tar
     if result.lands and not all(_is_memory(draft.machine, *place, allowed=result.allowed) for place in found.places):
         result = result.without_effect()
     if result.lands and request.gpa is None and request.access == acc.WRITE:
-        _note_written(draft, found, position_of(config, request.vcpu))
+        _note_written(draft, found, config.vcpu_position(request.vcpu))
     return found._replace(result=result, places=found.places if result.lands else ())
 
 
@@ -125,15 +125,10 @@ def _result_of_replay(request: AccessRequest, result: TraceResult, profile: str,
     )
 
 
-def position_of(config: VmConfig, vcpu: int) -> int:
-    """Position of a vCPU that is known to exist."""
-    return [item.id for item in config.vcpus].index(vcpu)
-
-
 def _by_linear_address(draft: Draft, request: AccessRequest, config: VmConfig, targets: Targets) -> Execution:
     tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
     linear = 0 if request.gva is None else request.gva
-    position = position_of(config, request.vcpu)
+    position = config.vcpu_position(request.vcpu)
     how, on_violation = request.how, request.on_violation
     ending = run_linear(draft, position, linear, request.size, how, request.vcpu, on_violation, request.insn_len, tally)
     columns, record_gpa = columns_of_log(ending.log)

@@ -13,11 +13,12 @@ from engine.arch.controls import V_GUEST_MODE
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import decision, ept, fastpath, sppt
 from engine.cpu.frames import CAP_VCPUS, FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
+from engine.cpu.physical import find_slot
 from engine.jit import kernel, stands_alone
 from engine.kvm import emulator, fault, layers, page_rights, run, spp, tracking
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
-from engine.kvm.slots import find_slot, is_mmio, writable_bytes
+from engine.kvm.slots import is_mmio, writable_bytes
 
 # Why the loop came back
 DONE = 0

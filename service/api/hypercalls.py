@@ -10,9 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.arch import hypercall as hv
+from engine.hypercalls import HypercallReport, HypercallRequest, VpEffect
 from engine.hyperv.caller import Caller
 from engine.hyperv.encode import CallFields, VpSet, code_of
-from engine.hyperv_operations import HypercallReport, HypercallRequest, VpEffect
 from service.api.common import (
     CHANGE,
     VmId,
@@ -30,8 +30,8 @@ from service.problems import InvalidDocument
 
 routes = router("Hyper-V", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
 
-_XMM = r"^([0-9a-f]{32})$"
-_BYTES = r"^([0-9a-f]{2})*$"
+_XMM = r"^([0-9a-fA-F]{32})$"
+_BYTES = r"^([0-9a-fA-F]{2})*$"
 _MOST_INPUT = 0x1000
 XmmBytes = Annotated[str, Field(pattern=_XMM)]
 

@@ -162,7 +162,7 @@ def _queue(machine: VirtualMachine, n: int) -> dict[str, Any]:
     }
 
 
-def _assist(page: bytes, written: str) -> dict[str, Any]:
+def assist_document(page: bytes, written: str) -> dict[str, Any]:
     seen = {name: hex(value) for name, value in read_assist(page, written).items()}
     return {**seen, "fields": VP_ASSIST.decode(page)}
 
@@ -328,7 +328,7 @@ async def get_vp_assist_page(
     told = {"ETag": _assist_tag(page, media, written), "Vary": "Accept"}
     if conditional.not_modified(request, told["ETag"]):
         return Response(status_code=304, headers=told)
-    return Response(page if media == OCTETS else encode(_assist(page, written)), media_type=media, headers=told)
+    return Response(page if media == OCTETS else encode(assist_document(page, written)), media_type=media, headers=told)
 
 
 @routes.put(
@@ -356,4 +356,4 @@ async def put_vp_assist_page(request: Request, vm: VmId, n: VcpuId) -> Response:
         guard(request, entry, lambda: [_assist_tag(page, known, "correct") for known in _OFFERS])
         machine.hyperv.set_vp_assist_page(n, data)
     page = machine.hyperv.vp_assist_page(n)
-    return json_response(_assist(page, "correct"), extra={"ETag": _assist_tag(page, JSON, "correct")})
+    return json_response(assist_document(page, "correct"), extra={"ETag": _assist_tag(page, JSON, "correct")})

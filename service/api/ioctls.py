@@ -280,7 +280,7 @@ async def _machine_call(
 ) -> Response:
     entry = find(request, vm)
     if vcpu is not None:
-        entry.machine.vcpu_position(vcpu)
+        entry.machine.config.vcpu_position(vcpu)
     incoming = await _incoming(request, level, name, arg)
     config = entry.machine.config
     if not IOCTLS.changes(entry.machine, level, name):

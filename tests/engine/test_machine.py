@@ -715,7 +715,7 @@ def test_walk_that_is_refused() -> None:
     with refused(vm, InvalidValue, "vcpu", 3, "a vCPU of that id"):
         vm.walk(0, vcpu=3)
     with refused(vm, NotFound, "vcpu", 3, "a vCPU of that id"):
-        vm.vcpu_position(3)
+        vm.config.vcpu_position(3)
 
 
 # ---- one writer, many readers

@@ -18,7 +18,7 @@ MUTANTS = (
     Mutant(
         "dirty-linear-by-choice",
         "engine/trace/execution.py",
-        "_note_written(draft, found, position_of(config, request.vcpu))",
+        "_note_written(draft, found, config.vcpu_position(request.vcpu))",
         "pass",
         "a write that lands by the caller's choice is dirty, by linear address too",
         named(KINDS, "dirty_logs_know_what_lands_by_linear_address"),

@@ -12,7 +12,8 @@ from tests.engine.hyperv import guests
 from tests.engine.hyperv import nested_guests as n0
 from tests.engine.hyperv.flush_machine import words
 from tests.engine.hyperv.test_operations import STAGES
-from tests.engine.nested.support import NONE, blob
+from tests.engine.nested.support import GIF, GM, NONE, blob
+from tests.engine.nested.test_svm import svm_blob
 from tests.service.nested_calls import OCTETS, RAW, leaves
 from tests.service.svm_guest import svm_vm
 
@@ -231,11 +232,11 @@ def test_queues_locks_and_activity(client: ContractClient, make_vm: MakeVm) -> N
 # Nested guests
 
 
-def nested_vm(client: ContractClient, make_vm: MakeVm) -> str:
+def nested_vm(client: ContractClient, make_vm: MakeVm, profile: str = "kvm-latest") -> str:
     """State N0, made over HTTP."""
     cpuid = [entry for entry in n0.supported_cpuid("intel", True, n0.WIDTH) if entry.function >> 28 != 4]
     vcpus = [{"id": i, "cpuid": leaves((*cpuid, *guests.CPUID))} for i in range(len(n0.IDS))]
-    vm = make_vm(profile="kvm-latest", spp=False, vcpus=vcpus, translation_cache="model")
+    vm = make_vm(profile=profile, spp=False, vcpus=vcpus, translation_cache="model")
     msr(client, vm, 0, guests.GUEST_OS_ID, guests.OS_ID)
     for level in range(3):
         store(client, vm, n0.EPT12 + 0x1000 * level, word(n0.EPT12 + 0x1000 * (level + 1) | 7))
@@ -381,3 +382,205 @@ def test_direct_flush_is_refused(
     flagged = enable[:4] + b"\x01" + enable[5:]
     told = client.post(f"{vm}/vcpus/0/ioctls/KVM_ENABLE_CAP", json={"data": flagged.hex()}).json()
     assert told["errno"] == "EINVAL"
+
+
+def test_pages_of_a_kvm_on_hyperv(client: ContractClient, make_vm: MakeVm) -> None:
+    """The vectors of the 2019 series: what enabling, running, loading and leaving a CPU store (E03 to E11)."""
+    vm = flush_guest(client, make_vm, host={"hyperv": {}})
+    put(client, f"{vm}/vcpus/0/vmcs", cpl=0)
+    pages = [client.get(f"{vm}/vcpus/{n}/kvm-vmcs").json() for n in range(3)]
+    assert {page["kind"] for page in pages} == {"evmcs"}
+    for _ in range(2):  # E03, E05
+        put(client, f"{vm}/vcpus/0/capabilities/175", enabled=True)
+        reply = client.get(f"{vm}/vcpus/0/kvm-vmcs", headers=RAW)
+        page = reply.content
+        assert len(page) == 1024 and page[0x344:0x34C] == b"\x01" + bytes(7)
+        vm_id, partition_page = (int.from_bytes(page[at : at + 8], "little") for at in (0x350, 0x358))
+        assert vm_id >> 47 == 0x1FFFF and partition_page and partition_page % 0x1000 == 0
+    assert (
+        client.get(f"{vm}/vcpus/0/kvm-vmcs", headers={**RAW, "If-None-Match": reply.headers["ETag"]}).status_code == 304
+    )
+    assert client.get(f"{vm}/vcpus/1/kvm-vmcs").json() == pages[1]
+    read(client, vm, 2)  # E08: VP index 65
+    told = client.get(f"{vm}/vcpus/2/kvm-vmcs").json()["fields"]
+    assert (told["hv_clean_fields"], told["hv_vp_id"]) == ("0xffff", "0x41")
+
+    def assist(of: int) -> tuple[str, ...]:
+        seen = client.get(f"{vm}/vcpus/{of}/vp-assist-page", params={"of": "kvm"}).json()
+        return seen["control"], seen["enlighten"], seen["evmcs"]
+
+    assert assist(0) == ("0x1", "0x1", pages[0]["address"]) and assist(1) == ("0x0", "0x1", pages[1]["address"])  # E09
+    url = f"{vm}/vcpus/0/vp-assist-page"
+    seen = client.post(f"{url}:load", json={"vcpu": 1}).json()  # E10
+    assert (seen["control"], seen["enlighten"], seen["evmcs"]) == ("0x1", "0x1", pages[1]["address"])
+    raw = client.get(url, params={"of": "kvm"}, headers=RAW).content
+    assert raw[0x20:0x30].hex() == "0100000000000000" + "0100000000000000"
+    assert client.post(f"{url}:load", json={}).json()["evmcs"] == pages[0]["address"]
+    client.post(f"{url}:unload")  # E11
+    assert assist(0) == ("0x0", "0x0", "0x0")
+    assert not any(client.get(url, params={"of": "kvm"}, headers=RAW).content)
+    assert call(client, vm, rcx=0x10002, r8=3)["row"] == "D10"  # its next run loads it
+    assert assist(0) == ("0x1", "0x1", pages[0]["address"])
+    assert client.post(f"{url}:load", json={"vcpu": 9}).status_code == 404
+    plain = make_vm(spp=False)
+    for path in (":load", ":unload"):
+        reply = client.post(f"{plain}/vcpus/0/vp-assist-page{path}", **({"json": {}} if path == ":load" else {}))
+        assert reply.status_code == 404 and reply.json()["field"] == "of"
+    assert client.get(f"{plain}/vcpus/0/kvm-vmcs").status_code == 404
+
+
+def test_direct_flush_on_amd(client: ContractClient, make_vm: MakeVm) -> None:
+    cpuid = leaves(guests.CPUID)
+    vms = {}
+    for profile in ("kvm-2019", "kvm-latest"):
+        host = {"vendor": "amd", "hyperv": {}}
+        vms[profile] = vm = make_vm(
+            profile=profile, spp=False, host=host, vcpus=[{"id": 0, "vp_index": 5, "cpuid": cpuid}]
+        )
+        msr(client, vm, 0, guests.GUEST_OS_ID, guests.OS_ID)
+        done = call(client, vm, rcx=0x10002, r8=3)  # KVM answers after VMMCALL
+        assert (done["served_by"], done["row"], done["exit"]["reason"]) == (1, "D3", "0x81")
+    enable = {"enabled": True}
+    reply = client.put(f"{vms['kvm-2019']}/vcpus/0/capabilities/175", json=enable)
+    assert (reply.status_code, reply.json()["errno"]) == (409, "ENOTTY")
+    put(client, f"{vm}/vcpus/0/capabilities/175", **enable)
+    done = call(client, vm, rcx=0x10002, r8=2, xmm=(1 << 5, 0, 0, 0, 0, 0))  # the first run: the VP id is there
+    assert (done["served_by"], done["row"], done["flushed"]) == (0, "D10", [5])
+    told = client.get(f"{vm}/vcpus/0/kvm-vmcs").json()
+    assert (told["kind"], told["fields"]["hv_vp_id"], told["fields"]["hv_clean_fields"]) == (
+        "vmcb",
+        "0x5",
+        "0x80000000",
+    )
+    assert len(client.get(f"{vm}/vcpus/0/kvm-vmcs", headers=RAW).content) == 4096
+
+
+def reenter(client: ContractClient, vm: str) -> None:
+    """Let L2 run again with the VMCB that is in memory, as L1 left it: what VMRUN would do."""
+    page = client.get(f"{vm}/memory", params={"gpa": "0x7000", "size": 4096}).content
+    data = bytearray(svm_blob(GM | GIF, page))
+    data[8:16] = word(0x7000)
+    reply = client.put(f"{vm}/vcpus/0/nested-state", content=bytes(data), headers=OCTETS)
+    assert reply.status_code == 200, reply.text
+
+
+def test_hyperv_svm_from_end_to_end(client: ContractClient, make_vm: MakeVm) -> None:
+    """One L2 through the whole of hyperv_svm_test."""
+    vm = svm_vm(client, make_vm)
+    plain = call(client, vm, rcx=0xFFFF)
+    assert (plain["outcome"], plain["exit"]["reason"], plain["rip_advance"]) == ("reflected", "0x81", 0)
+    store(client, vm, 0x7578, word(3))  # L1 skips the instruction
+    reenter(client, vm)
+    served = call(client, vm, rcx=0x10002, r8=3)
+    assert (served["row"], served["exit"], served["rip"]) == ("D10", None, "0x6")
+    assert client.get(f"{vm}/partitions").json()["vps"][0]["running"]
+    store(client, vm, n0.PARTITION, b"\x01\0\0\0")
+    told = call(client, vm, rcx=0x10002, r8=3)
+    assert (told["row"], told["exit"]["reason"], told["exit"]["qualification"]) == ("D11", "0xf0000000", "0x1")
+    reenter(client, vm)  # RIP untouched
+    again = call(client, vm, rcx=0xFFFF)
+    assert (again["exit"]["reason"], again["rip"]) == ("0x81", "0x9")
+    # the control bit that counts is the one of VMRUN
+    store(client, vm, 0x73E0, bytes(4))
+    reenter(client, vm)
+    assert call(client, vm, rcx=0x10002, r8=3)["row"] == "D3"
+
+
+@pytest.mark.parametrize(("vendor", "code"), [("intel", "0f01c1c3"), ("amd", "0f01d9c3")])
+def test_the_hypercall_page_has_the_instruction_of_the_processor(
+    client: ContractClient, make_vm: MakeVm, vendor: str, code: str
+) -> None:
+    vm = make_vm(spp=False, host={"vendor": vendor}, vcpus=[{"id": 0, "cpuid": leaves(guests.CPUID)}])
+    store(client, vm, 0x9000, b"\xff" * 8)
+    msr(client, vm, 0, 0x40000001, 0x9001)  # no identity: it stays off
+    assert client.get(f"{vm}/memory", params={"gpa": "0x9000", "size": 8}).content.hex() == "ff" * 8
+    msr(client, vm, 0, guests.GUEST_OS_ID, guests.OS_ID)
+    msr(client, vm, 0, 0x40000001, 0x9001)
+    assert client.get(f"{vm}/memory", params={"gpa": "0x9000", "size": 8}).content.hex() == code + "ff" * 4
+
+
+def test_msrs_are_kept_from_a_guest_whose_cpuid_has_them_not(client: ContractClient, make_vm: MakeVm) -> None:
+    vm = make_vm(spp=False, vcpus=[{"id": 0, "cpuid": []}])
+    url = f"{vm}/vcpus/0"
+    writes = {0x40000000: (5, guests.OS_ID), 0x40000001: (5, 0), 0x40000073: (4, 0x9001)}
+
+    def outcome(index: int, value: int) -> str:
+        body = {"msrs": [{"index": hex(index), "value": hex(value)}], "by": "guest"}
+        found: str = put(client, f"{url}/msrs", **body)["result"]
+        return found
+
+    def seen(index: int) -> str | None:
+        (found,) = client.get(f"{url}/msrs", params={"index": hex(index)}).json()["vcpu"]
+        guest: str | None = found["guest"]
+        return guest
+
+    assert [outcome(index, value) for index, (_, value) in writes.items()] == ["ok"] * 3
+    put(client, f"{url}/capabilities/hyperv-enforce-cpuid", enabled=True)
+    for index, (bit, value) in {**writes, 0x40000002: (6, 0)}.items():
+        for eax, works in ((0, False), (0x70 & ~(1 << bit), False), (1 << bit, True)):
+            entries = [{"function": "0x40000001", "eax": "0x31237648"}, {"function": "0x40000003", "eax": hex(eax)}]
+            put(client, f"{url}/cpuid", entries=entries)
+            assert (seen(index) is not None) is works
+            assert outcome(index, value) == ("ok" if works and index != 0x40000002 else "#GP")
+            msr(client, vm, 0, index, 0)  # the host may all the same
+
+
+def bounce(client: ContractClient, vm: str, vcpu: int, *stores: tuple[int, bytes]) -> None:
+    """L2 of a vCPU exits to L1, which changes its enlightened VMCS and enters it again."""
+    assert call(client, vm, vcpu, rcx=8)["outcome"] == "reflected"
+    for offset, data in stores:
+        store(client, vm, n0.evmcs(vcpu) + offset, data)
+    launch(client, vm, vcpu)
+
+
+XMM_4 = (4, 0, 0, 0, 0, 0)
+L2_CALLS: list[tuple[str, dict[str, Any], int, list[int]]] = [
+    ("N01", {"rcx": 0x10002, "r8": 3}, 0, [0, 1, 2]),
+    ("N02", {"rcx": 0x10002, "r8": 2, "xmm": XMM_4}, 0, [1]),
+    ("N04", {"rcx": 0x30013, "r8": 2, "xmm": (2 << 64, 2, 0, 0, 0, 0)}, 0, [2]),
+    ("N05", {"rcx": 0x100010003, "r8": 2, "xmm": (6 | 0x7F0000001000 << 64, 0, 0, 0, 0, 0)}, 1 << 32, [0, 1]),
+    ("N07", {"rcx": 2, "rdx": 0x6000}, 3, []),
+    ("N08", {"rcx": 0x10002, "r8": 2}, 0, [0, 1, 2]),
+    ("N16", {"rax": 5, "rcx": 2, "rdx": 0x5000}, 0, [0, 1, 2]),
+    ("N16 unmapped", {"rax": 5, "rcx": 2, "rdx": 0x6000}, 3, []),
+]
+
+
+def test_direct_flush_vectors(client: ContractClient, make_vm: MakeVm) -> None:
+    """The printed vectors of direct flush, L0 being KVM, one after the other on state N0."""
+    vm = nested_vm(client, make_vm, "kvm-2019")  # which lets CPUID change while L2 runs
+    for name, registers, result, flushed in L2_CALLS:
+        done = call(client, vm, **registers)
+        told = done["outcome"], done["registers"], done["flushed"], done["exit"], done["rip_advance"]
+        assert told == ("completed", {"rax": hex(result)}, flushed, None, 3), name
+    narrow = {"registers": {"rax": "0x10002", "rsi": 3}, "long_mode": False}
+    done = client.post(f"{vm}/vcpus/0/hypercalls", json=narrow).json()  # N22
+    assert (done["registers"], done["flushed"]) == ({"rdx": "0x0", "rax": "0x0"}, [0, 1, 2])
+    put(client, f"{vm}/vcpus/0/vp-assist-page", enlighten_vmentry=1, current_nested_vmcs=hex(n0.evmcs(0)))
+    n01, n02 = L2_CALLS[0][1], L2_CALLS[1][1]
+    assert call(client, vm, **n01)["row"] == "D10"  # N13: the copy still has the bit
+    bounce(client, vm, 0)
+    assert call(client, vm, **n01)["row"] == "D4"
+    url = f"{vm}/vcpus/0/vp-assist-page"
+    put(client, url, nested_features=1, enlighten_vmentry=1, current_nested_vmcs=hex(n0.evmcs(0)))
+    launch(client, vm)
+    bounce(client, vm, 1, (n0.CLEAN_AT, b"\0\x80\0\0"), (n0.VP_AT, b"\3\0\0\0"))  # N19
+    assert call(client, vm, **n02)["flushed"] == [1]
+    bounce(client, vm, 1, (n0.CLEAN_AT, bytes(4)), (n0.VP_AT, b"\xff" * 4))  # N20
+    done = call(client, vm, rcx=0x10002, r8=2, xmm=((1 << 64) - 1, 0, 0, 0, 0, 0))
+    assert (done["flushed"], done["targeted"]) == ([0], [0])
+    bounce(client, vm, 0, (n0.CLEAN_AT, bytes(4)), (n0.PAGE_AT, word(0xFFFFFFFFFF000)))  # N17
+    done = call(client, vm, **n01)
+    assert (done["row"], done["result"]["value"], done["flushed"], done["exit"]) == ("D9", "0x3", [0, 1, 2], None)
+    store(client, vm, n0.evmcs(0) + n0.CONTROL_AT, bytes(4))  # N10: the page as it is now
+    done = call(client, vm, **n01)
+    assert (done["row"], done["exit"]["reason"], done["exit"]["instruction_length"]) == ("D3", "0x12", 3)
+    store(client, vm, n0.evmcs(0) + n0.CONTROL_AT, b"\1\0\0\0")
+    entries = client.get(f"{vm}/vcpus/0/cpuid").json()["entries"]
+    for entry in entries:
+        if int(entry["function"], 16) == 0x4000000A:
+            entry["eax"] = "0x80101"
+    reply = client.put(f"{vm}/vcpus/0/cpuid", json={"entries": entries})
+    assert reply.status_code == 200, reply.text
+    launch(client, vm)
+    assert call(client, vm, **n01)["row"] == "D1"  # N11

@@ -10,18 +10,9 @@ import pytest
 
 from service.settings import Settings
 from tests.contract.client import ContractClient, contract
+from tests.contract.places import PLACES
 from tests.service.running import Running, running
 
-PLACES = {
-    "n": "0",
-    "slot": "0",
-    "level": "1",
-    "gpa": "0x0",
-    "trace": "tr_0",
-    "name": "paths",
-    "code": "vm-busy",
-    "cap": "163",
-}
 # Where the same word names something else: the first that the path ends with.
 BY_PATH = {"/vcpus/{n}/ioctls/{name}": "KVM_GET_CPUID2", "/ioctls/{name}": "KVM_CHECK_EXTENSION"}
 OPERATIONS = [

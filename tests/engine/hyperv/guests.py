@@ -6,8 +6,8 @@ from typing import Any
 
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.config import HostConfig, VcpuConfig, VmConfig
+from engine.hypercalls import HypercallReport, HypercallRequest
 from engine.hyperv.caller import Caller
-from engine.hyperv_operations import HypercallReport, HypercallRequest
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.trace.single import AccessRequest, AccessResult

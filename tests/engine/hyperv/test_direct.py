@@ -6,9 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from engine.arch import controls as ctl
-from engine.cpu import frames
+from engine.cpu import frames, tlb
+from engine.hyperv import execution
 from engine.hyperv.caller import Caller
 from engine.hyperv.direct import Exit, NestedGuest
 from engine.hyperv.execution import Vp
@@ -146,6 +149,9 @@ def test_level_2_must_be_its_kernel_too() -> None:
 def test_without_an_identity_of_l1_the_call_is_kvms_own() -> None:
     done = DirectMachine(privileges=replace(PRIVILEGES, os_id=0)).call(replace(N01, rax=0xDEAD))
     assert (done.outcome, done.row, done.registers["rax"]) == ("native", "D7", (1 << 64) - 1000)
+    # the row before it comes first
+    done = DirectMachine(privileges=replace(PRIVILEGES, os_id=0)).call(replace(N01, cpl=3))
+    assert (done.outcome, done.row) == ("exception", "D6")
 
 
 def test_a_vmmcall_that_l1_lets_through_is_served() -> None:
@@ -165,3 +171,54 @@ def test_nothing_required_is_left_of_other_contexts_either(execution: str) -> No
         1: "ABE",
     }
     assert not any(len(effect.left) for effect in done.effects)
+
+
+ids = st.lists(
+    st.tuples(st.integers(0, 2), st.sampled_from([0, 1, 2, 65, 4095, 4096, 0xFFFFFFFF])), min_size=5, max_size=5
+)
+SETS = st.one_of(st.none(), st.tuples(st.integers(1, 7), st.integers(0, 3)))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(ids, st.integers(0, 4), SETS, st.lists(st.sampled_from([*range(5)]), max_size=3), st.booleans())
+def test_whoever_runs_keeps_nothing_that_is_required(
+    of: list[tuple[int, int]], caller: int, chosen: tuple[int, int] | None, away: list[int], listed: bool
+) -> None:
+    """Every way agrees on what has to go, by the ids on record; who is halted or in L1 has it queued."""
+    wanted = None
+    for way in ("exact", "kvm", "paranoid"):
+        machine = DirectMachine(
+            replace(N0, vm_id=of[caller][0], vp_id=of[caller][1]), tuple(of), execution=way, policy="tlfs"
+        )
+        machine.vps[:] = [replace(vp, running=vp.position not in away or vp.position == caller) for vp in machine.vps]
+        block = (0, 2, 1, 0) if chosen is None else (0, 2, 0, 3, *chosen)
+        block += (ENTRIES["A"][1],) if listed else ()
+        padded = (*block, *[0] * (14 - len(block)))
+        xmm = tuple(padded[at] | padded[at + 1] << 64 for at in range(2, 14, 2))
+        banks = 0 if chosen is None else 2
+        control = (0x100010014 if listed else 0x10013) | banks << 17
+        done = machine.call(Caller(rcx=control, r8=2, xmm=xmm))
+        assert done.result == (0x100000000 if listed else 0)
+        meant = [
+            at
+            for at, (vm, vp) in enumerate(of)
+            if vm == of[caller][0] and (chosen is None or (vp < 128 and chosen[vp // 64] >> vp % 64 & 1))
+        ]
+        assert list(done.targeted) == [machine.vps[at].vp_index for at in meant]
+        required = {effect.vp.position: names(effect.required) for effect in done.effects if len(effect.required)}
+        assert required == dict.fromkeys(meant, "A" if listed else EVERY)
+        wanted = required if wanted is None else wanted
+        assert required == wanted
+        for effect in done.effects:
+            assert not len(effect.left) or (effect.queued and effect.vp.position in away)
+        for vp in machine.vps:
+            execution.service(machine.m, vp.position, True, machine.situation.facts)
+            assert not set(nested_of(machine, vp.position)) & set(required.get(vp.position, ""))
+            assert way == "paranoid" or machine.held(vp.position) == "ABCDEFGH"
+
+
+def nested_of(machine: DirectMachine, vcpu: int) -> str:
+    """Names of the translations of nested guests in a vCPU's cache."""
+    table = machine.m.tlb
+    live = (table[:, tlb.E_GENERATION] == table[0, tlb.GENERATION]) & (table[:, tlb.E_NESTED] != 0)
+    return names(row for row in table[live & (table[:, tlb.E_KIND] >> tlb.VCPU_SHIFT == vcpu)] if row[tlb.E_FRAME])

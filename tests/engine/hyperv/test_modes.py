@@ -84,6 +84,22 @@ def test_input_in_xmm_registers_is_a_feature() -> None:
     assert FlushMachine("kvm", privileges=NO_XMM).call(replace(F01, rcx=0x08010002)).result == 3
 
 
+@pytest.mark.parametrize(
+    ("control", "kvm", "tlfs"),
+    [
+        (0x10015, None, 2),  # sends interrupts, but is one of those with input in XMM registers
+        (0x15, 2, 2),
+        (0x100AF, 2, 5),  # fits two general registers, where R8 holds flags that are not 0
+        (0x1000100B0, 2, None),
+        (0x1BEEF, 2, 2),
+    ],
+)
+def test_which_calls_have_input_in_xmm_registers(control: int, kvm: int | None, tlfs: int | None) -> None:
+    for policy, status in (("kvm", kvm), ("tlfs", tlfs)):
+        done = FlushMachine(policy, privileges=NO_XMM).call(replace(F01, rcx=control))
+        assert done.result == status and done.outcome == ("exception" if status is None else "completed")
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_32_bit_caller_uses_pairs(policy: str) -> None:
     machine = FlushMachine(policy)

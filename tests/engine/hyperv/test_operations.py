@@ -8,8 +8,8 @@ import pytest
 
 from engine.config import HostConfig
 from engine.errors import InvalidValue, NotFound, Unsupported
+from engine.hypercalls import HypercallRequest
 from engine.hyperv.caller import Caller
-from engine.hyperv_operations import HypercallRequest
 from engine.machine import VirtualMachine
 from tests.engine.builders import round_trip
 
@@ -190,32 +190,32 @@ def test_direct_flush_needs_a_hyperv_that_has_it() -> None:
     vm = hyperv_guest(host=HostConfig(hyperv={}, evmcs=False))
     assert not vm.hyperv.direct_flush_available()
     vm = on_hyperv(fail_allocation=True)
-    before = vm.hyperv.evmcs_of_kvm(0)
+    before = vm.hyperv.vmcs_of_kvm(0).page
     with pytest.raises(Unsupported) as caught:
         vm.hyperv.enable_direct_flush(0)
-    assert caught.value.errno == "ENOMEM" and vm.hyperv.evmcs_of_kvm(0) == before
+    assert caught.value.errno == "ENOMEM" and vm.hyperv.vmcs_of_kvm(0).page == before
 
 
 def test_enabling_writes_the_enlightened_vmcs_and_running_the_vp_id() -> None:
     vm = on_hyperv()
     assert vm.hyperv.direct_flush_available()
     vm.hyperv.enable_direct_flush(0)
-    page = vm.hyperv.evmcs_of_kvm(0)
+    page = vm.hyperv.vmcs_of_kvm(0).page
     assert page[0x344] & 1 and page[0x348:0x34C] == bytes(4)
     assert int.from_bytes(page[0x350:0x358], "little") >> 47 == 0x1FFFF
     assert int.from_bytes(page[0x358:0x360], "little") % 0x1000 == 0
     vm.hyperv.enable_direct_flush(0)
-    assert vm.hyperv.evmcs_of_kvm(0) == page
+    assert vm.hyperv.vmcs_of_kvm(0).page == page
     read(vm, 0)
-    page = vm.hyperv.evmcs_of_kvm(0)
+    page = vm.hyperv.vmcs_of_kvm(0).page
     assert (page[0x338:0x33C].hex(), page[0x348:0x34C].hex()) == ("ffff0000", "07000000")
     assist = vm.hyperv.vp_assist_page(0, of_kvm=True)
     assert (assist[0x20], assist[0x28]) == (1, 1)
     # each vCPU is enabled by itself, and all share the page
-    assert not vm.hyperv.evmcs_of_kvm(1)[0x344] & 1
+    assert not vm.hyperv.vmcs_of_kvm(1).page[0x344] & 1
     vm.hyperv.enable_direct_flush(1)
-    assert vm.hyperv.evmcs_of_kvm(1)[0x358:0x360] == page[0x358:0x360]
-    assert round_trip(vm).hyperv.evmcs_of_kvm(0) == page
+    assert vm.hyperv.vmcs_of_kvm(1).page[0x358:0x360] == page[0x358:0x360]
+    assert round_trip(vm).hyperv.vmcs_of_kvm(0).page == page
     assert round_trip(vm).hyperv.direct_flush_enabled(0)
 
 

@@ -27,7 +27,7 @@ def test_vcpus(profile: str) -> None:
     back = again(vm)
     assert [item.id for item in back.config.vcpus] == [7]
     back.create_vcpu(2)
-    assert [back.vcpu_position(vcpu) for vcpu in (7, 2)] == [0, 1]
+    assert [back.config.vcpu_position(vcpu) for vcpu in (7, 2)] == [0, 1]
     with refused(back, InvalidValue, "vcpu", 7, "distinct", "EEXIST"):
         back.create_vcpu(7)
     back.create_vcpu(0)

@@ -7,15 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.cpu.physical import find_slot
 from engine.errors import InvalidValue
-from engine.kvm.slots import (
-    SlotSpec,
-    check_overlap,
-    find_slot,
-    first_page_without_slot,
-    slot_table,
-    writable_bytes,
-)
+from engine.kvm.slots import SlotSpec, check_overlap, first_page_without_slot, slot_table, writable_bytes
 from tests.engine.builders import MIB, bare_draft
 
 REFUSED = [

@@ -21,6 +21,7 @@ from service.security.access import _RANK, _SCOPE
 from service.security.tokens import MemoryTokens, TokenStore, mint
 from service.settings import Settings
 from tests.contract.client import ContractClient, contract
+from tests.contract.places import PLACES
 from tests.service.running import Running, running
 
 PERMISSIONS = tuple(_SCOPE)
@@ -31,17 +32,6 @@ HTTP = [
     if isinstance(route, APIRoute)
     for method in sorted(route.methods)
 ]
-# What stands for each path parameter but the machine's; a new name gets a line here.
-PLACES = {
-    "n": "0",
-    "slot": "0",
-    "level": "1",
-    "gpa": "0x0",
-    "trace": "tr_0",
-    "name": "paths",
-    "code": "vm-busy",
-    "cap": "163",
-}
 IOCTL = "KVM_CHECK_EXTENSION"
 
 

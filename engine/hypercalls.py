@@ -1,0 +1,229 @@
+"""Hypercalls of a machine's vCPUs: from registers or fields to what was flushed on which VP.
+
+State has one home each: registers, MSRs, CPUID and what the lower hypervisor remembers of nested guests are those of
+the nested state; KVM's own notes are words of the vCPU's record; queues of flushes are volatile like the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.arch import controls as ctl
+from engine.arch import paging
+from engine.arch.hypercall import XMM_REGISTERS
+from engine.errors import InvalidValue
+from engine.hyperv import dispatch, modes, nested_paging, notes, on_hyperv
+from engine.hyperv.caller import LOW, Caller
+from engine.hyperv.dispatch import Situation
+from engine.hyperv.encode import CallFields
+from engine.hyperv.execution import Effect
+from engine.hyperv.exits import exit_to_l1, finish_in_guest, rip_of
+from engine.hyperv.outcome import Outcome
+from engine.hyperv.privileges import Privileges
+from engine.hyperv.tlfs_rules import Environment
+from engine.hyperv_vps import enter, facts_of, hyperv_host, leave, linear_width, nested_guest_of, vps_of
+from engine.nested.msr_numbers import HV_GUEST_OS_ID
+from engine.nested.vcpu import NestedVcpu
+from engine.nested_states import close_vcpu, open_vcpu
+from engine.operations import Operations
+from engine.ram import Ram
+from engine.store import Draft
+from engine.vcpus import CachedTranslation, translation_of
+
+_CS_LONG = 1 << 13
+_EFER_LMA = 1 << 10
+
+
+@dataclass(frozen=True)
+class HypercallRequest:
+    """Registers of a hypercall, and bytes that are stored where they say that the block is.
+
+    With ``fields`` the registers and bytes follow from them, and for a call that is not fast from ``input_gpa``.
+    The caller's mode is that of the vCPU where ``cpl``, ``long_mode`` and ``protected`` are None.
+    """
+
+    registers: Caller = field(default_factory=Caller)
+    input: bytes | None = None
+    fields: CallFields | None = None
+    input_gpa: int | None = None
+    cpl: int | None = None
+    long_mode: bool | None = None
+    protected: bool | None = None
+
+
+@dataclass(frozen=True)
+class VpEffect:
+    """What a flush did to one VP, by translation; see ``hyperv.execution.Effect``."""
+
+    vcpu: int
+    vp_index: int
+    targeted: bool
+    queued: bool
+    tlb_flush: int
+    required: tuple[CachedTranslation, ...]
+    dropped: tuple[CachedTranslation, ...]
+    over_flushed: tuple[CachedTranslation, ...]
+    left: tuple[CachedTranslation, ...]
+
+    @classmethod
+    def of(cls, effect: Effect) -> VpEffect:
+        """An effect with its rows of the cache taken apart."""
+
+        def entries(rows: NDArray[np.int64]) -> tuple[CachedTranslation, ...]:
+            return tuple(translation_of(row) for row in rows)
+
+        return cls(
+            vcpu=effect.vp.vcpu,
+            vp_index=effect.vp.vp_index,
+            targeted=effect.targeted,
+            queued=effect.queued,
+            tlb_flush=effect.flushes,
+            required=entries(effect.required),
+            dropped=entries(effect.dropped),
+            over_flushed=entries(effect.over_flushed),
+            left=entries(effect.left),
+        )
+
+
+@dataclass(frozen=True)
+class HypercallReport:
+    """A hypercall, executed. ``rip_before`` and ``rip_after`` are the caller's."""
+
+    outcome: Outcome
+    caller: Caller
+    rip_before: int
+    rip_after: int
+
+    @property
+    def vps(self) -> list[VpEffect]:
+        """What it did to each VP that it was sent to, or whose cache changed."""
+        return [VpEffect.of(effect) for effect in self.outcome.effects]
+
+
+class Hypercalls(Operations):
+    """Hypercalls. ``vcpu`` is a KVM vCPU id; an unknown one raises NotFound."""
+
+    def hypercall(self, vcpu: int, request: HypercallRequest) -> HypercallReport:
+        """VMCALL or VMMCALL on a vCPU. Raises InvalidValue for input bytes that no memory can take."""
+        position = self._config.vcpu_position(vcpu)
+        request.registers.validate()
+        with self._change() as draft:
+            whole = open_vcpu(self._config, draft.beside, draft.machine, vcpu)
+            caller = _caller(request, whole)
+            caller.validate()
+            ram = Ram(draft)
+            self._place_input(_input_of(request), caller, whole, ram)
+            draft.ensure()
+            enter(draft, self._config, vcpu)
+            outcome = self._dispatch(draft, whole, position, caller, ram)
+            before = rip_of(whole)
+            after = finish_in_guest(whole, outcome)
+            if outcome.outcome in ("completed", "native"):
+                notes.count(draft.machine, position, ctl.V_HV_HYPERCALLS)
+            if outcome.exit is not None and outcome.level == 2 and modes.in_nested_guest(whole):
+                exit_to_l1(whole, ram, outcome.exit)
+            draft.beside = close_vcpu(draft, draft.beside, whole)
+            leave(draft, self._config, vcpu)
+        return HypercallReport(outcome, caller, before, after)
+
+    def _place_input(self, data: bytes | None, caller: Caller, whole: NestedVcpu, ram: Ram) -> None:
+        if data is None:
+            return
+        if caller.control.fast:
+            raise InvalidValue("a fast call has its input in registers", field="input", value=data.hex())
+        gpa: int | None = caller.input_gpa
+        if gpa is not None and nested_paging.in_use(whole):
+            gpa = nested_paging.translate(whole, ram, gpa)
+        if gpa is None or (data and not ram.write(gpa, data)):
+            raise InvalidValue("input goes to guest memory", field="input_gpa", value=caller.input_gpa)
+
+    def _dispatch(self, draft: Draft, whole: NestedVcpu, position: int, caller: Caller, ram: Ram) -> Outcome:
+        own = self._situation(draft, whole, position, ram)
+        host = hyperv_host(self._config)
+        if host is None or own.guest is not None:
+            return dispatch.hypercall(caller, own)
+        guests = [on_hyperv.nested_guest(draft.machine, vp.position, host) for vp in own.vps]
+        exact = self._config.flush_execution or "exact"
+        below = replace(
+            own,
+            privileges=host.privileges,
+            partition_memory=on_hyperv.HostPages(draft.machine),
+            vps=[replace(vp, nested_ids=(g.vm_id, g.vp_id)) for vp, g in zip(own.vps, guests, strict=True)],
+            policy="tlfs",
+            facts=replace(own.facts, execution="exact" if exact == "kvm" else exact),
+            guest=guests[position],
+            l0="hyperv",
+            tagged=False,
+        )
+        return dispatch.hypercall_on_hyperv(caller, below, own)
+
+    def _situation(self, draft: Draft, whole: NestedVcpu, position: int, ram: Ram) -> Situation:
+        m = draft.machine
+        enforced = notes.flag(m, position, notes.ENFORCE_CPUID)
+        privileges = Privileges.of(whole.cpuid, whole.msrs.get(HV_GUEST_OS_ID, 0), enforced=enforced)
+        vps = vps_of(self._config, m, draft.beside)
+        vps[position] = replace(vps[position], running=True)
+        nested = modes.in_nested_guest(whole)
+        width = self._config.maxphyaddr
+        return Situation(
+            machine=m,
+            memory=ram,
+            partition_memory=ram,
+            privileges=privileges,
+            vps=vps,
+            policy=self._config.flush_policy,
+            environment=Environment(linear_width(whole), width, whole.host.nested),
+            facts=facts_of(self._config, linear_width(whole)),
+            guest=nested_guest_of(whole, ram) if nested else None,
+            translate=(lambda gpa: nested_paging.translate(whole, ram, gpa)) if nested_paging.in_use(whole) else None,
+            locked=frozenset(
+                vp.position for vp in vps if vp.position != position and notes.flag(m, vp.position, notes.TLB_LOCKED)
+            ),
+        )
+
+
+def _caller(request: HypercallRequest, whole: NestedVcpu) -> Caller:
+    """The registers, in the mode asked for or in that of the vCPU."""
+    registers = whole.registers
+    long_mode = bool(registers["ia32_efer"] & _EFER_LMA and registers["cs_ar_bytes"] & _CS_LONG)
+    protected = bool(registers["cr0"] & paging.CR0_PE)
+    cpl = registers["ss_ar_bytes"] >> 5 & 3 if protected else 0
+    long_mode = long_mode if request.long_mode is None else request.long_mode
+    return replace(
+        request.registers if request.fields is None else _registers_of(request.fields, request.input_gpa, long_mode),
+        long_mode=long_mode,
+        protected=protected if request.protected is None else request.protected,
+        cpl=cpl if request.cpl is None else request.cpl,
+    )
+
+
+def _registers_of(fields: CallFields, input_gpa: int | None, long_mode: bool) -> Caller:
+    """Registers with a call given by its fields."""
+    control = fields.control()
+    if fields.fast:
+        first, second, xmm = fields.fast_registers()
+    elif input_gpa is None:
+        raise InvalidValue("a call that is not fast has its block somewhere", field="input_gpa", value=None)
+    else:
+        first, second, xmm = input_gpa, 0, (0,) * XMM_REGISTERS
+    if long_mode:
+        return Caller(rcx=control, rdx=first, r8=second, xmm=xmm)
+    return Caller(
+        rdx=control >> 32,
+        rax=control & LOW,
+        rbx=first >> 32,
+        rcx=first & LOW,
+        rdi=second >> 32,
+        rsi=second & LOW,
+        xmm=xmm,
+    )
+
+
+def _input_of(request: HypercallRequest) -> bytes | None:
+    """The bytes to be stored: those given, or the block of a call given by its fields."""
+    if request.input is not None or request.fields is None or request.fields.fast:
+        return request.input
+    return request.fields.block()

@@ -1,0 +1,136 @@
+"""The VPs of a machine as Hyper-V's rules see them, and what each does before and after it runs its guest."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.arch import controls as ctl
+from engine.arch import paging
+from engine.arch.hyperv_pages import DIRECT_HYPERCALL
+from engine.config import VmConfig
+from engine.cpu import frames
+from engine.cpu.frames import FIRST_VCPU_FRAME, Machine
+from engine.hyperv import execution, modes, nested_paging, notes, on_hyperv, queues
+from engine.hyperv.direct import NestedGuest
+from engine.hyperv.execution import Facts, Vp
+from engine.nested.enlightened import asks_for_direct_flush
+from engine.nested.vcpu import NestedVcpu
+from engine.nested_states import NestedStates, first_identity
+from engine.ram import Ram
+from engine.store import Draft
+from engine.trace.columns import TraceChunk
+
+_LA57, _LA48 = 57, 48
+
+
+def hyperv_host(config: VmConfig) -> on_hyperv.HypervHost | None:
+    """The Hyper-V under KVM, None where there is none."""
+    return on_hyperv.HypervHost.under(config)
+
+
+def facts_of(config: VmConfig, width: int = _LA48) -> Facts:
+    """How the machine executes flushes."""
+    return Facts(config.executes_flushes, width, config.host.ept)
+
+
+def linear_width(whole: NestedVcpu) -> int:
+    return _LA57 if whole.registers["cr4"] & paging.CR4_LA57 else _LA48
+
+
+def vps_of(config: VmConfig, m: Machine, states: NestedStates) -> list[Vp]:
+    found = []
+    for position, item in enumerate(config.vcpus):
+        record = states.vcpus.get(item.id)
+        halted = notes.flag(m, position, notes.HALTED)
+        if record is None:
+            vp = Vp(position, item.id, first_identity(item)[0], running=not halted, nested_ids=(0, 0))
+        else:
+            lower = modes.lower_of(record)
+            vp = Vp(
+                position,
+                item.id,
+                record.vp_index,
+                running=not halted and record.mp_state == "runnable",
+                in_nested=modes.in_nested_guest(record),
+                nested_ids=(lower.vm_id, lower.vp_id),
+            )
+        found.append(vp)
+    return found
+
+
+def nested_guest_of(whole: NestedVcpu, memory: Ram) -> NestedGuest:
+    """The nested guest of a vCPU as KVM, which is L0, sees it."""
+    lower = modes.lower_of(whole)
+    svm = not whole.host.intel
+    asks = bool(lower.control & 1) if svm else whole.vmx.evmcs_mapped and asks_for_direct_flush(whole, memory)
+    return NestedGuest(
+        svm=svm,
+        enlightened=svm or whole.vmx.evmcs_mapped,
+        asks=asks,
+        direct=bool(lower.features & DIRECT_HYPERCALL),
+        vm_id=lower.vm_id,
+        vp_id=lower.vp_id,
+        assist_page=lower.partition_page,
+        intercepts=not svm or nested_paging.intercepts_vmmcall(whole),
+    )
+
+
+def enter(draft: Draft, config: VmConfig, vcpu: int) -> None:
+    """A vCPU is about to run its guest: it does what was queued for it, and on Hyper-V it is loaded on its CPU.
+
+    One that the machine has not does nothing.
+    """
+    m = draft.machine
+    position = int(m.vcpu_of_id[vcpu]) if vcpu < len(m.vcpu_of_id) else -1
+    host = hyperv_host(config)
+    if host is not None and position >= 0:
+        draft.ensure()
+        m = draft.machine
+        on_hyperv.entering(m, position, _identity(config, draft.beside, vcpu), host)
+    if position >= 0 and queues.requested(m.queues, position):
+        draft.ensure()
+        m = draft.machine
+        frame = FIRST_VCPU_FRAME + position
+        wide = bool(int(frames.read_word(m, frame, ctl.V_CR4)) & paging.CR4_LA57)
+        nested = bool(frames.read_word(m, frame, ctl.V_GUEST_MODE))
+        execution.service(m, position, nested, facts_of(config, _LA57 if wide else _LA48))
+
+
+def leave(draft: Draft, config: VmConfig, vcpu: int) -> None:
+    """A vCPU has run its guest: on Hyper-V, KVM notes what it notes after an exit."""
+    host = hyperv_host(config)
+    if host is not None:
+        draft.ensure()
+        position = int(draft.machine.vcpu_of_id[vcpu])
+        on_hyperv.exited(draft.machine, position, _identity(config, draft.beside, vcpu), host)
+
+
+class Runs:
+    """The vCPUs that a trace runs: each does what was queued for it before its first access of a chunk."""
+
+    def __init__(self, draft: Draft, config: VmConfig) -> None:
+        self._draft = draft
+        self._config = config
+        self._on_hyperv = config.host.hyperv is not None
+        self._ran: set[int] = set()
+
+    def __call__(self, chunk: TraceChunk) -> None:
+        """A chunk is about to be replayed."""
+        m = self._draft.machine
+        if not self._on_hyperv and not any(queues.requested(m.queues, at) for at in range(len(self._config.vcpus))):
+            return
+        vcpus = {int(vcpu) for vcpu in np.unique(chunk.records[:, 1] >> np.uint64(32) & np.uint64(0xFFFF))}
+        known = {vcpu for vcpu in vcpus if vcpu < len(m.vcpu_of_id) and m.vcpu_of_id[vcpu] >= 0}
+        for vcpu in sorted(known):
+            enter(self._draft, self._config, vcpu)
+        self._ran |= known
+
+    def finish(self) -> None:
+        """The trace has ended."""
+        for vcpu in sorted(self._ran):
+            leave(self._draft, self._config, vcpu)
+
+
+def _identity(config: VmConfig, states: NestedStates, vcpu: int) -> int:
+    record = states.vcpus.get(vcpu)
+    return first_identity(config.vcpus[config.vcpu_position(vcpu)])[0] if record is None else record.vp_index

@@ -1,0 +1,169 @@
+"""Any call means what a second, independent reading of the rules says: status, VPs, translations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.arch import hypercall as hv
+from engine.hyperv.caller import Caller
+
+from . import oracle
+from .flush_machine import ENTRIES, INPUT, PAGE, VP_INDICES, FlushMachine, names, words
+
+SLOW = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+ADDRESSES = [linear for _, linear, _, _ in ENTRIES.values()]
+RAM_END = INPUT + 2 * PAGE
+BIT = [1 << at for at in range(64)]
+
+ranges = st.builds(
+    lambda base, pages, low: (base + pages * PAGE) % (1 << 64) & ~0xFFF | low,
+    st.sampled_from([*ADDRESSES, *ADDRESSES, 0, 1 << 47, 0xAAAAAAAAAAAAA000, (1 << 64) - PAGE]),
+    st.one_of(st.integers(-3, 3), st.integers(-5000, 5000)),
+    st.one_of(st.sampled_from([0, 0, 1, 0x7FF, 0x800, 0x807, 0xFFF]), st.integers(0, 0xFFF)),
+)
+# What a field may hold, and what makes a call another or none at all; tried one at a time.
+FIELDS: dict[str, st.SearchStrategy[int]] = {
+    "code": st.sampled_from([2, 3, 0x13, 0x14]),
+    "space": st.sampled_from([0, 0x1000, 0x2000, 0x1FFF, 0x3000]),
+    "mask": st.one_of(st.integers(0, 15), st.sampled_from([1 << 63, (1 << 64) - 1])),
+    "format": st.sampled_from([0, 0, 0, 1]),
+}
+ODD: dict[str, st.SearchStrategy[int]] = {
+    "code": st.sampled_from([0, 1, 4, 0x12, 0x15, 0xBEEF]),
+    "space": st.sampled_from(BIT[45:]),
+    "flags": st.one_of(st.integers(0, 15), st.sampled_from(BIT[4:])),
+    "mask": st.just(0),
+    "format": st.sampled_from([2, 1 << 63]),
+    "valid": st.sampled_from(BIT),
+    "reps": st.sampled_from([0, 1, 0xFFF]),
+    "start": st.integers(1, 3),
+    "variable": st.sampled_from([0, 1, 65, 0x3FF]),
+    "reserved": st.sampled_from([1 << bit for bit in (27, 28, 29, 30, 31, 44, 45, 46, 47, 60, 61, 62, 63)]),
+}
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[int, list[int]]:
+    """An input value and the words of a block: good, or with one field that is not."""
+    wrong = draw(st.sampled_from([None] * 8 + sorted(ODD)))
+
+    def pick(name: str, good: st.SearchStrategy[int] | int) -> int:
+        found = ODD[name] if name == wrong else good
+        return found if isinstance(found, int) else draw(found)
+
+    code = pick("code", FIELDS["code"])
+    rep, ex = code in (3, 0x14), code in (0x13, 0x14)
+    block = [
+        pick("space", FIELDS["space"]),
+        pick("flags", st.sampled_from([0, 1, 2, 3, 8, 10] if rep else [0, 1, 2, 4, 6])),
+    ]
+    banks = 0
+    if ex:
+        kind = pick("format", FIELDS["format"])
+        chosen = draw(st.sets(st.sampled_from([0, 0, 1, 2, 16, 63]), min_size=1 - kind % 2, max_size=3))
+        banks = len(chosen)
+        valid = sum(1 << bank for bank in chosen)
+        block += [kind, valid ^ (draw(ODD["valid"]) if wrong == "valid" else 0)]
+        block += [pick("mask", FIELDS["mask"]) for _ in chosen]
+    else:
+        block.append(pick("mask", FIELDS["mask"]))
+    items = draw(st.lists(ranges, min_size=1, max_size=18)) if rep else []
+    control = code | draw(st.booleans()) << 16 | pick("variable", banks) << 17 | pick("reps", len(items)) << 32
+    return control | pick("start", 0) << 48 | pick("reserved", 0), [*block, *items]
+
+
+places = st.one_of(
+    *[st.just(INPUT)] * 3,
+    st.builds(lambda words: RAM_END - 8 * words, st.integers(0, 24)),
+    st.sampled_from([INPUT + PAGE - 8, INPUT + PAGE - 24, INPUT + 4, INPUT + 1, 0xDEAD000, 1 << 46, (1 << 64) - 8]),
+)
+
+
+def state_of(machine: FlushMachine) -> Any:
+    return [machine.held(vp.position) for vp in machine.vps], machine.m.queues.tobytes()
+
+
+class Run:
+    """One call on a fresh machine, and what the second reading says of it."""
+
+    def __init__(self, policy: str, control: int, block: list[int], gpa: int, **options: Any) -> None:
+        self.machine = FlushMachine(policy, **options)
+        for at, word in enumerate(block):
+            self.machine.write(words(word), gpa + 8 * at)
+        self.gpa, self.fast = gpa, bool(control >> 16 & 1)
+        self.registers = (block + [0] * hv.FAST_WORDS)[: hv.FAST_WORDS]
+        first, second, *rest = self.registers
+        xmm = tuple(low | high << 64 for low, high in zip(rest[::2], rest[1::2], strict=True))
+        if policy == "kvm":
+            self.answer = oracle.kvm(control, self.read)
+        else:
+            self.answer = oracle.tlfs(control, self.read, gpa, memory=self.readable)
+        before = state_of(self.machine)
+        self.done = self.machine.call(Caller(rcx=control, rdx=first if self.fast else gpa, r8=second, xmm=xmm))
+        self.unchanged = state_of(self.machine) == before
+
+    def read(self, first: int, count: int) -> list[int] | None:
+        if self.fast:
+            return self.registers[first : first + count] if first + count <= hv.FAST_WORDS else None
+        data = self.machine.ram.read(self.gpa + 8 * first, 8 * count)
+        return None if data is None else [int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data), 8)]
+
+    def readable(self, gpa: int, size: int) -> bool:
+        return self.machine.ram.read(gpa, size) is not None
+
+    def check(self) -> None:
+        """The status is that of the second reading, and only a success changes anything."""
+        if self.answer.status is None:
+            assert (self.done.outcome, self.done.intercepted_gpa) == ("intercepted", self.gpa) and self.unchanged
+            return
+        assert self.done.result == self.answer.status | self.answer.reps << 32
+        assert frozenset(self.done.targeted) == frozenset(self.done.flushed) == self.answer.vps
+        assert self.unchanged or self.answer.status == hv.Status.SUCCESS
+
+    def gone(self) -> dict[int, frozenset[str]]:
+        """What the cache of each VP has no more."""
+        held = {vp.vp_index: self.machine.held(vp.position) for vp in self.machine.vps}
+        return {vp: frozenset(ENTRIES) - set(names_) for vp, names_ in held.items()}
+
+    def answered(self) -> dict[int, frozenset[str]]:
+        """What has to be gone."""
+        return {vp: self.answer.entries if vp in self.answer.vps else frozenset() for vp in VP_INDICES}
+
+
+@SLOW
+@given(calls(), places)
+def test_as_kvm(call: tuple[int, list[int]], gpa: int) -> None:
+    run = Run("kvm", *call, gpa)
+    run.check()
+    assert run.gone() == run.answered()
+
+
+@SLOW
+@given(calls(), places, st.sampled_from(["exact", "kvm", "paranoid"]))
+def test_by_the_specification(call: tuple[int, list[int]], gpa: int, execution: str) -> None:
+    run = Run("tlfs", *call, gpa, execution=execution)
+    run.check()
+    needed = run.answered()
+    for effect in run.done.effects:
+        assert set(names(effect.required)) == needed[effect.vp.vp_index] and not len(effect.left)
+    for vp, gone in run.gone().items():
+        assert gone == needed[vp] if execution == "exact" else gone >= needed[vp]
+
+
+@pytest.mark.parametrize("policy", ["kvm", "tlfs"])
+@pytest.mark.parametrize("code", [2, 3, 0x13, 0x14])
+def test_every_length(policy: str, code: int) -> None:
+    """Blocks that end with the last word of memory or after it, and as many words as registers hold, or more."""
+    ex, rep = code > 3, code in (3, 0x14)
+    for banks in (0, 1, 3) if ex else (0,):
+        for reps in (1, 2, 8, 9, 11, 12, 15, 16) if rep else (0,):
+            head = [0, 2, 0, (1 << banks) - 1, *[1] * banks] if ex else [0, 2, 1]
+            block = [*head, *[ADDRESSES[0]] * reps]
+            control = code | banks << 17 | reps << 32
+            Run(policy, control | hv.FAST, block, INPUT).check()
+            for there in {0, 1, len(head) - 1, len(head), len(block) - 1, len(block)}:
+                Run(policy, control, block, RAM_END - 8 * there).check()
