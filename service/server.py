@@ -16,7 +16,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from service.app import create_app, drain
+from service.app import create_app, drain, end_streams
 from service.logs import configure
 from service.security.access import AccessControl, is_loopback
 from service.security.tokens import TokensUnavailable
@@ -37,6 +37,8 @@ class _Server(uvicorn.Server):
         """Told to stop: unready at once, so that balancers look elsewhere; deaf after the drain. Twice means now."""
         loop = self._loop
         drain(self._app)
+        if loop is not None:
+            loop.call_soon_threadsafe(end_streams, self._app)
         if loop is None or self._draining or not self._drain_seconds:
             super().handle_exit(sig, frame)
             return
