@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 
 from starlette.requests import Request
@@ -86,7 +86,7 @@ class EventStream(Response):
         finally:
             self._stats.streams -= 1
 
-    async def _pieces(self) -> AsyncIterator[bytes]:
+    async def _pieces(self) -> AsyncGenerator[bytes, None]:
         feed, log = self._feed, self._feed.log
         below = log.next_id
         if self._media == SSE:

@@ -68,10 +68,12 @@ class Event(Document):
     model_config = ConfigDict(json_schema_extra=examples(_EXAMPLE, _GAP))
 
     id: int | None = Field(
-        description="Consecutive in the VM and never given twice. Of `dropped` the last id that is missing; `end` has none."
+        description="Consecutive in the VM, never given twice. Of `dropped` the last that is missing; `end` has none."
     )
     kind: str = Field(
-        description="; ".join(f"`{kind}`: {about[0].lower()}{about[1:-1]}" for kind, about in {**KINDS, **MARKERS}.items())
+        description="; ".join(
+            f"`{kind}`: {about[0].lower()}{about[1:-1]}" for kind, about in {**KINDS, **MARKERS}.items()
+        )
         + ".",
         json_schema_extra={"enum": [*KINDS, *MARKERS]},
     )
@@ -106,9 +108,7 @@ def _kinds(text: str | None) -> frozenset[str]:
     return frozenset(kinds)
 
 
-def _wanted(
-    kinds: str | None, gfn: int | None, npages: int | None, name: str | None, *, expand: bool
-) -> Wanted:
+def _wanted(kinds: str | None, gfn: int | None, npages: int | None, name: str | None, *, expand: bool) -> Wanted:
     if npages is not None and gfn is None:
         raise InvalidDocument("needs a gfn", field="npages", value=npages)
     if not expand and (gfn is not None or name is not None):

@@ -67,7 +67,9 @@ class Parts:
             raise
 
 
-async def window_of(batch: EventRecord, after: int, most: int, part_of: Callable[[int], Awaitable[ExitColumns]]) -> Window | None:
+async def window_of(
+    batch: EventRecord, after: int, most: int, part_of: Callable[[int], Awaitable[ExitColumns]]
+) -> Window | None:
     """Up to ``most`` violations of ``batch`` with ids above ``after``, at least one; all are of one part.
 
     None when the rest of the batch has no exit records: they passed the limit of the replay, or are not kept any more.

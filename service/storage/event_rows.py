@@ -30,14 +30,10 @@ def _prune(connection: sa.Connection, number: int, pruning: LogPruning) -> None:
     connection.execute(sa.delete(events).where(mine, events.c.first < oldest_kept))
     if pruning.since:
         oldest = sa.select(events.c.first).where(mine).order_by(events.c.first).limit(_OLDEST)
-        connection.execute(
-            sa.delete(events).where(mine, events.c.created < pruning.since, events.c.first.in_(oldest))
-        )
+        connection.execute(sa.delete(events).where(mine, events.c.created < pruning.since, events.c.first.in_(oldest)))
 
 
-def read(
-    connection: sa.Connection, number: int, after: int, below: int, since: str, limit: int
-) -> list[EventRecord]:
+def read(connection: sa.Connection, number: int, after: int, below: int, since: str, limit: int) -> list[EventRecord]:
     """Up to ``limit`` rows with an event whose id is above ``after``, of those that begin below the id ``below``.
 
     Rows created before ``since`` are left out, in whatever place they are.
