@@ -17,7 +17,7 @@ from service.storage.records import EventRecord, LogChange, LogPruning
 
 # What events tell of; markers, which are no events of the machine, are listed below.
 KINDS: dict[str, str] = {
-    "lifecycle": "The VM was created, or SPP was enabled.",
+    "lifecycle": "The VM was created, or restored from a backup, or SPP was enabled.",
     "memory-slot": "A memory slot was created, changed or deleted.",
     "protection": "A protection was created or deleted.",
     "subpages": "SET bitmaps were replaced.",
