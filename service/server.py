@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import resource
 import signal
 import socket
 import ssl
@@ -100,6 +101,13 @@ def tls_options(settings: Settings) -> dict[str, Any]:
     }
 
 
+def raise_file_limit() -> None:
+    """Take as many open files as the system allows: each connection is one, and readers of events stay for long."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def run(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM, then let requests end for a while; the exit status of the process.
 
@@ -109,6 +117,7 @@ def run(settings: Settings) -> int:
     check_telemetry(settings)
     app = create_app(settings)
     check_exposure(settings, app.state.access)
+    raise_file_limit()
     config = uvicorn.Config(
         app,
         host=settings.host,

@@ -226,9 +226,9 @@ def test_the_command_can_be_stopped(lively: Running, monkeypatch: pytest.MonkeyP
 
 
 @contextmanager
-def served(port: int, store: str) -> Iterator[subprocess.Popen[str]]:
+def served(port: int, store: str, heartbeat: str = "0.05") -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port), "--store", store]
-    environment = {**os.environ, "SUBPAGE_WARM_UP": "false", "SUBPAGE_EVENT_HEARTBEAT": "0.05"}
+    environment = {**os.environ, "SUBPAGE_WARM_UP": "false", "SUBPAGE_EVENT_HEARTBEAT": heartbeat}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as started:
         try:
             assert started.stdout is not None and started.stdout.readline()
