@@ -61,8 +61,8 @@ soak: $(WARMED) ## OPS random operations from SEED against the naive model, each
 kill-test: $(WARMED) ## kill -9 the server ROUNDS times under load; nothing acknowledged may be lost (STORE=sqlite or postgres)
 	@$(BIN)/python -m tests.faults.kill --rounds $(ROUNDS) --store $(STORE) $(ARGS)
 
-fault-test: $(WARMED) ## Full and read-only disks, restarts of the database, stores that are taken away
-	$(BIN)/python -m pytest tests/faults tests/service/storage/test_ownership.py $(ARGS)
+fault-test: $(WARMED) ## Full and read-only disks, restarts of the database, stores that are taken away, 10,000 idle streams
+	$(BIN)/python -m pytest -m "not bench" tests/faults tests/service/storage/test_ownership.py $(ARGS)
 
 mutants: $(INSTALLED) ## Put faults into engine/ one at a time; the tests must notice each (ARGS="--only ID --jobs N")
 	@$(BIN)/python -m tests.mutants $(ARGS)

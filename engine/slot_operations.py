@@ -48,6 +48,11 @@ class SlotOperations:
         self._state = state
         self._change = change
 
+    @property
+    def known(self) -> Slots:
+        """Slots by ``SlotSpec.key``; another mapping after each change of them."""
+        return self._state().slots
+
     def all(self) -> tuple[SlotSpec, ...]:
         """Slots in order of their number, those of address space 1 last."""
         return tuple(spec for _, spec in sorted(self._state().slots.items()))

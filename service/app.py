@@ -20,6 +20,7 @@ from service.api import (
     capabilities,
     counters,
     dirty,
+    events,
     evmcs,
     exits,
     health,
@@ -71,6 +72,7 @@ RESOURCES = (
     protections,
     traces,
     exits,
+    events,
     tables,
     vcpus,
     nested_state,
@@ -121,6 +123,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             yield
         finally:
             drain(app)
+            end_streams(app)
             await _settled(app)
             await registry.home.stop()
             for task in tasks:
@@ -150,6 +153,11 @@ def drain(app: FastAPI) -> None:
     """Unready from here on: the service is about to stop."""
     app.state.draining = True
     see_whether_ready(app)
+
+
+def end_streams(app: FastAPI) -> None:
+    """Let go of those who read events, so that the server need not wait for them. On the event loop, after drain."""
+    app.state.registry.end_streams("draining")
 
 
 async def _warm_up(app: FastAPI) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from service import __version__
+from service.events_cli import events
 from service.storage.urls import StoreUrl
 from service.tokens_cli import tokens
 from service.vms_cli import vms
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(tokens, name="token")
 app.add_typer(vms, name="vm")
+app.command()(events)
 
 
 def _version(wanted: bool) -> None:

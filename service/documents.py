@@ -51,6 +51,7 @@ TAGS: list[dict[str, Any]] = [
     {"name": "page access", "description": "Read, write and execute of whole pages, paired with the write bitmap."},
     {"name": "protections", "description": "Named objects that may not be written."},
     {"name": "traces", "description": "Replay of recorded guest accesses, and the exits that they cause."},
+    {"name": "events", "description": "What happened to a VM, in order: read in pages or followed as it happens."},
     {"name": "accesses", "description": "One access, executed or explained."},
     {"name": "dirty tracking", "description": "What was written since it was last taken note of."},
     {"name": "tables", "description": "Raw entries of EPT and SPPT, stored as they are and walked as they are."},

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -50,6 +50,24 @@ class _Machines(Collector):
         for kind, count in counts.items():
             frames.add_metric([kind], count)
         return machines, frames
+
+
+class _Logs(Collector):
+    """Event logs and who reads them."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        logs = self._registry.logs
+        appended = CounterMetricFamily("subpage_events", "Events added to logs, by kind.", labels=["kind"])
+        for kind, count in logs.appended.items():
+            appended.add_metric([kind], count)
+        yield appended
+        yield CounterMetricFamily(
+            "subpage_events_dropped", "Events that a reader was told it cannot have.", value=logs.dropped
+        )
+        yield GaugeMetricFamily("subpage_event_streams", "Streams of events that are open.", value=logs.streams)
 
 
 class _Requests(Collector):
@@ -104,6 +122,7 @@ class Metrics:
             self._exits.labels(kind)
         ProcessCollector(registry=self._known)
         self._known.register(_Machines(registry))
+        self._known.register(_Logs(registry))
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
         """One request was answered. ``route`` is the path's template: there are as many as the contract has."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import resource
 import signal
 import socket
 import ssl
@@ -16,7 +17,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from service.app import create_app, drain
+from service.app import create_app, drain, end_streams
 from service.logs import configure
 from service.security.access import AccessControl, is_loopback
 from service.security.tokens import TokensUnavailable
@@ -37,6 +38,8 @@ class _Server(uvicorn.Server):
         """Told to stop: unready at once, so that balancers look elsewhere; deaf after the drain. Twice means now."""
         loop = self._loop
         drain(self._app)
+        if loop is not None:
+            loop.call_soon_threadsafe(end_streams, self._app)
         if loop is None or self._draining or not self._drain_seconds:
             super().handle_exit(sig, frame)
             return
@@ -98,6 +101,13 @@ def tls_options(settings: Settings) -> dict[str, Any]:
     }
 
 
+def raise_file_limit() -> None:
+    """Take as many open files as the system allows: each connection is one, and readers of events stay for long."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def run(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM, then let requests end for a while; the exit status of the process.
 
@@ -107,6 +117,7 @@ def run(settings: Settings) -> int:
     check_telemetry(settings)
     app = create_app(settings)
     check_exposure(settings, app.state.access)
+    raise_file_limit()
     config = uvicorn.Config(
         app,
         host=settings.host,

@@ -132,6 +132,12 @@ class Settings(BaseSettings):
     kept_traces: int = Field(100, ge=1, description="Trace results kept per machine; the oldest go first.")
     kept_exit_records: int = Field(20_000_000, ge=0, description="Exit records kept per machine over all its traces.")
     kept_trace_days: float = Field(30, ge=0, description="Trace results older than this go; 0 keeps them.")
+    kept_events: int = Field(
+        20_000, ge=1, description="Rows of one machine's event log that are kept; a replay's violations are one."
+    )
+    kept_event_days: float = Field(30, ge=0, description="Events older than this go; 0 keeps them.")
+    event_heartbeat: float = Field(15.0, gt=0, description="How often an idle stream of events shows that it lives.")
+    max_event_streams: int = Field(20_000, ge=1, description="Streams of events that may be open at one time.")
     loaded_exit_records: int = Field(
         2_000_000, ge=0, description="Exit records kept in memory per machine; the store has the others."
     )

@@ -23,7 +23,7 @@ Authorities = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print what the service answers.")]
 
-_HERE = "http://127.0.0.1:8000"
+HERE = "http://127.0.0.1:8000"
 
 
 class Unanswered(Exception):
@@ -60,6 +60,29 @@ class Client:
             raise Unanswered(f"{reply.status_code}: {document.get('detail', document)}")
         return document
 
+    def lines(self, path: str, query: dict[str, str], silence: float, broken: type[Exception]) -> Iterator[str]:
+        """The lines of NDJSON at ``path`` as they come.
+
+        Raises Unanswered when the service refuses, ``broken`` where coming again may help: it is not there or not
+        ready, the connection broke, or nothing came for ``silence`` seconds.
+        """
+        import httpx2
+
+        limits = httpx2.Timeout(_TIMEOUT, read=silence)
+        accept = {"Accept": "application/x-ndjson"}
+        try:
+            with self._client.stream("GET", path, params=query, headers=accept, timeout=limits) as reply:
+                if reply.status_code == 200:
+                    yield from reply.iter_lines()
+                    return
+                document = json.loads(reply.read())
+        except self._failure as error:
+            raise broken(f"{self._client.base_url}: {error}") from None
+        except ValueError:
+            raise Unanswered(f"{self._client.base_url}{path}: {reply.status_code}, and no JSON") from None
+        refused = f"{reply.status_code}: {document.get('detail', document)}"
+        raise (broken if reply.status_code in (429, 503) else Unanswered)(refused)
+
     def machines(self) -> Iterator[dict[str, Any]]:
         """Every machine that the token may see."""
         path: str | None = "/v1/vms"
@@ -82,11 +105,11 @@ def _failed(error: Exception) -> typer.Exit:
     return typer.Exit(1)
 
 
-def _complete(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+def complete(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     """Ids for the shell; none where the service does not answer."""
     options = context.params
     try:
-        with Client(options.get("url") or _HERE, options.get("token"), options.get("authorities")) as client:
+        with Client(options.get("url") or HERE, options.get("token"), options.get("authorities")) as client:
             found = [(vm["id"], vm["name"]) for vm in client.machines()]
     except (Unanswered, OSError):
         return []
@@ -94,7 +117,7 @@ def _complete(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
 
 
 @vms.command("list")
-def list_(url: Url = _HERE, token: Token = None, authorities: Authorities = None, as_json: AsJson = False) -> None:
+def list_(url: Url = HERE, token: Token = None, authorities: Authorities = None, as_json: AsJson = False) -> None:
     """List the machines: id, creation, memory, whether SPP is enabled, profile, name."""
     try:
         with Client(url, token, authorities) as client:
@@ -113,8 +136,8 @@ def list_(url: Url = _HERE, token: Token = None, authorities: Authorities = None
 
 @vms.command()
 def show(
-    vm: Annotated[str, typer.Argument(help="Id of the machine.", autocompletion=_complete)],
-    url: Url = _HERE,
+    vm: Annotated[str, typer.Argument(help="Id of the machine.", autocompletion=complete)],
+    url: Url = HERE,
     token: Token = None,
     authorities: Authorities = None,
     as_json: AsJson = False,

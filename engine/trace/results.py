@@ -44,7 +44,7 @@ class ExitColumns:
     """Exit records: equally long numpy columns (see ``EXIT_COLUMNS``) and what is needed to name objects.
 
     ``record_gpa`` is the first byte of the access, which differs from ``gpa`` where the second page of an access
-    exits. Slicing gives the records of a range.
+    exits. Indexing with a slice, or with positions, gives those records.
     """
 
     columns: Mapping[str, NDArray[Any]]
@@ -57,7 +57,7 @@ class ExitColumns:
     def __len__(self) -> int:
         return len(self.record_gpa)
 
-    def __getitem__(self, key: slice) -> ExitColumns:
+    def __getitem__(self, key: slice | NDArray[np.int64]) -> ExitColumns:
         return ExitColumns(
             {name: column[key] for name, column in self.columns.items()},
             self.record_gpa[key],

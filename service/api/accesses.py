@@ -22,6 +22,7 @@ from service.api.common import (
 from service.api.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
 from service.http.words import CIRCUMSTANCES, Access, Circumstances, Document, Hex64, Kind, Linear, Source, examples
 from service.problems import InvalidDocument
+from service.runtime.changes import refused
 
 routes = router("accesses", "/v1/vms/{vm}/accesses", reads="read", writes="write")
 
@@ -203,6 +204,10 @@ async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Resp
     )
     async with entry.mutation() as machine:
         outcome = machine.access(wanted)
+        exits = exit_rows(outcome.exits)
+        position = refused(outcome.exits)
+        if position is not None:
+            entry.events.note("violation", exits[position])
     metrics_of(request).accessed(outcome.exits)
     run = outcome.run
     shown = None
@@ -220,7 +225,7 @@ async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Resp
             "allowed": outcome.allowed,
             "landed": outcome.lands,
             "resolution": outcome.resolution,
-            "exits": exit_rows(outcome.exits),
+            "exits": exits,
             "run": shown,
             "data": outcome.data.hex() if outcome.data is not None else None,
             "gpa": hex(outcome.gpa) if outcome.gpa is not None else None,

@@ -88,12 +88,12 @@ async def host_memory_event(request: Request, vm: VmId, body: HostMemoryEvent) -
     small = body.gfn is not None and (body.npages or 1) <= _INLINE_PAGES
     async with entry.mutation() as machine:
         done = await maybe_in_thread(small, machine.host_memory.event, body.event, body.gfn, body.npages)
-    return json_response(
-        HostMemoryOutcome(
+        outcome = HostMemoryOutcome(
             event=body.event,
             gfn=done.gfn,
             npages=done.npages,
             leaves_changed=done.leaves,
             frames_freed=done.frames,
         )
-    )
+        entry.events.note("host-memory", outcome.model_dump(mode="json"))
+    return json_response(outcome)

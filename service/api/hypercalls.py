@@ -314,6 +314,13 @@ def report_document(report: HypercallReport) -> dict[str, Any]:
     }
 
 
+def _event(vcpu: int, report: HypercallReport) -> dict[str, Any]:
+    """What the event log says of a hypercall."""
+    told = report_document(report)
+    names = ("outcome", "l0", "level", "served_by", "row", "control", "result", "targeted", "flushed")
+    return {"vcpu": vcpu, **{name: told[name] for name in names}}
+
+
 def _register_query(about: str) -> Any:
     return Query(description=f"{about} With a body of bytes only.", examples=["0x2"])
 
@@ -362,6 +369,7 @@ async def execute_hypercall(
         wanted = _parse(content).request()
     async with entry.mutation() as machine:
         report = machine.hyperv.hypercall(n, wanted)
+        entry.events.note("flush", _event(n, report))
     return json_response(report_document(report))
 
 

@@ -32,6 +32,7 @@ from service.http.handlers import refusal
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
 from service.http.words import Document, Hex64, examples
 from service.problems import InvalidDocument
+from service.runtime.changes import of_ioctl
 
 routes = router("ioctls", "/v1", reads="read", writes="write")
 
@@ -287,5 +288,9 @@ async def _machine_call(
         target = Target(config.profile, config.host, entry.machine, vcpu)
         return incoming.answer(IOCTLS.perform(target, incoming.call))
     async with entry.mutation() as machine:
+        begins = incoming.call.user.copy_from(0, 16) or b""
         reply = IOCTLS.perform(Target(config.profile, config.host, machine, vcpu), incoming.call)
+        told = of_ioctl(name, vcpu, begins, reply.returns, reply.errno)
+        if told is not None:
+            entry.events.note(told.kind, told.detail)
     return incoming.answer(reply)

@@ -175,6 +175,8 @@ async def put_nested_state(request: Request, vm: VmId, n: VcpuId) -> Response:
     async with entry.mutation() as machine:
         guard(request, entry, lambda: [_tag(machine.nested.state(n), known) for known in _OFFERS])
         result = machine.nested.set_state(n, blob)
+        if not result.returns or not _keeps(result.check):
+            entry.events.note("nested", {"vcpu": n, "errno": result.errno})
     if result.returns:
         raise NestedStateRefused(
             result.says,

@@ -24,6 +24,7 @@ from service.api.common import (
 from service.api.vms import Vm
 from service.http.words import Document, Hex32, Hex64, Rights, examples
 from service.problems import InvalidDocument, showable
+from service.runtime.changes import pages_set
 from service.runtime.offload import maybe_in_thread
 
 routes = router("page access", "/v1/vms/{vm}/page-access", reads="read", writes="write")
@@ -173,4 +174,7 @@ async def patch_page_access(request: Request, vm: VmId, body: PageAccessPatch) -
         guard(request, entry, lambda: [tag_of(Vm.of(entry))])
         small = len(entries) <= _INLINE_ENTRIES
         results = await maybe_in_thread(small, machine.page_access.set, entries, body.mode)
+        applied = [item.gfn for item in results if item.outcome == "applied"]
+        if applied:
+            entry.events.note("page-access", pages_set(applied))
     return json_response(PageAccessResults(results=[PageAccessResult.of(item) for item in results]))

@@ -35,6 +35,7 @@ from service.http.negotiation import JSON, OCTETS, content_type, preferred
 from service.http.route import parse_query, query_parameters, reads_query
 from service.http.words import Document, Hex32, Hex64, examples
 from service.problems import InvalidDocument
+from service.runtime.changes import subpages_set
 from service.runtime.offload import maybe_in_thread
 
 routes = router("sub-pages", "/v1/vms/{vm}/subpages", reads="read", writes="write")
@@ -229,7 +230,9 @@ async def put_subpages(request: Request, vm: VmId, gfn: Gfn, npages: Pages = 1) 
     words = await maybe_in_thread(small, _parse_window, media, content, npages)
     async with entry.mutation() as machine:
         guard(request, entry, lambda: _tags(machine, gfn, npages))
-        await maybe_in_thread(small, machine.set_subpages, [SubpageRange(gfn, npages, words)])
+        ranges = [SubpageRange(gfn, npages, words)]
+        await maybe_in_thread(small, machine.set_subpages, ranges)
+        entry.events.note("subpages", subpages_set(ranges))
         _, tag = await maybe_in_thread(small, _window, machine, gfn, npages, "effective", media)
     return Response(status_code=204, headers={"ETag": tag})
 
@@ -289,4 +292,5 @@ async def patch_subpages(request: Request, vm: VmId) -> Response:
     async with entry.mutation() as machine:
         guard(request, entry, lambda: [tag_of(Vm.of(entry))])
         await maybe_in_thread(small, machine.set_subpages, ranges)
+        entry.events.note("subpages", subpages_set(ranges))
     return Response(status_code=204)

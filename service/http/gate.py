@@ -19,7 +19,9 @@ _TRY_AGAIN_LATER = 1013
 
 
 def _vm_of(path: str) -> str | None:
-    return path[len(_VMS) :].partition("/")[0] or None if path.startswith(_VMS) else None
+    """The machine that a request needs, if any. The event log is read without it, for as long as a reader likes."""
+    vm, _, rest = path[len(_VMS) :].partition("/")
+    return vm or None if path.startswith(_VMS) and rest != "events" else None
 
 
 class StoreGate:

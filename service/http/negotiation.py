@@ -11,6 +11,7 @@ from service.problems import NotAcceptable, UnsupportedMediaType
 
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
+SSE = "text/event-stream"
 ARROW = "application/vnd.apache.arrow.stream"
 PARQUET = "application/vnd.apache.parquet"
 OCTETS = "application/octet-stream"

@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from engine.errors import NotFound, OutOfMemory
 from engine.machine import VirtualMachine
 from service.problems import NotReady, StoreUnavailable
+from service.runtime.changes import batches_of, changes_of
+from service.runtime.events import EventLog
 from service.runtime.home import Home
 from service.runtime.traces import TraceStore
 from service.runtime.writer import Writer
@@ -42,6 +44,7 @@ class Entry:
     home: Home
     writer: Writer
     traces: TraceStore
+    events: EventLog
     loaded: VirtualMachine | None = None
     uses: int = 0
     gone: bool = False
@@ -89,6 +92,7 @@ class Entry:
                     self.doubtful = True
                 before.withdraw(after)
                 self.traces.discard()
+                self.events.discard()
                 self.leaving = False
                 raise
             finally:
@@ -103,18 +107,24 @@ class Entry:
         if self.leaving:
             await self.home.delete(self.record())
             self.gone = True
+            self.events.close("deleted")
         else:
+            added = self.traces.added()
             traces, dropped = self.traces.coming()
-            await self.home.commit(self.record(), self.record(self.revision + 1), (before, after), traces, dropped)
+            log, next_event = self.events.coming([*changes_of(before, after), *batches_of(added)])
+            record = self.record(self.revision + 1, next_event)
+            await self.home.commit(self.record(), record, (before, after), traces, dropped, log)
             self.traces.settle()
+            self.events.settle()
         self.loaded = after
         self.revision += 1
 
-    def record(self, revision: int | None = None) -> VmRecord:
+    def record(self, revision: int | None = None, next_event: int | None = None) -> VmRecord:
         """The entry as the store keeps it, without its head."""
         created = self.created.astimezone(UTC).isoformat()
         revision = self.revision if revision is None else revision
-        return VmRecord(self.sequence, self.id, created, revision, tenant=self.tenant)
+        next_event = self.events.next_id if next_event is None else next_event
+        return VmRecord(self.sequence, self.id, created, revision, tenant=self.tenant, next_event=next_event)
 
     async def load(self) -> None:
         """Read the machine from the store unless it is here. Raises NotFound if it is gone, StoreUnavailable."""
@@ -132,9 +142,11 @@ class Entry:
                 found = await self.home.load(self.sequence)
                 if found is None:
                     self.gone = True
+                    self.events.close("deleted")
                     raise unknown_vm(self.id)
                 record, machine, traces = found
                 self.revision = record.revision
+                self.events.adopt(record.next_event)
                 self.traces.adopt(traces)
                 self.loaded = machine
 

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import anyio.to_thread
 
+from engine.errors import NotFound
 from engine.machine import VirtualMachine
 from engine.trace.results import ExitColumns
 from service.problems import NotReady, StoreUnavailable
+from service.runtime.events import Load
 from service.runtime.traces import Trace
 from service.settings import Settings
-from service.storage.records import Change, TraceRecord, VmRecord
+from service.storage.records import Change, EventRecord, LogChange, TraceRecord, VmRecord
 from service.storage.urls import MEMORY, StoreUrl
 
 if TYPE_CHECKING:
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from service.storage.reader import Reader
 
 T = TypeVar("T")
+
+NO_LOG = LogChange()
+
+_NOT_KEPT = "must be the id of a trace of this VM whose result is still kept"
 
 
 class Residents(Protocol):
@@ -59,8 +65,8 @@ class Home:
     async def stop(self) -> None:
         """End, after everything that was handed in."""
 
-    async def create(self, record: VmRecord, machine: VirtualMachine) -> None:
-        """Store a new machine. Raises StoreUnavailable."""
+    async def create(self, record: VmRecord, machine: VirtualMachine, log: LogChange = NO_LOG) -> None:
+        """Store a new machine and its first events. Raises StoreUnavailable."""
 
     async def commit(
         self,
@@ -69,8 +75,9 @@ class Home:
         machines: tuple[VirtualMachine, VirtualMachine],
         traces: Sequence[Trace] = (),
         dropped: Sequence[str] = (),
+        log: LogChange = NO_LOG,
     ) -> None:
-        """Store what differs between two machines, and results of replays. Raises StoreUnavailable."""
+        """Store what differs between two machines, results of replays, and events. Raises StoreUnavailable."""
 
     async def delete(self, record: VmRecord) -> None:
         """Remove a machine. Raises StoreUnavailable."""
@@ -86,6 +93,14 @@ class Home:
     def loader(self, number: int) -> Callable[[str], Awaitable[ExitColumns]] | None:
         """How exit records of traces that were kept are fetched, if they can be."""
         return None
+
+    def event_loader(self, number: int) -> Load | None:
+        """How rows of an event log are fetched, if they can be."""
+        return None
+
+    async def exit_part(self, number: int, trace: str, part: int) -> ExitColumns:
+        """One part of a trace's exit records. Raises NotFound when they are not kept, StoreUnavailable."""
+        raise NotFound(_NOT_KEPT, field="trace", value=trace)
 
 
 class StoredHome(Home):
@@ -148,9 +163,9 @@ class StoredHome(Home):
         if self._keeper is not None:
             await anyio.to_thread.run_sync(self._keeper.stop)
 
-    async def create(self, record: VmRecord, machine: VirtualMachine) -> None:
+    async def create(self, record: VmRecord, machine: VirtualMachine, log: LogChange = NO_LOG) -> None:
         await self._store(
-            Change(record.number, None, record, lambda: _head(machine), lambda: machine.blocks_since(None))
+            Change(record.number, None, record, lambda: _head(machine), lambda: machine.blocks_since(None), log=log)
         )
 
     async def commit(
@@ -160,6 +175,7 @@ class StoredHome(Home):
         machines: tuple[VirtualMachine, VirtualMachine],
         traces: Sequence[Trace] = (),
         dropped: Sequence[str] = (),
+        log: LogChange = NO_LOG,
     ) -> None:
         known, changed = machines
         stored = [await _recorded(trace) for trace in traces]
@@ -172,6 +188,7 @@ class StoredHome(Home):
                 lambda: changed.blocks_since(known),
                 stored,
                 dropped,
+                log,
             )
         )
 
@@ -213,6 +230,25 @@ class StoredHome(Home):
             return await anyio.to_thread.run_sync(work)
 
         return load
+
+    def event_loader(self, number: int) -> Load | None:
+        async def load(after: int, below: int, since: str, limit: int) -> list[EventRecord]:
+            return await anyio.to_thread.run_sync(self._reading().events, number, after, below, since, limit)
+
+        return load
+
+    async def exit_part(self, number: int, trace: str, part: int) -> ExitColumns:
+        reader = self._reading()
+
+        def work() -> ExitColumns:
+            from service.storage.traces import columns_of  # noqa: PLC0415
+
+            found = reader.trace_part(number, trace, part)
+            if found is None:
+                raise NotFound(_NOT_KEPT, field="trace", value=trace)
+            return columns_of(found[0], [found[1]])
+
+        return await anyio.to_thread.run_sync(work)
 
     def _reading(self) -> Reader:
         if self._reader is None or not self._open:

@@ -12,7 +12,10 @@ from engine.errors import Busy, EngineError, InvalidValue, LimitExceeded
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from service.problems import NotReady, StoreUnavailable
+from service.runtime.batches import Parts
+from service.runtime.changes import created
 from service.runtime.entry import Entry, unknown_vm
+from service.runtime.events import EventLog, LogStats
 from service.runtime.home import Home
 from service.runtime.offload import maybe_in_thread
 from service.runtime.traces import TraceStore
@@ -54,6 +57,8 @@ class Registry:
         self._entries: dict[str, Entry] = {}
         self._sequence = 0
         self._coming = 0
+        self.logs = LogStats()
+        self.parts = Parts(home.exit_part)
 
     # What the home says
 
@@ -63,17 +68,23 @@ class Registry:
             self.leave()
         for record in machines:
             if record.id not in self._entries:
-                created = datetime.fromisoformat(record.created)
-                self._entries[record.id] = self._entry(
-                    record.id, record.number, created, record.revision, record.tenant
-                )
+                since = datetime.fromisoformat(record.created)
+                entry = self._entry(record.id, record.number, since, record.revision, record.tenant)
+                entry.events.adopt(record.next_event)
+                self._entries[record.id] = entry
             self._sequence = max(self._sequence, record.number)
 
     def leave(self) -> None:
         """Another process may change the store: whatever is under way will find its machine gone."""
         for entry in self._entries.values():
             entry.gone = entry.lost = True
+            entry.events.close("store-lost")
         self._entries = {}
+
+    def end_streams(self, reason: str) -> None:
+        """Let every reader of events go: the service stops."""
+        for entry in self._entries.values():
+            entry.events.close(reason)
 
     # What requests ask for
 
@@ -141,16 +152,18 @@ class Registry:
             machine = await maybe_in_thread(len(slots) <= _INLINE_SLOTS, _build, config, slots, spp=spp)
             self._sequence += 1
             entry = self._entry(f"vm_{secrets.token_hex(8)}", self._sequence, datetime.now(UTC), 1, tenant)
-            await self.home.create(entry.record(), machine)
+            log, next_event = entry.events.coming([created(machine)])
+            await self.home.create(entry.record(next_event=next_event), machine, log)
         finally:
             self._coming -= 1
+        entry.events.settle()
         entry.loaded = machine
         self._entries[entry.id] = entry
         if self.home.durable:
             self._forget_unused()
         return entry
 
-    def _entry(self, vm_id: str, sequence: int, created: datetime, revision: int, tenant: str) -> Entry:
+    def _entry(self, vm_id: str, sequence: int, since: datetime, revision: int, tenant: str) -> Entry:
         settings = self._settings
         traces = TraceStore(
             settings.kept_traces,
@@ -159,7 +172,14 @@ class Registry:
             loaded_exit_records=settings.loaded_exit_records,
             load=self.home.loader(sequence),
         )
-        return Entry(vm_id, sequence, created, revision, tenant, self.home, Writer(settings.busy_timeout), traces)
+        events = EventLog(
+            settings.kept_events,
+            settings.kept_event_days,
+            load=self.home.event_loader(sequence),
+            stats=self.logs,
+        )
+        writer = Writer(settings.busy_timeout)
+        return Entry(vm_id, sequence, since, revision, tenant, self.home, writer, traces, events)
 
     def get(self, vm_id: str) -> Entry:
         """The machine called ``vm_id``. Raises NotFound."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -17,6 +17,9 @@ from engine.trace.session import ReplayOptions
 
 # These need the whole body before the first access: a Parquet file's directory comes last, JSON is one value.
 SPOOLED_FORMATS = frozenset({"json", "parquet"})
+
+# Exit records of one part, as they are stored: some megabytes, so that neither side holds a whole result twice.
+PART = 1 << 16
 
 NO_RECORDS = ExitColumns(
     {name: np.empty(0, dtype=dtype) for name, dtype, _ in EXIT_COLUMNS}, np.empty(0, dtype=np.uint64), has_gva=False
@@ -125,6 +128,10 @@ class TraceStore:
         """Keep ``trace`` from the machine's next commit on."""
         self._coming.append(trace)
 
+    def added(self) -> Sequence[Trace]:
+        """What was handed in since the last commit."""
+        return tuple(self._coming)
+
     def coming(self) -> tuple[list[Trace], list[str]]:
         """What the next commit stores: the traces handed in, and the ids of those that have to go for them."""
         left = [*self._traces.values(), *self._coming]
@@ -182,6 +189,11 @@ class TraceStore:
             self._columns[trace_id] = columns
             self._shrink()
         return replace(trace, result=replace(trace.result, exit_columns=columns))
+
+    def held(self, trace_id: str, part: int) -> ExitColumns | None:
+        """One part of a trace's exit records if all of them are in memory."""
+        columns = self._columns.get(trace_id)
+        return columns[part * PART : (part + 1) * PART] if columns is not None else None
 
     def page(self, after: int, limit: int) -> tuple[list[Trace], int | None]:
         """Up to ``limit`` traces after sequence number ``after``, without their exit records, and where the next page

@@ -7,8 +7,8 @@ Layout, everything little-endian:
     then sections until the end: u8 kind, u32 length, that many bytes, u32 CRC-32 of kind, length and bytes
 
 Kinds: ``V`` a machine begins, JSON; ``B`` blocks of it, columns ``kind``, ``block``, ``data``; ``T`` a result of a
-replay, JSON, followed by ``I`` its lookup tables and ``P`` its parts, as the store has them; ``E`` the end, JSON with
-the number of machines. A file without its ``E`` was cut.
+replay, JSON, followed by ``I`` its lookup tables and ``P`` its parts, as the store has them; ``L`` rows of the event
+log, JSON; ``E`` the end, JSON with the number of machines. A file without its ``E`` was cut. Format 1 has no logs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import IO
 
@@ -26,12 +26,15 @@ import sqlalchemy as sa
 
 from engine.errors import EngineError
 from engine.machine import VirtualMachine
-from service.storage import rows
+from service.runtime.events import stamp
+from service.storage import event_rows, rows
 from service.storage.columns import pack, unpack
-from service.storage.records import Block, Change, TraceRecord, VmRecord
+from service.storage.records import Block, Change, EventRecord, LogChange, TraceRecord, VmRecord
+
+RESTORED = '{"change":"restored"}'
 
 MAGIC = b"SUBPAGE\0"
-FORMAT = 1
+FORMAT = 2
 
 # Blocks of one section: 16 MiB before compression.
 _BLOCKS = 4096
@@ -40,6 +43,16 @@ _SECTION = struct.Struct("<BI")
 
 class BadBackup(Exception):
     """The file is no backup, is damaged, or was written by a later release."""
+
+
+@dataclass(slots=True)
+class Saved:
+    """One machine of a backup."""
+
+    record: VmRecord
+    blocks: list[Block] = field(default_factory=list)
+    traces: list[TraceRecord] = field(default_factory=list)
+    events: list[EventRecord] = field(default_factory=list)
 
 
 # Writing
@@ -59,6 +72,8 @@ def write_backup(file: IO[bytes], connection: sa.Connection, machines: Sequence[
             _write(file, b"I", trace.object_index)
             for part in rows.parts_of(connection, trace.id):
                 _write(file, b"P", part)
+        for some in event_rows.every(connection, record.number):
+            _write(file, b"L", json.dumps([asdict(event) for event in some]).encode())
     _write(file, b"E", json.dumps({"machines": len(machines)}).encode())
 
 
@@ -101,16 +116,16 @@ def _sections(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
             return
 
 
-def read_backup(file: IO[bytes]) -> Iterator[tuple[VmRecord, list[Block], list[TraceRecord]]]:
+def read_backup(file: IO[bytes]) -> Iterator[Saved]:
     """One machine after the other. Raises BadBackup, at the latest where the damage is."""
-    machine: tuple[VmRecord, list[Block], list[TraceRecord]] | None = None
+    machine: Saved | None = None
     seen = 0
     for kind, data in _sections(file):
         if kind in "VE" and machine is not None:
             yield machine
             machine = None
         if kind == "V":
-            machine = (VmRecord(**json.loads(data)), [], [])
+            machine = Saved(VmRecord(**json.loads(data)))
             seen += 1
         elif kind == "E":
             if json.loads(data)["machines"] != seen:
@@ -121,21 +136,19 @@ def read_backup(file: IO[bytes]) -> Iterator[tuple[VmRecord, list[Block], list[T
             _add(machine, kind, data)
 
 
-def _add(machine: tuple[VmRecord, list[Block], list[TraceRecord]], kind: str, data: bytes) -> None:
-    _, blocks, traces = machine
+def _add(machine: Saved, kind: str, data: bytes) -> None:
+    traces = machine.traces
     if kind == "B":
-        blocks += _unpacked(data)
+        machine.blocks += _unpacked(data)
     elif kind == "T":
         traces.append(TraceRecord(**json.loads(data), object_index=b"", parts=[]))
     elif kind == "I":
-        last = traces.pop()
-        traces.append(TraceRecord(last.id, last.sequence, last.created, last.exit_records, last.head, data, []))
+        traces.append(replace(traces.pop(), object_index=data))
     elif kind == "P":
         last = traces.pop()
-        parts = [*last.parts, data]
-        traces.append(
-            TraceRecord(last.id, last.sequence, last.created, last.exit_records, last.head, last.object_index, parts)
-        )
+        traces.append(replace(last, parts=[*last.parts, data]))
+    elif kind == "L":
+        machine.events += [EventRecord(**event) for event in json.loads(data)]
     else:
         raise BadBackup(f"the backup is damaged: there is no section {kind!r}")
 
@@ -150,27 +163,28 @@ def _unpacked(data: bytes) -> Iterable[Block]:
 # Into a store
 
 
-def restore_machine(
-    connection: sa.Connection, number: int, machine: tuple[VmRecord, list[Block], list[TraceRecord]], *, replace: bool
-) -> VmRecord:
+def restore_machine(connection: sa.Connection, number: int, machine: Saved, *, replace_known: bool) -> VmRecord:
     """Put a machine into a store, in the transaction of ``connection``, under its own id and a number of this store.
 
     Raises BadBackup for a machine that this release cannot run, FileExistsError when the store has that id and
-    ``replace`` is not given.
+    ``replace_known`` is not given.
     """
-    record, blocks, traces = machine
+    record = machine.record
     try:
-        VirtualMachine.restore(json.loads(record.head), {(kind, block): data for kind, block, data in blocks})
+        VirtualMachine.restore(json.loads(record.head), {(kind, block): data for kind, block, data in machine.blocks})
     except (EngineError, KeyError, TypeError, ValueError) as error:
         raise BadBackup(f"machine {record.id} of the backup cannot be read: {error}") from error
     known = next((item for item in rows.vm_records(connection) if item.id == record.id), None)
+    revision, next_event = record.revision, record.next_event
     if known is not None:
-        if not replace:
+        if not replace_known:
             raise FileExistsError(record.id)
         rows.write(connection, Change(known.number, known.revision, None))
         number = known.number
-    # Clients that hold a tag of either state must find it overtaken.
-    revision = max(record.revision, known.revision if known is not None else 0) + 1
-    placed = VmRecord(number, record.id, record.created, revision, record.head, record.tenant)
-    rows.write(connection, Change(number, None, placed, lambda: record.head, lambda: iter(blocks), traces))
+        revision, next_event = max(revision, known.revision), max(next_event, known.next_event)
+    # Clients that hold a tag of either state must find it overtaken, and readers of either log a new id.
+    placed = replace(record, number=number, revision=revision + 1, next_event=next_event + 1)
+    log = LogChange([*machine.events, EventRecord(next_event, 1, stamp(), "lifecycle", RESTORED)])
+    change = Change(number, None, placed, lambda: record.head, lambda: iter(machine.blocks), machine.traces, log=log)
+    rows.write(connection, change)
     return placed

@@ -94,9 +94,9 @@ def restore(url: StoreUrl, path: Path, vm: str | None, *, replace: bool) -> list
         with path.open("rb") as file, _transaction(url, writes=True) as connection:
             number = max((record.number for record in rows.vm_records(connection)), default=0)
             for machine in read_backup(file):
-                if vm in (None, machine[0].id):
+                if vm in (None, machine.record.id):
                     number += 1
-                    restored.append(restore_machine(connection, number, machine, replace=replace).id)
+                    restored.append(restore_machine(connection, number, machine, replace_known=replace).id)
             if vm is not None and not restored:
                 raise OfflineError(f"the backup has no VM {vm}")
     except BadBackup as error:

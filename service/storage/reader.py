@@ -11,9 +11,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engine.errors import NotFound
 from service.problems import StoreUnavailable
-from service.storage import rows
+from service.storage import event_rows, rows
 from service.storage.database import reason_of
-from service.storage.records import TraceRecord, VmRecord
+from service.storage.records import EventRecord, TraceRecord, VmRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +61,13 @@ class Reader:
                 if record.id == trace:
                     return record, rows.parts_of(connection, trace)
         raise NotFound("must be the id of a trace of this VM whose result is still kept", field="trace", value=trace)
+
+    def trace_part(self, number: int, trace: str, part: int) -> tuple[TraceRecord, bytes] | None:
+        """One part of a replay's exit records, None when they are not kept."""
+        with self._transaction() as connection:
+            return rows.trace_part(connection, number, trace, part)
+
+    def events(self, number: int, after: int, below: int, since: str, limit: int) -> list[EventRecord]:
+        """Rows of an event log; see ``event_rows.read``."""
+        with self._transaction() as connection:
+            return event_rows.read(connection, number, after, below, since, limit)

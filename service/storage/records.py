@@ -12,7 +12,7 @@ Block = tuple[str, int, bytes]
 @dataclass(frozen=True, slots=True)
 class VmRecord:
     """One machine without its blocks. ``created`` is RFC 3339, ``head`` the JSON of ``VirtualMachine.head``, which may
-    be left out where it is not looked at."""
+    be left out where it is not looked at. ``next_event`` is the id that its next event gets."""
 
     number: int
     id: str
@@ -20,6 +20,7 @@ class VmRecord:
     revision: int
     head: str = ""
     tenant: str = "default"
+    next_event: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,37 @@ class TraceRecord:
     head: str
     object_index: bytes
     parts: Sequence[bytes] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EventRecord:
+    """A row of an event log: ``count`` events with ids from ``first`` on. ``body`` is the JSON of what they tell.
+
+    ``created`` is RFC 3339 in UTC with six decimals. With ``trace`` they are the violations of that replay.
+    """
+
+    first: int
+    count: int
+    created: str
+    kind: str
+    body: str
+    trace: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogPruning:
+    """What is left of a log: its last ``kept`` rows, and of these the ones ``since`` a time (empty: all)."""
+
+    kept: int
+    since: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogChange:
+    """What a commit adds to the event log of its machine, and takes off its beginning."""
+
+    events: Sequence[EventRecord] = ()
+    pruning: LogPruning | None = None
 
 
 def no_blocks() -> Iterator[Block]:
@@ -54,3 +86,4 @@ class Change:
     blocks: Callable[[], Iterator[Block]] = no_blocks
     traces: Sequence[TraceRecord] = ()
     dropped: Sequence[str] = ()
+    log: LogChange = LogChange()

@@ -8,6 +8,7 @@ from itertools import islice
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from service.storage import event_rows
 from service.storage.records import Block, Change, TraceRecord, VmRecord
 from service.storage.schema import blocks, owner, trace_parts, traces, vms
 
@@ -65,6 +66,16 @@ def parts_of(connection: sa.Connection, trace: str) -> list[bytes]:
     return [bytes(data) for (data,) in listed]
 
 
+def trace_part(connection: sa.Connection, number: int, trace: str, part: int) -> tuple[TraceRecord, bytes] | None:
+    """A replay's result and one part of its exit records; None when it is not kept."""
+    row = connection.execute(
+        sa.select(*_TRACE, trace_parts.c.data)
+        .join(trace_parts, trace_parts.c.trace == traces.c.id)
+        .where(traces.c.vm == number, traces.c.id == trace, trace_parts.c.part == part)
+    ).first()
+    return None if row is None else (TraceRecord(*row[:5], bytes(row[5])), bytes(row[6]))
+
+
 def write(connection: sa.Connection, change: Change) -> None:
     """Everything that ``change`` says. Raises Overtaken."""
     if change.after is None:
@@ -80,13 +91,14 @@ def write(connection: sa.Connection, change: Change) -> None:
                 revision=record.revision,
                 head=head,
                 tenant=record.tenant,
+                next_event=record.next_event,
             )
         )
     else:
         done = connection.execute(
             sa.update(vms)
             .where(vms.c.number == change.number, vms.c.revision == change.before)
-            .values(revision=record.revision, head=head)
+            .values(revision=record.revision, head=head, next_event=record.next_event)
         )
         if done.rowcount != 1:
             raise Overtaken
@@ -96,6 +108,7 @@ def write(connection: sa.Connection, change: Change) -> None:
     if change.dropped:
         connection.execute(sa.delete(trace_parts).where(trace_parts.c.trace.in_(change.dropped)))
         connection.execute(sa.delete(traces).where(traces.c.id.in_(change.dropped)))
+    event_rows.write(connection, change.number, change.log)
 
 
 def _delete(connection: sa.Connection, change: Change) -> None:
@@ -103,6 +116,7 @@ def _delete(connection: sa.Connection, change: Change) -> None:
     connection.execute(sa.delete(trace_parts).where(trace_parts.c.trace.in_(mine)))
     connection.execute(sa.delete(traces).where(traces.c.vm == change.number))
     connection.execute(sa.delete(blocks).where(blocks.c.vm == change.number))
+    event_rows.delete(connection, change.number)
     done = connection.execute(sa.delete(vms).where(vms.c.number == change.number, vms.c.revision == change.before))
     if done.rowcount != 1:
         raise Overtaken
@@ -142,7 +156,7 @@ def _insert_trace(connection: sa.Connection, number: int, trace: TraceRecord) ->
         connection.execute(sa.insert(trace_parts).values(trace=trace.id, part=part, data=data))
 
 
-_VM = (vms.c.number, vms.c.id, vms.c.created, vms.c.revision, vms.c.head, vms.c.tenant)
+_VM = (vms.c.number, vms.c.id, vms.c.created, vms.c.revision, vms.c.head, vms.c.tenant, vms.c.next_event)
 _TRACE = (
     traces.c.id,
     traces.c.sequence,

@@ -1,7 +1,8 @@
 """The tables. A change of them is a new file in ``migrations/versions`` and a new ``REVISION``.
 
 A machine is a head (JSON) and blocks of 4 KiB, as ``engine.machine`` gives them; a block's number tells which one it
-replaces. A trace is a head, the lookup tables that name its objects, and its exit records in parts of columns.
+replaces. A trace is a head, the lookup tables that name its objects, and its exit records in parts of columns. The
+event log of a machine is rows of consecutive ids; a replay's violations are one row that refers to its trace.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 # What `alembic upgrade head` leaves in alembic_version; a store that has it needs no migration.
-REVISION = "0002"
+REVISION = "0003"
 
 metadata = sa.MetaData()
 
@@ -32,6 +33,8 @@ vms = sa.Table(
     sa.Column("revision", sa.BigInteger, nullable=False),
     sa.Column("head", sa.Text, nullable=False),
     sa.Column("tenant", sa.Text, nullable=False, server_default="default"),
+    # Kept apart from the log, so that ids are never given twice, however short the log is kept.
+    sa.Column("next_event", sa.BigInteger, nullable=False, server_default="1"),
 )
 
 # Who is let in: `subpage token` writes it, also while a service owns the rest. Times are RFC 3339.
@@ -75,4 +78,18 @@ trace_parts = sa.Table(
     sa.Column("trace", sa.Text, sa.ForeignKey("traces.id"), primary_key=True),
     sa.Column("part", sa.BigInteger, primary_key=True),
     sa.Column("data", sa.LargeBinary, nullable=False),
+)
+
+# Ids `first` to `first + count - 1`. `created` is RFC 3339 in UTC with six decimals: text in the order of time.
+# `trace` outlives what it refers to: the ids of a batch stay taken when its exit records are no longer kept.
+events = sa.Table(
+    "events",
+    metadata,
+    sa.Column("vm", sa.BigInteger, sa.ForeignKey("vms.number"), primary_key=True),
+    sa.Column("first", sa.BigInteger, primary_key=True),
+    sa.Column("count", sa.BigInteger, nullable=False),
+    sa.Column("created", sa.Text, nullable=False),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("body", sa.Text, nullable=False),
+    sa.Column("trace", sa.Text),
 )

@@ -12,12 +12,9 @@ import numpy as np
 
 from engine.trace.objects import ObjectIndex
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult
-from service.runtime.traces import NO_RECORDS, Trace, TraceRequest
+from service.runtime.traces import NO_RECORDS, PART, Trace, TraceRequest
 from service.storage.columns import pack, unpack
 from service.storage.records import TraceRecord
-
-# Exit records of one part: some megabytes, so that neither side holds a whole result twice.
-PART = 1 << 16
 
 _RECORD_GPA = "record_gpa"
 _COLUMN = "column:"

@@ -133,8 +133,10 @@ class Contract:
 
 
 def _as_schema_type(value: str, schema: dict[str, Any]) -> Any:
-    """A query parameter is text; where the schema wants an integer, its digits are one."""
+    """A query parameter is text; where the schema wants an integer or a boolean, it is written as JSON has it."""
     kinds = {schema.get("type"), *(branch.get("type") for branch in schema.get("anyOf", []))}
+    if "boolean" in kinds and value in ("true", "false"):
+        return value == "true"
     return int(value) if "integer" in kinds and "string" not in kinds and value.isdigit() else value
 
 

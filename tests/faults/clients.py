@@ -25,6 +25,7 @@ OBJECT_GPA = 0x80000  # to GFN 160
 FREE_GFNS = (256, 4096)  # what replays touch besides
 COMMON_PAGES = 8
 KEPT_TRACES = 4
+COMPARED_EVENTS = 30  # the last rows of the log
 
 Model = dict[str, Any]
 Operation = tuple[Model, Callable[[], httpx2.Response], tuple[int, ...]]
@@ -82,9 +83,27 @@ class Client:
             "slots": [[slot["slot"], slot["gpa"]] for slot in vm["memory_slots"]],
             "replays": [[trace["records"], trace["violations"]] for trace in listed],
             "records": self._get(f"{self.home}/counters")["counters"]["records"],
+            "events": self._events(),
             "common": self._maps(self.common, self.number * COMMON_PAGES, COMMON_PAGES),
             "scratch": sorted(vm["name"] for vm in vms if vm["name"].startswith(mine)),
         }
+
+    def _events(self) -> list[list[Any]]:
+        """The end of the event log by rows: last id, kind, count."""
+        last = self._get(f"{self.home}/events?after=latest")["last"]
+        found: list[list[Any]] = []
+        path = f"{self.home}/events?expand=false&limit=1000"
+        while path:
+            page = self._get(path)
+            found += [[item["id"], item["kind"], item["detail"].get("count", 1)] for item in page["events"]]
+            path = page["next"]
+        assert found[-1][0] == last
+        return found[-COMPARED_EVENTS:]
+
+    @staticmethod
+    def _told(model: Model, kind: str, count: int = 1) -> None:
+        """The model's log gets a row."""
+        model["events"] = [*model["events"], [model["events"][-1][0] + count, kind, count]][-COMPARED_EVENTS:]
 
     def _get(self, path: str) -> Any:
         reply = self.http.get(path)
@@ -143,6 +162,7 @@ class Client:
         gfn = self.random.randint(0, SET_PAGES - count)
         words = [self.random.getrandbits(32) for _ in range(count)]
         model["set"][gfn : gfn + count] = words
+        self._told(model, "subpages")
         model["revision"] += 1
         return model, lambda: self._put_maps(self.home, gfn, words), (204,)
 
@@ -156,6 +176,7 @@ class Client:
             model["set"][gfn] = word
             ranges.append({"gfn": gfn, "npages": 1, "access": word})
         model["granted"] = [0] * GRANT_PAGES
+        self._told(model, "subpages")
         ranges.append({"gfn": GRANT_GFN, "npages": GRANT_PAGES, "access": 0})
         model["revision"] += 1
         return model, lambda: self.http.patch(f"{self.home}/subpages", json={"ranges": ranges}), (204,)
@@ -173,6 +194,7 @@ class Client:
 
     def _protect(self, model: Model) -> Operation:
         model["revision"] += 1
+        self._told(model, "protection")
         if model["protections"] and self.random.random() < 0.5:
             name = model["protections"].pop(self.random.randrange(len(model["protections"])))
             return model, lambda: self.http.delete(f"{self.home}/protections/{name}"), (204,)
@@ -195,8 +217,11 @@ class Client:
         known = [item for item in model["slots"] if item[0] == slot]
         if known and self.random.random() < 0.4:
             model["slots"].remove(known[0])
+            self._told(model, "memory-slot")
             return model, lambda: self.http.delete(f"{self.home}/memory-slots/{slot}"), (204,)
         gpa = (slot << 32) + (self.random.randint(1, 9) << 20)
+        if known != [[slot, hex(gpa)]]:
+            self._told(model, "memory-slot")
         model["slots"] = sorted([item for item in model["slots"] if item[0] != slot] + [[slot, hex(gpa)]])
         document = {"gpa": gpa, "size": 1 << 20}
         return model, lambda: self.http.put(f"{self.home}/memory-slots/{slot}", json=document), (200, 201)
@@ -240,6 +265,8 @@ class Client:
         if grant:
             for page, subpage in targets:
                 model["granted"][page] |= 1 << subpage
+        if violations:
+            self._told(model, "violation", violations)
         self.random.shuffle(gpas)
         model["replays"] = [*model["replays"], [len(gpas), violations]][-KEPT_TRACES:]
         model["records"] += len(gpas)

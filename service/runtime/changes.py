@@ -1,0 +1,137 @@
+"""Events that can be told from a machine before and after a change, whichever route or ioctl made it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from engine.kvm.protections import Protection
+from engine.kvm.resolutions import VIOLATION
+from engine.kvm.slots import SlotSpec
+from engine.machine import SubpageRange, VirtualMachine
+from engine.trace.results import ExitColumns
+from service.runtime.events import Note
+from service.runtime.traces import PART, Trace
+
+# An event names so many ranges or objects; a larger change is told by its totals.
+_LISTED = 64
+
+
+def created(machine: VirtualMachine) -> Note:
+    """A machine has come into being."""
+    config = machine.config
+    detail = {
+        "change": "created",
+        "name": config.name,
+        "profile": config.profile,
+        "vcpus": [vcpu.id for vcpu in config.vcpus],
+        "memory_slots": [_slot(spec) for spec in machine.slots()],
+        "spp": machine.spp_active,
+    }
+    return Note("lifecycle", detail)
+
+
+def changes_of(before: VirtualMachine, after: VirtualMachine) -> Iterator[Note]:
+    """What differs in slots, protections and vCPUs, and whether SPP is enabled."""
+    if before.config is not after.config:
+        known = {vcpu.id for vcpu in before.config.vcpus}
+        for vcpu in after.config.vcpus:
+            if vcpu.id not in known:
+                yield Note("vcpu", {"change": "created", "vcpu": vcpu.id})
+    if after.memory_slots.known is not before.memory_slots.known:
+        yield from _slots(before.memory_slots.known, after.memory_slots.known)
+    if not before.spp_active and after.spp_active:
+        yield Note("lifecycle", {"change": "spp-enabled"})
+    if after.protections() != before.protections():
+        yield from _protections(before.protections(), after.protections())
+
+
+def _slots(before: Any, after: Any) -> Iterator[Note]:
+    for key in sorted({*before, *after}):
+        was, now = before.get(key), after.get(key)
+        if was != now:
+            change = "created" if was is None else "deleted" if now is None else "changed"
+            yield Note("memory-slot", {"change": change, **_slot(now or was)})
+
+
+def _slot(spec: SlotSpec) -> dict[str, Any]:
+    return {
+        "slot": spec.slot,
+        "address_space": spec.address_space,
+        "gpa": hex(spec.gpa),
+        "size": hex(spec.size),
+        "read_only": spec.read_only,
+        "log_dirty": spec.log_dirty,
+    }
+
+
+def _protections(before: Sequence[Protection], after: Sequence[Protection]) -> Iterator[Note]:
+    known, left = {item.name: item for item in before}, {item.name: item for item in after}
+    for name, protection in known.items():
+        if left.get(name) is not protection:
+            yield Note("protection", {"change": "deleted", "name": name})
+    for name, protection in left.items():
+        if known.get(name) is not protection:
+            objects = [{"name": o.name, "gpa": hex(o.gpa), "size": o.size} for o in protection.objects[:_LISTED]]
+            detail = {"change": "created", "name": name, "objects": objects, "objects_total": len(protection.objects)}
+            yield Note("protection", detail)
+
+
+# What replays refused
+
+
+def batches_of(traces: Iterable[Trace]) -> Iterator[Note]:
+    """One note for each replay that was refused something: a violation for every exit record that says so.
+
+    ``listed`` of them have records; ``parts`` counts those of each part, null where every record is one.
+    """
+    for trace in traces:
+        exits = trace.result.exit_columns
+        refused = exits.column("resolution") == VIOLATION
+        listed = int(np.count_nonzero(refused))
+        unlisted = max(0, trace.result.violations - listed) if trace.result.exit_records_dropped else 0
+        parts = None
+        if listed != len(exits):
+            parts = [int(np.count_nonzero(refused[at : at + PART])) for at in range(0, len(exits), PART)]
+        if listed + unlisted:
+            yield Note("violation", {"listed": listed, "parts": parts}, listed + unlisted, trace.id)
+
+
+def refused(exits: ExitColumns) -> int | None:
+    """Position of the exit record that says how a single access was refused, None for one that was not."""
+    found = np.flatnonzero(exits.column("resolution") == VIOLATION)
+    return int(found[-1]) if len(found) else None
+
+
+# What routes say themselves
+
+
+def subpages_set(ranges: Sequence[SubpageRange]) -> dict[str, Any]:
+    """Detail of an event ``subpages``."""
+    return {
+        "ranges": [{"gfn": hex(item.gfn), "npages": item.npages} for item in ranges[:_LISTED]],
+        "ranges_total": len(ranges),
+        "pages": sum(item.npages for item in ranges),
+    }
+
+
+def pages_set(gfns: Sequence[int]) -> dict[str, Any]:
+    """Detail of an event ``page-access``."""
+    return {"gfns": [hex(gfn) for gfn in gfns[:_LISTED]], "pages": len(gfns)}
+
+
+def of_ioctl(name: str, vcpu: int | None, content: bytes, returns: int, errno: str | None) -> Note | None:
+    """What a call of the binary ABI did that the machine does not show by itself. ``content`` begins at its argument.
+
+    The pages of KVM_SUBPAGES_SET_ACCESS are those that it was asked for: it may fail after some of them.
+    """
+    if name == "KVM_SUBPAGES_SET_ACCESS" and len(content) >= 16 and (returns > 0 or errno == "EFAULT"):
+        gfn, npages = struct.unpack_from("<QI", content)
+        detail = {"ranges": [{"gfn": hex(gfn), "npages": npages}], "ranges_total": 1, "pages": max(returns, 0)}
+        return Note("subpages", {**detail, "ioctl": name, "errno": errno})
+    if name == "KVM_SET_NESTED_STATE":
+        return Note("nested", {"vcpu": vcpu, "ioctl": name, "errno": errno})
+    return None
