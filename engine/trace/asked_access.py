@@ -123,7 +123,7 @@ class AskedAccess:
         tally[reg.GRANTS] += opened
         if action == "grant" and result.allowed:
             # As in a replay: the violation that was granted is how it ended.
-            result = replace(result, resolution=res.RESOLUTION_NAMES[res.VIOLATION], run=before.run)
+            result = replace(result, resolution=res.RESOLUTION_NAMES[res.VIOLATION], run=result.run or before.run)
         exits = join([_known(before.exits, result.exits), result.exits], result.exits)
         return Execution(replace(result, exits=exits), places, tally)
 

@@ -98,7 +98,7 @@ class AskingReplay(Replay):
         """The one exit that is asked about."""
         assert self._place is not None
         last = int(self._used[0]) - 1
-        return self._columns(self._log[last : last + 1], self._place.chunk, self._place.base)
+        return super()._columns(self._log[last : last + 1], self._place.chunk, self._place.base)
 
     def uncounted(self) -> NDArray[np.int64]:
         added = self.tally - self._counted
