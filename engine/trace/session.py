@@ -45,7 +45,8 @@ class ReplayOptions:
 
     ``on_violation`` skip, stop, allow, grant or ask; ``start`` the first record to run (indices stay absolute);
     ``include`` which exits are listed, violations or all; ``max_exit_records`` how many are kept; ``carry`` trace
-    columns that go into the exit records; ``circumstances`` (bits of ``arch.access.CIRCUMSTANCES``) those of every access.
+    columns that go into the exit records; ``circumstances`` (bits of ``arch.access.CIRCUMSTANCES``) those of every
+    access.
     """
 
     on_violation: str = "skip"

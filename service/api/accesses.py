@@ -13,6 +13,7 @@ from engine.trace.single import AccessRequest
 from service.api.common import (
     CHANGE,
     VmId,
+    asker_of,
     documented,
     find,
     json_response,
@@ -22,6 +23,8 @@ from service.api.common import (
 from service.api.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
 from service.http.words import CIRCUMSTANCES, Access, Circumstances, Document, Hex64, Kind, Linear, Source, examples
 from service.problems import InvalidDocument
+from service.runtime import asking
+from service.runtime.bodies import while_connected
 
 routes = router("accesses", "/v1/vms/{vm}/accesses", reads="read", writes="write")
 
@@ -107,7 +110,7 @@ class SingleAccess(Document):
         None, pattern=r"^([0-9a-fA-F]{2})*$", description="Bytes to write, hexadecimal in memory order; `size` of them."
     )
     on_violation: Literal["skip", "stop", "allow", "grant", "ask"] = Field(
-        "skip", description="What becomes of a write that is refused; `ask` is reserved."
+        "skip", description="What becomes of a write that is refused; `ask`: what an attached introspection tool says."
     )
 
 
@@ -178,13 +181,10 @@ class AccessOutcome(Document):
     responses=documented(
         {200: {"model": AccessOutcome, "description": "Executed, whether or not it was allowed."}},
         *CHANGE,
-        "not-yet-supported",
     ),
 )
 async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Response:
     entry = find(request, vm)
-    if body.on_violation == "ask":
-        raise InvalidDocument("is not yet supported", field="on_violation", value="ask", code="not-yet-supported")
     if body.gpa is None and body.gva is None:
         raise InvalidDocument("or gva is required", field="gpa")
     wanted = AccessRequest(
@@ -201,8 +201,11 @@ async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Resp
         insn_len=body.insn_len,
         circumstances=body.circumstances << CIRCUMSTANCE_SHIFT,
     )
-    async with entry.mutation() as machine:
-        outcome = machine.access(wanted)
+    if body.on_violation == asking.ASK:
+        outcome = await while_connected(request, asking.access(entry, wanted, asker_of(request, entry, traced=False)))
+    else:
+        async with entry.mutation() as machine:
+            outcome = machine.access(wanted)
     metrics_of(request).accessed(outcome.exits)
     run = outcome.run
     shown = None

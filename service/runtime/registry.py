@@ -73,6 +73,7 @@ class Registry:
         """Another process may change the store: whatever is under way will find its machine gone."""
         for entry in self._entries.values():
             entry.gone = entry.lost = True
+            entry.desk.end(entry.absence)
         self._entries = {}
 
     # What requests ask for
