@@ -85,7 +85,7 @@ class AskingReplay(Replay):
     # The pause
 
     def _stop(self, chunk: TraceChunk, base: int, position: int) -> None:
-        self._place = Place(chunk, base, position)
+        self._place = Place(chunk, int(base), int(position))
         self._ended_in = self._ending()
 
     @property
