@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from service.http.sockets import MESSAGE_BYTES
 from service.security.tokens import MemoryTokens, mint
 from service.settings import Settings
 from tests.contract.client import ContractClient
+from tests.service.bodies import arrow, table
 from tests.service.running import Running, running
 from tests.service.tools import Background, ToolClient, answering, tool, trace, url_of
 
@@ -267,22 +269,19 @@ def packed(rows: list[int]) -> bytes:
 
 
 def test_a_body_goes_on_after_an_answer(service: Running, client: ContractClient, guest: str) -> None:
+    """Batches of Arrow are replayed as they come: the last ones are sent when the first was answered."""
     answered = threading.Event()
+    whole = arrow(table(gpa=[OPEN, SHUT, SHUT, OPEN]), batch=2)
+    half = whole.content.index(struct.pack("<Q", SHUT)) + 8 + len(whole.content) // 8
 
     def body() -> Iterator[bytes]:
-        yield packed([OPEN, SHUT])
+        yield whole.content[:half]
         assert answered.wait(30)
-        yield packed([SHUT, OPEN])
+        yield whole.content[half:]
 
     with tool(service, guest) as watcher:
-        going = Background(
-            lambda: client.post(
-                f"{guest}/traces",
-                params={"on_violation": "ask", "record": "gpa8"},
-                headers={"Content-Type": "application/octet-stream"},
-                content=body(),
-            )
-        )
+        url, query = f"{guest}/traces", {"on_violation": "ask"}
+        going = Background(lambda: client.post(url, params=query, headers=whole.headers, content=body()))
         for _ in range(2):
             watcher.answer(watcher.receive("violation"), "allow")
             watcher.receive("resolved")
