@@ -12,8 +12,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.security.tokens import TokenStore
 from service.http.sockets import MESSAGE_BYTES
+from service.security.tokens import TokenStore
 from service.settings import Settings
 from tests.contract.client import ContractClient
 

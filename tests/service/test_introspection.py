@@ -188,7 +188,9 @@ def test_every_tool_passes(service: Running, guest: str, ask: Callable[..., Back
         assert going.result().json()["stopped_at"] == 0
 
 
-def test_no_answer_in_time(service: Running, client: ContractClient, guest: str, ask: Callable[..., Background]) -> None:
+def test_no_answer_in_time(
+    service: Running, client: ContractClient, guest: str, ask: Callable[..., Background]
+) -> None:
     before = metrics(client)
     with tool(service, guest, timeout=0.05, default_action="grant") as watcher:
         going = ask([SHUT, SHUT])
@@ -426,9 +428,7 @@ def test_messages_that_end_it(message: bytes | str, code: int, service: Running,
         assert watcher.closed()[0] == code
 
 
-def test_whoever_does_not_attach_is_sent_away(
-    service: Running, guest: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whoever_does_not_attach_is_sent_away(service: Running, guest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.api.introspection._ATTACH_SECONDS", 0.05)
     with tool(service, guest, attach=False) as watcher:
         assert watcher.closed() == (1008, "attach comes first, within 10 seconds")

@@ -71,7 +71,7 @@ class Answering:
         self.client, self.policy = client, policy
         self.questions: list[dict[str, Any]] = []
         self.others: list[dict[str, Any]] = []
-        self.fault: BaseException | None = None
+        self.fault: Exception | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
@@ -87,7 +87,7 @@ class Answering:
                     self.client.answer(message, action)
         except ConnectionClosed:
             pass
-        except BaseException as fault:  # told to the test
+        except Exception as fault:  # noqa: BLE001 - told to the test
             self.fault = fault
 
 
@@ -111,14 +111,14 @@ class Background:
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self._outcome: Any = None
-        self._fault: BaseException | None = None
+        self._fault: Exception | None = None
         self.thread = threading.Thread(target=self._run, args=(call,), daemon=True)
         self.thread.start()
 
     def _run(self, call: Callable[[], Any]) -> None:
         try:
             self._outcome = call()
-        except BaseException as fault:  # raised where it is asked for
+        except Exception as fault:  # noqa: BLE001 - raised where it is asked for
             self._fault = fault
 
     def result(self) -> Any:
