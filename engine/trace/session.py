@@ -127,7 +127,8 @@ class Replay:
         self._words[replay.OPTION_KINDS] = chunk.kinds
         base = self._next
         self._next = base + count
-        return self._run(chunk, base, max(0, min(count, self._options.start - base)))
+        position = max(0, min(count, self._options.start - base))
+        return self._run(chunk, base, position)
 
     def _run(self, chunk: TraceChunk, base: int, position: int) -> bool:
         """Replay a chunk, whose first record has index ``base``, from a position on. False: the replay stopped."""

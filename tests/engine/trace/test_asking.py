@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.access import AccessChange
 from engine.config import HostConfig
 from engine.errors import InvalidValue, LimitExceeded, TraceError
 from engine.kvm.slots import SlotSpec
@@ -40,7 +41,8 @@ from tests.engine.builders import (
 
 Policy = Callable[[VirtualMachine, ExitColumns], str]
 
-# Page 5 allows sub-pages 0 to 3 only, page 6 none; page 9 is free; the hole has no memory; 0x300000 is read-only.
+# Page 5 allows sub-pages 0 to 3 only, page 6 has an object, page 7 is not executable; page 9 is free; the hole has no memory; 0x300000 is read-only.
+READ_WRITE = 3
 OPEN, SHUT, LATER, HOLE, FIXED = 0x9000, 0x5200, 0x5F80, 1 << 30, 0x30_0000
 ROWS: Sequence[Any] = (
     OPEN,
@@ -53,6 +55,7 @@ ROWS: Sequence[Any] = (
     FIXED,
     (LATER, 128),
     (SHUT, 8, EXECUTE),
+    (0x7000, 8, EXECUTE),
     LATER,
     OPEN,
 )
@@ -64,6 +67,7 @@ def make(profile: str = "kvm-2019", **options: Any) -> VirtualMachine:
     set_map(vm, 5, 0xF)
     set_map(vm, 0x300, 0xF)
     protect(vm, "secret", (0x6010, 16), (0x5F90, 8))
+    vm.page_access.set([AccessChange(7, READ_WRITE)])
     vm.vcpus.set_vmcs(0, {"cr0": 0x33})  # paging is off: linear addresses are physical ones
     return vm
 
@@ -208,7 +212,7 @@ def test_grant_of_what_was_opened_meanwhile_runs_it() -> None:
         set_map(vm, 5, FULL)
         return "grant"
 
-    result = ask(vm, open_and_grant, [SHUT, SHUT])
+    result = ask(vm, open_and_grant, [SHUT, OPEN])
     assert (result.violations, result.records, vm.counters()["grants"]) == (1, 2, 0)
     assert 5 in vm.dirty.pages(0, 16).gfns.tolist()
 
@@ -341,6 +345,8 @@ BY_ADDRESS: dict[str, dict[str, Any]] = {
     "over two pages": {"gpa": 0x5FFC, "data": b"12345678"},
     "open": {"gpa": OPEN, "data": b"12345678"},
     "read": {"gpa": SHUT, "access": READ},
+    "not executable": {"gpa": 0x7000, "access": EXECUTE},
+    "linear, not executable": {"gva": 0x7000, "access": EXECUTE},
     "read-only slot": {"gpa": FIXED, "data": b"12345678"},
     "nothing there": {"gpa": HOLE},
     "linear, refused": {"gva": SHUT, "data": b"12345678"},
