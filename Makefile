@@ -38,7 +38,7 @@ demo: $(WARMED) ## Replay the boot of a real guest over HTTP and print the repor
 	@$(BIN)/subpage demo $(ARGS)
 
 examples: $(WARMED) ## Run the examples: introspection, checkpoint, device virtualization, a forgotten flush
-	@for example in introspection checkpoint device forgotten_flush; do \
+	@for example in introspection live_introspection checkpoint device forgotten_flush; do \
 	    echo "== $$example" && PYTHONPATH=. $(BIN)/python examples/$$example.py || exit 1; done
 
 serve: $(WARMED) ## Serve on HOST:PORT, 127.0.0.1:8000 by default

@@ -19,6 +19,7 @@ SECTIONS: dict[str, tuple[str, Callable[[int], list[sections.Row]]]] = {
     "checks": ("Checking every write of a recorded trace, one core, 16-byte records", sections.checks),
     "unicorn": ("Calling Python for every write", sections.unicorn),
     "http": ("Replay over HTTP, from the first byte sent to the result", sections.http_replay),
+    "ask": ("Asking a tool about every violation, over HTTP and WebSocket", sections.asking),
     "calls": ("Small calls, 16 keep-alive connections", sections.single_calls),
     "memory": ("A 1 TiB guest with ten protected pages", sections.large_guest),
 }

@@ -18,6 +18,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "of_numpy": ("x numpy", "{:.2f}"),
     "of_sum": ("x sum", "{:.2f}"),
     "of_empty": ("x empty", "{:.2f}"),
+    "of_plain": ("x plain", "{:.3f}"),
+    "microseconds": ("µs each question", "{:,.0f}"),
     "peak_growth_bytes": ("peak growth, bytes", "{:,}"),
     "final_growth_bytes": ("growth at the end, bytes", "{:,}"),
     "table_bytes": ("frames, bytes", "{:,}"),
@@ -32,6 +34,7 @@ SUMMARY: tuple[tuple[str, str, str, str, Any, str], ...] = (
     ("C walk / C sum", "checks", "C walk", "of_sum", min, ">= 0.2, or the baseline is wrong"),
     ("HTTP packed, slowest, records/s", "http", "HTTP packed", "per_second", min, ">= 30 M"),
     ("HTTP Arrow, slowest, records/s", "http", "HTTP arrow", "per_second", min, ">= 30 M"),
+    ("asking, µs for each question", "ask", "asked", "microseconds", max, "< 10,000"),
     ("GET subpages / empty endpoint", "calls", "GET", "of_empty", min, ">= 0.6"),
     ("1 TiB guest, peak growth, bytes", "memory", "1 TiB", "peak_growth_bytes", max, "< 20 M"),
 )

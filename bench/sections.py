@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.asking import AskedReplay
 from bench.c_walk import CSum, CWalk
 from bench.data import POLICIES, TRACES, Answer, expected, load_policy, load_trace
 from bench.http_replay import BODIES, HttpReplay
@@ -17,6 +18,7 @@ from bench.unicorn_hook import WRITES, UnicornHook
 
 Row = dict[str, Any]
 
+PLAIN, ASKED = "skip (i)", "asked (i)"
 A, B, C, D, E = "numpy bitmap (a)", "C walk (b)", "Unicorn hook (c)", "C sum (d)", "engine (e)"
 
 
@@ -99,6 +101,25 @@ def http_replay(rounds: int) -> list[Row]:
                     method.close()
                     rows.append(_row(trace.name, policy.name, name, len(trace), timings[name]))
     return rows
+
+
+def asking(rounds: int) -> list[Row]:
+    """(i) The same trace with ``skip`` and with ``ask``, a tool answering ``skip`` each time."""
+    trace, policy = load_trace(TRACES[0]), load_policy(POLICIES[0])
+    with service() as port:
+        plain, asked = HttpReplay(port, "packed", trace, policy), AskedReplay(port, "packed", trace, policy)
+        timings = alternate({PLAIN: plain, ASKED: asked}, rounds)
+        for name, method in ((PLAIN, plain), (ASKED, asked)):
+            _verify(name, trace.name, policy.name, method.answer())
+            method.close()
+    questions = asked.questions
+    extra = [late - early for early, late in zip(timings[PLAIN].seconds, timings[ASKED].seconds, strict=True)]
+    each = sorted(extra)[len(extra) // 2] / questions * 1e6
+    ratio = median_ratio(timings[ASKED], timings[PLAIN])
+    return [
+        _row(trace.name, policy.name, PLAIN, len(trace), timings[PLAIN], of_plain=1.0),
+        _row(trace.name, policy.name, ASKED, len(trace), timings[ASKED], of_plain=ratio, microseconds=each),
+    ]
 
 
 def single_calls(rounds: int) -> list[Row]:

@@ -39,7 +39,8 @@ from engine.steps import new_trail, run_all
 from engine.store import Draft, FrameStore, Snapshot, blocks_of
 from engine.subpage_calls import SubpageCalls
 from engine.tables import TableOperations
-from engine.trace.execution import execute
+from engine.trace.asking import AskingReplay, kind_of
+from engine.trace.execution import Execute, execute
 from engine.trace.objects import Targets, targets_of
 from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
 from engine.trace.single import AccessRequest, AccessResult
@@ -283,12 +284,12 @@ class VirtualMachine:
         with self._change(since=state) as draft:
             _write_from_host(draft, gpa, data)
 
-    def access(self, request: AccessRequest) -> AccessResult:
-        """One guest access, executed."""
+    def access(self, request: AccessRequest, run: Execute = execute) -> AccessResult:
+        """One guest access, executed by ``run``: on its own, or as one that asks (see ``trace.asked_access``)."""
         request.validate(self.config)
         with self._change() as draft:
             enter(draft, self.config, request.vcpu)
-            result, places, tally = execute(draft, request, self.config, self._state.targets)
+            result, places, tally = run(draft, request, self.config, self._state.targets)
             data = request.data or b""
             for gpa, size in places if data else ():
                 _write(draft, gpa, data[:size])
@@ -299,21 +300,29 @@ class VirtualMachine:
                 return result.with_data(b"".join(memory.read_bytes(draft.machine, *place) for place in places))
         return result
 
-    def replay(self, options: ReplayOptions) -> ReplayTransaction:
-        """A replay, one transaction: ``with vm.replay(options) as r: r.feed(chunk) …; r.finish()``."""
+    def replay(self, options: ReplayOptions, earlier: AskingReplay | None = None) -> ReplayTransaction:
+        """A replay, one transaction: ``with vm.replay(options) as r: r.feed(chunk) …; r.finish()``.
+
+        With ``on_violation`` ask it may pause; given as ``earlier``, it goes on in the next transaction.
+        """
         options.validate()
         self._acquire()
         try:
             draft = self._begin()
             runs = Runs(draft, self.config)
-            replay = Replay(draft, options, self._state.targets, runs)
+            replay: Replay
+            if earlier is not None:
+                earlier.go_on(draft, self._state.targets, runs)
+                replay = earlier
+            else:
+                replay = kind_of(options)(draft, options, self._state.targets, runs)
         except BaseException:
             self._writer.release()
             raise
 
         def publish(done: Replay) -> None:
             try:
-                _count(draft, done.tally)
+                _count(draft, done.uncounted())
                 runs.finish()
                 self._publish(draft, self._state.slots, self._state.protections)
             except BaseException:

@@ -13,13 +13,14 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from service.api import introspection
 from service.api.hypercalls import Hypercall
 from service.api.hyperv import VpAssistFields
 from service.api.ioctls import IoctlRequest
 from service.api.nested_fields import NestedStateFields
 from service.api.subpages import SubpagePatch, SubpageWindowRequest
 from service.api.traces import TraceBody
-from service.http.route import Routes, StrictRoute
+from service.http.route import GuardedWebSocketRoute, Routes, StrictRoute
 from service.http.words import Document
 from service.problems import FieldError, Problem, add_responses
 
@@ -52,6 +53,10 @@ TAGS: list[dict[str, Any]] = [
     {"name": "protections", "description": "Named objects that may not be written."},
     {"name": "traces", "description": "Replay of recorded guest accesses, and the exits that they cause."},
     {"name": "events", "description": "What happened to a VM, in order: read in pages or followed as it happens."},
+    {
+        "name": "introspection",
+        "description": "A WebSocket over which tools are asked about refused accesses: see `x-websockets`.",
+    },
     {"name": "accesses", "description": "One access, executed or explained."},
     {"name": "dirty tracking", "description": "What was written since it was last taken note of."},
     {"name": "tables", "description": "Raw entries of EPT and SPPT, stored as they are and walked as they are."},
@@ -89,6 +94,8 @@ _FURTHER_MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
     (SubpagePatch, "validation"),
     (TraceBody, "validation"),
     (NestedStateFields, "validation"),
+    *((model, "validation") for model in introspection.TAKEN),
+    *((model, "serialization") for model in introspection.SENT),
     (FieldError, "serialization"),
     (Problem, "serialization"),
 ]
@@ -118,6 +125,7 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
         shown = model.model_config.get("json_schema_extra")
         if model.__name__ in schemas and isinstance(shown, dict) and "examples" in shown:
             schemas[model.__name__]["examples"] = shown["examples"]
+    _describe_sockets(document, app)
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
     routes = {route.operation_id: route for route in app.routes if isinstance(route, StrictRoute)}
@@ -137,6 +145,23 @@ def _descendants(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
     for child in model.__subclasses__():
         yield child
         yield from _descendants(child)
+
+
+def _describe_sockets(document: dict[str, Any], app: FastAPI) -> None:
+    """WebSockets, which OpenAPI 3.1 does not know: under ``x-websockets``, with the schemas of their messages."""
+    sockets: dict[str, Any] = {}
+    for route in app.routes:
+        if isinstance(route, GuardedWebSocketRoute):
+            sockets[route.path] = {
+                "summary": "Live introspection",
+                "description": "JSON messages in text frames; the protocol is described in docs/introspection.md.",
+                "subprotocol": introspection.SUBPROTOCOL,
+                "x-permission": route.permission,
+                "security": [{"token": []}],
+                "receives": {"oneOf": [{"$ref": _REFERENCE.format(model=m.__name__)} for m in introspection.TAKEN]},
+                "sends": {"oneOf": [{"$ref": _REFERENCE.format(model=m.__name__)} for m in introspection.SENT]},
+            }
+    document["x-websockets"] = sockets
 
 
 def _guard(operation: dict[str, Any], route: StrictRoute) -> None:

@@ -17,6 +17,7 @@ from prometheus_client.utils import floatToGoString
 from engine.arch import exits as arch
 from engine.trace.results import ExitColumns, TraceResult
 from service import __version__
+from service.runtime.desk import Resolution
 from service.runtime.registry import Registry
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -70,6 +71,21 @@ class _Logs(Collector):
         yield GaugeMetricFamily("subpage_event_streams", "Streams of events that are open.", value=logs.streams)
 
 
+class _Desks(Collector):
+    """Introspection tools and the accesses that wait for them, counted when somebody asks."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        desks = [entry.desk for entry in self._registry.all()]
+        tools = GaugeMetricFamily("subpage_introspection_tools", "Introspection tools that are attached.")
+        tools.add_metric([], sum(len(desk.tools) for desk in desks))
+        waiting = GaugeMetricFamily("subpage_introspection_waiting", "Accesses that wait for an answer.")
+        waiting.add_metric([], sum(len(desk.questions) for desk in desks))
+        return tools, waiting
+
+
 class _Requests(Collector):
     """The request histogram. Its own, because every request pays for it: a bisection and two additions."""
 
@@ -116,6 +132,18 @@ class Metrics:
         self._records = Counter("subpage_replayed_records", "Accesses replayed.", registry=self._known)
         self._writes = Counter("subpage_replayed_writes", "Writes replayed.", registry=self._known)
         self._violations = Counter("subpage_violations", "Writes refused, in replays.", registry=self._known)
+        self._questions = Counter(
+            "subpage_introspection_questions", "Accesses that were asked about.", registry=self._known
+        )
+        self._answers = Counter(
+            "subpage_introspection_answers",
+            "What became of accesses that were asked about, and whether a tool said so (answer) or nobody (default).",
+            ["action", "reason"],
+            registry=self._known,
+        )
+        self._timeouts = Counter(
+            "subpage_introspection_timeouts", "Questions that a tool did not answer in time.", registry=self._known
+        )
         info = Gauge("subpage_build_info", "1, labelled with the release.", ["version"], registry=self._known)
         info.labels(__version__).set(1)
         for kind in EXIT_KINDS:
@@ -123,6 +151,7 @@ class Metrics:
         ProcessCollector(registry=self._known)
         self._known.register(_Machines(registry))
         self._known.register(_Logs(registry))
+        self._known.register(_Desks(registry))
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
         """One request was answered. ``route`` is the path's template: there are as many as the contract has."""
@@ -139,6 +168,15 @@ class Metrics:
         """A single access was executed."""
         if len(exits):
             self._count_exits(exits_by_kind(exits))
+
+    def asked(self) -> None:
+        """An access waits for an answer."""
+        self._questions.inc()
+
+    def answered(self, resolution: Resolution) -> None:
+        """It was decided what becomes of one."""
+        self._answers.labels(resolution.action, resolution.reason).inc()
+        self._timeouts.inc(resolution.timeouts)
 
     def _count_exits(self, counts: Mapping[str, int]) -> None:
         for kind, count in counts.items():

@@ -145,6 +145,12 @@ class Problem(BaseModel):
     returned: int | None = Field(None, description="What ioctl(2) would return.")
     check: str | None = Field(None, description="Id of the check that decided, as in docs/nested-state.md.")
     state_kept: bool | None = Field(None, description="Whether the state is the one before the call.")
+    resume_at: int | None = Field(
+        None,
+        description=(
+            "With `on_violation=ask`: what came before this record is committed and stays; `start` goes on there."
+        ),
+    )
     errors: list[FieldError] | None = Field(None, description="Every fault, when there are several.")
 
 
@@ -319,11 +325,21 @@ def problem_body(
     return body
 
 
+# Attribute of an exception that ended a replay of which a part is committed: the record it ended at.
+RESUME_AT = "resume_at"
+
+
 def describe(exc: Exception, instance: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Body and extra headers for any exception that means a refusal.
 
     Anything else is an internal error, and nothing of it is told to the client.
     """
+    body, headers = _describe(exc, instance)
+    resume_at = getattr(exc, RESUME_AT, None)
+    return (body if resume_at is None else body | {RESUME_AT: resume_at}), headers
+
+
+def _describe(exc: Exception, instance: str) -> tuple[dict[str, Any], dict[str, str]]:
     if isinstance(exc, errors.EngineError):
         nearest = next(cls for cls in type(exc).__mro__ if cls in ENGINE_PROBLEMS)
         problem = PROBLEMS.get(exc.code) or PROBLEMS[ENGINE_PROBLEMS[nearest]]

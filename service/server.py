@@ -18,6 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app, drain, end_streams
+from service.http.sockets import MESSAGE_BYTES, PING_SECONDS
 from service.logs import configure
 from service.security.access import AccessControl, is_loopback
 from service.security.tokens import TokensUnavailable
@@ -124,7 +125,11 @@ def run(settings: Settings) -> int:
         port=settings.port,
         loop="uvloop",
         http="httptools",
-        ws="none",
+        ws="websockets-sansio",
+        ws_max_size=MESSAGE_BYTES,
+        ws_ping_interval=PING_SECONDS,
+        ws_ping_timeout=PING_SECONDS,
+        ws_per_message_deflate=False,  # messages are small and wait for somebody
         log_config=None,
         access_log=False,  # the application writes its own, with the ids of requests
         server_header=False,

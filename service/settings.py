@@ -125,6 +125,15 @@ class Settings(BaseSettings):
     shutdown_timeout: int = Field(10, ge=0, description="Seconds that requests have to end when the service stops.")
     warm_up: bool = Field(True, description="Load the compiled kernels before /readyz answers 200.")
 
+    ask_timeout: float = Field(
+        30, gt=0, description="Seconds that an introspection tool has for an answer unless it says another time itself."
+    )
+    ask_default_action: Literal["allow", "skip", "grant", "stop"] = Field(
+        "skip", description="What becomes of a refused access that was to be asked about when no tool answers."
+    )
+    max_tools: int = Field(16, ge=1, description="Introspection tools that may be attached to one machine.")
+    max_questions: int = Field(64, ge=1, description="Accesses of one machine that may wait for an answer at a time.")
+
     page_size: int = Field(100, ge=1, description="Items in one page of a list when no limit is given.")
     max_page_size: int = Field(1000, ge=1, description="Largest limit of a list.")
     exit_page_size: int = Field(1000, ge=1, description="Exit records in one JSON page, and inlined in a trace result.")

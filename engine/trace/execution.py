@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -37,15 +38,23 @@ class Execution(NamedTuple):
     tally: NDArray[np.int64]
 
 
+Execute = Callable[[Draft, AccessRequest, VmConfig, Targets], Execution]
+
+
 def execute(draft: Draft, request: AccessRequest, config: VmConfig, targets: Targets) -> Execution:
     """Run a validated request. Nothing of ``request.data`` is stored.
 
     ``places`` is empty where nothing takes effect.
     """
     if request.gpa is None:
-        found = _by_linear_address(draft, request, config, targets)
+        found = by_linear_address(draft, request, config, targets)
     else:
         found = _by_gpa(draft, request, request.gpa, config.profile, targets)
+    return settled(draft, request, config, found)
+
+
+def settled(draft: Draft, request: AccessRequest, config: VmConfig, found: Execution) -> Execution:
+    """``found`` with the memory that is there: what lands nowhere has no effect; dirty logs are told of the rest."""
     result = found.result
     if result.lands and not all(_is_memory(draft.machine, *place, allowed=result.allowed) for place in found.places):
         result = result.without_effect()
@@ -72,17 +81,26 @@ def _is_memory(m: Machine, gpa: int, size: int, *, allowed: bool) -> bool:
 
 
 def _by_gpa(draft: Draft, request: AccessRequest, gpa: int, profile: str, targets: Targets) -> Execution:
-    options = ReplayOptions(on_violation=request.on_violation, include="all", circumstances=request.circumstances)
-    replay = Replay(draft, options, targets)
+    replay = Replay(draft, options_of(request), targets)
+    feed(replay, request)
+    result = result_of_replay(request, replay.result(), profile, granted=bool(replay.tally[reg.GRANTS]))
+    return Execution(result, ((gpa, request.size),), replay.tally)
+
+
+def options_of(request: AccessRequest) -> ReplayOptions:
+    """How the one record of an access by GPA is replayed."""
+    return ReplayOptions(on_violation=request.on_violation, include="all", circumstances=request.circumstances)
+
+
+def feed(replay: Replay, request: AccessRequest) -> None:
+    """Replay the one record of an access by GPA. Raises InvalidValue for what is no access."""
     try:
         replay.feed(TraceChunk(request.record(), request.gvas(), {}, kinds=True))
     except TraceError as error:
         raise InvalidValue(error.rule, field=error.field, value=error.value) from None
-    result = _result_of_replay(request, replay.result(), profile, granted=bool(replay.tally[reg.GRANTS]))
-    return Execution(result, ((gpa, request.size),), replay.tally)
 
 
-def _last_visible(exits: ExitColumns) -> int:
+def last_visible(exits: ExitColumns) -> int:
     """Position of the last exit that KVM did not handle itself, -1 if there is none."""
     resolution = exits.column("resolution")
     seen = np.flatnonzero((resolution > res.LAST_INTERNAL) & (resolution != res.COMPLETED))
@@ -91,7 +109,7 @@ def _last_visible(exits: ExitColumns) -> int:
 
 def _user_exit(exits: ExitColumns, profile: str) -> UserExit | None:
     """What user space saw last; nothing of an exception, which is the guest's own."""
-    at = _last_visible(exits)
+    at = last_visible(exits)
     resolution = int(exits.column("resolution")[at]) if at >= 0 else res.EXCEPTION
     if resolution == res.EXCEPTION:
         return None
@@ -100,13 +118,13 @@ def _user_exit(exits: ExitColumns, profile: str) -> UserExit | None:
     return user_exit(resolution, reason, gpa, profile, insn_len, qualification)
 
 
-def _result_of_replay(request: AccessRequest, result: TraceResult, profile: str, *, granted: bool) -> AccessResult:
+def result_of_replay(request: AccessRequest, result: TraceResult, profile: str, *, granted: bool) -> AccessResult:
     """The outcome of a one-record replay that listed every exit.
 
     A violation that was granted ended well, unless the second run lists another.
     """
     exits = result.exit_columns
-    at = _last_visible(exits)
+    at = last_visible(exits)
     last = int(exits.column("resolution")[at]) if at >= 0 else res.COMPLETED
     retried = granted and last == res.VIOLATION and int((exits.column("resolution") == last).sum()) == 1
     allowed = last == res.COMPLETED or retried
@@ -125,7 +143,7 @@ def _result_of_replay(request: AccessRequest, result: TraceResult, profile: str,
     )
 
 
-def _by_linear_address(draft: Draft, request: AccessRequest, config: VmConfig, targets: Targets) -> Execution:
+def by_linear_address(draft: Draft, request: AccessRequest, config: VmConfig, targets: Targets) -> Execution:
     tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
     linear = 0 if request.gva is None else request.gva
     position = config.vcpu_position(request.vcpu)

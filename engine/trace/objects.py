@@ -64,7 +64,11 @@ def targets_of(objects: Sequence[ProtectedObject]) -> Targets:
 def build_index(objects: Sequence[ProtectedObject], names: Sequence[str]) -> ObjectIndex:
     """Index for a set of objects, which may overlap; ``names`` are their distinct names."""
     position = {name: i for i, name in enumerate(names)}
-    ranges = np.array([(o.gpa, o.gpa + o.size, position[o.name]) for o in objects], dtype=np.int64).reshape(-1, 3)
+    return index_of(np.array([(o.gpa, o.gpa + o.size, position[o.name]) for o in objects], np.int64).reshape(-1, 3))
+
+
+def index_of(ranges: NDArray[np.int64]) -> ObjectIndex:
+    """Index for ranges as ``ObjectIndex`` has them; see ``build_index``."""
     first = ranges[:, 0] >> SUBPAGE_SHIFT
     end = ((ranges[:, 1] - 1) >> SUBPAGE_SHIFT) + 1
     cuts = np.unique(np.concatenate([first, end]))
@@ -74,7 +78,7 @@ def build_index(objects: Sequence[ProtectedObject], names: Sequence[str]) -> Obj
     if total > MAX_MEMBERS:
         raise LimitExceeded(f"overlapping objects may share {MAX_MEMBERS} pieces at most", field="objects", value=total)
     piece = np.concatenate([np.arange(a, b) for a, b in zip(low, high, strict=True)] or [np.zeros(0, np.int64)])
-    owner = np.repeat(np.arange(len(objects)), high - low)
+    owner = np.repeat(np.arange(len(ranges)), high - low)
     order = np.argsort(piece, kind="stable")
     offsets = np.searchsorted(piece[order], np.arange(max(len(cuts), 1))).astype(np.int64)
     return ObjectIndex(cuts.astype(np.int64), offsets, owner[order].astype(np.int64), ranges)

@@ -24,6 +24,9 @@ LOG_ROWS = 1 << 15
 
 INCLUDE = ("violations", "all")
 
+# Beside what the kernel does about a violation: pause there and ask somebody (see ``trace.asking``).
+ASK = "ask"
+
 REFUSALS = {
     replay.BAD_SIZE: ("size", "an access has at least one byte"),
     replay.BAD_ACCESS: ("access", "access is 0 read, 1 write or 2 execute"),
@@ -40,9 +43,10 @@ REFUSALS = {
 class ReplayOptions:
     """How to replay.
 
-    ``on_violation`` skip, stop, allow or grant; ``start`` the first record to run (indices stay absolute); ``include``
-    which exits are listed, violations or all; ``max_exit_records`` how many are kept; ``carry`` trace columns that go
-    into the exit records; ``circumstances`` (bits of ``arch.access.CIRCUMSTANCES``) those of every access.
+    ``on_violation`` skip, stop, allow, grant or ask; ``start`` the first record to run (indices stay absolute);
+    ``include`` which exits are listed, violations or all; ``max_exit_records`` how many are kept; ``carry`` trace
+    columns that go into the exit records; ``circumstances`` (bits of ``arch.access.CIRCUMSTANCES``) those of every
+    access.
     """
 
     on_violation: str = "skip"
@@ -53,7 +57,7 @@ class ReplayOptions:
     circumstances: int = 0
 
     def validate(self) -> None:
-        choices(self.on_violation, replay.ON_VIOLATION, "on_violation")
+        choices(self.on_violation, (*replay.ON_VIOLATION, ASK), "on_violation")
         choices(self.include, INCLUDE, "include")
         if self.start < 0:
             raise InvalidValue("start is not negative", field="start", value=self.start)
@@ -65,7 +69,7 @@ class ReplayOptions:
     def words(self) -> NDArray[np.int64]:
         """The options as the kernel reads them."""
         kinds = False  # known of each chunk
-        on_violation = replay.ON_VIOLATION.index(self.on_violation)
+        on_violation = replay.STOP if self.on_violation == ASK else replay.ON_VIOLATION.index(self.on_violation)
         return np.array([on_violation, self.include == "all", kinds, self.circumstances], dtype=np.int64)
 
 
@@ -83,16 +87,11 @@ class Replay:
         self._before = before
         self._options = options
         self._words = options.words()
-        self._targets = targets
-        names = len(targets.names)
-        self._hits = np.zeros((names, objects.HIT_WORDS), dtype=np.int64)
-        self._hits[:, objects.HIT_FIRST] = -1
-        self._seen = np.full(names, -1, dtype=np.int64)
-        self._touched = np.full(names, -1, dtype=np.int64)
+        self._aim(targets)
         self._trail = np.zeros((TRAIL_ROWS, 4), dtype=np.int64)
         self._log = np.zeros((LOG_ROWS, run.EXIT_WORDS), dtype=np.int64)
         self._used = np.zeros(1, dtype=np.int64)
-        self._no_gva = _frozen(np.zeros(0, dtype=np.uint64))
+        self._no_gva = frozen(np.zeros(0, dtype=np.uint64))
         self._parts: list[ExitColumns] = []
         self._kept = 0
         self._dropped = 0
@@ -100,6 +99,15 @@ class Replay:
         self._has_gva = False
         self.tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
         self.stopped_at: int | None = None
+
+    def _aim(self, targets: objects.Targets) -> None:
+        """Count violations for these objects from here on."""
+        self._targets = targets
+        names = len(targets.names)
+        self._hits = np.zeros((names, objects.HIT_WORDS), dtype=np.int64)
+        self._hits[:, objects.HIT_FIRST] = -1
+        self._seen = np.full(names, -1, dtype=np.int64)
+        self._touched = np.full(names, -1, dtype=np.int64)
 
     @property
     def records_done(self) -> int:
@@ -115,14 +123,18 @@ class Replay:
         if self._before is not None:
             self._before(chunk)
         count = len(chunk.records)
-        words = _frozen(chunk.records.reshape(-1))
-        gvas = self._no_gva if chunk.gva is None else _frozen(chunk.gva)
         self._has_gva = self._has_gva or chunk.gva is not None
         self._words[replay.OPTION_KINDS] = chunk.kinds
         base = self._next
         self._next = base + count
         position = max(0, min(count, self._options.start - base))
-        while position < count:
+        return self._run(chunk, base, position)
+
+    def _run(self, chunk: TraceChunk, base: int, position: int) -> bool:
+        """Replay a chunk, whose first record has index ``base``, from a position on. False: the replay stopped."""
+        words = frozen(chunk.records.reshape(-1))
+        gvas = self._no_gva if chunk.gva is None else frozen(chunk.gva)
+        while position < len(chunk.records):
             status, position = replay.replay(
                 self._draft.machine,
                 words,
@@ -140,13 +152,25 @@ class Replay:
             elif status == replay.LOG_FULL:
                 self._drain(chunk if self._options.carry else None, base)
             elif status == replay.STOPPED:
-                self.stopped_at = base + position
-                break
+                self._stop(chunk, base, position)
+                return False
             elif status != replay.DONE:
                 self._refuse(status, words, position, base)
+        self._end_chunk(chunk, base)
+        return True
+
+    def _stop(self, chunk: TraceChunk, base: int, position: int) -> None:
+        """The replay ends at a record of a chunk, which has not been run to its end."""
+        self.stopped_at = base + position
+        self._end_chunk(chunk, base)
+
+    def _end_chunk(self, chunk: TraceChunk, base: int) -> None:
         if self._options.carry:
             self._drain(chunk, base)
-        return self.stopped_at is None
+
+    def uncounted(self) -> NDArray[np.int64]:
+        """What is to be added to the totals of the machine, handed out once."""
+        return self.tally
 
     def _refuse(self, status: int, words: NDArray[np.int64], position: int, base: int) -> None:
         name, rule = REFUSALS[status]
@@ -213,7 +237,7 @@ class Replay:
         }
 
 
-def _frozen(words: NDArray[np.uint64]) -> NDArray[np.int64]:
+def frozen(words: NDArray[np.uint64]) -> NDArray[np.int64]:
     """A read-only int64 view: bodies may come as read-only memory, and one signature is compiled for all."""
     view = words.view(np.int64)
     view.flags.writeable = False
@@ -230,6 +254,10 @@ class ReplayTransaction:
         self._open = True
 
     @property
+    def replay(self) -> Replay:
+        return self._replay
+
+    @property
     def records_done(self) -> int:
         return self._replay.records_done
 
@@ -240,6 +268,11 @@ class ReplayTransaction:
     def feed(self, chunk: TraceChunk) -> bool:
         """See ``Replay.feed``."""
         return self._replay.feed(chunk)
+
+    def pause(self) -> None:
+        """Publish state and counters; the replay goes on in another transaction."""
+        self._open = False
+        self._publish(self._replay)
 
     def finish(self) -> TraceResult:
         """Publish state and counters, and return the result."""

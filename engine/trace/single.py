@@ -50,7 +50,7 @@ class AccessRequest:
             raise InvalidValue(f"an access has 1 to {MAX_SIZE} bytes", field="size", value=self.size)
         if self.access not in (acc.READ, acc.WRITE, acc.EXECUTE):
             raise InvalidValue("access is 0 read, 1 write or 2 execute", field="access", value=self.access)
-        choices(self.on_violation, ON_VIOLATION, "on_violation")
+        choices(self.on_violation, (*ON_VIOLATION, "ask"), "on_violation")
         self._validate_kind()
         self._validate_addresses(config.maxphyaddr)
         if self.gva is not None and not 0 <= self.gva < 1 << 64:

@@ -9,10 +9,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.arch.access import CIRCUMSTANCE_SHIFT, default_access
-from engine.trace.single import AccessRequest
+from engine.trace.single import AccessRequest, AccessResult
 from service.api.common import (
     CHANGE,
     VmId,
+    asker_of,
     documented,
     find,
     json_response,
@@ -22,7 +23,10 @@ from service.api.common import (
 from service.api.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
 from service.http.words import CIRCUMSTANCES, Access, Circumstances, Document, Hex64, Kind, Linear, Source, examples
 from service.problems import InvalidDocument
+from service.runtime import asking
+from service.runtime.bodies import while_connected
 from service.runtime.changes import refused
+from service.runtime.entry import Entry
 
 routes = router("accesses", "/v1/vms/{vm}/accesses", reads="read", writes="write")
 
@@ -108,7 +112,7 @@ class SingleAccess(Document):
         None, pattern=r"^([0-9a-fA-F]{2})*$", description="Bytes to write, hexadecimal in memory order; `size` of them."
     )
     on_violation: Literal["skip", "stop", "allow", "grant", "ask"] = Field(
-        "skip", description="What becomes of a write that is refused; `ask` is reserved."
+        "skip", description="What becomes of a write that is refused; `ask`: what an attached introspection tool says."
     )
 
 
@@ -167,6 +171,13 @@ class AccessOutcome(Document):
     )
 
 
+def _note(entry: Entry, outcome: AccessResult) -> None:
+    """Tell the event log of an access that was refused."""
+    position = refused(outcome.exits)
+    if position is not None:
+        entry.events.note("violation", exit_rows(outcome.exits[position : position + 1])[0])
+
+
 @routes.post(
     "",
     operation_id="executeAccess",
@@ -179,13 +190,10 @@ class AccessOutcome(Document):
     responses=documented(
         {200: {"model": AccessOutcome, "description": "Executed, whether or not it was allowed."}},
         *CHANGE,
-        "not-yet-supported",
     ),
 )
 async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Response:
     entry = find(request, vm)
-    if body.on_violation == "ask":
-        raise InvalidDocument("is not yet supported", field="on_violation", value="ask", code="not-yet-supported")
     if body.gpa is None and body.gva is None:
         raise InvalidDocument("or gva is required", field="gpa")
     wanted = AccessRequest(
@@ -202,12 +210,13 @@ async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Resp
         insn_len=body.insn_len,
         circumstances=body.circumstances << CIRCUMSTANCE_SHIFT,
     )
-    async with entry.mutation() as machine:
-        outcome = machine.access(wanted)
-        exits = exit_rows(outcome.exits)
-        position = refused(outcome.exits)
-        if position is not None:
-            entry.events.note("violation", exits[position])
+    if body.on_violation == asking.ASK:
+        asker = asker_of(request, entry, traced=False)
+        outcome = await while_connected(request, asking.access(entry, wanted, asker, _note))
+    else:
+        async with entry.mutation() as machine:
+            outcome = machine.access(wanted)
+            _note(entry, outcome)
     metrics_of(request).accessed(outcome.exits)
     run = outcome.run
     shown = None
@@ -225,7 +234,7 @@ async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Resp
             "allowed": outcome.allowed,
             "landed": outcome.lands,
             "resolution": outcome.resolution,
-            "exits": exits,
+            "exits": exit_rows(outcome.exits),
             "run": shown,
             "data": outcome.data.hex() if outcome.data is not None else None,
             "gpa": hex(outcome.gpa) if outcome.gpa is not None else None,

@@ -16,6 +16,7 @@ from service.http import conditional
 from service.http.route import Routes
 from service.metrics import Metrics
 from service.problems import responses
+from service.runtime.asking import Asker
 from service.runtime.registry import Entry, Registry, unknown_vm
 from service.security.access import Permission, Principal
 from service.settings import Settings
@@ -108,6 +109,13 @@ def principal_of(request: HTTPConnection) -> Principal:
 def tenant_of(request: HTTPConnection) -> str:
     """Whose machines the caller sees."""
     return principal_of(request).tenant
+
+
+def asker_of(request: HTTPConnection, entry: Entry, *, traced: bool) -> Asker:
+    """Who asks the tools of a machine for this request; ``traced``: about a replay, whose result gets an id now."""
+    state = request.app.state
+    trace = entry.traces.next_id()[0] if traced else None
+    return Asker(entry, settings_of(request), metrics_of(request), lambda: state.draining, trace)
 
 
 def find(request: HTTPConnection, vm_id: str) -> Entry:

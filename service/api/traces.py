@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 from fastapi import Query
 from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.trace.results import TraceResult as Replayed
 from service.api.common import (
     CHANGE,
     EXAMPLE_TRACE,
@@ -19,6 +22,7 @@ from service.api.common import (
     Cursor,
     Limit,
     VmId,
+    asker_of,
     documented,
     executor_of,
     find,
@@ -35,7 +39,9 @@ from service.http import cursors
 from service.http.negotiation import ARROW, JSON, NDJSON, OCTETS, PARQUET, content_type
 from service.http.words import Access, Document, Hex64, examples
 from service.problems import InvalidDocument
+from service.runtime import asking
 from service.runtime.bodies import Upload, spooled
+from service.runtime.entry import Entry
 from service.runtime.offload import maybe_in_thread
 from service.runtime.traces import SPOOLED_FORMATS, Trace, TraceRequest, replay
 from service.settings import Settings
@@ -157,7 +163,7 @@ class TraceSummary(Document):
     exits: ExitCounts
     exit_records_dropped: int = Field(description="Exit records beyond `max_exit_records`; totals count them.")
     stopped_at: int | None = Field(
-        description="With `on_violation=stop`: the access that ended it; resume with `start`."
+        description="With `on_violation=stop`, or the answer `stop`: the access that ended it; resume with `start`."
     )
     ignored_columns: list[str]
     seconds: float = Field(description="From the start of the replay to the publication of its effects.")
@@ -234,6 +240,22 @@ def _carried(carry: str | None) -> tuple[str, ...]:
     return names
 
 
+@contextlib.asynccontextmanager
+async def replayed(
+    entry: Entry, upload: Upload, wanted: TraceRequest, spool: IO[bytes] | None, asker: asking.Asker | None
+) -> AsyncIterator[tuple[Replayed, tuple[str, ...], float]]:
+    """Replay; the block runs in the mutation that ends it, with the result, ignored columns and seconds taken."""
+    if asker is not None:
+        began = time.perf_counter()
+        async with asking.last_stretch(entry, upload, wanted, spool or upload.pipe, asker) as found:
+            yield *found, time.perf_counter() - began
+    else:
+        async with entry.mutation() as machine:
+            began = time.perf_counter()
+            found = await upload.run(lambda pipe: replay(machine, wanted, spool or pipe, pipe.check))
+            yield *found, time.perf_counter() - began
+
+
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -243,7 +265,9 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
     summary="Replay a trace",
     description=(
         "One transaction: its effects are published together when it ends, and whatever goes wrong leaves the VM as it "
-        "was. Arrow streams, NDJSON and packed records are replayed while they arrive. Columns: `gpa` u64 (required), "
+        "was. With `on_violation=ask` it pauses at every refusal, commits what came before, and asks the attached "
+        "introspection tools; problems then say with `resume_at` what is committed. "
+        "Arrow streams, NDJSON and packed records are replayed while they arrive. Columns: `gpa` u64 (required), "
         "`size` u16 (8), `access` u8 (1), `vcpu` u16 (0), `gva` u64, `kind` u8 (0), `linear` u8 (1: valid), `source` "
         "u8 (0: guest), `insn_len` u8 (0: not known); packed records have only the first four."
     ),
@@ -271,7 +295,8 @@ async def create_trace(
     request: Request,
     vm: VmId,
     on_violation: Annotated[
-        OnViolation, Query(description="What becomes of a write that is refused; `ask` is reserved.")
+        OnViolation,
+        Query(description="What becomes of a write that is refused; `ask`: what an introspection tool says."),
     ] = "skip",
     start: Annotated[
         int, Query(ge=0, lt=1 << 63, description="Skip the records before this one; indices stay absolute.")
@@ -291,8 +316,6 @@ async def create_trace(
     entry = find(request, vm)
     settings = settings_of(request)
     media = content_type(request, tuple(FORMATS))
-    if on_violation == "ask":
-        raise InvalidDocument("is not yet supported", field="on_violation", value="ask", code="not-yet-supported")
     kept = settings.max_exit_records if max_exit_records is None else max_exit_records
     if kept > settings.max_exit_records:
         raise InvalidDocument(f"must be at most {settings.max_exit_records}", field="max_exit_records", value=kept)
@@ -304,11 +327,10 @@ async def create_trace(
             else None
         )
         try:
-            async with entry.mutation() as machine:
-                began = time.perf_counter()
-                result, ignored = await upload.run(lambda pipe: replay(machine, wanted, spool or pipe, pipe.check))
-                seconds = time.perf_counter() - began
+            asker = asker_of(request, entry, traced=True) if on_violation == asking.ASK else None
+            async with replayed(entry, upload, wanted, spool, asker) as (result, ignored, seconds):
                 trace_id, sequence = entry.traces.next_id()
+                trace_id = asker.trace or trace_id if asker is not None else trace_id
                 kept_records = len(result.exit_columns)
                 now = datetime.now(UTC)
                 trace = Trace(trace_id, sequence, wanted, result, ignored, now, seconds, kept_records)

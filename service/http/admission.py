@@ -17,6 +17,7 @@ from service.http.handlers import problem_response
 from service.http.idempotency import Idempotency
 from service.http.limits import WITH_BODY, bounded
 from service.http.negotiation import acceptable
+from service.http.sockets import check_origin, token_among
 from service.problems import ServiceError
 from service.security.access import AccessControl, Permission
 from service.settings import Settings
@@ -29,6 +30,7 @@ _READ = frozenset(
         b"content-length",
         b"host",
         b"idempotency-key",
+        b"origin",
         b"transfer-encoding",
     }
 )
@@ -47,10 +49,14 @@ def gated(route: Declared, app: ASGIApp) -> ASGIApp:
 
     async def gate(scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["app"].state
+        websocket = scope["type"] == "websocket"
         headers = _wanted(scope["headers"])
         try:
             access = cast(AccessControl, state.access)
-            access.admit(scope, route.permission or "admin", headers.get(b"authorization"), headers.get(b"host"))
+            if websocket:
+                check_origin(headers.get(b"origin"), headers.get(b"host"), cast(Settings, state.settings).cors_origins)
+            given = headers.get(b"authorization") or (token_among(scope["subprotocols"]) if websocket else None)
+            access.admit(scope, route.permission or "admin", given, headers.get(b"host"))
             if len(route.offers) == 1 and b"accept" in headers:
                 acceptable(headers[b"accept"].decode("latin-1"), route.offers)
             if scope["type"] == "http" and scope["method"] in WITH_BODY:
@@ -60,7 +66,7 @@ def gated(route: Declared, app: ASGIApp) -> ASGIApp:
                     await keys.once(headers[b"idempotency-key"], app, scope, receive, send)
                     return
         except (ServiceError, EngineError) as refused:
-            if scope["type"] == "websocket":
+            if websocket:
                 await receive()  # the opening, which the refusal answers
             await problem_response(HTTPConnection(scope), refused)(scope, receive, send)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AsyncExitStack
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.errors import EngineError
@@ -14,8 +14,6 @@ from service.runtime.registry import Registry
 
 _API = "/v1/"
 _VMS = "/v1/vms/"
-# RFC 6455: try again later.
-_TRY_AGAIN_LATER = 1013
 
 
 def _vm_of(path: str) -> str | None:
@@ -44,8 +42,7 @@ class StoreGate:
                 await stack.enter_async_context(self.registry.using(_vm_of(scope["path"])))
             except (ServiceError, EngineError) as refused:
                 if scope["type"] == "websocket":
-                    await send({"type": "websocket.close", "code": _TRY_AGAIN_LATER, "reason": str(refused)[:120]})
-                else:
-                    await problem_response(Request(scope, receive), refused)(scope, receive, send)
+                    await receive()  # the opening, which the refusal answers
+                await problem_response(HTTPConnection(scope), refused)(scope, receive, send)
                 return
             await self.app(scope, receive, send)

@@ -8,9 +8,9 @@ import shutil
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
-from typing import IO, Self, TypeVar, cast
+from typing import IO, Any, Self, TypeVar, cast
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -139,6 +139,39 @@ async def _pump(request: Request, pipe: BodyPipe) -> None:
             raise ClientDisconnect
 
 
+async def first(coming: Coroutine[Any, Any, T], failing: asyncio.Task[None]) -> T:
+    """The outcome of ``coming``, which is given up when ``failing`` ends, as that does only by an exception."""
+    waiting = asyncio.get_running_loop().create_task(coming)
+    try:
+        await asyncio.wait((waiting, failing), return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            await failing
+        return waiting.result()
+    finally:
+        waiting.cancel()
+        await asyncio.wait((waiting,))
+        if not waiting.cancelled():
+            waiting.exception()
+
+
+async def while_connected(request: Request, coming: Coroutine[Any, Any, T]) -> T:
+    """The outcome of ``coming`` for a request whose body was read; ClientDisconnect when its client leaves before."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        raise ClientDisconnect
+
+    leaving = asyncio.get_running_loop().create_task(watch())
+    try:
+        return await first(coming, leaving)
+    finally:
+        leaving.cancel()
+        await asyncio.wait((leaving,))
+        if not leaving.cancelled():
+            leaving.exception()
+
+
 class Upload:
     """The body of one request, flowing into a pipe while work in threads reads it. Use as an async context manager.
 
@@ -161,6 +194,10 @@ class Upload:
         await asyncio.wait((self._pump,))
         if not self._pump.cancelled():
             self._pump.exception()  # told by run, or of no interest to anybody any more
+
+    async def until(self, coming: Coroutine[Any, Any, T]) -> T:
+        """The outcome of something else than work in a thread, unless the request fails first."""
+        return await first(coming, self._pump)
 
     async def run(self, work: Callable[[BodyPipe], T]) -> T:
         """``work(pipe)`` in a thread. Its result counts even if the client left while it came to its end."""

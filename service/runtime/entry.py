@@ -13,6 +13,7 @@ from engine.errors import NotFound, OutOfMemory
 from engine.machine import VirtualMachine
 from service.problems import NotReady, StoreUnavailable
 from service.runtime.changes import batches_of, changes_of
+from service.runtime.desk import Desk
 from service.runtime.events import EventLog
 from service.runtime.home import Home
 from service.runtime.traces import TraceStore
@@ -52,6 +53,7 @@ class Entry:
     leaving: bool = False
     doubtful: bool = False
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    desk: Desk = field(default_factory=Desk)
 
     @property
     def machine(self) -> VirtualMachine:
@@ -103,11 +105,12 @@ class Entry:
     async def _commit(self, before: VirtualMachine, after: VirtualMachine) -> None:
         """Make the change durable, then show it. Nothing is awaited between the one and the other."""
         if self.gone:
-            raise self._absence()
+            raise self.absence()
         if self.leaving:
             await self.home.delete(self.record())
             self.gone = True
             self.events.close("deleted")
+            self.desk.end(self.absence)
         else:
             added = self.traces.added()
             traces, dropped = self.traces.coming()
@@ -129,7 +132,7 @@ class Entry:
     async def load(self) -> None:
         """Read the machine from the store unless it is here. Raises NotFound if it is gone, StoreUnavailable."""
         if self.gone:
-            raise self._absence()
+            raise self.absence()
         if self.loaded is not None and not self.doubtful:
             return
         async with self.loading:
@@ -150,7 +153,7 @@ class Entry:
                 self.traces.adopt(traces)
                 self.loaded = machine
 
-    def _absence(self) -> Exception:
+    def absence(self) -> Exception:
         """Why there is no such machine any more."""
         if self.lost:
             return StoreUnavailable("another process has taken the store over; nothing was changed")

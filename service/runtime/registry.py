@@ -79,6 +79,7 @@ class Registry:
         for entry in self._entries.values():
             entry.gone = entry.lost = True
             entry.events.close("store-lost")
+            entry.desk.end(entry.absence)
         self._entries = {}
 
     def end_streams(self, reason: str) -> None:

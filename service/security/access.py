@@ -172,6 +172,15 @@ class AccessControl:
             else:
                 told()
 
+    def holds(self, principal: Principal) -> bool:
+        """Whether a caller that was let in would be let in still: connections outlive the tokens they came with."""
+        if not principal.token:
+            return not self.guarded
+        if self._fixed is not None and principal is self._fixed[1]:
+            return True
+        known = self._tokens.get(principal.token)
+        return known is not None and known[0].usable(self._clock())
+
     def admit(self, scope: Scope, permission: Permission, authorization: bytes | None, host: bytes | None) -> Principal:
         """The caller of a route that demands ``permission``; also left in ``scope["principal"]``, refused or not.
 

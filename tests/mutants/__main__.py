@@ -22,6 +22,7 @@ from queue import SimpleQueue
 
 from . import (
     arch,
+    asking,
     cpu_cache,
     cpu_controls,
     cpu_decision,
@@ -58,6 +59,7 @@ PACKAGES = (
     hyperv,
     nested,
     trace,
+    asking,
     store,
 )
 MUTANTS: tuple[Mutant, ...] = tuple(mutant for package in PACKAGES for mutant in package.MUTANTS)

@@ -89,12 +89,6 @@ def test_refused(vm: str, client: ContractClient, members: dict[str, Any], field
     assert reply.json()["field"] == field
 
 
-def test_asking_is_reserved(vm: str, client: ContractClient) -> None:
-    reply = client.post(f"{vm}/accesses", json={"gpa": 0, "on_violation": "ask"})
-    assert reply.status_code == 422
-    assert reply.json()["code"] == "not-yet-supported" and reply.json()["field"] == "on_violation"
-
-
 def test_walk_explains_and_changes_nothing(guarded: str, client: ContractClient) -> None:
     before = client.get(f"{guarded}/counters").json()
     missing = client.get(f"{guarded}/walk?gpa=0x2080").json()

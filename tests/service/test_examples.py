@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 # What each of them prints, beside asserting its figures.
 EXAMPLES = {
     "introspection": r"^\d+ events; whole pages would have made \d+$",
+    "live_introspection": r"^6 questions: allow 2, grant 1, retry 1, skip 2$",
     "checkpoint": r"^[1-9]\d* bytes saved",
     "device": r"exits for the doorbell: \d+ times fewer$",
 }

@@ -211,10 +211,6 @@ def test_refused_options(guarded: str, client: ContractClient, query: str, field
         assert refused(reply)["field"] == field
 
 
-def test_ask_is_reserved(guarded: str, client: ContractClient) -> None:
-    assert refused(post(client, guarded, gpa8([0]), "on_violation=ask"))["code"] == "not-yet-supported"
-
-
 def test_packed_needs_its_layout(guarded: str, client: ContractClient) -> None:
     reply = client.post(f"{guarded}/traces", content=bytes(16), headers={"Content-Type": bodies.PACKED})
     assert refused(reply)["field"] == "record"

@@ -1,0 +1,276 @@
+"""A replay that pauses at what ``stop`` would stop at, is published, and goes on when somebody has said how.
+
+Each stretch between two pauses is a change of its own, on the state that the machine has by then: bitmaps, protections
+and tables may have changed meanwhile. Totals and exit records span all stretches. What an answer does is what the
+kernel does under the ``on_violation`` of that name, so that always answering the same comes to the same totals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.arch import access as acc
+from engine.config import choices
+from engine.cpu.frames import Machine
+from engine.errors import LimitExceeded
+from engine.kvm import registers as reg
+from engine.kvm import resolutions as res
+from engine.kvm import run
+from engine.store import Draft
+from engine.trace import objects, replay
+from engine.trace.columns import TraceChunk
+from engine.trace.results import ExitColumns, ObjectHits, TraceResult
+from engine.trace.session import ASK, Replay, ReplayOptions, frozen
+
+ANSWERS = ("allow", "skip", "grant", "retry", "stop")
+
+# Exit records find their objects by address. Where the objects change during a replay, the bits above an address
+# (52 and up) number the set of objects that counted when the exit happened.
+SET_SHIFT = 52
+MAX_SETS = 1 << (63 - SET_SHIFT)
+
+
+class Place(NamedTuple):
+    """Where a replay paused: the chunk, the index of its first record, the position of the record in it."""
+
+    chunk: TraceChunk
+    base: int
+    position: int
+
+    @property
+    def record(self) -> int:
+        """Index of the record in the trace."""
+        return self.base + self.position
+
+    @property
+    def words(self) -> tuple[int, int]:
+        """The two words of the record."""
+        gpa, word = self.chunk.records[self.position].view(np.int64).tolist()
+        return gpa, word
+
+    @property
+    def access(self) -> int:
+        return self.words[1] >> 16 & acc.ACCESS_MASK
+
+
+class AskingReplay(Replay):
+    """A replay that asks. ``feed`` returns False at a pause too: ``asked`` is then the exit that is asked about.
+
+    Publish it, have the answer, take it on with ``go_on`` on a change of the machine as it is by then, and ``answer``.
+    """
+
+    def __init__(
+        self,
+        draft: Draft,
+        options: ReplayOptions,
+        targets: objects.Targets,
+        before: Callable[[TraceChunk], None] | None = None,
+    ) -> None:
+        super().__init__(draft, options, targets, before)
+        self._place: Place | None = None
+        self._counted = np.zeros_like(self.tally)
+        self._sets = [targets]
+        self._set = 0
+        self._gone: dict[str, ObjectHits] = {}
+        self._changed = False
+        self._ended_in = res.VIOLATION
+        # Whether a grant has made an access run again.
+        self.attempted = False
+
+    # The pause
+
+    def _stop(self, chunk: TraceChunk, base: int, position: int) -> None:
+        self._place = Place(chunk, int(base), int(position))
+        self._ended_in = self._ending()
+
+    @property
+    def paused_at(self) -> int | None:
+        """Index of the record that is asked about; None unless the replay has paused."""
+        return self._place.record if self._place is not None else None
+
+    @property
+    def asked(self) -> ExitColumns:
+        """The one exit that is asked about."""
+        assert self._place is not None
+        last = int(self._used[0]) - 1
+        return super()._columns(self._log[last : last + 1], self._place.chunk, self._place.base)
+
+    def uncounted(self) -> NDArray[np.int64]:
+        added = self.tally - self._counted
+        self._counted[:] = self.tally
+        return added
+
+    def go_on(self, draft: Draft, targets: objects.Targets, before: Callable[[TraceChunk], None] | None = None) -> None:
+        """The answer is coming: take on the machine as it is now."""
+        assert self._place is not None
+        # Drafts begin from what was published: the very same arrays unless somebody else changed something.
+        self._changed = draft.base is not self._draft.machine
+        self._draft, self._before = draft, before
+        if targets is not self._targets:
+            self._take_objects(targets, self._place)
+        if before is not None:
+            before(self._place.chunk)
+
+    # The answer
+
+    def answer(self, action: str) -> bool:
+        """Do to the access what was answered and replay the rest of its chunk.
+
+        False: the replay ends there, or has paused again. Raises InvalidValue for what is no answer.
+        """
+        choices(action, ANSWERS, "action")
+        place = self._place
+        assert place is not None
+        if action == "stop":
+            self._place = None
+            self.stopped_at = place.record
+            self._end_chunk(place.chunk, place.base)
+            return False
+        if action == "retry":
+            # The guest runs the instruction again: what exits again counts again, for objects as in the totals.
+            self._drain(place.chunk if self._options.carry else None, place.base)
+            self._seen.fill(-1)
+            self._touched.fill(-1)
+            self._place = None
+            return self._run(place.chunk, place.base, place.position)
+        if action == "grant" and place.access == acc.WRITE and (self._grants(place) or self._changed):
+            self._attempt(place)
+        else:
+            if action == "allow":
+                self._land(place)
+            self.tally[reg.RECORDS] += 1
+            self.tally[reg.WRITES] += place.access == acc.WRITE
+        self._place = None
+        return self._run(place.chunk, place.base, place.position + 1)
+
+    def _ready(self) -> Machine:
+        self._draft.ensure()
+        return self._draft.machine
+
+    def _land(self, place: Place) -> None:
+        """Tell the dirty logs of a write that lands though it was refused."""
+        gpa, word = place.words
+        if place.access == acc.WRITE and self._ended_in == res.VIOLATION:
+            replay.note_landing(self._ready(), gpa, word & 0xFFFF)
+
+    def _ending(self) -> int:
+        """How the last exit of the log ended."""
+        return int(self._log[int(self._used[0]) - 1, run.EXIT_REASON]) >> 16 & 0xFF
+
+    def _grants(self, place: Place) -> bool:
+        gpa, word = place.words
+        granted = bool(replay.grant_touched(self._ready(), gpa, word & 0xFFFF, self._trail))
+        self.tally[reg.GRANTS] += granted
+        return granted
+
+    def _attempt(self, place: Place) -> None:
+        """Run the access again after a grant: one that is refused once more is not a second violation."""
+        self.attempted = True
+        before = self.tally.copy()
+        listed = self._run_one(place)
+        for counter in (reg.VIOLATIONS, reg.PAGE_GRANULAR, reg.STALE_ACCESSES):
+            self.tally[counter] = before[counter]
+        ending = self._ending() if listed else res.COMPLETED
+        hidden = not self._words[replay.OPTION_LIST_ALL] and ending in (res.VIOLATION, res.INTERNAL_ERROR)
+        if hidden or ending == res.RUN_FAILED:
+            self._used[0] -= 1
+
+    def _run_one(self, place: Place) -> bool:
+        """Run one record as ``skip`` does; whether that listed exits."""
+        chunk, at = place.chunk, place.position
+        words = frozen(chunk.records[at : at + 1].reshape(-1))
+        gvas = self._no_gva if chunk.gva is None else frozen(chunk.gva[at : at + 1])
+        options = self._words.copy()
+        options[replay.OPTION_ON_VIOLATION] = replay.SKIP
+        while True:
+            listed = int(self._used[0])
+            status, _ = replay.replay(
+                self._draft.machine,
+                words,
+                gvas,
+                0,
+                place.record,
+                options,
+                self._trail,
+                self._log,
+                self._used,
+                self.tally,
+            )
+            if status == replay.NEED_FRAMES:
+                self._draft.ensure()
+            elif status == replay.LOG_FULL:
+                self._drain(chunk if self._options.carry else None, place.base)
+            elif status == replay.DONE:
+                return int(self._used[0]) > listed
+            else:
+                self._refuse(status, words, 0, place.record)
+
+    # Objects that come and go
+
+    def _take_objects(self, targets: objects.Targets, place: Place) -> None:
+        """From here on these objects count; what was counted for one by name goes on to count for it."""
+        self._drain(place.chunk if self._options.carry else None, place.base)
+        before, hits, seen, touched = self._by_object(), self._hits, self._seen, self._touched
+        position = {name: at for at, name in enumerate(self._targets.names)}
+        self._aim(targets)
+        for at, name in enumerate(targets.names):
+            if name in position:
+                was = position[name]
+                self._hits[at], self._seen[at], self._touched[at] = hits[was], seen[was], touched[was]
+            elif name in self._gone:
+                known = self._gone[name]
+                first = -1 if known.first_index is None else known.first_index
+                self._hits[at] = known.violations, known.collateral, first
+        self._gone = {name: hit for name, hit in before.items() if name not in targets.names}
+        self._set = self._set_of(targets)
+
+    def _set_of(self, targets: objects.Targets) -> int:
+        for number, known in enumerate(self._sets):
+            if known.names == targets.names and np.array_equal(known.index.ranges, targets.index.ranges):
+                return number
+        if len(self._sets) == MAX_SETS:
+            rule = f"protections have up to {MAX_SETS} states in the course of a replay that asks"
+            raise LimitExceeded(rule, field="on_violation", value=ASK)
+        self._sets.append(targets)
+        return len(self._sets) - 1
+
+    def _by_object(self) -> dict[str, ObjectHits]:
+        return {**self._gone, **super()._by_object()}
+
+    def _columns(self, log: NDArray[np.int64], chunk: TraceChunk | None, base: int) -> ExitColumns:
+        found = super()._columns(log, chunk, base)
+        if self._set:
+            found = replace(found, record_gpa=found.record_gpa | np.uint64(self._set << SET_SHIFT))
+        return found
+
+    def result(self) -> TraceResult:
+        """Totals and exit records of all stretches."""
+        found = super().result()
+        if len(self._sets) == 1:
+            return found
+        index, names = _united(self._sets)
+        columns = replace(found.exit_columns, object_index=index, object_names=names)
+        return replace(found, exit_columns=columns)
+
+
+def _united(sets: Sequence[objects.Targets]) -> tuple[objects.ObjectIndex, tuple[str, ...]]:
+    """One index for several sets of objects, each at its number above the addresses, and the names of all."""
+    names = tuple(dict.fromkeys(name for known in sets for name in known.names))
+    position = {name: at for at, name in enumerate(names)}
+    parts = [np.zeros((0, 3), dtype=np.int64)]
+    for number, known in enumerate(sets):
+        ranges = known.index.ranges.copy()
+        ranges[:, :2] += number << SET_SHIFT
+        ranges[:, 2] = [position[known.names[at]] for at in ranges[:, 2].tolist()]
+        parts.append(ranges)
+    return objects.index_of(np.concatenate(parts)), names
+
+
+def kind_of(options: ReplayOptions) -> type[Replay]:
+    """The class of a replay with these options."""
+    return AskingReplay if options.on_violation == ASK else Replay

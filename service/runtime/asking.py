@@ -1,0 +1,164 @@
+"""Replays and accesses that ask: each stretch is a mutation, and between two of them the machine is anybody's.
+
+What ends one after its first pause (the machine is deleted, the client leaves, the service stops, a record is bad, the
+store fails) leaves what was committed at the last pause; the exception says up to which record that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+from engine.machine import VirtualMachine
+from engine.trace.asked_access import AskedAccess
+from engine.trace.asking import AskingReplay
+from engine.trace.columns import TraceChunk
+from engine.trace.readers import Source, TraceReader, open_trace
+from engine.trace.results import ExitColumns, TraceResult
+from engine.trace.single import AccessRequest, AccessResult
+from service.problems import RESUME_AT, NotReady
+from service.runtime.bodies import Upload
+from service.runtime.desk import Question, Resolution
+from service.runtime.entry import Entry
+from service.runtime.traces import TraceRequest
+from service.settings import Settings
+
+ASK = "ask"
+
+
+class Tallied(Protocol):
+    """Where questions are counted."""
+
+    def asked(self) -> None: ...
+
+    def answered(self, resolution: Resolution) -> None: ...
+
+
+class Asker:
+    """Asks about one replay or access; ``trace`` is the id that its result will have."""
+
+    def __init__(
+        self,
+        entry: Entry,
+        settings: Settings,
+        metrics: Tallied,
+        draining: Callable[[], bool],
+        trace: str | None = None,
+    ) -> None:
+        self._entry = entry
+        self._settings = settings
+        self._metrics = metrics
+        self._draining = draining
+        self.trace = trace
+        self._last: tuple[int, int] = (-1, 0)
+
+    async def ask(self, asked: ExitColumns) -> str:
+        """What is to become of the access that this exit is about."""
+        record, attempt = int(asked.column("index")[0]), 1
+        if record == self._last[0]:
+            attempt = self._last[1] + 1
+        self._last = (record, attempt)
+        if self._entry.gone:
+            raise self._entry.absence()
+        self._metrics.asked()
+        resolution = await self._entry.desk.ask(
+            Question(asked, self.trace, attempt),
+            self._settings.ask_default_action,
+            self._settings.max_questions,
+            self._give_up,
+        )
+        self._metrics.answered(resolution)
+        assert resolution.action is not None
+        return resolution.action
+
+    def _give_up(self) -> Exception | None:
+        if self._draining():
+            return NotReady("the service is stopping, and the tool that was asked has been sent away")
+        return None
+
+
+class _Stretches:
+    """One replay that asks, from its first stretch to its last. ``run`` is for a thread."""
+
+    def __init__(self, request: TraceRequest, source: Source) -> None:
+        self._request = request
+        self._source = source
+        self._reader: TraceReader | None = None
+        self._chunks: Iterator[TraceChunk] = iter(())
+        self._replay: AskingReplay | None = None
+        self.asked: ExitColumns | None = None
+
+    @property
+    def paused_at(self) -> int | None:
+        return self._replay.paused_at if self._replay is not None else None
+
+    def run(
+        self, machine: VirtualMachine, action: str | None, check: Callable[[], None]
+    ) -> tuple[TraceResult, tuple[str, ...]] | None:
+        """Do what was answered and go on to the next question (None) or to the end."""
+        if self._reader is None:
+            request = self._request
+            self._reader = open_trace(request.format, self._source, record=request.record, carry=request.carry)
+            self._chunks = iter(self._reader)
+        with machine.replay(self._request.options(), self._replay) as run:
+            assert isinstance(run.replay, AskingReplay)
+            self._replay = run.replay
+            check()
+            going = action is None or self._replay.answer(action)
+            while going and (chunk := next(self._chunks, None)) is not None:
+                check()
+                going = run.feed(chunk)
+            check()
+            if self._replay.paused_at is not None:
+                self.asked = self._replay.asked
+                run.pause()
+                return None
+            return run.finish(), self._reader.ignored_columns
+
+
+@asynccontextmanager
+async def last_stretch(
+    entry: Entry, upload: Upload, request: TraceRequest, source: Source, asker: Asker
+) -> AsyncIterator[tuple[TraceResult, tuple[str, ...]]]:
+    """Replay with ``ask``; the block runs in the mutation of the last stretch, with the result of all."""
+    stretches = _Stretches(request, source)
+    action: str | None = None
+    committed: int | None = None
+    try:
+        while True:
+            async with entry.mutation() as machine:
+                taken = action
+                found = await upload.run(lambda pipe: stretches.run(machine, taken, pipe.check))  # noqa: B023
+                if found is not None:
+                    yield found
+                    return
+            committed = stretches.paused_at
+            assert stretches.asked is not None
+            action = await upload.until(asker.ask(stretches.asked))
+    except Exception as error:
+        if committed is not None:
+            setattr(error, RESUME_AT, committed)
+        raise
+
+
+async def access(
+    entry: Entry, request: AccessRequest, asker: Asker, note: Callable[[Entry, AccessResult], None]
+) -> AccessResult:
+    """One access that asks. ``note`` is called with its outcome, in the mutation that ends it."""
+    run = AskedAccess()
+    committed = False
+    try:
+        while True:
+            async with entry.mutation() as machine:
+                outcome = machine.access(request, run)
+                if run.asked is None:
+                    note(entry, outcome)
+            if run.asked is None:
+                return outcome
+            committed = True
+            run.answer(await asker.ask(run.asked))
+    except Exception as error:
+        if committed:
+            setattr(error, RESUME_AT, 0)
+        raise

@@ -1,0 +1,186 @@
+"""Where accesses that ask meet the tools that answer: one desk for each machine, used from the event loop only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from engine.errors import Conflict, LimitExceeded, NotFound
+from engine.trace.results import ExitColumns
+
+# What a tool answers when another one is to decide.
+PASS = "pass"
+
+
+@dataclass(frozen=True, slots=True)
+class Interest:
+    """Which questions a tool wants: those that fit every member that is given."""
+
+    kinds: frozenset[str] | None = None
+    accesses: frozenset[int] | None = None
+    objects: frozenset[str] | None = None
+    gfns: tuple[tuple[int, int], ...] | None = None  # (first, end)
+
+
+@dataclass(slots=True, eq=False)
+class Question:
+    """One exit that a replay or an access waits at. ``attempt`` counts from 1: each ``retry`` may ask again.
+
+    ``trace`` is the id that the result of the replay will have, None for a single access; ``exit`` is one record.
+    """
+
+    exit: ExitColumns
+    trace: str | None
+    attempt: int
+    id: str = field(default_factory=lambda: f"q_{secrets.token_hex(8)}")
+    tool: Tool | None = None
+    answer: asyncio.Future[str | None] | None = None
+
+    def fits(self, interest: Interest) -> bool:
+        """Whether a tool wants to be asked."""
+        gfn = int(self.exit.column("gfn")[0])
+        return (
+            (interest.kinds is None or self.exit.resolution_names()[0] in interest.kinds)
+            and (interest.accesses is None or int(self.exit.column("access")[0]) in interest.accesses)
+            and (interest.objects is None or not interest.objects.isdisjoint(self.exit.objects()[0]))
+            and (interest.gfns is None or any(first <= gfn < end for first, end in interest.gfns))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What was decided, and how: ``reason`` is answer, default, or ended where nothing was. ``by`` is a tool's id."""
+
+    action: str | None
+    reason: str
+    by: str | None = None
+    timeouts: int = 0
+
+
+class Tool(ABC):
+    """An attached tool. What it is told must not make the one who tells wait."""
+
+    id: str
+    priority: int
+    interest: Interest
+    timeout: float
+    default_action: str | None
+
+    @property
+    @abstractmethod
+    def entitled(self) -> bool:
+        """Whether it may be asked still. One that may not leaves by itself."""
+
+    @abstractmethod
+    def ask(self, question: Question) -> None:
+        """Put a question to it."""
+
+    @abstractmethod
+    def tell(self, question: Question, resolution: Resolution) -> None:
+        """What became of a question that was put to it."""
+
+    @abstractmethod
+    def dismiss(self, why: Exception) -> None:
+        """The machine is gone: the connection ends."""
+
+
+class Desk:
+    """The tools of one machine, and the questions that wait."""
+
+    def __init__(self) -> None:
+        self.tools: list[Tool] = []
+        self.questions: dict[str, Question] = {}
+        self.connections = 0
+
+    # Tools
+
+    def attach(self, tool: Tool) -> None:
+        """Ask it from now on."""
+        self.tools.append(tool)
+        self.tools.sort(key=lambda known: -known.priority)  # stable: of equals the first that came
+
+    def detach(self, tool: Tool) -> None:
+        """Ask it no more; what it was asked goes to the next."""
+        if tool not in self.tools:
+            return
+        self.tools.remove(tool)
+        for question in self.questions.values():
+            if question.tool is tool and question.answer is not None and not question.answer.done():
+                question.answer.set_result(None)
+
+    def answer(self, tool: Tool, question_id: str, action: str) -> None:
+        """What a tool says. Raises NotFound for a question that does not wait, Conflict for another tool's."""
+        question = self.questions.get(question_id)
+        if question is None:
+            raise NotFound("must be the id of a question that waits for an answer", field="id", value=question_id)
+        if question.tool is not tool or question.answer is None or question.answer.done():
+            raise Conflict("the question is not put to this tool, or not any more", field="id", value=question_id)
+        question.answer.set_result(action)
+
+    def end(self, why: Callable[[], Exception]) -> None:
+        """The machine is gone: who waits gets an exception that says so, tools are dismissed."""
+        for question in self.questions.values():
+            if question.answer is not None and not question.answer.done():
+                question.answer.set_exception(why())
+        for tool in list(self.tools):
+            tool.dismiss(why())
+
+    # Questions
+
+    async def ask(
+        self, question: Question, default_action: str, most: int, give_up: Callable[[], Exception | None]
+    ) -> Resolution:
+        """Put a question to one tool after the other until one answers.
+
+        The default is that of the first of those asked that has one and is still there, else ``default_action``.
+        ``give_up`` may name a reason to end instead of going on without a tool that has left. Raises that,
+        LimitExceeded when ``most`` questions wait already, or why the machine is gone.
+        """
+        if len(self.questions) >= most:
+            rule = f"at most {most} accesses of one machine may wait for an answer"
+            raise LimitExceeded(rule, field="max_questions", value=most)
+        self.questions[question.id] = question
+        asked: list[Tool] = []
+        timeouts = 0
+        resolution = Resolution(None, "ended")
+        try:
+            while (tool := self._next(question, asked)) is not None:
+                asked.append(tool)
+                action = None
+                try:
+                    async with asyncio.timeout(tool.timeout):
+                        action = await self._put(question, tool)
+                except TimeoutError:
+                    timeouts += 1
+                if action not in (None, PASS):
+                    resolution = Resolution(action, "answer", tool.id, timeouts)
+                    return resolution
+                reason = give_up() if tool not in self.tools else None
+                if reason is not None:
+                    raise reason
+            left = (tool.default_action for tool in asked if tool in self.tools and tool.default_action)
+            resolution = Resolution(next(left, default_action), "default", None, timeouts)
+            return resolution
+        finally:
+            del self.questions[question.id]
+            for tool in asked:
+                if tool in self.tools:
+                    tool.tell(question, resolution)
+
+    def _next(self, question: Question, asked: list[Tool]) -> Tool | None:
+        fitting = (tool for tool in self.tools if tool not in asked and question.fits(tool.interest))
+        return next((tool for tool in fitting if tool.entitled), None)
+
+    async def _put(self, question: Question, tool: Tool) -> str | None:
+        question.tool, question.answer = tool, asyncio.get_running_loop().create_future()
+        try:
+            tool.ask(question)
+            return await question.answer
+        finally:
+            question.tool = None
+            with contextlib.suppress(asyncio.InvalidStateError):
+                question.answer.cancel()

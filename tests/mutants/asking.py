@@ -1,0 +1,100 @@
+"""Faults of replays and accesses that ask."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+from .paths import ASKING, named
+
+ASKING_PY = "engine/trace/asking.py"
+ACCESS_PY = "engine/trace/asked_access.py"
+
+MUTANTS = (
+    Mutant(
+        "asking-writes",
+        ASKING_PY,
+        "self.tally[reg.WRITES] += place.access == acc.WRITE",
+        "self.tally[reg.WRITES] += 1",
+        "only a write that was answered is a write",
+        named(ASKING, "always_the_same_answer"),
+    ),
+    Mutant(
+        "asking-second-violation",
+        ASKING_PY,
+        "for counter in (reg.VIOLATIONS, reg.PAGE_GRANULAR, reg.STALE_ACCESSES):",
+        "for counter in (reg.VIOLATIONS, reg.STALE_ACCESSES):",
+        "a granted access counts once for page granularity",
+        named(ASKING, "always_the_same_answer"),
+    ),
+    Mutant(
+        "asking-landing",
+        ASKING_PY,
+        "if place.access == acc.WRITE and self._ended_in == res.VIOLATION:",
+        "if place.access == acc.READ and self._ended_in == res.VIOLATION:",
+        "dirty logs are told of a write that was allowed",
+        named(ASKING, "dirty_logs_are_told_as_by_a_replay"),
+    ),
+    Mutant(
+        "asking-counted-twice",
+        ASKING_PY,
+        "self._counted[:] = self.tally",
+        "pass",
+        "each stretch adds its own part to the totals of the machine",
+        named(ASKING, "always_the_same_answer"),
+    ),
+    Mutant(
+        "asking-retry-skips",
+        ASKING_PY,
+        "return self._run(place.chunk, place.base, place.position)",
+        "return self._run(place.chunk, place.base, place.position + 1)",
+        "retry runs the same record",
+        named(ASKING, "retry_runs_on_the_state_as_it_is"),
+    ),
+    Mutant(
+        "asking-retry-seen",
+        ASKING_PY,
+        "self._seen.fill(-1)",
+        "pass",
+        "a retried violation counts for its object again",
+        named(ASKING, "retry_that_is_refused_again_counts_again"),
+    ),
+    Mutant(
+        "asking-change-unnoticed",
+        ASKING_PY,
+        "self._changed = draft.base is not self._draft.machine",
+        "self._changed = False",
+        "a grant of what was opened meanwhile runs the access",
+        named(ASKING, "grant_of_what_was_opened_meanwhile_runs_it"),
+    ),
+    Mutant(
+        "asking-objects-of-now",
+        ASKING_PY,
+        "self._set = self._set_of(targets)",
+        "self._set = 0",
+        "an exit record names the objects that were protected when it happened",
+        named(ASKING, "objects_that_come_and_go"),
+    ),
+    Mutant(
+        "asking-hits-forgotten",
+        ASKING_PY,
+        "elif name in self._gone:",
+        "elif name == self._gone:",
+        "an object that comes back goes on to be counted",
+        named(ASKING, "objects_that_come_and_go"),
+    ),
+    Mutant(
+        "asked-access-counts-again",
+        ACCESS_PY,
+        "tally[counter] = 0",
+        "pass",
+        "an access that runs again is one record",
+        named(ASKING, "an_access_retried"),
+    ),
+    Mutant(
+        "asked-access-outcome",
+        ACCESS_PY,
+        "attempt = replace(whole, exit_columns=whole.exit_columns[self._before :])",
+        "attempt = whole",
+        "a retry that goes through is an access that completed",
+        named(ASKING, "an_access_retried"),
+    ),
+)
