@@ -115,7 +115,9 @@ def succeeded(url: str) -> tuple[set[str], int]:
     """The routes with a success, and the number of successes, as the server counts them."""
     with httpx2.Client(headers={"Authorization": f"Bearer {TOKEN}"}) as client:
         text = client.get(f"{url}/metrics").text
-    counted = re.findall(r'^subpage_request_seconds_count{method="(\w+)",route="([^"]+)",status="2\d\d"} (\S+)$', text, re.M)
+    counted = re.findall(
+        r'^subpage_request_seconds_count{method="(\w+)",route="([^"]+)",status="2\d\d"} (\S+)$', text, re.M
+    )
     return {f"{method} {route}" for method, route, _ in counted}, sum(int(float(count)) for _, _, count in counted)
 
 
@@ -141,7 +143,15 @@ def main() -> int:
     options, further = parser.parse_known_args()
     log: list[str] = []
     with tempfile.TemporaryDirectory() as folder, server(log) as url:
-        report = run(url, round(options.minutes * 60), Path(folder), options.phases, seed=options.seed, output=None, options=tuple(further))
+        report = run(
+            url,
+            round(options.minutes * 60),
+            Path(folder),
+            options.phases,
+            seed=options.seed,
+            output=None,
+            options=tuple(further),
+        )
         routes, successes = succeeded(url)
     for line in log[-100:]:
         sys.stdout.write(f"server: {line}\n")
