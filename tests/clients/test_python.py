@@ -51,7 +51,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_nothing_is_missing(generated: tuple[Path, str]) -> None:
     folder, said = generated
-    assert set(re.findall(r"^Unsupported content type (\S+)$", said, re.M)) == UNKNOWN_MEDIA
+    assert set(re.findall(r"^Unsupported content type (\S+)$", said, re.MULTILINE)) == UNKNOWN_MEDIA
     assert said.count("WARNING") == len(UNKNOWN_MEDIA) and "ERROR" not in said, said
     assert "Unable to" not in said and "Invalid" not in said, said
     operations = sum(len(item) for item in json.loads(CONTRACT.read_text(encoding="utf-8"))["paths"].values())

@@ -2,8 +2,8 @@
 
     python -m tests.contract.breaking [REVISION]
 
-compares openapi/openapi.json with the one that is committed at REVISION: by default with the last one that differs. What
-is accepted all the same stands in openapi/accepted-breaks.txt. ``narrowing`` compares the schemas.
+compares openapi/openapi.json with the one that is committed at REVISION: by default with the last one that differs.
+What is accepted all the same stands in openapi/accepted-breaks.txt. ``narrowing`` compares the schemas.
 """
 
 from __future__ import annotations

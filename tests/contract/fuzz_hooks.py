@@ -1,4 +1,4 @@
-"""What the fuzzer is told of this service: bodies that it cannot make up itself, and where there is something to hit."""
+"""What the fuzzer is told of this service: bodies that it cannot make up, and where there is something to hit."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ _RECORDS = {
 }
 for _media, _made in _RECORDS.items():
     schemathesis.openapi.media_type(_media, _damaged(_records.map(_made)))
-schemathesis.openapi.media_type(
-    "application/octet-stream", st.binary(max_size=256) | st.integers(0, 4096).map(lambda size: bytes(size))
-)
+schemathesis.openapi.media_type("application/octet-stream", st.binary(max_size=256) | st.integers(0, 4096).map(bytes))
 
 
 @schemathesis.serializer(*_RECORDS)

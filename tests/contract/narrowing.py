@@ -4,8 +4,8 @@ Asked forwards of requests: what was allowed must stay allowed. Asked backwards 
 something that they might have said, but for members that are new and for values that a list of them has gained, both of
 which are for clients to expect; and members that were always there must be there still.
 
-Descriptions, examples, titles and defaults say nothing about what is allowed. The comparison knows the keywords that the
-contract uses (``KNOWN``); any other one in a schema that has changed counts as a difference.
+Descriptions, examples, titles and defaults say nothing about what is allowed. The comparison knows the keywords that
+the contract uses (``KNOWN``); any other one in a schema that has changed counts as a difference.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python drive.py URL TOKEN
 
-Asserts what it expects and prints the figures as JSON. Only the client's own types are used, so mypy checks the contract.
+Asserts what it expects and prints the figures as JSON. Only the client's own types are used: mypy checks the contract.
 """
 
 from __future__ import annotations
