@@ -107,7 +107,8 @@ contract: contract-tools $(WARMED) ## Lint the contract, look for breaks, genera
 
 # Where there is no npm, its tools are left out: what needs them says so.
 contract-tools: $(CLIENTS_VENV)/.installed ## Install what `make contract` generates and lints with (npm for some of it)
-	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory $(CLIENTS_NODE)/.installed; \
+	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory $(CLIENTS_NODE)/.installed || \
+	    echo "npm could not install $(CLIENTS)/node/package.json: Spectral and TypeScript are left out" >&2; \
 	else echo "no npm here: Spectral and TypeScript are left out" >&2; fi
 
 api-fuzz: $(WARMED) ## MINUTES of requests made up from the contract, at a real server (ARGS="--seed N --phases stateful")
