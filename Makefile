@@ -7,6 +7,7 @@ SEEDS  = 1
 OPS    = 200000
 SEED   = 1
 ROUNDS = 200
+MINUTES = 20
 STORE  = sqlite
 ARGS   =
 JOBS   = auto
@@ -17,6 +18,13 @@ BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WARMED    := $(VENV)/.warmed
 COVERAGE  := build/coverage
+
+# What the contract is linted with and clients are generated with: a Python environment and packages of npm, both apart.
+CLIENTS      := tests/clients
+CLIENTS_VENV := build/clients
+CLIENTS_NODE := build/node
+SPECTRAL     := $(CLIENTS_NODE)/node_modules/.bin/spectral
+NPM          := npm --no-audit --no-fund --ignore-scripts --loglevel=error
 
 ENGINE_SOURCES := $(shell find engine -name '*.py' 2>/dev/null)
 # The tests that need no service: what the engine's coverage is measured with.
@@ -29,7 +37,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo examples serve test soak kill-test fault-test mutants conformance coverage lint format openapi bench lock clean
+.PHONY: help demo examples serve test soak kill-test fault-test mutants conformance coverage lint format openapi contract contract-tools api-fuzz bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,11 +82,14 @@ coverage: $(INSTALLED) ## Write the lines that the last `make test` covered to b
 	@test -e $(COVERAGE)/all || { echo "No coverage data yet: run 'make test' first." >&2; exit 1; }
 	@$(BIN)/coverage html --data-file=$(COVERAGE)/all
 
-lint: $(INSTALLED) ## ruff, formatting, mypy --strict, and the arrows between the packages
+lint: $(INSTALLED) ## ruff, formatting, mypy --strict, the arrows between the packages, and the contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@if test -x $(SPECTRAL); then echo $(SPECTRAL) lint openapi/openapi.json && \
+	    $(SPECTRAL) lint --fail-severity=warn --ruleset openapi/ruleset.yaml openapi/openapi.json; \
+	else echo "openapi/openapi.json is not linted: 'make contract-tools' installs Spectral, which needs npm" >&2; fi
 
 format: $(INSTALLED) ## Rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix .
@@ -88,6 +99,21 @@ openapi: $(INSTALLED) ## Regenerate openapi/openapi.json and docs/reference.md f
 	$(BIN)/python -m service.openapi --write
 	$(BIN)/python -m service.reference --write
 
+contract: contract-tools $(WARMED) ## Lint the contract, look for breaks, generate clients and do the main job with them
+	@if test -x $(SPECTRAL); then \
+	    $(SPECTRAL) lint --fail-severity=warn --ruleset openapi/ruleset.yaml openapi/openapi.json; fi
+	$(BIN)/python -m tests.contract.breaking $(SINCE)
+	$(BIN)/python -m pytest tests/contract tests/clients $(ARGS)
+
+# Where there is no npm, its tools are left out: what needs them says so.
+contract-tools: $(CLIENTS_VENV)/.installed ## Install what `make contract` generates and lints with (npm for some of it)
+	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory $(CLIENTS_NODE)/.installed || \
+	    echo "npm could not install $(CLIENTS)/node/package.json: Spectral and TypeScript are left out" >&2; \
+	else echo "no npm here: Spectral and TypeScript are left out" >&2; fi
+
+api-fuzz: $(WARMED) ## MINUTES of requests made up from the contract, at a real server (ARGS="--seed N --phases stateful")
+	@$(BIN)/python -m tests.contract.fuzz --minutes $(MINUTES) $(ARGS)
+
 bench: $(WARMED) ## Measure replay and single calls side by side with the alternatives
 	$(BIN)/python -m bench $(ARGS)
 
@@ -95,8 +121,12 @@ lock: ## Resolve the dependencies again into the lock files (UPGRADE=--upgrade m
 	@mkdir -p build
 	$(call make_venv,build/lock-venv)
 	build/lock-venv/bin/pip install --quiet 'pip-tools>=7.6,<8'
-	$(call pip_compile,requirements.lock)
-	$(call pip_compile,requirements-dev.lock,--extra=bench --extra=dev --constraint=requirements.lock)
+	$(call pip_compile,requirements.lock,pyproject.toml,--all-build-deps)
+	$(call pip_compile,requirements-dev.lock,pyproject.toml,--all-build-deps --extra=bench --extra=dev --constraint=requirements.lock)
+	$(call pip_compile,$(CLIENTS)/python/requirements.lock,$(CLIENTS)/python/requirements.in)
+	@mkdir -p build/lock-node && cp $(CLIENTS)/node/package.json build/lock-node/
+	cd build/lock-node && $(NPM) install --package-lock-only --omit-lockfile-registry-resolved
+	cp build/lock-node/package-lock.json $(CLIENTS)/node/
 
 clean: ## Remove what the tools and make have built, but for the environment in .venv/
 	rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
@@ -116,6 +146,17 @@ $(WARMED): $(INSTALLED) $(ENGINE_SOURCES)
 	@$(BIN)/python -m engine.warm
 	@touch $@
 
+$(CLIENTS_VENV)/.installed: $(CLIENTS)/python/requirements.lock
+	@mkdir -p build
+	$(call make_venv,$(CLIENTS_VENV))
+	@$(CLIENTS_VENV)/bin/pip install --quiet --require-hashes -r $<
+	@touch $@
+
+$(CLIENTS_NODE)/.installed: $(CLIENTS)/node/package.json $(CLIENTS)/node/package-lock.json
+	@mkdir -p $(CLIENTS_NODE) && cp $^ $(CLIENTS_NODE)/
+	@cd $(CLIENTS_NODE) && $(NPM) ci
+	@touch $@
+
 # $(call make_venv,DIRECTORY): a working virtual environment there, made anew if its interpreter is gone
 define make_venv
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -127,9 +168,9 @@ define make_venv
 @$(1)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(1)
 endef
 
-# $(call pip_compile,OUTPUT,OPTIONS): hashes of every published file, so that one lock serves all platforms
+# $(call pip_compile,OUTPUT,SOURCE,OPTIONS): hashes of every published file, so that one lock serves all platforms
 define pip_compile
-CUSTOM_COMPILE_COMMAND="make lock" build/lock-venv/bin/pip-compile --quiet --generate-hashes --all-build-deps --allow-unsafe \
+CUSTOM_COMPILE_COMMAND="make lock" build/lock-venv/bin/pip-compile --quiet --generate-hashes --allow-unsafe \
     --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \
-    $(UPGRADE) $(2) --output-file=$(1) pyproject.toml
+    $(UPGRADE) $(3) --output-file=$(1) $(2)
 endef

@@ -22,6 +22,7 @@ from service.api.subpages import SubpagePatch, SubpageWindowRequest
 from service.api.traces import TraceBody
 from service.http.route import GuardedWebSocketRoute, Routes, StrictRoute
 from service.http.words import Document
+from service.links import add_links
 from service.problems import FieldError, Problem, add_responses
 
 TITLE = "Subpage"
@@ -101,6 +102,9 @@ _FURTHER_MODELS: list[tuple[type[BaseModel], JsonSchemaMode]] = [
 ]
 
 
+# What an Idempotency-Key is.
+_KEY = {"minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"}
+
 _REFERENCE = "#/components/schemas/{model}"
 
 
@@ -136,9 +140,35 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
                 # Not the routes' own: refused before them, or after them by the commit.
                 add_responses(operation["responses"], "not-ready", "store-unavailable")
             _finish(operation, schemas)
-    document["components"]["schemas"] = dict(sorted(schemas.items()))
+    add_links(document)
+    document["components"]["schemas"] = _used(document, schemas)
     document["components"]["securitySchemes"] = _SECURITY_SCHEMES
     return document
+
+
+def _used(document: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    """The schemas that something refers to, by name, each with a title of its own.
+
+    Tools name their classes by the title: a model whose requests and replies differ is two schemas, and a class that
+    has a member of its own name is more than some of them can type.
+    """
+    used: dict[str, Any] = {}
+    wanted = _references(document["paths"])
+    while wanted:
+        name = wanted.pop()
+        if name not in used:
+            title = name.replace("-", "")
+            members = {member.replace("_", "") for member in schemas[name].get("properties", {})}
+            used[name] = {**schemas[name], "title": f"{title}Document" if title.lower() in members else title}
+            wanted |= _references(used[name])
+    return dict(sorted(used.items()))
+
+
+def _references(part: Any) -> set[str]:
+    if isinstance(part, dict):
+        found = {part["$ref"].rpartition("/")[2]} if isinstance(part.get("$ref"), str) else set()
+        return found.union(*map(_references, part.values()))
+    return set().union(*map(_references, part)) if isinstance(part, list) else set()
 
 
 def _descendants(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
@@ -178,7 +208,7 @@ def _guard(operation: dict[str, Any], route: StrictRoute) -> None:
     if "POST" in (route.methods or ()):
         add_responses(responses, "idempotency-in-progress", "idempotency-mismatch", "invalid-value", "limit-exceeded")
         about = "Sent again with the same key and the same request, the call is answered again and not done again."
-        operation.setdefault("parameters", []).append(_header("Idempotency-Key", about))
+        operation.setdefault("parameters", []).append(_header("Idempotency-Key", about, **_KEY))
     if route.permission == "public":
         operation["security"] = []
         return
@@ -205,8 +235,9 @@ def _finish(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
                 media["example"] = examples[0]
 
 
-def _header(name: str, about: str) -> dict[str, Any]:
-    return {"name": name, "in": "header", "required": False, "description": about, "schema": {"type": "string"}}
+def _header(name: str, about: str, **schema: Any) -> dict[str, Any]:
+    kind = {"type": "string", **schema}
+    return {"name": name, "in": "header", "required": False, "description": about, "schema": kind}
 
 
 def install(app: FastAPI) -> None:

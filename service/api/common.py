@@ -27,7 +27,7 @@ EXAMPLE_TRACE = "tr_9d41c07a5be2f386"
 _VM_ABOUT = "Id of the VM."
 VmId = Annotated[str, Path(alias="vm", description=_VM_ABOUT, examples=[EXAMPLE_VM])]
 Limit = Annotated[int | None, Query(ge=1, description="Items in one page.", examples=[100])]
-Cursor = Annotated[str | None, Query(description="Opaque cursor, from `next` of the page before.")]
+Cursor = Annotated[str | None, Query(min_length=1, description="Opaque cursor, from `next` of the page before.")]
 
 _NAMES = {
     "ETag": "Entity tag of the representation.",

@@ -22,7 +22,8 @@ Gpa = Annotated[Hex64, Query(description="Guest-physical address of the first by
 # Above this, copying takes longer than the event loop should be kept from others.
 _INLINE_BYTES = 1 << 18
 
-_BINARY = {OCTETS: {"schema": {"type": "string", "format": "binary"}}}
+# The bytes of the example happen to be a text.
+_BINARY = {OCTETS: {"schema": {"type": "string", "format": "binary"}, "example": "/bin/sh"}}
 
 
 def _tag(content: bytes, gpa: int) -> str:

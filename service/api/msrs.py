@@ -10,14 +10,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.common import (
-    CHANGE,
+    GUARDED_CHANGE,
     VmId,
     documented,
     find,
+    guard,
     json_response,
     router,
+    tag_of,
 )
 from service.api.nested_state import VcpuId
+from service.api.vms import Vm
 from service.http.words import Document, Hex32, Hex64, examples
 
 routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}/msrs", reads="read", writes="write")
@@ -123,17 +126,20 @@ async def get_msrs(
     summary="Write MSRs of a vCPU",
     description=(
         "In order, up to the first that is refused, as KVM_SET_MSRS does it. GUEST_OS_ID and HYPERCALL belong to all "
-        "vCPUs. Writing 0 to IA32_FEATURE_CONTROL as the host leaves nested mode."
+        "vCPUs. Writing 0 to IA32_FEATURE_CONTROL as the host leaves nested mode. If-Match is compared with the tag of "
+        "the VM."
     ),
     responses=documented(
         {200: {"model": MsrsWritten, "description": "Written, or refused by the kernel."}},
-        *CHANGE,
+        *GUARDED_CHANGE,
     ),
 )
 async def put_msrs(request: Request, vm: VmId, n: VcpuId, body: MsrsRequest) -> Response:
     writes = [(item.index, item.value) for item in body.msrs]
     guest = body.by == "guest"
-    async with find(request, vm).mutation() as machine:
+    entry = find(request, vm)
+    async with entry.mutation() as machine:
+        guard(request, entry, lambda: [tag_of(Vm.of(entry))])
         done = machine.nested.write_msrs(n, writes, guest=guest)
     refused: Any = None
     if done.refused is not None:

@@ -79,6 +79,11 @@ _RESULT = {
 }
 
 
+def _no_default(schema: dict[str, Any]) -> None:
+    """For what means something else when it is given: generated clients send the defaults that they are told."""
+    schema.pop("default", None)
+
+
 class AccessRecord(Document):
     """One access of the guest. Other members are ignored and named in the result, or carried with `?carry=`."""
 
@@ -86,9 +91,17 @@ class AccessRecord(Document):
 
     gpa: Hex64 = Field(description="Guest-physical address of the first byte.")
     size: int = Field(8, ge=1, le=0xFFFF, description="Bytes accessed.")
-    access: Access = Field(1, description="0 read, 1 write, 2 execute; unless given, what the kind does.")
+    access: Access = Field(
+        1,
+        description="0 read, 1 write, 2 execute; unless given, what the kind does.",
+        json_schema_extra=_no_default,
+    )
     vcpu: int = Field(0, ge=0, le=0xFFFF, description="KVM vCPU id.")
-    gva: Hex64 = Field(0, description="Guest-linear address of the first byte, if known.")
+    gva: Hex64 = Field(
+        0,
+        description="Guest-linear address of the first byte, if known; in every record or in none.",
+        json_schema_extra=_no_default,
+    )
     kind: int = Field(
         0,
         ge=0,

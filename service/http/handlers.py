@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from engine.errors import EngineError
 from service.problems import (
@@ -90,7 +92,19 @@ async def _on_validation(request: Request, exc: Exception) -> Response:
 
 
 async def _on_refusal(request: Request, exc: Exception) -> Response:
-    return problem_response(request, exc)
+    response = problem_response(request, exc)
+    if response.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        response.headers["Allow"] = ", ".join(_methods(request))
+    return response
+
+
+def _methods(request: Request) -> list[str]:
+    """The methods of the path, which several routes may share; the framework knows those of one of them."""
+    found: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods or set()
+    return sorted(found)
 
 
 async def _on_disconnect(request: Request, exc: Exception) -> Response:

@@ -94,6 +94,61 @@ def test_problems_are_of_the_table(path: str, method: str) -> None:
             assert example["value"]["type"] == PROBLEMS[code].uri
 
 
+@pytest.mark.parametrize(("path", "method"), OPERATIONS)
+def test_request_and_main_reply_have_an_example(path: str, method: str) -> None:
+    described = operation(path, method)
+    bodies = [described["requestBody"]] if "requestBody" in described else []
+    bodies += [reply for status, reply in described["responses"].items() if status < "300" and "content" in reply]
+    for body in bodies:
+        assert any("example" in content or "examples" in content for content in body["content"].values())
+
+
+def must_be_documented(path: str, method: str, described: dict[str, Any]) -> set[str]:
+    """The statuses that any such call can end in, whatever it is about."""
+    needed = {"406"} if any("content" in reply for s, reply in described["responses"].items() if s < "300") else set()
+    if path.startswith("/v1/"):
+        needed |= {"401", "403", "429", "503"}
+    if "{vm}" in path:
+        needed |= {"404"} if method == "get" else {"404", "409"}
+        if method in ("put", "patch", "delete"):
+            needed |= {"412", "428"}
+    if "requestBody" in described:
+        needed |= {"413", "415", "422"}
+        if "application/json" in described["requestBody"]["content"]:
+            needed |= {"400"}
+    if method == "post" or any(parameter["in"] == "query" for parameter in described.get("parameters", [])):
+        needed |= {"422"}
+    return needed
+
+
+@pytest.mark.parametrize(("path", "method"), OPERATIONS)
+def test_refusals_that_any_such_call_can_meet_are_documented(path: str, method: str) -> None:
+    described = operation(path, method)
+    assert must_be_documented(path, method, described) <= set(described["responses"])
+
+
+def test_links_lead_somewhere() -> None:
+    """Each names an operation and parameters that its path has; no call about a machine is out of reach."""
+    paths = {item["operationId"]: path for path, ops in contract().document["paths"].items() for item in ops.values()}
+    reached = set()
+    for path, method in (case.values for case in OPERATIONS):
+        for reply in operation(str(path), str(method))["responses"].values():
+            for link in reply.get("links", {}).values():
+                target = paths[link["operationId"]]
+                assert all(f"{{{name}}}" in target for name in link["parameters"])
+                assert "vm" in link["parameters"]
+                reached.add(link["operationId"])
+    assert reached == {name for name, path in paths.items() if "{vm}" in path}
+
+
+def test_classes_made_of_schemas_have_names_of_their_own() -> None:
+    schemas = contract().document["components"]["schemas"]
+    titles = [schema["title"] for schema in schemas.values()]
+    assert len(set(titles)) == len(titles)
+    for schema in schemas.values():
+        assert schema["title"].lower() not in {name.replace("_", "") for name in schema.get("properties", {})}
+
+
 def test_schema_examples_are_valid() -> None:
     for name, schema in contract().document["components"]["schemas"].items():
         for example in schema.get("examples", []):

@@ -66,6 +66,16 @@ def test_method(client: ContractClient, vm: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "methods"),
+    [("", "DELETE, GET"), ("/spp", "GET, PUT"), ("/subpages", "GET, PATCH, PUT"), ("/traces", "GET, POST")],
+)
+def test_allow_lists_all_methods_of_a_path(client: ContractClient, vm: str, path: str, methods: str) -> None:
+    """RFC 9110 section 15.5.6: also those of other routes."""
+    reply = client.request("OPTIONS", vm + path)
+    assert (reply.status_code, reply.headers["Allow"]) == (405, methods)
+
+
+@pytest.mark.parametrize(
     "content", [b"{", b"", b"{'name': 1}", b'{"name": "\xff"}', b"\xff\xfe", b"[" * 100_000, b'{"name": "a" "b"}']
 )
 def test_malformed_json(client: ContractClient, content: bytes) -> None:

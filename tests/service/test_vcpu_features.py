@@ -136,6 +136,15 @@ def test_no_msrs(client: ContractClient, vm: str, document: Any, field: str) -> 
     assert (reply.status_code, reply.json()["field"]) == (422, field)
 
 
+def test_msrs_of_a_strict_machine(client: ContractClient, make_vm: MakeVm) -> None:
+    strict = make_vm(require_match=True)
+    body = {"msrs": [{"index": "0x3a", "value": "0x5"}]}
+    assert client.put(f"{strict}/vcpus/0/msrs", json=body).status_code == 428
+    assert client.put(f"{strict}/vcpus/0/msrs", json=body, headers={"If-Match": '"old"'}).status_code == 412
+    tag = client.get(strict).headers["ETag"]
+    assert client.put(f"{strict}/vcpus/0/msrs", json=body, headers={"If-Match": tag}).status_code == 200
+
+
 # ---- SMM
 
 

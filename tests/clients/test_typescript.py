@@ -1,0 +1,45 @@
+"""openapi-typescript: the types are whole, and a program that does the main job is held to them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from service.settings import Settings
+from tests.clients.test_python import TOKEN
+from tests.contract.client import CONTRACT
+from tests.service.running import running
+
+HERE = Path(__file__).parent / "node"
+MODULES = Path(__file__).parents[2] / "build" / "node" / "node_modules"
+NODE = shutil.which("node")
+
+pytestmark = pytest.mark.skipif(
+    NODE is None or not (MODULES / ".bin" / "tsc").exists(),
+    reason="node or the packages of tests/clients/node are not installed: make contract-tools",
+)
+
+
+def called(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_main_job(tmp_path: Path) -> None:
+    for name in ("package.json", "tsconfig.json", "drive.ts"):
+        shutil.copy(HERE / name, tmp_path)
+    (tmp_path / "node_modules").symlink_to(MODULES)
+    # Defaults of requests are for the service to fill in; in replies every member is required anyway.
+    called(
+        *(MODULES / ".bin" / "openapi-typescript", CONTRACT, "--default-non-nullable=false", "-o", "subpage.d.ts"),
+        cwd=tmp_path,
+    )
+    called(MODULES / ".bin" / "tsc", "-p", ".", cwd=tmp_path)
+    with running(Settings(warm_up=False, token=TOKEN)) as service:  # type: ignore[arg-type]
+        said = called(str(NODE), "out/drive.js", service.url, TOKEN, cwd=tmp_path)
+    assert json.loads(said) == {"records": 4, "violations": 2, "page": 3}

@@ -1,0 +1,148 @@
+"""What the fuzzer is told of this service: bodies that it cannot make up, and where there is something to hit."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import schemathesis
+from hypothesis import strategies as st
+
+# The RAM that most machines are given; a random address among 2^64 would never meet a slot, a protection or a table.
+RAM = 1 << 24
+_ADDRESSES = frozenset({"gpa", "gva", "input_gpa", "address", "addr"})
+_PAGES = frozenset({"gfn"})
+_COUNTS = frozenset({"npages", "size"})
+
+_records = st.lists(
+    st.fixed_dictionaries(
+        {"gpa": st.integers(0, RAM - 1) | st.integers(0, (1 << 64) - 1)},
+        optional={
+            "size": st.integers(0, 65535),
+            "access": st.integers(0, 4),
+            "vcpu": st.integers(0, 3),
+            "gva": st.integers(0, (1 << 64) - 1),
+            "kind": st.integers(0, 5),
+            "source": st.integers(0, 3),
+            "linear": st.integers(0, 16),
+            "insn_len": st.integers(0, 16),
+            "flags": st.integers(0, 1),
+        },
+    ),
+    max_size=40,
+)
+_COLUMNS = {"gpa": pa.uint64(), "size": pa.uint16(), "access": pa.uint8(), "vcpu": pa.uint16(), "gva": pa.uint64()}
+
+
+def _table(records: list[dict[str, int]]) -> pa.Table:
+    names = {name for record in records for name in record} | {"gpa"}
+    return pa.table(
+        {
+            name: pa.array([record.get(name) for record in records], _COLUMNS.get(name, pa.uint8()))
+            for name in sorted(names)
+        }
+    )
+
+
+def _arrow(records: list[dict[str, int]]) -> bytes:
+    table = _table(records)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _parquet(records: list[dict[str, int]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(_table(records), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def _lines(records: list[dict[str, int]]) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+@st.composite
+def _damaged(draw: st.DrawFn, whole: st.SearchStrategy[bytes]) -> bytes:
+    """``whole`` as it is, or cut short, or with one byte changed."""
+    content = draw(whole)
+    if not content or draw(st.booleans()):
+        return content
+    at = draw(st.integers(0, len(content) - 1))
+    return content[:at] + draw(st.sampled_from([b"", bytes([content[at] ^ 0x41]) + content[at + 1 :]]))
+
+
+_RECORDS = {
+    "application/x-ndjson": _lines,
+    "application/vnd.apache.arrow.stream": _arrow,
+    "application/vnd.apache.parquet": _parquet,
+}
+for _media, _made in _RECORDS.items():
+    schemathesis.openapi.media_type(_media, _damaged(_records.map(_made)))
+schemathesis.openapi.media_type("application/octet-stream", st.binary(max_size=256) | st.integers(0, 4096).map(bytes))
+
+
+@schemathesis.serializer(*_RECORDS)
+def as_it_is(ctx: schemathesis.SerializationContext, value: Any) -> bytes:
+    """A body of the strategies above, or the example of the contract."""
+    return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
+
+
+def _number(value: Any) -> int | None:
+    if isinstance(value, str):
+        try:
+            value = int(value, 16 if value.startswith("0x") else 10)
+        except ValueError:
+            return None
+    return value if type(value) is int and value >= 0 else None
+
+
+def near(name: str, value: Any) -> Any:
+    """Half of the addresses, page numbers and counts, folded into RAM; the same ones every time."""
+    number = _number(value)
+    if number is None or number & 1:
+        return value
+    if name in _ADDRESSES:
+        return hex(number % RAM)
+    if name in _PAGES:
+        return hex(number % (RAM >> 12))
+    return hex(number % 256 + 1) if name in _COUNTS and isinstance(value, str) else value
+
+
+def folded(document: Any) -> Any:
+    """``document`` with ``near`` at every depth."""
+    if isinstance(document, dict):
+        return {
+            name: folded(member) if isinstance(member, (dict, list)) else near(name, member)
+            for name, member in document.items()
+        }
+    return [folded(item) for item in document] if isinstance(document, list) else document
+
+
+@schemathesis.hook
+def map_query(ctx: schemathesis.HookContext, query: Any) -> Any:
+    return folded(query)
+
+
+@schemathesis.hook
+def map_path_parameters(ctx: schemathesis.HookContext, path_parameters: Any) -> Any:
+    return folded(path_parameters)
+
+
+@schemathesis.hook
+def map_body(ctx: schemathesis.HookContext, body: Any) -> Any:
+    """Addresses as above; a machine made without a slot gets RAM, and SPP with every other name."""
+    if not isinstance(body, dict):
+        return body
+    operation = ctx.operation
+    if operation is not None and (operation.method, operation.path) == ("post", "/v1/vms"):
+        if not body.get("memory_slots") and "profile" not in body:
+            return {
+                **body,
+                "memory_slots": [{"slot": 0, "gpa": "0x0", "size": hex(RAM)}],
+                "spp": len(str(body.get("name", ""))) % 2 == 0,
+            }
+        return body
+    return folded(body)
