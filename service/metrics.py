@@ -18,9 +18,11 @@ from engine.arch import exits as arch
 from engine.trace.results import ExitColumns, TraceResult
 from service import __version__
 from service.runtime.registry import Registry
+from service.storage.meter import Transaction
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-_LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_LAG = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.035, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_CHANGES = (1, 2, 4, 8, 16, 32)
 _LAG_PERIOD = 0.1
 
 EXIT_KINDS = ("ept_violation", "ept_misconfiguration", "spp_miss", "spp_misconfiguration")
@@ -98,6 +100,23 @@ class Metrics:
         self._records = Counter("subpage_replayed_records", "Accesses replayed.", registry=self._known)
         self._writes = Counter("subpage_replayed_writes", "Writes replayed.", registry=self._known)
         self._violations = Counter("subpage_violations", "Writes refused, in replays.", registry=self._known)
+        self._commits = Histogram(
+            "subpage_store_commit_seconds",
+            "Time that a transaction of the store takes, its commit included.",
+            buckets=_SECONDS,
+            registry=self._known,
+        )
+        self._grouped = Histogram(
+            "subpage_store_commit_changes",
+            "Changes that are committed together.",
+            buckets=_CHANGES,
+            registry=self._known,
+        )
+        self._written = Counter("subpage_store_written_bytes", "Bytes committed to the store.", registry=self._known)
+        self._failures = Counter(
+            "subpage_store_failures", "Transactions that were not committed.", registry=self._known
+        )
+        registry.home.observe = self.stored
         info = Gauge("subpage_build_info", "1, labelled with the release.", ["version"], registry=self._known)
         info.labels(__version__).set(1)
         for kind in EXIT_KINDS:
@@ -120,6 +139,15 @@ class Metrics:
         """A single access was executed."""
         if len(exits):
             self._count_exits(exits_by_kind(exits))
+
+    def stored(self, transaction: Transaction) -> None:
+        """The store committed changes, or failed to. From any thread."""
+        if not transaction.stored:
+            self._failures.inc()
+            return
+        self._commits.observe(transaction.seconds)
+        self._grouped.observe(transaction.changes)
+        self._written.inc(transaction.octets)
 
     def _count_exits(self, counts: Mapping[str, int]) -> None:
         for kind, count in counts.items():

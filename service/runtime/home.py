@@ -15,6 +15,7 @@ from engine.trace.results import ExitColumns
 from service.problems import NotReady, StoreUnavailable
 from service.runtime.traces import Trace
 from service.settings import Settings
+from service.storage.meter import Observer, nobody
 from service.storage.records import Change, TraceRecord, VmRecord
 from service.storage.urls import MEMORY, StoreUrl
 
@@ -42,6 +43,8 @@ class Home:
 
     durable = False
     trouble = ""
+    # Told of each transaction, in the thread that writes; set before ``start``.
+    observe: Observer = staticmethod(nobody)
 
     @property
     def open(self) -> bool:
@@ -139,7 +142,7 @@ class StoredHome(Home):
 
             loop.call_soon_threadsafe(told)
 
-        self._keeper = Keeper(self._url, owned, lost)
+        self._keeper = Keeper(self._url, owned, lost, self.observe)
         self._reader = Reader(self._keeper.engine)
         self._keeper.start()
 
