@@ -7,6 +7,7 @@ SEEDS  = 1
 OPS    = 200000
 SEED   = 1
 ROUNDS = 200
+SECONDS = 30
 STORE  = sqlite
 ARGS   =
 JOBS   = auto
@@ -29,7 +30,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo examples serve test soak kill-test fault-test mutants conformance coverage lint format openapi bench lock clean
+.PHONY: help demo examples serve test soak kill-test fault-test load-test mutants conformance coverage lint format openapi bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,8 +62,11 @@ soak: $(WARMED) ## OPS random operations from SEED against the naive model, each
 kill-test: $(WARMED) ## kill -9 the server ROUNDS times under load; nothing acknowledged may be lost (STORE=sqlite or postgres)
 	@$(BIN)/python -m tests.faults.kill --rounds $(ROUNDS) --store $(STORE) $(ARGS)
 
-fault-test: $(WARMED) ## Full and read-only disks, restarts of the database, stores that are taken away
+fault-test: $(WARMED) ## Full and read-only disks, restarts of the database, stores that are taken away, clients of the bad kind
 	$(BIN)/python -m pytest tests/faults tests/service/storage/test_ownership.py $(ARGS)
+
+load-test: $(WARMED) ## 4 replays of a real boot and 200 bitmap calls a second for SECONDS; the event loop's lag must stay below 50 ms
+	@$(BIN)/python -m tests.load --seconds $(SECONDS) $(ARGS)
 
 mutants: $(INSTALLED) ## Put faults into engine/ one at a time; the tests must notice each (ARGS="--only ID --jobs N")
 	@$(BIN)/python -m tests.mutants $(ARGS)
