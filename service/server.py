@@ -17,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app, drain
+from service.http.connection import patient
 from service.logs import configure
 from service.security.access import AccessControl, is_loopback
 from service.security.tokens import TokensUnavailable
@@ -98,6 +99,23 @@ def tls_options(settings: Settings) -> dict[str, Any]:
     }
 
 
+def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn serves ``app``."""
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http=patient(settings.head_timeout),
+        ws="none",
+        log_config=None,
+        access_log=False,  # the application writes its own, with the ids of requests
+        server_header=False,
+        timeout_graceful_shutdown=settings.shutdown_timeout,
+        **tls_options(settings),
+    )
+
+
 def run(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM, then let requests end for a while; the exit status of the process.
 
@@ -107,19 +125,7 @@ def run(settings: Settings) -> int:
     check_telemetry(settings)
     app = create_app(settings)
     check_exposure(settings, app.state.access)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        log_config=None,
-        access_log=False,  # the application writes its own, with the ids of requests
-        server_header=False,
-        timeout_graceful_shutdown=settings.shutdown_timeout,
-        **tls_options(settings),
-    )
+    config = configured(app, settings)
     server = _Server(config, app, settings.drain_seconds)
     # uvicorn raises the signal that stopped it once more after its shutdown; being told to stop is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
