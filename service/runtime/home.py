@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import anyio.to_thread
 
 from engine.machine import VirtualMachine
+from engine.outline import Outline, outline_from_head
 from engine.trace.results import ExitColumns
 from service.problems import NotReady, StoreUnavailable
 from service.runtime.traces import Trace
@@ -84,6 +85,13 @@ class Home:
 
     async def load(self, number: int) -> tuple[VmRecord, VirtualMachine, list[Trace]] | None:
         """A stored machine and its traces without exit records. Raises StoreUnavailable."""
+        raise NotImplementedError
+
+    async def outlines(self, numbers: Sequence[int]) -> dict[int, tuple[int, Outline | None]]:
+        """Revision and outline of those of these machines that are stored, without reading their contents.
+
+        The outline is None where only the whole machine tells. Raises StoreUnavailable.
+        """
         raise NotImplementedError
 
     def loader(self, number: int) -> Callable[[str], Awaitable[ExitColumns]] | None:
@@ -200,6 +208,15 @@ class StoredHome(Home):
                 return None
             machine = VirtualMachine.restore(json.loads(found.record.head), found.blocks)
             return found.record, machine, [trace_of(record) for record in found.traces]
+
+        return await anyio.to_thread.run_sync(work)
+
+    async def outlines(self, numbers: Sequence[int]) -> dict[int, tuple[int, Outline | None]]:
+        reader = self._reading()
+
+        def work() -> dict[int, tuple[int, Outline | None]]:
+            found = reader.heads(numbers)
+            return {record.number: (record.revision, outline_from_head(json.loads(record.head))) for record in found}
 
         return await anyio.to_thread.run_sync(work)
 
