@@ -100,7 +100,7 @@ lock: ## Resolve the dependencies again into the lock files (UPGRADE=--upgrade m
 	$(call make_venv,build/lock-venv)
 	build/lock-venv/bin/pip install --quiet 'pip-tools>=7.6,<8'
 	$(call pip_compile,requirements.lock)
-	$(call pip_compile,requirements-dev.lock,--extra=bench --extra=dev --constraint=requirements.lock)
+	$(call pip_compile,requirements-dev.lock,--extra=bench --extra=dev --extra=telemetry --constraint=requirements.lock)
 
 clean: ## Remove what the tools and make have built, but for the environment in .venv/
 	rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
