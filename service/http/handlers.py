@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from engine.errors import EngineError
 from service.problems import (
@@ -90,7 +92,21 @@ async def _on_validation(request: Request, exc: Exception) -> Response:
 
 
 async def _on_refusal(request: Request, exc: Exception) -> Response:
+    if isinstance(exc, HTTPException) and exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        # The framework tells the methods of the first route that has the path; others may have it, too.
+        exc.headers = {"Allow": ", ".join(sorted(_methods(request)))}
     return problem_response(request, exc)
+
+
+def _methods(request: Request) -> set[str]:
+    """All methods of the path that was asked for."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    return {
+        method
+        for route in routes
+        if route.methods and route.path_regex.match(request.url.path)
+        for method in route.methods
+    }
 
 
 async def _on_disconnect(request: Request, exc: Exception) -> Response:
