@@ -30,7 +30,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo examples serve test soak kill-test fault-test load-test mutants conformance coverage lint format openapi bench lock clean
+.PHONY: help demo examples serve test soak kill-test fault-test load-test image-test mutants conformance coverage lint format openapi bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,7 +50,7 @@ test: $(WARMED) ## Run all tests, then engine/ with the JIT off; both packages m
 	@rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
 	COVERAGE_FILE=$(COVERAGE)/service $(BIN)/python -m pytest -n $(JOBS) --cov=service --cov=engine --cov-report= $(ARGS)
 	COVERAGE_FILE=$(COVERAGE)/engine NUMBA_DISABLE_JIT=1 \
-	    $(BIN)/python -m pytest -n $(JOBS) --cov=engine --cov-report= -m "not jit and not soak and not bench" \
+	    $(BIN)/python -m pytest -n $(JOBS) --cov=engine --cov-report= -m "not jit and not soak and not bench and not image" \
 	    $(WITHOUT_KERNELS:%=--ignore-glob=%) $(ENGINE_TESTS)
 	@$(BIN)/coverage combine --quiet --keep --data-file=$(COVERAGE)/all $(COVERAGE)/service $(COVERAGE)/engine
 	$(BIN)/coverage report --data-file=$(COVERAGE)/all --include='engine/*' --fail-under=95
@@ -67,6 +67,9 @@ fault-test: $(WARMED) ## Full and read-only disks, restarts of the database, sto
 
 load-test: $(WARMED) ## 4 replays of a real boot and 200 bitmap calls a second for SECONDS; the event loop's lag must stay below 50 ms
 	@$(BIN)/python -m tests.load --seconds $(SECONDS) $(ARGS)
+
+image-test: $(INSTALLED) ## Carry out the steps of the Dockerfile in an empty folder, and run what comes of it (minutes, needs a network)
+	$(BIN)/python -m pytest -m image -o faulthandler_timeout=0 tests/deploy/test_image.py $(ARGS)
 
 mutants: $(INSTALLED) ## Put faults into engine/ one at a time; the tests must notice each (ARGS="--only ID --jobs N")
 	@$(BIN)/python -m tests.mutants $(ARGS)
