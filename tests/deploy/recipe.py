@@ -48,7 +48,7 @@ def instructions(text: str) -> list[tuple[str, str]]:
 
 _PYTHON = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
 
-# A base image has its Python where everybody can run it. Where this one is in somebody's home, the user of the image may
+# A base image has its Python where everybody can run it. Where this one is in somebody's home, the image's user may
 # read, and still not write, what is not theirs.
 _READS = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
 
