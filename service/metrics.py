@@ -42,9 +42,10 @@ class _Machines(Collector):
         counts: dict[str, int] = {}
         entries = self._registry.all()
         for entry in entries:
-            if entry.loaded is None:
+            machine = entry.loaded
+            if machine is None:
                 continue
-            for name, count in entry.loaded.counters().items():
+            for name, count in machine.counters().items():
                 kind = name.removeprefix("frames_")
                 if kind != name:
                     counts[kind] = counts.get(kind, 0) + count
@@ -72,7 +73,7 @@ class _Requests(Collector):
         about = "Time from a request to the end of its reply."
         family = HistogramMetricFamily("subpage_request_seconds", about, labels=["method", "route", "status"])
         bounds = [*map(floatToGoString, _SECONDS), "+Inf"]
-        for (method, route, status), (counts, total) in self._seen.items():
+        for (method, route, status), (counts, total) in list(self._seen.items()):
             buckets = list(zip(bounds, accumulate(counts), strict=True))
             family.add_metric([method, route, str(status)], buckets, total[0])
         yield family
@@ -161,7 +162,7 @@ class Metrics:
             self.lag.observe(max(0.0, time.perf_counter() - due))
 
     def exposition(self) -> bytes:
-        """The text format of Prometheus, version 0.0.4."""
+        """The text format of Prometheus, version 0.0.4. For a thread: it counts the frames of every machine."""
         return generate_latest(self._known)
 
 

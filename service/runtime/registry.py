@@ -170,8 +170,8 @@ class Registry:
         return entry
 
     def all(self) -> list[Entry]:
-        """The machines of every tenant, loaded or not."""
-        return [entry for entry in self._entries.values() if not entry.gone]
+        """The machines of every tenant, loaded or not. From any thread."""
+        return [entry for entry in list(self._entries.values()) if not entry.gone]
 
     def _drop_gone(self) -> None:
         self._entries = {vm_id: entry for vm_id, entry in self._entries.items() if not entry.gone}

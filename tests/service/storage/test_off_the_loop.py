@@ -53,6 +53,7 @@ LONG: list[tuple[str, Callable[[ContractClient, str], httpx2.Response]]] = [
         "write_memory",
         lambda client, vm: client.put(f"{vm}/memory?gpa=0&size={MIB}", content=bytes(MIB), headers=OCTETS),
     ),
+    ("counters", lambda client, vm: client.get("/metrics")),
     ("read_memory", lambda client, vm: client.get(f"{vm}/memory?gpa=0&size={8 * MIB}")),
 ]
 
