@@ -22,7 +22,8 @@ _EXAMPLE = "# HELP subpage_vms Machines that exist.\n# TYPE subpage_vms gauge\ns
     summary="Metrics",
     description=(
         "In the text format of Prometheus, over all tenants: exits by kind, writes replayed, request latency, lag of "
-        "the event loop, machines and frames. Needs scope `admin` unless the service is configured with public metrics."
+        "the event loop, machines and frames, commits of the store. Needs scope `admin` unless the service is "
+        "configured with public metrics."
     ),
     responses=documented(
         {
