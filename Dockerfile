@@ -51,5 +51,5 @@ VOLUME ["/var/lib/subpage", "/var/cache/subpage"]
 
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
-    CMD ["python", "-c", "from urllib.request import ProxyHandler, build_opener; build_opener(ProxyHandler({})).open('http://127.0.0.1:8000/livez', timeout=3)"]
+    CMD ["python", "-c", "import os; from urllib.request import ProxyHandler, build_opener; build_opener(ProxyHandler({})).open(f\"http://127.0.0.1:{os.environ['SUBPAGE_PORT']}/livez\", timeout=3)"]
 CMD ["subpage", "serve"]

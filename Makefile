@@ -8,6 +8,7 @@ OPS    = 200000
 SEED   = 1
 ROUNDS = 200
 MINUTES = 20
+SECONDS = 30
 STORE  = sqlite
 ARGS   =
 JOBS   = auto
@@ -37,7 +38,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo examples serve test soak kill-test fault-test mutants conformance coverage lint format openapi contract contract-tools api-fuzz bench lock clean
+.PHONY: help demo examples serve test soak kill-test fault-test load-test image-test mutants conformance coverage lint format openapi contract contract-tools api-fuzz bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,7 +58,7 @@ test: $(WARMED) ## Run all tests, then engine/ with the JIT off; both packages m
 	@rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
 	COVERAGE_FILE=$(COVERAGE)/service $(BIN)/python -m pytest -n $(JOBS) --cov=service --cov=engine --cov-report= $(ARGS)
 	COVERAGE_FILE=$(COVERAGE)/engine NUMBA_DISABLE_JIT=1 \
-	    $(BIN)/python -m pytest -n $(JOBS) --cov=engine --cov-report= -m "not jit and not soak and not bench" \
+	    $(BIN)/python -m pytest -n $(JOBS) --cov=engine --cov-report= -m "not jit and not soak and not bench and not image" \
 	    $(WITHOUT_KERNELS:%=--ignore-glob=%) $(ENGINE_TESTS)
 	@$(BIN)/coverage combine --quiet --keep --data-file=$(COVERAGE)/all $(COVERAGE)/service $(COVERAGE)/engine
 	$(BIN)/coverage report --data-file=$(COVERAGE)/all --include='engine/*' --fail-under=95
@@ -69,8 +70,14 @@ soak: $(WARMED) ## OPS random operations from SEED against the naive model, each
 kill-test: $(WARMED) ## kill -9 the server ROUNDS times under load; nothing acknowledged may be lost (STORE=sqlite or postgres)
 	@$(BIN)/python -m tests.faults.kill --rounds $(ROUNDS) --store $(STORE) $(ARGS)
 
-fault-test: $(WARMED) ## Full and read-only disks, restarts of the database, stores that are taken away, 10,000 idle streams
-	$(BIN)/python -m pytest -m "not bench" tests/faults tests/service/storage/test_ownership.py $(ARGS)
+fault-test: $(WARMED) ## Full and read-only disks, restarts of the database, stores taken away, clients of the bad kind, 10,000 idle streams
+	$(BIN)/python -m pytest -m "not bench and not soak and not image" tests/faults tests/service/storage/test_ownership.py $(ARGS)
+
+load-test: $(WARMED) ## 4 replays of a real boot and 200 bitmap calls a second for SECONDS; the event loop's lag must stay below 50 ms
+	@$(BIN)/python -m tests.load --seconds $(SECONDS) $(ARGS)
+
+image-test: $(INSTALLED) ## Carry out the steps of the Dockerfile in an empty folder, and run what comes of it (minutes, needs a network)
+	$(BIN)/python -m pytest -m image -o faulthandler_timeout=0 tests/deploy/test_image.py $(ARGS)
 
 mutants: $(INSTALLED) ## Put faults into engine/ one at a time; the tests must notice each (ARGS="--only ID --jobs N")
 	@$(BIN)/python -m tests.mutants $(ARGS)
@@ -122,7 +129,7 @@ lock: ## Resolve the dependencies again into the lock files (UPGRADE=--upgrade m
 	$(call make_venv,build/lock-venv)
 	build/lock-venv/bin/pip install --quiet 'pip-tools>=7.6,<8'
 	$(call pip_compile,requirements.lock,pyproject.toml,--all-build-deps)
-	$(call pip_compile,requirements-dev.lock,pyproject.toml,--all-build-deps --extra=bench --extra=dev --constraint=requirements.lock)
+	$(call pip_compile,requirements-dev.lock,pyproject.toml,--all-build-deps --extra=bench --extra=dev --extra=telemetry --constraint=requirements.lock)
 	$(call pip_compile,$(CLIENTS)/python/requirements.lock,$(CLIENTS)/python/requirements.in)
 	@mkdir -p build/lock-node && cp $(CLIENTS)/node/package.json build/lock-node/
 	cd build/lock-node && $(NPM) install --package-lock-only --omit-lockfile-registry-resolved

@@ -35,6 +35,8 @@ def serving(command: Sequence[str], ready: str) -> Iterator[int]:
     finally:
         process.terminate()
         process.wait(30)
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 @contextmanager

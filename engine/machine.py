@@ -34,6 +34,7 @@ from engine.kvm.protections import ProtectedObject, Protection
 from engine.kvm.slots import SlotSpec, first_page_without_slot, slot_table
 from engine.nested_operations import NestedOperations, nested_in_use
 from engine.nested_states import NestedStates, states_from_head, states_to_head
+from engine.outline import Outline, outline_to_head
 from engine.slot_operations import SlotOperations
 from engine.steps import new_trail, run_all
 from engine.store import Draft, FrameStore, Snapshot, blocks_of
@@ -144,6 +145,11 @@ class VirtualMachine:
     def slots(self) -> tuple[SlotSpec, ...]:
         """Memory slots in order of their number, those of address space 1 last."""
         return self.memory_slots.all()
+
+    def outline(self) -> Outline:
+        """What the machine is: enough to list it."""
+        identities = tuple(self.nested.identities())
+        return Outline(self.config, self.slots(), identities, self.spp_active, self.allocations.failing)
 
     def protections(self) -> tuple[Protection, ...]:
         """Protections in order of creation."""
@@ -352,6 +358,7 @@ class VirtualMachine:
             ],
             "nested": states_to_head(self.config, state.nested),
             "frames": len(state.snapshot.machine.row_of),
+            "outline": outline_to_head(self.outline()),
         }
 
     def changed_blocks(self) -> Iterator[tuple[str, int, bytes]]:

@@ -204,7 +204,7 @@ def _guard(operation: dict[str, Any], route: StrictRoute) -> None:
     if route.offers:
         add_responses(responses, "not-acceptable")
     if "requestBody" in operation:
-        add_responses(responses, "malformed-body", "body-too-large", "unsupported-media-type")
+        add_responses(responses, "malformed-body", "request-timeout", "body-too-large", "unsupported-media-type")
     if "POST" in (route.methods or ()):
         add_responses(responses, "idempotency-in-progress", "idempotency-mismatch", "invalid-value", "limit-exceeded")
         about = "Sent again with the same key and the same request, the call is answered again and not done again."

@@ -19,9 +19,11 @@ from engine.trace.results import ExitColumns, TraceResult
 from service import __version__
 from service.runtime.desk import Resolution
 from service.runtime.registry import Registry
+from service.storage.meter import Transaction
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-_LAG = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_LAG = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.035, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_CHANGES = (1, 2, 4, 8, 16, 32)
 _LAG_PERIOD = 0.1
 
 EXIT_KINDS = ("ept_violation", "ept_misconfiguration", "spp_miss", "spp_misconfiguration")
@@ -41,9 +43,10 @@ class _Machines(Collector):
         counts: dict[str, int] = {}
         entries = self._registry.all()
         for entry in entries:
-            if entry.loaded is None:
+            machine = entry.loaded
+            if machine is None:
                 continue
-            for name, count in entry.loaded.counters().items():
+            for name, count in machine.counters().items():
                 kind = name.removeprefix("frames_")
                 if kind != name:
                     counts[kind] = counts.get(kind, 0) + count
@@ -104,7 +107,7 @@ class _Requests(Collector):
         about = "Time from a request to the end of its reply."
         family = HistogramMetricFamily("subpage_request_seconds", about, labels=["method", "route", "status"])
         bounds = [*map(floatToGoString, _SECONDS), "+Inf"]
-        for (method, route, status), (counts, total) in self._seen.items():
+        for (method, route, status), (counts, total) in list(self._seen.items()):
             buckets = list(zip(bounds, accumulate(counts), strict=True))
             family.add_metric([method, route, str(status)], buckets, total[0])
         yield family
@@ -144,6 +147,23 @@ class Metrics:
         self._timeouts = Counter(
             "subpage_introspection_timeouts", "Questions that a tool did not answer in time.", registry=self._known
         )
+        self._commits = Histogram(
+            "subpage_store_commit_seconds",
+            "Time that a transaction of the store takes, its commit included.",
+            buckets=_SECONDS,
+            registry=self._known,
+        )
+        self._grouped = Histogram(
+            "subpage_store_commit_changes",
+            "Changes that are committed together.",
+            buckets=_CHANGES,
+            registry=self._known,
+        )
+        self._written = Counter("subpage_store_written_bytes", "Bytes committed to the store.", registry=self._known)
+        self._failures = Counter(
+            "subpage_store_failures", "Transactions that were not committed.", registry=self._known
+        )
+        registry.home.observe = self.stored
         info = Gauge("subpage_build_info", "1, labelled with the release.", ["version"], registry=self._known)
         info.labels(__version__).set(1)
         for kind in EXIT_KINDS:
@@ -178,6 +198,15 @@ class Metrics:
         self._answers.labels(resolution.action, resolution.reason).inc()
         self._timeouts.inc(resolution.timeouts)
 
+    def stored(self, transaction: Transaction) -> None:
+        """The store committed changes, or failed to. From any thread."""
+        if not transaction.stored:
+            self._failures.inc()
+            return
+        self._commits.observe(transaction.seconds)
+        self._grouped.observe(transaction.changes)
+        self._written.inc(transaction.octets)
+
     def _count_exits(self, counts: Mapping[str, int]) -> None:
         for kind, count in counts.items():
             self._exits.labels(kind).inc(count)
@@ -190,7 +219,7 @@ class Metrics:
             self.lag.observe(max(0.0, time.perf_counter() - due))
 
     def exposition(self) -> bytes:
-        """The text format of Prometheus, version 0.0.4."""
+        """The text format of Prometheus, version 0.0.4. For a thread: it counts the frames of every machine."""
         return generate_latest(self._known)
 
 

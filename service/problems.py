@@ -43,6 +43,7 @@ class ProblemType:
 
 _ROWS = (
     ProblemType("malformed-body", 400, "Malformed body", "The body is not well-formed JSON in UTF-8, or badly coded."),
+    ProblemType("malformed-request", 400, "Malformed request", "What arrived is no request of HTTP/1.1."),
     ProblemType(
         "unauthenticated", 401, "Unauthenticated", "A valid token is needed: Authorization: Bearer and a token."
     ),
@@ -52,6 +53,7 @@ _ROWS = (
     ProblemType("not-found", 404, "Not found", "The path or the thing that it names does not exist."),
     ProblemType("method-not-allowed", 405, "Method not allowed", "The path exists, the method does not; see Allow."),
     ProblemType("not-acceptable", 406, "Not acceptable", "None of the media types in Accept can be produced."),
+    ProblemType("request-timeout", 408, "Request too slow", "The head or the body took too long; nothing was changed."),
     ProblemType("conflict", 409, "Conflict", "The machine is in a state in which the call is not defined."),
     ProblemType("spp-not-enabled", 409, "SPP not enabled", "Sub-page protection was used before it was enabled."),
     ProblemType("unsupported", 409, "Not offered by this host", "The host described at creation lacks the feature."),
@@ -83,6 +85,7 @@ _ROWS = (
     ProblemType(
         "rate-limited", 429, "Rate limited", "The token made too many requests; see Retry-After.", retry_after=1
     ),
+    ProblemType("head-too-large", 431, "Head too large", "The URL and the header fields are too long together."),
     ProblemType("internal-error", 500, "Internal error", "A defect of the service; the details are in its log."),
     ProblemType("not-ready", 503, "Not ready", "The service is starting or draining.", retry_after=1),
     ProblemType(
@@ -226,6 +229,16 @@ class BodyTooLarge(ServiceError):
     """The body passes the limit of the call."""
 
     code = "body-too-large"
+
+
+class BodyTooSlow(ServiceError):
+    """The body arrives more slowly than the call waits for."""
+
+    code = "request-timeout"
+
+    def __init__(self, rule: str) -> None:
+        # What is left of the body is of no use to anybody.
+        super().__init__(rule, field="body", headers={"Connection": "close"})
 
 
 class InvalidDocument(ServiceError):

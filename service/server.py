@@ -18,6 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app, drain, end_streams
+from service.http.connection import patient
 from service.http.sockets import MESSAGE_BYTES, PING_SECONDS
 from service.logs import configure
 from service.security.access import AccessControl, is_loopback
@@ -109,22 +110,14 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def run(settings: Settings) -> int:
-    """Serve until SIGINT or SIGTERM, then let requests end for a while; the exit status of the process.
-
-    Raises Refused.
-    """
-    configure(settings)
-    check_telemetry(settings)
-    app = create_app(settings)
-    check_exposure(settings, app.state.access)
-    raise_file_limit()
-    config = uvicorn.Config(
+def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn serves ``app``."""
+    return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=patient(settings.head_timeout),
         ws="websockets-sansio",
         ws_max_size=MESSAGE_BYTES,
         ws_ping_interval=PING_SECONDS,
@@ -136,6 +129,19 @@ def run(settings: Settings) -> int:
         timeout_graceful_shutdown=settings.shutdown_timeout,
         **tls_options(settings),
     )
+
+
+def run(settings: Settings) -> int:
+    """Serve until SIGINT or SIGTERM, then let requests end for a while; the exit status of the process.
+
+    Raises Refused.
+    """
+    configure(settings)
+    check_telemetry(settings)
+    app = create_app(settings)
+    check_exposure(settings, app.state.access)
+    raise_file_limit()
+    config = configured(app, settings)
     server = _Server(config, app, settings.drain_seconds)
     # uvicorn raises the signal that stopped it once more after its shutdown; being told to stop is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)

@@ -102,6 +102,13 @@ class Settings(BaseSettings):
 
     max_body_bytes: int = Field(GIB, ge=1, description="Largest body of a trace.")
     max_document_bytes: int = Field(32 * MIB, ge=1, description="Largest body of every other call.")
+    head_timeout: float = Field(15, ge=0, description="Seconds that the head of a request may take; 0: any time.")
+    body_timeout: float = Field(
+        30,
+        ge=0,
+        description="Seconds to wait for a body, and one more for each body_rate bytes; 0: any time.",
+    )
+    body_rate: int = Field(500, ge=1, description="Bytes a second below which a body becomes too slow.")
     spool_memory_bytes: int = Field(16 * MIB, ge=0, description="Spooled bodies larger than this go to a file.")
     spool_dir: Path | None = Field(None, description="Folder of spooled bodies; the system's own by default.")
     body_queue_bytes: int = Field(8 * MIB, ge=1, description="Bytes of one body that may wait for its replay.")

@@ -30,10 +30,10 @@ from service.api.common import (
     tagged_reply,
     tenant_of,
 )
-from service.api.memory_slots import MemorySlot, NumberedSlotRequest, check_slots, slots_of
+from service.api.memory_slots import MemorySlot, NumberedSlotRequest, check_slots
 from service.http import cursors
 from service.http.words import Document, Hex32, Hex64, examples
-from service.runtime.registry import Entry
+from service.runtime.entry import Entry, Listed
 
 routes = router("VMs", "/v1/vms", reads="read", writes="write")
 
@@ -245,15 +245,19 @@ class Vm(Document):
 
     @classmethod
     def of(cls, entry: Entry) -> Vm:
-        config = entry.machine.config
-        host = config.host
+        return cls.listed(entry.listed)
+
+    @classmethod
+    def listed(cls, shown: Listed) -> Vm:
+        outline = shown.outline
+        config, host = outline.config, outline.config.host
         return cls(
-            id=entry.id,
+            id=shown.id,
             name=config.name,
             profile=config.profile,
             vcpus=[
                 _vcpu(vcpu, vp_index, cpuid)
-                for vcpu, (vp_index, cpuid) in zip(config.vcpus, entry.machine.nested.identities(), strict=True)
+                for vcpu, (vp_index, cpuid) in zip(config.vcpus, outline.identities, strict=True)
             ],
             maxphyaddr=config.maxphyaddr,
             host=Host(
@@ -264,18 +268,18 @@ class Vm(Document):
                 evmcs=host.evmcs,
                 vmx_capabilities=dict(host.vmx_capabilities),
                 hyperv=HypervHost.model_validate(host.hyperv) if host.hyperv is not None else None,
-                fail_allocation=entry.machine.allocations.failing,
+                fail_allocation=outline.failing,
                 nested_evmcs=host.nested_evmcs,
                 smt=host.smt,
             ),
-            memory_slots=slots_of(entry),
-            spp=entry.machine.spp_active,
+            memory_slots=[MemorySlot.of(spec) for spec in outline.slots],
+            spp=outline.spp_active,
             translation_cache=config.translation_cache,
             require_match=config.require_match,
             flush_policy=config.flush_policy,
             flush_execution=config.executes_flushes,
-            revision=entry.revision,
-            created=entry.created.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            revision=shown.revision,
+            created=shown.created.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         )
 
 
@@ -328,9 +332,9 @@ async def list_vms(request: Request, limit: Limit = None, cursor: Cursor = None)
     settings = settings_of(request)
     size = cursors.page_limit(limit, settings.page_size, settings.max_page_size)
     after = cursors.decode("vms", cursor) if cursor is not None else 0
-    entries, following = await registry_of(request).page(tenant_of(request), after, size)
+    shown, following = await registry_of(request).page(tenant_of(request), after, size)
     follow = cursors.next_url("/v1/vms", "vms", following, limit) if following is not None else None
-    return json_response(Vms(vms=[Vm.of(entry) for entry in entries], next=follow))
+    return json_response(Vms(vms=[Vm.listed(one) for one in shown], next=follow))
 
 
 @routes.get(

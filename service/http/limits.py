@@ -1,13 +1,14 @@
-"""Limits that hold before a route reads its body: size and coding."""
+"""Limits that hold before a route reads its body: size, coding, and how long it may take to arrive."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from starlette.types import Message, Receive, Scope
 
 from service.http.codings import ACCEPTED, CODINGS, decoded
-from service.problems import BodyTooLarge, UnsupportedMediaType
+from service.problems import BodyTooLarge, BodyTooSlow, UnsupportedMediaType
 from service.settings import Settings
 
 # The body of any other method is never read.
@@ -30,11 +31,12 @@ def bounded(scope: Scope, receive: Receive, headers: Mapping[bytes, bytes], sett
     if coding != "identity" and coding not in CODINGS:
         rule, accepted = f"must be one of {ACCEPTED}", {"Accept-Encoding": ACCEPTED}
         raise UnsupportedMediaType(rule, field="Content-Encoding", value=coding, headers=accepted)
+    arriving = punctual(receive, settings.body_timeout, settings.body_rate) if settings.body_timeout else receive
     seen = 0
 
     async def counted() -> Message:
         nonlocal seen
-        message = await receive()
+        message = await arriving()
         if message["type"] == "http.request":
             seen += len(message.get("body", b""))
             if seen > limit:
@@ -42,6 +44,32 @@ def bounded(scope: Scope, receive: Receive, headers: Mapping[bytes, bytes], sett
         return message
 
     return counted if coding == "identity" else decoded(counted, coding, limit)
+
+
+def punctual(receive: Receive, seconds: float, rate: int) -> Receive:
+    """``receive`` that waits for a body ``seconds`` in all, and one more for each ``rate`` bytes of it.
+
+    Only waiting counts, not the time in which nobody wants more of the body. Reading raises BodyTooSlow.
+    """
+    left, ended = seconds, False
+
+    async def waiting() -> Message:
+        nonlocal left, ended
+        if ended:
+            return await receive()  # watching for the client to leave takes as long as it takes
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        try:
+            async with asyncio.timeout(left):
+                message = await receive()
+        except TimeoutError:
+            rule = f"must arrive within {seconds:g} seconds and one more for each {rate} bytes"
+            raise BodyTooSlow(rule) from None
+        left += len(message.get("body", b"")) / rate - (clock() - began)
+        ended = not message.get("more_body", False)
+        return message
+
+    return waiting
 
 
 def limit_of(scope: Scope, settings: Settings) -> int:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from engine.errors import NotFound, OutOfMemory
 from engine.machine import VirtualMachine
+from engine.outline import Outline
 from service.problems import NotReady, StoreUnavailable
 from service.runtime.changes import batches_of, changes_of
 from service.runtime.desk import Desk
@@ -26,6 +27,16 @@ _CHANGING: ContextVar[tuple[Entry, VirtualMachine] | None] = ContextVar("changin
 
 def unknown_vm(vm_id: str) -> NotFound:
     return NotFound("must be the id of an existing VM", field="vm", value=vm_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One machine in a list: what it is at a revision."""
+
+    id: str
+    created: datetime
+    revision: int
+    outline: Outline
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +75,11 @@ class Entry:
         if self.loaded is None:
             raise NotReady("the machine is being read from the store")
         return self.loaded
+
+    @property
+    def listed(self) -> Listed:
+        """The machine as a list shows it, with the changes of the task that changes it."""
+        return Listed(self.id, self.created, self.revision, self.machine.outline())
 
     @property
     def require_match(self) -> bool:

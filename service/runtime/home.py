@@ -12,11 +12,13 @@ import anyio.to_thread
 
 from engine.errors import NotFound
 from engine.machine import VirtualMachine
+from engine.outline import Outline, outline_from_head
 from engine.trace.results import ExitColumns
 from service.problems import NotReady, StoreUnavailable
 from service.runtime.events import Load
 from service.runtime.traces import Trace
 from service.settings import Settings
+from service.storage.meter import Observer, nobody
 from service.storage.records import Change, EventRecord, LogChange, TraceRecord, VmRecord
 from service.storage.urls import MEMORY, StoreUrl
 
@@ -48,6 +50,8 @@ class Home:
 
     durable = False
     trouble = ""
+    # Told of each transaction, in the thread that writes; set before ``start``.
+    observe: Observer = staticmethod(nobody)
 
     @property
     def open(self) -> bool:
@@ -89,6 +93,13 @@ class Home:
     async def load(self, number: int) -> tuple[VmRecord, VirtualMachine, list[Trace]] | None:
         """A stored machine and its traces without exit records. Raises StoreUnavailable."""
         return None
+
+    async def outlines(self, numbers: Sequence[int]) -> dict[int, tuple[int, Outline | None]]:
+        """Revision and outline of those of these machines that are stored, without reading their contents.
+
+        The outline is None where only the whole machine tells. Raises StoreUnavailable.
+        """
+        return {}
 
     def loader(self, number: int) -> Callable[[str], Awaitable[ExitColumns]] | None:
         """How exit records of traces that were kept are fetched, if they can be."""
@@ -154,7 +165,7 @@ class StoredHome(Home):
 
             loop.call_soon_threadsafe(told)
 
-        self._keeper = Keeper(self._url, owned, lost)
+        self._keeper = Keeper(self._url, owned, lost, self.observe)
         self._reader = Reader(self._keeper.engine)
         self._keeper.start()
 
@@ -214,6 +225,15 @@ class StoredHome(Home):
                 return None
             machine = VirtualMachine.restore(json.loads(found.record.head), found.blocks)
             return found.record, machine, [trace_of(record) for record in found.traces]
+
+        return await anyio.to_thread.run_sync(work)
+
+    async def outlines(self, numbers: Sequence[int]) -> dict[int, tuple[int, Outline | None]]:
+        reader = self._reading()
+
+        def work() -> dict[int, tuple[int, Outline | None]]:
+            found = reader.heads(numbers)
+            return {record.number: (record.revision, outline_from_head(json.loads(record.head))) for record in found}
 
         return await anyio.to_thread.run_sync(work)
 

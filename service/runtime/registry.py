@@ -11,10 +11,11 @@ from engine.config import VmConfig
 from engine.errors import Busy, EngineError, InvalidValue, LimitExceeded
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
+from engine.outline import Outline
 from service.problems import NotReady, StoreUnavailable
 from service.runtime.batches import Parts
 from service.runtime.changes import created
-from service.runtime.entry import Entry, unknown_vm
+from service.runtime.entry import Entry, Listed, unknown_vm
 from service.runtime.events import EventLog, LogStats
 from service.runtime.home import Home
 from service.runtime.offload import maybe_in_thread
@@ -190,31 +191,39 @@ class Registry:
         return entry
 
     def all(self) -> list[Entry]:
-        """The machines of every tenant, loaded or not."""
-        return [entry for entry in self._entries.values() if not entry.gone]
+        """The machines of every tenant, loaded or not. From any thread."""
+        return [entry for entry in list(self._entries.values()) if not entry.gone]
 
     def _drop_gone(self) -> None:
         self._entries = {vm_id: entry for vm_id, entry in self._entries.items() if not entry.gone}
 
-    async def page(self, tenant: str, after: int, limit: int) -> tuple[list[Entry], int | None]:
+    async def page(self, tenant: str, after: int, limit: int) -> tuple[list[Listed], int | None]:
         """Up to ``limit`` machines of ``tenant`` after sequence number ``after``, and where the next page starts.
 
-        All of them are loaded.
+        Machines that are not in memory stay out of it: what a list shows is in their heads.
         """
         later = sorted(
             (entry for entry in self.all() if entry.tenant == tenant and entry.sequence > after),
             key=lambda entry: entry.sequence,
         )
         found = later[:limit]
-        for entry in found:
+        stored = [entry.sequence for entry in found if entry.loaded is None and not entry.doubtful]
+        outlines = await self.home.outlines(stored) if stored else {}
+        shown = [await self._shown(entry, *outlines.get(entry.sequence, (0, None))) for entry in found]
+        following = found[-1].sequence if limit < len(later) else None
+        return [listed for listed in shown if listed is not None], following
+
+    async def _shown(self, entry: Entry, revision: int, outline: Outline | None) -> Listed | None:
+        """A machine for a list, given what the store said of it; None if it is gone."""
+        if entry.loaded is None or entry.doubtful:
+            if outline is not None and not entry.gone:
+                return Listed(entry.id, entry.created, revision, outline)
             entry.uses += 1
-        try:
-            for entry in found:
+            try:
                 await self._load(entry)
-        finally:
-            for entry in found:
+            finally:
                 entry.uses -= 1
-        return [entry for entry in found if not entry.gone], found[-1].sequence if limit < len(later) else None
+        return None if entry.gone else entry.listed
 
     def forget(self, entry: Entry) -> None:
         """Delete the machine with the commit of the mutation that the caller is in; whoever waits finds it gone."""

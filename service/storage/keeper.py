@@ -23,6 +23,7 @@ from service.problems import StoreUnavailable
 from service.storage import rows
 from service.storage.database import connect, reason_of
 from service.storage.lease import LeaseLost, lease_of
+from service.storage.meter import Meter, Observer, nobody
 from service.storage.migrate import NewerSchema, migrate
 from service.storage.records import Change, VmRecord
 from service.storage.urls import StoreUrl
@@ -59,11 +60,13 @@ class Keeper:
     """Owns one store from ``start`` to ``stop``.
 
     ``owned(epoch, machines, goes_on)`` is called, in the thread, whenever the store has become ours; ``goes_on`` tells
-    that nobody else owned it since we last did. ``lost(taken)`` is called when it no longer is.
+    that nobody else owned it since we last did. ``lost(taken)`` is called when it no longer is. ``observe`` is told of
+    each transaction, also in the thread.
     """
 
-    def __init__(self, url: StoreUrl, owned: Owned, lost: Callable[[bool], None]) -> None:
+    def __init__(self, url: StoreUrl, owned: Owned, lost: Callable[[bool], None], observe: Observer = nobody) -> None:
         self._url = url
+        self._observe = observe
         self._owned = owned
         self._lost = lost
         self.engine = connect(url)
@@ -181,6 +184,7 @@ class Keeper:
 
     def _commit(self, connection: sa.Connection, group: Sequence[_Job]) -> None:
         """Store the changes of a group together, or one by one when they cannot be."""
+        meter = Meter(len(group))
         try:
             replays = sum(len(job.change.traces) for job in group)
             logger.debug("writing %d changes with %d replays", len(group), replays)
@@ -188,8 +192,9 @@ class Keeper:
             if rows.epoch_of(connection) != self._epoch:
                 raise LeaseLost
             for job in group:
-                rows.write(connection, job.change)
+                rows.write(connection, meter.metered(job.change))
         except Exception as error:  # noqa: BLE001 - a defect, too, is told to the one whose change it met
+            self._observe(meter.ended(stored=False))
             self._undo(connection, group, error)
             if len(group) == 1:
                 self._refuse(group[0], error)
@@ -204,11 +209,13 @@ class Keeper:
         try:
             connection.commit()
         except SQLAlchemyError as error:
+            self._observe(meter.ended(stored=False))
             reason = reason_of(error)
             logger.error("a commit failed: %s", reason)
             self._fail(group, StoreUnavailable(_UNKNOWN.format(reason), certain=False))
             raise _Interrupted(reason) from error
         logger.debug("written")
+        self._observe(meter.ended(stored=True))
         for job in group:
             job.done.set_result(None)
 

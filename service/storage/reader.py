@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -44,6 +44,11 @@ class Reader:
         with self._transaction() as connection:
             record = rows.vm_record(connection, number)
             return record.revision if record is not None else None
+
+    def heads(self, numbers: Sequence[int]) -> list[VmRecord]:
+        """Those of these machines that exist, without their blocks."""
+        with self._transaction() as connection:
+            return rows.vm_records(connection, numbers)
 
     def machine(self, number: int) -> StoredMachine | None:
         """A machine as one transaction sees it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import sqlalchemy as sa
@@ -33,9 +33,12 @@ def next_epoch(connection: sa.Connection, holder: str) -> int:
     return epoch
 
 
-def vm_records(connection: sa.Connection) -> list[VmRecord]:
-    """All machines in order of creation."""
-    return [VmRecord(*row) for row in connection.execute(sa.select(*_VM).order_by(vms.c.number))]
+def vm_records(connection: sa.Connection, numbers: Sequence[int] | None = None) -> list[VmRecord]:
+    """All machines in order of creation, or some of them."""
+    wanted = sa.select(*_VM).order_by(vms.c.number)
+    if numbers is not None:
+        wanted = wanted.where(vms.c.number.in_(numbers))
+    return [VmRecord(*row) for row in connection.execute(wanted)]
 
 
 def vm_record(connection: sa.Connection, number: int) -> VmRecord | None:

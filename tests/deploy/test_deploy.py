@@ -14,6 +14,7 @@ import yaml
 
 from service.app import create_app
 from service.settings import Settings
+from tests.deploy.recipe import instructions
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -24,12 +25,6 @@ POD = DEPLOYMENT["spec"]["template"]["spec"]
 
 # Read by the engine or the command, and no settings of the service.
 OTHER_VARIABLES = {"SUBPAGE_KERNEL_CACHE", "SUBPAGE_CONFIG"}
-
-
-def instructions(text: str) -> list[tuple[str, str]]:
-    """(instruction, arguments) of a Dockerfile, continued lines joined."""
-    joined = re.sub(r"\\\n\s*", " ", "\n".join(line for line in text.splitlines() if not line.startswith("#")))
-    return [(line.split(" ", 1)[0], line.split(" ", 1)[1]) for line in joined.splitlines() if line.strip()]
 
 
 FINAL = instructions(DOCKERFILE)[[name for name, _ in instructions(DOCKERFILE)].index("FROM", 1) :]

@@ -31,6 +31,9 @@ CLIENTS = 4
 READY_SECONDS = 60
 LONGEST_ROUND = 0.5
 
+# What the server logs before and after each commit.
+WRITING, WRITTEN, NO_REPLAY = "subpage.store: writing ", "subpage.store: written", " 0 replays"
+
 
 def say(line: object) -> None:
     sys.stdout.write(f"{line}\n")
@@ -39,7 +42,7 @@ def say(line: object) -> None:
 
 @dataclass
 class Tally:
-    """What the rounds came to."""
+    """What the rounds came to. ``replay_commits`` were begun, whatever became of them."""
 
     rounds: int = 0
     acknowledged: int = 0
@@ -48,6 +51,7 @@ class Tally:
     in_flight: int = 0
     in_commit: int = 0
     in_replay_commit: int = 0
+    replay_commits: int = 0
     applied_unacknowledged: int = 0
 
     def __str__(self) -> str:
@@ -78,7 +82,8 @@ class KillTest:
         home.on_line = self._heard
 
     def _heard(self, line: str) -> None:
-        if line.startswith("writing") and " 0 replays" not in line:
+        if WRITING in line and NO_REPLAY not in line:
+            self.tally.replay_commits += 1
             self._replay_commit.set()
 
     def start(self) -> Server:
@@ -130,10 +135,10 @@ class KillTest:
         tally = self.tally
         tally.rounds += 1
         tally.in_flight += in_flight
-        commits = [line for line in server.log if line.startswith(("writing", "written"))]
-        if commits and commits[-1].startswith("writing"):
+        commits = [line for line in server.log if WRITING in line or WRITTEN in line]
+        if commits and WRITING in commits[-1]:
             tally.in_commit += 1
-            tally.in_replay_commit += " 0 replays" not in commits[-1]
+            tally.in_replay_commit += NO_REPLAY not in commits[-1]
 
     def _compare(self) -> Server:
         server = self.start()

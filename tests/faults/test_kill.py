@@ -18,6 +18,7 @@ def test_kill_at_a_random_instant(store: str) -> None:
         tally = kill_test(5, url)
     assert (tally.rounds, tally.lost, tally.half_applied) == (5, 0, 0)
     assert tally.acknowledged and tally.in_flight >= 4
+    assert tally.replay_commits, "the server's log tells when a replay is being committed"
 
 
 STATE = {"a": 1, "b": [1, 2], "c": "x"}

@@ -10,7 +10,26 @@ FRAMES_PY = "engine/cpu/frames.py"
 FASTPATH_PY = "engine/cpu/fastpath.py"
 REPLAY_PY = "engine/trace/replay.py"
 
+OUTLINE_PY = "engine/outline.py"
+OUTLINE = "tests/engine/test_outline.py"
+
 MUTANTS = (
+    Mutant(
+        "outline-failing",
+        OUTLINE_PY,
+        'return {"spp_active": outline.spp_active, "failing": outline.failing}',
+        'return {"spp_active": outline.spp_active, "failing": outline.config.host.fail_allocation}',
+        "a list shows which allocation fails from now, not from the machine's creation",
+        named(OUTLINE, "the_head_has_it", "an_allocation_that_failed_is_not_shown_any_more"),
+    ),
+    Mutant(
+        "outline-identity",
+        OUTLINE_PY,
+        "first_identity(item) if item.id not in touched else (touched[item.id].vp_index, touched[item.id].cpuid)",
+        "first_identity(item)",
+        "a list shows the CPUID that a vCPU was given since",
+        named(OUTLINE, "the_head_has_it"),
+    ),
     Mutant(
         "store-reused-rows",
         STORE_PY,

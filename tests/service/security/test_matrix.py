@@ -164,3 +164,43 @@ def test_who_may_is_told_before_the_body_is_read(guarded: Guarded) -> None:
     for content, media in ((b"x" * (33 << 20), "application/json"), (b"{", "text/plain")):
         reply = guarded.callers["nobody"].post("/v1/vms", content=content, headers={"Content-Type": media})
         assert reply.status_code == 401
+
+
+PATHS = sorted({route.path_format for route in ROUTES if isinstance(route, APIRoute)})
+METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "TRACE", "PROPFIND")
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[httpx2.Client]:
+    with httpx2.Client(timeout=60.0) as client:
+        yield client
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_methods_that_a_path_does_not_have(path: str, guarded: Guarded, plain: httpx2.Client) -> None:
+    """No way around the gate: HEAD, OPTIONS and the others are 405 for everybody, and tell nothing of the machine."""
+    here = [route for route in ROUTES if isinstance(route, APIRoute) and route.path_format == path]
+    known = {method for route in here for method in route.methods}
+    vm = guarded.callers["red write"].post("/v1/vms", json={}).headers["Location"]
+    before = guarded.callers["red read"].get(vm).content
+    url = request_for(here[0], "GET", vm.rpartition("/")[2])["url"]
+    for method in sorted(set(METHODS) - known):
+        shown = set()
+        for caller in ("nobody", "stranger", "revoked", "blue admin", "red read", "red admin"):
+            # A plain client: the contract has none of these, and a reply to HEAD has no body.
+            client = guarded.callers[caller]
+            reply = plain.request(method, guarded.service.url + url, headers=client.headers)
+            assert reply.status_code == 405 and "etag" not in reply.headers, f"{caller} {method}"
+            assert set(reply.headers["Allow"].replace(" ", "").split(",")) == known, f"{caller} {method}"
+            shown.add(reply.content)
+        assert len(shown) == 1, "the same for everybody"
+    assert guarded.callers["red read"].get(vm).content == before
+    guarded.callers["red write"].delete(vm)
+
+
+def test_paths_with_a_verb_are_among_them() -> None:
+    """``…:harvest`` and the like are routes as others are."""
+    verbs = {path.rpartition(":")[2] for path in PATHS if ":" in path.rpartition("/")[2]}
+    assert {"harvest", "acknowledge", "explain"} <= verbs
+    tried = {parameters.values[0].path_format for parameters in HTTP}
+    assert tried == set(PATHS)

@@ -1,0 +1,45 @@
+"""What a machine is, without what is in it: enough to list it, and found in its head alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.arch.hyperv_cpuid import CpuidEntry
+from engine.config import VmConfig
+from engine.head import config_from_head
+from engine.kvm.slots import SlotSpec
+from engine.nested_states import first_identity, states_from_head
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """One state of a machine. ``identities`` are VP index and CPUID of each vCPU in the order of the configuration,
+    ``failing`` which allocation of the host fails from now, 1 the next."""
+
+    config: VmConfig
+    slots: tuple[SlotSpec, ...]
+    identities: tuple[tuple[int, tuple[CpuidEntry, ...]], ...]
+    spp_active: bool
+    failing: int | None
+
+
+def outline_to_head(outline: Outline) -> dict[str, Any]:
+    """Those parts that a head does not have anyway: they are words of frames."""
+    return {"spp_active": outline.spp_active, "failing": outline.failing}
+
+
+def outline_from_head(head: Mapping[str, Any]) -> Outline | None:
+    """The outline of the machine that wrote ``head``; None if it did so before outlines were part of it."""
+    kept = head.get("outline")
+    if kept is None:
+        return None
+    config = config_from_head(head["config"])
+    touched = states_from_head(config, head.get("nested", {})).vcpus
+    identities = (
+        first_identity(item) if item.id not in touched else (touched[item.id].vp_index, touched[item.id].cpuid)
+        for item in config.vcpus
+    )
+    slots = tuple(SlotSpec(*row) for row in head["slots"])
+    return Outline(config, slots, tuple(identities), kept["spp_active"], kept["failing"])
