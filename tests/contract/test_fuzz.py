@@ -9,7 +9,7 @@ from tests.contract import fuzz
 from tests.contract.fuzz_hooks import RAM, folded
 
 # Chains of calls, and not seconds: a busy machine is no reason to try less.
-LIMITS = ("--max-examples", "12")
+LIMITS = ("--max-examples", "6")
 
 
 def test_short_run(tmp_path: Path) -> None:
