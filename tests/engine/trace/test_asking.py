@@ -41,7 +41,8 @@ from tests.engine.builders import (
 
 Policy = Callable[[VirtualMachine, ExitColumns], str]
 
-# Page 5 allows sub-pages 0 to 3 only, page 6 has an object, page 7 is not executable; page 9 is free; the hole has no memory; 0x300000 is read-only.
+# Page 5 allows sub-pages 0 to 3 only, page 6 has an object, page 7 is not executable; page 9 is free; the hole has no
+# memory; 0x300000 is read-only.
 READ_WRITE = 3
 OPEN, SHUT, LATER, HOLE, FIXED = 0x9000, 0x5200, 0x5F80, 1 << 30, 0x30_0000
 ROWS: Sequence[Any] = (
