@@ -14,6 +14,7 @@ from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
 from engine.machine import SubpageRange, VirtualMachine
 from engine.nested.msr_numbers import HV_GUEST_OS_ID
+from engine.trace.asking import AskingReplay
 from engine.trace.columns import TraceChunk
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest
@@ -35,6 +36,7 @@ def warm() -> None:
     with vm.replay(ReplayOptions()) as replay:
         replay.feed(TraceChunk(records, None, {}))
         replay.finish().exit_columns.objects()
+    _warm_asking(vm)
     vm.access(AccessRequest(None, gva=0x4010))
     vm.protect("guest table", [ProtectedObject("entry", 0, 8)])
     vm.write_memory(0, b"\3")
@@ -59,6 +61,20 @@ def warm() -> None:
     vm.delete_slot(0)
     vm.counters()
     list(vm.changed_blocks())
+
+
+def _warm_asking(vm: VirtualMachine) -> None:
+    """A replay that asks, answered in the ways that call kernels of their own."""
+    records = np.array([[0x4080, 8 | 1 << 16], [0x4100, 8 | 1 << 16]], dtype=np.uint64)
+    replay: AskingReplay | None = None
+    for action in (None, "allow", "grant"):
+        with vm.replay(ReplayOptions(on_violation="ask"), replay) as run:
+            assert isinstance(run.replay, AskingReplay)
+            replay = run.replay
+            going = run.feed(TraceChunk(records, None, {})) if action is None else replay.answer(action)
+            if not going:
+                replay.asked.objects()
+            run.pause()
 
 
 def _warm_flushes() -> None:
