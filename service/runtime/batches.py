@@ -76,9 +76,9 @@ async def window_of(
     """
     body = json.loads(batch.body)
     place = max(0, after + 1 - batch.first)
-    part, skipped = _part_at(body["parts"], place) if body["parts"] is not None else divmod(place, PART)
     if place >= body["listed"]:
         return None
+    part, skipped = _part_at(body["parts"], place) if body["parts"] is not None else divmod(place, PART)
     try:
         exits = await part_of(part)
     except NotFound:
@@ -90,8 +90,6 @@ async def window_of(
 
 def _part_at(counts: list[int], place: int) -> tuple[int, int]:
     """The part that has the violation at ``place``, and how many of the part come before it."""
-    for part, count in enumerate(counts):
-        if place < count:
-            return part, place
-        place -= count
-    return len(counts), 0
+    ends = np.cumsum(counts)
+    part = int(np.searchsorted(ends, place, side="right"))
+    return part, place - int(ends[part] - counts[part])

@@ -50,22 +50,34 @@ def test_a_reader_goes_on_after_a_restart(store_url: str, monkeypatch: pytest.Mo
 
 
 def test_a_log_longer_than_what_stays_in_memory(store_url: str) -> None:
-    with serving(store_url, kept_events=150, event_heartbeat=0.05) as service:
+    with serving(store_url, kept_events=80, event_heartbeat=0.05) as service:
         client = service.client
         vm = new_vm(client)
         with following(service.url + vm + "/events") as stream:
-            for gfn in range(100):
+            for gfn in range(70):
                 set_map(client, vm, gfn, 0)
-            assert ids(stream.take(101)) == list(range(1, 102))
-        assert ids(log(client, vm, limit=7)) == list(range(1, 102))
-        for gfn in range(100):
+            assert ids(stream.take(71)) == list(range(1, 72))
+        assert ids(log(client, vm, limit=16)) == list(range(1, 72))
+        for gfn in range(40):
             set_map(client, vm, gfn, 1)
         events = log(client, vm)
         assert events[0]["kind"] == "dropped" and events[0]["detail"]["first"] == 1
         # Pruned some rows at a time: never fewer than are to be kept, and hardly more.
-        assert 150 <= len(events) - 1 <= 160 and ids(events) == list(range(202 - len(events), 202))
-        assert events[0]["detail"]["count"] == events[0]["id"] == 202 - len(events)
+        assert 80 <= len(events) - 1 <= 85 and ids(events) == list(range(112 - len(events), 112))
+        assert events[0]["detail"]["count"] == events[0]["id"] == 112 - len(events)
     assert rows_in(store_url, "events") == len(events) - 1
+
+
+def test_violations_of_a_trace_that_the_store_dropped(store_url: str) -> None:
+    with serving(store_url, kept_traces=1, loaded_exit_records=0) as service:
+        vm = new_vm(service.client)
+        for _ in range(2):
+            refuse(service.client, vm, 5)
+    with serving(store_url, kept_traces=1) as service:
+        events = log(service.client, vm, kinds="violation")
+        gone = {"first": 3, "last": 7, "count": 5, "reason": "trace-not-kept"}
+        assert ids(events) == [7, *range(9, 14)] and events[0]["detail"] == gone
+        assert log(service.client, vm, kinds="violation")[1:] == events[1:]
 
 
 def test_retention_by_age(store_url: str) -> None:
