@@ -42,6 +42,8 @@ from engine.trace.execution import execute
 from engine.trace.objects import Targets, targets_of
 from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
 from engine.trace.single import AccessRequest, AccessResult
+from engine.trace.timed import TimedReplay
+from engine.trace_operations import TraceOperations
 from engine.vcpus import VcpuOperations, fast_path_serves
 
 MAX_WINDOW = 1 << 20
@@ -312,7 +314,7 @@ class VirtualMachine:
         try:
             draft = self._begin()
             runs = Runs(draft, self.config)
-            replay = Replay(draft, options, self._state.targets, runs)
+            replay = TimedReplay(draft, options, self._state.targets, runs, TraceOperations(draft, self.config))
         except BaseException:
             self._writer.release()
             raise

@@ -123,18 +123,7 @@ class Replay:
         self._next = base + count
         position = max(0, min(count, self._options.start - base))
         while position < count:
-            status, position = replay.replay(
-                self._draft.machine,
-                words,
-                gvas,
-                position,
-                base,
-                self._words,
-                self._trail,
-                self._log,
-                self._used,
-                self.tally,
-            )
+            status, position = self._enter(chunk, words, gvas, position, base)
             if status == replay.NEED_FRAMES:
                 self._draft.ensure()
             elif status == replay.LOG_FULL:
@@ -143,12 +132,21 @@ class Replay:
                 self.stopped_at = base + position
                 break
             elif status != replay.DONE:
-                self._refuse(status, words, position, base)
+                self._refuse_in(chunk, status, words, position, base)
         if self._options.carry:
             self._drain(chunk, base)
         return self.stopped_at is None
 
-    def _refuse(self, status: int, words: NDArray[np.int64], position: int, base: int) -> None:
+    def _enter(
+        self, chunk: TraceChunk, words: NDArray[np.int64], gvas: NDArray[np.int64], position: int, base: int
+    ) -> tuple[int, int]:
+        """Go on from a position of the chunk; returns why the kernel came back, and the record it has not run."""
+        m = self._draft.machine
+        options, trail = self._words, self._trail
+        return replay.replay(m, words, gvas, position, base, options, trail, self._log, self._used, self.tally)
+
+    def _refuse_in(self, chunk: TraceChunk, status: int, words: NDArray[np.int64], position: int, base: int) -> None:
+        """Raise TraceError for the record at a position of the chunk."""
         name, rule = REFUSALS[status]
         gpa, word = (int(w) & ((1 << 64) - 1) for w in words[2 * position : 2 * position + 2])
         values = {"size": word & 0xFFFF, "access": (word >> 16) & 0xFF, "vcpu": (word >> 32) & 0xFFFF, "gpa": gpa}
