@@ -432,7 +432,7 @@ def test_failure_before_it_begins_lets_the_writer_go(vm: VirtualMachine, monkeyp
         raise MemoryError
 
     with unchanged(vm):
-        monkeypatch.setattr("engine.machine.Replay", fail)
+        monkeypatch.setattr("engine.machine.TimedReplay", fail)
         with pytest.raises(MemoryError):
             vm.replay(ReplayOptions())
 
