@@ -84,9 +84,7 @@ class TraceOperations:
             raise TraceError(_SPACE_RULE, index=index, field="address_space", value=space)
         write_word(m, FIRST_VCPU_FRAME + position, ctl.V_CR3, signed(space))
 
-    def _hypercall(
-        self, index: int, vcpu: int, position: int, operation: Operation
-    ) -> tuple[Done, PerformedOperation]:
+    def _hypercall(self, index: int, vcpu: int, position: int, operation: Operation) -> tuple[Done, PerformedOperation]:
         given = hypercall_of(operation)
         caller = Caller(rcx=given.rcx, rdx=given.rdx, r8=given.r8, xmm=given.xmm)
         request = HypercallRequest(registers=caller, input=given.block, long_mode=True)

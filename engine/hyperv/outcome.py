@@ -23,8 +23,8 @@ class Outcome:
     ``l0`` is the lowest hypervisor: ``kvm`` or ``hyperv``; ``level`` who called, 1 for a guest of it, 2 for the guest
     of a guest; ``served_by`` the level of the hypervisor that answered, None where none did. ``result`` is the 64-bit
     value, ``registers`` what changes. ``row`` is the row of the decision table for direct flushes. ``exit`` is what L1
-    sees. ``waits_for`` are the vCPUs whose TLB lock suspends the caller. ``flush`` is the one that the call was read as,
-    None for one that was not read as any.
+    sees. ``waits_for`` are the vCPUs whose TLB lock suspends the caller. ``flush`` is what the call was read
+    as, None for one that was not read as any.
     """
 
     l0: str

@@ -143,7 +143,10 @@ class Replay:
         """Go on from a position of the chunk; returns why the kernel came back, and the record it has not run."""
         m = self._draft.machine
         options, trail = self._words, self._trail
-        return replay.replay(m, words, gvas, position, base, options, trail, self._log, self._used, self.tally)
+        status, position = replay.replay(
+            m, words, gvas, position, base, options, trail, self._log, self._used, self.tally
+        )
+        return int(status), int(position)
 
     def _refuse_in(self, chunk: TraceChunk, status: int, words: NDArray[np.int64], position: int, base: int) -> None:
         """Raise TraceError for the record at a position of the chunk."""

@@ -97,7 +97,7 @@ class TimedReplay(Replay):
             self._count,
         )
         self._explain()
-        return replay.DONE if status == translated.FOUND_FULL else status, position
+        return replay.DONE if status == translated.FOUND_FULL else int(status), int(position)
 
     def _check_modelled(self, chunk: TraceChunk, position: int, base: int) -> None:
         if len(self._uses) or chunk.operations is None:
@@ -120,9 +120,7 @@ class TimedReplay(Replay):
         self._listed += used
         self._count[translated.COUNT_NOTED] = self._listed < MOST_LISTED
 
-    def _refuse_in(
-        self, chunk: TraceChunk, status: int, words: NDArray[np.int64], position: int, base: int
-    ) -> None:
+    def _refuse_in(self, chunk: TraceChunk, status: int, words: NDArray[np.int64], position: int, base: int) -> None:
         if status not in _RULES:
             super()._refuse_in(chunk, status, words, position, base)
         name, rule = _RULES[status]

@@ -64,9 +64,9 @@ class PerformedOperation:
     """An operation of the trace.
 
     ``operand`` is the input value of a hypercall, the new CR3, the linear address. ``outcome`` is one of
-    ``hyperv.outcome.OUTCOMES`` for a hypercall; of the others ``completed``, ``exception`` or ``exit``. ``result`` is the
-    64-bit value of a hypercall. ``targeted`` and ``flushed`` are VP indices; ``dropped`` and ``left`` count translations
-    that went, and that had to go but did not.
+    ``hyperv.outcome.OUTCOMES`` for a hypercall; of the others ``completed``, ``exception`` or ``exit``. ``result`` is
+    the 64-bit value of a hypercall. ``targeted`` and ``flushed`` are VP indices; ``dropped`` and ``left`` count the
+    translations that went, and that had to go but did not.
     """
 
     index: int

@@ -12,13 +12,9 @@ from engine.trace.results import TraceResult
 from engine.trace.translations import MISSES, MOST_LISTED, Miss, PerformedOperation, StaleTranslation
 from service.http.words import Document, Hex64, examples
 
-_FLUSH = {
-    "op": 1,
-    "vcpu": 0,
-    "arg": "0300000001000000" + "0050000000000000" + 8 * "00" + "0000100000000000" + 8 * "00" + "0200000000000000"
-    # the range
-    + "00100000007f0000",
-}
+# HvCallFlushVirtualAddressList: the registers, then address space, flags, VP 1, one range.
+_FLUSH_WORDS = (0x1_0000_0003, 0x5000, 0, 0x100000, 0, 1 << 1, 0x7F0000001000)
+_FLUSH = {"op": 1, "vcpu": 0, "arg": b"".join(word.to_bytes(8, "little") for word in _FLUSH_WORDS).hex()}
 
 EXAMPLE_STALE = {
     "index": 12,

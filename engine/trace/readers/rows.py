@@ -111,9 +111,7 @@ class RowConverter:
     def _operations(self, rows: list[Any]) -> tuple[list[Any], Operations]:
         """The rows as accesses, with something harmless in place of operations; and the operations."""
         ops = self._integers("op", [row.get("op", ACCESS) for row in rows])
-        given = [row.get("address_space") for row in rows]
-        spaces = self._integers("address_space", [0 if space is None else space for space in given])
-        spaces[[space is None for space in given]] = NO_SPACE
+        spaces = self._spaces([row.get("address_space") for row in rows])
         args = [self._bytes(position, row.get("arg")) for position, row in enumerate(rows)]
 
         def gva_of(position: int) -> int | None:
@@ -130,6 +128,15 @@ class RowConverter:
             else {name: value for name, value in row.items() if name not in USABLE or name == "vcpu"} | filled
             for row, op in zip(rows, ops.tolist(), strict=True)
         ], found
+
+    def _spaces(self, given: list[Any]) -> npt.NDArray[np.uint64] | None:
+        """Address spaces, NO_SPACE for each null; None where all are."""
+        absent = [space is None for space in given]
+        if all(absent):
+            return None
+        spaces = self._integers("address_space", [0 if space is None else space for space in given])
+        spaces[absent] = NO_SPACE
+        return spaces
 
     def _bytes(self, position: int, value: Any) -> bytes | None:
         """An argument: lower-case hex in memory order, or nothing."""

@@ -174,7 +174,10 @@ def test_an_access_has_what_an_operation_may_lack(named: Any, column: str, rule:
 @pytest.mark.parametrize("name", ["json", "ndjson"])
 def test_rows_of_operations_do_not_decide_about_columns(name: str) -> None:
     """Of carried and ignored columns, and of gva, which accesses have in every row or in none."""
-    rows = [{"op": 3, "gva": 1, "more": 1}] * CHUNK_ROWS + [{"gpa": 1, "gva": 2, "pc": 7}, {"op": 2, "address_space": 0}]
+    rows = [{"op": 3, "gva": 1, "more": 1}] * CHUNK_ROWS + [
+        {"gpa": 1, "gva": 2, "pc": 7},
+        {"op": 2, "address_space": 0},
+    ]
     first, second = chunks(name, rows_body(name, rows), carry=["pc"])
     assert first.operations is not None and len(first.operations.items) == CHUNK_ROWS and first.gva is None
     assert second.operations is not None and second.gva is not None and second.carry["pc"].tolist() == [7, 0]
