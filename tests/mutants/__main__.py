@@ -38,6 +38,7 @@ from . import (
     nested,
     store,
     trace,
+    translations,
 )
 from .mutant import Mutant, NotFound
 
@@ -58,6 +59,7 @@ PACKAGES = (
     hyperv,
     nested,
     trace,
+    translations,
     store,
 )
 MUTANTS: tuple[Mutant, ...] = tuple(mutant for package in PACKAGES for mutant in package.MUTANTS)

@@ -99,7 +99,9 @@ def machine(policy: str, execution: str | None = None) -> VirtualMachine:
     return hyperv_guest(VPS, flush_policy=policy, flush_execution=execution)
 
 
-@pytest.mark.parametrize(("policy", "execution"), [("tlfs", "exact"), ("tlfs", "kvm"), ("kvm", "kvm"), ("kvm", "exact")])
+@pytest.mark.parametrize(
+    ("policy", "execution"), [("tlfs", "exact"), ("tlfs", "kvm"), ("kvm", "kvm"), ("kvm", "exact")]
+)
 @settings(max_examples=15)
 @given(steps=st.lists(STEPS, min_size=4, max_size=25), split=st.integers(0, 3))
 def test_a_guest_that_flushes_is_never_stale(policy: str, execution: str, steps: Any, split: int) -> None:

@@ -175,9 +175,7 @@ def test_the_trace_leaves_what_hypercalls_leave(client: ContractClient, make_vm:
         ({"op": 0}, "gpa"),
     ],
 )
-def test_nothing_of_a_refused_trace_is_applied(
-    client: ContractClient, make_vm: MakeVm, row: Row, field: str
-) -> None:
+def test_nothing_of_a_refused_trace_is_applied(client: ContractClient, make_vm: MakeVm, row: Row, field: str) -> None:
     vm = guest(client, make_vm)
 
     def state() -> list[Any]:
