@@ -1,8 +1,8 @@
 """A guest that forgets one flush: a processor goes on writing to the page that it no longer owns, and is found out.
 
 Two vCPUs share page tables. The guest gives a linear page another frame and flushes twice: once for the wrong processor
-(the VP index is not the vCPU id), once for the right one. First step by step, then as a recorded trace: one call finds the
-write and says which flush missed it.
+(the VP index is not the vCPU id), once for the right one. First step by step, then as a recorded trace: one call finds
+the write and says which flush missed it.
 
 Run: `.venv/bin/python examples/forgotten_flush.py [URL]`; without a URL it starts a service of its own.
 """

@@ -172,4 +172,4 @@ def test_a_flush_that_is_lost_is_told(steps: Any, data: st.DataObject) -> None:
         assert item.index == index and item.vp_index == VPS[key[0]]
         assert item.changed_after is not None and item.changed_after < guest.flushes[at][1].start <= item.index
         assert f"VP {item.vp_index} needed a flush of {item.gva:#x}" in item.explanation
-    assert {key for key in told} <= guest.flushes[at][0], "nothing else is stale"
+    assert set(told) <= guest.flushes[at][0], "nothing else is stale"
