@@ -198,7 +198,7 @@ def test_a_preference_for_later_may_be_ignored(guarded: str, client: ContractCli
         ("carry=pc,,as", "carry"),
         ("carry=qualification", "carry"),
         ("carry=gpa", "carry"),
-        ("carry=op", "op"),
+        ("carry=op", "carry"),
         ("carry=missing", "carry"),
         ("record=gpa8", "record"),
     ],
