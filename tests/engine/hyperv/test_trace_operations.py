@@ -38,6 +38,7 @@ from tests.engine.hyperv.guests import CR3, CR4, hyperv_guest
 PAGE = 0x1000
 PCIDE = 1 << 17
 POLICIES = ("kvm", "tlfs")
+HYPERV: dict[str, Any] = {}
 # The vCPU that goes stale: KVM's number, and its VP index.
 VCPU, VP = 1, 5
 FIRST = [access(VCPU, OLD), access(0, OLD)]
@@ -181,6 +182,20 @@ def test_two_policies(policy: str, name: str) -> None:
     rows, kvm, tlfs = DIFFERENT[name]
     why = kvm if policy == "kvm" else tlfs
     assert [item[1] for item in stale(replayed(guest(policy), around(*rows)))] == ([why] if why else [])
+
+
+def test_second_level_flushes_are_about_other_tables() -> None:
+    """They succeed, and miss nothing that has a linear address under KVM's own root."""
+    result = replayed(guest("tlfs"), around(call(hv.GUEST_PHYSICAL_SPACE, address_space=OTHER_SPACE)))
+    assert result.translations.operation_records[0].result == 0
+    assert stale(result) == [(4, None, None)]
+
+
+def test_kvm_on_hyperv(policy: str) -> None:
+    """The machine's guest is L2 then, and its calls are served as those over HTTP are."""
+    vm = guest(policy, host=HostConfig(hyperv=HYPERV))
+    assert stale(replayed(vm, around(flush(VP)))) == []
+    assert stale(replayed(guest(policy, host=HostConfig(hyperv=HYPERV)), around(flush(0)))) == [(4, "not-targeted", 2)]
 
 
 @pytest.mark.parametrize("execution", ["exact", "kvm", "paranoid"])
