@@ -495,6 +495,8 @@ def test_lists_are_bounded_and_totals_exact(vm: VirtualMachine, monkeypatch: pyt
     assert found.stale == 5 and [item.index for item in found.stale_records] == [1, 3, 5] and found.stale_dropped == 2
     assert [item.index for item in found.operation_records] == [2, 4, 6] and found.operations_dropped == 2
     assert found.operations == {"hypercall": 0, "mov-cr3": 0, "invlpg": 5}
+    found = replayed(vm, [access(VCPU, NEW)] * 5).translations
+    assert found.stale == 5 and [item.index for item in found.stale_records] == [0, 1, 2] and found.stale_dropped == 2
 
 
 def test_what_is_noted_is_taken_when_there_is_no_more_room(vm: VirtualMachine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,12 +510,22 @@ def test_only_the_last_operations_are_looked_through(vm: VirtualMachine, monkeyp
     assert stale(replayed(vm, around(flush(0), invlpg(0, GVA), invlpg(0, GVA + PAGE)))) == [(6, "local", 3)]
 
 
-def test_frames_run_out_and_come_back(policy: str) -> None:
-    """A trace that needs more frames than there are is entered again where it was."""
-    vm = guest(policy)
-    rows = [access(VCPU, n << 12, (n << 12) + (1 << 40), address_space=CR3 | (n & 1) << 3) for n in range(1, 1200)]
+def test_frames_run_out_and_come_back() -> None:
+    """A trace that needs more frames than there are is entered again where it was: each page needs a table of its own."""
+    vm = guest("kvm")
+    vm.set_slot(SlotSpec(1, 1 << 30, 2 << 30))
+    far = [(1 << 30) + (n << 21) for n in range(1000)]
+    rows = [access(n & 1, gpa, gpa, address_space=CR3 | (n & 2) << 2) for n, gpa in enumerate(far)]
     result = replayed(vm, rows)
-    assert result.records == 1199 and stale(result) == []
+    assert result.records == 1000 and result.mmio == 0 and stale(result) == []
+    assert vm.counters()["frames_ept"] > 1000
+
+
+def test_a_full_log_is_taken_and_gone_on_with(vm: VirtualMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.trace.session.LOG_ROWS", 160)
+    rows = [access(VCPU, n << 12, n << 12) for n in range(1, 120)]
+    result = replayed(vm, [*rows, access(VCPU, OLD, 1 << 12)], include="all")
+    assert len(result.exit_columns) == 119 and stale(result) == [(119, None, None)]
 
 
 def test_traces_without_operations_are_as_before(vm: VirtualMachine) -> None:
