@@ -511,7 +511,7 @@ def test_only_the_last_operations_are_looked_through(vm: VirtualMachine, monkeyp
 
 
 def test_frames_run_out_and_come_back() -> None:
-    """A trace that needs more frames than there are is entered again where it was: each page needs a table of its own."""
+    """A trace that needs more frames than there are is entered again where it was: each page needs its own table."""
     vm = guest("kvm")
     vm.set_slot(SlotSpec(1, 1 << 30, 2 << 30))
     far = [(1 << 30) + (n << 21) for n in range(1000)]
