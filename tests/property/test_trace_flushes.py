@@ -102,7 +102,7 @@ def machine(policy: str, execution: str | None = None) -> VirtualMachine:
 @pytest.mark.parametrize(
     ("policy", "execution"), [("tlfs", "exact"), ("tlfs", "kvm"), ("kvm", "kvm"), ("kvm", "exact")]
 )
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(steps=st.lists(STEPS, min_size=4, max_size=25), split=st.integers(0, 3))
 def test_a_guest_that_flushes_is_never_stale(policy: str, execution: str, steps: Any, split: int) -> None:
     guest = trace(steps)
@@ -153,7 +153,7 @@ def _survives(guest: Guest, key: Key, end: int) -> bool:
     return False
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(steps=st.lists(STEPS, min_size=4, max_size=25), data=st.data())
 def test_a_flush_that_is_lost_is_told(steps: Any, data: st.DataObject) -> None:
     guest = trace([*[("use", vcpu, SPACES[0], PAGES[0]) for vcpu in range(3)], *steps])
