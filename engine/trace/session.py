@@ -140,7 +140,12 @@ class Replay:
     def _enter(
         self, chunk: TraceChunk, words: NDArray[np.int64], gvas: NDArray[np.int64], position: int, base: int
     ) -> tuple[int, int]:
-        """Go on from a position of the chunk; returns why the kernel came back, and the record it has not run."""
+        """Go on from a position of the chunk; returns why the kernel came back, and the record it has not run.
+
+        Operations are for ``trace.timed``; elsewhere they are refused, never passed over.
+        """
+        if chunk.operations is not None:
+            raise TraceError("this replay takes no operations and no address spaces", index=base + position, field="op")
         m = self._draft.machine
         options, trail = self._words, self._trail
         status, position = replay.replay(

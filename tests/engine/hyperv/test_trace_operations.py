@@ -14,9 +14,12 @@ from engine.errors import TraceError
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.trace import translations
-from engine.trace.session import ReplayOptions
+from engine.trace.columns import TraceChunk
+from engine.trace.objects import targets_of
+from engine.trace.operations import Operations
+from engine.trace.session import Replay, ReplayOptions
 from engine.trace.single import AccessRequest
-from tests.engine.builders import exits, replay, set_map, unchanged
+from tests.engine.builders import chunk, exits, replay, set_map, unchanged
 from tests.engine.hyperv.flush_traces import (
     BLOCK,
     GVA,
@@ -530,8 +533,6 @@ def test_a_full_log_is_taken_and_gone_on_with(vm: VirtualMachine, monkeypatch: p
 
 def test_traces_without_operations_are_as_before(vm: VirtualMachine) -> None:
     """A gva alone is told in exit records, and translates nothing."""
-    from tests.engine.builders import chunk
-
     result = replay(vm, chunk([(OLD, 8, 1, VCPU), (NEW, 8, 1, VCPU)], gva=[GVA, GVA]))
     assert (
         result.translations == translations.Translations(operations={"hypercall": 0, "mov-cr3": 0, "invlpg": 0})
@@ -549,6 +550,15 @@ def test_the_machine_comes_back_from_its_durable_form(vm: VirtualMachine) -> Non
     assert back.hyperv.flush_queue(0).hypercalls == 1
 
 
+def test_other_replays_refuse_operations(vm: VirtualMachine) -> None:
+    """They would be passed over there."""
+    operations = Operations(np.zeros(0, dtype=np.int64), (), np.zeros(0, dtype=np.uint64))
+    beside = chunk([OLD])._replace(operations=operations)
+    with vm._change() as draft, pytest.raises(TraceError, match="takes no operations") as caught:
+        Replay(draft, ReplayOptions(), targets_of(())).feed(beside)
+    assert (caught.value.index, caught.value.field) == (0, "op")
+
+
 def test_vcpus_that_are_numbered_with_gaps() -> None:
     config = VmConfig(vcpus=(VcpuConfig(0), VcpuConfig(9)), translation_cache="model")
     vm = VirtualMachine.create(config, [SlotSpec(0, 0, 1 << 24)])
@@ -559,8 +569,5 @@ def test_vcpus_that_are_numbered_with_gaps() -> None:
 
 
 def _empty() -> Any:
-    from engine.trace.columns import TraceChunk
-    from engine.trace.operations import Operations
-
     none = np.zeros(0, dtype=np.uint64)
     return TraceChunk(np.zeros((0, 2), dtype=np.uint64), None, {}, False, Operations(none.astype(np.int64), (), none))
