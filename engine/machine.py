@@ -40,11 +40,13 @@ from engine.steps import new_trail, run_all
 from engine.store import Draft, FrameStore, Snapshot, blocks_of
 from engine.subpage_calls import SubpageCalls
 from engine.tables import TableOperations
-from engine.trace.asking import AskingReplay, kind_of
+from engine.trace.asking import AskingReplay
 from engine.trace.execution import Execute, execute
 from engine.trace.objects import Targets, targets_of
-from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
+from engine.trace.session import ASK, Replay, ReplayOptions, ReplayTransaction
 from engine.trace.single import AccessRequest, AccessResult
+from engine.trace.timed import TimedReplay
+from engine.trace_operations import TraceOperations
 from engine.vcpus import VcpuOperations, fast_path_serves
 
 MAX_WINDOW = 1 << 20
@@ -320,8 +322,11 @@ class VirtualMachine:
             if earlier is not None:
                 earlier.go_on(draft, self._state.targets, runs)
                 replay = earlier
+            elif options.on_violation == ASK:
+                replay = AskingReplay(draft, options, self._state.targets, runs)
             else:
-                replay = kind_of(options)(draft, options, self._state.targets, runs)
+                operations = TraceOperations(draft, self.config)
+                replay = TimedReplay(draft, options, self._state.targets, runs, operations)
         except BaseException:
             self._writer.release()
             raise

@@ -16,6 +16,7 @@ from engine.machine import SubpageRange, VirtualMachine
 from engine.nested.msr_numbers import HV_GUEST_OS_ID
 from engine.trace.asking import AskingReplay
 from engine.trace.columns import TraceChunk
+from engine.trace.operations import INVLPG, MOV_CR3, Operation, Operations
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest
 
@@ -86,6 +87,18 @@ def _warm_flushes() -> None:
         for fields in (CallFields(SPACE, flags=2, processor_mask=1), CallFields(LIST, processor_mask=1, ranges=(0,))):
             vm.hyperv.hypercall(0, HypercallRequest(fields=fields, input_gpa=0))
         vm.hyperv.hypercall(0, HypercallRequest(fields=CallFields(GUEST_PHYSICAL_SPACE), input_gpa=0))
+        _warm_trace(vm)
+
+
+def _warm_trace(vm: VirtualMachine) -> None:
+    """A trace with operations between its accesses."""
+    records = np.array([[0x1000 * (1 + n // 2), 8 | 1 << 16] for n in range(4)], dtype=np.uint64)
+    gvas, spaces = np.full(4, 0x1000, dtype=np.uint64), np.zeros(4, dtype=np.uint64)
+    items = (Operation(1, INVLPG, None, 0x1000, 0), Operation(3, MOV_CR3, None, None, 0))
+    operations = Operations(np.array([1, 3]), items, spaces)
+    with vm.replay(ReplayOptions()) as replay:
+        replay.feed(TraceChunk(records, gvas, {}, operations=operations))
+        replay.finish()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A guest that forgets one flush: a processor goes on writing to the page that it no longer owns, and is found out.
 
 Two vCPUs share page tables. The guest gives a linear page another frame and flushes twice: once for the wrong processor
-(the VP index is not the vCPU id), once for the right one.
+(the VP index is not the vCPU id), once for the right one. First step by step, then as a recorded trace: one call finds
+the write and says which flush missed it.
 
 Run: `.venv/bin/python examples/forgotten_flush.py [URL]`; without a URL it starts a service of its own.
 """
@@ -54,12 +55,42 @@ class Guest:
         done = self.client.post(f"{self.url}/accesses", json=body).raise_for_status().json()
         return done["gpa"], done["stale"]
 
+    def replay(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        reply = self.client.post(f"{self.url}/traces", json={"accesses": records})
+        found: dict[str, Any] = reply.raise_for_status().json()
+        return found
+
     def flush(self, mask: int) -> dict[str, Any]:
         call = {"name": "HvCallFlushVirtualAddressList", "address_space": hex(TABLES), "processor_mask": mask}
         body = {"call": {**call, "ranges": [hex(LINEAR)]}, "input_gpa": "0x5000"}
         reply = self.client.post(f"{self.url}/vcpus/0/hypercalls", json=body)
         found: dict[str, Any] = reply.raise_for_status().json()
         return found
+
+
+def recorded_write(vcpu: int, frame: int) -> dict[str, Any]:
+    """A write as a tracer sees it: where it was, and where the page tables said that it goes."""
+    return {"vcpu": vcpu, "gva": hex(LINEAR), "gpa": hex(frame), "address_space": hex(TABLES)}
+
+
+def recorded_flush(mask: int) -> dict[str, Any]:
+    """The hypercall of vCPU 0: RCX, RDX, R8, then its block: address space, flags, processors, one range."""
+    words = (0x1_0000_0003, 0x5000, 0, TABLES, 0, mask, LINEAR)
+    return {"op": 1, "vcpu": 0, "arg": b"".join(word.to_bytes(8, "little") for word in words).hex()}
+
+
+def replay_it(guest: Guest) -> None:
+    """The same as one trace: a flush is missing between records 1 and 3."""
+    trace = [recorded_write(1, OLD_FRAME), recorded_flush(1 << 1), recorded_write(0, NEW_FRAME)]
+    trace += [recorded_write(1, NEW_FRAME), recorded_flush(1 << 5), recorded_write(1, NEW_FRAME)]
+    guest.flush(1 << 5 | 1)
+    result = guest.replay(trace)
+    assert result["stale_translations"] == 1
+    (stale,) = result["stale_records"]
+    assert (stale["index"], stale["cached_gpa"], stale["gpa"]) == (3, hex(OLD_FRAME), hex(NEW_FRAME))
+    assert stale["missed_by"]["index"] == 1
+    print(f"record {stale['index']} of the trace wrote to {stale['cached_gpa']} instead of {stale['gpa']}")
+    print(stale["explanation"])
 
 
 def main(url: str | None) -> None:
@@ -75,6 +106,7 @@ def main(url: str | None) -> None:
             dropped = sum(len(vp["dropped"]) for vp in flush["vps"])
             print(f"flush of VPs {mask:#b}: targets {flush['targeted']}, {dropped} translations dropped")
             print(f"vCPU 1 writes to {gpa}: {'a stale translation, the flush missed VP 5' if stale else 'as mapped'}")
+        replay_it(guest)
         client.delete(guest.url)
 
 

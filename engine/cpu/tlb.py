@@ -169,32 +169,33 @@ def same_space(m, row, space):
 
 
 @kernel
+def translates(m, row, vcpu, kind, page):
+    """Whether a row holds an entry that translates a page for a vCPU as it is; ``page`` is as ``find`` has it."""
+    if not live(m, row) or m.tlb[row, E_PAGE] != page or m.tlb[row, E_KIND] != kind | vcpu << VCPU_SHIFT:
+        return False
+    if m.tlb[row, E_NESTED] != nested_of(m, vcpu) or m.tlb[row, E_NESTED_VM] != nested_vm_of(m, vcpu):
+        return False
+    root = NO_SPACE if kind == LINEAR else root_of(m, vcpu)
+    space = NO_SPACE if kind == PHYSICAL else space_of(m, vcpu)
+    return m.tlb[row, E_ROOT] == root and same_space(m, row, space)
+
+
+@kernel
 def find(m, vcpu, kind, page):
     """Row of the entry that translates a page for a vCPU as it is, MISSING if there is none.
 
     ``page`` is the GFN for a physical entry, else the linear address's bits 63:12.
     """
-    root = NO_SPACE if kind == LINEAR else root_of(m, vcpu)
-    space = NO_SPACE if kind == PHYSICAL else space_of(m, vcpu)
-    nested = nested_of(m, vcpu)
-    nested_vm = nested_vm_of(m, vcpu)
     first = first_way(vcpu, page)
     for row in range(first, first + WAYS):
-        if not live(m, row) or m.tlb[row, E_PAGE] != page or m.tlb[row, E_KIND] != kind | vcpu << VCPU_SHIFT:
-            continue
-        if m.tlb[row, E_NESTED] != nested or m.tlb[row, E_NESTED_VM] != nested_vm:
-            continue
-        if m.tlb[row, E_ROOT] == root and same_space(m, row, space):
+        if translates(m, row, vcpu, kind, page):
             return row
     return MISSING
 
 
 @kernel
-def place(m, vcpu, kind, page):
-    """Row for a new entry: the one it replaces, a free one of its set, or the next in turn."""
-    row = find(m, vcpu, kind, page)
-    if row != MISSING:
-        return row
+def room(m, vcpu, page):
+    """Row for an entry of a page that has none: a free one of its set, or the next in turn."""
     first = first_way(vcpu, page)
     for way in range(first, first + WAYS):
         if not live(m, way):
@@ -204,12 +205,24 @@ def place(m, vcpu, kind, page):
 
 
 @kernel
+def place(m, vcpu, kind, page):
+    """Row for a new entry: the one it replaces, or one with room for it."""
+    row = find(m, vcpu, kind, page)
+    return row if row != MISSING else room(m, vcpu, page)
+
+
+@kernel
 def remember(m, vcpu, kind, page, frame, facts, trail):
     """Remember a translation to GFN ``frame`` that just served an access; ``trail`` holds its EPT walk.
 
     ``facts`` is what the guest's paging says of it, as in E_FACTS.
     """
-    row = place(m, vcpu, kind, page)
+    fill(m, place(m, vcpu, kind, page), vcpu, kind, page, frame, facts, trail)
+
+
+@kernel
+def fill(m, row, vcpu, kind, page, frame, facts, trail):
+    """Make a row the entry that ``remember`` is about."""
     rights = np.int64(RIGHTS_MASK)
     upper = np.int64(bits.WRITE)
     count = trail[ept.TRAIL_COUNTS, 0]
@@ -241,9 +254,13 @@ def remember(m, vcpu, kind, page, frame, facts, trail):
 def combine(m, vcpu, page, frame, facts):
     """Remember a combined translation to GFN ``frame`` whose EPT half a physical entry gave."""
     source = find(m, vcpu, PHYSICAL, frame)
-    if source == MISSING:
-        return
-    row = place(m, vcpu, COMBINED, page)
+    if source != MISSING:
+        merge(m, place(m, vcpu, COMBINED, page), source, vcpu, page, facts)
+
+
+@kernel
+def merge(m, row, source, vcpu, page, facts):
+    """Make a row the combined entry whose EPT half is that of the row ``source``."""
     for word in range(ENTRY_WORDS):
         m.tlb[row, word] = m.tlb[source, word]
     m.tlb[row, E_KIND] = COMBINED | vcpu << VCPU_SHIFT

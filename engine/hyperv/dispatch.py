@@ -89,6 +89,7 @@ def _serve(caller: Caller, at: Situation, scope: Scope, blank: Outcome) -> Outco
         return replace(blank, outcome="intercepted", intercepted_gpa=reading.gpa)
     if isinstance(reading, Refused):
         return _completed(caller, blank, reading.result, ())
+    blank = replace(blank, flush=reading)
     waits_for = _holders(reading, scope, at)
     if waits_for:
         return replace(blank, outcome="suspended", waits_for=waits_for)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from engine.arch import hypercall as hv
 from engine.hyperv.direct import Exit
 from engine.hyperv.execution import Effect
+from engine.hyperv.request import Flush, SecondLevelFlush
 
 # ``completed``: the result is in the registers and RIP past the instruction. ``exception``: #UD. ``intercepted``: the
 # parent gets a message about memory. ``suspended``: a TLB lock holds the caller at the instruction. ``reflected``: a VM
@@ -22,7 +23,8 @@ class Outcome:
     ``l0`` is the lowest hypervisor: ``kvm`` or ``hyperv``; ``level`` who called, 1 for a guest of it, 2 for the guest
     of a guest; ``served_by`` the level of the hypervisor that answered, None where none did. ``result`` is the 64-bit
     value, ``registers`` what changes. ``row`` is the row of the decision table for direct flushes. ``exit`` is what L1
-    sees. ``waits_for`` are the vCPUs whose TLB lock suspends the caller.
+    sees. ``waits_for`` are the vCPUs whose TLB lock suspends the caller. ``flush`` is what the call was read
+    as, None for one that was not read as any.
     """
 
     l0: str
@@ -37,6 +39,7 @@ class Outcome:
     intercepted_gpa: int | None = None
     waits_for: tuple[int, ...] = ()
     effects: tuple[Effect, ...] = ()
+    flush: Flush | SecondLevelFlush | None = None
 
     @property
     def rip_advance(self) -> int:

@@ -208,7 +208,7 @@ class AskingReplay(Replay):
             elif status == replay.DONE:
                 return int(self._used[0]) > listed
             else:
-                self._refuse(status, words, 0, place.record)
+                self._refuse_in(chunk, status, words, 0, place.record)
 
     # Objects that come and go
 
@@ -269,8 +269,3 @@ def _united(sets: Sequence[objects.Targets]) -> tuple[objects.ObjectIndex, tuple
         ranges[:, 2] = [position[known.names[at]] for at in ranges[:, 2].tolist()]
         parts.append(ranges)
     return objects.index_of(np.concatenate(parts)), names
-
-
-def kind_of(options: ReplayOptions) -> type[Replay]:
-    """The class of a replay with these options."""
-    return AskingReplay if options.on_violation == ASK else Replay

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from engine.arch import access as acc
 from engine.errors import TraceError
+from engine.trace.operations import NO_SPACE, OP_COLUMNS, OP_NAMES, Operations
 
 # Target length of a chunk. 256 Ki records are 4 MiB: long enough that what a chunk costs whatever its length does not
 # count, short enough to stay in the last-level cache between reader and replay.
@@ -26,15 +27,15 @@ CHUNK_RECORDS = 1 << 18
 class Column:
     """One column of a trace: its name, the width it is stored in, and what an absent column means.
 
-    ``default`` is None for a column without one. A ``reserved`` column has a meaning fixed for a later release and is
-    refused until then, because ignoring it would give a wrong answer silently. ``about`` is one line for documentation.
-    ``largest`` is the largest value that means something, where that is less than what fits.
+    ``default`` is None for a column without one. One that is ``beside`` the records is part of none: it is about the
+    operations between accesses (``trace.operations``). ``about`` is one line for documentation. ``largest`` is the
+    largest value that means something, where that is less than what fits.
     """
 
     name: str
     dtype: str
     default: int | None
-    reserved: bool
+    beside: bool
     about: str
     largest: int | None = None
 
@@ -67,17 +68,17 @@ COLUMNS: tuple[Column, ...] = (
         acc.LINEAR_BITS,
     ),
     Column("source", "|u1", acc.GUEST, False, "0 guest, 1 emulated by KVM, 2 host", len(acc.SOURCE_NAMES) - 1),
-    Column("address_space", "<u8", None, True, "guest CR3"),
+    Column("address_space", "<u8", None, True, "the vCPU's CR3; absent or null: as it was", NO_SPACE - 1),
     Column("insn_len", "|u1", 0, False, "instruction length in bytes, 0 if not known", acc.MAX_INSTRUCTION),
-    Column("op", "|u1", None, True, "0 access, 1 hypercall, 2 mov-cr3, 3 invlpg"),
-    Column("arg", "binary", None, True, "argument of the operation"),
+    Column("op", "|u1", 0, True, "0 access, 1 hypercall, 2 mov-cr3, 3 invlpg", len(OP_NAMES) - 1),
+    Column("arg", "binary", None, True, "argument of the operation, null for an access"),
 )
 # The columns that share bytes of a record: what kind of access it is, whose, and how long its instruction.
 KINDS = frozenset({"kind", "linear", "source", "insn_len"})
 _DEFAULT_ACCESS = np.array(acc.DEFAULT_ACCESS, dtype=np.uint8)
 
-USABLE: Mapping[str, Column] = {column.name: column for column in COLUMNS if not column.reserved}
-RESERVED = frozenset(column.name for column in COLUMNS if column.reserved)
+USABLE: Mapping[str, Column] = {column.name: column for column in COLUMNS}
+RECORD: Mapping[str, Column] = {column.name: column for column in COLUMNS if not column.beside}
 
 # The two words of a chunk row, field by field (little-endian, 16 bytes).
 RECORD16 = np.dtype(
@@ -101,12 +102,15 @@ class TraceChunk(NamedTuple):
     (``arch.access.record_bits``). A packed body never sets it: those bits of its records are zero.
     ``gva``: uint64[n], or None when the trace has no such column.
     ``carry``: the columns the caller asked to carry along, each of length n and of a fixed-width type.
+    ``operations``: what is between the accesses and under which page tables each is, None for a trace that has neither;
+    the row of an operation has its vCPU and nothing else that counts.
     """
 
     records: npt.NDArray[np.uint64]
     gva: npt.NDArray[np.uint64] | None
     carry: dict[str, npt.NDArray[Any]]
     kinds: bool = False
+    operations: Operations | None = None
 
 
 class MalformedBody(TraceError):
@@ -132,8 +136,6 @@ def check_carry(carry: Sequence[str]) -> tuple[str, ...]:
     Raises ``TraceError`` for a column that has a meaning of its own.
     """
     for name in carry:
-        if name in RESERVED:
-            raise not_yet_supported(name)
         if name in USABLE:
             raise TraceError(
                 f"{name} is part of every record and is not carried separately",
@@ -146,15 +148,13 @@ def check_carry(carry: Sequence[str]) -> tuple[str, ...]:
 def plan_columns(names: Iterable[str], carry: Sequence[str], *, index: int = 0) -> ColumnPlan:
     """Sort the column names of a body by what becomes of them.
 
-    ``index`` is the first record that has these columns. Raises ``TraceError`` for a reserved column, for one that
-    occurs twice, for a missing ``gpa`` and for a name to carry that is not there.
+    ``index`` is the first record that has these columns. Raises ``TraceError`` for one that occurs twice,
+    for a missing ``gpa`` and for a name to carry that is not there.
     """
     used: list[str] = []
     carried: list[str] = []
     ignored: list[str] = []
     for name in names:
-        if name in RESERVED:
-            raise not_yet_supported(name, index)
         group = used if name in USABLE else carried if name in carry else ignored
         if name not in group:
             group.append(name)
@@ -171,11 +171,6 @@ def plan_columns(names: Iterable[str], carry: Sequence[str], *, index: int = 0) 
                 value=name,
             )
     return ColumnPlan(tuple(used), tuple(carry), tuple(ignored))
-
-
-def not_yet_supported(name: str, index: int | None = None) -> TraceError:
-    """The error for a reserved column."""
-    return TraceError(f"the column {name} is reserved and not yet supported", index=index, field=name)
 
 
 def does_not_fit(name: str, index: int, value: Any, limit: int) -> TraceError:
@@ -206,10 +201,11 @@ class ChunkBuffer:
         self._columns: dict[str, npt.NDArray[Any]] = {name: fields[name] for name in ("gpa", "size", "access", "vcpu")}
         self._gva: npt.NDArray[np.uint64] | None = None
         used = frozenset(used)
+        self.beside = not used.isdisjoint(OP_COLUMNS)
         if "gva" in used:
             self._gva = self._columns["gva"] = np.zeros(capacity, dtype=np.uint64)
         for name, column in self._columns.items():
-            column[:] = USABLE[name].default or 0
+            column[:] = RECORD[name].default or 0
         self._kinds = not used.isdisjoint(KINDS)
         self._kind_says_access = "kind" in used and "access" not in used
         self._byte3 = fields["zero"]
@@ -242,11 +238,14 @@ class ChunkBuffer:
         else:
             shared[:] = shared & np.uint16(3) | values << 2
 
-    def chunk(self, length: int, carry: dict[str, npt.NDArray[Any]]) -> TraceChunk:
+    def chunk(
+        self, length: int, carry: dict[str, npt.NDArray[Any]], operations: Operations | None = None
+    ) -> TraceChunk:
         """The first ``length`` rows."""
         return TraceChunk(
             self.records[:length],
             None if self._gva is None else self._gva[:length],
             carry,
             self._kinds,
+            operations,
         )

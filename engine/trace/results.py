@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ from engine.jit import kernel
 from engine.kvm import run
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.trace.objects import ObjectIndex, build_index, objects_of
+from engine.trace.translations import Translations
 
 # Name, dtype and meaning of the columns of an exit record, in the order in which they are shown.
 EXIT_COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -189,3 +190,8 @@ class TraceResult:
     exit_records_dropped: int
     stopped_at: int | None
     exit_columns: ExitColumns
+    translations: Translations = field(default_factory=Translations)
+
+    def with_translations(self, found: Translations) -> TraceResult:
+        """The same with what was found out about translations."""
+        return replace(self, translations=found)

@@ -135,18 +135,7 @@ class Replay:
         words = frozen(chunk.records.reshape(-1))
         gvas = self._no_gva if chunk.gva is None else frozen(chunk.gva)
         while position < len(chunk.records):
-            status, position = replay.replay(
-                self._draft.machine,
-                words,
-                gvas,
-                position,
-                base,
-                self._words,
-                self._trail,
-                self._log,
-                self._used,
-                self.tally,
-            )
+            status, position = self._enter(chunk, words, gvas, position, base)
             if status == replay.NEED_FRAMES:
                 self._draft.ensure()
             elif status == replay.LOG_FULL:
@@ -155,7 +144,7 @@ class Replay:
                 self._stop(chunk, base, position)
                 return False
             elif status != replay.DONE:
-                self._refuse(status, words, position, base)
+                self._refuse_in(chunk, status, words, position, base)
         self._end_chunk(chunk, base)
         return True
 
@@ -172,7 +161,24 @@ class Replay:
         """What is to be added to the totals of the machine, handed out once."""
         return self.tally
 
-    def _refuse(self, status: int, words: NDArray[np.int64], position: int, base: int) -> None:
+    def _enter(
+        self, chunk: TraceChunk, words: NDArray[np.int64], gvas: NDArray[np.int64], position: int, base: int
+    ) -> tuple[int, int]:
+        """Go on from a position of the chunk; returns why the kernel came back, and the record it has not run.
+
+        Operations are for ``trace.timed``; elsewhere they are refused, never passed over.
+        """
+        if chunk.operations is not None:
+            raise TraceError("this replay takes no operations and no address spaces", index=base + position, field="op")
+        m = self._draft.machine
+        options, trail = self._words, self._trail
+        status, position = replay.replay(
+            m, words, gvas, position, base, options, trail, self._log, self._used, self.tally
+        )
+        return int(status), int(position)
+
+    def _refuse_in(self, chunk: TraceChunk, status: int, words: NDArray[np.int64], position: int, base: int) -> None:
+        """Raise TraceError for the record at a position of the chunk."""
         name, rule = REFUSALS[status]
         gpa, word = (int(w) & ((1 << 64) - 1) for w in words[2 * position : 2 * position + 2])
         values = {"size": word & 0xFFFF, "access": (word >> 16) & 0xFF, "vcpu": (word >> 32) & 0xFFFF, "gpa": gpa}

@@ -36,7 +36,7 @@ _REPLY = {
     "trace_content_types": list(FORMATS),
     "record_formats": list(RECORD_FORMATS),
     "columns": ["gpa", "size", "access", "vcpu", "gva"],
-    "reserved_columns": ["source", "op"],
+    "reserved_columns": [],
     "on_violation": ["skip", "stop", "allow", "grant"],
     "exit_reasons": {"48": "EPT violation"},
     "resolutions": ["violation"],
@@ -96,7 +96,7 @@ class Capabilities(Document):
     trace_content_types: list[str]
     record_formats: list[str] = Field(description="Values of `record` for packed bodies.")
     columns: list[str] = Field(description="Trace columns with a meaning.")
-    reserved_columns: list[str] = Field(description="Trace columns that are refused until they work.")
+    reserved_columns: list[str] = Field(description="Trace columns that are refused until they work: none.")
     on_violation: list[str]
     exit_reasons: dict[str, str] = Field(description="Basic exit reasons by number.")
     resolutions: list[str]
@@ -151,8 +151,8 @@ async def get_capabilities(request: Request) -> Response:
             translation_caches=list(TRANSLATION_CACHES),
             trace_content_types=list(FORMATS),
             record_formats=list(RECORD_FORMATS),
-            columns=[column.name for column in COLUMNS if not column.reserved],
-            reserved_columns=[column.name for column in COLUMNS if column.reserved],
+            columns=[column.name for column in COLUMNS],
+            reserved_columns=[],
             on_violation=["skip", "stop", "allow", "grant"],
             exit_reasons={str(number): name for number, name in NAMES.items()},
             resolutions=list(RESOLUTION_NAMES),

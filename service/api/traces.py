@@ -35,6 +35,15 @@ from service.api.common import (
     tagged_reply,
 )
 from service.api.exits import EXAMPLE_EXIT, EXIT_FIELDS, INLINE_RECORDS, ExitRecord, TraceId, exit_rows, exits_url
+from service.api.translations import (
+    EXAMPLE_OPERATION,
+    EXAMPLE_STALE,
+    OperationRecord,
+    TranslationRecords,
+    TranslationTotals,
+    translation_records,
+    translation_totals,
+)
 from service.http import cursors
 from service.http.negotiation import ARROW, JSON, NDJSON, OCTETS, PARQUET, content_type
 from service.http.words import Access, Document, Hex64, examples
@@ -69,11 +78,17 @@ _SUMMARY = {
     "exits": {"ept_violation": 14884, "ept_misconfiguration": 0, "spp_miss": 17, "spp_misconfiguration": 0},
     "exit_records_dropped": 0,
     "stopped_at": None,
+    "stale_translations": 1,
+    "operations": {"hypercall": 1, "mov_cr3": 0, "invlpg": 0},
     "ignored_columns": ["flags"],
     "seconds": 0.21,
 }
 _RESULT = {
     **_SUMMARY,
+    "stale_records": [EXAMPLE_STALE],
+    "stale_records_dropped": 0,
+    "operation_records": [EXAMPLE_OPERATION],
+    "operation_records_dropped": 0,
     "exit_records": [EXAMPLE_EXIT],
     "next": f"/v1/vms/{EXAMPLE_VM}/traces/{EXAMPLE_TRACE}/exits?cursor=AQAAAAAAAACf2Pv1",
 }
@@ -119,6 +134,11 @@ class AccessRecord(Document):
     )
     source: int = Field(0, ge=0, le=2, description="0 guest, 1 emulated by KVM, 2 host.")
     insn_len: int = Field(0, ge=0, le=15, description="Bytes of the instruction, 0 if not known.")
+    op: Literal[0, "0x0", "0"] = Field(0, description="0: an access.")
+    arg: str | None = Field(None, max_length=0, description="An access has none.")
+    address_space: Hex64 | None = Field(
+        None, description="The vCPU's CR3, under which the translation of `gva` is cached. Null: as it was."
+    )
 
 
 class TraceBody(Document):
@@ -126,7 +146,7 @@ class TraceBody(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"accesses": [_ACCESS, {"gpa": "0x1000"}]}))
 
-    accesses: list[AccessRecord]
+    accesses: list[AccessRecord | OperationRecord]
 
 
 class ObjectHits(Document):
@@ -149,7 +169,7 @@ class ExitCounts(Document):
     spp_misconfiguration: int
 
 
-class TraceSummary(Document):
+class TraceSummary(TranslationTotals):
     """The totals of a replay."""
 
     model_config = ConfigDict(json_schema_extra=examples(_SUMMARY))
@@ -182,7 +202,7 @@ class TraceSummary(Document):
     seconds: float = Field(description="From the start of the replay to the publication of its effects.")
 
 
-class TraceResult(TraceSummary):
+class TraceResult(TraceSummary, TranslationRecords):
     """The totals of a replay and its first exit records."""
 
     model_config = ConfigDict(json_schema_extra=examples(_RESULT))
@@ -227,6 +247,7 @@ def _summary(vm_id: str, trace: Trace) -> dict[str, Any]:
         "exits": dict(result.exits),
         "exit_records_dropped": result.exit_records_dropped,
         "stopped_at": None if result.stopped_at is None else int(result.stopped_at),
+        **translation_totals(result),
         "ignored_columns": list(trace.ignored_columns),
         "seconds": round(trace.seconds, 6),
     }
@@ -235,7 +256,8 @@ def _summary(vm_id: str, trace: Trace) -> dict[str, Any]:
 def _result(vm_id: str, trace: Trace, inlined: int) -> dict[str, Any]:
     exits = trace.result.exit_columns
     follow = exits_url(vm_id, trace.id, inlined, None) if len(exits) > inlined else None
-    return {**_summary(vm_id, trace), "exit_records": exit_rows(exits[:inlined]), "next": follow}
+    listed = {**translation_records(trace.result), "exit_records": exit_rows(exits[:inlined])}
+    return {**_summary(vm_id, trace), **listed, "next": follow}
 
 
 async def _rendered(vm_id: str, trace: Trace, settings: Settings) -> dict[str, Any]:
@@ -282,7 +304,10 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
         "introspection tools; problems then say with `resume_at` what is committed. "
         "Arrow streams, NDJSON and packed records are replayed while they arrive. Columns: `gpa` u64 (required), "
         "`size` u16 (8), `access` u8 (1), `vcpu` u16 (0), `gva` u64, `kind` u8 (0), `linear` u8 (1: valid), `source` "
-        "u8 (0: guest), `insn_len` u8 (0: not known); packed records have only the first four."
+        "u8 (0: guest), `insn_len` u8 (0: not known); packed records have only the first four. On VMs with "
+        "`translation_cache: model` also `op` u8 (0: access; 1 hypercall, 2 mov-cr3, 3 invlpg), `arg` binary (of an "
+        "operation) and `address_space` u64 (the vCPU's CR3): operations happen between the accesses, and each access "
+        "by a translation that should have been flushed is counted and explained (docs/tlb-flush.md)."
     ),
     status_code=201,
     openapi_extra={

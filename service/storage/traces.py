@@ -15,6 +15,7 @@ from engine.trace.results import ExitColumns, ObjectHits, TraceResult
 from service.runtime.traces import NO_RECORDS, PART, Trace, TraceRequest
 from service.storage.columns import pack, unpack
 from service.storage.records import TraceRecord
+from service.storage.translations import translations_of
 
 _RECORD_GPA = "record_gpa"
 _COLUMN = "column:"
@@ -58,6 +59,7 @@ def trace_of(record: TraceRecord) -> Trace:
             exits=result["exits"],
             stopped_at=result["stopped_at"],
             exit_columns=NO_RECORDS,
+            translations=translations_of(result.get("translations")),
         ),
         ignored_columns=tuple(head["ignored_columns"]),
         created=datetime.fromisoformat(record.created),
@@ -102,6 +104,7 @@ def _head(trace: Trace) -> dict[str, Any]:
             ],
             "exits": {name: int(count) for name, count in result.exits.items()},
             "stopped_at": None if result.stopped_at is None else int(result.stopped_at),
+            "translations": asdict(result.translations),
         },
         "ignored_columns": list(trace.ignored_columns),
         "seconds": trace.seconds,

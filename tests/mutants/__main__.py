@@ -39,6 +39,7 @@ from . import (
     nested,
     store,
     trace,
+    translations,
 )
 from .mutant import Mutant, NotFound
 
@@ -60,6 +61,7 @@ PACKAGES = (
     nested,
     trace,
     asking,
+    translations,
     store,
 )
 MUTANTS: tuple[Mutant, ...] = tuple(mutant for package in PACKAGES for mutant in package.MUTANTS)

@@ -210,6 +210,6 @@ MUTANTS = (
             *named(PROCESSOR, "a_flushed_cache_changes_no_answer"),
             *named(KINDS, "a_combined_translation_has_the_vector_of_its_physical_one"),
         ),
-        "combine",
+        "merge",
     ),
 )

@@ -37,12 +37,15 @@ def test_example(client: ContractClient, name: str, printed: str) -> None:
 
 
 def test_the_forgotten_flush_is_found(client: ContractClient) -> None:
-    first, missed, stale, hit, fresh = run("forgotten_flush", str(client.base_url)).splitlines()
+    first, missed, stale, hit, fresh, traced, why = run("forgotten_flush", str(client.base_url)).splitlines()
     assert first == "vCPU 1 writes to 0x11000"
     assert missed == "flush of VPs 0b10: targets [], 0 translations dropped"
     assert stale == "vCPU 1 writes to 0x11000: a stale translation, the flush missed VP 5"
     assert hit == "flush of VPs 0b100000: targets [5], 1 translations dropped"
     assert fresh == "vCPU 1 writes to 0x12000: as mapped"
+    assert traced == "record 3 of the trace wrote to 0x11000 instead of 0x12000"
+    assert why.startswith("VP 5 needed a flush of 0x7f0000001000 after record 0 and before record 3: ")
+    assert why.endswith("at record 1 flushed VPs {}; VP 5 was not in its processor set")
 
 
 @pytest.mark.jit

@@ -49,7 +49,8 @@ def test_capabilities(client: ContractClient) -> None:
     reply = client.get("/v1/capabilities")
     found = reply.json()
     assert found["on_violation"] == ["skip", "stop", "allow", "grant"]
-    assert {"gpa", "kind", "linear", "source"} <= set(found["columns"]) and "op" in found["reserved_columns"]
+    assert {"gpa", "kind", "linear", "source"} <= set(found["columns"]) and found["reserved_columns"] == []
+    assert {"op", "arg", "address_space"} <= set(found["columns"])
     spp = found["spp"]
     profiles = spp.pop("profiles")
     assert spp == {

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from engine.arch.access import DEFAULT_ACCESS
 from engine.errors import TraceError
 from engine.trace.columns import (
+    RECORD,
     USABLE,
     ChunkBuffer,
     ColumnPlan,
@@ -24,6 +25,7 @@ from engine.trace.columns import (
     is_null,
     plan_columns,
 )
+from engine.trace.operations import ACCESS, NO_SPACE, OP_COLUMNS, Operations, gather
 
 CHUNK_ROWS = 8192  # objects take ~400 bytes each, so fewer at a time than of packed records
 MAX_IGNORED_COLUMNS = 256  # distinct names: a body that invents one per row would fill memory with them
@@ -31,6 +33,8 @@ UINT64_MAX = (1 << 64) - 1
 
 _INTEGER_TEXT = re.compile(r"0[xX][0-9a-fA-F]{1,16}|[0-9]{1,20}", re.ASCII)
 _HEX_TEXTS = re.compile(r"0[xX][0-9a-fA-F]{1,16}(?:\n0[xX][0-9a-fA-F]{1,16})*+", re.ASCII)  # a column of them, joined
+
+_BYTES_TEXT = re.compile(r"([0-9a-f]{2})*", re.ASCII)
 
 _value = msgspec.json.Decoder()
 
@@ -50,14 +54,15 @@ class _PlainRow(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 _plain_row = msgspec.json.Decoder(_PlainRow)
-assert _PlainRow.__struct_fields__ == tuple(USABLE)
+assert _PlainRow.__struct_fields__ == tuple(RECORD)
 
 
 class RowConverter:
     """Turns rows into chunks. ``done`` counts the rows converted so far; ``ignored`` has the names that mean nothing.
 
     Integers may be JSON integers, ``"0x…"`` or decimal strings. A row may omit what has a default; ``gva`` has none
-    and is given in every row or in none. Carried values are integers from 0 to 2^64-1 and are given in every row.
+    and is given in every row or in none. Carried values are integers from 0 to 2^64-1 and are given in every row. Rows
+    of operations have what is theirs; a trace that has such columns has one of them among its first rows.
     """
 
     def __init__(self, carry: Sequence[str]) -> None:
@@ -65,22 +70,82 @@ class RowConverter:
         self.ignored: dict[str, None] = {}
         self._carry = tuple(carry)
         self._has_gva: bool | None = None
+        self._beside: bool | None = None
 
     def chunk(self, texts: Sequence[bytes | msgspec.Raw]) -> TraceChunk:
         """The chunk of some records, at least one, each a JSON object.
 
         Raises ``TraceError`` with the absolute index of the record at fault; ``MalformedBody`` if it is not JSON.
         """
-        values = None if self._carry else self._plain(texts)
+        values = None if self._carry or self._beside else self._plain(texts)
+        operations: Operations | None = None
         if values is None:
-            values = self._any(texts)
+            rows, had_gva = self._decode(texts), self._has_gva
+            if self._are_beside(rows):
+                rows, operations = self._operations(rows)
+            values = self._any(rows)
+            if operations is not None and len(operations.at) == len(rows):
+                self._has_gva = had_gva  # rows of operations do not tell
+        self._beside = operations is not None
         columns = {name: self._integers(name, column) for name, column in values.items()}
         buffer = ChunkBuffer(columns, len(texts))
         carry = {name: columns.pop(name) for name in self._carry}
         for name, array in columns.items():
             buffer.fill(name, array)
         self.done += len(texts)
-        return buffer.chunk(len(texts), dict(carry))
+        return buffer.chunk(len(texts), dict(carry), operations)
+
+    def _are_beside(self, rows: list[Any]) -> bool:
+        """Whether the rows have columns beside the records. Raises TraceError for the first that comes too late."""
+        if self._beside:
+            return True
+        for index, row in enumerate(rows):
+            for name in OP_COLUMNS:
+                if name in row:
+                    if self._beside is None:
+                        return True
+                    rule = f"{name} is used from the first records on or not at all: give op in the first one"
+                    raise TraceError(rule, index=self.done + index, field=name)
+        return False
+
+    def _operations(self, rows: list[Any]) -> tuple[list[Any], Operations]:
+        """The rows as accesses, with something harmless in place of operations; and the operations."""
+        ops = self._integers("op", [row.get("op", ACCESS) for row in rows])
+        spaces = self._spaces([row.get("address_space") for row in rows])
+        args = [self._bytes(position, row.get("arg")) for position, row in enumerate(rows)]
+
+        def gva_of(position: int) -> int | None:
+            value = rows[position].get("gva")
+            return None if value is None else self._integer("gva", position, value, UINT64_MAX)
+
+        found = gather(ops, spaces, args, gva_of, self.done, len(rows))
+        accesses = [row for row, op in zip(rows, ops.tolist(), strict=True) if op == ACCESS]
+        with_gva = "gva" in accesses[0] if accesses else self._has_gva is True
+        filled = {"gpa": 0, **dict.fromkeys(self._carry, 0), **({"gva": 0} if with_gva else {})}
+        return [
+            {name: value for name, value in row.items() if name not in OP_COLUMNS}
+            if op == ACCESS
+            else {name: value for name, value in row.items() if name not in USABLE or name == "vcpu"} | filled
+            for row, op in zip(rows, ops.tolist(), strict=True)
+        ], found
+
+    def _spaces(self, given: list[Any]) -> npt.NDArray[np.uint64] | None:
+        """Address spaces, NO_SPACE for each null; None where all are."""
+        absent = [space is None for space in given]
+        if all(absent):
+            return None
+        spaces = self._integers("address_space", [0 if space is None else space for space in given])
+        spaces[absent] = NO_SPACE
+        return spaces
+
+    def _bytes(self, position: int, value: Any) -> bytes | None:
+        """An argument: lower-case hex in memory order, or nothing."""
+        if value is None:
+            return None
+        if not isinstance(value, str) or not _BYTES_TEXT.fullmatch(value):
+            rule = "arg is lower-case hex, two digits a byte in memory order"
+            raise TraceError(rule, index=self.done + position, field="arg", value=value)
+        return bytes.fromhex(value)
 
     def _plain(self, texts: Sequence[bytes | msgspec.Raw]) -> dict[str, list[Any]] | None:
         """The columns of records that all have the same columns and no others; None for anything less usual."""
@@ -89,7 +154,7 @@ class RowConverter:
         except (ValueError, RecursionError):
             return None
         columns: dict[str, list[Any]] = {}
-        for name in USABLE:
+        for name in RECORD:
             values = list(map(attrgetter(name), rows))
             missing = values.count(msgspec.UNSET)
             if missing == 0:
@@ -101,12 +166,11 @@ class RowConverter:
         self._has_gva = "gva" in columns
         return columns
 
-    def _any(self, texts: Sequence[bytes | msgspec.Raw]) -> dict[str, list[Any]]:
+    def _any(self, rows: list[Any]) -> dict[str, list[Any]]:
         """The columns of any records, or the error that says what is wrong with them."""
-        rows = self._decode(texts)
         plans = self._plans(rows)
         columns: dict[str, list[Any]] = {name: list(map(itemgetter(name), rows)) for name in self._carry}
-        for name, column in USABLE.items():
+        for name, column in RECORD.items():
             if any(name in plan.used for plan in plans):
                 columns[name] = [row.get(name, column.default) for row in rows]
         if "kind" in columns:
@@ -123,13 +187,13 @@ class RowConverter:
             raise TraceError(f"the record has a number that is out of range: {error}", index=index) from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise MalformedBody(f"the record is not JSON: {error}", index=self.done + len(rows)) from error
+        if set(map(type, rows)) != {dict}:
+            index = next(i for i, row in enumerate(rows) if type(row) is not dict)
+            raise TraceError("a record must be an object", index=self.done + index, value=rows[index])
         return rows
 
     def _plans(self, rows: list[Any]) -> list[ColumnPlan]:
         """What becomes of the keys, for each distinct set of keys (one, in the traces people write)."""
-        if set(map(type, rows)) != {dict}:
-            index = next(i for i, row in enumerate(rows) if type(row) is not dict)
-            raise TraceError("a record must be an object", index=self.done + index, value=rows[index])
         plans: list[ColumnPlan] = []
         for keys in dict.fromkeys(map(tuple, rows)):
             try:

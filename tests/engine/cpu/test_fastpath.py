@@ -11,7 +11,7 @@ import pytest
 from engine.cpu import fastpath, frames
 from engine.kvm import registers as reg
 from engine.trace.replay import BUT_LENGTH, WHOLE, serve
-from engine.trace.session import _frozen
+from engine.trace.session import frozen
 from tests.engine.builders import FULL, READ, WRITE, bare_draft, records
 
 
@@ -23,7 +23,7 @@ def m() -> frames.Machine:
 def run(m: frames.Machine, rows: np.ndarray, seen: int = WHOLE) -> tuple[int, int, int]:
     """How many records are served from the cache, and the writes and guarded writes among them."""
     tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
-    position = serve(m.cache, m.vcpu_of_id, _frozen(rows.reshape(-1)), 0, np.int64(seen), tally)
+    position = serve(m.cache, m.vcpu_of_id, frozen(rows.reshape(-1)), 0, np.int64(seen), tally)
     return int(position), int(tally[reg.WRITES]), int(tally[reg.PAGE_GRANULAR])
 
 

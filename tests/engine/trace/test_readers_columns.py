@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from engine.errors import InvalidValue, TraceError
-from engine.trace.columns import CHUNK_RECORDS, COLUMNS, RESERVED, USABLE, MalformedBody
+from engine.trace.columns import CHUNK_RECORDS, COLUMNS, USABLE, MalformedBody
 from engine.trace.readers import FORMATS, open_trace
 
 
@@ -16,7 +16,7 @@ def table(**columns):
 
 
 def test_the_column_table_is_the_contract():
-    usable = {c.name: (c.dtype, c.default) for c in COLUMNS if not c.reserved}
+    usable = {c.name: (c.dtype, c.default) for c in COLUMNS if not c.beside}
     assert usable == {
         "gpa": ("<u8", None),
         "size": ("<u2", 8),
@@ -28,11 +28,8 @@ def test_the_column_table_is_the_contract():
         "source": ("|u1", 0),
         "insn_len": ("|u1", 0),
     }
-    assert {
-        "address_space",
-        "op",
-        "arg",
-    } == RESERVED
+    beside = {c.name: (c.dtype, c.default) for c in COLUMNS if c.beside}
+    assert beside == {"address_space": ("<u8", None), "op": ("|u1", 0), "arg": ("binary", None)}
     assert USABLE["gpa"].limit == 2**64 - 1 and USABLE["vcpu"].limit == 65535
 
 
@@ -165,22 +162,7 @@ def test_kinds_that_are_none(named, read, column, value, limit):
     assert (error.index, error.field, int(error.value)) == (2, column, value) and f"0 to {limit}" in error.rule
 
 
-@pytest.mark.parametrize("reserved", sorted(RESERVED))
-@pytest.mark.parametrize("value", [0, None])
-def test_reserved_columns_are_refused_even_when_null(named, read, reserved, value):
-    name, encode = named
-    body = encode(
-        table(
-            gpa=pa.array([1, 2], pa.uint64()),
-            **{reserved: pa.array([value, value], pa.uint8())},
-        )
-    )
-    with pytest.raises(TraceError, match="not yet supported") as caught:
-        read(name, body)
-    assert caught.value.field == reserved and caught.value.index == 0
-
-
-@pytest.mark.parametrize("carried", sorted(RESERVED | {"gpa", "size"}))
+@pytest.mark.parametrize("carried", ["address_space", "arg", "gpa", "op", "size"])
 def test_columns_with_a_meaning_are_not_carried(carried):
     with pytest.raises(TraceError) as caught:
         open_trace("arrow", None, carry=[carried])

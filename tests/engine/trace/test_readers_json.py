@@ -134,13 +134,6 @@ def test_gpa_is_missing_in_one_row(read, name, body, row):
 
 
 @BOTH
-def test_a_reserved_key_in_one_row(read, name, body):
-    with pytest.raises(TraceError, match="not yet supported") as caught:
-        read(name, body({"gpa": 1}, {"gpa": 1, "op": None}))
-    assert (caught.value.index, caught.value.field) == (1, "op")
-
-
-@BOTH
 def test_a_carried_key_is_in_every_row(read, name, body):
     got = read(name, body({"gpa": 1, "pc": "0x5"}, {"pc": 2**64 - 1, "gpa": 1}), carry=["pc"])
     assert got.carry["pc"].tolist() == [5, 2**64 - 1]

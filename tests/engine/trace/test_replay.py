@@ -315,7 +315,7 @@ def test_last_address_of_all_is_no_error(gpa: int) -> None:
 
 
 OPTIONS = [
-    ({"on_violation": "ask"}, "on_violation", "ask", "one of skip, stop, allow, grant"),
+    ({"on_violation": "wait"}, "on_violation", "wait", "one of skip, stop, allow, grant, ask"),
     ({"include": "none"}, "include", "none", "one of violations, all"),
     ({"start": -1}, "start", -1, "not negative"),
     ({"max_exit_records": -1}, "max_exit_records", -1, "not negative"),
@@ -432,7 +432,7 @@ def test_failure_before_it_begins_lets_the_writer_go(vm: VirtualMachine, monkeyp
         raise MemoryError
 
     with unchanged(vm):
-        monkeypatch.setattr("engine.machine.Replay", fail)
+        monkeypatch.setattr("engine.machine.TimedReplay", fail)
         with pytest.raises(MemoryError):
             vm.replay(ReplayOptions())
 

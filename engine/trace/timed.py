@@ -1,0 +1,138 @@
+"""Replays of traces that have operations between their accesses, or say under which page tables each access is.
+
+Accesses run in stretches up to the next operation, through ``trace.translated``. What an operation does, and which one
+should have removed a translation that proved stale, is for the room above to say: see ``Performs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import TraceError
+from engine.store import Draft
+from engine.trace import objects, replay, translated
+from engine.trace.columns import TraceChunk
+from engine.trace.operations import NO_SPACE, Operation
+from engine.trace.results import TraceResult
+from engine.trace.session import Replay, ReplayOptions
+from engine.trace.translations import MOST_LISTED, Translations
+
+# Rows of the buffer that the kernel notes stale translations in, and that is emptied when full.
+FOUND_ROWS = 256
+
+_RULES = {
+    translated.BAD_OFFSET: ("gva", "gva and gpa are in the same place of their pages: bits 11:0 are equal"),
+    translated.BAD_SPACE: ("address_space", "an address space is a value that CR3 can have"),
+}
+_OFF = "operations and address spaces are about the translation cache: the VM has translation_cache model"
+
+
+class Performs(Protocol):
+    """What a replay asks of whoever knows operations."""
+
+    def perform(self, index: int, vcpu: int, operation: Operation, tally: NDArray[np.int64]) -> None:
+        """Execute the operation of record ``index``. Raises TraceError for one that cannot be."""
+
+    def explain(self, row: NDArray[np.int64]) -> None:
+        """List a stale translation, a row of ``trace.translated``'s ``found``."""
+
+    def translations(self, stale: int) -> Translations:
+        """Everything so far; ``stale`` accesses went by stale translations."""
+
+
+class TimedReplay(Replay):
+    """A replay whose chunks may have operations. Chunks without go the way of every replay."""
+
+    def __init__(
+        self,
+        draft: Draft,
+        options: ReplayOptions,
+        targets: objects.Targets,
+        before: Callable[[TraceChunk], None],
+        performs: Performs,
+    ) -> None:
+        super().__init__(draft, options, targets, before)
+        self._enter_guest = before
+        self._performs = performs
+        rows = len(draft.machine.tlb)
+        self._uses = np.full((rows, translated.USE_WORDS), translated.NEVER, dtype=np.int64)
+        self._found = np.zeros((FOUND_ROWS, translated.FOUND_WORDS), dtype=np.int64)
+        self._count = np.array([0, 0, 1], dtype=np.int64)
+        self._no_spaces: NDArray[np.uint64] = np.zeros(0, dtype=np.uint64)
+        self._listed = 0
+
+    def _enter(
+        self, chunk: TraceChunk, words: NDArray[np.int64], gvas: NDArray[np.int64], position: int, base: int
+    ) -> tuple[int, int]:
+        beside = chunk.operations
+        if beside is None:
+            return super()._enter(chunk, words, gvas, position, base)
+        self._check_modelled(chunk, position, base)
+        following = int(np.searchsorted(beside.at, position))
+        stop = int(beside.at[following]) if following < len(beside.at) else len(chunk.records)
+        if stop == position:
+            self._perform(chunk, beside.items[following], base + position)
+            return replay.DONE, position + 1
+        part = chunk.records[position:stop]
+        self._enter_guest(TraceChunk(part, None, {}))
+        status, position = translated.replay(
+            self._draft.machine,
+            words,
+            gvas,
+            beside.spaces.view(np.int64),
+            position,
+            stop,
+            base,
+            self._words,
+            self._trail,
+            self._log,
+            self._used,
+            self.tally,
+            self._uses,
+            self._found,
+            self._count,
+        )
+        self._explain()
+        return replay.DONE if status == translated.FOUND_FULL else int(status), int(position)
+
+    def _check_modelled(self, chunk: TraceChunk, position: int, base: int) -> None:
+        if len(self._uses) or chunk.operations is None:
+            return
+        field = "op" if len(chunk.operations.at) or not len(chunk.operations.spaces) else "address_space"
+        raise TraceError(_OFF, index=base + position, field=field, value="off")
+
+    def _perform(self, chunk: TraceChunk, operation: Operation, index: int) -> None:
+        vcpu = int(chunk.records[operation.position, 1]) >> 32 & 0xFFFF
+        known = self._draft.machine.vcpu_of_id
+        if vcpu >= len(known) or known[vcpu] < 0:
+            raise TraceError("the machine has a vCPU of that id", index=index, field="vcpu", value=vcpu)
+        self._performs.perform(index, vcpu, operation, self.tally)
+
+    def _explain(self) -> None:
+        used = int(self._count[translated.COUNT_USED])
+        for row in self._found[:used]:
+            self._performs.explain(row)
+        self._count[translated.COUNT_USED] = 0
+        self._listed += used
+        self._count[translated.COUNT_NOTED] = self._listed < MOST_LISTED
+
+    def _refuse_in(self, chunk: TraceChunk, status: int, words: NDArray[np.int64], position: int, base: int) -> None:
+        if status not in _RULES:
+            super()._refuse_in(chunk, status, words, position, base)
+        name, rule = _RULES[status]
+        assert chunk.operations is not None
+        column = chunk.gva if status == translated.BAD_OFFSET else chunk.operations.spaces
+        assert column is not None
+        raise TraceError(rule, index=base + position, field=name, value=int(column[position]))
+
+    def result(self) -> TraceResult:
+        """Totals, exit records, and what was found out about translations."""
+        found = self._performs.translations(int(self._count[translated.COUNT_STALE]))
+        return super().result().with_translations(found)
+
+
+assert translated.NO_SPACE == NO_SPACE - (1 << 64), "one sentinel, signed and unsigned"
