@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import time
-from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import Query
@@ -35,9 +32,9 @@ from service.http import cursors
 from service.http.negotiation import ARROW, JSON, NDJSON, OCTETS, PARQUET, content_type
 from service.http.words import Access, Document, Hex64, examples
 from service.problems import InvalidDocument
-from service.runtime.bodies import Upload, spooled
 from service.runtime.offload import maybe_in_thread
-from service.runtime.traces import SPOOLED_FORMATS, Trace, TraceRequest, replay
+from service.runtime.replays import replay_body
+from service.runtime.traces import Trace, TraceRequest
 from service.settings import Settings
 
 routes = router("traces", "/v1/vms/{vm}/traces", reads="read", writes="write")
@@ -297,26 +294,7 @@ async def create_trace(
     if kept > settings.max_exit_records:
         raise InvalidDocument(f"must be at most {settings.max_exit_records}", field="max_exit_records", value=kept)
     wanted = TraceRequest(FORMATS[media], record, _carried(carry), on_violation, include, start, kept)
-    async with Upload(request, executor_of(request), settings.body_queue_bytes) as upload:
-        spool = (
-            await upload.run(functools.partial(spooled, settings=settings))
-            if wanted.format in SPOOLED_FORMATS
-            else None
-        )
-        try:
-            async with entry.mutation() as machine:
-                began = time.perf_counter()
-                result, ignored = await upload.run(lambda pipe: replay(machine, wanted, spool or pipe, pipe.check))
-                seconds = time.perf_counter() - began
-                trace_id, sequence = entry.traces.next_id()
-                kept_records = len(result.exit_columns)
-                now = datetime.now(UTC)
-                trace = Trace(trace_id, sequence, wanted, result, ignored, now, seconds, kept_records)
-                entry.traces.add(trace)
-                metrics_of(request).replayed(result)
-        finally:
-            if spool is not None:
-                spool.close()
+    trace = await replay_body(entry, wanted, request, executor_of(request), settings, metrics_of(request))
     location = f"/v1/vms/{entry.id}/traces/{trace.id}"
     return json_response(await _rendered(entry.id, trace, settings), status=201, extra={"Location": location})
 

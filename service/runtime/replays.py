@@ -1,0 +1,61 @@
+"""Doing a replay: a body becomes a trace of a machine, committed with the machine's new state."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from datetime import UTC, datetime
+
+from starlette.requests import Request
+
+from engine.machine import VirtualMachine
+from engine.trace.results import TraceResult
+from service.metrics import Metrics
+from service.runtime.bodies import Upload, spooled
+from service.runtime.entry import Entry
+from service.runtime.traces import SPOOLED_FORMATS, Trace, TraceRequest, replay
+from service.settings import Settings
+
+Work = Callable[[VirtualMachine], Awaitable[tuple[TraceResult, tuple[str, ...]]]]
+"""Replays on the machine that it is given; see ``service.runtime.traces.replay``."""
+
+
+async def replay_body(
+    entry: Entry, wanted: TraceRequest, request: Request, executor: Executor, settings: Settings, metrics: Metrics
+) -> Trace:
+    """Replay the body of ``request``, while it arrives where its format allows that.
+
+    Raises what the reader, the replay and ``Entry.mutation`` raise; then the machine is as it was.
+    """
+    async with Upload(request, executor, settings.body_queue_bytes) as upload:
+        spool = (
+            await upload.run(functools.partial(spooled, settings=settings))
+            if wanted.format in SPOOLED_FORMATS
+            else None
+        )
+        try:
+            return await committed(
+                entry,
+                wanted,
+                metrics,
+                lambda machine: upload.run(lambda pipe: replay(machine, wanted, spool or pipe, pipe.check)),
+            )
+        finally:
+            if spool is not None:
+                spool.close()
+
+
+async def committed(entry: Entry, wanted: TraceRequest, metrics: Metrics, work: Work) -> Trace:
+    """Do ``work`` as a mutation of the machine, and commit the trace that it makes with the state that it leaves."""
+    async with entry.mutation() as machine:
+        began = time.perf_counter()
+        result, ignored = await work(machine)
+        seconds = time.perf_counter() - began
+        trace_id, sequence = entry.traces.next_id()
+        kept_records = len(result.exit_columns)
+        trace = Trace(trace_id, sequence, wanted, result, ignored, datetime.now(UTC), seconds, kept_records)
+        entry.traces.add(trace)
+        metrics.replayed(result)
+    return trace
