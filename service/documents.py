@@ -51,6 +51,7 @@ TAGS: list[dict[str, Any]] = [
     {"name": "page access", "description": "Read, write and execute of whole pages, paired with the write bitmap."},
     {"name": "protections", "description": "Named objects that may not be written."},
     {"name": "traces", "description": "Replay of recorded guest accesses, and the exits that they cause."},
+    {"name": "jobs", "description": "Work that was accepted and goes on without its client."},
     {"name": "accesses", "description": "One access, executed or explained."},
     {"name": "dirty tracking", "description": "What was written since it was last taken note of."},
     {"name": "tables", "description": "Raw entries of EPT and SPPT, stored as they are and walked as they are."},
@@ -150,7 +151,8 @@ def _guard(operation: dict[str, Any], route: StrictRoute) -> None:
     if "requestBody" in operation:
         add_responses(responses, "malformed-body", "body-too-large", "unsupported-media-type")
     if "POST" in (route.methods or ()):
-        add_responses(responses, "idempotency-in-progress", "idempotency-mismatch", "invalid-value", "limit-exceeded")
+        add_responses(responses, "idempotency-in-progress", "idempotency-answer-lost", "idempotency-mismatch")
+        add_responses(responses, "invalid-value", "limit-exceeded")
         about = "Sent again with the same key and the same request, the call is answered again and not done again."
         operation.setdefault("parameters", []).append(_header("Idempotency-Key", about))
     if route.permission == "public":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -17,6 +17,7 @@ from prometheus_client.utils import floatToGoString
 from engine.arch import exits as arch
 from engine.trace.results import ExitColumns, TraceResult
 from service import __version__
+from service.runtime.job import ENDED
 from service.runtime.registry import Registry
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -50,6 +51,19 @@ class _Machines(Collector):
         for kind, count in counts.items():
             frames.add_metric([kind], count)
         return machines, frames
+
+
+class _Jobs(Collector):
+    """Jobs that are known; those in state queued are the queue."""
+
+    def __init__(self, by_state: Callable[[], Mapping[str, int]]) -> None:
+        self._by_state = by_state
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        family = GaugeMetricFamily("subpage_jobs", "Jobs that are known, by state.", labels=["state"])
+        for state, count in self._by_state().items():
+            family.add_metric([state], count)
+        yield family
 
 
 class _Requests(Collector):
@@ -98,6 +112,7 @@ class Metrics:
         self._records = Counter("subpage_replayed_records", "Accesses replayed.", registry=self._known)
         self._writes = Counter("subpage_replayed_writes", "Writes replayed.", registry=self._known)
         self._violations = Counter("subpage_violations", "Writes refused, in replays.", registry=self._known)
+        self._jobs_ended = Counter("subpage_jobs_ended", "Jobs that ended, by how.", ["state"], registry=self._known)
         info = Gauge("subpage_build_info", "1, labelled with the release.", ["version"], registry=self._known)
         info.labels(__version__).set(1)
         for kind in EXIT_KINDS:
@@ -108,6 +123,17 @@ class Metrics:
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
         """One request was answered. ``route`` is the path's template: there are as many as the contract has."""
         self._requests.observe(method, route, status, seconds)
+
+    def watch_jobs(self, by_state: Callable[[], Mapping[str, int]]) -> None:
+        """Tell how many jobs there are in each state, as ``by_state`` counts them when somebody asks."""
+        self._known.register(_Jobs(by_state))
+        for state in by_state():
+            if state in ENDED:
+                self._jobs_ended.labels(state)
+
+    def job_ended(self, state: str) -> None:
+        """A job ended in ``state``."""
+        self._jobs_ended.labels(state).inc()
 
     def replayed(self, result: TraceResult) -> None:
         """A replay was published."""

@@ -28,10 +28,12 @@ from service.api.common import (
     tagged_reply,
 )
 from service.api.exits import EXAMPLE_EXIT, EXIT_FIELDS, INLINE_RECORDS, ExitRecord, TraceId, exit_rows, exits_url
+from service.api.jobs import ACCEPTED, PREFER, replay_as_job, wanted_async
 from service.http import cursors
 from service.http.negotiation import ARROW, JSON, NDJSON, OCTETS, PARQUET, content_type
 from service.http.words import Access, Document, Hex64, examples
 from service.problems import InvalidDocument
+from service.runtime.answers import will_answer
 from service.runtime.offload import maybe_in_thread
 from service.runtime.replays import replay_body
 from service.runtime.traces import Trace, TraceRequest
@@ -210,7 +212,8 @@ def _summary(vm_id: str, trace: Trace) -> dict[str, Any]:
     }
 
 
-def _result(vm_id: str, trace: Trace, inlined: int) -> dict[str, Any]:
+def result_document(vm_id: str, trace: Trace, inlined: int) -> dict[str, Any]:
+    """The totals and the first ``inlined`` exit records of a trace."""
     exits = trace.result.exit_columns
     follow = exits_url(vm_id, trace.id, inlined, None) if len(exits) > inlined else None
     return {**_summary(vm_id, trace), "exit_records": exit_rows(exits[:inlined]), "next": follow}
@@ -218,10 +221,16 @@ def _result(vm_id: str, trace: Trace, inlined: int) -> dict[str, Any]:
 
 async def _rendered(vm_id: str, trace: Trace, settings: Settings) -> dict[str, Any]:
     small = len(trace.result.exit_columns) <= INLINE_RECORDS
-    return await maybe_in_thread(small, _result, vm_id, trace, settings.exit_page_size)
+    return await maybe_in_thread(small, result_document, vm_id, trace, settings.exit_page_size)
 
 
-def _carried(carry: str | None) -> tuple[str, ...]:
+async def _created(vm_id: str, trace: Trace, settings: Settings, extra: dict[str, str] | None = None) -> Response:
+    location = {"Location": f"/v1/vms/{vm_id}/traces/{trace.id}"}
+    return json_response(await _rendered(vm_id, trace, settings), status=201, extra=location | (extra or {}))
+
+
+def carried_columns(carry: str | None) -> tuple[str, ...]:
+    """The names in ``carry``. Raises InvalidDocument."""
     names = tuple(name.strip() for name in carry.split(",")) if carry else ()
     for name in names:
         if not name:
@@ -242,10 +251,14 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
         "One transaction: its effects are published together when it ends, and whatever goes wrong leaves the VM as it "
         "was. Arrow streams, NDJSON and packed records are replayed while they arrive. Columns: `gpa` u64 (required), "
         "`size` u16 (8), `access` u8 (1), `vcpu` u16 (0), `gva` u64, `kind` u8 (0), `linear` u8 (1: valid), `source` "
-        "u8 (0: guest), `insn_len` u8 (0: not known); packed records have only the first four."
+        "u8 (0: guest), `insn_len` u8 (0: not known); packed records have only the first four.\n\n"
+        "With `Prefer: respond-async` the body is received whole and the replay becomes a job (202), which waits for "
+        "its turn and for its VM however long that takes. With `Prefer: wait=N` it becomes one unless it has ended "
+        "after N seconds; until then a failure is answered as without it."
     ),
     status_code=201,
     openapi_extra={
+        "parameters": [PREFER],
         "requestBody": {
             "required": True,
             "content": {
@@ -255,10 +268,17 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
                 PARQUET: _BINARY,
                 OCTETS: _BINARY,
             },
-        }
+        },
     },
     responses=documented(
-        {201: {"model": TraceResult, "description": "Replayed.", "headers": headers("Location")}},
+        {
+            201: {
+                "model": TraceResult,
+                "description": "Replayed.",
+                "headers": headers("Location", "Preference-Applied"),
+            },
+            **ACCEPTED,
+        },
         *CHANGE,
         "invalid-trace",
         "not-yet-supported",
@@ -293,10 +313,18 @@ async def create_trace(
     kept = settings.max_exit_records if max_exit_records is None else max_exit_records
     if kept > settings.max_exit_records:
         raise InvalidDocument(f"must be at most {settings.max_exit_records}", field="max_exit_records", value=kept)
-    wanted = TraceRequest(FORMATS[media], record, _carried(carry), on_violation, include, start, kept)
-    trace = await replay_body(entry, wanted, request, executor_of(request), settings, metrics_of(request))
-    location = f"/v1/vms/{entry.id}/traces/{trace.id}"
-    return json_response(await _rendered(entry.id, trace, settings), status=201, extra={"Location": location})
+    wanted = TraceRequest(FORMATS[media], record, carried_columns(carry), on_violation, include, start, kept)
+    wishes = wanted_async(request)
+    if wishes is not None:
+        outcome = await replay_as_job(request, entry, wanted, wishes)
+        return outcome if isinstance(outcome, Response) else await _created(entry.id, outcome[0], settings, outcome[1])
+
+    async def tell(trace: Trace) -> None:
+        will_answer(await _created(entry.id, trace, settings))
+
+    keyed = tell if "idempotency-key" in request.headers else None
+    trace = await replay_body(entry, wanted, request, executor_of(request), settings, metrics_of(request), keyed)
+    return await _created(entry.id, trace, settings)
 
 
 @routes.get(

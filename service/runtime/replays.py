@@ -20,12 +20,19 @@ from service.settings import Settings
 
 Work = Callable[[VirtualMachine], Awaitable[tuple[TraceResult, tuple[str, ...]]]]
 """Replays on the machine that it is given; see ``service.runtime.traces.replay``."""
+Tell = Callable[[Trace], Awaitable[None]]
 
 
 async def replay_body(
-    entry: Entry, wanted: TraceRequest, request: Request, executor: Executor, settings: Settings, metrics: Metrics
+    entry: Entry,
+    wanted: TraceRequest,
+    request: Request,
+    executor: Executor,
+    settings: Settings,
+    metrics: Metrics,
+    tell: Tell | None = None,
 ) -> Trace:
-    """Replay the body of ``request``, while it arrives where its format allows that.
+    """Replay the body of ``request``, while it arrives where its format allows that. ``tell`` as in ``committed``.
 
     Raises what the reader, the replay and ``Entry.mutation`` raise; then the machine is as it was.
     """
@@ -41,15 +48,27 @@ async def replay_body(
                 wanted,
                 metrics,
                 lambda machine: upload.run(lambda pipe: replay(machine, wanted, spool or pipe, pipe.check)),
+                tell=tell,
             )
         finally:
             if spool is not None:
                 spool.close()
 
 
-async def committed(entry: Entry, wanted: TraceRequest, metrics: Metrics, work: Work) -> Trace:
-    """Do ``work`` as a mutation of the machine, and commit the trace that it makes with the state that it leaves."""
-    async with entry.mutation() as machine:
+async def committed(
+    entry: Entry,
+    wanted: TraceRequest,
+    metrics: Metrics,
+    work: Work,
+    *,
+    tell: Tell | None = None,
+    patient: bool = False,
+) -> Trace:
+    """Do ``work`` as a mutation of the machine, and commit the trace that it makes with the state that it leaves.
+
+    ``tell`` is called with the trace before the commit, which may not come about; ``patient`` as in ``mutation``.
+    """
+    async with entry.mutation(patient=patient) as machine:
         began = time.perf_counter()
         result, ignored = await work(machine)
         seconds = time.perf_counter() - began
@@ -57,5 +76,7 @@ async def committed(entry: Entry, wanted: TraceRequest, metrics: Metrics, work: 
         kept_records = len(result.exit_columns)
         trace = Trace(trace_id, sequence, wanted, result, ignored, datetime.now(UTC), seconds, kept_records)
         entry.traces.add(trace)
+        if tell is not None:
+            await tell(trace)
         metrics.replayed(result)
     return trace

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engine.errors import NotFound
 from service.problems import StoreUnavailable
-from service.storage import rows
+from service.storage import rows, side_rows
 from service.storage.database import reason_of
-from service.storage.records import TraceRecord, VmRecord
+from service.storage.records import AnswerRecord, JobRecord, TraceRecord, VmRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +61,23 @@ class Reader:
                 if record.id == trace:
                     return record, rows.parts_of(connection, trace)
         raise NotFound("must be the id of a trace of this VM whose result is still kept", field="trace", value=trace)
+
+    def kept_traces(self, ids: Collection[str]) -> set[str]:
+        """Those among ``ids`` whose results are kept."""
+        with self._transaction() as connection:
+            return side_rows.kept_traces(connection, ids)
+
+    def job(self, job: str) -> JobRecord | None:
+        """A job as it is stored."""
+        with self._transaction() as connection:
+            return side_rows.job_record(connection, job)
+
+    def answer(self, owner: str, key: str, now: int) -> AnswerRecord | None:
+        """The answer under a key of ``owner``, unless its time ended at ``now`` (ms)."""
+        with self._transaction() as connection:
+            return side_rows.answer_record(connection, owner, key, now)
+
+    def answers_used(self, owner: str, now: int) -> int:
+        """Bytes that the answers of ``owner`` take at ``now`` (ms)."""
+        with self._transaction() as connection:
+            return side_rows.answers_used(connection, owner, now)

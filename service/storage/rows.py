@@ -8,6 +8,7 @@ from itertools import islice
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from service.storage import side_rows
 from service.storage.records import Block, Change, TraceRecord, VmRecord
 from service.storage.schema import blocks, owner, trace_parts, traces, vms
 
@@ -67,8 +68,11 @@ def parts_of(connection: sa.Connection, trace: str) -> list[bytes]:
 
 def write(connection: sa.Connection, change: Change) -> None:
     """Everything that ``change`` says. Raises Overtaken."""
+    for side in change.sides:
+        side_rows.write(connection, side)
     if change.after is None:
-        _delete(connection, change)
+        if change.before is not None:
+            _delete(connection, change)
         return
     record, head = change.after, change.head()
     if change.before is None:
