@@ -38,6 +38,7 @@ why, and how many exits whole-page protection would have cost instead.
 * Mutable resources have an entity tag; `If-Match` is honoured (412), and demanded of VMs created with
   `require_match` (428).
 * `POST` honours `Idempotency-Key`: kept for a day, so that a call whose answer was lost can be sent again.
+* A replay becomes a job with `Prefer: respond-async`, or when it takes longer than `Prefer: wait=N` seconds.
 * Bodies may be coded (`Content-Encoding: gzip` or `zstd`); limits hold for what they decode to.
 * Lists come in pages: `next` is the URL of the following one. Cursors are opaque.
 """

@@ -27,8 +27,9 @@ from service.demo import CONTENT_TYPES, report_of
 from service.http.handlers import refusal
 from service.http.words import Document
 from service.problems import ServiceError
-from service.runtime.job import Job, Spool
+from service.runtime.job import Job
 from service.runtime.registry import build
+from service.runtime.spool import Spool
 from service.runtime.traces import Trace, TraceRequest, replay
 from service.settings import Settings
 
@@ -158,9 +159,11 @@ def run(path: Path, machine: VirtualMachine, request: TraceRequest, watch: Watch
         job.begin()
         thread.start()
         try:
-            while thread.is_alive():
+            looked = False
+            while not looked or thread.is_alive():
                 thread.join(_LOOK_SECONDS)
                 watch(job)
+                looked = True
         except KeyboardInterrupt:
             job.stop("cancelled")
             thread.join()

@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import json
 import math
-import os
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from engine.errors import TraceError
 from service.problems import Interrupted, describe
+from service.runtime.spool import JobStopped, Spool
 from service.runtime.traces import TraceRequest
 from service.storage.records import JobRecord
 
@@ -26,60 +26,11 @@ _BYTES_OF_RECORD = {"gpa8": 8, "record16": 16}
 _ENDED_EARLY = "the service ended before the replay did; the VM is as it was before it"
 
 
-class JobStopped(Exception):
-    """Raised in the thread of a replay that is to end without an effect."""
-
-
 class Progress(Protocol):
     """A replay under way."""
 
     @property
     def records_done(self) -> int: ...
-
-
-class Spool:
-    """A body in a file, read by a replay; ``taken`` counts the bytes read, for whoever wants to know how far it is."""
-
-    def __init__(self, file: IO[bytes], size: int) -> None:
-        self._file = file
-        self.size = size
-        self.taken = 0
-        self.stop = False
-
-    def read(self, size: int = -1) -> bytes:
-        self._check()
-        data = self._file.read(size)
-        self.taken += len(data)
-        return data
-
-    def readinto(self, target: memoryview) -> int:
-        self._check()
-        count = int(self._file.readinto(target))  # type: ignore[attr-defined]
-        self.taken += count
-        return count
-
-    def _check(self) -> None:
-        if self.stop:
-            raise JobStopped
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    @property
-    def closed(self) -> bool:
-        return self._file.closed
-
-    def close(self) -> None:
-        self._file.close()
 
 
 @dataclass(slots=True, eq=False)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import secrets
-import tempfile
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
@@ -15,7 +12,6 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from contextvars import Context
 from datetime import UTC, datetime, timedelta
-from typing import IO, cast
 
 from starlette.requests import Request
 
@@ -25,19 +21,19 @@ from engine.trace.results import TraceResult
 from service.metrics import Metrics
 from service.problems import Interrupted, NotReady, ServiceError, StoreUnavailable, describe
 from service.runtime import job as states
-from service.runtime.bodies import BodyPipe, Upload
+from service.runtime.bodies import Upload
 from service.runtime.home import finished
-from service.runtime.job import Job, JobStopped, Spool
+from service.runtime.job import Job
 from service.runtime.registry import Registry
 from service.runtime.replays import committed
 from service.runtime.riders import riding
+from service.runtime.spool import JobStopped, Spool, Spools
 from service.runtime.traces import Trace, TraceRequest, replay
 from service.settings import Settings
 from service.storage.records import Change, JobRecord, Side
 
 logger = logging.getLogger("subpage.jobs")
 
-_PIECE = 1 << 20
 # How long a cancellation waits for the replay to notice it, and how soon a store that is away is asked again.
 _NOTICE_SECONDS = 5.0
 _ASK_SECONDS = 0.2
@@ -63,8 +59,7 @@ class Jobs:
         self._forgotten: list[str] = []
         self._number = 0
         self._coming = 0
-        self._bytes = 0
-        self._counting = threading.Lock()
+        self._spools = Spools(settings.max_job_bytes, settings.spool_dir)
         self._closing_at: float | None = None
         metrics.watch_jobs(self.by_state)
 
@@ -119,7 +114,7 @@ class Jobs:
         """The body of ``request`` in a file without a name. Raises LimitExceeded, and what reading a body raises."""
         assert self._executor is not None
         async with Upload(request, self._executor, self._settings.body_queue_bytes) as upload:
-            return await upload.run(self._spooled)
+            return await upload.run(self._spools.fill)
 
     async def accept(
         self, vm: str, tenant: str, wanted: TraceRequest, spool: Spool, told: Callable[[Job], None] = lambda job: None
@@ -141,12 +136,6 @@ class Jobs:
         self._queue.append(job)
         self._start_next()
         return job
-
-    def give_back(self, spool: Spool) -> None:
-        """A body that was received is not going to be used."""
-        spool.close()
-        with self._counting:
-            self._bytes -= spool.size
 
     def get(self, job_id: str, tenant: str) -> Job:
         """Raises NotFound, also for a job of another tenant and for one that was forgotten."""
@@ -221,39 +210,9 @@ class Jobs:
 
     # One job
 
-    def _spooled(self, pipe: BodyPipe) -> Spool:
-        folder = str(self._settings.spool_dir) if self._settings.spool_dir else None
-        size = 0
-        try:
-            file = cast("IO[bytes]", tempfile.TemporaryFile(dir=folder))  # noqa: SIM115 - closed with the job
-            try:
-                while piece := pipe.read(_PIECE):
-                    self._count(len(piece))
-                    size += len(piece)
-                    file.write(piece)
-                file.seek(0)
-            except BaseException:
-                file.close()
-                raise
-        except BaseException as error:
-            with self._counting:
-                self._bytes -= size
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise NotReady(f"the body cannot be put aside: {(error.strerror or '').lower()}") from error
-            raise
-        return Spool(file, size)
-
-    def _count(self, size: int) -> None:
-        most = self._settings.max_job_bytes
-        with self._counting:
-            if self._bytes + size > most:
-                rule = f"the bodies of unfinished jobs may take {most} bytes together"
-                raise LimitExceeded(rule, field="max_job_bytes", value=most)
-            self._bytes += size
-
     def _free(self, job: Job) -> None:
         if job.spool is not None:
-            self.give_back(job.spool)
+            self._spools.free(job.spool)
         job.let_go()
 
     def _start_next(self) -> None:
