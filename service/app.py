@@ -29,6 +29,7 @@ from service.api import (
     hyperv,
     introspection,
     ioctls,
+    jobs,
     kvm_pages,
     memory,
     memory_slots,
@@ -51,9 +52,11 @@ from service.api import (
 from service.http import handlers
 from service.http.envelope import Envelope
 from service.http.gate import StoreGate
-from service.http.idempotency import Idempotency, MemoryAnswers
+from service.http.idempotency import Idempotency
 from service.metrics import Metrics
+from service.runtime.answers import answers_of
 from service.runtime.home import home_of
+from service.runtime.jobs import Jobs
 from service.runtime.registry import Registry
 from service.security.access import AccessControl
 from service.security.audit import AuditLog
@@ -75,6 +78,7 @@ RESOURCES = (
     exits,
     events,
     introspection,
+    jobs,
     tables,
     vcpus,
     nested_state,
@@ -113,7 +117,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.warm = not settings.warm_up
         app.state.draining = False
         await app.state.access.open()
-        registry.home.start(registry, lambda: see_whether_ready(app))
+        app.state.jobs.open(executor)
+        registry.home.start(registry, app.state.jobs, lambda: see_whether_ready(app))
         tasks = [
             asyncio.create_task(app.state.access.keep_fresh(lambda: see_whether_ready(app))),
             asyncio.create_task(app.state.metrics.watch_lag()),
@@ -127,6 +132,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             drain(app)
             end_streams(app)
             await _settled(app)
+            await app.state.jobs.stop()
             await registry.home.stop()
             for task in tasks:
                 task.cancel()
@@ -154,6 +160,7 @@ def see_whether_ready(app: FastAPI) -> None:
 def drain(app: FastAPI) -> None:
     """Unready from here on: the service is about to stop."""
     app.state.draining = True
+    app.state.jobs.drain()
     see_whether_ready(app)
 
 
@@ -201,8 +208,12 @@ def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = 
     app.state.settings = settings
     access = app.state.access = AccessControl(settings, tokens if tokens is not None else tokens_of(settings))
     app.state.audit = AuditLog(settings.audit_log, lambda: access.guarded)
-    app.state.idempotency = Idempotency(MemoryAnswers(settings.idempotency_seconds), settings.idempotency_bytes)
-    app.state.registry = Registry(settings, home_of(settings))
+    registry = app.state.registry = Registry(settings, home_of(settings))
+    app.state.idempotency = Idempotency(
+        answers_of(registry.home, settings.idempotency_seconds), settings.idempotency_bytes
+    )
+    app.state.metrics = Metrics(registry)
+    app.state.jobs = Jobs(settings, registry, app.state.metrics)
     app.state.ready = app.state.warm = app.state.draining = False
     handlers.install(app)
     app.add_middleware(StoreGate, registry=app.state.registry)
@@ -212,9 +223,8 @@ def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = 
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "If-Match", "If-None-Match", "Prefer"],
-            expose_headers=["ETag", "Location", "Retry-After", "X-Request-Id"],
+            expose_headers=["ETag", "Location", "Preference-Applied", "Retry-After", "X-Request-Id"],
         )
-    app.state.metrics = Metrics(app.state.registry)
     # The last one added is the outermost.
     app.add_middleware(Envelope, settings=settings, audit=app.state.audit, metrics=app.state.metrics)
     for resource in RESOURCES:

@@ -9,6 +9,7 @@ import typer
 
 from service import __version__
 from service.events_cli import events
+from service.replay_cli import replay
 from service.storage.urls import StoreUrl
 from service.tokens_cli import tokens
 from service.vms_cli import vms
@@ -139,6 +140,9 @@ def demo(
     except DemoError as error:
         typer.echo(f"subpage demo: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+app.command()(replay)
 
 
 _STORE = typer.Option(help="The store; SUBPAGE_STORE, or the file that `serve` uses by default.")

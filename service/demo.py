@@ -10,7 +10,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,15 +106,22 @@ def replay(client: httpx2.Client, trace: Path, policy: Policy, memory: int, reco
             f"{home}/traces", params=query, content=_pieces(body), headers=_body_headers(body, content_type)
         )
     result = _done(reply)
-    seconds = time.perf_counter() - began
+    return report_of(str(trace), policy.name, memory, protection, result, time.perf_counter() - began)
+
+
+def report_of(
+    trace: str, policy: str, memory: int, covered: Mapping[str, Any], result: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    """What ``service.report`` prints: ``covered`` has the ``pages`` and ``subpages`` that are protected, ``result`` is
+    the document of the trace, which took ``seconds``."""
     exits = result["violations"]
     return {
-        "trace": str(trace),
-        "policy": policy.name,
+        "trace": trace,
+        "policy": policy,
         "memory": memory,
         "objects": [{"name": label, **hits} for label, hits in result["by_object"].items()],
-        "protected_pages": protection["pages"],
-        "protected_subpages": protection["subpages"],
+        "protected_pages": covered["pages"],
+        "protected_subpages": covered["subpages"],
         "records": result["records"],
         "writes": result["writes"],
         "mmio": result["mmio"],

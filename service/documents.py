@@ -40,6 +40,7 @@ why, and how many exits whole-page protection would have cost instead.
 * Mutable resources have an entity tag; `If-Match` is honoured (412), and demanded of VMs created with
   `require_match` (428).
 * `POST` honours `Idempotency-Key`: kept for a day, so that a call whose answer was lost can be sent again.
+* A replay becomes a job with `Prefer: respond-async`, or when it takes longer than `Prefer: wait=N` seconds.
 * Bodies may be coded (`Content-Encoding: gzip` or `zstd`); limits hold for what they decode to.
 * Lists come in pages: `next` is the URL of the following one. Cursors are opaque.
 """
@@ -58,6 +59,7 @@ TAGS: list[dict[str, Any]] = [
         "name": "introspection",
         "description": "A WebSocket over which tools are asked about refused accesses: see `x-websockets`.",
     },
+    {"name": "jobs", "description": "Work that was accepted and goes on without its client."},
     {"name": "accesses", "description": "One access, executed or explained."},
     {"name": "dirty tracking", "description": "What was written since it was last taken note of."},
     {"name": "tables", "description": "Raw entries of EPT and SPPT, stored as they are and walked as they are."},
@@ -206,7 +208,8 @@ def _guard(operation: dict[str, Any], route: StrictRoute) -> None:
     if "requestBody" in operation:
         add_responses(responses, "malformed-body", "request-timeout", "body-too-large", "unsupported-media-type")
     if "POST" in (route.methods or ()):
-        add_responses(responses, "idempotency-in-progress", "idempotency-mismatch", "invalid-value", "limit-exceeded")
+        add_responses(responses, "idempotency-in-progress", "idempotency-answer-lost", "idempotency-mismatch")
+        add_responses(responses, "invalid-value", "limit-exceeded")
         about = "Sent again with the same key and the same request, the call is answered again and not done again."
         operation.setdefault("parameters", []).append(_header("Idempotency-Key", about, **_KEY))
     if route.permission == "public":

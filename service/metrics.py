@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -18,6 +18,7 @@ from engine.arch import exits as arch
 from engine.trace.results import ExitColumns, TraceResult
 from service import __version__
 from service.runtime.desk import Resolution
+from service.runtime.job import ENDED
 from service.runtime.registry import Registry
 from service.storage.meter import Transaction
 
@@ -87,6 +88,19 @@ class _Desks(Collector):
         waiting = GaugeMetricFamily("subpage_introspection_waiting", "Accesses that wait for an answer.")
         waiting.add_metric([], sum(len(desk.questions) for desk in desks))
         return tools, waiting
+
+
+class _Jobs(Collector):
+    """Jobs that are known; those in state queued are the queue."""
+
+    def __init__(self, by_state: Callable[[], Mapping[str, int]]) -> None:
+        self._by_state = by_state
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        family = GaugeMetricFamily("subpage_jobs", "Jobs that are known, by state.", labels=["state"])
+        for state, count in self._by_state().items():
+            family.add_metric([state], count)
+        yield family
 
 
 class _Requests(Collector):
@@ -164,6 +178,7 @@ class Metrics:
             "subpage_store_failures", "Transactions that were not committed.", registry=self._known
         )
         registry.home.observe = self.stored
+        self._jobs_ended = Counter("subpage_jobs_ended", "Jobs that ended, by how.", ["state"], registry=self._known)
         info = Gauge("subpage_build_info", "1, labelled with the release.", ["version"], registry=self._known)
         info.labels(__version__).set(1)
         for kind in EXIT_KINDS:
@@ -176,6 +191,17 @@ class Metrics:
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
         """One request was answered. ``route`` is the path's template: there are as many as the contract has."""
         self._requests.observe(method, route, status, seconds)
+
+    def watch_jobs(self, by_state: Callable[[], Mapping[str, int]]) -> None:
+        """Tell how many jobs there are in each state, as ``by_state`` counts them when somebody asks."""
+        self._known.register(_Jobs(by_state))
+        for state in by_state():
+            if state in ENDED:
+                self._jobs_ended.labels(state)
+
+    def job_ended(self, state: str) -> None:
+        """A job ended in ``state``."""
+        self._jobs_ended.labels(state).inc()
 
     def replayed(self, result: TraceResult) -> None:
         """A replay was published."""

@@ -66,6 +66,12 @@ _ROWS = (
         "The first request with this key still runs.",
         retry_after=1,
     ),
+    ProblemType(
+        "idempotency-answer-lost",
+        409,
+        "Answer lost",
+        "The request was carried out, and the service was killed before its answer was kept; it is not done again.",
+    ),
     ProblemType("precondition-failed", 412, "Precondition failed", "If-Match names another state than the current."),
     ProblemType("body-too-large", 413, "Body too large", "The body exceeds the limit given in the problem."),
     ProblemType("unsupported-media-type", 415, "Unsupported media type", "The body's Content-Type is not accepted."),
@@ -88,6 +94,9 @@ _ROWS = (
     ProblemType("head-too-large", 431, "Head too large", "The URL and the header fields are too long together."),
     ProblemType("internal-error", 500, "Internal error", "A defect of the service; the details are in its log."),
     ProblemType("not-ready", 503, "Not ready", "The service is starting or draining.", retry_after=1),
+    ProblemType(
+        "interrupted", 503, "Interrupted", "The service ended before the job did; the machine is as before the job."
+    ),
     ProblemType(
         "store-unavailable", 503, "Store unavailable", "The store failed or belongs to another.", retry_after=2
     ),
@@ -263,10 +272,22 @@ class IdempotencyInProgress(ServiceError):
     code = "idempotency-in-progress"
 
 
+class IdempotencyAnswerLost(ServiceError):
+    """The first request with this Idempotency-Key was carried out, and nobody knows what it was answered."""
+
+    code = "idempotency-answer-lost"
+
+
 class IdempotencyMismatch(ServiceError):
     """The Idempotency-Key was used for a request that differs from this one."""
 
     code = "idempotency-mismatch"
+
+
+class Interrupted(ServiceError):
+    """A job was under way, or waited, when the service ended."""
+
+    code = "interrupted"
 
 
 class NotReady(ServiceError):

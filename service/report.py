@@ -1,15 +1,27 @@
-"""The report of ``subpage demo`` as a table for people."""
+"""The report of ``subpage demo`` and ``subpage replay`` as a table for people."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+_NEXT = (
+    "subpage serve                          the service on http://127.0.0.1:8000, its API at /docs",
+    "subpage demo --json                    this report as JSON",
+    "subpage demo --trace F --policy F      your own trace and policy",
+    "subpage replay F --policy F            the same without a service",
+    "GET /v1/vms/{vm}/traces/{id}/exits     every exit record: JSON, NDJSON or Arrow",
+    "GET /v1/vms/{vm}/walk?gpa=…            why a write is refused, entry by entry",
+)
 
-def print_report(report: dict[str, Any], console: Console | None = None) -> None:
-    """Print what ``service.demo.replay`` found."""
+
+def print_report(
+    report: dict[str, Any], console: Console | None = None, *, how: str = "over HTTP", further: Sequence[str] = _NEXT
+) -> None:
+    """Print what ``service.demo.report_of`` gives: ``how`` the trace was replayed, and where to look ``further``."""
     console = console or Console(highlight=False)
     console.print()
     console.print(f"[bold]{report['policy']}[/bold] against [bold]{report['trace']}[/bold]")
@@ -18,20 +30,15 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
         f"guest RAM {report['memory'] / (1 << 30):g} GiB"
     )
     console.print(_objects(report))
-    console.print(_totals(report))
+    console.print(_totals(report, how))
     for record in report["first_exit_records"]:
-        hit = ", ".join(record["objects"])
+        hit = ", ".join(record["objects"]) or "no object"
         where = f"{record['size']} bytes at {record['gpa']}, sub-pages {record['subpages']}"
         console.print(f"  record {record['index']:,}: {where}: {hit}")
     console.print()
-    console.print("[bold]Where to look next[/bold]")
-    for line in (
-        "subpage serve                          the service on http://127.0.0.1:8000, its API at /docs",
-        "subpage demo --json                    this report as JSON",
-        "subpage demo --trace F --policy F      your own trace and policy",
-        "GET /v1/vms/{vm}/traces/{id}/exits     every exit record: JSON, NDJSON or Arrow",
-        "GET /v1/vms/{vm}/walk?gpa=…            why a write is refused, entry by entry",
-    ):
+    if further:
+        console.print("[bold]Where to look next[/bold]")
+    for line in further:
         console.print(f"  {line}", markup=False)
 
 
@@ -48,7 +55,7 @@ def _objects(report: dict[str, Any]) -> Table:
     return table
 
 
-def _totals(report: dict[str, Any]) -> Table:
+def _totals(report: dict[str, Any], how: str) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(justify="right")
@@ -59,6 +66,6 @@ def _totals(report: dict[str, Any]) -> Table:
     )
     table.add_row("exits with sub-pages", f"[bold]{report['violations']:,}[/bold]", "writes refused")
     table.add_row("exits with whole pages", f"[bold]{report['page_granular_violations']:,}[/bold]", factor)
-    rate = f"{report['writes_per_second'] / 1e6:,.1f} M writes/s over HTTP, decoding included"
+    rate = f"{(report['writes_per_second'] or 0) / 1e6:,.1f} M writes/s {how}, decoding included"
     table.add_row("time", f"{report['seconds']:.2f} s", rate)
     return table

@@ -126,10 +126,21 @@ class Settings(BaseSettings):
 
     busy_timeout: float = Field(5.0, ge=0, description="How long a mutation waits for its machine before 409 vm-busy.")
     replay_threads: int = Field(32, ge=1, description="Replays that may be under way at one time, over all machines.")
+    running_jobs: int = Field(4, ge=1, description="Jobs that run at one time, each on another machine.")
+    max_queued_jobs: int = Field(100, ge=0, description="Jobs that may wait for their turn; 429 beyond that.")
+    max_job_bytes: int = Field(4 * GIB, ge=0, description="Bytes that the bodies of unfinished jobs may take together.")
+    async_body_bytes: int = Field(
+        0, ge=0, description="Traces of at least so many declared bytes become jobs without being asked to; 0: none."
+    )
+    longest_wait: float = Field(300, ge=0, description="What `Prefer: wait` is cut to.")
+    kept_job_seconds: float = Field(86400, ge=0, description="How long a job is known after its end.")
+    kept_jobs: int = Field(10_000, ge=1, description="Ended jobs that are known at one time; the oldest go first.")
     drain_seconds: float = Field(
         0, ge=0, description="How long /readyz answers 503 before the service stops to accept connections."
     )
-    shutdown_timeout: int = Field(10, ge=0, description="Seconds that requests have to end when the service stops.")
+    shutdown_timeout: int = Field(
+        10, ge=0, description="Seconds that requests and running jobs have to end when the service stops."
+    )
     warm_up: bool = Field(True, description="Load the compiled kernels before /readyz answers 200.")
 
     ask_timeout: float = Field(

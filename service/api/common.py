@@ -17,6 +17,7 @@ from service.http.route import Routes
 from service.metrics import Metrics
 from service.problems import responses
 from service.runtime.asking import Asker
+from service.runtime.jobs import Jobs
 from service.runtime.registry import Entry, Registry, unknown_vm
 from service.security.access import Permission, Principal
 from service.settings import Settings
@@ -32,8 +33,12 @@ Cursor = Annotated[str | None, Query(min_length=1, description="Opaque cursor, f
 _NAMES = {
     "ETag": "Entity tag of the representation.",
     "Location": "URL of what was created.",
+    "Preference-Applied": "Which preferences of the request were honoured (RFC 7240).",
+    "Retry-After": "Seconds after which looking again is worth it.",
     "Vary": "Headers of the request that chose the representation.",
 }
+# Headers that not every reply of their status has.
+_SOMETIMES = frozenset({"Preference-Applied", "Retry-After"})
 
 
 # Problems of every change of a machine that a JSON body describes; and of one that honours If-Match.
@@ -62,7 +67,14 @@ def vm_parameter() -> dict[str, Any]:
 
 def headers(*names: str) -> dict[str, Any]:
     """OpenAPI of response headers."""
-    return {name: {"description": _NAMES[name], "schema": {"type": "string"}} for name in names}
+    return {
+        name: {
+            "description": _NAMES[name],
+            "schema": {"type": "integer", "minimum": 0} if name == "Retry-After" else {"type": "string"},
+            **({"required": False} if name in _SOMETIMES else {}),
+        }
+        for name in names
+    }
 
 
 def tagged_reply(model: type[BaseModel], about: str) -> dict[int | str, dict[str, Any]]:
@@ -90,6 +102,10 @@ def settings_of(request: HTTPConnection) -> Settings:
 
 def registry_of(request: HTTPConnection) -> Registry:
     return cast(Registry, request.app.state.registry)
+
+
+def jobs_of(request: HTTPConnection) -> Jobs:
+    return cast(Jobs, request.app.state.jobs)
 
 
 def metrics_of(request: HTTPConnection) -> Metrics:

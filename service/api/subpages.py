@@ -242,6 +242,11 @@ def _parse_patch(content: bytes, limit: int) -> list[SubpageRange]:
         document = SubpagePatch.model_validate_json(content)
     except ValidationError as error:
         raise refusal(error.errors()) from None
+    return ranges_of(document, limit)
+
+
+def ranges_of(document: SubpagePatch, limit: int) -> list[SubpageRange]:
+    """The ranges of a patch, which cover at most ``limit`` pages together. Raises InvalidDocument."""
     ranges: list[SubpageRange] = []
     pages = 0
     for position, item in enumerate(document.ranges):

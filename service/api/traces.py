@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import time
-from collections.abc import AsyncIterator
-from datetime import UTC, datetime
-from typing import IO, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Query
 from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.trace.results import TraceResult as Replayed
 from service.api.common import (
     CHANGE,
     EXAMPLE_TRACE,
@@ -35,6 +29,7 @@ from service.api.common import (
     tagged_reply,
 )
 from service.api.exits import EXAMPLE_EXIT, EXIT_FIELDS, INLINE_RECORDS, ExitRecord, TraceId, exit_rows, exits_url
+from service.api.jobs import ACCEPTED, PREFER, replay_as_job, wanted_async
 from service.api.translations import (
     EXAMPLE_OPERATION,
     EXAMPLE_STALE,
@@ -48,11 +43,11 @@ from service.http import cursors
 from service.http.negotiation import ARROW, JSON, NDJSON, OCTETS, PARQUET, content_type
 from service.http.words import Access, Document, Hex64, examples
 from service.problems import InvalidDocument
-from service.runtime import asking
-from service.runtime.bodies import Upload, spooled
-from service.runtime.entry import Entry
+from service.runtime.answers import will_answer
+from service.runtime.asking import ASK
 from service.runtime.offload import maybe_in_thread
-from service.runtime.traces import SPOOLED_FORMATS, Trace, TraceRequest, replay
+from service.runtime.replays import replay_body
+from service.runtime.traces import Trace, TraceRequest
 from service.settings import Settings
 
 routes = router("traces", "/v1/vms/{vm}/traces", reads="read", writes="write")
@@ -253,7 +248,8 @@ def _summary(vm_id: str, trace: Trace) -> dict[str, Any]:
     }
 
 
-def _result(vm_id: str, trace: Trace, inlined: int) -> dict[str, Any]:
+def result_document(vm_id: str, trace: Trace, inlined: int) -> dict[str, Any]:
+    """The totals and the first ``inlined`` exit records of a trace."""
     exits = trace.result.exit_columns
     follow = exits_url(vm_id, trace.id, inlined, None) if len(exits) > inlined else None
     listed = {**translation_records(trace.result), "exit_records": exit_rows(exits[:inlined])}
@@ -262,10 +258,16 @@ def _result(vm_id: str, trace: Trace, inlined: int) -> dict[str, Any]:
 
 async def _rendered(vm_id: str, trace: Trace, settings: Settings) -> dict[str, Any]:
     small = len(trace.result.exit_columns) <= INLINE_RECORDS
-    return await maybe_in_thread(small, _result, vm_id, trace, settings.exit_page_size)
+    return await maybe_in_thread(small, result_document, vm_id, trace, settings.exit_page_size)
 
 
-def _carried(carry: str | None) -> tuple[str, ...]:
+async def _created(vm_id: str, trace: Trace, settings: Settings, extra: dict[str, str] | None = None) -> Response:
+    location = {"Location": f"/v1/vms/{vm_id}/traces/{trace.id}"}
+    return json_response(await _rendered(vm_id, trace, settings), status=201, extra=location | (extra or {}))
+
+
+def carried_columns(carry: str | None) -> tuple[str, ...]:
+    """The names in ``carry``. Raises InvalidDocument."""
     names = tuple(name.strip() for name in carry.split(",")) if carry else ()
     for name in names:
         if not name:
@@ -273,22 +275,6 @@ def _carried(carry: str | None) -> tuple[str, ...]:
         if name in EXIT_FIELDS:
             raise InvalidDocument("must not name a member that exit records have anyway", field="carry", value=name)
     return names
-
-
-@contextlib.asynccontextmanager
-async def replayed(
-    entry: Entry, upload: Upload, wanted: TraceRequest, spool: IO[bytes] | None, asker: asking.Asker | None
-) -> AsyncIterator[tuple[Replayed, tuple[str, ...], float]]:
-    """Replay; the block runs in the mutation that ends it, with the result, ignored columns and seconds taken."""
-    if asker is not None:
-        began = time.perf_counter()
-        async with asking.last_stretch(entry, upload, wanted, spool or upload.pipe, asker) as found:
-            yield *found, time.perf_counter() - began
-    else:
-        async with entry.mutation() as machine:
-            began = time.perf_counter()
-            found = await upload.run(lambda pipe: replay(machine, wanted, spool or pipe, pipe.check))
-            yield *found, time.perf_counter() - began
 
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -307,10 +293,15 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
         "u8 (0: guest), `insn_len` u8 (0: not known); packed records have only the first four. On VMs with "
         "`translation_cache: model` also `op` u8 (0: access; 1 hypercall, 2 mov-cr3, 3 invlpg), `arg` binary (of an "
         "operation) and `address_space` u64 (the vCPU's CR3): operations happen between the accesses, and each access "
-        "by a translation that should have been flushed is counted and explained (docs/tlb-flush.md)."
+        "by a translation that should have been flushed is counted and explained (docs/tlb-flush.md).\n\n"
+        "With `Prefer: respond-async` the body is received whole and the replay becomes a job (202), which waits for "
+        "its turn and for its VM however long that takes. With `Prefer: wait=N` it becomes one unless it has ended "
+        "after N seconds; until then a failure is answered as without it. "
+        "A replay that asks is answered when it has ended, whatever is preferred."
     ),
     status_code=201,
     openapi_extra={
+        "parameters": [PREFER],
         "requestBody": {
             "required": True,
             "content": {
@@ -320,10 +311,17 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
                 PARQUET: _BINARY,
                 OCTETS: _BINARY,
             },
-        }
+        },
     },
     responses=documented(
-        {201: {"model": TraceResult, "description": "Replayed.", "headers": headers("Location")}},
+        {
+            201: {
+                "model": TraceResult,
+                "description": "Replayed.",
+                "headers": headers("Location", "Preference-Applied"),
+            },
+            **ACCEPTED,
+        },
         *CHANGE,
         "invalid-trace",
         "not-yet-supported",
@@ -357,28 +355,19 @@ async def create_trace(
     kept = settings.max_exit_records if max_exit_records is None else max_exit_records
     if kept > settings.max_exit_records:
         raise InvalidDocument(f"must be at most {settings.max_exit_records}", field="max_exit_records", value=kept)
-    wanted = TraceRequest(FORMATS[media], record, _carried(carry), on_violation, include, start, kept)
-    async with Upload(request, executor_of(request), settings.body_queue_bytes) as upload:
-        spool = (
-            await upload.run(functools.partial(spooled, settings=settings))
-            if wanted.format in SPOOLED_FORMATS
-            else None
-        )
-        try:
-            asker = asker_of(request, entry, traced=True) if on_violation == asking.ASK else None
-            async with replayed(entry, upload, wanted, spool, asker) as (result, ignored, seconds):
-                trace_id, sequence = entry.traces.next_id()
-                trace_id = asker.trace or trace_id if asker is not None else trace_id
-                kept_records = len(result.exit_columns)
-                now = datetime.now(UTC)
-                trace = Trace(trace_id, sequence, wanted, result, ignored, now, seconds, kept_records)
-                entry.traces.add(trace)
-                metrics_of(request).replayed(result)
-        finally:
-            if spool is not None:
-                spool.close()
-    location = f"/v1/vms/{entry.id}/traces/{trace.id}"
-    return json_response(await _rendered(entry.id, trace, settings), status=201, extra={"Location": location})
+    wanted = TraceRequest(FORMATS[media], record, carried_columns(carry), on_violation, include, start, kept)
+    asker = asker_of(request, entry, traced=True) if on_violation == ASK else None
+    wishes = wanted_async(request) if asker is None else None
+    if wishes is not None:
+        outcome = await replay_as_job(request, entry, wanted, wishes)
+        return outcome if isinstance(outcome, Response) else await _created(entry.id, outcome[0], settings, outcome[1])
+
+    async def tell(trace: Trace) -> None:
+        will_answer(await _created(entry.id, trace, settings))
+
+    keyed = tell if "idempotency-key" in request.headers else None
+    trace = await replay_body(entry, wanted, request, executor_of(request), settings, metrics_of(request), keyed, asker)
+    return await _created(entry.id, trace, settings)
 
 
 @routes.get(

@@ -2,105 +2,53 @@
 
 A key belongs to the token that used it. The same key with the same request gets the answer that was given; with another
 request it is refused; while the first one runs it has to wait. Answers that say to try again are not kept.
+
+A change is stored with the key that it was made under. When the service is killed before the answer could be kept, the
+key still says that the request was carried out: it is then refused, with what it changed, and not done again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import LimitExceeded
-from service.problems import IdempotencyInProgress, IdempotencyMismatch, InvalidDocument, ServiceError
+from service.http.handlers import problem_response
+from service.problems import (
+    IdempotencyAnswerLost,
+    IdempotencyInProgress,
+    IdempotencyMismatch,
+    InvalidDocument,
+    ServiceError,
+    StoreUnavailable,
+)
+from service.runtime.answers import CARRIED_OUT, KEYED, Answer, Answers, Headers, Keyed, MemoryAnswers, StoredAnswers
+from service.runtime.riders import riding
 from service.security.access import Principal
+
+__all__ = ["Answer", "Answers", "Idempotency", "MemoryAnswers", "StoredAnswers"]
 
 _KEY = re.compile(rb"[\x21-\x7e]{1,255}")
 # Refused before the call was tried, or worth trying again.
 _NOT_KEPT = frozenset({401, 403, 406, 408, 413, 415, 429, 499})
-_OVERHEAD = 512
-
-Headers = tuple[tuple[bytes, bytes], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What was answered, and ``fingerprint``, the hash of the request that it answered."""
-
-    fingerprint: bytes
-    status: int
-    headers: Headers
-    body: bytes
-
-    @property
-    def size(self) -> int:
-        """Bytes that it takes, about."""
-        return len(self.body) + sum(len(name) + len(value) for name, value in self.headers) + _OVERHEAD
-
-
-class Answers(Protocol):
-    """Where answers are kept. One process at a time uses them, so nobody else adds one meanwhile."""
-
-    async def find(self, owner: str, key: str) -> Answer | None:
-        """The answer under ``key``, unless it is too old."""
-
-    async def keep(self, owner: str, key: str, answer: Answer) -> None:
-        """Keep it from now on."""
-
-    async def used(self, owner: str) -> int:
-        """Bytes that the answers of ``owner`` take."""
-
-
-class MemoryAnswers:
-    """Answers for as long as the process lives, ``seconds`` each."""
-
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._seconds = seconds
-        self._clock = clock
-        self._answers: dict[tuple[str, str], tuple[float, Answer]] = {}  # in the order of their end
-        self._used: dict[str, int] = {}
-
-    def _forget_old(self) -> None:
-        now = self._clock()
-        while self._answers:
-            owner, key = next(iter(self._answers))
-            until, answer = self._answers[owner, key]
-            if now < until:
-                return
-            del self._answers[owner, key]
-            self._used[owner] -= answer.size
-            if not self._used[owner]:
-                del self._used[owner]
-
-    async def find(self, owner: str, key: str) -> Answer | None:
-        self._forget_old()
-        _, answer = self._answers.get((owner, key), (0.0, None))
-        return answer
-
-    async def keep(self, owner: str, key: str, answer: Answer) -> None:
-        self._forget_old()
-        self._answers[owner, key] = (self._clock() + self._seconds, answer)
-        self._used[owner] = self._used.get(owner, 0) + answer.size
-
-    async def used(self, owner: str) -> int:
-        self._forget_old()
-        return self._used.get(owner, 0)
+_UNKEPT = "the request was carried out, but its answer could not be kept: {}; read the state before trying again"
 
 
 class _Hashed:
     """``receive``, with everything that passes hashed."""
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
-        media = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+        given = dict(scope["headers"])
+        media = given.get(b"content-type", b"")
         self._receive = receive
         self._hash = hashlib.blake2b(digest_size=32)
         for part in (scope["path"].encode("utf-8", "surrogateescape"), scope["query_string"], media):
             self._hash.update(len(part).to_bytes(8, "little") + part)
-        self.ended = False
+        # Nobody asks for a body that is known to be empty.
+        self.ended = given.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in given
         self.gone = False
 
     async def receive(self) -> Message:
@@ -111,6 +59,10 @@ class _Hashed:
         else:
             self.gone = True
         return message
+
+    def so_far(self) -> bytes:
+        """The hash of the whole request, empty while its body has not been read to its end."""
+        return self._hash.digest() if self.ended else b""
 
     async def fingerprint(self) -> bytes | None:
         """The hash of the whole request, whose rest is read first; None when that has no proper end."""
@@ -133,8 +85,8 @@ class Idempotency:
     async def once(self, given: bytes, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Run ``app`` unless the answer under the key ``given`` is known.
 
-        Raises InvalidDocument for what is no key, IdempotencyInProgress (409), IdempotencyMismatch (422), or
-        LimitExceeded (429) when the owner keeps too many answers already.
+        Raises InvalidDocument for what is no key, IdempotencyInProgress or IdempotencyAnswerLost (409),
+        IdempotencyMismatch (422), LimitExceeded (429) when the owner keeps too many answers already, StoreUnavailable.
         """
         name = given.strip()
         if len(name) > 2 and name[:1] == name[-1:] == b'"':
@@ -156,9 +108,13 @@ class Idempotency:
     async def _once(self, owner: str, key: str, app: ASGIApp, scope: Scope, request: _Hashed, send: Send) -> None:
         known = await self.answers.find(owner, key)
         if known is not None:
-            if await request.fingerprint() != known.fingerprint:
+            if known.fingerprint and await request.fingerprint() != known.fingerprint:
                 rule = "was used for another request; a new request needs a new key"
                 raise IdempotencyMismatch(rule, field="Idempotency-Key", value=key)
+            if known.status == CARRIED_OUT:
+                where = f"; it changed {known.body.decode()}" if known.body else ""
+                rule = f"names a request that was carried out, and whose answer was lost{where}"
+                raise IdempotencyAnswerLost(rule, field="Idempotency-Key", value=key)
             headers = [*known.headers, (b"idempotency-replayed", b"true")]
             await send({"type": "http.response.start", "status": known.status, "headers": headers})
             await send({"type": "http.response.body", "body": known.body})
@@ -180,12 +136,26 @@ class Idempotency:
             headers: Headers = tuple((bytes(name), bytes(value)) for name, value in started["headers"])
             if _worth_keeping(started["status"], headers) and (fingerprint := await request.fingerprint()):
                 # Before the client can see it: whoever has seen an answer gets the same one again.
-                await self.answers.keep(owner, key, Answer(fingerprint, started["status"], headers, b"".join(body)))
+                try:
+                    await self.answers.keep(owner, key, Answer(fingerprint, started["status"], headers, b"".join(body)))
+                except StoreUnavailable as error:
+                    # Raised in the middle of a reply it would be taken for a defect of the route.
+                    lost = problem_response(HTTPConnection(scope), StoreUnavailable(_UNKEPT.format(error.rule)))
+                    await lost(scope, request.receive, send)
+                    return
             await send(started)
             await send({"type": "http.response.body", "body": b"".join(body)})
 
-        await app(scope, request.receive, sending)
+        keyed = Keyed(self.answers, owner, key, request.so_far)
+        token = KEYED.set(keyed)
+        try:
+            with riding(keyed):
+                await app(scope, request.receive, sending)
+        finally:
+            KEYED.reset(token)
 
 
 def _worth_keeping(status: int, headers: Headers) -> bool:
-    return status < 500 and status not in _NOT_KEPT and all(name != b"retry-after" for name, _ in headers)
+    # With a success Retry-After is about the job that was made, and not about the call.
+    again = status >= 400 and any(name == b"retry-after" for name, _ in headers)
+    return status < 500 and status not in _NOT_KEPT and not again

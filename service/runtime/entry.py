@@ -86,14 +86,15 @@ class Entry:
         return self.machine.config.require_match
 
     @asynccontextmanager
-    async def mutation(self) -> AsyncIterator[VirtualMachine]:
+    async def mutation(self, *, patient: bool = False) -> AsyncIterator[VirtualMachine]:
         """The machine, held for one mutation, which is committed as one when the block ends without an exception.
 
         Readers see it from then on. Leaving with an exception, or a commit that fails, leaves the machine as it was;
         but an allocation of the host that failed is counted, so that a retry finds the next one.
-        Raises Busy after the configured wait, NotFound if the machine was deleted meanwhile, StoreUnavailable.
+        Raises Busy after the configured wait unless ``patient``, NotFound if the machine was deleted meanwhile,
+        StoreUnavailable.
         """
-        async with self.writer.hold():
+        async with self.writer.hold(patient=patient):
             await self.load()
             before = self.machine
             after = before.successor()

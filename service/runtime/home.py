@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import anyio.to_thread
@@ -16,10 +17,20 @@ from engine.outline import Outline, outline_from_head
 from engine.trace.results import ExitColumns
 from service.problems import NotReady, StoreUnavailable
 from service.runtime.events import Load
+from service.runtime.riders import sides_of
 from service.runtime.traces import Trace
 from service.settings import Settings
 from service.storage.meter import Observer, nobody
-from service.storage.records import Change, EventRecord, LogChange, TraceRecord, VmRecord
+from service.storage.records import (
+    AnswerRecord,
+    Change,
+    EventRecord,
+    JobRecord,
+    LogChange,
+    Side,
+    TraceRecord,
+    VmRecord,
+)
 from service.storage.urls import MEMORY, StoreUrl
 
 if TYPE_CHECKING:
@@ -45,6 +56,14 @@ class Residents(Protocol):
         ...
 
 
+class Workplace(Protocol):
+    """Who does long work on the residents: told what the store knows of it, like ``Residents``."""
+
+    def arrive(self, jobs: Sequence[JobRecord], *, goes_on: bool) -> None: ...
+
+    def leave(self) -> None: ...
+
+
 class Home:
     """The memory of this process: changes are durable as long as it is."""
 
@@ -63,7 +82,7 @@ class Home:
         """Whether changes are taken, too."""
         return True
 
-    def start(self, residents: Residents, changed: Callable[[], None]) -> None:
+    def start(self, residents: Residents, workplace: Workplace, changed: Callable[[], None]) -> None:
         """Begin; ``changed`` is called whenever ``ready`` may have become another."""
 
     async def stop(self) -> None:
@@ -113,6 +132,25 @@ class Home:
         """One part of a trace's exit records. Raises NotFound when they are not kept, StoreUnavailable."""
         raise NotFound(_NOT_KEPT, field="trace", value=trace)
 
+    async def note(self, side: Side) -> None:
+        """Store what is no machine's. Raises StoreUnavailable."""
+
+    async def kept_traces(self, ids: Collection[str]) -> set[str]:
+        """Those among ``ids`` of traces of machines that are not loaded whose results are kept."""
+        return set()
+
+    async def job(self, job: str) -> JobRecord | None:
+        """A job as it is stored. Raises StoreUnavailable."""
+        return None
+
+    async def answer(self, owner: str, key: str, now: int) -> AnswerRecord | None:
+        """The answer under a key of ``owner``, unless its time ended at ``now`` (ms). Raises StoreUnavailable."""
+        return None
+
+    async def answers_used(self, owner: str, now: int) -> int:
+        """Bytes that the answers of ``owner`` take at ``now`` (ms). Raises StoreUnavailable."""
+        return 0
+
 
 class StoredHome(Home):
     """A store on disk or on a server. Used from the event loop; what blocks happens in threads."""
@@ -139,18 +177,19 @@ class StoredHome(Home):
     def trouble(self) -> str:  # type: ignore[override]
         return self._keeper.trouble if self._keeper is not None else "the store is being opened"
 
-    def start(self, residents: Residents, changed: Callable[[], None]) -> None:
+    def start(self, residents: Residents, workplace: Workplace, changed: Callable[[], None]) -> None:
         # A service whose machines live in memory does without the database libraries.
         from service.storage.keeper import Keeper  # noqa: PLC0415
         from service.storage.reader import Reader  # noqa: PLC0415
 
         loop = asyncio.get_running_loop()
 
-        def owned(epoch: int, machines: Sequence[VmRecord], goes_on: bool) -> None:
+        def owned(epoch: int, machines: Sequence[VmRecord], jobs: Sequence[JobRecord], goes_on: bool) -> None:
             def told() -> None:
                 self._epoch = epoch
                 self._open = self._ready = True
                 residents.arrive(machines, goes_on=goes_on)
+                workplace.arrive(jobs, goes_on=goes_on)
                 changed()
 
             loop.call_soon_threadsafe(told)
@@ -161,6 +200,7 @@ class StoredHome(Home):
                 if taken:
                     self._open = False
                     residents.leave()
+                    workplace.leave()
                 changed()
 
             loop.call_soon_threadsafe(told)
@@ -206,9 +246,13 @@ class StoredHome(Home):
     async def delete(self, record: VmRecord) -> None:
         await self._store(Change(record.number, record.revision, None))
 
+    async def note(self, side: Side) -> None:
+        await self._store(Change(0, None, None, sides=(side,)))
+
     async def _store(self, change: Change) -> None:
         if not self._ready or self._keeper is None:
             raise StoreUnavailable(f"changes are not taken at present: {self.trouble or 'the store is being opened'}")
+        change = replace(change, sides=(*change.sides, *sides_of(change)))
         await finished(self._keeper.submit(change, self._epoch))
 
     async def revision(self, number: int) -> int | None:
@@ -269,6 +313,18 @@ class StoredHome(Home):
             return columns_of(found[0], [found[1]])
 
         return await anyio.to_thread.run_sync(work)
+
+    async def kept_traces(self, ids: Collection[str]) -> set[str]:
+        return await anyio.to_thread.run_sync(self._reading().kept_traces, ids) if ids else set()
+
+    async def job(self, job: str) -> JobRecord | None:
+        return await anyio.to_thread.run_sync(self._reading().job, job)
+
+    async def answer(self, owner: str, key: str, now: int) -> AnswerRecord | None:
+        return await anyio.to_thread.run_sync(self._reading().answer, owner, key, now)
+
+    async def answers_used(self, owner: str, now: int) -> int:
+        return await anyio.to_thread.run_sync(self._reading().answers_used, owner, now)
 
     def _reading(self) -> Reader:
         if self._reader is None or not self._open:

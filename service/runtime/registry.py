@@ -29,7 +29,7 @@ __all__ = ["Entry", "Registry", "unknown_vm"]
 _INLINE_SLOTS = 4
 
 
-def _build(config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool) -> VirtualMachine:
+def build(config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool) -> VirtualMachine:
     """A machine with its slots; an error of a slot names its place in ``memory_slots``."""
     machine = VirtualMachine.create(config)
     for position, spec in enumerate(slots):
@@ -151,7 +151,7 @@ class Registry:
             raise LimitExceeded(rule, field="max_vms", value=settings.max_vms)
         self._coming += 1
         try:
-            machine = await maybe_in_thread(len(slots) <= _INLINE_SLOTS, _build, config, slots, spp=spp)
+            machine = await maybe_in_thread(len(slots) <= _INLINE_SLOTS, build, config, slots, spp=spp)
             self._sequence += 1
             entry = self._entry(f"vm_{secrets.token_hex(8)}", self._sequence, datetime.now(UTC), 1, tenant)
             log, next_event = entry.events.coming([created(machine)])
@@ -189,6 +189,11 @@ class Registry:
         if entry is None or entry.gone:
             raise unknown_vm(vm_id)
         return entry
+
+    def find(self, vm_id: str) -> Entry | None:
+        """The same, None if there is no such machine."""
+        entry = self._entries.get(vm_id)
+        return None if entry is None or entry.gone else entry
 
     def all(self) -> list[Entry]:
         """The machines of every tenant, loaded or not. From any thread."""

@@ -13,7 +13,7 @@ from engine.errors import NotFound
 from engine.machine import VirtualMachine
 from engine.trace.readers import Source, open_trace
 from engine.trace.results import EXIT_COLUMNS, ExitColumns, TraceResult
-from engine.trace.session import ReplayOptions
+from engine.trace.session import ReplayOptions, ReplayTransaction
 
 # These need the whole body before the first access: a Parquet file's directory comes last, JSON is one value.
 SPOOLED_FORMATS = frozenset({"json", "parquet"})
@@ -70,15 +70,21 @@ class Trace:
 
 
 def replay(
-    machine: VirtualMachine, request: TraceRequest, source: Source, check: Callable[[], None] = lambda: None
+    machine: VirtualMachine,
+    request: TraceRequest,
+    source: Source,
+    check: Callable[[], None] = lambda: None,
+    follow: Callable[[ReplayTransaction], None] = lambda run: None,
 ) -> tuple[TraceResult, tuple[str, ...]]:
     """Replay ``source`` on ``machine`` and publish the outcome; blocking, for a thread of its own.
 
-    ``check`` is called before every chunk and before publication, and raises when the client has left. Whatever is
-    raised, the machine is as it was before. Returns the result and the names of the columns that were ignored.
+    ``check`` is called before every chunk and before publication, and raises when the client has left. ``follow`` is
+    given the replay when it begins, whose ``records_done`` other threads may read. Whatever is raised, the machine is
+    as it was before. Returns the result and the names of the columns that were ignored.
     """
     reader = open_trace(request.format, source, record=request.record, carry=request.carry)
     with machine.replay(request.options()) as run:
+        follow(run)
         for chunk in reader:
             check()
             if not run.feed(chunk):
@@ -194,6 +200,11 @@ class TraceStore:
         """One part of a trace's exit records if all of them are in memory."""
         columns = self._columns.get(trace_id)
         return columns[part * PART : (part + 1) * PART] if columns is not None else None
+
+    def has(self, trace_id: str) -> bool:
+        """Whether ``get`` would find it."""
+        trace = self._traces.get(trace_id)
+        return trace is not None and not self._is_too_old(trace)
 
     def page(self, after: int, limit: int) -> tuple[list[Trace], int | None]:
         """Up to ``limit`` traces after sequence number ``after``, without their exit records, and where the next page

@@ -21,9 +21,12 @@ class Writer:
         self._timeout = timeout
 
     @asynccontextmanager
-    async def hold(self) -> AsyncIterator[None]:
-        """Wait for the right, at most the configured time. Raises Busy when it was not to be had."""
-        if self._lock.locked():
+    async def hold(self, *, patient: bool = False) -> AsyncIterator[None]:
+        """Wait for the right, at most the configured time, or as long as it takes if ``patient``.
+
+        Raises Busy when it was not to be had.
+        """
+        if self._lock.locked() and not patient:
             try:
                 async with asyncio.timeout(self._timeout):
                     await self._lock.acquire()

@@ -20,12 +20,12 @@ import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.problems import StoreUnavailable
-from service.storage import rows
+from service.storage import rows, side_rows
 from service.storage.database import connect, reason_of
 from service.storage.lease import LeaseLost, lease_of
 from service.storage.meter import Meter, Observer, nobody
 from service.storage.migrate import NewerSchema, migrate
-from service.storage.records import Change, VmRecord
+from service.storage.records import Change, JobRecord, VmRecord
 from service.storage.urls import StoreUrl
 
 logger = logging.getLogger("subpage.store")
@@ -53,15 +53,15 @@ class _Job:
     done: Future[None] = field(default_factory=Future)
 
 
-Owned = Callable[[int, Sequence[VmRecord], bool], None]
+Owned = Callable[[int, Sequence[VmRecord], Sequence[JobRecord], bool], None]
 
 
 class Keeper:
     """Owns one store from ``start`` to ``stop``.
 
-    ``owned(epoch, machines, goes_on)`` is called, in the thread, whenever the store has become ours; ``goes_on`` tells
-    that nobody else owned it since we last did. ``lost(taken)`` is called when it no longer is. ``observe`` is told of
-    each transaction, also in the thread.
+    ``owned(epoch, machines, jobs, goes_on)`` is called, in the thread, whenever the store has become ours; ``goes_on``
+    tells that nobody else owned it since we last did. ``lost(taken)`` is called when it no longer is. ``observe`` is
+    told of each transaction, also in the thread.
     """
 
     def __init__(self, url: StoreUrl, owned: Owned, lost: Callable[[bool], None], observe: Observer = nobody) -> None:
@@ -157,11 +157,12 @@ class Keeper:
             goes_on = self._epoch is not None and rows.epoch_of(connection) == self._epoch
             epoch = rows.next_epoch(connection, f"{socket.gethostname()} process {os.getpid()}")
             machines = rows.vm_records(connection)
+            jobs = side_rows.take_over(connection, goes_on=goes_on)
         with self._changed:
             # What was made under the earlier epoch still fits the store when nobody wrote in between.
             self._epoch = epoch
             self._serving = True
-        self._owned(epoch, machines, goes_on)
+        self._owned(epoch, machines, jobs, goes_on)
         self.trouble = ""
         while True:
             group = self._next_group()

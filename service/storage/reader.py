@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from engine.errors import NotFound
 from service.problems import StoreUnavailable
-from service.storage import event_rows, rows
+from service.storage import event_rows, rows, side_rows
 from service.storage.database import reason_of
-from service.storage.records import EventRecord, TraceRecord, VmRecord
+from service.storage.records import AnswerRecord, EventRecord, JobRecord, TraceRecord, VmRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +76,23 @@ class Reader:
         """Rows of an event log; see ``event_rows.read``."""
         with self._transaction() as connection:
             return event_rows.read(connection, number, after, below, since, limit)
+
+    def kept_traces(self, ids: Collection[str]) -> set[str]:
+        """Those among ``ids`` whose results are kept."""
+        with self._transaction() as connection:
+            return side_rows.kept_traces(connection, ids)
+
+    def job(self, job: str) -> JobRecord | None:
+        """A job as it is stored."""
+        with self._transaction() as connection:
+            return side_rows.job_record(connection, job)
+
+    def answer(self, owner: str, key: str, now: int) -> AnswerRecord | None:
+        """The answer under a key of ``owner``, unless its time ended at ``now`` (ms)."""
+        with self._transaction() as connection:
+            return side_rows.answer_record(connection, owner, key, now)
+
+    def answers_used(self, owner: str, now: int) -> int:
+        """Bytes that the answers of ``owner`` take at ``now`` (ms)."""
+        with self._transaction() as connection:
+            return side_rows.answers_used(connection, owner, now)

@@ -72,11 +72,56 @@ def no_blocks() -> Iterator[Block]:
 
 
 @dataclass(frozen=True, slots=True)
+class JobRecord:
+    """Long work: what became of it. Times are RFC 3339, ``error`` is the JSON of a problem."""
+
+    number: int
+    id: str
+    tenant: str
+    vm: str
+    state: str
+    created: str
+    started: str | None = None
+    finished: str | None = None
+    records: int = 0
+    trace: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerRecord:
+    """What was answered under the ``key`` of ``owner``, until Unix time ``until`` (ms); see the table."""
+
+    owner: str
+    key: str
+    fingerprint: bytes
+    status: int
+    headers: str
+    body: bytes
+    size: int
+    until: int
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What is no machine's: stored with a change of one, or alone. Jobs and answers replace those of before.
+
+    ``forgotten`` are ids of jobs that go; answers whose time ended at ``expired`` (ms) or before go, too.
+    """
+
+    jobs: Sequence[JobRecord] = ()
+    forgotten: Sequence[str] = ()
+    answers: Sequence[AnswerRecord] = ()
+    expired: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """What one transaction makes durable: all of it or nothing.
 
     ``before`` is the revision that the store must have (None: the machine is new), ``after`` what it has then
-    (None: the machine is deleted). ``head`` and ``blocks`` are called in the writing thread, perhaps more than once.
+    (None: the machine is deleted; both None: no machine is concerned). ``head`` and ``blocks`` are called in the
+    writing thread, perhaps more than once.
     """
 
     number: int
@@ -87,3 +132,4 @@ class Change:
     traces: Sequence[TraceRecord] = ()
     dropped: Sequence[str] = ()
     log: LogChange = LogChange()
+    sides: Sequence[Side] = ()

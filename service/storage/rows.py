@@ -8,7 +8,7 @@ from itertools import islice
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from service.storage import event_rows
+from service.storage import event_rows, side_rows
 from service.storage.records import Block, Change, TraceRecord, VmRecord
 from service.storage.schema import blocks, owner, trace_parts, traces, vms
 
@@ -81,8 +81,11 @@ def trace_part(connection: sa.Connection, number: int, trace: str, part: int) ->
 
 def write(connection: sa.Connection, change: Change) -> None:
     """Everything that ``change`` says. Raises Overtaken."""
+    for side in change.sides:
+        side_rows.write(connection, side)
     if change.after is None:
-        _delete(connection, change)
+        if change.before is not None:
+            _delete(connection, change)
         return
     record, head = change.after, change.head()
     if change.before is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 # What `alembic upgrade head` leaves in alembic_version; a store that has it needs no migration.
-REVISION = "0003"
+REVISION = "0004"
 
 metadata = sa.MetaData()
 
@@ -92,4 +92,37 @@ events = sa.Table(
     sa.Column("kind", sa.Text, nullable=False),
     sa.Column("body", sa.Text, nullable=False),
     sa.Column("trace", sa.Text),
+)
+
+# Long work that was accepted. `vm` is an id and no reference: a job is remembered longer than its machine may live.
+# Times are RFC 3339; `error` is the JSON of a problem.
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("number", sa.BigInteger, nullable=False, unique=True),
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("vm", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("created", sa.Text, nullable=False),
+    sa.Column("started", sa.Text),
+    sa.Column("finished", sa.Text),
+    sa.Column("records", sa.BigInteger, nullable=False),
+    sa.Column("trace", sa.Text),
+    sa.Column("error", sa.Text),
+)
+
+# What was answered under an Idempotency-Key. Status 0: the request was carried out, its answer not yet given.
+# `until` is in milliseconds of Unix time.
+answers = sa.Table(
+    "answers",
+    metadata,
+    sa.Column("owner", sa.Text, primary_key=True),
+    sa.Column("key", sa.Text, primary_key=True),
+    sa.Column("fingerprint", sa.LargeBinary, nullable=False),
+    sa.Column("status", sa.Integer, nullable=False),
+    sa.Column("headers", sa.Text, nullable=False),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("until", sa.BigInteger, nullable=False, index=True),
 )

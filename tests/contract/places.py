@@ -7,6 +7,7 @@ PLACES = {
     "level": "1",
     "gpa": "0x0",
     "trace": "tr_0",
+    "job": "job_0",
     "name": "paths",
     "code": "vm-busy",
     "cap": "163",

@@ -60,6 +60,10 @@ def test_a_store_of_the_release_before(tmp_path: Path) -> None:
         vm = new_vm(service.client)
     run_sql(
         url,
+        "DROP TABLE events",
+        "ALTER TABLE vms DROP COLUMN next_event",
+        "DROP TABLE answers",
+        "DROP TABLE jobs",
         "DROP TABLE tokens",
         "ALTER TABLE vms DROP COLUMN tenant",
         "UPDATE alembic_version SET version_num = '0001'",
