@@ -166,10 +166,11 @@ class Replay:
     ) -> tuple[int, int]:
         """Go on from a position of the chunk; returns why the kernel came back, and the record it has not run.
 
-        Operations are for ``trace.timed``; elsewhere they are refused, never passed over.
+        Operations are for ``trace.timed``; a replay that asks refuses them rather than pass them over.
         """
         if chunk.operations is not None:
-            raise TraceError("this replay takes no operations and no address spaces", index=base + position, field="op")
+            rule = "a replay that asks takes no operations and no address spaces"
+            raise TraceError(rule, index=base + position, field="op")
         m = self._draft.machine
         options, trail = self._words, self._trail
         status, position = replay.replay(
