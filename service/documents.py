@@ -155,7 +155,7 @@ def _used(document: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
     has a member of its own name is more than some of them can type.
     """
     used: dict[str, Any] = {}
-    wanted = _references(document["paths"])
+    wanted = _references(document["paths"]) | _references(document["x-websockets"])
     while wanted:
         name = wanted.pop()
         if name not in used:

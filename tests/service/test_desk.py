@@ -21,6 +21,7 @@ from service.problems import Forbidden, NotReady, StoreUnavailable
 from service.runtime.asking import Asker
 from service.runtime.desk import Desk, Interest, Question, Resolution, Tool
 from service.runtime.entry import Entry
+from service.runtime.events import LogStats
 from service.security.access import ANYBODY, AccessControl, Principal
 from service.settings import Settings
 from tests.engine.builders import machine, set_map
@@ -125,7 +126,7 @@ def test_the_end_of_the_machine(refused: ExitColumns) -> None:
 
 
 def asker(entry: Any, draining: bool) -> Asker:
-    metrics = Metrics(cast(Any, SimpleNamespace(all=lambda: [entry])))
+    metrics = Metrics(cast(Any, SimpleNamespace(all=lambda: [entry], home=SimpleNamespace(), logs=LogStats())))
     return Asker(cast(Entry, entry), Settings(), metrics, lambda: draining)
 
 
