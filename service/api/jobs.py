@@ -197,7 +197,7 @@ _JOB[200]["headers"] |= headers("Retry-After")
 
 
 @routes.get(
-    "/{job}",
+    "/{job:id}",
     operation_id="getJob",
     summary="Read a job",
     responses=documented(_JOB, "not-found"),
@@ -209,7 +209,7 @@ async def get_job(request: Request, job: JobId) -> Response:
 
 
 @routes.post(
-    "/{job}:cancel",
+    "/{job:id}:cancel",
     operation_id="cancelJob",
     summary="Cancel a job",
     description=(

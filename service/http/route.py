@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter
 from fastapi.routing import APIRoute, APIWebSocketRoute
 from pydantic import BaseModel, ValidationError
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -18,6 +19,21 @@ from service.problems import InvalidDocument
 from service.security.access import Permission
 
 M = TypeVar("M", bound=BaseModel)
+
+
+class _Id(Convertor[str]):
+    """An id in a path that a verb may follow: ``{job:id}:cancel`` is no other spelling of ``{job:id}``."""
+
+    regex = "[^/:]+"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("id", _Id())
 
 
 F = TypeVar("F", bound=Callable[..., Any])
