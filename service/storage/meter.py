@@ -11,8 +11,11 @@ from service.storage.records import Block, Change
 
 @dataclass(frozen=True, slots=True)
 class Transaction:
-    """One transaction of the owner. ``octets`` are heads, blocks and exit records, before the database's own overhead;
-    ``seconds`` run from its first statement to the end of its commit. ``stored`` tells whether it was committed."""
+    """One transaction of the owner.
+
+    ``octets`` are heads, blocks, exit records, events and answers, before the database's own overhead; ``seconds`` run
+    from its first statement to the end of its commit. ``stored`` tells whether it was committed.
+    """
 
     changes: int
     octets: int
@@ -40,6 +43,8 @@ class Meter:
         """``change``, counted as it is written."""
         parts = (part for trace in change.traces for part in (trace.object_index, *trace.parts))
         self._octets += sum(map(len, parts)) + sum(len(trace.head) for trace in change.traces)
+        self._octets += sum(len(event.body) for event in change.log.events)
+        self._octets += sum(answer.size for side in change.sides for answer in side.answers)
 
         def head() -> str:
             text = change.head()
