@@ -60,6 +60,11 @@ class Operations(NamedTuple):
     items: tuple[Operation, ...]
     spaces: npt.NDArray[np.uint64]
 
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing but accesses, and none says its address space."""
+        return not len(self.at) and bool((self.spaces == NO_SPACE).all())
+
 
 class HypercallArgument(NamedTuple):
     """The argument of a hypercall, taken apart. ``xmm`` are 128-bit numbers; ``block`` is None where memory has it."""

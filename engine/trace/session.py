@@ -168,7 +168,7 @@ class Replay:
 
         Operations are for ``trace.timed``; a replay that asks refuses them rather than pass them over.
         """
-        if chunk.operations is not None:
+        if chunk.operations is not None and not chunk.operations.plain:
             rule = "a replay that asks takes no operations and no address spaces"
             raise TraceError(rule, index=base + position, field="op")
         m = self._draft.machine

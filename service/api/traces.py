@@ -129,7 +129,9 @@ class AccessRecord(Document):
     )
     source: int = Field(0, ge=0, le=2, description="0 guest, 1 emulated by KVM, 2 host.")
     insn_len: int = Field(0, ge=0, le=15, description="Bytes of the instruction, 0 if not known.")
-    op: Literal[0, "0x0", "0"] = Field(0, description="0: an access.")
+    op: Annotated[int, Field(ge=0, le=0)] | Annotated[str, Field(pattern="^(0x)?0$")] = Field(
+        0, description="0: an access."
+    )
     arg: str | None = Field(None, max_length=0, description="An access has none.")
     address_space: Hex64 | None = Field(
         None, description="The vCPU's CR3, under which the translation of `gva` is cached. Null: as it was."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -57,7 +57,9 @@ class OperationRecord(Document):
 
     model_config = ConfigDict(extra="allow", json_schema_extra=examples(_FLUSH, {"op": 3, "gva": "0x7f0000001000"}))
 
-    op: Literal[1, 2, 3, "0x1", "0x2", "0x3", "1", "2", "3"] = Field(description="1 hypercall, 2 mov-cr3, 3 invlpg.")
+    op: Annotated[int, Field(ge=1, le=3)] | Annotated[str, Field(pattern="^(0x)?[1-3]$")] = Field(
+        description="1 hypercall, 2 mov-cr3, 3 invlpg."
+    )
     vcpu: int = Field(0, ge=0, le=0xFFFF, description="KVM vCPU id of who executes it.")
     arg: str | None = Field(
         None,

@@ -24,6 +24,7 @@ from subpage_client.models import (
     ExitPage,
     NumberedSlotRequest,
     ObjectRequest,
+    OperationRecord,
     Problem,
     Protection,
     ProtectionRequest,
@@ -58,7 +59,9 @@ def main(url: str, token: str) -> dict[str, int]:
 
         # Into the object, beside it in the same 128 bytes, elsewhere in its page, and into another page.
         gpas = [TABLE, TABLE - 0x40, TABLE - 0x300, 0x1000]
-        records = [AccessRecord(gpa=gpa, vcpu=number % 2) for number, gpa in enumerate(gpas)]
+        records: list[AccessRecord | OperationRecord] = [
+            AccessRecord(gpa=gpa, vcpu=number % 2) for number, gpa in enumerate(gpas)
+        ]
         result = create_trace.sync(vm, client=client, body=TraceBody(accesses=records))
         assert isinstance(result, TraceResult), result
         assert (result.records, result.violations, result.page_granular_violations) == (4, 2, 3)
