@@ -521,7 +521,7 @@ ACCESS_REFUSALS = [
     ("unknown vCPU", {"vcpu": 1}, "vcpu", 1, "a vCPU of that id"),
     ("data of a read", {"access": 0, "data": b"12345678"}, "data", "3132333435363738", "only a write has data"),
     ("too little data", {"data": b"1"}, "data", "31", "as many bytes as the access"),
-    ("what to do", {"on_violation": "ask"}, "on_violation", "ask", "one of skip, stop, allow, grant"),
+    ("what to do", {"on_violation": "wait"}, "on_violation", "wait", "one of skip, stop, allow, grant, ask"),
 ]
 
 

@@ -16,7 +16,7 @@ from tests.faults.nursery import nursery
 from tests.faults.postgres import MISSING, binaries
 
 JOBS = 12
-RECORDS = 40_000
+RECORDS = 250_000
 PATIENCE = 60.0
 # Rows take their time to be read, so that some of the jobs are under way whenever the server is killed.
 BODY = b'{"gpa": 8}\n' * RECORDS
