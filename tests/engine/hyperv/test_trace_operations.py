@@ -560,7 +560,7 @@ def test_the_machine_comes_back_from_its_durable_form(vm: VirtualMachine) -> Non
 
 def test_other_replays_refuse_operations(vm: VirtualMachine) -> None:
     """They would be passed over there."""
-    operations = Operations(np.zeros(0, dtype=np.int64), (), np.zeros(0, dtype=np.uint64))
+    operations = Operations(np.zeros(0, dtype=np.int64), (), np.zeros(1, dtype=np.uint64))
     beside = chunk([OLD])._replace(operations=operations)
     with vm._change() as draft, pytest.raises(TraceError, match="takes no operations") as caught:
         Replay(draft, ReplayOptions(), targets_of(())).feed(beside)
