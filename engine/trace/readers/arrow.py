@@ -37,7 +37,7 @@ class ArrowReader(TraceReader):
                 error.index = converter.done if converter else 0
             raise
         except Exception as error:
-            if messages.failure is not None:  # the source failed, not the body
+            if messages.failed:  # the source failed, not the body
                 raise
             done = converter.done if converter else 0
             raise TraceError(f"the Arrow stream is not valid: {error}", index=done) from error

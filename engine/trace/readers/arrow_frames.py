@@ -72,7 +72,8 @@ class MessageSource:
         self._first: list[memoryview] | None = None
         self._ended = False
         self._body = np.empty(0, dtype=np.uint8)
-        self.failure: Exception | None = None
+        # Only that it failed: Arrow may keep this object for good, and an exception holds all frames that it passed.
+        self.failed = False
 
     def read(self, size: int = -1) -> memoryview | bytes:
         """Up to ``size`` bytes, never across the pieces of a message, which is how Arrow asks for them."""
@@ -80,8 +81,8 @@ class MessageSource:
             if not self._pieces and not self._ended:
                 self._pieces = self._next_message()
                 self._first = self._first or list(self._pieces)
-        except Exception as error:
-            self.failure = error
+        except Exception:
+            self.failed = True
             raise
         if not self._pieces:
             return b""
