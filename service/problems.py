@@ -323,6 +323,13 @@ def showable(value: Any, field: str | None = None) -> Any:
     return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "…"
 
 
+def trace_not_kept(trace: str) -> errors.NotFound:
+    """There is no such trace, or its result was dropped."""
+    return errors.NotFound(
+        "must be the id of a trace of this VM whose result is still kept", field="trace", value=trace
+    )
+
+
 def problem_body(
     problem: ProblemType,
     rule: str,

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.arch.access import CIRCUMSTANCE_SHIFT, default_access
+from engine.trace.session import ASK
 from engine.trace.single import AccessRequest, AccessResult
 from service.api.common import (
     CHANGE,
@@ -210,7 +211,7 @@ async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Resp
         insn_len=body.insn_len,
         circumstances=body.circumstances << CIRCUMSTANCE_SHIFT,
     )
-    if body.on_violation == asking.ASK:
+    if body.on_violation == ASK:
         asker = asker_of(request, entry, traced=False)
         outcome = await while_connected(request, asking.access(entry, wanted, asker, _note))
     else:

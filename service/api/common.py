@@ -13,6 +13,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
 from service.http import conditional
+from service.http.negotiation import OCTETS
 from service.http.route import Routes
 from service.metrics import Metrics
 from service.problems import responses
@@ -23,6 +24,8 @@ from service.security.access import Permission, Principal
 from service.settings import Settings
 
 EXAMPLE_VM = "vm_3f9c2a1be07d4c55"
+# The schema of bytes.
+BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 EXAMPLE_TRACE = "tr_9d41c07a5be2f386"
 
 _VM_ABOUT = "Id of the VM."
@@ -82,6 +85,15 @@ def tagged_reply(model: type[BaseModel], about: str) -> dict[int | str, dict[str
     told = headers("ETag")
     return {
         200: {"model": model, "description": about, "headers": told},
+        304: {"description": "Unchanged.", "headers": told},
+    }
+
+
+def octets_reply(model: type[BaseModel], about: str) -> dict[int | str, dict[str, Any]]:
+    """As ``tagged_reply``, of a read that is JSON or bytes as the client asks."""
+    told = headers("ETag", "Vary")
+    return {
+        200: {"model": model, "description": about, "content": {OCTETS: BINARY}, "headers": told},
         304: {"description": "Unchanged.", "headers": told},
     }
 

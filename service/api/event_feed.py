@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from engine.trace.results import ExitColumns
 from service.api.exits import INLINE_RECORDS, exit_rows
 from service.runtime.batches import Window, window_of
-from service.runtime.events import DROPPED, EventLog, LogStats, stamp
+from service.runtime.events import DROPPED, EventLog, LogStats
 from service.runtime.offload import maybe_in_thread
 from service.runtime.traces import PART
+from service.stamps import stamp
 from service.storage.records import EventRecord
 
 # Rows asked for at once, and violations of one batch that are rendered at once.

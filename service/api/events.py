@@ -238,7 +238,7 @@ async def get_events(
         media=media,
         heartbeat=settings.event_heartbeat,
         most=settings.max_event_streams,
-        admitted=lambda: access.still_admits(principal),
+        admitted=lambda: access.holds(principal),
         follow=follow or media == SSE,
     )
 

@@ -23,6 +23,7 @@ from engine.arch.exits import NAMES, name_of
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.trace.results import ExitColumns
 from service.api.common import (
+    BINARY,
     EXAMPLE_TRACE,
     Cursor,
     Limit,
@@ -222,7 +223,7 @@ def exits_url(vm_id: str, trace_id: str, position: int, limit: int | None) -> st
                         "schema": {"type": "string"},
                         "example": msgspec.json.encode(EXAMPLE_EXIT).decode() + "\n",
                     },
-                    ARROW: {"schema": {"type": "string", "format": "binary"}},
+                    ARROW: BINARY,
                 },
                 "headers": {
                     **headers("Vary"),

@@ -14,6 +14,7 @@ from engine.hypercalls import HypercallReport, HypercallRequest, VpEffect
 from engine.hyperv.caller import Caller
 from engine.hyperv.encode import CallFields, VpSet, code_of
 from service.api.common import (
+    BINARY,
     CHANGE,
     VmId,
     documented,
@@ -330,7 +331,7 @@ _BODY = {
         "required": True,
         "content": {
             JSON: {"schema": {"$ref": "#/components/schemas/Hypercall"}},
-            OCTETS: {"schema": {"type": "string", "format": "binary"}},
+            OCTETS: BINARY,
         },
     }
 }

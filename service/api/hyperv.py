@@ -12,6 +12,7 @@ from starlette.responses import Response
 from engine.arch.hyperv_pages import VP_ASSIST, read_assist
 from engine.machine import VirtualMachine
 from service.api.common import (
+    BINARY,
     CHANGE,
     GUARDED_CHANGE,
     VmId,
@@ -21,6 +22,7 @@ from service.api.common import (
     guard,
     headers,
     json_response,
+    octets_reply,
     router,
     tag_of,
     tagged,
@@ -35,7 +37,6 @@ from service.http.words import Document, Hex64, examples
 routes = router("Hyper-V", "/v1/vms/{vm}", reads="read", writes="write")
 
 _OFFERS = (JSON, OCTETS)
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
 Written = Literal["correct", "before-fix", "first-fix"]
 Owner = Literal["guest", "kvm"]
 
@@ -301,15 +302,7 @@ async def put_tlb_lock(request: Request, vm: VmId, n: VcpuId, body: TlbLock) -> 
         "the three fields where the software of another time has them."
     ),
     responses=documented(
-        {
-            200: {
-                "model": VpAssistPage,
-                "description": "By field; as `application/octet-stream`, 624 bytes.",
-                "content": {OCTETS: _BINARY},
-                "headers": headers("ETag", "Vary"),
-            },
-            304: {"description": "Unchanged.", "headers": headers("ETag", "Vary")},
-        },
+        octets_reply(VpAssistPage, "By field; as `application/octet-stream`, 624 bytes."),
         "not-found",
         "not-acceptable",
         "invalid-value",
@@ -339,7 +332,7 @@ async def get_vp_assist_page(
     openapi_extra={
         "requestBody": {
             "required": True,
-            "content": {JSON: {"schema": {"$ref": "#/components/schemas/VpAssistFields"}}, OCTETS: _BINARY},
+            "content": {JSON: {"schema": {"$ref": "#/components/schemas/VpAssistFields"}}, OCTETS: BINARY},
         }
     },
     responses=documented(

@@ -21,6 +21,7 @@ from service.problems import InvalidDocument, Problem, ServiceError, describe
 from service.runtime.desk import Interest, Question, Resolution, Tool
 from service.runtime.entry import Entry
 from service.security.access import AccessControl
+from service.stamps import stamp
 
 routes = router("introspection", "/v1/vms/{vm}/introspection", reads="write", writes="write")
 
@@ -248,7 +249,7 @@ class Session(Tool):
                 "trace": question.trace,
                 "vcpu": row["vcpu"],
                 "attempt": question.attempt,
-                "deadline": deadline.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+                "deadline": stamp(deadline),
                 "exit": row,
             }
         )

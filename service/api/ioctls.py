@@ -17,6 +17,7 @@ from engine.config import HostConfig, VmConfig
 from engine.errors import NotFound
 from engine.ioctls import IOCTLS, NewMachine, Target, as_created
 from service.api.common import (
+    BINARY,
     VmId,
     documented,
     find,
@@ -99,11 +100,10 @@ class IoctlReply(Document):
         return shown
 
 
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
 _BODY = {
     "requestBody": {
         "required": False,
-        "content": {JSON: {"schema": {"$ref": "#/components/schemas/IoctlRequest"}}, OCTETS: _BINARY},
+        "content": {JSON: {"schema": {"$ref": "#/components/schemas/IoctlRequest"}}, OCTETS: BINARY},
     }
 }
 _KVM_HEADERS = {
@@ -131,7 +131,7 @@ def _documented(*problems: str, made: bool = False) -> dict[int | str, dict[str,
     reply = {
         "model": IoctlReply,
         "description": "The call was made.",
-        "content": {OCTETS: _BINARY},
+        "content": {OCTETS: BINARY},
         "headers": {**headers("Vary"), **_KVM_HEADERS, **location},
     }
     return documented(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import Path
@@ -34,6 +34,7 @@ from service.runtime.answers import will_answer
 from service.runtime.entry import Entry
 from service.runtime.job import CANCELLED, Job
 from service.runtime.traces import Trace, TraceRequest
+from service.stamps import stamp
 
 routes = router("jobs", "/v1/jobs", reads="read", writes="write")
 
@@ -93,7 +94,7 @@ class Jobs(Document):
 
 
 def _shown(moment: datetime | None) -> str | None:
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ") if moment is not None else None
+    return stamp(moment) if moment is not None else None
 
 
 def job_document(job: Job, with_result: Collection[str] = ()) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.machine import VirtualMachine
-from service.api.common import CHANGE, VmId, documented, encode, find, headers, json_response, router
+from service.api.common import CHANGE, VmId, documented, encode, find, json_response, octets_reply, router
 from service.api.hyperv import VpAssistPage, assist_document
 from service.api.nested_state import VcpuId
 from service.http import conditional
@@ -18,7 +18,6 @@ from service.http.words import Document, Hex64, examples
 
 routes = router("Hyper-V", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
 
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
 _FIELDS = {
     "hv_enlightenments_control": "0x1",
     "hv_vp_id": "0x7",
@@ -52,15 +51,7 @@ class LoadRequest(Document):
     summary="Read the enlightened VMCS or VMCB that KVM uses on Hyper-V",
     description="With `host.hyperv` only. The guest has nothing to do with it: its own are in its memory.",
     responses=documented(
-        {
-            200: {
-                "model": KvmVmcs,
-                "description": "By field; as `application/octet-stream`, 1024 bytes, of a VMCB 4096.",
-                "content": {OCTETS: _BINARY},
-                "headers": headers("ETag", "Vary"),
-            },
-            304: {"description": "Unchanged.", "headers": headers("ETag", "Vary")},
-        },
+        octets_reply(KvmVmcs, "By field; as `application/octet-stream`, 1024 bytes, of a VMCB 4096."),
         "not-found",
         "not-acceptable",
         "invalid-value",

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from engine.nested import SetResult
 from service.api.common import (
+    BINARY,
     GUARDED_CHANGE,
     VmId,
     documented,
@@ -19,6 +20,7 @@ from service.api.common import (
     guard,
     headers,
     json_response,
+    octets_reply,
     router,
 )
 from service.api.nested_fields import EXAMPLE, NestedStateFields, blob_of, fields_of
@@ -33,8 +35,7 @@ routes = router("nested state", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="
 VcpuId = Annotated[int, Path(alias="n", ge=0, description="KVM vCPU id.", examples=[0])]
 
 _OFFERS = (JSON, OCTETS)
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
-_CONTENT = {JSON: {"schema": {"$ref": "#/components/schemas/NestedStateFields"}}, OCTETS: _BINARY}
+_CONTENT = {JSON: {"schema": {"$ref": "#/components/schemas/NestedStateFields"}}, OCTETS: BINARY}
 # Checks that are made before the old state is given up.
 _KEEPS = ("G", "V1", "V2a", "V2b", "V2c", "V3a", "V3b", "V4", "V5", "V5n", "V6", "V7", "V8")
 
@@ -126,15 +127,7 @@ def _told(result: SetResult) -> dict[str, Any]:
     summary="Read the nested state of a vCPU",
     description="KVM_GET_NESTED_STATE with room enough: 128, 4224 or 8320 bytes, or the same by field.",
     responses=documented(
-        {
-            200: {
-                "model": NestedStateFields,
-                "description": "The blob by field; as `application/octet-stream`, its bytes.",
-                "content": {OCTETS: _BINARY},
-                "headers": headers("ETag", "Vary"),
-            },
-            304: {"description": "Unchanged.", "headers": headers("ETag", "Vary")},
-        },
+        octets_reply(NestedStateFields, "The blob by field; as `application/octet-stream`, its bytes."),
         "not-found",
         "not-acceptable",
         "unsupported",

@@ -17,12 +17,14 @@ from starlette.responses import Response
 
 from engine.machine import SubpageRange, VirtualMachine
 from service.api.common import (
+    BINARY,
     GUARDED_CHANGE,
     VmId,
     documented,
     find,
     guard,
     headers,
+    octets_reply,
     router,
     settings_of,
     tag_of,
@@ -52,7 +54,6 @@ _INLINE_PAGES = 4096
 _INLINE_BYTES = 1 << 16
 
 _WINDOW = {"gfn": "0x2000", "npages": 2, "access": ["0xffffffff", "0x8001ffff"]}
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
 class WindowQuery(Document):
@@ -150,15 +151,7 @@ def _window(machine: VirtualMachine, gfn: int, npages: int, layer: str, media: s
     summary="Read sub-page permissions",
     openapi_extra={"parameters": [vm_parameter(), *query_parameters(WindowQuery)]},
     responses=documented(
-        {
-            200: {
-                "model": SubpageWindow,
-                "description": "The bitmaps; as `application/octet-stream`, one little-endian u32 for each page.",
-                "content": {OCTETS: _BINARY},
-                "headers": headers("ETag", "Vary"),
-            },
-            304: {"description": "Unchanged.", "headers": headers("ETag", "Vary")},
-        },
+        octets_reply(SubpageWindow, "The bitmaps; as `application/octet-stream`, one little-endian u32 for each page."),
         "not-found",
         "not-acceptable",
         "spp-not-enabled",
@@ -206,7 +199,7 @@ def _parse_window(media: str, content: bytes, npages: int) -> npt.NDArray[np.uin
             "required": True,
             "content": {
                 JSON: {"schema": {"$ref": "#/components/schemas/SubpageWindowRequest"}},
-                OCTETS: _BINARY,
+                OCTETS: BINARY,
             },
         }
     },

@@ -9,7 +9,9 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.trace.session import ASK
 from service.api.common import (
+    BINARY,
     CHANGE,
     EXAMPLE_TRACE,
     EXAMPLE_VM,
@@ -44,11 +46,11 @@ from service.http.negotiation import ARROW, JSON, NDJSON, OCTETS, PARQUET, conte
 from service.http.words import Access, Document, Hex64, examples
 from service.problems import InvalidDocument
 from service.runtime.answers import will_answer
-from service.runtime.asking import ASK
 from service.runtime.offload import maybe_in_thread
 from service.runtime.replays import replay_body
 from service.runtime.traces import Trace, TraceRequest
 from service.settings import Settings
+from service.stamps import stamp
 
 routes = router("traces", "/v1/vms/{vm}/traces", reads="read", writes="write")
 
@@ -231,7 +233,7 @@ def _summary(vm_id: str, trace: Trace) -> dict[str, Any]:
     return {
         "id": trace.id,
         "vm": vm_id,
-        "created": trace.created.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "created": stamp(trace.created),
         "on_violation": trace.request.on_violation,
         "start": trace.request.start,
         "records": result.records,
@@ -279,9 +281,6 @@ def carried_columns(carry: str | None) -> tuple[str, ...]:
     return names
 
 
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
-
-
 @routes.post(
     "",
     operation_id="createTrace",
@@ -309,9 +308,9 @@ _BINARY = {"schema": {"type": "string", "format": "binary"}}
             "content": {
                 JSON: {"schema": {"$ref": "#/components/schemas/TraceBody"}},
                 NDJSON: {"schema": {"type": "string"}, "example": '{"gpa": "0x2a5c6a0", "size": 8}\n{"gpa": 4096}\n'},
-                ARROW: _BINARY,
-                PARQUET: _BINARY,
-                OCTETS: _BINARY,
+                ARROW: BINARY,
+                PARQUET: BINARY,
+                OCTETS: BINARY,
             },
         },
     },

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC
 from typing import Annotated, Any, Literal
 
 from fastapi import Body
@@ -34,6 +33,7 @@ from service.api.memory_slots import MemorySlot, NumberedSlotRequest, check_slot
 from service.http import cursors
 from service.http.words import Document, Hex32, Hex64, examples
 from service.runtime.entry import Entry, Listed
+from service.stamps import stamp
 
 routes = router("VMs", "/v1/vms", reads="read", writes="write")
 
@@ -279,7 +279,7 @@ class Vm(Document):
             flush_policy=config.flush_policy,
             flush_execution=config.executes_flushes,
             revision=shown.revision,
-            created=shown.created.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            created=stamp(shown.created),
         )
 
 

@@ -25,11 +25,9 @@ from service.problems import (
     ServiceError,
     StoreUnavailable,
 )
-from service.runtime.answers import CARRIED_OUT, KEYED, Answer, Answers, Headers, Keyed, MemoryAnswers, StoredAnswers
+from service.runtime.answers import CARRIED_OUT, KEYED, Answer, Answers, Headers, Keyed
 from service.runtime.riders import riding
 from service.security.access import Principal
-
-__all__ = ["Answer", "Answers", "Idempotency", "MemoryAnswers", "StoredAnswers"]
 
 _KEY = re.compile(rb"[\x21-\x7e]{1,255}")
 # Refused before the call was tried, or worth trying again.

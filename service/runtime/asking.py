@@ -24,8 +24,6 @@ from service.runtime.entry import Entry
 from service.runtime.traces import TraceRequest
 from service.settings import Settings
 
-ASK = "ask"
-
 
 class Tallied(Protocol):
     """Where questions are counted."""

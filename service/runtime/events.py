@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from service.stamps import stamp
 from service.storage.records import EventRecord, LogChange, LogPruning
 
 # What events tell of; markers, which are no events of the machine, are listed below.
@@ -166,14 +168,7 @@ class EventLog:
 
     def _position(self, after: int) -> int:
         """Of the first row in memory that ends above ``after``."""
-        low, high = 0, len(self._tail)
-        while low < high:
-            middle = (low + high) // 2
-            if self._tail[middle].first + self._tail[middle].count - 1 <= after:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        return bisect_right(self._tail, after, key=lambda row: row.first + row.count - 1)
 
     async def wait(self, after: int, seconds: float) -> bool:
         """Until there is an event with an id above ``after``, or the log has ended; False if it takes too long."""
@@ -203,8 +198,3 @@ def _wake_some(waiting: list[asyncio.Future[None]]) -> None:
     del waiting[-_WAKE:]
     if waiting:
         asyncio.get_running_loop().call_soon(_wake_some, waiting)
-
-
-def stamp(when: datetime | None = None) -> str:
-    """RFC 3339 in UTC with six decimals, of now unless given."""
-    return (when or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import anyio.to_thread
 
-from engine.errors import NotFound
 from engine.machine import VirtualMachine
 from engine.outline import Outline, outline_from_head
 from engine.trace.results import ExitColumns
-from service.problems import NotReady, StoreUnavailable
+from service.problems import NotReady, StoreUnavailable, trace_not_kept
 from service.runtime.events import Load
 from service.runtime.riders import sides_of
 from service.runtime.traces import Trace
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NO_LOG = LogChange()
-
-_NOT_KEPT = "must be the id of a trace of this VM whose result is still kept"
 
 
 class Residents(Protocol):
@@ -130,7 +127,7 @@ class Home:
 
     async def exit_part(self, number: int, trace: str, part: int) -> ExitColumns:
         """One part of a trace's exit records. Raises NotFound when they are not kept, StoreUnavailable."""
-        raise NotFound(_NOT_KEPT, field="trace", value=trace)
+        raise trace_not_kept(trace)
 
     async def note(self, side: Side) -> None:
         """Store what is no machine's. Raises StoreUnavailable."""
@@ -309,7 +306,7 @@ class StoredHome(Home):
 
             found = reader.trace_part(number, trace, part)
             if found is None:
-                raise NotFound(_NOT_KEPT, field="trace", value=trace)
+                raise trace_not_kept(trace)
             return columns_of(found[0], [found[1]])
 
         return await anyio.to_thread.run_sync(work)

@@ -9,11 +9,11 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
-from engine.errors import NotFound
 from engine.machine import VirtualMachine
 from engine.trace.readers import Source, open_trace
 from engine.trace.results import EXIT_COLUMNS, ExitColumns, TraceResult
 from engine.trace.session import ReplayOptions, ReplayTransaction
+from service.problems import trace_not_kept
 
 # These need the whole body before the first access: a Parquet file's directory comes last, JSON is one value.
 SPOOLED_FORMATS = frozenset({"json", "parquet"})
@@ -184,9 +184,7 @@ class TraceStore:
         """The whole result. Raises NotFound, also for a result that was dropped."""
         trace = self._traces.get(trace_id)
         if trace is None or self._is_too_old(trace):
-            raise NotFound(
-                "must be the id of a trace of this VM whose result is still kept", field="trace", value=trace_id
-            )
+            raise trace_not_kept(trace_id)
         columns = self._columns.pop(trace_id, None)
         if columns is None:
             assert self._load is not None

@@ -208,15 +208,6 @@ class AccessControl:
             self._count(principal)
         return principal
 
-    def still_admits(self, principal: Principal) -> bool:
-        """Whether a caller that was let in would be now; asked of replies that go on for long."""
-        if not principal.token:
-            return not self.guarded
-        if self._fixed is not None and principal is self._fixed[1]:
-            return True
-        known = self._tokens.get(principal.token)
-        return known is not None and known[0].usable(self._clock())
-
     def _identify(self, authorization: bytes | None) -> Principal:
         if authorization is None:
             rule, challenge = "must be given: Bearer and a token", 'Bearer realm="subpage"'

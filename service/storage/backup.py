@@ -26,7 +26,7 @@ import sqlalchemy as sa
 
 from engine.errors import EngineError
 from engine.machine import VirtualMachine
-from service.runtime.events import stamp
+from service.stamps import stamp
 from service.storage import event_rows, rows
 from service.storage.columns import pack, unpack
 from service.storage.records import Block, Change, EventRecord, LogChange, TraceRecord, VmRecord

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from engine.errors import NotFound
-from service.problems import StoreUnavailable
+from service.problems import StoreUnavailable, trace_not_kept
 from service.storage import event_rows, rows, side_rows
 from service.storage.database import reason_of
 from service.storage.records import AnswerRecord, EventRecord, JobRecord, TraceRecord, VmRecord
@@ -65,7 +64,7 @@ class Reader:
             for record in rows.trace_records(connection, number):
                 if record.id == trace:
                     return record, rows.parts_of(connection, trace)
-        raise NotFound("must be the id of a trace of this VM whose result is still kept", field="trace", value=trace)
+        raise trace_not_kept(trace)
 
     def trace_part(self, number: int, trace: str, part: int) -> tuple[TraceRecord, bytes] | None:
         """One part of a replay's exit records, None when they are not kept."""

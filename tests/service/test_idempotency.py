@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from service.http.idempotency import Answer, MemoryAnswers
+from service.runtime.answers import Answer, MemoryAnswers
 from service.security.tokens import MemoryTokens, mint
 from service.settings import Settings
 from tests.contract.client import ContractClient
