@@ -538,7 +538,8 @@ def _set_range(draft: Draft, item: SubpageRange) -> None:
         if isinstance(item.access, int):
             maps = np.full(count, item.access, dtype=np.uint32)
         else:
-            maps = np.ascontiguousarray(item.access[begin : begin + count], dtype=np.uint32)
+            # A copy: an array over bytes that may not be written would be another signature, compiled at that moment.
+            maps = np.array(item.access[begin : begin + count], dtype=np.uint32)
         first = item.gfn + begin
         run_all(draft, count, lambda start: spp.set_maps(draft.machine, first, maps, start, trail))  # noqa: B023
 

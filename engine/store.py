@@ -106,8 +106,7 @@ class FrameStore:
         old = before.machine.row_of
         now = machine.row_of[: len(old)]
         replaced = old[(old != now) & (old >= 0)]
-        unused = np.setdiff1d(draft.taken_rows(), machine.row_of[draft.changed()])
-        self.spare = np.concatenate([draft.spare_rows(), unused])
+        self.spare = np.concatenate([draft.spare_rows(), draft.unused_rows()])
         self.published = Snapshot(machine)
         self._retired.append((weakref.ref(before), replaced))
 
@@ -217,6 +216,11 @@ class Draft:
     def taken_rows(self) -> NDArray[np.int64]:
         """Rows this change has taken."""
         return self.machine.spare[int(self.machine.top[TOP_SPARE]) :]
+
+    def unused_rows(self) -> NDArray[np.int64]:
+        """Rows this change has taken and given back, for frames that it freed again; none in most changes."""
+        taken, shown = self.taken_rows(), self.machine.row_of[self.changed()]
+        return taken[:0] if len(taken) == len(shown) else np.setdiff1d(taken, shown)
 
     def changed(self) -> NDArray[np.int64]:
         """Frames whose row is not the published one."""
