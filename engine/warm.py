@@ -10,6 +10,7 @@ from engine.arch.hyperv_cpuid import INTERFACE_SIGNATURE, LEAF_INTERFACE, LEAF_R
 from engine.config import VcpuConfig, VmConfig
 from engine.hypercalls import HypercallRequest
 from engine.hyperv.encode import CallFields
+from engine.hyperv.execution import drop_nested
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
 from engine.machine import SubpageRange, VirtualMachine
@@ -46,6 +47,7 @@ def warm() -> None:
     vm.vcpus.invept(0, 2, 0)
     vm.vcpus.invvpid(0, 2, 0, 0)
     _warm_flushes()
+    _warm_partial_sets()
     vm.host_memory.event("age", 4)
     vm.host_memory.event("shrink")
     vm.unprotect("warm")
@@ -87,7 +89,17 @@ def _warm_flushes() -> None:
         for fields in (CallFields(SPACE, flags=2, processor_mask=1), CallFields(LIST, processor_mask=1, ranges=(0,))):
             vm.hyperv.hypercall(0, HypercallRequest(fields=fields, input_gpa=0))
         vm.hyperv.hypercall(0, HypercallRequest(fields=CallFields(GUEST_PHYSICAL_SPACE), input_gpa=0))
+        with vm._change() as draft:
+            drop_nested(draft.machine, 0)
         _warm_trace(vm)
+
+
+def _warm_partial_sets() -> None:
+    """A SET of the ioctls that meets a page without a slot, in both eras."""
+    for profile in ("kvm-2019", "kvm-latest"):
+        vm = VirtualMachine.create(VmConfig(profile=profile), [SlotSpec(0, 0, 1 << 13)], spp=True)
+        vm.subpage_calls.set(1, np.zeros(2, dtype=np.uint32))
+        vm.subpage_calls.get(1, 2)
 
 
 def _warm_trace(vm: VirtualMachine) -> None:

@@ -171,7 +171,7 @@ def end_streams(app: FastAPI) -> None:
 
 
 def _warm() -> None:
-    """Load the kernels. What numba keeps of them stays for good, and looking for garbage in it takes 60 ms each time."""
+    """Load the kernels. What numba keeps of them stays for good; looking for garbage in it takes 60 ms each time."""
     warm()
     gc.collect()
     gc.freeze()

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from numba.core.dispatcher import Dispatcher
 
+from engine.warm import warm
 from tests.contract.client import ContractClient
 from tests.service.running import Running, running
 
 MIB = 1 << 20
+
+
+@pytest.fixture(scope="session")
+def warmed() -> list[Any]:
+    """Every kernel of the engine, once they are warm; none where they are plain Python."""
+    warm()
+    modules = [module for name, module in sys.modules.items() if name.startswith("engine.")]
+    return [item for module in modules for item in vars(module).values() if isinstance(item, Dispatcher)]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled(warmed: list[Any]) -> Iterator[None]:
+    """A signature that ``warm`` leaves out would be compiled while a client waits, with the GIL held for seconds."""
+    before = [_compiled(kernel) for kernel in warmed]
+    yield
+    compiled = [kernel for kernel, count in zip(warmed, before, strict=True) if _compiled(kernel) > count]
+    assert not compiled, [(kernel.py_func.__qualname__, kernel.signatures[-1]) for kernel in compiled]
+
+
+def _compiled(kernel: Any) -> int:
+    """How many signatures were not found in the cache on disk."""
+    return int(kernel.stats.cache_misses.total())
 
 
 @pytest.fixture(scope="session")
