@@ -121,8 +121,10 @@ class Keeper:
                 self._leave(str(error), taken=True)
                 attempt = len(_RETRY_SECONDS) - 1
             except _Interrupted as error:
+                self._let_go()
                 self._leave(str(error), taken=False)
             except (SQLAlchemyError, OSError) as error:
+                self._let_go()
                 self._leave(reason_of(error), taken=False)
             if not self._stopping:
                 self._pause(_RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)])
@@ -264,6 +266,11 @@ class Keeper:
         failed, self._failed = self._failed, []
         for job, error in failed:
             job.done.set_exception(error)
+
+    def _let_go(self) -> None:
+        """Close everything that is open there: a file system is repaired and mounted anew when nobody uses it."""
+        self._lease.release()
+        self.engine.dispose()
 
     def _pause(self, seconds: float) -> None:
         with self._changed:
