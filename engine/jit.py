@@ -25,6 +25,15 @@ def kernel(function: F) -> F:
     return compiled
 
 
+def short_kernel(function: F) -> F:
+    """The same for a call of microseconds: it keeps the GIL.
+
+    Who lets go of it for so short a time waits for every thread that wanted it meanwhile.
+    """
+    compiled: F = _njit(cache=True, nogil=False, boundscheck=False, error_model="numpy", _nrt=False)(function)
+    return compiled
+
+
 def stands_alone() -> None:
     """Said in a kernel: it stays a function of its own in the machine code of its callers.
 

@@ -22,6 +22,8 @@ from engine.errors import LimitExceeded
 
 FIRST_FRAMES = 64
 
+_EMPTY_CACHE = np.full(CACHE_WORDS, EMPTY, dtype=np.int64)
+
 T = TypeVar("T", bound=np.generic)
 
 
@@ -101,14 +103,14 @@ class FrameStore:
     def publish(self, draft: Draft) -> None:
         """Make a draft the published state."""
         before = self.published
-        machine = draft.machine
-        machine.fresh[:] = 0
         old = before.machine.row_of
-        now = machine.row_of[: len(old)]
-        replaced = old[(old != now) & (old >= 0)]
-        self.spare = np.concatenate([draft.spare_rows(), draft.unused_rows()])
-        self.published = Snapshot(machine)
-        self._retired.append((weakref.ref(before), replaced))
+        replaced = np.empty(len(old), dtype=np.int64)
+        gone, come = frames.settle(draft.machine, old, replaced)
+        self.spare = draft.spare_rows()
+        if come < len(draft.taken_rows()):
+            self.spare = np.concatenate([self.spare, draft.unused_rows()])
+        self.published = Snapshot(draft.machine)
+        self._retired.append((weakref.ref(before), replaced[:gone].copy()))
 
     def revert(self, snapshot: Snapshot) -> None:
         """Make an earlier state the published one again: one that somebody has held since it was published.
@@ -151,14 +153,14 @@ class Draft:
         self.base = base
         self.beside: Any = None
         self.machine = base._replace(
-            row_of=base.row_of.copy(),
-            fresh=np.zeros(len(base.row_of), dtype=np.uint8),
-            kind=base.kind.copy(),
-            free=base.free.copy(),
-            spare=store.spare.copy(),
+            row_of=_copy(base.row_of),
+            fresh=_copy(base.fresh),
+            kind=_copy(base.kind),
+            free=_copy(base.free),
+            spare=_copy(store.spare),
             top=np.array([base.top[TOP_FREE], len(store.spare)], dtype=np.int64),
             slots=slots,
-            cache=np.full(CACHE_WORDS, EMPTY, dtype=np.int64),
+            cache=_copy(_EMPTY_CACHE),
             tlb=base.tlb.copy(),
             queues=base.queues.copy(),
         )
@@ -218,9 +220,8 @@ class Draft:
         return self.machine.spare[int(self.machine.top[TOP_SPARE]) :]
 
     def unused_rows(self) -> NDArray[np.int64]:
-        """Rows this change has taken and given back, for frames that it freed again; none in most changes."""
-        taken, shown = self.taken_rows(), self.machine.row_of[self.changed()]
-        return taken[:0] if len(taken) == len(shown) else np.setdiff1d(taken, shown)
+        """Rows this change has taken for frames that it freed again."""
+        return np.setdiff1d(self.taken_rows(), self.machine.row_of[self.changed()])
 
     def changed(self) -> NDArray[np.int64]:
         """Frames whose row is not the published one."""
@@ -228,6 +229,13 @@ class Draft:
         differs = np.ones(len(now), dtype=bool)
         differs[: len(self.base.row_of)] = now[: len(self.base.row_of)] != self.base.row_of
         return np.flatnonzero(differs & (now >= 0))
+
+
+def _copy(array: NDArray[T]) -> NDArray[T]:
+    """A copy made without giving up the GIL, as numpy does for more than 500 items: a change is too short for that."""
+    copy = np.empty_like(array)
+    copy.data[:] = array.data
+    return copy
 
 
 def _extended(array: NDArray[T], total: int, value: int) -> NDArray[T]:

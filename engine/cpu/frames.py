@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engine.arch import ept
 from engine.arch.words import positions
-from engine.jit import kernel
+from engine.jit import kernel, short_kernel
 
 WORDS = 512
 FRAME_SIZE = 4096
@@ -134,6 +134,27 @@ def free_frame(m, frame):
     m.kind[frame] = FREE
     m.free[m.top[TOP_FREE]] = frame
     m.top[TOP_FREE] += 1
+
+
+@short_kernel
+def settle(m, before, replaced):
+    """End a change: no row is its own any more.
+
+    ``before`` is ``row_of`` of the state that it began with; ``replaced`` int64[len(before)] takes the rows that only
+    that state shows. Returns how many of these there are, and how many rows only the new state shows.
+    """
+    gone, come = 0, 0
+    for frame in range(m.row_of.shape[0]):
+        m.fresh[frame] = 0
+        now = m.row_of[frame]
+        old = before[frame] if frame < before.shape[0] else np.int64(-1)
+        if now != old:
+            if old >= 0:
+                replaced[gone] = old
+                gone += 1
+            if now >= 0:
+                come += 1
+    return gone, come
 
 
 @kernel

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engine.cpu.physical import SLOT_GFN, SLOT_PAGES, find_slot
 from engine.errors import InvalidValue
-from engine.jit import kernel
+from engine.jit import kernel, short_kernel
 from engine.kvm.abi_limits import ADDRESS_SPACES
 
 PAGE_SHIFT = 12
@@ -146,7 +146,7 @@ def writable_bytes(m, gpa, size):
     return True
 
 
-@kernel
+@short_kernel
 def first_page_without_slot(m, gfn, pages):
     """First page of a range that no slot holds, -1 when every page has one."""
     at = gfn

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 
 import sqlalchemy as sa
 
@@ -18,9 +17,13 @@ _OLDEST = 2048
 def write(connection: sa.Connection, number: int, log: LogChange) -> None:
     """Add the rows, then prune."""
     if log.events:
-        connection.execute(sa.insert(events), [{"vm": number, **asdict(event)} for event in log.events])
+        connection.execute(_INSERT, [{"vm": number, **_row(event)} for event in log.events])
     if log.pruning is not None:
         _prune(connection, number, log.pruning)
+
+
+def _row(event: EventRecord) -> dict[str, object]:
+    return {name: getattr(event, name) for name in EventRecord.__dataclass_fields__}
 
 
 def _prune(connection: sa.Connection, number: int, pruning: LogPruning) -> None:
@@ -78,4 +81,5 @@ def delete(connection: sa.Connection, number: int) -> None:
 
 
 _NO_ID = (1 << 63) - 1
+_INSERT = sa.insert(events)
 _EVENT = (events.c.first, events.c.count, events.c.created, events.c.kind, events.c.body, events.c.trace)

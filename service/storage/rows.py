@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -23,7 +24,7 @@ class Overtaken(Exception):
 
 def epoch_of(connection: sa.Connection) -> int:
     """The epoch now; on PostgreSQL no other may begin until this transaction has ended."""
-    return int(connection.execute(sa.select(owner.c.epoch).with_for_update(read=True)).scalar_one())
+    return int(connection.execute(_EPOCH).scalar_one())
 
 
 def next_epoch(connection: sa.Connection, holder: str) -> int:
@@ -101,11 +102,8 @@ def write(connection: sa.Connection, change: Change) -> None:
             )
         )
     else:
-        done = connection.execute(
-            sa.update(vms)
-            .where(vms.c.number == change.number, vms.c.revision == change.before)
-            .values(revision=record.revision, head=head, next_event=record.next_event)
-        )
+        row = {"revision": record.revision, "head": head, "next_event": record.next_event}
+        done = connection.execute(_UPDATE, {"vm": change.number, "before": change.before} | row)
         if done.rowcount != 1:
             raise Overtaken
     _write_blocks(connection, change.number, change.blocks())
@@ -129,11 +127,6 @@ def _delete(connection: sa.Connection, change: Change) -> None:
 
 
 def _write_blocks(connection: sa.Connection, number: int, changed: Iterable[Block]) -> None:
-    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    statement = insert(blocks)
-    statement = statement.on_conflict_do_update(
-        index_elements=["vm", "block"], set_={"kind": statement.excluded.kind, "data": statement.excluded.data}
-    )
     remaining = iter(changed)
     while batch := list(islice(remaining, _BATCH)):
         kept = [
@@ -141,7 +134,7 @@ def _write_blocks(connection: sa.Connection, number: int, changed: Iterable[Bloc
         ]
         freed = [block for kind, block, _ in batch if kind == FREE]
         if kept:
-            connection.execute(statement, kept)
+            connection.execute(_UPSERT[connection.dialect.name], kept)
         if freed:
             connection.execute(sa.delete(blocks).where(blocks.c.vm == number, blocks.c.block.in_(freed)))
 
@@ -171,3 +164,22 @@ _TRACE = (
     traces.c.head,
     traces.c.object_index,
 )
+
+
+def _upsert(insert: Callable[[sa.Table], Any]) -> sa.Insert:
+    statement = insert(blocks)
+    new = statement.excluded
+    upsert: sa.Insert = statement.on_conflict_do_update(
+        index_elements=["vm", "block"], set_={"kind": new.kind, "data": new.data}
+    )
+    return upsert
+
+
+# The statements of nearly every commit, built once: that takes longer than to execute them.
+_EPOCH = sa.select(owner.c.epoch).with_for_update(read=True)
+_UPDATE = (
+    sa.update(vms)
+    .where(vms.c.number == sa.bindparam("vm"), vms.c.revision == sa.bindparam("before"))
+    .values({name: sa.bindparam(name) for name in ("revision", "head", "next_event")})
+)
+_UPSERT = {"postgresql": _upsert(postgresql.insert), "sqlite": _upsert(sqlite.insert)}

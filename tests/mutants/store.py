@@ -33,8 +33,8 @@ MUTANTS = (
     Mutant(
         "store-reused-rows",
         STORE_PY,
-        "self.spare = np.concatenate([draft.spare_rows(), unused])",
-        "self.spare = np.concatenate([draft.spare_rows(), unused, replaced])",
+        "self.spare = draft.spare_rows()",
+        "self.spare = np.concatenate([draft.spare_rows(), replaced[:gone]])",
         "a row that a reader may hold is not used again",
         named(STORE, "state_that_a_reader_holds_never_changes", "rows_of_a_held_state_wait_and_then_come_back"),
     ),
