@@ -26,7 +26,8 @@ class BodyAborted(Exception):
 class BodyPipe:
     """A bounded queue with an asynchronous writing end (one task) and a blocking, file-like reading end (one thread).
 
-    The writing end waits while more than ``bound`` bytes are queued, which stops the socket from being read.
+    The writing end waits while more than ``bound`` bytes are queued, which stops the socket from being read. The
+    reading end is woken when what it waits for is there, not for each piece: waking a thread takes longer than that.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, bound: int) -> None:
@@ -34,6 +35,7 @@ class BodyPipe:
         self._bound = bound
         self._chunks: deque[bytes] = deque()
         self._queued = 0
+        self._awaited = 1
         self._ended = False
         self._aborted = False
         self._offset = 0
@@ -49,7 +51,8 @@ class BodyPipe:
                 if self._queued < self._bound or self._aborted:
                     self._chunks.append(chunk)
                     self._queued += len(chunk)
-                    self._changed.notify()
+                    if self._queued >= self._awaited:
+                        self._changed.notify()
                     return
                 self._room.clear()
             await self._room.wait()
@@ -78,7 +81,7 @@ class BodyPipe:
         """Exactly ``size`` bytes, fewer only at the end of the body; everything when ``size`` is negative."""
         parts: list[memoryview] = []
         wanted = size if size >= 0 else 1 << 62
-        while wanted and (taken := self._take(wanted)):
+        while wanted and (taken := self._take(wanted, least=min(wanted, self._bound))):
             parts += taken
             wanted -= sum(map(len, taken))
         return b"".join(parts)
@@ -86,16 +89,17 @@ class BodyPipe:
     def readinto(self, target: memoryview) -> int:
         """Fill ``target`` with what is there, at least one byte; 0 at the end of the body."""
         done = 0
-        for part in self._take(len(target)):
+        for part in self._take(len(target), least=1):
             target[done : done + len(part)] = part
             done += len(part)
         return done
 
-    def _take(self, wanted: int) -> list[memoryview]:
-        """What is queued, at most ``wanted`` bytes; waits for the first byte. Empty at the end of the body."""
+    def _take(self, wanted: int, *, least: int) -> list[memoryview]:
+        """What is queued, at most ``wanted`` bytes; waits for ``least``, or the end of the body. Empty after that."""
         taken: list[memoryview] = []
         with self._changed:
-            while not self._chunks and not self._ended and not self._aborted:
+            self._awaited = least
+            while self._queued < least and not self._ended and not self._aborted:
                 self._changed.wait()
             if self._aborted:
                 raise BodyAborted

@@ -12,7 +12,7 @@ from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from tests.engine.builders import MIB, PAGE, PROFILES, machine, protect, replay, set_map
 
-ROUNDS = 1000
+ROUNDS = 400
 
 
 def in_use(vm: VirtualMachine) -> dict[str, int]:
