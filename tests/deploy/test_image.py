@@ -118,6 +118,38 @@ def test_it_serves_and_keeps_what_it_is_told(image: Image) -> None:
     assert inventory(image.root / "var/cache/subpage") == kernels
 
 
+@contextlib.contextmanager
+def read_only(image: Image) -> Iterator[None]:
+    """The root file system read-only, as with ``docker run --read-only --tmpfs /tmp``; the volumes are not."""
+    written = [image.root / place.lstrip("/") for place in (*image.volumes, "/tmp")]
+    places = [str(place) for place in (image.root, *written)]
+    done: list[str] = []
+    try:
+        for place in places:
+            try:
+                subprocess.run(["mount", "--bind", place, place], check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError):
+                pytest.skip("folders can be mounted by root only")
+            done.append(place)
+        subprocess.run(["mount", "-o", "remount,bind,ro", places[0]], check=True, capture_output=True)
+        yield
+    finally:
+        for place in reversed(done):
+            subprocess.run(["umount", place], check=True)
+
+
+def test_it_serves_from_a_read_only_root(image: Image) -> None:
+    with read_only(image):
+        with pytest.raises(OSError, match="Read-only file system"):
+            (image.root / "opt/subpage/new").write_text("", encoding="utf-8")
+        with container(image) as (client, _, _):
+            document = {"spp": True, "memory_slots": [{"slot": 0, "gpa": 0, "size": 1 << 24}]}
+            vm = client.post("/v1/vms", json=document).headers["Location"]
+            records = (0x2000).to_bytes(8, "little") * 200_000
+            reply = client.post(f"{vm}/traces?record=gpa8", content=records, headers=OCTETS)
+            assert reply.status_code == 201 and reply.json()["records"] == 200_000
+
+
 def test_health_of_nothing(image: Image) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
