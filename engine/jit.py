@@ -19,10 +19,14 @@ _intrinsic: Any = intrinsic
 _config: Any = numba.config
 
 
+def _compiled(function: F, *, nogil: bool) -> F:
+    compiled: F = _njit(cache=True, nogil=nogil, boundscheck=False, error_model="numpy", _nrt=False)(function)
+    return compiled
+
+
 def kernel(function: F) -> F:
     """Compile ``function`` with numba; ``NUMBA_DISABLE_JIT=1`` leaves it plain Python."""
-    compiled: F = _njit(cache=True, nogil=True, boundscheck=False, error_model="numpy", _nrt=False)(function)
-    return compiled
+    return _compiled(function, nogil=True)
 
 
 def short_kernel(function: F) -> F:
@@ -30,8 +34,7 @@ def short_kernel(function: F) -> F:
 
     Who lets go of it for so short a time waits for every thread that wanted it meanwhile.
     """
-    compiled: F = _njit(cache=True, nogil=False, boundscheck=False, error_model="numpy", _nrt=False)(function)
-    return compiled
+    return _compiled(function, nogil=False)
 
 
 def stands_alone() -> None:

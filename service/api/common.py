@@ -24,9 +24,9 @@ from service.security.access import Permission, Principal
 from service.settings import Settings
 
 EXAMPLE_VM = "vm_3f9c2a1be07d4c55"
+EXAMPLE_TRACE = "tr_9d41c07a5be2f386"
 # The schema of bytes.
 BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
-EXAMPLE_TRACE = "tr_9d41c07a5be2f386"
 
 _VM_ABOUT = "Id of the VM."
 VmId = Annotated[str, Path(alias="vm", description=_VM_ABOUT, examples=[EXAMPLE_VM])]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from service.storage import event_rows, side_rows
 from service.storage.records import Block, Change, TraceRecord, VmRecord
 from service.storage.schema import blocks, owner, trace_parts, traces, vms
+from service.storage.upserts import upsert
 
 FREE = "free"
 # Blocks of one statement: 1 MiB of data.
@@ -134,7 +133,7 @@ def _write_blocks(connection: sa.Connection, number: int, changed: Iterable[Bloc
         ]
         freed = [block for kind, block, _ in batch if kind == FREE]
         if kept:
-            connection.execute(_UPSERT[connection.dialect.name], kept)
+            connection.execute(upsert(blocks, connection.dialect.name), kept)
         if freed:
             connection.execute(sa.delete(blocks).where(blocks.c.vm == number, blocks.c.block.in_(freed)))
 
@@ -166,15 +165,6 @@ _TRACE = (
 )
 
 
-def _upsert(insert: Callable[[sa.Table], Any]) -> sa.Insert:
-    statement = insert(blocks)
-    new = statement.excluded
-    upsert: sa.Insert = statement.on_conflict_do_update(
-        index_elements=["vm", "block"], set_={"kind": new.kind, "data": new.data}
-    )
-    return upsert
-
-
 # The statements of nearly every commit, built once: that takes longer than to execute them.
 _EPOCH = sa.select(owner.c.epoch).with_for_update(read=True)
 _UPDATE = (
@@ -182,4 +172,3 @@ _UPDATE = (
     .where(vms.c.number == sa.bindparam("vm"), vms.c.revision == sa.bindparam("before"))
     .values({name: sa.bindparam(name) for name in ("revision", "head", "next_event")})
 )
-_UPSERT = {"postgresql": _upsert(postgresql.insert), "sqlite": _upsert(sqlite.insert)}

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from service.storage.records import AnswerRecord, JobRecord, Side
 from service.storage.schema import answers, jobs, traces
+from service.storage.upserts import upsert
 
 # What a job is while nobody can say how it ends; see ``service.runtime.job``.
 UNFINISHED = ("queued", "running")
@@ -33,11 +33,7 @@ def write(connection: sa.Connection, side: Side) -> None:
 def _replace(connection: sa.Connection, table: sa.Table, rows: Sequence[dict[str, object]]) -> None:
     if not rows:
         return
-    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    statement = insert(table)
-    keys = [column.name for column in table.primary_key]
-    changed = {column.name: statement.excluded[column.name] for column in table.c if column.name not in keys}
-    connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=changed), list(rows))
+    connection.execute(upsert(table, connection.dialect.name), list(rows))
 
 
 def take_over(connection: sa.Connection, *, goes_on: bool) -> list[JobRecord]:
