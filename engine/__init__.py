@@ -3,7 +3,7 @@
 No HTTP, no files, no clock: the same input gives the same output. The one exception is this module, which tells
 numba where compiled kernels are kept. numba's own cache looks only at the file of the cached function, so a change
 to a rule that it calls in another module would silently bring the old answer back; the folder is therefore named
-after all sources that kernels are made of.
+after all sources that kernels are made of, wherever they lie: a clone and an installed package share it.
 """
 
 import hashlib
@@ -14,16 +14,35 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parent
 
-# Packages without kernels, and that none imports: editing them leaves the compiled ones good.
-_WITHOUT_KERNELS = ("abi", "ioctls", "nested", "hyperv")
+# What a kernel can depend on: the modules that have kernels, and all that these import. A test derives the list.
+_KERNEL_SOURCES = (
+    "__init__.py",
+    "arch",
+    "config.py",
+    "cpu",
+    "errors.py",
+    "jit.py",
+    "kvm",
+    "store.py",
+    "trace/__init__.py",
+    "trace/objects.py",
+    "trace/replay.py",
+    "trace/results.py",
+    "trace/translated.py",
+    "trace/translations.py",
+)
+
+
+def kernel_sources(root: Path = _ROOT) -> list[Path]:
+    """The files below ``root`` that a kernel can depend on, in a fixed order."""
+    places = [root / name for name in _KERNEL_SOURCES]
+    return sorted(file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place]))
 
 
 def source_fingerprint(root: Path = _ROOT) -> str:
-    """Hash of every source below ``root`` that a kernel can depend on: names and contents, in a fixed order."""
+    """Hash of every source below ``root`` that a kernel can depend on: names and contents."""
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        if path.relative_to(root).parts[0] in _WITHOUT_KERNELS:
-            continue
+    for path in kernel_sources(root):
         digest.update(str(path.relative_to(root)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

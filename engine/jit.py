@@ -5,10 +5,12 @@ an atomic operation for each array of a machine at each call, fifteen times the 
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
 from numba.core import types
+from numba.core.caching import UserProvidedCacheLocator
 from numba.extending import intrinsic
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -17,6 +19,27 @@ F = TypeVar("F", bound=Callable[..., object])
 _njit: Any = numba.njit
 _intrinsic: Any = intrinsic
 _config: Any = numba.config
+_locator: Any = UserProvidedCacheLocator
+
+_ROOT = Path(__file__).parent
+
+
+class KernelLocator(_locator):  # type: ignore[misc]
+    """Names the files of a kernel by its module's place in the engine, not on this disk.
+
+    The folder that they lie in is named by all sources, so the same kernel of another copy of them is the same code.
+    """
+
+    @classmethod
+    def get_suitable_cache_subpath(cls, py_file: str) -> str:
+        """Where below the folder of all kernels those of ``py_file`` go."""
+        folder = Path(py_file).resolve().parent
+        if folder.is_relative_to(_ROOT):
+            return str(folder.relative_to(_ROOT.parent))
+        return str(super().get_suitable_cache_subpath(py_file))
+
+
+_config.CACHE_LOCATOR_CLASSES = f"{__name__}.{KernelLocator.__qualname__}"
 
 
 def _compiled(function: F, *, nogil: bool) -> F:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,10 +46,39 @@ def test_fingerprint_changes_when_a_source_is_renamed_or_added(copy: Path) -> No
     assert len({engine.source_fingerprint(), renamed, engine.source_fingerprint(copy)}) == 3
 
 
-def test_fingerprint_leaves_out_rooms_without_kernels(copy: Path) -> None:
-    source = copy / "nested" / "svm.py"
+@pytest.mark.parametrize(
+    "name", ["nested/svm.py", "machine.py", "warm.py", "trace/session.py", "trace/readers/rows.py"]
+)
+def test_fingerprint_leaves_out_what_no_kernel_depends_on(copy: Path, name: str) -> None:
+    source = copy / name
     source.write_text(source.read_text() + "\n# edited\n")
     assert engine.source_fingerprint(copy) == engine.source_fingerprint()
+
+
+def imported(source: Path, modules: dict[str, Path]) -> set[str]:
+    """The modules of the engine that ``source`` imports, their packages among them."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+    return {".".join(parts[:n]) for name in found for parts in [name.split(".")] for n in range(1, 9)} & set(modules)
+
+
+def test_fingerprint_covers_every_module_with_kernels_and_all_that_these_import() -> None:
+    files = [file for file in ROOT.rglob("*.py") if "__pycache__" not in file.parts]
+    modules = {".".join(file.relative_to(ROOT.parent).with_suffix("").parts): file for file in files}
+    modules = {name.removesuffix(".__init__"): file for name, file in modules.items()}
+    kernels = re.compile(r"^\s*@(short_)?kernel\b", re.MULTILINE)
+    todo = [name for name, file in modules.items() if kernels.search(file.read_text())]
+    assert len(todo) > 30
+    needed = set(todo)
+    while todo:
+        more = imported(modules[todo.pop()], modules) - needed
+        needed |= more
+        todo += more
+    assert {modules[name] for name in needed} <= set(engine.kernel_sources())
 
 
 # ---- where the folder is
@@ -129,6 +160,30 @@ def both(gpa, size):
     \"\"\"A kernel that calls a rule of another module.\"\"\"
     return sppt.touched(gpa, size) + 100
 """
+
+
+@pytest.mark.jit
+def test_a_copy_of_the_sources_elsewhere_uses_the_same_kernels(copy: Path, tmp_path: Path) -> None:
+    program = "from engine.cpu import sppt; sppt.touched(0, 1); print(sum(sppt.touched.stats.cache_hits.values()))"
+
+    def hits(root: Path) -> str:
+        answer = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            env=environment(
+                PYTHONPATH=str(root),
+                PYTHONDONTWRITEBYTECODE="1",
+                SUBPAGE_KERNEL_CACHE=str(tmp_path / "kernels"),
+                NUMBA_DISABLE_JIT="0",
+            ),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return answer.stdout.strip()
+
+    shutil.copytree(copy, tmp_path / "elsewhere" / "engine")
+    assert (hits(tmp_path), hits(tmp_path / "elsewhere")) == ("0", "1")
 
 
 @pytest.mark.jit
