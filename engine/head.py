@@ -26,15 +26,15 @@ def config_from_head(values: Mapping[str, Any]) -> VmConfig:
     return VmConfig(**{**values, "host": HostConfig(**host), "vcpus": vcpus})
 
 
+_PLAIN = ("subpage", None, None)
+
+
 def protection_to_head(protection: Protection) -> dict[str, Any]:
-    """A protection as JSON-able values. What is not given is left out: older heads have only name, gpa and size."""
-    plain = ("subpage", None)
+    """A protection as JSON-able values. What is not given is left out, as in heads from before it could be."""
+    rows = [astuple(item) for item in protection.objects]
     values: dict[str, Any] = {
         "name": protection.name,
-        "objects": [
-            [o.name, o.gpa, o.size, *((o.granularity, o.gva) if (o.granularity, o.gva) != plain else ())]
-            for o in protection.objects
-        ],
+        "objects": [list(row[:3] if row[3:] == _PLAIN else row) for row in rows],
     }
     if protection.ranges:
         values["pages"] = [list(astuple(item)) for item in protection.ranges]

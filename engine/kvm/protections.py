@@ -28,7 +28,7 @@ GRANULARITIES = {"subpage": SUBPAGE_SHIFT, "page": 12}
 class ProtectedObject:
     """A named byte range of guest memory. Ranges of one name count as one object.
 
-    ``granularity`` is one of GRANULARITIES; ``gva`` a note of where the guest sees it.
+    ``granularity`` is one of GRANULARITIES. ``gva``, where the guest sees it, and ``about`` are notes.
     """
 
     name: str
@@ -36,6 +36,7 @@ class ProtectedObject:
     size: int
     granularity: str = "subpage"
     gva: int | None = None
+    about: str | None = None
 
     @property
     def first_subpage(self) -> int:
@@ -88,6 +89,12 @@ class Protection:
     def pages(self) -> int:
         """Distinct pages with a covered sub-page."""
         return len(page_masks(self.objects, self.ranges)[0])
+
+    @property
+    def end(self) -> int:
+        """The first address after all that it covers."""
+        objects = [item.last_subpage + 1 << SUBPAGE_SHIFT for item in self.objects]
+        return max(objects + [item.gfn + item.npages << 12 for item in self.ranges], default=0)
 
     @property
     def extent(self) -> int:

@@ -164,7 +164,10 @@ def rich(profile: str) -> VirtualMachine:
     set_map(vm, 1, 0xF0)
     vm.protect("p", [ProtectedObject("a", 0x2010, 8), ProtectedObject("b", 0x3000, 0x2000)])
     vm.protect(
-        "q", [ProtectedObject("c", 0x6010, 8, "page", 0xFFFF << 48)], [ProtectedPages(7, 2, 0xFFFFFFFE)], "a note"
+        "q",
+        [ProtectedObject("c", 0x6010, 8, "page", 0xFFFF << 48, "why")],
+        [ProtectedPages(7, 2, 0xFFFFFFFE)],
+        "a note",
     )
     vm.write_memory(0x1FFE, b"durable")
     replay(vm, [0x1000, 0x2000, (0x3000, 8, 1, 3), 0x9000, 1 << 42], on_violation="grant")

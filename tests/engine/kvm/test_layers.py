@@ -238,6 +238,7 @@ def test_objects_of_whole_pages_and_pages_without_a_name() -> None:
     assert dict(zip(gfns.tolist(), masks.tolist(), strict=True)) == {1: FULL, 2: FULL, 5: 0xF, 6: 0xE}
     protection = Protection("p", objects, ranges)
     assert (protection.pages, protection.subpages, protection.extent) == (4, 71, 6)
+    assert protection.end == 10 << 12 and Protection("p", objects).end == 0x5080
     assert protections.masks_at(gfns[:3], objects[1:], ranges).tolist() == [0, 0, 0xF]
 
 
