@@ -277,6 +277,14 @@ class VirtualMachine:
         protection = Protection(name, tuple(objects), tuple(ranges), about)
         protections.validate(protection, self.config.maxphyaddr)
         state = self._state
+        whole = next((at for at, item in enumerate(protection.objects) if item.granularity == "page"), None)
+        if whole is not None and not self.spp_active:
+            raise NotEnabled(
+                "whole pages are protected by all their sub-pages: they need sub-page protection (PUT …/spp), too, as "
+                "long as machines without it cannot protect pages",
+                field=f"objects[{whole}].granularity",
+                value="page",
+            )
         self._check_active()
         if name in state.protections:
             raise Conflict("a protection of that name exists", field="name", value=name, errno="EEXIST")
