@@ -7,14 +7,14 @@ import io
 import json
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-DATA = Path(__file__).parent.parent / "tests" / "data"
+from tests import recorded
+
 TRACES = ("boot", "user")
 POLICIES = ("kernel_control_data", "hot_pages_stress")
 RAM_BYTES = 1 << 30  # of the recorded guest, at GPA 0
@@ -76,7 +76,7 @@ class Answer:
 @cache
 def load_trace(name: str, limit: int | None = None) -> Trace:
     """A trace by name; ``limit`` keeps the first records only."""
-    table = pq.read_table(DATA / "traces" / f"{name}.parquet", columns=["gpa", "size"])
+    table = pq.read_table(recorded.trace(name), columns=["gpa", "size"])
     gpa, size = (table[column].to_numpy()[:limit].copy() for column in ("gpa", "size"))
     records = np.empty((len(gpa), 2), dtype=np.uint64)
     records[:, 0] = gpa
@@ -86,14 +86,14 @@ def load_trace(name: str, limit: int | None = None) -> Trace:
 
 @cache
 def load_policy(name: str) -> Policy:
-    raw = json.loads((DATA / "policies" / f"{name}.json").read_text())
+    raw = json.loads(recorded.policy(name).read_text())
     objects = [{"name": o["name"], "gpa": int(o["gpa"], 16), "size": o["size"]} for o in raw["objects"]]
     return Policy(name, objects, [(first, count, mask) for first, count, mask in raw["pages"]])
 
 
 def expected(policy: str, trace: str) -> Answer:
     """The ground truth for a whole trace."""
-    truth = json.loads((DATA / "ground-truth.json").read_text())[policy][f"{trace}.parquet"]
+    truth = json.loads(recorded.TRUTH.read_text())[policy][f"{trace}.parquet"]
     return Answer(truth["violations"], truth["page_granular_violations"], truth["indices_sha256"])
 
 

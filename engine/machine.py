@@ -24,13 +24,13 @@ from engine.config import VmConfig
 from engine.cpu import explain, frames
 from engine.dirty import DirtyOperations
 from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound
-from engine.head import config_from_head, config_to_head
+from engine.head import config_from_head, config_to_head, protection_from_head, protection_to_head
 from engine.hyperv_operations import HypervOperations
 from engine.hyperv_vps import Runs, enter, hyperv_host, leave
 from engine.kvm import enabling, memory, protections, spp, tracking
 from engine.kvm import registers as reg
 from engine.kvm.host_memory import HostMemoryOperations
-from engine.kvm.protections import ProtectedObject, Protection
+from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
 from engine.kvm.slots import SlotSpec, first_page_without_slot, slot_table
 from engine.nested_operations import NestedOperations, nested_in_use
 from engine.nested_states import NestedStates, states_from_head, states_to_head
@@ -266,16 +266,32 @@ class VirtualMachine:
             for item in ranges:
                 _set_range(draft, item)
 
-    def protect(self, name: str, objects: Sequence[ProtectedObject]) -> Protection:
-        """Protect named objects. Raises Conflict when the name is taken."""
-        protections.validate(name, objects, self.config.maxphyaddr)
+    def protect(
+        self,
+        name: str,
+        objects: Sequence[ProtectedObject],
+        ranges: Sequence[ProtectedPages] = (),
+        about: str | None = None,
+    ) -> Protection:
+        """Protect named objects, and pages without a name. Raises Conflict when the name is taken."""
+        protection = Protection(name, tuple(objects), tuple(ranges), about)
+        protections.validate(protection, self.config.maxphyaddr)
         state = self._state
+        whole = next((at for at, item in enumerate(protection.objects) if item.granularity == "page"), None)
+        if whole is not None and not self.spp_active:
+            raise NotEnabled(
+                "whole pages are protected by all their sub-pages: they need sub-page protection (PUT …/spp), too, as "
+                "long as machines without it cannot protect pages",
+                field=f"objects[{whole}].granularity",
+                value="page",
+            )
         self._check_active()
         if name in state.protections:
             raise Conflict("a protection of that name exists", field="name", value=name, errno="EEXIST")
-        for position, item in enumerate(objects):
+        for position, item in enumerate(protection.objects):
             self._check_slots(state.snapshot.machine, item.first_gfn, item.pages, f"objects[{position}].gpa")
-        protection = Protection(name, tuple(objects))
+        for position, pages in enumerate(protection.ranges):
+            self._check_slots(state.snapshot.machine, pages.gfn, pages.npages, f"pages[{position}][0]")
         self._recover(state, protection, {**state.protections, name: protection})
         return protection
 
@@ -357,10 +373,7 @@ class VirtualMachine:
             "format": HEAD_FORMAT,
             "config": config_to_head(self.config),
             "slots": [list(astuple(spec)) for spec in self.slots()],
-            "protections": [
-                {"name": p.name, "objects": [[o.name, o.gpa, o.size] for o in p.objects]}
-                for p in state.protections.values()
-            ],
+            "protections": [protection_to_head(p) for p in state.protections.values()],
             "nested": states_to_head(self.config, state.nested),
             "frames": len(state.snapshot.machine.row_of),
             "outline": outline_to_head(self.outline()),
@@ -413,10 +426,7 @@ class VirtualMachine:
             {block: (kinds[array], data) for (array, block), data in blocks.items() if array != "free"}, head["frames"]
         )
         slots = {spec.key: spec for spec in (SlotSpec(*row) for row in head["slots"])}
-        known = {
-            p["name"]: Protection(p["name"], tuple(ProtectedObject(*o) for o in p["objects"]))
-            for p in head["protections"]
-        }
+        known = {item.name: item for item in map(protection_from_head, head["protections"])}
         nested = states_from_head(config, head.get("nested", {}))
         vm = cls(config, store, State(store.published, slots, known, _targets(known), nested))
         with vm._change():
@@ -520,8 +530,9 @@ class VirtualMachine:
 
     def _recover(self, since: State, changed: Protection, left: Mapping[str, Protection]) -> None:
         """Store what ``left`` covers on the pages of a protection that came or went."""
-        gfns, _ = protections.page_masks(changed.objects)
-        masks = protections.masks_at(gfns, [item for p in left.values() for item in p.objects])
+        gfns, _ = protections.page_masks(changed.objects, changed.ranges)
+        objects = [item for p in left.values() for item in p.objects]
+        masks = protections.masks_at(gfns, objects, [item for p in left.values() for item in p.ranges])
         trail = new_trail()
         with self._change(since=since, protections=left) as draft:
             run_all(draft, len(gfns), lambda start: spp.cover(draft.machine, gfns, masks, start, trail))

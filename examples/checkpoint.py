@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from connect import ARROW, DATA, connect, guest
+from connect import ARROW, USER, connect, guest
 
 STEPS = 12
 RAM_BYTES = 1 << 30
@@ -39,7 +39,7 @@ def body(trace: pa.Table) -> bytes:
 
 
 def main(url: str | None) -> None:
-    trace = pq.read_table(DATA / "traces" / "user.parquet", columns=["gpa", "size"])
+    trace = pq.read_table(USER, columns=["gpa", "size"])
     records = len(trace) // STEPS
     pages = subpages = 0
     with connect(url) as client, guest(client) as home:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import httpx2
 
-from service.demo import service
+from service.demo import DEFAULT_POLICY, DEFAULT_TRACE, service
 
-DATA = Path(__file__).resolve().parent.parent / "tests" / "data"
+# A real kernel boot, and what a rootkit would overwrite of it; and the same guest later.
+BOOT, POLICY = DEFAULT_TRACE, DEFAULT_POLICY
+USER = Path(__file__).resolve().parent.parent / "tests" / "data" / "traces" / "user.parquet"
 PARQUET = "application/vnd.apache.parquet"
 ARROW = "application/vnd.apache.arrow.stream"
 

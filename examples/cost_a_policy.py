@@ -9,16 +9,15 @@ from pathlib import Path
 
 import httpx2
 
-DATA = Path(__file__).parent.parent / "tests" / "data"
+DATA = Path(__file__).parent.parent / "service" / "data"
 
 
 def main(url: str) -> None:
-    objects = json.loads((DATA / "policies" / "kernel_control_data.json").read_text())["objects"]
+    policy = json.loads((DATA / "policies" / "kernel_control_data.json").read_text(encoding="utf-8"))
     with httpx2.Client(base_url=url, timeout=120) as client:
         slot = {"slot": 0, "gpa": "0x0", "size": "0x40000000"}
         vm = client.post("/v1/vms", json={"memory_slots": [slot], "spp": True}).raise_for_status().json()["id"]
-        wanted = [{key: item[key] for key in ("name", "gpa", "size")} for item in objects]
-        client.post(f"/v1/vms/{vm}/protections", json={"name": "kernel", "objects": wanted}).raise_for_status()
+        client.post(f"/v1/vms/{vm}/protections", json=policy).raise_for_status()
         reply = client.post(
             f"/v1/vms/{vm}/traces",
             content=(DATA / "traces" / "boot.parquet").read_bytes(),

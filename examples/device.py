@@ -9,7 +9,7 @@ Run: `.venv/bin/python examples/device.py [URL]`; without a URL it starts a serv
 import json
 import sys
 
-from connect import DATA, PARQUET, connect, guest
+from connect import PARQUET, USER, connect, guest
 
 RING = 0x29B7
 DOORBELL = RING << 12
@@ -39,7 +39,7 @@ def main(url: str | None) -> None:
         reply = client.post(
             f"{home}/traces",
             params={"on_violation": "allow"},
-            content=(DATA / "traces" / "user.parquet").read_bytes(),
+            content=USER.read_bytes(),
             headers={"Content-Type": PARQUET},
         ).raise_for_status()
         result = reply.json()

@@ -10,7 +10,7 @@ import json
 import sys
 from collections import Counter
 
-from connect import DATA, PARQUET, connect, guest
+from connect import BOOT, PARQUET, POLICY, connect, guest
 
 # What the 16 million writes of the boot come to, counted beforehand by other means (tests/data/ground-truth.json).
 VIOLATIONS = 2550
@@ -19,14 +19,13 @@ ONLY_NEIGHBOURS = {"modprobe_path", "init_nsproxy"}
 
 
 def main(url: str | None) -> None:
-    policy = json.loads((DATA / "policies" / "kernel_control_data.json").read_text(encoding="utf-8"))
-    objects = [{name: item[name] for name in ("name", "gpa", "size")} for item in policy["objects"]]
+    policy = json.loads(POLICY.read_text(encoding="utf-8"))
     with connect(url) as client, guest(client) as home:
-        client.post(f"{home}/protections", json={"name": "kernel", "objects": objects}).raise_for_status()
+        client.post(f"{home}/protections", json=policy).raise_for_status()
         reply = client.post(
             f"{home}/traces",
             params={"on_violation": "allow", "carry": "pc_low32"},
-            content=(DATA / "traces" / "boot.parquet").read_bytes(),
+            content=BOOT.read_bytes(),
             headers={"Content-Type": PARQUET},
         ).raise_for_status()
         result = reply.json()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from service import __version__
+from service.commands import Command, Given, Root
 from service.events_cli import events
 from service.replay_cli import replay
 from service.storage.urls import StoreUrl
@@ -16,6 +17,7 @@ from service.vms_cli import vms
 
 app = typer.Typer(
     name="subpage",
+    cls=Root,
     help="Sub-page write protection of virtual-machine memory, as a network service.",
     no_args_is_help=True,
     add_completion=True,
@@ -23,7 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(tokens, name="token")
 app.add_typer(vms, name="vm")
-app.command()(events)
+app.command(cls=Command)(events)
 
 
 def _version(wanted: bool) -> None:
@@ -32,23 +34,12 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _names(incomplete: str) -> list[str]:
-    """Settings, for the shell."""
-    from service.settings import Settings
-
-    return [f"{name}=" for name in Settings.model_fields if name.startswith(incomplete)]
-
-
 @app.callback()
 def _common(
-    context: typer.Context,
     config: Annotated[
         Path | None, typer.Option(help="TOML file of settings, named as in `subpage config`; SUBPAGE_CONFIG.")
     ] = None,
-    given: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A setting; may be repeated.", autocompletion=_names),
-    ] = None,
+    given: Given = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -57,13 +48,9 @@ def _common(
 
     if config is not None:
         os.environ["SUBPAGE_CONFIG"] = str(config)
-    if given:
-        from service.cli_common import parse_flags
-
-        context.obj = parse_flags(given)
 
 
-@app.command()
+@app.command(cls=Command)
 def serve(
     context: typer.Context,
     host: Annotated[str | None, typer.Option(help="Address to listen on; SUBPAGE_HOST or 127.0.0.1.")] = None,
@@ -75,122 +62,112 @@ def serve(
     workers: Annotated[int, typer.Option(help="Always 1: one process owns a store.")] = 1,
     access_log: Annotated[bool | None, typer.Option("--access-log", help="Log every request.")] = None,
     log_level: Annotated[str | None, typer.Option(help="critical, error, warning, info or debug.")] = None,
+    given: Given = None,
 ) -> None:
     """Run the service until it is told to stop. `subpage config` shows all settings and where they come from."""
     import gc
 
     if workers != 1:
-        typer.echo(
-            "subpage serve: --workers must be 1. One process owns a store and holds its machines in memory; a second "
-            "one would only wait for the first to end. Replays already use several cores.",
-            err=True,
+        raise typer.BadParameter(
+            "must be 1. One process owns a store and holds its machines in memory; a second one would only wait for "
+            "the first to end. Replays already use several cores.",
+            param_hint="--workers",
         )
-        raise typer.Exit(2)
 
     # What is imported stays for good; looking for garbage in it over and over takes an eighth of the start.
     gc.disable()
 
     from service.cli_common import common_flags, load_settings
-    from service.server import Refused, run
+    from service.server import run
 
     flags = {"host": host, "port": port, "store": store, "access_log": access_log, "log_level": log_level}
-    given = {name: value for name, value in flags.items() if value is not None}
-    try:
-        status = run(load_settings(**common_flags(context) | given))
-    except Refused as refused:
-        typer.echo(f"subpage serve: {refused}", err=True)
-        raise typer.Exit(2) from None
-    raise typer.Exit(status)
+    named = {name: value for name, value in flags.items() if value is not None}
+    raise typer.Exit(run(load_settings(**common_flags(context) | named)))
 
 
-@app.command()
-def config(context: typer.Context) -> None:
+@app.command(cls=Command)
+def config(context: typer.Context, given: Given = None) -> None:
     """Print the effective settings as TOML, each with where it comes from. Secrets are hidden."""
     from service.cli_common import common_flags, effective, load_settings
 
-    given = common_flags(context)
-    for name, value, origin in effective(load_settings(**given), given):
+    flags = common_flags(context)
+    for name, value, origin in effective(load_settings(**flags), flags):
         comment = "# " if value == "none" else ""
         typer.echo(f"{comment}{name} = {value}" + (f"  # {origin}" if origin != "default" else ""))
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
+    context: typer.Context,
     trace: Annotated[
         Path | None, typer.Option(help="A trace: .parquet, .arrow, .arrows, .ndjson, .json or .bin.")
     ] = None,
     policy: Annotated[
-        Path | None, typer.Option(help='A policy: {"name", "objects": [{"name", "gpa", "size"}]}.')
+        Path | None,
+        typer.Option(help='A policy, JSON or TOML: {"name", "objects", "pages"} as `POST …/protections` takes it.'),
     ] = None,
     record: Annotated[str, typer.Option(help="Layout of a .bin trace: record16 or gpa8.")] = "record16",
     memory: Annotated[
         str | None, typer.Option(help="Guest RAM from address 0, such as 4GiB; enough for the policy by default.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    given: Given = None,
 ) -> None:
     """Run the main job over HTTP on a recorded trace: which writes would have exited, and what whole pages would cost.
 
     Starts a service on a free loopback port and stops it at the end. Without --trace and --policy it replays a real
     Linux kernel boot against a policy that protects the kernel's control data.
     """
-    from service.demo import DemoError, run_demo
+    from service.cli_common import common_flags, flag_texts
+    from service.demo import DEFAULT_POLICY, DEFAULT_TRACE, run_demo
 
-    try:
-        run_demo(trace, policy, record=record, memory=memory, as_json=as_json)
-    except DemoError as error:
-        typer.echo(f"subpage demo: {error}", err=True)
-        raise typer.Exit(1) from None
+    settings = flag_texts(common_flags(context))
+    files = (trace or DEFAULT_TRACE, policy or DEFAULT_POLICY)
+    run_demo(*files, record=record, memory=memory, as_json=as_json, settings=settings)
 
 
-app.command()(replay)
+app.command(cls=Command)(replay)
 
 
 _STORE = typer.Option(help="The store; SUBPAGE_STORE, or the file that `serve` uses by default.")
 _ONE_VM = typer.Option("--vm", help="Only the VM of that id.")
 
 
-def _store_url(store: str | None) -> StoreUrl:
-    from service.settings import Settings
+def _store_url(context: typer.Context, store: str | None) -> StoreUrl:
+    from service.cli_common import common_flags, load_settings
 
-    try:
-        return StoreUrl.parse(Settings().store if store is None else store)
-    except ValueError as error:
-        typer.echo(f"--store: {error}", err=True)
-        raise typer.Exit(2) from None
+    given = common_flags(context) | ({} if store is None else {"store": store})
+    return StoreUrl.parse(load_settings(**given).store)
 
 
-@app.command()
+@app.command(cls=Command)
 def backup(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")],
     vm: Annotated[str | None, _ONE_VM] = None,
     store: Annotated[str | None, _STORE] = None,
+    given: Given = None,
 ) -> None:
     """Write the VMs of a store to a file. A service may be running on it; the file has one state of the store."""
     from service.storage import offline
 
-    try:
-        count = offline.backup(_store_url(store), file, vm)
-    except offline.OfflineError as error:
-        typer.echo(f"subpage backup: {error}", err=True)
-        raise typer.Exit(1) from None
+    count = offline.backup(_store_url(context, store), file, vm)
     typer.echo(f"{count} VMs written to {file}")
 
 
-@app.command()
+@app.command(cls=Command)
 def restore(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A file that `subpage backup` wrote.")],
     vm: Annotated[str | None, _ONE_VM] = None,
     store: Annotated[str | None, _STORE] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite VMs of the same id.")] = False,
+    given: Given = None,
 ) -> None:
     """Put the VMs of a backup into a store, under their own ids: all of them or, if one cannot be, none."""
     from service.storage import offline
 
-    try:
-        ids = offline.restore(_store_url(store), file, vm, replace=replace)
-    except offline.OfflineError as error:
-        typer.echo(f"subpage restore: {error}", err=True)
-        raise typer.Exit(1) from None
+    ids = offline.restore(_store_url(context, store), file, vm, replace=replace)
     typer.echo(f"{len(ids)} VMs restored")
 
 

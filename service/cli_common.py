@@ -39,8 +39,13 @@ def parse_flags(texts: list[str]) -> dict[str, Any]:
 
 
 def common_flags(context: typer.Context) -> dict[str, Any]:
-    """Settings given before the command."""
+    """Settings given before and after the command."""
     return dict(context.find_root().obj or {})
+
+
+def flag_texts(given: dict[str, Any]) -> list[str]:
+    """Settings as the NAME=VALUE texts that they were given as."""
+    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in given.items()]
 
 
 def load_settings(**given: Any) -> Settings:

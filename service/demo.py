@@ -10,17 +10,21 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from service.failures import Failure, opened
 
 if TYPE_CHECKING:
     import httpx2
 
+    from service.api.policies import ProtectionRequest
+
 ROOT = Path(__file__).parent.parent
-DEFAULT_TRACE = ROOT / "tests" / "data" / "traces" / "boot.parquet"
-DEFAULT_POLICY = ROOT / "tests" / "data" / "policies" / "kernel_control_data.json"
+DATA = Path(__file__).parent / "data"  # comes with the package
+DEFAULT_TRACE = DATA / "traces" / "boot.parquet"
+DEFAULT_POLICY = DATA / "policies" / "kernel_control_data.json"
 
 CONTENT_TYPES = {
     ".parquet": "application/vnd.apache.parquet",
@@ -38,74 +42,58 @@ _START_SECONDS = 600  # the first start after a change compiles every kernel
 _PATIENCE_SECONDS = 3
 
 
-class DemoError(Exception):
-    """Something the user can act on."""
+class DemoError(Failure):
+    """The demonstration cannot go on."""
 
 
-@dataclass(frozen=True)
-class Policy:
-    """Named byte ranges of guest memory to protect."""
-
-    name: str
-    objects: list[dict[str, Any]]
-
-    @property
-    def end(self) -> int:
-        """The first address after every object."""
-        return max(_number(item["gpa"]) + _number(item["size"]) for item in self.objects)
-
-
-def run_demo(trace: Path | None, policy: Path | None, *, record: str, memory: str | None, as_json: bool) -> None:
-    """Start a service, run the job, print the report, stop the service. Raises DemoError."""
-    trace_path = _existing(trace, DEFAULT_TRACE, "--trace")
-    wanted = read_policy(_existing(policy, DEFAULT_POLICY, "--policy"))
-    if trace_path.suffix not in CONTENT_TYPES:
-        raise DemoError(f"{trace_path}: the name must end in one of {', '.join(CONTENT_TYPES)}")
-    size = parse_size(memory) if memory else max(_GIB, -(-wanted.end // 4096) * 4096)
-    with service() as started:
+def run_demo(
+    trace: Path = DEFAULT_TRACE,
+    policy: Path = DEFAULT_POLICY,
+    *,
+    record: str = "record16",
+    memory: str | None = None,
+    as_json: bool = False,
+    settings: Sequence[str] = (),
+) -> None:
+    """Start a service, run the job, print the report, stop the service. ``settings`` are NAME=VALUE. Raises Failure."""
+    if trace.suffix not in CONTENT_TYPES:
+        raise DemoError(f"{trace}: the name must end in one of {', '.join(CONTENT_TYPES)}")
+    size = parse_size(memory) if memory else None
+    opened(policy).close()
+    with opened(trace) as body, service(settings) as started:
         # Imported while the service starts, on the other core.
         import httpx2  # noqa: PLC0415
 
+        from service.policy_files import read_policy  # noqa: PLC0415
         from service.report import print_report  # noqa: PLC0415
 
+        wanted = read_policy(policy)
         with httpx2.Client(base_url=started.url(), timeout=httpx2.Timeout(600.0)) as client:
             started.wait_until_ready(client)
-            report = replay(client, trace_path, wanted, size, record)
+            report = replay(client, trace, body, wanted, size, record)
         if as_json:
             print(json.dumps(report, indent=2))
         else:
             print_report(report)
 
 
-def read_policy(path: Path) -> Policy:
-    """The policy in a JSON file; members that the service has no use for are left out."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        objects = [{name: item[name] for name in ("name", "gpa", "size")} for item in document["objects"]]
-        policy = Policy(str(document.get("name") or path.stem), objects)
-        if not objects or policy.end < 1:
-            raise ValueError("it has no objects")
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        message = f'must be JSON like {{"name", "objects": [{{"name", "gpa", "size"}}]}}: {error!r}'
-        raise DemoError(f"{path}: {message}") from None
-    return policy
-
-
-def replay(client: httpx2.Client, trace: Path, policy: Policy, memory: int, record: str) -> dict[str, Any]:
-    """The job itself, over HTTP; the report as plain values."""
+def replay(
+    client: httpx2.Client, trace: Path, body: BinaryIO, policy: ProtectionRequest, memory: int | None, record: str
+) -> dict[str, Any]:
+    """The job itself, over HTTP; the report as plain values. ``memory`` is enough for the policy by default."""
+    memory = memory or max(_GIB, -(-policy.protection().end // 4096) * 4096)
     slot = {"slot": 0, "gpa": 0, "size": f"{memory:#x}"}
     vm = _done(client.post("/v1/vms", json={"name": f"demo {policy.name}", "memory_slots": [slot], "spp": True}))
     home = f"/v1/vms/{vm['id']}"
-    name = re.sub(r"[^A-Za-z0-9_.~-]", "_", policy.name)[:128]
-    protection = _done(client.post(f"{home}/protections", json={"name": name, "objects": policy.objects}))
+    document = policy.model_dump(mode="json", exclude_unset=True)
+    protection = _done(client.post(f"{home}/protections", json=document))
     content_type = CONTENT_TYPES[trace.suffix]
     query = {"record": record} if trace.suffix == ".bin" else {}
     began = time.perf_counter()
-    with trace.open("rb") as body:
-        reply = client.post(
-            f"{home}/traces", params=query, content=_pieces(body), headers=_body_headers(body, content_type)
-        )
-    result = _done(reply)
+    reply = client.post(
+        f"{home}/traces", params=query, content=_pieces(body), headers=_body_headers(body, content_type)
+    )
+    result = _done(reply, trace)
     return report_of(str(trace), policy.name, memory, protection, result, time.perf_counter() - began)
 
 
@@ -144,27 +132,14 @@ def _body_headers(body: Any, content_type: str) -> dict[str, str]:
     return {"Content-Type": content_type, "Content-Length": str(os.fstat(body.fileno()).st_size)}
 
 
-def _done(reply: httpx2.Response) -> dict[str, Any]:
+def _done(reply: httpx2.Response, file: Path | None = None) -> dict[str, Any]:
+    """What the service answered; ``file`` is what it was sent."""
     document: dict[str, Any] = reply.json()
     if reply.is_error:
+        who = f"{file}: " if file is not None else ""
         where = f" at record {document['index']}" if "index" in document else ""
-        raise DemoError(f"{document['title']}{where}: {document['detail']}")
+        raise DemoError(f"{who}{document['title']}{where}: {document['detail']}")
     return document
-
-
-def _existing(given: Path | None, default: Path, option: str) -> Path:
-    path = given or default
-    if path.is_file():
-        return path
-    if given is not None:
-        raise DemoError(f"{path}: no such file")
-    raise DemoError(
-        f"the committed data is not there ({path}): run from a clone of the repository, or give {option} FILE"
-    )
-
-
-def _number(value: int | str) -> int:
-    return value if isinstance(value, int) else int(value, 0)
 
 
 def parse_size(text: str) -> int:
@@ -220,9 +195,23 @@ class Service:
 
 
 @contextlib.contextmanager
-def service() -> Iterator[Service]:
-    """A service for the time of the context."""
-    command = [sys.executable, "-m", "service.cli", "serve", "--host", "127.0.0.1", "--port", "0", "--store", "memory"]
+def service(settings: Sequence[str] = ()) -> Iterator[Service]:
+    """A service for the time of the context, under ``settings`` as NAME=VALUE."""
+    # -P: what is called `service` in the current folder is another one.
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "service.cli",
+        "serve",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        "--store",
+        "memory",
+    ]
+    command += [word for text in settings for word in ("--set", text)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     started = Service(
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})

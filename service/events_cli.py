@@ -110,8 +110,5 @@ def events(
         with Client(url, token, authorities) as client:
             for event in _Follower(client, quote(vm, safe=""), query).events(follow=follow):
                 typer.echo(json.dumps(event, separators=(",", ":")) if as_json else _text(event))
-    except (Unanswered, OSError) as error:
-        typer.echo(f"subpage events: {error}", err=True)
-        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         raise typer.Exit(0) from None

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from service.commands import Given
+
 if TYPE_CHECKING:
     from service.local import Watcher
     from service.runtime.job import Job
@@ -51,13 +53,15 @@ class Include(StrEnum):
 
 
 def replay(
+    context: typer.Context,
     file: Annotated[
         Path, typer.Argument(help="The trace: .parquet, .arrow, .arrows, .ndjson, .jsonl, .json or .bin (packed).")
     ],
     policy: Annotated[
         Path,
         typer.Option(
-            help='JSON or TOML: {"vm", "protections", "subpages"} as the API has them, or {"name", "objects"}.'
+            help='JSON or TOML: {"name", "objects", "pages"} as `POST …/protections` takes it, or a whole machine: '
+            '{"vm", "protections", "subpages"}.'
         ),
     ],
     format: Annotated[Format | None, typer.Option(help="Of the trace, where its name does not tell.")] = None,
@@ -74,22 +78,22 @@ def replay(
     progress: Annotated[
         bool | None, typer.Option("--progress/--no-progress", help="Show a bar; on a terminal by default.")
     ] = None,
+    given: Given = None,
 ) -> None:
     """Replay a trace against a policy here, without a service: which writes would have exited, and what whole pages
     would cost.
     """
     from service import local
+    from service.cli_common import common_flags, load_settings
 
+    settings = load_settings(**common_flags(context))
     try:
         wanted = local.read_policy(policy)
         options = local.Options(format, record, on_violation, start, include, carry, max_exit_records)
-        request = options.request(file)
-        machine = local.create(wanted)
+        request = options.request(file, settings)
+        machine = local.create(wanted, settings)
         with _bar(sys.stderr.isatty() if progress is None else progress) as watch:
             trace = local.run(file, machine, request, watch)
-    except local.LocalError as error:
-        typer.echo(f"subpage replay: {error}", err=True)
-        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("subpage replay: interrupted", err=True)
         raise typer.Exit(130) from None

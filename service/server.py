@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import resource
 import signal
@@ -18,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app, drain, end_streams
+from service.failures import Failure
 from service.http.connection import patient
 from service.http.sockets import MESSAGE_BYTES, PING_SECONDS
 from service.logs import configure
@@ -63,8 +65,44 @@ class _Server(uvicorn.Server):
             sys.stdout.flush()
 
 
-class Refused(Exception):
+class Refused(Failure):
     """The service does not start like this; the text says what to do."""
+
+    status = 2
+
+
+class NotListening(Failure):
+    """The service cannot listen where it should."""
+
+    status = 3
+
+
+_NOT_LISTENING = {
+    errno.EADDRINUSE: "port {port} of {host} is in use: stop what listens there, or choose another by --port (0: any)",
+    errno.EACCES: "this user may not listen on port {port}: choose one above 1023 with --port",
+    errno.EADDRNOTAVAIL: "{host} is no address of this machine: choose another with --host",
+}
+
+
+def listeners(host: str, port: int) -> list[socket.socket]:
+    """Bound sockets for every address that ``host`` stands for. Raises NotListening."""
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            sockets.append(listener := socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind(address)
+    except (OSError, UnicodeError) as error:
+        for listener in sockets:
+            listener.close()
+        if isinstance(error, (socket.gaierror, UnicodeError)):
+            raise NotListening(f"there is no host {host}: choose another with --host") from None
+        told = _NOT_LISTENING.get(error.errno or 0, "cannot listen on port {port} of {host}: {reason}")
+        raise NotListening(told.format(host=host, port=port, reason=error.strerror or error)) from None
+    return sockets
 
 
 def check_exposure(settings: Settings, access: AccessControl) -> None:
@@ -134,19 +172,20 @@ def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
 def run(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM, then let requests end for a while; the exit status of the process.
 
-    Raises Refused.
+    Raises Refused, NotListening.
     """
     configure(settings)
     check_telemetry(settings)
     app = create_app(settings)
     check_exposure(settings, app.state.access)
     raise_file_limit()
+    sockets = listeners(settings.host, settings.port)
     config = configured(app, settings)
     server = _Server(config, app, settings.drain_seconds)
     # uvicorn raises the signal that stopped it once more after its shutdown; being told to stop is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.suppress(KeyboardInterrupt):
-        server.run()
+        server.run(sockets)
     # The interpreter looks for garbage once more when it ends; in all that numba keeps, this takes half a second.
     gc.freeze()
     return 0 if server.started else 3

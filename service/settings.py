@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from service.failures import FileError, read_document
 from service.storage.urls import StoreUrl, default_store
 
 MIB = 1 << 20
@@ -31,9 +31,9 @@ def file_settings() -> dict[str, Any]:
     if not path:
         return {}
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadFile(f"{CONFIG_VARIABLE}={path}: {error}") from None
+        return read_document(Path(path), toml=True)
+    except FileError as error:
+        raise BadFile(f"{CONFIG_VARIABLE}: {error}") from None
 
 
 class _FileSource(PydanticBaseSettingsSource):

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 import typer
+
+from service.commands import Command, Given
+from service.failures import Failure
 
 tokens = typer.Typer(
     help="Make, list and revoke the tokens that callers of a guarded service need.", no_args_is_help=True
 )
 
 
-def _failed(error: Exception) -> typer.Exit:
-    typer.echo(f"subpage token: {error}", err=True)
-    return typer.Exit(1)
+@contextlib.contextmanager
+def _kept() -> Iterator[None]:
+    """Where tokens are kept is used here: that it cannot be is told."""
+    from service.security.tokens import TokensUnavailable
+
+    try:
+        yield
+    except TokensUnavailable as error:
+        raise Failure(str(error)) from None
 
 
 _SPAN = re.compile(r"(\d{1,9})([smhdw])")
@@ -45,7 +56,7 @@ def _scopes() -> list[str]:
     return list(SCOPES)
 
 
-@tokens.command()
+@tokens.command(cls=Command)
 def create(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="What it is for; shown in lists and in the audit log.")],
@@ -56,39 +67,35 @@ def create(
     expires: Annotated[
         str | None, typer.Option(help="A span such as 12h or 90d, or a moment; never by default.")
     ] = None,
+    given: Given = None,
 ) -> None:
     """Make a token and print it. It is shown once: only a hash is kept."""
     from service.cli_common import audit_of, common_flags, load_settings, token_store
-    from service.security.tokens import TokensUnavailable, mint, utc_now
+    from service.security.tokens import mint, utc_now
 
     settings = load_settings(**common_flags(context))
     now = utc_now()
     try:
         record, token = mint(name, tenant=tenant, scope=scope, now=now, expires=_expiry(expires, now))  # type: ignore[arg-type]
     except ValueError as error:
-        typer.echo(f"subpage token: {error}", err=True)
-        raise typer.Exit(2) from None
-    try:
+        raise typer.BadParameter(str(error), ctx=context) from None
+    with _kept():
         token_store(settings).add(record)
-    except TokensUnavailable as error:
-        raise _failed(error) from None
     audit_of(settings).write(
         "token-created", None, token=record.id, name=name, tenant=tenant, scope=scope, expires=record.expires
     )
     typer.echo(token)
 
 
-@tokens.command("list")
-def list_(context: typer.Context) -> None:
+@tokens.command("list", cls=Command)
+def list_(context: typer.Context, given: Given = None) -> None:
     """List the tokens: id, state, scope, tenant, times and name, never the token itself."""
     from service.cli_common import common_flags, load_settings, token_store
-    from service.security.tokens import TokensUnavailable, utc_now
+    from service.security.tokens import utc_now
 
     now = utc_now()
-    try:
+    with _kept():
         listed = token_store(load_settings(**common_flags(context))).all()
-    except TokensUnavailable as error:
-        raise _failed(error) from None
     row = "{:<12}  {:<7}  {:<5}  {:<16}  {:<20}  {:<20}  {}"
     typer.echo(row.format("ID", "STATE", "SCOPE", "TENANT", "CREATED", "EXPIRES", "NAME"))
     for token in listed:
@@ -97,21 +104,20 @@ def list_(context: typer.Context) -> None:
         typer.echo(row.format(token.id, state, token.scope, token.tenant, *times, token.name))
 
 
-@tokens.command()
+@tokens.command(cls=Command)
 def revoke(
-    context: typer.Context, token: Annotated[str, typer.Argument(help="Its id, from `subpage token list`.")]
+    context: typer.Context,
+    token: Annotated[str, typer.Argument(help="Its id, from `subpage token list`.")],
+    given: Given = None,
 ) -> None:
     """Refuse a token from now on; running services notice within SUBPAGE_TOKEN_REFRESH seconds."""
     from service.cli_common import audit_of, common_flags, load_settings, token_store
-    from service.security.tokens import TokensUnavailable, utc_now
+    from service.security.tokens import utc_now
 
     settings = load_settings(**common_flags(context))
-    try:
+    with _kept():
         known = token_store(settings).revoke(token, utc_now())
-    except TokensUnavailable as error:
-        raise _failed(error) from None
     if not known:
-        typer.echo(f"subpage token: there is no token with id {token}", err=True)
-        raise typer.Exit(1)
+        raise Failure(f"there is no token with id {token}")
     audit_of(settings).write("token-revoked", None, token=token)
     typer.echo(f"revoked {token}")

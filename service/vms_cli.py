@@ -10,6 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from service.commands import Command
+from service.failures import Failure, FileError, opened
+
 vms = typer.Typer(help="Look at the machines of a running service.", no_args_is_help=True)
 
 _TIMEOUT = 30.0
@@ -26,20 +29,28 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print what the service ans
 HERE = "http://127.0.0.1:8000"
 
 
-class Unanswered(Exception):
+class Unanswered(Failure):
     """The service cannot be reached, or refused; the text says why."""
 
 
 class Client:
-    """One service. Use as a context manager."""
+    """One service. Use as a context manager. Raises FileError for a file of authorities that has none."""
 
     def __init__(self, url: str, token: str | None, authorities: Path | None = None) -> None:
         import httpx2
 
-        self._failure = httpx2.HTTPError
-        headers = {"Accept": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        verify = ssl.create_default_context(cafile=authorities) if authorities else True
-        self._client = httpx2.Client(base_url=url, headers=headers, timeout=_TIMEOUT, verify=verify)
+        self._failures = (httpx2.HTTPError, httpx2.InvalidURL)
+        self._url = url
+        headers = {"Accept": "application/json"}
+        if token:
+            if not token.isascii() or not token.isprintable():
+                raise Unanswered("a token has printable ASCII characters, and the one that was given has others")
+            headers["Authorization"] = f"Bearer {token}"
+        verify = _trusting(authorities) if authorities else True
+        try:
+            self._client = httpx2.Client(base_url=url, headers=headers, timeout=_TIMEOUT, verify=verify)
+        except self._failures as error:
+            raise Unanswered(f"--url {url}: {error}") from None
 
     def __enter__(self) -> Client:
         return self
@@ -47,18 +58,15 @@ class Client:
     def __exit__(self, *exc_info: object) -> None:
         self._client.close()
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str) -> dict[str, Any]:
         """The document at ``path``. Raises Unanswered."""
         try:
             reply = self._client.get(path)
-            document = reply.json()
-        except self._failure as error:
-            raise Unanswered(f"{self._client.base_url}: {error}") from None
-        except ValueError:
-            raise Unanswered(f"{self._client.base_url}{path}: {reply.status_code}, and no JSON") from None
+        except self._failures as error:
+            raise Unanswered(unreached(self._url, error)) from None
         if reply.status_code != 200:
-            raise Unanswered(f"{reply.status_code}: {document.get('detail', document)}")
-        return document
+            raise Unanswered(self._refused(reply.status_code, reply.content))
+        return self._document(reply.status_code, reply.content)
 
     def lines(self, path: str, query: dict[str, str], silence: float, broken: type[Exception]) -> Iterator[str]:
         """The lines of NDJSON at ``path`` as they come.
@@ -75,19 +83,33 @@ class Client:
                 if reply.status_code == 200:
                     yield from reply.iter_lines()
                     return
-                document = json.loads(reply.read())
-        except self._failure as error:
-            raise broken(f"{self._client.base_url}: {error}") from None
-        except ValueError:
-            raise Unanswered(f"{self._client.base_url}{path}: {reply.status_code}, and no JSON") from None
-        refused = f"{reply.status_code}: {document.get('detail', document)}"
+                content = reply.read()
+        except self._failures as error:
+            raise broken(unreached(self._url, error)) from None
+        refused = self._refused(reply.status_code, content)
         raise (broken if reply.status_code in (429, 503) else Unanswered)(refused)
+
+    def _refused(self, status: int, content: bytes) -> str:
+        said = f"{status}: {self._document(status, content).get('detail', 'no reason given')}"
+        return f"{said}; --token or SUBPAGE_TOKEN gives one" if status == 401 else said
+
+    def _document(self, status: int, content: bytes) -> dict[str, Any]:
+        """What the service says; others say other things."""
+        try:
+            document = json.loads(content)
+        except (ValueError, RecursionError):
+            document = None
+        if not isinstance(document, dict):
+            raise Unanswered(f"{self._url} answers {status}, and not as Subpage does: say with --url where that is")
+        return document
 
     def machines(self) -> Iterator[dict[str, Any]]:
         """Every machine that the token may see."""
         path: str | None = "/v1/vms"
         while path:
             page = self.get(path)
+            if not isinstance(page.get("vms"), list):
+                raise Unanswered(f"{self._url} is not a service of Subpage: say with --url where that is")
             yield from page["vms"]
             path = page["next"]
 
@@ -100,9 +122,36 @@ def _size(slots: list[dict[str, Any]]) -> str:
     return f"{total >> 10} KiB"
 
 
-def _failed(error: Exception) -> typer.Exit:
-    typer.echo(f"subpage vm: {error}", err=True)
-    return typer.Exit(1)
+def _trusting(authorities: Path) -> ssl.SSLContext:
+    """TLS with servers that these vouch for."""
+    with opened(authorities):
+        pass
+    try:
+        return ssl.create_default_context(cafile=authorities)
+    except ssl.SSLError:
+        raise FileError(f"{authorities}: has no certificates in PEM form") from None
+
+
+def unreached(url: str, error: Exception) -> str:
+    """Why there is no answer from ``url``, and what to do."""
+    import httpx2
+
+    text = str(error)
+    if isinstance(error, httpx2.ConnectError):
+        if "CERTIFICATE_VERIFY_FAILED" in text:
+            return f"the certificate of {url} is not trusted: --ca names the authority that vouches for it"
+        if "SSL" in text:
+            return f"{url} does not speak TLS as it should; perhaps it is http, not https"
+        if "Errno -" in text:
+            return f"there is no host of the name in {url}"
+        return f"no service on {url}: start one with `subpage serve`, or say with --url where it is"
+    if isinstance(error, (httpx2.InvalidURL, httpx2.UnsupportedProtocol)):
+        return f"--url {url}: must be a URL such as {HERE}"
+    if isinstance(error, httpx2.TimeoutException):
+        return f"{url} does not answer: is it the service, and is it well?"
+    if isinstance(error, httpx2.RemoteProtocolError):
+        return f"{url} ended the connection, or does not speak HTTP ({text})"
+    return f"{url}: {text}"
 
 
 def complete(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
@@ -111,19 +160,16 @@ def complete(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     try:
         with Client(options.get("url") or HERE, options.get("token"), options.get("authorities")) as client:
             found = [(vm["id"], vm["name"]) for vm in client.machines()]
-    except (Unanswered, OSError):
+    except Failure:
         return []
     return [item for item in found if item[0].startswith(incomplete)]
 
 
-@vms.command("list")
+@vms.command("list", cls=Command)
 def list_(url: Url = HERE, token: Token = None, authorities: Authorities = None, as_json: AsJson = False) -> None:
     """List the machines: id, creation, memory, whether SPP is enabled, profile, name."""
-    try:
-        with Client(url, token, authorities) as client:
-            found = list(client.machines())
-    except (Unanswered, OSError) as error:
-        raise _failed(error) from None
+    with Client(url, token, authorities) as client:
+        found = list(client.machines())
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
@@ -134,7 +180,7 @@ def list_(url: Url = HERE, token: Token = None, authorities: Authorities = None,
         typer.echo(row.format(vm["id"], created, _size(vm["memory_slots"]), spp, vm["profile"], vm["name"]))
 
 
-@vms.command()
+@vms.command(cls=Command)
 def show(
     vm: Annotated[str, typer.Argument(help="Id of the machine.", autocompletion=complete)],
     url: Url = HERE,
@@ -146,12 +192,9 @@ def show(
     from urllib.parse import quote
 
     path = f"/v1/vms/{quote(vm, safe='')}"
-    try:
-        with Client(url, token, authorities) as client:
-            found = client.get(path)
-            counters = client.get(f"{path}/counters")["counters"]
-    except (Unanswered, OSError) as error:
-        raise _failed(error) from None
+    with Client(url, token, authorities) as client:
+        found = client.get(path)
+        counters = client.get(f"{path}/counters")["counters"]
     if as_json:
         typer.echo(json.dumps({**found, "counters": counters}, indent=1))
         return

@@ -1,7 +1,7 @@
-"""Protections: named objects whose sub-pages may not be written, whatever SET says.
+"""Protections: named objects, and pages without a name, that may not be written, whatever SET says.
 
-Objects are rounded outward to 128 bytes. Several may cover a sub-page; it stays covered until the last one goes,
-because what is stored for a page is always worked out from the objects that are left.
+Objects are rounded outward to 128 bytes, or to whole pages. Several may cover a sub-page; it stays covered until the
+last one goes, because what is stored for a page is always worked out from what is left.
 """
 
 from __future__ import annotations
@@ -17,24 +17,36 @@ from engine.errors import InvalidValue, LimitExceeded
 
 MAX_PAGES = 1 << 20
 MAX_OBJECTS = 1 << 16
+MAX_RANGES = 1 << 16
 MAX_NAME = 256
+
+# Outward to what an object is rounded, as a shift of addresses.
+GRANULARITIES = {"subpage": SUBPAGE_SHIFT, "page": 12}
 
 
 @dataclass(frozen=True, slots=True)
 class ProtectedObject:
-    """A named byte range of guest memory. Ranges of one name count as one object."""
+    """A named byte range of guest memory. Ranges of one name count as one object.
+
+    ``granularity`` is one of GRANULARITIES. ``gva``, where the guest sees it, and ``about`` are notes.
+    """
 
     name: str
     gpa: int
     size: int
+    granularity: str = "subpage"
+    gva: int | None = None
+    about: str | None = None
 
     @property
     def first_subpage(self) -> int:
-        return self.gpa >> SUBPAGE_SHIFT
+        shift = GRANULARITIES[self.granularity]
+        return self.gpa >> shift << shift - SUBPAGE_SHIFT
 
     @property
     def last_subpage(self) -> int:
-        return (self.gpa + self.size - 1) >> SUBPAGE_SHIFT
+        shift = GRANULARITIES[self.granularity]
+        return ((self.gpa + self.size - 1 >> shift) + 1 << shift - SUBPAGE_SHIFT) - 1
 
     @property
     def first_gfn(self) -> int:
@@ -45,78 +57,144 @@ class ProtectedObject:
         return ((self.gpa + self.size - 1) >> 12) - self.first_gfn + 1
 
 
+@dataclass(frozen=True, slots=True)
+class ProtectedPages:
+    """``npages`` pages from ``gfn`` on, without a name; they are covered where ``access``, a 32-bit map, has a 0."""
+
+    gfn: int
+    npages: int
+    access: int
+
+    @property
+    def mask(self) -> int:
+        """The sub-pages that are covered in each of the pages."""
+        return ~self.access & FULL_ACCESS
+
+
 @dataclass(frozen=True)
 class Protection:
-    """Objects that are protected together, under one name."""
+    """Objects and pages that are protected together, under one name; ``about`` is a note."""
 
     name: str
     objects: tuple[ProtectedObject, ...]
+    ranges: tuple[ProtectedPages, ...] = ()
+    about: str | None = None
 
     @property
     def subpages(self) -> int:
         """Distinct sub-pages covered."""
-        return covered_subpages(self.objects)
+        return covered_subpages(self.objects, self.ranges)
 
     @property
     def pages(self) -> int:
         """Distinct pages with a covered sub-page."""
-        return len(page_masks(self.objects)[0])
+        return len(page_masks(self.objects, self.ranges)[0])
+
+    @property
+    def end(self) -> int:
+        """The first address after all that it covers."""
+        objects = [item.last_subpage + 1 << SUBPAGE_SHIFT for item in self.objects]
+        return max(objects + [item.gfn + item.npages << 12 for item in self.ranges], default=0)
+
+    @property
+    def extent(self) -> int:
+        """Pages of all that it names, one by one."""
+        return sum(item.pages for item in self.objects) + sum(item.npages for item in self.ranges)
 
 
-def covered_subpages(objects: Sequence[ProtectedObject]) -> int:
-    """How many distinct sub-pages a set of objects covers."""
-    if len(objects) == 1:
+def covered_subpages(objects: Sequence[ProtectedObject], ranges: Sequence[ProtectedPages] = ()) -> int:
+    """How many distinct sub-pages a set of objects and pages covers."""
+    if len(objects) == 1 and not ranges:
         return objects[0].last_subpage - objects[0].first_subpage + 1
-    return int(np.bitwise_count(page_masks(objects)[1]).sum())
+    return int(np.bitwise_count(page_masks(objects, ranges)[1]).sum())
 
 
-def validate(name: str, objects: Sequence[ProtectedObject], width: int) -> None:
+def validate(protection: Protection, width: int) -> None:
     """Refuse names and ranges that mean nothing; ``width`` is the guest-physical address width in bits."""
+    name, objects, ranges = protection.name, protection.objects, protection.ranges
     if not 1 <= len(name) <= MAX_NAME:
         raise InvalidValue(f"a name has 1 to {MAX_NAME} characters", field="name", value=name)
-    if not 1 <= len(objects) <= MAX_OBJECTS:
-        raise InvalidValue(f"a protection has 1 to {MAX_OBJECTS} objects", field="objects", value=len(objects))
+    if not objects and not ranges:
+        raise InvalidValue("a protection has an object or a range of pages", field="objects", value=0)
+    if len(objects) > MAX_OBJECTS:
+        raise InvalidValue(f"a protection has up to {MAX_OBJECTS} objects", field="objects", value=len(objects))
+    if len(ranges) > MAX_RANGES:
+        raise InvalidValue(f"a protection has up to {MAX_RANGES} ranges of pages", field="pages", value=len(ranges))
     for position, item in enumerate(objects):
-        where = f"objects[{position}]"
-        if not 1 <= len(item.name) <= MAX_NAME:
-            raise InvalidValue(f"a name has 1 to {MAX_NAME} characters", field=f"{where}.name", value=item.name)
-        if item.size <= 0:
-            raise InvalidValue("an object has at least one byte", field=f"{where}.size", value=item.size)
-        if item.gpa < 0 or item.gpa + item.size > 1 << width:
-            raise InvalidValue(
-                f"an object ends within the guest-physical address width of {width} bits",
-                field=f"{where}.gpa",
-                value=item.gpa,
-            )
-    pages = sum(item.pages for item in objects)
-    if pages > MAX_PAGES:
+        _check_object(item, f"objects[{position}]", width)
+    for position, pages in enumerate(ranges):
+        _check_range(pages, f"pages[{position}]", width)
+    if protection.extent > MAX_PAGES:
         raise LimitExceeded(
-            f"the objects of a protection lie in {MAX_PAGES} pages at most", field="objects", value=pages
+            f"a protection lies in {MAX_PAGES} pages at most",
+            field="objects" if objects else "pages",
+            value=protection.extent,
         )
 
 
-def page_masks(objects: Sequence[ProtectedObject]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(GFNs ascending, 32-bit masks): the sub-pages that objects cover, page by page."""
-    if not objects:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    first = np.array([o.first_subpage for o in objects], dtype=np.int64)
-    last = np.array([o.last_subpage for o in objects], dtype=np.int64)
-    counts = (last >> 5) - (first >> 5) + 1
-    owner = np.repeat(np.arange(len(objects)), counts)
-    step = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-    gfn = (first[owner] >> 5) + step
-    low = np.where(step == 0, first[owner] & 31, 0)
-    high = np.where(gfn == last[owner] >> 5, last[owner] & 31, 31)
-    mask = ((np.int64(2) << high) - (np.int64(1) << low)) & FULL_ACCESS
+def _check_object(item: ProtectedObject, where: str, width: int) -> None:
+    if not 1 <= len(item.name) <= MAX_NAME:
+        raise InvalidValue(f"a name has 1 to {MAX_NAME} characters", field=f"{where}.name", value=item.name)
+    if item.granularity not in GRANULARITIES:
+        rule = f"a granularity is one of {', '.join(GRANULARITIES)}"
+        raise InvalidValue(rule, field=f"{where}.granularity", value=item.granularity)
+    if item.size <= 0:
+        raise InvalidValue("an object has at least one byte", field=f"{where}.size", value=item.size)
+    if item.gpa < 0 or item.gpa + item.size > 1 << width:
+        rule = f"an object ends within the guest-physical address width of {width} bits"
+        raise InvalidValue(rule, field=f"{where}.gpa", value=item.gpa)
+
+
+def _check_range(item: ProtectedPages, where: str, width: int) -> None:
+    if item.npages <= 0:
+        raise InvalidValue("a range has at least one page", field=f"{where}[1]", value=item.npages)
+    if item.gfn < 0 or item.gfn + item.npages > 1 << width - 12:
+        rule = f"a range ends within the guest-physical address width of {width} bits"
+        raise InvalidValue(rule, field=f"{where}[0]", value=item.gfn)
+    if not 0 <= item.access <= FULL_ACCESS:
+        raise InvalidValue("a map has 32 bits", field=f"{where}[2]", value=item.access)
+
+
+def page_masks(
+    objects: Sequence[ProtectedObject], ranges: Sequence[ProtectedPages] = ()
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(GFNs ascending, 32-bit masks): the sub-pages that objects and pages cover, page by page."""
+    gfn, mask = (np.concatenate(pair) for pair in zip(_object_masks(objects), _range_masks(ranges), strict=True))
     gfns, position = np.unique(gfn, return_inverse=True)
     masks = np.zeros(len(gfns), dtype=np.int64)
     np.bitwise_or.at(masks, position, mask)
     return gfns, masks
 
 
-def masks_at(gfns: NDArray[np.int64], objects: Sequence[ProtectedObject]) -> NDArray[np.int64]:
-    """Sub-pages that objects cover on the given pages."""
-    known, masks = page_masks(objects)
+def _object_masks(objects: Sequence[ProtectedObject]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(GFN, mask) of each page of each object."""
+    first = np.array([o.first_subpage for o in objects], dtype=np.int64)
+    last = np.array([o.last_subpage for o in objects], dtype=np.int64)
+    owner, step = _steps((last >> 5) - (first >> 5) + 1)
+    gfn = (first[owner] >> 5) + step
+    low = np.where(step == 0, first[owner] & 31, 0)
+    high = np.where(gfn == last[owner] >> 5, last[owner] & 31, 31)
+    return gfn, ((np.int64(2) << high) - (np.int64(1) << low)) & FULL_ACCESS
+
+
+def _range_masks(ranges: Sequence[ProtectedPages]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(GFN, mask) of each page of each range that covers something."""
+    rows = np.array([(r.gfn, r.npages, r.mask) for r in ranges if r.mask], dtype=np.int64).reshape(-1, 3)
+    owner, step = _steps(rows[:, 1])
+    return rows[owner, 0] + step, rows[owner, 2]
+
+
+def _steps(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(owner, step) of each page, when owner i has ``counts[i]`` of them."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def masks_at(
+    gfns: NDArray[np.int64], objects: Sequence[ProtectedObject], ranges: Sequence[ProtectedPages] = ()
+) -> NDArray[np.int64]:
+    """Sub-pages that objects and pages cover on the given pages."""
+    known, masks = page_masks(objects, ranges)
     if not len(known):
         return np.zeros(len(gfns), dtype=np.int64)
     at = np.minimum(np.searchsorted(known, gfns), len(known) - 1)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.arch import access as acc
+from engine.arch.sppt import SUBPAGE_SHIFT
 from engine.config import choices
 from engine.cpu.frames import Machine
 from engine.errors import LimitExceeded
@@ -262,10 +263,11 @@ def _united(sets: Sequence[objects.Targets]) -> tuple[objects.ObjectIndex, tuple
     """One index for several sets of objects, each at its number above the addresses, and the names of all."""
     names = tuple(dict.fromkeys(name for known in sets for name in known.names))
     position = {name: at for at, name in enumerate(names)}
-    parts = [np.zeros((0, 3), dtype=np.int64)]
+    parts = [np.zeros((0, 5), dtype=np.int64)]
     for number, known in enumerate(sets):
         ranges = known.index.ranges.copy()
         ranges[:, :2] += number << SET_SHIFT
+        ranges[:, 3:] += number << SET_SHIFT - SUBPAGE_SHIFT
         ranges[:, 2] = [position[known.names[at]] for at in ranges[:, 2].tolist()]
         parts.append(ranges)
     return objects.index_of(np.concatenate(parts)), names

@@ -1,7 +1,7 @@
 """Which protected objects a violation touches, and whether it touched their own bytes or only their neighbours.
 
-Objects are byte ranges rounded outward to sub-pages. Cutting the line of sub-pages at every end of a range leaves
-pieces whose set of ranges does not change; a violation looks up the few pieces it touches.
+Objects are byte ranges rounded outward to sub-pages, or to pages. Cutting the line of sub-pages at every end of a range
+leaves pieces whose set of ranges does not change; a violation looks up the few pieces it touches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HIT_WORDS = 3
 
 class ObjectIndex(NamedTuple):
     """Lookup tables: ``cuts`` int64[p + 1] first sub-pages of pieces, ``offsets`` int64[p + 1] into ``members``
-    (positions of ranges), ``ranges`` int64[r, 3] of [first byte, end, name position]."""
+    (positions of ranges), ``ranges`` int64[r, 5] of [first byte, end, name position, first sub-page, last sub-page]."""
 
     cuts: NDArray[np.int64]
     offsets: NDArray[np.int64]
@@ -64,13 +64,14 @@ def targets_of(objects: Sequence[ProtectedObject]) -> Targets:
 def build_index(objects: Sequence[ProtectedObject], names: Sequence[str]) -> ObjectIndex:
     """Index for a set of objects, which may overlap; ``names`` are their distinct names."""
     position = {name: i for i, name in enumerate(names)}
-    return index_of(np.array([(o.gpa, o.gpa + o.size, position[o.name]) for o in objects], np.int64).reshape(-1, 3))
+    rows = [(o.gpa, o.gpa + o.size, position[o.name], o.first_subpage, o.last_subpage) for o in objects]
+    return index_of(np.array(rows, np.int64).reshape(-1, 5))
 
 
 def index_of(ranges: NDArray[np.int64]) -> ObjectIndex:
     """Index for ranges as ``ObjectIndex`` has them; see ``build_index``."""
-    first = ranges[:, 0] >> SUBPAGE_SHIFT
-    end = ((ranges[:, 1] - 1) >> SUBPAGE_SHIFT) + 1
+    first = ranges[:, 3]
+    end = ranges[:, 4] + 1
     cuts = np.unique(np.concatenate([first, end]))
     low = np.searchsorted(cuts, first)
     high = np.searchsorted(cuts, end)

@@ -1,8 +1,9 @@
-"""Protections: named byte ranges that may not be written, at sub-page granularity."""
+"""Protections: named byte ranges, and pages, that may not be written, at sub-page granularity."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import Path
@@ -10,7 +11,7 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.kvm import protections as engine
+from engine.kvm.protections import Protection as EngineProtection
 from service.api.common import (
     CHANGE,
     Cursor,
@@ -27,39 +28,29 @@ from service.api.common import (
     tagged,
     tagged_reply,
 )
+from service.api.policies import ABOUT, GVA, Granularity, ProtectionRequest
 from service.http import cursors
-from service.http.words import Document, Hex64, examples
+from service.http.words import Document, Hex32, Hex64, examples
 from service.runtime.offload import maybe_in_thread
 
 routes = router("protections", "/v1/vms/{vm}/protections", reads="read", writes="write")
 
-_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.~-]*$"
 _INLINE_PAGES = 4096
 
 ProtectionName = Annotated[str, Path(alias="name", description="Name of the protection.", examples=["kernel"])]
 
-_OBJECTS = [
-    {"name": "sys_call_table", "gpa": "0x2000360", "size": 3616},
-    {"name": "modprobe_path", "gpa": "0x2a5c6a0", "size": 256},
-]
-_REPLY = {"name": "kernel", "objects": _OBJECTS, "pages": 2, "subpages": 32}
-
-
-class ObjectRequest(Document):
-    """A byte range to protect; rounded outward to 128 bytes."""
-
-    name: str = Field(min_length=1, max_length=256, description="Ranges of one name count as one object.")
-    gpa: Hex64
-    size: Hex64
-
-
-class ProtectionRequest(Document):
-    """Objects to protect together."""
-
-    model_config = ConfigDict(json_schema_extra=examples({"name": "kernel", "objects": _OBJECTS}))
-
-    name: str = Field(min_length=1, max_length=128, pattern=_NAME, description="Unique in the VM; part of the URL.")
-    objects: list[ObjectRequest] = Field(min_length=1)
+_NOTES = {"granularity": "subpage", "gva": None, "about": None}
+_REPLY = {
+    "name": "kernel",
+    "about": "what a rootkit overwrites",
+    "objects": [
+        {"name": "sys_call_table", "gpa": "0x2000360", "size": 3616, **_NOTES, "gva": "0xffffffff82000360"},
+        {"name": "modprobe_path", "gpa": "0x2a5c6a0", "size": 256, **_NOTES},
+    ],
+    "pages": 3,
+    "subpages": 36,
+    "page_ranges": [["0x2bfb", 1, "0xfffffff0"]],
+}
 
 
 class ObjectRange(Document):
@@ -68,6 +59,9 @@ class ObjectRange(Document):
     name: str
     gpa: Hex64
     size: int
+    granularity: Granularity = Field(description="Outward to what it is rounded: 128 bytes, or 4 KiB.")
+    gva: Hex64 | None = Field(description=GVA)
+    about: str | None = Field(description=ABOUT)
 
 
 class Protection(Document):
@@ -76,23 +70,29 @@ class Protection(Document):
     model_config = ConfigDict(json_schema_extra=examples(_REPLY))
 
     name: str
+    about: str | None = Field(description=ABOUT)
     objects: list[ObjectRange]
     pages: int = Field(description="Distinct pages with a protected sub-page.")
     subpages: int = Field(description="Distinct protected sub-pages.")
+    page_ranges: list[tuple[Hex64, int, Hex32]] = Field(
+        description="The `pages` of the request: first page, number of pages, bitmap of what stays writable in each."
+    )
 
     @classmethod
-    def of(cls, protection: engine.Protection) -> Protection:
+    def of(cls, protection: EngineProtection) -> Protection:
         return cls(
             name=protection.name,
-            objects=[ObjectRange(name=item.name, gpa=item.gpa, size=item.size) for item in protection.objects],
+            about=protection.about,
+            objects=[ObjectRange(**asdict(item)) for item in protection.objects],
             pages=protection.pages,
             subpages=protection.subpages,
+            page_ranges=[(item.gfn, item.npages, item.access) for item in protection.ranges],
         )
 
 
-def _small(protections: Iterable[engine.Protection]) -> bool:
+def _small(protections: Iterable[EngineProtection]) -> bool:
     """Whether their pages are counted in no time."""
-    return sum(item.pages for protection in protections for item in protection.objects) <= _INLINE_PAGES
+    return sum(protection.extent for protection in protections) <= _INLINE_PAGES
 
 
 class Protections(Document):
@@ -107,25 +107,30 @@ class Protections(Document):
 @routes.post(
     "",
     operation_id="createProtection",
-    summary="Protect named objects",
+    summary="Protect named objects and pages",
     description=(
+        "The body is a policy as the command line reads it from a file, too. "
         "Sub-pages are reference-counted: one stays protected until the last protection that covers it is deleted. "
-        "Grants given during a replay end with the protection."
+        "Grants given during a replay end with the protection. Whole pages are protected by their sub-pages: an object "
+        "of granularity `page` needs SPP, as every other does."
     ),
     status_code=201,
     responses=documented(
         {201: {"model": Protection, "description": "Protected.", "headers": headers("Location", "ETag")}},
         "spp-not-enabled",
         "conflict",
+        "not-yet-supported",
         *CHANGE,
     ),
 )
 async def create_protection(request: Request, vm: VmId, body: ProtectionRequest) -> Response:
     entry = find(request, vm)
-    objects = [engine.ProtectedObject(item.name, item.gpa, item.size) for item in body.objects]
-    small = len(objects) <= _INLINE_PAGES and _small([engine.Protection(body.name, tuple(objects))])
+    few = len(body.objects) + len(body.pages) <= _INLINE_PAGES
+    wanted = await maybe_in_thread(few, body.protection)
     async with entry.mutation() as machine:
-        protection = await maybe_in_thread(small, machine.protect, body.name, objects)
+        protection = await maybe_in_thread(
+            few and _small([wanted]), machine.protect, wanted.name, wanted.objects, wanted.ranges, wanted.about
+        )
     location = f"/v1/vms/{entry.id}/protections/{protection.name}"
     shown = await maybe_in_thread(_small([protection]), Protection.of, protection)
     return tagged(request, shown, status=201, extra={"Location": location})

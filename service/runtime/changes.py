@@ -75,9 +75,19 @@ def _protections(before: Sequence[Protection], after: Sequence[Protection]) -> I
             yield Note("protection", {"change": "deleted", "name": name})
     for name, protection in left.items():
         if known.get(name) is not protection:
-            objects = [{"name": o.name, "gpa": hex(o.gpa), "size": o.size} for o in protection.objects[:_LISTED]]
-            detail = {"change": "created", "name": name, "objects": objects, "objects_total": len(protection.objects)}
+            detail = {"change": "created", "name": name, **_covered(protection)}
             yield Note("protection", detail)
+
+
+def _covered(protection: Protection) -> dict[str, Any]:
+    """The first objects and ranges of pages, and how many there are."""
+    objects, ranges = protection.objects, protection.ranges
+    return {
+        "objects": [{"name": o.name, "gpa": hex(o.gpa), "size": o.size} for o in objects[:_LISTED]],
+        "objects_total": len(objects),
+        "page_ranges": [[hex(r.gfn), r.npages, hex(r.access)] for r in ranges[:_LISTED]],
+        "page_ranges_total": len(ranges),
+    }
 
 
 # What replays refused

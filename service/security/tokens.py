@@ -144,8 +144,9 @@ class FileTokens:
     def _run(self, statement: str, values: Sequence[object] = ()) -> tuple[list[tuple[str, ...]], int]:
         try:
             return self._execute(statement, values)
-        except (OSError, sqlite3.OperationalError, sqlite3.NotSupportedError) as error:
-            raise TokensUnavailable(f"{self._path}: {error}") from error
+        except (OSError, sqlite3.Error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise TokensUnavailable(f"{self._path}: {reason}") from error
 
     def _execute(self, statement: str, values: Sequence[object]) -> tuple[list[tuple[str, ...]], int]:
         with self._lock:

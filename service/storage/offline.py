@@ -10,6 +10,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.failures import Failure, opened
 from service.storage import rows
 from service.storage.backup import BadBackup, read_backup, restore_machine, write_backup
 from service.storage.database import connect, reason_of
@@ -19,8 +20,8 @@ from service.storage.schema import REVISION
 from service.storage.urls import MEMORY, SQLITE, StoreUrl
 
 
-class OfflineError(Exception):
-    """What the command says and exits with."""
+class OfflineError(Failure):
+    """The store or the file cannot be used."""
 
 
 @contextlib.contextmanager
@@ -91,7 +92,7 @@ def restore(url: StoreUrl, path: Path, vm: str | None, *, replace: bool) -> list
     """
     restored: list[str] = []
     try:
-        with path.open("rb") as file, _transaction(url, writes=True) as connection:
+        with opened(path) as file, _transaction(url, writes=True) as connection:
             number = max((record.number for record in rows.vm_records(connection)), default=0)
             for machine in read_backup(file):
                 if vm in (None, machine.record.id):

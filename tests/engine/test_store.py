@@ -14,7 +14,7 @@ from engine.cpu import frames
 from engine.errors import Busy, InvalidValue
 from engine.head import config_from_head, config_to_head
 from engine.kvm import memory
-from engine.kvm.protections import ProtectedObject
+from engine.kvm.protections import ProtectedObject, ProtectedPages
 from engine.kvm.slots import SlotSpec, slot_table
 from engine.machine import AccessRequest, VirtualMachine
 from engine.store import Draft, blocks_of
@@ -163,6 +163,12 @@ def rich(profile: str) -> VirtualMachine:
     )
     set_map(vm, 1, 0xF0)
     vm.protect("p", [ProtectedObject("a", 0x2010, 8), ProtectedObject("b", 0x3000, 0x2000)])
+    vm.protect(
+        "q",
+        [ProtectedObject("c", 0x6010, 8, "page", 0xFFFF << 48, "why")],
+        [ProtectedPages(7, 2, 0xFFFFFFFE)],
+        "a note",
+    )
     vm.write_memory(0x1FFE, b"durable")
     replay(vm, [0x1000, 0x2000, (0x3000, 8, 1, 3), 0x9000, 1 << 42], on_violation="grant")
     return vm
@@ -182,6 +188,14 @@ def test_machine_comes_back_from_its_head_and_blocks(profile: str) -> None:
     rows = [0x1080, 0x2010, 0x3000, 0xA000]
     assert replay(back, rows).violations == replay(vm, rows).violations == 1
     assert picture(back)[1] == picture(vm)[1]
+
+
+def test_a_head_from_before_there_were_pages_and_notes() -> None:
+    vm = machine()
+    vm.protect("p", [ProtectedObject("a", 0x2010, 8)])
+    head = vm.head()
+    assert head["protections"] == [{"name": "p", "objects": [["a", 0x2010, 8]]}]
+    assert round_trip(vm).protections() == vm.protections()
 
 
 def test_increments_on_top_of_earlier_ones_give_the_same_machine() -> None:

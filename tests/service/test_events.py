@@ -64,7 +64,8 @@ def test_what_happens_is_told_in_order(client: ContractClient) -> None:
     client.put(f"{vm}/memory-slots/3", json={"gpa": 1 << 33, "size": MIB, "log_dirty": True})
     client.delete(f"{vm}/memory-slots/3")
     client.patch(f"{vm}/subpages", json={"ranges": [{"gfn": 1, "npages": 2, "access": 0}]})
-    client.post(f"{vm}/protections", json={"name": "p", "objects": [{"name": "o", "gpa": 0x2000, "size": 9}]})
+    covered = {"name": "p", "objects": [{"name": "o", "gpa": 0x2000, "size": 9}]}
+    client.post(f"{vm}/protections", json={**covered, "pages": [[3, 1, 0]]})
     client.post(f"{vm}/accesses", json={"gpa": 0x2000})
     client.delete(f"{vm}/protections/p")
     client.post(f"{vm}/host-memory", json={"event": "unmap", "gfn": 2})
@@ -83,7 +84,9 @@ def test_what_happens_is_told_in_order(client: ContractClient) -> None:
     ]
     assert told[5] == ("subpages", {"ranges": [{"gfn": "0x1", "npages": 2}], "ranges_total": 1, "pages": 2})
     objects = [{"name": "o", "gpa": "0x2000", "size": 9}]
-    assert told[6] == ("protection", {"change": "created", "name": "p", "objects": objects, "objects_total": 1})
+    ranges = {"page_ranges": [["0x3", 1, "0x0"]], "page_ranges_total": 1}
+    detail = {"change": "created", "name": "p", "objects": objects, "objects_total": 1, **ranges}
+    assert told[6] == ("protection", detail)
     assert told[7][0] == "violation" and told[7][1]["gpa"] == "0x2000" and told[7][1]["objects"] == ["o"]
     assert told[8] == ("protection", {"change": "deleted", "name": "p"})
     assert told[9][0] == "host-memory" and told[9][1]["event"] == "unmap" and told[9][1]["gfn"] == "0x2"

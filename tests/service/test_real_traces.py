@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from service.settings import Settings
+from tests import recorded
 from tests.contract.client import ContractClient
 from tests.service import bodies
 from tests.service.bodies import Body
@@ -22,8 +22,7 @@ from tests.service.running import running
 
 pytestmark = pytest.mark.jit
 
-DATA = Path(__file__).parents[1] / "data"
-TRUTH = json.loads((DATA / "ground-truth.json").read_text(encoding="utf-8"))
+TRUTH = json.loads(recorded.TRUTH.read_text(encoding="utf-8"))
 TRACES = ("boot", "user")
 POLICIES = ("kernel_control_data", "kernel_text_and_data", "hot_pages_stress")
 GIB = 1 << 30
@@ -46,20 +45,19 @@ def vm(client: ContractClient) -> Iterator[str]:
 
 @functools.cache
 def columns(trace: str) -> pa.Table:
-    return pq.read_table(DATA / "traces" / f"{trace}.parquet", columns=["gpa", "size", "vcpu"])
+    return pq.read_table(recorded.trace(trace), columns=["gpa", "size", "vcpu"])
 
 
 @functools.lru_cache(maxsize=1)
 def body(trace: str, name: str) -> Body:
     if name == "parquet":
-        return Body((DATA / "traces" / f"{trace}.parquet").read_bytes(), bodies.PARQUET)
+        return Body(recorded.trace(trace).read_bytes(), bodies.PARQUET)
     return bodies.FORMATS[name](columns(trace))
 
 
 def protect(client: ContractClient, vm: str, policy: str) -> None:
-    document = json.loads((DATA / "policies" / f"{policy}.json").read_text(encoding="utf-8"))
-    objects = [{name: item[name] for name in ("name", "gpa", "size")} for item in document["objects"]]
-    reply = client.post(f"{vm}/protections", json={"name": policy, "objects": objects})
+    headers = {"Content-Type": "application/json"}
+    reply = client.post(f"{vm}/protections", content=recorded.policy(policy).read_bytes(), headers=headers)
     assert reply.status_code == 201, reply.text
 
 

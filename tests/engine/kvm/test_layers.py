@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 
 from engine.cpu import frames, radix
+from engine.errors import InvalidValue, LimitExceeded
 from engine.kvm import layers, protections, spp, sppt_tables
 from engine.kvm import registers as reg
-from engine.kvm.protections import ProtectedObject, Protection
-from tests.engine.builders import FULL, bare_draft, machine, maps, new_trail, protect, replay, set_map
+from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
+from tests.engine.builders import FULL, bare_draft, machine, maps, new_trail, protect, replay, set_map, unchanged
 
 # ---- the tree
 
@@ -227,3 +229,56 @@ def test_enabling_twice_makes_one_root() -> None:
     root = int(sppt_tables.root_frame(m, 0))
     assert not spp.enable(m)
     assert int(sppt_tables.root_frame(m, 0)) == root
+
+
+def test_objects_of_whole_pages_and_pages_without_a_name() -> None:
+    objects = (ProtectedObject("whole", 0x1FF0, 0x20, "page"), ProtectedObject("byte", 0x5000, 1))
+    ranges = (ProtectedPages(5, 2, 0xFFFFFFF1), ProtectedPages(9, 1, FULL))
+    gfns, masks = protections.page_masks(objects, ranges)
+    assert dict(zip(gfns.tolist(), masks.tolist(), strict=True)) == {1: FULL, 2: FULL, 5: 0xF, 6: 0xE}
+    protection = Protection("p", objects, ranges)
+    assert (protection.pages, protection.subpages, protection.extent) == (4, 71, 6)
+    assert protection.end == 10 << 12 and Protection("p", objects).end == 0x5080
+    assert protections.masks_at(gfns[:3], objects[1:], ranges).tolist() == [0, 0, 0xF]
+
+
+@pytest.mark.parametrize(
+    ("item", "field"),
+    [
+        (ProtectedPages(1, 0, 0), "pages[0][1]"),
+        (ProtectedPages((1 << 34) - 1, 2, 0), "pages[0][0]"),
+        (ProtectedPages(1, 1, 1 << 32), "pages[0][2]"),
+        (ProtectedPages(1 << 20, 1, 0), "pages[0][0]"),
+        (ProtectedObject("o", 0x1000, 8, "byte"), "objects[0].granularity"),
+    ],
+)
+def test_pages_that_are_refused(item: Any, field: str) -> None:
+    vm = machine()
+    of_pages = isinstance(item, ProtectedPages)
+    with unchanged(vm), pytest.raises(InvalidValue) as caught:
+        vm.protect("p", [] if of_pages else [item], [item] if of_pages else [])
+    assert caught.value.field == field
+
+
+def test_a_protection_without_anything_is_refused() -> None:
+    vm = machine()
+    with unchanged(vm), pytest.raises(InvalidValue, match="an object or a range"):
+        vm.protect("p", [])
+
+
+def test_pages_stay_covered_until_the_last_one_goes() -> None:
+    vm = machine()
+    vm.protect("pages", [], [ProtectedPages(2, 1, 0xFFFFFFF0)])
+    vm.protect("object", [ProtectedObject("o", 0x2000, 0x80)])
+    assert maps(vm, 2, 1, "protected") == [0xF] and maps(vm, 2, 1, "set") == [FULL]
+    vm.unprotect("pages")
+    assert maps(vm, 2, 1, "protected") == [1]
+    vm.unprotect("object")
+    assert maps(vm, 2, 1, "effective") == [FULL]
+
+
+def test_too_many_pages_of_a_range_are_refused_before_any_is_looked_at() -> None:
+    vm = machine()
+    with unchanged(vm), pytest.raises(LimitExceeded) as caught:
+        vm.protect("p", [], [ProtectedPages(0, 1 << 30, 0)])
+    assert caught.value.field == "pages"

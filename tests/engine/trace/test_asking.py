@@ -11,6 +11,7 @@ import pytest
 from engine.access import AccessChange
 from engine.config import HostConfig
 from engine.errors import InvalidValue, LimitExceeded, TraceError
+from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
 from engine.machine import AccessRequest, VirtualMachine
 from engine.trace import asking
@@ -274,6 +275,19 @@ def test_objects_stay_counted_once_an_access_when_others_come() -> None:
 
     result = ask(vm, protect_another, [(0x5F90, 256)], include="all")
     assert result.by_object["secret"] == known.by_object["secret"]
+
+
+def test_objects_of_whole_pages_keep_theirs_when_others_come() -> None:
+    vm = machine()
+    vm.protect("p", [ProtectedObject("whole", 0x6010, 8, "page")])
+
+    def protect_another(vm: VirtualMachine, question: ExitColumns) -> str:
+        if len(vm.protections()) == 1:
+            protect(vm, "other", (0x8000, 8))
+        return "skip"
+
+    result = ask(vm, protect_another, [0x6F00, 0x8000, 0x6800])
+    assert result.exit_columns.objects() == [["whole"], ["other"], ["whole"]]
 
 
 def test_more_states_of_protections_than_there_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

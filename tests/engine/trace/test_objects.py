@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.errors import LimitExceeded
-from engine.kvm.protections import ProtectedObject
+from engine.kvm.protections import ProtectedObject, ProtectedPages
 from engine.trace import objects
 from engine.trace.objects import Targets, objects_of, targets_of
 from tests.engine.builders import machine, maps, replay, set_map, store_leaf, unchanged
@@ -146,3 +146,20 @@ def test_internal_errors_count_for_no_object() -> None:
     result = replay(vm, [0x1000])
     assert result.by_object["a"].violations == 0
     assert result.exit_columns.resolution_names() == ["internal-error"]
+
+
+def test_an_object_of_whole_pages_counts_for_all_of_them() -> None:
+    vm = machine()
+    vm.protect("p", [ProtectedObject("whole", 0x1010, 8, "page"), ProtectedObject("part", 0x1100, 8)])
+    result = replay(vm, [(0x1F00, 8), (0x1010, 1), (0x1108, 1), (0x2000, 8)])
+    hits = {name: (hit.violations, hit.collateral) for name, hit in result.by_object.items()}
+    assert hits == {"whole": (3, 2), "part": (1, 1)} and result.violations == 3
+    assert result.exit_columns.objects() == [["whole"], ["whole"], ["whole", "part"]]
+
+
+def test_pages_without_a_name_refuse_and_count_for_nobody() -> None:
+    vm = machine()
+    vm.protect("p", [ProtectedObject("o", 0x1000, 8)], [ProtectedPages(1, 1, 0xFFFFFFFC)])
+    result = replay(vm, [(0x1000, 8), (0x1080, 8), (0x1100, 8)])
+    assert result.violations == 2 and [hit.violations for hit in result.by_object.values()] == [1]
+    assert result.exit_columns.objects()[1] == []

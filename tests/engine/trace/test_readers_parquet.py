@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +13,7 @@ import pytest
 from engine.errors import TraceError
 from engine.trace.columns import CHUNK_RECORDS
 from engine.trace.readers import open_trace
-
-TRACES = Path(__file__).parents[2] / "data" / "traces"
+from tests import recorded
 
 
 def table(count=1_000, **more):
@@ -150,7 +148,7 @@ def test_only_needed_columns_are_decoded(read):
 @pytest.mark.parametrize(("name", "count"), [("boot", 16_000_000), ("user", 12_000_000)])
 def test_the_committed_traces(name, count):
     done = 0
-    with (TRACES / f"{name}.parquet").open("rb") as source:
+    with recorded.trace(name).open("rb") as source:
         reader = open_trace("parquet", source, carry=["pc_low32"])
         sums = np.zeros(2, dtype=np.uint64)
         for chunk in reader:
@@ -159,6 +157,6 @@ def test_the_committed_traces(name, count):
             done += len(chunk.records)
     assert done == count
     assert reader.ignored_columns == ("flags", "as_id")
-    whole = pq.read_table(TRACES / f"{name}.parquet", columns=["gpa", "size"])
+    whole = pq.read_table(recorded.trace(name), columns=["gpa", "size"])
     assert int(sums[0]) == int(whole["gpa"].to_numpy().sum(dtype=np.uint64))
     assert int(sums[1]) == int(whole["size"].to_numpy().astype(np.uint64).sum()) + (count << 16)

@@ -1,0 +1,104 @@
+"""The one form of a policy: what to protect, in a body of the API and in a file of the command line alike."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from engine.kvm.protections import MAX_OBJECTS, MAX_RANGES, ProtectedObject, ProtectedPages
+from engine.kvm.protections import Protection as EngineProtection
+from service.http.words import Document, Hex32, Hex64, Word, examples
+from service.problems import InvalidDocument, ServiceError
+
+_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.~-]*$"
+_ABOUT = 2000
+
+Granularity = Literal["subpage", "page"]
+ABOUT = "A note for people; kept, and given back."
+GVA = "Where the guest sees it: a note beside `gpa`, kept and given back. Nothing is looked up by it yet."
+
+
+class _OptionalWord(Word):
+    """A number that may be missing: policies say so by an empty text, too."""
+
+    def parse(self, value: Any) -> Any:
+        return None if value is None or value == "" else super().parse(value)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        found = super().__get_pydantic_json_schema__(schema, handler)
+        return {**found, "anyOf": [*found["anyOf"], {"const": ""}, {"type": "null"}]}
+
+
+_Gva = Annotated[int | None, _OptionalWord(64)]
+_Range = Annotated[tuple[Hex64, Hex64, Hex32], Field(strict=False)]
+
+EXAMPLE = {
+    "name": "kernel",
+    "about": "what a rootkit overwrites",
+    "objects": [
+        {"name": "sys_call_table", "gva": "0xffffffff82000360", "gpa": "0x2000360", "size": 3616},
+        {"name": "modprobe_path", "gpa": "0x2a5c6a0", "size": 256},
+        {"name": "idt_table", "gpa": "0x3313000", "size": 4096, "granularity": "page"},
+    ],
+    "pages": [["0x2bfb", 1, "0xfffffff0"]],
+}
+
+
+class ObjectRequest(Document):
+    """A byte range to protect; rounded outward to 128 bytes, or to whole pages."""
+
+    name: str = Field(min_length=1, max_length=256, description="Unique in the protection.")
+    gpa: Hex64 | None = Field(None, description="Address of its first byte. Required, until `gva` or `symbol` will do.")
+    size: Hex64
+    granularity: Granularity = Field("subpage", description="Outward to what it is rounded: 128 bytes, or 4 KiB.")
+    gva: _Gva = Field(None, description=GVA)
+    symbol: str | None = Field(None, max_length=256, description="Reserved: 422 not-yet-supported.")
+    about: str | None = Field(None, max_length=_ABOUT, description=ABOUT)
+
+
+class ProtectionRequest(Document):
+    """Objects and pages to protect together. Either list may be empty, not both."""
+
+    model_config = ConfigDict(json_schema_extra=examples(EXAMPLE))
+
+    name: str = Field(min_length=1, max_length=128, pattern=_NAME, description="Unique in the VM; part of the URL.")
+    about: str | None = Field(None, max_length=_ABOUT, description=ABOUT)
+    subpage_bytes: Literal[128] = Field(128, description="The size of what a bit in `pages` stands for.")
+    objects: list[ObjectRequest] = Field(default_factory=list, max_length=MAX_OBJECTS)
+    pages: list[_Range] = Field(
+        default_factory=list,
+        max_length=MAX_RANGES,
+        description=(
+            "Ranges without a name: first page, number of pages, and a bitmap for each of them, whose bit i is 1 when "
+            "sub-page i stays writable. They are protected together with the objects; nothing is SET."
+        ),
+    )
+
+    def protection(self) -> EngineProtection:
+        """What the engine protects. Raises ServiceError for what the form allows and the service refuses."""
+        known: dict[str, int] = {}
+        for position, item in enumerate(self.objects):
+            first = known.setdefault(item.name, position)
+            if first != position:
+                rule = f"objects[{first}] and objects[{position}] have one name: each object needs a name of its own"
+                raise InvalidDocument(rule, field=f"objects[{position}].name", value=item.name)
+        objects = tuple(_object(item, f"objects[{position}]") for position, item in enumerate(self.objects))
+        return EngineProtection(self.name, objects, tuple(ProtectedPages(*row) for row in self.pages), self.about)
+
+
+def _object(item: ObjectRequest, where: str) -> ProtectedObject:
+    if item.symbol is not None:
+        raise _not_yet(f"{where}.symbol", item.symbol)
+    if item.gpa is None:
+        if item.gva is not None:
+            raise _not_yet(f"{where}.gva", hex(item.gva))
+        raise InvalidDocument("is required", field=f"{where}.gpa")
+    return ProtectedObject(item.name, item.gpa, item.size, item.granularity, item.gva, item.about)
+
+
+def _not_yet(field: str, value: str) -> ServiceError:
+    rule = "is not yet supported as the place of an object: give gpa, the guest-physical address"
+    return ServiceError(rule, field=field, value=value, code="not-yet-supported")
