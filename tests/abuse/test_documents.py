@@ -70,7 +70,7 @@ def test_faults_are_not_listed_without_end(tenants: Tenants) -> None:
 
 def test_bodies_that_are_held_are_bounded(tenants: Tenants) -> None:
     """One tenant's may take half of what there is, and those of another still come in."""
-    service, red, blue = tenants(max_held_body_bytes=16 * MIB, max_document_bytes=6 * MIB)
+    _, red, blue = tenants(max_held_body_bytes=16 * MIB, max_document_bytes=6 * MIB)
     vm, other = new_vm(red), new_vm(blue)
     arrived, done = threading.Barrier(3), threading.Event()
 
