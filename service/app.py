@@ -54,6 +54,7 @@ from service.http import handlers
 from service.http.envelope import Envelope
 from service.http.gate import StoreGate
 from service.http.idempotency import Idempotency
+from service.http.limits import HeldBodies
 from service.metrics import Metrics
 from service.runtime.answers import answers_of
 from service.runtime.home import home_of
@@ -220,6 +221,7 @@ def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = 
     app.state.idempotency = Idempotency(
         answers_of(registry.home, settings.idempotency_seconds), settings.idempotency_bytes
     )
+    app.state.bodies = HeldBodies(settings.max_held_body_bytes)
     app.state.metrics = Metrics(registry)
     app.state.jobs = Jobs(settings, registry, app.state.metrics)
     app.state.ready = app.state.warm = app.state.draining = False

@@ -102,6 +102,14 @@ class Settings(BaseSettings):
 
     max_body_bytes: int = Field(GIB, ge=1, description="Largest body of a trace.")
     max_document_bytes: int = Field(32 * MIB, ge=1, description="Largest body of every other call.")
+    max_held_body_bytes: int = Field(
+        256 * MIB,
+        ge=1,
+        description="Bytes of bodies, other than traces, in memory at one time; one tenant may have half of it.",
+    )
+    max_document_values: int = Field(
+        1_310_720, ge=1000, description="Values in one JSON document; its members and objects count four times each."
+    )
     head_timeout: float = Field(15, ge=0, description="Seconds that the head of a request may take; 0: any time.")
     body_timeout: float = Field(
         30,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import Query
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -21,10 +21,11 @@ from service.api.common import (
     find,
     json_response,
     router,
+    settings_of,
 )
 from service.api.nested_state import VcpuId
 from service.api.vcpus import TlbEntry, tlb_entry
-from service.http.handlers import refusal
+from service.http.json_bodies import parse
 from service.http.negotiation import JSON, OCTETS, content_type
 from service.http.words import Document, Hex64, examples
 from service.problems import InvalidDocument
@@ -75,7 +76,9 @@ class CallDocument(Document):
     """A flush call by its fields."""
 
     code: Annotated[int, Field(ge=0, le=0xFFFF)] | None = Field(None, description="Call code; or give `name`.")
-    name: str | None = Field(None, description="As the TLFS has it, HvCallFlushVirtualAddressSpaceEx for instance.")
+    name: str | None = Field(
+        None, max_length=64, description="As the TLFS has it, HvCallFlushVirtualAddressSpaceEx for instance."
+    )
     fast: bool = False
     nested: bool = Field(False, description="Bit 31 of the input value.")
     variable_header: int | None = Field(None, ge=0, le=0x3FF, description="In words; null: as many as there are banks.")
@@ -367,7 +370,7 @@ async def execute_hypercall(
         for name, value in (("rcx", rcx), ("rdx", rdx)):
             if value is not None:
                 raise InvalidDocument("is a member of registers when the body is JSON", field=name, value=value)
-        wanted = _parse(content).request()
+        wanted = (await parse(Hypercall, content, settings_of(request))).request()
     async with entry.mutation() as machine:
         report = machine.hyperv.hypercall(n, wanted)
         entry.events.note("flush", _event(n, report))
@@ -380,10 +383,3 @@ def _of_bytes(content: bytes, rcx: int | None, rdx: int | None) -> HypercallRequ
     if rcx is None or rdx is None:
         raise InvalidDocument("rcx and rdx say what is called and where its block is", field="rcx", value=rcx)
     return HypercallRequest(registers=Caller(rcx=rcx, rdx=rdx), input=content, long_mode=True)
-
-
-def _parse(content: bytes) -> Hypercall:
-    try:
-        return Hypercall.model_validate_json(content)
-    except ValidationError as error:
-        raise refusal(error.errors()) from None

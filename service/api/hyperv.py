@@ -106,7 +106,10 @@ class VpAssistFields(Document):
 
     model_config = ConfigDict(
         extra="allow",
-        json_schema_extra=examples({"nested_features": 1, "enlighten_vmentry": 1, "current_nested_vmcs": "0x9000"}),
+        json_schema_extra={
+            "maxProperties": 64,
+            **examples({"nested_features": 1, "enlighten_vmentry": 1, "current_nested_vmcs": "0x9000"}),
+        },
     )
 
 

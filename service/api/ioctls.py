@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Path, Query
-from pydantic import ConfigDict, Field, GetJsonSchemaHandler, ValidationError
+from pydantic import ConfigDict, Field, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 from starlette.requests import Request
@@ -29,7 +29,7 @@ from service.api.common import (
     tenant_of,
 )
 from service.api.vms import HostRequest, Profile
-from service.http.handlers import refusal
+from service.http.json_bodies import parse
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
 from service.http.words import Document, Hex64, examples
 from service.problems import InvalidDocument
@@ -186,7 +186,7 @@ async def _incoming(request: Request, level: str, name: str, arg: int | None) ->
         return _Incoming(call, preferred(request, (OCTETS, JSON)))
     if arg is not None:
         raise InvalidDocument("is a member of the body when that is JSON", field="arg", value=arg)
-    body = _parse(content)
+    body = await parse(IoctlRequest, content, settings_of(request))
     for member in ("host", "max_vcpus"):
         if getattr(body, member) is not None and level != SYSTEM:
             raise InvalidDocument("is for calls to the system only", field=member)
@@ -198,13 +198,6 @@ async def _incoming(request: Request, level: str, name: str, arg: int | None) ->
     host = body.host or HostRequest()
     call = Call(name, level, user, body.arg, memory)
     return _Incoming(call, preferred(request, (JSON, OCTETS)), host.config(), body.max_vcpus or _ROOM)
-
-
-def _parse(content: bytes) -> IoctlRequest:
-    try:
-        return IoctlRequest.model_validate_json(content)
-    except ValidationError as error:
-        raise refusal(error.errors()) from None
 
 
 def _segments(body: IoctlRequest) -> list[tuple[int, bytearray]]:

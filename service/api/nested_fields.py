@@ -12,10 +12,15 @@ from engine.arch import nested_state as abi
 from engine.arch.evmcs import EVMCS
 from engine.arch.struct_layout import PARTIAL, Layout, parse_integer
 from engine.arch.vmcs12 import VMCS12, VMCS12_PAGE
+from service.http.json_bodies import weigh
 from service.http.words import examples
-from service.problems import InvalidDocument, ServiceError
+from service.problems import BodyTooLarge, InvalidDocument, ServiceError
 
 _ABOUT_PARTIAL = "Where the bytes end within a field: those that are there, in hex."
+
+# A document has some hundred members, and bytes behind the last section in one string.
+_MOST_BYTES = 1 << 20
+_MOST_VALUES = 1 << 14
 
 _HEADER = {"vmxon_pa": "0x1000", "vmcs12_pa": "0xffffffffffffffff", "smm_flags": "0x0"}
 EXAMPLE = {"length": 128, "flags": "0x0", "format": 0, "size": 128, "vmx": _HEADER}
@@ -104,6 +109,9 @@ class NestedStateFields(_Fields):
 
 def parse_document(content: bytes) -> Mapping[str, Any]:
     """A JSON object. Raises ServiceError (400) for what is not JSON and InvalidDocument for another value."""
+    if len(content) > _MOST_BYTES:
+        raise BodyTooLarge(f"must be at most {_MOST_BYTES} bytes", field="body")
+    weigh(content, _MOST_VALUES)
     try:
         document = msgspec.json.decode(content)
     except (ValueError, RecursionError) as error:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import numpy.typing as npt
 from fastapi import Query
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, FailFast, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -32,13 +32,14 @@ from service.api.common import (
 )
 from service.api.vms import Vm
 from service.http import bitmaps, conditional
-from service.http.handlers import refusal
+from service.http.json_bodies import INLINE_BYTES, parsed
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
 from service.http.route import parse_query, query_parameters, reads_query
 from service.http.words import Document, Hex32, Hex64, examples
 from service.problems import InvalidDocument
 from service.runtime.changes import subpages_set
 from service.runtime.offload import maybe_in_thread
+from service.settings import Settings
 
 routes = router("sub-pages", "/v1/vms/{vm}/subpages", reads="read", writes="write")
 
@@ -51,7 +52,9 @@ Pages = Annotated[Hex64, Query(description="Number of pages.", examples=["1"])]
 _OFFERS = (JSON, OCTETS)
 # Above this, rendering and parsing take longer than the event loop should be kept from others.
 _INLINE_PAGES = 4096
-_INLINE_BYTES = 1 << 16
+# Pages of one call, whatever the service is set to; and runs of pages.
+MOST_PAGES = 1 << 20
+_MOST_RANGES = 1 << 16
 
 _WINDOW = {"gfn": "0x2000", "npages": 2, "access": ["0xffffffff", "0x8001ffff"]}
 
@@ -83,7 +86,9 @@ class SubpageWindowRequest(Document):
     model_config = ConfigDict(json_schema_extra=examples({"access": ["0xffffffff", "0x8001ffff"]}))
 
     access: list[Any] = Field(
-        description="One bitmap for each page.", json_schema_extra={"items": bitmaps.WORD32_SCHEMA}
+        max_length=MOST_PAGES,
+        description="One bitmap for each page.",
+        json_schema_extra={"items": bitmaps.WORD32_SCHEMA},
     )
 
 
@@ -95,7 +100,10 @@ class SubpageRangeRequest(Document):
     access: Any = Field(
         description="One bitmap for all pages, or a list with one for each.",
         json_schema_extra={
-            "anyOf": [*bitmaps.WORD32_SCHEMA["anyOf"], {"type": "array", "items": bitmaps.WORD32_SCHEMA}]
+            "anyOf": [
+                *bitmaps.WORD32_SCHEMA["anyOf"],
+                {"type": "array", "items": bitmaps.WORD32_SCHEMA, "maxItems": MOST_PAGES},
+            ]
         },
     )
 
@@ -116,7 +124,7 @@ class SubpagePatch(Document):
         }
     )
 
-    ranges: list[SubpageRangeRequest] = Field(min_length=1)
+    ranges: Annotated[list[SubpageRangeRequest], FailFast()] = Field(min_length=1, max_length=_MOST_RANGES)
 
 
 def _check_window(gfn: int, npages: int, limit: int, prefix: str = "") -> None:
@@ -172,16 +180,13 @@ async def get_subpages(request: Request) -> Response:
     return Response(content, media_type=media, headers={"ETag": tag, "Vary": "Accept"})
 
 
-def _parse_window(media: str, content: bytes, npages: int) -> npt.NDArray[np.uint32]:
+def _parse_window(media: str, content: bytes, npages: int, settings: Settings) -> npt.NDArray[np.uint32]:
     if media == OCTETS:
         if len(content) != 4 * npages:
             rule = f"must be {4 * npages} bytes, one little-endian u32 for each of {npages} pages"
             raise InvalidDocument(rule, field="body", value=len(content))
         return np.frombuffer(content, dtype="<u4")
-    try:
-        document = SubpageWindowRequest.model_validate_json(content)
-    except ValidationError as error:
-        raise refusal(error.errors()) from None
+    document = parsed(SubpageWindowRequest, content, settings)
     words = bitmaps.words32(document.access, "access")
     if len(words) != npages:
         raise InvalidDocument(f"must have one bitmap for each of {npages} pages", field="access", value=len(words))
@@ -217,10 +222,11 @@ def _parse_window(media: str, content: bytes, npages: int) -> npt.NDArray[np.uin
 async def put_subpages(request: Request, vm: VmId, gfn: Gfn, npages: Pages = 1) -> Response:
     entry = find(request, vm)
     media = content_type(request, _OFFERS)
-    _check_window(gfn, npages, settings_of(request).max_subpage_window)
+    settings = settings_of(request)
+    _check_window(gfn, npages, settings.max_subpage_window)
     content = await request.body()
-    small = npages <= _INLINE_PAGES and len(content) <= _INLINE_BYTES
-    words = await maybe_in_thread(small, _parse_window, media, content, npages)
+    small = npages <= _INLINE_PAGES and len(content) <= INLINE_BYTES
+    words = await maybe_in_thread(small, _parse_window, media, content, npages, settings)
     async with entry.mutation() as machine:
         guard(request, entry, lambda: _tags(machine, gfn, npages))
         ranges = [SubpageRange(gfn, npages, words)]
@@ -230,12 +236,8 @@ async def put_subpages(request: Request, vm: VmId, gfn: Gfn, npages: Pages = 1) 
     return Response(status_code=204, headers={"ETag": tag})
 
 
-def _parse_patch(content: bytes, limit: int) -> list[SubpageRange]:
-    try:
-        document = SubpagePatch.model_validate_json(content)
-    except ValidationError as error:
-        raise refusal(error.errors()) from None
-    return ranges_of(document, limit)
+def _parse_patch(content: bytes, settings: Settings) -> list[SubpageRange]:
+    return ranges_of(parsed(SubpagePatch, content, settings), settings.max_subpage_window)
 
 
 def ranges_of(document: SubpagePatch, limit: int) -> list[SubpageRange]:
@@ -283,9 +285,8 @@ async def patch_subpages(request: Request, vm: VmId) -> Response:
     entry = find(request, vm)
     content_type(request, (JSON,))
     content = await request.body()
-    limit = settings_of(request).max_subpage_window
-    small = len(content) <= _INLINE_BYTES
-    ranges = await maybe_in_thread(small, _parse_patch, content, limit)
+    small = len(content) <= INLINE_BYTES
+    ranges = await maybe_in_thread(small, _parse_patch, content, settings_of(request))
     small = small and sum(change.npages for change in ranges) <= _INLINE_PAGES
     async with entry.mutation() as machine:
         guard(request, entry, lambda: [tag_of(Vm.of(entry))])

@@ -35,6 +35,7 @@ from service.api.jobs import ACCEPTED, PREFER, replay_as_job, wanted_async
 from service.api.translations import (
     EXAMPLE_OPERATION,
     EXAMPLE_STALE,
+    MOST_MEMBERS,
     OperationRecord,
     TranslationRecords,
     TranslationTotals,
@@ -99,7 +100,7 @@ def _no_default(schema: dict[str, Any]) -> None:
 class AccessRecord(Document):
     """One access of the guest. Other members are ignored and named in the result, or carried with `?carry=`."""
 
-    model_config = ConfigDict(extra="allow", json_schema_extra=examples(_ACCESS))
+    model_config = ConfigDict(extra="allow", json_schema_extra={"maxProperties": MOST_MEMBERS, **examples(_ACCESS)})
 
     gpa: Hex64 = Field(description="Guest-physical address of the first byte.")
     size: int = Field(8, ge=1, le=0xFFFF, description="Bytes accessed.")

@@ -52,10 +52,17 @@ EXAMPLE_OPERATION = {
 }
 
 
+# Of a record: the columns that there are, and those that are ignored (engine.trace.readers.rows).
+MOST_MEMBERS = 256
+
+
 class OperationRecord(Document):
     """An operation between the accesses of a trace. Its other members mean nothing."""
 
-    model_config = ConfigDict(extra="allow", json_schema_extra=examples(_FLUSH, {"op": 3, "gva": "0x7f0000001000"}))
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={"maxProperties": MOST_MEMBERS, **examples(_FLUSH, {"op": 3, "gva": "0x7f0000001000"})},
+    )
 
     op: Annotated[int, Field(ge=1, le=3)] | Annotated[str, Field(pattern="^(0x)?[1-3]$")] = Field(
         description="1 hypercall, 2 mov-cr3, 3 invlpg."

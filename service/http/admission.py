@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from engine.errors import EngineError
 from service.http.handlers import problem_response
 from service.http.idempotency import Idempotency
-from service.http.limits import WITH_BODY, bounded
+from service.http.limits import WITH_BODY, Held, HeldBodies, bounded
 from service.http.negotiation import acceptable
 from service.http.sockets import check_origin, token_among
 from service.problems import ServiceError
@@ -51,16 +51,18 @@ def gated(route: Declared, app: ASGIApp) -> ASGIApp:
         state = scope["app"].state
         websocket = scope["type"] == "websocket"
         headers = _wanted(scope["headers"])
+        held: Held | None = None
         try:
             access = cast(AccessControl, state.access)
             if websocket:
                 check_origin(headers.get(b"origin"), headers.get(b"host"), cast(Settings, state.settings).cors_origins)
             given = headers.get(b"authorization") or (token_among(scope["subprotocols"]) if websocket else None)
-            access.admit(scope, route.permission or "admin", given, headers.get(b"host"))
+            principal = access.admit(scope, route.permission or "admin", given, headers.get(b"host"))
             if len(route.offers) == 1 and b"accept" in headers:
                 acceptable(headers[b"accept"].decode("latin-1"), route.offers)
             if scope["type"] == "http" and scope["method"] in WITH_BODY:
-                receive = bounded(scope, receive, headers, cast(Settings, state.settings))
+                held = Held(cast(HeldBodies, state.bodies), principal.tenant)
+                receive = bounded(scope, receive, headers, cast(Settings, state.settings), held)
                 if b"idempotency-key" in headers and scope["method"] == "POST":
                     keys = cast(Idempotency, state.idempotency)
                     await keys.once(headers[b"idempotency-key"], app, scope, receive, send)
@@ -71,6 +73,9 @@ def gated(route: Declared, app: ASGIApp) -> ASGIApp:
             await problem_response(HTTPConnection(scope), refused)(scope, receive, send)
         else:
             await app(scope, receive, send)
+        finally:
+            if held is not None:
+                held.release()
 
     return gate
 

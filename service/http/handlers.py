@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
@@ -27,6 +28,9 @@ from service.problems import (
 )
 
 logger = logging.getLogger("subpage")
+
+# Faults of one request beyond which they are counted and not listed.
+_LISTED_FAULTS = 1000
 
 _PLACES = ("body", "query", "path", "header", "cookie")
 
@@ -64,6 +68,16 @@ def refusal(faults: Sequence[Mapping[str, Any]]) -> ServiceError:
         value = None if fault["type"] == "missing" else showable(fault.get("input"), field)
         listed.append(FieldError(field=field, value=value, rule=_rule(fault)))
     return InvalidDocument(listed[0].rule, field=listed[0].field, value=listed[0].value, faults=listed)
+
+
+def refused(error: ValidationError, place: str | None = None) -> ServiceError:
+    """The refusal that ``error`` is; ``place`` names what has no member, such as a body that is no object."""
+    if error.error_count() > _LISTED_FAULTS:
+        # Listing them would take as long as they are many.
+        rule = f"breaks the rules of this document in {error.error_count()} places"
+        return InvalidDocument(rule, field=place)
+    faults = error.errors(include_url=False)
+    return refusal([{**fault, "loc": (place, *fault["loc"])} for fault in faults] if place else faults)
 
 
 def _rule(fault: Mapping[str, Any]) -> str:

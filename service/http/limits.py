@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping
 
 from starlette.types import Message, Receive, Scope
 
+from engine.errors import LimitExceeded
 from service.http.codings import ACCEPTED, CODINGS, decoded
 from service.problems import BodyTooLarge, BodyTooSlow, UnsupportedMediaType
 from service.settings import Settings
@@ -14,12 +16,61 @@ from service.settings import Settings
 # The body of any other method is never read.
 WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
+# Bodies up to this size are not counted among those that are held.
+_SMALL = 1 << 16
 
-def bounded(scope: Scope, receive: Receive, headers: Mapping[bytes, bytes], settings: Settings) -> Receive:
+
+class HeldBodies:
+    """Bytes of the bodies that are in memory whole, until their requests have ended: in all and of each tenant."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held: Counter[str] = Counter()
+
+    def take(self, tenant: str, size: int) -> None:
+        """Raises LimitExceeded beyond half of the limit for one tenant, beyond the whole for all of them."""
+        if self._held[tenant] + size > self._limit // 2:
+            raise self._exceeded("half of max_held_body_bytes", f"bytes for the bodies of tenant {tenant}")
+        if self._held.total() + size > self._limit:
+            raise self._exceeded("max_held_body_bytes", "bytes for the bodies of all tenants")
+        self._held[tenant] += size
+
+    def give_back(self, tenant: str, size: int) -> None:
+        self._held[tenant] -= size
+        if not self._held[tenant]:
+            del self._held[tenant]
+
+    def _exceeded(self, name: str, what: str) -> LimitExceeded:
+        return LimitExceeded(f"at most {self._limit} {what} at one time; try again", field=name, value=self._limit)
+
+
+class Held:
+    """What one request holds of them."""
+
+    def __init__(self, bodies: HeldBodies, tenant: str) -> None:
+        self._bodies, self._tenant = bodies, tenant
+        self._size = 0
+
+    def grow(self, size: int) -> None:
+        """Its body has ``size`` bytes by now. Raises LimitExceeded."""
+        if size > _SMALL:
+            self._bodies.take(self._tenant, size - self._size)
+            self._size = size
+
+    def release(self) -> None:
+        if self._size:
+            self._bodies.give_back(self._tenant, self._size)
+            self._size = 0
+
+
+def bounded(
+    scope: Scope, receive: Receive, headers: Mapping[bytes, bytes], settings: Settings, held: Held | None = None
+) -> Receive:
     """``receive`` within the limits of the call, and decoded; the limit holds before and after that.
 
     A declared length over the limit is refused here and unread, an undeclared one where it passes it: raises
-    BodyTooLarge, or UnsupportedMediaType for a coding that is not read.
+    BodyTooLarge, or UnsupportedMediaType for a coding that is not read. ``held`` learns how long the decoded body is
+    where it is read whole, which is everywhere but in traces.
     """
     declared = headers.get(b"content-length")
     if (declared is None or declared == b"0") and b"transfer-encoding" not in headers:
@@ -43,7 +94,26 @@ def bounded(scope: Scope, receive: Receive, headers: Mapping[bytes, bytes], sett
                 raise _too_large(limit)
         return message
 
-    return counted if coding == "identity" else decoded(counted, coding, limit)
+    whole = counted if coding == "identity" else decoded(counted, coding, limit)
+    return whole if held is None or _streamed(scope) else _kept(whole, held)
+
+
+def _kept(receive: Receive, held: Held) -> Receive:
+    size = 0
+
+    async def growing() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        held.grow(size)
+        return message
+
+    return growing
+
+
+def _streamed(scope: Scope) -> bool:
+    """Whether the body is taken piece by piece: it is a trace."""
+    return bool(scope["method"] == "POST" and scope["path"].endswith("/traces"))
 
 
 def punctual(receive: Receive, seconds: float, rate: int) -> Receive:
@@ -74,13 +144,11 @@ def punctual(receive: Receive, seconds: float, rate: int) -> Receive:
 
 def limit_of(scope: Scope, settings: Settings) -> int:
     """The largest body of this call in bytes."""
-    match scope["method"], scope["path"].rpartition("/")[2]:
-        case "POST", "traces":
-            return settings.max_body_bytes
-        case "PUT", "memory":
-            return settings.max_memory_window
-        case _:
-            return settings.max_document_bytes
+    if _streamed(scope):
+        return settings.max_body_bytes
+    if scope["method"] == "PUT" and scope["path"].endswith("/memory"):
+        return settings.max_memory_window
+    return settings.max_document_bytes
 
 
 def _too_large(limit: int) -> BodyTooLarge:

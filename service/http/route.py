@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi import APIRouter
+from fastapi._compat import ModelField
 from fastapi.routing import APIRoute, APIWebSocketRoute
 from pydantic import BaseModel, ValidationError
 from starlette.convertors import Convertor, register_url_convertor
@@ -13,7 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.http.admission import gated
-from service.http.handlers import refusal
+from service.http.handlers import refused
+from service.http.json_bodies import received
 from service.http.negotiation import JSON
 from service.problems import InvalidDocument
 from service.security.access import Permission
@@ -65,7 +67,7 @@ def parse_query(model: type[M], request: Request) -> M:
     try:
         return model.model_validate(members)
     except ValidationError as error:
-        raise refusal(error.errors()) from None
+        raise refused(error) from None
 
 
 def query_parameters(model: type[BaseModel]) -> list[dict[str, Any]]:
@@ -95,6 +97,21 @@ def _offers(responses: Mapping[int | str, dict[str, Any]]) -> tuple[str, ...]:
     return tuple(found)
 
 
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+def _with_document(handler: Handler, field: ModelField | None) -> Handler:
+    """``handler``, which is given its document parsed within bounds."""
+    if field is None:
+        return handler
+    model = field.field_info.annotation
+
+    async def reading(request: Request) -> Response:
+        return await handler(await received(model, request))
+
+    return reading
+
+
 class StrictRoute(APIRoute):
     """A route behind its gate. A typing error in an option must not silently run the call with the default."""
 
@@ -108,7 +125,7 @@ class StrictRoute(APIRoute):
         self.app = gated(self, self.app)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
+        handler = _with_document(super().get_route_handler(), self.body_field)
         if getattr(self.endpoint, "reads_query", False):
             return handler
         known = frozenset(field.alias for field in self.dependant.query_params)

@@ -426,7 +426,7 @@ def test_documents_that_no_blob_can_hold(client: ContractClient, vm: str, docume
     assert client.get(url).json() == before
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b'{"flags": NaN}', b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 10_000, b'{"flags": NaN}', b"\xff"])
 def test_bodies_that_are_not_json(client: ContractClient, vm: str, content: bytes) -> None:
     reply = client.put(f"{vm}/vcpus/0/nested-state", content=content, headers={"Content-Type": "application/json"})
     assert (reply.status_code, reply.json()["code"]) == (400, "malformed-body")

@@ -96,9 +96,14 @@ def test_a_body_of_another_type(client: ContractClient) -> None:
 
 
 def test_values_that_json_cannot_carry(client: ContractClient) -> None:
-    for content in (b'{"name": "\\ud800"}', b'{"maxphyaddr": NaN}', b'{"maxphyaddr": 1e999}', b'{"\\udfff": 1}'):
+    for content, status in (
+        (b'{"name": "\\ud800"}', 400),
+        (b'{"\\udfff": 1}', 400),
+        (b'{"maxphyaddr": NaN}', 422),
+        (b'{"maxphyaddr": 1e999}', 422),
+    ):
         reply = client.post("/v1/vms", content=content, headers={"Content-Type": "application/json"})
-        assert reply.status_code == 422, reply.text
+        assert reply.status_code == status, reply.text
         json.loads(reply.content)
 
 

@@ -1,0 +1,103 @@
+"""JSON documents of few bytes and many values: bounded before anything is made of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import httpx2
+import pytest
+import zstandard
+
+from tests.abuse.conftest import MIB, Service, new_vm
+
+Tenants = Callable[..., tuple[Service, httpx2.Client, httpx2.Client]]
+
+_CODED = {"Content-Type": "application/json", "Content-Encoding": "zstd"}
+_MILLIONS = 11_000_000
+
+# Bodies below max_document_bytes that would be gigabytes of objects.
+BOMBS = {
+    "protections": ("POST", "/protections", b'{"name":"a","objects":[', b"{},"),
+    "ranges": ("PATCH", "/subpages", b'{"ranges":[', b"{},"),
+    "bitmaps": ("PUT", "/subpages?gfn=0", b'{"access":[', b"0,"),
+    "entries": ("PATCH", "/page-access", b'{"entries":[', b"[],"),
+    "msrs": ("PUT", "/vcpus/0/msrs", b'{"msrs":[', b"[],"),
+    "nested state": ("PUT", "/vcpus/0/nested-state", b'{"vmx":[', b"[],"),
+    "segments": ("POST", "/ioctls/KVM_CHECK_EXTENSION", b'{"memory":[', b"{},"),
+}
+
+
+def bomb(before: bytes, item: bytes, count: int) -> bytes:
+    return zstandard.compress(before + item * count + item[:-1] + b"]}")
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_lists_of_millions(tenants: Tenants, name: str) -> None:
+    service, red, _ = tenants()
+    vm = new_vm(red)
+    before = service.peak()
+    method, path, beginning, item = BOMBS[name]
+    reply = red.request(method, vm + path, content=bomb(beginning, item, _MILLIONS), headers=_CODED)
+    assert reply.status_code == 413, reply.text
+    assert service.peak() - before < 160 * MIB
+    assert red.get(vm).status_code == 200
+
+
+def test_members_by_the_million(tenants: Tenants) -> None:
+    """Unknown ones, and those of a map; each was listed as a fault."""
+    service, red, _ = tenants()
+    before = service.peak()
+    unknown = ",".join(f'"k{n}":0' for n in range(1_000_000))
+    for body in (f"{{{unknown}}}", f'{{"host":{{"vmx_capabilities":{{{unknown}}}}}}}'):
+        reply = red.post("/v1/vms", content=zstandard.compress(body.encode()), headers=_CODED)
+        assert reply.status_code == 413, reply.text
+    assert service.peak() - before < 160 * MIB
+
+
+def test_faults_are_not_listed_without_end(tenants: Tenants) -> None:
+    """As many as the bound on values lets through: told in a short reply, with the first or how many they are."""
+    service, red, _ = tenants()
+    vm = new_vm(red)
+    before = service.peak()
+    ranges = b'{"ranges":[' + b",".join([b"{}"] * 60_000) + b"]}"
+    unknown = b"{" + b",".join(b'"k%d":0' % n for n in range(200_000)) + b"}"
+    for method, path, body in (("PATCH", "/subpages", ranges), ("PATCH", "/page-access", unknown)):
+        reply = red.request(method, vm + path, content=body, headers={"Content-Type": "application/json"})
+        assert reply.status_code == 422 and len(reply.content) < 40_000
+    assert service.peak() - before < 300 * MIB
+
+
+def test_bodies_that_are_held_are_bounded(tenants: Tenants) -> None:
+    """One tenant's may take half of what there is, and those of another still come in."""
+    _, red, blue = tenants(max_held_body_bytes=16 * MIB, max_document_bytes=6 * MIB)
+    vm, other = new_vm(red), new_vm(blue)
+    arrived, done = threading.Barrier(3), threading.Event()
+
+    def held() -> Iterator[bytes]:
+        yield b" " * (3 * MIB)
+        arrived.wait(30)
+        done.wait(30)
+
+    def hold() -> None:
+        red.patch(f"{vm}/subpages", content=held(), headers={"Content-Type": "application/json"})
+
+    threads = [threading.Thread(target=hold) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    arrived.wait(30)
+    document = {
+        "ranges": [{"gfn": 0, "access": "0x0"}],
+    }
+    large = b" " * (3 * MIB) + b'{"ranges": [{"gfn": 0, "access": "0x0"}]}'
+    headers = {"Content-Type": "application/json"}
+    try:
+        refused = red.patch(f"{vm}/subpages", content=large, headers=headers)
+        assert refused.status_code == 429 and refused.json()["field"] == "half of max_held_body_bytes"
+        assert red.patch(f"{vm}/subpages", json=document).status_code == 204
+        assert blue.patch(f"{other}/subpages", content=large, headers=headers).status_code == 204
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert red.patch(f"{vm}/subpages", content=large, headers=headers).status_code == 204
