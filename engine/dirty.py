@@ -109,7 +109,7 @@ class DirtyOperations:
         end = self._end if npages is None else gfn + npages
         if gfn < 0 or end > self._end or end <= gfn:
             raise InvalidValue(
-                f"pages lie within the guest-physical address width of {self._config.maxphyaddr} bits",
+                f"must lie within the guest-physical address width of {self._config.maxphyaddr} bits",
                 field="gfn",
                 value=gfn,
             )
@@ -158,7 +158,9 @@ class DirtyOperations:
             machine = draft.machine
             if level == "subpage" and not _register(machine, reg.SPP_ACTIVE):
                 raise NotEnabled(
-                    "sub-pages are tracked by sub-page protection; enable it first", field="tracking", value=level
+                    "must be off or page while sub-page protection is off: switch it on first, with PUT …/spp",
+                    field="tracking",
+                    value=level,
                 )
             empty_buffers(draft, self._config)
             self._use_buffers(draft, method)
@@ -183,7 +185,12 @@ class DirtyOperations:
         if waiting is not None:
             return waiting
         if self.tracking().tracking == "off":
-            raise Conflict("dirty tracking is switched on first", field="tracking", value="off", errno="ENOENT")
+            raise Conflict(
+                "must not be off: switch dirty tracking on first, with PUT …/dirty",
+                field="tracking",
+                value="off",
+                errno="ENOENT",
+            )
         with self._change() as draft:
             empty_buffers(draft, self._config)
             trail = new_trail()
@@ -198,7 +205,7 @@ class DirtyOperations:
         """Let go of a harvest; False if it had been acknowledged before. Raises NotFound for one that never was."""
         snapshot = self._published()
         if harvest < 1 or harvest > _register(snapshot.machine, reg.HARVESTS):
-            raise NotFound("no harvest has that number", field="harvest", value=harvest)
+            raise NotFound("must be the number of a harvest that waits", field="harvest", value=harvest)
         if harvest <= _register(snapshot.machine, reg.ACKNOWLEDGED):
             return False
         with self._change() as draft:
@@ -214,7 +221,7 @@ class DirtyOperations:
         """
         spec = self._slots().get(key_of(slot, address_space))
         if spec is None or not spec.log_dirty:
-            raise NotFound("the slot exists and has log_dirty", field="slot", value=slot)
+            raise NotFound("must be a slot with log_dirty", field="slot", value=slot)
         out = np.zeros((spec.pages + tracking.LOG_MASK) >> tracking.LOG_SHIFT, dtype=np.int64)
         if spec.address_space:
             return out.tobytes()
@@ -268,12 +275,16 @@ class DirtyOperations:
         flags = host.capability("ept_vpid_cap") & ept.CAP_ACCESSED_DIRTY
         if not flags or not host.secondary_allowed & ctl.SECONDARY_PML or host.vendor != "intel":
             raise Unsupported(
-                "a page-modification log needs a host with it and with EPT dirty flags", field="method", value="pml"
+                "must be write-protect: this host lacks a page-modification log or EPT dirty flags",
+                field="method",
+                value="pml",
             )
         for frame in self._vcpu_frames():
             if int(frames.read_word(machine, frame, ctl.V_SECONDARY)) & ctl.SECONDARY_PML:
                 raise Conflict(
-                    "the page-modification log of a vCPU is in use: its VMCS was written", field="method", value="pml"
+                    "must be write-protect: the page-modification log of a vCPU is in use, its VMCS was written",
+                    field="method",
+                    value="pml",
                 )
 
     def _vcpu_frames(self) -> range:

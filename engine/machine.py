@@ -10,20 +10,20 @@ import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine import birth
+from engine import birth, walks
 from engine.access import AccessOperations
 from engine.allocations import Allocations
 from engine.arch import access as acc
 from engine.config import VmConfig
 from engine.cpu import explain, frames
 from engine.dirty import DirtyOperations
-from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound
+from engine.errors import Busy, Conflict, InvalidValue, LimitExceeded, NotFound
 from engine.head import config_from_head, config_to_head
 from engine.hyperv_operations import HypervOperations
 from engine.hyperv_vps import Runs, enter, hyperv_host, leave
@@ -31,7 +31,7 @@ from engine.kvm import enabling, memory, protections, spp, tracking
 from engine.kvm import registers as reg
 from engine.kvm.host_memory import HostMemoryOperations
 from engine.kvm.protections import ProtectedObject, Protection
-from engine.kvm.slots import SlotSpec, first_page_without_slot, slot_table
+from engine.kvm.slots import SlotSpec, check_pages, slot_table
 from engine.nested_operations import NestedOperations, nested_in_use
 from engine.nested_states import NestedStates, states_from_head, states_to_head
 from engine.outline import Outline, outline_to_head
@@ -160,7 +160,7 @@ class VirtualMachine:
     def protection(self, name: str) -> Protection:
         """One protection. Raises NotFound."""
         if name not in self._state.protections:
-            raise NotFound("no protection has that name", field="name", value=name)
+            raise NotFound("must be the name of a protection of this machine", field="name", value=name)
         return self._state.protections[name]
 
     def subpages(self, gfn: int, npages: int, layer: str = "effective") -> NDArray[np.uint32]:
@@ -191,17 +191,26 @@ class VirtualMachine:
         kind: int = acc.DATA,
         linear: int = acc.LINEAR_VALID,
         circumstances: int = 0,
-    ) -> explain.Explanation:
-        """What the processor would do with an access, entry by entry; changes nothing.
+    ) -> walks.Walk:
+        """What the processor finds of an access, entry by entry, and how it ends once KVM has done its part.
 
+        Changes nothing: the access is executed on a twin of the machine, which costs a copy of its frames.
         ``kind``, ``linear`` and ``circumstances`` are as ``arch.access`` has them; ``access`` is what the kind does
         unless given.
         """
         access = acc.default_access(kind) if access is None else access
         request = AccessRequest(gpa, size, access, vcpu, kind=kind, linear=linear, circumstances=circumstances)
         request.validate(self.config)
-        snapshot = self._state.snapshot
-        return explain.explain(snapshot.machine, self.config.vcpu_position(vcpu), gpa, size, request.how)
+        twin = self._twin()
+        position = self.config.vcpu_position(vcpu)
+        now = explain.explain(twin._state.snapshot.machine, position, gpa, size, request.how)
+        try:
+            result = twin.access(request)
+        except LimitExceeded as limit:
+            return walks.cut_short(now, limit)
+        machine = twin._state.snapshot.machine
+        after = explain.explain(machine, position, gpa, size, request.how)
+        return walks.walk_of(machine, now, result, after)
 
     def counters(self) -> dict[str, int]:
         """Totals since creation, by the names in ``kvm.registers``, and frames and bytes in use."""
@@ -272,9 +281,11 @@ class VirtualMachine:
         state = self._state
         self._check_active()
         if name in state.protections:
-            raise Conflict("a protection of that name exists", field="name", value=name, errno="EEXIST")
+            raise Conflict(
+                "must be a new name: a protection of that name exists", field="name", value=name, errno="EEXIST"
+            )
         for position, item in enumerate(objects):
-            self._check_slots(state.snapshot.machine, item.first_gfn, item.pages, f"objects[{position}].gpa")
+            self._check_slots(state.snapshot.machine, item.first_gfn, item.pages, f"objects[{position}].gpa", item.gpa)
         protection = Protection(name, tuple(objects))
         self._recover(state, protection, {**state.protections, name: protection})
         return protection
@@ -425,6 +436,12 @@ class VirtualMachine:
 
     # Inside
 
+    def _twin(self) -> VirtualMachine:
+        """A machine in the same state, to be changed and thrown away; this one takes no notice of it."""
+        state = self._state
+        store = self._store.twin(state.snapshot)
+        return VirtualMachine(self.config, store, replace(state, snapshot=store.published))
+
     def _register(self, position: int) -> int:
         snapshot = self._state.snapshot
         machine = snapshot.machine
@@ -432,28 +449,17 @@ class VirtualMachine:
 
     def _check_active(self) -> None:
         if not self.spp_active:
-            raise NotEnabled("sub-page protection is enabled first", field="spp", value=False)
+            raise enabling.not_enabled()
 
     def _check_window(self, machine: frames.Machine, gfn: int, npages: int) -> None:
         if not 1 <= npages <= MAX_WINDOW:
             raise InvalidValue(f"npages is 1 to {MAX_WINDOW}", field="npages", value=npages)
         self._check_slots(machine, gfn, npages, "gfn")
 
-    def _check_slots(self, machine: frames.Machine, gfn: int, npages: int, field: str) -> None:
-        if gfn < 0 or gfn + npages > 1 << (self.config.maxphyaddr - 12):
-            raise InvalidValue(
-                f"pages lie within the guest-physical address width of {self.config.maxphyaddr} bits",
-                field=field,
-                value=gfn,
-            )
-        missing = int(first_page_without_slot(machine, gfn, npages))
-        if missing >= 0:
-            raise InvalidValue(
-                f"every page of the range has a memory slot; GFN {missing:#x} has none",
-                field=field,
-                value=gfn,
-                errno="EFAULT",
-            )
+    def _check_slots(
+        self, machine: frames.Machine, gfn: int, npages: int, field: str, value: int | None = None
+    ) -> None:
+        check_pages(machine, self.config.maxphyaddr, gfn, npages, field, value)
 
     def _check_range(self, machine: frames.Machine, item: SubpageRange) -> None:
         if item.npages < 1:
@@ -470,7 +476,7 @@ class VirtualMachine:
             raise InvalidValue("at least one byte is asked for", field=field, value=size)
         if gpa < 0:
             raise InvalidValue("an address is not negative", field="gpa", value=gpa)
-        self._check_slots(machine, gpa >> 12, ((gpa + size - 1) >> 12) - (gpa >> 12) + 1, "gpa")
+        self._check_slots(machine, gpa >> 12, ((gpa + size - 1) >> 12) - (gpa >> 12) + 1, "gpa", gpa)
 
     def _acquire(self) -> None:
         if not self._writer.acquire(blocking=False):

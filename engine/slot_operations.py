@@ -90,7 +90,7 @@ class SlotOperations:
         key = key_of(slot, address_space)
         spec = state.slots.get(key)
         if spec is None:
-            raise NotFound("no memory slot has that number", field="slot", value=slot)
+            raise NotFound("must be the number of an existing slot", field="slot", value=slot)
         slots = {k: v for k, v in state.slots.items() if k != key}
         with self._change(since=state, slots=slots) as draft:
             if not address_space:

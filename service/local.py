@@ -78,7 +78,7 @@ def read_policy(path: Path) -> Policy:
             document["vm"].setdefault("spp", True)
         policy = Policy.model_validate(document)
     except ValidationError as error:
-        raise LocalError(f"{path}: {_said(refusal(error.errors()))}") from None
+        raise LocalError(f"{path}: {_said(refusal(error.errors(), Policy))}") from None
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise LocalError(f"{path}: {error!r}") from None
     vm = policy.vm

@@ -128,7 +128,9 @@ class Hypercall(Document):
         if (self.registers is None) == (self.call is None):
             raise InvalidDocument("either registers or call says what is called", field="registers", value=None)
         if self.registers is not None and self.input_gpa is not None:
-            raise InvalidDocument("registers say where the block is", field="input_gpa", value=self.input_gpa)
+            raise InvalidDocument(
+                "must be left out: registers say where the block is", field="input_gpa", value=self.input_gpa
+            )
         return HypercallRequest(
             registers=Caller() if self.registers is None else self.registers.caller(),
             input=None if self.input is None else bytes.fromhex(self.input),
@@ -366,7 +368,7 @@ async def execute_hypercall(
     else:
         for name, value in (("rcx", rcx), ("rdx", rdx)):
             if value is not None:
-                raise InvalidDocument("is a member of registers when the body is JSON", field=name, value=value)
+                raise InvalidDocument("must be a member of registers when the body is JSON", field=name, value=value)
         wanted = _parse(content).request()
     async with entry.mutation() as machine:
         report = machine.hyperv.hypercall(n, wanted)
@@ -386,4 +388,4 @@ def _parse(content: bytes) -> Hypercall:
     try:
         return Hypercall.model_validate_json(content)
     except ValidationError as error:
-        raise refusal(error.errors()) from None
+        raise refusal(error.errors(), Hypercall) from None

@@ -197,7 +197,7 @@ async def put_memory_slot(
     entry = find(request, vm)
     space = address_space if body.address_space is None else body.address_space
     if address_space not in (None, space):
-        raise InvalidDocument("is the one of the query", field="address_space", value=space)
+        raise InvalidDocument("must be that of the query", field="address_space", value=space)
     async with entry.mutation() as machine:
         guard(request, entry, lambda: _tags(entry, slot, space))
         known = machine.memory_slots.find(slot, space or 0)

@@ -181,7 +181,7 @@ def _parse_window(media: str, content: bytes, npages: int) -> npt.NDArray[np.uin
     try:
         document = SubpageWindowRequest.model_validate_json(content)
     except ValidationError as error:
-        raise refusal(error.errors()) from None
+        raise refusal(error.errors(), SubpageWindowRequest) from None
     words = bitmaps.words32(document.access, "access")
     if len(words) != npages:
         raise InvalidDocument(f"must have one bitmap for each of {npages} pages", field="access", value=len(words))
@@ -234,7 +234,7 @@ def _parse_patch(content: bytes, limit: int) -> list[SubpageRange]:
     try:
         document = SubpagePatch.model_validate_json(content)
     except ValidationError as error:
-        raise refusal(error.errors()) from None
+        raise refusal(error.errors(), SubpagePatch) from None
     return ranges_of(document, limit)
 
 

@@ -65,7 +65,7 @@ def parse_query(model: type[M], request: Request) -> M:
     try:
         return model.model_validate(members)
     except ValidationError as error:
-        raise refusal(error.errors()) from None
+        raise refusal(error.errors(), model) from None
 
 
 def query_parameters(model: type[BaseModel]) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ def build(config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool) -> VirtualM
     for position, spec in enumerate(slots):
         try:
             if any(spec.key == earlier.key for earlier in slots[:position]):
-                raise InvalidValue("a slot number occurs once", field="slot", value=spec.slot)
+                raise InvalidValue("must not occur twice", field="slot", value=spec.slot)
             machine.set_slot(spec)
         except EngineError as error:
             error.field = f"memory_slots[{position}].{error.field}"

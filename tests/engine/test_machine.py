@@ -578,7 +578,8 @@ def explained(vm: VirtualMachine, gpa: int, access: int = WRITE, **options: Any)
 def test_walk_says_why() -> None:
     vm = machine("kvm-latest")
     assert explained(vm, 0x5000)[0] == "ept_violation"
-    assert explained(vm, 0x5000)[1].startswith("denied: PML4E at 0x") and "is not present" in explained(vm, 0x5000)[1]
+    assert explained(vm, 0x5000)[1].startswith("not mapped: PML4E at 0x")
+    assert "is not present" in explained(vm, 0x5000)[1]
     vm.access(AccessRequest(0x5000))
     assert explained(vm, 0x5000) == ("allowed", "allowed: every EPT entry used permits write")
     assert explained(vm, 0x5000, READ) == ("allowed", "allowed: every EPT entry used permits read")
@@ -587,7 +588,7 @@ def test_walk_says_why() -> None:
     vm.access(AccessRequest(0x5000, access=READ))
     outcome, sentence = explained(vm, 0x5000)
     assert outcome == "spp_miss" and sentence.startswith("SPP-related event: SPPL4E at 0x")
-    assert sentence.endswith("= 0x0 is not valid (SPP miss)")
+    assert "= 0x0 is not valid (SPP miss); KVM fills the SPPT" in sentence
     vm.access(AccessRequest(0x5000))
     outcome, sentence = explained(vm, 0x5000)
     assert outcome == "allowed" and sentence.startswith("allowed: every touched sub-page is 1 in SPPL1E at 0x")
@@ -605,8 +606,10 @@ def test_walk_names_the_entry_that_refuses() -> None:
     store_leaf(vm, 5, lambda entry: entry & ~6)
     pte = vm.walk(0x5000).ept[-1]
     place = f"PTE at {pte.table + 8 * pte.index:#x}"
-    assert explained(vm, 0x5000) == ("ept_violation", f"denied: {place} does not permit write")
-    assert explained(vm, 0x5000, EXECUTE) == ("ept_violation", f"denied: {place} does not permit execute")
+    restored = "; KVM gives back what it took from the entry itself, and the guest tries again"
+    assert explained(vm, 0x5000) == ("ept_violation", f"{place} does not permit write{restored}")
+    remapped = "; KVM maps the page, and the guest tries again"
+    assert explained(vm, 0x5000, EXECUTE) == ("ept_violation", f"{place} does not permit execute{remapped}")
     store_leaf(vm, 5, lambda entry: 2)
     assert explained(vm, 0x5000) == (
         "ept_misconfiguration",
