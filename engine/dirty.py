@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -17,7 +17,8 @@ from engine.cpu.page_log import INDEX_MASK, LOG_ENTRIES
 from engine.errors import Conflict, InvalidValue, NotEnabled, NotFound, Unsupported
 from engine.kvm import dirty_log, tracking
 from engine.kvm import registers as reg
-from engine.kvm.slots import SlotSpec, key_of, slot_table
+from engine.kvm.slot_map import SlotMap
+from engine.kvm.slots import SlotSpec, key_of
 from engine.steps import new_trail, run_all
 from engine.store import Draft, Snapshot
 
@@ -82,7 +83,7 @@ class DirtyOperations:
     def __init__(
         self,
         config: VmConfig,
-        slots: Callable[[], Mapping[int, SlotSpec]],
+        slots: Callable[[], SlotMap],
         published: Callable[[], Snapshot],
         change: Change,
     ) -> None:
@@ -309,24 +310,23 @@ class DirtyOperations:
         return np.array([spec is not None and spec.log_dirty for spec in slots], dtype=bool)
 
     def _slot_of(self, gfn: int) -> SlotSpec | None:
-        every = (spec for spec in self._slots().values() if not spec.address_space)
-        return next((spec for spec in every if spec.gfn <= gfn < spec.gfn + spec.pages), None)
+        return self._slots().holding(gfn)
 
 
-def empty_buffers(draft: Draft, config: VmConfig, slots: Mapping[int, SlotSpec] | None = None) -> None:
+def empty_buffers(draft: Draft, config: VmConfig, slots: SlotMap | None = None) -> None:
     """Take note of what the processors logged; ``slots`` are those it was logged under, if they are about to change."""
     if not _register(draft.machine, reg.DIRTY_MODE) & tracking.BY_PML:
         return
     after = draft.machine.slots
     if slots is not None:
-        draft.machine = draft.machine._replace(slots=slot_table(slots.values()))
+        draft.machine = draft.machine._replace(slots=slots.table)
     for position in range(config.vcpu_records):
         draft.ensure(20 * LOG_ENTRIES)
         dirty_log.empty_buffer(draft.machine, position, np.int64(0))
     draft.machine = draft.machine._replace(slots=after)
 
 
-def slot_changed(draft: Draft, slots: Mapping[int, SlotSpec], old: SlotSpec | None, new: SlotSpec) -> None:
+def slot_changed(draft: Draft, slots: SlotMap, old: SlotSpec | None, new: SlotSpec) -> None:
     """After a slot came or changed: its log begins empty, ends with the flag, and its pages are watched or no longer.
 
     ``slots`` are the slots from now on.
@@ -342,10 +342,10 @@ def slot_changed(draft: Draft, slots: Mapping[int, SlotSpec], old: SlotSpec | No
     watch_slot(draft, new)
 
 
-def note_slots(draft: Draft, slots: Mapping[int, SlotSpec]) -> None:
+def note_slots(draft: Draft, slots: SlotMap) -> None:
     """Note whether a slot has KVM's log."""
     mode = _register(draft.machine, reg.DIRTY_MODE) & ~tracking.SLOT_LOGS
-    if any(spec.log_dirty for spec in slots.values()):
+    if slots.logged:
         mode |= tracking.SLOT_LOGS
     _store(draft.machine, reg.DIRTY_MODE, mode)
 

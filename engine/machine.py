@@ -7,10 +7,11 @@ operation either publishes its whole effect or leaves the machine as it was.
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ from engine.kvm import enabling, memory, protections, spp, tracking
 from engine.kvm import registers as reg
 from engine.kvm.host_memory import HostMemoryOperations
 from engine.kvm.protections import ProtectedObject, Protection
-from engine.kvm.slots import SlotSpec, check_pages, slot_table
+from engine.kvm.slot_map import SlotMap
+from engine.kvm.slots import SlotSpec, check_pages
 from engine.nested_operations import NestedOperations, nested_in_use
 from engine.nested_states import NestedStates, states_from_head, states_to_head
 from engine.outline import Outline, outline_to_head
@@ -72,7 +74,7 @@ class State:
     """Everything that is published together."""
 
     snapshot: Snapshot
-    slots: Mapping[int, SlotSpec]
+    slots: SlotMap
     protections: Mapping[str, Protection]
     targets: Targets
     nested: NestedStates = field(default_factory=NestedStates)
@@ -94,7 +96,7 @@ class VirtualMachine:
         config.validate()
         hyperv_host(config)
         store = birth.new_store(config)
-        vm = cls(config, store, State(store.published, {}, {}, targets_of(())))
+        vm = cls(config, store, State(store.published, SlotMap(), {}, targets_of(())))
         with vm._change() as draft:
             birth.build(draft, config)
         for spec in slots:
@@ -363,18 +365,26 @@ class VirtualMachine:
 
     def head(self) -> dict[str, Any]:
         """The small part of the durable form, as JSON: configuration, slots, protections, number of frames."""
+        return {**self._head_of_others(), "slots": json.loads(self._state.slots.json)}
+
+    def head_json(self) -> str:
+        """The head as text. A machine may have thousands of slots: the text of each is kept, not made again."""
+        return f'{{"slots": {self._state.slots.json}, {json.dumps(self._head_of_others())[1:]}'
+
+    def _head_of_others(self) -> dict[str, Any]:
+        """The head without the slots."""
         state = self._state
+        spp, failing = self.spp_active, self.allocations.failing
         return {
             "format": HEAD_FORMAT,
             "config": config_to_head(self.config),
-            "slots": [list(astuple(spec)) for spec in self.slots()],
             "protections": [
                 {"name": p.name, "objects": [[o.name, o.gpa, o.size] for o in p.objects]}
                 for p in state.protections.values()
             ],
             "nested": states_to_head(self.config, state.nested),
             "frames": len(state.snapshot.machine.row_of),
-            "outline": outline_to_head(self.outline()),
+            "outline": outline_to_head(spp_active=spp, failing=failing),
         }
 
     def changed_blocks(self) -> Iterator[tuple[str, int, bytes]]:
@@ -423,7 +433,7 @@ class VirtualMachine:
         store.adopt(
             {block: (kinds[array], data) for (array, block), data in blocks.items() if array != "free"}, head["frames"]
         )
-        slots = {spec.key: spec for spec in (SlotSpec(*row) for row in head["slots"])}
+        slots = SlotMap.of(SlotSpec(*row) for row in head["slots"])
         known = {
             p["name"]: Protection(p["name"], tuple(ProtectedObject(*o) for o in p["objects"]))
             for p in head["protections"]
@@ -482,8 +492,8 @@ class VirtualMachine:
         if not self._writer.acquire(blocking=False):
             raise Busy("another change of this machine is under way")
 
-    def _begin(self, slots: Mapping[int, SlotSpec] | None = None) -> Draft:
-        draft = self._store.begin(slot_table((self._state.slots if slots is None else slots).values()))
+    def _begin(self, slots: SlotMap | None = None) -> Draft:
+        draft = self._store.begin((self._state.slots if slots is None else slots).table)
         draft.beside = self._state.nested
         serves = fast_path_serves(self.config, draft.machine)
         if bool(draft.machine.caps[frames.CAP_FAST_PATH]) != serves:
@@ -496,7 +506,7 @@ class VirtualMachine:
     def _change(
         self,
         since: State | None = None,
-        slots: Mapping[int, SlotSpec] | None = None,
+        slots: SlotMap | None = None,
         protections: Mapping[str, Protection] | None = None,
     ) -> Iterator[Draft]:
         """A change, published when the block ends well. ``since`` is the state that its input was checked against."""
@@ -518,7 +528,7 @@ class VirtualMachine:
         finally:
             self._writer.release()
 
-    def _publish(self, draft: Draft, slots: Mapping[int, SlotSpec], protections: Mapping[str, Protection]) -> None:
+    def _publish(self, draft: Draft, slots: SlotMap, protections: Mapping[str, Protection]) -> None:
         same = protections is self._state.protections
         targets = self._state.targets if same else _targets(protections)
         self._store.publish(draft)

@@ -105,18 +105,6 @@ class SlotSpec:
         )
 
 
-def check_overlap(spec: SlotSpec, others: Iterable[SlotSpec]) -> None:
-    """Refuse a slot that shares a page with another one."""
-    for other in others:
-        if other.key != spec.key and other.overlaps(spec):
-            raise InvalidValue(
-                f"must not overlap slot {other.slot}, which covers {other.gpa:#x} to {other.gpa + other.size - 1:#x}",
-                field="gpa",
-                value=spec.gpa,
-                errno="EEXIST",
-            )
-
-
 def check_pages(m: Machine, width: int, gfn: int, pages: int, field: str, value: int | None = None) -> None:
     """Refuse pages that are not all in memory slots of a guest with ``width`` address bits.
 
@@ -135,13 +123,14 @@ def check_pages(m: Machine, width: int, gfn: int, pages: int, field: str, value:
     raise InvalidValue(rule, field=field, value=given, errno=errno)
 
 
+def slot_row(spec: SlotSpec) -> tuple[int, ...]:
+    """A row of Machine.slots."""
+    return (spec.gfn, spec.pages, spec.flags, spec.slot, HOST_PAGE_SIZES.index(spec.host_page_size) + 1)
+
+
 def slot_table(specs: Iterable[SlotSpec]) -> NDArray[np.int64]:
     """int64[n, SLOT_WORDS] of address space 0, sorted by base GFN, as kernels look it up."""
-    rows = sorted(
-        (s.gfn, s.pages, s.flags, s.slot, HOST_PAGE_SIZES.index(s.host_page_size) + 1)
-        for s in specs
-        if s.address_space == 0
-    )
+    rows = sorted(slot_row(spec) for spec in specs if spec.address_space == 0)
     return np.array(rows, dtype=np.int64).reshape(len(rows), SLOT_WORDS)
 
 

@@ -65,7 +65,7 @@ FACTS: Mapping[str, Row] = {
     "V3a": (
         "vmx.vmxon_pa",
         _VMXON,
-        "-1 unless the guest has VMX: bit 5 of ECX in its CPUID leaf 1, set with PUT …/cpuid",
+        "-1 unless the guest has VMX: CPUID leaf 1, ECX bit 5, set with PUT …/cpuid",
     ),
     "V3b": ("vmx.vmxon_pa", _VMXON, _page),
     "V4": ("vmx.smm_flags", _SMM, f"no GUEST_MODE ({abi.SMM_GUEST_MODE:#x}) beside GUEST_MODE in flags"),

@@ -202,7 +202,7 @@ async def put_memory_slot(
         guard(request, entry, lambda: _tags(entry, slot, space))
         known = machine.memory_slots.find(slot, space or 0)
         if known is None:
-            check_slots(settings_of(request), len(machine.slots()) + 1)
+            check_slots(settings_of(request), len(machine.memory_slots.known) + 1)
         machine.set_slot(replace(body.spec(slot, known), address_space=space or 0))
         found = _find(entry, slot, space)
     assert found is not None

@@ -34,7 +34,7 @@ def build(config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool) -> VirtualM
     machine = VirtualMachine.create(config)
     for position, spec in enumerate(slots):
         try:
-            if any(spec.key == earlier.key for earlier in slots[:position]):
+            if spec.key in machine.memory_slots.known:
                 raise InvalidValue("must not occur twice", field="slot", value=spec.slot)
             machine.set_slot(spec)
         except EngineError as error:

@@ -57,7 +57,7 @@ def test_new_machine(profile: str) -> None:
 
 
 def test_creation_with_slots_that_overlap_makes_nothing() -> None:
-    with pytest.raises(InvalidValue, match="overlaps no other"):
+    with pytest.raises(InvalidValue, match="must not overlap"):
         VirtualMachine.create(VmConfig(), [SlotSpec(0, 0, MIB), SlotSpec(1, 4096, MIB)])
 
 
@@ -206,7 +206,7 @@ def test_deleted_slot_takes_everything_but_protections(profile: str) -> None:
 
 def test_unknown_slot() -> None:
     vm = machine()
-    with refused(vm, NotFound, "slot", 7, "no memory slot has that number", "ENOENT"):
+    with refused(vm, NotFound, "slot", 7, "must be the number of an existing slot", "ENOENT"):
         vm.delete_slot(7)
 
 
@@ -378,14 +378,14 @@ def test_too_many_objects(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_protection_before_spp_is_enabled() -> None:
     vm = machine(spp=False)
-    with refused(vm, NotEnabled, "spp", False, "enabled first", "ENODEV"):
+    with refused(vm, NotEnabled, "spp", False, "must be on", "ENODEV"):
         protect(vm, "p", (0, 1))
 
 
 @pytest.mark.parametrize("operation", [VirtualMachine.protection, VirtualMachine.unprotect])
 def test_unknown_protection(operation: Callable[[VirtualMachine, str], Any]) -> None:
     vm = machine()
-    with refused(vm, NotFound, "name", "nobody", "no protection has that name", "ENOENT"):
+    with refused(vm, NotFound, "name", "nobody", "must be the name of a protection", "ENOENT"):
         operation(vm, "nobody")
 
 
@@ -537,7 +537,7 @@ def test_access_that_is_refused(change: dict[str, Any], field: str, value: Any, 
 def test_record_that_the_replay_refuses_is_an_invalid_access(monkeypatch: pytest.MonkeyPatch) -> None:
     vm = machine()
     monkeypatch.setattr(AccessRequest, "validate", lambda *_: None)
-    with refused(vm, InvalidValue, "vcpu", 9, "the machine has a vCPU of that id"):
+    with refused(vm, InvalidValue, "vcpu", 9, "must be the id of a vCPU of this machine, which has 0"):
         vm.access(AccessRequest(0x1000, vcpu=9))
 
 
