@@ -163,7 +163,8 @@ async def get_nested_state(request: Request, vm: VmId, n: VcpuId) -> Response:
     description=(
         "KVM_SET_NESTED_STATE. Where the kernel refuses the blob, so does this call, and names the deciding check. The "
         "kernel is not atomic: once it has left nested mode (V9) the old state is gone, and what had been taken over "
-        "when a later check failed stays. So it is here; `state_kept` tells."
+        "when a later check failed stays. So it is here; `state_kept` tells. The example wants VMX in the guest's "
+        "CPUID: see that of `PUT …/cpuid`."
     ),
     openapi_extra={"requestBody": {"required": True, "content": _CONTENT}},
     responses=documented(
