@@ -22,9 +22,10 @@ from engine.arch.sppt import FULL_ACCESS
 from engine.config import VmConfig, choices
 from engine.cpu.ept import TRAIL_ROWS
 from engine.cpu.frames import Machine
-from engine.cpu.physical import find_slot
-from engine.errors import EngineError, InvalidValue, NotEnabled
+from engine.errors import EngineError, InvalidValue
 from engine.kvm import page_access as kernels
+from engine.kvm.enabling import not_enabled
+from engine.kvm.slots import check_pages
 from engine.store import Draft, Snapshot
 
 MODES = ("atomic", "apply-all", "stop-at-first")
@@ -115,14 +116,12 @@ class AccessOperations:
 
     def _check(self, count: int, field: str) -> None:
         if not self._active():
-            raise NotEnabled("sub-page protection is enabled first", field="spp", value=False)
+            raise not_enabled()
         if not 1 <= count <= MAX_ENTRIES:
             raise InvalidValue(f"a batch has 1 to {MAX_ENTRIES} entries", field=field, value=count)
 
     def _check_page(self, machine: Machine, gfn: int, field: str) -> None:
-        limit = 1 << (self._config.maxphyaddr - 12)
-        if not 0 <= gfn < limit or find_slot(machine, gfn) < 0:
-            raise InvalidValue("a page lies in a memory slot", field=field, value=gfn, errno="EFAULT")
+        check_pages(machine, self._config.maxphyaddr, gfn, 1, field)
 
     def _apply(self, draft: Draft, entry: AccessChange) -> None:
         self._check_page(draft.machine, entry.gfn, "gfn")
@@ -136,7 +135,7 @@ class AccessOperations:
     def _paired(self, entry: AccessChange, rights: int, bitmap: int) -> tuple[int, int]:
         """Rights and bitmap that an entry means on a page that has these."""
         if entry.rights is None and entry.bitmap is None:
-            raise InvalidValue("an entry has access, write_bitmap or both", field="access", value=None)
+            raise InvalidValue("must be given, or write_bitmap, or both", field="access", value=None)
         if entry.rights is not None and not 0 <= entry.rights <= ept.RIGHTS:
             raise InvalidValue("access has 3 bits", field="access", value=entry.rights)
         if entry.bitmap is not None and not 0 <= entry.bitmap <= FULL_ACCESS:
@@ -165,7 +164,10 @@ class AccessOperations:
         only = rights & ept.EXECUTE and not rights & ept.READ
         if only and not self._config.host.capability("ept_vpid_cap") & ept.CAP_EXECUTE_ONLY:
             raise InvalidValue(
-                "the host has execute-only pages", field="access", value=text_of(rights), errno="EOPNOTSUPP"
+                "must have r beside x: this host has no execute-only pages",
+                field="access",
+                value=text_of(rights),
+                errno="EOPNOTSUPP",
             )
         return rights, bitmap
 

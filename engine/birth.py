@@ -62,9 +62,11 @@ def with_vcpu(config: VmConfig, vcpu: int) -> VmConfig:
     if not 0 <= vcpu < limits.vcpu_ids or len(config.vcpus) >= limits.vcpus:
         raise InvalidValue(f"a vCPU id is 0 to {limits.vcpu_ids - 1}", field="vcpu", value=vcpu)
     if any(item.id == vcpu for item in config.vcpus):
-        raise InvalidValue("vCPU ids are distinct", field="vcpu", value=vcpu, errno="EEXIST")
+        raise InvalidValue("must be a new id: a vCPU has it already", field="vcpu", value=vcpu, errno="EEXIST")
     if len(config.vcpus) >= config.vcpu_records:
-        raise InvalidValue(f"the machine has room for {config.vcpu_records} vCPUs", field="vcpu", value=vcpu)
+        raise InvalidValue(
+            f"must not be one too many: the machine has room for {config.vcpu_records} vCPUs", field="vcpu", value=vcpu
+        )
     return replace(config, vcpus=(*config.vcpus, VcpuConfig(vcpu)))
 
 

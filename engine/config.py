@@ -19,6 +19,10 @@ FLUSH_POLICIES = ("kvm", "tlfs")
 FLUSH_EXECUTIONS = ("exact", "kvm", "paranoid")
 MAX_VCPUS = 1024
 MAX_VCPU_ID = 4095
+
+# An error names so many ids.
+_NAMED = 8
+
 MIN_MAXPHYADDR = 36
 MAX_MAXPHYADDR = 52
 
@@ -121,7 +125,14 @@ class VmConfig:
         for position, item in enumerate(self.vcpus):
             if item.id == vcpu:
                 return position
-        raise NotFound("the machine has a vCPU of that id", field="vcpu", value=vcpu)
+        raise NotFound(self.vcpu_rule, field="vcpu", value=vcpu)
+
+    @property
+    def vcpu_rule(self) -> str:
+        """Which ids vCPUs of this machine have, for errors."""
+        ids = ", ".join(str(item.id) for item in self.vcpus[:_NAMED])
+        more = ", …" if len(self.vcpus) > _NAMED else ""
+        return f"must be the id of a vCPU of this machine, which has {ids or 'none yet'}{more}"
 
     @property
     def ept_levels(self) -> int:
@@ -163,7 +174,7 @@ class VmConfig:
                 raise InvalidValue(f"a vCPU id is 0 to {MAX_VCPU_ID}", field=f"vcpus[{position}].id", value=vcpu.id)
         ids = [vcpu.id for vcpu in self.vcpus]
         if len(set(ids)) != len(ids):
-            raise InvalidValue("vCPU ids are distinct", field="vcpus", value=ids)
+            raise InvalidValue("must be distinct", field="vcpus", value=ids)
 
 
 def choices(value: str, allowed: tuple[str, ...], name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -17,7 +17,8 @@ from engine.cpu.page_log import INDEX_MASK, LOG_ENTRIES
 from engine.errors import Conflict, InvalidValue, NotEnabled, NotFound, Unsupported
 from engine.kvm import dirty_log, tracking
 from engine.kvm import registers as reg
-from engine.kvm.slots import SlotSpec, key_of, slot_table
+from engine.kvm.slot_map import SlotMap
+from engine.kvm.slots import SlotSpec, key_of
 from engine.steps import new_trail, run_all
 from engine.store import Draft, Snapshot
 
@@ -82,7 +83,7 @@ class DirtyOperations:
     def __init__(
         self,
         config: VmConfig,
-        slots: Callable[[], Mapping[int, SlotSpec]],
+        slots: Callable[[], SlotMap],
         published: Callable[[], Snapshot],
         change: Change,
     ) -> None:
@@ -109,7 +110,7 @@ class DirtyOperations:
         end = self._end if npages is None else gfn + npages
         if gfn < 0 or end > self._end or end <= gfn:
             raise InvalidValue(
-                f"pages lie within the guest-physical address width of {self._config.maxphyaddr} bits",
+                f"must lie within the guest-physical address width of {self._config.maxphyaddr} bits",
                 field="gfn",
                 value=gfn,
             )
@@ -158,7 +159,9 @@ class DirtyOperations:
             machine = draft.machine
             if level == "subpage" and not _register(machine, reg.SPP_ACTIVE):
                 raise NotEnabled(
-                    "sub-pages are tracked by sub-page protection; enable it first", field="tracking", value=level
+                    "must be off or page while sub-page protection is off: switch it on first, with PUT …/spp",
+                    field="tracking",
+                    value=level,
                 )
             empty_buffers(draft, self._config)
             self._use_buffers(draft, method)
@@ -183,7 +186,12 @@ class DirtyOperations:
         if waiting is not None:
             return waiting
         if self.tracking().tracking == "off":
-            raise Conflict("dirty tracking is switched on first", field="tracking", value="off", errno="ENOENT")
+            raise Conflict(
+                "must not be off: switch dirty tracking on first, with PUT …/dirty",
+                field="tracking",
+                value="off",
+                errno="ENOENT",
+            )
         with self._change() as draft:
             empty_buffers(draft, self._config)
             trail = new_trail()
@@ -198,7 +206,7 @@ class DirtyOperations:
         """Let go of a harvest; False if it had been acknowledged before. Raises NotFound for one that never was."""
         snapshot = self._published()
         if harvest < 1 or harvest > _register(snapshot.machine, reg.HARVESTS):
-            raise NotFound("no harvest has that number", field="harvest", value=harvest)
+            raise NotFound("must be the number of a harvest that waits", field="harvest", value=harvest)
         if harvest <= _register(snapshot.machine, reg.ACKNOWLEDGED):
             return False
         with self._change() as draft:
@@ -214,7 +222,7 @@ class DirtyOperations:
         """
         spec = self._slots().get(key_of(slot, address_space))
         if spec is None or not spec.log_dirty:
-            raise NotFound("the slot exists and has log_dirty", field="slot", value=slot)
+            raise NotFound("must be a slot with log_dirty", field="slot", value=slot)
         out = np.zeros((spec.pages + tracking.LOG_MASK) >> tracking.LOG_SHIFT, dtype=np.int64)
         if spec.address_space:
             return out.tobytes()
@@ -268,12 +276,16 @@ class DirtyOperations:
         flags = host.capability("ept_vpid_cap") & ept.CAP_ACCESSED_DIRTY
         if not flags or not host.secondary_allowed & ctl.SECONDARY_PML or host.vendor != "intel":
             raise Unsupported(
-                "a page-modification log needs a host with it and with EPT dirty flags", field="method", value="pml"
+                "must be write-protect: this host lacks a page-modification log or EPT dirty flags",
+                field="method",
+                value="pml",
             )
         for frame in self._vcpu_frames():
             if int(frames.read_word(machine, frame, ctl.V_SECONDARY)) & ctl.SECONDARY_PML:
                 raise Conflict(
-                    "the page-modification log of a vCPU is in use: its VMCS was written", field="method", value="pml"
+                    "must be write-protect: the page-modification log of a vCPU is in use, its VMCS was written",
+                    field="method",
+                    value="pml",
                 )
 
     def _vcpu_frames(self) -> range:
@@ -298,24 +310,23 @@ class DirtyOperations:
         return np.array([spec is not None and spec.log_dirty for spec in slots], dtype=bool)
 
     def _slot_of(self, gfn: int) -> SlotSpec | None:
-        every = (spec for spec in self._slots().values() if not spec.address_space)
-        return next((spec for spec in every if spec.gfn <= gfn < spec.gfn + spec.pages), None)
+        return self._slots().holding(gfn)
 
 
-def empty_buffers(draft: Draft, config: VmConfig, slots: Mapping[int, SlotSpec] | None = None) -> None:
+def empty_buffers(draft: Draft, config: VmConfig, slots: SlotMap | None = None) -> None:
     """Take note of what the processors logged; ``slots`` are those it was logged under, if they are about to change."""
     if not _register(draft.machine, reg.DIRTY_MODE) & tracking.BY_PML:
         return
     after = draft.machine.slots
     if slots is not None:
-        draft.machine = draft.machine._replace(slots=slot_table(slots.values()))
+        draft.machine = draft.machine._replace(slots=slots.table)
     for position in range(config.vcpu_records):
         draft.ensure(20 * LOG_ENTRIES)
         dirty_log.empty_buffer(draft.machine, position, np.int64(0))
     draft.machine = draft.machine._replace(slots=after)
 
 
-def slot_changed(draft: Draft, slots: Mapping[int, SlotSpec], old: SlotSpec | None, new: SlotSpec) -> None:
+def slot_changed(draft: Draft, slots: SlotMap, old: SlotSpec | None, new: SlotSpec) -> None:
     """After a slot came or changed: its log begins empty, ends with the flag, and its pages are watched or no longer.
 
     ``slots`` are the slots from now on.
@@ -331,10 +342,10 @@ def slot_changed(draft: Draft, slots: Mapping[int, SlotSpec], old: SlotSpec | No
     watch_slot(draft, new)
 
 
-def note_slots(draft: Draft, slots: Mapping[int, SlotSpec]) -> None:
+def note_slots(draft: Draft, slots: SlotMap) -> None:
     """Note whether a slot has KVM's log."""
     mode = _register(draft.machine, reg.DIRTY_MODE) & ~tracking.SLOT_LOGS
-    if any(spec.log_dirty for spec in slots.values()):
+    if slots.logged:
         mode |= tracking.SLOT_LOGS
     _store(draft.machine, reg.DIRTY_MODE, mode)
 

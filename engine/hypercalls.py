@@ -133,12 +133,16 @@ class Hypercalls(Operations):
         if data is None:
             return
         if caller.control.fast:
-            raise InvalidValue("a fast call has its input in registers", field="input", value=data.hex())
+            raise InvalidValue(
+                "must be left out: a fast call has its input in registers", field="input", value=data.hex()
+            )
         gpa: int | None = caller.input_gpa
         if gpa is not None and nested_paging.in_use(whole):
             gpa = nested_paging.translate(whole, ram, gpa)
         if gpa is None or (data and not ram.write(gpa, data)):
-            raise InvalidValue("input goes to guest memory", field="input_gpa", value=caller.input_gpa)
+            raise InvalidValue(
+                "must lie in guest memory: input is stored there", field="input_gpa", value=caller.input_gpa
+            )
 
     def _dispatch(self, draft: Draft, whole: NestedVcpu, position: int, caller: Caller, ram: Ram) -> Outcome:
         own = self._situation(draft, whole, position, ram)
@@ -206,7 +210,9 @@ def _registers_of(fields: CallFields, input_gpa: int | None, long_mode: bool) ->
     if fields.fast:
         first, second, xmm = fields.fast_registers()
     elif input_gpa is None:
-        raise InvalidValue("a call that is not fast has its block somewhere", field="input_gpa", value=None)
+        raise InvalidValue(
+            "must be given: a call that is not fast has its block in guest memory", field="input_gpa", value=None
+        )
     else:
         first, second, xmm = input_gpa, 0, (0,) * XMM_REGISTERS
     if long_mode:

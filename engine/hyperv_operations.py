@@ -113,7 +113,7 @@ class HypervOperations(Hypercalls, SharedPages):
             errno = "ENOTTY" if host is None else on_hyperv.enable_direct_flush(draft.machine, position, host)
             if errno is not None:
                 raise Unsupported(
-                    "KVM runs on a Hyper-V that serves flushes of nested guests, and there is memory",
+                    "must be offered: KVM has it on a Hyper-V that serves flushes of nested guests (host.hyperv)",
                     field="capability",
                     value=on_hyperv.CAP_DIRECT_FLUSH,
                     errno=errno,

@@ -60,7 +60,7 @@ class SharedPages(Operations):
             return on_hyperv.assist_page(snapshot.machine, position)
         page = Ram(snapshot).read(self._assist_gpa(vcpu), VP_ASSIST_SIZE)
         if page is None:
-            raise NotFound("the guest's VP assist page is in guest memory", field="vcpu", value=vcpu)
+            raise NotFound("must be one whose VP assist page is in guest memory", field="vcpu", value=vcpu)
         return page
 
     def set_vp_assist_page(self, vcpu: int, data: bytes) -> None:
@@ -70,7 +70,7 @@ class SharedPages(Operations):
         gpa = self._assist_gpa(vcpu)
         with self._change() as draft:
             if data and not Ram(draft).write(gpa, data):
-                raise NotFound("the guest's VP assist page is in guest memory", field="vcpu", value=vcpu)
+                raise NotFound("must be one whose VP assist page is in guest memory", field="vcpu", value=vcpu)
 
     def vmcs_of_kvm(self, vcpu: int) -> KvmVmcs:
         """What KVM, on Hyper-V, runs the vCPU by. Raises NotFound where it does not."""
@@ -97,7 +97,9 @@ class SharedPages(Operations):
     def _host(self) -> on_hyperv.HypervHost:
         host = hyperv_host(self._config)
         if host is None:
-            raise NotFound("KVM has one where it runs on Hyper-V", field="of", value="kvm")
+            raise NotFound(
+                "must be guest: KVM has an assist page only on Hyper-V (host.hyperv)", field="of", value="kvm"
+            )
         return host
 
     def partitions(self) -> list[PartitionVp]:
@@ -134,5 +136,7 @@ class SharedPages(Operations):
         snapshot, states = self._published()
         where = open_vcpu(self._config, states, snapshot.machine, vcpu).msrs.get(HV_VP_ASSIST_PAGE, 0)
         if not where & _ASSIST_ENABLED:
-            raise NotFound("the guest has enabled its VP assist page, MSR 0x40000073", field="vcpu", value=vcpu)
+            raise NotFound(
+                "must be one whose guest has enabled its VP assist page: write MSR 0x40000073", field="vcpu", value=vcpu
+            )
         return where & ~0xFFF

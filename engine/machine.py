@@ -7,23 +7,24 @@ operation either publishes its whole effect or leaves the machine as it was.
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine import birth
+from engine import birth, walks
 from engine.access import AccessOperations
 from engine.allocations import Allocations
 from engine.arch import access as acc
 from engine.config import VmConfig
 from engine.cpu import explain, frames
 from engine.dirty import DirtyOperations
-from engine.errors import Busy, Conflict, InvalidValue, NotEnabled, NotFound
+from engine.errors import Busy, Conflict, InvalidValue, LimitExceeded, NotEnabled, NotFound
 from engine.head import config_from_head, config_to_head, protection_from_head, protection_to_head
 from engine.hyperv_operations import HypervOperations
 from engine.hyperv_vps import Runs, enter, hyperv_host, leave
@@ -31,7 +32,8 @@ from engine.kvm import enabling, memory, protections, spp, tracking
 from engine.kvm import registers as reg
 from engine.kvm.host_memory import HostMemoryOperations
 from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
-from engine.kvm.slots import SlotSpec, first_page_without_slot, slot_table
+from engine.kvm.slot_map import SlotMap
+from engine.kvm.slots import SlotSpec, check_pages
 from engine.nested_operations import NestedOperations, nested_in_use
 from engine.nested_states import NestedStates, states_from_head, states_to_head
 from engine.outline import Outline, outline_to_head
@@ -72,7 +74,7 @@ class State:
     """Everything that is published together."""
 
     snapshot: Snapshot
-    slots: Mapping[int, SlotSpec]
+    slots: SlotMap
     protections: Mapping[str, Protection]
     targets: Targets
     nested: NestedStates = field(default_factory=NestedStates)
@@ -94,7 +96,7 @@ class VirtualMachine:
         config.validate()
         hyperv_host(config)
         store = birth.new_store(config)
-        vm = cls(config, store, State(store.published, {}, {}, targets_of(())))
+        vm = cls(config, store, State(store.published, SlotMap(), {}, targets_of(())))
         with vm._change() as draft:
             birth.build(draft, config)
         for spec in slots:
@@ -160,7 +162,7 @@ class VirtualMachine:
     def protection(self, name: str) -> Protection:
         """One protection. Raises NotFound."""
         if name not in self._state.protections:
-            raise NotFound("no protection has that name", field="name", value=name)
+            raise NotFound("must be the name of a protection of this machine", field="name", value=name)
         return self._state.protections[name]
 
     def subpages(self, gfn: int, npages: int, layer: str = "effective") -> NDArray[np.uint32]:
@@ -191,17 +193,26 @@ class VirtualMachine:
         kind: int = acc.DATA,
         linear: int = acc.LINEAR_VALID,
         circumstances: int = 0,
-    ) -> explain.Explanation:
-        """What the processor would do with an access, entry by entry; changes nothing.
+    ) -> walks.Walk:
+        """What the processor finds of an access, entry by entry, and how it ends once KVM has done its part.
 
+        Changes nothing: the access is executed on a twin of the machine, which costs a copy of its frames.
         ``kind``, ``linear`` and ``circumstances`` are as ``arch.access`` has them; ``access`` is what the kind does
         unless given.
         """
         access = acc.default_access(kind) if access is None else access
         request = AccessRequest(gpa, size, access, vcpu, kind=kind, linear=linear, circumstances=circumstances)
         request.validate(self.config)
-        snapshot = self._state.snapshot
-        return explain.explain(snapshot.machine, self.config.vcpu_position(vcpu), gpa, size, request.how)
+        twin = self._twin()
+        position = self.config.vcpu_position(vcpu)
+        now = explain.explain(twin._state.snapshot.machine, position, gpa, size, request.how)
+        try:
+            result = twin.access(request)
+        except LimitExceeded as limit:
+            return walks.cut_short(now, limit)
+        machine = twin._state.snapshot.machine
+        after = explain.explain(machine, position, gpa, size, request.how)
+        return walks.walk_of(machine, now, result, after)
 
     def counters(self) -> dict[str, int]:
         """Totals since creation, by the names in ``kvm.registers``, and frames and bytes in use."""
@@ -287,11 +298,13 @@ class VirtualMachine:
             )
         self._check_active()
         if name in state.protections:
-            raise Conflict("a protection of that name exists", field="name", value=name, errno="EEXIST")
+            raise Conflict(
+                "must be a new name: a protection of that name exists", field="name", value=name, errno="EEXIST"
+            )
         for position, item in enumerate(protection.objects):
-            self._check_slots(state.snapshot.machine, item.first_gfn, item.pages, f"objects[{position}].gpa")
+            self._check_slots(state.snapshot.machine, item.first_gfn, item.pages, f"objects[{position}].gpa", item.gpa)
         for position, pages in enumerate(protection.ranges):
-            self._check_slots(state.snapshot.machine, pages.gfn, pages.npages, f"pages[{position}][0]")
+            self._check_slots(state.snapshot.machine, pages.gfn, pages.npages, f"pages[{position}][0]", pages.gfn)
         self._recover(state, protection, {**state.protections, name: protection})
         return protection
 
@@ -368,15 +381,23 @@ class VirtualMachine:
 
     def head(self) -> dict[str, Any]:
         """The small part of the durable form, as JSON: configuration, slots, protections, number of frames."""
+        return {**self._head_of_others(), "slots": json.loads(self._state.slots.json)}
+
+    def head_json(self) -> str:
+        """The head as text. A machine may have thousands of slots: the text of each is kept, not made again."""
+        return f'{{"slots": {self._state.slots.json}, {json.dumps(self._head_of_others())[1:]}'
+
+    def _head_of_others(self) -> dict[str, Any]:
+        """The head without the slots."""
         state = self._state
+        spp, failing = self.spp_active, self.allocations.failing
         return {
             "format": HEAD_FORMAT,
             "config": config_to_head(self.config),
-            "slots": [list(astuple(spec)) for spec in self.slots()],
             "protections": [protection_to_head(p) for p in state.protections.values()],
             "nested": states_to_head(self.config, state.nested),
             "frames": len(state.snapshot.machine.row_of),
-            "outline": outline_to_head(self.outline()),
+            "outline": outline_to_head(spp_active=spp, failing=failing),
         }
 
     def changed_blocks(self) -> Iterator[tuple[str, int, bytes]]:
@@ -425,7 +446,7 @@ class VirtualMachine:
         store.adopt(
             {block: (kinds[array], data) for (array, block), data in blocks.items() if array != "free"}, head["frames"]
         )
-        slots = {spec.key: spec for spec in (SlotSpec(*row) for row in head["slots"])}
+        slots = SlotMap.of(SlotSpec(*row) for row in head["slots"])
         known = {item.name: item for item in map(protection_from_head, head["protections"])}
         nested = states_from_head(config, head.get("nested", {}))
         vm = cls(config, store, State(store.published, slots, known, _targets(known), nested))
@@ -435,6 +456,12 @@ class VirtualMachine:
 
     # Inside
 
+    def _twin(self) -> VirtualMachine:
+        """A machine in the same state, to be changed and thrown away; this one takes no notice of it."""
+        state = self._state
+        store = self._store.twin(state.snapshot)
+        return VirtualMachine(self.config, store, replace(state, snapshot=store.published))
+
     def _register(self, position: int) -> int:
         snapshot = self._state.snapshot
         machine = snapshot.machine
@@ -442,28 +469,17 @@ class VirtualMachine:
 
     def _check_active(self) -> None:
         if not self.spp_active:
-            raise NotEnabled("sub-page protection is enabled first", field="spp", value=False)
+            raise enabling.not_enabled()
 
     def _check_window(self, machine: frames.Machine, gfn: int, npages: int) -> None:
         if not 1 <= npages <= MAX_WINDOW:
             raise InvalidValue(f"npages is 1 to {MAX_WINDOW}", field="npages", value=npages)
         self._check_slots(machine, gfn, npages, "gfn")
 
-    def _check_slots(self, machine: frames.Machine, gfn: int, npages: int, field: str) -> None:
-        if gfn < 0 or gfn + npages > 1 << (self.config.maxphyaddr - 12):
-            raise InvalidValue(
-                f"pages lie within the guest-physical address width of {self.config.maxphyaddr} bits",
-                field=field,
-                value=gfn,
-            )
-        missing = int(first_page_without_slot(machine, gfn, npages))
-        if missing >= 0:
-            raise InvalidValue(
-                f"every page of the range has a memory slot; GFN {missing:#x} has none",
-                field=field,
-                value=gfn,
-                errno="EFAULT",
-            )
+    def _check_slots(
+        self, machine: frames.Machine, gfn: int, npages: int, field: str, value: int | None = None
+    ) -> None:
+        check_pages(machine, self.config.maxphyaddr, gfn, npages, field, value)
 
     def _check_range(self, machine: frames.Machine, item: SubpageRange) -> None:
         if item.npages < 1:
@@ -480,14 +496,14 @@ class VirtualMachine:
             raise InvalidValue("at least one byte is asked for", field=field, value=size)
         if gpa < 0:
             raise InvalidValue("an address is not negative", field="gpa", value=gpa)
-        self._check_slots(machine, gpa >> 12, ((gpa + size - 1) >> 12) - (gpa >> 12) + 1, "gpa")
+        self._check_slots(machine, gpa >> 12, ((gpa + size - 1) >> 12) - (gpa >> 12) + 1, "gpa", gpa)
 
     def _acquire(self) -> None:
         if not self._writer.acquire(blocking=False):
             raise Busy("another change of this machine is under way")
 
-    def _begin(self, slots: Mapping[int, SlotSpec] | None = None) -> Draft:
-        draft = self._store.begin(slot_table((self._state.slots if slots is None else slots).values()))
+    def _begin(self, slots: SlotMap | None = None) -> Draft:
+        draft = self._store.begin((self._state.slots if slots is None else slots).table)
         draft.beside = self._state.nested
         serves = fast_path_serves(self.config, draft.machine)
         if bool(draft.machine.caps[frames.CAP_FAST_PATH]) != serves:
@@ -500,7 +516,7 @@ class VirtualMachine:
     def _change(
         self,
         since: State | None = None,
-        slots: Mapping[int, SlotSpec] | None = None,
+        slots: SlotMap | None = None,
         protections: Mapping[str, Protection] | None = None,
     ) -> Iterator[Draft]:
         """A change, published when the block ends well. ``since`` is the state that its input was checked against."""
@@ -522,7 +538,7 @@ class VirtualMachine:
         finally:
             self._writer.release()
 
-    def _publish(self, draft: Draft, slots: Mapping[int, SlotSpec], protections: Mapping[str, Protection]) -> None:
+    def _publish(self, draft: Draft, slots: SlotMap, protections: Mapping[str, Protection]) -> None:
         same = protections is self._state.protections
         targets = self._state.targets if same else _targets(protections)
         self._store.publish(draft)

@@ -125,7 +125,10 @@ class NestedOperations(Operations):
         blob = nested.read_nested_state(*self._read(vcpu))
         if blob is None:
             raise Unsupported(
-                "this host has no nested state", field="host.nested", value=self.host().nested, errno="EINVAL"
+                "must be true, on a host that has nested state",
+                field="host.nested",
+                value=self.host().nested,
+                errno="EINVAL",
             )
         return blob
 
@@ -220,7 +223,7 @@ class NestedOperations(Operations):
             errno = evmcs_hook(whole)
             if errno is not None:
                 raise Unsupported(
-                    "the host offers an enlightened VMCS to guests that may have VMX",
+                    "must be offered: this host has no enlightened VMCS for guests (host.nested, host.nested_evmcs)",
                     field="capability",
                     value=CAP_HYPERV_ENLIGHTENED_VMCS,
                     errno=errno,

@@ -25,9 +25,9 @@ class Outline:
     failing: int | None
 
 
-def outline_to_head(outline: Outline) -> dict[str, Any]:
-    """Those parts that a head does not have anyway: they are words of frames."""
-    return {"spp_active": outline.spp_active, "failing": outline.failing}
+def outline_to_head(*, spp_active: bool, failing: int | None) -> dict[str, Any]:
+    """Those parts of an outline that a head does not have anyway: they are words of frames."""
+    return {"spp_active": spp_active, "failing": failing}
 
 
 def outline_from_head(head: Mapping[str, Any]) -> Outline | None:

@@ -6,7 +6,7 @@ there, so its slots keep the rules and the limits of slots and hold nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -17,11 +17,10 @@ from engine.config import VmConfig
 from engine.errors import InvalidValue, NotFound
 from engine.kvm import slot_changes
 from engine.kvm.abi_limits import LIMITS
-from engine.kvm.slots import SlotSpec, check_overlap, key_of
+from engine.kvm.slot_map import SlotMap
+from engine.kvm.slots import SlotSpec, key_of
 from engine.steps import new_trail, run_all
 from engine.store import Draft, Snapshot
-
-Slots = Mapping[int, SlotSpec]
 
 
 class Published(Protocol):
@@ -31,13 +30,13 @@ class Published(Protocol):
     def snapshot(self) -> Snapshot: ...
 
     @property
-    def slots(self) -> Slots: ...
+    def slots(self) -> SlotMap: ...
 
 
 class Change(Protocol):
     """Begins a change that publishes new slots; ``since`` is the state that its input was checked against."""
 
-    def __call__(self, *, since: Any, slots: Slots) -> AbstractContextManager[Draft]: ...
+    def __call__(self, *, since: Any, slots: SlotMap) -> AbstractContextManager[Draft]: ...
 
 
 class SlotOperations:
@@ -49,7 +48,7 @@ class SlotOperations:
         self._change = change
 
     @property
-    def known(self) -> Slots:
+    def known(self) -> SlotMap:
         """Slots by ``SlotSpec.key``; another mapping after each change of them."""
         return self._state().slots
 
@@ -74,9 +73,8 @@ class SlotOperations:
             if known == spec:
                 return
             _check_change(known, spec)
-        check_overlap(spec, state.slots.values())
+        slots = state.slots.with_slot(spec)
         spec.validate_width(self._config.maxphyaddr)
-        slots = {**state.slots, spec.key: spec}
         with self._change(since=state, slots=slots) as draft:
             if known is not None:
                 dirty.empty_buffers(draft, self._config, state.slots)
@@ -90,8 +88,8 @@ class SlotOperations:
         key = key_of(slot, address_space)
         spec = state.slots.get(key)
         if spec is None:
-            raise NotFound("no memory slot has that number", field="slot", value=slot)
-        slots = {k: v for k, v in state.slots.items() if k != key}
+            raise NotFound("must be the number of an existing slot", field="slot", value=slot)
+        slots = state.slots.without(key)
         with self._change(since=state, slots=slots) as draft:
             if not address_space:
                 dirty.empty_buffers(draft, self._config, state.slots)

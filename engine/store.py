@@ -7,6 +7,7 @@ a state that still shows it.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -87,6 +88,23 @@ class FrameStore:
                 top=np.array([len(free), 0], dtype=np.int64),
             )
         )
+
+    def twin(self, snapshot: Snapshot) -> FrameStore:
+        """A store of its own that begins with what ``snapshot`` shows, for changes that nobody is to see.
+
+        It costs a copy of every frame in use, and no lock: whatever is under way here goes on.
+        """
+        machine = snapshot.machine
+        used = np.flatnonzero(machine.row_of >= 0)
+        rows = np.empty((len(used) + int(machine.caps[CAP_RESERVE]), WORDS), dtype=np.int64)
+        rows[: len(used)] = machine.rows[machine.row_of[used]]
+        row_of = np.full(len(machine.row_of), -1, dtype=np.int64)
+        row_of[used] = np.arange(len(used))
+        twin = copy.copy(self)
+        twin.spare = np.arange(len(used), len(rows), dtype=np.int64)
+        twin._retired = deque()
+        twin.published = Snapshot(machine._replace(rows=rows, row_of=row_of))
+        return twin
 
     def begin(self, slots: NDArray[np.int64]) -> Draft:
         """A change on top of the published state."""
@@ -233,9 +251,9 @@ class Draft:
 
 def _copy(array: NDArray[T]) -> NDArray[T]:
     """A copy made without giving up the GIL, as numpy does for more than 500 items: a change is too short for that."""
-    copy = np.empty_like(array)
-    copy.data[:] = array.data
-    return copy
+    made = np.empty_like(array)
+    made.data[:] = array.data
+    return made
 
 
 def _extended(array: NDArray[T], total: int, value: int) -> NDArray[T]:

@@ -72,7 +72,7 @@ def read_policy(path: Path) -> Policy:
             for position, item in enumerate(policy.protections):
                 checked(item, f"protections[{position}].")
     except ValidationError as error:
-        raise LocalError(f"{path}: {said(refusal(error.errors()))}") from None
+        raise LocalError(f"{path}: {said(refusal(error.errors(), Policy))}") from None
     except (EngineError, ServiceError) as error:
         raise LocalError(f"{path}: {said(error)}") from None
     vm = policy.vm

@@ -437,6 +437,7 @@ def add_responses(documented: dict[str, Any], *codes: str) -> None:
                 known.setdefault("headers", {}).update(entry["headers"])
 
 
+_ANOTHER_REVISION = "vmcs12 has another revision: vmcs12.revision is 0x0, needs revision 0x11e57ed0 in bits 30:0"
 _EXAMPLES: Mapping[str, dict[str, Any]] = {
     "invalid-value": {
         "detail": "gpa: must be a multiple of 4096 (got 0x1001)",
@@ -445,9 +446,9 @@ _EXAMPLES: Mapping[str, dict[str, Any]] = {
         "rule": "must be a multiple of 4096",
     },
     "nested-state-refused": {
-        "detail": "state: vmcs12 has another revision",
+        "detail": f"state: {_ANOTHER_REVISION}",
         "field": "state",
-        "rule": "vmcs12 has another revision",
+        "rule": _ANOTHER_REVISION,
         "errno": "EINVAL",
         "returned": -1,
         "check": "V17",

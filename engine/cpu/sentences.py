@@ -58,7 +58,7 @@ def sentence_on(
         noun, verb = ("sub-pages", "are") if denied & (denied - 1) else ("sub-page", "is")
         return f"denied: {noun} {subpages} of {_place(vectors[-1])} {verb} 0"
     if not ept.present(signed(last.raw), mode):
-        return f"denied: {_place(last)} is not present"
+        return f"not mapped: {_place(last)} is not present (exit {exits.EPT_VIOLATION}, EPT violation)"
     blamed = next((entry for entry in walked if _refuses(entry, last, how, mode)), last)
     return f"denied: {_place(blamed)} does not permit {_name(how, mode)}"
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.abi import VM, Call, Reply, failed
-from engine.errors import NotEnabled
 from engine.ioctls.registry import Ioctl, Target
 from engine.ioctls.spp_capability import enable
+from engine.kvm.enabling import not_enabled
 from engine.kvm.profile import Profile, profile_of
 
 HEADER = 16
@@ -66,7 +66,7 @@ def set_access(target: Target, call: Call) -> Reply:
 def _copy_in(target: Target, call: Call) -> Subpage | Reply:
     """The structure, or the answer that ends the call."""
     if not target.vm.spp_active:
-        raise NotEnabled("sub-page protection is enabled first", field="spp", value=False)
+        raise not_enabled()
     abi = profile_of(target.profile)
     return _fixed(abi, call) if abi.fixed_map else _flexible(abi, target, call)
 

@@ -6,14 +6,19 @@ or that memory runs out, is found out on the way (kvm-spp 2.1).
 
 from __future__ import annotations
 
-from engine.config import VmConfig
-from engine.errors import Conflict, Unsupported
+from engine.config import HostConfig, VmConfig
+from engine.errors import Conflict, NotEnabled, Unsupported
 from engine.kvm.profile import profile_of
 
 
 def allows_nesting(config: VmConfig) -> bool:
     """Whether the host allows nesting; unset, it is as sub-page protection needs it."""
     return bool(config.host.nested)
+
+
+def not_enabled() -> NotEnabled:
+    """What every call that needs sub-page protection says while it is off."""
+    return NotEnabled("must be on: switch sub-page protection on first, with PUT …/spp", field="spp", value=False)
 
 
 def check(config: VmConfig, nesting_in_use: bool = False) -> None:
@@ -24,13 +29,18 @@ def check(config: VmConfig, nesting_in_use: bool = False) -> None:
     profile = profile_of(config.profile)
     for test in profile.enable_tests:
         if test == "support" and not config.host.supports_spp:
-            raise Unsupported(
-                "sub-page protection needs an Intel host with EPT and SPP",
-                field="host",
-                value=config.host.vendor,
-                errno=profile.unsupported_errno,
-            )
+            raise _unsupported(config.host, profile.unsupported_errno)
         if test == "nested" and (allows_nesting(config) or (config.host.nested is None and nesting_in_use)):
-            raise Conflict(
-                "sub-page protection excludes nesting", field="host.nested", value=True, errno=profile.nested_errno
-            )
+            rule = "must be false: sub-page protection excludes nesting"
+            if not allows_nesting(config):
+                rule = "must not be in use: a vCPU is in VMX operation or has its enlightened VMCS enabled"
+            raise Conflict(rule, field="host.nested", value=True, errno=profile.nested_errno)
+
+
+def _unsupported(host: HostConfig, errno: str) -> Unsupported:
+    """What the host lacks for sub-page protection; another host is another machine."""
+    needs = "sub-page protection needs it, and a machine keeps its host: create another"
+    if host.vendor != "intel":
+        return Unsupported(f"must be intel: {needs}", field="host.vendor", value=host.vendor, errno=errno)
+    lacks = "spp" if host.ept else "ept"
+    return Unsupported(f"must be true: {needs}", field=f"host.{lacks}", value=False, errno=errno)

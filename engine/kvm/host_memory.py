@@ -20,7 +20,7 @@ from engine.cpu.physical import find_slot
 from engine.errors import InvalidValue
 from engine.jit import kernel
 from engine.kvm import ept_tables, host_state, mapping, regions, sppt_tables
-from engine.kvm.slots import first_page_without_slot
+from engine.kvm.slots import check_pages
 from engine.store import Draft
 
 # In the order of their numbers. The first three do nothing where nothing is mapped.
@@ -169,7 +169,7 @@ class HostMemoryOperations:
         """
         choices(name, EVENTS, "event")
         if gfn is None and (name not in WHOLE or npages is not None):
-            raise InvalidValue("the event is about pages: gfn says which is the first", field="gfn", value=None)
+            raise InvalidValue("must be given: the event is about pages, and gfn is the first", field="gfn", value=None)
         with self._change() as draft:
             before = _tables(draft.machine)
             leaves = None
@@ -184,19 +184,7 @@ class HostMemoryOperations:
     def _check(self, machine: Machine, gfn: int, npages: int) -> None:
         if not 1 <= npages <= MAX_PAGES:
             raise InvalidValue(f"npages is 1 to {MAX_PAGES}", field="npages", value=npages)
-        width = self._config.maxphyaddr
-        if gfn < 0 or gfn + npages > 1 << (width - 12):
-            raise InvalidValue(
-                f"pages lie within the guest-physical address width of {width} bits", field="gfn", value=gfn
-            )
-        missing = int(first_page_without_slot(machine, gfn, npages))
-        if missing >= 0:
-            raise InvalidValue(
-                f"every page of the range has a memory slot; GFN {missing:#x} has none",
-                field="gfn",
-                value=gfn,
-                errno="EFAULT",
-            )
+        check_pages(machine, self._config.maxphyaddr, gfn, npages, "gfn")
 
 
 def _run(draft: Draft, event: int, gfn: int, npages: int) -> int:

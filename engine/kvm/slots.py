@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.cpu.frames import Machine
 from engine.cpu.physical import SLOT_GFN, SLOT_PAGES, find_slot
 from engine.errors import InvalidValue
 from engine.jit import kernel, short_kernel
@@ -104,25 +105,32 @@ class SlotSpec:
         )
 
 
-def check_overlap(spec: SlotSpec, others: Iterable[SlotSpec]) -> None:
-    """Refuse a slot that shares a page with another one."""
-    for other in others:
-        if other.key != spec.key and other.overlaps(spec):
-            raise InvalidValue(
-                f"a slot overlaps no other; slot {other.slot} covers {other.gpa:#x} to {other.gpa + other.size - 1:#x}",
-                field="gpa",
-                value=spec.gpa,
-                errno="EEXIST",
-            )
+def check_pages(m: Machine, width: int, gfn: int, pages: int, field: str, value: int | None = None) -> None:
+    """Refuse pages that are not all in memory slots of a guest with ``width`` address bits.
+
+    ``value`` is what was given, where that is not the GFN.
+    """
+    given = gfn if value is None else value
+    if gfn < 0 or gfn + pages > 1 << (width - PAGE_SHIFT):
+        rule, errno = f"must lie within the guest-physical address width of {width} bits", "EINVAL"
+    else:
+        missing = int(first_page_without_slot(m, gfn, pages))
+        if missing < 0:
+            return
+        rule, errno = f"must have a memory slot for every page; GFN {missing:#x} has none", "EFAULT"
+    if value is None and gfn >= PAGE_SIZE and first_page_without_slot(m, gfn >> PAGE_SHIFT, 1) < 0:
+        rule += f"; it looks like an address, whose GFN is {gfn >> PAGE_SHIFT:#x}"
+    raise InvalidValue(rule, field=field, value=given, errno=errno)
+
+
+def slot_row(spec: SlotSpec) -> tuple[int, ...]:
+    """A row of Machine.slots."""
+    return (spec.gfn, spec.pages, spec.flags, spec.slot, HOST_PAGE_SIZES.index(spec.host_page_size) + 1)
 
 
 def slot_table(specs: Iterable[SlotSpec]) -> NDArray[np.int64]:
     """int64[n, SLOT_WORDS] of address space 0, sorted by base GFN, as kernels look it up."""
-    rows = sorted(
-        (s.gfn, s.pages, s.flags, s.slot, HOST_PAGE_SIZES.index(s.host_page_size) + 1)
-        for s in specs
-        if s.address_space == 0
-    )
+    rows = sorted(slot_row(spec) for spec in specs if spec.address_space == 0)
     return np.array(rows, dtype=np.int64).reshape(len(rows), SLOT_WORDS)
 
 

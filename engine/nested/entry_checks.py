@@ -7,13 +7,13 @@ from functools import partial
 
 from engine.arch import vmx_msrs as vmx
 from engine.arch.vmcs12 import get
-from engine.nested.entry_context import EntryCheck, EntryContext
-from engine.nested.entry_controls import CONTROL_CHECKS
+from engine.nested.entry_context import EntryCheck, EntryContext, ReadingContext
+from engine.nested.entry_controls import CONTROL_CHECKS, CONTROL_FIELDS
 from engine.nested.entry_state import GUEST_CHECKS, HOST_CHECKS
 from engine.nested.memory import GuestMemory
 from engine.nested.registers import CR0_PG, CR4_PAE, guest_efer
 from engine.nested.vcpu import NestedVcpu
-from engine.nested.verdict import CheckReport, report_in_order
+from engine.nested.verdict import CheckReport, Facts, report_in_order
 
 ENTRY_CHECKS = CONTROL_CHECKS + HOST_CHECKS + GUEST_CHECKS
 
@@ -34,8 +34,24 @@ def first_failure(vcpu: NestedVcpu, memory: GuestMemory, area: str = "") -> Entr
 
 def explain_checks(vcpu: NestedVcpu, memory: GuestMemory) -> list[CheckReport]:
     """Every check of this kernel on the cached vmcs12: which pass, which one decides, which are not reached."""
-    context = EntryContext(vcpu, memory)
-    return report_in_order((check.name, check.says, partial(check.fails, context)) for check in checks_of(vcpu.profile))
+    return report_in_order(
+        (check.name, check.says, partial(_inspect, vcpu, memory, check)) for check in checks_of(vcpu.profile)
+    )
+
+
+def _inspect(vcpu: NestedVcpu, memory: GuestMemory, check: EntryCheck) -> tuple[bool, Facts]:
+    """Whether a check refuses, and the field that it looked at last: the one that settled it."""
+    context = ReadingContext(vcpu, memory)
+    refuses = check.fails(context)
+    name = context.last
+    if name is None:
+        return refuses, Facts(check.name, "not looked at", check.says)
+    masks = [c for c, field in CONTROL_FIELDS if field == name and check.name in (f"ctl:{c}", f"ctl:{c[:3]}")]
+    required = check.says
+    if masks:
+        allowed = vcpu.capabilities.controls[masks[0]]
+        required = f"{required}: every bit of {allowed.must1:#x}, and none outside {allowed.may1:#x}"
+    return refuses, Facts(f"vmcs12.{name}", f"{context.get(name):#x}", required)
 
 
 def cr3_refusal(vcpu: NestedVcpu, memory: GuestMemory, from_vm_entry: bool) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from engine.arch import vmx_msrs as vmx
 from engine.arch.hyperv_cpuid import find_leaf
@@ -13,6 +14,15 @@ from engine.nested.eras import BOTH
 from engine.nested.memory import GuestMemory
 from engine.nested.registers import active_secondary
 from engine.nested.vcpu import NestedVcpu
+
+# Controls that a context keeps at hand, and their fields.
+_CONTROLS = {
+    "pin": "pin_based_vm_exec_control",
+    "proc": "cpu_based_vm_exec_control",
+    "secondary": "secondary_vm_exec_control",
+    "exit": "vm_exit_controls",
+    "entry": "vm_entry_controls",
+}
 
 
 class EntryContext:
@@ -69,6 +79,23 @@ class EntryContext:
             return value == 0
         counters = (1 << (leaf.eax >> 8 & 0xFF)) - 1 | ((1 << (leaf.edx & 0x1F)) - 1) << 32
         return not value & ~counters
+
+
+class ReadingContext(EntryContext):
+    """One that remembers the ``last`` field of vmcs12 that was asked for."""
+
+    def __init__(self, vcpu: NestedVcpu, memory: GuestMemory) -> None:
+        super().__init__(vcpu, memory)
+        self.last: str | None = None
+
+    def get(self, name: str) -> int:
+        self.last = name
+        return super().get(name)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _CONTROLS:
+            self.last = _CONTROLS[name]
+        return super().__getattribute__(name)
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def _vmfunc_outside_evmcs(c: EntryContext) -> bool:
     return c.vcpu.evmcs_visible and bool(c.get("vm_function_control") & ~vmx.EVMCS_SUPPORTED_VMFUNC)
 
 
-_MASKS = (
+CONTROL_FIELDS = (
     ("pin", "pin_based_vm_exec_control"),
     ("proc", "cpu_based_vm_exec_control"),
     ("secondary", "secondary_vm_exec_control"),
@@ -199,9 +199,9 @@ _MASKS = (
 )
 
 CONTROL_CHECKS: tuple[EntryCheck, ...] = (
-    EntryCheck("ctl:pin", "pin-based controls within the capability MSR", _control("pin", _MASKS[0][1])),
+    EntryCheck("ctl:pin", "pin-based controls within the capability MSR", _control("pin", CONTROL_FIELDS[0][1])),
     EntryCheck(
-        "ctl:proc", "primary processor-based controls within the capability MSR", _control("proc", _MASKS[1][1])
+        "ctl:proc", "primary processor-based controls within the capability MSR", _control("proc", CONTROL_FIELDS[1][1])
     ),
     EntryCheck("ctl:sec", "secondary controls, if activated, within the capability MSR", _secondary),
     EntryCheck("ctl:cr3count", "no more CR3 targets than IA32_VMX_MISC advertises", _cr3_count),
@@ -242,7 +242,7 @@ CONTROL_CHECKS: tuple[EntryCheck, ...] = (
         "ctl:vmfunc", "advertised VM functions; EPT and a page address of the list for EPTP switching", _vm_functions
     ),
     EntryCheck("ctl:tscscaling", "a TSC multiplier other than 0 with TSC scaling", _tsc_scaling, ONLY_LATEST),
-    EntryCheck("ctl:exit", "VM-exit controls within the capability MSR", _control("exit", _MASKS[3][1])),
+    EntryCheck("ctl:exit", "VM-exit controls within the capability MSR", _control("exit", CONTROL_FIELDS[3][1])),
     EntryCheck(
         "ctl:exitload", "a VM-exit MSR-load list that is aligned, in range and not too long", _msr_list("exit_msr_load")
     ),
@@ -251,7 +251,7 @@ CONTROL_CHECKS: tuple[EntryCheck, ...] = (
         "a VM-exit MSR-store list that is aligned, in range and not too long",
         _msr_list("exit_msr_store"),
     ),
-    EntryCheck("ctl:entry", "VM-entry controls within the capability MSR", _control("entry", _MASKS[4][1])),
+    EntryCheck("ctl:entry", "VM-entry controls within the capability MSR", _control("entry", CONTROL_FIELDS[4][1])),
     EntryCheck("ctl:event", "a well-formed event to inject, if any", _event),
     EntryCheck(
         "ctl:entryload",
@@ -265,7 +265,7 @@ CONTROL_CHECKS: tuple[EntryCheck, ...] = (
             _outside_evmcs(name, field),
             ONLY_LATEST,
         )
-        for name, field in _MASKS
+        for name, field in CONTROL_FIELDS
     ),
     EntryCheck(
         "ctl:evmcs vm_function_control", "no VM function with the enlightened VMCS", _vmfunc_outside_evmcs, ONLY_LATEST

@@ -11,75 +11,23 @@ from dataclasses import dataclass
 
 from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
-from engine.arch import vmx_msrs as vmx
 from engine.arch.vmcs12 import VMCS12, get
 from engine.nested import svm
 from engine.nested.entry_checks import explain_checks, first_failure
 from engine.nested.entry_context import is_shadow, revision_matches
 from engine.nested.eras import BOTH, ONLY_2019, ONLY_LATEST
 from engine.nested.memory import GuestMemory, Overlay
-from engine.nested.registers import active_secondary
+from engine.nested.set_context import SetContext
+from engine.nested.set_facts import facts_of
 from engine.nested.transitions import enter_guest, enter_operation, leave_nested
 from engine.nested.vcpu import EVMPTR_PENDING, NestedVcpu
-from engine.nested.verdict import CheckReport, SetResult, Verdict
+from engine.nested.verdict import CheckReport, Facts, SetResult, Verdict
 
 _INTEL = ("intel",)
 _AMD = ("amd",)
 _ANY = ("intel", "amd")
 
 _SMM_KNOWN = abi.SMM_GUEST_MODE | abi.SMM_VMXON
-
-
-class SetContext:
-    """One call: the vCPU, guest memory, the caller's buffer and, after G1, the header."""
-
-    def __init__(self, vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer, explain: bool) -> None:
-        self.parts: list[CheckReport] | None = [] if explain else None
-        self.vcpu = vcpu
-        self.memory = memory
-        self.user = user
-        self.header = bytes(abi.HEADER_SIZE)
-
-    @property
-    def flags(self) -> int:
-        """kvm_nested_state.flags."""
-        return abi.COMMON.get(self.header, "flags")
-
-    @property
-    def format(self) -> int:
-        """kvm_nested_state.format."""
-        return abi.COMMON.get(self.header, "format")
-
-    @property
-    def size(self) -> int:
-        """kvm_nested_state.size: what the caller claims."""
-        return abi.COMMON.get(self.header, "size")
-
-    def vmx(self, name: str) -> int:
-        """A field of hdr.vmx."""
-        return abi.VMX_HEADER.get(self.header[abi.COMMON.size :], name)
-
-    @property
-    def vmxon_pa(self) -> int:
-        """hdr.vmx.vmxon_pa."""
-        return self.vmx("vmxon_pa")
-
-    @property
-    def vmcs12_pa(self) -> int:
-        """hdr.vmx.vmcs12_pa."""
-        return self.vmx("vmcs12_pa")
-
-    @property
-    def smm_flags(self) -> int:
-        """hdr.vmx.smm.flags."""
-        return self.vmx("smm_flags")
-
-    @property
-    def shadow_in_use(self) -> bool:
-        """vmcs12 has VMCS shadowing active and a link pointer."""
-        page = self.vcpu.vmx.vmcs12
-        shadowing = active_secondary(page) & vmx.SEC_SHADOW_VMCS
-        return bool(shadowing) and get(page, "vmcs_link_pointer") != abi.NO_ADDRESS
 
 
 @dataclass(frozen=True)
@@ -119,7 +67,9 @@ def _copy_header(c: SetContext) -> Verdict | None:
 
 
 def _svm(c: SetContext) -> Verdict | None:
-    return svm.set_state(c.vcpu, c.header, c.user, c.parts)
+    verdict = svm.set_state(c.vcpu, c.header, c.user, c.parts)
+    c.blamed = next((part for part in c.parts or () if part.outcome == "decides"), None)
+    return verdict
 
 
 def _smm_conflict(c: SetContext) -> bool:
@@ -244,6 +194,7 @@ def _deadline(c: SetContext) -> Verdict | None:
 def _entry_checks(c: SetContext) -> Verdict | None:
     if c.parts is not None:
         c.parts.extend(explain_checks(c.vcpu, c.memory))
+        c.blamed = next((part for part in c.parts if part.outcome == "decides"), None)
     failed = first_failure(c.vcpu, c.memory)
     return None if failed is None else Verdict("EINVAL", detail=failed.name, says=f"needs {failed.says}")
 
@@ -331,14 +282,14 @@ def set_nested_state(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer, *,
     decided: tuple[Step, Verdict] | None = None
     for step in steps_of(vcpu.profile, vcpu.host.vendor):
         if decided is not None:
-            trail.append(CheckReport(step.check, step.says, "not reached"))
+            trail.append(_report(context, step, "not reached"))
             continue
         verdict = step.run(context)
         if verdict is None:
-            trail.append(CheckReport(step.check, step.says, "done" if step.effect else "pass"))
+            trail.append(_report(context, step, "done" if step.effect else "pass"))
         else:
             decided = step, verdict
-            trail.append(CheckReport(step.check, step.says, "decides", verdict.detail))
+            trail.append(_report(context, step, "decides", verdict.detail))
     if decided is None:
         raise AssertionError("the last step always decides")
     step, verdict = decided
@@ -348,7 +299,30 @@ def set_nested_state(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer, *,
         detail = rest or None
     returns = -1 if verdict.errno else verdict.returns
     says = verdict.says or step.says
-    return SetResult(returns, verdict.errno, check, detail, says, tuple(trail), tuple(context.parts or ()))
+    blamed = context.blamed or next(report for report in trail if report.outcome == "decides")
+    return SetResult(
+        returns,
+        verdict.errno,
+        check,
+        detail,
+        says,
+        tuple(trail),
+        tuple(context.parts or ()),
+        blamed.field,
+        blamed.found,
+        blamed.required,
+    )
+
+
+def _report(c: SetContext, step: Step, outcome: str, detail: str | None = None) -> CheckReport:
+    """What became of a step. One that let the call go on is told by what it asks for, not by what it refuses."""
+    if step.check in ("SVM", "V21"):
+        facts = Facts() if c.blamed is None or outcome != "decides" else Facts.of(c.blamed)
+    else:
+        facts = facts_of(c, step.check, reached=outcome != "not reached")
+    refuses = not step.effect and outcome != "decides" and facts.required is not None
+    says = f"needs {facts.required}" if refuses else step.says
+    return CheckReport(step.check, says, outcome, detail, facts.field, facts.found, facts.required)
 
 
 def explain_nested_state(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer) -> tuple[SetResult, NestedVcpu]:

@@ -18,7 +18,7 @@ from engine.arch.vmx_msrs import EFER_LMA, EFER_LME, EFER_NX, EFER_SCE, EFER_SVM
 from engine.nested.cpuid import cr4_allowed
 from engine.nested.registers import CR0_PE, CR0_PG, CR4_PAE
 from engine.nested.vcpu import NestedVcpu
-from engine.nested.verdict import CheckReport, Verdict, report_in_order
+from engine.nested.verdict import CheckReport, Facts, Verdict, report_in_order
 
 _KNOWN_FLAGS = abi.GUEST_MODE | abi.RUN_PENDING | abi.GIF_SET
 
@@ -63,52 +63,68 @@ _CS_LONG, _CS_DEFAULT = 1 << 9, 1 << 10
 _EFER_KNOWN = EFER_SCE | EFER_LME | EFER_LMA | EFER_NX | EFER_SVME
 
 
+_UNREADABLE = "the VMCB cannot be read"
+
+# Where a rule about a VMCB binds.
+Where = Callable[[bytes], bool]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one field must be: ``found`` reads it from the vCPU and the header or VMCB, ``holds`` judges it."""
+
+    field: str
+    required: str
+    found: Callable[[NestedVcpu, bytes], int]
+    holds: Callable[[NestedVcpu, bytes], bool]
+
+    def facts(self, vcpu: NestedVcpu, data: bytes) -> Facts:
+        """The rule in words."""
+        return Facts(self.field, f"{self.found(vcpu, data):#x}", self.required)
+
+
 @dataclass(frozen=True)
 class SvmStep:
-    """One check of SVM: ``refuses`` is true when the call ends with EINVAL."""
+    """One check of SVM: the call ends with EINVAL unless all its ``rules`` hold."""
 
     check: str
     says: str
-    refuses: Callable[[NestedVcpu, bytes], bool]
+    rules: tuple[Rule, ...]
+
+    def broken(self, vcpu: NestedVcpu, data: bytes) -> Rule | None:
+        """The first rule that does not hold."""
+        return next((rule for rule in self.rules if not rule.holds(vcpu, data)), None)
+
+    def inspect(self, vcpu: NestedVcpu, data: bytes) -> tuple[bool, Facts]:
+        """Whether the check refuses, and what it looked at last."""
+        broken = self.broken(vcpu, data)
+        return broken is not None, (broken or self.rules[-1]).facts(vcpu, data)
 
 
 def _header(name: str, header: bytes) -> int:
     return abi.COMMON.get(header, name)
 
 
-def _no_svm(vcpu: NestedVcpu, header: bytes) -> bool:
-    flags = _header("flags", header)
-    return not vcpu.registers["ia32_efer"] & EFER_SVME and flags not in (0, abi.GIF_SET)
+def _of_header(name: str, required: str, holds: Callable[[NestedVcpu, int], bool]) -> Rule:
+    return Rule(name, required, lambda v, h: _header(name, h), lambda v, h: holds(v, _header(name, h)))
 
 
-_HEADER_STEPS: tuple[SvmStep, ...] = (
-    SvmStep("S1", "format is not 1", lambda v, h: _header("format", h) != abi.FORMAT_SVM),
-    SvmStep(
-        "S2",
-        "flags has more than GUEST_MODE, RUN_PENDING, GIF_SET",
-        lambda v, h: bool(_header("flags", h) & ~_KNOWN_FLAGS),
-    ),
-    SvmStep("S3", "EFER.SVME is 0 and flags is neither 0 nor GIF_SET", _no_svm),
-    SvmStep("S4", "L2 running in SMM", lambda v, h: v.smm and bool(_header("flags", h) & abi.GUEST_MODE)),
-)
-_GUEST_STEPS: tuple[SvmStep, ...] = (
-    SvmStep("S6", "vmcb_pa is not a page address", lambda v, h: not v.page_valid(_vmcb_pa(h))),
-    SvmStep("S7", "size is less than 4224", lambda v, h: _header("size", h) < abi.MAX_SIZE_SVM),
-)
-
-
-def _control_refused(vcpu: NestedVcpu, vmcb: bytes) -> bool:
-    width = vcpu.maxphyaddr
-    paging = VMCB.get(vmcb, "nested_ctl") & _NESTED_PAGING
-    return (
-        not VMCB.get(vmcb, "intercept_word4") & _INTERCEPT_VMRUN
-        or not VMCB.get(vmcb, "asid")
-        or (bool(paging) and bool(VMCB.get(vmcb, "nested_cr3") >> width))
-        or not _map_valid(VMCB.get(vmcb, "msrpm_base_pa"), _MSR_MAP_SIZE, width)
-        or not _map_valid(VMCB.get(vmcb, "iopm_base_pa"), _IO_MAP_SIZE, width)
-        or (bool(VMCB.get(vmcb, "int_ctl") & _VIRTUAL_NMI) and not VMCB.get(vmcb, "intercept_word3") & _INTERCEPT_NMI)
-        or not _event_valid(VMCB.get(vmcb, "event_inj"))
+def _of_vmcb(name: str, required: str, holds: Callable[[NestedVcpu, int], bool], where: Where | None = None) -> Rule:
+    """A rule about a field of the VMCB, which binds where ``where`` says so."""
+    return Rule(
+        f"vmcb12.{name}",
+        required,
+        lambda v, b: VMCB.get(b, name),
+        lambda v, b: (where is not None and not where(b)) or holds(v, VMCB.get(b, name)),
     )
+
+
+def _of_register(name: str, required: str, holds: Callable[[NestedVcpu, int], bool]) -> Rule:
+    return Rule(f"registers.{name}", required, lambda v, _: v.registers[name], lambda v, _: holds(v, v.registers[name]))
+
+
+def _flag(name: str, mask: int) -> Where:
+    return lambda vmcb: bool(VMCB.get(vmcb, name) & mask)
 
 
 def _map_valid(address: int, size: int, width: int) -> bool:
@@ -122,32 +138,109 @@ def _event_valid(event: int) -> bool:
     return kind in _EVENT_TYPES and (kind != _EVENT_EXCEPTION or event & 0xFF in _EXCEPTIONS)
 
 
-def _live_cr0_refused(vcpu: NestedVcpu, vmcb: bytes) -> bool:
-    return vcpu.registers["cr0"] & (_CR0_CD | _CR0_NW) == _CR0_NW
+def _efer_valid(vcpu: NestedVcpu, efer: int) -> bool:
+    return bool(efer & EFER_SVME) and not efer & ~_EFER_KNOWN
 
 
-def _save_refused(vcpu: NestedVcpu, vmcb: bytes) -> bool:
-    cr0, cr4, efer = (VMCB.get(vmcb, name) for name in ("cr0", "cr4", "efer"))
-    if cr0 & (CR0_PG | CR0_PE) != CR0_PG | CR0_PE or VMCB.get(vmcb, "rflags") & _RFLAGS_VM:
-        return True
-    if not efer & EFER_SVME or efer & ~_EFER_KNOWN:
-        return True
-    if cr0 & (_CR0_CD | _CR0_NW) == _CR0_NW or cr0 >> 32:
-        return True
-    if VMCB.get(vmcb, "dr6") >> 32 or VMCB.get(vmcb, "dr7") >> 32:
-        return True
-    attributes = VMCB.get(vmcb, "cs_attrib")
-    both = attributes & _CS_LONG and attributes & _CS_DEFAULT
-    if efer & EFER_LME and (not cr4 & CR4_PAE or VMCB.get(vmcb, "cr3") >> vcpu.maxphyaddr or both):
-        return True
-    return bool(cr4 & ~cr4_allowed(vcpu.cpuid))
+def _cache_bits_valid(vcpu: NestedVcpu, cr0: int) -> bool:
+    return cr0 & (_CR0_CD | _CR0_NW) != _CR0_NW
 
+
+_IN_WIDTH = "within the guest's physical address width"
+_LONG = _flag("efer", EFER_LME)
+
+_HEADER_STEPS: tuple[SvmStep, ...] = (
+    SvmStep("S1", "format is not 1", (_of_header("format", "0x1 (SVM)", lambda v, f: f == abi.FORMAT_SVM),)),
+    SvmStep(
+        "S2",
+        "flags has more than GUEST_MODE, RUN_PENDING, GIF_SET",
+        (_of_header("flags", f"no bit outside {_KNOWN_FLAGS:#x}", lambda v, f: not f & ~_KNOWN_FLAGS),),
+    ),
+    SvmStep(
+        "S3",
+        "EFER.SVME is 0 and flags is neither 0 nor GIF_SET",
+        (
+            _of_header(
+                "flags",
+                f"0 or GIF_SET ({abi.GIF_SET:#x}) while EFER.SVME is 0",
+                lambda v, f: bool(v.registers["ia32_efer"] & EFER_SVME) or f in (0, abi.GIF_SET),
+            ),
+        ),
+    ),
+    SvmStep(
+        "S4",
+        "L2 running in SMM",
+        (
+            _of_header(
+                "flags",
+                f"no GUEST_MODE ({abi.GUEST_MODE:#x}) while the vCPU is in SMM",
+                lambda v, f: not (v.smm and f & abi.GUEST_MODE),
+            ),
+        ),
+    ),
+)
+_GUEST_STEPS: tuple[SvmStep, ...] = (
+    SvmStep(
+        "S6",
+        "vmcb_pa is not a page address",
+        (
+            Rule(
+                "svm.vmcb_pa",
+                f"a multiple of 4096 {_IN_WIDTH}",
+                lambda v, h: _vmcb_pa(h),
+                lambda v, h: v.page_valid(_vmcb_pa(h)),
+            ),
+        ),
+    ),
+    SvmStep(
+        "S7",
+        "size is less than 4224",
+        (_of_header("size", f"at least {abi.MAX_SIZE_SVM:#x}", lambda v, size: size >= abi.MAX_SIZE_SVM),),
+    ),
+)
+
+# APM volume 2, 15.5.1: what VMRUN refuses.
+_CONTROL_RULES = (
+    _of_vmcb("intercept_word4", "bit 0: VMRUN is intercepted", lambda v, word: bool(word & _INTERCEPT_VMRUN)),
+    _of_vmcb("asid", "another than 0", lambda v, asid: asid != 0),
+    _of_vmcb("nested_cr3", _IN_WIDTH, lambda v, cr3: not cr3 >> v.maxphyaddr, _flag("nested_ctl", _NESTED_PAGING)),
+    _of_vmcb("msrpm_base_pa", f"8 KiB {_IN_WIDTH}", lambda v, at: _map_valid(at, _MSR_MAP_SIZE, v.maxphyaddr)),
+    _of_vmcb("iopm_base_pa", f"12 KiB {_IN_WIDTH}", lambda v, at: _map_valid(at, _IO_MAP_SIZE, v.maxphyaddr)),
+    _of_vmcb(
+        "intercept_word3",
+        "bit 1: NMIs are intercepted where they are virtual",
+        lambda v, word: bool(word & _INTERCEPT_NMI),
+        _flag("int_ctl", _VIRTUAL_NMI),
+    ),
+    _of_vmcb("event_inj", "a well-formed event, if any", lambda v, event: _event_valid(event)),
+)
+_SAVE_RULES = (
+    _of_vmcb("cr0", "PE and PG", lambda v, cr0: cr0 & (CR0_PG | CR0_PE) == CR0_PG | CR0_PE),
+    _of_vmcb("rflags", "without VM", lambda v, flags: not flags & _RFLAGS_VM),
+    _of_vmcb("efer", f"SVME, and no bit outside {_EFER_KNOWN:#x}", _efer_valid),
+    _of_vmcb("cr0", "no NW without CD, and 32 bits", lambda v, cr0: _cache_bits_valid(v, cr0) and not cr0 >> 32),
+    _of_vmcb("dr6", "32 bits", lambda v, dr6: not dr6 >> 32),
+    _of_vmcb("dr7", "32 bits", lambda v, dr7: not dr7 >> 32),
+    _of_vmcb("cr4", "PAE with EFER.LME", lambda v, cr4: bool(cr4 & CR4_PAE), _LONG),
+    _of_vmcb("cr3", f"{_IN_WIDTH} with EFER.LME", lambda v, cr3: not cr3 >> v.maxphyaddr, _LONG),
+    _of_vmcb(
+        "cs_attrib",
+        "not both L and D with EFER.LME",
+        lambda v, cs: cs & (_CS_LONG | _CS_DEFAULT) != _CS_LONG | _CS_DEFAULT,
+        _LONG,
+    ),
+    _of_vmcb("cr4", "no bit that the guest's CPUID does not give it", lambda v, cr4: not cr4 & ~cr4_allowed(v.cpuid)),
+)
 
 _VMCB_STEPS: tuple[SvmStep, ...] = (
-    SvmStep("S9", "the control area breaks a VMRUN rule", _control_refused),
-    SvmStep("S10", "CR0 of L2 has NW without CD", _live_cr0_refused),
-    SvmStep("S11", "the save area of L1 breaks a VMRUN rule", _save_refused),
-    SvmStep("S12", "CR3 of L2 cannot be loaded", lambda v, b: bool(v.registers["cr3"] >> v.maxphyaddr)),
+    SvmStep("S9", "the control area breaks a VMRUN rule", _CONTROL_RULES),
+    SvmStep("S10", "CR0 of L2 has NW without CD", (_of_register("cr0", "no NW without CD", _cache_bits_valid),)),
+    SvmStep("S11", "the save area of L1 breaks a VMRUN rule", _SAVE_RULES),
+    SvmStep(
+        "S12",
+        "CR3 of L2 cannot be loaded",
+        (_of_register("cr3", _IN_WIDTH, lambda v, cr3: not cr3 >> v.maxphyaddr),),
+    ),
 )
 
 
@@ -169,7 +262,9 @@ def set_state(vcpu: NestedVcpu, header: bytes, user: UserBuffer, parts: list[Che
         return refused
     vmcb = user.copy_from(abi.DATA_OFFSET, abi.VMCB_PAGE)
     if vmcb is None:
-        return Verdict("EFAULT", detail="S8", says="the VMCB cannot be read")
+        if parts is not None:
+            parts.append(CheckReport("S8", _UNREADABLE, "decides", None, *_facts_of_copy(user)))
+        return Verdict("EFAULT", detail="S8", says=_UNREADABLE)
     refused = _first(_VMCB_STEPS, vcpu, vmcb, parts)
     if refused is not None:
         return refused
@@ -201,12 +296,17 @@ def _vmcb_pa(header: bytes) -> int:
     return abi.SVM_HEADER.get(header[abi.COMMON.size :], "vmcb_pa")
 
 
+def _facts_of_copy(user: UserBuffer) -> Facts:
+    given = len(user.data or b"") - user.base
+    return Facts("data", f"{given} bytes", f"{abi.VMCB_PAGE} bytes at offset {abi.DATA_OFFSET} that can be read")
+
+
 def _first(
     steps: tuple[SvmStep, ...], vcpu: NestedVcpu, data: bytes, parts: list[CheckReport] | None
 ) -> Verdict | None:
     if parts is not None:
-        parts.extend(report_in_order((step.check, step.says, partial(step.refuses, vcpu, data)) for step in steps))
+        parts.extend(report_in_order((step.check, step.says, partial(step.inspect, vcpu, data)) for step in steps))
     for step in steps:
-        if step.refuses(vcpu, data):
+        if step.broken(vcpu, data) is not None:
             return Verdict("EINVAL", detail=step.check, says=step.says)
     return None

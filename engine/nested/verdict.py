@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
+from dataclasses import field as member
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -19,26 +20,55 @@ class Verdict:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """One row of an explanation. ``outcome``: pass, decides, done (an effect) or not reached."""
+    """One row of an explanation. ``outcome``: pass, decides, done (an effect) or not reached.
+
+    ``field`` is what the check looks at, by its name in the JSON form of the state where it is part of that, ``found``
+    what it found there, None where it was not reached, ``required`` what it takes; all None for a mere effect.
+    """
 
     check: str
     says: str
     outcome: str
     detail: str | None = None
+    field: str | None = None
+    found: str | None = None
+    required: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON form."""
-        return {"check": self.check, "says": self.says, "outcome": self.outcome, "detail": self.detail}
+        return asdict(self)
 
 
-def report_in_order(rows: Iterable[tuple[str, str, Callable[[], bool]]]) -> list[CheckReport]:
-    """Reports of checks given as id, sentence and "does it refuse": up to the first refusal, the rest not reached."""
+class Facts(NamedTuple):
+    """What a check looks at, what it finds there, and what it takes."""
+
+    field: str | None = None
+    found: str | None = None
+    required: str | None = None
+
+    @classmethod
+    def of(cls, report: CheckReport) -> Facts:
+        """Those of another check's report."""
+        return cls(report.field, report.found, report.required)
+
+
+# Of one check: whether it refuses, and what it looks at.
+Inspect = Callable[[], tuple[bool, Facts]]
+
+
+def report_in_order(rows: Iterable[tuple[str, str, Inspect]]) -> list[CheckReport]:
+    """Reports of checks given as id, sentence and inspection: up to the first refusal, the rest not reached."""
     reports: list[CheckReport] = []
     decided = False
-    for check, says, refuses in rows:
-        outcome = "not reached" if decided else "decides" if refuses() else "pass"
+    for check, says, inspect in rows:
+        refuses, facts = inspect()
+        outcome = "not reached" if decided else "decides" if refuses else "pass"
+        if decided:
+            facts = facts._replace(found=None)
         decided = decided or outcome == "decides"
-        reports.append(CheckReport(check, says, outcome))
+        if outcome != "decides" and says != facts.required:
+            says = f"needs {facts.required}"
+        reports.append(CheckReport(check, says, outcome, None, *facts))
     return reports
 
 
@@ -49,7 +79,7 @@ class SetResult:
     ``returns`` is what ioctl(2) returns: -1 with ``errno``, 0, or the positive number of a failed entry to L2.
     ``check`` is the id of the step that decided, ``detail`` what in it, ``says`` that step in one sentence. ``trail``
     lists every step of this kernel and vendor in order; ``parts`` the checks inside the steps V21 and SVM, in order, if
-    they were asked for and reached.
+    they were asked for and reached. ``field``, ``found`` and ``required`` are those of what decided.
     """
 
     returns: int
@@ -57,8 +87,11 @@ class SetResult:
     check: str
     detail: str | None
     says: str
-    trail: tuple[CheckReport, ...] = field(repr=False)
-    parts: tuple[CheckReport, ...] = field(default=(), repr=False, compare=False)
+    trail: tuple[CheckReport, ...] = member(repr=False)
+    parts: tuple[CheckReport, ...] = member(default=(), repr=False, compare=False)
+    field: str | None = member(default=None, compare=False)
+    found: str | None = member(default=None, compare=False)
+    required: str | None = member(default=None, compare=False)
 
     @property
     def label(self) -> str:

@@ -30,7 +30,7 @@ ASK = "ask"
 REFUSALS = {
     replay.BAD_SIZE: ("size", "an access has at least one byte"),
     replay.BAD_ACCESS: ("access", "access is 0 read, 1 write or 2 execute"),
-    replay.BAD_VCPU: ("vcpu", "the machine has a vCPU of that id"),
+    replay.BAD_VCPU: ("vcpu", "must be the id of a vCPU of this machine"),
     replay.BAD_ADDRESS: ("gpa", "an access ends at or below guest-physical address 2^52"),
     replay.BAD_RESERVED: ("record", "the reserved bytes of a record are zero"),
     replay.BAD_KIND: ("kind", acc.KIND_RULE),

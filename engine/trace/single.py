@@ -56,7 +56,7 @@ class AccessRequest:
         if self.gva is not None and not 0 <= self.gva < 1 << 64:
             raise InvalidValue("a linear address has 64 bits", field="gva", value=self.gva)
         if all(v.id != self.vcpu for v in config.vcpus):
-            raise InvalidValue("the machine has a vCPU of that id", field="vcpu", value=self.vcpu)
+            raise InvalidValue(config.vcpu_rule, field="vcpu", value=self.vcpu)
         if self.data is not None and self.access != acc.WRITE:
             raise InvalidValue("only a write has data", field="data", value=self.data.hex())
         if self.data is not None and len(self.data) != self.size:

@@ -109,7 +109,7 @@ class TimedReplay(Replay):
         vcpu = int(chunk.records[operation.position, 1]) >> 32 & 0xFFFF
         known = self._draft.machine.vcpu_of_id
         if vcpu >= len(known) or known[vcpu] < 0:
-            raise TraceError("the machine has a vCPU of that id", index=index, field="vcpu", value=vcpu)
+            raise TraceError("must be the id of a vCPU of this machine", index=index, field="vcpu", value=vcpu)
         self._performs.perform(index, vcpu, operation, self.tally)
 
     def _explain(self) -> None:

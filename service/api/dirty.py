@@ -309,7 +309,9 @@ async def get_harvest(
     "/dirty:acknowledge",
     operation_id="acknowledgeDirty",
     summary="Let go of a harvest",
-    description="A second time it says `repeated`; a number that no harvest has had is 404.",
+    description=(
+        "A second time it says `repeated`; a number that no harvest has had is 404: `POST …/dirty:harvest` gives one."
+    ),
     responses=documented(
         {200: {"model": Acknowledged, "description": "Acknowledged."}},
         *CHANGE,
@@ -328,7 +330,7 @@ async def acknowledge_dirty(request: Request, vm: VmId, body: Acknowledgement) -
     summary="Read and clear KVM's log of a slot",
     description=(
         "KVM_GET_DIRTY_LOG, with what the log of the VM's profile misses or says too much. It takes nothing from the "
-        "harvests. 404 for a slot without `log_dirty`."
+        "harvests. 404 for a slot without `log_dirty`, which `PUT …/memory-slots/{slot}` sets."
     ),
     responses=documented(
         {200: {"model": SlotLog, "description": "The log as it was."}},

@@ -131,7 +131,7 @@ def _position(request: Request, entry: Entry, after: str | None, cursor: str | N
         return _number(resumed, "Last-Event-ID", last)
     if cursor is not None:
         if after is not None:
-            raise InvalidDocument("excludes a cursor", field="after", value=after)
+            raise InvalidDocument("must not be given beside a cursor", field="after", value=after)
         return min(cursors.decode(_CURSOR, cursor), last)
     if after == _LATEST:
         return last

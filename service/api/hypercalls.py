@@ -37,10 +37,10 @@ _BYTES = r"^([0-9a-fA-F]{2})*$"
 _MOST_INPUT = 0x1000
 XmmBytes = Annotated[str, Field(pattern=_XMM)]
 
-_SPACE = {"call": {"name": "HvCallFlushVirtualAddressSpace", "flags": 2, "processor_mask": 4}, "input_gpa": "0x5000"}
+_SPACE = {"call": {"name": "HvCallFlushVirtualAddressSpace", "flags": 2, "processor_mask": 2}, "input_gpa": "0x5000"}
 _RAW = {
     "registers": {"rcx": "0x2", "rdx": "0x5000"},
-    "input": "000000000000000002000000000000000400000000000000",
+    "input": "000000000000000002000000000000000200000000000000",
 }
 
 
@@ -131,7 +131,9 @@ class Hypercall(Document):
         if (self.registers is None) == (self.call is None):
             raise InvalidDocument("either registers or call says what is called", field="registers", value=None)
         if self.registers is not None and self.input_gpa is not None:
-            raise InvalidDocument("registers say where the block is", field="input_gpa", value=self.input_gpa)
+            raise InvalidDocument(
+                "must be left out: registers say where the block is", field="input_gpa", value=self.input_gpa
+            )
         return HypercallRequest(
             registers=Caller() if self.registers is None else self.registers.caller(),
             input=None if self.input is None else bytes.fromhex(self.input),
@@ -209,6 +211,7 @@ class HypercallOutcome(Document):
                     "rep_count": 0,
                     "rep_start": 0,
                 },
+                "reason": None,
                 "result": {"value": "0x0", "status": "0x0", "status_name": "SUCCESS", "reps_completed": 0},
                 "registers": {"rax": "0x0"},
                 "rip": "0x1003",
@@ -217,8 +220,8 @@ class HypercallOutcome(Document):
                 "exit": None,
                 "intercepted_gpa": None,
                 "waits_for": [],
-                "targeted": [2],
-                "flushed": [2],
+                "targeted": [1],
+                "flushed": [1],
                 "vps": [],
             }
         )
@@ -235,6 +238,9 @@ class HypercallOutcome(Document):
     served_by: int | None = Field(description="Level of the hypervisor that answered: 0, or 1 after an exit to it.")
     row: str | None = Field(description="Row of the decision table in docs/tlb-flush.md, for a caller in L2.")
     control: ControlFields
+    reason: str | None = Field(
+        description="Why no Hyper-V answered, and what would make it: of `native` calls; not part of the contract."
+    )
     result: ResultFields | None
     registers: dict[str, Hex64] = Field(description="Those that changed.")
     rip: Hex64 = Field(description="The caller's afterwards.")
@@ -246,6 +252,12 @@ class HypercallOutcome(Document):
     targeted: list[int] = Field(description="VP indices that the flush was sent to.")
     flushed: list[int] = Field(description="VP indices of those that have done it.")
     vps: list[VpFlush]
+
+
+_NATIVE = (
+    "KVM took the call for one of its own: the caller's CPUID lacks the Hyper-V interface (leaf 0x40000001 with EAX "
+    "0x31237648, PUT …/cpuid), or the guest has not said who it is (MSR 0x40000000 is 0, PUT …/msrs)"
+)
 
 
 def _control(control: hv.Control) -> dict[str, Any]:
@@ -297,6 +309,7 @@ def report_document(report: HypercallReport) -> dict[str, Any]:
         "served_by": done.served_by,
         "row": done.row,
         "control": _control(done.control),
+        "reason": _NATIVE if done.outcome == "native" else None,
         "result": _result(done.result),
         "registers": {name: hex(value) for name, value in done.registers.items()},
         "rip": hex(report.rip_after),
@@ -347,7 +360,8 @@ _BODY = {
     description=(
         "VMCALL or VMMCALL on a vCPU, by its registers or by its fields. As `application/octet-stream` the body is the "
         "input block, stored at the GPA in `rdx` first, and `rcx` is the input value of a 64-bit caller. A call that "
-        "the hypervisor refuses is answered with its status, not with a problem."
+        "the hypervisor refuses is answered with its status, not with a problem. Hyper-V answers a guest whose CPUID "
+        "has its interface and that has said who it is: see the examples of `PUT …/cpuid` and `PUT …/msrs`."
     ),
     openapi_extra=_BODY,
     responses=documented(
@@ -369,7 +383,7 @@ async def execute_hypercall(
     else:
         for name, value in (("rcx", rcx), ("rdx", rdx)):
             if value is not None:
-                raise InvalidDocument("is a member of registers when the body is JSON", field=name, value=value)
+                raise InvalidDocument("must be a member of registers when the body is JSON", field=name, value=value)
         wanted = (await parse(Hypercall, content, settings_of(request))).request()
     async with entry.mutation() as machine:
         report = machine.hyperv.hypercall(n, wanted)

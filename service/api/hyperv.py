@@ -331,7 +331,10 @@ async def get_vp_assist_page(
     "/vcpus/{n}/vp-assist-page",
     operation_id="putVpAssistPage",
     summary="Write the VP assist page of a guest",
-    description="As its kernel would: into guest memory. JSON fields replace the whole page, bytes its beginning.",
+    description=(
+        "As its kernel would: into guest memory. JSON fields replace the whole page, bytes its beginning. The guest "
+        "has said where it is: see the examples of `PUT …/cpuid` and `PUT …/msrs`."
+    ),
     openapi_extra={
         "requestBody": {
             "required": True,

@@ -333,7 +333,9 @@ class Session(Tool):
 
     def _attach(self, message: AttachMessage) -> None:
         if self.attached:
-            raise InvalidDocument("is the first message, and comes once", field="type", value=message.type)
+            raise InvalidDocument(
+                "must not be sent again: it is the first message, once", field="type", value=message.type
+            )
         self.attached = True
         self.priority = message.priority
         self.timeout = message.timeout or self.timeout
@@ -362,7 +364,7 @@ class Session(Tool):
 
     def _answer(self, message: AnswerMessage) -> None:
         if not self.attached:
-            raise InvalidDocument("attach comes first", field="type", value=message.type)
+            raise InvalidDocument("must be attach in the first message", field="type", value=message.type)
         self._entry.desk.answer(self, message.id, message.action)
         self._socket.app.state.audit.write(
             "answer", self._principal, vm=self._entry.id, tool=self.id, question=message.id, action=message.action
@@ -377,7 +379,7 @@ def _parsed(text: str) -> _Message:
     try:
         return _message.validate_python(document)
     except ValidationError as error:
-        raise refusal(error.errors()) from None
+        raise refusal(error.errors(), _Message) from None
 
 
 @routes.websocket("")

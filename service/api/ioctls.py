@@ -185,7 +185,7 @@ async def _incoming(request: Request, level: str, name: str, arg: int | None) ->
         call = Call(name, level, UserBuffer.of(content), arg or 0)
         return _Incoming(call, preferred(request, (OCTETS, JSON)))
     if arg is not None:
-        raise InvalidDocument("is a member of the body when that is JSON", field="arg", value=arg)
+        raise InvalidDocument("must be a member of the body when that is JSON", field="arg", value=arg)
     body = await parse(IoctlRequest, content, settings_of(request))
     for member in ("host", "max_vcpus"):
         if getattr(body, member) is not None and level != SYSTEM:
@@ -208,7 +208,7 @@ def _segments(body: IoctlRequest) -> list[tuple[int, bytearray]]:
         addr, data = segments[position]
         if addr < end or addr + len(data) > 1 << 64:
             raise InvalidDocument(
-                "overlaps no other segment and ends within 64 bits", field=f"memory[{position}].addr", value=addr
+                "must overlap no other segment and end within 64 bits", field=f"memory[{position}].addr", value=addr
             )
         end = addr + len(data)
     return segments

@@ -79,7 +79,8 @@ def _assist(machine: VirtualMachine, n: int) -> dict[str, Any]:
     summary="Load a vCPU on the CPU of this one, as KVM on Hyper-V does",
     description=(
         "The VP assist page of the CPU then names the enlightened VMCS of that vCPU, and DirectHypercall is set if it "
-        "asks for direct flushes; it is not taken back if it does not. The next run of vCPU `n` loads it again."
+        "asks for direct flushes; it is not taken back if it does not. The next run of vCPU `n` loads it again. The "
+        'machine is one with `"host": {"hyperv": {}}`.'
     ),
     responses=documented({200: {"model": VpAssistPage, "description": "KVM's page on that CPU now."}}, *CHANGE),
 )

@@ -197,12 +197,12 @@ async def put_memory_slot(
     entry = find(request, vm)
     space = address_space if body.address_space is None else body.address_space
     if address_space not in (None, space):
-        raise InvalidDocument("is the one of the query", field="address_space", value=space)
+        raise InvalidDocument("must be that of the query", field="address_space", value=space)
     async with entry.mutation() as machine:
         guard(request, entry, lambda: _tags(entry, slot, space))
         known = machine.memory_slots.find(slot, space or 0)
         if known is None:
-            check_slots(settings_of(request), len(machine.slots()) + 1)
+            check_slots(settings_of(request), len(machine.memory_slots.known) + 1)
         machine.set_slot(replace(body.spec(slot, known), address_space=space or 0))
         found = _find(entry, slot, space)
     assert found is not None

@@ -71,10 +71,17 @@ class MsrWrite(Document):
     value: Hex64
 
 
+# The guest says who it is (HV_X64_MSR_GUEST_OS_ID), and where its VP assist page is.
+_HYPERV = (
+    {"index": "0x40000000", "value": "0x8100000000000000"},
+    {"index": "0x40000073", "value": "0x6001"},
+)
+
+
 class MsrsRequest(Document):
     """MSRs to be written, in order."""
 
-    model_config = ConfigDict(json_schema_extra=examples({"msrs": [{"index": "0x3a", "value": "0x5"}]}))
+    model_config = ConfigDict(json_schema_extra=examples({"msrs": [{"index": "0x3a", "value": "0x5"}, *_HYPERV]}))
 
     msrs: list[MsrWrite] = Field(min_length=1, max_length=256)
     by: Literal["host", "guest"] = Field("host", description="KVM_SET_MSRS, or WRMSR in the guest.")
@@ -127,7 +134,7 @@ async def get_msrs(
     description=(
         "In order, up to the first that is refused, as KVM_SET_MSRS does it. GUEST_OS_ID and HYPERCALL belong to all "
         "vCPUs. Writing 0 to IA32_FEATURE_CONTROL as the host leaves nested mode. If-Match is compared with the tag of "
-        "the VM."
+        "the VM. The example wants what `PUT …/cpuid` shows: VMX and the Hyper-V interface."
     ),
     responses=documented(
         {200: {"model": MsrsWritten, "description": "Written, or refused by the kernel."}},

@@ -44,12 +44,18 @@ class CheckOutcome(Document):
     """One check, in the order in which the kernel makes them."""
 
     check: str = Field(description="Its id, as in docs/nested-state.md.")
-    says: str = Field(description="What it refuses, does or asks for.")
+    says: str = Field(description="What it refuses, or where it let the call go on, what it needs; or what it does.")
     outcome: Literal["pass", "decides", "done", "not reached"] = Field(description="`done`: an effect, not a check.")
     detail: str | None = Field(description="What in it decided.")
+    field: str | None = Field(
+        description="What it looks at: the member of the JSON form, where it is one; null for a mere effect."
+    )
+    found: str | None = Field(description="What is there; null where the check was not reached.")
+    required: str | None = Field(description="What it takes to pass, in words.")
 
 
-_CHECK = {"check": "V17", "says": "vmcs12 has another revision", "outcome": "decides", "detail": None}
+_FACTS = {"field": "vmcs12.revision", "found": "0x0", "required": "revision 0x11e57ed0 in bits 30:0"}
+_CHECK = {"check": "V17", "says": "vmcs12 has another revision", "outcome": "decides", "detail": None, **_FACTS}
 _RESULT = {"returned": 0, "check": "V18", "detail": None, "says": "GUEST_MODE is clear: done"}
 
 
@@ -74,6 +80,9 @@ class NestedStateExplanation(Document):
                 "returned": -1,
                 "errno": "EINVAL",
                 "state_kept": False,
+                "check": "V17",
+                "says": "vmcs12 has another revision",
+                **_FACTS,
                 "trail": [_CHECK],
                 "parts": [],
                 "given": EXAMPLE,
@@ -87,6 +96,9 @@ class NestedStateExplanation(Document):
     check: str
     detail: str | None
     says: str
+    field: str | None = Field(description="What the deciding check looked at; null for a mere effect.")
+    found: str | None = Field(description="What it found there.")
+    required: str | None = Field(description="What it takes to pass, in words.")
     state_kept: bool = Field(description="Whether the old state would still be there.")
     trail: list[CheckOutcome] = Field(description="Every step of this kernel on this host.")
     parts: list[CheckOutcome] = Field(description="The checks inside V21 or of SVM, as far as they were reached.")
@@ -151,7 +163,8 @@ async def get_nested_state(request: Request, vm: VmId, n: VcpuId) -> Response:
     description=(
         "KVM_SET_NESTED_STATE. Where the kernel refuses the blob, so does this call, and names the deciding check. The "
         "kernel is not atomic: once it has left nested mode (V9) the old state is gone, and what had been taken over "
-        "when a later check failed stays. So it is here; `state_kept` tells."
+        "when a later check failed stays. So it is here; `state_kept` tells. The example wants VMX in the guest's "
+        "CPUID: see that of `PUT …/cpuid`."
     ),
     openapi_extra={"requestBody": {"required": True, "content": _CONTENT}},
     responses=documented(
@@ -167,12 +180,13 @@ async def put_nested_state(request: Request, vm: VmId, n: VcpuId) -> Response:
     media = content_type(request, _OFFERS)
     async with entry.mutation() as machine:
         guard(request, entry, lambda: [_tag(machine.nested.state(n), known) for known in _OFFERS])
-        result = machine.nested.set_state(n, blob)
+        result = machine.nested.set_state(n, blob, explain=True)
         if not result.returns or not _keeps(result.check):
             entry.events.note("nested", {"vcpu": n, "errno": result.errno})
     if result.returns:
+        facts = f": {result.field} is {result.found}, needs {result.required}" if result.field else ""
         raise NestedStateRefused(
-            result.says,
+            f"{result.says}{facts}",
             errno=result.errno,
             returned=result.returns,
             check=result.label,
@@ -205,6 +219,9 @@ async def explain_nested_state(request: Request, vm: VmId, n: VcpuId) -> Respons
     return json_response(
         {
             **_told(result),
+            "field": result.field,
+            "found": result.found,
+            "required": result.required,
             "errno": result.errno,
             "state_kept": bool(result.returns) and _keeps(result.check),
             "trail": [report.to_json() for report in result.trail],

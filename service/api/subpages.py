@@ -197,7 +197,10 @@ def _parse_window(media: str, content: bytes, npages: int, settings: Settings) -
     "",
     operation_id="putSubpages",
     summary="Set the permissions of a run of pages",
-    description="Replaces the SET bitmaps of the window, all or nothing. It never lifts a protection; it ends grants.",
+    description=(
+        "Replaces the SET bitmaps of the window, all or nothing. It never lifts a protection; it ends grants. The body "
+        "of the example is for `npages=2`."
+    ),
     status_code=204,
     openapi_extra={
         "requestBody": {

@@ -31,7 +31,8 @@ routes = router("tables", "/v1/vms/{vm}", reads="read", writes="write")
 _ABOUT = (
     "The entry is the one that the first vCPU's walk of `gpa` reads at `level`, by EPTP or SPPTP and the entries "
     "above. A table outside table memory reads as all ones (`absent`). The walk ends above `level` at an "
-    "entry that is not present, is misconfigured or maps a page: 422."
+    "entry that is not present, is misconfigured or maps a page: 422. KVM makes the tables when a page is first "
+    "touched: `POST …/accesses`, and for the SPPT a page that is protected."
 )
 _ABOUT_PUT = (
     "Stores the 64 bits as they are; malformed entries are legal, and are walked as the processor walks them. Nothing "
@@ -39,7 +40,7 @@ _ABOUT_PUT = (
 )
 _READ_PROBLEMS = ("not-found", "invalid-value")
 Level = Annotated[int, Path(ge=1, le=5, description="1 is the leaf: the PTE, or the vector of a page.", examples=[1])]
-Gpa = Annotated[Hex64, Path(description="Guest-physical address.", examples=["0x2a5c000"])]
+Gpa = Annotated[Hex64, Path(description="Guest-physical address.", json_schema_extra={"examples": ["0x2a5c000"]})]
 
 
 class EptEntry(WalkEntry):

@@ -59,6 +59,7 @@ FORMATS = {JSON: "json", NDJSON: "ndjson", ARROW: "arrow", PARQUET: "parquet", O
 
 OnViolation = Literal["skip", "stop", "allow", "grant", "ask"]
 
+_SECOND = {"gpa": "0x1000", "gva": "0xffff888000001000"}
 _ACCESS = {"gpa": "0x2a5c6a0", "size": 8, "access": 1, "vcpu": 0, "gva": "0xffffffff82a5c6a0"}
 _SUMMARY = {
     "id": EXAMPLE_TRACE,
@@ -144,7 +145,7 @@ class AccessRecord(Document):
 class TraceBody(Document):
     """A trace as one JSON document."""
 
-    model_config = ConfigDict(json_schema_extra=examples({"accesses": [_ACCESS, {"gpa": "0x1000"}]}))
+    model_config = ConfigDict(json_schema_extra=examples({"accesses": [_ACCESS, _SECOND]}))
 
     accesses: list[AccessRecord | OperationRecord]
 

@@ -61,7 +61,11 @@ class CpuidEntryReply(CpuidEntryRequest):
 class CpuidRequest(Document):
     """All leaves that the guest is to have."""
 
-    model_config = ConfigDict(json_schema_extra=examples({"entries": [{"function": 1, "ecx": "0x20"}]}))
+    model_config = ConfigDict(
+        json_schema_extra=examples(
+            {"entries": [{"function": 1, "ecx": "0x20"}, {"function": "0x40000001", "eax": "0x31237648"}]}
+        )
+    )
 
     entries: list[CpuidEntryRequest] = Field(max_length=256)
 
@@ -176,7 +180,8 @@ async def get_cpuid(request: Request, vm: VmId, n: VcpuId) -> Response:
     summary="Replace the CPUID of a vCPU",
     description=(
         "KVM_SET_CPUID2. VMX needs leaf 1 with ECX bit 5, the width of addresses is that of leaf 0x80000008 (36 bits "
-        "without it), Hyper-V is leaf 0x40000001 with EAX 0x31237648. What the kernel refuses changes nothing here."
+        "without it), Hyper-V is leaf 0x40000001 with EAX 0x31237648: the example has both. What the kernel refuses "
+        "changes nothing here."
     ),
     responses=documented(
         {200: {"model": Cpuid, "description": "The leaves now.", "headers": headers("ETag")}}, *GUARDED_CHANGE

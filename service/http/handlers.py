@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 
 from engine.errors import EngineError
+from service.http.members import members_at, shortened
 from service.problems import (
     MEDIA_TYPE,
     FieldError,
@@ -43,11 +44,15 @@ def problem_response(request: HTTPConnection, exc: Exception) -> Response:
     return Response(content, status_code=body["status"], media_type=MEDIA_TYPE, headers=headers)
 
 
+def _inside(location: Sequence[str | int]) -> Sequence[str | int]:
+    """The steps into the document, without the part of the request that it is."""
+    return location[1:] if location and location[0] in _PLACES else location
+
+
 def field_name(location: Sequence[str | int]) -> str | None:
     """``("body", "ranges", 2, "gfn")`` as ``ranges[2].gfn``."""
-    steps = location[1:] if location and location[0] in _PLACES else location
     name = ""
-    for step in steps:
+    for step in _inside(location):
         if isinstance(step, int):
             name += f"[{step}]"
         elif not step.startswith("("):  # a tag that names the branch of a union, not a member
@@ -55,8 +60,8 @@ def field_name(location: Sequence[str | int]) -> str | None:
     return name.lstrip(".") or (str(location[0]) if location else None)
 
 
-def refusal(faults: Sequence[Mapping[str, Any]]) -> ServiceError:
-    """One refusal out of the faults that pydantic found."""
+def refusal(faults: Sequence[Mapping[str, Any]], model: Any = None) -> ServiceError:
+    """One refusal out of the faults that pydantic found in a document of type ``model``."""
     first = faults[0]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "not JSON")
@@ -66,23 +71,24 @@ def refusal(faults: Sequence[Mapping[str, Any]]) -> ServiceError:
         field = field_name(fault["loc"])
         # A member that is missing has no value; pydantic reports the document that lacks it.
         value = None if fault["type"] == "missing" else showable(fault.get("input"), field)
-        listed.append(FieldError(field=field, value=value, rule=_rule(fault)))
+        listed.append(FieldError(field=field, value=value, rule=_rule(fault, model)))
     return InvalidDocument(listed[0].rule, field=listed[0].field, value=listed[0].value, faults=listed)
 
 
-def refused(error: ValidationError, place: str | None = None) -> ServiceError:
+def refused(error: ValidationError, model: Any = None, place: str | None = None) -> ServiceError:
     """The refusal that ``error`` is; ``place`` names what has no member, such as a body that is no object."""
     if error.error_count() > _LISTED_FAULTS:
         # Listing them would take as long as they are many.
         rule = f"breaks the rules of this document in {error.error_count()} places"
         return InvalidDocument(rule, field=place)
     faults = error.errors(include_url=False)
-    return refusal([{**fault, "loc": (place, *fault["loc"])} for fault in faults] if place else faults)
+    return refusal([{**fault, "loc": (place, *fault["loc"])} for fault in faults] if place else faults, model)
 
 
-def _rule(fault: Mapping[str, Any]) -> str:
+def _rule(fault: Mapping[str, Any], model: Any) -> str:
     if fault["type"] == "extra_forbidden":
-        return "is not a member of this document"
+        known = members_at(model, _inside(fault["loc"])[:-1])
+        return "is not a member of this document" + (f", which has: {shortened(known)}" if known else "")
     if fault["type"] == "missing":
         return "is required"
     message = str(fault["msg"]).replace("Input should", "must")
@@ -102,7 +108,9 @@ async def _on_validation(request: Request, exc: Exception) -> Response:
             rule, field="Content-Type", value=given, headers={"Accept": "application/json"}
         )
         return problem_response(request, unsupported)
-    return problem_response(request, refusal(faults))
+    body = getattr(request.scope.get("route"), "body_field", None)
+    model = body.field_info.annotation if body is not None else None
+    return problem_response(request, refusal(faults, model))
 
 
 async def _on_refusal(request: Request, exc: Exception) -> Response:

@@ -65,7 +65,7 @@ def parsed(model: type[T], content: bytes, settings: Settings) -> T:
     try:
         found: T = _adapter(cast("Hashable", model)).validate_json(content)
     except ValidationError as error:
-        raise refused(error, "body") from None
+        raise refused(error, model, "body") from None
     return found
 
 

@@ -67,7 +67,7 @@ def parse_query(model: type[M], request: Request) -> M:
     try:
         return model.model_validate(members)
     except ValidationError as error:
-        raise refused(error) from None
+        raise refused(error, model) from None
 
 
 def query_parameters(model: type[BaseModel]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 _TEXT = re.compile(r"(?:0x[0-9a-fA-F]+|[0-9]+)")
+_BARE = re.compile(r"[0-9a-fA-F]+")
 
 
 class Word:
@@ -27,9 +28,10 @@ class Word:
         elif type(value) is int:
             number = value
         else:
-            raise PydanticCustomError(
-                "word", "must be an integer, or a string of 0x and hexadecimal or of decimal digits"
-            )
+            rule = "must be an integer, or a string of 0x and hexadecimal or of decimal digits"
+            if type(value) is str and len(value) <= 16 and _BARE.fullmatch(value):
+                rule += f"; hexadecimal is written with 0x before it: 0x{value.lower()}"
+            raise PydanticCustomError("word", "{rule}", {"rule": rule})
         if not 0 <= number < self.limit:
             raise PydanticCustomError("word_range", "must fit in {bits} bits without a sign", {"bits": self.bits})
         return number

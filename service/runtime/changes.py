@@ -10,6 +10,7 @@ import numpy as np
 
 from engine.kvm.protections import Protection
 from engine.kvm.resolutions import VIOLATION
+from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec
 from engine.machine import SubpageRange, VirtualMachine
 from engine.trace.results import ExitColumns
@@ -49,12 +50,13 @@ def changes_of(before: VirtualMachine, after: VirtualMachine) -> Iterator[Note]:
         yield from _protections(before.protections(), after.protections())
 
 
-def _slots(before: Any, after: Any) -> Iterator[Note]:
-    for key in sorted({*before, *after}):
+def _slots(before: SlotMap, after: SlotMap) -> Iterator[Note]:
+    for key in after.changed_since(before):
         was, now = before.get(key), after.get(key)
-        if was != now:
+        spec = now or was
+        if spec is not None and was != now:
             change = "created" if was is None else "deleted" if now is None else "changed"
-            yield Note("memory-slot", {"change": change, **_slot(now or was)})
+            yield Note("memory-slot", {"change": change, **_slot(spec)})
 
 
 def _slot(spec: SlotSpec) -> dict[str, Any]:

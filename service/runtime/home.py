@@ -336,7 +336,7 @@ async def _recorded(trace: Trace) -> TraceRecord:
 
 
 def _head(machine: VirtualMachine) -> str:
-    return json.dumps(machine.head())
+    return machine.head_json()
 
 
 async def finished(future: Future[T]) -> T:

@@ -34,8 +34,8 @@ def build(config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool) -> VirtualM
     machine = VirtualMachine.create(config)
     for position, spec in enumerate(slots):
         try:
-            if any(spec.key == earlier.key for earlier in slots[:position]):
-                raise InvalidValue("a slot number occurs once", field="slot", value=spec.slot)
+            if spec.key in machine.memory_slots.known:
+                raise InvalidValue("must not occur twice", field="slot", value=spec.slot)
             machine.set_slot(spec)
         except EngineError as error:
             error.field = f"memory_slots[{position}].{error.field}"

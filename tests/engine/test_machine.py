@@ -57,7 +57,7 @@ def test_new_machine(profile: str) -> None:
 
 
 def test_creation_with_slots_that_overlap_makes_nothing() -> None:
-    with pytest.raises(InvalidValue, match="overlaps no other"):
+    with pytest.raises(InvalidValue, match="must not overlap"):
         VirtualMachine.create(VmConfig(), [SlotSpec(0, 0, MIB), SlotSpec(1, 4096, MIB)])
 
 
@@ -114,7 +114,7 @@ def test_new_slot_joins_the_others() -> None:
 
 
 SLOT_REFUSALS = [
-    ("overlap", SlotSpec(1, 2 * MIB, 4 * MIB), "gpa", 2 * MIB, "slot 0 covers 0x0 to 0x3fffff"),
+    ("overlap", SlotSpec(1, 2 * MIB, 4 * MIB), "gpa", 2 * MIB, "slot 0, which covers 0x0 to 0x3fffff"),
     ("other size", SlotSpec(0, 0, 2 * MIB), "size", 2 * MIB, "keeps its size"),
     ("other flag", SlotSpec(0, 0, 4 * MIB, read_only=True), "read_only", True, "keeps its read_only flag"),
     ("other host page", SlotSpec(0, 0, 4 * MIB, host_page_size=2 * MIB), "host_page_size", 2 * MIB, "host page size"),
@@ -206,7 +206,7 @@ def test_deleted_slot_takes_everything_but_protections(profile: str) -> None:
 
 def test_unknown_slot() -> None:
     vm = machine()
-    with refused(vm, NotFound, "slot", 7, "no memory slot has that number", "ENOENT"):
+    with refused(vm, NotFound, "slot", 7, "must be the number of an existing slot", "ENOENT"):
         vm.delete_slot(7)
 
 
@@ -342,7 +342,15 @@ PROTECT_REFUSALS: list[tuple[str, str, Objects, type[EngineError], str, Any, str
     ("empty object", "q", [("o", 0, 0)], InvalidValue, "objects[0].size", 0, "at least one byte"),
     ("negative address", "q", [("o", -1, 1)], InvalidValue, "objects[0].gpa", -1, "width of 46 bits"),
     ("beyond the width", "q", [("o", (1 << 46) - 1, 2)], InvalidValue, "objects[0].gpa", (1 << 46) - 1, "46 bits"),
-    ("no slot", "q", [("o", 0, 1), ("o", 4 * MIB - 1, 2)], InvalidValue, "objects[1].gpa", 1023, "GFN 0x400 has none"),
+    (
+        "no slot",
+        "q",
+        [("o", 0, 1), ("o", 4 * MIB - 1, 2)],
+        InvalidValue,
+        "objects[1].gpa",
+        4 * MIB - 1,
+        "GFN 0x400 has none",
+    ),
     (
         "too many pages",
         "q",
@@ -378,14 +386,14 @@ def test_too_many_objects(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_protection_before_spp_is_enabled() -> None:
     vm = machine(spp=False)
-    with refused(vm, NotEnabled, "spp", False, "enabled first", "ENODEV"):
+    with refused(vm, NotEnabled, "spp", False, "must be on", "ENODEV"):
         protect(vm, "p", (0, 1))
 
 
 @pytest.mark.parametrize("operation", [VirtualMachine.protection, VirtualMachine.unprotect])
 def test_unknown_protection(operation: Callable[[VirtualMachine, str], Any]) -> None:
     vm = machine()
-    with refused(vm, NotFound, "name", "nobody", "no protection has that name", "ENOENT"):
+    with refused(vm, NotFound, "name", "nobody", "must be the name of a protection", "ENOENT"):
         operation(vm, "nobody")
 
 
@@ -411,9 +419,9 @@ def test_host_writes_ignore_permissions() -> None:
 
 BYTES = [
     ("negative address", -1, 4, "gpa", -1, "not negative"),
-    ("no slot", 4 * MIB, 1, "gpa", 1024, "GFN 0x400 has none"),
-    ("over the end", 4 * MIB - 1, 2, "gpa", 1023, "GFN 0x400 has none"),
-    ("beyond the width", 1 << 46, 1, "gpa", 1 << 34, "width of 46 bits"),
+    ("no slot", 4 * MIB, 1, "gpa", 4 * MIB, "GFN 0x400 has none"),
+    ("over the end", 4 * MIB - 1, 2, "gpa", 4 * MIB - 1, "GFN 0x400 has none"),
+    ("beyond the width", 1 << 46, 1, "gpa", 1 << 46, "width of 46 bits"),
 ]
 
 
@@ -518,7 +526,7 @@ ACCESS_REFUSALS = [
     ("negative address", {"gpa": -1}, "gpa", -1, "width of 46 bits"),
     ("beyond the width", {"gpa": (1 << 46) - 4}, "gpa", (1 << 46) - 4, "width of 46 bits"),
     ("linear address", {"gva": 1 << 64}, "gva", 1 << 64, "64 bits"),
-    ("unknown vCPU", {"vcpu": 1}, "vcpu", 1, "a vCPU of that id"),
+    ("unknown vCPU", {"vcpu": 1}, "vcpu", 1, "id of a vCPU of this machine"),
     ("data of a read", {"access": 0, "data": b"12345678"}, "data", "3132333435363738", "only a write has data"),
     ("too little data", {"data": b"1"}, "data", "31", "as many bytes as the access"),
     ("what to do", {"on_violation": "wait"}, "on_violation", "wait", "one of skip, stop, allow, grant, ask"),
@@ -537,7 +545,7 @@ def test_access_that_is_refused(change: dict[str, Any], field: str, value: Any, 
 def test_record_that_the_replay_refuses_is_an_invalid_access(monkeypatch: pytest.MonkeyPatch) -> None:
     vm = machine()
     monkeypatch.setattr(AccessRequest, "validate", lambda *_: None)
-    with refused(vm, InvalidValue, "vcpu", 9, "the machine has a vCPU of that id"):
+    with refused(vm, InvalidValue, "vcpu", 9, "must be the id of a vCPU of this machine"):
         vm.access(AccessRequest(0x1000, vcpu=9))
 
 
@@ -578,7 +586,8 @@ def explained(vm: VirtualMachine, gpa: int, access: int = WRITE, **options: Any)
 def test_walk_says_why() -> None:
     vm = machine("kvm-latest")
     assert explained(vm, 0x5000)[0] == "ept_violation"
-    assert explained(vm, 0x5000)[1].startswith("denied: PML4E at 0x") and "is not present" in explained(vm, 0x5000)[1]
+    assert explained(vm, 0x5000)[1].startswith("not mapped: PML4E at 0x")
+    assert "is not present" in explained(vm, 0x5000)[1]
     vm.access(AccessRequest(0x5000))
     assert explained(vm, 0x5000) == ("allowed", "allowed: every EPT entry used permits write")
     assert explained(vm, 0x5000, READ) == ("allowed", "allowed: every EPT entry used permits read")
@@ -587,7 +596,7 @@ def test_walk_says_why() -> None:
     vm.access(AccessRequest(0x5000, access=READ))
     outcome, sentence = explained(vm, 0x5000)
     assert outcome == "spp_miss" and sentence.startswith("SPP-related event: SPPL4E at 0x")
-    assert sentence.endswith("= 0x0 is not valid (SPP miss)")
+    assert "= 0x0 is not valid (SPP miss); KVM fills the SPPT" in sentence
     vm.access(AccessRequest(0x5000))
     outcome, sentence = explained(vm, 0x5000)
     assert outcome == "allowed" and sentence.startswith("allowed: every touched sub-page is 1 in SPPL1E at 0x")
@@ -605,8 +614,10 @@ def test_walk_names_the_entry_that_refuses() -> None:
     store_leaf(vm, 5, lambda entry: entry & ~6)
     pte = vm.walk(0x5000).ept[-1]
     place = f"PTE at {pte.table + 8 * pte.index:#x}"
-    assert explained(vm, 0x5000) == ("ept_violation", f"denied: {place} does not permit write")
-    assert explained(vm, 0x5000, EXECUTE) == ("ept_violation", f"denied: {place} does not permit execute")
+    restored = "; KVM gives back what it took from the entry itself, and the guest tries again"
+    assert explained(vm, 0x5000) == ("ept_violation", f"{place} does not permit write{restored}")
+    remapped = "; KVM maps the page, and the guest tries again"
+    assert explained(vm, 0x5000, EXECUTE) == ("ept_violation", f"{place} does not permit execute{remapped}")
     store_leaf(vm, 5, lambda entry: 2)
     assert explained(vm, 0x5000) == (
         "ept_misconfiguration",
@@ -712,9 +723,9 @@ def test_walk_that_is_refused() -> None:
     vm = machine()
     with refused(vm, InvalidValue, "size", 0, "1 to 65535"):
         vm.walk(0, size=0)
-    with refused(vm, InvalidValue, "vcpu", 3, "a vCPU of that id"):
+    with refused(vm, InvalidValue, "vcpu", 3, "id of a vCPU of this machine"):
         vm.walk(0, vcpu=3)
-    with refused(vm, NotFound, "vcpu", 3, "a vCPU of that id"):
+    with refused(vm, NotFound, "vcpu", 3, "id of a vCPU of this machine"):
         vm.config.vcpu_position(3)
 
 

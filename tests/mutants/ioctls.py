@@ -112,8 +112,8 @@ MUTANTS = (
     Mutant(
         "vcpu-taken-is-full",
         "engine/birth.py",
-        'raise InvalidValue("vCPU ids are distinct", field="vcpu", value=vcpu, errno="EEXIST")',
-        'raise InvalidValue("vCPU ids are distinct", field="vcpu", value=vcpu)',
+        'raise InvalidValue("must be a new id: a vCPU has it already", field="vcpu", value=vcpu, errno="EEXIST")',
+        'raise InvalidValue("must be a new id: a vCPU has it already", field="vcpu", value=vcpu)',
         "an id that is taken is EEXIST",
         named(DURABLE, "vcpus"),
     ),

@@ -17,8 +17,8 @@ MUTANTS = (
     Mutant(
         "outline-failing",
         OUTLINE_PY,
-        'return {"spp_active": outline.spp_active, "failing": outline.failing}',
-        'return {"spp_active": outline.spp_active, "failing": outline.config.host.fail_allocation}',
+        'return {"spp_active": spp_active, "failing": failing}',
+        'return {"spp_active": spp_active, "failing": None}',
         "a list shows which allocation fails from now, not from the machine's creation",
         named(OUTLINE, "the_head_has_it", "an_allocation_that_failed_is_not_shown_any_more"),
     ),

@@ -48,7 +48,7 @@ MUTANTS = (
         REPLAY_PY,
         "if vcpu >= m.caps[CAP_VCPUS] or m.vcpu_of_id[vcpu] < 0:",
         "if vcpu >= m.caps[CAP_VCPUS]:",
-        "the machine has a vCPU of that id",
+        "must be the id of a vCPU of this machine",
         named(KVM_GAPS, "vcpu_id_between_two_others_is_refused"),
     ),
     Mutant(

@@ -102,6 +102,27 @@ def test_walk_explains_and_changes_nothing(guarded: str, client: ContractClient)
     assert allowed["outcome"] == "allowed" and allowed["reason"] is None and allowed["access"] == 0
 
 
+def test_walk_tells_what_the_processor_finds_and_how_it_ends(vm: str, client: ContractClient) -> None:
+    """As the README has it: a fresh machine, one protection, and nothing has run yet."""
+    protection = {"name": "paths", "objects": [{"name": "modprobe_path", "gpa": "0x5c6a0", "size": 256}]}
+    client.post(f"{vm}/protections", json=protection)
+    told = client.get(f"{vm}/walk?gpa=0x5c6a0&access=write&size=8").json()
+    assert told["outcome"] == "ept_violation" and told["reason"] == 48 and told["denied"] == "0x0"
+    assert told["sentence"].startswith("not mapped: PML4E at 0x") and "KVM maps the page" in told["sentence"]
+    then = told["then"]
+    assert then["resolution"] == "violation" and then["denied"] == "0x2000"
+    assert then["sentence"].startswith("denied: sub-page 13 of SPPL1E at 0x") and then["sppt"][-1]["level"] == 1
+    assert [row["resolution"] for row in then["exits"]] == ["armed", "violation"]
+    assert then["exits"][-1]["objects"] == ["modprobe_path"]
+    post(client, vm, gpa="0x5c6a0")
+    assert client.get(f"{vm}/walk?gpa=0x5c6a0&access=write&size=8").json()["sentence"] == then["sentence"]
+    free = client.get(f"{vm}/walk?gpa=0x7000").json()
+    assert free["outcome"] == "ept_violation" and free["then"]["resolution"] == "completed"
+    assert free["then"]["sentence"].startswith("allowed") and free["then"]["ept"][-1]["level"] == 1
+    nowhere = client.get(f"{vm}/walk?gpa=0x40000000").json()["then"]
+    assert nowhere["resolution"] == "mmio" and "no memory slot" in nowhere["sentence"] and len(nowhere["exits"]) == 1
+
+
 @pytest.mark.parametrize(
     ("query", "field"),
     [

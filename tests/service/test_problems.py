@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import httpx2
@@ -282,3 +283,45 @@ def test_busy() -> None:
         is_problem(reply, "vm-busy")
         entry.writer._lock._locked = False
         assert slow.client.put(f"{home}/spp", json={"active": True}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status", "said"),
+    [
+        ("put", "spp", '{\n  "active": tru\n}', 400, "line 2 column 13"),
+        (
+            "post",
+            "protections",
+            '{"name": "p", "objects": [{"name": "o", "gpa": 0, "sise": 1}]}',
+            422,
+            "name, gpa, size",
+        ),
+        ("put", "spp", '{"active": true, "aktive": 1}', 422, "is not a member of this document, which has: active"),
+        ("post", "accesses", '{"gpa": "2a5c6a0"}', 422, "hexadecimal is written with 0x before it: 0x2a5c6a0"),
+        ("post", "accesses", '{"gpa": 0, "vcpu": 5}', 422, "must be the id of a vCPU of this machine, which has 0"),
+        ("put", "subpages?gfn=0x5c000", '{"access": [0]}', 422, "it looks like an address, whose GFN is 0x5c"),
+    ],
+)
+def test_refusals_say_what_to_do(
+    client: ContractClient, vm: str, method: str, path: str, content: str, status: int, said: str
+) -> None:
+    headers = {"Content-Type": "application/json"}
+    reply = client.request(method.upper(), f"{vm}/{path}", content=content, headers=headers)
+    assert reply.status_code == status, reply.text
+    assert said in reply.json()["detail"]
+
+
+def test_what_needs_spp_names_the_call_that_gives_it(client: ContractClient, make_vm: Callable[..., str]) -> None:
+    vm = make_vm(spp=False)
+    reply = client.put(f"{vm}/subpages?gfn=0", json={"access": [0]})
+    assert reply.status_code == 409 and reply.json()["detail"].startswith("spp: must be on: ")
+    assert "PUT …/spp" in reply.json()["detail"]
+    for lacks, field in (
+        ({"spp": False}, "host.spp"),
+        ({"ept": False}, "host.ept"),
+        ({"vendor": "amd"}, "host.vendor"),
+    ):
+        bare = make_vm(spp=False, host=lacks)
+        problem = client.put(f"{bare}/spp", json={"active": True}).json()
+        assert problem["code"] == "unsupported" and problem["field"] == field
+        assert problem["rule"].startswith("must be ")

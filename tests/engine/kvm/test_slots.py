@@ -9,7 +9,8 @@ import pytest
 
 from engine.cpu.physical import find_slot
 from engine.errors import InvalidValue
-from engine.kvm.slots import SlotSpec, check_overlap, first_page_without_slot, slot_table, writable_bytes
+from engine.kvm.slot_map import SlotMap
+from engine.kvm.slots import SlotSpec, first_page_without_slot, slot_table, writable_bytes
 from tests.engine.builders import MIB, bare_draft
 
 REFUSED = [
@@ -68,12 +69,12 @@ def test_overlap(gfn: int, pages: int, shared: bool) -> None:
     spec = SlotSpec(3, gfn << 12, pages << 12)
     assert spec.overlaps(known) is known.overlaps(spec) is shared
     if not shared:
-        check_overlap(spec, [known])
+        SlotMap.of([known]).with_slot(spec)
         return
-    with pytest.raises(InvalidValue, match="slot 7 covers 0x10000 to 0x1ffff") as caught:
-        check_overlap(spec, [known])
+    with pytest.raises(InvalidValue, match="slot 7, which covers 0x10000 to 0x1ffff") as caught:
+        SlotMap.of([known]).with_slot(spec)
     assert (caught.value.field, caught.value.value, caught.value.errno) == ("gpa", gfn << 12, "EEXIST")
-    check_overlap(SlotSpec(7, gfn << 12, pages << 12), [known])  # a slot may move over itself
+    SlotMap.of([known]).with_slot(SlotSpec(7, gfn << 12, pages << 12))  # a slot may move over itself
 
 
 SLOTS = [

@@ -60,7 +60,7 @@ def landed(vm: VirtualMachine) -> list[int]:
 def test_1_get_and_set_before_init(profile: str) -> None:
     vm = machine(profile, slots=[SLOT], spp=False)
     assert not vm.spp_active
-    rule = "sub-page protection is enabled first"
+    rule = "must be on: switch sub-page protection on first, with PUT …/spp"
     with refused(vm, NotEnabled, "spp", False, rule, "ENODEV"):
         vm.subpages(GFN, 1)
     with refused(vm, NotEnabled, "spp", False, rule, "ENODEV"):
@@ -182,9 +182,9 @@ def test_13_misses(profile: str) -> None:
 
 
 ENABLING = [
-    ("no SPP", {"spp": False}, Unsupported, "host", "intel", {"kvm-2019": "EINVAL", "kvm-latest": "ENODEV"}),
-    ("no EPT", {"ept": False}, Unsupported, "host", "intel", {"kvm-2019": "EINVAL", "kvm-latest": "ENODEV"}),
-    ("AMD", {"vendor": "amd"}, Unsupported, "host", "amd", {"kvm-2019": "EINVAL", "kvm-latest": "ENODEV"}),
+    ("no SPP", {"spp": False}, Unsupported, "host.spp", False, {"kvm-2019": "EINVAL", "kvm-latest": "ENODEV"}),
+    ("no EPT", {"ept": False}, Unsupported, "host.ept", False, {"kvm-2019": "EINVAL", "kvm-latest": "ENODEV"}),
+    ("AMD", {"vendor": "amd"}, Unsupported, "host.vendor", "amd", {"kvm-2019": "EINVAL", "kvm-latest": "ENODEV"}),
     ("nested", {"nested": True}, Conflict, "host.nested", True, {"kvm-2019": None, "kvm-latest": "EPERM"}),
     ("not nested", {"nested": False}, None, "", None, {"kvm-2019": None, "kvm-latest": None}),
 ]
