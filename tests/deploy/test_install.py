@@ -86,7 +86,7 @@ def test_everything_is_pinned_by_hash(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["requirements.lock", "requirements-dev.lock"])
 def test_every_extra_that_is_asked_for_is_in_the_lock(name: str) -> None:
-    """A pip older than 23.3 looks up ``coverage[toml]`` anew where the lock has ``coverage`` alone."""
+    """Older pips (23.2.1 is one) look up ``coverage[toml]`` anew where the lock has ``coverage`` alone."""
     pinned = {(normal(one.name), frozenset(one.extras)) for one in locked(ROOT / name)}
     present = {normal(one.name): one for one in importlib.metadata.distributions()}
     for one in [*locked(ROOT / name), Requirement("subpage")]:
