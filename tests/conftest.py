@@ -46,7 +46,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Tests that are skipped say in their reason what they lack, and -ra lists it; here are those left out by marker."""
+    """The tests that markers left out. Those that are skipped say what they lack in their reason, which -ra lists."""
     counts = config.stash[_COUNTS]
     if counts:
         terminalreporter.section("left out of this run")
