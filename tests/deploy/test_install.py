@@ -71,7 +71,7 @@ def installed(python: Path) -> dict[str, str]:
     program = (
         "import json, importlib.metadata as m; print(json.dumps([(d.name, d.version) for d in m.distributions()]))"
     )
-    done = run(python, "-c", program)
+    done = run(python, "-I", "-c", program)
     return {normal(name): version for name, version in json.loads(done.stdout) if name not in ("pip", "uv")}
 
 
