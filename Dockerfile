@@ -17,16 +17,19 @@
 FROM python:3.11-slim AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
-    PIP_ROOT_USER_ACTION=ignore
+    PIP_ROOT_USER_ACTION=ignore \
+    UV_NO_CACHE=1 \
+    UV_COMPILE_BYTECODE=1
 WORKDIR /opt/subpage
 RUN python -m venv .venv
-COPY requirements.lock ./
-RUN .venv/bin/pip install --require-hashes --only-binary=:all: -r requirements.lock
+COPY requirements.lock requirements-installer.lock ./
+COPY deploy/install.py deploy/
+RUN .venv/bin/python deploy/install.py requirements.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY engine/ engine/
 COPY service/ service/
-RUN .venv/bin/pip install --no-deps --no-build-isolation . \
- && .venv/bin/pip uninstall --yes setuptools pip
+RUN .venv/bin/python deploy/install.py requirements.lock . \
+ && .venv/bin/pip uninstall --yes setuptools uv pip
 
 FROM python:3.11-slim
 LABEL org.opencontainers.image.title="subpage" \

@@ -139,6 +139,7 @@ class Image:
             if origin.is_dir():
                 shutil.copytree(origin, into, symlinks=True, dirs_exist_ok=True, ignore=None if stage else _IGNORED)
             else:
+                (into if target.endswith("/") else into.parent).mkdir(parents=True, exist_ok=True)
                 shutil.copy2(origin, into / origin.name if target.endswith("/") else into)
 
     def _run(self, arguments: str) -> None:
@@ -169,5 +170,15 @@ _IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 def _network() -> Mapping[str, str]:
     """How this machine reaches its package index: an image is built with what its builder has set up."""
-    known = ("PIP_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT")
+    known = (
+        "PIP_",
+        "UV_",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "NO_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "no_proxy",
+        "SSL_CERT",
+    )
     return {name: value for name, value in os.environ.items() if name.startswith(known)}

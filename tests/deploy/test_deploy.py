@@ -42,7 +42,7 @@ def test_the_image_is_locked_down() -> None:
     assert names.count("FROM") == 2
     last_user = [arguments for name, arguments in FINAL if name == "USER"][-1]
     assert last_user.isdigit() and int(last_user) >= 10000
-    assert "--require-hashes" in DOCKERFILE and "ADD" not in names
+    assert "pip install" not in DOCKERFILE and "ADD" not in names, "deploy/install.py installs, from the lock"
     assert [name for name, _ in FINAL].index("USER") < next(
         position for position, (_, arguments) in enumerate(FINAL) if "engine.warm" in arguments
     )
