@@ -59,7 +59,8 @@ def run_demo(
     if trace.suffix not in CONTENT_TYPES:
         raise DemoError(f"{trace}: the name must end in one of {', '.join(CONTENT_TYPES)}")
     size = parse_size(memory) if memory else None
-    with service(settings) as started:
+    opened(policy).close()
+    with opened(trace) as body, service(settings) as started:
         # Imported while the service starts, on the other core.
         import httpx2  # noqa: PLC0415
 
@@ -67,7 +68,7 @@ def run_demo(
         from service.report import print_report  # noqa: PLC0415
 
         wanted = read_policy(policy)
-        with opened(trace) as body, httpx2.Client(base_url=started.url(), timeout=httpx2.Timeout(600.0)) as client:
+        with httpx2.Client(base_url=started.url(), timeout=httpx2.Timeout(600.0)) as client:
             started.wait_until_ready(client)
             report = replay(client, trace, body, wanted, size, record)
         if as_json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -97,10 +97,19 @@ def create(policy: Policy, settings: Settings) -> VirtualMachine:
             wanted = item.protection()
             machine.protect(wanted.name, wanted.objects, wanted.ranges, wanted.about)
         if policy.subpages:
-            machine.set_subpages(ranges_of(SubpagePatch(ranges=policy.subpages), settings.max_subpage_window))
+            _set(machine, policy.subpages, settings)
     except (EngineError, ServiceError) as error:
         raise LocalError(f"{policy.name}: {said(error)}") from None
     return machine
+
+
+def _set(machine: VirtualMachine, ranges: Sequence[SubpageRangeRequest], settings: Settings) -> None:
+    """SET them. The call of the service has them under another name."""
+    try:
+        machine.set_subpages(ranges_of(SubpagePatch(ranges=list(ranges)), settings.max_subpage_window))
+    except (EngineError, ServiceError) as error:
+        error.field = (error.field or "").replace("ranges", "subpages", 1)
+        raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,16 @@ def test_settings_that_are_refused(given: list[str], told: str) -> None:
     assert told in refused(*given, "config")
 
 
+def test_settings_after_the_command_outrank_those_before(tmp_path: Path) -> None:
+    lines = run("--set", "port=1", "--set", "max_vms=7", "config", "--set", "port=2").splitlines()
+    assert "port = 2  # flag" in lines and "max_vms = 7  # flag" in lines
+    assert "nonsense" in refused("config", "--set", "nonsense=1")
+    kept = f"token_file={tmp_path / 'tokens'}"
+    assert run("token", "create", "name", "--set", kept).startswith("sp_")
+    assert "name" in run("token", "list", "--set", kept) and (tmp_path / "tokens").exists()
+    assert "memory" in refused("backup", str(tmp_path / "b"), "--set", "store=memory", status=1)
+
+
 @pytest.mark.parametrize("content", ["max_vms = ", "nonsense = 1", "max_vms = 'many'", "\xff"])
 def test_files_that_are_refused(content: str, tmp_path: Path) -> None:
     file = tmp_path / "subpage.toml"
@@ -134,13 +144,6 @@ def test_vm_commands_need_a_token_where_the_service_does(monkeypatch: pytest.Mon
         assert "ID" in run("vm", "list", "--url", service.url, "--token", token)
         monkeypatch.setenv("SUBPAGE_TOKEN", token)
         assert "404" in refused("vm", "show", "vm_0", "--url", service.url, status=1)
-
-
-def test_vm_commands_without_a_service(tmp_path: Path) -> None:
-    assert "127.0.0.1:9" in refused("vm", "list", "--url", "http://127.0.0.1:9", status=1)
-    assert "subpage vm:" in refused(
-        "vm", "list", "--url", "https://127.0.0.1:9", "--ca", str(tmp_path / "no"), status=1
-    )
 
 
 def complete(words: str, **environment: str) -> list[str]:

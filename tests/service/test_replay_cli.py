@@ -120,13 +120,16 @@ def test_options(policy: Path, write: Callable[[str], Path], tmp_path: Path) -> 
     [
         ("[]", "must be an object"),
         ("{", "line 1, column 2: not JSON"),
-        ('{"objects": [{"name": "o"}]}', "gpa"),
+        ('{"objects": [{"name": "o"}]}', "policy.json: objects[0].size: is required"),
         ('{"vmm": {}}', "vmm: is not a member"),
         ('{"vm": {"spp": 7}}', "vm.spp"),
         ('{"vm": []}', "vm:"),
         ('{"vm": {"maxphyaddr": 1}}', "maxphyaddr"),
-        ('{"subpages": [{"gfn": 1, "access": []}]}', "ranges[0].access"),
-        ('{"protections": [{"name": "p", "objects": [{"name": "o", "gpa": 0, "size": 0}]}]}', "size"),
+        ('{"subpages": [{"gfn": 1, "access": []}]}', "subpages[0].access"),
+        (
+            '{"protections": [{"name": "p", "objects": [{"name": "o", "gpa": 0, "size": 0}]}]}',
+            "protections[0].objects[0].size",
+        ),
     ],
 )
 def test_policies_that_are_refused(text: str, told: str, tmp_path: Path, write: Callable[[str], Path]) -> None:
