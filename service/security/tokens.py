@@ -144,6 +144,8 @@ class FileTokens:
     def _run(self, statement: str, values: Sequence[object] = ()) -> tuple[list[tuple[str, ...]], int]:
         try:
             return self._execute(statement, values)
+        except sqlite3.IntegrityError:
+            raise  # a token of that id: a defect, not the file's fault
         except (OSError, sqlite3.Error) as error:
             reason = getattr(error, "strerror", None) or error
             raise TokensUnavailable(f"{self._path}: {reason}") from error

@@ -24,7 +24,8 @@ UPPER_BOUNDS = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProp
 # Any change of these counts.
 FIXED = ("pattern", "multipleOf", "uniqueItems", "contentEncoding", "contentMediaType")
 SHAPES = ("type", "enum", "const", "anyOf", "oneOf", "items", "properties", "required", "additionalProperties", "$ref")
-KNOWN = SILENT.union(LOWER_BOUNDS, UPPER_BOUNDS, FIXED, SHAPES)
+TUPLES = ("prefixItems",)
+KNOWN = SILENT.union(LOWER_BOUNDS, UPPER_BOUNDS, FIXED, SHAPES, TUPLES)
 
 ANYTHING: Schema = {}
 ALL_TYPES = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
@@ -66,6 +67,8 @@ class Narrowing:
         yield from self._scalars(old, new, at)
         if "items" in new:
             yield from self.faults(old.get("items", ANYTHING), new["items"], f"{at}[]", seen)
+        for position in range(max(len(_prefix(old)), len(_prefix(new)))):
+            yield from self.faults(_item(old, position), _item(new, position), f"{at}[{position}]", seen)
         yield from self._members(old, new, at, seen)
 
     def _scalars(self, old: dict[str, Any], new: dict[str, Any], at: str) -> Iterator[str]:
@@ -130,6 +133,18 @@ def _plain(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _branches(schema: dict[str, Any]) -> list[dict[str, Any]]:
     return schema.get("anyOf") or schema.get("oneOf") or [schema]
+
+
+def _prefix(schema: dict[str, Any]) -> list[Schema]:
+    found: list[Schema] = schema.get("prefixItems", [])
+    return found
+
+
+def _item(schema: dict[str, Any], position: int) -> Schema:
+    """What is at a place of a list."""
+    prefix = _prefix(schema)
+    found: Schema = prefix[position] if position < len(prefix) else schema.get("items", ANYTHING)
+    return found
 
 
 def _types(schema: dict[str, Any]) -> frozenset[str]:

@@ -11,7 +11,7 @@ import pytest
 from tests.contract import breaking
 from tests.contract.breaking import Comparison
 from tests.contract.client import contract
-from tests.contract.narrowing import KNOWN
+from tests.contract.narrowing import KNOWN, Narrowing
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -233,6 +233,18 @@ def test_row(change: Change, breaks: list[str]) -> None:
     assert sorted(Comparison(DOCUMENT, after).breaks()) == sorted(breaks)
 
 
+def test_places_of_a_list_are_compared_one_by_one() -> None:
+    narrowing = Narrowing({}, {}, reply=False)
+    number, text = {"type": "integer"}, {"type": "string"}
+    pair = {"type": "array", "prefixItems": [number, text]}
+    assert list(narrowing.faults(pair, {**pair, "prefixItems": [number, {}]})) == []
+    assert list(narrowing.faults(pair, {**pair, "prefixItems": [text, text]}, "at")) == [
+        "at[0]: integer instead of string"
+    ]
+    assert list(narrowing.faults({"type": "array", "items": text}, pair, "at")) == ["at[0]: string instead of integer"]
+    assert len(list(narrowing.faults({"type": "array"}, pair))) == 2
+
+
 def test_a_schema_may_hold_itself() -> None:
     before, after = copy.deepcopy(DOCUMENT), copy.deepcopy(DOCUMENT)
     for document in (before, after):
@@ -247,7 +259,7 @@ def keywords(schema: Any) -> set[str]:
     if not isinstance(schema, dict):
         return set()
     inner = [*schema.get("properties", {}).values(), *schema.get("anyOf", []), *schema.get("oneOf", [])]
-    inner += [schema.get("items"), schema.get("additionalProperties")]
+    inner += [schema.get("items"), schema.get("additionalProperties"), *schema.get("prefixItems", ())]
     return set(schema).union(*map(keywords, inner))
 
 

@@ -163,8 +163,9 @@ def test_authorities_that_are_none(tmp_path: Path, policy: str) -> None:
 
 
 def test_tokens_that_are_wrong(service: Running) -> None:
-    _, token = mint("n", now=datetime.now(UTC))
-    with running(Settings(warm_up=False, store="memory"), MemoryTokens()) as guarded:
+    known, _ = mint("known", now=datetime.now(UTC))
+    _, token = mint("unknown", now=datetime.now(UTC))
+    with running(Settings(warm_up=False, store="memory"), MemoryTokens([known])) as guarded:
         for given in ((), ("--token", token)):
             told = said("vm", "list", "--url", guarded.url, *given)
             assert told.startswith("subpage vm list: 401: ") and told.endswith("--token or SUBPAGE_TOKEN gives one")
