@@ -40,7 +40,7 @@ _ABOUT_PUT = (
 )
 _READ_PROBLEMS = ("not-found", "invalid-value")
 Level = Annotated[int, Path(ge=1, le=5, description="1 is the leaf: the PTE, or the vector of a page.", examples=[1])]
-Gpa = Annotated[Hex64, Path(description="Guest-physical address.", json_schema_extra={"examples": ["0x2a5c000"]})]
+Gpa = Annotated[Hex64, Path(description="Guest-physical address.", examples=["0x2a5c000"])]
 
 
 class EptEntry(WalkEntry):

@@ -292,9 +292,9 @@ def test_busy() -> None:
         (
             "post",
             "protections",
-            '{"name": "p", "objects": [{"name": "o", "gpa": 0, "sise": 1}]}',
+            '{"name": "p", "objects": [{"name": "o", "gpa": 0, "size": 1, "x": 1}]}',
             422,
-            "name, gpa, size",
+            "gpa, size",
         ),
         ("put", "spp", '{"active": true, "aktive": 1}', 422, "is not a member of this document, which has: active"),
         ("post", "accesses", '{"gpa": "2a5c6a0"}', 422, "hexadecimal is written with 0x before it: 0x2a5c6a0"),
