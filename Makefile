@@ -63,7 +63,7 @@ test: $(DEVELOPED) $(WARMED) ## Run all tests, then those of engine/ with the JI
 
 # The kernels run compiled in the first run and as plain Python in the second; only there can their lines be counted.
 # From Python 3.12 on, a line that was seen once costs nothing more.
-coverage: export COVERAGE_CORE = $(shell $(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
+coverage: export COVERAGE_CORE = $(shell $(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")' 2>/dev/null)
 coverage: $(DEVELOPED) $(WARMED) ## The same, measured (build/htmlcov/); both packages must reach 95 % of their lines
 	@rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
 	COVERAGE_FILE=$(COVERAGE)/service $(BIN)/python -m pytest -n $(JOBS) --cov=service --cov=engine --cov-report= $(ARGS)
