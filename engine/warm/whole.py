@@ -12,11 +12,10 @@ from typing import Any, Literal
 import numba
 from numba.core.registry import cpu_target
 
-from engine.warm.kernels import Kernel, files, folder, kernels, reached
+from engine.warm.kernels import files, folder, kernels, reached
 from engine.warm.lean import give_back, load_lean
 from engine.warm.processes import Report, compile_in_processes, silent
 from engine.warm.steps import ALL, FIRST, FIRST_KERNELS
-
 
 Group = Literal["first", "all"]
 
@@ -29,7 +28,7 @@ _config: Any = numba.config
 def compile_kernels(
     group: Group, report: Report = silent, *, processes: int | None = None, gone: threading.Event | None = None
 ) -> None:
-    """Compile what is not compiled yet of a group, in processes: all that a service can reach, or what the main job calls.
+    """Compile, in processes, what is not compiled yet: all that a service can reach, or first what the main job calls.
 
     ``gone`` gives up. Raises CompilerEnded.
     """
