@@ -70,7 +70,7 @@ from tests.service.running import running
 from tests.service.bodies import FORMATS, table
 
 load_kernels("first")
-before = {kernel: len(kernel.overloads) for kernel in kernels()}
+before = {{kernel: len(kernel.overloads) for kernel in kernels()}}
 trace = Path({trace!r})
 trace.write_bytes(FORMATS["parquet"](table(gpa=[0x1000, 0x2080, 0xFEE00000], size=[8, 8, 4])).content)
 with running(Settings(warm_up=False, store="memory")) as service:
