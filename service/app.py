@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import gc
 import logging
+import sys
+import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +16,9 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
-from engine.warm import warm
+from engine.warm.processes import CompilerEnded
+from engine.warm.progress import progress_lines, progress_on
+from engine.warm.whole import Group, compile_kernels, load_kernels
 from service import __version__, documents
 from service.api import (
     accesses,
@@ -125,13 +129,15 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             asyncio.create_task(app.state.access.keep_fresh(lambda: see_whether_ready(app))),
             asyncio.create_task(app.state.metrics.watch_lag()),
         ]
+        stopping = threading.Event()
         if settings.warm_up:
-            tasks.append(asyncio.create_task(_warm_up(app)))
+            tasks.append(asyncio.create_task(_warm_up(app, stopping)))
         see_whether_ready(app)
         try:
             yield
         finally:
             drain(app)
+            stopping.set()
             end_streams(app)
             await _settled(app)
             await app.state.jobs.stop()
@@ -171,16 +177,26 @@ def end_streams(app: FastAPI) -> None:
     app.state.registry.end_streams("draining")
 
 
-def _warm() -> None:
-    """Load the kernels. What numba keeps of them stays for good; looking for garbage in it takes 60 ms each time."""
-    warm()
-    gc.collect()
-    gc.freeze()
+def _warm(group: Group, stopping: threading.Event) -> None:
+    """Compile the kernels where that was never done, and load them.
 
-
-async def _warm_up(app: FastAPI) -> None:
+    What numba keeps of them stays for good; looking for garbage in it takes 60 ms each time.
+    """
+    report = progress_on(sys.stderr) if group == "first" else progress_lines(logger.info)
     try:
-        await asyncio.get_running_loop().run_in_executor(app.state.executor, _warm)
+        compile_kernels(group, report, gone=stopping)
+    except CompilerEnded:
+        logger.exception("the kernels are compiled in the service itself, which takes longer and more of its memory")
+    if not stopping.is_set():
+        load_kernels(group)
+        gc.collect()
+        gc.freeze()
+
+
+async def _warm_up(app: FastAPI, stopping: threading.Event) -> None:
+    group: Group = "first" if app.state.settings.warm_up == "first" else "all"
+    try:
+        await asyncio.get_running_loop().run_in_executor(app.state.executor, _warm, group, stopping)
     except Exception:
         logger.exception("the kernels cannot be loaded; the service stays unready")
     else:

@@ -39,7 +39,6 @@ CONTENT_TYPES = {
 _GIB = 1 << 30
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _START_SECONDS = 600  # the first start after a change compiles every kernel
-_PATIENCE_SECONDS = 3
 
 
 class DemoError(Failure):
@@ -170,15 +169,11 @@ class Service:
 
     def wait_until_ready(self, client: httpx2.Client) -> None:
         """Return when the kernels are loaded, which takes long only where they must be compiled first."""
-        tell_at: float | None = time.monotonic() + _PATIENCE_SECONDS
         while time.monotonic() < self._deadline:
             if self._process.poll() is not None:
                 raise DemoError(f"the service ended with status {self._process.returncode}")
             if client.get("/readyz").status_code == 200:
                 return
-            if tell_at is not None and time.monotonic() > tell_at:
-                print("compiling the kernels, once for each version of the engine …", file=sys.stderr)
-                tell_at = None
             time.sleep(0.05)
         raise DemoError(f"the service was not ready within {_START_SECONDS} s")
 
@@ -196,7 +191,7 @@ class Service:
 
 @contextlib.contextmanager
 def service(settings: Sequence[str] = ()) -> Iterator[Service]:
-    """A service for the time of the context, under ``settings`` as NAME=VALUE."""
+    """A service for the time of the context, with the kernels of the main job, under ``settings`` as NAME=VALUE."""
     # -P: what is called `service` in the current folder is another one.
     command = [
         sys.executable,
@@ -211,7 +206,7 @@ def service(settings: Sequence[str] = ()) -> Iterator[Service]:
         "--store",
         "memory",
     ]
-    command += [word for text in settings for word in ("--set", text)]
+    command += [word for text in ("warm_up=first", *settings) for word in ("--set", text)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     started = Service(
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})

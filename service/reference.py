@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -55,12 +55,17 @@ def _settings() -> Iterator[str]:
 
 
 def _type(field: FieldInfo) -> str:
-    kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind not in (type(None), Ellipsis)]
+    members = get_args(field.annotation) or (field.annotation,)
+    kinds = [kind for member in members for kind in _values(member) if kind not in (type(None), Ellipsis)]
     if field.annotation is not None and getattr(field.annotation, "__origin__", None) is tuple:
         return "JSON list"
     names = {"str": "text", "Path": "path", "bool": "true or false", "int": "integer", "float": "number"}
     names["SecretStr"] = "secret"
     return " or ".join(names.get(kind.__name__, "text") if isinstance(kind, type) else f"`{kind}`" for kind in kinds)
+
+
+def _values(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) is Literal else (kind,)
 
 
 def _default(name: str, field: FieldInfo) -> str:

@@ -149,7 +149,11 @@ class Settings(BaseSettings):
     shutdown_timeout: int = Field(
         10, ge=0, description="Seconds that requests and running jobs have to end when the service stops."
     )
-    warm_up: bool = Field(True, description="Load the compiled kernels before /readyz answers 200.")
+    warm_up: bool | Literal["first"] = Field(
+        True,
+        description="Compile and load the kernels before /readyz answers 200: all, or first those of the main job; a "
+        "request that needs another one then waits while it is compiled, and so do all others.",
+    )
 
     ask_timeout: float = Field(
         30, gt=0, description="Seconds that an introspection tool has for an answer unless it says another time itself."

@@ -5,22 +5,17 @@ Records are columns from the replay to the socket; only the JSON forms make an o
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from itertools import repeat
 from typing import Annotated, Any
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 from fastapi import Path
 from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from engine.arch.exits import NAMES, name_of
-from engine.kvm.resolutions import RESOLUTION_NAMES
+from engine.arch.exits import NAMES
 from engine.trace.results import ExitColumns
 from service.api.common import (
     BINARY,
@@ -45,14 +40,12 @@ routes = router("traces", "/v1/vms/{vm}/traces/{trace}/exits", reads="read")
 TraceId = Annotated[str, Path(alias="trace", description="Id of the trace.", examples=[EXAMPLE_TRACE])]
 
 _OFFERS = (JSON, NDJSON, ARROW)
-_ARROW_BATCH = 1 << 16
 _NDJSON_BATCH = 1 << 12
 # Rendering more records than this takes longer than the event loop should be kept from others.
 INLINE_RECORDS = 200
 _SAFE_IN_JSON = (1 << 53) - 1
 
 _lines = msgspec.json.Encoder()
-_RESOLUTIONS = pa.array(RESOLUTION_NAMES, pa.string())
 
 EXAMPLE_EXIT = {
     "index": 4711,
@@ -154,29 +147,6 @@ def exit_rows(exits: ExitColumns) -> list[dict[str, Any]]:
     return rows
 
 
-def exit_batch(exits: ExitColumns) -> pa.RecordBatch:
-    """The records as one Arrow batch, with the columns of ``ExitRecord`` in its order and carried ones at the end."""
-    column = exits.columns
-    offsets, positions = exits.object_positions()
-    objects = pa.array(exits.object_names, pa.string()).take(pa.array(positions))
-    no_gva = None if exits.has_gva else np.ones(len(exits), dtype=bool)
-    made: dict[str, Any] = {
-        "name": _names(column["reason"]),
-        "gva": pa.array(column["gva"], mask=no_gva),
-        "objects": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), objects),
-        "resolution": _RESOLUTIONS.take(pa.array(column["resolution"])),
-        "stale": pa.array(column["stale"].astype(bool)),
-    }
-    arrays = {name: made[name] if name in made else pa.array(column[name]) for name in ExitRecord.model_fields}
-    arrays |= {name: pa.array(values) for name, values in exits.carry.items()}
-    return pa.RecordBatch.from_pydict(arrays)
-
-
-def _names(reasons: npt.NDArray[np.uint16]) -> pa.Array:
-    known, positions = np.unique(reasons, return_inverse=True)
-    return pa.array([name_of(reason) for reason in known.tolist()], pa.string()).take(pa.array(positions))
-
-
 def ndjson_stream(exits: ExitColumns) -> Iterator[bytes]:
     """One JSON object per line."""
     for start in range(0, len(exits), _NDJSON_BATCH):
@@ -185,14 +155,9 @@ def ndjson_stream(exits: ExitColumns) -> Iterator[bytes]:
 
 def arrow_stream(exits: ExitColumns) -> Iterator[bytes]:
     """An Arrow IPC stream; without records, its schema alone."""
-    sink = io.BytesIO()
-    with pa.ipc.new_stream(sink, exit_batch(exits[:0]).schema) as writer:
-        for start in range(0, len(exits), _ARROW_BATCH):
-            writer.write_batch(exit_batch(exits[start : start + _ARROW_BATCH]))
-            yield sink.getvalue()
-            sink.seek(0)
-            sink.truncate()
-    yield sink.getvalue()
+    from service.api.exits_arrow import stream  # noqa: PLC0415 - 25 MB that a service has no use for until now
+
+    yield from stream(exits)
 
 
 def exits_path(vm_id: str, trace_id: str) -> str:

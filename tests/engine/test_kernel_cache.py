@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import engine
-from engine import warm as warm_module
+from engine.warm import steps
 
 ROOT = Path(engine.__file__).parent
 
@@ -47,7 +47,7 @@ def test_fingerprint_changes_when_a_source_is_renamed_or_added(copy: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["nested/svm.py", "machine.py", "warm.py", "trace/session.py", "trace/readers/rows.py"]
+    "name", ["nested/svm.py", "machine.py", "warm/steps.py", "trace/session.py", "trace/readers/rows.py"]
 )
 def test_fingerprint_leaves_out_what_no_kernel_depends_on(copy: Path, name: str) -> None:
     source = copy / name
@@ -137,7 +137,7 @@ def test_numba_is_told_even_when_it_was_imported_before(monkeypatch: pytest.Monk
 
 
 def test_warming_drives_every_operation() -> None:
-    warm_module.warm()
+    steps.warm()
 
 
 # ---- the edit that numba alone would miss

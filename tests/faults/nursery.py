@@ -98,7 +98,7 @@ def nursery() -> Iterator[Nursery]:
 
 
 def main() -> None:
-    from engine.warm import warm
+    from engine.warm.steps import warm
     from service import server
     from service.settings import Settings
     from service.storage import keeper, reader, traces

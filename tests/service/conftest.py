@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from numba.core.dispatcher import Dispatcher
 
-from engine.warm import warm
+from engine.warm.steps import warm
 from tests.contract.client import ContractClient
 from tests.service.running import Running, running
 

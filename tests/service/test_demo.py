@@ -132,8 +132,7 @@ def test_a_service_that_does_not_start(client: ContractClient) -> None:
     service.stop()
 
 
-def test_a_service_that_is_slow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(demo, "_PATIENCE_SECONDS", 0.1)
+def test_a_service_that_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "_START_SECONDS", 0.5)
     service = started("import time; time.sleep(60)")
     transport = httpx2.MockTransport(lambda request: httpx2.Response(503))
@@ -142,7 +141,6 @@ def test_a_service_that_is_slow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         pytest.raises(demo.DemoError, match="ready"),
     ):
         service.wait_until_ready(client)
-    assert "compiling the kernels" in capsys.readouterr().err
     service.stop()
 
 

@@ -21,7 +21,7 @@ def test_health(client: ContractClient) -> None:
 
 def test_not_ready_while_kernels_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = threading.Event()
-    monkeypatch.setattr(app, "warm", lambda: go_on.wait(30))
+    monkeypatch.setattr(app, "load_kernels", lambda group: go_on.wait(30))
     with running(Settings(warm_up=True)) as service:
         reply = service.client.get("/readyz")
         assert reply.status_code == 503 and reply.json()["code"] == "not-ready" and reply.headers["Retry-After"]
@@ -32,7 +32,7 @@ def test_not_ready_while_kernels_are_loaded(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_never_ready_without_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(app, "warm", lambda: 1 / 0)
+    monkeypatch.setattr(app, "load_kernels", lambda group: 1 / 0)
     with running(Settings(warm_up=True)) as service:
         while "cannot be loaded" not in caplog.text:
             assert service.client.get("/readyz").status_code == 503
@@ -40,7 +40,7 @@ def test_never_ready_without_kernels(monkeypatch: pytest.MonkeyPatch, caplog: py
 
 
 def test_it_stops_while_it_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "warm", lambda: None)
+    monkeypatch.setattr(app, "load_kernels", lambda group: None)
     with running(Settings(warm_up=True)):
         pass
 

@@ -10,19 +10,30 @@ from collections.abc import Callable, Mapping, Sequence
 
 from engine.errors import InvalidValue
 from engine.trace.columns import check_carry
-from engine.trace.readers.arrow import ArrowReader
 from engine.trace.readers.base import Source, TraceReader
 from engine.trace.readers.json_bodies import JsonReader, NdjsonReader
 from engine.trace.readers.packed import RECORD_FORMATS, PackedReader
-from engine.trace.readers.parquet import ParquetReader
 
 __all__ = ["FORMATS", "RECORD_FORMATS", "Source", "TraceReader", "open_trace"]
+
+
+def _arrow(source: Source, carry: Sequence[str]) -> TraceReader:
+    from engine.trace.readers.arrow import ArrowReader  # noqa: PLC0415 - Arrow is 25 MB: for those who send it
+
+    return ArrowReader(source, carry)
+
+
+def _parquet(source: Source, carry: Sequence[str]) -> TraceReader:
+    from engine.trace.readers.parquet import ParquetReader  # noqa: PLC0415 - the same
+
+    return ParquetReader(source, carry)
+
 
 _UNPARAMETERISED: Mapping[str, Callable[[Source, Sequence[str]], TraceReader]] = {
     "json": JsonReader,
     "ndjson": NdjsonReader,
-    "arrow": ArrowReader,
-    "parquet": ParquetReader,
+    "arrow": _arrow,
+    "parquet": _parquet,
 }
 FORMATS = (*_UNPARAMETERISED, "packed")
 
