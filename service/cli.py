@@ -150,10 +150,10 @@ _ONE_VM = typer.Option("--vm", help="Only the VM of that id.")
 
 
 def _store_url(store: str | None) -> StoreUrl:
-    from service.settings import Settings
+    from service.cli_common import load_settings
 
     try:
-        return StoreUrl.parse(Settings().store if store is None else store)
+        return StoreUrl.parse(load_settings().store if store is None else store)
     except ValueError as error:
         typer.echo(f"--store: {error}", err=True)
         raise typer.Exit(2) from None
