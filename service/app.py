@@ -232,7 +232,8 @@ def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = 
     )
     app.state.settings = settings
     access = app.state.access = AccessControl(settings, tokens if tokens is not None else tokens_of(settings))
-    app.state.audit = AuditLog(settings.audit_log, lambda: access.guarded)
+    secret = settings.token.get_secret_value() if settings.token is not None else None
+    app.state.audit = AuditLog(settings.audit_log, lambda: access.guarded, secret=secret)
     registry = app.state.registry = Registry(settings, home_of(settings))
     app.state.idempotency = Idempotency(
         answers_of(registry.home, settings.idempotency_seconds), settings.idempotency_bytes

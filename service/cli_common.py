@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,8 @@ from service.security.audit import AuditLog
 from service.security.stores import tokens_of
 from service.security.tokens import TokenStore
 from service.settings import CONFIG_VARIABLE, BadFile, Settings, file_settings
-
-HIDDEN = "(hidden)"
-
-_PASSWORD = re.compile(r"(://[^:/@\s]*):[^@/\s]*@")
+from service.storage import urls
+from service.storage.urls import HIDDEN
 
 
 def parse_flags(texts: list[str]) -> dict[str, Any]:
@@ -28,12 +25,15 @@ def parse_flags(texts: list[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or name not in Settings.model_fields:
-            typer.echo(f"--set {text}: must be NAME=VALUE with the name of a setting, see `subpage config`", err=True)
+            # The value may be a secret, and without a name so may be all of it.
+            told = name if equals and name.isidentifier() else "…"
+            rule = "must be NAME=VALUE with the name of a setting, see `subpage config`"
+            typer.echo(f"--set {told}: {rule}", err=True)
             raise typer.Exit(2)
         try:
             given[name] = json.loads(value) if value.startswith("[") else value
         except ValueError:
-            typer.echo(f"--set {text}: a list is JSON", err=True)
+            typer.echo(f"--set {name}: a list is JSON", err=True)
             raise typer.Exit(2) from None
     return given
 
@@ -82,7 +82,7 @@ def shown(value: Any) -> str:
     if isinstance(value, SecretStr):
         return json.dumps(HIDDEN)
     if isinstance(value, (str, Path)):
-        return json.dumps(_PASSWORD.sub(rf"\1:{HIDDEN}@", str(value)), ensure_ascii=False)
+        return json.dumps(urls.shown(str(value)) if "://" in str(value) else str(value), ensure_ascii=False)
     return json.dumps(value)
 
 

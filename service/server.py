@@ -16,11 +16,13 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+import uvloop
 from fastapi import FastAPI
 
 from service.app import create_app, drain, end_streams
 from service.failures import Failure
 from service.http.connection import patient
+from service.http.frames import PatientSocket
 from service.http.sockets import MESSAGE_BYTES, PING_SECONDS
 from service.logs import configure
 from service.security.access import AccessControl, is_loopback
@@ -141,6 +143,18 @@ def tls_options(settings: Settings) -> dict[str, Any]:
     }
 
 
+def patient_loop(seconds: float) -> type[uvloop.Loop]:
+    """The class of event loops whose TLS handshakes, too, may take ``seconds``, 0 for any time that the loop allows."""
+
+    class Loop(uvloop.Loop):
+        async def create_server(self, *args: Any, **options: Any) -> asyncio.AbstractServer:  # type: ignore[override]
+            if options.get("ssl") is not None and seconds:
+                options |= {"ssl_handshake_timeout": seconds, "ssl_shutdown_timeout": seconds}
+            return await super().create_server(*args, **options)
+
+    return Loop
+
+
 def raise_file_limit() -> None:
     """Take as many open files as the system allows: each connection is one, and readers of events stay for long."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -154,9 +168,9 @@ def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
         app,
         host=settings.host,
         port=settings.port,
-        loop="uvloop",
+        loop=patient_loop(settings.head_timeout),  # type: ignore[arg-type]
         http=patient(settings.head_timeout),
-        ws="websockets-sansio",
+        ws=PatientSocket,
         ws_max_size=MESSAGE_BYTES,
         ws_ping_interval=PING_SECONDS,
         ws_ping_timeout=PING_SECONDS,

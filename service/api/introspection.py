@@ -35,6 +35,8 @@ GONE = 4404
 
 _ATTACH_SECONDS = 10.0
 _OUTBOX = 256
+# Messages of one connection that may be refused; a tool that sends more is broken or wants to be a burden.
+_REFUSALS = 100
 _LONGEST_TIMEOUT = 3600
 
 _EXAMPLE_QUESTION = "q_5be1c2d90f7a4863"
@@ -221,6 +223,7 @@ class Session(Tool):
         self.timeout = settings.ask_timeout
         self.default_action: str | None = None
         self.attached = False
+        self._refused = 0
         self._default = settings.ask_default_action
         self._socket = socket
         self._entry = entry
@@ -286,6 +289,11 @@ class Session(Tool):
         self._outbox.put_nowait((code, reason[:120]))
 
     def refuse(self, error: Exception) -> None:
+        self._refused += 1
+        if self._refused > _REFUSALS:
+            if self._refused == _REFUSALS + 1:
+                self.close(POLICY, "too many messages that cannot be taken")
+            return
         body, _ = describe(error, self._socket.url.path)
         self.send({"type": "error", "problem": body})
 

@@ -13,6 +13,7 @@ import logging
 import re
 import secrets
 import time
+from http import HTTPStatus
 
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,7 +22,7 @@ from service.http.handlers import problem_response
 from service.metrics import Metrics
 from service.problems import NotReady
 from service.security.access import NOBODY, Principal
-from service.security.audit import AuditLog, outcome_of
+from service.security.audit import AuditLog, cut, outcome_of
 from service.settings import Settings
 
 # The request being served, for whatever is logged meanwhile.
@@ -128,9 +129,9 @@ class Envelope:
         template = getattr(scope.get("route"), "path", "(none)")
         self._metrics.request(method if method in _METHODS else "(other)", template, status, seconds)
         if self._log_requests:
-            fields = {"method": method, "path": scope["path"], "status": status, "seconds": round(seconds, 6)}
+            fields = {"method": method, "path": cut(scope["path"]), "status": status, "seconds": round(seconds, 6)}
             fields["token"] = scope.get("principal", NOBODY).token
-            access_logger.info("%s %s %d", method, scope["path"], status, extra={"fields": fields})
+            access_logger.info("%s %s %d", method, fields["path"], status, extra={"fields": fields})
 
     def _audit_mutation(self, scope: Scope, identity: str, status: int, seconds: float) -> None:
         method = scope.get("method", "WEBSOCKET")
@@ -138,15 +139,16 @@ class Envelope:
             return
         principal: Principal = scope.get("principal", NOBODY)
         query = scope["query_string"].decode("latin-1")
-        self._audit.write(
-            "request",
-            principal,
-            request_id=identity,
-            client=scope["client"][0] if scope.get("client") else None,
-            method=method,
-            path=scope["path"],
+        members = {
+            "request_id": identity,
+            "client": scope["client"][0] if scope.get("client") else None,
+            "method": method,
+            "path": scope["path"],
             **({"query": query} if query else {}),
-            status=status,
-            outcome=outcome_of(status),
-            seconds=round(seconds, 6),
-        )
+            "outcome": outcome_of(status),
+            "seconds": round(seconds, 6),
+        }
+        if principal is NOBODY and HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR:
+            self._audit.refused_stranger(status, **members)
+        else:
+            self._audit.write("request", principal, status=status, **members)

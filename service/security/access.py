@@ -20,7 +20,16 @@ from urllib.parse import urlsplit
 from starlette.types import Scope
 
 from service.problems import Forbidden, NotReady, RateLimited, Unauthenticated
-from service.security.tokens import DEFAULT_TENANT, Clock, Token, TokenStore, digest_of, split, utc_now
+from service.security.tokens import (
+    DEFAULT_TENANT,
+    Clock,
+    Token,
+    TokenStore,
+    TokensUnavailable,
+    digest_of,
+    split,
+    utc_now,
+)
 from service.settings import Settings
 
 Permission = Literal["public", "read", "write", "admin", "metrics"]
@@ -141,6 +150,8 @@ class AccessControl:
         if self._store is not None:
             try:
                 self._take(list(await asyncio.to_thread(self._store.all)))
+            except TokensUnavailable as error:
+                logger.error("the tokens cannot be read; trying again: %s", error)
             except Exception:
                 logger.exception("the tokens cannot be read; trying again")
 
@@ -167,6 +178,9 @@ class AccessControl:
             await asyncio.sleep(self._refresh if self._known else min(self._refresh, _FIRST_READ_SECONDS))
             try:
                 self._take(list(await asyncio.to_thread(self._store.all)))
+            except TokensUnavailable as error:
+                # Without its causes: a driver quotes what it takes for the host's name, which may be of a password.
+                logger.error("the tokens cannot be read again; those that are known go on to count: %s", error)
             except Exception:
                 logger.exception("the tokens cannot be read again; those that are known go on to count")
             else:

@@ -6,16 +6,25 @@ import json
 import logging
 import os
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from service.security.access import Principal
+from service.security.access import NOBODY, Principal
+from service.security.tokens import without_tokens
 
 logger = logging.getLogger("subpage")
 
 STDERR = "-"
+
+# What is written of a path or a query: the API's own are shorter.
+MAX_TEXT = 1024
+# Refused strangers who get a line each: so many at once, and one more each so many seconds. Others are counted.
+STRANGERS_AT_ONCE = 20
+STRANGER_SECONDS = 10.0
 
 
 def outcome_of(status: int) -> str:
@@ -27,6 +36,15 @@ def outcome_of(status: int) -> str:
     return "refused" if status < 500 else "failed"
 
 
+def cut(text: str) -> str:
+    """``text`` as far as it is written; what is left out is counted."""
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}… ({len(text) - MAX_TEXT} more)"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
 class AuditLog:
     """Writes to the file ``target``, to standard error for ``-``, or, without a target, there while ``guarded()``.
 
@@ -34,10 +52,23 @@ class AuditLog:
     be written is reported in the log of the service and does not undo what it tells of.
     """
 
-    def __init__(self, target: str | None, guarded: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        target: str | None,
+        guarded: Callable[[], bool] = lambda: False,
+        *,
+        secret: str | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._target = target
         self._guarded = guarded
         self._file: int | None = None
+        self._secret = secret
+        self._monotonic = monotonic
+        self._lines_left = float(STRANGERS_AT_ONCE)
+        self._filled = monotonic()
+        self._uncounted: Counter[int] = Counter()
+        self._since = ""
 
     @property
     def on(self) -> bool:
@@ -47,10 +78,40 @@ class AuditLog:
         """Add a line: when, what ``event``, who, and ``members``."""
         if not self.on:
             return
-        record: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="microseconds"), "event": event}
+        self._write_counted()
+        self._write(event, principal, members)
+
+    def refused_stranger(self, status: int, **members: Any) -> None:
+        """A request of nobody that is known was refused: a line as ``write`` adds it, or one more in a count.
+
+        Strangers cost nothing to their senders; a line for each would let them fill the disk.
+        """
+        if not self.on:
+            return
+        now = self._monotonic()
+        self._lines_left = min(STRANGERS_AT_ONCE, self._lines_left + (now - self._filled) / STRANGER_SECONDS)
+        self._filled = now
+        if self._lines_left < 1:
+            self._since = self._since or _now()
+            self._uncounted[status] += 1
+            return
+        self._lines_left -= 1
+        self.write("request", NOBODY, status=status, **members)
+
+    def _write_counted(self) -> None:
+        """Tell of those who were counted, if there are any."""
+        if self._uncounted:
+            statuses, self._uncounted = self._uncounted, Counter()
+            since, self._since = self._since, ""
+            counts = {str(status): count for status, count in sorted(statuses.items())}
+            self._write("strangers-refused", None, {"since": since, "count": statuses.total(), "statuses": counts})
+
+    def _write(self, event: str, principal: Principal | None, members: dict[str, Any]) -> None:
+        record: dict[str, Any] = {"time": _now(), "event": event}
         if principal is not None:
             record |= {"token": principal.token, "name": principal.name, "tenant": principal.tenant}
-        line = json.dumps(record | members, default=str) + "\n"
+        told = {name: cut(value) if isinstance(value, str) else value for name, value in members.items()}
+        line = without_tokens(json.dumps(record | told, default=str), self._secret) + "\n"
         try:
             if self._target in (None, STDERR):
                 sys.stderr.write(line)
@@ -66,6 +127,8 @@ class AuditLog:
         return self._file
 
     def close(self) -> None:
+        if self.on:
+            self._write_counted()
         if self._file is not None:
             os.close(self._file)
             self._file = None

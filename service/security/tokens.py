@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import re
 import secrets
 import sqlite3
@@ -18,13 +19,19 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, Protocol, get_args
+from urllib.parse import quote
+
+from service.storage.files import make_private
 
 TokenScope = Literal["read", "write", "admin"]
 SCOPES: tuple[str, ...] = get_args(TokenScope)
 DEFAULT_TENANT = "default"
 
 _TOKEN = re.compile(r"sp_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
-_TENANT = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+# Also where it was cut, or has a letter too many: nearly all of a secret is still one.
+_TOKEN_WITHIN = re.compile(r"sp_([0-9a-f]{12})_[A-Za-z0-9_-]{8,}")
+TENANT = r"[a-z0-9][a-z0-9._-]{0,62}"
+_TENANT = re.compile(TENANT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +87,16 @@ def split(text: str) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
+def without_tokens(text: str, secret: str | None = None) -> str:
+    """``text`` with the secrets of all that reads like a token hidden, and ``secret`` (see setting ``token``)."""
+    if "sp_" in text:
+        text = _TOKEN_WITHIN.sub(r"sp_\1_(hidden)", text)
+    if secret:
+        for spelling in {secret, quote(secret), quote(secret, safe=""), json.dumps(secret)[1:-1]}:
+            text = text.replace(spelling, "(hidden)")
+    return text
+
+
 def mint(
     name: str,
     *,
@@ -97,6 +114,8 @@ def mint(
         raise ValueError("a token must expire in the future")
     if len(name) > 200:
         raise ValueError("a name has at most 200 characters")
+    if not name.isprintable():
+        raise ValueError("a name has no control characters")
     token_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
     return Token(token_id, name, tenant, scope, digest_of(secret), now, expires), f"sp_{token_id}_{secret}"
 
@@ -152,9 +171,7 @@ class FileTokens:
 
     def _execute(self, statement: str, values: Sequence[object]) -> tuple[list[tuple[str, ...]], int]:
         with self._lock:
-            if not self._path.exists():
-                # Only the owner reads it: hashes prove nothing, names and tenants are nobody's business.
-                self._path.touch(mode=0o600)
+            make_private(self._path)
             with closing(sqlite3.connect(self._path, timeout=5, isolation_level=None)) as connection:
                 connection.execute("PRAGMA synchronous=FULL")
                 connection.execute(_SCHEMA)

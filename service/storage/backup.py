@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import IO
@@ -24,12 +24,25 @@ from typing import IO
 import numpy as np
 import sqlalchemy as sa
 
-from engine.errors import EngineError
-from engine.machine import VirtualMachine
 from service.stamps import stamp
-from service.storage import event_rows, rows
+from service.storage import event_rows, rows, side_rows
+from service.storage.checks import (
+    BLOCK_BYTES,
+    BadBackup,
+    EndSection,
+    MachineSection,
+    TraceSection,
+    check_events,
+    check_trace,
+    columns_are_bounded,
+    machine_of,
+    section_of,
+)
+from service.storage.checks import event_rows as event_rows_of
 from service.storage.columns import pack, unpack
 from service.storage.records import Block, Change, EventRecord, LogChange, TraceRecord, VmRecord
+
+__all__ = ["BadBackup", "read_backup", "restore_machine", "write_backup"]
 
 RESTORED = '{"change":"restored"}'
 
@@ -38,11 +51,9 @@ FORMAT = 2
 
 # Blocks of one section: 16 MiB before compression.
 _BLOCKS = 4096
+# The head of a large machine and the tables of many objects are the longest.
+MAX_SECTION = 1 << 30
 _SECTION = struct.Struct("<BI")
-
-
-class BadBackup(Exception):
-    """The file is no backup, is damaged, or was written by a later release."""
 
 
 @dataclass(slots=True)
@@ -101,6 +112,8 @@ def _sections(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     if start[: len(MAGIC)] != MAGIC:
         raise BadBackup("this is not a backup of subpage")
     version = int.from_bytes(start[len(MAGIC) :], "little")
+    if version < 1:
+        raise BadBackup(f"the backup has format {version}, which no release has written")
     if version > FORMAT:
         raise BadBackup(f"the backup has format {version}, written by a later release; this one reads up to {FORMAT}")
     while True:
@@ -108,27 +121,35 @@ def _sections(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
         if len(framed) < _SECTION.size:
             raise BadBackup("the backup was cut: its end is missing")
         kind, length = _SECTION.unpack(framed)
+        if length > MAX_SECTION:
+            raise BadBackup(f"the backup is damaged: a section claims {length} bytes")
         data = file.read(length)
         if zlib.crc32(framed + data).to_bytes(4, "little") != file.read(4):
             raise BadBackup("the backup is damaged: a checksum does not match")
         yield chr(kind), data
         if kind == ord("E"):
+            if file.read(1):
+                raise BadBackup("the backup is damaged: something follows its end")
             return
 
 
 def read_backup(file: IO[bytes]) -> Iterator[Saved]:
     """One machine after the other. Raises BadBackup, at the latest where the damage is."""
     machine: Saved | None = None
-    seen = 0
+    seen: set[str] = set()
+    results: set[str] = set()
     for kind, data in _sections(file):
         if kind in "VE" and machine is not None:
+            _check_whole(machine, results)
             yield machine
             machine = None
         if kind == "V":
-            machine = Saved(VmRecord(**json.loads(data)))
-            seen += 1
+            machine = Saved(VmRecord(**section_of(MachineSection, kind, data).model_dump()))
+            if machine.record.id in seen:
+                raise BadBackup(f"the backup is damaged: machine {machine.record.id} is in it twice")
+            seen.add(machine.record.id)
         elif kind == "E":
-            if json.loads(data)["machines"] != seen:
+            if section_of(EndSection, kind, data).machines != len(seen):
                 raise BadBackup("the backup is damaged: it has not the machines that it says")
         elif machine is None:
             raise BadBackup("the backup is damaged: a machine's data come before the machine")
@@ -138,26 +159,50 @@ def read_backup(file: IO[bytes]) -> Iterator[Saved]:
 
 def _add(machine: Saved, kind: str, data: bytes) -> None:
     traces = machine.traces
+    if kind in "IP" and (not traces or (kind == "I") == bool(traces[-1].object_index)):
+        raise BadBackup(f"the backup is damaged: a section {kind} is not where it belongs")
+    if kind in "BIP":
+        columns_are_bounded(kind, data)
     if kind == "B":
-        machine.blocks += _unpacked(data)
+        machine.blocks += _unpacked(machine.record.id, data)
     elif kind == "T":
-        traces.append(TraceRecord(**json.loads(data), object_index=b"", parts=[]))
+        traces.append(TraceRecord(**section_of(TraceSection, kind, data).model_dump(), object_index=b"", parts=[]))
     elif kind == "I":
         traces.append(replace(traces.pop(), object_index=data))
     elif kind == "P":
         last = traces.pop()
         traces.append(replace(last, parts=[*last.parts, data]))
     elif kind == "L":
-        machine.events += [EventRecord(**event) for event in json.loads(data)]
+        machine.events += event_rows_of(data)
     else:
         raise BadBackup(f"the backup is damaged: there is no section {kind!r}")
 
 
-def _unpacked(data: bytes) -> Iterable[Block]:
-    columns = unpack(data)
-    contents = columns["data"].tobytes()
-    for place, (kind, block) in enumerate(zip(columns["kind"].tolist(), columns["block"].tolist(), strict=True)):
-        yield kind.decode(), block, contents[place * 4096 : (place + 1) * 4096]
+def _unpacked(machine: str, data: bytes) -> list[Block]:
+    try:
+        columns = unpack(data)
+        contents = columns["data"].tobytes()
+        names = [kind.decode() for kind in columns["kind"].tolist()]
+        numbers = columns["block"].tolist()
+        if not len(names) == len(numbers) == len(contents) / BLOCK_BYTES or columns["block"].dtype.kind != "u":
+            raise ValueError("there are as many kinds as numbers and contents")
+    except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
+        raise BadBackup(f"machine {machine} of the backup: its blocks cannot be read: {error!s:.300}") from None
+    places = range(0, len(contents), BLOCK_BYTES)
+    return [
+        (kind, block, contents[at : at + BLOCK_BYTES]) for kind, block, at in zip(names, numbers, places, strict=True)
+    ]
+
+
+def _check_whole(machine: Saved, results: set[str]) -> None:
+    """What only all of a machine shows. ``results`` are the ids of those before, and get this one's."""
+    machine_of(machine.record, machine.blocks)
+    check_events(machine.record, machine.events)
+    for trace in machine.traces:
+        if trace.id in results:
+            raise BadBackup(f"the backup is damaged: result {trace.id} is in it twice")
+        results.add(trace.id)
+        check_trace(trace)
 
 
 # Into a store
@@ -166,14 +211,10 @@ def _unpacked(data: bytes) -> Iterable[Block]:
 def restore_machine(connection: sa.Connection, number: int, machine: Saved, *, replace_known: bool) -> VmRecord:
     """Put a machine into a store, in the transaction of ``connection``, under its own id and a number of this store.
 
-    Raises BadBackup for a machine that this release cannot run, FileExistsError when the store has that id and
+    Raises BadBackup when another machine has one of its results, FileExistsError when the store has that id and
     ``replace_known`` is not given.
     """
     record = machine.record
-    try:
-        VirtualMachine.restore(json.loads(record.head), {(kind, block): data for kind, block, data in machine.blocks})
-    except (EngineError, KeyError, TypeError, ValueError) as error:
-        raise BadBackup(f"machine {record.id} of the backup cannot be read: {error}") from error
     known = next((item for item in rows.vm_records(connection) if item.id == record.id), None)
     revision, next_event = record.revision, record.next_event
     if known is not None:
@@ -182,6 +223,8 @@ def restore_machine(connection: sa.Connection, number: int, machine: Saved, *, r
         rows.write(connection, Change(known.number, known.revision, None))
         number = known.number
         revision, next_event = max(revision, known.revision), max(next_event, known.next_event)
+    if taken := side_rows.kept_traces(connection, [trace.id for trace in machine.traces]):
+        raise BadBackup(f"result {min(taken)} of the backup is one of another machine in the store")
     # Clients that hold a tag of either state must find it overtaken, and readers of either log a new id.
     placed = replace(record, number=number, revision=revision + 1, next_event=next_event + 1)
     log = LogChange([*machine.events, EventRecord(next_event, 1, stamp(), "lifecycle", RESTORED)])

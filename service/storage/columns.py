@@ -7,6 +7,7 @@ in that order, little-endian and zstd-compressed. Values of ``dtype`` are as num
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,3 +52,24 @@ def unpack(data: bytes) -> dict[str, NDArray[Any]]:
         columns[name] = np.frombuffer(bytearray(raw), dtype=np.dtype(dtype)).reshape(shape)
         end += stored
     return columns
+
+
+def sizes(data: bytes) -> list[int]:
+    """Bytes of each column in the order of their places, as the header claims them. Raises ValueError where the claims
+    do not fit each other or the data."""
+    end = 4 + int.from_bytes(data[:4], "little")
+    claimed: list[int] = []
+    left = len(data) - end
+    for name, dtype, shape, size, stored in json.loads(data[4:end]):
+        kind = np.dtype(dtype)
+        if kind.kind not in "iufbS" or not all(
+            type(number) is int and number >= 0 for number in (*shape, size, stored)
+        ):
+            raise ValueError(f"column {name!s:.40} is none of numbers")
+        if math.prod(shape) * kind.itemsize != size:
+            raise ValueError(f"column {name!s:.40} of shape {shape} has not {size} bytes")
+        left -= stored
+        claimed.append(size)
+    if left:
+        raise ValueError("they are not as long as they say")
+    return claimed

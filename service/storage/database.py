@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from service.storage.files import make_private
 from service.storage.urls import SQLITE, StoreUrl
 
 # A lost peer must be noticed in seconds, not in the hours of TCP's defaults.
@@ -26,11 +27,11 @@ def connect(url: StoreUrl) -> sa.Engine:
     """An engine whose transactions see one state of the store from their beginning to their end."""
     if url.kind == SQLITE:
         assert url.path is not None
-        folder = url.path.parent
+        path = url.path
         engine = sa.create_engine(
             sa.URL.create("sqlite", database=str(url.path)), connect_args={"timeout": 10.0, "isolation_level": None}
         )
-        event.listen(engine, "do_connect", lambda *_: folder.mkdir(mode=0o700, parents=True, exist_ok=True))
+        event.listen(engine, "do_connect", lambda *_: make_private(path))
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine

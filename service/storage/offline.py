@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,7 +66,6 @@ def backup(url: StoreUrl, path: Path, vm: str | None) -> int:
 
     A running service goes on: what is written is one state of the store.
     """
-    unfinished = path.with_name(path.name + ".part")
     with _transaction(url, writes=False) as connection:
         machines = [record for record in rows.vm_records(connection) if vm in (None, record.id)]
         if vm is not None and not machines:
@@ -73,15 +73,19 @@ def backup(url: StoreUrl, path: Path, vm: str | None) -> int:
         if path.exists():
             raise OfflineError(f"{path} exists")
         try:
-            with unfinished.open("wb") as file:
-                write_backup(file, connection, machines)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.rename(path)
+            # A name that nobody can have put a link at, and a file of its owner alone.
+            number, name = tempfile.mkstemp(suffix=".part", prefix=f"{path.name}.", dir=path.parent)
+            unfinished = Path(name)
+            try:
+                with os.fdopen(number, "wb") as file:
+                    write_backup(file, connection, machines)
+                    file.flush()
+                    os.fsync(file.fileno())
+                unfinished.rename(path)
+            finally:
+                unfinished.unlink(missing_ok=True)
         except OSError as error:
             raise OfflineError(f"{path} cannot be written: {error.strerror}") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
     return len(machines)
 
 

@@ -185,7 +185,9 @@ def test_requests_are_logged_when_asked_for(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_levels() -> None:
-    assert configuration(Settings(log_level="debug"))["root"]["level"] == "DEBUG"
+    verbose = configuration(Settings(log_level="debug"))
+    assert verbose["loggers"]["subpage"]["level"] == "DEBUG" and verbose["root"]["level"] == "WARNING"
+    assert configuration(Settings(log_level="critical"))["root"]["level"] == "CRITICAL"
     assert configuration(Settings())["loggers"]["subpage.access"]["level"] == "CRITICAL"
     assert configuration(Settings(access_log=True))["loggers"]["subpage.access"]["level"] == "INFO"
 

@@ -116,6 +116,10 @@ def section(kind: bytes, data: bytes) -> bytes:
     return framed + zlib.crc32(framed).to_bytes(4, "little")
 
 
+VM = (
+    b'{"number": 1, "id": "vm_0123456789abcdef", "created": "2026-11-29T12:00:00+00:00", "revision": 1, '
+    b'"head": "{\\"format\\": 99, \\"frames\\": 0}"}'
+)
 START = MAGIC + FORMAT.to_bytes(4, "little")
 DAMAGED = {
     "text": (b"hello, this is no backup", "not a backup"),
@@ -125,13 +129,11 @@ DAMAGED = {
     "count": (START + section(b"E", b'{"machines": 1}'), "has not the machines"),
     "order": (START + section(b"B", b""), "before the machine"),
     "kind": (
-        START + section(b"V", b'{"number":1,"id":"vm_1","created":"","revision":1,"head":"{}"}') + section(b"?", b""),
+        START + section(b"V", VM) + section(b"?", b""),
         "no section",
     ),
     "head": (
-        START
-        + section(b"V", b'{"number":1,"id":"vm_1","created":"","revision":1,"head":"{\\"format\\": 99}"}')
-        + section(b"E", b'{"machines": 1}'),
+        START + section(b"V", VM) + section(b"E", b'{"machines": 1}'),
         "cannot be read",
     ),
 }

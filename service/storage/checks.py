@@ -1,0 +1,233 @@
+"""What a backup says, looked at before anything of it is written: it may come from anywhere, with checksums that are
+right. Each check raises BadBackup with a sentence that names the member."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from engine.arch.access import ACCESS_NAMES
+from engine.kvm.resolutions import RESOLUTION_NAMES
+from engine.machine import VirtualMachine
+from engine.outline import outline_from_head
+from engine.trace.objects import ObjectIndex, index_of
+from engine.trace.results import EXIT_COLUMNS, ExitColumns
+from service.runtime.events import KINDS
+from service.runtime.traces import PART
+from service.security.tokens import TENANT
+from service.storage.columns import sizes
+from service.storage.records import Block, EventRecord, TraceRecord, VmRecord
+from service.storage.traces import columns_of, trace_of
+
+BLOCK_BYTES = 4096
+# Of the columns of one section before compression: sixteen times what a full one of exit records has.
+MAX_COLUMN_BYTES = 256 << 20
+# Sub-pages of 52 address bits.
+_TOP = 1 << 52
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class BadBackup(Exception):
+    """The file is no backup, is damaged, or was written by a later release."""
+
+
+def _moment(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("a time has an offset from UTC")
+    return text
+
+
+def _object(text: str) -> str:
+    if not isinstance(json.loads(text), dict):
+        raise ValueError("must be a JSON object")
+    return text
+
+
+_Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+_Moment = Annotated[str, Field(max_length=40), AfterValidator(_moment)]
+_Json = Annotated[str, AfterValidator(_object)]
+_TraceId = Annotated[str, Field(pattern=r"\Atr_[0-9a-f]{16}\z")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class MachineSection(_Section):
+    """``V``."""
+
+    number: Annotated[int, Field(ge=1, lt=1 << 62)]
+    id: Annotated[str, Field(pattern=r"\Avm_[0-9a-f]{16}\z")]
+    created: _Moment
+    revision: _Count
+    head: _Json
+    tenant: Annotated[str, Field(pattern=rf"\A{TENANT}\z")] = "default"
+    next_event: Annotated[int, Field(ge=1, lt=1 << 62)] = 1
+
+
+class TraceSection(_Section):
+    """``T``."""
+
+    id: _TraceId
+    sequence: _Count
+    created: _Moment
+    exit_records: _Count
+    head: _Json
+
+
+class EventRow(_Section):
+    """One of ``L``."""
+
+    first: Annotated[int, Field(ge=1, lt=1 << 62)]
+    count: Annotated[int, Field(ge=1, lt=1 << 40)]
+    created: Annotated[str, Field(pattern=r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\z"), AfterValidator(_moment)]
+    kind: Literal[tuple(KINDS)]  # type: ignore[valid-type]
+    body: _Json
+    trace: _TraceId | None = None
+
+
+class EndSection(_Section):
+    """``E``."""
+
+    machines: _Count
+
+
+_events: TypeAdapter[list[EventRow]] = TypeAdapter(list[EventRow])
+
+
+def section_of(model: type[T], kind: str, data: bytes) -> T:
+    """A section that is one JSON object."""
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        raise _bad(kind, error) from None
+
+
+def event_rows(data: bytes) -> list[EventRecord]:
+    """A section of rows of an event log."""
+    try:
+        return [EventRecord(**row.model_dump()) for row in _events.validate_json(data)]
+    except ValidationError as error:
+        raise _bad("L", error) from None
+
+
+def _bad(kind: str, error: ValidationError) -> BadBackup:
+    fault = error.errors(include_url=False)[0]
+    place = ".".join(map(str, fault["loc"])) or "the section"
+    return BadBackup(f"the backup is damaged: in a section {kind}, {place}: {fault['msg']}")
+
+
+def columns_are_bounded(kind: str, data: bytes) -> None:
+    """Look at what a section of columns claims before it is unpacked."""
+    try:
+        claimed = sizes(data)
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadBackup(f"the backup is damaged: the columns of a section {kind}: {error}") from None
+    if sum(claimed) > MAX_COLUMN_BYTES:
+        raise BadBackup(f"the backup is damaged: a section {kind} claims {sum(claimed)} bytes of columns")
+
+
+def machine_of(record: VmRecord, blocks: Sequence[Block]) -> VirtualMachine:
+    """The machine, which reads back as what it was made of."""
+    numbers = {block for _, block, _ in blocks}
+    if len(numbers) != len(blocks):
+        raise BadBackup(f"machine {record.id} of the backup has a block twice")
+    for kind, block, data in blocks:
+        if kind == "free" or len(data) != BLOCK_BYTES:
+            raise BadBackup(f"machine {record.id} of the backup: block {block} is none that a machine has")
+    head = json.loads(record.head)
+    frames = head.get("frames")
+    # Blocks that are free are not among them; a machine keeps at most that many.
+    if type(frames) is not int or not len(blocks) <= frames <= 2 * len(blocks) + (1 << 20):
+        raise BadBackup(f"machine {record.id} of the backup: frames: {frames!r} do not fit {len(blocks)} blocks")
+    if any(not 0 <= block < frames for block in numbers):
+        raise BadBackup(f"machine {record.id} of the backup has a block beyond its frames")
+    try:
+        machine = VirtualMachine.restore(head, {(kind, block): data for kind, block, data in blocks})
+        outline_from_head(head)
+        made = json.loads(json.dumps(machine.head()))
+    except Exception as error:  # whatever a hostile head makes of the engine, the file is at fault
+        raise BadBackup(f"machine {record.id} of the backup cannot be read: {error!s:.300}") from error
+    if (place := _differs(head, made, "head")) is not None:
+        raise BadBackup(f"machine {record.id} of the backup cannot be read: {place} is not what a machine has")
+    return machine
+
+
+def _differs(given: Any, made: Any, place: str) -> str | None:
+    """Where what was given is not what was made of it; members that an earlier release did not write may be missing."""
+    if isinstance(given, dict) and isinstance(made, dict):
+        for name, value in given.items():
+            if name not in made:
+                return f"{place}.{name:.40}"
+            if (found := _differs(value, made[name], f"{place}.{name:.40}")) is not None:
+                return found
+        return None
+    if isinstance(given, list) and isinstance(made, list) and len(given) == len(made):
+        pairs = enumerate(zip(given, made, strict=True))
+        return next((found for at, pair in pairs if (found := _differs(*pair, f"{place}[{at}]")) is not None), None)
+    return None if type(given) is type(made) and given == made else place
+
+
+def check_events(record: VmRecord, events: Sequence[EventRecord]) -> None:
+    """Ids follow one another and end before the next one that the machine gives."""
+    free = 1
+    for event in events:
+        if event.first < free:
+            raise BadBackup(f"machine {record.id} of the backup: event {event.first} comes after event {free - 1}")
+        free = event.first + event.count
+    if free > max(record.next_event, 1):
+        raise BadBackup(f"machine {record.id} of the backup: event {free - 1} is beyond next_event {record.next_event}")
+
+
+def check_trace(trace: TraceRecord) -> None:
+    """The result of a replay can be read as the service reads it, all of its exit records too."""
+    try:
+        trace_of(trace)
+        count = 0
+        for at, part in enumerate(trace.parts):
+            exits = columns_of(trace, [part])
+            if at == 0:
+                _check_index(exits)
+            _check_columns(exits, last=at == len(trace.parts) - 1)
+            count += len(exits)
+        if count != trace.exit_records or not trace.parts:
+            raise ValueError(f"exit_records says {trace.exit_records}, there are {count}")
+    except Exception as error:  # as above
+        raise BadBackup(f"result {trace.id} of the backup cannot be read: {error!s:.300}") from error
+
+
+def _check_columns(exits: ExitColumns, *, last: bool) -> None:
+    wanted: Mapping[str, str] = {name: dtype for name, dtype, _ in EXIT_COLUMNS}
+    if set(exits.columns) != set(wanted) or exits.record_gpa.dtype != np.uint64:
+        raise ValueError("the columns are not those of exit records")
+    for name, column in {**exits.columns, **exits.carry}.items():
+        if len(column) != len(exits) or column.ndim != 1 or column.dtype != wanted.get(name, column.dtype):
+            raise ValueError(f"column {name} is not one of {len(exits)} exit records")
+    if len(exits) > PART or (not last and len(exits) < PART):
+        raise ValueError(f"a part of {len(exits)} exit records")
+    _check_names("access", exits, ACCESS_NAMES)
+    _check_names("resolution", exits, RESOLUTION_NAMES)
+
+
+def _check_names(column: str, exits: ExitColumns, names: Collection[str]) -> None:
+    if len(exits) and int(exits.columns[column].max()) >= len(names):
+        raise ValueError(f"column {column} has a number without a name")
+
+
+def _check_index(exits: ExitColumns) -> None:
+    """The tables that name objects are those of their ranges: kernels follow them without looking."""
+    ranges = exits.object_index.ranges
+    if ranges.dtype != np.int64 or ranges.ndim != 2 or ranges.shape[1] != len(("first", "end", "name")):
+        raise ValueError("ranges of objects are three numbers each")
+    first, end, name = ranges.T
+    if not ((first >= 0) & (first < end) & (end <= _TOP) & (name >= 0) & (name < len(exits.object_names))).all():
+        raise ValueError("ranges of objects lie outside of the machine")
+    for member, found in zip(ObjectIndex._fields, index_of(ranges), strict=True):
+        if not np.array_equal(getattr(exits.object_index, member), found):
+            raise ValueError(f"{member} of the objects are not those of their ranges")

@@ -1,0 +1,127 @@
+"""WebSocket frames without end: a connection takes its turn, and one that sends what is no message loses it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+from websockets.sync.client import connect
+
+from service.http.frames import FRAMES_AT_ONCE
+from service.http.sockets import MESSAGE_BYTES
+from tests.abuse.process import MIB, TOKEN, Victim, flood, head, serving, watched
+
+OPENING = (
+    "Upgrade: websocket",
+    "Connection: Upgrade",
+    "Sec-WebSocket-Version: 13",
+    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
+)
+CONTINUATION, TEXT, PING, PONG = 0, 1, 9, 10
+COMPRESSED = 0x40
+
+
+@pytest.fixture(scope="module")
+def victim() -> Iterator[Victim]:
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def path(victim: Victim) -> str:
+    with victim.client() as client:
+        document = {"memory_slots": [{"slot": 0, "gpa": 0, "size": 16 * MIB}]}
+        return client.post("/v1/vms", json=document).headers["Location"] + "/introspection"
+
+
+def frame(opcode: int, data: bytes = b"", *, last: bool = True, bits: int = 0) -> bytes:
+    """One of a client's, of less than 126 bytes, with a mask that changes nothing."""
+    return bytes([(0x80 if last else 0) | bits | opcode, 0x80 | len(data)]) + bytes(4) + data
+
+
+def opened(victim: Victim, path: str, *fields: str) -> socket.socket:
+    connection = victim.connect()
+    connection.sendall(head("GET", path, TOKEN, *OPENING, *fields))
+    reply = b""
+    while b"\r\n\r\n" not in reply:
+        reply += connection.recv(1)
+    assert reply.startswith(b"HTTP/1.1 101 ")
+    assert b"sec-websocket-extensions" not in reply.lower(), "nothing compressed is taken"
+    return connection
+
+
+BEGUN = frame(TEXT, b"{", last=False)
+# Sent at first, then over and over, and the close code that ends it.
+WITHOUT_END = {
+    "empty continuations": (BEGUN, frame(CONTINUATION, last=False) * 8000, 1008),
+    "continuations of a byte": (BEGUN, frame(CONTINUATION, b" ", last=False) * 8000, 1008),
+    "pings": (b"", frame(PING, b"x") * 8000, 1008),
+    "pongs": (b"", frame(PONG) * 8000, 1008),
+    "pings in a message": (BEGUN, frame(PING) * 8000, 1008),
+    "messages that are none": (b"", frame(TEXT, b"x") * 8000, 1008),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_END)
+def test_frames_without_end(victim: Victim, path: str, name: str) -> None:
+    start, piece, code = WITHOUT_END[name]
+    with watched(victim) as seen, opened(victim, path) as connection:
+        connection.sendall(start)
+        done = flood(connection, piece, 30)
+    assert code.to_bytes(2, "big") in done.reply and done.closed
+    assert seen.grown < 32 * MIB and seen.asked > 1
+    assert "ERROR" not in victim.said() and "Traceback" not in victim.said()
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        (frame(TEXT, b"\x4b\x04\x00\x00", bits=COMPRESSED), 1002),
+        (b"\x81\xff" + (1 << 40).to_bytes(8, "big") + bytes(4), 1009),
+        (frame(TEXT, b"x" * 100, last=False) + frame(CONTINUATION, b"x" * 100, last=False) * 300, 1008),
+        (
+            frame(TEXT, b"x", last=False) + b"\x80\xff" + (MESSAGE_BYTES).to_bytes(8, "big") + bytes(4),
+            1009,
+        ),
+    ],
+)
+def test_frames_that_are_too_much(victim: Victim, path: str, sent: bytes, code: int) -> None:
+    """Compressed where nothing was agreed, longer than a message may be, and the same in pieces."""
+    with opened(victim, path, "Sec-WebSocket-Extensions: permessage-deflate") as connection:
+        connection.sendall(sent)
+        reply = b""
+        try:
+            while got := connection.recv(4096):
+                reply += got
+        except ConnectionError:
+            pass
+    assert code.to_bytes(2, "big") in reply
+
+
+def test_frames_before_the_opening_is_answered(victim: Victim, path: str) -> None:
+    with victim.connect() as connection:
+        connection.sendall(head("GET", path, TOKEN, *OPENING))
+        connection.settimeout(1)
+        connection.sendall(frame(PING) * 2000)
+        try:
+            while connection.recv(4096):
+                pass
+        except (ConnectionError, TimeoutError):
+            pass
+    assert "Traceback" not in victim.said()
+
+
+def test_what_a_tool_sends_is_taken(victim: Victim, path: str) -> None:
+    """Pings now and then, a message in as many pieces as are allowed, messages of the largest size, many at once."""
+    url = victim.url.replace("http", "ws") + path
+    with connect(url, additional_headers={"Authorization": f"Bearer {TOKEN}"}) as tool:
+        assert tool.ping("hello").wait(10)
+        text = '{"type": "ping", "data": "1"}'
+        tool.send(iter([text[:10], *text[10:], *[" "] * (FRAMES_AT_ONCE - 64)]))
+        assert '"data":"1"' in str(tool.recv(10))
+        tool.send(text + " " * (MESSAGE_BYTES - len(text)))
+        assert '"data":"1"' in str(tool.recv(10))
+        for number in range(200):
+            tool.send(f'{{"type": "ping", "data": "{number}"}}')
+        assert [f'"data":"{number}"' in str(tool.recv(10)) for number in range(200)] == [True] * 200
