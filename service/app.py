@@ -52,7 +52,6 @@ from service.api import (
 )
 from service.http import handlers
 from service.http.envelope import Envelope
-from service.http.gate import StoreGate
 from service.http.idempotency import Idempotency
 from service.metrics import Metrics
 from service.runtime.answers import answers_of
@@ -224,7 +223,6 @@ def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = 
     app.state.jobs = Jobs(settings, registry, app.state.metrics)
     app.state.ready = app.state.warm = app.state.draining = False
     handlers.install(app)
-    app.add_middleware(StoreGate, registry=app.state.registry)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

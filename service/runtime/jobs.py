@@ -267,7 +267,7 @@ class Jobs:
             return Side(jobs=tuple(done)) if done else None
 
         job.check()
-        async with self._registry.using(job.vm):
+        async with self._registry.using(job.vm, job.tenant):
             entry = self._registry.get(job.vm)
             job.check()
             job.waits = True

@@ -12,7 +12,7 @@ from engine.errors import Busy, EngineError, InvalidValue, LimitExceeded
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.outline import Outline
-from service.problems import NotReady, StoreUnavailable
+from service.problems import StoreUnavailable
 from service.runtime.batches import Parts
 from service.runtime.changes import created
 from service.runtime.entry import Entry, Listed, unknown_vm
@@ -91,16 +91,13 @@ class Registry:
     # What requests ask for
 
     @asynccontextmanager
-    async def using(self, vm_id: str | None) -> AsyncIterator[None]:
-        """A request about a machine, or about none: what it names is loaded, and stays so until the end.
+    async def using(self, vm_id: str, tenant: str) -> AsyncIterator[None]:
+        """A request of ``tenant`` about a machine, which is loaded if it is the tenant's, and stays so until the end.
 
-        Raises NotReady while the home is not open, StoreUnavailable. A machine that does not exist is the route's
-        to report.
+        Raises NotReady, StoreUnavailable. A machine that does not exist for the tenant is the caller's to report.
         """
-        if not self.home.open:
-            raise NotReady(self.home.trouble)
-        entry = self._entries.get(vm_id) if vm_id is not None else None
-        if entry is None:
+        entry = self._entries.get(vm_id)
+        if entry is None or entry.tenant != tenant:
             yield
             return
         # Now the most recently used.
