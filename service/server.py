@@ -21,6 +21,7 @@ from service.app import create_app, drain, end_streams
 from service.http.connection import patient
 from service.http.sockets import MESSAGE_BYTES, PING_SECONDS
 from service.logs import configure
+from service.memory import container_bytes, warn_of_memory
 from service.security.access import AccessControl, is_loopback
 from service.security.tokens import TokensUnavailable
 from service.settings import Settings
@@ -140,6 +141,7 @@ def run(settings: Settings) -> int:
     check_telemetry(settings)
     app = create_app(settings)
     check_exposure(settings, app.state.access)
+    warn_of_memory(settings, container_bytes())
     raise_file_limit()
     config = configured(app, settings)
     server = _Server(config, app, settings.drain_seconds)

@@ -123,5 +123,3 @@ def new_vm(client: httpx2.Client, **members: Any) -> str:
     reply = client.post("/v1/vms", json=document)
     assert reply.status_code == 201, reply.text
     return str(reply.headers["Location"])
-
-

@@ -76,9 +76,10 @@ def test_nothing_is_loaded_for_strangers_and_other_tenants(
                 "value": "",
             }
     for headers in ({}, dict(red.headers)):
-        with pytest.raises(InvalidStatus) as refused:
-            socket = f"{service.server.url.replace('http', 'ws')}{vm}/introspection"
-            connect(socket, additional_headers={k: v for k, v in headers.items() if k == "authorization"})
+        given = {name: value for name, value in headers.items() if name == "authorization"}
+        socket = f"{service.server.url.replace('http', 'ws')}{vm}/introspection"
+        with pytest.raises(InvalidStatus) as refused, connect(socket, additional_headers=given):
+            pass
         assert refused.value.response.status_code == (404 if headers else 401)
     assert frames_in_memory(admin) == 0
     assert service.peak() - before < _LARGE / 2
