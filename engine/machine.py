@@ -51,6 +51,8 @@ from engine.trace.timed import TimedReplay
 from engine.trace_operations import TraceOperations
 from engine.vcpus import VcpuOperations, fast_path_serves
 
+# What a machine takes of the host's memory is counted in these.
+FRAME_BYTES = frames.FRAME_SIZE
 MAX_WINDOW = 1 << 20
 SET_BATCH = 1 << 16
 HEAD_FORMAT = 1
@@ -213,6 +215,12 @@ class VirtualMachine:
         machine = twin._state.snapshot.machine
         after = explain.explain(machine, position, gpa, size, request.how)
         return walks.walk_of(machine, now, result, after)
+
+    @property
+    def frames_in_use(self) -> int:
+        """4 KiB frames in use: tables, guest memory, bitmaps and what else is kept in frames. In constant time."""
+        machine = self._state.snapshot.machine
+        return len(machine.row_of) - int(machine.top[frames.TOP_FREE])
 
     def counters(self) -> dict[str, int]:
         """Totals since creation, by the names in ``kvm.registers``, and frames and bytes in use."""
@@ -417,6 +425,14 @@ class VirtualMachine:
         since = earlier._state.snapshot.machine if earlier is not None else None
         for frame, kind, data in blocks_of(self._state.snapshot.machine, since):
             yield frames.KIND_NAMES[kind], frame, data
+
+    def bound_frames(self, most: int) -> None:
+        """Refuse, from now on, to grow when more than ``most`` frames are in use: LimitExceeded, nothing is changed.
+
+        Growth is by halves, so that one change may end beyond it; whoever must not have that looks at
+        ``frames_in_use`` before keeping the change.
+        """
+        self._store.limit = most
 
     def successor(self) -> VirtualMachine:
         """A machine that goes on from this state and takes the changes; this one shows its state for good.

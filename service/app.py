@@ -9,7 +9,7 @@ import logging
 import sys
 import threading
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -56,7 +56,6 @@ from service.api import (
 )
 from service.http import handlers
 from service.http.envelope import Envelope
-from service.http.gate import StoreGate
 from service.http.idempotency import Idempotency
 from service.http.limits import HeldBodies
 from service.metrics import Metrics
@@ -64,6 +63,9 @@ from service.runtime.answers import answers_of
 from service.runtime.home import home_of
 from service.runtime.jobs import Jobs
 from service.runtime.registry import Registry
+from service.runtime.replays import Replaying
+from service.runtime.shares import Share, Tenants
+from service.runtime.turns import Turns
 from service.security.access import AccessControl
 from service.security.audit import AuditLog
 from service.security.stores import tokens_of
@@ -118,8 +120,11 @@ _STATIC = Path(__file__).parent / "static"
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     registry: Registry = app.state.registry
-    with ThreadPoolExecutor(settings.replay_threads, "replay") as executor:
+    # One for each replay under way, whether it has its turn or waits for more of its body, and for each job.
+    threads = settings.max_replays * 2 + settings.running_jobs
+    with ThreadPoolExecutor(threads, "replay") as executor:
         app.state.executor = executor
+        app.state.replaying = _replaying(settings, executor, lambda: app.state.access.tenants)
         app.state.warm = not settings.warm_up
         app.state.draining = False
         await app.state.access.open()
@@ -147,6 +152,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
             app.state.audit.close()
+
+
+def _replaying(settings: Settings, executor: Executor, tenants: Tenants) -> Replaying:
+    places = Share("max_replays", settings.max_replays, "replays may be under way at one time", tenants)
+    turns = Share("replay_threads", settings.replay_threads, "replays compute at one time", tenants, firm=True)
+    return Replaying(executor, places, Turns(turns))
 
 
 async def _settled(app: FastAPI) -> None:
@@ -234,16 +245,15 @@ def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = 
     access = app.state.access = AccessControl(settings, tokens if tokens is not None else tokens_of(settings))
     secret = settings.token.get_secret_value() if settings.token is not None else None
     app.state.audit = AuditLog(settings.audit_log, lambda: access.guarded, secret=secret)
-    registry = app.state.registry = Registry(settings, home_of(settings))
+    registry = app.state.registry = Registry(settings, home_of(settings), lambda: access.tenants)
     app.state.idempotency = Idempotency(
         answers_of(registry.home, settings.idempotency_seconds), settings.idempotency_bytes
     )
     app.state.bodies = HeldBodies(settings.max_held_body_bytes)
     app.state.metrics = Metrics(registry)
-    app.state.jobs = Jobs(settings, registry, app.state.metrics)
+    app.state.jobs = Jobs(settings, registry, app.state.metrics, lambda: access.tenants)
     app.state.ready = app.state.warm = app.state.draining = False
     handlers.install(app)
-    app.add_middleware(StoreGate, registry=app.state.registry)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
@@ -162,6 +162,10 @@ class Problem(BaseModel):
         description=(
             "With `on_violation=ask`: what came before this record is committed and stays; `start` goes on there."
         ),
+    )
+    limit: str | None = Field(None, description="Setting whose limit would be passed.", examples=["max_vms"])
+    limit_of: Literal["service", "tenant", "machine"] | None = Field(
+        None, description="Who has come to it: the whole service, the caller's tenant, or the machine."
     )
     errors: list[FieldError] | None = Field(None, description="Every fault, when there are several.")
 
@@ -386,7 +390,7 @@ def _describe(exc: Exception, instance: str) -> tuple[dict[str, Any], dict[str, 
         problem = PROBLEMS.get(exc.code) or PROBLEMS[ENGINE_PROBLEMS[nearest]]
         index = getattr(exc, "index", None)
         body = problem_body(problem, exc.rule, instance, code=exc.code, field=exc.field, value=exc.value, index=index)
-        return body | {"errno": exc.errno}, _headers(problem)
+        return body | {"errno": exc.errno, **getattr(exc, "members", {})}, _headers(problem)
     if isinstance(exc, ServiceError):
         problem = PROBLEMS[exc.code]
         body = problem_body(problem, exc.rule, instance, field=exc.field, value=exc.value, faults=exc.faults)

@@ -25,6 +25,7 @@ from service.http.connection import patient
 from service.http.frames import PatientSocket
 from service.http.sockets import MESSAGE_BYTES, PING_SECONDS
 from service.logs import configure
+from service.memory import container_bytes, warn_of_memory
 from service.security.access import AccessControl, is_loopback
 from service.security.tokens import TokensUnavailable
 from service.settings import Settings
@@ -192,6 +193,7 @@ def run(settings: Settings) -> int:
     check_telemetry(settings)
     app = create_app(settings)
     check_exposure(settings, app.state.access)
+    warn_of_memory(settings, container_bytes())
     raise_file_limit()
     sockets = listeners(settings.host, settings.port)
     config = configured(app, settings)

@@ -117,23 +117,32 @@ class Settings(BaseSettings):
         description="Seconds to wait for a body, and one more for each body_rate bytes; 0: any time.",
     )
     body_rate: int = Field(500, ge=1, description="Bytes a second below which a body becomes too slow.")
-    spool_memory_bytes: int = Field(16 * MIB, ge=0, description="Spooled bodies larger than this go to a file.")
+    spool_memory_bytes: int = Field(MIB, ge=0, description="Spooled bodies larger than this go to a file.")
     spool_dir: Path | None = Field(None, description="Folder of spooled bodies; the system's own by default.")
     body_queue_bytes: int = Field(8 * MIB, ge=1, description="Bytes of one body that may wait for its replay.")
 
     idempotency_seconds: float = Field(86400, gt=0, description="How long the answer under an Idempotency-Key is kept.")
     idempotency_bytes: int = Field(64 * MIB, ge=0, description="What the kept answers of one token may take together.")
 
-    max_vms: int = Field(64, ge=1, description="Machines that may exist at one time.")
+    max_vms: int = Field(64, ge=1, description="Machines that may exist at one time, over all tenants.")
+    max_memory_bytes: int = Field(
+        GIB, ge=MIB, description="Bytes that the frames of all machines may take together, over all tenants."
+    )
+    max_loaded_bytes: int = Field(
+        512 * MIB, ge=0, description="Bytes of machines kept in memory while nobody uses them and a store has them."
+    )
     max_memory_slots: int = Field(512, ge=1, description="Memory slots that one machine may have.")
     max_table_frames: int = Field(
-        1 << 20, ge=16, description="4 KiB frames (tables, guest memory, bitmaps) one machine may use."
+        1 << 16, ge=16, description="4 KiB frames (tables, guest memory, bitmaps) one machine may use."
     )
     max_subpage_window: int = Field(1 << 20, ge=1, le=1 << 20, description="Pages one sub-page call may cover.")
     max_memory_window: int = Field(64 * MIB, ge=1, description="Bytes of guest memory one call may cover.")
 
     busy_timeout: float = Field(5.0, ge=0, description="How long a mutation waits for its machine before 409 vm-busy.")
-    replay_threads: int = Field(32, ge=1, description="Replays that may be under way at one time, over all machines.")
+    max_replays: int = Field(
+        128, ge=1, description="Replays that may be under way at one time, their bodies still arriving or not."
+    )
+    replay_threads: int = Field(32, ge=1, description="Replays that compute at one time, over all machines.")
     running_jobs: int = Field(4, ge=1, description="Jobs that run at one time, each on another machine.")
     max_queued_jobs: int = Field(100, ge=0, description="Jobs that may wait for their turn; 429 beyond that.")
     max_job_bytes: int = Field(4 * GIB, ge=0, description="Bytes that the bodies of unfinished jobs may take together.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
 from typing import Annotated, Any, cast
 
 import msgspec
@@ -20,7 +19,8 @@ from service.problems import responses
 from service.runtime.asking import Asker
 from service.runtime.jobs import Jobs
 from service.runtime.registry import Entry, Registry, unknown_vm
-from service.security.access import Permission, Principal
+from service.runtime.replays import Replaying
+from service.security.access import AccessControl, Permission, Principal
 from service.settings import Settings
 
 EXAMPLE_VM = "vm_3f9c2a1be07d4c55"
@@ -124,9 +124,13 @@ def metrics_of(request: HTTPConnection) -> Metrics:
     return cast(Metrics, request.app.state.metrics)
 
 
-def executor_of(request: HTTPConnection) -> Executor:
-    """Threads for replays."""
-    return cast(Executor, request.app.state.executor)
+def replaying_of(request: HTTPConnection) -> Replaying:
+    """Where replays are done."""
+    return cast(Replaying, request.app.state.replaying)
+
+
+def access_of(request: HTTPConnection) -> AccessControl:
+    return cast(AccessControl, request.app.state.access)
 
 
 def principal_of(request: HTTPConnection) -> Principal:

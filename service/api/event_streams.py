@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from engine.errors import EngineError, LimitExceeded
+from engine.errors import EngineError
 from service.api.event_feed import Feed, Item, marker
 from service.http.negotiation import SSE
 from service.problems import NotReady, ServiceError
 from service.runtime.events import END, LogStats
+from service.runtime.shares import Share
+from service.security.access import AccessControl, Principal
 
 # How long an EventSource waits before it comes again, in milliseconds.
 _RETRY = b"retry: 2000\n\n"
@@ -34,7 +36,7 @@ def ndjson(items: Iterable[Item]) -> bytes:
 
 
 class EventStream(Response):
-    """The body is sent as it is made. ``admitted`` is asked now and then whether the reader may still read.
+    """The body is sent as it is made, for as long as ``access`` would let ``reader`` in.
 
     The framework's own streaming reply keeps a second task waiting for the client to leave. Here it is asked when
     something is sent: an idle stream notices at its next heartbeat.
@@ -48,15 +50,15 @@ class EventStream(Response):
         *,
         media: str,
         heartbeat: float,
-        most: int,
-        admitted: Callable[[], bool],
+        places: Share,
+        access: AccessControl,
+        reader: Principal,
         follow: bool,
     ) -> None:
         if follow and request.app.state.draining:
             raise NotReady("the service is stopping: streams of events are not begun")
-        if stats.streams >= most:
-            rule = f"at most {most} streams of events may be open at one time"
-            raise LimitExceeded(rule, field="max_event_streams", value=most)
+        if places.room(reader.tenant) <= 0:
+            raise places.exceeded(reader.tenant)
         super().__init__(
             status_code=200,
             media_type=media,
@@ -70,21 +72,29 @@ class EventStream(Response):
         self._render = sse if media == SSE else ndjson
         self._media = media
         self._heartbeat = heartbeat
-        self._admitted = admitted
+        self._places = places
+        self._access = access
+        self._reader = reader
         self._follow = follow
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._stats.streams += 1
+        self._places.count(self._reader.tenant, 1)
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async with aclosing(self._pieces()) as pieces:
-                async for piece in pieces:
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
-                    if await self._request.is_disconnected():
-                        return
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            with self._access.watching(self._reader, self._feed.log.nudge):
+                await self._send_pieces(send)
         finally:
             self._stats.streams -= 1
+            self._places.count(self._reader.tenant, -1)
+
+    async def _send_pieces(self, send: Send) -> None:
+        async with aclosing(self._pieces()) as pieces:
+            async for piece in pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                if await self._request.is_disconnected():
+                    return
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _pieces(self) -> AsyncGenerator[bytes, None]:
         feed, log = self._feed, self._feed.log
@@ -94,7 +104,7 @@ class EventStream(Response):
         while True:
             if self._follow:
                 below = log.next_id
-            reason = log.ended or (None if self._admitted() else "unauthenticated")
+            reason = log.ended or (None if self._access.holds(self._reader) else "unauthenticated")
             if reason is None:
                 try:
                     items = await feed.next(below)

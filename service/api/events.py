@@ -19,6 +19,7 @@ from service.api.common import (
     Cursor,
     Limit,
     VmId,
+    access_of,
     documented,
     find,
     headers,
@@ -230,15 +231,15 @@ async def get_events(
         return await _page(request, feed, size, limit)
     if limit is not None:
         raise InvalidDocument("is for pages of JSON; a stream has no end of its own", field="limit", value=limit)
-    access, principal = request.app.state.access, principal_of(request)
     return EventStream(
         request,
         feed,
         registry.logs,
         media=media,
         heartbeat=settings.event_heartbeat,
-        most=settings.max_event_streams,
-        admitted=lambda: access.holds(principal),
+        places=registry.streams,
+        access=access_of(request),
+        reader=principal_of(request),
         follow=follow or media == SSE,
     )
 

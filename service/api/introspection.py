@@ -12,15 +12,14 @@ import msgspec
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from engine.errors import EngineError, LimitExceeded
-from service.api.common import EXAMPLE_TRACE, EXAMPLE_VM, VmId, find, principal_of, router, settings_of
+from engine.errors import EngineError
+from service.api.common import EXAMPLE_TRACE, EXAMPLE_VM, VmId, access_of, find, principal_of, router, settings_of
 from service.api.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
 from service.http.handlers import problem_response, refusal
 from service.http.words import Document, Hex64, examples
 from service.problems import InvalidDocument, Problem, ServiceError, describe
 from service.runtime.desk import Interest, Question, Resolution, Tool
 from service.runtime.entry import Entry
-from service.security.access import AccessControl
 from service.stamps import stamp
 
 routes = router("introspection", "/v1/vms/{vm}/introspection", reads="write", writes="write")
@@ -34,6 +33,8 @@ RESTART = 1012
 GONE = 4404
 
 _ATTACH_SECONDS = 10.0
+# How long a peer has to take what is queued before the connection is cut.
+_CLOSING_SECONDS = 2.0
 _OUTBOX = 256
 # Messages of one connection that may be refused; a tool that sends more is broken or wants to be a burden.
 _REFUSALS = 100
@@ -230,16 +231,19 @@ class Session(Tool):
         self._principal = principal_of(socket)
         # Documents to be sent, or the close code and reason after which nothing is.
         self._outbox: asyncio.Queue[dict[str, Any] | tuple[int, str]] = asyncio.Queue()
+        self.closing = asyncio.Event()
 
     # As a tool
 
     @property
     def entitled(self) -> bool:
-        access: AccessControl = self._socket.app.state.access
-        if access.holds(self._principal):
+        if access_of(self._socket).holds(self._principal):
             return True
-        self.close(POLICY, "the token is not valid any more")
+        self.expel()
         return False
+
+    def expel(self) -> None:
+        self.close(POLICY, "the token is not valid any more")
 
     def ask(self, question: Question) -> None:
         deadline = datetime.now(UTC) + timedelta(seconds=self.timeout)
@@ -285,8 +289,9 @@ class Session(Tool):
 
     def close(self, code: int, reason: str) -> None:
         """End the connection after what is queued; it is no tool from now on."""
-        self._entry.desk.detach(self)
+        self._entry.desk.leave(self)
         self._outbox.put_nowait((code, reason[:120]))
+        self.closing.set()
 
     def refuse(self, error: Exception) -> None:
         self._refused += 1
@@ -304,6 +309,11 @@ class Session(Tool):
                 await self._socket.close(*item)
                 return
             await self._socket.send_text(msgspec.json.encode(item).decode())
+
+    async def cut(self) -> None:
+        """Ends some time after ``close``, whether or not the peer takes what is queued."""
+        await self.closing.wait()
+        await asyncio.sleep(_CLOSING_SECONDS)
 
     # Messages in
 
@@ -396,27 +406,26 @@ async def introspect(socket: WebSocket, vm: VmId) -> None:
         if socket.scope["query_string"]:
             raise InvalidDocument("there are no parameters; what a tool wants is in its attach", field="query")
         entry = find(socket, vm)
-        most = settings_of(socket).max_tools
-        if entry.desk.connections >= most:
-            raise LimitExceeded(f"at most {most} tools may be attached to a VM", field="max_tools", value=most)
+        session = Session(socket, entry)
+        entry.desk.connect(session, settings_of(socket).max_tools)
     except (ServiceError, EngineError) as refused:
         await socket.receive()  # the opening, which the refusal answers
         await problem_response(socket, refused)(socket.scope, socket.receive, socket.send)
         return
-    entry.desk.connections += 1
-    session = Session(socket, entry)
+    access = access_of(socket)
     try:
-        await socket.accept(SUBPROTOCOL if SUBPROTOCOL in socket.scope["subprotocols"] else None)
-        await _converse(session)
+        with access.watching(principal_of(socket), session.expel):
+            await socket.accept(SUBPROTOCOL if SUBPROTOCOL in socket.scope["subprotocols"] else None)
+            await _converse(session)
     finally:
-        entry.desk.connections -= 1
-        entry.desk.detach(session)
+        entry.desk.leave(session)
 
 
 async def _converse(session: Session) -> None:
     """Both directions, until one of them ends."""
     loop = asyncio.get_running_loop()
-    tasks = (loop.create_task(session.receive_all()), loop.create_task(session.send_all()))
+    directions = (session.receive_all(), session.send_all(), session.cut())
+    tasks = [loop.create_task(direction) for direction in directions]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:

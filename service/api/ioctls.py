@@ -242,7 +242,7 @@ async def call_system_ioctl(
         return incoming.answer(reply)
     entry = await registry_of(request).create(config, (), spp=False, tenant=tenant_of(request))
     as_created(entry.machine)
-    return incoming.answer(Reply(_FIRST_DESCRIPTOR + entry.sequence), entry.id)
+    return incoming.answer(Reply(_FIRST_DESCRIPTOR + entry.ordinal), entry.id)
 
 
 @routes.post(

@@ -38,6 +38,9 @@ from service.stamps import stamp
 
 routes = router("jobs", "/v1/jobs", reads="read", writes="write")
 
+# Positions are moments of creation.
+_CURSOR = "jobs by moment"
+
 EXAMPLE_JOB = "job_5d2f80a96c1be743"
 JobId = Annotated[str, Path(alias="job", description="Id of the job.", examples=[EXAMPLE_JOB])]
 State = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
@@ -140,8 +143,8 @@ async def replay_as_job(
     """
     jobs = jobs_of(request)
     accepted = prefer.applied(respond_async=wishes.respond_async, wait=wishes.wait)
-    with jobs.place():
-        spool = await jobs.receive(request)
+    with jobs.place(entry.tenant):
+        spool = await jobs.receive(request, entry.tenant)
         job = await jobs.accept(
             entry.id, entry.tenant, wanted, spool, lambda job: will_answer(_accepted(job, accepted))
         )
@@ -186,10 +189,10 @@ ACCEPTED: dict[int | str, dict[str, Any]] = {
 async def list_jobs(request: Request, limit: Limit = None, cursor: Cursor = None) -> Response:
     settings = settings_of(request)
     size = cursors.page_limit(limit, settings.page_size, settings.max_page_size)
-    after = cursors.decode("jobs", cursor) if cursor is not None else 0
+    after = cursors.decode(_CURSOR, cursor) if cursor is not None else 0
     found, following = jobs_of(request).page(tenant_of(request), after, size)
     kept = await jobs_of(request).with_result(found)
-    follow = cursors.next_url("/v1/jobs", "jobs", following, limit) if following is not None else None
+    follow = cursors.next_url("/v1/jobs", _CURSOR, following, limit) if following is not None else None
     return json_response({"jobs": [job_document(job, kept) for job in found], "next": follow})
 
 

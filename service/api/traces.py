@@ -18,13 +18,15 @@ from service.api.common import (
     Cursor,
     Limit,
     VmId,
+    access_of,
     asker_of,
     documented,
-    executor_of,
     find,
     headers,
     json_response,
     metrics_of,
+    principal_of,
+    replaying_of,
     router,
     settings_of,
     tagged,
@@ -369,7 +371,18 @@ async def create_trace(
         will_answer(await _created(entry.id, trace, settings))
 
     keyed = tell if "idempotency-key" in request.headers else None
-    trace = await replay_body(entry, wanted, request, executor_of(request), settings, metrics_of(request), keyed, asker)
+    access, caller = access_of(request), principal_of(request)
+    trace = await replay_body(
+        entry,
+        wanted,
+        request,
+        replaying_of(request),
+        settings,
+        metrics_of(request),
+        lambda: access.check(caller),
+        keyed,
+        asker,
+    )
     return await _created(entry.id, trace, settings)
 
 

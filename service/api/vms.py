@@ -37,6 +37,9 @@ from service.stamps import stamp
 
 routes = router("VMs", "/v1/vms", reads="read", writes="write")
 
+# Positions are moments of creation.
+_CURSOR = "vms by moment"
+
 # Only what cannot be turned into a configuration is refused here; whether one makes sense is for the engine to say.
 _MOST_VCPUS = 1024
 
@@ -332,9 +335,9 @@ async def create_vm(request: Request, body: Annotated[VmRequest, Body()]) -> Res
 async def list_vms(request: Request, limit: Limit = None, cursor: Cursor = None) -> Response:
     settings = settings_of(request)
     size = cursors.page_limit(limit, settings.page_size, settings.max_page_size)
-    after = cursors.decode("vms", cursor) if cursor is not None else 0
+    after = cursors.decode(_CURSOR, cursor) if cursor is not None else 0
     shown, following = await registry_of(request).page(tenant_of(request), after, size)
-    follow = cursors.next_url("/v1/vms", "vms", following, limit) if following is not None else None
+    follow = cursors.next_url("/v1/vms", _CURSOR, following, limit) if following is not None else None
     return json_response(Vms(vms=[Vm.listed(one) for one in shown], next=follow))
 
 

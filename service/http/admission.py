@@ -1,4 +1,5 @@
-"""What stands between a request that found its route and the route: may the caller, and within which limits.
+"""What stands between a request that found its route and the route: may the caller, within which limits, and then,
+not before, its machine.
 
 It is one plain ASGI function around each route and not a stack of middleware, because it runs for every request, and
 because only a route knows what it demands.
@@ -13,12 +14,14 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.errors import EngineError
+from service.http.gate import API, check_open, with_machine
 from service.http.handlers import problem_response
 from service.http.idempotency import Idempotency
 from service.http.limits import WITH_BODY, Held, HeldBodies, bounded
 from service.http.negotiation import acceptable
 from service.http.sockets import check_origin, token_among
 from service.problems import ServiceError
+from service.runtime.registry import Registry
 from service.security.access import AccessControl, Permission
 from service.settings import Settings
 
@@ -35,17 +38,24 @@ _READ = frozenset(
     }
 )
 
+_MACHINE = f"{API}vms/{{vm}}"
+# Reads the log without the machine, for as long as a reader likes.
+_WITHOUT = frozenset({f"{_MACHINE}/events"})
+
 
 class Declared(Protocol):
     """A route that says what it demands; None, for one that forgot to say, is answered as ``admin``."""
 
     permission: Permission | None
+    path: str
     # The media types of its successes. A route with one is held to Accept here, one with several chooses itself.
     offers: tuple[str, ...]
 
 
 def gated(route: Declared, app: ASGIApp) -> ASGIApp:
     """``app``, the inside of ``route``, behind its gate."""
+    stored = route.path.startswith(API)
+    inside = with_machine(app) if route.path.startswith(_MACHINE) and route.path not in _WITHOUT else app
 
     async def gate(scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["app"].state
@@ -58,6 +68,8 @@ def gated(route: Declared, app: ASGIApp) -> ASGIApp:
                 check_origin(headers.get(b"origin"), headers.get(b"host"), cast(Settings, state.settings).cors_origins)
             given = headers.get(b"authorization") or (token_among(scope["subprotocols"]) if websocket else None)
             principal = access.admit(scope, route.permission or "admin", given, headers.get(b"host"))
+            if stored:
+                check_open(cast(Registry, state.registry))
             if len(route.offers) == 1 and b"accept" in headers:
                 acceptable(headers[b"accept"].decode("latin-1"), route.offers)
             if scope["type"] == "http" and scope["method"] in WITH_BODY:
@@ -65,14 +77,13 @@ def gated(route: Declared, app: ASGIApp) -> ASGIApp:
                 receive = bounded(scope, receive, headers, cast(Settings, state.settings), held)
                 if b"idempotency-key" in headers and scope["method"] == "POST":
                     keys = cast(Idempotency, state.idempotency)
-                    await keys.once(headers[b"idempotency-key"], app, scope, receive, send)
+                    await keys.once(headers[b"idempotency-key"], inside, scope, receive, send)
                     return
+            await inside(scope, receive, send)
         except (ServiceError, EngineError) as refused:
             if websocket:
                 await receive()  # the opening, which the refusal answers
             await problem_response(HTTPConnection(scope), refused)(scope, receive, send)
-        else:
-            await app(scope, receive, send)
         finally:
             if held is not None:
                 held.release()

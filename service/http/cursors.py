@@ -1,4 +1,8 @@
-"""Opaque cursors and the ``limit`` and ``next`` of every list."""
+"""Opaque cursors and the ``limit`` and ``next`` of every list.
+
+A position is something that the last item of the page shows itself, its time or its place in its machine, so that a
+cursor says nothing about what others do, and outlives a restart.
+"""
 
 from __future__ import annotations
 

@@ -1,48 +1,44 @@
-"""Before a route looks for its machine: is the store ours, and is the machine in memory."""
+"""The machine of a request that was let in: found by its id and its tenant, read from the store if it is not here.
+
+Nothing of a machine is looked at before the caller is known: to a stranger, and to another tenant, the id of a machine
+that waits in the store is one that never was, in the reply and in the time and the memory that it takes.
+"""
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
+from collections.abc import Mapping
+from typing import Any
 
-from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from engine.errors import EngineError
-from service.http.handlers import problem_response
-from service.problems import ServiceError
+from service.problems import NotReady
 from service.runtime.registry import Registry
+from service.security.access import Principal
 
-_API = "/v1/"
-_VMS = "/v1/vms/"
-
-
-def _vm_of(path: str) -> str | None:
-    """The machine that a request needs, if any. The event log is read without it, for as long as a reader likes."""
-    vm, _, rest = path[len(_VMS) :].partition("/")
-    return vm or None if path.startswith(_VMS) and rest != "events" else None
+API = "/v1/"
 
 
-class StoreGate:
-    """ASGI middleware. Routes find machines without waiting; what has to be waited for is waited for here."""
+def check_open(registry: Registry) -> None:
+    """Raise NotReady while it is not known which machines there are."""
+    if not registry.home.open:
+        raise NotReady(registry.home.trouble)
 
-    def __init__(self, app: ASGIApp, registry: Registry) -> None:
-        self.app = app
-        self.registry = registry
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (
-            not self.registry.home.durable
-            or scope["type"] not in ("http", "websocket")
-            or not scope["path"].startswith(_API)
-        ):
-            await self.app(scope, receive, send)
+def with_machine(app: ASGIApp) -> ASGIApp:
+    """``app``, the inside of a route whose path names a machine: the caller's machine of that name is in memory when
+    it runs, and stays so until its end.
+
+    A machine that does not exist, or is another tenant's, is the route's to report. Raises StoreUnavailable.
+    """
+
+    async def loaded(scope: Scope, receive: Receive, send: Send) -> None:
+        registry: Registry = scope["app"].state.registry
+        if not registry.home.durable:
+            await app(scope, receive, send)  # all of them are here
             return
-        async with AsyncExitStack() as stack:
-            try:
-                await stack.enter_async_context(self.registry.using(_vm_of(scope["path"])))
-            except (ServiceError, EngineError) as refused:
-                if scope["type"] == "websocket":
-                    await receive()  # the opening, which the refusal answers
-                await problem_response(HTTPConnection(scope), refused)(scope, receive, send)
-                return
-            await self.app(scope, receive, send)
+        principal: Principal = scope["principal"]
+        parameters: Mapping[str, Any] = scope["path_params"]
+        async with registry.using(parameters["vm"], principal.tenant):
+            await app(scope, receive, send)
+
+    return loaded

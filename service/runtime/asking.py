@@ -117,9 +117,12 @@ class _Stretches:
 
 @asynccontextmanager
 async def last_stretch(
-    entry: Entry, upload: Upload, request: TraceRequest, source: Source, asker: Asker
+    entry: Entry, upload: Upload, request: TraceRequest, source: Source, asker: Asker, check_caller: Callable[[], None]
 ) -> AsyncIterator[tuple[TraceResult, tuple[str, ...]]]:
-    """Replay with ``ask``; the block runs in the mutation of the last stretch, with the result of all."""
+    """Replay with ``ask``; the block runs in the mutation of the last stretch, with the result of all.
+
+    ``check_caller`` is called before each commit, and raises when the caller may not change the machine any more.
+    """
     stretches = _Stretches(request, source)
     action: str | None = None
     committed: int | None = None
@@ -128,6 +131,7 @@ async def last_stretch(
             async with entry.mutation() as machine:
                 taken = action
                 found = await upload.run(lambda pipe: stretches.run(machine, taken, pipe.check))  # noqa: B023
+                check_caller()
                 if found is not None:
                     yield found
                     return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import tempfile
 import threading
 from collections import deque
@@ -14,9 +13,18 @@ from typing import IO, Any, Self, TypeVar, cast
 
 from starlette.requests import ClientDisconnect, Request
 
+from service.runtime.offload import maybe_in_thread
+from service.runtime.turns import Turn
 from service.settings import Settings
 
 T = TypeVar("T")
+
+# Bytes of a body that are worth a turn; what is written on the event loop.
+PIECE = 1 << 18
+_INLINE = 1 << 16
+# Seconds that a reader keeps its turn while nothing comes, and then waits for a piece before less will do.
+_PATIENCE = 0.1
+_REST = 1.0
 
 
 class BodyAborted(Exception):
@@ -28,11 +36,17 @@ class BodyPipe:
 
     The writing end waits while more than ``bound`` bytes are queued, which stops the socket from being read. The
     reading end is woken when what it waits for is there, not for each piece: waking a thread takes longer than that.
+    It has a ``turn``, which it gives away while the body does not come, and then waits for a piece of it and no longer
+    for single bytes: a sender that is slow has a turn for an instant now and then. Before the thread, the queue is read
+    with ``begun`` and ``gathered``.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, bound: int) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, bound: int, turn: Turn | None = None) -> None:
         self._loop = loop
         self._bound = bound
+        self._limit = bound if turn is None else min(bound, PIECE)  # until somebody has the turn to read
+        self._turn = turn
+        self._patience = _PATIENCE
         self._chunks: deque[bytes] = deque()
         self._queued = 0
         self._awaited = 1
@@ -41,6 +55,7 @@ class BodyPipe:
         self._offset = 0
         self._changed = threading.Condition()
         self._room = asyncio.Event()
+        self._arrived = asyncio.Event()
 
     # The writing end, on the event loop.
 
@@ -48,11 +63,12 @@ class BodyPipe:
         """Queue ``chunk``; waits for room first."""
         while True:
             with self._changed:
-                if self._queued < self._bound or self._aborted:
+                if self._queued < self._limit or self._aborted:
                     self._chunks.append(chunk)
                     self._queued += len(chunk)
                     if self._queued >= self._awaited:
                         self._changed.notify()
+                        self._arrived.set()
                     return
                 self._room.clear()
             await self._room.wait()
@@ -62,12 +78,46 @@ class BodyPipe:
         with self._changed:
             self._ended = True
             self._changed.notify()
+        self._arrived.set()
 
     def abort(self) -> None:
         """The body will never be complete: whoever reads gets BodyAborted."""
         with self._changed:
             self._aborted = True
             self._changed.notify()
+        if self._turn is not None:
+            self._turn.abandon()
+        self._room.set()
+
+    # The reading end, on the event loop, before there is a thread.
+
+    async def begun(self) -> None:
+        """Wait until there is a piece of the body, or all of it, or some of it and no more for a while."""
+        await self._arrival(1)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REST):
+                await self._arrival(self._limit)
+
+    async def gathered(self) -> list[memoryview]:
+        """The next piece of the body; empty at its end."""
+        await self._arrival(self._limit)
+        with self._changed:
+            taken = self._taken(1 << 62)
+        self._room.set()
+        return taken
+
+    async def _arrival(self, least: int) -> None:
+        with self._changed:
+            self._awaited = least
+            self._arrived.clear()
+            if self._ready(least):
+                return
+        await self._arrived.wait()
+
+    def widen(self) -> None:
+        """A thread is going to read: let the queue fill."""
+        with self._changed:
+            self._limit = self._bound
         self._room.set()
 
     # The reading end, in a thread.
@@ -96,29 +146,57 @@ class BodyPipe:
 
     def _take(self, wanted: int, *, least: int) -> list[memoryview]:
         """What is queued, at most ``wanted`` bytes; waits for ``least``, or the end of the body. Empty after that."""
-        taken: list[memoryview] = []
+        while not self._wait(least, self._patience if self._turn is not None else None):
+            self._rest(least)
         with self._changed:
-            self._awaited = least
-            while self._queued < least and not self._ended and not self._aborted:
-                self._changed.wait()
             if self._aborted:
                 raise BodyAborted
-            was_full = self._queued >= self._bound
-            while wanted and self._chunks:
-                head = memoryview(self._chunks[0])[self._offset :]
-                if len(head) <= wanted:
-                    self._chunks.popleft()
-                    self._offset = 0
-                else:
-                    head = head[:wanted]
-                    self._offset += wanted
-                taken.append(head)
-                wanted -= len(head)
-                self._queued -= len(head)
-            room = was_full and self._queued < self._bound
+            was_full = self._queued >= self._limit
+            taken = self._taken(wanted)
+            room = was_full and self._queued < self._limit
         if room:
             self._loop.call_soon_threadsafe(self._room.set)
         return taken
+
+    def _taken(self, wanted: int) -> list[memoryview]:
+        taken: list[memoryview] = []
+        while wanted and self._chunks:
+            head = memoryview(self._chunks[0])[self._offset :]
+            if len(head) <= wanted:
+                self._chunks.popleft()
+                self._offset = 0
+            else:
+                head = head[:wanted]
+                self._offset += wanted
+            taken.append(head)
+            wanted -= len(head)
+            self._queued -= len(head)
+        return taken
+
+    def _ready(self, least: int) -> bool:
+        return self._queued >= least or self._ended or self._aborted
+
+    def _wait(self, least: int, seconds: float | None) -> bool:
+        """Whether there are ``least`` bytes or will be no more, at the latest after ``seconds``."""
+        with self._changed:
+            self._awaited = least
+            return self._ready(least) or self._changed.wait_for(lambda: self._ready(least), seconds)
+
+    def _rest(self, least: int) -> None:
+        """The body does not come: give the turn away until there is a piece more of it. Raises BodyAborted."""
+        assert self._turn is not None
+        with self._changed:
+            goal = max(min(self._bound, PIECE), min(least, self._queued + PIECE))
+            self._limit = goal
+        self._turn.give()
+        # Some of it will do after a while: slow senders, too, get on.
+        full = self._wait(goal, _REST) or self._wait(min(least, goal), None)
+        self._patience = _PATIENCE if full and self._queued >= goal else _PATIENCE / 10
+        if self._aborted or not self._turn.again():
+            raise BodyAborted
+        with self._changed:
+            self._limit = self._bound
+        self._loop.call_soon_threadsafe(self._room.set)
 
     def readable(self) -> bool:
         return True
@@ -179,15 +257,18 @@ async def while_connected(request: Request, coming: Coroutine[Any, Any, T]) -> T
 class Upload:
     """The body of one request, flowing into a pipe while work in threads reads it. Use as an async context manager.
 
+    Work needs an ``executor``, and has its ``turn`` while it runs, but not while it waits for more of the body.
+
     When the client leaves or the body passes its limit, running work is told through the pipe and waited for before the
     reason is raised: after ``run`` and after the context, no thread of this request runs on.
     """
 
-    def __init__(self, request: Request, executor: Executor, bound: int) -> None:
+    def __init__(self, request: Request, executor: Executor | None, bound: int, turn: Turn | None = None) -> None:
         loop = asyncio.get_running_loop()
         self._loop = loop
         self._executor = executor
-        self.pipe = BodyPipe(loop, bound)
+        self._turn = turn
+        self.pipe = BodyPipe(loop, bound, turn)
         self._pump = loop.create_task(_pump(request, self.pipe))
 
     async def __aenter__(self) -> Self:
@@ -203,8 +284,26 @@ class Upload:
         """The outcome of something else than work in a thread, unless the request fails first."""
         return await first(coming, self._pump)
 
+    async def begun(self) -> None:
+        """Wait for the beginning of the body, without a thread."""
+        await self.until(self.pipe.begun())
+
+    async def gathered(self) -> list[memoryview]:
+        """The next piece of the body, without a thread; empty at its end."""
+        return await self.until(self.pipe.gathered())
+
     async def run(self, work: Callable[[BodyPipe], T]) -> T:
         """``work(pipe)`` in a thread. Its result counts even if the client left while it came to its end."""
+        if self._turn is None:
+            return await self._run(work)
+        await self.until(self._turn.take())
+        try:
+            self.pipe.widen()
+            return await self._run(work)
+        finally:
+            self._turn.give()
+
+    async def _run(self, work: Callable[[BodyPipe], T]) -> T:
         thread = self._loop.run_in_executor(self._executor, work, self.pipe)
         try:
             await asyncio.wait((thread, self._pump), return_when=asyncio.FIRST_COMPLETED)
@@ -225,13 +324,14 @@ class Upload:
             raise
 
 
-def spooled(pipe: BodyPipe, settings: Settings) -> IO[bytes]:
-    """The whole body as a seekable file, in memory while small. Blocking; close it to free it."""
+async def spooled(upload: Upload, settings: Settings) -> IO[bytes]:
+    """The whole body as a seekable file, in memory while small. Close it to free it."""
     spool = tempfile.SpooledTemporaryFile(  # noqa: SIM115 - closed by the caller
         max_size=settings.spool_memory_bytes, dir=str(settings.spool_dir) if settings.spool_dir else None
     )
     try:
-        shutil.copyfileobj(cast("IO[bytes]", pipe), spool, 1 << 20)
+        while piece := await upload.gathered():
+            await maybe_in_thread(sum(map(len, piece)) <= _INLINE, spool.writelines, piece)
     except BaseException:
         spool.close()
         raise

@@ -73,7 +73,7 @@ class Tool(ABC):
     @property
     @abstractmethod
     def entitled(self) -> bool:
-        """Whether it may be asked still. One that may not leaves by itself."""
+        """Whether it may be asked still. One that may not leaves, at the latest when this is looked at."""
 
     @abstractmethod
     def ask(self, question: Question) -> None:
@@ -94,9 +94,20 @@ class Desk:
     def __init__(self) -> None:
         self.tools: list[Tool] = []
         self.questions: dict[str, Question] = {}
-        self.connections = 0
+        self.connections: set[Tool] = set()
 
     # Tools
+
+    def connect(self, tool: Tool, most: int) -> None:
+        """Take a place for a connection, from one that is not entitled to its own if need be. Raises LimitExceeded."""
+        if len(self.connections) >= most and sum(known.entitled for known in list(self.connections)) >= most:
+            raise LimitExceeded(f"at most {most} tools may be attached to a VM", field="max_tools", value=most)
+        self.connections.add(tool)
+
+    def leave(self, tool: Tool) -> None:
+        """It is no tool any more, and its place is free."""
+        self.connections.discard(tool)
+        self.detach(tool)
 
     def attach(self, tool: Tool) -> None:
         """Ask it from now on."""

@@ -17,6 +17,7 @@ from service.runtime.changes import batches_of, changes_of
 from service.runtime.desk import Desk
 from service.runtime.events import EventLog
 from service.runtime.home import Home
+from service.runtime.room import Room
 from service.runtime.traces import TraceStore
 from service.runtime.writer import Writer
 from service.storage.records import VmRecord
@@ -43,7 +44,8 @@ class Listed:
 class Entry:
     """One machine and what the service keeps about it.
 
-    ``sequence`` orders entries by creation and is their number in the store. ``revision`` counts committed changes.
+    ``sequence`` is its number in the store, which no client is shown; ``ordinal`` counts the machines of its tenant, as
+    far as this process knows them. ``revision`` counts committed changes. ``room`` is what its frames may take.
     ``loaded`` is the machine as committed, None until it is asked for; ``uses`` are requests that need it to stay.
     ``gone`` means deleted or, with ``lost``, in the hands of another process.
     """
@@ -57,6 +59,8 @@ class Entry:
     writer: Writer
     traces: TraceStore
     events: EventLog
+    room: Room
+    ordinal: int = 0
     loaded: VirtualMachine | None = None
     uses: int = 0
     gone: bool = False
@@ -98,6 +102,7 @@ class Entry:
             await self.load()
             before = self.machine
             after = before.successor()
+            self.room.open(after)
             token = _CHANGING.set((self, after))
             failed: OutOfMemory | None = None
             try:
@@ -105,6 +110,7 @@ class Entry:
                     yield after
                 except OutOfMemory as error:
                     failed = error
+                self.room.check(after)
                 await self._commit(before, after)
             except BaseException as error:
                 if isinstance(error, StoreUnavailable) and not error.certain:
@@ -113,6 +119,9 @@ class Entry:
                 self.traces.discard()
                 self.events.discard()
                 self.leaving = False
+                refused = self.room.named(error)
+                if refused is not error:
+                    raise refused from None
                 raise
             finally:
                 _CHANGING.reset(token)
@@ -126,6 +135,7 @@ class Entry:
         if self.leaving:
             await self.home.delete(self.record())
             self.gone = True
+            self.room.settle(0)
             self.events.close("deleted")
             self.desk.end(self.absence)
         else:
@@ -136,6 +146,7 @@ class Entry:
             await self.home.commit(self.record(), record, (before, after), traces, dropped, log)
             self.traces.settle()
             self.events.settle()
+            self.room.settle(after.frames_in_use)
         self.loaded = after
         self.revision += 1
 

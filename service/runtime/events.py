@@ -185,6 +185,10 @@ class EventLog:
             self._waiting.discard(waiting)
         return True
 
+    def nudge(self) -> None:
+        """Let those who wait look around."""
+        self._wake()
+
     def _wake(self) -> None:
         if self._waiting:
             waiting, self._waiting = list(self._waiting), set()

@@ -15,21 +15,23 @@ from datetime import UTC, datetime, timedelta
 
 from starlette.requests import Request
 
-from engine.errors import EngineError, LimitExceeded, NotFound
+from engine.errors import EngineError, NotFound
 from engine.machine import VirtualMachine
 from engine.trace.results import TraceResult
 from service.metrics import Metrics
 from service.problems import Interrupted, NotReady, ServiceError, StoreUnavailable, describe
 from service.runtime import job as states
-from service.runtime.bodies import Upload
+from service.runtime.bodies import PIECE, Upload
 from service.runtime.home import finished
 from service.runtime.job import Job
 from service.runtime.registry import Registry
 from service.runtime.replays import committed
 from service.runtime.riders import riding
+from service.runtime.shares import Share, Tenants, one_tenant
 from service.runtime.spool import JobStopped, Spool, Spools
 from service.runtime.traces import Trace, TraceRequest, replay
 from service.settings import Settings
+from service.stamps import moment
 from service.storage.records import Change, JobRecord, Side
 
 logger = logging.getLogger("subpage.jobs")
@@ -37,6 +39,10 @@ logger = logging.getLogger("subpage.jobs")
 # How long a cancellation waits for the replay to notice it, and how soon a store that is away is asked again.
 _NOTICE_SECONDS = 5.0
 _ASK_SECONDS = 0.2
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# Jobs of one tenant are apart by this at least, so that their times put them in order.
+_TICK = timedelta(microseconds=1)
 
 
 class Jobs:
@@ -46,7 +52,7 @@ class Jobs:
     row is stored, and done with the commit of its replay, whichever the process lives to see.
     """
 
-    def __init__(self, settings: Settings, registry: Registry, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, registry: Registry, metrics: Metrics, tenants: Tenants = one_tenant) -> None:
         self._settings = settings
         self._registry = registry
         self._metrics = metrics
@@ -58,8 +64,14 @@ class Jobs:
         self._late: set[asyncio.Task[None]] = set()
         self._forgotten: list[str] = []
         self._number = 0
-        self._coming = 0
-        self._spools = Spools(settings.max_job_bytes, settings.spool_dir)
+        self._latest: dict[str, datetime] = {}
+        self._places = Share(
+            "max_queued_jobs", settings.max_queued_jobs + settings.running_jobs, "jobs may wait or run", tenants
+        )
+        self._begun = 0
+        self._served: dict[str, int] = {}  # which job to begin its last one was
+        self._turns = Share("running_jobs", settings.running_jobs, "jobs run at one time", tenants)
+        self._spools = Spools(settings.max_job_bytes, settings.spool_dir, tenants)
         self._closing_at: float | None = None
         metrics.watch_jobs(self.by_state)
 
@@ -96,25 +108,17 @@ class Jobs:
     # What requests ask for
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """A place in the queue, kept while a body arrives. Raises LimitExceeded, NotReady."""
+    def place(self, tenant: str) -> Iterator[None]:
+        """A place in the queue, kept while a body arrives. Raises ShareExceeded, NotReady."""
         if self._closing_at is not None:
             raise NotReady("the service is stopping and takes no jobs")
-        most = self._settings.max_queued_jobs + self._settings.running_jobs - len(self._running)
-        if len(self._queue) + self._coming >= most:
-            rule = f"at most {self._settings.max_queued_jobs} jobs may wait for their turn"
-            raise LimitExceeded(rule, field="max_queued_jobs", value=self._settings.max_queued_jobs)
-        self._coming += 1
-        try:
+        with self._places.place(tenant):
             yield
-        finally:
-            self._coming -= 1
 
-    async def receive(self, request: Request) -> Spool:
-        """The body of ``request`` in a file without a name. Raises LimitExceeded, and what reading a body raises."""
-        assert self._executor is not None
-        async with Upload(request, self._executor, self._settings.body_queue_bytes) as upload:
-            return await upload.run(self._spools.fill)
+    async def receive(self, request: Request, tenant: str) -> Spool:
+        """The body of ``request`` in a file without a name. Raises ShareExceeded, and what reading a body raises."""
+        async with Upload(request, None, min(self._settings.body_queue_bytes, PIECE)) as upload:
+            return await self._spools.fill(upload, tenant)
 
     async def accept(
         self, vm: str, tenant: str, wanted: TraceRequest, spool: Spool, told: Callable[[Job], None] = lambda job: None
@@ -122,7 +126,9 @@ class Jobs:
         """A job of what was received. ``told`` sees it before it is stored. Raises StoreUnavailable."""
         self._forget_old()
         self._number += 1
-        job = Job(self._number, f"job_{secrets.token_hex(8)}", tenant, vm, datetime.now(UTC))
+        now = max(datetime.now(UTC), self._latest.get(tenant, _EPOCH) + _TICK)
+        self._latest[tenant] = now
+        job = Job(self._number, f"job_{secrets.token_hex(8)}", tenant, vm, now)
         job.wanted, job.spool, job.stored = wanted, spool, False
         told(job)
         forgotten, self._forgotten = self._forgotten, []
@@ -133,6 +139,7 @@ class Jobs:
             self._free(job)
             raise
         self._jobs[job.id] = job
+        self._places.count(tenant, 1)
         self._queue.append(job)
         self._start_next()
         return job
@@ -146,11 +153,13 @@ class Jobs:
         return job
 
     def page(self, tenant: str, after: int, limit: int) -> tuple[list[Job], int | None]:
-        """Up to ``limit`` jobs of ``tenant`` after number ``after``, oldest first, and where the next page starts."""
+        """Up to ``limit`` jobs of ``tenant`` after the moment ``after``, oldest first, and where the next page
+        starts."""
         self._forget_old()
-        later = [job for job in self._jobs.values() if job.tenant == tenant and job.number > after]
+        mine = (job for job in self._jobs.values() if job.tenant == tenant and moment(job.created) > after)
+        later = sorted(mine, key=lambda job: job.created)
         found = later[:limit]
-        return found, found[-1].number if limit < len(later) else None
+        return found, moment(found[-1].created) if limit < len(later) else None
 
     async def cancel(self, job: Job) -> None:
         """End it without an effect if it has not ended. Returns when it has, at the latest after some seconds, which
@@ -212,17 +221,25 @@ class Jobs:
 
     def _free(self, job: Job) -> None:
         if job.spool is not None:
-            self._spools.free(job.spool)
+            self._spools.free(job.spool, job.tenant)
         job.let_go()
 
     def _start_next(self) -> None:
         while self._closing_at is None and len(self._running) < self._settings.running_jobs:
-            busy = {job.vm for job in self._running}
-            job = next((job for job in self._queue if job.vm not in busy), None)
+            job = self._next()
             if job is None:
                 return
             self._queue.remove(job)
+            self._turns.count(job.tenant, 1)
+            self._begun += 1
+            self._served[job.tenant] = self._begun
             self._running[job] = self._spawn(self._run(job))
+
+    def _next(self) -> Job | None:
+        """Tenants in rotation: of the one with the fewest that run, and then of the one whose last began earliest."""
+        busy = {job.vm for job in self._running}
+        free = (job for job in self._queue if job.vm not in busy and self._turns.room(job.tenant) > 0)
+        return min(free, key=lambda job: (self._turns.of(job.tenant), self._served.get(job.tenant, 0)), default=None)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         # Not in the context of the request: its key and its id are its own.
@@ -233,6 +250,7 @@ class Jobs:
             await self._settle_in_store(job, await self._outcome(job))
         finally:
             self._running.pop(job, None)
+            self._turns.count(job.tenant, -1)
             self._start_next()
 
     async def _outcome(self, job: Job) -> JobRecord:
@@ -267,7 +285,7 @@ class Jobs:
             return Side(jobs=tuple(done)) if done else None
 
         job.check()
-        async with self._registry.using(job.vm):
+        async with self._registry.using(job.vm, job.tenant):
             entry = self._registry.get(job.vm)
             job.check()
             job.waits = True
@@ -331,6 +349,7 @@ class Jobs:
         if job.over:
             return
         self._free(job)
+        self._places.count(job.tenant, -1)
         job.adopt(record)
         if job.state == states.INTERRUPTED:
             job.fault = Interrupted("the service ended before the replay did")

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from engine.config import VmConfig
-from engine.errors import Busy, EngineError, InvalidValue, LimitExceeded
+from engine.errors import Busy, EngineError, InvalidValue
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.outline import Outline
-from service.problems import NotReady, StoreUnavailable
+from service.problems import StoreUnavailable
 from service.runtime.batches import Parts
 from service.runtime.changes import created
 from service.runtime.entry import Entry, Listed, unknown_vm
 from service.runtime.events import EventLog, LogStats
 from service.runtime.home import Home
 from service.runtime.offload import maybe_in_thread
+from service.runtime.room import Room
+from service.runtime.shares import Share, Tenants, one_tenant
 from service.runtime.traces import TraceStore
 from service.runtime.writer import Writer
 from service.settings import Settings
+from service.stamps import moment
 from service.storage.records import VmRecord
 
 __all__ = ["Entry", "Registry", "unknown_vm"]
 
 _INLINE_SLOTS = 4
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# Machines of one tenant are apart by this at least, so that their times put them in order.
+_TICK = timedelta(microseconds=1)
 
 
 def build(config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool) -> VirtualMachine:
@@ -52,12 +60,20 @@ class Registry:
     there are more than ``max_loaded_vms``.
     """
 
-    def __init__(self, settings: Settings, home: Home) -> None:
+    def __init__(self, settings: Settings, home: Home, tenants: Tenants = one_tenant) -> None:
         self._settings = settings
         self.home = home
         self._entries: dict[str, Entry] = {}
         self._sequence = 0
-        self._coming = 0
+        self._made: Counter[str] = Counter()
+        self._latest: dict[str, datetime] = {}
+        self._places = Share("max_vms", settings.max_vms, "VMs may exist at one time", tenants)
+        self._memory = Share(
+            "max_memory_bytes", settings.max_memory_bytes, "bytes may be in the frames of all VMs", tenants, firm=True
+        )
+        self.streams = Share(
+            "max_event_streams", settings.max_event_streams, "streams of events may be open at one time", tenants
+        )
         self.logs = LogStats()
         self.parts = Parts(home.exit_part)
 
@@ -72,7 +88,7 @@ class Registry:
                 since = datetime.fromisoformat(record.created)
                 entry = self._entry(record.id, record.number, since, record.revision, record.tenant)
                 entry.events.adopt(record.next_event)
-                self._entries[record.id] = entry
+                self._keep(entry, record.frames)
             self._sequence = max(self._sequence, record.number)
 
     def leave(self) -> None:
@@ -82,6 +98,10 @@ class Registry:
             entry.events.close("store-lost")
             entry.desk.end(entry.absence)
         self._entries = {}
+        self._made.clear()
+        self._latest.clear()
+        self._places.forget()
+        self._memory.forget()
 
     def end_streams(self, reason: str) -> None:
         """Let every reader of events go: the service stops."""
@@ -91,16 +111,13 @@ class Registry:
     # What requests ask for
 
     @asynccontextmanager
-    async def using(self, vm_id: str | None) -> AsyncIterator[None]:
-        """A request about a machine, or about none: what it names is loaded, and stays so until the end.
+    async def using(self, vm_id: str, tenant: str) -> AsyncIterator[None]:
+        """A request of ``tenant`` about a machine, which is loaded if it is the tenant's, and stays so until the end.
 
-        Raises NotReady while the home is not open, StoreUnavailable. A machine that does not exist is the route's
-        to report.
+        Raises NotReady, StoreUnavailable. A machine that does not exist for the tenant is the caller's to report.
         """
-        if not self.home.open:
-            raise NotReady(self.home.trouble)
-        entry = self._entries.get(vm_id) if vm_id is not None else None
-        if entry is None:
+        entry = self._entries.get(vm_id)
+        if entry is None or entry.tenant != tenant:
             yield
             return
         # Now the most recently used.
@@ -111,6 +128,8 @@ class Registry:
             yield
         finally:
             entry.uses -= 1
+            if self._memory.used > self._settings.max_loaded_bytes:
+                self._forget_unused()
 
     async def _load(self, entry: Entry) -> None:
         if entry.loaded is not None and not (entry.doubtful and self.home.ready):
@@ -131,12 +150,18 @@ class Registry:
         try:
             await entry.load()
         except EngineError:
-            self._entries.pop(entry.id, None)
+            self._drop(entry)
 
     def _forget_unused(self) -> None:
         loaded = [entry for entry in self._entries.values() if entry.loaded is not None]
-        for entry in loaded[: max(0, len(loaded) - self._settings.max_loaded_vms)]:
+        excess = len(loaded) - self._settings.max_loaded_vms
+        surplus = sum(entry.room.used for entry in loaded) - self._settings.max_loaded_bytes
+        for entry in loaded[:-1]:
+            if excess <= 0 and surplus <= 0:
+                return
             if not entry.uses and not entry.doubtful:
+                excess -= 1
+                surplus -= entry.room.used
                 entry.unload()
 
     async def create(self, config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool, tenant: str) -> Entry:
@@ -144,26 +169,34 @@ class Registry:
 
         Raises LimitExceeded, what the engine says of the input, or StoreUnavailable.
         """
-        settings = self._settings
         self._drop_gone()
-        if len(self._entries) + self._coming >= settings.max_vms:
-            rule = f"at most {settings.max_vms} VMs may exist at one time"
-            raise LimitExceeded(rule, field="max_vms", value=settings.max_vms)
-        self._coming += 1
+        self._places.take(tenant)
         try:
+            room = Room(self._memory, tenant, self._settings.max_table_frames)
             machine = await maybe_in_thread(len(slots) <= _INLINE_SLOTS, build, config, slots, spp=spp)
+            room.check(machine)
             self._sequence += 1
-            entry = self._entry(f"vm_{secrets.token_hex(8)}", self._sequence, datetime.now(UTC), 1, tenant)
+            now = max(datetime.now(UTC), self._latest.get(tenant, _EPOCH) + _TICK)
+            entry = self._entry(f"vm_{secrets.token_hex(8)}", self._sequence, now, 1, tenant)
             log, next_event = entry.events.coming([created(machine)])
             await self.home.create(entry.record(next_event=next_event), machine, log)
         finally:
-            self._coming -= 1
+            self._places.count(tenant, -1)
         entry.events.settle()
         entry.loaded = machine
-        self._entries[entry.id] = entry
+        self._keep(entry, machine.frames_in_use)
         if self.home.durable:
             self._forget_unused()
         return entry
+
+    def _keep(self, entry: Entry, used: int) -> None:
+        """There is a machine more, of so many frames."""
+        self._entries[entry.id] = entry
+        self._places.count(entry.tenant, 1)
+        self._made[entry.tenant] += 1
+        self._latest[entry.tenant] = max(self._latest.get(entry.tenant, _EPOCH), entry.created)
+        entry.ordinal = self._made[entry.tenant]
+        entry.room.settle(used)
 
     def _entry(self, vm_id: str, sequence: int, since: datetime, revision: int, tenant: str) -> Entry:
         settings = self._settings
@@ -181,7 +214,8 @@ class Registry:
             stats=self.logs,
         )
         writer = Writer(settings.busy_timeout)
-        return Entry(vm_id, sequence, since, revision, tenant, self.home, writer, traces, events)
+        room = Room(self._memory, tenant, settings.max_table_frames)
+        return Entry(vm_id, sequence, since, revision, tenant, self.home, writer, traces, events, room)
 
     def get(self, vm_id: str) -> Entry:
         """The machine called ``vm_id``. Raises NotFound."""
@@ -200,22 +234,30 @@ class Registry:
         return [entry for entry in list(self._entries.values()) if not entry.gone]
 
     def _drop_gone(self) -> None:
-        self._entries = {vm_id: entry for vm_id, entry in self._entries.items() if not entry.gone}
+        for entry in [entry for entry in self._entries.values() if entry.gone]:
+            self._drop(entry)
+
+    def _drop(self, entry: Entry) -> None:
+        """It exists no longer."""
+        if self._entries.get(entry.id) is entry:
+            del self._entries[entry.id]
+            self._places.count(entry.tenant, -1)
+            entry.room.settle(0)
 
     async def page(self, tenant: str, after: int, limit: int) -> tuple[list[Listed], int | None]:
-        """Up to ``limit`` machines of ``tenant`` after sequence number ``after``, and where the next page starts.
+        """Up to ``limit`` machines of ``tenant`` after the moment ``after``, and where the next page starts.
 
         Machines that are not in memory stay out of it: what a list shows is in their heads.
         """
         later = sorted(
-            (entry for entry in self.all() if entry.tenant == tenant and entry.sequence > after),
-            key=lambda entry: entry.sequence,
+            (entry for entry in self.all() if entry.tenant == tenant and moment(entry.created) > after),
+            key=lambda entry: entry.created,
         )
         found = later[:limit]
         stored = [entry.sequence for entry in found if entry.loaded is None and not entry.doubtful]
         outlines = await self.home.outlines(stored) if stored else {}
         shown = [await self._shown(entry, *outlines.get(entry.sequence, (0, None))) for entry in found]
-        following = found[-1].sequence if limit < len(later) else None
+        following = moment(found[-1].created) if limit < len(later) else None
         return [listed for listed in shown if listed is not None], following
 
     async def _shown(self, entry: Entry, revision: int, outline: Outline | None) -> Listed | None:

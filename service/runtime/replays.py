@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from starlette.requests import Request
@@ -16,21 +16,35 @@ from service.metrics import Metrics
 from service.runtime.asking import Asker, last_stretch
 from service.runtime.bodies import Upload, spooled
 from service.runtime.entry import Entry
+from service.runtime.shares import Share
 from service.runtime.traces import SPOOLED_FORMATS, Trace, TraceRequest, replay
+from service.runtime.turns import Turns
 from service.settings import Settings
 
 Work = Callable[[VirtualMachine], Awaitable[tuple[TraceResult, tuple[str, ...]]]]
 """Replays on the machine that it is given; see ``service.runtime.traces.replay``."""
 Tell = Callable[[Trace], Awaitable[None]]
+Check = Callable[[], None]
+"""Called before a commit; raises when its caller may not change the machine any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replaying:
+    """Where replays are done: threads, the places of those that are under way, and the turns of those that compute."""
+
+    executor: Executor
+    places: Share
+    turns: Turns
 
 
 async def replay_body(
     entry: Entry,
     wanted: TraceRequest,
     request: Request,
-    executor: Executor,
+    replaying: Replaying,
     settings: Settings,
     metrics: Metrics,
+    check: Check,
     tell: Tell | None = None,
     asker: Asker | None = None,
 ) -> Trace:
@@ -39,29 +53,47 @@ async def replay_body(
     With ``asker`` it asks, and what came before a question is committed. Raises what the reader, the replay and
     ``Entry.mutation`` raise; then the machine is as it was, or as it was at the last question.
     """
-    async with Upload(request, executor, settings.body_queue_bytes) as upload:
-        spool = (
-            await upload.run(functools.partial(spooled, settings=settings))
-            if wanted.format in SPOOLED_FORMATS
-            else None
+    turn = replaying.turns.of(entry.tenant)
+    with replaying.places.place(entry.tenant):
+        async with Upload(request, replaying.executor, settings.body_queue_bytes, turn) as upload:
+            return await _replay_upload(entry, wanted, upload, settings, metrics, check, tell, asker)
+
+
+async def _replay_upload(
+    entry: Entry,
+    wanted: TraceRequest,
+    upload: Upload,
+    settings: Settings,
+    metrics: Metrics,
+    check: Check,
+    tell: Tell | None,
+    asker: Asker | None,
+) -> Trace:
+    """``replay_body`` of a body that has begun to arrive. Nothing of the machine is held before some of it is here."""
+    spool = await spooled(upload, settings) if wanted.format in SPOOLED_FORMATS else None
+    if spool is None:
+        await upload.begun()
+    try:
+        if asker is not None:
+            began = time.perf_counter()
+            async with last_stretch(entry, upload, wanted, spool or upload.pipe, asker, check) as (
+                result,
+                ignored,
+            ):
+                trace = _traced(entry, wanted, result, ignored, began, asker.trace)
+                await _keep(entry, trace, metrics, tell)
+            return trace
+        return await committed(
+            entry,
+            wanted,
+            metrics,
+            lambda machine: upload.run(lambda pipe: replay(machine, wanted, spool or pipe, pipe.check)),
+            check=check,
+            tell=tell,
         )
-        try:
-            if asker is not None:
-                began = time.perf_counter()
-                async with last_stretch(entry, upload, wanted, spool or upload.pipe, asker) as (result, ignored):
-                    trace = _traced(entry, wanted, result, ignored, began, asker.trace)
-                    await _keep(entry, trace, metrics, tell)
-                return trace
-            return await committed(
-                entry,
-                wanted,
-                metrics,
-                lambda machine: upload.run(lambda pipe: replay(machine, wanted, spool or pipe, pipe.check)),
-                tell=tell,
-            )
-        finally:
-            if spool is not None:
-                spool.close()
+    finally:
+        if spool is not None:
+            spool.close()
 
 
 async def committed(
@@ -70,6 +102,7 @@ async def committed(
     metrics: Metrics,
     work: Work,
     *,
+    check: Check = lambda: None,
     tell: Tell | None = None,
     patient: bool = False,
 ) -> Trace:
@@ -80,6 +113,7 @@ async def committed(
     async with entry.mutation(patient=patient) as machine:
         began = time.perf_counter()
         result, ignored = await work(machine)
+        check()
         trace = _traced(entry, wanted, result, ignored, began)
         await _keep(entry, trace, metrics, tell)
     return trace

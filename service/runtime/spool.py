@@ -5,15 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-import threading
 from pathlib import Path
 from typing import IO, cast
 
-from engine.errors import LimitExceeded
 from service.problems import NotReady
-from service.runtime.bodies import BodyPipe
+from service.runtime.bodies import Upload
+from service.runtime.offload import maybe_in_thread
+from service.runtime.shares import Share, Tenants, one_tenant
 
-_PIECE = 1 << 20
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
@@ -67,43 +66,42 @@ class Spool:
 
 
 class Spools:
-    """The bodies of unfinished jobs: files without names in ``folder``, together at most ``most`` bytes."""
+    """The bodies of unfinished jobs: files without names in ``folder``, together at most ``most`` bytes, of which each
+    tenant has its share. Used from the event loop."""
 
-    def __init__(self, most: int, folder: Path | None) -> None:
-        self._most = most
+    def __init__(self, most: int, folder: Path | None, tenants: Tenants = one_tenant) -> None:
+        self._share = Share("max_job_bytes", most, "bytes may be in the bodies of unfinished jobs", tenants, firm=True)
         self._folder = str(folder) if folder else None
-        self._counting = threading.Lock()
-        self.used = 0
 
-    def fill(self, pipe: BodyPipe) -> Spool:
-        """Put a body aside; blocking. Raises LimitExceeded, NotReady when the disk takes no more."""
+    @property
+    def used(self) -> int:
+        """Bytes that they take."""
+        return self._share.used
+
+    async def fill(self, upload: Upload, tenant: str) -> Spool:
+        """Put a body aside. Raises LimitExceeded, NotReady when the disk takes no more."""
         size = 0
+
         try:
             file = cast("IO[bytes]", tempfile.TemporaryFile(dir=self._folder))  # noqa: SIM115 - closed with the job
             try:
-                while piece := pipe.read(_PIECE):
-                    self._count(len(piece))
-                    size += len(piece)
-                    file.write(piece)
+                while piece := await upload.gathered():
+                    arrived = sum(map(len, piece))
+                    self._share.take(tenant, arrived)
+                    size += arrived
+                    await maybe_in_thread(False, file.writelines, piece)
                 file.seek(0)
             except BaseException:
                 file.close()
                 raise
         except BaseException as error:
-            self._count(-size)
+            self._share.count(tenant, -size)
             if isinstance(error, OSError) and error.errno in _NO_ROOM:
                 raise NotReady(f"the body cannot be put aside: {(error.strerror or '').lower()}") from error
             raise
         return Spool(file, size)
 
-    def free(self, spool: Spool) -> None:
+    def free(self, spool: Spool, tenant: str) -> None:
         """A body is of no use any more."""
         spool.close()
-        self._count(-spool.size)
-
-    def _count(self, size: int) -> None:
-        with self._counting:
-            if size > 0 and self.used + size > self._most:
-                rule = f"the bodies of unfinished jobs may take {self._most} bytes together"
-                raise LimitExceeded(rule, field="max_job_bytes", value=self._most)
-            self.used += size
+        self._share.count(tenant, -spool.size)

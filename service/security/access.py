@@ -11,7 +11,8 @@ import hmac
 import ipaddress
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -102,6 +103,11 @@ def _local_authority(host: bytes) -> bool:
         return False
 
 
+def _invalid(rule: str) -> Unauthenticated:
+    challenge = 'Bearer realm="subpage", error="invalid_token"'
+    return Unauthenticated(rule, field="Authorization", headers={"WWW-Authenticate": challenge})
+
+
 class AccessControl:
     """Tokens as the service knows them now, used from the event loop only."""
 
@@ -121,6 +127,9 @@ class AccessControl:
         self._tokens: dict[str, tuple[Token, Principal]] = {}
         # Until the store was read once, nobody knows whether callers need tokens.
         self._known = store is None
+        self._tenants = 1
+        # Those whose connections are open, and how each is told that its token is not valid any more.
+        self._watched: dict[Principal, list[Callable[[], None]]] = {}
         self._fixed: tuple[bytes, Principal] | None = None
         if settings.token is not None:
             principal = Principal("fixed", "SUBPAGE_TOKEN", DEFAULT_TENANT, "admin", self._bucket())
@@ -139,6 +148,11 @@ class AccessControl:
         """Whether anybody could get in with a token now."""
         now = self._clock()
         return self._fixed is not None or any(token.usable(now) for token, _ in self._tokens.values())
+
+    @property
+    def tenants(self) -> int:
+        """How many tenants have tokens, revoked ones left out; one where nobody needs any."""
+        return self._tenants
 
     def load(self) -> None:
         """Read the store. Blocking; raises what the store raises."""
@@ -161,6 +175,9 @@ class AccessControl:
         self._tokens = {
             token.id: (token, known[token.id][1] if token.id in known else self._principal(token)) for token in tokens
         }
+        now = self._clock()
+        tenants = {token.tenant for token in tokens if token.usable(now)}
+        self._tenants = max(1, len(tenants | {DEFAULT_TENANT} if self._fixed is not None else tenants))
 
     def _principal(self, token: Token) -> Principal:
         return Principal(token.id, token.name, token.tenant, token.scope, self._bucket())
@@ -185,6 +202,30 @@ class AccessControl:
                 logger.exception("the tokens cannot be read again; those that are known go on to count")
             else:
                 told()
+            self._tell_leaving()
+
+    def _tell_leaving(self) -> None:
+        for principal in [known for known in self._watched if not self.holds(known)]:
+            for leave in self._watched.pop(principal):
+                leave()
+
+    @contextmanager
+    def watching(self, principal: Principal, leave: Callable[[], None]) -> Iterator[None]:
+        """Call ``leave``, once, as soon as it is noticed that the caller would not be let in any more."""
+        self._watched.setdefault(principal, []).append(leave)
+        try:
+            yield
+        finally:
+            watchers = self._watched.get(principal, [])
+            if leave in watchers:
+                watchers.remove(leave)
+                if not watchers:
+                    del self._watched[principal]
+
+    def check(self, principal: Principal) -> None:
+        """Raise Unauthenticated (401) for a caller that was let in and would not be any more."""
+        if not self.holds(principal):
+            raise _invalid("is not valid any more; nothing was changed")
 
     def holds(self, principal: Principal) -> bool:
         """Whether a caller that was let in would be let in still: connections outlive the tokens they came with."""
@@ -238,12 +279,7 @@ class AccessControl:
         if not self._known:
             raise NotReady("the tokens have not been read yet; try again")
         # Unknown, expired and revoked read the same: what is not said cannot be learned.
-        challenge = 'Bearer realm="subpage", error="invalid_token"'
-        raise Unauthenticated(
-            "must be Bearer and a token that is valid now",
-            field="Authorization",
-            headers={"WWW-Authenticate": challenge},
-        )
+        raise _invalid("must be Bearer and a token that is valid now")
 
     def _count(self, principal: Principal) -> None:
         assert principal.bucket is not None

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
@@ -158,7 +158,9 @@ class Keeper:
         with connection.begin():
             goes_on = self._epoch is not None and rows.epoch_of(connection) == self._epoch
             epoch = rows.next_epoch(connection, f"{socket.gethostname()} process {os.getpid()}")
-            machines = rows.vm_records(connection)
+            counts = rows.block_counts(connection)
+            found = rows.vm_records(connection)
+            machines = [replace(record, frames=counts.get(record.number, 0)) for record in found]
             jobs = side_rows.take_over(connection, goes_on=goes_on)
         with self._changed:
             # What was made under the earlier epoch still fits the store when nobody wrote in between.

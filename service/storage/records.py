@@ -12,7 +12,8 @@ Block = tuple[str, int, bytes]
 @dataclass(frozen=True, slots=True)
 class VmRecord:
     """One machine without its blocks. ``created`` is RFC 3339, ``head`` the JSON of ``VirtualMachine.head``, which may
-    be left out where it is not looked at. ``next_event`` is the id that its next event gets."""
+    be left out where it is not looked at. ``next_event`` is the id that its next event gets, ``frames`` how many
+    blocks it has, where that is asked for."""
 
     number: int
     id: str
@@ -21,6 +22,7 @@ class VmRecord:
     head: str = ""
     tenant: str = "default"
     next_event: int = 1
+    frames: int = 0
 
 
 @dataclass(frozen=True, slots=True)

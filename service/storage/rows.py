@@ -41,6 +41,12 @@ def vm_records(connection: sa.Connection, numbers: Sequence[int] | None = None) 
     return [VmRecord(*row) for row in connection.execute(wanted)]
 
 
+def block_counts(connection: sa.Connection) -> dict[int, int]:
+    """How many blocks each machine has, by its number."""
+    counted = sa.select(blocks.c.vm, sa.func.count()).group_by(blocks.c.vm)
+    return {int(vm): int(count) for vm, count in connection.execute(counted)}
+
+
 def vm_record(connection: sa.Connection, number: int) -> VmRecord | None:
     row = connection.execute(sa.select(*_VM).where(vms.c.number == number)).first()
     return VmRecord(*row) if row is not None else None

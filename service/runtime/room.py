@@ -1,0 +1,59 @@
+"""What the frames of one machine may take: its own limit, and what is left of its tenant's part of the service's."""
+
+from __future__ import annotations
+
+from engine.errors import LimitExceeded
+from engine.machine import FRAME_BYTES, VirtualMachine
+from service.runtime.shares import Share, ShareExceeded
+
+_OWN = "max_table_frames"
+
+
+class Room:
+    """Counted when a change is committed, in ``memory``; held by the machine, which grows only within it."""
+
+    def __init__(self, memory: Share, tenant: str, most: int) -> None:
+        self._memory = memory
+        self._tenant = tenant
+        self._most = most
+        self._bound = most
+        self._frames = self._before = 0
+
+    @property
+    def used(self) -> int:
+        """Bytes that the machine takes."""
+        return self._frames * FRAME_BYTES
+
+    def open(self, machine: VirtualMachine) -> None:
+        """Let a change begin: it may grow the machine to its bound. One that is beyond it already may change and
+        shrink."""
+        self._before = machine.frames_in_use
+        self._bound = self._limit()
+        machine.bound_frames(self._bound)
+
+    def check(self, machine: VirtualMachine) -> None:
+        """Refuse what a change has made of the machine if that is too large. Raises ShareExceeded."""
+        self._bound = self._limit()  # others may have grown meanwhile
+        if machine.frames_in_use > self._bound:
+            raise self._refusal()
+
+    def _limit(self) -> int:
+        shared = self._frames + max(0, self._memory.room(self._tenant)) // FRAME_BYTES
+        return max(min(self._most, shared), self._before)
+
+    def settle(self, frames: int) -> None:
+        """The change is committed: the machine has so many frames."""
+        self._memory.count(self._tenant, (frames - self._frames) * FRAME_BYTES)
+        self._frames = frames
+
+    def named(self, error: BaseException) -> BaseException:
+        """``error``, or in place of the engine's refusal to grow one that says whose limit that was."""
+        if isinstance(error, LimitExceeded) and not isinstance(error, ShareExceeded) and error.field == _OWN:
+            return self._refusal()
+        return error
+
+    def _refusal(self) -> ShareExceeded:
+        if self._bound < self._most:
+            return self._memory.exceeded(self._tenant)
+        rule = f"a VM has {self._most} frames of {FRAME_BYTES} bytes at most, tables, bitmaps and guest memory together"
+        return ShareExceeded(rule, name=_OWN, most=self._most, whose="machine")
