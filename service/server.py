@@ -19,7 +19,7 @@ from fastapi import FastAPI
 
 from service.app import create_app, drain, end_streams
 from service.http.connection import patient
-from service.http.sockets import MESSAGE_BYTES, PING_SECONDS
+from service.http.sockets import MESSAGE_BYTES, PING_SECONDS, SocketConnection
 from service.logs import configure
 from service.security.access import AccessControl, is_loopback
 from service.security.tokens import TokensUnavailable
@@ -118,7 +118,7 @@ def configured(app: FastAPI, settings: Settings) -> uvicorn.Config:
         port=settings.port,
         loop="uvloop",
         http=patient(settings.head_timeout),
-        ws="websockets-sansio",
+        ws=SocketConnection,
         ws_max_size=MESSAGE_BYTES,
         ws_ping_interval=PING_SECONDS,
         ws_ping_timeout=PING_SECONDS,

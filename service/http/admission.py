@@ -17,11 +17,14 @@ from service.http.handlers import problem_response
 from service.http.idempotency import Idempotency
 from service.http.limits import WITH_BODY, bounded
 from service.http.negotiation import acceptable
-from service.http.sockets import check_origin, token_among
+from service.http.origins import check_page
+from service.http.sockets import token_among
 from service.problems import ServiceError
 from service.security.access import AccessControl, Permission
 from service.settings import Settings
 
+# What a page may ask of anybody: the reply is kept from it unless CORS says otherwise, and nothing is changed.
+SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _READ = frozenset(
     {
         b"accept",
@@ -31,6 +34,7 @@ _READ = frozenset(
         b"host",
         b"idempotency-key",
         b"origin",
+        b"sec-fetch-site",
         b"transfer-encoding",
     }
 )
@@ -53,8 +57,9 @@ def gated(route: Declared, app: ASGIApp) -> ASGIApp:
         headers = _wanted(scope["headers"])
         try:
             access = cast(AccessControl, state.access)
-            if websocket:
-                check_origin(headers.get(b"origin"), headers.get(b"host"), cast(Settings, state.settings).cors_origins)
+            if websocket or scope["method"] not in SAFE:
+                allowed = cast(Settings, state.settings).cors_origins
+                check_page(headers.get(b"origin"), headers.get(b"sec-fetch-site"), headers.get(b"host"), allowed)
             given = headers.get(b"authorization") or (token_among(scope["subprotocols"]) if websocket else None)
             access.admit(scope, route.permission or "admin", given, headers.get(b"host"))
             if len(route.offers) == 1 and b"accept" in headers:
