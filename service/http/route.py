@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter
 from fastapi.routing import APIRoute, APIWebSocketRoute
 from pydantic import BaseModel, ValidationError
 from starlette.convertors import Convertor, register_url_convertor
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
+from starlette.types import Receive, Scope, Send
 
 from service.http.admission import gated
 from service.http.handlers import refusal
@@ -35,6 +38,8 @@ class _Id(Convertor[str]):
 
 register_url_convertor("id", _Id())
 
+# Several times as many as the call with the most.
+_MOST_PARAMETERS = 64
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -55,15 +60,22 @@ def permission(needed: Permission) -> Callable[[F], F]:
     return declare
 
 
-def parse_query(model: type[M], request: Request) -> M:
-    """The query of ``request`` as a model. Raises InvalidDocument."""
+def query_members(request: HTTPConnection) -> dict[str, str]:
+    """The query by name. Raises InvalidDocument for more than a call can have, unread, and for a name given twice."""
+    if request.scope["query_string"].count(b"&") >= _MOST_PARAMETERS:
+        raise InvalidDocument(f"must be at most {_MOST_PARAMETERS} parameters", field="query")
     given = request.query_params.multi_items()
     members = dict(given)
     if len(members) < len(given):
-        repeated = next(name for position, (name, _) in enumerate(given) if name in dict(given[:position]))
+        repeated = next(name for name, count in Counter(name for name, _ in given).items() if count > 1)
         raise InvalidDocument("must be given once", field=repeated, value=members[repeated])
+    return members
+
+
+def parse_query(model: type[M], request: Request) -> M:
+    """The query of ``request`` as a model. Raises InvalidDocument."""
     try:
-        return model.model_validate(members)
+        return model.model_validate(query_members(request))
     except ValidationError as error:
         raise refusal(error.errors()) from None
 
@@ -115,16 +127,12 @@ class StrictRoute(APIRoute):
 
         async def strict(request: Request) -> Response:
             if request.scope["query_string"]:
-                given = request.query_params.multi_items()
-                names = [name for name, _ in given]
-                for position, (name, value) in enumerate(given):
+                for name, value in query_members(request).items():
                     if name not in known:
                         allowed = ", ".join(sorted(known)) or "none"
                         raise InvalidDocument(
                             f"is not a parameter of this call; it has: {allowed}", field=name, value=value
                         )
-                    if name in names[:position]:
-                        raise InvalidDocument("must be given once", field=name, value=value)
             return await handler(request)
 
         return strict
@@ -140,6 +148,29 @@ class GuardedWebSocketRoute(APIWebSocketRoute):
         super().__init__(path, endpoint, **options)
         self.permission = getattr(endpoint, "permission", None)
         self.app = gated(self, self.app)
+
+
+class HeadRoute(BaseRoute):
+    """HEAD of whatever a route reads with GET. The route runs as it does for GET; the server leaves the body out.
+
+    Streams are the exception: what makes one asks for the method, and makes none.
+    """
+
+    def __init__(self, routes: Sequence[BaseRoute]) -> None:
+        self._routes = routes
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            reading = {**scope, "method": "GET"}
+            for route in self._routes:
+                if isinstance(route, StrictRoute):
+                    match, child = route.matches(reading)
+                    if match is Match.FULL:
+                        return match, child
+        return Match.NONE, {}
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await cast(StrictRoute, scope["route"]).app(scope, receive, send)
 
 
 class Routes(APIRouter):
