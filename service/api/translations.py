@@ -52,13 +52,16 @@ EXAMPLE_OPERATION = {
 }
 
 
+_OP = "^((0x)?[1-3]|hypercall|mov-cr3|invlpg)$"
+
+
 class OperationRecord(Document):
     """An operation between the accesses of a trace. Its other members mean nothing."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra=examples(_FLUSH, {"op": 3, "gva": "0x7f0000001000"}))
 
-    op: Annotated[int, Field(ge=1, le=3)] | Annotated[str, Field(pattern="^(0x)?[1-3]$")] = Field(
-        description="1 hypercall, 2 mov-cr3, 3 invlpg."
+    op: Annotated[int, Field(ge=1, le=3)] | Annotated[str, Field(pattern=_OP)] = Field(
+        description="1 `hypercall`, 2 `mov-cr3`, 3 `invlpg`."
     )
     vcpu: int = Field(0, ge=0, le=0xFFFF, description="KVM vCPU id of who executes it.")
     arg: str | None = Field(
