@@ -37,6 +37,7 @@ class Listed:
     created: datetime
     revision: int
     outline: Outline
+    sequence: int
 
 
 @dataclass(slots=True, eq=False)
@@ -79,7 +80,7 @@ class Entry:
     @property
     def listed(self) -> Listed:
         """The machine as a list shows it, with the changes of the task that changes it."""
-        return Listed(self.id, self.created, self.revision, self.machine.outline())
+        return Listed(self.id, self.created, self.revision, self.machine.outline(), self.sequence)
 
     @property
     def require_match(self) -> bool:

@@ -222,7 +222,7 @@ class Registry:
         """A machine for a list, given what the store said of it; None if it is gone."""
         if entry.loaded is None or entry.doubtful:
             if outline is not None and not entry.gone:
-                return Listed(entry.id, entry.created, revision, outline)
+                return Listed(entry.id, entry.created, revision, outline, entry.sequence)
             entry.uses += 1
             try:
                 await self._load(entry)
