@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter
+from fastapi._compat import ModelField
 from fastapi.routing import APIRoute, APIWebSocketRoute
 from pydantic import BaseModel, ValidationError
 from starlette.convertors import Convertor, register_url_convertor
@@ -18,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from service.http.admission import gated
 from service.http.handlers import refusal
 from service.http.negotiation import JSON
+from service.http.words import integer
 from service.problems import InvalidDocument
 from service.security.access import Permission
 
@@ -107,6 +109,22 @@ def _offers(responses: Mapping[int | str, dict[str, Any]]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _plain_integers(fields: Sequence[ModelField]) -> frozenset[str]:
+    """The parameters that are integers to the framework, and have no parser of ours."""
+    return frozenset(
+        field.alias
+        for field in fields
+        if field.field_info.annotation in (int, int | None)
+        and not any(hasattr(part, "__get_pydantic_core_schema__") for part in field.field_info.metadata)
+    )
+
+
+def _check_integer(name: str, value: str) -> None:
+    """Refuse what the framework takes for a number beside digits: underscores, spaces, signs, digits of any script."""
+    if integer(value.removeprefix("-")) is None or "x" in value:
+        raise InvalidDocument("must be an integer in decimal digits", field=name, value=value)
+
+
 class StrictRoute(APIRoute):
     """A route behind its gate. A typing error in an option must not silently run the call with the default."""
 
@@ -124,8 +142,12 @@ class StrictRoute(APIRoute):
         if getattr(self.endpoint, "reads_query", False):
             return handler
         known = frozenset(field.alias for field in self.dependant.query_params)
+        counts = _plain_integers(self.dependant.query_params)
+        numbered = _plain_integers(self.dependant.path_params)
 
         async def strict(request: Request) -> Response:
+            for name in numbered:
+                _check_integer(name, request.path_params[name])
             if request.scope["query_string"]:
                 for name, value in query_members(request).items():
                     if name not in known:
@@ -133,6 +155,8 @@ class StrictRoute(APIRoute):
                         raise InvalidDocument(
                             f"is not a parameter of this call; it has: {allowed}", field=name, value=value
                         )
+                    if name in counts:
+                        _check_integer(name, value)
             return await handler(request)
 
         return strict
