@@ -225,9 +225,9 @@ def find_route(app, path):
 for expression, pieces in %(readers)r:
     code = compile(expression, expression, "eval")
     for piece in pieces:
-        for ends in ("", "@", '"'):
-            # Four heads: what takes half a minute for one, because it is quadratic, takes eight.
-            text = piece * ((1 << 18) // len(piece)) + ends
+        for ends in ("@", '"'):
+            # Two heads: what takes half a minute for one, because it is quadratic, takes two for both.
+            text = piece * ((1 << 17) // len(piece)) + ends
             eval(code)
 print("read")
 """
