@@ -10,16 +10,14 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.staticfiles import StaticFiles
 
 from engine.warm.processes import CompilerEnded
 from engine.warm.progress import progress_lines, progress_on
 from engine.warm.whole import Group, compile_kernels, load_kernels
-from service import __version__, documents
+from service import __version__, documents, pages
 from service.api import (
     accesses,
     capabilities,
@@ -55,9 +53,11 @@ from service.api import (
     walk,
 )
 from service.http import handlers
+from service.http.compression import Compression
 from service.http.envelope import Envelope
 from service.http.idempotency import Idempotency
 from service.http.limits import HeldBodies
+from service.http.route import HeadRoute
 from service.metrics import Metrics
 from service.runtime.answers import answers_of
 from service.runtime.home import home_of
@@ -112,8 +112,6 @@ logger = logging.getLogger("subpage")
 
 # How long the end of the service waits for cancelled requests to let go.
 _SETTLE_SECONDS = 5.0
-
-_STATIC = Path(__file__).parent / "static"
 
 
 @contextlib.asynccontextmanager
@@ -262,11 +260,14 @@ def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = 
             allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "If-Match", "If-None-Match", "Prefer"],
             expose_headers=["ETag", "Location", "Preference-Applied", "Retry-After", "X-Request-Id"],
         )
+    app.add_middleware(Compression)
     # The last one added is the outermost.
     app.add_middleware(Envelope, settings=settings, audit=app.state.audit, metrics=app.state.metrics)
     for resource in RESOURCES:
         # Not include_router: for every request it would try one router after the other, longer than a short call takes.
         app.router.routes.extend(resource.routes.routes)
-    documents.install(app)
-    app.mount("/static", StaticFiles(directory=_STATIC), name="static")
+    pages.install(app)
+    # The last one: it stands for all the others.
+    app.router.routes.append(HeadRoute(app.router.routes))
+    app.router.default = handlers.not_found
     return app

@@ -1,4 +1,4 @@
-"""The OpenAPI document as the application serves it, and the page that shows it without the internet."""
+"""The OpenAPI document of the application."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
-from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from service.api import introspection
 from service.api.hypercalls import Hypercall
@@ -20,7 +17,7 @@ from service.api.ioctls import IoctlRequest
 from service.api.nested_fields import NestedStateFields
 from service.api.subpages import SubpagePatch, SubpageWindowRequest
 from service.api.traces import TraceBody
-from service.http.route import GuardedWebSocketRoute, Routes, StrictRoute
+from service.http.route import GuardedWebSocketRoute, StrictRoute
 from service.http.words import Document
 from service.links import add_links
 from service.problems import FieldError, Problem, add_responses
@@ -41,7 +38,11 @@ why, and how many exits whole-page protection would have cost instead.
   `require_match` (428).
 * `POST` honours `Idempotency-Key`: kept for a day, so that a call whose answer was lost can be sent again.
 * A replay becomes a job with `Prefer: respond-async`, or when it takes longer than `Prefer: wait=N` seconds.
-* Bodies may be coded (`Content-Encoding: gzip` or `zstd`); limits hold for what they decode to.
+* Bodies may be coded (`Content-Encoding: gzip` or `zstd`); limits hold for what they decode to. Large textual
+  replies are coded where `Accept-Encoding` allows it, which `Vary` says.
+* `HEAD` does what `GET` does, and leaves out the body.
+* Pages of other origins than those in `cors_origins` may not change anything (403): `Origin` and `Sec-Fetch-Site` say
+  whose page it is. Programs send neither.
 * Lists come in pages: `next` is the URL of the following one. Cursors are opaque.
 """
 TAGS: list[dict[str, Any]] = [
@@ -241,41 +242,3 @@ def _finish(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
 def _header(name: str, about: str, **schema: Any) -> dict[str, Any]:
     kind = {"type": "string", **schema}
     return {"name": name, "in": "header", "required": False, "description": about, "schema": kind}
-
-
-def install(app: FastAPI) -> None:
-    """Serve the document at /openapi.json, and Swagger UI from our own files at /docs."""
-
-    def cached() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            app.openapi_schema = openapi_document(app)
-        return app.openapi_schema
-
-    app.openapi = cached  # type: ignore[method-assign]
-
-    app.router.routes.extend(_pages.routes)
-
-
-_pages = Routes(reads="public")
-
-
-@_pages.get("/openapi.json", include_in_schema=False)
-async def document(request: Request) -> Response:
-    return JSONResponse(request.app.openapi())
-
-
-@_pages.get("/docs", include_in_schema=False)
-async def docs() -> HTMLResponse:
-    page = get_swagger_ui_html(
-        openapi_url="/openapi.json",
-        title=TITLE,
-        swagger_js_url="/static/swagger-ui/swagger-ui-bundle.js",
-        swagger_css_url="/static/swagger-ui/swagger-ui.css",
-        swagger_favicon_url="/static/swagger-ui/favicon-32x32.png",
-    )
-    # The page has a script and styles of its own, and pictures in its style sheet.
-    page.headers["Content-Security-Policy"] = (
-        "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
-        "img-src 'self' data:; frame-ancestors 'none'"
-    )
-    return page

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -24,6 +25,8 @@ MEDIA_TYPE = "application/problem+json"
 # Members whose integers are addresses, shown the way the API writes them.
 _HEX_FIELDS = frozenset({"gpa", "gva", "gfn", "address", "qualification"})
 _LONGEST_VALUE = 200
+# What Python writes for numbers that JSON does not have.
+_NO_JSON = re.compile(r"NaN|Infinity")
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +325,11 @@ def showable(value: Any, field: str | None = None) -> Any:
         return value if math.isfinite(value) else str(value)
     if isinstance(value, (list, tuple, dict)):
         text = json.dumps(value, default=str)
-        return json.loads(text) if len(text) <= _LONGEST_VALUE and "NaN" not in text else text[:_LONGEST_VALUE] + "…"
+        return (
+            json.loads(text)
+            if len(text) <= _LONGEST_VALUE and not _NO_JSON.search(text)
+            else text[:_LONGEST_VALUE] + "…"
+        )
     text = str(value)
     return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "…"
 

@@ -173,10 +173,11 @@ def plan_columns(names: Iterable[str], carry: Sequence[str], *, index: int = 0) 
     return ColumnPlan(tuple(used), tuple(carry), tuple(ignored))
 
 
-def does_not_fit(name: str, index: int, value: Any, limit: int) -> TraceError:
-    """The error for an integer that is negative or wider than its column."""
+def does_not_fit(name: str, index: int, value: Any, limit: int, names: Iterable[str] = ()) -> TraceError:
+    """The error for an integer that is negative or wider than its column, which may be written as one of ``names``."""
+    named = f", or one of {', '.join(names)}" if names else ""
     return TraceError(
-        f"{name} must be an integer from 0 to {limit}",
+        f"{name} must be an integer from 0 to {limit}{named}",
         index=index,
         field=name,
         value=value,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,7 +26,7 @@ from service.api.common import (
     tagged,
     tagged_reply,
 )
-from service.api.traces import FORMATS
+from service.api.traces import FORMATS, OnViolation
 from service.http.words import Document, examples
 
 routes = router("service", "/v1/capabilities", reads="read")
@@ -37,7 +39,7 @@ _REPLY = {
     "record_formats": list(RECORD_FORMATS),
     "columns": ["gpa", "size", "access", "vcpu", "gva"],
     "reserved_columns": [],
-    "on_violation": ["skip", "stop", "allow", "grant"],
+    "on_violation": list(get_args(OnViolation)),
     "exit_reasons": {"48": "EPT violation"},
     "resolutions": ["violation"],
     "limits": {"max_body_bytes": 1073741824, "max_vms": 64},
@@ -153,7 +155,7 @@ async def get_capabilities(request: Request) -> Response:
             record_formats=list(RECORD_FORMATS),
             columns=[column.name for column in COLUMNS],
             reserved_columns=[],
-            on_violation=["skip", "stop", "allow", "grant"],
+            on_violation=list(get_args(OnViolation)),
             exit_reasons={str(number): name for number, name in NAMES.items()},
             resolutions=list(RESOLUTION_NAMES),
             limits=limits,

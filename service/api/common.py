@@ -178,11 +178,18 @@ def json_response(document: Any, *, status: int = 200, extra: dict[str, str] | N
     return Response(encode(document), status, media_type="application/json", headers=extra)
 
 
+def headless(media: str, extra: dict[str, str]) -> Response:
+    """What HEAD gets where GET would get a stream, whose length nobody knows and which is not made for it."""
+    reply = Response(media_type=media, headers=extra)
+    del reply.headers["content-length"]
+    return reply
+
+
 def tagged(request: Request, document: Any, *, status: int = 200, extra: dict[str, str] | None = None) -> Response:
     """``document`` as JSON with its entity tag, or 304 when the client has it."""
     content = encode(document)
     tag = conditional.entity_tag(content)
-    if request.method == "GET" and conditional.not_modified(request, tag):
+    if request.method in ("GET", "HEAD") and conditional.not_modified(request, tag):
         return Response(status_code=304, headers={"ETag": tag})
     return Response(content, status, media_type="application/json", headers={"ETag": tag, **(extra or {})})
 

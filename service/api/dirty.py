@@ -23,9 +23,8 @@ from service.api.common import (
     json_response,
     router,
     settings_of,
-    tag_of,
 )
-from service.api.vms import Vm
+from service.api.vms import vm_tag
 from service.http import cursors
 from service.http.words import Document, Hex32, Hex64, examples
 from service.runtime.offload import maybe_in_thread
@@ -253,7 +252,7 @@ async def get_dirty(
 async def put_dirty(request: Request, vm: VmId, body: TrackingRequest) -> Response:
     entry = find(request, vm)
     async with entry.mutation() as machine:
-        guard(request, entry, lambda: [tag_of(Vm.of(entry))])
+        guard(request, entry, lambda: [vm_tag(entry)])
         now = await maybe_in_thread(_small(entry), machine.dirty.track, body.tracking, body.method)
     return json_response({"tracking": now.tracking, "method": now.method})
 

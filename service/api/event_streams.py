@@ -20,6 +20,9 @@ from service.security.access import AccessControl, Principal
 # How long an EventSource waits before it comes again, in milliseconds.
 _RETRY = b"retry: 2000\n\n"
 
+# Proxies that hold replies back would hold events back.
+STREAM_HEADERS = {"Vary": "Accept", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
 
 def sse(items: Iterable[Item]) -> bytes:
     """Events as a browser's EventSource reads them."""
@@ -62,8 +65,7 @@ class EventStream(Response):
         super().__init__(
             status_code=200,
             media_type=media,
-            # Proxies that hold replies back would hold events back.
-            headers={"Vary": "Accept", "Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+            headers=STREAM_HEADERS,
         )
         del self.headers["content-length"]
         self._request = request

@@ -23,17 +23,18 @@ from service.api.common import (
     documented,
     find,
     headers,
+    headless,
     principal_of,
     registry_of,
     router,
     settings_of,
 )
 from service.api.event_feed import Feed, Item, PartOf, Wanted
-from service.api.event_streams import EventStream, sse
+from service.api.event_streams import STREAM_HEADERS, EventStream, sse
 from service.api.exits import EXAMPLE_EXIT
 from service.http import cursors
 from service.http.negotiation import JSON, NDJSON, SSE, preferred
-from service.http.words import Document, Hex64, examples
+from service.http.words import Document, Hex64, decimal, examples
 from service.problems import InvalidDocument
 from service.runtime.events import KINDS, MARKERS
 from service.runtime.registry import Entry
@@ -112,6 +113,8 @@ def _kinds(text: str | None) -> frozenset[str]:
 def _wanted(kinds: str | None, gfn: int | None, npages: int | None, name: str | None, *, expand: bool) -> Wanted:
     if npages is not None and gfn is None:
         raise InvalidDocument("needs a gfn", field="npages", value=npages)
+    if gfn is not None and gfn + (npages or 1) > 1 << 52:
+        raise InvalidDocument("must leave the range below page 2^52", field="gfn", value=gfn)
     if not expand and (gfn is not None or name is not None):
         raise InvalidDocument("must be true where violations are chosen by gfn or object", field="expand", value=False)
     return Wanted(_kinds(kinds), None if gfn is None else (gfn, gfn + (npages or 1)), name, expand)
@@ -119,9 +122,10 @@ def _wanted(kinds: str | None, gfn: int | None, npages: int | None, name: str | 
 
 def _number(text: str, field: str, last: int) -> int:
     """An id as text: where to begin, at the end of the log at most."""
-    if not text.isascii() or not text.isdigit() or int(text) > _MAX_ID:
+    number = decimal(text, most=_MAX_ID)
+    if number is None:
         raise InvalidDocument("must be the id of an event", field=field, value=text)
-    return min(int(text), last)
+    return min(number, last)
 
 
 def _position(request: Request, entry: Entry, after: str | None, cursor: str | None) -> int:
@@ -231,6 +235,8 @@ async def get_events(
         return await _page(request, feed, size, limit)
     if limit is not None:
         raise InvalidDocument("is for pages of JSON; a stream has no end of its own", field="limit", value=limit)
+    if request.method == "HEAD":
+        return headless(media, STREAM_HEADERS)
     return EventStream(
         request,
         feed,

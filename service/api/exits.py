@@ -27,6 +27,7 @@ from service.api.common import (
     encode,
     find,
     headers,
+    headless,
     router,
     settings_of,
 )
@@ -218,5 +219,7 @@ async def get_exits(request: Request, vm: VmId, trace: TraceId, limit: Limit = N
         small = len(window) <= INLINE_RECORDS
         content = await maybe_in_thread(small, lambda: encode({"exit_records": exit_rows(window), "next": follow}))
         return Response(content, media_type=JSON, headers=extra)
+    if request.method == "HEAD":
+        return headless(media, extra)
     stream = ndjson_stream(window) if media == NDJSON else arrow_stream(window)
     return StreamingResponse(stream, media_type=media, headers=extra)

@@ -28,7 +28,7 @@ from service.api.common import (
     tenant_of,
 )
 from service.http import cursors, prefer
-from service.http.words import Document, examples
+from service.http.words import Document, decimal, examples
 from service.problems import Problem
 from service.runtime.answers import will_answer
 from service.runtime.entry import Entry
@@ -128,8 +128,8 @@ def wanted_async(request: Request) -> prefer.Preferences | None:
     wishes = prefer.preferences(request.headers.getlist("prefer"))
     if wishes.wait is not None:
         wishes = prefer.Preferences(wishes.respond_async, min(wishes.wait, settings.longest_wait))
-    length = request.headers.get("content-length", "")
-    large = settings.async_body_bytes and length.isdigit() and int(length) >= settings.async_body_bytes
+    length = decimal(request.headers.get("content-length", ""), most=settings.max_body_bytes)
+    large = settings.async_body_bytes and length is not None and length >= settings.async_body_bytes
     return wishes if wishes.any or large else None
 
 

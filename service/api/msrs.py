@@ -17,10 +17,9 @@ from service.api.common import (
     guard,
     json_response,
     router,
-    tag_of,
 )
 from service.api.nested_state import VcpuId
-from service.api.vms import Vm
+from service.api.vms import vm_tag
 from service.http.words import Document, Hex32, Hex64, examples
 
 routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}/msrs", reads="read", writes="write")
@@ -146,7 +145,7 @@ async def put_msrs(request: Request, vm: VmId, n: VcpuId, body: MsrsRequest) -> 
     guest = body.by == "guest"
     entry = find(request, vm)
     async with entry.mutation() as machine:
-        guard(request, entry, lambda: [tag_of(Vm.of(entry))])
+        guard(request, entry, lambda: [vm_tag(entry)])
         done = machine.nested.write_msrs(n, writes, guest=guest)
     refused: Any = None
     if done.refused is not None:

@@ -19,9 +19,8 @@ from service.api.common import (
     guard,
     json_response,
     router,
-    tag_of,
 )
-from service.api.vms import Vm
+from service.api.vms import vm_tag
 from service.http.words import Document, Hex32, Hex64, Rights, examples
 from service.problems import InvalidDocument, showable
 from service.runtime.changes import pages_set
@@ -171,7 +170,7 @@ async def patch_page_access(request: Request, vm: VmId, body: PageAccessPatch) -
     entry = find(request, vm)
     entries = [AccessChange(item.gfn, item.access, item.write_bitmap) for item in body.entries]
     async with entry.mutation() as machine:
-        guard(request, entry, lambda: [tag_of(Vm.of(entry))])
+        guard(request, entry, lambda: [vm_tag(entry)])
         small = len(entries) <= _INLINE_ENTRIES
         results = await maybe_in_thread(small, machine.page_access.set, entries, body.mode)
         applied = [item.gfn for item in results if item.outcome == "applied"]

@@ -27,10 +27,9 @@ from service.api.common import (
     octets_reply,
     router,
     settings_of,
-    tag_of,
     vm_parameter,
 )
-from service.api.vms import Vm
+from service.api.vms import vm_tag
 from service.http import bitmaps, conditional
 from service.http.json_bodies import INLINE_BYTES, parsed
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
@@ -292,7 +291,7 @@ async def patch_subpages(request: Request, vm: VmId) -> Response:
     ranges = await maybe_in_thread(small, _parse_patch, content, settings_of(request))
     small = small and sum(change.npages for change in ranges) <= _INLINE_PAGES
     async with entry.mutation() as machine:
-        guard(request, entry, lambda: [tag_of(Vm.of(entry))])
+        guard(request, entry, lambda: [vm_tag(entry)])
         await maybe_in_thread(small, machine.set_subpages, ranges)
         entry.events.note("subpages", subpages_set(ranges))
     return Response(status_code=204)

@@ -46,7 +46,7 @@ from service.api.translations import (
 )
 from service.http import cursors
 from service.http.negotiation import ARROW, JSON, NDJSON, OCTETS, PARQUET, content_type
-from service.http.words import Access, Document, Hex64, examples
+from service.http.words import Access, Document, Hex64, Kind, Linear, Source, examples
 from service.problems import InvalidDocument
 from service.runtime.answers import will_answer
 from service.runtime.offload import maybe_in_thread
@@ -118,24 +118,23 @@ class AccessRecord(Document):
         description="Guest-linear address of the first byte, if known; in every record or in none.",
         json_schema_extra=_no_default,
     )
-    kind: int = Field(
+    kind: Kind = Field(
         0,
-        ge=0,
-        le=4,
         description=(
             "0 data, 1 read-modify-write, 2 paging read, 3 paging A/D update, 4 shadow stack. Unless `access` is given "
             "it is what the kind does."
         ),
     )
-    linear: int = Field(
+    linear: Linear = Field(
         1,
-        ge=0,
-        le=15,
-        description="The linear address: 1 valid, and its page: 2 user, 4 writable, 8 execute-disable; the sum.",
+        description=(
+            "The linear address: 1 `valid`, and its page: 2 `user`, 4 `writable`, 8 `execute-disable`; the sum, or "
+            "names with commas between them."
+        ),
     )
-    source: int = Field(0, ge=0, le=2, description="0 guest, 1 emulated by KVM, 2 host.")
+    source: Source = Field(0, description="0 guest, 1 emulated by KVM, 2 host.")
     insn_len: int = Field(0, ge=0, le=15, description="Bytes of the instruction, 0 if not known.")
-    op: Annotated[int, Field(ge=0, le=0)] | Annotated[str, Field(pattern="^(0x)?0$")] = Field(
+    op: Annotated[int, Field(ge=0, le=0)] | Annotated[str, Field(pattern="^((0x)?0|access)$")] = Field(
         0, description="0: an access."
     )
     arg: str | None = Field(None, max_length=0, description="An access has none.")

@@ -52,6 +52,8 @@ EXAMPLE_OPERATION = {
 }
 
 
+_OP = "^((0x)?[1-3]|hypercall|mov-cr3|invlpg)$"
+
 # Of a record: the columns that there are, and those that are ignored (engine.trace.readers.rows).
 MOST_MEMBERS = 256
 
@@ -64,8 +66,8 @@ class OperationRecord(Document):
         json_schema_extra={"maxProperties": MOST_MEMBERS, **examples(_FLUSH, {"op": 3, "gva": "0x7f0000001000"})},
     )
 
-    op: Annotated[int, Field(ge=1, le=3)] | Annotated[str, Field(pattern="^(0x)?[1-3]$")] = Field(
-        description="1 hypercall, 2 mov-cr3, 3 invlpg."
+    op: Annotated[int, Field(ge=1, le=3)] | Annotated[str, Field(pattern=_OP)] = Field(
+        description="1 `hypercall`, 2 `mov-cr3`, 3 `invlpg`."
     )
     vcpu: int = Field(0, ge=0, le=0xFFFF, description="KVM vCPU id of who executes it.")
     arg: str | None = Field(

@@ -16,6 +16,7 @@ from service.api.common import (
     CHANGE,
     VmId,
     documented,
+    encode,
     find,
     guard,
     headers,
@@ -25,11 +26,16 @@ from service.api.common import (
     tagged,
     tagged_reply,
 )
+from service.http.negotiation import JSON
 from service.http.words import Document, Hex64, Word, examples
+from service.runtime.offload import maybe_in_thread
 
 routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
 
 VcpuId = Annotated[int, Path(alias="n", ge=0, description="KVM vCPU id.", examples=[0])]
+# Entries of a translation cache; more are rendered off the event loop.
+_INLINE_ENTRIES = 200
+
 Place = Literal["root", "outside", "non-root", "wrong-mode"]
 _DescriptorHigh = Annotated[int, Word(48)]
 _Vpid = Annotated[int, Word(16)]
@@ -331,4 +337,7 @@ async def execute_invvpid(request: Request, vm: VmId, n: VcpuId, body: InvvpidRe
     responses=documented({200: {"model": Tlb, "description": "Every entry."}}, "not-found", "invalid-value"),
 )
 async def get_tlb(request: Request, vm: VmId, n: VcpuId) -> Response:
-    return json_response({"entries": [tlb_entry(item) for item in find(request, vm).machine.vcpus.tlb(n)]})
+    items = find(request, vm).machine.vcpus.tlb(n)
+    small = len(items) <= _INLINE_ENTRIES
+    content = await maybe_in_thread(small, lambda: encode({"entries": [tlb_entry(item) for item in items]}))
+    return Response(content, media_type=JSON)

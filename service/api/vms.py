@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import Body
 from pydantic import ConfigDict, Discriminator, Field, Tag
 from starlette.requests import Request
@@ -11,29 +12,31 @@ from starlette.responses import Response
 
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.config import HostConfig, VcpuConfig, VmConfig
+from service import __version__
 from service.api.common import (
     EXAMPLE_VM,
     Cursor,
     Limit,
     VmId,
     documented,
+    encode,
     find,
     guard,
     headers,
-    json_response,
     registry_of,
     router,
     settings_of,
-    tag_of,
-    tagged,
     tagged_reply,
     tenant_of,
 )
 from service.api.memory_slots import MemorySlot, NumberedSlotRequest, check_slots
 from service.http import cursors
+from service.http.conditional import entity_tag, not_modified
+from service.http.negotiation import JSON
 from service.http.words import Document, Hex32, Hex64, examples
 from service.runtime.entry import Entry, Listed
-from service.stamps import stamp
+from service.runtime.offload import maybe_in_thread
+from service.stamps import moment, stamp
 
 routes = router("VMs", "/v1/vms", reads="read", writes="write")
 
@@ -42,6 +45,10 @@ _CURSOR = "vms by moment"
 
 # Only what cannot be turned into a configuration is refused here; whether one makes sense is for the engine to say.
 _MOST_VCPUS = 1024
+# vCPUs, their CPUID leaves and memory slots: more than this are rendered off the event loop.
+_INLINE_PARTS = 300
+# A page ends with the machine that takes it past so many bytes, whatever the limit.
+_PAGE_BYTES = 8 << 20
 
 Profile = Literal["kvm-2019", "kvm-latest"]
 TranslationCache = Literal["off", "model"]
@@ -247,50 +254,62 @@ class Vm(Document):
     revision: int = Field(description="Counts committed changes, replays included; part of the entity tag.")
     created: str = Field(description="RFC 3339, UTC.", json_schema_extra={"format": "date-time"})
 
-    @classmethod
-    def of(cls, entry: Entry) -> Vm:
-        return cls.listed(entry.listed)
 
-    @classmethod
-    def listed(cls, shown: Listed) -> Vm:
-        outline = shown.outline
-        config, host = outline.config, outline.config.host
-        return cls(
-            id=shown.id,
-            name=config.name,
-            profile=config.profile,
-            vcpus=[
-                _vcpu(vcpu, vp_index, cpuid)
-                for vcpu, (vp_index, cpuid) in zip(config.vcpus, outline.identities, strict=True)
-            ],
-            maxphyaddr=config.maxphyaddr,
-            host=Host(
-                vendor=host.vendor,  # type: ignore[arg-type]
-                ept=host.ept,
-                spp=host.spp,
-                nested=host.nested,
-                evmcs=host.evmcs,
-                vmx_capabilities=dict(host.vmx_capabilities),
-                hyperv=HypervHost.model_validate(host.hyperv) if host.hyperv is not None else None,
-                fail_allocation=outline.failing,
-                nested_evmcs=host.nested_evmcs,
-                smt=host.smt,
-            ),
-            memory_slots=[MemorySlot.of(spec) for spec in outline.slots],
-            spp=outline.spp_active,
-            translation_cache=config.translation_cache,
-            require_match=config.require_match,
-            flush_policy=config.flush_policy,
-            flush_execution=config.executes_flushes,
-            revision=shown.revision,
-            created=stamp(shown.created),
-        )
+def vm_tag(entry: Entry | Listed) -> str:
+    """The entity tag of a machine as it is: every committed change counts its revision up."""
+    return entity_tag(f"{entry.id} {entry.created.isoformat()} {entry.revision} {__version__}".encode())
 
 
-def _vcpu(vcpu: VcpuConfig, vp_index: int, cpuid: tuple[CpuidEntry, ...]) -> Vcpu:
-    leaves = [CpuidLeaf(function=e.function, index=e.index, eax=e.eax, ebx=e.ebx, ecx=e.ecx, edx=e.edx) for e in cpuid]
+async def rendered(shown: Listed) -> bytes:
+    """The JSON of a machine, a ``Vm``."""
+    leaves = sum(len(cpuid) for _, cpuid in shown.outline.identities)
+    parts = len(shown.outline.identities) + len(shown.outline.slots) + leaves
+    return await maybe_in_thread(parts <= _INLINE_PARTS, _rendered, shown)
+
+
+def _rendered(shown: Listed) -> bytes:
+    """Part by part: a model of all of them would keep the interpreter from others for seconds, in a thread, too."""
+    outline = shown.outline
+    config, host = outline.config, outline.config.host
+    vcpus = [
+        _vcpu(vcpu, vp_index, cpuid) for vcpu, (vp_index, cpuid) in zip(config.vcpus, outline.identities, strict=True)
+    ]
+    host_document = Host(
+        vendor=host.vendor,  # type: ignore[arg-type]
+        ept=host.ept,
+        spp=host.spp,
+        nested=host.nested,
+        evmcs=host.evmcs,
+        vmx_capabilities=dict(host.vmx_capabilities),
+        hyperv=HypervHost.model_validate(host.hyperv) if host.hyperv is not None else None,
+        fail_allocation=outline.failing,
+        nested_evmcs=host.nested_evmcs,
+        smt=host.smt,
+    )
+    document = {
+        "id": shown.id,
+        "name": config.name,
+        "profile": config.profile,
+        "vcpus": vcpus,
+        "maxphyaddr": config.maxphyaddr,
+        "host": msgspec.Raw(host_document.model_dump_json().encode()),
+        "memory_slots": [msgspec.Raw(MemorySlot.of(spec).model_dump_json().encode()) for spec in outline.slots],
+        "spp": outline.spp_active,
+        "translation_cache": config.translation_cache,
+        "require_match": config.require_match,
+        "flush_policy": config.flush_policy,
+        "flush_execution": config.executes_flushes,
+        "revision": shown.revision,
+        "created": stamp(shown.created),
+    }
+    return msgspec.json.encode(document)
+
+
+def _vcpu(vcpu: VcpuConfig, vp_index: int, cpuid: tuple[CpuidEntry, ...]) -> msgspec.Raw:
+    """The JSON of a ``Vcpu``."""
+    leaves = [{name: hex(getattr(leaf, name)) for name in CpuidLeaf.model_fields} for leaf in cpuid]
     told = None if vcpu.vp_index is None and vp_index == vcpu.id else vp_index
-    return Vcpu(id=vcpu.id, vp_index=told, cpuid=leaves)
+    return msgspec.Raw(msgspec.json.encode({"id": vcpu.id, "vp_index": told, "cpuid": leaves}))
 
 
 class Vms(Document):
@@ -323,7 +342,8 @@ async def create_vm(request: Request, body: Annotated[VmRequest, Body()]) -> Res
     check_slots(settings_of(request), len(body.memory_slots))
     slots = [slot.spec(slot.slot) for slot in body.memory_slots]
     entry = await registry_of(request).create(config, slots, spp=body.spp, tenant=tenant_of(request))
-    return tagged(request, Vm.of(entry), status=201, extra={"Location": f"/v1/vms/{entry.id}"})
+    told = {"ETag": vm_tag(entry), "Location": f"/v1/vms/{entry.id}"}
+    return Response(await rendered(entry.listed), 201, media_type=JSON, headers=told)
 
 
 @routes.get(
@@ -337,8 +357,16 @@ async def list_vms(request: Request, limit: Limit = None, cursor: Cursor = None)
     size = cursors.page_limit(limit, settings.page_size, settings.max_page_size)
     after = cursors.decode(_CURSOR, cursor) if cursor is not None else 0
     shown, following = await registry_of(request).page(tenant_of(request), after, size)
+    vms: list[bytes] = []
+    octets = 0
+    for position, one in enumerate(shown):
+        vms.append(await rendered(one))
+        octets += len(vms[-1])
+        if octets > _PAGE_BYTES and position + 1 < len(shown):
+            following = moment(one.created)
+            break
     follow = cursors.next_url("/v1/vms", _CURSOR, following, limit) if following is not None else None
-    return json_response(Vms(vms=[Vm.listed(one) for one in shown], next=follow))
+    return Response(b'{"vms":[%b],"next":%b}' % (b",".join(vms), encode(follow)), media_type=JSON)
 
 
 @routes.get(
@@ -351,7 +379,11 @@ async def list_vms(request: Request, limit: Limit = None, cursor: Cursor = None)
     ),
 )
 async def get_vm(request: Request, vm: VmId) -> Response:
-    return tagged(request, Vm.of(find(request, vm)))
+    shown = find(request, vm).listed
+    tag = {"ETag": vm_tag(shown)}
+    if not_modified(request, tag["ETag"]):
+        return Response(status_code=304, headers=tag)
+    return Response(await rendered(shown), media_type=JSON, headers=tag)
 
 
 @routes.delete(
@@ -365,6 +397,6 @@ async def get_vm(request: Request, vm: VmId) -> Response:
 async def delete_vm(request: Request, vm: VmId) -> Response:
     entry = find(request, vm)
     async with entry.mutation():
-        guard(request, entry, lambda: [tag_of(Vm.of(entry))])
+        guard(request, entry, lambda: [vm_tag(entry)])
         registry_of(request).forget(entry)
     return Response(status_code=204)

@@ -19,12 +19,15 @@ from service.http.handlers import problem_response
 from service.http.idempotency import Idempotency
 from service.http.limits import WITH_BODY, Held, HeldBodies, bounded
 from service.http.negotiation import acceptable
-from service.http.sockets import check_origin, token_among
+from service.http.origins import check_page
+from service.http.sockets import token_among
 from service.problems import ServiceError
 from service.runtime.registry import Registry
 from service.security.access import AccessControl, Permission
 from service.settings import Settings
 
+# What a page may ask of anybody: the reply is kept from it unless CORS says otherwise, and nothing is changed.
+SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _READ = frozenset(
     {
         b"accept",
@@ -34,6 +37,7 @@ _READ = frozenset(
         b"host",
         b"idempotency-key",
         b"origin",
+        b"sec-fetch-site",
         b"transfer-encoding",
     }
 )
@@ -64,8 +68,9 @@ def gated(route: Declared, app: ASGIApp) -> ASGIApp:
         held: Held | None = None
         try:
             access = cast(AccessControl, state.access)
-            if websocket:
-                check_origin(headers.get(b"origin"), headers.get(b"host"), cast(Settings, state.settings).cors_origins)
+            if websocket or scope["method"] not in SAFE:
+                allowed = cast(Settings, state.settings).cors_origins
+                check_page(headers.get(b"origin"), headers.get(b"sec-fetch-site"), headers.get(b"host"), allowed)
             given = headers.get(b"authorization") or (token_among(scope["subprotocols"]) if websocket else None)
             principal = access.admit(scope, route.permission or "admin", given, headers.get(b"host"))
             if stored:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from service.http.words import integer
 from service.problems import InvalidDocument
 
 WORD32_SCHEMA: dict[str, Any] = {
@@ -18,16 +18,11 @@ WORD32_SCHEMA: dict[str, Any] = {
     ]
 }
 
-_TEXT = re.compile(r"(?:0x[0-9a-fA-F]{1,16}|[0-9]{1,20})")
-
 
 def word32(value: Any, field: str) -> int:
     """One bitmap. Raises InvalidDocument for what is no number or wider than 32 bits."""
-    if type(value) is str and _TEXT.fullmatch(value):
-        number = int(value, 16 if value[:2] == "0x" else 10)
-    elif type(value) is int:
-        number = value
-    else:
+    number = integer(value) if type(value) is str else value
+    if type(number) is not int:
         raise InvalidDocument("must be an integer, or a string of 0x and hexadecimal digits", field=field, value=value)
     if not 0 <= number <= 0xFFFFFFFF:
         raise InvalidDocument("must fit in 32 bits, one for each sub-page", field=field, value=value)
@@ -37,8 +32,13 @@ def word32(value: Any, field: str) -> int:
 def words32(values: Sequence[Any], field: str) -> npt.NDArray[np.uint32]:
     """One bitmap for each of ``values``; an error names the position."""
     words = np.empty(len(values), dtype=np.uint32)
-    for position, value in enumerate(values):
-        words[position] = word32(value, f"{field}[{position}]")
+    position = 0
+    try:
+        for position, value in enumerate(values):
+            words[position] = word32(value, field)
+    except InvalidDocument as fault:
+        fault.field = f"{field}[{position}]"
+        raise
     return words
 
 

@@ -11,6 +11,8 @@ from starlette.requests import Request
 from service.problems import PreconditionFailed, PreconditionRequired
 
 _TAG = re.compile(r'(W/)?("[\x21\x23-\x7e\x80-\xff]*")')
+# Ends the tag of a coded form. Whoever has one has the state that the plain tag stands for.
+_VARIANT = re.compile(r'-(?:gzip|zstd)"$')
 
 
 def entity_tag(*parts: bytes) -> str:
@@ -22,12 +24,22 @@ def entity_tag(*parts: bytes) -> str:
     return f'"{digest.hexdigest()}"'
 
 
+def variant(tag: str, coding: str) -> str:
+    """The tag of the same content in a coding: another representation, so another tag."""
+    return f'{tag[:-1]}-{coding}"'
+
+
+def _named(header: str, *, weak: bool) -> set[str]:
+    """The tags in a header as the service made them; the weak ones only if they count."""
+    return {_VARIANT.sub('"', found[2]) for found in _TAG.finditer(header) if weak or not found[1]}
+
+
 def not_modified(request: Request, tag: str) -> bool:
     """Whether If-None-Match names ``tag``, so that a GET is answered with 304."""
     header = request.headers.get("if-none-match")
     if header is None:
         return False
-    return header.strip() == "*" or any(match[2] == tag for match in _TAG.finditer(header))
+    return header.strip() == "*" or tag in _named(header, weak=True)
 
 
 def require_match(request: Request, current: Callable[[], Iterable[str]], *, required: bool) -> None:
@@ -45,10 +57,10 @@ def require_match(request: Request, current: Callable[[], Iterable[str]], *, req
     tags = set(current())
     if match is not None:
         # Strong comparison: a weak tag never matches.
-        named = {found[2] for found in _TAG.finditer(match) if not found[1]}
+        named = _named(match, weak=False)
         if not tags or (match.strip() != "*" and not tags & named):
             raise PreconditionFailed("must name the current state", field="If-Match", value=match)
     if none_match is not None and tags:
-        named = {found[2] for found in _TAG.finditer(none_match)}
+        named = _named(none_match, weak=True)
         if none_match.strip() == "*" or tags & named:
             raise PreconditionFailed("must not name the current state", field="If-None-Match", value=none_match)

@@ -8,8 +8,9 @@ from typing import Any
 
 from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
 from uvicorn.protocols.utils import ClientDisconnected
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode, Frame, Opcode
+
+from service.http.sockets import SocketConnection
 
 # Bytes that are looked at in one turn: 42 frames without content, or 36 messages of one byte.
 TURN_BYTES = 256
@@ -22,8 +23,8 @@ CLOSE_SECONDS = 2.0
 _CONTENT = frozenset({Opcode.TEXT, Opcode.BINARY, Opcode.CONT})
 
 
-class PatientSocket(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket, which takes what came in turns and reads no more before it has looked at all of it."""
+class PatientSocket(SocketConnection):
+    """A WebSocket which takes what came in turns and reads no more before it has looked at all of it."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
+from starlette.types import Receive, Scope, Send
 
 from engine.errors import EngineError
 from service.http.members import members_at, shortened
@@ -120,13 +121,18 @@ async def _on_refusal(request: Request, exc: Exception) -> Response:
     return response
 
 
+async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    """What answers where there is no route, an opening of a WebSocket included."""
+    await problem_response(HTTPConnection(scope), HTTPException(HTTPStatus.NOT_FOUND))(scope, receive, send)
+
+
 def _methods(request: Request) -> list[str]:
     """The methods of the path, which several routes may share; the framework knows those of one of them."""
     found: set[str] = set()
     for route in request.app.routes:
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
             found |= route.methods or set()
-    return sorted(found)
+    return sorted(found | {"HEAD"} if "GET" in found else found)
 
 
 async def _on_disconnect(request: Request, exc: Exception) -> Response:

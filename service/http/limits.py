@@ -10,6 +10,7 @@ from starlette.types import Message, Receive, Scope
 
 from engine.errors import LimitExceeded
 from service.http.codings import ACCEPTED, CODINGS, decoded
+from service.http.words import decimal
 from service.problems import BodyTooLarge, BodyTooSlow, UnsupportedMediaType
 from service.settings import Settings
 
@@ -76,7 +77,7 @@ def bounded(
     if (declared is None or declared == b"0") and b"transfer-encoding" not in headers:
         return receive
     limit = limit_of(scope, settings)
-    if declared is not None and int(declared) > limit:
+    if declared is not None and decimal(declared.decode("latin-1"), most=limit) is None:
         raise _too_large(limit)
     coding = headers.get(b"content-encoding", b"identity").decode("latin-1").lower()
     if coding != "identity" and coding not in CODINGS:

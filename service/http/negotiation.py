@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from starlette.requests import Request
 
+from service.http.words import decimal
 from service.problems import NotAcceptable, UnsupportedMediaType
 
 JSON = "application/json"
@@ -15,6 +16,9 @@ SSE = "text/event-stream"
 ARROW = "application/vnd.apache.arrow.stream"
 PARQUET = "application/vnd.apache.parquet"
 OCTETS = "application/octet-stream"
+
+# Longest header whose meaning is remembered.
+_REMEMBERED = 1000
 
 
 def content_type(request: Request, accepted: Sequence[str]) -> str:
@@ -31,32 +35,39 @@ def content_type(request: Request, accepted: Sequence[str]) -> str:
     return media
 
 
-@functools.lru_cache(maxsize=512)
-def _preferred(header: str, offers: tuple[str, ...]) -> str | None:
-    wanted: list[tuple[str, float]] = []
+def qualities(header: str) -> dict[str, float]:
+    """The members of an Accept or Accept-Encoding header in lower case, each with its weight, the best of several."""
+    wanted: dict[str, float] = {}
     for part in header.split(","):
-        media, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        name, *parameters = (piece.strip().lower() for piece in part.split(";"))
         quality = 1.0
         for parameter in parameters:
-            name, _, value = parameter.partition("=")
-            if name.strip() == "q":
-                try:
-                    quality = min(max(float(value), 0.0), 1.0)
-                except ValueError:
-                    quality = 0.0
-        if media:
-            wanted.append((media, quality))
+            key, _, value = parameter.partition("=")
+            if key.strip() == "q":
+                quality = _quality(value.strip())
+        if name:
+            wanted[name] = max(quality, wanted.get(name, 0.0))
+    return wanted
+
+
+def _quality(text: str) -> float:
+    """A weight, RFC 9110 section 12.4.2; what is none weighs nothing."""
+    number = decimal(text.replace(".", "", 1), most=10_000) if len(text) <= 6 else None
+    places = len(text.partition(".")[2])
+    return 0.0 if number is None else min(number / 10**places, 1.0)
+
+
+@functools.lru_cache(maxsize=512)
+def _preferred(header: str, offers: tuple[str, ...]) -> str | None:
+    wanted = qualities(header)
     best: str | None = None
     best_quality = 0.0
     for offer in offers:
         # RFC 9110 section 12.5.1: the most specific range that matches decides.
         group = offer.partition("/")[0] + "/*"
-        for pattern in (offer, group, "*/*"):
-            given = [quality for media, quality in wanted if media == pattern]
-            if given:
-                if max(given) > best_quality:
-                    best, best_quality = offer, max(given)
-                break
+        quality = next((wanted[pattern] for pattern in (offer, group, "*/*") if pattern in wanted), 0.0)
+        if quality > best_quality:
+            best, best_quality = offer, quality
     return best
 
 
@@ -72,7 +83,9 @@ def acceptable(header: str, offers: tuple[str, ...]) -> str:
     """The same of the Accept header itself."""
     if not header:
         return offers[0]
-    best = _preferred(header, offers)
+    # Remembered are only headers as clients write them: a long one would be kept for as long as a process lives.
+    choose = _preferred if len(header) <= _REMEMBERED else _preferred.__wrapped__
+    best = choose(header, offers)
     if best is None:
         raise NotAcceptable(f"must allow one of {', '.join(offers)}", field="Accept", value=header)
     return best

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import string
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-_WORD = r'(?:[!#$%&\'*+.^_`|~0-9A-Za-z-]+|"(?:[^"\\]|\\.)*")'
-# A preference up to its parameters, which none of ours has; the comma before the next one.
-_PREFERENCE = re.compile(
-    rf'\s*([!#$%&\'*+.^_`|~0-9A-Za-z-]+)(?:\s*=\s*({_WORD})?)?((?:\s*;(?:[^,"]|"(?:[^"\\]|\\.)*")*)?)\s*(?:,|$)'
-)
+from service.http.words import decimal
+
+# RFC 9110 section 5.6.2.
+_TOKEN = frozenset(string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~")
+_LONGEST_WAIT = 999_999_999
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,32 +33,43 @@ def preferences(headers: Sequence[str]) -> Preferences:
     """
     known: dict[str, str] = {}
     for header in headers:
-        for name, value in _items(header):
-            known.setdefault(name, value)
-    wait = known.get("wait", "")
-    seconds = float(wait) if wait.isascii() and wait.isdigit() and len(wait) < 10 else None
-    return Preferences("respond-async" in known, seconds)
+        for item in _split(header, ","):
+            # None of ours has parameters: those after a semicolon are nothing to the service.
+            preference = next(_split(item, ";"), "")
+            name, equals, value = (part.strip() for part in preference.partition("="))
+            word = _plain(value) if equals else ""
+            if name and _TOKEN.issuperset(name) and word is not None:
+                known.setdefault(name.lower(), word)
+    seconds = decimal(known.get("wait", ""), most=_LONGEST_WAIT)
+    return Preferences("respond-async" in known, None if seconds is None else float(seconds))
 
 
-def _items(header: str) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    position = 0
-    while position < len(header):
-        match = _PREFERENCE.match(header, position)
-        if match is None:
-            following = header.find(",", position)
-            if following < 0:
-                break
-            position = following + 1
-            continue
-        found.append((match[1].lower(), _plain(match[2] or "")))
-        position = match.end()
-    return found
+def _split(text: str, mark: str) -> Iterator[str]:
+    """The parts of ``text`` between ``mark``, of which those in quotes are no end; each character is seen once."""
+    begin, at, quoted = 0, 0, False
+    while at < len(text):
+        character = text[at]
+        if quoted and character == "\\":
+            at += 1
+        elif character == '"':
+            quoted = not quoted
+        elif character == mark and not quoted:
+            yield text[begin:at]
+            begin = at + 1
+        at += 1
+    yield text[begin:]
 
 
-def _plain(word: str) -> str:
-    """A value without its quotes."""
-    return re.sub(r"\\(.)", r"\1", word[1:-1]) if word.startswith('"') else word
+def _plain(word: str) -> str | None:
+    """A value without its quotes; None for what is neither a token nor a quoted string."""
+    if not word.startswith('"'):
+        return word if _TOKEN.issuperset(word) else None
+    plain, at = [], 1
+    while at < len(word) and word[at] != '"':
+        at += word[at] == "\\"
+        plain.append(word[at : at + 1])
+        at += 1
+    return "".join(plain) if at == len(word) - 1 else None
 
 
 def applied(*, respond_async: bool = False, wait: float | None = None) -> dict[str, str]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter
 from fastapi._compat import ModelField
 from fastapi.routing import APIRoute, APIWebSocketRoute
 from pydantic import BaseModel, ValidationError
 from starlette.convertors import Convertor, register_url_convertor
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
+from starlette.types import Receive, Scope, Send
 
 from service.http.admission import gated
 from service.http.handlers import refused
 from service.http.json_bodies import received
 from service.http.negotiation import JSON
+from service.http.words import integer
 from service.problems import InvalidDocument
 from service.security.access import Permission
 
@@ -37,6 +41,8 @@ class _Id(Convertor[str]):
 
 register_url_convertor("id", _Id())
 
+# Several times as many as the call with the most.
+_MOST_PARAMETERS = 64
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -57,15 +63,22 @@ def permission(needed: Permission) -> Callable[[F], F]:
     return declare
 
 
-def parse_query(model: type[M], request: Request) -> M:
-    """The query of ``request`` as a model. Raises InvalidDocument."""
+def query_members(request: HTTPConnection) -> dict[str, str]:
+    """The query by name. Raises InvalidDocument for more than a call can have, unread, and for a name given twice."""
+    if request.scope["query_string"].count(b"&") >= _MOST_PARAMETERS:
+        raise InvalidDocument(f"must be at most {_MOST_PARAMETERS} parameters", field="query")
     given = request.query_params.multi_items()
     members = dict(given)
     if len(members) < len(given):
-        repeated = next(name for position, (name, _) in enumerate(given) if name in dict(given[:position]))
+        repeated = next(name for name, count in Counter(name for name, _ in given).items() if count > 1)
         raise InvalidDocument("must be given once", field=repeated, value=members[repeated])
+    return members
+
+
+def parse_query(model: type[M], request: Request) -> M:
+    """The query of ``request`` as a model. Raises InvalidDocument."""
     try:
-        return model.model_validate(members)
+        return model.model_validate(query_members(request))
     except ValidationError as error:
         raise refused(error, model) from None
 
@@ -112,6 +125,22 @@ def _with_document(handler: Handler, field: ModelField | None) -> Handler:
     return reading
 
 
+def _plain_integers(fields: Sequence[ModelField]) -> frozenset[str]:
+    """The parameters that are integers to the framework, and have no parser of ours."""
+    return frozenset(
+        field.alias
+        for field in fields
+        if field.field_info.annotation in (int, int | None)
+        and not any(hasattr(part, "__get_pydantic_core_schema__") for part in field.field_info.metadata)
+    )
+
+
+def _check_integer(name: str, value: str) -> None:
+    """Refuse what the framework takes for a number beside digits: underscores, spaces, signs, digits of any script."""
+    if integer(value.removeprefix("-")) is None or "x" in value:
+        raise InvalidDocument("must be an integer in decimal digits", field=name, value=value)
+
+
 class StrictRoute(APIRoute):
     """A route behind its gate. A typing error in an option must not silently run the call with the default."""
 
@@ -129,19 +158,21 @@ class StrictRoute(APIRoute):
         if getattr(self.endpoint, "reads_query", False):
             return handler
         known = frozenset(field.alias for field in self.dependant.query_params)
+        counts = _plain_integers(self.dependant.query_params)
+        numbered = _plain_integers(self.dependant.path_params)
 
         async def strict(request: Request) -> Response:
+            for name in numbered:
+                _check_integer(name, request.path_params[name])
             if request.scope["query_string"]:
-                given = request.query_params.multi_items()
-                names = [name for name, _ in given]
-                for position, (name, value) in enumerate(given):
+                for name, value in query_members(request).items():
                     if name not in known:
                         allowed = ", ".join(sorted(known)) or "none"
                         raise InvalidDocument(
                             f"is not a parameter of this call; it has: {allowed}", field=name, value=value
                         )
-                    if name in names[:position]:
-                        raise InvalidDocument("must be given once", field=name, value=value)
+                    if name in counts:
+                        _check_integer(name, value)
             return await handler(request)
 
         return strict
@@ -157,6 +188,29 @@ class GuardedWebSocketRoute(APIWebSocketRoute):
         super().__init__(path, endpoint, **options)
         self.permission = getattr(endpoint, "permission", None)
         self.app = gated(self, self.app)
+
+
+class HeadRoute(BaseRoute):
+    """HEAD of whatever a route reads with GET. The route runs as it does for GET; the server leaves the body out.
+
+    Streams are the exception: what makes one asks for the method, and makes none.
+    """
+
+    def __init__(self, routes: Sequence[BaseRoute]) -> None:
+        self._routes = routes
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            reading = {**scope, "method": "GET"}
+            for route in self._routes:
+                if isinstance(route, StrictRoute):
+                    match, child = route.matches(reading)
+                    if match is Match.FULL:
+                        return match, child
+        return Match.NONE, {}
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await cast(StrictRoute, scope["route"]).app(scope, receive, send)
 
 
 class Routes(APIRouter):

@@ -1,11 +1,11 @@
-"""What an opening handshake of a WebSocket needs beside what every request needs: whose page it is, and the token."""
+"""WebSockets: the token that an opening handshake may carry, and the connection under it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from urllib.parse import urlsplit
+from typing import Any
 
-from service.problems import Forbidden
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 # Browsers cannot set Authorization on a WebSocket; they can offer subprotocols. The service never selects this one, so
 # that the token is not sent back.
@@ -25,19 +25,13 @@ def token_among(subprotocols: Sequence[str]) -> bytes | None:
     return None
 
 
-def check_origin(origin: bytes | None, host: bytes | None, allowed: Sequence[str]) -> None:
-    """Refuse pages of other origins than CORS allows: a browser opens a WebSocket to anywhere, with no preflight.
+class SocketConnection(WebSocketsSansIOProtocol):
+    """uvicorn's connection, which knows that an opening that was refused with a response is complete.
 
-    What is no browser sends no Origin. Raises Forbidden.
+    Without that it reports an error of the application for each of them, as often as strangers like.
     """
-    if origin is None:
-        return
-    given = origin.decode("latin-1")
-    if given in allowed or "*" in allowed:
-        return
-    try:
-        own = host is not None and urlsplit(given).netloc.lower() == host.decode("latin-1").lower()
-    except ValueError:
-        own = False
-    if not own:
-        raise Forbidden("must be the service's own or one of cors_origins", field="Origin", value=given)
+
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
+            self.handshake_complete = True

@@ -1,4 +1,8 @@
-"""Numbers on the wire: addresses, bitmaps and raw words are ``0x…`` strings out, strings or integers in."""
+"""Numbers on the wire: addresses, bitmaps and raw words are ``0x…`` strings out, strings or integers in.
+
+``integer`` is where a stranger's text becomes an int, wherever it stands. ``int`` itself takes signs, underscores,
+spaces and the digits of every script, and raises for more than 4,300 of them.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,20 @@ from pydantic.config import JsonDict
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-_TEXT = re.compile(r"(?:0x[0-9a-fA-F]+|[0-9]+)")
-_BARE = re.compile(r"[0-9a-fA-F]+")
+_BARE = re.compile(r"[0-9a-fA-F]{1,16}")
+# Wider than anything that has a meaning, zeros before it included.
+_TEXT = re.compile(r"0x[0-9a-fA-F]{1,30}|[0-9]{1,32}")
+
+
+def integer(text: str) -> int | None:
+    """The number that ``text`` is in ASCII, ``0x`` and hexadecimal digits or decimal ones; None if it is none."""
+    return int(text, 16 if text[:2] == "0x" else 10) if _TEXT.fullmatch(text) else None
+
+
+def decimal(text: str, *, most: int) -> int | None:
+    """The number from 0 to ``most`` that ``text`` is in decimal digits; None if it is none."""
+    found = integer(text) if text[:2] != "0x" else None
+    return found if found is not None and found <= most else None
 
 
 class Word:
@@ -23,13 +39,10 @@ class Word:
 
     def parse(self, value: Any) -> int:
         """The integer meant by ``value``, an ``int`` or a hexadecimal (``0x…``) or decimal string."""
-        if type(value) is str and len(value) <= 32 and _TEXT.fullmatch(value):
-            number = int(value, 16 if value[:2] == "0x" else 10)
-        elif type(value) is int:
-            number = value
-        else:
+        number = integer(value) if type(value) is str else value
+        if type(number) is not int:
             rule = "must be an integer, or a string of 0x and hexadecimal or of decimal digits"
-            if type(value) is str and len(value) <= 16 and _BARE.fullmatch(value):
+            if type(value) is str and _BARE.fullmatch(value):
                 rule += f"; hexadecimal is written with 0x before it: 0x{value.lower()}"
             raise PydanticCustomError("word", "{rule}", {"rule": rule})
         if not 0 <= number < self.limit:
@@ -80,10 +93,9 @@ class _Choice:
         if type(value) is int and 0 <= value < len(self.names):
             return value
         if isinstance(value, str):
-            if value in self.names:
-                return self.names.index(value)
-            if value in self.digits:
-                return int(value)
+            for known in (self.names, self.digits):
+                if value in known:
+                    return known.index(value)
         words = [f"{name} ({position})" for position, name in enumerate(self.names)]
         raise PydanticCustomError("choice", "must be {words}", {"words": f"{', '.join(words[:-1])} or {words[-1]}"})
 
@@ -103,11 +115,12 @@ class _Bits:
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
         self.limit = 1 << len(names)
+        self.digits = tuple(map(str, range(self.limit)))
 
     def parse(self, value: Any) -> int:
         if isinstance(value, str):
-            if value in {str(number) for number in range(self.limit)}:
-                return int(value)
+            if value in self.digits:
+                return self.digits.index(value)
             names = value.split(",")
             if len(set(names)) == len(names) and set(names) <= set(self.names):
                 return sum(1 << self.names.index(name) for name in names)

@@ -15,9 +15,9 @@ from engine.trace.asked_access import AskedAccess
 from engine.trace.results import ExitColumns
 from engine.trace.single import AccessRequest
 from service.api.introspection import GONE, RESTART, Session
-from service.http.sockets import check_origin, token_among
+from service.http.sockets import token_among
 from service.metrics import Metrics
-from service.problems import Forbidden, NotReady, StoreUnavailable
+from service.problems import NotReady, StoreUnavailable
 from service.runtime.asking import Asker
 from service.runtime.desk import Desk, Interest, Question, Resolution, Tool
 from service.runtime.entry import Entry
@@ -169,28 +169,6 @@ def test_a_session_says_why_it_ends(lost: bool, code: int) -> None:
 def test_tokens_among_subprotocols() -> None:
     assert token_among(["subpage.introspection.v1", "subpage.bearer.sp_1_2"]) == b"Bearer sp_1_2"
     assert token_among(["subpage.introspection.v1"]) is None
-
-
-@pytest.mark.parametrize(
-    ("origin", "allowed", "good"),
-    [
-        (None, (), True),
-        (b"http://localhost:8000", (), True),
-        (b"https://LOCALHOST:8000", (), True),
-        (b"http://localhost:8001", (), False),
-        (b"https://tool.example", (), False),
-        (b"https://tool.example", ("https://tool.example",), True),
-        (b"https://tool.example", ("*",), True),
-        (b"http://[", (), False),
-        (b"null", (), False),
-    ],
-)
-def test_origins(origin: bytes | None, allowed: tuple[str, ...], good: bool) -> None:
-    if good:
-        check_origin(origin, b"localhost:8000", allowed)
-    else:
-        with pytest.raises(Forbidden):
-            check_origin(origin, b"localhost:8000", allowed)
 
 
 def test_callers_that_were_let_in_stay_so() -> None:

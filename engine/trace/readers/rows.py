@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from itertools import repeat
+from collections.abc import Mapping, Sequence
+from itertools import permutations, repeat
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from engine.arch.access import DEFAULT_ACCESS
+from engine.arch.access import ACCESS_NAMES, DEFAULT_ACCESS, KIND_NAMES, LINEAR_NAMES, SOURCE_NAMES
 from engine.errors import TraceError
 from engine.trace.columns import (
     RECORD,
@@ -25,7 +25,7 @@ from engine.trace.columns import (
     is_null,
     plan_columns,
 )
-from engine.trace.operations import ACCESS, NO_SPACE, OP_COLUMNS, Operations, gather
+from engine.trace.operations import ACCESS, NO_SPACE, OP_COLUMNS, OP_NAMES, Operations, gather
 
 CHUNK_ROWS = 8192  # objects take ~400 bytes each, so fewer at a time than of packed records
 MAX_IGNORED_COLUMNS = 256  # distinct names: a body that invents one per row would fill memory with them
@@ -37,6 +37,29 @@ _HEX_TEXTS = re.compile(r"0[xX][0-9a-fA-F]{1,16}(?:\n0[xX][0-9a-fA-F]{1,16})*+",
 _BYTES_TEXT = re.compile(r"([0-9a-f]{2})*", re.ASCII)
 
 _value = msgspec.json.Decoder()
+
+
+def _sums(names: Sequence[str]) -> dict[str, int]:
+    """Any of ``names``, which are bits from 0 on, in any order with commas between them; and what they add up to."""
+    return {
+        ",".join(chosen): sum(1 << names.index(name) for name in chosen)
+        for count in range(1, len(names) + 1)
+        for chosen in permutations(names, count)
+    }
+
+
+def _positions(names: Sequence[str]) -> dict[str, int]:
+    return {name: position for position, name in enumerate(names)}
+
+
+# What may be written in place of a number.
+NAMED: Mapping[str, Mapping[str, int]] = {
+    "access": _positions(ACCESS_NAMES),
+    "kind": _positions(KIND_NAMES),
+    "linear": _sums(LINEAR_NAMES),
+    "source": _positions(SOURCE_NAMES),
+    "op": _positions(OP_NAMES),
+}
 
 
 class _PlainRow(msgspec.Struct, forbid_unknown_fields=True, gc=False):
@@ -60,9 +83,10 @@ assert _PlainRow.__struct_fields__ == tuple(RECORD)
 class RowConverter:
     """Turns rows into chunks. ``done`` counts the rows converted so far; ``ignored`` has the names that mean nothing.
 
-    Integers may be JSON integers, ``"0x…"`` or decimal strings. A row may omit what has a default; ``gva`` has none
-    and is given in every row or in none. Carried values are integers from 0 to 2^64-1 and are given in every row. Rows
-    of operations have what is theirs; a trace that has such columns has one of them among its first rows.
+    Integers may be JSON integers, ``"0x…"`` or decimal strings, or names where ``NAMED`` has some. A row may omit what
+    has a default; ``gva`` has none and is given in every row or in none. Carried values are integers from 0 to 2^64-1
+    and are given in every row. Rows of operations have what is theirs; a trace that has such columns has one of them
+    among its first rows.
     """
 
     def __init__(self, carry: Sequence[str]) -> None:
@@ -217,6 +241,10 @@ class RowConverter:
     def _integers(self, name: str, values: list[Any]) -> npt.NDArray[np.uint64]:
         limit = USABLE[name].limit if name in USABLE else UINT64_MAX
         kinds = set(map(type, values))
+        if str in kinds and name in NAMED:
+            known = NAMED[name]
+            values = [known.get(value, value) if type(value) is str else value for value in values]
+            kinds = set(map(type, values))
         try:
             if kinds == {str} and _HEX_TEXTS.fullmatch("\n".join(values)):
                 values, kinds = list(map(int, values, repeat(16))), {int}
@@ -239,5 +267,6 @@ class RowConverter:
         if isinstance(value, str) and _INTEGER_TEXT.fullmatch(value):
             number = int(value, 16 if value[1:2] in ("x", "X") else 10)
         if type(number) is not int or not 0 <= number <= limit:
-            raise does_not_fit(name, self.done + position, value, limit)
+            names = [known for known in NAMED.get(name, ()) if "," not in known]
+            raise does_not_fit(name, self.done + position, value, limit, names)
         return number
