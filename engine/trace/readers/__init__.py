@@ -12,28 +12,36 @@ from engine.errors import InvalidValue
 from engine.trace.columns import check_carry
 from engine.trace.readers.arrow import ArrowReader
 from engine.trace.readers.base import Source, TraceReader
+from engine.trace.readers.budget import DEFAULT_MEMORY, Budget
 from engine.trace.readers.json_bodies import JsonReader, NdjsonReader
 from engine.trace.readers.packed import RECORD_FORMATS, PackedReader
-from engine.trace.readers.parquet import ParquetReader
+from engine.trace.readers.parquet import ParquetReader, row_count
 
-__all__ = ["FORMATS", "RECORD_FORMATS", "Source", "TraceReader", "open_trace"]
+__all__ = ["DEFAULT_MEMORY", "FORMATS", "RECORD_FORMATS", "Source", "TraceReader", "open_trace", "row_count"]
 
-_UNPARAMETERISED: Mapping[str, Callable[[Source, Sequence[str]], TraceReader]] = {
-    "json": JsonReader,
-    "ndjson": NdjsonReader,
+_ROWS: Mapping[str, Callable[[Source, Sequence[str]], TraceReader]] = {"json": JsonReader, "ndjson": NdjsonReader}
+_COLUMNS: Mapping[str, Callable[[Source, Sequence[str], Budget], TraceReader]] = {
     "arrow": ArrowReader,
     "parquet": ParquetReader,
 }
-FORMATS = (*_UNPARAMETERISED, "packed")
+FORMATS = (*_ROWS, *_COLUMNS, "packed")
 
 
-def open_trace(format: str, source: Source, *, record: str | None = None, carry: Sequence[str] = ()) -> TraceReader:
+def open_trace(
+    format: str,
+    source: Source,
+    *,
+    record: str | None = None,
+    carry: Sequence[str] = (),
+    memory: int = DEFAULT_MEMORY,
+) -> TraceReader:
     """A reader of ``source``, which is read while the reader is iterated.
 
     ``format`` is one of ``FORMATS``; ``record`` (``gpa8`` or ``record16``) goes with ``packed`` and with nothing else.
     ``source`` needs ``read(n)``, which may return less than asked for and returns nothing only at the end; its
     ``readinto`` is used if it has one; parquet also needs ``seek`` and ``tell``. ``carry`` names other columns to hand
-    through. Raises ``InvalidValue`` for an unknown format or record format and ``TraceError`` for a name that
+    through. ``memory`` bounds what a columnar body may take while it is read, in bytes; others take a few megabytes.
+    Raises ``InvalidValue`` for an unknown format or record format and ``TraceError`` for a name that
     cannot be carried; iteration raises ``TraceError`` with the absolute record index.
     """
     if format not in FORMATS:
@@ -43,4 +51,4 @@ def open_trace(format: str, source: Source, *, record: str | None = None, carry:
         return PackedReader(source, record, names)
     if record is not None:
         raise InvalidValue("a record format goes with packed bodies only", field="record", value=record)
-    return _UNPARAMETERISED[format](source, names)
+    return _ROWS[format](source, names) if format in _ROWS else _COLUMNS[format](source, names, Budget(memory))
