@@ -39,6 +39,7 @@ async def replay_body(
     With ``asker`` it asks, and what came before a question is committed. Raises what the reader, the replay and
     ``Entry.mutation`` raise; then the machine is as it was, or as it was at the last question.
     """
+    memory = settings.body_memory_bytes
     async with Upload(request, executor, settings.body_queue_bytes) as upload:
         spool = (
             await upload.run(functools.partial(spooled, settings=settings))
@@ -48,7 +49,8 @@ async def replay_body(
         try:
             if asker is not None:
                 began = time.perf_counter()
-                async with last_stretch(entry, upload, wanted, spool or upload.pipe, asker) as (result, ignored):
+                source = spool or upload.pipe
+                async with last_stretch(entry, upload, wanted, source, asker, memory) as (result, ignored):
                     trace = _traced(entry, wanted, result, ignored, began, asker.trace)
                     await _keep(entry, trace, metrics, tell)
                 return trace
@@ -56,7 +58,9 @@ async def replay_body(
                 entry,
                 wanted,
                 metrics,
-                lambda machine: upload.run(lambda pipe: replay(machine, wanted, spool or pipe, pipe.check)),
+                lambda machine: upload.run(
+                    lambda pipe: replay(machine, wanted, spool or pipe, pipe.check, memory=memory)
+                ),
                 tell=tell,
             )
         finally:

@@ -61,9 +61,9 @@ class ParquetReader(TraceReader):
             raise TraceError(f"the Parquet file is not valid: {error}", index=done) from error
 
 
-def row_count(source: Any, budget: Budget) -> int:
-    """How many records a file says it has. Raises TraceError; the source is left anywhere."""
-    check_footer(source, budget)
+def row_count(source: Any, memory: int) -> int:
+    """How many records a file says it has, in ``memory`` bytes. Raises TraceError; the source is left anywhere."""
+    check_footer(source, Budget(memory))
     try:
         return int(pq.read_metadata(pa.PythonFile(source, mode="r")).num_rows)
     except (pa.ArrowException, OSError, ValueError) as error:

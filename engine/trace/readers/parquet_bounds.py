@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from engine.trace.readers.budget import Budget
 from engine.trace.readers.flatbuffer import Table
 from engine.trace.readers.thrift import BINARY, I32, LIST, STRUCT, TooMuch, Walk
 
+FROM_END = 2  # of seek
 MAGIC = b"PAR1"
 TAIL_BYTES = 8
 MAX_FOOTER_BYTES = 16 << 20
@@ -55,7 +55,7 @@ def check_footer(source: Any, budget: Budget) -> int:
 
     Raises TraceError. The source is left anywhere.
     """
-    size = int(source.seek(0, os.SEEK_END))
+    size = int(source.seek(0, FROM_END))
     if size < len(MAGIC) + TAIL_BYTES:
         raise TraceError("the Parquet file is not valid: it is too short")
     source.seek(size - TAIL_BYTES)

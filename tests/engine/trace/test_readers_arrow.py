@@ -12,7 +12,7 @@ import pytest
 
 from engine.errors import TraceError
 from engine.trace.columns import CHUNK_RECORDS
-from engine.trace.readers import arrow_frames, open_trace
+from engine.trace.readers import open_trace
 
 EOS = b"\xff\xff\xff\xff\0\0\0\0"
 
