@@ -149,12 +149,13 @@ def run(path: Path, machine: VirtualMachine, request: TraceRequest, watch: Watch
     with opened(path) as file:
         job = Job(1, "local", "local", "local", datetime.now(UTC), wanted=request)
         job.spool = Spool(file, path.stat().st_size)
+        memory = Settings().body_memory_bytes
         done: list[tuple[TraceResult, tuple[str, ...]]] = []
         failed: list[Exception] = []
 
         def work() -> None:
             try:
-                done.append(replay(machine, request, job.source(), job.check, job.follow))
+                done.append(replay(machine, request, job.source(memory), job.check, job.follow, memory))
             except Exception as error:  # noqa: BLE001 - raised below
                 failed.append(error)
 

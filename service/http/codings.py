@@ -17,6 +17,10 @@ _PIECE = 1 << 18
 # zstd gives no bound on what a call returns. A block has at least 4 bytes and decodes to 128 KiB at most, so a slice of
 # this many bytes decodes to 8 MiB at most.
 _ZSTD_SLICE = 256
+# What a body may become: so many times what was sent of it, and these bytes in any case. Traces of one repeated record
+# come to some hundreds; zstd itself would go to 32,000.
+_RATIO = 1000
+_ANYWAY = 64 << 20
 # RFC 9659: a decoder of the HTTP coding needs no larger window.
 _ZSTD_WINDOW = 1 << 23
 
@@ -89,14 +93,15 @@ ACCEPTED = "gzip, zstd, identity"
 def decoded(receive: Receive, coding: str, limit: int) -> Receive:
     """``receive`` with the body decoded.
 
-    Reading raises BodyTooLarge past ``limit`` bytes, and ``malformed-body`` where the body is not what its coding says.
+    Reading raises BodyTooLarge past ``limit`` bytes or what so many bytes may become, and ``malformed-body`` where the
+    body is not what its coding says.
     """
     decoder = CODINGS[coding]()
     pieces: Iterator[bytes] = iter(())
-    seen, last, done = 0, False, False
+    seen, sent, last, done = 0, 0, False, False
 
     async def reading() -> Message:
-        nonlocal pieces, seen, last, done
+        nonlocal pieces, seen, sent, last, done
         while not done:
             try:
                 piece = next(pieces, None)
@@ -106,6 +111,9 @@ def decoded(receive: Receive, coding: str, limit: int) -> Receive:
                 seen += len(piece)
                 if seen > limit:
                     raise BodyTooLarge(f"must be at most {limit} bytes when decoded", field="body")
+                if seen > max(_ANYWAY, _RATIO * sent):
+                    rule = f"must not decode to more than {_ANYWAY} bytes and {_RATIO} times what is sent"
+                    raise BodyTooLarge(rule, field="body")
                 await asyncio.sleep(0)  # others take their turn between two pieces
                 return {"type": "http.request", "body": piece, "more_body": True}
             if last:
@@ -116,6 +124,7 @@ def decoded(receive: Receive, coding: str, limit: int) -> Receive:
             message = await receive()
             if message["type"] != "http.request":
                 return message
+            sent += len(message.get("body", b""))
             pieces = decoder.feed(message.get("body", b""))
             last = not message.get("more_body", False)
         return await receive()

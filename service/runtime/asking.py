@@ -79,9 +79,10 @@ class Asker:
 class _Stretches:
     """One replay that asks, from its first stretch to its last. ``run`` is for a thread."""
 
-    def __init__(self, request: TraceRequest, source: Source) -> None:
+    def __init__(self, request: TraceRequest, source: Source, memory: int) -> None:
         self._request = request
         self._source = source
+        self._memory = memory
         self._reader: TraceReader | None = None
         self._chunks: Iterator[TraceChunk] = iter(())
         self._replay: AskingReplay | None = None
@@ -97,7 +98,9 @@ class _Stretches:
         """Do what was answered and go on to the next question (None) or to the end."""
         if self._reader is None:
             request = self._request
-            self._reader = open_trace(request.format, self._source, record=request.record, carry=request.carry)
+            self._reader = open_trace(
+                request.format, self._source, record=request.record, carry=request.carry, memory=self._memory
+            )
             self._chunks = iter(self._reader)
         with machine.replay(self._request.options(), self._replay) as run:
             assert isinstance(run.replay, AskingReplay)
@@ -117,13 +120,20 @@ class _Stretches:
 
 @asynccontextmanager
 async def last_stretch(
-    entry: Entry, upload: Upload, request: TraceRequest, source: Source, asker: Asker, check_caller: Callable[[], None]
+    entry: Entry,
+    upload: Upload,
+    request: TraceRequest,
+    source: Source,
+    asker: Asker,
+    check_caller: Callable[[], None],
+    memory: int,
 ) -> AsyncIterator[tuple[TraceResult, tuple[str, ...]]]:
     """Replay with ``ask``; the block runs in the mutation of the last stretch, with the result of all.
 
     ``check_caller`` is called before each commit, and raises when the caller may not change the machine any more.
+    ``memory`` is what the body may take while it is read.
     """
-    stretches = _Stretches(request, source)
+    stretches = _Stretches(request, source, memory)
     action: str | None = None
     committed: int | None = None
     try:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from engine.errors import TraceError
+from engine.trace.readers import row_count
 from service.problems import Interrupted, describe
 from service.runtime.spool import JobStopped, Spool
 from service.runtime.traces import TraceRequest
@@ -137,8 +138,7 @@ class Job:
         done = self.records_done
         if self.total is not None:
             return max(0.0, self.total - self.wanted.start - done) / rate
-        # JSON is read as a whole before the first access.
-        if self.wanted.format == "json" or not spool.taken:
+        if not spool.taken:
             return None
         return done * max(0.0, spool.size / spool.taken - 1) / rate
 
@@ -167,14 +167,17 @@ class Job:
         """The replay has begun."""
         self.progress = progress
 
-    def source(self) -> Spool:
-        """The body, from its beginning; it is told how many records it has where that can be known."""
+    def source(self, memory: int) -> Spool:
+        """The body, from its beginning; it is told how many records it has where that can be known.
+
+        ``memory`` is what finding that out may take, in bytes.
+        """
         spool = self.spool
         assert spool is not None and self.wanted is not None
         if self.wanted.format == "packed":
             self.total = spool.size // _BYTES_OF_RECORD.get(self.wanted.record or "", 1)
         elif self.wanted.format == "parquet":
-            self.total = rows_of_parquet(spool)
+            self.total = rows_of_parquet(spool, memory)
         return spool
 
     # For the event loop
@@ -197,14 +200,11 @@ class Job:
         self.spool = self.wanted = None
 
 
-def rows_of_parquet(spool: Spool) -> int | None:
+def rows_of_parquet(spool: Spool, memory: int) -> int | None:
     """How many records a Parquet file says it has; None if it cannot be read, which is the replay's to report."""
-    import pyarrow as pa  # noqa: PLC0415
-    import pyarrow.parquet as pq  # noqa: PLC0415
-
     rows: int | None = None
-    with contextlib.suppress(pa.ArrowException, OSError, ValueError, TraceError):
-        rows = int(pq.ParquetFile(pa.PythonFile(spool, mode="r")).metadata.num_rows)
+    with contextlib.suppress(TraceError):
+        rows = row_count(spool, memory)
     spool.seek(0)
     spool.taken = 0
     return rows

@@ -302,7 +302,10 @@ class Jobs:
         assert wanted is not None and self._executor is not None
         job.waits = False
         job.begin()
-        thread = self._executor.submit(lambda: replay(machine, wanted, job.source(), job.check, job.follow))
+        memory = self._settings.body_memory_bytes
+        thread = self._executor.submit(
+            lambda: replay(machine, wanted, job.source(memory), job.check, job.follow, memory)
+        )
         return await finished(thread)
 
     async def _find_out(self, job: Job, error: StoreUnavailable) -> JobRecord:

@@ -73,10 +73,11 @@ async def _replay_upload(
     spool = await spooled(upload, settings) if wanted.format in SPOOLED_FORMATS else None
     if spool is None:
         await upload.begun()
+    memory = settings.body_memory_bytes
     try:
         if asker is not None:
             began = time.perf_counter()
-            async with last_stretch(entry, upload, wanted, spool or upload.pipe, asker, check) as (
+            async with last_stretch(entry, upload, wanted, spool or upload.pipe, asker, check, memory) as (
                 result,
                 ignored,
             ):
@@ -87,7 +88,7 @@ async def _replay_upload(
             entry,
             wanted,
             metrics,
-            lambda machine: upload.run(lambda pipe: replay(machine, wanted, spool or pipe, pipe.check)),
+            lambda machine: upload.run(lambda pipe: replay(machine, wanted, spool or pipe, pipe.check, memory=memory)),
             check=check,
             tell=tell,
         )

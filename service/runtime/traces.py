@@ -10,13 +10,13 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 
 from engine.machine import VirtualMachine
-from engine.trace.readers import Source, open_trace
+from engine.trace.readers import DEFAULT_MEMORY, Source, open_trace
 from engine.trace.results import EXIT_COLUMNS, ExitColumns, TraceResult
 from engine.trace.session import ReplayOptions, ReplayTransaction
 from service.problems import trace_not_kept
 
-# These need the whole body before the first access: a Parquet file's directory comes last, JSON is one value.
-SPOOLED_FORMATS = frozenset({"json", "parquet"})
+# These need the whole body before the first access: a Parquet file's directory comes last.
+SPOOLED_FORMATS = frozenset({"parquet"})
 
 # Exit records of one part, as they are stored: some megabytes, so that neither side holds a whole result twice.
 PART = 1 << 16
@@ -75,14 +75,16 @@ def replay(
     source: Source,
     check: Callable[[], None] = lambda: None,
     follow: Callable[[ReplayTransaction], None] = lambda run: None,
+    memory: int = DEFAULT_MEMORY,
 ) -> tuple[TraceResult, tuple[str, ...]]:
     """Replay ``source`` on ``machine`` and publish the outcome; blocking, for a thread of its own.
 
     ``check`` is called before every chunk and before publication, and raises when the client has left. ``follow`` is
     given the replay when it begins, whose ``records_done`` other threads may read. Whatever is raised, the machine is
-    as it was before. Returns the result and the names of the columns that were ignored.
+    as it was before. ``memory`` is what the body may take while it is read (``open_trace``). Returns the result and the
+    names of the columns that were ignored.
     """
-    reader = open_trace(request.format, source, record=request.record, carry=request.carry)
+    reader = open_trace(request.format, source, record=request.record, carry=request.carry, memory=memory)
     with machine.replay(request.options()) as run:
         follow(run)
         for chunk in reader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import random
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import zstandard
 from starlette.types import Message
 
+from service.http import codings
 from service.http.codings import CODINGS, decoded
 from service.problems import BodyTooLarge, ServiceError
 from service.settings import Settings
@@ -92,6 +94,19 @@ def test_pieces_are_bounded(coding: str) -> None:
     for limit in (0, 1 << 20, (64 << 20) - 1):
         with pytest.raises(BodyTooLarge, match=str(limit)):
             read(coding, [bomb], limit)
+
+
+@pytest.mark.parametrize("coding", list(CODINGS))
+def test_what_little_may_become_is_bounded(coding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand times what was sent, and a small body anything."""
+    monkeypatch.setattr(codings, "_ANYWAY", 1 << 20)
+    noise = random.Random(1).randbytes(1 << 12)
+    for content, size in ((bytes(1 << 20), 1 << 20), (noise + bytes(3 << 20), (3 << 20) + len(noise))):
+        assert sum(map(len, read(coding, [ENCODE[coding](content)], 1 << 26))) == size
+    bomb = b"".join(ENCODE[coding](bytes(64 << 20)) for _ in range(2))
+    if coding == "zstd":  # what gzip can do is not more
+        with pytest.raises(BodyTooLarge, match="1000 times"):
+            read(coding, [bomb], 1 << 30)
 
 
 def test_output_that_waits_behind_used_up_input() -> None:

@@ -62,7 +62,7 @@ class Gate:
         self.begun: list[str] = []
         real = jobs.replay
 
-        def held(machine: Any, wanted: Any, source: Any, check: Any, follow: Any) -> Any:
+        def held(machine: Any, wanted: Any, source: Any, check: Any, follow: Any, memory: int) -> Any:
             self.begun.append(wanted.format)
 
             def look() -> None:
@@ -70,7 +70,7 @@ class Gate:
                     check()
                 check()
 
-            return real(machine, wanted, source, look, follow)
+            return real(machine, wanted, source, look, follow, memory)
 
         monkeypatch.setattr(jobs, "replay", held)
 
@@ -295,7 +295,7 @@ def test_cancel_of_a_replay_that_does_not_look(
     go = threading.Event()
     real = jobs.replay
 
-    def deaf(machine: Any, wanted: Any, source: Any, check: Any, follow: Any) -> Any:
+    def deaf(machine: Any, wanted: Any, source: Any, check: Any, follow: Any, memory: int) -> Any:
         go.wait(PATIENCE)
         return real(machine, wanted, source, check, follow)
 
@@ -491,7 +491,7 @@ def under_way(format: str, record: str | None, body: bytes, start: int = 0) -> J
     job.wanted = TraceRequest(format, record, (), "skip", "violations", start, 0)
     job.spool = Spool(io.BytesIO(body), len(body))
     job.begin()
-    job.source()
+    job.source(1 << 20)
     job.began = time.monotonic() - 10
     return job
 
@@ -504,7 +504,7 @@ def under_way(format: str, record: str | None, body: bytes, start: int = 0) -> J
         ("packed", "gpa8", 500, 40.0),  # half of them are not run
         ("ndjson", None, 0, 30.0),  # a quarter read
         ("arrow", None, 0, 30.0),
-        ("json", None, 0, None),  # read as a whole first
+        ("json", None, 0, 30.0),
     ],
 )
 def test_eta(format: str, record: str | None, start: int, expected: float | None) -> None:
@@ -529,7 +529,7 @@ def test_rows_of_parquet() -> None:
     pq.write_table(pa.table({"gpa": pa.array(range(1000), pa.uint64())}), sink)
     job = under_way("parquet", None, sink.getvalue())
     assert job.total == 1000 and job.spool is not None and job.spool.tell() == job.spool.taken == 0
-    assert rows_of_parquet(Spool(io.BytesIO(b"no parquet at all"), 17)) is None
+    assert rows_of_parquet(Spool(io.BytesIO(b"no parquet at all"), 17), 1 << 20) is None
 
 
 def test_a_body_that_is_taken_away() -> None:

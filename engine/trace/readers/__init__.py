@@ -7,44 +7,60 @@ columns, bodies that end too early. Whether an access makes sense (its size, its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from engine.errors import InvalidValue
 from engine.trace.columns import check_carry
 from engine.trace.readers.base import Source, TraceReader
+from engine.trace.readers.budget import DEFAULT_MEMORY, Budget
 from engine.trace.readers.json_bodies import JsonReader, NdjsonReader
 from engine.trace.readers.packed import RECORD_FORMATS, PackedReader
 
-__all__ = ["FORMATS", "RECORD_FORMATS", "Source", "TraceReader", "open_trace"]
+__all__ = ["DEFAULT_MEMORY", "FORMATS", "RECORD_FORMATS", "Source", "TraceReader", "open_trace", "row_count"]
 
 
-def _arrow(source: Source, carry: Sequence[str]) -> TraceReader:
+def _arrow(source: Source, carry: Sequence[str], budget: Budget) -> TraceReader:
     from engine.trace.readers.arrow import ArrowReader  # noqa: PLC0415 - Arrow is 25 MB: for those who send it
 
-    return ArrowReader(source, carry)
+    return ArrowReader(source, carry, budget)
 
 
-def _parquet(source: Source, carry: Sequence[str]) -> TraceReader:
+def _parquet(source: Source, carry: Sequence[str], budget: Budget) -> TraceReader:
     from engine.trace.readers.parquet import ParquetReader  # noqa: PLC0415 - the same
 
-    return ParquetReader(source, carry)
+    return ParquetReader(source, carry, budget)
 
 
-_UNPARAMETERISED: Mapping[str, Callable[[Source, Sequence[str]], TraceReader]] = {
-    "json": JsonReader,
-    "ndjson": NdjsonReader,
+def row_count(source: Any, memory: int) -> int:
+    """How many records a Parquet file says it has; see ``parquet.row_count``."""
+    from engine.trace.readers import parquet  # noqa: PLC0415 - the same
+
+    return parquet.row_count(source, memory)
+
+
+_ROWS: Mapping[str, Callable[[Source, Sequence[str]], TraceReader]] = {"json": JsonReader, "ndjson": NdjsonReader}
+_COLUMNS: Mapping[str, Callable[[Source, Sequence[str], Budget], TraceReader]] = {
     "arrow": _arrow,
     "parquet": _parquet,
 }
-FORMATS = (*_UNPARAMETERISED, "packed")
+FORMATS = (*_ROWS, *_COLUMNS, "packed")
 
 
-def open_trace(format: str, source: Source, *, record: str | None = None, carry: Sequence[str] = ()) -> TraceReader:
+def open_trace(
+    format: str,
+    source: Source,
+    *,
+    record: str | None = None,
+    carry: Sequence[str] = (),
+    memory: int = DEFAULT_MEMORY,
+) -> TraceReader:
     """A reader of ``source``, which is read while the reader is iterated.
 
     ``format`` is one of ``FORMATS``; ``record`` (``gpa8`` or ``record16``) goes with ``packed`` and with nothing else.
     ``source`` needs ``read(n)``, which may return less than asked for and returns nothing only at the end; its
     ``readinto`` is used if it has one; parquet also needs ``seek`` and ``tell``. ``carry`` names other columns to hand
-    through. Raises ``InvalidValue`` for an unknown format or record format and ``TraceError`` for a name that
+    through. ``memory`` bounds what a columnar body may take while it is read, in bytes; others take a few megabytes.
+    Raises ``InvalidValue`` for an unknown format or record format and ``TraceError`` for a name that
     cannot be carried; iteration raises ``TraceError`` with the absolute record index.
     """
     if format not in FORMATS:
@@ -54,4 +70,4 @@ def open_trace(format: str, source: Source, *, record: str | None = None, carry:
         return PackedReader(source, record, names)
     if record is not None:
         raise InvalidValue("a record format goes with packed bodies only", field="record", value=record)
-    return _UNPARAMETERISED[format](source, names)
+    return _ROWS[format](source, names) if format in _ROWS else _COLUMNS[format](source, names, Budget(memory))

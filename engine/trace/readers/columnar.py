@@ -1,13 +1,12 @@
-"""From Arrow arrays to chunks: what Arrow streams and Parquet files have in common."""
+"""From columns to chunks: what Arrow streams and Parquet files have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from engine.errors import TraceError
 from engine.trace.columns import (
@@ -20,6 +19,10 @@ from engine.trace.columns import (
     plan_columns,
 )
 from engine.trace.operations import ACCESS, NO_SPACE, OP_COLUMNS, Operations, gather
+from engine.trace.readers.flat import Batch, Kind, Lacking, Numbers, Sort
+
+# Arguments become objects, of up to a page each, so fewer records at a time.
+ARGUMENT_RECORDS = 1 << 14
 
 
 class BatchConverter:
@@ -30,131 +33,107 @@ class BatchConverter:
     for address spaces.
     """
 
-    def __init__(self, schema: pa.Schema, carry: Sequence[str]) -> None:
-        self.plan = plan_columns(schema.names, carry)
+    def __init__(self, schema: Sequence[tuple[str, Kind]], carry: Sequence[str]) -> None:
+        self.plan = plan_columns([name for name, _ in schema], carry)
+        kinds = dict(schema)
         for name in self.plan.used:
-            kind = schema.field(name).type
-            if name == "arg" and not _is_bytes(_value_type(kind)):
-                raise TraceError("the column arg must hold binary", index=0, field=name, value=str(kind))
-            if name != "arg" and not pa.types.is_integer(_value_type(kind)):
-                raise TraceError(
-                    f"the column {name} must hold integers",
-                    index=0,
-                    field=name,
-                    value=str(kind),
-                )
+            if name == "arg" and kinds[name].sort is not Sort.BYTES:
+                raise _wrong_type(name, "must hold binary", kinds[name])
+            if name != "arg" and kinds[name].sort is not Sort.INTEGERS:
+                raise _wrong_type(name, "must hold integers", kinds[name])
         for name in self.plan.carried:
-            kind = schema.field(name).type
-            if not _is_fixed_width(_value_type(kind)):
-                raise TraceError(
-                    f"the column {name} must hold numbers to be carried",
-                    index=0,
-                    field=name,
-                    value=str(kind),
-                )
+            if kinds[name].sort not in (Sort.INTEGERS, Sort.NUMBERS):
+                raise _wrong_type(name, "must hold numbers to be carried", kinds[name])
         self.names = self.plan.used + self.plan.carried
         self.done = 0
-        self._buffer = ChunkBuffer(self.plan.used)
+        self._records = tuple(name for name in self.plan.used if name not in OP_COLUMNS)
+        self._step = ARGUMENT_RECORDS if "arg" in self.plan.used else CHUNK_RECORDS
+        self._buffer = ChunkBuffer(self.plan.used, self._step)
 
-    def chunks(self, batch: pa.RecordBatch) -> Iterator[TraceChunk]:
+    def chunks(self, batch: Batch) -> Iterator[TraceChunk]:
         """The records of a batch.
 
-        Raises ``TraceError`` for nulls, values that do not fit and arrays that contradict themselves.
+        Raises ``TraceError`` for nulls, values that do not fit and columns that contradict themselves.
         """
-        beside = self._beside(batch) if self._buffer.beside else None
-        columns = {name: self._plain(name, batch.column(name), beside) for name in self.names if name not in OP_COLUMNS}
-        first = self.done
-        for start in range(0, batch.num_rows, CHUNK_RECORDS):
-            length = min(CHUNK_RECORDS, batch.num_rows - start)
-            for name in self.plan.used:
-                if name not in OP_COLUMNS:
-                    values = columns[name][start : start + length]
-                    _check_range(name, values, first + start)
-                    self._buffer.fill(name, values)
-            operations = None if beside is None else beside.slice(start, length, columns.get("gva"), first)
-            self.done = first + start + length
-            yield self._buffer.chunk(
-                length, {name: columns[name][start : start + length] for name in self.plan.carried}, operations
-            )
+        for start in range(0, batch.rows, self._step):
+            length = min(self._step, batch.rows - start)
+            chunk = self._chunk(batch, start, length)
+            self.done += length
+            yield chunk
 
-    def _beside(self, batch: pa.RecordBatch) -> _Beside:
-        """The columns that are about operations."""
-        ops = spaces = args = None
-        if "op" in self.plan.used:
-            ops = self._plain("op", batch.column("op"))
-            _check_range("op", ops, self.done)
-            ops = ops.astype(np.uint64)
+    def _chunk(self, batch: Batch, start: int, length: int) -> TraceChunk:
+        beside = self._buffer.beside
+        ops = self._ranged("op", batch, start, length).astype(np.uint64) if "op" in self.plan.used else None
+        spared = None if ops is None else ops != ACCESS
+        parts = {name: self._part(name, batch.numbers[name], start, length) for name in self._records}
+        for name, (values, null) in parts.items():
+            self._refuse_nulls(name, null, spared)
+            _check_range(name, values, self.done)
+            self._buffer.fill(name, values)
+        carry = {}
+        for name in self.plan.carried:
+            values, null = self._part(name, batch.numbers[name], start, length)
+            self._refuse_nulls(name, null, spared)
+            carry[name] = values
+        operations = self._operations(batch, start, length, ops, parts.get("gva")) if beside else None
+        return self._buffer.chunk(length, carry, operations)
+
+    def _operations(
+        self,
+        batch: Batch,
+        start: int,
+        length: int,
+        ops: npt.NDArray[np.uint64] | None,
+        gva: tuple[npt.NDArray[Any], Lacking] | None,
+    ) -> Operations:
+        """The operations among some records, of which ``ops`` and ``gva`` are columns."""
+        spaces = args = None
         if "address_space" in self.plan.used:
-            array = self._decoded("address_space", batch.column("address_space"))
-            given = array.is_valid().to_numpy(zero_copy_only=False)
-            values = array.fill_null(0).to_numpy(zero_copy_only=False)
+            values, null = self._part("address_space", batch.numbers["address_space"], start, length)
             _check_range("address_space", values, self.done)
-            spaces = np.where(given, values.astype(np.uint64), np.uint64(NO_SPACE))
-        if "arg" in self.plan.used:
-            args = self._decoded("arg", batch.column("arg")).to_pylist()
-        known = None
-        if "gva" in self.plan.used and ops is not None:
-            known = batch.column("gva").is_valid().to_numpy(zero_copy_only=False)
-        return _Beside(ops, spaces, args, known)
-
-    def _plain(self, name: str, array: pa.Array, beside: _Beside | None = None) -> npt.NDArray[Any]:
-        """The values as numpy, without a copy unless they are dictionary-encoded or bits; 0 for what is not given."""
-        array = self._decoded(name, array)
-        if array.null_count:
-            lacking = array.is_null().to_numpy(zero_copy_only=False)
-            if beside is not None and beside.ops is not None:
-                lacking &= beside.ops == ACCESS
-            if lacking.any():
-                raise is_null(name, self.done + int(np.argmax(lacking)))
-            array = array.fill_null(0)
-        values: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False)
-        return values
-
-    def _decoded(self, name: str, array: pa.Array) -> pa.Array:
-        try:
-            # Cheap for plain arrays (are the buffers long enough?); dictionary indices must be in range as well.
-            array.validate(full=pa.types.is_dictionary(array.type))
-            if pa.types.is_dictionary(array.type):
-                array = array.dictionary_decode()
-        except (pa.ArrowException, ValueError) as error:
-            raise TraceError(f"the column {name} is not valid: {error}", index=self.done, field=name) from error
-        return array
-
-
-class _Beside(NamedTuple):
-    """The columns of a batch that are about operations, None where there is no such column.
-
-    ``known`` says which records have a linear address.
-    """
-
-    ops: npt.NDArray[np.uint64] | None
-    spaces: npt.NDArray[np.uint64] | None
-    args: list[bytes | None] | None
-    known: npt.NDArray[np.bool_] | None
-
-    def slice(self, start: int, length: int, gvas: npt.NDArray[Any] | None, first_index: int) -> Operations:
-        """The operations of a part of the batch, whose first record has ``first_index``."""
+            spaces = values.astype(np.uint64)
+            if null is not None:
+                spaces[null] = NO_SPACE
+        if batch.arguments is not None:
+            try:
+                args = batch.arguments.texts(start, length)
+            except ValueError as error:
+                raise self._not_valid("arg", error) from error
 
         def gva_of(position: int) -> int | None:
-            at = start + position
-            return int(gvas[at]) if gvas is not None and self.known is not None and self.known[at] else None
+            """The linear address of an operation, if it has one."""
+            if gva is None or ops is None or (gva[1] is not None and gva[1][position]):
+                return None
+            return int(gva[0][position])
 
-        def part(column: Any) -> Any:
-            return None if column is None else column[start : start + length]
+        return gather(ops, spaces, args, gva_of, self.done, length)
 
-        return gather(part(self.ops), part(self.spaces), part(self.args), gva_of, first_index + start, length)
+    def _ranged(self, name: str, batch: Batch, start: int, length: int) -> npt.NDArray[Any]:
+        """A part of a column that every record has."""
+        values, null = self._part(name, batch.numbers[name], start, length)
+        self._refuse_nulls(name, null, None)
+        _check_range(name, values, self.done)
+        return values
+
+    def _part(self, name: str, column: Numbers, start: int, length: int) -> tuple[npt.NDArray[Any], Lacking]:
+        try:
+            return column.part(start, length)
+        except ValueError as error:
+            raise self._not_valid(name, error) from error
+
+    def _refuse_nulls(self, name: str, null: Lacking, spared: Lacking) -> None:
+        """Raise for the first null, those of operations ``spared``."""
+        if null is not None:
+            null = null if spared is None else null & ~spared
+            if null.any():
+                raise is_null(name, self.done + int(np.argmax(null)))
+
+    def _not_valid(self, name: str, error: ValueError) -> TraceError:
+        return TraceError(f"the column {name} is not valid: {error}", index=self.done, field=name)
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
-
-
-def _value_type(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _is_fixed_width(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+def _wrong_type(name: str, rule: str, kind: Kind) -> TraceError:
+    return TraceError(f"the column {name} {rule}", index=0, field=name, value=kind.name)
 
 
 def _check_range(name: str, values: npt.NDArray[Any], first_index: int) -> None:

@@ -4,53 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import msgspec
-
 from engine.errors import TraceError
-from engine.trace.columns import MalformedBody, TraceChunk
+from engine.trace.columns import TraceChunk
 from engine.trace.readers.base import Source, TraceReader, read_up_to
+from engine.trace.readers.json_rows import BLOCK_BYTES, MAX_LINE_BYTES, DocumentRows
 from engine.trace.readers.rows import CHUNK_ROWS, RowConverter
 
-MAX_LINE_BYTES = 1 << 20
-BLOCK_BYTES = 1 << 18  # of NDJSON read at a time
-
-# The rows stay undecoded until their chunk is due: bytes are a tenth of the size of objects.
-_document = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_list = msgspec.json.Decoder(list[msgspec.Raw])
+__all__ = ["BLOCK_BYTES", "MAX_LINE_BYTES", "JsonReader", "NdjsonReader"]
 
 
 class JsonReader(TraceReader):
-    """Reads one JSON document. It is held whole, as bytes; NDJSON is the streaming form."""
+    """Reads one JSON document a block of whole records at a time."""
 
     def _chunks(self) -> Iterator[TraceChunk]:
-        rows = self._rows()
         converter = RowConverter(self._carry)
-        for start in range(0, len(rows), CHUNK_ROWS):
-            texts = rows[start : start + CHUNK_ROWS]
-            chunk = converter.chunk(texts)
-            self.ignored_columns = tuple(converter.ignored)
-            yield chunk
-
-    def _rows(self) -> list[msgspec.Raw]:
-        parts = []
-        while part := self._source.read(1 << 20):
-            parts.append(part)
-        try:
-            document = _document.decode(b"".join(parts))
-            del parts
-            for field in document:
-                if field != "accesses":
-                    raise TraceError("the body has the field accesses and no other", field=field)
-            if "accesses" not in document:
-                raise TraceError("the body must have the field accesses", field="accesses")
-            return _list.decode(document["accesses"])
-        except msgspec.ValidationError as error:
-            raise TraceError(
-                "the body must be an object whose field accesses is an array",
-                field="accesses",
-            ) from error
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise MalformedBody(f"the body is not JSON: {error}") from error
+        for rows in DocumentRows(self._source, converter):
+            for start in range(0, len(rows), CHUNK_ROWS):
+                chunk = converter.chunk(rows[start : start + CHUNK_ROWS])
+                self.ignored_columns = tuple(converter.ignored)
+                yield chunk
 
 
 class NdjsonReader(TraceReader):

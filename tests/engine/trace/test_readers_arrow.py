@@ -12,7 +12,7 @@ import pytest
 
 from engine.errors import TraceError
 from engine.trace.columns import CHUNK_RECORDS
-from engine.trace.readers import arrow_frames, open_trace
+from engine.trace.readers import open_trace
 
 EOS = b"\xff\xff\xff\xff\0\0\0\0"
 
@@ -228,19 +228,43 @@ def test_a_message_in_the_wrong_place(read):
         read("arrow", body[: starts[1]] + body)
 
 
-def test_claimed_sizes_are_bounded(read, monkeypatch):
-    monkeypatch.setattr(arrow_frames, "MAX_BATCH_BYTES", 4_096)
-    read("arrow", stream(table(400)))
+def test_claimed_sizes_are_bounded(read):
+    read("arrow", stream(table(400)), memory=4_096)
     with pytest.raises(TraceError, match="4096") as caught:
-        read("arrow", stream(table(400), table(2_000)))
+        read("arrow", stream(table(400), table(2_000)), memory=4_096)
     assert caught.value.index == 400
     zeros = pa.table({"gpa": pa.array(np.zeros(100_000, np.uint64))})
     assert len(stream(zeros, compression="zstd")) < 4_096
     with pytest.raises(TraceError, match="4096"):
-        read("arrow", stream(zeros, compression="zstd"))
+        read("arrow", stream(zeros, compression="zstd"), memory=4_096)
     encoded = pa.table({"gpa": pa.DictionaryArray.from_arrays(pa.array([0], pa.int8()), zeros["gpa"].chunk(0))})
     with pytest.raises(TraceError, match="4096"):
-        read("arrow", stream(encoded, compression="zstd"))
+        read("arrow", stream(encoded, compression="zstd"), memory=4_096)
+
+
+def test_what_is_not_used_takes_nothing_of_the_budget(read):
+    """Neither columns that are ignored nor their dictionaries are kept."""
+    note = pa.array([f"{i:8}" * 20 for i in range(1_000)])
+    body = stream(table(1_000, note=note, code=note.dictionary_encode()))
+    assert len(body) > 300_000
+    assert len(read("arrow", body, memory=20_000).records) == 1_000
+
+
+def test_dictionaries_count_together_and_deltas_add_up(read):
+    def batch(first, count, name="gpa"):
+        return pa.DictionaryArray.from_arrays(
+            pa.array([0], pa.int32()), pa.array(np.arange(first, first + count, dtype=np.uint64))
+        )
+
+    grown = [pa.record_batch({"gpa": batch(0, count)}) for count in range(100, 2_000, 100)]
+    body = stream(*grown, emit_dictionary_deltas=True)
+    assert len(read("arrow", body, memory=64_000).records) == len(grown)
+    with pytest.raises(TraceError, match="dictionaries before it"):
+        read("arrow", body, memory=16_000)
+    two = pa.record_batch({"gpa": batch(0, 1_000), "gva": batch(0, 1_000)})
+    assert len(read("arrow", stream(two), memory=32_000).records) == 1
+    with pytest.raises(TraceError, match="dictionaries before it"):
+        read("arrow", stream(two), memory=16_000)
 
 
 def test_a_batch_longer_than_its_buffers(read):
@@ -297,11 +321,3 @@ def test_chunks_are_replayed_while_the_stream_arrives():
     source = io.BytesIO(body)
     next(iter(open_trace("arrow", source)))
     assert source.tell() < len(body) / 10
-
-
-def test_the_source_of_messages_ends_for_good():
-    messages = arrow_frames.MessageSource(io.BytesIO(stream(table(1))))
-    while messages.read():
-        pass
-    assert messages.read() == b""
-    messages.finish()

@@ -1,0 +1,323 @@
+"""What a Parquet file may cost, found out before it is decoded.
+
+The library that decodes believes what a file says of itself: it unfolds the directory at the end, and makes room for
+each page and dictionary as large as its header claims. So the directory is walked over here first, and then the headers
+of all pages of the columns that are needed (Apache Parquet format, parquet.thrift).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from engine.errors import TraceError
+from engine.trace.operations import LARGEST_ARGUMENT
+from engine.trace.readers.arrow_frames import CONTINUATION, MESSAGE_HEADER, MESSAGE_VERSION
+from engine.trace.readers.arrow_schema import read_schema
+from engine.trace.readers.budget import Budget
+from engine.trace.readers.flatbuffer import Table
+from engine.trace.readers.thrift import BINARY, I32, I64, LIST, STRUCT, TooMuch, Walk
+
+FROM_END = 2  # of seek
+MAGIC = b"PAR1"
+TAIL_BYTES = 8
+MAX_FOOTER_BYTES = 16 << 20
+MAX_PAGES = 1 << 20  # of the columns that are needed; 20,000 records a page are usual
+PAGE_HEADER_BYTES = (256, 1 << 16)  # read at first, and at most
+
+# Records that may come of a file: pages of one value repeated cost next to nothing.
+MANY_RECORDS = 1 << 28
+RECORDS_A_BYTE = 16
+
+# Fields of the structs
+NUM_ROWS, ROW_GROUPS, KEY_VALUES = (3, I64), (4, LIST), (5, LIST)  # FileMetaData, each with its type
+KEY, VALUE = 1, 2
+COLUMNS, COLUMN_METADATA = 1, 3  # RowGroup, ColumnChunk
+PHYSICAL_TYPE, PATH, VALUES, PACKED_SIZE, DATA_AT, DICTIONARY_AT = 1, 3, 5, 7, 9, 11  # ColumnMetaData
+BYTE_ARRAY = 6
+PAGE_TYPE, UNPACKED, PACKED, DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_2 = 1, 2, 3, 5, 7, 8
+NUM_VALUES = 1
+DATA_ENCODING, DATA_2_ENCODING = 2, 4
+DATA, INDEX, DICTIONARY, DATA_2 = range(4)  # PageType
+# Encodings of bytes in which a page holds what it gives; that of deltas gives a page of bytes for each one sent.
+PLAIN_ENCODINGS = frozenset({0, 2, 6, 8})
+
+ARROW_SCHEMA = b"ARROW:schema"
+WHAT = "the pages of a Parquet file"
+DIRECTORY = "the directory of a Parquet file"
+# A page has besides its values how they are repeated and which are null, and a value of bytes its length.
+BESIDE = 1024
+A_VALUE = 16
+
+
+class Chunk(NamedTuple):
+    """A column of one row group, one that is not part of another: how many values, and where its pages are."""
+
+    name: str
+    physical_type: int
+    values: int
+    packed: int
+    data_at: int
+    dictionary_at: int
+
+
+class Footer(NamedTuple):
+    """What is looked at of the directory of a file of ``size`` bytes."""
+
+    size: int
+    rows: int
+    groups: list[list[Chunk]]
+
+
+def read_footer(source: Any, budget: Budget) -> Footer:
+    """See that the directory of a file is not too much to unfold.
+
+    Raises TraceError. The source is left anywhere.
+    """
+    size = int(source.seek(0, FROM_END))
+    if size < len(MAGIC) + TAIL_BYTES:
+        raise TraceError("the Parquet file is not valid: it is too short")
+    source.seek(size - TAIL_BYTES)
+    tail = source.read(TAIL_BYTES)
+    length = int.from_bytes(tail[:4], "little")
+    if tail[4:] != MAGIC:
+        raise TraceError("the Parquet file is not valid: it does not end with PAR1")
+    if length > MAX_FOOTER_BYTES:
+        raise TraceError(f"{DIRECTORY} may have up to {MAX_FOOTER_BYTES} bytes", value=length)
+    if length + TAIL_BYTES + len(MAGIC) > size:
+        raise TraceError("the Parquet file is not valid: its directory is longer than the file", value=length)
+    source.seek(size - TAIL_BYTES - length)
+    walk = Walk(source.read(length), budget.limit // 2)
+    rows, groups = 0, []
+    try:
+        for number, kind in walk.fields():
+            if (number, kind) == NUM_ROWS:
+                rows = walk.integer()
+            elif (number, kind) == ROW_GROUPS:
+                groups += [_group(walk) for _ in range(_structs(walk))]
+            elif (number, kind) == KEY_VALUES:
+                _check_metadata(walk)
+            else:
+                walk.skip(kind)
+    except TooMuch:
+        rule = f"{DIRECTORY} may take up to {budget.limit // 2} bytes of memory: write fewer row groups and columns"
+        raise TraceError(rule) from None
+    except (IndexError, UnicodeDecodeError) as error:
+        raise TraceError(f"the Parquet file is not valid: its directory is damaged: {error}") from None
+    return Footer(size, rows, groups)
+
+
+def _structs(walk: Walk) -> int:
+    count, kind = walk.elements()
+    if kind != STRUCT and count:
+        raise IndexError("a list is not one of structs")
+    return count
+
+
+def _group(walk: Walk) -> list[Chunk]:
+    """The columns of a RowGroup that are not parts of others."""
+    chunks: list[Chunk] = []
+    for number, kind in walk.fields():
+        if number == COLUMNS and kind == LIST:
+            for _ in range(_structs(walk)):
+                chunks += _chunks(walk)
+        else:
+            walk.skip(kind)
+    return chunks
+
+
+def _chunks(walk: Walk) -> list[Chunk]:
+    """What a ColumnChunk says, if it is a column."""
+    found: list[Chunk] = []
+    for number, kind in walk.fields():
+        if number != COLUMN_METADATA or kind != STRUCT:
+            walk.skip(kind)
+            continue
+        numbers: dict[int, int] = {}
+        path: list[bytes] = []
+        for inner, inner_kind in walk.fields():
+            if inner_kind in (I32, I64):
+                numbers[inner] = walk.integer()
+            elif inner == PATH and inner_kind == LIST:
+                count, element = walk.elements()
+                if element != BINARY and count:
+                    raise IndexError("a path is not one of names")
+                path = [walk.binary() for _ in range(count)]
+            else:
+                walk.skip(inner_kind)
+        places = [numbers.get(at, 0) for at in (PHYSICAL_TYPE, VALUES, PACKED_SIZE, DATA_AT, DICTIONARY_AT)]
+        found = [Chunk(path[0].decode(), *places)] if len(path) == 1 else []
+    return found
+
+
+def _check_metadata(walk: Walk) -> None:
+    """The pairs of key and value: an Arrow schema among them is one that this service would read."""
+    count, kind = walk.elements()
+    for _ in range(count):
+        if kind != STRUCT:
+            walk.skip(kind)
+            continue
+        pair: dict[int, bytes] = {}
+        for number, inner in walk.fields():
+            if inner == BINARY:
+                pair[number] = walk.binary()
+            else:
+                walk.skip(inner)
+        if pair.get(KEY) == ARROW_SCHEMA:
+            _check_schema(pair.get(VALUE, b""))
+
+
+def _check_schema(value: bytes) -> None:
+    try:
+        data = base64.b64decode(value, validate=True)
+        start = 8 if data[:4] == CONTINUATION.to_bytes(4, "little") else 4
+        message = Table.root(data[start:])
+        read_schema(message.child(MESSAGE_HEADER), message.scalar(MESSAGE_VERSION, "<h"))
+    except (binascii.Error, struct.error, ValueError) as error:
+        raise TraceError(f"the Parquet file is not valid: its Arrow schema is damaged: {error}") from None
+
+
+class _Page(NamedTuple):
+    """What the header of a page says, and how long the header is."""
+
+    header: int
+    type: int
+    unpacked: int
+    packed: int
+    values: int
+    encoding: int
+
+
+def check_pages(source: Any, footer: Footer, names: Sequence[str], budget: Budget) -> None:
+    """See that the pages of some columns are not too large to be decoded, before any is.
+
+    Raises TraceError. The source is left anywhere.
+    """
+    most = max(MANY_RECORDS, RECORDS_A_BYTE * footer.size)
+    if footer.rows > most:
+        raise TraceError(f"a Parquet file of {footer.size} bytes may have up to {most} records", value=footer.rows)
+    largest = dict.fromkeys(names, 0)
+    pages = 0
+    for group in footer.groups:
+        for chunk in group:
+            # Without values none of its pages is read, and writers leave out where they are.
+            if chunk.name in largest and chunk.values:
+                memory = _Pages(source, chunk, footer.size, MAX_PAGES - pages)
+                pages += memory.pages
+                largest[chunk.name] = max(largest[chunk.name], memory.bytes)
+        budget.check(sum(largest.values()), WHAT)
+
+
+class _Pages:
+    """The pages of one column of one row group: how many, and the memory that the largest need together."""
+
+    def __init__(self, source: Any, chunk: Chunk, size: int, most: int) -> None:
+        self._source = source
+        self._name = chunk.name
+        self._bytes_of_any_length = chunk.physical_type == BYTE_ARRAY
+        start = chunk.dictionary_at if 0 < chunk.dictionary_at < chunk.data_at else chunk.data_at
+        end = start + chunk.packed
+        if not 0 <= start <= end <= size:
+            raise self._bad("its pages are not within the file")
+        self.pages = 0
+        dictionary = largest = packed = 0
+        while start < end:
+            page = self._header(start, end)
+            self.pages += 1
+            if self.pages > most:
+                raise TraceError(f"{WHAT} may be up to {MAX_PAGES}: write larger ones", field=self._name)
+            if page.type == DICTIONARY:
+                dictionary = max(dictionary, page.unpacked)
+            else:
+                largest = max(largest, page.unpacked)
+            packed = max(packed, page.packed)
+            start += page.header + page.packed
+        self.bytes = 2 * dictionary + largest + packed
+
+    def _header(self, start: int, end: int) -> _Page:
+        """The header at a position, checked."""
+        for most in PAGE_HEADER_BYTES:
+            self._source.seek(start)
+            try:
+                data = self._source.read(min(most, end - start))
+                page = _usual(data) or _read_header(data)
+                break
+            except (IndexError, TooMuch) as error:
+                if most == PAGE_HEADER_BYTES[-1] or most >= end - start:
+                    raise self._bad(f"the header of a page is damaged: {error}") from None
+        if page.unpacked < 0 or page.packed < 0 or start + page.header + page.packed > end:
+            raise self._bad("a page is not within its column")
+        if page.values < 0:
+            raise self._bad("a page has a number of values below 0")
+        if self._bytes_of_any_length:
+            self._check_bytes(page)
+        return page
+
+    def _check_bytes(self, page: _Page) -> None:
+        """A page of arguments is no larger than so many arguments can be."""
+        if page.type in (DATA, DATA_2) and page.encoding not in PLAIN_ENCODINGS:
+            raise self._bad("bytes are encoded as plain, by lengths or by a dictionary")
+        if page.unpacked > page.values * (LARGEST_ARGUMENT + A_VALUE) + BESIDE:
+            raise self._bad(f"an argument has up to {LARGEST_ARGUMENT} bytes")
+
+    def _bad(self, rule: str) -> TraceError:
+        return TraceError(f"the column {self._name[:64]} is not valid: {rule}", field=self._name[:64])
+
+
+# The header that nearly every page has, in one step: field by field takes ten times as long, thousands of times a file.
+# Type, sizes, a checksum or none, then a data page of the first version, with statistics of up to 8 bytes each or none.
+_VARINT = rb"[\x80-\xff]{0,4}+[\x00-\x7f]"
+_LONG = rb"[\x80-\xff]{0,9}+[\x00-\x7f]"
+_STATISTIC = (
+    rb"[\x16\x26\x36\x46]" + _LONG + rb"|[\x18\x28\x38\x48\x58](?:\x01.|\x02..|\x04.{4}|\x08.{8})|[\x11\x12\x21\x22]"
+)
+_USUAL = re.compile(
+    rb"\x15\x00\x15(V)\x15(V)(?:\x15V\x1c|\x2c)\x15(V)\x15(V)\x15V\x15V(?:\x1c(?:S)*+\x00)?\x00\x00".replace(
+        b"V", _VARINT
+    ).replace(b"S", _STATISTIC),
+    re.DOTALL,
+)
+
+
+def _usual(data: bytes) -> _Page | None:
+    """The header of a page, if it is one of the usual sort."""
+    found = _USUAL.match(data)
+    if found is None:
+        return None
+    unpacked, packed, values, encoding = (_zigzag(text) for text in found.groups())
+    return _Page(found.end(), DATA, unpacked, packed, values, encoding)
+
+
+def _zigzag(text: bytes) -> int:
+    value = 0
+    for byte in reversed(text):
+        value = value << 7 | byte & 0x7F
+    return value >> 1 ^ -(value & 1)
+
+
+def _read_header(data: bytes) -> _Page:
+    walk = Walk(data, 1 << 16)
+    numbers: dict[int, int] = {}
+    values, encoding = 0, -1
+    for number, kind in walk.fields():
+        if kind == I32:
+            numbers[number] = walk.integer()
+        elif kind == STRUCT and number in (DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_2):
+            at = DATA_2_ENCODING if number == DATA_PAGE_2 else DATA_ENCODING
+            for inner, inner_kind in walk.fields():
+                if inner_kind == I32:
+                    value = walk.integer()
+                    values = value if inner == NUM_VALUES else values
+                    encoding = value if inner == at else encoding
+                else:
+                    walk.skip(inner_kind)
+        else:
+            walk.skip(kind)
+    missing = {PAGE_TYPE, UNPACKED, PACKED} - numbers.keys()
+    if missing:
+        raise IndexError("it says no size")
+    return _Page(walk.at, numbers[PAGE_TYPE], numbers[UNPACKED], numbers[PACKED], values, encoding)

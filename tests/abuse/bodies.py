@@ -1,0 +1,201 @@
+"""Bodies that are built to end the process, to read what is not theirs, or to take gigabytes."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+MIB = 1 << 20
+HEAP = 100_000  # an offset far outside of what was sent
+
+ARROW = "application/vnd.apache.arrow.stream"
+PARQUET = "application/vnd.apache.parquet"
+JSON = "application/json"
+NDJSON = "application/x-ndjson"
+
+
+def arrow(*batches: pa.RecordBatch, schema: pa.Schema | None = None, **options: object) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, schema or batches[0].schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def operations(arg: pa.Array, op: int = 3, **more: pa.Array) -> pa.RecordBatch:
+    """Rows of one kind of operation with these arguments."""
+    rows = len(arg)
+    columns = {"gpa": pa.array([0] * rows, pa.uint64()), "op": pa.array([op] * rows, pa.uint8()), "arg": arg, **more}
+    return pa.record_batch(columns)
+
+
+def offsets_past_the_end() -> bytes:
+    """An inner offset of two gigabytes: what ended the process."""
+    good = arrow(operations(pa.array([b"12345678", b""], pa.binary())))
+    offsets = struct.pack("<3i", 0, 8, 8)
+    assert good.count(offsets) == 1
+    return good.replace(offsets, struct.pack("<3i", 0, 0x7FFFFFF0, 8))
+
+
+def window_on_the_heap() -> bytes:
+    """Nulls around eight bytes that are far outside: what gave back the memory of others."""
+    good = arrow(operations(pa.array([None, b"12345678", None], pa.binary()), gva=pa.array([1, 2, 3], pa.uint64())))
+    offsets = struct.pack("<4i", 0, 0, 8, 8)
+    assert good.count(offsets) == 1
+    return good.replace(offsets, struct.pack("<4i", 0, HEAP, HEAP + 8, 8))
+
+
+def one_argument_in_all_rows() -> bytes:
+    """An argument of a megabyte, named by 6,000 rows of a byte."""
+    return arrow(operations(_one_argument(pa.large_binary())), compression="zstd")
+
+
+def _one_argument(kind: pa.DataType) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(6_000, np.int8)), pa.array([bytes(MIB)], kind))
+
+
+def _zeros(mib: int) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array([0], pa.int32()), pa.array(np.zeros(mib << 17, np.uint64)))
+
+
+def unused_dictionaries(mib: int = 48) -> bytes:
+    """Six of them."""
+    gpa = pa.array([0], pa.uint64())
+    return arrow(pa.record_batch({"gpa": gpa, **{f"note{n}": _zeros(mib) for n in range(6)}}), compression="zstd")
+
+
+def used_dictionary(mib: int = 256) -> bytes:
+    return arrow(pa.record_batch({"gpa": _zeros(mib)}), compression="zstd")
+
+
+def deltas(mib: int = 24) -> bytes:
+    """A dictionary that grows eight times."""
+    return arrow(
+        *(pa.record_batch({"gpa": _zeros(mib * n)}) for n in range(1, 9)),
+        compression="zstd",
+        emit_dictionary_deltas=True,
+    )
+
+
+def one_batch(mib: int = 256) -> bytes:
+    return arrow(pa.record_batch({"gpa": pa.array(np.zeros(mib << 17, np.uint64))}), compression="zstd")
+
+
+def large_pages(mib: int = 48) -> bytes:
+    """Six columns of one page each."""
+    zeros = pa.array(np.zeros(mib << 17, np.uint64))
+    names = ("gpa", "gva", "size", "vcpu", "access", "kind")
+    sink = io.BytesIO()
+    pq.write_table(
+        pa.table(dict.fromkeys(names, zeros)),
+        sink,
+        compression="zstd",
+        use_dictionary=False,
+        data_page_size=1 << 30,
+        row_group_size=mib << 17,
+        max_rows_per_page=mib << 17,
+    )
+    return sink.getvalue()
+
+
+def one_argument_in_a_page() -> bytes:
+    return parquet(pa.Table.from_batches([operations(_one_argument(pa.binary()))]))
+
+
+def deltas_of_bytes() -> bytes:
+    """Arguments of a page each that say only that they are as the one before."""
+    arg = pa.array([bytes(4096 + 24)] * 4_000, pa.binary())
+    return parquet(
+        pa.Table.from_batches([operations(arg)]), use_dictionary=False, column_encoding={"arg": "DELTA_BYTE_ARRAY"}
+    )
+
+
+def parquet(table: pa.Table, **options: object) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", **options)
+    return sink.getvalue()
+
+
+def directory(groups: int = 1_000, columns: int = 2_000) -> bytes:
+    """A Parquet file that is a directory: row groups of empty column chunks, three bytes each."""
+    chunk = b"\x26\x00\x00"  # file_offset 0, end
+    group = b"\x19\xfc" + _varint(columns) + chunk * columns + b"\x16\x00\x16\x00\x00"
+    root = b"\x15\x02\x19\x1c\x48\x01r\x15\x00\x00\x16\x00\x19\xfc" + _varint(groups) + group * groups + b"\x00"
+    return b"PAR1" + root + struct.pack("<I", len(root)) + b"PAR1"
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def shared_fields(count: int = 1_000_000) -> bytes:
+    """An Arrow schema whose columns are all one table of the flatbuffer: four bytes for each."""
+
+    def table(*slots: int) -> bytes:
+        return struct.pack(f"<HH{len(slots)}H", 4 + 2 * len(slots), 64, *slots)
+
+    # vtables first, then tables that point back to them, then what they point forward to
+    message_vtable, schema_vtable, field_vtable = table(4, 6, 8), table(0, 4), table(0, 0, 4)
+    data = bytearray(4) + message_vtable + schema_vtable + field_vtable
+    data += bytes(-len(data) % 8)
+    message = len(data)
+    data += struct.pack("<ihBxI", message - 4, 4, 1, 0)
+    schema = len(data)
+    struct.pack_into("<I", data, message + 8, schema - message - 8)
+    data += struct.pack("<iI", schema - 4 - len(message_vtable), 4)
+    vector = len(data)
+    field = vector + 4 + 4 * count
+    data += struct.pack("<I", count)
+    data += (field - (vector + 4) - 4 * np.arange(count, dtype="<u4")).astype("<u4").tobytes()
+    vtable = 4 + len(message_vtable) + len(schema_vtable)
+    data += struct.pack("<iBxHI", field - vtable, 1, 0, 0)  # type null; the name is not there
+    struct.pack_into("<I", data, 0, message)
+    data += bytes(-len(data) % 8)
+    return b"\xff\xff\xff\xff" + struct.pack("<I", len(data)) + bytes(data) + b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def empty_objects(mib: int = 60) -> bytes:
+    return b'{"accesses": [' + b"{}," * (mib * MIB // 3) + b"{}]}"
+
+
+def one_text(mib: int = 60) -> bytes:
+    return b'"' + b"a" * (mib * MIB) + b'"'
+
+
+def one_long_record(mib: int = 60) -> bytes:
+    return b'{"accesses": [{"gpa": "' + b"0" * (mib * MIB) + b'"}]}'
+
+
+def packed(body: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(body)
+
+
+# Name: its media type, its maker, and what its refusal says. Whoever has little memory refuses all of them.
+ATTACKS: dict[str, tuple[str, Callable[[], bytes], str]] = {
+    "offsets": (ARROW, offsets_past_the_end, "arg"),
+    "heap": (ARROW, window_on_the_heap, "arg"),
+    "one-argument": (ARROW, one_argument_in_all_rows, "invlpg"),
+    "unused-dictionaries": (ARROW, unused_dictionaries, ""),
+    "dictionary": (ARROW, used_dictionary, "memory"),
+    "deltas": (ARROW, deltas, "memory"),
+    "batch": (ARROW, one_batch, "memory"),
+    "shared-fields": (ARROW, shared_fields, "1024 columns"),
+    "pages": (PARQUET, large_pages, "memory"),
+    "one-argument-in-a-page": (PARQUET, one_argument_in_a_page, "argument has up to 4120 bytes"),
+    "deltas-of-bytes": (PARQUET, deltas_of_bytes, "encoded"),
+    "directory": (PARQUET, directory, "memory"),
+    "objects": (JSON, empty_objects, "gpa is required"),
+    "text": (JSON, one_text, "field accesses"),
+    "text-in-a-line": (NDJSON, one_text, "longer than"),
+    "long-record": (JSON, one_long_record, "a record has more than"),
+}
