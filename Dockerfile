@@ -7,6 +7,9 @@
 # In a container the service listens on all addresses, so it does not start without a token: SUBPAGE_TOKEN, or those of
 # `docker exec … subpage token create`, which are kept in the volume. compose.yaml has PostgreSQL beside it.
 #
+# Base images are pinned by digest: what is built does not depend on what the tag names on that day. To move one, take the
+# digest of `docker buildx imagetools inspect python:3.11-slim-bookworm` and put it in both places.
+#
 # The root file system may be read-only. Three places are written:
 #   /tmp                large request bodies while they are read (a tmpfs, or a volume as large as the largest body)
 #   /var/lib/subpage    what has to last
@@ -14,7 +17,7 @@
 #                       starts as a copy of them. On another model, or with an empty volume mounted there, the first
 #                       start compiles them again; /readyz answers once that is done.
 
-FROM python:3.11-slim AS build
+FROM python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_ROOT_USER_ACTION=ignore \
@@ -31,7 +34,7 @@ COPY service/ service/
 RUN .venv/bin/python deploy/install.py requirements.lock . \
  && .venv/bin/pip uninstall --yes setuptools uv pip
 
-FROM python:3.11-slim
+FROM python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 LABEL org.opencontainers.image.title="subpage" \
       org.opencontainers.image.licenses="Apache-2.0"
 RUN useradd --system --uid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin subpage \

@@ -42,20 +42,22 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # all targets share one environment
-.PHONY: help demo examples serve test coverage soak kill-test fault-test load-test image-test install-test mutants conformance lint format openapi contract contract-tools api-fuzz bench lock clean
+.PHONY: help demo examples serve warm test coverage soak kill-test fault-test load-test image-test install-test mutants conformance lint format openapi contract contract-tools api-fuzz bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(WARMED) ## Replay the boot of a real guest over HTTP and print the report (ARGS="--json")
+demo: $(INSTALLED) ## Replay the boot of a real guest over HTTP and print the report (ARGS="--json")
 	@$(BIN)/subpage demo $(ARGS)
 
 examples: $(WARMED) ## Run the examples: introspection, checkpoint, device virtualization, a forgotten flush
 	@for example in introspection live_introspection checkpoint device forgotten_flush; do \
 	    echo "== $$example" && PYTHONPATH=. $(BIN)/python examples/$$example.py || exit 1; done
 
-serve: $(WARMED) ## Serve on HOST:PORT, 127.0.0.1:8000 by default
+serve: $(INSTALLED) ## Serve on HOST:PORT, 127.0.0.1:8000 by default
 	@exec $(BIN)/subpage serve --host $(HOST) --port $(PORT) $(ARGS)
+
+warm: $(WARMED) ## Compile all kernels now; without it that happens when the service starts
 
 test: $(DEVELOPED) $(WARMED) ## Run all tests, then those of engine/ with the JIT off
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
@@ -162,7 +164,6 @@ $(DEVELOPED): requirements-dev.lock $(INSTALLED)
 	@touch $@
 
 $(WARMED): $(INSTALLED) $(ENGINE_SOURCES)
-	@echo "Compiling the kernels (a minute or two, once per change of engine/)" >&2
 	@$(BIN)/python -m engine.warm
 	@touch $@
 

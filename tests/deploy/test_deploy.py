@@ -54,6 +54,15 @@ def test_the_image_is_locked_down() -> None:
         assert not re.search(r"SUBPAGE_TOKEN=|PASSWORD=", arguments), "a secret in a layer is no secret"
 
 
+def test_base_images_are_pinned_by_digest() -> None:
+    """A tag is somebody's to move; what is built here has the image's own name, and its stages theirs."""
+    bases = [arguments.split()[0] for name, arguments in instructions(DOCKERFILE) if name == "FROM"]
+    pulled = [service["image"] for service in COMPOSE["services"].values() if "build" not in service]
+    assert len(bases) == 2 and len(set(bases)) == 1 and pulled
+    for image in (*bases, *pulled):
+        assert re.fullmatch(r"[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}", image), image
+
+
 def test_what_is_copied_exists_and_is_let_through() -> None:
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     for name, arguments in instructions(DOCKERFILE):
