@@ -63,12 +63,17 @@ def test_method(client: ContractClient, vm: str) -> None:
     reply = client.put("/v1/vms")
     assert reply.status_code == 405
     is_problem(reply, "method-not-allowed")
-    assert client.delete(f"{vm}/counters").headers["Allow"] == "GET"
+    assert client.delete(f"{vm}/counters").headers["Allow"] == "GET, HEAD"
 
 
 @pytest.mark.parametrize(
     ("path", "methods"),
-    [("", "DELETE, GET"), ("/spp", "GET, PUT"), ("/subpages", "GET, PATCH, PUT"), ("/traces", "GET, POST")],
+    [
+        ("", "DELETE, GET, HEAD"),
+        ("/spp", "GET, HEAD, PUT"),
+        ("/subpages", "GET, HEAD, PATCH, PUT"),
+        ("/traces", "GET, HEAD, POST"),
+    ],
 )
 def test_allow_lists_all_methods_of_a_path(client: ContractClient, vm: str, path: str, methods: str) -> None:
     """RFC 9110 section 15.5.6: also those of other routes."""
