@@ -90,7 +90,7 @@ def large_pages(mib: int = 96) -> bytes:
     names = ("gpa", "gva", "size", "vcpu", "access", "kind")
     sink = io.BytesIO()
     pq.write_table(
-        pa.table({name: zeros for name in names}),
+        pa.table(dict.fromkeys(names, zeros)),
         sink,
         compression="zstd",
         use_dictionary=False,

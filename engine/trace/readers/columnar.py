@@ -48,7 +48,7 @@ class BatchConverter:
         self.done = 0
         self._records = tuple(name for name in self.plan.used if name not in OP_COLUMNS)
         self._step = ARGUMENT_RECORDS if "arg" in self.plan.used else CHUNK_RECORDS
-        self._buffer = ChunkBuffer(self.plan.used)
+        self._buffer = ChunkBuffer(self.plan.used, self._step)
 
     def chunks(self, batch: Batch) -> Iterator[TraceChunk]:
         """The records of a batch.

@@ -16,7 +16,7 @@ from engine.trace.readers.base import Source, TraceReader
 from engine.trace.readers.budget import Budget
 from engine.trace.readers.columnar import ARGUMENT_RECORDS, BatchConverter
 from engine.trace.readers.flat import Batch, IndexedArguments, Kind, Listed, Sort, Whole
-from engine.trace.readers.parquet_bounds import check_footer, check_pages
+from engine.trace.readers.parquet_bounds import check_pages, read_footer
 
 BATCH_RECORDS = 1 << 18  # decoded at a time, whatever the size of the row groups
 STREAM_BYTES = 1 << 20  # read at a time from each column, so that a row group is never held whole
@@ -33,13 +33,13 @@ class ParquetReader(TraceReader):
         converter: BatchConverter | None = None
         source: Any = self._source
         try:
-            size = check_footer(source, self._budget)
+            footer = read_footer(source, self._budget)
             metadata = pq.read_metadata(pa.PythonFile(source, mode="r"))
             kinds = [(field.name, _kind(field.type)) for field in metadata.schema.to_arrow_schema()]
             converter = BatchConverter(kinds, self._carry)
             self.ignored_columns = converter.plan.ignored
             columns = list(converter.names)
-            check_pages(source, metadata, columns, size, self._budget)
+            check_pages(source, footer, columns, self._budget)
             file = pq.ParquetFile(
                 pa.PythonFile(source, mode="r"),
                 metadata=metadata,
@@ -63,11 +63,7 @@ class ParquetReader(TraceReader):
 
 def row_count(source: Any, memory: int) -> int:
     """How many records a file says it has, in ``memory`` bytes. Raises TraceError; the source is left anywhere."""
-    check_footer(source, Budget(memory))
-    try:
-        return int(pq.read_metadata(pa.PythonFile(source, mode="r")).num_rows)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise TraceError(f"the Parquet file is not valid: {error}") from error
+    return read_footer(source, Budget(memory)).rows
 
 
 def _batch(batch: pa.RecordBatch, converter: BatchConverter) -> Batch:

@@ -19,7 +19,7 @@ from engine.trace.readers.arrow_frames import CONTINUATION, MESSAGE_HEADER, MESS
 from engine.trace.readers.arrow_schema import read_schema
 from engine.trace.readers.budget import Budget
 from engine.trace.readers.flatbuffer import Table
-from engine.trace.readers.thrift import BINARY, I32, LIST, STRUCT, TooMuch, Walk
+from engine.trace.readers.thrift import BINARY, I32, I64, LIST, STRUCT, TooMuch, Walk
 
 FROM_END = 2  # of seek
 MAGIC = b"PAR1"
@@ -33,8 +33,11 @@ MANY_RECORDS = 1 << 28
 RECORDS_A_BYTE = 16
 
 # Fields of the structs
-FILE_METADATA = 5  # key_value_metadata
+NUM_ROWS, ROW_GROUPS, KEY_VALUES = (3, I64), (4, LIST), (5, LIST)  # FileMetaData, each with its type
 KEY, VALUE = 1, 2
+COLUMNS, COLUMN_METADATA = 1, 3  # RowGroup, ColumnChunk
+PHYSICAL_TYPE, PATH, VALUES, PACKED_SIZE, DATA_AT, DICTIONARY_AT = 1, 3, 5, 7, 9, 11  # ColumnMetaData
+BYTE_ARRAY = 6
 PAGE_TYPE, UNPACKED, PACKED, DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_2 = 1, 2, 3, 5, 7, 8
 NUM_VALUES = 1
 DATA_ENCODING, DATA_2_ENCODING = 2, 4
@@ -50,8 +53,27 @@ BESIDE = 1024
 A_VALUE = 16
 
 
-def check_footer(source: Any, budget: Budget) -> int:
-    """See that the directory of a file is not too much to unfold; returns the size of the file.
+class Chunk(NamedTuple):
+    """A column of one row group, one that is not part of another: how many values, and where its pages are."""
+
+    name: str
+    physical_type: int
+    values: int
+    packed: int
+    data_at: int
+    dictionary_at: int
+
+
+class Footer(NamedTuple):
+    """What is looked at of the directory of a file of ``size`` bytes."""
+
+    size: int
+    rows: int
+    groups: list[list[Chunk]]
+
+
+def read_footer(source: Any, budget: Budget) -> Footer:
+    """See that the directory of a file is not too much to unfold.
 
     Raises TraceError. The source is left anywhere.
     """
@@ -69,18 +91,66 @@ def check_footer(source: Any, budget: Budget) -> int:
         raise TraceError("the Parquet file is not valid: its directory is longer than the file", value=length)
     source.seek(size - TAIL_BYTES - length)
     walk = Walk(source.read(length), budget.limit // 2)
+    rows, groups = 0, []
     try:
         for number, kind in walk.fields():
-            if number == FILE_METADATA and kind == LIST:
+            if (number, kind) == NUM_ROWS:
+                rows = walk.integer()
+            elif (number, kind) == ROW_GROUPS:
+                groups += [_group(walk) for _ in range(_structs(walk))]
+            elif (number, kind) == KEY_VALUES:
                 _check_metadata(walk)
             else:
                 walk.skip(kind)
     except TooMuch:
         rule = f"{DIRECTORY} may take up to {budget.limit // 2} bytes of memory: write fewer row groups and columns"
         raise TraceError(rule) from None
-    except IndexError as error:
+    except (IndexError, UnicodeDecodeError) as error:
         raise TraceError(f"the Parquet file is not valid: its directory is damaged: {error}") from None
-    return size
+    return Footer(size, rows, groups)
+
+
+def _structs(walk: Walk) -> int:
+    count, kind = walk.elements()
+    if kind != STRUCT and count:
+        raise IndexError("a list is not one of structs")
+    return count
+
+
+def _group(walk: Walk) -> list[Chunk]:
+    """The columns of a RowGroup that are not parts of others."""
+    chunks: list[Chunk] = []
+    for number, kind in walk.fields():
+        if number == COLUMNS and kind == LIST:
+            for _ in range(_structs(walk)):
+                chunks += _chunks(walk)
+        else:
+            walk.skip(kind)
+    return chunks
+
+
+def _chunks(walk: Walk) -> list[Chunk]:
+    """What a ColumnChunk says, if it is a column."""
+    found: list[Chunk] = []
+    for number, kind in walk.fields():
+        if number != COLUMN_METADATA or kind != STRUCT:
+            walk.skip(kind)
+            continue
+        numbers: dict[int, int] = {}
+        path: list[bytes] = []
+        for inner, inner_kind in walk.fields():
+            if inner_kind in (I32, I64):
+                numbers[inner] = walk.integer()
+            elif inner == PATH and inner_kind == LIST:
+                count, element = walk.elements()
+                if element != BINARY and count:
+                    raise IndexError("a path is not one of names")
+                path = [walk.binary() for _ in range(count)]
+            else:
+                walk.skip(inner_kind)
+        places = [numbers.get(at, 0) for at in (PHYSICAL_TYPE, VALUES, PACKED_SIZE, DATA_AT, DICTIONARY_AT)]
+        found = [Chunk(path[0].decode(), *places)] if len(path) == 1 else []
+    return found
 
 
 def _check_metadata(walk: Walk) -> None:
@@ -121,41 +191,35 @@ class _Page(NamedTuple):
     encoding: int
 
 
-def check_pages(source: Any, metadata: Any, names: Sequence[str], size: int, budget: Budget) -> None:
+def check_pages(source: Any, footer: Footer, names: Sequence[str], budget: Budget) -> None:
     """See that the pages of some columns are not too large to be decoded, before any is.
 
-    ``metadata`` is the directory as pyarrow has it, ``size`` that of the file. Raises TraceError. The source is left
-    anywhere.
+    Raises TraceError. The source is left anywhere.
     """
-    if metadata.num_rows > max(MANY_RECORDS, RECORDS_A_BYTE * size):
-        rule = f"a Parquet file of {size} bytes may have up to {max(MANY_RECORDS, RECORDS_A_BYTE * size)} records"
-        raise TraceError(rule, value=metadata.num_rows)
-    leaves = [index for index in range(metadata.num_columns) if metadata.schema.column(index).path in names]
-    largest = dict.fromkeys(leaves, 0)
+    most = max(MANY_RECORDS, RECORDS_A_BYTE * footer.size)
+    if footer.rows > most:
+        raise TraceError(f"a Parquet file of {footer.size} bytes may have up to {most} records", value=footer.rows)
+    largest = dict.fromkeys(names, 0)
     pages = 0
-    for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        for leaf in leaves:
-            chunk = row_group.column(leaf)
-            if not chunk.num_values:
-                continue  # none of its pages is read, and writers leave out where they are
-            memory = _Chunk(source, chunk, size, MAX_PAGES - pages)
-            pages += memory.pages
-            largest[leaf] = max(largest[leaf], memory.bytes)
+    for group in footer.groups:
+        for chunk in group:
+            # Without values none of its pages is read, and writers leave out where they are.
+            if chunk.name in largest and chunk.values:
+                memory = _Pages(source, chunk, footer.size, MAX_PAGES - pages)
+                pages += memory.pages
+                largest[chunk.name] = max(largest[chunk.name], memory.bytes)
         budget.check(sum(largest.values()), WHAT)
 
 
-class _Chunk:
+class _Pages:
     """The pages of one column of one row group: how many, and the memory that the largest need together."""
 
-    def __init__(self, source: Any, chunk: Any, size: int, most: int) -> None:
+    def __init__(self, source: Any, chunk: Chunk, size: int, most: int) -> None:
         self._source = source
-        self._name = chunk.path_in_schema
-        self._bytes_of_any_length = chunk.physical_type == "BYTE_ARRAY"
-        start = chunk.data_page_offset
-        if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
-            start = chunk.dictionary_page_offset
-        end = start + chunk.total_compressed_size
+        self._name = chunk.name
+        self._bytes_of_any_length = chunk.physical_type == BYTE_ARRAY
+        start = chunk.dictionary_at if 0 < chunk.dictionary_at < chunk.data_at else chunk.data_at
+        end = start + chunk.packed
         if not 0 <= start <= end <= size:
             raise self._bad("its pages are not within the file")
         self.pages = 0
