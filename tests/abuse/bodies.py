@@ -53,15 +53,18 @@ def window_on_the_heap() -> bytes:
 
 def one_argument_in_all_rows() -> bytes:
     """An argument of a megabyte, named by 6,000 rows of a byte."""
-    arg = pa.DictionaryArray.from_arrays(pa.array(np.zeros(6_000, np.int8)), pa.array([bytes(MIB)], pa.large_binary()))
-    return arrow(operations(arg), compression="zstd")
+    return arrow(operations(_one_argument(pa.large_binary())), compression="zstd")
+
+
+def _one_argument(kind: pa.DataType) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(6_000, np.int8)), pa.array([bytes(MIB)], kind))
 
 
 def _zeros(mib: int) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(pa.array([0], pa.int32()), pa.array(np.zeros(mib << 17, np.uint64)))
 
 
-def unused_dictionaries(mib: int = 96) -> bytes:
+def unused_dictionaries(mib: int = 48) -> bytes:
     """Six of them."""
     gpa = pa.array([0], pa.uint64())
     return arrow(pa.record_batch({"gpa": gpa, **{f"note{n}": _zeros(mib) for n in range(6)}}), compression="zstd")
@@ -84,7 +87,7 @@ def one_batch(mib: int = 256) -> bytes:
     return arrow(pa.record_batch({"gpa": pa.array(np.zeros(mib << 17, np.uint64))}), compression="zstd")
 
 
-def large_pages(mib: int = 96) -> bytes:
+def large_pages(mib: int = 48) -> bytes:
     """Six columns of one page each."""
     zeros = pa.array(np.zeros(mib << 17, np.uint64))
     names = ("gpa", "gva", "size", "vcpu", "access", "kind")
@@ -102,13 +105,12 @@ def large_pages(mib: int = 96) -> bytes:
 
 
 def one_argument_in_a_page() -> bytes:
-    arg = pa.array([bytes(MIB)] * 6_000, pa.binary())
-    return parquet(pa.Table.from_batches([operations(arg)]))
+    return parquet(pa.Table.from_batches([operations(_one_argument(pa.binary()))]))
 
 
 def deltas_of_bytes() -> bytes:
     """Arguments of a page each that say only that they are as the one before."""
-    arg = pa.array([bytes(4096 + 24)] * 100_000, pa.binary())
+    arg = pa.array([bytes(4096 + 24)] * 4_000, pa.binary())
     return parquet(
         pa.Table.from_batches([operations(arg)]), use_dictionary=False, column_encoding={"arg": "DELTA_BYTE_ARRAY"}
     )

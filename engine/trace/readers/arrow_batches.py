@@ -48,6 +48,7 @@ class BatchReader:
         self._schema = schema
         self._budget = budget
         self._taken = 0
+        self._rooms: dict[tuple[str, int], Bytes] = {}  # what was decompressed to, used again: fresh pages cost more
 
     def read(self, message: Message, batch: Table, fields: list[Field]) -> tuple[int, dict[str, Any]]:
         """The number of records and the columns of a batch: what is in it, places in dictionaries as numbers.
@@ -96,8 +97,8 @@ class BatchReader:
     def _column(self, field: Field, rows: int, needs: list[Need], body: Body, codec: str | None) -> Any:
         stored = field.places or field.stored
         validity, first, *rest = needs
-        bitmap = self._buffer(field.name, validity, body, codec) if validity.need else None
-        data = self._buffer(field.name, first, body, codec)
+        bitmap = self._buffer(field.name, 0, validity, body, codec) if validity.need else None
+        data = self._buffer(field.name, 1, first, body, codec)
         if not rest:
             if stored.kind.sort is Sort.BYTES:
                 return Cells(stored.width, data, bitmap)
@@ -108,10 +109,10 @@ class BatchReader:
             raise _bad(field.name, "its offsets are not within its data")
         if codec is not None:
             self._budget.check(self._taken + end, WHAT)
-        return Windows(offsets, self._buffer(field.name, rest[0]._replace(need=end), body, codec), bitmap)
+        return Windows(offsets, self._buffer(field.name, 2, rest[0]._replace(need=end), body, codec), bitmap)
 
-    def _buffer(self, name: str, need: Need, body: Body, codec: str | None) -> Bytes:
-        """The bytes of a buffer that the records need."""
+    def _buffer(self, name: str, which: int, need: Need, body: Body, codec: str | None) -> Bytes:
+        """The bytes of a column's buffer that the records need."""
         wanted = need.need or 0
         if not wanted:
             return body.memory[:0]
@@ -122,7 +123,18 @@ class BatchReader:
         inflated = len(raw) - PREFIX if claimed == STORED else claimed
         if inflated < wanted:
             raise _bad(name, f"a buffer has {inflated} bytes where its records need {wanted}")
-        return raw[PREFIX : PREFIX + wanted] if claimed == STORED else _inflate(name, raw[PREFIX:], wanted, codec)
+        if claimed == STORED:
+            return raw[PREFIX : PREFIX + wanted]
+        target = self._room(name, which, wanted)
+        _inflate(name, raw[PREFIX:], target, codec)
+        return target
+
+    def _room(self, name: str, which: int, size: int) -> Bytes:
+        """Memory for one buffer of a column, valid until the next batch."""
+        room = self._rooms.get((name, which))
+        if room is None or len(room) < size:
+            room = self._rooms[name, which] = np.empty(size, dtype=np.uint8)
+        return room[:size]
 
 
 def _needs(field: Field, rows: int, nulls: int, buffers: list[list[int]], body_length: int) -> list[Need]:
@@ -163,17 +175,15 @@ def _codec(batch: Table) -> str | None:
     return CODECS[number]
 
 
-def _inflate(name: str, data: Bytes, size: int, codec: str) -> Bytes:
-    """The first ``size`` bytes of what ``data`` decompresses to. Memory follows what comes."""
-    target = np.empty(size, dtype=np.uint8)
+def _inflate(name: str, data: Bytes, target: Bytes, codec: str) -> None:
+    """Fill ``target`` with what ``data`` decompresses to. Its pages are touched as that comes."""
     try:
         with pa.CompressedInputStream(pa.BufferReader(pa.py_buffer(data)), codec) as stream:
             stored = stream.readinto(target.data)
     except (pa.ArrowException, OSError) as error:
         raise _bad(name, str(error)) from error
-    if stored < size:
-        raise _bad(name, f"a buffer decompresses to {stored} bytes where its records need {size}")
-    return target
+    if stored < len(target):
+        raise _bad(name, f"a buffer decompresses to {stored} bytes where its records need {len(target)}")
 
 
 def _bad(name: str, rule: str) -> TraceError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -242,7 +243,8 @@ class _Pages:
         for most in PAGE_HEADER_BYTES:
             self._source.seek(start)
             try:
-                page = _read_header(Walk(self._source.read(min(most, end - start)), 1 << 16))
+                data = self._source.read(min(most, end - start))
+                page = _usual(data) or _read_header(data)
                 break
             except (IndexError, TooMuch) as error:
                 if most == PAGE_HEADER_BYTES[-1] or most >= end - start:
@@ -266,7 +268,39 @@ class _Pages:
         return TraceError(f"the column {self._name[:64]} is not valid: {rule}", field=self._name[:64])
 
 
-def _read_header(walk: Walk) -> _Page:
+# The header that nearly every page has, in one step: field by field takes ten times as long, thousands of times a file.
+# Type, sizes, a checksum or none, then a data page of the first version, with statistics of up to 8 bytes each or none.
+_VARINT = rb"[\x80-\xff]{0,4}+[\x00-\x7f]"
+_LONG = rb"[\x80-\xff]{0,9}+[\x00-\x7f]"
+_STATISTIC = (
+    rb"[\x16\x26\x36\x46]" + _LONG + rb"|[\x18\x28\x38\x48\x58](?:\x01.|\x02..|\x04.{4}|\x08.{8})|[\x11\x12\x21\x22]"
+)
+_USUAL = re.compile(
+    rb"\x15\x00\x15(V)\x15(V)(?:\x15V\x1c|\x2c)\x15(V)\x15(V)\x15V\x15V(?:\x1c(?:S)*+\x00)?\x00\x00".replace(
+        b"V", _VARINT
+    ).replace(b"S", _STATISTIC),
+    re.DOTALL,
+)
+
+
+def _usual(data: bytes) -> _Page | None:
+    """The header of a page, if it is one of the usual sort."""
+    found = _USUAL.match(data)
+    if found is None:
+        return None
+    unpacked, packed, values, encoding = (_zigzag(text) for text in found.groups())
+    return _Page(found.end(), DATA, unpacked, packed, values, encoding)
+
+
+def _zigzag(text: bytes) -> int:
+    value = 0
+    for byte in reversed(text):
+        value = value << 7 | byte & 0x7F
+    return value >> 1 ^ -(value & 1)
+
+
+def _read_header(data: bytes) -> _Page:
+    walk = Walk(data, 1 << 16)
     numbers: dict[int, int] = {}
     values, encoding = 0, -1
     for number, kind in walk.fields():
