@@ -18,7 +18,7 @@ from engine.trace.readers.rows import RowConverter
 
 MAX_LINE_BYTES = 1 << 20  # of one record
 BLOCK_BYTES = 1 << 18  # read at a time
-MAX_HEAD_BYTES = BLOCK_BYTES  # up to the first record
+MAX_HEAD_BYTES = 2 * BLOCK_BYTES  # up to the first record, and read at first
 
 _HEAD = re.compile(rb'[ \t\r\n]*+\{[ \t\r\n]*+("(?:[^"\\]|\\.)*+")[ \t\r\n]*+:[ \t\r\n]*+\[', re.DOTALL)
 _END = re.compile(rb"\][ \t\r\n]*+\}[ \t\r\n]*+\Z")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -240,6 +241,23 @@ def test_unknown_fields_of_the_document_are_refused(read):
     with pytest.raises(TraceError) as caught:
         read("json", b'{"accesses": [], "acesses": []}')
     assert caught.value.field == "acesses" and not isinstance(caught.value, MalformedBody)
+
+
+def test_a_document_is_read_while_it_arrives():
+    row = b'{"gpa": 4096, "note": {"a": "},", "b": [1]}},'
+    source = io.BytesIO(b'{"accesses": [' + row * (1 << 17))
+    first = next(iter(open_trace("json", source)))
+    assert len(first.records) == CHUNK_ROWS and source.tell() <= 1 << 20
+
+
+def test_a_comma_in_front_of_nothing(read):
+    for body in (
+        b'{"accesses": [{"gpa": 1},]}',
+        b'{"accesses": [,{"gpa": 1}]}',
+        b'{"accesses": [{"gpa": 1},,{"gpa": 1}]}',
+    ):
+        with pytest.raises(MalformedBody):
+            read("json", body)
 
 
 def test_ndjson_line_ends(read):
