@@ -45,7 +45,10 @@ def preferences(headers: Sequence[str]) -> Preferences:
 
 
 def _split(text: str, mark: str) -> Iterator[str]:
-    """The parts of ``text`` between ``mark``, of which those in quotes are no end; each character is seen once."""
+    """The parts of ``text`` between ``mark``; one in quotes does not count unless the quotes have no end.
+
+    Each character is seen twice at most.
+    """
     begin, at, quoted = 0, 0, False
     while at < len(text):
         character = text[at]
@@ -57,7 +60,7 @@ def _split(text: str, mark: str) -> Iterator[str]:
             yield text[begin:at]
             begin = at + 1
         at += 1
-    yield text[begin:]
+    yield from text[begin:].split(mark) if quoted else (text[begin:],)
 
 
 def _plain(word: str) -> str | None:
