@@ -114,7 +114,7 @@ class HostRequest(Document):
     evmcs: bool | None = Field(
         None, description="KVM, as a guest of Hyper-V, uses the enlightened VMCS itself. Null: if it is recommended."
     )
-    vmx_capabilities: dict[Annotated[str, Field(max_length=64)], Hex64] = Field(
+    vmx_capabilities: dict[str, Hex64] = Field(
         default_factory=dict,
         max_length=64,
         description=(

@@ -73,7 +73,9 @@ def write_backup(file: IO[bytes], connection: sa.Connection, machines: Sequence[
     """Write these machines as the transaction of ``connection`` sees them."""
     file.write(MAGIC + FORMAT.to_bytes(4, "little"))
     for record in machines:
-        _write(file, b"V", json.dumps(asdict(record)).encode())
+        members = asdict(record)
+        del members["frames"]  # counted anew in the store that it comes to
+        _write(file, b"V", json.dumps(members).encode())
         blocks = rows.vm_blocks(connection, record.number)
         while batch := list(islice(blocks, _BLOCKS)):
             _write(file, b"B", _packed(batch))

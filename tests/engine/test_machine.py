@@ -337,7 +337,7 @@ PROTECT_REFUSALS: list[tuple[str, str, Objects, type[EngineError], str, Any, str
     ("taken name", "p", [("o", 0, 1)], Conflict, "name", "p", "exists"),
     ("empty name", "", [("o", 0, 1)], InvalidValue, "name", "", "1 to 256 characters"),
     ("long name", "n" * 257, [("o", 0, 1)], InvalidValue, "name", "n" * 257, "1 to 256 characters"),
-    ("no objects", "q", [], InvalidValue, "objects", 0, "1 to 65536 objects"),
+    ("no objects", "q", [], InvalidValue, "objects", 0, "an object or a range of pages"),
     ("nameless object", "q", [("o", 0, 1), ("", 0, 1)], InvalidValue, "objects[1].name", "", "1 to 256 characters"),
     ("empty object", "q", [("o", 0, 0)], InvalidValue, "objects[0].size", 0, "at least one byte"),
     ("negative address", "q", [("o", -1, 1)], InvalidValue, "objects[0].gpa", -1, "width of 46 bits"),
@@ -380,7 +380,7 @@ def test_protection_that_is_refused(
 def test_too_many_objects(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protections_module, "MAX_OBJECTS", 2)
     vm = machine()
-    with refused(vm, InvalidValue, "objects", 3, "1 to 2 objects"):
+    with refused(vm, InvalidValue, "objects", 3, "up to 2 objects"):
         protect(vm, "p", (0, 1), (1, 1), (2, 1))
 
 

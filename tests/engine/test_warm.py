@@ -65,6 +65,7 @@ from pathlib import Path
 from engine.warm.kernels import kernels
 from engine.warm.whole import load_kernels
 from service import demo
+from service.api.policies import ProtectionRequest
 from service.settings import Settings
 from tests.service.running import running
 from tests.service.bodies import FORMATS, table
@@ -74,8 +75,11 @@ before = {{kernel: len(kernel.overloads) for kernel in kernels()}}
 trace = Path({trace!r})
 trace.write_bytes(FORMATS["parquet"](table(gpa=[0x1000, 0x2080, 0xFEE00000], size=[8, 8, 4])).content)
 with running(Settings(warm_up=False, store="memory")) as service:
-    policy = demo.Policy("p", [{{"name": "hit", "gpa": "0x2080", "size": 64}}])
-    assert demo.replay(service.client, trace, policy, 1 << 20, "record16")["violations"] == 1
+    objects = [{{"name": "hit", "gpa": 0x2080, "size": 64}}]
+    policy = ProtectionRequest.model_validate({{"name": "p", "objects": objects}})
+    with trace.open("rb") as body:
+        report = demo.replay(service.client, trace, body, policy, 1 << 20, "record16")
+    assert report["violations"] == 1
 print(json.dumps([k.py_func.__qualname__ for k, count in before.items() if len(k.overloads) > count]))
 """
 

@@ -456,8 +456,8 @@ BAD: dict[str, tuple[Row, str, Any, str]] = {
         "CR3",
     ),
     "the same of an invlpg": ({**invlpg(0, GVA), "address_space": 1 << 60}, "address_space", 1 << 60, "CR3"),
-    "an unknown vCPU": (invlpg(7, GVA), "vcpu", 7, "vCPU of that id"),
-    "a vCPU beyond all": (invlpg(65535, GVA), "vcpu", 65535, "vCPU of that id"),
+    "an unknown vCPU": (invlpg(7, GVA), "vcpu", 7, "the id of a vCPU of this machine"),
+    "a vCPU beyond all": (invlpg(65535, GVA), "vcpu", 65535, "the id of a vCPU of this machine"),
     "a block without memory": (
         {"op": 1, "arg": (b"".join(w.to_bytes(8, "little") for w in (2, 1 << 40, 0)) + bytes(24)).hex()},
         "arg",

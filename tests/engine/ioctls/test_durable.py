@@ -28,7 +28,7 @@ def test_vcpus(profile: str) -> None:
     assert [item.id for item in back.config.vcpus] == [7]
     back.create_vcpu(2)
     assert [back.config.vcpu_position(vcpu) for vcpu in (7, 2)] == [0, 1]
-    with refused(back, InvalidValue, "vcpu", 7, "distinct", "EEXIST"):
+    with refused(back, InvalidValue, "vcpu", 7, "must be a new id", "EEXIST"):
         back.create_vcpu(7)
     back.create_vcpu(0)
     with refused(back, InvalidValue, "vcpu", 1, "room for 3", "EINVAL"):

@@ -267,8 +267,8 @@ def test_what_the_host_did_goes_with_the_slot(profile: str) -> None:
 
 REFUSED = [
     ("unknown", ("melt", 5, 1), "event", "melt", "event is one of unmap"),
-    ("no page", ("unmap", None, None), "gfn", None, "gfn says which is the first"),
-    ("pages of everything", ("zap", None, 4), "gfn", None, "gfn says which is the first"),
+    ("no page", ("unmap", None, None), "gfn", None, "gfn is the first"),
+    ("pages of everything", ("zap", None, 4), "gfn", None, "gfn is the first"),
     ("no pages", ("unmap", 5, 0), "npages", 0, "npages is 1 to 1048576"),
     ("too many", ("unmap", 5, (1 << 20) + 1), "npages", (1 << 20) + 1, "npages is 1 to 1048576"),
     ("hole", ("unmap", 1023, 2), "gfn", 1023, "GFN 0x400 has none"),
