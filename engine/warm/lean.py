@@ -42,7 +42,7 @@ def _rebuild(kernel: Kernel, context: Any, payload: tuple[Any, ...]) -> Any:
 
 def _linkable(kernel: Kernel, result: Any) -> Any:
     cache = kernel._cache
-    key = cache._index_key(result.signature, result.library.codegen)
+    key = cache._index_key(tuple(result.signature.args), result.library.codegen)
     (_, _, (_, bitcode)), *_ = cache._cache_file.load(key)
     return binding.parse_bitcode(bitcode)
 
