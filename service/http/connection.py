@@ -18,6 +18,8 @@ from service.problems import MEDIA_TYPE, PROBLEMS, problem_body
 # Of the URL and the fields, also those behind a chunked body. The API's own calls take a few hundred bytes.
 MAX_HEAD_BYTES = 1 << 16
 MAX_FIELDS = 256
+# Of the URL: each route's pattern looks at all of a path before it is known who asks.
+MAX_URL_BYTES = 1 << 13
 # Chunks that may be of any size; those after them carry so many bytes on average.
 MAX_SMALL_CHUNKS = 4096
 MIN_CHUNK_BYTES = 16
@@ -113,8 +115,8 @@ class PatientConnection(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         self._head_bytes += len(url)
-        if self._head_bytes > MAX_HEAD_BYTES:
-            self._stop_parsing(*_HEAD_TOO_LARGE)
+        if self._head_bytes > MAX_URL_BYTES:
+            self._stop_parsing("head-too-large", f"the URL of a request must be at most {MAX_URL_BYTES} bytes")
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:

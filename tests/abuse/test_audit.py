@@ -8,12 +8,12 @@ from pathlib import Path
 from service.security.audit import MAX_TEXT, STRANGER_SECONDS, STRANGERS_AT_ONCE, AuditLog
 from tests.abuse.process import TOKEN, head, serving
 
-POSTS = 400
+POSTS = 60
 
 
 def test_posts_without_a_token_and_with_a_long_path(tmp_path: Path) -> None:
     file = tmp_path / "audit"
-    path = "/v1/vms/" + "x" * 60_000
+    path = "/v1/vms/" + "x" * 8_000 + "/traces"
     with serving(audit_log=file) as victim:
         sent = 0
         with victim.connect() as connection:
@@ -22,7 +22,9 @@ def test_posts_without_a_token_and_with_a_long_path(tmp_path: Path) -> None:
                 connection.sendall(request)
                 reply = b""
                 while not reply.endswith(b"}"):
-                    reply += connection.recv(1 << 20)
+                    got = connection.recv(1 << 20)
+                    assert got
+                    reply += got
                 assert reply.startswith(b"HTTP/1.1 4")
                 sent += len(request)
         with victim.client() as client:

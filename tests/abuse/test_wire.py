@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from service.http.connection import MAX_FIELDS, MAX_PIPELINED
+from service.http.connection import MAX_FIELDS, MAX_PIPELINED, MAX_URL_BYTES
 from tests.abuse.process import MIB, TOKEN, Victim, flood, head, serving, watched
 
 CHUNKED = "Transfer-Encoding: chunked"
@@ -55,6 +55,13 @@ def test_as_many_fields_as_allowed(victim: Victim) -> None:
     for count, status in ((MAX_FIELDS - 2, b" 200 "), (MAX_FIELDS, b" 431 ")):
         with victim.connect() as connection:
             connection.sendall(head("GET", "/livez", None, *(f"x-{number}: y" for number in range(count))))
+            assert status in connection.recv(1 << 16)[:14]
+
+
+def test_as_long_a_url_as_allowed(victim: Victim) -> None:
+    for length, status in ((MAX_URL_BYTES, b" 404 "), (MAX_URL_BYTES + 1, b" 431 ")):
+        with victim.connect() as connection:
+            connection.sendall(head("GET", "/" + "x" * (length - 1)))
             assert status in connection.recv(1 << 16)[:14]
 
 
