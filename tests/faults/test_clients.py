@@ -19,6 +19,7 @@ import zstandard
 
 from service.app import create_app
 from service.http.connection import MAX_HEAD_BYTES
+from service.runtime.bodies import PIECE
 from service.server import configured
 from service.settings import Settings
 from tests.contract.client import ContractClient
@@ -246,7 +247,7 @@ def test_a_client_that_leaves_in_the_middle(service: Running, vm: str, reset: bo
     client = service.client
     before = client.get(vm).json(), client.get(f"{vm}/counters").json(), client.get(f"{vm}/traces").json()
     connection = connect(service)
-    connection.sendall(opening(vm, 1 << 20) + LINE * (START_BYTES // len(LINE) + 1))
+    connection.sendall(opening(vm, 1 << 20) + LINE * (PIECE // len(LINE) + 1))
     until(lambda: under_way(service) == 1)
     until(lambda: set_map(client, vm, 1, 0xFFFFFFFF) == 409)
     assert map_of(client, vm, 16) == 0, "reads do not wait"
