@@ -18,7 +18,7 @@ from http import HTTPStatus
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.http.handlers import problem_response
+from service.http.handlers import not_found, problem_response
 from service.metrics import Metrics
 from service.problems import NotReady
 from service.security.access import NOBODY, Principal
@@ -39,6 +39,8 @@ SECURITY_HEADERS: tuple[tuple[bytes, bytes], ...] = (
 TRANSPORT_SECURITY = (b"strict-transport-security", b"max-age=31536000")
 
 _GIVEN_ID = re.compile(rb"[A-Za-z0-9._~:-]{1,128}")
+# Characters of a path. Beyond it there is no route, which is known without matching the path with each of them.
+MAX_PATH = 8192
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _METHODS = _SAFE | {"POST", "PUT", "PATCH", "DELETE", "WEBSOCKET"}
 
@@ -84,8 +86,9 @@ class Envelope:
                 self._audit_mutation(scope, identity, status, time.perf_counter() - began)
             await send(message)
 
+        app = self.app if len(scope["path"]) <= MAX_PATH else not_found
         try:
-            await self.app(scope, receive, sending)
+            await app(scope, receive, sending)
         except asyncio.CancelledError:
             if not scope["app"].state.draining:
                 raise
@@ -135,7 +138,9 @@ class Envelope:
 
     def _audit_mutation(self, scope: Scope, identity: str, status: int, seconds: float) -> None:
         method = scope.get("method", "WEBSOCKET")
-        if method in _SAFE or not self._audit.on or getattr(scope.get("route"), "permission", "") == "read":
+        # Where the path has no such method, the route is one of another method.
+        reads = getattr(scope.get("route"), "permission", "") == "read" and status != HTTPStatus.METHOD_NOT_ALLOWED
+        if method in _SAFE or not self._audit.on or reads:
             return
         principal: Principal = scope.get("principal", NOBODY)
         query = scope["query_string"].decode("latin-1")
