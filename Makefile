@@ -8,6 +8,7 @@ OPS    = 200000
 SEED   = 1
 ROUNDS = 200
 MINUTES = 20
+COUNT  = 1000000
 SECONDS = 30
 STORE  = sqlite
 ARGS   =
@@ -33,7 +34,7 @@ ENGINE_SOURCES := $(shell find engine -name '*.py' 2>/dev/null)
 ENGINE_TESTS   := $(wildcard tests/engine tests/property)
 # Tests of plain Python, which the compiler makes no difference to.
 WITHOUT_KERNELS := tests/engine/nested/* tests/engine/trace/test_readers_*
-WITHOUT_JIT     := -m "not jit and not soak and not bench and not image and not install" \
+WITHOUT_JIT     := -m "not jit and not soak and not bench and not image and not install and not abuse" \
                    $(WITHOUT_KERNELS:%=--ignore-glob=%) $(ENGINE_TESTS)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -42,7 +43,7 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # all targets share one environment
-.PHONY: help demo examples serve warm test coverage soak kill-test fault-test load-test image-test install-test mutants conformance lint format openapi contract contract-tools api-fuzz bench lock clean
+.PHONY: help demo examples serve warm test coverage soak kill-test fault-test load-test abuse-test image-test install-test mutants conformance lint format openapi contract contract-tools api-fuzz bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,6 +88,9 @@ fault-test: $(DEVELOPED) $(WARMED) ## Full and read-only disks, restarts of the 
 
 load-test: $(DEVELOPED) $(WARMED) ## 4 replays of a real boot and 200 bitmap calls a second for SECONDS; the event loop's lag must stay below 50 ms
 	@$(BIN)/python -m tests.load --seconds $(SECONDS) $(ARGS)
+
+abuse-test: $(DEVELOPED) $(WARMED) ## All attacks: bombs, floods, COUNT mutated bodies, MINUTES of hostile values; figures of memory and stalls
+	@$(BIN)/python -m tests.abuse --minutes $(MINUTES) --count $(COUNT) --seed $(SEED) $(ARGS)
 
 image-test: $(DEVELOPED) ## Carry out the steps of the Dockerfile in an empty folder, and run what comes of it (minutes, needs a network)
 	$(BIN)/python -m pytest -m image -o faulthandler_timeout=0 tests/deploy/test_image.py $(ARGS)

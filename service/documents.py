@@ -204,13 +204,15 @@ def _guard(operation: dict[str, Any], route: StrictRoute) -> None:
     # The framework documents its own 422 wherever there are parameters; ours says which problems there can be.
     if "HTTPValidationError" in str(responses.get("422", "")):
         del responses["422"]
+    # A query parameter that the call does not know, where it knows none, too.
+    add_responses(responses, "invalid-value")
     if route.offers:
         add_responses(responses, "not-acceptable")
     if "requestBody" in operation:
         add_responses(responses, "malformed-body", "request-timeout", "body-too-large", "unsupported-media-type")
     if "POST" in (route.methods or ()):
         add_responses(responses, "idempotency-in-progress", "idempotency-answer-lost", "idempotency-mismatch")
-        add_responses(responses, "invalid-value", "limit-exceeded")
+        add_responses(responses, "limit-exceeded")
         about = "Sent again with the same key and the same request, the call is answered again and not done again."
         operation.setdefault("parameters", []).append(_header("Idempotency-Key", about, **_KEY))
     if route.permission == "public":

@@ -16,6 +16,7 @@ COMMANDS = {
     "bench": "make bench",
     "image": "make image-test",
     "install": "make install-test",
+    "abuse": "make abuse-test",
     "jit": "the compiled run of make test",
 }
 _COUNTS = pytest.StashKey[Counter[str]]()

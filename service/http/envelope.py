@@ -135,7 +135,9 @@ class Envelope:
 
     def _audit_mutation(self, scope: Scope, identity: str, status: int, seconds: float) -> None:
         method = scope.get("method", "WEBSOCKET")
-        if method in _SAFE or not self._audit.on or getattr(scope.get("route"), "permission", "") == "read":
+        # Where the path has no such method, the route is one of another method.
+        reads = getattr(scope.get("route"), "permission", "") == "read" and status != HTTPStatus.METHOD_NOT_ALLOWED
+        if method in _SAFE or not self._audit.on or reads:
             return
         principal: Principal = scope.get("principal", NOBODY)
         query = scope["query_string"].decode("latin-1")

@@ -1,125 +1,71 @@
-"""Attacks on a real server process over loopback, with tokens of two tenants."""
+"""Servers with tokens of tenants: of a test's own, or the one of the session."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
-from service.security.tokens import FileTokens, TokenScope, mint
-from tests.faults.nursery import Nursery, Server, nursery
+from service.security.tokens import FileTokens, mint
+from tests.abuse.process import TOKEN, Service, start, until
 
-PATIENCE = 60.0
-MIB = 1 << 20
-
-
-@dataclass
-class Service:
-    """A server process, and the tokens that it goes by. Tenants are red, the attacker, and blue, who wants to work."""
-
-    server: Server
-    tokens: FileTokens
-
-    def token(self, tenant: str, scope: TokenScope = "write", expires: float | None = None) -> tuple[str, str]:
-        """Id and text of a new token, which the server knows within its token_refresh."""
-        now = datetime.now(UTC)
-        end = now + timedelta(seconds=expires) if expires is not None else None
-        record, text = mint(tenant, tenant=tenant, scope=scope, now=now, expires=end)
-        self.tokens.add(record)
-        return record.id, text
-
-    def client(self, token: str | None) -> httpx2.Client:
-        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        return httpx2.Client(base_url=self.server.url, headers=headers, timeout=PATIENCE)
-
-    def resident(self) -> int:
-        """Bytes of memory that the process has now."""
-        return _status(self.server.pid, "VmRSS")
-
-    def peak(self) -> int:
-        """The most that it has had."""
-        return _status(self.server.pid, "VmHWM")
+# A server, and clients with write of red, who attacks, and blue, who wants to work.
+Tenants = tuple[Service, httpx2.Client, httpx2.Client]
+Begin = Callable[..., Tenants]
 
 
-def _status(pid: int, name: str) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith(f"{name}:")]
-    return int(line.split()[1]) << 10
+def started(folder: Path, **settings: Any) -> Service:
+    """A server on an SQLite store. Green has a token, so that everybody is asked for theirs from the start."""
+    tokens = FileTokens(folder / "tokens.db")
+    record, _ = mint("first", tenant="green", now=datetime.now(UTC))
+    tokens.add(record)
+    members = {
+        "store": f"sqlite:///{folder}/machines.db",
+        "token_file": str(folder / "tokens.db"),
+        "token_refresh": 0.1,
+        **settings,
+    }
+    service = start(folder, tokens, **members)
+    with service.client(None) as client:
+        until(lambda: client.get("/readyz").status_code == 200)
+    return service
+
+
+def clients(service: Service, opened: ExitStack) -> Tenants:
+    made = [opened.enter_context(service.client(service.token(tenant)[1])) for tenant in ("red", "blue")]
+    for client in made:
+        until(lambda: client.get("/v1/vms").status_code == 200)  # noqa: B023
+    return service, made[0], made[1]
+
+
+@pytest.fixture
+def tenants(tmp_path: Path) -> Iterator[Begin]:
+    """Starts a server with settings of the test's own; started twice, the second has the store of the first."""
+    with ExitStack() as opened:
+
+        def begin(**settings: Any) -> Tenants:
+            service = started(tmp_path, **settings)
+            opened.callback(service.kill)
+            return clients(service, opened)
+
+        yield begin
 
 
 @pytest.fixture(scope="session")
-def children() -> Iterator[Nursery]:
-    with nursery() as started:
-        yield started
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tenants]:
+    """The server of the session, with default settings. It knows TOKEN, too."""
+    with ExitStack() as opened:
+        service = started(tmp_path_factory.mktemp("shared"), token=TOKEN)
+        opened.callback(service.kill)
+        yield clients(service, opened)
 
 
-@pytest.fixture
-def serve(children: Nursery, tmp_path: Path) -> Iterator[Callable[..., Service]]:
-    """Starts a server on an SQLite store, ready for the tokens ``red`` and ``blue`` of its fixtures."""
-    started: list[Service] = []
-    tokens = FileTokens(tmp_path / "tokens.db")
-
-    def start(**settings: Any) -> Service:
-        members = {
-            "store": f"sqlite:///{tmp_path}/machines.db",
-            "token_file": str(tmp_path / "tokens.db"),
-            "token_refresh": 0.1,
-            **settings,
-        }
-        service = Service(children.start(**members), tokens)
-        started.append(service)
-        with service.client(None) as client:
-            until(lambda: client.get("/readyz").status_code == 200)
-        return service
-
-    mint_first(tokens)
-    yield start
-    for service in started:
-        if service.server.alive():
-            service.server.kill()
-
-
-def mint_first(tokens: FileTokens) -> None:
-    """One token, so that the service asks everybody for theirs from its first moment."""
-    record, _ = mint("first", tenant="green", now=datetime.now(UTC))
-    tokens.add(record)
-
-
-def until(holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    """Wait until something is so; fails rather than for ever."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.fixture
-def tenants(serve: Callable[..., Service]) -> Iterator[Callable[..., tuple[Service, httpx2.Client, httpx2.Client]]]:
-    """Starts a server; gives it and a writing client of red and of blue."""
-    clients: list[httpx2.Client] = []
-
-    def start(**settings: Any) -> tuple[Service, httpx2.Client, httpx2.Client]:
-        service = serve(**settings)
-        made = [service.client(service.token(tenant)[1]) for tenant in ("red", "blue")]
-        clients.extend(made)
-        for client in made:
-            until(lambda: client.get("/v1/vms").status_code == 200)  # noqa: B023
-        return service, made[0], made[1]
-
-    yield start
-    for client in clients:
-        client.close()
-
-
-def new_vm(client: httpx2.Client, **members: Any) -> str:
-    """URL of a new machine with 16 MiB."""
-    document = {"memory_slots": [{"slot": 0, "gpa": 0, "size": 16 * MIB}], "spp": True, **members}
-    reply = client.post("/v1/vms", json=document)
-    assert reply.status_code == 201, reply.text
-    return str(reply.headers["Location"])
+@pytest.fixture(scope="session")
+def victim(shared: Tenants) -> Service:
+    """The same, for those who need no tenants."""
+    return shared[0]

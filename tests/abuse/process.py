@@ -1,4 +1,7 @@
-"""A server in a process of its own, as ``subpage serve`` starts it, and what an attack does to it."""
+"""The server that is attacked, in a process of its own, and what an attack does to it.
+
+All of them are forked by one process, which has imported everything: ``tests.faults.nursery``.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,7 @@ import atexit
 import contextlib
 import functools
 import http.client
-import json
 import os
-import re
 import signal
 import socket
 import ssl
@@ -17,42 +18,112 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 
+from service.security.tokens import FileTokens, TokenScope, mint
+from tests.faults.nursery import Nursery, Server, nursery
+
 TOKEN = "the-token-of-the-abuse-tests-0123456789"
+PATIENCE = 60.0
 MIB = 1 << 20
 
 
 @dataclass
-class Victim:
-    """The server. ``log`` is the file that its standard error goes to."""
+class Figures:
+    """Of all servers of a run: the most bytes that one had, the longest that one kept /livez waiting, and the test that
+    began it."""
 
-    pid: int
-    url: str
-    port: int
+    servers: int = 0
+    peak: int = 0
+    stall: float = 0.0
+    asked: int = 0
+    peak_in: str = ""
+    stall_in: str = ""
+    # Whether each server is watched, by a process of its own; `python -m tests.abuse` wants it.
+    watching: bool = False
+
+
+FIGURES = Figures()
+
+
+@dataclass
+class Service:
+    """The server, the file that its standard error goes to, and the tokens that it goes by beside TOKEN."""
+
+    server: Server
     log: Path
-    folder: Path
+    tokens: FileTokens | None = None
+    _most: int = 0
+    _test: str = field(default_factory=lambda: os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0])
+    _watcher: subprocess.Popen[str] | None = None
 
-    @contextlib.contextmanager
-    def client(self, token: str | None = TOKEN) -> Iterator[httpx2.Client]:
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        with httpx2.Client(base_url=self.url, headers=headers, timeout=30.0) as client:
-            yield client
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    @property
+    def port(self) -> int:
+        return urlsplit(self.url).port or 0
+
+    def client(self, token: str | None = TOKEN) -> httpx2.Client:
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=PATIENCE)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def token(self, tenant: str, scope: TokenScope = "write", expires: float | None = None) -> tuple[str, str]:
+        """Id and text of a new token, which the server knows within its token_refresh."""
+        assert self.tokens is not None
+        now = datetime.now(UTC)
+        end = now + timedelta(seconds=expires) if expires is not None else None
+        record, text = mint(tenant, tenant=tenant, scope=scope, now=now, expires=end)
+        self.tokens.add(record)
+        return record.id, text
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 
     def resident(self) -> int:
         """Bytes of memory that it has now."""
-        text = Path(f"/proc/{self.pid}/status").read_text()
-        return int(re.findall(r"VmRSS:\s+(\d+) kB", text)[0]) << 10
+        return self.server.status("VmRSS")
+
+    def peak(self) -> int:
+        """The most that it has had since it was told to forget."""
+        return self.server.status("VmHWM")
+
+    def forget(self) -> int:
+        """Let the peak begin anew, at what it has now."""
+        self._most = max(self._most, self.peak())
+        Path(f"/proc/{self.server.pid}/clear_refs").write_text("5")
+        return self.resident()
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """End it, if it has not ended, and add its figures to those of the run."""
+        if not self.server.alive():
+            return
+        FIGURES.servers += 1
+        peak = max(self._most, self.peak())
+        if peak > FIGURES.peak:
+            FIGURES.peak, FIGURES.peak_in = peak, self._test
+        if self._watcher is not None:
+            told, _ = self._watcher.communicate()
+            stall, asked = told.split()
+            FIGURES.asked += int(asked)
+            if float(stall) > FIGURES.stall:
+                FIGURES.stall, FIGURES.stall_in = float(stall), self._test
+        self.server.kill(number)
+
+    def watch(self) -> None:
+        command = [sys.executable, "-S", "-E", str(Path(__file__).with_name("livez.py")), str(self.port)]
+        self._watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @dataclass
@@ -65,7 +136,7 @@ class Watched:
 
 
 @contextlib.contextmanager
-def watched(victim: Victim) -> Iterator[Watched]:
+def watched(victim: Service) -> Iterator[Watched]:
     """Ask /livez on a connection of its own, over and over, while the context lasts."""
     seen, stop, before = Watched(), threading.Event(), victim.resident()
 
@@ -91,68 +162,45 @@ def watched(victim: Victim) -> Iterator[Watched]:
 
 
 @functools.cache
-def _nursery() -> subprocess.Popen[str]:
-    """A process that has imported everything and forks a server for each line that it is given; see ``main``."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.abuse.process"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
+def _children() -> Nursery:
+    opened = contextlib.ExitStack()
+    atexit.register(opened.close)
+    return opened.enter_context(nursery())
 
-    def end() -> None:
-        process.communicate()
 
-    atexit.register(end)
-    return process
+def start(folder: Path, tokens: FileTokens | None = None, umask: int = 0o022, **settings: Any) -> Service:
+    """A server, listening, whose log is in ``folder``."""
+    service = Service(_children().start(stderr=folder / "log", umask=umask, **settings), folder / "log", tokens)
+    if FIGURES.watching and service.url.startswith("http:"):
+        service.watch()
+    return service
 
 
 @contextlib.contextmanager
-def serving(umask: int = 0o022, **settings: object) -> Iterator[Victim]:
-    """A server that needs TOKEN, with machines in memory unless the settings say otherwise."""
-    given = {"token": TOKEN, "store": "memory", "warm_up": False, "host": "127.0.0.1", "port": 0} | settings
-    nursery = _nursery()
-    assert nursery.stdin is not None and nursery.stdout is not None
+def serving(umask: int = 0o022, **settings: Any) -> Iterator[Service]:
+    """A server that needs TOKEN, with machines in memory unless the settings say otherwise; it ends in order."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        order = {"umask": umask, "log": str(folder / "stderr"), "settings": given}
-        nursery.stdin.write(json.dumps(order, default=str) + "\n")
-        nursery.stdin.flush()
-        pid = int(nursery.stdout.readline())
+        service = start(Path(name), umask=umask, **{"token": TOKEN, "store": "memory", **settings})
         try:
-            found = re.search(r"(https?://127\.0\.0\.1:(\d+))", nursery.stdout.readline())
-            assert found is not None, (folder / "stderr").read_text()
-            yield Victim(pid, found[1], int(found[2]), folder / "stderr", folder)
+            yield service
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-            assert nursery.stdout.readline() == f"{pid} ended\n"
+            service.kill(signal.SIGTERM)
 
 
-def main() -> None:
-    """Fork servers, one at a time or several: each line of JSON is one; its end is said, too."""
-    from service import server
-    from service.settings import Settings
+def until(holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    """Wait until something is so; fails rather than for ever."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
-    def wait(pid: int) -> None:
-        os.waitpid(pid, 0)
-        print(f"{pid} ended", flush=True)  # noqa: T201
 
-    for line in sys.stdin:
-        order = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            os.umask(order["umask"])
-            log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            os.dup2(log, 2)
-            print(os.getpid(), flush=True)  # noqa: T201
-            try:
-                server.run(Settings(**order["settings"]))
-            except BaseException as error:  # noqa: BLE001 - the test is told
-                print(error, flush=True)  # noqa: T201
-            os._exit(0)
-        threading.Thread(target=wait, args=(pid,)).start()
+def new_vm(client: httpx2.Client, **members: Any) -> str:
+    """URL of a new machine with 16 MiB."""
+    document = {"memory_slots": [{"slot": 0, "gpa": 0, "size": 16 * MIB}], "spp": True, **members}
+    reply = client.post("/v1/vms", json=document)
+    assert reply.status_code == 201, reply.text
+    return str(reply.headers["Location"])
 
 
 def head(method: str, path: str, token: str | None = None, *fields: str) -> bytes:
@@ -192,7 +240,3 @@ def flood(connection: socket.socket, piece: bytes, seconds: float, most: int = 1
                 done.closed = True
                 break
     return done
-
-
-if __name__ == "__main__":
-    main()

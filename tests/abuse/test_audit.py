@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from service.security.audit import MAX_TEXT, STRANGER_SECONDS, STRANGERS_AT_ONCE, AuditLog
-from tests.abuse.process import TOKEN, head, serving
+from tests.abuse.process import TOKEN, head, new_vm, serving
 
 POSTS = 60
 
@@ -68,3 +68,14 @@ def test_no_token_in_the_audit_log(tmp_path: Path) -> None:
         client.delete(f"/v1/vms/sp_0123456789ab_{secret}")
     text = file.read_text()
     assert text.count("sp_0123456789ab_(hidden)") == 2 and secret not in text and TOKEN not in text
+
+
+def test_methods_that_a_path_does_not_have_are_written(tmp_path: Path) -> None:
+    """Also where the path can be read, which is not written."""
+    file = tmp_path / "audit"
+    with serving(audit_log=file) as victim, victim.client() as client:
+        vm = new_vm(client)
+        assert client.post(f"{vm}/counters").status_code == client.post(vm).status_code == 405
+        assert client.get(vm).status_code == 200
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["status"] for line in lines if line["event"] == "request"] == [201, 405, 405]

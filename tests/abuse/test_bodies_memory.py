@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
 from tests.abuse.bodies import ATTACKS, JSON, MIB, NDJSON, packed
-from tests.faults.nursery import Server, nursery
+from tests.abuse.process import Service, serving
 
 BUDGET = 32 * MIB
 # What a body may take of the process: its budget once more for what it decodes to, queues, and a chunk of records.
@@ -20,16 +18,14 @@ LARGEST_GROWTH = 112 * MIB
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with nursery() as children:
-        started = children.start(store="memory", body_memory_bytes=BUDGET, spool_memory_bytes=MIB)
-        yield started
-        started.kill()
+def server() -> Iterator[Service]:
+    with serving(body_memory_bytes=BUDGET, spool_memory_bytes=MIB) as service:
+        yield service
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=server.url, timeout=120.0) as client:
+def client(server: Service) -> Iterator[httpx2.Client]:
+    with server.client() as client:
         yield client
 
 
@@ -44,19 +40,6 @@ def vm(client: httpx2.Client) -> str:
     return str(reply.headers["Location"].rpartition("/traces/")[0])
 
 
-def status(server: Server, name: str) -> int:
-    """Bytes of the process, VmRSS now or VmHWM since ``forget``."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{server.pid}/status").read_text())
-    assert found is not None
-    return int(found[1]) << 10
-
-
-def forget(server: Server) -> int:
-    """Let the peak begin anew, at what the process has now."""
-    Path(f"/proc/{server.pid}/clear_refs").write_text("5")
-    return status(server, "VmRSS")
-
-
 def settled(client: httpx2.Client, reply: httpx2.Response) -> dict[str, Any]:
     """The problem that a replay ended with, or {}."""
     if reply.status_code != 202:
@@ -69,16 +52,16 @@ def settled(client: httpx2.Client, reply: httpx2.Response) -> dict[str, Any]:
 
 @pytest.mark.parametrize("preference", [None, "respond-async"], ids=["call", "job"])
 @pytest.mark.parametrize("name", list(ATTACKS))
-def test_a_hostile_body(server: Server, client: httpx2.Client, vm: str, name: str, preference: str | None) -> None:
+def test_a_hostile_body(server: Service, client: httpx2.Client, vm: str, name: str, preference: str | None) -> None:
     media, make, rule = ATTACKS[name]
     body = make()
     coded = media in (JSON, NDJSON)
     headers = {"Content-Type": media, **({"Prefer": preference} if preference else {})}
     headers |= {"Content-Encoding": "zstd"} if coded else {}
     content = packed(body) if coded else body
-    before = forget(server)
+    before = server.forget()
     problem = settled(client, client.post(f"{vm}/traces", content=content, headers=headers))
-    grown = status(server, "VmHWM") - before
+    grown = server.peak() - before
     assert client.get("/livez").status_code == 200
     assert bool(problem) == bool(rule) and rule in problem.get("rule", ""), problem
     assert problem.get("status", 422) in (400, 422), problem
@@ -88,16 +71,16 @@ def test_a_hostile_body(server: Server, client: httpx2.Client, vm: str, name: st
 @pytest.mark.parametrize("preference", [None, "respond-async"], ids=["call", "job"])
 @pytest.mark.parametrize("media", [JSON, NDJSON])
 def test_little_that_unpacks_to_much(
-    server: Server, client: httpx2.Client, vm: str, media: str, preference: str | None
+    server: Service, client: httpx2.Client, vm: str, media: str, preference: str | None
 ) -> None:
     """A text of 400 MiB is refused when 64 MiB of it are there."""
     content = packed(b'"' + b"a" * (100 * MIB)) * 4
     assert len(content) < 64 << 10
     headers = {"Content-Type": media, "Content-Encoding": "zstd", **({"Prefer": preference} if preference else {})}
-    before = forget(server)
+    before = server.forget()
     reply = client.post(f"{vm}/traces", content=content, headers=headers)
     problem = settled(client, reply)
-    assert status(server, "VmHWM") - before < LARGEST_GROWTH
+    assert server.peak() - before < LARGEST_GROWTH
     assert client.get("/livez").status_code == 200
     # Whoever looks first says so: the reader that wants a record, or the decoder that counts.
     assert problem["code"] in ("body-too-large", "invalid-trace"), problem

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-import httpx2
 import pytest
 import zstandard
 
-from tests.abuse.conftest import MIB, Service, new_vm
-
-Tenants = Callable[..., tuple[Service, httpx2.Client, httpx2.Client]]
+from tests.abuse.conftest import Begin, Tenants
+from tests.abuse.process import MIB, new_vm
 
 _CODED = {"Content-Type": "application/json", "Content-Encoding": "zstd"}
 _MILLIONS = 11_000_000
@@ -33,10 +31,10 @@ def bomb(before: bytes, item: bytes, count: int) -> bytes:
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_lists_of_millions(tenants: Tenants, name: str) -> None:
-    service, red, _ = tenants()
+def test_lists_of_millions(shared: Tenants, name: str) -> None:
+    service, red, _ = shared
     vm = new_vm(red)
-    before = service.peak()
+    before = service.forget()
     method, path, beginning, item = BOMBS[name]
     reply = red.request(method, vm + path, content=bomb(beginning, item, _MILLIONS), headers=_CODED)
     assert reply.status_code == 413, reply.text
@@ -44,10 +42,10 @@ def test_lists_of_millions(tenants: Tenants, name: str) -> None:
     assert red.get(vm).status_code == 200
 
 
-def test_members_by_the_million(tenants: Tenants) -> None:
+def test_members_by_the_million(shared: Tenants) -> None:
     """Unknown ones, and those of a map; each was listed as a fault."""
-    service, red, _ = tenants()
-    before = service.peak()
+    service, red, _ = shared
+    before = service.forget()
     unknown = ",".join(f'"k{n}":0' for n in range(1_000_000))
     for body in (f"{{{unknown}}}", f'{{"host":{{"vmx_capabilities":{{{unknown}}}}}}}'):
         reply = red.post("/v1/vms", content=zstandard.compress(body.encode()), headers=_CODED)
@@ -55,11 +53,11 @@ def test_members_by_the_million(tenants: Tenants) -> None:
     assert service.peak() - before < 160 * MIB
 
 
-def test_faults_are_not_listed_without_end(tenants: Tenants) -> None:
+def test_faults_are_not_listed_without_end(shared: Tenants) -> None:
     """As many as the bound on values lets through: told in a short reply, with the first or how many they are."""
-    service, red, _ = tenants()
+    service, red, _ = shared
     vm = new_vm(red)
-    before = service.peak()
+    before = service.forget()
     ranges = b'{"ranges":[' + b",".join([b"{}"] * 60_000) + b"]}"
     unknown = b"{" + b",".join(b'"k%d":0' % n for n in range(200_000)) + b"}"
     for method, path, body in (("PATCH", "/subpages", ranges), ("PATCH", "/page-access", unknown)):
@@ -68,7 +66,7 @@ def test_faults_are_not_listed_without_end(tenants: Tenants) -> None:
     assert service.peak() - before < 300 * MIB
 
 
-def test_bodies_that_are_held_are_bounded(tenants: Tenants) -> None:
+def test_bodies_that_are_held_are_bounded(tenants: Begin) -> None:
     """One tenant's may take half of what there is, and those of another still come in."""
     _, red, blue = tenants(max_held_body_bytes=16 * MIB, max_document_bytes=6 * MIB)
     vm, other = new_vm(red), new_vm(blue)

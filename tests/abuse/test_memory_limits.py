@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
@@ -11,9 +10,8 @@ import pytest
 
 from service.memory import allowed_bytes, container_bytes, warn_of_memory
 from service.settings import Settings
-from tests.abuse.conftest import MIB, Service, new_vm
-
-Tenants = Callable[..., tuple[Service, httpx2.Client, httpx2.Client]]
+from tests.abuse.conftest import Begin
+from tests.abuse.process import MIB, new_vm
 
 _OCTETS = {"Content-Type": "application/octet-stream"}
 _PIECE = MIB
@@ -42,7 +40,7 @@ def refusal(replies: list[httpx2.Response]) -> dict[str, object]:
     return problem
 
 
-def test_a_machine_is_bounded(tenants: Tenants) -> None:
+def test_a_machine_is_bounded(tenants: Begin) -> None:
     _service, red, _ = tenants(max_table_frames=_MOST >> 12, max_memory_bytes=1 << 30)
     vm = large_vm(red)
     replies = fill(red, vm, 40)
@@ -56,7 +54,7 @@ def test_a_machine_is_bounded(tenants: Tenants) -> None:
     assert red.put(f"{vm}/memory?gpa=0", content=b"\x42" * 4096, headers=_OCTETS).status_code == 204
 
 
-def test_filling_with_one_byte_value_stays_within_the_memory_of_a_container(tenants: Tenants) -> None:
+def test_filling_with_one_byte_value_stays_within_the_memory_of_a_container(tenants: Begin) -> None:
     """The attack as it was seen, in the memory of the process alone: 64 MiB at a time, 64 KiB each on the wire."""
     service, red, _ = tenants(store="memory")
     vm = new_vm(red, memory_slots=[{"slot": 0, "gpa": 0, "size": 4 << 30}])
@@ -69,7 +67,7 @@ def test_filling_with_one_byte_value_stays_within_the_memory_of_a_container(tena
     assert service.peak() < 1 << 30
 
 
-def test_a_tenant_is_bounded_over_all_its_machines(tenants: Tenants) -> None:
+def test_a_tenant_is_bounded_over_all_its_machines(tenants: Begin) -> None:
     """Red fills one machine after the other; what is left is blue's, and what red deletes it may fill again."""
     _service, red, blue = tenants(max_memory_bytes=2 * _MOST)
     machines = []
@@ -89,18 +87,18 @@ def test_a_tenant_is_bounded_over_all_its_machines(tenants: Tenants) -> None:
     assert [reply.status_code for reply in fill(red, large_vm(red), 3)] == [204, 204, 204]
 
 
-def test_what_is_in_the_store_counts_after_a_restart(tenants: Tenants) -> None:
+def test_what_is_in_the_store_counts_after_a_restart(tenants: Begin) -> None:
     service, red, _ = tenants(max_memory_bytes=2 * _MOST)
     machines = [large_vm(red), large_vm(red)]
     assert [reply.status_code for vm in machines for reply in fill(red, vm, 3)] == [204] * 6
     token = red.headers["Authorization"]
-    service.server.kill()
+    service.kill()
     again, _, _ = tenants(max_memory_bytes=2 * _MOST)
     with again.client(token.removeprefix("Bearer ")) as same:
         assert refusal(fill(same, large_vm(same), 6))["limit"] == "max_memory_bytes"
 
 
-def test_machines_that_nobody_uses_leave_the_memory(tenants: Tenants) -> None:
+def test_machines_that_nobody_uses_leave_the_memory(tenants: Begin) -> None:
     service, red, _ = tenants(max_loaded_bytes=_MOST, max_memory_bytes=1 << 30)
     machines = [large_vm(red) for _ in range(5)]
     for vm in machines:

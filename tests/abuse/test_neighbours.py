@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import base64
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from urllib.parse import parse_qs, urlsplit
 
 import httpx2
 import pytest
 
-from tests.abuse.conftest import Service, new_vm, until
-
-Tenants = Callable[..., tuple[Service, httpx2.Client, httpx2.Client]]
+from tests.abuse.conftest import Begin
+from tests.abuse.process import Service, new_vm, until
 
 _OCTETS = {"Content-Type": "application/octet-stream"}
 _RECORDS = (0x1000).to_bytes(8, "little") * 64
@@ -24,7 +23,7 @@ def refused(reply: httpx2.Response, limit: str) -> None:
     assert {"code": "limit-exceeded", "limit": limit, "limit_of": "tenant"}.items() <= reply.json().items()
 
 
-def test_machines(tenants: Tenants) -> None:
+def test_machines(tenants: Begin) -> None:
     _, red, blue = tenants(max_vms=9)
     replies = [red.post("/v1/vms", json={}) for _ in range(9)]
     made = [reply for reply in replies if reply.status_code == 201]
@@ -35,7 +34,7 @@ def test_machines(tenants: Tenants) -> None:
     assert red.post("/v1/vms", json={}).status_code == 201
 
 
-def test_a_tenant_that_comes_when_all_is_taken(tenants: Tenants) -> None:
+def test_a_tenant_that_comes_when_all_is_taken(tenants: Begin) -> None:
     """Its share is there although the others had everything before it was known."""
     service, red, _ = tenants(max_vms=8)
     while red.post("/v1/vms", json={}).status_code == 201:
@@ -49,7 +48,7 @@ class SlowReplays:
     """Replays whose bodies never come to their end."""
 
     def __init__(self, service: Service, client: httpx2.Client) -> None:
-        parts = urlsplit(service.server.url)
+        parts = urlsplit(service.url)
         self._address = (parts.hostname, parts.port)
         self._authorization = client.headers["Authorization"]
         self._open = ExitStack()
@@ -77,7 +76,7 @@ class SlowReplays:
         ("application/octet-stream", "record=gpa8", _RECORDS, "Prefer: respond-async\r\n"),
     ],
 )
-def test_slow_bodies_hold_up_nobody(tenants: Tenants, media: str, query: str, beginning: bytes, more: str) -> None:
+def test_slow_bodies_hold_up_nobody(tenants: Begin, media: str, query: str, beginning: bytes, more: str) -> None:
     """Forty bodies that have begun and do not go on, where only two replays may compute at one time."""
     service, red, blue = tenants(replay_threads=2, running_jobs=1)
     mine, theirs = new_vm(blue), [new_vm(red) for _ in range(4)]
@@ -92,7 +91,7 @@ def test_slow_bodies_hold_up_nobody(tenants: Tenants, media: str, query: str, be
     slow.close()
 
 
-def test_a_body_that_becomes_slow_goes_on(tenants: Tenants) -> None:
+def test_a_body_that_becomes_slow_goes_on(tenants: Begin) -> None:
     """It loses its turn after its first part and gets it again for the rest."""
     _, red, _ = tenants(replay_threads=1)
     vm, other = new_vm(red), new_vm(red)
@@ -109,7 +108,7 @@ def test_a_body_that_becomes_slow_goes_on(tenants: Tenants) -> None:
     assert reply.status_code == 201 and reply.json()["records"] == 64 * 1026 and counts == [64, 64]
 
 
-def test_replays_under_way(tenants: Tenants) -> None:
+def test_replays_under_way(tenants: Begin) -> None:
     service, red, blue = tenants(max_replays=6, busy_timeout=60)
     mine, theirs, other = new_vm(blue), new_vm(red), new_vm(red)
     slow = SlowReplays(service, red)
@@ -121,7 +120,7 @@ def test_replays_under_way(tenants: Tenants) -> None:
     slow.close()
 
 
-def test_jobs_and_their_bodies(tenants: Tenants) -> None:
+def test_jobs_and_their_bodies(tenants: Begin) -> None:
     size = 1 << 16
     service, red, blue = tenants(max_queued_jobs=7, running_jobs=1, max_job_bytes=12 * size)
     mine, theirs = new_vm(blue), new_vm(red)
@@ -138,7 +137,7 @@ def test_jobs_and_their_bodies(tenants: Tenants) -> None:
     refused(reply, "max_job_bytes")
 
 
-def test_streams_of_events(tenants: Tenants) -> None:
+def test_streams_of_events(tenants: Begin) -> None:
     _service, red, blue = tenants(max_event_streams=6)
     mine, theirs = new_vm(blue), new_vm(red)
     follow = {"Accept": "text/event-stream"}
@@ -150,7 +149,7 @@ def test_streams_of_events(tenants: Tenants) -> None:
         assert stack.enter_context(blue.stream("GET", f"{mine}/events", headers=follow)).status_code == 200
 
 
-def test_numbers_are_of_ones_own(tenants: Tenants) -> None:
+def test_numbers_are_of_ones_own(tenants: Begin) -> None:
     """What KVM_CREATE_VM returns, and cursors, say nothing about what other tenants make."""
     service, red, blue = tenants()
 
@@ -172,7 +171,7 @@ def test_numbers_are_of_ones_own(tenants: Tenants) -> None:
     assert cursor(blue) % 1_000_000 == int(micros) and seconds
     token = blue.headers["Authorization"].removeprefix("Bearer ")
     follow, listed = blue.get("/v1/vms?limit=1").json()["next"], blue.get("/v1/vms").json()["vms"]
-    service.server.kill()
+    service.kill()
     again, _, _ = tenants()
     with again.client(token) as same:
         assert [vm["id"] for vm in same.get(follow.replace("limit=1", "limit=9")).json()["vms"]] == [

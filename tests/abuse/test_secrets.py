@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from urllib.parse import quote
 
 import pytest
@@ -18,20 +17,13 @@ from service.cli import app
 from service.logs import TextFormatter, printable
 from service.security.tokens import without_tokens
 from service.storage.urls import StoreUrl, shown
-from tests.abuse.process import TOKEN, Victim, head, serving
+from tests.abuse.process import TOKEN, Service, head, serving, until
 from tests.abuse.test_wire_frames import OPENING
 
 STRANGE = "sp_0123456789ab_" + "Zz0-" * 10 + "abc"
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def said_last(victim: Victim, *requests: bytes) -> None:
+def said_last(victim: Service, *requests: bytes) -> None:
     """Send requests, each on its own connection, and wait for what answers them."""
     for request in requests:
         with victim.connect() as connection:
@@ -40,12 +32,12 @@ def said_last(victim: Victim, *requests: bytes) -> None:
 
 
 @pytest.fixture(scope="module", params=["text", "json"])
-def talkative(request: pytest.FixtureRequest) -> Iterator[Victim]:
+def talkative(request: pytest.FixtureRequest) -> Iterator[Service]:
     with serving(log_level="debug", access_log=True, log_format=request.param) as server:
         yield server
 
 
-def test_no_token_in_any_log(talkative: Victim) -> None:
+def test_no_token_in_any_log(talkative: Service) -> None:
     """In the header, in the subprotocol, in the query and in the path, of a request and of an opening; the body's
     messages; the fixed token and one that reads like a kept one."""
     with talkative.client() as client:
@@ -75,7 +67,7 @@ def test_there_is_no_level_below_debug() -> None:
     assert done.exit_code == 2 and "debug" in done.output
 
 
-def test_of_libraries_only_warnings_are_logged(talkative: Victim) -> None:
+def test_of_libraries_only_warnings_are_logged(talkative: Service) -> None:
     quiet = re.compile(r'^(?:DEBUG|INFO) (\S+):|"level": "(?:debug|info)", "logger": "(\S+)"', re.MULTILINE)
     names = {first or second for first, second in quiet.findall(talkative.said())}
     assert names and all(name.startswith("subpage") for name in names)

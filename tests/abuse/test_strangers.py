@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import httpx2
 import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from tests.abuse.conftest import MIB, Service, new_vm, until
-
-Tenants = Callable[..., tuple[Service, httpx2.Client, httpx2.Client]]
+from tests.abuse.conftest import Begin
+from tests.abuse.process import MIB, Service, new_vm, until
 
 _NEVER = "/v1/vms/vm_0000000000000000"
 _LARGE = 48 * MIB
@@ -43,13 +40,13 @@ def frames_in_memory(admin: httpx2.Client) -> float:
 
 
 @pytest.fixture
-def stored(tenants: Tenants) -> tuple[Service, str, httpx2.Client, httpx2.Client]:
+def stored(tenants: Begin) -> tuple[Service, str, httpx2.Client, httpx2.Client]:
     """A machine of blue that is in the store and not in memory: its URL, a client of red, and an admin of green."""
     service, _, blue = tenants()
     vm = new_vm(blue, memory_slots=[{"slot": 0, "gpa": 0, "size": 64 * MIB}])
     body = b"\x5a" * _LARGE
     assert blue.put(f"{vm}/memory?gpa=0&size={_LARGE}", content=body, headers=_OCTETS).status_code in (200, 204)
-    service.server.kill()
+    service.kill()
     again, red, _ = tenants()
     admin = again.client(again.token("green", "admin")[1])
     until(lambda: admin.get("/metrics").status_code == 200)
@@ -77,7 +74,7 @@ def test_nothing_is_loaded_for_strangers_and_other_tenants(
             }
     for headers in ({}, dict(red.headers)):
         given = {name: value for name, value in headers.items() if name == "authorization"}
-        socket = f"{service.server.url.replace('http', 'ws')}{vm}/introspection"
+        socket = f"{service.url.replace('http', 'ws')}{vm}/introspection"
         with pytest.raises(InvalidStatus) as refused, connect(socket, additional_headers=given):
             pass
         assert refused.value.response.status_code == (404 if headers else 401)
@@ -87,7 +84,7 @@ def test_nothing_is_loaded_for_strangers_and_other_tenants(
     admin.close()
 
 
-def test_an_answer_that_is_kept_needs_no_machine(tenants: Tenants) -> None:
+def test_an_answer_that_is_kept_needs_no_machine(tenants: Begin) -> None:
     """A call under a key that was answered before is answered again from what is kept."""
     service, red, _ = tenants()
     vm = new_vm(red)
@@ -96,7 +93,7 @@ def test_an_answer_that_is_kept_needs_no_machine(tenants: Tenants) -> None:
     given = red.post(f"{vm}/accesses", json=access, headers=key)
     assert given.status_code in (200, 201), given.text
     token = red.headers["Authorization"]
-    service.server.kill()
+    service.kill()
     again, _, _ = tenants()
     admin = again.client(again.token("green", "admin")[1])
     until(lambda: admin.get("/metrics").status_code == 200)

@@ -13,9 +13,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from tests.abuse.conftest import Service, new_vm, until
-
-Tenants = Callable[..., tuple[Service, httpx2.Client, httpx2.Client]]
+from tests.abuse.conftest import Begin
+from tests.abuse.process import Service, new_vm, until
 
 _WITHIN = 5.0
 _TOOLS = 3
@@ -30,7 +29,7 @@ def attach() -> Iterator[Attach]:
     with ExitStack() as opened:
 
         def one(service: Service, vm: str, token: str) -> ClientConnection:
-            url = f"{service.server.url.replace('http', 'ws')}{vm}/introspection"
+            url = f"{service.url.replace('http', 'ws')}{vm}/introspection"
             headers = {"Authorization": f"Bearer {token}"}
             socket = opened.enter_context(connect(url, additional_headers=headers, close_timeout=1))
             socket.send(json.dumps({"type": "attach"}))
@@ -49,7 +48,7 @@ def closed(socket: ClientConnection) -> tuple[int, str]:
 
 
 @pytest.fixture
-def red_machine(tenants: Tenants) -> Iterator[tuple[Service, httpx2.Client, str]]:
+def red_machine(tenants: Begin) -> Iterator[tuple[Service, httpx2.Client, str]]:
     """A machine of red on which three tools may be attached."""
     service, red, _ = tenants(max_tools=_TOOLS)
     return service, red, new_vm(red)

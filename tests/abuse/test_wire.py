@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from service.http.connection import MAX_FIELDS, MAX_PIPELINED, MAX_URL_BYTES
-from tests.abuse.process import MIB, TOKEN, Victim, flood, head, serving, watched
+from tests.abuse.process import MIB, TOKEN, Service, flood, head, serving, watched
 
 CHUNKED = "Transfer-Encoding: chunked"
 MOST = 64 * MIB  # what an attack here may send; many times what the server may take of it
 
 
 @pytest.fixture(scope="module")
-def victim() -> Iterator[Victim]:
+def victim() -> Iterator[Service]:
     with serving(head_timeout=1) as server:
         yield server
 
@@ -39,7 +39,7 @@ WITHOUT_END = {
 
 
 @pytest.mark.parametrize("name", WITHOUT_END)
-def test_what_has_no_end_is_refused_and_the_connection_closed(victim: Victim, name: str) -> None:
+def test_what_has_no_end_is_refused_and_the_connection_closed(victim: Service, name: str) -> None:
     """The answer is given at once and can be read; nothing is kept; others are served all the while."""
     start, piece, status = WITHOUT_END[name]
     with watched(victim) as seen, victim.connect() as connection:
@@ -51,21 +51,21 @@ def test_what_has_no_end_is_refused_and_the_connection_closed(victim: Victim, na
     assert seen.grown < 32 * MIB and seen.asked > 1
 
 
-def test_as_many_fields_as_allowed(victim: Victim) -> None:
+def test_as_many_fields_as_allowed(victim: Service) -> None:
     for count, status in ((MAX_FIELDS - 2, b" 200 "), (MAX_FIELDS, b" 431 ")):
         with victim.connect() as connection:
             connection.sendall(head("GET", "/livez", None, *(f"x-{number}: y" for number in range(count))))
             assert status in connection.recv(1 << 16)[:14]
 
 
-def test_as_long_a_url_as_allowed(victim: Victim) -> None:
+def test_as_long_a_url_as_allowed(victim: Service) -> None:
     for length, status in ((MAX_URL_BYTES, b" 404 "), (MAX_URL_BYTES + 1, b" 431 ")):
         with victim.connect() as connection:
             connection.sendall(head("GET", "/" + "x" * (length - 1)))
             assert status in connection.recv(1 << 16)[:14]
 
 
-def test_trailers_are_nobodys_headers(victim: Victim) -> None:
+def test_trailers_are_nobodys_headers(victim: Service) -> None:
     """Neither of the request that they end nor of the one behind it: a proxy may not have looked at them."""
     with victim.connect() as connection:
         sent = head("POST", "/v1/vms", None, CHUNKED, "Content-Type: application/json")
@@ -77,7 +77,7 @@ def test_trailers_are_nobodys_headers(victim: Victim) -> None:
     assert replies.count(b"HTTP/1.1 401 ") == 2
 
 
-def test_requests_behind_requests(victim: Victim) -> None:
+def test_requests_behind_requests(victim: Service) -> None:
     """As many as may wait are answered, then the connection closes."""
     with victim.connect() as connection:
         connection.sendall(head("GET", "/livez") * 2000)
@@ -88,7 +88,7 @@ def test_requests_behind_requests(victim: Victim) -> None:
     assert replies.count(b"HTTP/1.1 200 ") == MAX_PIPELINED + 1
 
 
-def test_a_short_body_that_is_late_keeps_the_connection(victim: Victim) -> None:
+def test_a_short_body_that_is_late_keeps_the_connection(victim: Service) -> None:
     with victim.connect() as connection:
         for _ in range(2):
             connection.sendall(head("POST", "/v1/vms", None, "Content-Length: 2"))
@@ -99,7 +99,7 @@ def test_a_short_body_that_is_late_keeps_the_connection(victim: Victim) -> None:
             connection.sendall(b"{}")
 
 
-def test_a_long_body_that_is_refused_ends_with_its_answer(victim: Victim) -> None:
+def test_a_long_body_that_is_refused_ends_with_its_answer(victim: Service) -> None:
     """The client sends all of it before it reads: the answer is still there."""
     with victim.connect() as connection:
         connection.sendall(head("POST", "/v1/vms", None, f"Content-Length: {8 * MIB}"))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 
 import pytest
 from websockets.sync.client import connect
 
 from service.http.frames import FRAMES_AT_ONCE
 from service.http.sockets import MESSAGE_BYTES
-from tests.abuse.process import MIB, TOKEN, Victim, flood, head, serving, watched
+from tests.abuse.process import MIB, TOKEN, Service, flood, head, new_vm, watched
 
 OPENING = (
     "Upgrade: websocket",
@@ -23,16 +22,9 @@ COMPRESSED = 0x40
 
 
 @pytest.fixture(scope="module")
-def victim() -> Iterator[Victim]:
-    with serving() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def path(victim: Victim) -> str:
+def path(victim: Service) -> str:
     with victim.client() as client:
-        document = {"memory_slots": [{"slot": 0, "gpa": 0, "size": 16 * MIB}]}
-        return client.post("/v1/vms", json=document).headers["Location"] + "/introspection"
+        return new_vm(client) + "/introspection"
 
 
 def frame(opcode: int, data: bytes = b"", *, last: bool = True, bits: int = 0) -> bytes:
@@ -40,7 +32,7 @@ def frame(opcode: int, data: bytes = b"", *, last: bool = True, bits: int = 0) -
     return bytes([(0x80 if last else 0) | bits | opcode, 0x80 | len(data)]) + bytes(4) + data
 
 
-def opened(victim: Victim, path: str, *fields: str) -> socket.socket:
+def opened(victim: Service, path: str, *fields: str) -> socket.socket:
     connection = victim.connect()
     connection.sendall(head("GET", path, TOKEN, *OPENING, *fields))
     reply = b""
@@ -64,7 +56,7 @@ WITHOUT_END = {
 
 
 @pytest.mark.parametrize("name", WITHOUT_END)
-def test_frames_without_end(victim: Victim, path: str, name: str) -> None:
+def test_frames_without_end(victim: Service, path: str, name: str) -> None:
     start, piece, code = WITHOUT_END[name]
     with watched(victim) as seen, opened(victim, path) as connection:
         connection.sendall(start)
@@ -86,7 +78,7 @@ def test_frames_without_end(victim: Victim, path: str, name: str) -> None:
         ),
     ],
 )
-def test_frames_that_are_too_much(victim: Victim, path: str, sent: bytes, code: int) -> None:
+def test_frames_that_are_too_much(victim: Service, path: str, sent: bytes, code: int) -> None:
     """Compressed where nothing was agreed, longer than a message may be, and the same in pieces."""
     with opened(victim, path, "Sec-WebSocket-Extensions: permessage-deflate") as connection:
         connection.sendall(sent)
@@ -99,7 +91,7 @@ def test_frames_that_are_too_much(victim: Victim, path: str, sent: bytes, code: 
     assert code.to_bytes(2, "big") in reply
 
 
-def test_frames_before_the_opening_is_answered(victim: Victim, path: str) -> None:
+def test_frames_before_the_opening_is_answered(victim: Service, path: str) -> None:
     with victim.connect() as connection:
         connection.sendall(head("GET", path, TOKEN, *OPENING))
         connection.settimeout(1)
@@ -112,7 +104,7 @@ def test_frames_before_the_opening_is_answered(victim: Victim, path: str) -> Non
     assert "Traceback" not in victim.said()
 
 
-def test_what_a_tool_sends_is_taken(victim: Victim, path: str) -> None:
+def test_what_a_tool_sends_is_taken(victim: Service, path: str) -> None:
     """Pings now and then, a message in as many pieces as are allowed, messages of the largest size, many at once."""
     url = victim.url.replace("http", "ws") + path
     with connect(url, additional_headers={"Authorization": f"Bearer {TOKEN}"}) as tool:

@@ -2,8 +2,9 @@
 
     python -m tests.faults.nursery
 
-reads lines of JSON with settings from standard input; each becomes a server in a process of its own, which prints where
-it listens as ``subpage serve`` does. The end of the input ends all of them.
+reads lines of JSON from standard input: settings, a umask, and a file for standard error. Each becomes a server in a
+process of its own, which prints where it listens as ``subpage serve`` does. Without a file it writes to standard error of
+this process, and of commits what ``service.storage.keeper`` says at debug. The end of the input ends all of them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass
 class Server:
-    """One forked server. ``log`` grows as it writes: see ``service.storage.keeper`` for what it says of commits."""
+    """One forked server. ``log`` grows as it writes, unless it writes to a file."""
 
     pid: int
     url: str
@@ -40,11 +41,17 @@ class Server:
             return False
         return True
 
-    def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
-        os.kill(self.pid, signal.SIGKILL)
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """SIGKILL or another signal, and wait until it is gone."""
+        os.kill(self.pid, number)
         while self.alive():
             threading.Event().wait(0.001)
+
+    def status(self, name: str) -> int:
+        """Bytes that the system counts: VmRSS, what it has now; VmHWM, the most that it has had."""
+        found = re.search(rf"^{name}:\s+(\d+) kB$", Path(f"/proc/{self.pid}/status").read_text(), re.MULTILINE)
+        assert found is not None, f"the server is gone: {self.log[-20:]}"
+        return int(found[1]) << 10
 
 
 class Nursery:
@@ -63,14 +70,16 @@ class Nursery:
                 self.server.log.append(line.rstrip())
             self.on_line(line)
 
-    def start(self, **settings: Any) -> Server:
+    def start(self, *, stderr: Path | None = None, umask: int = 0o022, **settings: Any) -> Server:
         """A new server, listening."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(settings) + "\n")
+        order = {"settings": settings, "umask": umask, "stderr": stderr}
+        self._process.stdin.write(json.dumps(order, default=str) + "\n")
         self._process.stdin.flush()
         pid = int(self._process.stdout.readline())
-        found = re.search(r"(http://\S+)", self._process.stdout.readline())
-        assert found is not None
+        said = self._process.stdout.readline()
+        found = re.search(r"(https?://\S+)", said)
+        assert found is not None, said
         self.server = Server(pid, found[1])
         return self.server
 
@@ -99,8 +108,6 @@ def nursery() -> Iterator[Nursery]:
 
 def main() -> None:
     from engine.warm.steps import warm
-    from service import server
-    from service.settings import Settings
     from service.storage import keeper, reader, traces
 
     assert keeper and reader and traces  # imported for the children
@@ -108,21 +115,35 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     children = []
     for line in sys.stdin:
-        settings = Settings(port=0, warm_up=False, **json.loads(line))
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
-            logging.getLogger("subpage.store").setLevel(logging.DEBUG)
-            sys.stdout.write(f"{os.getpid()}\n")
-            sys.stdout.flush()
-            os._exit(server.run(settings))
+            os._exit(_serve(**json.loads(line)))
         children.append(pid)
     for pid in children:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+
+
+def _serve(settings: dict[str, Any], umask: int, stderr: str | None) -> int:
+    """What a child does."""
+    from service import server
+    from service.settings import Settings
+
+    os.umask(umask)
+    if stderr is not None:
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
+    else:
+        logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+        logging.getLogger("subpage.store").setLevel(logging.DEBUG)
+    print(os.getpid(), flush=True)  # noqa: T201
+    try:
+        return server.run(Settings(**{"port": 0, "warm_up": False, **settings}))
+    except Exception as error:  # noqa: BLE001 - the parent is told, where it waits for the address
+        print(repr(error), flush=True)  # noqa: T201
+        return 1
 
 
 if __name__ == "__main__":
