@@ -3,14 +3,13 @@
     python -m tests.faults.nursery
 
 reads lines of JSON from standard input: settings, a umask, and a file for standard error. Each becomes a server in a
-process of its own, which prints where it listens as ``subpage serve`` does. Without a file it writes to standard error of
-this process, and of commits what ``service.storage.keeper`` says at debug. The end of the input ends all of them.
+process of its own, which prints where it listens as ``subpage serve`` does. Without a file it writes to standard error
+of this process, and of commits what ``service.storage.keeper`` says at debug. The end of the input ends all of them.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import signal
@@ -136,8 +135,7 @@ def _serve(settings: dict[str, Any], umask: int, stderr: str | None) -> int:
     if stderr is not None:
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
     else:
-        logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
-        logging.getLogger("subpage.store").setLevel(logging.DEBUG)
+        settings = {"log_level": "debug", **settings}
     print(os.getpid(), flush=True)  # noqa: T201
     try:
         return server.run(Settings(**{"port": 0, "warm_up": False, **settings}))
