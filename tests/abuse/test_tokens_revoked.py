@@ -39,6 +39,11 @@ def attach() -> Iterator[Attach]:
         yield one
 
 
+def asked(service: Service, vm: str, token: str) -> int:
+    with service.client(token) as client:
+        return client.get(vm).status_code
+
+
 def closed(socket: ClientConnection) -> tuple[int, str]:
     """How the server closes an idle connection."""
     with pytest.raises(ConnectionClosed) as ended:
@@ -89,7 +94,7 @@ def test_one_that_does_not_read_takes_no_place(red_machine: tuple[Service, httpx
     """A revoked peer that never takes the close is cut off, and its place is free before."""
     service, red, vm = red_machine
     token_id, token = service.token("red")
-    until(lambda: service.client(token).get(vm).status_code == 200)
+    until(lambda: asked(service, vm, token) == 200)
     deaf = [attach(service, vm, token) for _ in range(_TOOLS)]
     service.tokens.revoke(token_id, datetime.now(UTC))
     tool: list[ClientConnection] = []
@@ -133,7 +138,7 @@ def test_a_replay_whose_token_is_revoked_changes_nothing(
     def body() -> Iterator[bytes]:
         yield b"".join((page << 12).to_bytes(8, "little") for page in range(512))
         service.tokens.revoke(token_id, datetime.now(UTC))
-        until(lambda: service.client(token).get(vm).status_code == 401)
+        until(lambda: asked(service, vm, token) == 401)
         yield (0x1000).to_bytes(8, "little")
 
     before = red.get(vm).json()["revision"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from typing import Any
 
 import pyarrow as pa
@@ -121,14 +122,74 @@ def folded(document: Any) -> Any:
     return [folded(item) for item in document] if isinstance(document, list) else document
 
 
+# What no schema generates, and what no number may be: one that was wrong before is wrong still.
+HOSTILE_NUMBERS = (
+    *(
+        "9" * 5000,
+        "0x" + "f" * 5000,
+        "-1",
+        "-" + "9" * 25,
+        str(1 << 64),
+        hex((1 << 64) - 1),
+        "1e400",
+        "nan",
+        "0x",
+        "1_0",
+    ),
+    *("\N{SUPERSCRIPT TWO}", "\N{ARABIC-INDIC DIGIT THREE}", "\x00", "1\n", " 1", "a" * 5000),
+)
+# Headers that no operation needs, so that a request with one is as right or wrong as without.
+HOSTILE_HEADERS = tuple(
+    (name, beginning + value)
+    for name, beginning in (
+        *(
+            ("Last-Event-ID", ""),
+            ("Range", "bytes="),
+            ("If-Modified-Since", ""),
+            ("X-Request-Id", ""),
+            ("traceparent", "00-"),
+        ),
+        *(
+            ("Accept-Language", "a;q="),
+            ("Cookie", "a="),
+            ("Forwarded", "for="),
+            ("X-Forwarded-For", ""),
+            ("Referer", "/"),
+        ),
+    )
+    for value in ("9" * 5000, "-1", "1e400", "nan", "\xb2", '"' * 5000, "," * 5000, "=\\" * 3000)
+)
+
+
+def hostile(document: Any) -> Any:
+    """``folded``, and every twelfth number of it one that none may be; the same ones every time."""
+    if not isinstance(document, dict):
+        return document
+    changed = folded(document)
+    for name, value in document.items():
+        if _number(value) is not None and (drawn := zlib.crc32(f"{name}={value}".encode())) % 12 == 0:
+            changed[name] = HOSTILE_NUMBERS[drawn // 12 % len(HOSTILE_NUMBERS)]
+    return changed
+
+
 @schemathesis.hook
 def map_query(ctx: schemathesis.HookContext, query: Any) -> Any:
-    return folded(query)
+    return hostile(query)
 
 
 @schemathesis.hook
 def map_path_parameters(ctx: schemathesis.HookContext, path_parameters: Any) -> Any:
-    return folded(path_parameters)
+    return hostile(path_parameters)
+
+
+@schemathesis.hook
+def map_headers(ctx: schemathesis.HookContext, headers: Any) -> Any:
+    """One more in every fourth request that has any; by what it has, so that it is the same every time."""
+    drawn = zlib.crc32(repr(headers).encode("utf-8", "surrogatepass"))
+    if not headers or drawn % 4:
+        return headers
+    name, value = HOSTILE_HEADERS[drawn // 4 % len(HOSTILE_HEADERS)]
+    return headers if name in headers else {**headers, name: value}
 
 
 @schemathesis.hook

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.contract import fuzz
-from tests.contract.fuzz_hooks import RAM, folded
+from tests.contract.fuzz_hooks import HOSTILE_HEADERS, HOSTILE_NUMBERS, RAM, folded, hostile, map_headers
 
 # Chains of calls, and not seconds: a busy machine is no reason to try less.
 LIMITS = ("--max-examples", "6")
@@ -58,3 +58,16 @@ def test_half_of_the_addresses_meet_ram() -> None:
     }
     odd = {"gpa": "none", "npages": -2, "name": "0x10", "gfn": None, "access": [1, "0x2"], "size": 8}
     assert folded(odd) == odd
+
+
+def test_some_numbers_and_headers_are_hostile() -> None:
+    """The same ones every time; what is no number stays as it is."""
+    asked = [{"gfn": hex(number), "cursor": "a"} for number in range(1, 400, 2)]
+    changed = [hostile(query) for query in asked]
+    assert changed == [hostile(query) for query in asked] and {query["cursor"] for query in changed} == {"a"}
+    assert 5 < sum(query["gfn"] in HOSTILE_NUMBERS for query in changed) < 50
+    context: Any = None
+    added = [map_headers(context, {"If-Match": str(number)}) for number in range(200)]
+    assert 20 < sum(len(headers) == 2 for headers in added) < 90
+    assert {pair for headers in added for pair in headers.items() if pair[0] != "If-Match"} <= set(HOSTILE_HEADERS)
+    assert map_headers(context, None) is None
