@@ -6,6 +6,7 @@ others run meanwhile. So the values of a large body are counted first, and it is
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable
 from functools import lru_cache
@@ -16,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.requests import Request
 
 from service.http.handlers import refused
-from service.problems import BodyTooLarge
+from service.problems import BodyTooLarge, ServiceError
 from service.runtime.offload import maybe_in_thread
 from service.settings import Settings
 
@@ -65,8 +66,21 @@ def parsed(model: type[T], content: bytes, settings: Settings) -> T:
     try:
         found: T = _adapter(cast("Hashable", model)).validate_json(content)
     except ValidationError as error:
-        raise refused(error, model, "body") from None
+        raise _malformed(content) or refused(error, model, "body") from None
     return found
+
+
+def _malformed(content: bytes) -> ServiceError | None:
+    """What is wrong with ``content`` as JSON, and where; None if it is JSON, or too long to look at once more."""
+    try:
+        if len(content) <= INLINE_BYTES:
+            json.loads(content)
+    except json.JSONDecodeError as error:
+        rule = f"the body must be JSON: {error.msg}, line {error.lineno} column {error.colno}"
+        return ServiceError(rule, code="malformed-body")
+    except (ValueError, RecursionError):
+        return None
+    return None
 
 
 async def parse(model: type[T], content: bytes, settings: Settings) -> T:

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 
 from starlette.types import Message, Receive, Scope
 
-from engine.errors import LimitExceeded
 from service.http.codings import ACCEPTED, CODINGS, decoded
 from service.http.words import decimal
 from service.problems import BodyTooLarge, BodyTooSlow, UnsupportedMediaType
+from service.runtime.shares import ShareExceeded
 from service.settings import Settings
 
 # The body of any other method is never read.
@@ -29,11 +29,11 @@ class HeldBodies:
         self._held: Counter[str] = Counter()
 
     def take(self, tenant: str, size: int) -> None:
-        """Raises LimitExceeded beyond half of the limit for one tenant, beyond the whole for all of them."""
+        """Raises ShareExceeded beyond half of the limit for one tenant, beyond the whole for all of them."""
         if self._held[tenant] + size > self._limit // 2:
-            raise self._exceeded("half of max_held_body_bytes", f"bytes for the bodies of tenant {tenant}")
+            raise self._exceeded(self._limit // 2, "tenant", "this tenant, which may have half of what there is")
         if self._held.total() + size > self._limit:
-            raise self._exceeded("max_held_body_bytes", "bytes for the bodies of all tenants")
+            raise self._exceeded(self._limit, "service", "all tenants")
         self._held[tenant] += size
 
     def give_back(self, tenant: str, size: int) -> None:
@@ -41,8 +41,9 @@ class HeldBodies:
         if not self._held[tenant]:
             del self._held[tenant]
 
-    def _exceeded(self, name: str, what: str) -> LimitExceeded:
-        return LimitExceeded(f"at most {self._limit} {what} at one time; try again", field=name, value=self._limit)
+    def _exceeded(self, most: int, whose: str, who: str) -> ShareExceeded:
+        rule = f"at most {most} bytes of bodies may be held at one time for {who}: try again"
+        return ShareExceeded(rule, field="max_held_body_bytes", value=most, whose=whose)
 
 
 class Held:
@@ -53,7 +54,7 @@ class Held:
         self._size = 0
 
     def grow(self, size: int) -> None:
-        """Its body has ``size`` bytes by now. Raises LimitExceeded."""
+        """Its body has ``size`` bytes by now. Raises ShareExceeded."""
         if size > _SMALL:
             self._bodies.take(self._tenant, size - self._size)
             self._size = size

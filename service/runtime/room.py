@@ -56,4 +56,4 @@ class Room:
         if self._bound < self._most:
             return self._memory.exceeded(self._tenant)
         rule = f"a VM has {self._most} frames of {FRAME_BYTES} bytes at most, tables, bitmaps and guest memory together"
-        return ShareExceeded(rule, name=_OWN, most=self._most, whose="machine")
+        return ShareExceeded(rule, field=_OWN, value=self._most, whose="machine")

@@ -24,9 +24,9 @@ class ShareExceeded(LimitExceeded):
     """A limit of the service, or what a tenant may have of it, would be passed; ``members`` are those of the problem
     that name the setting, and say whether the tenant or the whole service has come to its limit."""
 
-    def __init__(self, rule: str, *, name: str, most: int, whose: str) -> None:
-        super().__init__(rule, field=name, value=most)
-        self.members = {"limit": name, "limit_of": whose}
+    def __init__(self, rule: str, *, field: str, value: int, whose: str = "service") -> None:
+        super().__init__(rule, field=field, value=value)
+        self.members = {"limit": field, "limit_of": whose}
 
 
 class Share:
@@ -91,4 +91,4 @@ class Share:
         rule, whose = f"at most {self.most} {self._what}", "service"
         if self.used < self.most or self._by[tenant] < self.used:
             rule, whose = f"{rule} over all tenants, of which this one has its part; others have theirs", "tenant"
-        return ShareExceeded(rule, name=self.name, most=self.most, whose=whose)
+        return ShareExceeded(rule, field=self.name, value=self.most, whose=whose)

@@ -157,6 +157,8 @@ def _survives(guest: Guest, key: Key, end: int) -> bool:
 @given(steps=st.lists(STEPS, min_size=4, max_size=25), data=st.data())
 def test_a_flush_that_is_lost_is_told(steps: Any, data: st.DataObject) -> None:
     guest = trace([*[("use", vcpu, SPACES[0], PAGES[0]) for vcpu in range(3)], *steps])
+    for vcpu in range(3):  # so that the last move has somebody to flush
+        guest.use(vcpu, SPACES[0], PAGES[0])
     last = guest.tables[SPACES[0], PAGES[0]]
     guest.move(SPACES[0], PAGES[0], next(frame for frame in FRAMES if frame != last), data.draw(st.sampled_from(WAYS)))
     for vcpu in range(3):

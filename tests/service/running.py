@@ -12,7 +12,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
-from service.http.sockets import MESSAGE_BYTES, SocketConnection
+from service.http.frames import PatientSocket
+from service.http.sockets import MESSAGE_BYTES
 from service.security.tokens import TokenStore
 from service.settings import Settings
 from tests.contract.client import ContractClient
@@ -33,7 +34,7 @@ def running(settings: Settings | None = None, tokens: TokenStore | None = None) 
     """Start a service, stop it at the end."""
     app = create_app(settings or Settings(warm_up=False), tokens=tokens)
     server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_level="error", access_log=False, ws=SocketConnection, ws_max_size=MESSAGE_BYTES)
+        uvicorn.Config(app, port=0, log_level="error", access_log=False, ws=PatientSocket, ws_max_size=MESSAGE_BYTES)
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

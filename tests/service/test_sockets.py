@@ -11,7 +11,7 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from service.http.sockets import SocketConnection
+from service.http.frames import PatientSocket
 from service.security.tokens import MemoryTokens, mint
 from service.server import configured
 from service.settings import Settings
@@ -59,4 +59,4 @@ def test_refusals_are_no_errors_of_the_service(caplog: pytest.LogCaptureFixture)
 
 
 def test_the_server_has_the_same_connections(service: Running) -> None:
-    assert configured(service.app, Settings()).ws is SocketConnection
+    assert configured(service.app, Settings()).ws is PatientSocket

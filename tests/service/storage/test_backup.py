@@ -82,7 +82,7 @@ def test_one_machine_and_replacing_it(filled: tuple[str, str, str], tmp_path: Pa
         (("backup", "{file}", "--store", "{url}"), "exists"),
         (("backup", "{nowhere}/a/b", "--store", "{url}"), "cannot be written"),
         (("backup", "{new}", "--store", "postgresql://nobody@127.0.0.1:1/none"), "cannot be reached"),
-        (("restore", "{new}", "--store", "{url}"), "No such file"),
+        (("restore", "{new}", "--store", "{url}"), "there is no such file"),
         (("restore", "{file}", "--vm", "vm_x", "--store", "sqlite:///{nowhere}"), "has no VM vm_x"),
     ],
 )

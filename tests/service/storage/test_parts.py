@@ -33,7 +33,7 @@ from service.storage.urls import StoreUrl, default_store
         ("memory", "memory", "memory"),
         ("sqlite:///relative.db", "sqlite", "sqlite:///relative.db"),
         ("sqlite:////var/lib/subpage.db", "sqlite", "sqlite:////var/lib/subpage.db"),
-        ("postgresql://u:se:cret@h:5/d", "postgresql", "postgresql://u:***@h:5/d"),
+        ("postgresql://u:se:cret@h:5/d", "postgresql", "postgresql://(hidden)"),
         ("postgres://h/d", "postgresql", "postgresql://h/d"),
     ],
 )
