@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from tests.abuse.conftest import Begin, Tenants
-from tests.abuse.process import MIB, new_vm
+from tests.abuse.process import MIB, new_vm, until
 
 _CODED = {"Content-Type": "application/json", "Content-Encoding": "zstd"}
 _MILLIONS = 11_000_000
