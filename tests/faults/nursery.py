@@ -3,8 +3,8 @@
     python -m tests.faults.nursery
 
 reads lines of JSON from standard input: settings, a umask, and a file for standard error. Each becomes a server in a
-process of its own, which prints where it listens as ``subpage serve`` does. Without a file it writes to standard error of
-this process, and of commits what ``service.storage.keeper`` says at debug. The end of the input ends all of them.
+process of its own, which prints where it listens as ``subpage serve`` does. Without a file it writes to the standard
+error of this process, and of commits what ``service.storage.keeper`` says at debug. The end of the input ends all of them.
 """
 
 from __future__ import annotations
@@ -108,9 +108,10 @@ def nursery() -> Iterator[Nursery]:
 
 def main() -> None:
     from engine.warm.steps import warm
+    from service import app, server
     from service.storage import keeper, reader, traces
 
-    assert keeper and reader and traces  # imported for the children
+    assert app and server and keeper and reader and traces  # imported for the children
     warm()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     children = []
