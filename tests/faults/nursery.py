@@ -4,7 +4,8 @@
 
 reads lines of JSON from standard input: settings, a umask, and a file for standard error. Each becomes a server in a
 process of its own, which prints where it listens as ``subpage serve`` does. Without a file it writes to the standard
-error of this process, and of commits what ``service.storage.keeper`` says at debug. The end of the input ends all of them.
+error of this process, and of commits what ``service.storage.keeper`` says at debug. The end of the input
+ends all of them.
 """
 
 from __future__ import annotations
