@@ -11,6 +11,7 @@ import copy
 import http.client
 import json
 import random
+import re
 import socket
 import time
 from collections import Counter
@@ -235,7 +236,7 @@ class Attacker:
         asked = httpx2.Request(request.method, "http://127.0.0.1/")
         response = httpx2.Response(reply.status, headers=given, content=content, request=asked)
         # A client's library would make another path of some.
-        path = unquote(request.target.partition(b"?")[0].decode("latin-1"), errors="replace")
+        path = unquote(re.split(b"[?#]", request.target)[0].decode("latin-1"), errors="replace")
         operation, _ = contract().operation(request.method, path)
         assert operation is not None, f"{reply.status} of no operation"
         contract()._check_reply(operation, response, f"{request.method} → {reply.status}")
