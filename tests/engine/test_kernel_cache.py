@@ -162,28 +162,31 @@ def both(gpa, size):
 """
 
 
+def printed(program: str, root: Path, kernels: Path) -> list[str]:
+    """The words that a program prints which imports the engine below ``root`` and keeps its kernels in ``kernels``."""
+    answer = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=kernels.parent,
+        env=environment(
+            PYTHONPATH=str(root),
+            PYTHONDONTWRITEBYTECODE="1",
+            SUBPAGE_KERNEL_CACHE=str(kernels),
+            NUMBA_DISABLE_JIT="0",
+        ),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return answer.stdout.split()
+
+
 @pytest.mark.jit
 def test_a_copy_of_the_sources_elsewhere_uses_the_same_kernels(copy: Path, tmp_path: Path) -> None:
     program = "from engine.cpu import sppt; sppt.touched(0, 1); print(sum(sppt.touched.stats.cache_hits.values()))"
 
-    def hits(root: Path) -> str:
-        answer = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=tmp_path,
-            env=environment(
-                PYTHONPATH=str(root),
-                PYTHONDONTWRITEBYTECODE="1",
-                SUBPAGE_KERNEL_CACHE=str(tmp_path / "kernels"),
-                NUMBA_DISABLE_JIT="0",
-            ),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return answer.stdout.strip()
-
     shutil.copytree(copy, tmp_path / "elsewhere" / "engine")
-    assert (hits(tmp_path), hits(tmp_path / "elsewhere")) == ("0", "1")
+    kernels = tmp_path / "kernels"
+    assert [printed(program, root, kernels) for root in (tmp_path, tmp_path / "elsewhere")] == [["0"], ["1"]]
 
 
 @pytest.mark.jit
@@ -193,20 +196,7 @@ def test_edited_rule_of_another_module_is_seen_by_kernels_that_call_it(copy: Pat
     program = PROGRAM.replace("engine.jit, numpy", "engine.probe, numpy")
 
     def run() -> list[int]:
-        answer = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=tmp_path,
-            env=environment(
-                PYTHONPATH=str(tmp_path),
-                PYTHONDONTWRITEBYTECODE="1",
-                SUBPAGE_KERNEL_CACHE=str(tmp_path / "kernels"),
-                NUMBA_DISABLE_JIT="0",
-            ),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return [int(word) for word in answer.stdout.split()]
+        return [int(word) for word in printed(program, tmp_path, tmp_path / "kernels")]
 
     assert run() == [1, 101]
     assert run() == [1, 101], "from the cache"
