@@ -33,7 +33,9 @@ class _OptionalWord(Word):
 
 
 _Gva = Annotated[int | None, _OptionalWord(64)]
-_Range = Annotated[tuple[Hex64, Hex64, Hex32], Field(strict=False)]
+# Tools that read no prefixItems want to be told of items, too; there are none beyond those.
+RANGE_ITEMS: dict[str, Any] = {"items": {}}
+_Range = Annotated[tuple[Hex64, Hex64, Hex32], Field(strict=False, json_schema_extra=RANGE_ITEMS)]
 
 EXAMPLE = {
     "name": "kernel",

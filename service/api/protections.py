@@ -28,7 +28,7 @@ from service.api.common import (
     tagged,
     tagged_reply,
 )
-from service.api.policies import ABOUT, GVA, Granularity, ProtectionRequest
+from service.api.policies import ABOUT, GVA, RANGE_ITEMS, Granularity, ProtectionRequest
 from service.http import cursors
 from service.http.words import Document, Hex32, Hex64, examples
 from service.runtime.offload import maybe_in_thread
@@ -74,7 +74,7 @@ class Protection(Document):
     objects: list[ObjectRange]
     pages: int = Field(description="Distinct pages with a protected sub-page.")
     subpages: int = Field(description="Distinct protected sub-pages.")
-    page_ranges: list[tuple[Hex64, int, Hex32]] = Field(
+    page_ranges: list[Annotated[tuple[Hex64, int, Hex32], Field(json_schema_extra=RANGE_ITEMS)]] = Field(
         description="The `pages` of the request: first page, number of pages, bitmap of what stays writable in each."
     )
 
