@@ -21,6 +21,8 @@ _ZSTD_SLICE = 256
 # come to some hundreds; zstd itself would go to 32,000.
 _RATIO = 1000
 _ANYWAY = 64 << 20
+# Members of gzip and frames of zstd without content that one body may have.
+_MOST_EMPTY = 256
 # RFC 9659: a decoder of the HTTP coding needs no larger window.
 _ZSTD_WINDOW = 1 << 23
 
@@ -36,21 +38,41 @@ class Decoder(Protocol):
         """Whether the body may end here."""
 
 
+class _Empty:
+    """Members or frames of one body without content: each costs time, and no limit on what is decoded counts it."""
+
+    def __init__(self, coding: str) -> None:
+        self._coding = coding
+        self._count = 0
+        self.has_content = False
+
+    def next_one(self) -> None:
+        """One has ended and another begins. Raises ``malformed-body`` when too many had no content."""
+        self._count += not self.has_content
+        self.has_content = False
+        if self._count > _MOST_EMPTY:
+            rule = f"must have at most {_MOST_EMPTY} parts of {self._coding} without content"
+            raise ServiceError(rule, field="body", code="malformed-body")
+
+
 class Gzip:
     """RFC 1952: one member after the other."""
 
     def __init__(self) -> None:
         self._member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        self._empty = _Empty("gzip")
         self._begun = False
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         while data:
             if self._member.eof:
+                self._empty.next_one()
                 self._member = zlib.decompressobj(zlib.MAX_WBITS | 16)
             self._begun = True
             piece = self._member.decompress(data, _PIECE)
             data = self._member.unconsumed_tail or self._member.unused_data
             while piece:
+                self._empty.has_content = True
                 yield piece
                 # Input that is used up may still have output waiting.
                 piece = self._member.decompress(b"", _PIECE) if not data and len(piece) == _PIECE else b""
@@ -66,6 +88,7 @@ class Zstandard:
     def __init__(self) -> None:
         self._context = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
         self._frame = self._context.decompressobj()
+        self._empty = _Empty("zstd")
         self._begun = False
 
     def feed(self, data: bytes) -> Iterator[bytes]:
@@ -74,11 +97,13 @@ class Zstandard:
             part = bytes(view[first : first + _ZSTD_SLICE])
             while part:
                 if self._frame.eof:
+                    self._empty.next_one()
                     self._frame = self._context.decompressobj()
                 self._begun = True
                 piece = self._frame.decompress(part)
                 part = self._frame.unused_data if self._frame.eof else b""
                 if piece:
+                    self._empty.has_content = True
                     yield piece
 
     @property

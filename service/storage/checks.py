@@ -12,10 +12,11 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from engine.arch.access import ACCESS_NAMES
+from engine.arch.sppt import SUBPAGE_SHIFT
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.machine import VirtualMachine
 from engine.outline import outline_from_head
-from engine.trace.objects import ObjectIndex, index_of
+from engine.trace.objects import index_of
 from engine.trace.results import EXIT_COLUMNS, ExitColumns
 from service.runtime.events import KINDS
 from service.runtime.traces import PART
@@ -44,7 +45,11 @@ def _moment(text: str) -> str:
 
 
 def _object(text: str) -> str:
-    if not isinstance(json.loads(text), dict):
+    try:
+        document = json.loads(text)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    if not isinstance(document, dict):
         raise ValueError("must be a JSON object")
     return text
 
@@ -127,7 +132,7 @@ def columns_are_bounded(kind: str, data: bytes) -> None:
     """Look at what a section of columns claims before it is unpacked."""
     try:
         claimed = sizes(data)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise BadBackup(f"the backup is damaged: the columns of a section {kind}: {error}") from None
     if sum(claimed) > MAX_COLUMN_BYTES:
         raise BadBackup(f"the backup is damaged: a section {kind} claims {sum(claimed)} bytes of columns")
@@ -223,11 +228,15 @@ def _check_names(column: str, exits: ExitColumns, names: Collection[str]) -> Non
 def _check_index(exits: ExitColumns) -> None:
     """The tables that name objects are those of their ranges: kernels follow them without looking."""
     ranges = exits.object_index.ranges
-    if ranges.dtype != np.int64 or ranges.ndim != 2 or ranges.shape[1] != len(("first", "end", "name")):
-        raise ValueError("ranges of objects are three numbers each")
-    first, end, name = ranges.T
-    if not ((first >= 0) & (first < end) & (end <= _TOP) & (name >= 0) & (name < len(exits.object_names))).all():
+    if ranges.dtype != np.int64 or ranges.ndim != 2 or ranges.shape[1] not in (3, 5):
+        raise ValueError("ranges of objects are five numbers each, or three of a release before this one")
+    if ranges.shape[1] == 3:  # every object was rounded to sub-pages
+        ranges = np.column_stack([ranges, ranges[:, 0] >> SUBPAGE_SHIFT, (ranges[:, 1] - 1) >> SUBPAGE_SHIFT])
+    first, end, name, low, high = ranges.T
+    inside = (first >= 0) & (first < end) & (end <= _TOP) & (name >= 0) & (name < len(exits.object_names))
+    around = (low >= 0) & (low <= first >> SUBPAGE_SHIFT) & (high >= (end - 1) >> SUBPAGE_SHIFT) & (high < _TOP)
+    if not (inside & around).all():
         raise ValueError("ranges of objects lie outside of the machine")
-    for member, found in zip(ObjectIndex._fields, index_of(ranges), strict=True):
+    for member, found in zip(("cuts", "offsets", "members"), index_of(ranges)[:3], strict=True):
         if not np.array_equal(getattr(exits.object_index, member), found):
             raise ValueError(f"{member} of the objects are not those of their ranges")

@@ -147,6 +147,7 @@ TAMPERINGS: dict[str, tuple[Tampering, str]] = {
     "machine: a list": (each("V", lambda _: b"[]"), "section V"),
     "machine: null": (each("V", lambda _: b"null"), "section V"),
     "machine: no UTF-8": (each("V", lambda _: b"\xff\xfe"), "section V"),
+    "head: nested deeply": (member("V", "head", "[" * 100_000), "nested too deeply"),
     "machine: nested deeply": (each("V", lambda _: b"[" * 100_000), "section V"),
     "machine: one member more": (member("V", "extra", 1), "extra"),
     "machine: one member less": (without("V", "created"), "created"),
@@ -277,6 +278,17 @@ def test_the_second_machine_takes_the_first_with_it(good: Sections, tmp_path: Pa
         offline.restore(StoreUrl.parse(f"sqlite:///{tmp_path}/store.db"), file, first, replace=False)
     with pytest.raises(offline.OfflineError, match="another schema"):
         offline.backup(StoreUrl.parse(f"sqlite:///{tmp_path}/store.db"), tmp_path / "after", None)
+
+
+def test_tables_of_the_release_before_are_taken(good: Sections, tmp_path: Path) -> None:
+    """Its ranges had no sub-pages of their own: every object was rounded to sub-pages."""
+    file, url = tmp_path / "before", f"sqlite:///{tmp_path}/store.db"
+    file.write_bytes(packed(values("I", "ranges", lambda column: column[:, :3].copy())(good)))
+    (vm,) = offline.restore(StoreUrl.parse(url), file, None, replace=False)
+    with serving(url) as service:
+        (trace,) = service.client.get(f"/v1/vms/{vm}/traces").json()["traces"]
+        exits = service.client.get(f"/v1/vms/{vm}/traces/{trace['id']}/exits").json()["exit_records"]
+        assert [record["objects"] for record in exits] == [["o", "p"], ["o", "p"]]
 
 
 def test_what_was_not_tampered_with_is_restored(good: Sections, tmp_path: Path) -> None:

@@ -70,6 +70,16 @@ def test_several_members(coding: str) -> None:
 
 
 @pytest.mark.parametrize("coding", list(CODINGS))
+def test_parts_without_content_are_counted(coding: str) -> None:
+    """Twenty bytes each, and nothing is decoded that a limit could count."""
+    few = ENCODE[coding](b"one") + ENCODE[coding](b"") * 200 + ENCODE[coding](b"two")
+    assert b"".join(read(coding, [few])) == b"onetwo"
+    with pytest.raises(ServiceError, match="without content") as caught:
+        read(coding, [ENCODE[coding](b"") * 20_000])
+    assert caught.value.code == "malformed-body"
+
+
+@pytest.mark.parametrize("coding", list(CODINGS))
 def test_broken_bodies(coding: str) -> None:
     content = ENCODE[coding](PLAIN)
     for broken in (b"", b"x", content[:-1], content[:10], content + b"x", content[:50] + b"\xff" * 50 + content[100:]):
