@@ -284,7 +284,7 @@ def test_tables_of_the_release_before_are_taken(good: Sections, tmp_path: Path) 
     """Its ranges had no sub-pages of their own: every object was rounded to sub-pages."""
     file, url = tmp_path / "before", f"sqlite:///{tmp_path}/store.db"
     file.write_bytes(packed(values("I", "ranges", lambda column: column[:, :3].copy())(good)))
-    (vm,) = offline.restore(StoreUrl.parse(url), file, None, replace=False)
+    vm = offline.restore(StoreUrl.parse(url), file, None, replace=False)[0]
     with serving(url) as service:
         (trace,) = service.client.get(f"/v1/vms/{vm}/traces").json()["traces"]
         exits = service.client.get(f"/v1/vms/{vm}/traces/{trace['id']}/exits").json()["exit_records"]
