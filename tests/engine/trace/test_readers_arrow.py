@@ -316,6 +316,16 @@ def test_only_needed_columns_are_decoded(read):
         read("arrow", bytes(body), carry=["note"])
 
 
+@pytest.mark.parametrize("offsets", [(0, 2**63 - 1, -2, 5), (0, 5, 4, 8), (-1, 0, 5, 8), (0, 5, 9, 12)])
+def test_offsets_that_are_out_of_order(read, offsets):
+    """Their differences may be all above 0: they wrap."""
+    arg = pa.array([b"abc", b"de", b"fgh"], pa.large_binary())
+    body = stream(pa.table({"gpa": pa.array([0] * 3, pa.uint64()), "op": pa.array([1] * 3, pa.uint8()), "arg": arg}))
+    assert body.count(struct.pack("<4q", 0, 3, 5, 8)) == 1
+    with pytest.raises(TraceError, match="offsets"):
+        read("arrow", body.replace(struct.pack("<4q", 0, 3, 5, 8), struct.pack("<4q", *offsets)))
+
+
 def test_chunks_are_replayed_while_the_stream_arrives():
     body = stream(*[table(100)] * 50)
     source = io.BytesIO(body)
