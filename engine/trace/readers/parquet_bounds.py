@@ -36,6 +36,7 @@ PAGE_TYPE, UNPACKED, PACKED, DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_2 = 1, 2, 3, 
 NUM_VALUES = 1
 DATA_ENCODING, DATA_2_ENCODING = 2, 4
 DATA, INDEX, DICTIONARY, DATA_2 = range(4)  # PageType
+STRUCTS = {DATA: DATA_PAGE, DICTIONARY: DICTIONARY_PAGE, DATA_2: DATA_PAGE_2}  # the one that counts for each
 # Encodings of bytes in which a page holds what it gives; that of deltas gives a page of bytes for each one sent.
 PLAIN_ENCODINGS = frozenset({0, 2, 6, 8})
 
@@ -280,7 +281,7 @@ def _read_header(data: bytes) -> _Page:
     for number, kind in walk.fields():
         if kind == I32:
             numbers[number] = walk.integer()
-        elif kind == STRUCT and number in (DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_2):
+        elif kind == STRUCT and number == STRUCTS.get(numbers.get(PAGE_TYPE, -1)):
             at = DATA_2_ENCODING if number == DATA_PAGE_2 else DATA_ENCODING
             for inner, inner_kind in walk.fields():
                 if inner_kind == I32:
