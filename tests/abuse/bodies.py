@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 from collections.abc import Callable
@@ -138,14 +139,14 @@ def _varint(value: int) -> bytes:
     return bytes([*out, value])
 
 
-def shared_fields(count: int = 1_000_000) -> bytes:
-    """An Arrow schema whose columns are all one table of the flatbuffer: four bytes for each."""
+def shared_fields(count: int = 1_000_000, name: int = 0) -> bytes:
+    """An Arrow schema whose columns are all one table of the flatbuffer, with a name so long: four bytes for each."""
 
     def table(*slots: int) -> bytes:
         return struct.pack(f"<HH{len(slots)}H", 4 + 2 * len(slots), 64, *slots)
 
     # vtables first, then tables that point back to them, then what they point forward to
-    message_vtable, schema_vtable, field_vtable = table(4, 6, 8), table(0, 4), table(0, 0, 4)
+    message_vtable, schema_vtable, field_vtable = table(4, 6, 8), table(0, 4), table(8 if name else 0, 0, 4)
     data = bytearray(4) + message_vtable + schema_vtable + field_vtable
     data += bytes(-len(data) % 8)
     message = len(data)
@@ -158,10 +159,39 @@ def shared_fields(count: int = 1_000_000) -> bytes:
     data += struct.pack("<I", count)
     data += (field - (vector + 4) - 4 * np.arange(count, dtype="<u4")).astype("<u4").tobytes()
     vtable = 4 + len(message_vtable) + len(schema_vtable)
-    data += struct.pack("<iBxHI", field - vtable, 1, 0, 0)  # type null; the name is not there
+    data += struct.pack("<iB3xI", field - vtable, 1, 4)  # type null; the name is next, if there is one
+    data += struct.pack("<I", name) + b"n" * name
     struct.pack_into("<I", data, 0, message)
     data += bytes(-len(data) % 8)
     return b"\xff\xff\xff\xff" + struct.pack("<I", len(data)) + bytes(data) + b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def shared_name(kib: int = 512) -> bytes:
+    """A thousand columns that share one long name."""
+    return shared_fields(1_000, kib << 10)
+
+
+def shared_metadata(count: int = 1_000, kib: int = 512) -> bytes:
+    """A Parquet file with an Arrow schema whose columns are all one field, with metadata so long."""
+    fields = [pa.field("n", pa.null(), metadata={"k": "v" * (kib << 10)})] + [pa.field("n", pa.null())] * (count - 1)
+    sink = io.BytesIO()
+    pa.ipc.new_stream(sink, pa.schema(fields)).close()
+    data = bytearray(sink.getvalue())
+    first = data.index(struct.pack("<I", count)) + 4  # the vector of the fields
+    place = first + struct.unpack_from("<I", data, first)[0]
+    data[first : first + 4 * count] = (place - first - 4 * np.arange(count, dtype="<u4")).astype("<u4").tobytes()
+    names = [f"n{at}" for at in range(count)]
+    table = pa.table({"gpa": pa.array([0], pa.uint64()), **{name: pa.array([0], pa.int8()) for name in names[1:]}})
+    return with_arrow_schema(table, bytes(data))
+
+
+def with_arrow_schema(table: pa.Table, schema: bytes) -> bytes:
+    """A Parquet file that says it was made of columns of such a schema."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, table.schema, store_schema=False) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"ARROW:schema": base64.b64encode(schema).decode()})
+    return sink.getvalue()
 
 
 def empty_objects(mib: int = 60) -> bytes:
@@ -190,9 +220,11 @@ ATTACKS: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "deltas": (ARROW, deltas, "memory"),
     "batch": (ARROW, one_batch, "memory"),
     "shared-fields": (ARROW, shared_fields, "1024 columns"),
+    "shared-name": (ARROW, shared_name, "a name has more than 256 bytes"),
     "pages": (PARQUET, large_pages, "memory"),
     "one-argument-in-a-page": (PARQUET, one_argument_in_a_page, "argument has up to 4120 bytes"),
     "deltas-of-bytes": (PARQUET, deltas_of_bytes, "encoded"),
+    "shared-metadata": (PARQUET, shared_metadata, ""),
     "directory": (PARQUET, directory, "memory"),
     "objects": (JSON, empty_objects, "gpa is required"),
     "text": (JSON, one_text, "field accesses"),

@@ -108,10 +108,10 @@ class Windows:
 
     def texts(self, start: int, length: int) -> list[bytes | None]:
         offsets = self._offsets[start : start + length + 1].astype(np.int64)
-        lengths = np.diff(offsets)
-        if length and (offsets[0] < 0 or offsets[-1] > len(self._data) or (lengths < 0).any()):
+        # Compared, as a difference wraps.
+        if length and (offsets[0] < 0 or offsets[-1] > len(self._data) or (offsets[1:] < offsets[:-1]).any()):
             raise ValueError("its offsets are not within its data, or not in order")
-        ends = offsets[:-1] + np.minimum(lengths, CUT)
+        ends = offsets[:-1] + np.minimum(np.diff(offsets), CUT)
         data = self._data.data
         found: list[bytes | None] = [
             bytes(data[at:end]) for at, end in zip(offsets[:-1].tolist(), ends.tolist(), strict=True)

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+# A string is copied for each table that names it, and any number can name one of megabytes.
+MAX_TEXT = 256
+
 
 class Table(NamedTuple):
     """A table at a position of the buffer."""
@@ -52,11 +55,13 @@ class Table(NamedTuple):
         return Table(self.data, position + self.integer("<I", position))
 
     def text(self, number: int) -> str:
-        """A field that is a string, "" by default. Raises UnicodeDecodeError."""
+        """A field that is a string of up to MAX_TEXT bytes, "" by default. Raises UnicodeDecodeError."""
         if not self.field(number):
             return ""
         at = self.child(number).position
         length = self.integer("<I", at)
+        if length > MAX_TEXT:
+            raise struct.error(f"a name has more than {MAX_TEXT} bytes")
         if at + 4 + length > len(self.data):
             raise struct.error("a string runs past the end")
         return str(bytes(self.data[at + 4 : at + 4 + length]), "utf-8")

@@ -16,7 +16,7 @@ from engine.trace.readers.base import Source, TraceReader
 from engine.trace.readers.budget import Budget
 from engine.trace.readers.columnar import ARGUMENT_RECORDS, BatchConverter
 from engine.trace.readers.flat import Batch, IndexedArguments, Kind, Listed, Sort, Whole
-from engine.trace.readers.parquet_bounds import check_pages, read_footer
+from engine.trace.readers.parquet_bounds import check_pages, directory, read_footer
 
 BATCH_RECORDS = 1 << 18  # decoded at a time, whatever the size of the row groups
 STREAM_BYTES = 1 << 20  # read at a time from each column, so that a row group is never held whole
@@ -34,7 +34,7 @@ class ParquetReader(TraceReader):
         source: Any = self._source
         try:
             footer = read_footer(source, self._budget)
-            metadata = pq.read_metadata(pa.PythonFile(source, mode="r"))
+            metadata = pq.read_metadata(pa.BufferReader(directory(source)))
             kinds = [(field.name, _kind(field.type)) for field in metadata.schema.to_arrow_schema()]
             converter = BatchConverter(kinds, self._carry)
             self.ignored_columns = converter.plan.ignored

@@ -7,19 +7,13 @@ of all pages of the columns that are needed (Apache Parquet format, parquet.thri
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
-import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from engine.errors import TraceError
 from engine.trace.operations import LARGEST_ARGUMENT
-from engine.trace.readers.arrow_frames import CONTINUATION, MESSAGE_HEADER, MESSAGE_VERSION
-from engine.trace.readers.arrow_schema import read_schema
 from engine.trace.readers.budget import Budget
-from engine.trace.readers.flatbuffer import Table
 from engine.trace.readers.thrift import BINARY, I32, I64, LIST, STRUCT, TooMuch, Walk
 
 FROM_END = 2  # of seek
@@ -34,8 +28,7 @@ MANY_RECORDS = 1 << 28
 RECORDS_A_BYTE = 16
 
 # Fields of the structs
-NUM_ROWS, ROW_GROUPS, KEY_VALUES = (3, I64), (4, LIST), (5, LIST)  # FileMetaData, each with its type
-KEY, VALUE = 1, 2
+NUM_ROWS, ROW_GROUPS = (3, I64), (4, LIST)  # FileMetaData, each with its type
 COLUMNS, COLUMN_METADATA = 1, 3  # RowGroup, ColumnChunk
 PHYSICAL_TYPE, PATH, VALUES, PACKED_SIZE, DATA_AT, DICTIONARY_AT = 1, 3, 5, 7, 9, 11  # ColumnMetaData
 BYTE_ARRAY = 6
@@ -43,10 +36,11 @@ PAGE_TYPE, UNPACKED, PACKED, DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_2 = 1, 2, 3, 
 NUM_VALUES = 1
 DATA_ENCODING, DATA_2_ENCODING = 2, 4
 DATA, INDEX, DICTIONARY, DATA_2 = range(4)  # PageType
+STRUCTS = {DATA: DATA_PAGE, DICTIONARY: DICTIONARY_PAGE, DATA_2: DATA_PAGE_2}  # the one that counts for each
 # Encodings of bytes in which a page holds what it gives; that of deltas gives a page of bytes for each one sent.
 PLAIN_ENCODINGS = frozenset({0, 2, 6, 8})
 
-ARROW_SCHEMA = b"ARROW:schema"
+ARROW_SCHEMA = b"ARROW:schema", b"arrow schema"  # its key, and one that nobody looks for
 WHAT = "the pages of a Parquet file"
 DIRECTORY = "the directory of a Parquet file"
 # A page has besides its values how they are repeated and which are null, and a value of bytes its length.
@@ -73,10 +67,11 @@ class Footer(NamedTuple):
     groups: list[list[Chunk]]
 
 
-def read_footer(source: Any, budget: Budget) -> Footer:
-    """See that the directory of a file is not too much to unfold.
+def directory(source: Any) -> bytes:
+    """The directory of a file and the tail that says its length, which the library reads as it reads the file.
 
-    Raises TraceError. The source is left anywhere.
+    An Arrow schema in it is under another name, so that nobody unfolds it: its fields can share names and metadata of
+    megabytes. Columns are what Parquet says they are. Raises TraceError; the source is left anywhere.
     """
     size = int(source.seek(0, FROM_END))
     if size < len(MAGIC) + TAIL_BYTES:
@@ -91,7 +86,16 @@ def read_footer(source: Any, budget: Budget) -> Footer:
     if length + TAIL_BYTES + len(MAGIC) > size:
         raise TraceError("the Parquet file is not valid: its directory is longer than the file", value=length)
     source.seek(size - TAIL_BYTES - length)
-    walk = Walk(source.read(length), budget.limit // 2)
+    return bytes(source.read(length + TAIL_BYTES)).replace(*ARROW_SCHEMA)
+
+
+def read_footer(source: Any, budget: Budget) -> Footer:
+    """See that the directory of a file is not too much to unfold.
+
+    Raises TraceError. The source is left anywhere.
+    """
+    size = int(source.seek(0, FROM_END))
+    walk = Walk(directory(source)[:-TAIL_BYTES], budget.limit // 2)
     rows, groups = 0, []
     try:
         for number, kind in walk.fields():
@@ -99,8 +103,6 @@ def read_footer(source: Any, budget: Budget) -> Footer:
                 rows = walk.integer()
             elif (number, kind) == ROW_GROUPS:
                 groups += [_group(walk) for _ in range(_structs(walk))]
-            elif (number, kind) == KEY_VALUES:
-                _check_metadata(walk)
             else:
                 walk.skip(kind)
     except TooMuch:
@@ -152,33 +154,6 @@ def _chunks(walk: Walk) -> list[Chunk]:
         places = [numbers.get(at, 0) for at in (PHYSICAL_TYPE, VALUES, PACKED_SIZE, DATA_AT, DICTIONARY_AT)]
         found = [Chunk(path[0].decode(), *places)] if len(path) == 1 else []
     return found
-
-
-def _check_metadata(walk: Walk) -> None:
-    """The pairs of key and value: an Arrow schema among them is one that this service would read."""
-    count, kind = walk.elements()
-    for _ in range(count):
-        if kind != STRUCT:
-            walk.skip(kind)
-            continue
-        pair: dict[int, bytes] = {}
-        for number, inner in walk.fields():
-            if inner == BINARY:
-                pair[number] = walk.binary()
-            else:
-                walk.skip(inner)
-        if pair.get(KEY) == ARROW_SCHEMA:
-            _check_schema(pair.get(VALUE, b""))
-
-
-def _check_schema(value: bytes) -> None:
-    try:
-        data = base64.b64decode(value, validate=True)
-        start = 8 if data[:4] == CONTINUATION.to_bytes(4, "little") else 4
-        message = Table.root(data[start:])
-        read_schema(message.child(MESSAGE_HEADER), message.scalar(MESSAGE_VERSION, "<h"))
-    except (binascii.Error, struct.error, ValueError) as error:
-        raise TraceError(f"the Parquet file is not valid: its Arrow schema is damaged: {error}") from None
 
 
 class _Page(NamedTuple):
@@ -306,7 +281,7 @@ def _read_header(data: bytes) -> _Page:
     for number, kind in walk.fields():
         if kind == I32:
             numbers[number] = walk.integer()
-        elif kind == STRUCT and number in (DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_2):
+        elif kind == STRUCT and number == STRUCTS.get(numbers.get(PAGE_TYPE, -1)):
             at = DATA_2_ENCODING if number == DATA_PAGE_2 else DATA_ENCODING
             for inner, inner_kind in walk.fields():
                 if inner_kind == I32:

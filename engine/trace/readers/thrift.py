@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
+LAST_FIELD = (1 << 15) - 1
 MAX_DEPTH = 64
 
 
@@ -56,12 +57,19 @@ class Walk:
         return bytes(self.data[self.at - size : self.at])
 
     def fields(self) -> Iterator[tuple[int, int]]:
-        """Number and type of each field of a struct, whose value is read or stepped over before the next."""
+        """Number and type of each field of a struct, whose value is read or stepped over before the next.
+
+        Numbers ascend, as every writer has them: of a field that is there twice readers take one or the other, and of
+        a number that does not fit 16 bits what fits.
+        """
         self._take(self.STRUCT_BYTES)
-        number = 0
+        last = 0
         while head := self._byte():
-            number = number + (head >> 4) if head >> 4 else self.integer()
+            number = last + (head >> 4) if head >> 4 else self.integer()
+            if not last < number <= LAST_FIELD:
+                raise IndexError("fields that are not in order")
             yield number, head & 15
+            last = number
 
     def elements(self) -> tuple[int, int]:
         """How many elements a list has, and of which type."""

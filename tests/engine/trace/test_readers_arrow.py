@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import struct
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pytest
 from engine.errors import TraceError
 from engine.trace.columns import CHUNK_RECORDS
 from engine.trace.readers import open_trace
+from tests.abuse.bodies import shared_name
 
 EOS = b"\xff\xff\xff\xff\0\0\0\0"
 
@@ -314,6 +316,36 @@ def test_only_needed_columns_are_decoded(read):
     assert (len(got.records), got.ignored) == (2_000, ("note",))
     with pytest.raises(TraceError):
         read("arrow", bytes(body), carry=["note"])
+
+
+@pytest.mark.parametrize("length", [256, 257, 100_000])
+def test_the_length_of_a_name(read, length):
+    body = stream(pa.table({"gpa": pa.array([1], pa.uint64()), "n" * length: pa.array([1])}))
+    if length <= 256:
+        assert read("arrow", body).ignored == ("n" * length,)
+        return
+    with pytest.raises(TraceError, match="a name has more than 256 bytes"):
+        read("arrow", body)
+
+
+def test_columns_that_share_a_long_name_cost_nothing(read):
+    body = shared_name()
+    tracemalloc.start()
+    with pytest.raises(TraceError):
+        read("arrow", body)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * len(body)
+
+
+@pytest.mark.parametrize("offsets", [(0, 2**63 - 1, -2, 5), (0, 5, 4, 8), (-1, 0, 5, 8), (0, 5, 9, 12)])
+def test_offsets_that_are_out_of_order(read, offsets):
+    """Their differences may be all above 0: they wrap."""
+    arg = pa.array([b"abc", b"de", b"fgh"], pa.large_binary())
+    body = stream(pa.table({"gpa": pa.array([0] * 3, pa.uint64()), "op": pa.array([1] * 3, pa.uint8()), "arg": arg}))
+    assert body.count(struct.pack("<4q", 0, 3, 5, 8)) == 1
+    with pytest.raises(TraceError, match="offsets"):
+        read("arrow", body.replace(struct.pack("<4q", 0, 3, 5, 8), struct.pack("<4q", *offsets)))
 
 
 def test_chunks_are_replayed_while_the_stream_arrives():

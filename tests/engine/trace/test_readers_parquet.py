@@ -13,7 +13,9 @@ import pytest
 from engine.errors import TraceError
 from engine.trace.columns import CHUNK_RECORDS
 from engine.trace.readers import open_trace
+from engine.trace.readers.parquet_bounds import directory
 from tests import recorded
+from tests.abuse.bodies import with_arrow_schema
 
 
 def table(count=1_000, **more):
@@ -143,6 +145,29 @@ def test_only_needed_columns_are_decoded(read):
     assert (len(got.records), got.ignored) == (2_000, ("note",))
     with pytest.raises(TraceError):
         read("parquet", bytes(body), carry=["note"])
+
+
+@pytest.mark.parametrize("schema", ["", "no schema", "metadata"])
+def test_the_arrow_schema_of_a_file_is_not_looked_at(read, schema):
+    """It is a flatbuffer in which any number of fields can share metadata of megabytes; the library copies each."""
+    said = schema.encode()
+    if schema == "metadata":
+        field = pa.field("gpa", pa.uint64(), metadata={"k": "v" * 100_000})
+        said = pa.schema([field, ("size", pa.uint8())]).serialize().to_pybytes()
+    body = with_arrow_schema(table(), said)
+    assert b"ARROW:schema" in body
+    assert read("parquet", body).records[:, 0].tolist() == list(range(1_000))
+    assert pq.read_metadata(pa.BufferReader(directory(io.BytesIO(body)))).schema.to_arrow_schema().field("gpa") == (
+        pa.field("gpa", pa.uint64())
+    )
+
+
+def test_types_that_only_an_arrow_schema_tells(read):
+    """Columns are read as Parquet has them."""
+    note = pa.array(np.arange(1_000) % 7).dictionary_encode()
+    got = read("parquet", file(table(note=note)), carry=["note"])
+    assert got.carry["note"].dtype == np.int64
+    assert got.carry["note"].tolist() == [at % 7 for at in range(1_000)]
 
 
 @pytest.mark.parametrize(("name", "count"), [("boot", 16_000_000), ("user", 12_000_000)])
