@@ -30,7 +30,9 @@ RECORDS_A_BYTE = 16
 # Fields of the structs
 NUM_ROWS, ROW_GROUPS = (3, I64), (4, LIST)  # FileMetaData, each with its type
 COLUMNS, COLUMN_METADATA = 1, 3  # RowGroup, ColumnChunk
-PHYSICAL_TYPE, PATH, VALUES, PACKED_SIZE, DATA_AT, DICTIONARY_AT = 1, 3, 5, 7, 9, 11  # ColumnMetaData
+# ColumnMetaData, the numbers each with its type: readers step over one of another
+PHYSICAL_TYPE, VALUES, PACKED_SIZE, DATA_AT, DICTIONARY_AT = (1, I32), (5, I64), (7, I64), (9, I64), (11, I64)
+PATH = 3
 BYTE_ARRAY = 6
 PAGE_TYPE, UNPACKED, PACKED, DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_2 = 1, 2, 3, 5, 7, 8
 NUM_VALUES = 1
@@ -139,11 +141,11 @@ def _chunks(walk: Walk) -> list[Chunk]:
         if number != COLUMN_METADATA or kind != STRUCT:
             walk.skip(kind)
             continue
-        numbers: dict[int, int] = {}
+        numbers: dict[tuple[int, int], int] = {}
         path: list[bytes] = []
         for inner, inner_kind in walk.fields():
             if inner_kind in (I32, I64):
-                numbers[inner] = walk.integer()
+                numbers[inner, inner_kind] = walk.integer(inner_kind)
             elif inner == PATH and inner_kind == LIST:
                 count, element = walk.elements()
                 if element != BINARY and count:
@@ -245,7 +247,7 @@ class _Pages:
 
 # The header that nearly every page has, in one step: field by field takes ten times as long, thousands of times a file.
 # Type, sizes, a checksum or none, then a data page of the first version, with statistics of up to 8 bytes each or none.
-_VARINT = rb"[\x80-\xff]{0,4}+[\x00-\x7f]"
+_VARINT = rb"(?:[\x80-\xff]{0,3}+[\x00-\x7f]|[\x80-\xff]{4}[\x00-\x0f])"  # of 32 bits
 _LONG = rb"[\x80-\xff]{0,9}+[\x00-\x7f]"
 _STATISTIC = (
     rb"[\x16\x26\x36\x46]" + _LONG + rb"|[\x18\x28\x38\x48\x58](?:\x01.|\x02..|\x04.{4}|\x08.{8})|[\x11\x12\x21\x22]"
@@ -280,12 +282,12 @@ def _read_header(data: bytes) -> _Page:
     values, encoding = 0, -1
     for number, kind in walk.fields():
         if kind == I32:
-            numbers[number] = walk.integer()
+            numbers[number] = walk.integer(kind)
         elif kind == STRUCT and number == STRUCTS.get(numbers.get(PAGE_TYPE, -1)):
             at = DATA_2_ENCODING if number == DATA_PAGE_2 else DATA_ENCODING
             for inner, inner_kind in walk.fields():
                 if inner_kind == I32:
-                    value = walk.integer()
+                    value = walk.integer(inner_kind)
                     values = value if inner == NUM_VALUES else values
                     encoding = value if inner == at else encoding
                 else:

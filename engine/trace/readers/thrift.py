@@ -43,9 +43,11 @@ class Walk:
             if shift > 63:
                 raise IndexError("a number without an end")
 
-    def integer(self) -> int:
-        """A signed one."""
-        value = self.varint()
+    def integer(self, kind: int = I64) -> int:
+        """A signed one. What does not fit its type is refused: others take what fits."""
+        value, bits = self.varint(), 32 if kind == I32 else 64
+        if value >> bits:
+            raise IndexError(f"a number of more than {bits} bits")
         return value >> 1 ^ -(value & 1)
 
     def binary(self) -> bytes:

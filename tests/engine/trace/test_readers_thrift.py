@@ -9,7 +9,7 @@ import pytest
 from engine.errors import TraceError
 from engine.trace.operations import LARGEST_ARGUMENT
 from engine.trace.readers.budget import Budget
-from engine.trace.readers.parquet_bounds import Chunk, Footer, check_pages
+from engine.trace.readers.parquet_bounds import Chunk, Footer, check_pages, read_footer
 from engine.trace.readers.thrift import I32, Walk
 
 
@@ -59,7 +59,7 @@ MANY, ONE = b"\x15\x80\x80\x08\x15\x00\0", b"\x15\x02\x15\x00\0"  # 64 Ki values
 )
 def test_the_values_of_a_page_are_those_of_its_type(header):
     chunk = Chunk("arg", 6, 1, len(header), 0, 0)
-    assert 1 << 16 > LARGEST_ARGUMENT + 1024
+    assert LARGEST_ARGUMENT + 1024 < 1 << 16
     with pytest.raises(TraceError):
         check_pages(io.BytesIO(header), Footer(len(header), 1, [[chunk]]), ["arg"], Budget(1 << 20))
 
@@ -68,3 +68,41 @@ def test_the_values_of_a_page_are_those_of_its_type(header):
 def test_a_page_with_as_many_values_as_it_has_room_for(header):
     chunk = Chunk("arg", 6, 1, len(header), 0, 0)
     check_pages(io.BytesIO(header), Footer(len(header), 1, [[chunk]]), ["arg"], Budget(1 << 20))
+
+
+def chunk_of(kind, packed_at=b"\x26\x00", dictionary_at=b"\x26\x00"):
+    """What is read of a file of one column: its type, 1 value, its size 0 and where its pages are."""
+    column = kind + b"\x29\x18\x03arg" + b"\x26\x02\x26\x00" + packed_at + dictionary_at + b"\0"
+    root = b"\x49\x1c\x19\x1c\x3c" + column + b"\0" + b"\0" + b"\0"
+    body = b"PAR1" + root + len(root).to_bytes(4, "little") + b"PAR1"
+    return read_footer(io.BytesIO(body), Budget(1 << 20)).groups[0][0]
+
+
+def test_a_column_as_it_is_written():
+    assert chunk_of(b"\x15\x0c", dictionary_at=b"\x26\x08") == Chunk("arg", 6, 1, 0, 0, 4)
+
+
+def test_a_number_of_another_type_is_none():
+    """The library steps over it."""
+    assert chunk_of(b"\x15\x0c", dictionary_at=b"\x25\x08") == Chunk("arg", 6, 1, 0, 0, 0)
+    assert chunk_of(b"\x16\x0c").physical_type == 0
+
+
+def test_a_number_that_does_not_fit_32_bits():
+    """The library takes 32 bits of it, here BYTE_ARRAY."""
+    with pytest.raises(TraceError, match="32 bits"):
+        chunk_of(b"\x15\x8c\x80\x80\x80\x20")
+
+
+@pytest.mark.parametrize("kind", [DATA, DICTIONARY])
+def test_a_number_of_values_that_does_not_fit_32_bits(kind):
+    values = b"\x15\x82\x80\x80\x80\x20\x15\x00"
+    inner = values + (b"\x15\x06\x15\x06" if kind == DATA else b"") + b"\0"
+    header = kind + SIZES + (b"\x2c" if kind == DATA else b"\x4c") + inner + b"\0"
+    with pytest.raises(TraceError, match="32 bits"):
+        check_pages(
+            io.BytesIO(header),
+            Footer(len(header), 1, [[Chunk("arg", 6, 1, len(header), 0, 0)]]),
+            ["arg"],
+            Budget(1 << 20),
+        )
