@@ -71,7 +71,7 @@ class Jobs:
         self._begun = 0
         self._served: dict[str, int] = {}  # which job to begin its last one was
         self._turns = Share("running_jobs", settings.running_jobs, "jobs run at one time", tenants)
-        self._spools = Spools(settings.max_job_bytes, settings.spool_dir, tenants)
+        self.spools = Spools(settings.max_job_bytes, settings.spool_dir, tenants)
         self._closing_at: float | None = None
         metrics.watch_jobs(self.by_state)
 
@@ -118,7 +118,7 @@ class Jobs:
     async def receive(self, request: Request, tenant: str) -> Spool:
         """The body of ``request`` in a file without a name. Raises ShareExceeded, and what reading a body raises."""
         async with Upload(request, None, min(self._settings.body_queue_bytes, PIECE)) as upload:
-            return await self._spools.fill(upload, tenant)
+            return await self.spools.fill(upload, tenant)
 
     async def accept(
         self, vm: str, tenant: str, wanted: TraceRequest, spool: Spool, told: Callable[[Job], None] = lambda job: None
@@ -221,7 +221,7 @@ class Jobs:
 
     def _free(self, job: Job) -> None:
         if job.spool is not None:
-            self._spools.free(job.spool, job.tenant)
+            self.spools.free(job.spool, job.tenant)
         job.let_go()
 
     def _start_next(self) -> None:

@@ -14,9 +14,10 @@ from engine.machine import VirtualMachine
 from engine.trace.results import TraceResult
 from service.metrics import Metrics
 from service.runtime.asking import Asker, last_stretch
-from service.runtime.bodies import Upload, spooled
+from service.runtime.bodies import Upload
 from service.runtime.entry import Entry
 from service.runtime.shares import Share
+from service.runtime.spool import Spools
 from service.runtime.traces import SPOOLED_FORMATS, Trace, TraceRequest, replay
 from service.runtime.turns import Turns
 from service.settings import Settings
@@ -30,11 +31,13 @@ Check = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Replaying:
-    """Where replays are done: threads, the places of those that are under way, and the turns of those that compute."""
+    """Where replays are done: threads, the places of those that are under way, the turns of those that compute, and the
+    files of bodies that are read when all of them is there."""
 
     executor: Executor
     places: Share
     turns: Turns
+    spools: Spools
 
 
 async def replay_body(
@@ -56,13 +59,14 @@ async def replay_body(
     turn = replaying.turns.of(entry.tenant)
     with replaying.places.place(entry.tenant):
         async with Upload(request, replaying.executor, settings.body_queue_bytes, turn) as upload:
-            return await _replay_upload(entry, wanted, upload, settings, metrics, check, tell, asker)
+            return await _replay_upload(entry, wanted, upload, replaying.spools, settings, metrics, check, tell, asker)
 
 
 async def _replay_upload(
     entry: Entry,
     wanted: TraceRequest,
     upload: Upload,
+    spools: Spools,
     settings: Settings,
     metrics: Metrics,
     check: Check,
@@ -70,8 +74,10 @@ async def _replay_upload(
     asker: Asker | None,
 ) -> Trace:
     """``replay_body`` of a body that has begun to arrive. Nothing of the machine is held before some of it is here."""
-    spool = await spooled(upload, settings) if wanted.format in SPOOLED_FORMATS else None
-    if spool is None:
+    spool = None
+    if wanted.format in SPOOLED_FORMATS:
+        spool = await spools.fill(upload, entry.tenant, settings.spool_memory_bytes)
+    else:
         await upload.begun()
     memory = settings.body_memory_bytes
     try:
@@ -94,7 +100,7 @@ async def _replay_upload(
         )
     finally:
         if spool is not None:
-            spool.close()
+            spools.free(spool, entry.tenant)
 
 
 async def committed(
