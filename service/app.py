@@ -65,7 +65,6 @@ from service.runtime.jobs import Jobs
 from service.runtime.registry import Registry
 from service.runtime.replays import Replaying
 from service.runtime.shares import Share, Tenants
-from service.runtime.spool import Spools
 from service.runtime.turns import Turns
 from service.security.access import AccessControl
 from service.security.audit import AuditLog
@@ -123,7 +122,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     threads = settings.max_replays * 2 + settings.running_jobs
     with ThreadPoolExecutor(threads, "replay") as executor:
         app.state.executor = executor
-        app.state.replaying = _replaying(settings, executor, app.state.jobs.spools, lambda: app.state.access.tenants)
+        app.state.replaying = _replaying(settings, executor, app.state.jobs, lambda: app.state.access.tenants)
         app.state.warm = not settings.warm_up
         app.state.draining = False
         await app.state.access.open()
@@ -153,10 +152,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             app.state.audit.close()
 
 
-def _replaying(settings: Settings, executor: Executor, spools: Spools, tenants: Tenants) -> Replaying:
+def _replaying(settings: Settings, executor: Executor, jobs: Jobs, tenants: Tenants) -> Replaying:
     places = Share("max_replays", settings.max_replays, "replays may be under way at one time", tenants)
     turns = Share("replay_threads", settings.replay_threads, "replays compute at one time", tenants, firm=True)
-    return Replaying(executor, places, Turns(turns), spools)
+    return Replaying(executor, places, Turns(turns), jobs.spools, jobs.memory)
 
 
 async def _settled(app: FastAPI) -> None:

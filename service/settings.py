@@ -102,12 +102,15 @@ class Settings(BaseSettings):
 
     max_body_bytes: int = Field(GIB, ge=1, description="Largest body of a trace.")
     body_memory_bytes: int = Field(
-        512 * MIB,
+        256 * MIB,
         ge=MIB,
         description=(
             "Memory that the batches, dictionaries and pages of one Arrow or Parquet body may take while it is read, "
             "found out before they are decoded: a body of some kilobytes can claim gigabytes."
         ),
+    )
+    max_body_memory_bytes: int = Field(
+        GIB, ge=MIB, description="The same of all such bodies that are read at one time, over all tenants."
     )
     max_document_bytes: int = Field(32 * MIB, ge=1, description="Largest body of every other call.")
     max_held_body_bytes: int = Field(
