@@ -122,7 +122,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     threads = settings.max_replays * 2 + settings.running_jobs
     with ThreadPoolExecutor(threads, "replay") as executor:
         app.state.executor = executor
-        app.state.replaying = _replaying(settings, executor, lambda: app.state.access.tenants)
+        app.state.replaying = _replaying(settings, executor, app.state.jobs, lambda: app.state.access.tenants)
         app.state.warm = not settings.warm_up
         app.state.draining = False
         await app.state.access.open()
@@ -152,10 +152,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             app.state.audit.close()
 
 
-def _replaying(settings: Settings, executor: Executor, tenants: Tenants) -> Replaying:
+def _replaying(settings: Settings, executor: Executor, jobs: Jobs, tenants: Tenants) -> Replaying:
     places = Share("max_replays", settings.max_replays, "replays may be under way at one time", tenants)
     turns = Share("replay_threads", settings.replay_threads, "replays compute at one time", tenants, firm=True)
-    return Replaying(executor, places, Turns(turns))
+    return Replaying(executor, places, Turns(turns), jobs.spools, jobs.memory)
 
 
 async def _settled(app: FastAPI) -> None:

@@ -39,6 +39,8 @@ def allowed_bytes(settings: Settings) -> dict[str, int]:
         # While a machine grows there are its frames and a larger copy of them.
         "max_table_frames": settings.max_table_frames * FRAME_BYTES,
         "replay_threads, body_queue_bytes": settings.replay_threads * (settings.body_queue_bytes + _REPLAY),
+        "max_body_memory_bytes": settings.max_body_memory_bytes,
+        "max_held_body_bytes": settings.max_held_body_bytes,
         "max_replays, spool_memory_bytes": settings.max_replays * (PIECE + settings.spool_memory_bytes),
     }
 

@@ -102,12 +102,15 @@ class Settings(BaseSettings):
 
     max_body_bytes: int = Field(GIB, ge=1, description="Largest body of a trace.")
     body_memory_bytes: int = Field(
-        512 * MIB,
+        256 * MIB,
         ge=MIB,
         description=(
             "Memory that the batches, dictionaries and pages of one Arrow or Parquet body may take while it is read, "
             "found out before they are decoded: a body of some kilobytes can claim gigabytes."
         ),
+    )
+    max_body_memory_bytes: int = Field(
+        GIB, ge=MIB, description="The same of all such bodies that are read at one time, over all tenants."
     )
     max_document_bytes: int = Field(32 * MIB, ge=1, description="Largest body of every other call.")
     max_held_body_bytes: int = Field(
@@ -125,7 +128,9 @@ class Settings(BaseSettings):
         description="Seconds to wait for a body, and one more for each body_rate bytes; 0: any time.",
     )
     body_rate: int = Field(500, ge=1, description="Bytes a second below which a body becomes too slow.")
-    spool_memory_bytes: int = Field(MIB, ge=0, description="Spooled bodies larger than this go to a file.")
+    spool_memory_bytes: int = Field(
+        MIB, ge=0, description="Parquet bodies of calls larger than this go to a file; 0: all of them."
+    )
     spool_dir: Path | None = Field(None, description="Folder of spooled bodies; the system's own by default.")
     body_queue_bytes: int = Field(8 * MIB, ge=1, description="Bytes of one body that may wait for its replay.")
 
@@ -153,7 +158,11 @@ class Settings(BaseSettings):
     replay_threads: int = Field(32, ge=1, description="Replays that compute at one time, over all machines.")
     running_jobs: int = Field(4, ge=1, description="Jobs that run at one time, each on another machine.")
     max_queued_jobs: int = Field(100, ge=0, description="Jobs that may wait for their turn; 429 beyond that.")
-    max_job_bytes: int = Field(4 * GIB, ge=0, description="Bytes that the bodies of unfinished jobs may take together.")
+    max_job_bytes: int = Field(
+        4 * GIB,
+        ge=0,
+        description="Bytes that the bodies of unfinished jobs, and Parquet bodies of calls, may take together.",
+    )
     async_body_bytes: int = Field(
         0, ge=0, description="Traces of at least so many declared bytes become jobs without being asked to; 0: none."
     )

@@ -14,7 +14,7 @@ from engine.machine import VirtualMachine
 from engine.trace.asked_access import AskedAccess
 from engine.trace.asking import AskingReplay
 from engine.trace.columns import TraceChunk
-from engine.trace.readers import Source, TraceReader, open_trace
+from engine.trace.readers import Budget, Source, TraceReader, open_trace
 from engine.trace.results import ExitColumns, TraceResult
 from engine.trace.single import AccessRequest, AccessResult
 from service.problems import RESUME_AT, NotReady
@@ -79,7 +79,7 @@ class Asker:
 class _Stretches:
     """One replay that asks, from its first stretch to its last. ``run`` is for a thread."""
 
-    def __init__(self, request: TraceRequest, source: Source, memory: int) -> None:
+    def __init__(self, request: TraceRequest, source: Source, memory: Budget) -> None:
         self._request = request
         self._source = source
         self._memory = memory
@@ -126,7 +126,7 @@ async def last_stretch(
     source: Source,
     asker: Asker,
     check_caller: Callable[[], None],
-    memory: int,
+    memory: Budget,
 ) -> AsyncIterator[tuple[TraceResult, tuple[str, ...]]]:
     """Replay with ``ask``; the block runs in the mutation of the last stretch, with the result of all.
 

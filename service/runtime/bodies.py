@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
-from typing import IO, Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from service.runtime.offload import maybe_in_thread
 from service.runtime.turns import Turn
-from service.settings import Settings
 
 T = TypeVar("T")
 
-# Bytes of a body that are worth a turn; what is written on the event loop.
+# Bytes of a body that are worth a turn.
 PIECE = 1 << 18
-_INLINE = 1 << 16
 # Seconds that a reader keeps its turn while nothing comes, and then waits for a piece before less will do.
 _PATIENCE = 0.1
 _REST = 1.0
@@ -322,18 +318,3 @@ class Upload:
                     await asyncio.wait((thread,))
             thread.exception()  # that it was aborted is no news
             raise
-
-
-async def spooled(upload: Upload, settings: Settings) -> IO[bytes]:
-    """The whole body as a seekable file, in memory while small. Close it to free it."""
-    spool = tempfile.SpooledTemporaryFile(  # noqa: SIM115 - closed by the caller
-        max_size=settings.spool_memory_bytes, dir=str(settings.spool_dir) if settings.spool_dir else None
-    )
-    try:
-        while piece := await upload.gathered():
-            await maybe_in_thread(sum(map(len, piece)) <= _INLINE, spool.writelines, piece)
-    except BaseException:
-        spool.close()
-        raise
-    spool.seek(0)
-    return cast("IO[bytes]", spool)

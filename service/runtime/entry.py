@@ -146,7 +146,7 @@ class Entry:
             await self.home.commit(self.record(), record, (before, after), traces, dropped, log)
             self.traces.settle()
             self.events.settle()
-            self.room.settle(after.frames_in_use)
+            self.room.settle(0 if self.lost else after.frames_in_use)
         self.loaded = after
         self.revision += 1
 

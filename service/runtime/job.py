@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from engine.errors import TraceError
-from engine.trace.readers import row_count
+from engine.trace.readers import Budget, row_count
 from service.problems import Interrupted, describe
 from service.runtime.spool import JobStopped, Spool
 from service.runtime.traces import TraceRequest
@@ -167,10 +167,10 @@ class Job:
         """The replay has begun."""
         self.progress = progress
 
-    def source(self, memory: int) -> Spool:
+    def source(self, memory: int | Budget) -> Spool:
         """The body, from its beginning; it is told how many records it has where that can be known.
 
-        ``memory`` is what finding that out may take, in bytes.
+        ``memory`` is what finding that out may take, in bytes or as a budget.
         """
         spool = self.spool
         assert spool is not None and self.wanted is not None
@@ -200,7 +200,7 @@ class Job:
         self.spool = self.wanted = None
 
 
-def rows_of_parquet(spool: Spool, memory: int) -> int | None:
+def rows_of_parquet(spool: Spool, memory: int | Budget) -> int | None:
     """How many records a Parquet file says it has; None if it cannot be read, which is the replay's to report."""
     rows: int | None = None
     with contextlib.suppress(TraceError):

@@ -22,6 +22,7 @@ from service.metrics import Metrics
 from service.problems import Interrupted, NotReady, ServiceError, StoreUnavailable, describe
 from service.runtime import job as states
 from service.runtime.bodies import PIECE, Upload
+from service.runtime.body_memory import BodyMemory
 from service.runtime.home import finished
 from service.runtime.job import Job
 from service.runtime.registry import Registry
@@ -71,7 +72,8 @@ class Jobs:
         self._begun = 0
         self._served: dict[str, int] = {}  # which job to begin its last one was
         self._turns = Share("running_jobs", settings.running_jobs, "jobs run at one time", tenants)
-        self._spools = Spools(settings.max_job_bytes, settings.spool_dir, tenants)
+        self.spools = Spools(settings.max_job_bytes, settings.spool_dir, tenants)
+        self.memory = BodyMemory(settings.body_memory_bytes, settings.max_body_memory_bytes, tenants)
         self._closing_at: float | None = None
         metrics.watch_jobs(self.by_state)
 
@@ -118,7 +120,7 @@ class Jobs:
     async def receive(self, request: Request, tenant: str) -> Spool:
         """The body of ``request`` in a file without a name. Raises ShareExceeded, and what reading a body raises."""
         async with Upload(request, None, min(self._settings.body_queue_bytes, PIECE)) as upload:
-            return await self._spools.fill(upload, tenant)
+            return await self.spools.fill(upload, tenant)
 
     async def accept(
         self, vm: str, tenant: str, wanted: TraceRequest, spool: Spool, told: Callable[[Job], None] = lambda job: None
@@ -221,7 +223,7 @@ class Jobs:
 
     def _free(self, job: Job) -> None:
         if job.spool is not None:
-            self._spools.free(job.spool, job.tenant)
+            self.spools.free(job.spool, job.tenant)
         job.let_go()
 
     def _start_next(self) -> None:
@@ -302,11 +304,11 @@ class Jobs:
         assert wanted is not None and self._executor is not None
         job.waits = False
         job.begin()
-        memory = self._settings.body_memory_bytes
-        thread = self._executor.submit(
-            lambda: replay(machine, wanted, job.source(memory), job.check, job.follow, memory)
-        )
-        return await finished(thread)
+        with self.memory.budget(job.tenant) as budget:
+            thread = self._executor.submit(
+                lambda: replay(machine, wanted, job.source(budget), job.check, job.follow, budget)
+            )
+            return await finished(thread)
 
     async def _find_out(self, job: Job, error: StoreUnavailable) -> JobRecord:
         """Whether the commit was made, which only the store knows."""

@@ -97,11 +97,11 @@ class Registry:
             entry.gone = entry.lost = True
             entry.events.close("store-lost")
             entry.desk.end(entry.absence)
+            self._places.count(entry.tenant, -1)
+            entry.room.settle(0)
         self._entries = {}
         self._made.clear()
         self._latest.clear()
-        self._places.forget()
-        self._memory.forget()
 
     def end_streams(self, reason: str) -> None:
         """Let every reader of events go: the service stops."""
@@ -171,10 +171,11 @@ class Registry:
         """
         self._drop_gone()
         self._places.take(tenant)
+        room = Room(self._memory, tenant, self._settings.max_table_frames)
         try:
-            room = Room(self._memory, tenant, self._settings.max_table_frames)
             machine = await maybe_in_thread(len(slots) <= _INLINE_SLOTS, build, config, slots, spp=spp)
             room.check(machine)
+            room.settle(machine.frames_in_use)  # while the store commits it, others are refused what it takes
             self._sequence += 1
             now = max(datetime.now(UTC), self._latest.get(tenant, _EPOCH) + _TICK)
             entry = self._entry(f"vm_{secrets.token_hex(8)}", self._sequence, now, 1, tenant)
@@ -182,6 +183,7 @@ class Registry:
             await self.home.create(entry.record(next_event=next_event), machine, log)
         finally:
             self._places.count(tenant, -1)
+            room.settle(0)  # from here on the entry counts it
         entry.events.settle()
         entry.loaded = machine
         self._keep(entry, machine.frames_in_use)

@@ -14,9 +14,11 @@ from engine.machine import VirtualMachine
 from engine.trace.results import TraceResult
 from service.metrics import Metrics
 from service.runtime.asking import Asker, last_stretch
-from service.runtime.bodies import Upload, spooled
+from service.runtime.bodies import Upload
+from service.runtime.body_memory import BodyMemory
 from service.runtime.entry import Entry
 from service.runtime.shares import Share
+from service.runtime.spool import Spools
 from service.runtime.traces import SPOOLED_FORMATS, Trace, TraceRequest, replay
 from service.runtime.turns import Turns
 from service.settings import Settings
@@ -30,11 +32,14 @@ Check = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Replaying:
-    """Where replays are done: threads, the places of those that are under way, and the turns of those that compute."""
+    """Where replays are done: threads, the places of those that are under way, the turns of those that compute, and
+    what their bodies take, in files until all of it is there, and in memory while they are read."""
 
     executor: Executor
     places: Share
     turns: Turns
+    spools: Spools
+    memory: BodyMemory
 
 
 async def replay_body(
@@ -56,13 +61,14 @@ async def replay_body(
     turn = replaying.turns.of(entry.tenant)
     with replaying.places.place(entry.tenant):
         async with Upload(request, replaying.executor, settings.body_queue_bytes, turn) as upload:
-            return await _replay_upload(entry, wanted, upload, settings, metrics, check, tell, asker)
+            return await _replay_upload(entry, wanted, upload, replaying, settings, metrics, check, tell, asker)
 
 
 async def _replay_upload(
     entry: Entry,
     wanted: TraceRequest,
     upload: Upload,
+    replaying: Replaying,
     settings: Settings,
     metrics: Metrics,
     check: Check,
@@ -70,31 +76,33 @@ async def _replay_upload(
     asker: Asker | None,
 ) -> Trace:
     """``replay_body`` of a body that has begun to arrive. Nothing of the machine is held before some of it is here."""
-    spool = await spooled(upload, settings) if wanted.format in SPOOLED_FORMATS else None
-    if spool is None:
+    spool = None
+    if wanted.format in SPOOLED_FORMATS:
+        spool = await replaying.spools.fill(upload, entry.tenant, settings.spool_memory_bytes)
+    else:
         await upload.begun()
-    memory = settings.body_memory_bytes
     try:
-        if asker is not None:
-            began = time.perf_counter()
-            async with last_stretch(entry, upload, wanted, spool or upload.pipe, asker, check, memory) as (
-                result,
-                ignored,
-            ):
-                trace = _traced(entry, wanted, result, ignored, began, asker.trace)
-                await _keep(entry, trace, metrics, tell)
-            return trace
-        return await committed(
-            entry,
-            wanted,
-            metrics,
-            lambda machine: upload.run(lambda pipe: replay(machine, wanted, spool or pipe, pipe.check, memory=memory)),
-            check=check,
-            tell=tell,
-        )
+        with replaying.memory.budget(entry.tenant) as budget:
+            if asker is not None:
+                began = time.perf_counter()
+                async with last_stretch(entry, upload, wanted, spool or upload.pipe, asker, check, budget) as (
+                    result,
+                    ignored,
+                ):
+                    trace = _traced(entry, wanted, result, ignored, began, asker.trace)
+                    await _keep(entry, trace, metrics, tell)
+                return trace
+            return await committed(
+                entry,
+                wanted,
+                metrics,
+                lambda vm: upload.run(lambda pipe: replay(vm, wanted, spool or pipe, pipe.check, memory=budget)),
+                check=check,
+                tell=tell,
+            )
     finally:
         if spool is not None:
-            spool.close()
+            replaying.spools.free(spool, entry.tenant)
 
 
 async def committed(

@@ -72,11 +72,6 @@ class Share:
         if not self._by[tenant]:
             del self._by[tenant]
 
-    def forget(self) -> None:
-        """Nobody has anything."""
-        self.used = 0
-        self._by.clear()
-
     @contextmanager
     def place(self, tenant: str) -> Iterator[None]:
         """One for the time of the context. Raises ShareExceeded."""

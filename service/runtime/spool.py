@@ -13,6 +13,8 @@ from service.runtime.bodies import Upload
 from service.runtime.offload import maybe_in_thread
 from service.runtime.shares import Share, Tenants, one_tenant
 
+# What is written to memory on the event loop.
+_INLINE = 1 << 16
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 
@@ -66,11 +68,12 @@ class Spool:
 
 
 class Spools:
-    """The bodies of unfinished jobs: files without names in ``folder``, together at most ``most`` bytes, of which each
-    tenant has its share. Used from the event loop."""
+    """The bodies of unfinished jobs, and of calls whose format needs all of it: files without names in ``folder``,
+    together at most ``most`` bytes, of which each tenant has its share. Used from the event loop."""
 
     def __init__(self, most: int, folder: Path | None, tenants: Tenants = one_tenant) -> None:
-        self._share = Share("max_job_bytes", most, "bytes may be in the bodies of unfinished jobs", tenants, firm=True)
+        what = "bytes may be in the bodies of unfinished jobs and in Parquet bodies"
+        self._share = Share("max_job_bytes", most, what, tenants, firm=True)
         self._folder = str(folder) if folder else None
 
     @property
@@ -78,18 +81,21 @@ class Spools:
         """Bytes that they take."""
         return self._share.used
 
-    async def fill(self, upload: Upload, tenant: str) -> Spool:
-        """Put a body aside. Raises LimitExceeded, NotReady when the disk takes no more."""
+    async def fill(self, upload: Upload, tenant: str, memory: int = 0) -> Spool:
+        """Put a body aside, in memory while it has up to ``memory`` bytes. To be freed by the caller.
+
+        Raises LimitExceeded, NotReady when the disk takes no more.
+        """
         size = 0
 
         try:
-            file = cast("IO[bytes]", tempfile.TemporaryFile(dir=self._folder))  # noqa: SIM115 - closed with the job
+            file = self._file(memory)
             try:
                 while piece := await upload.gathered():
                     arrived = sum(map(len, piece))
                     self._share.take(tenant, arrived)
                     size += arrived
-                    await maybe_in_thread(False, file.writelines, piece)
+                    await maybe_in_thread(size <= min(memory, _INLINE), file.writelines, piece)
                 file.seek(0)
             except BaseException:
                 file.close()
@@ -100,6 +106,11 @@ class Spools:
                 raise NotReady(f"the body cannot be put aside: {(error.strerror or '').lower()}") from error
             raise
         return Spool(file, size)
+
+    def _file(self, memory: int) -> IO[bytes]:
+        if memory:  # without any, such a file would never leave the memory
+            return cast("IO[bytes]", tempfile.SpooledTemporaryFile(memory, dir=self._folder))
+        return cast("IO[bytes]", tempfile.TemporaryFile(dir=self._folder))
 
     def free(self, spool: Spool, tenant: str) -> None:
         """A body is of no use any more."""

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 
 from engine.machine import VirtualMachine
-from engine.trace.readers import DEFAULT_MEMORY, Source, open_trace
+from engine.trace.readers import DEFAULT_MEMORY, Budget, Source, open_trace
 from engine.trace.results import EXIT_COLUMNS, ExitColumns, TraceResult
 from engine.trace.session import ReplayOptions, ReplayTransaction
 from service.problems import trace_not_kept
@@ -75,7 +75,7 @@ def replay(
     source: Source,
     check: Callable[[], None] = lambda: None,
     follow: Callable[[ReplayTransaction], None] = lambda run: None,
-    memory: int = DEFAULT_MEMORY,
+    memory: int | Budget = DEFAULT_MEMORY,
 ) -> tuple[TraceResult, tuple[str, ...]]:
     """Replay ``source`` on ``machine`` and publish the outcome; blocking, for a thread of its own.
 

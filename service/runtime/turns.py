@@ -31,6 +31,16 @@ class Turns:
             self._grant()
         return asked
 
+    def withdraw(self, tenant: str, asked: Future[None]) -> bool:
+        """What was asked for is not wanted any more. False: it was given already."""
+        with self._lock:
+            line = self._waiting.get(tenant, deque())
+            if asked in line:
+                line.remove(asked)
+                if not line:
+                    del self._waiting[tenant]
+        return asked.cancel()
+
     def give(self, tenant: str) -> None:
         """A turn has ended."""
         with self._lock:
@@ -71,7 +81,7 @@ class Turn:
         try:
             await asyncio.wrap_future(asked)
         except asyncio.CancelledError:
-            if not asked.cancel():
+            if not self._turns.withdraw(self._tenant, asked):
                 self._turns.give(self._tenant)  # it came at that moment
             raise
         self.held = True
@@ -80,7 +90,7 @@ class Turn:
         """Wait for it in a thread. False: it was abandoned, and is not held."""
         asked = self._asked = self._turns.ask(self._tenant)
         if self._abandoned:
-            asked.cancel()
+            self._turns.withdraw(self._tenant, asked)
         try:
             asked.result()
         except CancelledError:
@@ -98,4 +108,4 @@ class Turn:
         """Do not wait for it any longer."""
         self._abandoned = True
         if self._asked is not None:
-            self._asked.cancel()
+            self._turns.withdraw(self._tenant, self._asked)

@@ -116,7 +116,9 @@ def test_the_defaults_fit_the_manifest() -> None:
     """What all limits together allow is below what deploy/kubernetes.yaml gives."""
     manifest = (Path(__file__).parents[2] / "deploy" / "kubernetes.yaml").read_text()
     assert "limits: {memory: 4Gi}" in manifest
-    assert sum(allowed_bytes(Settings()).values()) < 4 << 30
+    allowed = allowed_bytes(Settings())
+    assert sum(allowed.values()) < 4 << 30
+    assert {"max_body_memory_bytes", "max_held_body_bytes"} <= allowed.keys()
 
 
 def test_limits_that_do_not_fit_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

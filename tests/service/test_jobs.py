@@ -286,7 +286,7 @@ def test_cancel(own: Running, gate: Gate) -> None:
     url = post(client, vm).headers["Location"]
     done = ended(client, url)
     assert client.post(f"{url}:cancel").json() == done and done["state"] == "succeeded"
-    assert own.app.state.jobs._spools.used == 0
+    assert own.app.state.jobs.spools.used == 0
 
 
 def test_cancel_of_a_replay_that_does_not_look(
@@ -339,7 +339,7 @@ def test_spooled_bytes_are_bounded(own: Running, gate: Gate) -> None:
     first = client.post(f"{vm}/traces", **ask).headers["Location"]
     reply = client.post(f"{vm}/traces", **ask)
     assert reply.status_code == 429 and reply.json()["field"] == "max_job_bytes" and reply.headers["Retry-After"]
-    assert own.app.state.jobs._spools.used == 600_000
+    assert own.app.state.jobs.spools.used == 600_000
     client.post(f"{first}:cancel")
     assert client.post(f"{vm}/traces", **ask).status_code == 202
 
@@ -355,7 +355,7 @@ def test_a_body_that_cannot_be_put_aside(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(spool.tempfile, "TemporaryFile", no_room)
         reply = post(service.client, vm)
         assert reply.status_code == 503 and "no space left" in reply.json()["detail"] and reply.headers["Retry-After"]
-        assert service.client.get("/v1/jobs").json()["jobs"] == [] and service.app.state.jobs._spools.used == 0
+        assert service.client.get("/v1/jobs").json()["jobs"] == [] and service.app.state.jobs.spools.used == 0
 
 
 def test_bodies_over_the_limit_of_the_call() -> None:
@@ -364,7 +364,7 @@ def test_bodies_over_the_limit_of_the_call() -> None:
         headers = ASYNC | {"Content-Type": "application/x-ndjson"}
         reply = service.client.post(f"{vm}/traces", content=iter([b'{"gpa": 1}\n'] * 20), headers=headers)
         assert reply.status_code == 413 and service.client.get("/v1/jobs").json()["jobs"] == []
-        assert service.app.state.jobs._spools.used == 0
+        assert service.app.state.jobs.spools.used == 0
 
 
 def test_pages_and_how_long_jobs_are_known(own: Running) -> None:

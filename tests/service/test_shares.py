@@ -107,6 +107,28 @@ def test_a_turn_that_nobody_waits_for_any_more() -> None:
     asyncio.run(run())
 
 
+def test_nobody_stays_in_the_line_who_left_it() -> None:
+    """A thousand clients that leave while the turn is another's leave nothing behind."""
+
+    async def run() -> None:
+        turns = Turns(share(1, 2))
+        first, rested = turns.of("red"), turns.of("blue")
+        await first.take()
+        waits = [asyncio.create_task(turns.of("blue").take()) for _ in range(1000)]
+        await asyncio.sleep(0)
+        again = asyncio.get_running_loop().run_in_executor(None, rested.again)
+        while len(turns._waiting["blue"]) <= len(waits):  # noqa: ASYNC110 - a thread comes to it
+            await asyncio.sleep(0.001)
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+        rested.abandon()
+        assert not await again and not turns._waiting
+        first.give()
+
+    asyncio.run(run())
+
+
 def test_a_reader_rests_without_its_turn() -> None:
     """While the body does not come another has the turn; the reader goes on when a piece is there."""
 

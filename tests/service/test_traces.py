@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -353,11 +354,38 @@ def test_over_the_limit() -> None:
         assert done(reply)["records"] == 8000
 
 
-def test_spooled_bodies_larger_than_memory() -> None:
-    with running(Settings(warm_up=False, spool_memory_bytes=10)) as service:
+@pytest.mark.parametrize("memory", [0, 10, 1 << 20])
+def test_spooled_bodies_larger_than_memory(memory: int) -> None:
+    with running(Settings(warm_up=False, spool_memory_bytes=memory)) as service:
         client = service.client
         vm = client.post("/v1/vms", json={"memory_slots": [{"slot": 0, "gpa": 0, "size": 1 << 24}]}).headers["Location"]
         assert done(post(client, vm, bodies.parquet(MIXED)))["records"] == 9
+        assert service.app.state.jobs.spools.used == 0
+
+
+@pytest.mark.parametrize("memory", [0, 10])
+def test_a_spooled_body_on_a_full_disk(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is put aside in a file, also if none of it may be in memory; the disk's refusal is not a defect."""
+    with running(Settings(warm_up=False, spool_memory_bytes=memory)) as service:
+        client = service.client
+        vm = client.post("/v1/vms", json={"memory_slots": [{"slot": 0, "gpa": 0, "size": 1 << 24}]}).headers["Location"]
+
+        def no_room(**_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(tempfile, "TemporaryFile", no_room)
+        reply = post(client, vm, bodies.parquet(MIXED))
+        assert reply.status_code == 503 and "no space left" in reply.json()["detail"] and reply.headers["Retry-After"]
+        assert service.app.state.jobs.spools.used == 0
+
+
+def test_spooled_bytes_are_bounded() -> None:
+    with running(Settings(warm_up=False, max_job_bytes=100)) as service:
+        client = service.client
+        vm = client.post("/v1/vms", json={"memory_slots": [{"slot": 0, "gpa": 0, "size": 1 << 24}]}).headers["Location"]
+        problem = refused(post(client, vm, bodies.parquet(MIXED)), 429)
+        assert problem["limit"] == "max_job_bytes"
+        assert service.app.state.jobs.spools.used == 0
 
 
 def test_a_replay_does_not_keep_readers_waiting(guarded: str, client: ContractClient) -> None:

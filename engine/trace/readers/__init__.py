@@ -16,7 +16,7 @@ from engine.trace.readers.budget import DEFAULT_MEMORY, Budget
 from engine.trace.readers.json_bodies import JsonReader, NdjsonReader
 from engine.trace.readers.packed import RECORD_FORMATS, PackedReader
 
-__all__ = ["DEFAULT_MEMORY", "FORMATS", "RECORD_FORMATS", "Source", "TraceReader", "open_trace", "row_count"]
+__all__ = ["DEFAULT_MEMORY", "FORMATS", "RECORD_FORMATS", "Budget", "Source", "TraceReader", "open_trace", "row_count"]
 
 
 def _arrow(source: Source, carry: Sequence[str], budget: Budget) -> TraceReader:
@@ -31,7 +31,7 @@ def _parquet(source: Source, carry: Sequence[str], budget: Budget) -> TraceReade
     return ParquetReader(source, carry, budget)
 
 
-def row_count(source: Any, memory: int) -> int:
+def row_count(source: Any, memory: int | Budget) -> int:
     """How many records a Parquet file says it has; see ``parquet.row_count``."""
     from engine.trace.readers import parquet  # noqa: PLC0415 - the same
 
@@ -52,14 +52,15 @@ def open_trace(
     *,
     record: str | None = None,
     carry: Sequence[str] = (),
-    memory: int = DEFAULT_MEMORY,
+    memory: int | Budget = DEFAULT_MEMORY,
 ) -> TraceReader:
     """A reader of ``source``, which is read while the reader is iterated.
 
     ``format`` is one of ``FORMATS``; ``record`` (``gpa8`` or ``record16``) goes with ``packed`` and with nothing else.
     ``source`` needs ``read(n)``, which may return less than asked for and returns nothing only at the end; its
     ``readinto`` is used if it has one; parquet also needs ``seek`` and ``tell``. ``carry`` names other columns to hand
-    through. ``memory`` bounds what a columnar body may take while it is read, in bytes; others take a few megabytes.
+    through. ``memory`` bounds what a columnar body may take while it is read, in bytes or as a budget; others take
+    a few megabytes.
     Raises ``InvalidValue`` for an unknown format or record format and ``TraceError`` for a name that
     cannot be carried; iteration raises ``TraceError`` with the absolute record index.
     """
@@ -70,4 +71,4 @@ def open_trace(
         return PackedReader(source, record, names)
     if record is not None:
         raise InvalidValue("a record format goes with packed bodies only", field="record", value=record)
-    return _ROWS[format](source, names) if format in _ROWS else _COLUMNS[format](source, names, Budget(memory))
+    return _ROWS[format](source, names) if format in _ROWS else _COLUMNS[format](source, names, Budget.of(memory))

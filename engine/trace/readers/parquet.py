@@ -16,7 +16,16 @@ from engine.trace.readers.base import Source, TraceReader
 from engine.trace.readers.budget import Budget
 from engine.trace.readers.columnar import ARGUMENT_RECORDS, BatchConverter
 from engine.trace.readers.flat import Batch, IndexedArguments, Kind, Listed, Sort, Whole
-from engine.trace.readers.parquet_bounds import check_pages, directory, read_footer
+from engine.trace.readers.parquet_bounds import (
+    DIRECTORY,
+    FROM_END,
+    TAIL_BYTES,
+    Footer,
+    check_pages,
+    directory,
+    read_footer,
+)
+from engine.trace.readers.thrift import Walk
 
 BATCH_RECORDS = 1 << 18  # decoded at a time, whatever the size of the row groups
 STREAM_BYTES = 1 << 20  # read at a time from each column, so that a row group is never held whole
@@ -33,7 +42,7 @@ class ParquetReader(TraceReader):
         converter: BatchConverter | None = None
         source: Any = self._source
         try:
-            footer = read_footer(source, self._budget)
+            footer = _footer(source, self._budget)
             metadata = pq.read_metadata(pa.BufferReader(directory(source)))
             kinds = [(field.name, _kind(field.type)) for field in metadata.schema.to_arrow_schema()]
             converter = BatchConverter(kinds, self._carry)
@@ -61,9 +70,22 @@ class ParquetReader(TraceReader):
             raise TraceError(f"the Parquet file is not valid: {error}", index=done) from error
 
 
-def row_count(source: Any, memory: int) -> int:
+def row_count(source: Any, memory: int | Budget) -> int:
     """How many records a file says it has, in ``memory`` bytes. Raises TraceError; the source is left anywhere."""
-    return read_footer(source, Budget(memory)).rows
+    budget = Budget.of(memory)
+    try:
+        return _footer(source, budget).rows
+    finally:
+        budget.keep(-budget.kept, DIRECTORY)
+
+
+def _footer(source: Any, budget: Budget) -> Footer:
+    """The directory. The most that so long a one may unfold to is kept, at most the half of the budget."""
+    end = int(source.seek(0, FROM_END))
+    source.seek(max(0, end - TAIL_BYTES))
+    length = int.from_bytes(source.read(TAIL_BYTES)[:4], "little")
+    budget.keep(min(budget.limit // 2, Walk.STRUCT_BYTES * length), DIRECTORY)
+    return read_footer(source, budget)
 
 
 def _batch(batch: pa.RecordBatch, converter: BatchConverter) -> Batch:
