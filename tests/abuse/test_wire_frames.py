@@ -62,7 +62,7 @@ def test_frames_without_end(victim: Service, path: str, name: str) -> None:
         connection.sendall(start)
         done = flood(connection, piece, 30)
     assert code.to_bytes(2, "big") in done.reply and done.closed
-    assert seen.grown < 32 * MIB and seen.asked > 1
+    assert seen.grown < 32 * MIB and seen.asked
     assert "ERROR" not in victim.said() and "Traceback" not in victim.said()
 
 
