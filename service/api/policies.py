@@ -68,7 +68,7 @@ class ProtectionRequest(Document):
 
     name: str = Field(min_length=1, max_length=128, pattern=_NAME, description="Unique in the VM; part of the URL.")
     about: str | None = Field(None, max_length=_ABOUT, description=ABOUT)
-    subpage_bytes: Literal[128] = Field(128, description="The size of what a bit in `pages` stands for.")
+    subpage_bytes: int = Field(128, ge=128, le=128, description="The size of what a bit in `pages` stands for.")
     objects: list[ObjectRequest] = Field(default_factory=list, max_length=MAX_OBJECTS)
     pages: list[_Range] = Field(
         default_factory=list,
