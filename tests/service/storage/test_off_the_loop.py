@@ -46,7 +46,7 @@ def service(store_url: str) -> Iterator[Running]:
 LONG: list[tuple[str, Callable[[ContractClient, str], httpx2.Response]]] = [
     ("replay", replay),
     ("blocks_since", lambda client, vm: client.put(f"{vm}/subpages?gfn=1", json={"access": [0]})),
-    ("head", lambda client, vm: client.put(f"{vm}/subpages?gfn=1", json={"access": [0]})),
+    ("head_json", lambda client, vm: client.put(f"{vm}/subpages?gfn=1", json={"access": [0]})),
     ("set_subpages", lambda client, vm: client.put(f"{vm}/subpages?gfn=0&npages=5000", json={"access": [0] * 5000})),
     ("subpages", lambda client, vm: client.get(f"{vm}/subpages?gfn=0&npages=5000")),
     (
