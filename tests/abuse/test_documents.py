@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import zstandard
 
+from service.http.limits import Held, HeldBodies
+from service.runtime.shares import ShareExceeded
 from tests.abuse.conftest import Begin, Tenants
 from tests.abuse.process import MIB, new_vm, until
 
@@ -66,6 +68,25 @@ def test_faults_are_not_listed_without_end(shared: Tenants) -> None:
     assert service.peak() - before < 300 * MIB
 
 
+def test_held_bodies_are_counted_for_each_tenant() -> None:
+    bodies = HeldBodies(16 * MIB)
+    first, second, other = Held(bodies, "red"), Held(bodies, "red"), Held(bodies, "blue")
+    first.grow(1000)
+    first.grow(6 * MIB)
+    with pytest.raises(ShareExceeded) as refused:
+        second.grow(3 * MIB)
+    assert refused.value.members == {"limit": "max_held_body_bytes", "limit_of": "tenant"}
+    other.grow(8 * MIB)
+    second.grow(2 * MIB)
+    with pytest.raises(ShareExceeded) as refused:
+        Held(bodies, "green").grow(1 * MIB)
+    assert refused.value.members["limit_of"] == "service"
+    for held in (first, second, second):
+        held.release()
+    second.grow(8 * MIB)
+
+
+@pytest.mark.abuse
 def test_bodies_that_are_held_are_bounded(tenants: Begin) -> None:
     """One tenant's may take half of what there is, and those of another still come in."""
     _, red, blue = tenants(max_held_body_bytes=16 * MIB, max_document_bytes=6 * MIB)

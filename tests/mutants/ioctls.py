@@ -96,8 +96,8 @@ MUTANTS = (
     Mutant(
         "region-of-smm-reachable",
         "engine/kvm/slots.py",
-        "if s.address_space == 0",
-        "if s.address_space >= 0",
+        "rows = sorted(slot_row(spec) for spec in specs if spec.address_space == 0)",
+        "rows = sorted(slot_row(spec) for spec in specs if spec.address_space >= 0)",
         "accesses and SET look in address space 0 only",
         named(SLOTS, "memory_of_system_management_mode_is_out_of_reach"),
     ),
