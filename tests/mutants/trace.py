@@ -102,9 +102,9 @@ MUTANTS = (
     Mutant(
         "objects-end",
         OBJECTS_PY,
-        "end = ((ranges[:, 1] - 1) >> SUBPAGE_SHIFT) + 1",
-        "end = (ranges[:, 1] >> SUBPAGE_SHIFT) + 1",
-        "an object ends with the sub-page of its last byte",
+        "end = ranges[:, 4] + 1",
+        "end = ranges[:, 4] + 2",
+        "an object ends with its last sub-page",
         named(OBJECTS, "access_touches_objects_by_sub_page"),
     ),
 )
