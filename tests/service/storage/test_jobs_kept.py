@@ -100,7 +100,7 @@ def test_nothing_is_accepted_that_is_not_stored(store_url: str) -> None:
         vm = new_vm(client)
         run_sql(store_url, "ALTER TABLE jobs RENAME TO jobs_away")
         assert post(client, vm).status_code == 503
-        assert client.get("/v1/jobs").json()["jobs"] == [] and service.app.state.jobs._spools.used == 0
+        assert client.get("/v1/jobs").json()["jobs"] == [] and service.app.state.jobs.spools.used == 0
         run_sql(store_url, "ALTER TABLE jobs_away RENAME TO jobs")
         assert ended(client, post(client, vm).headers["Location"])["state"] == "succeeded"
 
