@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bench.data import CHUNK, RAM_BYTES, Answer, Policy, Trace, hash_of
-from engine.config import VmConfig
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
+from engine.state.config import VmConfig
 from engine.trace.columns import TraceChunk
 from engine.trace.results import TraceResult
 from engine.trace.session import ReplayOptions

@@ -18,12 +18,10 @@ _ROOT = Path(__file__).parent
 _KERNEL_SOURCES = (
     "__init__.py",
     "arch",
-    "config.py",
     "cpu",
     "errors.py",
     "jit.py",
     "kvm",
-    "store.py",
     "trace/__init__.py",
     "trace/objects.py",
     "trace/replay.py",

@@ -1,6 +1,6 @@
 """Explaining an access: the entries the processor reads, field by field, and one sentence on why it ends as it does.
 
-Explains what ``decision.check`` decided; it walks nothing itself.
+Explains what ``access_check.check`` decided; it walks nothing itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from engine.arch import ept as bits
 from engine.arch import exits, sppt
 from engine.arch.access import ACCESS_MASK, ACCESS_NAMES, KIND_MASK, KIND_NAMES, KIND_SHIFT
 from engine.arch.words import signed, unsigned
-from engine.cpu import decision, ept
+from engine.cpu import access_check, ept
 from engine.cpu.frames import CAP_RESERVED_ADDRESS, Machine, frame_at
 from engine.cpu.sentences import ReadEntry, Verdict, sentence_on
 from engine.cpu.sppt import HIGH
@@ -81,7 +81,7 @@ def explain(m: Machine, vcpu: int, gpa: int, size: int, how: int) -> Explanation
     at = gpa
     while True:
         part = min(gpa + size - at, 4096 - at % 4096)
-        reason, qualification, denied = (int(x) for x in decision.check(m, vcpu, at, part, how, trail))
+        reason, qualification, denied = (int(x) for x in access_check.check(m, vcpu, at, part, how, trail))
         if reason or at + part == gpa + size:
             break
         at += part

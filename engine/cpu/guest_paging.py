@@ -13,7 +13,7 @@ from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import exceptions, exits
 from engine.arch import paging as guest
-from engine.cpu import decision, ept, guest_memory, mmu, tlb
+from engine.cpu import access_check, ept, guest_memory, mmu, tlb
 from engine.cpu.frames import CAP_RESERVED_ADDRESS, FIRST_VCPU_FRAME
 from engine.jit import kernel
 
@@ -148,7 +148,7 @@ def refused(m, vcpu, how, facts):
 def touch(m, vcpu, slot, size, how, doing, trail):
     """One access to a guest entry; returns (reason, qualification, source). Executed, it leaves EPT flags behind."""
     if doing & FRESH:
-        reason, q, _ = decision.check(m, vcpu, slot, size, how, trail)
+        reason, q, _ = access_check.check(m, vcpu, slot, size, how, trail)
         source = mmu.WALKED
     else:
         reason, q, _, source = mmu.check(m, vcpu, slot, size, how, trail)
@@ -156,7 +156,7 @@ def touch(m, vcpu, slot, size, how, doing, trail):
         return reason, q, source
     mode = ept.mode_of(m, vcpu)
     if not mmu.log_fits(m, vcpu, mode, slot, size, how, source, trail):
-        return exits.PML_FULL, decision.nmi_unblocking(how), source
+        return exits.PML_FULL, access_check.nmi_unblocking(how), source
     mmu.finish(m, vcpu, mode, slot, how, source, trail)
     return exits.NONE, 0, source
 

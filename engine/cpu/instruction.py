@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.arch import access as acc
 from engine.arch import exceptions, exits
-from engine.cpu import decision, ept, guest_paging, mmu, page_log, tlb, ve
+from engine.cpu import access_check, ept, guest_paging, mmu, page_log, tlb, ve
 from engine.cpu.frames import Machine, Words
 from engine.jit import kernel
 
@@ -85,7 +85,7 @@ def by_walk(m, vcpu, linear, size, how, doing, trail, steps):
         return reason, value, gpa, how, 0, facts, source, mmu.WALKED
     how |= tlb.linear_bits(facts)
     if doing & guest_paging.FRESH:
-        reason, q, denied = decision.check(m, vcpu, gpa, size, how, trail)
+        reason, q, denied = access_check.check(m, vcpu, gpa, size, how, trail)
         return reason, q, gpa, how, denied, facts, source, mmu.WALKED
     reason, q, denied, final = mmu.check(m, vcpu, gpa, size, how, trail)
     return reason, q, gpa, how, denied, facts, max(source, final), final
@@ -148,7 +148,7 @@ def log_fits(m, vcpu, pages, count, trail):
     index = page_log.index_of(m, vcpu)
     for at in range(count):
         if pages[at, P_SOURCE] == mmu.WALKED:
-            decision.check(m, vcpu, pages[at, P_GPA], pages[at, P_SIZE], pages[at, P_HOW], trail)
+            access_check.check(m, vcpu, pages[at, P_GPA], pages[at, P_SIZE], pages[at, P_HOW], trail)
             room, index = page_log.take(pages[at, P_HOW], mode, index, trail)
             if not room:
                 return False
@@ -164,7 +164,7 @@ def finish(m, vcpu, pages, count, trail):
         gpa = pages[at, P_GPA]
         linear = pages[at, P_LINEAR]
         if pages[at, P_SOURCE] == mmu.WALKED:
-            decision.check(m, vcpu, gpa, pages[at, P_SIZE], how, trail)
+            access_check.check(m, vcpu, gpa, pages[at, P_SIZE], how, trail)
             mmu.finish(m, vcpu, mode, gpa, how, mmu.WALKED, trail)
             if tlb.modelled(m):
                 tlb.remember(m, vcpu, pages[at, P_KIND], linear >> 12, gpa >> 12, pages[at, P_FACTS], trail)
@@ -187,7 +187,7 @@ def attempt(m, vcpu, linear, size, how, trail, steps, pages):
         at = effective(m, vcpu, linear + done)
         if not canonical(m, vcpu, at):
             return -exceptions.GENERAL_PROTECTION, 0, 0, at, 0, stale, count
-        part = decision.page_part(at, at + size - done)
+        part = access_check.page_part(at, at + size - done)
         reason, value, gpa, denied, misled = page(m, vcpu, at, part, how, trail, steps, pages, count)
         stale = stale or misled
         if reason == exits.EPT_VIOLATION:
@@ -201,7 +201,7 @@ def attempt(m, vcpu, linear, size, how, trail, steps, pages):
         count += 1
         done += part
     if not log_fits(m, vcpu, pages, count, trail):
-        return exits.PML_FULL, decision.nmi_unblocking(how), pages[0, P_GPA], linear, 0, stale, count
+        return exits.PML_FULL, access_check.nmi_unblocking(how), pages[0, P_GPA], linear, 0, stale, count
     finish(m, vcpu, pages, count, trail)
     return exits.NONE, 0, pages[0, P_GPA], linear, 0, stale, count
 

@@ -1,6 +1,6 @@
 """The access decision through the translation cache: what every access of a guest goes by.
 
-Without a cache this is ``decision.check``. With one, an access that an entry can serve is decided by what the entry
+Without a cache this is ``access_check.check``. With one, an access that an entry can serve is decided by what the entry
 remembers, and by the tables as well, to say whether the answer is stale: whether a walk would have given another.
 
 An entry serves an access if nothing is left to be done for it: a write needs a set dirty flag, and the vector where
@@ -9,7 +9,7 @@ sub-page permissions decide. Otherwise the processor walks, as if there were no 
 
 from engine.arch import access as acc
 from engine.arch import ept as bits
-from engine.cpu import decision, ept, page_log, tlb
+from engine.cpu import access_check, ept, page_log, tlb
 from engine.jit import kernel
 
 # How an access was decided: by a walk, by an entry, by an entry that a walk would contradict.
@@ -21,7 +21,7 @@ STALE = 2
 @kernel
 def serves(m, row, how, mode):
     """Whether an entry can serve an access without a walk."""
-    writes = decision.wants(how, mode) & bits.WRITE != 0
+    writes = access_check.wants(how, mode) & bits.WRITE != 0
     if not writes:
         return True
     leaf = m.tlb[row, tlb.E_LEAF]
@@ -34,9 +34,9 @@ def serves(m, row, how, mode):
 
 @kernel
 def judge_entry(m, vcpu, row, gpa, size, how, mode, trail):
-    """Decide by an entry; returns as ``decision.check`` does."""
+    """Decide by an entry; returns as ``access_check.check`` does."""
     word = m.tlb[row, tlb.E_RIGHTS]
-    return decision.judge(
+    return access_check.judge(
         m,
         vcpu,
         gpa,
@@ -47,7 +47,7 @@ def judge_entry(m, vcpu, row, gpa, size, how, mode, trail):
         word & tlb.RIGHTS_MASK,
         ((word >> tlb.UPPER_SHIFT) & 1) << 1,
         m.tlb[row, tlb.E_LEAF],
-        decision.VECTOR_KNOWN,
+        access_check.VECTOR_KNOWN,
         m.tlb[row, tlb.E_VECTOR],
         trail,
     )
@@ -57,10 +57,10 @@ def judge_entry(m, vcpu, row, gpa, size, how, mode, trail):
 def check(m, vcpu, gpa, size, how, trail):
     """Decide about ``size`` bytes at ``gpa``, all in one page; changes nothing.
 
-    Returns (reason, qualification, denied, source): the first three as ``decision.check`` does, and WALKED, CACHED or
-    STALE. ``trail`` holds a walk of the tables as they are, whatever decided.
+    Returns (reason, qualification, denied, source): the first three as ``access_check.check`` does, and WALKED, CACHED
+    or STALE. ``trail`` holds a walk of the tables as they are, whatever decided.
     """
-    reason, q, denied = decision.check(m, vcpu, gpa, size, how, trail)
+    reason, q, denied = access_check.check(m, vcpu, gpa, size, how, trail)
     if not tlb.modelled(m):
         return reason, q, denied, WALKED
     return through_cache(m, vcpu, gpa, size, how, reason, q, denied, trail)
@@ -88,10 +88,10 @@ def log_fits(m, vcpu, mode, gpa, size, how, source, trail):
     if not page_log.on(mode):
         return True
     index = page_log.index_of(m, vcpu)
-    one_page = decision.page_part(gpa, gpa + size) == size
+    one_page = access_check.page_part(gpa, gpa + size) == size
     at = gpa
     while at < gpa + size:
-        part = decision.page_part(at, gpa + size)
+        part = access_check.page_part(at, gpa + size)
         if not one_page:
             _, _, _, source = check(m, vcpu, at, part, how, trail)
         if source == WALKED:

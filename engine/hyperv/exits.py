@@ -6,9 +6,9 @@ from engine.arch import hyperv_pages as pages
 from engine.arch.vmcs12 import put
 from engine.hyperv.direct import Exit
 from engine.hyperv.outcome import Outcome
+from engine.kvm.trial_memory import GuestMemory
 from engine.nested import transitions
-from engine.nested.memory import GuestMemory
-from engine.nested.vcpu import NestedVcpu
+from engine.vcpu.vcpu import NestedVcpu
 
 _WORD = (1 << 64) - 1
 

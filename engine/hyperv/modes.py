@@ -15,9 +15,9 @@ from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME, Machine
 from engine.hyperv import execution, nested_paging, queues
 from engine.hyperv.privileges import Privileges
-from engine.nested.memory import GuestMemory
-from engine.nested.msr_numbers import HV_GUEST_OS_ID, HV_VP_ASSIST_PAGE
-from engine.nested.vcpu import Enlightenment, NestedVcpu
+from engine.kvm.trial_memory import GuestMemory
+from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_VP_ASSIST_PAGE
+from engine.vcpu.vcpu import Enlightenment, NestedVcpu
 
 # Tells the VPIDs of nested guests from those of guests.
 NESTED_VPID = 1 << 15

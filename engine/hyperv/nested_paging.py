@@ -15,8 +15,8 @@ from engine.arch.hyperv_pages import (
 )
 from engine.arch.vmcs12 import get
 from engine.hyperv.block import ReadsMemory
-from engine.nested.registers import active_secondary
-from engine.nested.vcpu import NestedVcpu
+from engine.vcpu.registers import active_secondary
+from engine.vcpu.vcpu import NestedVcpu
 
 _ADDRESS = 0x000F_FFFF_FFFF_F000
 _LARGE = 1 << 7

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from engine.abi import VCPU, Reply, failed
-from engine.config import VmConfig
 from engine.errors import EngineError
-from engine.hyperv_vps import hyperv_host
 from engine.ioctls.registry import EnableCap, Target
+from engine.machine.hyperv_vps import hyperv_host
+from engine.state.config import VmConfig
 
 CAP_HYPERV_TLBFLUSH = 155
 CAP_HYPERV_DIRECT_TLBFLUSH = 175

@@ -7,9 +7,9 @@ from types import MappingProxyType
 
 from engine import nested
 from engine.abi import SYSTEM, VCPU, VM, Call, Reply, failed
-from engine.config import VmConfig
 from engine.ioctls.registry import EnableCap, Ioctl, Target
 from engine.machine import VirtualMachine
+from engine.machine.nested_states import nested_host
 from engine.nested.ioctls import (
     CAP_HYPERV_CPUID,
     CAP_HYPERV_ENLIGHTENED_VMCS,
@@ -18,7 +18,7 @@ from engine.nested.ioctls import (
     HANDLERS,
     READING,
 )
-from engine.nested_states import nested_host
+from engine.state.config import VmConfig
 
 CAP_IRQCHIP = 0
 CAP_EXT_CPUID = 7

@@ -9,9 +9,9 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from engine.abi import LEVELS, Call, Reply, UserMemory, failed, wrong_level
-from engine.config import PROFILES, HostConfig
 from engine.errors import Busy, EngineError
 from engine.machine import VirtualMachine
+from engine.state.config import PROFILES, HostConfig
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.abi import VM, Call, Reply, failed
+from engine.ioctls.partial_set import SubpageCalls
 from engine.ioctls.registry import Ioctl, Target
 from engine.ioctls.spp_capability import enable
 from engine.kvm.enabling import not_enabled
@@ -46,7 +47,7 @@ def get_access(target: Target, call: Call) -> Reply:
     wanted = _copy_in(target, call)
     if isinstance(wanted, Reply):
         return wanted
-    maps = target.vm.subpage_calls.get(wanted.gfn, len(wanted.access))
+    maps = SubpageCalls(target.vm).get(wanted.gfn, len(wanted.access))
     whole = len(maps) == len(wanted.access)
     if whole or profile_of(target.profile).get_failure_copies:
         copied = call.user.copy_to(0, wanted.fill(maps))
@@ -59,7 +60,7 @@ def set_access(target: Target, call: Call) -> Reply:
     wanted = _copy_in(target, call)
     if isinstance(wanted, Reply):
         return wanted
-    returns = target.vm.subpage_calls.set(wanted.gfn, wanted.access)
+    returns = SubpageCalls(target.vm).set(wanted.gfn, wanted.access)
     return failed("EFAULT") if returns is None else Reply(returns)
 
 

@@ -6,9 +6,9 @@ or that memory runs out, is found out on the way (kvm-spp 2.1).
 
 from __future__ import annotations
 
-from engine.config import HostConfig, VmConfig
 from engine.errors import Conflict, NotEnabled, Unsupported
 from engine.kvm.profile import profile_of
+from engine.state.config import HostConfig, VmConfig
 
 
 def allows_nesting(config: VmConfig) -> bool:

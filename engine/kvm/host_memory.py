@@ -4,24 +4,13 @@ Maps stay whatever happens, and vectors do but for those that ``shrink`` frees: 
 needs is made anew. A host page of 2 MBytes or 1 GByte that is to be moved or shared in part is split first.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-
 import numpy as np
 
-from engine.config import VmConfig, choices
 from engine.cpu import fastpath
-from engine.cpu.ept import TRAIL_ROWS
-from engine.cpu.frames import EPT, SPPT, Machine, ample
+from engine.cpu.frames import ample
 from engine.cpu.physical import find_slot
-from engine.errors import InvalidValue
 from engine.jit import kernel
 from engine.kvm import ept_tables, host_state, mapping, regions, sppt_tables
-from engine.kvm.slots import check_pages
-from engine.store import Draft
 
 # In the order of their numbers. The first three do nothing where nothing is mapped.
 EVENTS = (
@@ -41,7 +30,6 @@ EVENTS = (
 # Those that may be about all of guest memory.
 WHOLE = ("zap", "shrink")
 
-MAX_PAGES = 1 << 20
 REGION = 512
 NOTHING = np.int64(0)
 
@@ -140,63 +128,3 @@ def change_everything(m, event):
         sppt_tables.free_all(m)
     fastpath.forget_all(m)
     mapping.flush(m)
-
-
-@dataclass(frozen=True, slots=True)
-class HostEvent:
-    """What an event did: ``leaves`` is how many leaf entries changed, None where all went; ``frames`` were freed."""
-
-    event: str
-    gfn: int | None
-    npages: int | None
-    leaves: int | None
-    frames: int
-
-
-class HostMemoryOperations:
-    """Host memory events of one machine; ``change`` begins a change of it."""
-
-    def __init__(self, config: VmConfig, change: Callable[[], AbstractContextManager[Draft]]) -> None:
-        self._config = config
-        self._change = change
-
-    def event(self, name: str, gfn: int | None = None, npages: int | None = None) -> HostEvent:
-        """Let an event of ``EVENTS`` happen to ``npages`` pages from ``gfn``, one page unless told.
-
-        ``zap`` and ``shrink`` without a GFN are about everything. ``split``, ``collapse`` and ``shrink`` work on the
-        whole 2-MByte regions that the range touches. Raises InvalidValue for an unknown event, a missing GFN, and pages
-        without a memory slot.
-        """
-        choices(name, EVENTS, "event")
-        if gfn is None and (name not in WHOLE or npages is not None):
-            raise InvalidValue("must be given: the event is about pages, and gfn is the first", field="gfn", value=None)
-        with self._change() as draft:
-            before = _tables(draft.machine)
-            leaves = None
-            if gfn is None:
-                change_everything(draft.machine, EVENTS.index(name))
-            else:
-                npages = 1 if npages is None else npages
-                self._check(draft.machine, gfn, npages)
-                leaves = _run(draft, EVENTS.index(name), gfn, npages)
-            return HostEvent(name, gfn, npages, leaves, before - _tables(draft.machine))
-
-    def _check(self, machine: Machine, gfn: int, npages: int) -> None:
-        if not 1 <= npages <= MAX_PAGES:
-            raise InvalidValue(f"npages is 1 to {MAX_PAGES}", field="npages", value=npages)
-        check_pages(machine, self._config.maxphyaddr, gfn, npages, "gfn")
-
-
-def _run(draft: Draft, event: int, gfn: int, npages: int) -> int:
-    trail = np.zeros((TRAIL_ROWS, 4), dtype=np.int64)
-    changed = np.zeros(1, dtype=np.int64)
-    done = 0
-    while done < npages:
-        draft.ensure()
-        done = int(change_range(draft.machine, np.int64(event), gfn, npages, done, changed, trail))
-    return int(changed[0])
-
-
-def _tables(machine: Machine) -> int:
-    """Frames of EPT and SPPT tables."""
-    return int(np.count_nonzero(machine.kind == EPT) + np.count_nonzero(machine.kind == SPPT))

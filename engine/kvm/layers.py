@@ -8,7 +8,7 @@ effective bit = not denied by SET and (not protected or granted)
 
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import sppt
-from engine.cpu.decision import page_part
+from engine.cpu.access_check import page_part
 from engine.cpu.radix import read, write
 from engine.jit import kernel
 from engine.kvm import regions

@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import radix, sppt
-from engine.cpu.decision import page_part
+from engine.cpu.access_check import page_part
 from engine.cpu.frames import CAP_KVM, STATE_FRAME, read_word
 from engine.cpu.physical import find_slot
 from engine.jit import kernel

@@ -5,21 +5,21 @@ place; ``explain_nested_state`` and ``read_nested_state`` do not.
 """
 
 from engine.abi import Reply, UserBuffer, UserMemory
-from engine.nested.cpuid import entries_from_json, entries_to_json, supported_cpuid
-from engine.nested.enlightened import current_evmcs, enable_evmcs, evmcs_version
+from engine.kvm.trial_memory import GuestMemory, NoMemory, Overlay
+from engine.nested.enlightened import current_evmcs, enable_evmcs
 from engine.nested.entry_checks import ENTRY_CHECKS, checks_of
-from engine.nested.eras import ERAS, Era, era_of
 from engine.nested.get_state import GetResult, get_nested_state, max_state_size, read_nested_state
-from engine.nested.hv_cpuid import supported_hv_cpuid, system_hv_cpuid
 from engine.nested.ioctls import Call, check_extension, enable_cap, ioctl
-from engine.nested.memory import GuestMemory, NoMemory, Overlay
-from engine.nested.msrs import read_msr, write_msr
 from engine.nested.operations import RunResult, prepare_run, reset, set_cpuid, set_msr, set_smm
 from engine.nested.set_state import STEPS, explain_nested_state, set_nested_state, steps_of
 from engine.nested.transitions import exit_to_l1, leave_nested
-from engine.nested.vcpu import NestedHost, NestedVcpu, SvmState, VmxState
 from engine.nested.verdict import CheckReport, SetResult
 from engine.nested.vm_entry import InstructionResult, vm_entry, vmclear, vmptrld, vmptrst, vmxoff, vmxon
+from engine.vcpu.cpuid import entries_from_json, entries_to_json, supported_cpuid
+from engine.vcpu.eras import ERAS, Era, era_of
+from engine.vcpu.hv_cpuid import evmcs_version, supported_hv_cpuid, system_hv_cpuid
+from engine.vcpu.msrs import read_msr, write_msr
+from engine.vcpu.vcpu import NestedHost, NestedVcpu, SvmState, VmxState
 
 __all__ = [
     "ENTRY_CHECKS",

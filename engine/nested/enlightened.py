@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Literal
 
 from engine.arch.evmcs import CLEAN_ALL, CLEAN_BITS, EVMCS, EVMCS_SIZE, NESTED_FLUSH_HYPERCALL
-from engine.arch.hyperv_cpuid import EVMCS_VERSIONS
 from engine.arch.hyperv_pages import VP_ASSIST
 from engine.arch.nested_state import NO_ADDRESS
 from engine.arch.vmcs12 import EVMCS_VERSION, VMCS12, VMCS12_PAGE, VMCS12_REVISION, put
-from engine.nested.memory import PAGE, GuestMemory
-from engine.nested.msr_numbers import HV_VP_ASSIST_PAGE
-from engine.nested.vcpu import EVMPTR_NONE, EVMPTR_PENDING, NestedVcpu
+from engine.kvm.trial_memory import PAGE, GuestMemory
+from engine.vcpu.hv_cpuid import evmcs_version
+from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE
+from engine.vcpu.vcpu import EVMPTR_NONE, EVMPTR_PENDING, NestedVcpu
 
 _ASSIST_ENABLE = 0x1
 _ASSIST_ENLIGHTEN = VP_ASSIST.by_name["enlighten_vmentry"].offset
@@ -38,11 +38,6 @@ def enable_evmcs(vcpu: NestedVcpu) -> int:
     if first and vcpu.era.evmcs_clears_controls:
         vcpu.capabilities.clear_for_evmcs()
     return evmcs_version(vcpu)
-
-
-def evmcs_version(vcpu: NestedVcpu) -> int:
-    """The version range that this vCPU reports, 0 when it does not have the enlightened VMCS."""
-    return EVMCS_VERSIONS if vcpu.evmcs_enabled and vcpu.host.intel and vcpu.host.nested else 0
 
 
 def current_evmcs(vcpu: NestedVcpu, memory: GuestMemory) -> int | None:

@@ -7,13 +7,13 @@ from functools import partial
 
 from engine.arch import vmx_msrs as vmx
 from engine.arch.vmcs12 import get
+from engine.kvm.trial_memory import GuestMemory
 from engine.nested.entry_context import EntryCheck, EntryContext, ReadingContext
 from engine.nested.entry_controls import CONTROL_CHECKS, CONTROL_FIELDS
 from engine.nested.entry_state import GUEST_CHECKS, HOST_CHECKS
-from engine.nested.memory import GuestMemory
-from engine.nested.registers import CR0_PG, CR4_PAE, guest_efer
-from engine.nested.vcpu import NestedVcpu
 from engine.nested.verdict import CheckReport, Facts, report_in_order
+from engine.vcpu.registers import CR0_PG, CR4_PAE, guest_efer
+from engine.vcpu.vcpu import NestedVcpu
 
 ENTRY_CHECKS = CONTROL_CHECKS + HOST_CHECKS + GUEST_CHECKS
 

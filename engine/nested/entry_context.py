@@ -9,11 +9,11 @@ from typing import Any
 from engine.arch import vmx_msrs as vmx
 from engine.arch.hyperv_cpuid import find_leaf
 from engine.arch.vmcs12 import REVISION_MASK, SHADOW_INDICATOR, VMCS12_REVISION, get
-from engine.nested import cpuid as cpuid_facts
-from engine.nested.eras import BOTH
-from engine.nested.memory import GuestMemory
-from engine.nested.registers import active_secondary
-from engine.nested.vcpu import NestedVcpu
+from engine.kvm.trial_memory import GuestMemory
+from engine.vcpu import cpuid as cpuid_facts
+from engine.vcpu.eras import BOTH
+from engine.vcpu.registers import active_secondary
+from engine.vcpu.vcpu import NestedVcpu
 
 # Controls that a context keeps at hand, and their fields.
 _CONTROLS = {

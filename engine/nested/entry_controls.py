@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from engine.arch import vmx_msrs as vmx
 from engine.nested.entry_context import EntryCheck, EntryContext
-from engine.nested.eras import ONLY_LATEST
-from engine.nested.msrs import longest_list
+from engine.vcpu.eras import ONLY_LATEST
+from engine.vcpu.msrs import longest_list
 
 _MSR_ENTRY_SIZE = 16
 _EVENT_VALID = 1 << 31

@@ -18,8 +18,8 @@ from engine.nested.entry_context import (
     pat_valid,
     revision_matches,
 )
-from engine.nested.eras import ONLY_LATEST
-from engine.nested.registers import CR0_PE, CR0_PG, CR4_PAE
+from engine.vcpu.eras import ONLY_LATEST
+from engine.vcpu.registers import CR0_PE, CR0_PG, CR4_PAE
 
 _CR0_WP = 1 << 16
 _CR4_LA57 = 1 << 12

@@ -8,11 +8,11 @@ from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch import vmx_msrs as vmx
 from engine.arch.vmcs12 import VMCS12_PAGE, get
+from engine.kvm.trial_memory import GuestMemory, Overlay
 from engine.nested import enlightened, svm
-from engine.nested.memory import GuestMemory, Overlay
-from engine.nested.registers import active_secondary
 from engine.nested.transitions import refresh_vmcs12
-from engine.nested.vcpu import EVMPTR_NONE, NestedVcpu
+from engine.vcpu.registers import active_secondary
+from engine.vcpu.vcpu import EVMPTR_NONE, NestedVcpu
 
 _BIG_ENOUGH = 0x4000
 

@@ -16,12 +16,9 @@ from engine.abi import SYSTEM, VCPU, VM, Reply, UserMemory, wrong_level
 from engine.abi import failed as _error
 from engine.arch.hyperv_cpuid import ENTRY_SIZE, HEADER_SIZE, CpuidEntry, pack_entry, unpack_entries
 from engine.arch.kvm_vcpu_structs import VCPU_MMAP_SIZE
-from engine.nested.cpuid import supported_cpuid
+from engine.kvm.trial_memory import GuestMemory, NoMemory
 from engine.nested.enlightened import enable_evmcs
-from engine.nested.eras import Era, era_of
 from engine.nested.get_state import get_nested_state, max_state_size
-from engine.nested.hv_cpuid import supported_hv_cpuid, system_hv_cpuid
-from engine.nested.memory import GuestMemory, NoMemory
 from engine.nested.msr_ioctls import (
     SAVED_MSRS,
     feature_msrs,
@@ -34,7 +31,10 @@ from engine.nested.msr_ioctls import (
 from engine.nested.operations import set_cpuid
 from engine.nested.register_ioctls import STRUCTURES
 from engine.nested.set_state import set_nested_state
-from engine.nested.vcpu import NestedHost, NestedVcpu
+from engine.vcpu.cpuid import supported_cpuid
+from engine.vcpu.eras import Era, era_of
+from engine.vcpu.hv_cpuid import supported_hv_cpuid, system_hv_cpuid
+from engine.vcpu.vcpu import NestedHost, NestedVcpu
 
 CAP_NESTED_STATE = 157
 CAP_HYPERV_ENLIGHTENED_VMCS = 163

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from engine.abi import UserBuffer
 from engine.arch import vmx_msrs as vmx
 from engine.arch.kvm_vcpu_structs import MAX_MSRS, MSR_ENTRY, MSRS_HEADER
-from engine.nested.memory import GuestMemory
-from engine.nested.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX
-from engine.nested.msrs import read_msr
+from engine.kvm.trial_memory import GuestMemory
 from engine.nested.operations import set_msr
-from engine.nested.vcpu import NestedHost, NestedVcpu
+from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX
+from engine.vcpu.msrs import read_msr
+from engine.vcpu.vcpu import NestedHost, NestedVcpu
 
 # KVM_GET_MSR_INDEX_LIST: what a migration has to carry.
 SAVED_MSRS = (

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from engine.arch.hyperv_cpuid import CpuidEntry, find_leaf
 from engine.arch.vmx_msrs import IA32_FEATURE_CONTROL
-from engine.nested.memory import GuestMemory
-from engine.nested.msrs import write_msr
+from engine.kvm.trial_memory import GuestMemory
 from engine.nested.transitions import leave_nested, map_pending, synchronise
-from engine.nested.vcpu import NestedVcpu
+from engine.vcpu.msrs import write_msr
+from engine.vcpu.vcpu import NestedVcpu
 
 _LINEAR_WIDTHS = (0, 48, 57)
 

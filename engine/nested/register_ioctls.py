@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 from engine.arch import kvm_vcpu_structs as abi
 from engine.arch import vmx_msrs as vmx
-from engine.nested import cpuid as cpuid_facts
-from engine.nested.memory import GuestMemory
-from engine.nested.msrs import APIC_BASE, read_msr
+from engine.kvm.trial_memory import GuestMemory
 from engine.nested.operations import set_smm
-from engine.nested.registers import CR0_PE, CR0_PG, CR4_PAE, SEGMENTS, TABLES
-from engine.nested.vcpu import NestedVcpu
+from engine.vcpu import cpuid as cpuid_facts
+from engine.vcpu.msrs import APIC_BASE, read_msr
+from engine.vcpu.registers import CR0_PE, CR0_PG, CR4_PAE, SEGMENTS, TABLES
+from engine.vcpu.vcpu import NestedVcpu
 
 _RFLAGS_FIXED = 0x2
 _CR0_CD, _CR0_NW = 1 << 30, 1 << 29

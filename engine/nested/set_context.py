@@ -6,10 +6,10 @@ from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch import vmx_msrs as vmx
 from engine.arch.vmcs12 import get
-from engine.nested.memory import GuestMemory
-from engine.nested.registers import active_secondary
-from engine.nested.vcpu import NestedVcpu
+from engine.kvm.trial_memory import GuestMemory
 from engine.nested.verdict import CheckReport
+from engine.vcpu.registers import active_secondary
+from engine.vcpu.vcpu import NestedVcpu
 
 
 class SetContext:

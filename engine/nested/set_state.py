@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch.vmcs12 import VMCS12, get
+from engine.kvm.trial_memory import GuestMemory, Overlay
 from engine.nested import svm
 from engine.nested.entry_checks import explain_checks, first_failure
 from engine.nested.entry_context import is_shadow, revision_matches
-from engine.nested.eras import BOTH, ONLY_2019, ONLY_LATEST
-from engine.nested.memory import GuestMemory, Overlay
 from engine.nested.set_context import SetContext
 from engine.nested.set_facts import facts_of
 from engine.nested.transitions import enter_guest, enter_operation, leave_nested
-from engine.nested.vcpu import EVMPTR_PENDING, NestedVcpu
 from engine.nested.verdict import CheckReport, Facts, SetResult, Verdict
+from engine.vcpu.eras import BOTH, ONLY_2019, ONLY_LATEST
+from engine.vcpu.vcpu import EVMPTR_PENDING, NestedVcpu
 
 _INTEL = ("intel",)
 _AMD = ("amd",)

@@ -15,10 +15,10 @@ from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch.struct_layout import Field, Layout
 from engine.arch.vmx_msrs import EFER_LMA, EFER_LME, EFER_NX, EFER_SCE, EFER_SVME
-from engine.nested.cpuid import cr4_allowed
-from engine.nested.registers import CR0_PE, CR0_PG, CR4_PAE
-from engine.nested.vcpu import NestedVcpu
 from engine.nested.verdict import CheckReport, Facts, Verdict, report_in_order
+from engine.vcpu.cpuid import cr4_allowed
+from engine.vcpu.registers import CR0_PE, CR0_PG, CR4_PAE
+from engine.vcpu.vcpu import NestedVcpu
 
 _KNOWN_FLAGS = abi.GUEST_MODE | abi.RUN_PENDING | abi.GIF_SET
 

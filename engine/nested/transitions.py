@@ -5,12 +5,12 @@ from __future__ import annotations
 from engine.arch import vmx_msrs as vmx_bits
 from engine.arch.nested_state import NO_ADDRESS
 from engine.arch.vmcs12 import get, put
+from engine.kvm.trial_memory import GuestMemory
 from engine.nested import enlightened
 from engine.nested.entry_checks import cr3_refusal
-from engine.nested.memory import GuestMemory
-from engine.nested.msrs import load_msr_list, store_msr_list
-from engine.nested.registers import TOUCHED_BY_FAILURE, active_secondary, load_guest, load_host, save_guest
-from engine.nested.vcpu import EVMPTR_PENDING, NestedVcpu, VmxState
+from engine.vcpu.msrs import load_msr_list, store_msr_list
+from engine.vcpu.registers import TOUCHED_BY_FAILURE, active_secondary, load_guest, load_host, save_guest
+from engine.vcpu.vcpu import EVMPTR_PENDING, NestedVcpu, VmxState
 
 _EVENT_VALID = 1 << 31
 FAILED_VM_ENTRY = 1 << 31

@@ -12,13 +12,11 @@ from engine.arch import vmx_msrs as vmx_bits
 from engine.arch.nested_state import NO_ADDRESS
 from engine.arch.vmcs12 import VMCS12_PAGE, VMCS12_REVISION, get, put
 from engine.errors import Conflict
+from engine.kvm.trial_memory import GuestMemory
 from engine.nested import enlightened
 from engine.nested.entry_checks import first_failure
 from engine.nested.entry_context import is_shadow, revision_matches
-from engine.nested.memory import GuestMemory
-from engine.nested.msrs import load_msr_list
 from engine.nested.operations import prepare_run
-from engine.nested.registers import active_secondary, privilege_level
 from engine.nested.transitions import (
     FAILED_VM_ENTRY,
     drop_operation,
@@ -27,7 +25,9 @@ from engine.nested.transitions import (
     resume_host,
     synchronise,
 )
-from engine.nested.vcpu import NestedVcpu
+from engine.vcpu.msrs import load_msr_list
+from engine.vcpu.registers import active_secondary, privilege_level
+from engine.vcpu.vcpu import NestedVcpu
 
 VMCLEAR_INVALID_ADDRESS = 2
 VMCLEAR_VMXON_POINTER = 3

@@ -11,11 +11,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.config import VmConfig, choices
 from engine.cpu.ept import TRAIL_ROWS
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
-from engine.store import Draft
+from engine.state.config import VmConfig, choices
+from engine.state.frame_store import Draft
 from engine.trace.asking import ANSWERS, AskingReplay
 from engine.trace.execution import (
     Execution,

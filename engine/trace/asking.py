@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from engine.arch import access as acc
 from engine.arch.sppt import SUBPAGE_SHIFT
-from engine.config import choices
 from engine.cpu.frames import Machine
 from engine.errors import LimitExceeded
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm import run
-from engine.store import Draft
+from engine.state.config import choices
+from engine.state.frame_store import Draft
 from engine.trace import objects, replay
 from engine.trace.columns import TraceChunk
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from engine.arch import access as acc
 from engine.arch import exceptions
 from engine.arch.words import unsigned
-from engine.config import VmConfig
 from engine.cpu import ept
 from engine.cpu.frames import FRAME_SIZE, Machine
 from engine.errors import InvalidValue, TraceError
@@ -21,7 +20,8 @@ from engine.kvm import resolutions as res
 from engine.kvm import tracking
 from engine.kvm.slots import first_page_without_slot, writable_bytes
 from engine.kvm.user_exits import UserExit, user_exit
-from engine.store import Draft
+from engine.state.config import VmConfig
+from engine.state.frame_store import Draft
 from engine.trace.columns import TraceChunk
 from engine.trace.linear import Ending, Places, run_linear
 from engine.trace.objects import Targets

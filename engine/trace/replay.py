@@ -11,7 +11,7 @@ from engine.arch import ept as bits
 from engine.arch import exits
 from engine.arch.controls import V_GUEST_MODE
 from engine.arch.sppt import FULL_ACCESS
-from engine.cpu import decision, ept, fastpath, sppt
+from engine.cpu import access_check, ept, fastpath, sppt
 from engine.cpu.frames import CAP_VCPUS, FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
 from engine.cpu.physical import find_slot
 from engine.jit import kernel, stands_alone
@@ -128,7 +128,7 @@ def passes_unenforced(m, vcpu, gpa, size):
         return False
     at = gpa
     while at < gpa + size:
-        part = decision.page_part(at, gpa + size)
+        part = access_check.page_part(at, gpa + size)
         if sppt.touched(at, part) & ~layers.effective(m, at >> 12):
             return True
         at += part
@@ -144,7 +144,7 @@ def grant_touched(m, gpa, size, trail):
             return False  # no sub-page of it is eligible
     at = gpa
     while at < gpa + size:
-        part = decision.page_part(at, gpa + size)
+        part = access_check.page_part(at, gpa + size)
         refused = sppt.touched(at, part) & ~layers.effective(m, at >> 12)
         if refused and find_slot(m, at >> 12) >= 0:
             spp.grant(m, at >> 12, refused, trail)

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.arch import access as acc
-from engine.config import choices
 from engine.cpu.ept import TRAIL_ROWS
 from engine.errors import InvalidValue, TraceError
 from engine.kvm import registers as reg
 from engine.kvm import run
-from engine.store import Draft
+from engine.state.config import choices
+from engine.state.frame_store import Draft
 from engine.trace import objects, replay
 from engine.trace.columns import TraceChunk
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult, columns_of_log, join

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.arch import access as acc
-from engine.config import VmConfig, choices
 from engine.errors import InvalidValue
 from engine.kvm.user_exits import UserExit
+from engine.state.config import VmConfig, choices
 from engine.trace.replay import BAD_KIND, BAD_LINEAR, GPA_LIMIT, ON_VIOLATION, fits_source, refusal_of_kind
 from engine.trace.results import ExitColumns
 

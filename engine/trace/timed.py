@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import TraceError
-from engine.store import Draft
+from engine.state.frame_store import Draft
 from engine.trace import objects, replay, translated
 from engine.trace.columns import TraceChunk
 from engine.trace.operations import NO_SPACE, Operation

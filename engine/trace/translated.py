@@ -11,7 +11,7 @@ from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import paging as guest
 from engine.arch.words import positions
-from engine.cpu import decision, ept, tlb
+from engine.cpu import access_check, ept, tlb
 from engine.cpu.frames import CAP_RESERVED_ADDRESS, FIRST_VCPU_FRAME, ample, read_word, write_word
 from engine.jit import kernel
 from engine.kvm import registers as reg
@@ -49,7 +49,7 @@ def goes_by_linear_address(word):
     """Whether the processor translates the access of a record: one of the guest's, not to a paging structure."""
     how = plain.describe(word)
     mine = word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK == acc.GUEST
-    return mine and how & acc.LINEAR_VALID << acc.LINEAR_SHIFT != 0 and not decision.is_paging(how)
+    return mine and how & acc.LINEAR_VALID << acc.LINEAR_SHIFT != 0 and not access_check.is_paging(how)
 
 
 @kernel
@@ -127,7 +127,7 @@ def translate(m, vcpu, gva, gpa, size, index, word, uses, found, count):
     apart = False
     done = 0
     while done < size:
-        part = decision.page_part(gpa + done, gpa + size)
+        part = access_check.page_part(gpa + done, gpa + size)
         frame = (gpa + done) >> 12
         page = (gva + done) >> 12
         agree(m, vcpu, kind, page, frame, index, uses)
@@ -196,7 +196,7 @@ def run_translated(m, vcpu, gva, gpa, word, index, options, trail, log, used, ta
     done = 0
     while done < size:
         keep(m, vcpu, gva + done, at + done, index, word, trail, uses)
-        done += decision.page_part(at + done, at + size)
+        done += access_check.page_part(at + done, at + size)
     return status
 
 

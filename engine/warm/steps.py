@@ -10,20 +10,20 @@ from collections.abc import Callable
 
 import numpy as np
 
-from engine.access import AccessChange
 from engine.arch.hypercall import GUEST_PHYSICAL_SPACE, LIST, SPACE
 from engine.arch.hyperv_cpuid import INTERFACE_SIGNATURE, LEAF_INTERFACE, LEAF_RECOMMENDATIONS, CpuidEntry
-from engine.config import VcpuConfig, VmConfig
 from engine.cpu import frames
 from engine.cpu.ept import TRAIL_ROWS
-from engine.hypercalls import HypercallRequest
 from engine.hyperv.encode import CallFields
 from engine.hyperv.execution import drop_nested
+from engine.ioctls.partial_set import SubpageCalls
 from engine.kvm import fault, mapping, spp, sppt_tables
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec, first_page_without_slot
 from engine.machine import SubpageRange, VirtualMachine
-from engine.nested.msr_numbers import HV_GUEST_OS_ID
+from engine.machine.hypercalls import HypercallRequest
+from engine.machine.page_access import AccessChange
+from engine.state.config import VcpuConfig, VmConfig
 from engine.trace.asking import AskingReplay
 from engine.trace.columns import TraceChunk
 from engine.trace.objects import attribute, fill_objects
@@ -32,6 +32,7 @@ from engine.trace.replay import grant_touched, replay
 from engine.trace.results import split_log
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest
+from engine.vcpu.msr_numbers import HV_GUEST_OS_ID
 
 _HYPERV = (CpuidEntry(LEAF_INTERFACE, eax=INTERFACE_SIGNATURE), CpuidEntry(LEAF_RECOMMENDATIONS, eax=0x804))
 
@@ -158,8 +159,8 @@ def _partial_sets() -> None:
     """A SET of the ioctls that meets a page without a slot, in both eras."""
     for profile in ("kvm-2019", "kvm-latest"):
         vm = VirtualMachine.create(VmConfig(profile=profile), [SlotSpec(0, 0, 1 << 13)], spp=True)
-        vm.subpage_calls.set(1, np.zeros(2, dtype=np.uint32))
-        vm.subpage_calls.get(1, 2)
+        SubpageCalls(vm).set(1, np.zeros(2, dtype=np.uint32))
+        SubpageCalls(vm).get(1, 2)
 
 
 def _trace(vm: VirtualMachine) -> None:

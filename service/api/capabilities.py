@@ -13,9 +13,9 @@ from engine.arch import ept
 from engine.arch.exits import NAMES
 from engine.arch.sppt import SUBPAGE_SIZE
 from engine.arch.vmx_msrs import MSR_BY_NAME
-from engine.config import PROFILES, TRANSLATION_CACHES
 from engine.kvm.profile import TABLE
 from engine.kvm.resolutions import RESOLUTION_NAMES
+from engine.state.config import PROFILES, TRANSLATION_CACHES
 from engine.trace.columns import COLUMNS
 from engine.trace.readers import RECORD_FORMATS
 from service import __version__

@@ -9,8 +9,8 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine import dirty as engine
 from engine.errors import NotFound
+from engine.machine import dirty as engine
 from service.api.common import (
     CHANGE,
     GUARDED_CHANGE,

@@ -10,9 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.arch import hypercall as hv
-from engine.hypercalls import HypercallReport, HypercallRequest, VpEffect
 from engine.hyperv.caller import Caller
 from engine.hyperv.encode import CallFields, VpSet, code_of
+from engine.machine.hypercalls import HypercallReport, HypercallRequest, VpEffect
 from service.api.common import (
     BINARY,
     CHANGE,

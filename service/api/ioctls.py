@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.abi import SYSTEM, VCPU, VM, Call, Reply, UserBuffer, UserMemory
-from engine.config import HostConfig, VmConfig
 from engine.errors import NotFound
 from engine.ioctls import IOCTLS, NewMachine, Target, as_created
+from engine.state.config import HostConfig, VmConfig
 from service.api.common import (
     BINARY,
     VmId,

@@ -9,8 +9,8 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.access import MAX_ENTRIES, AccessChange, EntryResult, PageRights, text_of
 from engine.errors import EngineError
+from engine.machine.page_access import MAX_ENTRIES, AccessChange, EntryResult, PageRights, text_of
 from service.api.common import (
     GUARDED_CHANGE,
     VmId,

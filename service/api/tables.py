@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.tables import TableEntry
+from engine.machine.tables import TableEntry
 from service.api.common import (
     GUARDED_CHANGE,
     VmId,

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.arch.hyperv_cpuid import CpuidEntry
-from engine.config import HostConfig, VcpuConfig, VmConfig
+from engine.state.config import HostConfig, VcpuConfig, VmConfig
 from service import __version__
 from service.api.common import (
     EXAMPLE_VM,

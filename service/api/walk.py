@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.arch.access import CIRCUMSTANCE_SHIFT
-from engine.walks import Ending
+from engine.machine.walks import Ending
 from service.api.common import VmId, documented, find, json_response, router
 from service.api.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
 from service.http.words import CIRCUMSTANCES, Access, Circumstances, Document, Hex32, Hex64, Kind, Linear, examples

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from engine.errors import NotFound, OutOfMemory
 from engine.machine import VirtualMachine
-from engine.outline import Outline
+from engine.machine.summary import Outline
 from service.problems import NotReady, StoreUnavailable
 from service.runtime.changes import batches_of, changes_of
 from service.runtime.desk import Desk

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import anyio.to_thread
 
 from engine.machine import VirtualMachine
-from engine.outline import Outline, outline_from_head
+from engine.machine.summary import Outline, outline_from_head
 from engine.trace.results import ExitColumns
 from service.problems import NotReady, StoreUnavailable, trace_not_kept
 from service.runtime.events import Load

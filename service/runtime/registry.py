@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
-from engine.config import VmConfig
 from engine.errors import Busy, EngineError, InvalidValue
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
-from engine.outline import Outline
+from engine.machine.summary import Outline
+from engine.state.config import VmConfig
 from service.problems import StoreUnavailable
 from service.runtime.batches import Parts
 from service.runtime.changes import created

@@ -15,7 +15,7 @@ from engine.arch.access import ACCESS_NAMES
 from engine.arch.sppt import SUBPAGE_SHIFT
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.machine import VirtualMachine
-from engine.outline import outline_from_head
+from engine.machine.summary import outline_from_head
 from engine.trace.objects import index_of
 from engine.trace.results import EXIT_COLUMNS, ExitColumns
 from service.runtime.events import KINDS

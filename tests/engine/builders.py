@@ -10,20 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import birth
 from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.words import unsigned
-from engine.config import HostConfig, VcpuConfig, VmConfig
 from engine.cpu import frames
 from engine.cpu.ept import TRAIL_ROWS
 from engine.errors import EngineError
 from engine.kvm import mapping
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec, slot_table
-from engine.machine import SubpageRange, VirtualMachine
-from engine.store import Draft, FrameStore, blocks_of
+from engine.machine import SubpageRange, VirtualMachine, creation
+from engine.state.config import HostConfig, VcpuConfig, VmConfig
+from engine.state.frame_store import Draft, FrameStore, blocks_of
 from engine.trace.columns import TraceChunk
 from engine.trace.results import TraceResult
 from engine.trace.session import ReplayOptions
@@ -217,9 +216,9 @@ def new_trail() -> np.ndarray:
 def bare_draft(config: VmConfig | None = None, slots: Sequence[SlotSpec] = ()) -> Draft:
     """A change on top of a new machine that is not yet published."""
     config = config or VmConfig()
-    store: FrameStore = birth.new_store(config)
+    store: FrameStore = creation.new_store(config)
     draft = store.begin(slot_table(slots))
-    birth.build(draft, config)
+    creation.build(draft, config)
     return draft
 
 

@@ -8,10 +8,10 @@ import pytest
 from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch.access import EXECUTE, READ, WRITE
-from engine.config import HostConfig, VmConfig
 from engine.errors import InvalidValue, Unsupported
 from engine.kvm.slots import SlotSpec
 from engine.machine import SubpageRange, VirtualMachine
+from engine.state.config import HostConfig, VmConfig
 from engine.trace.columns import TraceChunk
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest

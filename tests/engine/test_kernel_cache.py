@@ -47,7 +47,16 @@ def test_fingerprint_changes_when_a_source_is_renamed_or_added(copy: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["nested/svm.py", "machine.py", "warm/steps.py", "trace/session.py", "trace/readers/rows.py"]
+    "name",
+    [
+        "nested/svm.py",
+        "machine/dirty.py",
+        "vcpu/msrs.py",
+        "state/config.py",
+        "warm/steps.py",
+        "trace/session.py",
+        "trace/readers/rows.py",
+    ],
 )
 def test_fingerprint_leaves_out_what_no_kernel_depends_on(copy: Path, name: str) -> None:
     source = copy / name
@@ -143,7 +152,7 @@ def test_warming_drives_every_operation() -> None:
 # ---- the edit that numba alone would miss
 
 PROGRAM = """
-import engine.cpu.decision, engine.jit, numpy as np
+import engine.cpu.access_check, engine.jit, numpy as np
 from engine.cpu import sppt
 from engine.jit import kernel
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.config import HostConfig, VcpuConfig, VmConfig
 from engine.cpu import explain as explain_module
 from engine.cpu.frames import RESERVE
 from engine.errors import Busy, Conflict, EngineError, InvalidValue, LimitExceeded, NotEnabled, NotFound
@@ -18,6 +17,7 @@ from engine.kvm import protections as protections_module
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
 from engine.machine import SubpageRange, VirtualMachine
+from engine.state.config import HostConfig, VcpuConfig, VmConfig
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest
 from tests.engine.builders import (
@@ -266,7 +266,7 @@ def test_set_replaces_a_window() -> None:
 
 
 def test_set_of_more_pages_than_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.machine.SET_BATCH", 100)
+    monkeypatch.setattr("engine.machine.virtual_machine.SET_BATCH", 100)
     vm = machine()
     vm.set_subpages([SubpageRange(3, 250, np.arange(250, dtype=np.uint32)), SubpageRange(300, 201, 7)])
     assert maps(vm, 3, 250) == list(range(250))

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from engine.config import VmConfig
 from engine.errors import Busy
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
 from engine.machine import SubpageRange, VirtualMachine
+from engine.state.config import VmConfig
 
 SLOT = SlotSpec(0, 0, 1 << 20)
 

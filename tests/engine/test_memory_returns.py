@@ -7,9 +7,9 @@ import tracemalloc
 
 import pytest
 
-from engine.config import VmConfig
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
+from engine.state.config import VmConfig
 from tests.engine.builders import MIB, PAGE, PROFILES, machine, protect, replay, set_map
 
 ROUNDS = 400

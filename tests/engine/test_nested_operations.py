@@ -8,12 +8,12 @@ import pytest
 
 from engine.arch import nested_state as abi
 from engine.arch.vmx_msrs import EFER, IA32_FEATURE_CONTROL, SEC_EPT, SEC_SHADOW_VMCS
-from engine.config import HostConfig, VcpuConfig, VmConfig
 from engine.errors import Conflict, InvalidValue, NotFound, Unsupported
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.nested import enable_evmcs
-from engine.nested.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX
+from engine.state.config import HostConfig, VcpuConfig, VmConfig
+from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX
 from tests.engine.builders import Durable, machine, picture, protect, replay, round_trip, unchanged
 from tests.engine.nested.support import (
     ERAS,

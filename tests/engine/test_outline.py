@@ -9,11 +9,11 @@ from dataclasses import asdict
 import pytest
 
 from engine.arch.hyperv_cpuid import CpuidEntry
-from engine.config import HostConfig, VcpuConfig, VmConfig
 from engine.errors import OutOfMemory
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
-from engine.outline import Outline, outline_from_head
+from engine.machine.summary import Outline, outline_from_head
+from engine.state.config import HostConfig, VcpuConfig, VmConfig
 
 SLOTS = (SlotSpec(0, 0, 1 << 22), SlotSpec(3, 1 << 32, 1 << 16, read_only=True))
 LEAF = CpuidEntry(0x1, eax=0x806EC, ecx=1 << 5)

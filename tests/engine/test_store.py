@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.config import HostConfig, VcpuConfig, VmConfig
 from engine.cpu import frames
 from engine.errors import Busy, InvalidValue
-from engine.head import config_from_head, config_to_head
 from engine.kvm import memory
 from engine.kvm.protections import ProtectedObject, ProtectedPages
 from engine.kvm.slots import SlotSpec, slot_table
-from engine.machine import AccessRequest, VirtualMachine
-from engine.store import Draft, blocks_of
+from engine.machine import VirtualMachine
+from engine.state.config import HostConfig, VcpuConfig, VmConfig
+from engine.state.frame_store import Draft, blocks_of
+from engine.state.head import config_from_head, config_to_head
 from engine.trace.session import ReplayOptions
+from engine.trace.single import AccessRequest
 from tests.engine.builders import (
     MIB,
     PROFILES,

@@ -8,10 +8,10 @@ import pytest
 
 from engine.arch import access as acc
 from engine.arch import ept as bits
-from engine.config import HostConfig
 from engine.cpu import frames
 from engine.errors import Busy, InvalidValue
 from engine.machine import VirtualMachine
+from engine.state.config import HostConfig
 from engine.trace.single import AccessRequest
 from tests.engine.builders import READ, machine, refused, round_trip, unchanged
 

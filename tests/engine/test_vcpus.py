@@ -12,14 +12,14 @@ import pytest
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.vmcs_fields import FIELDS
-from engine.config import EPT_VPID_CAP, HostConfig
 from engine.cpu import frames, tlb
 from engine.errors import EngineError, InvalidValue, NotFound, Unsupported
 from engine.machine import VirtualMachine
+from engine.machine.vcpus import InstructionResult
+from engine.state.config import EPT_VPID_CAP, HostConfig
 from engine.trace.columns import TraceChunk
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest
-from engine.vcpus import InstructionResult
 from tests.engine.builders import (
     PROFILES,
     READ,

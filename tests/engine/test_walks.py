@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from engine.access import AccessChange
 from engine.arch import access as acc
 from engine.arch import controls as ctl
-from engine.config import HostConfig, VmConfig
 from engine.errors import LimitExceeded
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
 from engine.machine import SubpageRange, VirtualMachine
+from engine.machine.page_access import AccessChange
+from engine.machine.walks import Walk
+from engine.state.config import HostConfig, VmConfig
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest
-from engine.walks import Walk
 from tests.engine.builders import MIB, PROFILES, chunk, unchanged
 
 READ, WRITE, EXECUTE = acc.READ, acc.WRITE, acc.EXECUTE

@@ -23,9 +23,9 @@ from queue import SimpleQueue
 from . import (
     arch,
     asking,
+    cpu_access_check,
     cpu_cache,
     cpu_controls,
-    cpu_decision,
     cpu_ept_walk,
     cpu_flags,
     cpu_guest,
@@ -46,7 +46,7 @@ from .mutant import Mutant, NotFound
 PACKAGES = (
     arch,
     cpu_ept_walk,
-    cpu_decision,
+    cpu_access_check,
     cpu_spp_walk,
     cpu_flags,
     cpu_controls,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .mutant import Mutant
 from .paths import GAPS, LOG, named, plain
 
-DECISION_PY = "engine/cpu/decision.py"
+DECISION_PY = "engine/cpu/access_check.py"
 PAGE_LOG_PY = "engine/cpu/page_log.py"
 VE_PY = "engine/cpu/ve.py"
 
@@ -69,8 +69,8 @@ MUTANTS = (
     Mutant(
         "log-every-write",
         PAGE_LOG_PY,
-        "dirty = decision.wants(how, mode) & bits.WRITE != 0 and not trail[count - 1, 3] & bits.DIRTY",
-        "dirty = decision.wants(how, mode) & bits.WRITE != 0",
+        "dirty = access_check.wants(how, mode) & bits.WRITE != 0 and not trail[count - 1, 3] & bits.DIRTY",
+        "dirty = access_check.wants(how, mode) & bits.WRITE != 0",
         "29.3.6: a page is logged when its dirty flag goes from 0 to 1",
         named(LOG, "a_page_is_logged_when_it_becomes_dirty"),
     ),

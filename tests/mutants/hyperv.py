@@ -138,7 +138,7 @@ MUTANTS = (
     ),
     Mutant(
         "hyperv-late-vp-id",
-        "engine/hyperv/on_hyperv.py",
+        "engine/hyperv/l0_hyperv.py",
         '_put(m, vcpu, host, {"hv_vp_id": vp_index & 0xFFFF_FFFF, "hv_clean_fields": CLEAN_ALL})',
         '_put(m, vcpu, host, {"hv_clean_fields": CLEAN_ALL})',
         "Linux 5.4: the VP id is stored after each exit",
@@ -146,7 +146,7 @@ MUTANTS = (
     ),
     Mutant(
         "hyperv-direct-hypercall-taken-back",
-        "engine/hyperv/on_hyperv.py",
+        "engine/hyperv/l0_hyperv.py",
         'fields["control"] |= DIRECT_HYPERCALL if asks else 0',
         'fields["control"] = DIRECT_HYPERCALL if asks else 0',
         "Linux 5.4: loading an enlightened VMCS that does not ask leaves DirectHypercall as it is",
@@ -154,7 +154,7 @@ MUTANTS = (
     ),
     Mutant(
         "hyperv-msrs-enforced",
-        "engine/nested/msrs.py",
+        "engine/vcpu/msrs.py",
         "return leaf is None or not leaf.eax & _NEEDED[number]",
         "return leaf is None",
         "Linux 6.16: each MSR needs its bit of CPUID 0x40000003.EAX where CPUID is enforced",
@@ -162,7 +162,7 @@ MUTANTS = (
     ),
     Mutant(
         "hyperv-amd-2019",
-        "engine/hyperv/on_hyperv.py",
+        "engine/hyperv/l0_hyperv.py",
         "able = self.ported if self.svm else self.evmcs",
         "able = self.svm or self.evmcs",
         "Linux 5.4: on AMD there is no direct flush",

@@ -55,7 +55,7 @@ MUTANTS = (
     ),
     Mutant(
         "ioctl-set-fails-after-mapped",
-        "engine/subpage_calls.py",
+        "engine/ioctls/partial_set.py",
         "returns = 0 if partial_set.any_mapped(draft.machine, gfn, before, trail) else None",
         "returns = None",
         "in 2019 a SET over a hole returns 0 once a page was mapped",
@@ -63,7 +63,7 @@ MUTANTS = (
     ),
     Mutant(
         "ioctl-set-touches-mappings",
-        "engine/subpage_calls.py",
+        "engine/ioctls/partial_set.py",
         'if whole or self._abi.set_with_hole == "applied":',
         "if whole or before:",
         "later a SET over a hole stores maps and touches no mapping",
@@ -79,7 +79,7 @@ MUTANTS = (
     ),
     Mutant(
         "allocation-fails-for-ever",
-        "engine/allocations.py",
+        "engine/machine/fault_injection.py",
         "frames.write_word(draft.machine, frames.STATE_FRAME, reg.FAIL_ALLOCATION, max(0, failing - count))",
         "frames.write_word(draft.machine, frames.STATE_FRAME, reg.FAIL_ALLOCATION, max(1, failing - count))",
         "an allocation fails once",
@@ -111,7 +111,7 @@ MUTANTS = (
     ),
     Mutant(
         "vcpu-taken-is-full",
-        "engine/birth.py",
+        "engine/machine/creation.py",
         'raise InvalidValue("must be a new id: a vCPU has it already", field="vcpu", value=vcpu, errno="EEXIST")',
         'raise InvalidValue("must be a new id: a vCPU has it already", field="vcpu", value=vcpu)',
         "an id that is taken is EEXIST",
@@ -119,7 +119,7 @@ MUTANTS = (
     ),
     Mutant(
         "vcpu-late-without-sppt",
-        "engine/birth.py",
+        "engine/machine/creation.py",
         "for position in range(config.vcpu_records):",
         "for position in range(len(config.vcpus)):",
         "a vCPU made after SPP came on has the SPPT of its siblings",

@@ -178,7 +178,7 @@ MUTANTS = (
     ),
     Mutant(
         "no-ept-birth",
-        "engine/birth.py",
+        "engine/machine/creation.py",
         "if config.host.ept:",
         "if config.host.vendor:",
         "a host without EPT has it off",

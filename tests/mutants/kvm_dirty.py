@@ -7,12 +7,12 @@ from .paths import DIRTY, KINDS, PAGE_ACCESS, named
 
 TRACKING_PY = "engine/kvm/tracking.py"
 DIRTY_LOG_PY = "engine/kvm/dirty_log.py"
-DIRTY_PY = "engine/dirty.py"
+DIRTY_PY = "engine/machine/dirty.py"
 MAPPING_PY = "engine/kvm/mapping.py"
 RUN_PY = "engine/kvm/run.py"
 REPLAY_PY = "engine/trace/replay.py"
 RIGHTS_PY = "engine/kvm/page_rights.py"
-ACCESS_PY = "engine/access.py"
+ACCESS_PY = "engine/machine/page_access.py"
 
 MUTANTS = (
     Mutant(

@@ -8,10 +8,10 @@ from .paths import named
 SET_PY = "engine/nested/set_state.py"
 GET_PY = "engine/nested/get_state.py"
 CONTEXT_PY = "engine/nested/entry_context.py"
-CAPABILITIES_PY = "engine/nested/capabilities.py"
+CAPABILITIES_PY = "engine/vcpu/vmx_capabilities.py"
 REGISTERS_PY = "engine/nested/register_ioctls.py"
 MSRS_PY = "engine/nested/msr_ioctls.py"
-STATES_PY = "engine/nested_states.py"
+STATES_PY = "engine/machine/nested_states.py"
 REPLAY_PY = "engine/trace/replay.py"
 
 NESTED = "tests/engine/nested"

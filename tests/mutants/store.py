@@ -5,12 +5,12 @@ from __future__ import annotations
 from .mutant import Mutant
 from .paths import FASTPATH, FRAMES, STORE, named
 
-STORE_PY = "engine/store.py"
+STORE_PY = "engine/state/frame_store.py"
 FRAMES_PY = "engine/cpu/frames.py"
 FASTPATH_PY = "engine/cpu/fastpath.py"
 REPLAY_PY = "engine/trace/replay.py"
 
-OUTLINE_PY = "engine/outline.py"
+OUTLINE_PY = "engine/machine/summary.py"
 OUTLINE = "tests/engine/test_outline.py"
 
 MUTANTS = (
@@ -88,7 +88,7 @@ MUTANTS = (
     ),
     Mutant(
         "machine-successor-lock",
-        "engine/machine.py",
+        "engine/machine/virtual_machine.py",
         "self._acquire()",
         "pass",
         "a machine with a successor refuses changes",

@@ -8,8 +8,8 @@ from .paths import HYPERV, TRACE, named
 TRANSLATED_PY = "engine/trace/translated.py"
 OPERATIONS_PY = "engine/trace/operations.py"
 TIMED_PY = "engine/trace/timed.py"
-PERFORMED_PY = "engine/trace_operations.py"
-MISSED_PY = "engine/missed_flushes.py"
+PERFORMED_PY = "engine/machine/trace_operations.py"
+MISSED_PY = "engine/machine/missed_flushes.py"
 TRACES = f"{HYPERV}/test_trace_operations.py"
 ARGUMENTS = f"{TRACE}/test_operations.py"
 

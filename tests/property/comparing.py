@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from engine.access import text_of
 from engine.machine import VirtualMachine
+from engine.machine.page_access import text_of
 from tests.engine.builders import assert_sound, maps
 from tests.property.model import PAGE, Model
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from engine.access import AccessChange
 from engine.errors import EngineError
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
-from engine.machine import AccessRequest, SubpageRange, VirtualMachine
+from engine.machine import SubpageRange, VirtualMachine
+from engine.machine.page_access import AccessChange
 from engine.trace.results import TraceResult
+from engine.trace.single import AccessRequest
 from tests.engine.builders import exits, replay
 from tests.property.model import PAGE, WRITE, Model, Tally
 

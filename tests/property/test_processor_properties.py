@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.arch import access as acc
-from engine.config import VmConfig
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
+from engine.state.config import VmConfig
 from engine.trace.columns import TraceChunk
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest, AccessResult

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.arch.vmx_msrs import EFER, EFER_LMA, EFER_LME, EFER_SVME
-from engine.nested.cpuid import supported_cpuid
+from engine.vcpu.cpuid import supported_cpuid
 from tests.contract.client import ContractClient
 from tests.engine.hyperv import guests
 from tests.engine.hyperv.nested_guests import PARTITION

@@ -11,8 +11,8 @@ from engine.arch import nested_state as abi
 from engine.arch.hyperv_cpuid import pack_entry, unpack_entries
 from engine.arch.kvm_vcpu_structs import EVENTS, REGS, SREGS
 from engine.arch.vmx_msrs import EFER_SVME
-from engine.nested.cpuid import ECX1_VMX
 from engine.nested.ioctls import HANDLERS, NUMBERS
+from engine.vcpu.cpuid import ECX1_VMX
 from tests.contract.client import ContractClient
 from tests.engine.nested.support import ERAS, EV, GIF, GM, MIN32, NONE, RP, blob, vmcs12
 from tests.service.kvm_calls import Result, enable_cap, ioctl

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from engine.config import VmConfig
 from engine.machine import VirtualMachine
+from engine.state.config import VmConfig
 from service.problems import StoreUnavailable
 from service.runtime.home import NO_LOG, Home
 from service.runtime.registry import Entry, Registry

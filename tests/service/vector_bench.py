@@ -14,8 +14,8 @@ from typing import Any
 from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch.vmcs_fields import FIELDS
-from engine.config import EPT_VPID_CAP
 from engine.cpu.instruction import Access
+from engine.state.config import EPT_VPID_CAP
 from tests.contract.client import ContractClient
 from tests.engine.cpu.bench_machine import (
     GUEST_PD,

@@ -15,8 +15,8 @@ from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.words import signed, unsigned
-from engine.config import EPT_VPID_CAP, PROCBASED_CTLS2
 from engine.cpu import entry, frames, guest_memory, instruction, tlb
+from engine.state.config import EPT_VPID_CAP, PROCBASED_CTLS2
 
 PAGE = 0x1000
 ARENA = 1 << 30

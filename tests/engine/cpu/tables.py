@@ -16,8 +16,8 @@ from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.words import signed, unsigned
-from engine.config import HostConfig, VmConfig
-from engine.cpu import decision, frames
+from engine.cpu import access_check, frames
+from engine.state.config import HostConfig, VmConfig
 from tests.engine.builders import bare_draft, new_trail
 
 WIDTH = 40
@@ -164,8 +164,8 @@ class Tables:
         at = (self.gpa if gpa is None else gpa) + access.offset
         end = at + access.size
         while at < end:
-            part = int(decision.page_part(at, end))
-            reason, qualification, denied = decision.check(self.m, 0, at, part, access.how, self.trail)
+            part = int(access_check.page_part(at, end))
+            reason, qualification, denied = access_check.check(self.m, 0, at, part, access.how, self.trail)
             if reason:
                 return Outcome(int(reason), unsigned(int(qualification)), at, int(denied))
             at += part
@@ -175,5 +175,5 @@ class Tables:
         """The same, and what a success leaves behind."""
         outcome = self.access(access)
         if not outcome.reason:
-            decision.complete(self.m, 0, access.how, self.trail)
+            access_check.complete(self.m, 0, access.how, self.trail)
         return outcome

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.config import VmConfig
 from engine.cpu import frames
-from engine.store import Draft
+from engine.state.config import VmConfig
+from engine.state.frame_store import Draft
 from tests.engine.builders import bare_draft
 
 

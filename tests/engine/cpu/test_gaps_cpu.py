@@ -9,8 +9,8 @@ from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.access import EXECUTE, READ, WRITE
-from engine.config import EPT_VPID_CAP
-from engine.cpu import decision, instruction
+from engine.cpu import access_check, instruction
+from engine.state.config import EPT_VPID_CAP
 
 from .bench_machine import GUEST_PD, GUEST_PDPT, GUEST_PML4, LINEAR, SHADOW_STACK, VCPU, Processor, without
 from .vectors import GUEST_PTE, set_up
@@ -36,9 +36,9 @@ def test_paging_write_needs_write_in_every_upper_entry() -> None:
     set_up(p, "paging-write=1; gPTpage.PTE=0x31|(1<<58)")
     trail, _, _ = instruction.scratch()
     how = np.int64(acc.describe(WRITE, acc.PAGING_UPDATE))
-    assert decision.check(p.m, VCPU, np.int64(GUEST_PTE), np.int64(8), how, trail) == (0, 0, 0)
+    assert access_check.check(p.m, VCPU, np.int64(GUEST_PTE), np.int64(8), how, trail) == (0, 0, 0)
     p.poke(p.tables["PDPT"], p.tables["PD"] | 5)
-    assert decision.check(p.m, VCPU, np.int64(GUEST_PTE), np.int64(8), how, trail)[:2] == (48, 0x8B)
+    assert access_check.check(p.m, VCPU, np.int64(GUEST_PTE), np.int64(8), how, trail)[:2] == (48, 0x8B)
 
 
 def test_user_shadow_stack_goes_by_the_ordinary_rights() -> None:

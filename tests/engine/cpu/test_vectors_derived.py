@@ -9,8 +9,8 @@ from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.access import EXECUTE, READ, WRITE
-from engine.config import EPT_VPID_CAP
-from engine.cpu import control_registers, decision, ept, instruction
+from engine.cpu import access_check, control_registers, ept, instruction
+from engine.state.config import EPT_VPID_CAP
 
 from .bench_machine import ADVANCED, GUEST_PML4, GUEST_PT, LINEAR, SHADOW_STACK, VCPU, Processor, without
 from .vectors import GUEST_PTE, set_up
@@ -329,5 +329,5 @@ def test_spp_index_ignores_the_fifth_level() -> None:
     set_up(p, "PTE=0x35|b61; vec=1")
     how = np.int64(acc.describe(WRITE))
     for high in (0, 1 << 48):
-        assert decision.check(p.m, VCPU, np.int64(LINEAR | high), np.int64(8), how, trail)[0] == 0
-        assert decision.check(p.m, VCPU, np.int64(LINEAR | high | 0x80), np.int64(8), how, trail) == (48, 0x1AA, 2)
+        assert access_check.check(p.m, VCPU, np.int64(LINEAR | high), np.int64(8), how, trail)[0] == 0
+        assert access_check.check(p.m, VCPU, np.int64(LINEAR | high | 0x80), np.int64(8), how, trail) == (48, 0x1AA, 2)

@@ -10,9 +10,9 @@ import pytest
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.words import signed
-from engine.config import EPT_VPID_CAP, HostConfig, VmConfig
 from engine.cpu import frames, invalidate
 from engine.machine import VirtualMachine
+from engine.state.config import EPT_VPID_CAP, HostConfig, VmConfig
 
 from . import vectors_tables as tables
 from .bench_machine import SHADOW_STACK, VCPU, Processor, without

@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from engine import birth
 from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import hyperv_cpuid as leaves
 from engine.arch.words import signed
-from engine.config import VcpuConfig, VmConfig
 from engine.cpu import frames, tlb
 from engine.cpu.ept import TRAIL_ROWS
 from engine.hyperv import dispatch, queues
@@ -24,6 +22,8 @@ from engine.hyperv.outcome import Outcome
 from engine.hyperv.privileges import Privileges
 from engine.hyperv.tlfs_rules import Environment
 from engine.kvm.slots import slot_table
+from engine.machine import creation
+from engine.state.config import VcpuConfig, VmConfig
 
 PAGE = 0x1000
 VP_INDICES = (0, 1, 2, 3, 65)
@@ -86,9 +86,9 @@ class FlushMachine:
             flush_policy=policy,
             flush_execution=execution,
         )
-        store = birth.new_store(config)
+        store = creation.new_store(config)
         self.draft = store.begin(slot_table(()))
-        birth.build(self.draft, config)
+        creation.build(self.draft, config)
         self.m = self.draft.machine
         self.ram = Ram(INPUT, INPUT + PAGE)
         self.vps = [Vp(position, position, vp_index) for position, vp_index in enumerate(VP_INDICES)]

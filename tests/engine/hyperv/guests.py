@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from engine.arch.hyperv_cpuid import CpuidEntry
-from engine.config import HostConfig, VcpuConfig, VmConfig
-from engine.hypercalls import HypercallReport, HypercallRequest
 from engine.hyperv.caller import Caller
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
+from engine.machine.hypercalls import HypercallReport, HypercallRequest
+from engine.state.config import HostConfig, VcpuConfig, VmConfig
 from engine.trace.single import AccessRequest, AccessResult
 
 PAGE = 0x1000

@@ -5,10 +5,10 @@ from __future__ import annotations
 from engine.arch.evmcs import EVMCS
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.vmcs12 import VMCS12
-from engine.config import VcpuConfig, VmConfig
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
-from engine.nested.cpuid import supported_cpuid
+from engine.state.config import VcpuConfig, VmConfig
+from engine.vcpu.cpuid import supported_cpuid
 from tests.engine.nested.support import MIN64, NONE, blob
 
 from .guests import ASSIST_MSR, CPUID, GUEST_OS_ID, OS_ID

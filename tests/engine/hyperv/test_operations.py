@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from engine.config import HostConfig
 from engine.errors import InvalidValue, NotFound, Unsupported
-from engine.hypercalls import HypercallRequest
 from engine.hyperv.caller import Caller
 from engine.machine import VirtualMachine
+from engine.machine.hypercalls import HypercallRequest
+from engine.state.config import HostConfig
 from tests.engine.builders import round_trip
 
 from .flush_machine import words

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from engine.arch import hypercall as hv
-from engine.config import HostConfig, VcpuConfig, VmConfig
 from engine.errors import TraceError
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
+from engine.state.config import HostConfig, VcpuConfig, VmConfig
 from engine.trace import translations
 from engine.trace.columns import TraceChunk
 from engine.trace.objects import targets_of
@@ -498,7 +498,7 @@ def test_a_column_of_nothing_but_accesses_needs_no_cache(on_violation: str) -> N
 
 
 def test_lists_are_bounded_and_totals_exact(vm: VirtualMachine, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("engine.trace.timed", "engine.trace_operations"):
+    for module in ("engine.trace.timed", "engine.machine.trace_operations"):
         monkeypatch.setattr(f"{module}.MOST_LISTED", 3)
     monkeypatch.setattr("engine.trace.timed.FOUND_ROWS", 20)
     rows = [access(VCPU, OLD), *[access(VCPU, NEW), invlpg(0, GVA)] * 5]
@@ -517,7 +517,7 @@ def test_what_is_noted_is_taken_when_there_is_no_more_room(vm: VirtualMachine, m
 
 
 def test_only_the_last_operations_are_looked_through(vm: VirtualMachine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.trace_operations.MOST_SEARCHED", 2)
+    monkeypatch.setattr("engine.machine.trace_operations.MOST_SEARCHED", 2)
     assert stale(replayed(vm, around(flush(0), invlpg(0, GVA), invlpg(0, GVA + PAGE)))) == [(6, "local", 3)]
 
 

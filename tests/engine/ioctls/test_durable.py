@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from engine.config import HostConfig
 from engine.errors import InvalidValue, OutOfMemory
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
+from engine.state.config import HostConfig
 from tests.engine.builders import MIB, PROFILES, machine, refused
 
 

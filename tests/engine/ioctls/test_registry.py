@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from engine.abi import SYSTEM, VCPU, VM, Call, Reply
-from engine.config import HostConfig
 from engine.errors import Busy, NotEnabled
 from engine.ioctls import IOCTLS, Ioctl, Registry, Target
+from engine.state.config import HostConfig
 from tests.engine.builders import machine
 
 

@@ -8,8 +8,8 @@ import pytest
 from engine.arch import access as acc
 from engine.errors import InvalidValue, TraceError
 from engine.kvm.slots import SlotSpec
-from engine.machine import AccessRequest
 from engine.trace.columns import TraceChunk
+from engine.trace.single import AccessRequest
 from tests.engine.builders import MIB, PROFILES, READ, WRITE, exits, leaf, machine, protect, refused, replay, set_map
 
 GUEST, EMULATED, HOST = acc.GUEST, acc.EMULATED, acc.HOST

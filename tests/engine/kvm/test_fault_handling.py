@@ -10,13 +10,14 @@ import pytest
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import exits as arch_exits
-from engine.config import HostConfig
 from engine.cpu import frames
 from engine.kvm import fault, mapping, sppt_tables
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.slots import SlotSpec
-from engine.machine import AccessRequest, VirtualMachine
+from engine.machine import VirtualMachine
+from engine.state.config import HostConfig
+from engine.trace.single import AccessRequest
 from tests.engine.builders import (
     EXECUTE,
     FULL,

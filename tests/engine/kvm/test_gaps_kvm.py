@@ -10,7 +10,7 @@ from engine.arch import ept as bits
 from engine.cpu import frames
 from engine.errors import TraceError
 from engine.kvm import sppt_tables
-from engine.machine import AccessRequest
+from engine.trace.single import AccessRequest
 from tests.engine.builders import READ, WRITE, edit, leaf, machine, replay, resolutions, set_map, store_leaf, vector
 
 

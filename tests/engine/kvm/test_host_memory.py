@@ -10,12 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.arch import ept as bits
-from engine.config import HostConfig
 from engine.errors import InvalidValue
 from engine.kvm import mapping
 from engine.kvm.host_memory import EVENTS
 from engine.kvm.slots import SlotSpec
-from engine.machine import AccessRequest, SubpageRange, VirtualMachine
+from engine.machine import SubpageRange, VirtualMachine
+from engine.state.config import HostConfig
+from engine.trace.single import AccessRequest
 from tests.engine.builders import (
     EXECUTE,
     FULL,

@@ -9,11 +9,12 @@ import pytest
 
 from engine.arch import ept as bits
 from engine.arch import sppt
-from engine.config import HostConfig
 from engine.cpu import frames
 from engine.kvm import mapping, regions
 from engine.kvm.slots import SlotSpec
-from engine.machine import AccessRequest, VirtualMachine
+from engine.machine import VirtualMachine
+from engine.state.config import HostConfig
+from engine.trace.single import AccessRequest
 from tests.engine.builders import (
     EXECUTE,
     FULL,

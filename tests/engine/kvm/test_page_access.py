@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from engine.access import AccessChange, text_of
 from engine.arch import ept as bits
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
+from engine.machine.page_access import AccessChange, text_of
 from tests.engine.builders import (
     EXECUTE,
     FULL,

@@ -14,8 +14,6 @@ from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import exits as arch_exits
-from engine.config import PROFILES as NAMES
-from engine.config import HostConfig
 from engine.cpu import frames
 from engine.errors import Conflict, InvalidValue, Unsupported
 from engine.kvm import fault, mapping, run
@@ -23,7 +21,10 @@ from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.profile import KVM_2019, KVM_LATEST, TABLE, Profile, profile_of
 from engine.kvm.slots import SlotSpec
-from engine.machine import AccessRequest, SubpageRange, VirtualMachine
+from engine.machine import SubpageRange, VirtualMachine
+from engine.state.config import PROFILES as NAMES
+from engine.state.config import HostConfig
+from engine.trace.single import AccessRequest
 from tests.engine.builders import (
     FULL,
     MIB,

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from engine.config import VmConfig
 from engine.errors import InvalidValue
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec, slot_table
 from engine.machine import VirtualMachine
+from engine.state.config import VmConfig
 from service.runtime.changes import changes_of
 
 PAGE = 4096

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from engine.config import HostConfig
 from engine.errors import Conflict, InvalidValue, NotEnabled, Unsupported
 from engine.kvm.slots import SlotSpec
-from engine.machine import AccessRequest, SubpageRange, VirtualMachine
+from engine.machine import SubpageRange, VirtualMachine
+from engine.state.config import HostConfig
+from engine.trace.single import AccessRequest
 from tests.engine.builders import (
     EXECUTE,
     FULL,

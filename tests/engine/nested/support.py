@@ -8,8 +8,8 @@ from engine.arch import nested_state as abi
 from engine.arch.hyperv_cpuid import INTERFACE_SIGNATURE, LEAF_INTERFACE, CpuidEntry
 from engine.arch.vmcs12 import VMCS12, VMCS12_REVISION
 from engine.nested import NestedHost, NestedVcpu, UserBuffer, enable_evmcs, get_nested_state, set_nested_state
-from engine.nested.cpuid import ECX1_VMX, supported_cpuid
 from engine.nested.verdict import SetResult
+from engine.vcpu.cpuid import ECX1_VMX, supported_cpuid
 
 ERAS = ("kvm-2019", "kvm-latest")
 WIDTH = 39

@@ -21,7 +21,7 @@ from engine.nested import (
     vmptrld,
     vmptrst,
 )
-from engine.nested.msr_numbers import HV_VP_ASSIST_PAGE
+from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE
 from tests.engine.nested.support import (
     ERAS,
     EV,

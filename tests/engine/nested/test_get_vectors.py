@@ -18,7 +18,7 @@ from engine.nested import (
     vm_entry,
     vmptrld,
 )
-from engine.nested.msr_numbers import HV_VP_ASSIST_PAGE
+from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE
 from tests.engine.nested.support import (
     ERAS,
     EV,

@@ -12,7 +12,7 @@ from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch.vmcs12 import VMCS12, VMCS12_REVISION
 from engine.nested import NestedVcpu, explain_nested_state, read_nested_state, steps_of, vm_entry
-from engine.nested.msr_numbers import HV_VP_ASSIST_PAGE
+from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE
 from tests.engine.nested.support import (
     ERAS,
     EV,

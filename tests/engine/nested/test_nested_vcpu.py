@@ -27,7 +27,7 @@ from engine.nested import (
     steps_of,
     write_msr,
 )
-from engine.nested.cpuid import cr4_allowed, maxphyaddr, nested_ebx
+from engine.vcpu.cpuid import cr4_allowed, maxphyaddr, nested_ebx
 from tests.engine.nested.support import ERAS, GM, MIN32, Ram, blob, do_set, make_vcpu, summary, vmcs12, vmx_cpuid
 
 

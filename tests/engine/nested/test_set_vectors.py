@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.nested import NestedHost, NestedVcpu, set_msr
-from engine.nested.registers import RESET_REGISTERS
+from engine.vcpu.registers import RESET_REGISTERS
 from tests.engine.nested.support import (
     ERAS,
     EV,

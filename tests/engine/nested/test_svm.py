@@ -6,8 +6,8 @@ import pytest
 
 from engine.arch.vmx_msrs import EFER_LMA, EFER_LME, EFER_SVME
 from engine.nested import NestedHost, NestedVcpu, UserBuffer, get_nested_state
-from engine.nested.cpuid import supported_cpuid
 from engine.nested.svm import VMCB
+from engine.vcpu.cpuid import supported_cpuid
 from tests.engine.nested.support import GIF, GM, RP, Ram, blob, do_get, do_set
 
 GOOD = {

@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.access import AccessChange
-from engine.config import HostConfig
 from engine.errors import InvalidValue, LimitExceeded, TraceError
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
-from engine.machine import AccessRequest, VirtualMachine
+from engine.machine import VirtualMachine
+from engine.machine.page_access import AccessChange
+from engine.state.config import HostConfig
 from engine.trace import asking
 from engine.trace.asked_access import AskedAccess
 from engine.trace.asking import AskingReplay
 from engine.trace.columns import TraceChunk
 from engine.trace.results import ExitColumns, TraceResult
 from engine.trace.session import ReplayOptions
-from engine.trace.single import AccessResult
+from engine.trace.single import AccessRequest, AccessResult
 from tests.engine.builders import (
     EXECUTE,
     FULL,

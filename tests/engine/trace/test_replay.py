@@ -14,9 +14,10 @@ from engine.cpu import fastpath
 from engine.errors import InvalidValue, TraceError
 from engine.kvm import resolutions as res
 from engine.kvm.slots import SlotSpec
-from engine.machine import AccessRequest, VirtualMachine
+from engine.machine import VirtualMachine
 from engine.trace import session
 from engine.trace.session import ReplayOptions
+from engine.trace.single import AccessRequest
 from tests.engine.builders import (
     EXECUTE,
     FULL,
@@ -432,7 +433,7 @@ def test_failure_before_it_begins_lets_the_writer_go(vm: VirtualMachine, monkeyp
         raise MemoryError
 
     with unchanged(vm):
-        monkeypatch.setattr("engine.machine.TimedReplay", fail)
+        monkeypatch.setattr("engine.machine.virtual_machine.TimedReplay", fail)
         with pytest.raises(MemoryError):
             vm.replay(ReplayOptions())
 

@@ -5,20 +5,15 @@ Everything else of the service sets maps all or nothing; here a SET that meets a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.config import VmConfig
 from engine.cpu import frames
 from engine.kvm import partial_set, spp
 from engine.kvm.profile import profile_of
 from engine.kvm.slots import first_page_without_slot
-from engine.slot_operations import Published
-from engine.steps import new_trail, run_all
-from engine.store import Draft
+from engine.machine import VirtualMachine
+from engine.state.retry import new_trail, run_all
 
 # The first page number that no slot can have, and that a kernel's 64-bit arithmetic still holds.
 END = 1 << 52
@@ -27,17 +22,12 @@ Words = NDArray[np.uint32]
 
 
 class SubpageCalls:
-    """GET and SET of one machine: ``state`` gives what is published, ``change`` begins a change of it."""
+    """GET and SET of one machine."""
 
-    def __init__(
-        self,
-        config: VmConfig,
-        state: Callable[[], Published],
-        change: Callable[[], AbstractContextManager[Draft]],
-    ) -> None:
-        self._abi = profile_of(config.profile)
-        self._state = state
-        self._change = change
+    def __init__(self, vm: VirtualMachine) -> None:
+        self._abi = profile_of(vm.config.profile)
+        self._state = lambda: vm._state
+        self._change = vm._change
 
     def get(self, gfn: int, npages: int) -> Words:
         """Effective maps from ``gfn`` up to the first page without a slot: uint32, ``npages`` of them if all have."""

@@ -18,15 +18,15 @@ from engine.arch import controls as ctl
 from engine.arch import vmx_msrs as vmx
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.words import signed, unsigned
-from engine.config import NESTED_CAPABILITIES, VcpuConfig, VmConfig
 from engine.cpu import frames
 from engine.hyperv import modes, notes
 from engine.kvm import registers as reg
-from engine.nested.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL
-from engine.nested.registers import RESET_REGISTERS
-from engine.nested.vcpu import NestedHost, NestedVcpu, SvmState, VmxState
-from engine.ram import Ram
-from engine.store import Draft
+from engine.kvm.guest_memory import Ram
+from engine.state.config import NESTED_CAPABILITIES, VcpuConfig, VmConfig
+from engine.state.frame_store import Draft
+from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL
+from engine.vcpu.registers import RESET_REGISTERS
+from engine.vcpu.vcpu import NestedHost, NestedVcpu, SvmState, VmxState
 
 PARTITION_MSRS = (HV_GUEST_OS_ID, HV_HYPERCALL)
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from engine.arch.hyperv_cpuid import EVMCS_VERSIONS, CpuidEntry, leaves_2019, leaves_latest
-from engine.nested.enlightened import evmcs_version
-from engine.nested.eras import KVM_2019, era_of
-from engine.nested.vcpu import NestedHost, NestedVcpu
+from engine.vcpu.eras import KVM_2019, era_of
+from engine.vcpu.vcpu import NestedHost, NestedVcpu
+
+
+def evmcs_version(vcpu: NestedVcpu) -> int:
+    """The version range that this vCPU reports, 0 when it does not have the enlightened VMCS."""
+    return EVMCS_VERSIONS if vcpu.evmcs_enabled and vcpu.host.intel and vcpu.host.nested else 0
 
 
 def supported_hv_cpuid(vcpu: NestedVcpu) -> list[CpuidEntry]:

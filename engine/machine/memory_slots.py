@@ -12,15 +12,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from engine import dirty
-from engine.config import VmConfig
 from engine.errors import InvalidValue, NotFound
 from engine.kvm import slot_changes
 from engine.kvm.abi_limits import LIMITS
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec, key_of
-from engine.steps import new_trail, run_all
-from engine.store import Draft, Snapshot
+from engine.machine import dirty
+from engine.state.config import VmConfig
+from engine.state.frame_store import Draft, Snapshot
+from engine.state.retry import new_trail, run_all
 
 
 class Published(Protocol):

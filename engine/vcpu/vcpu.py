@@ -14,10 +14,10 @@ from engine.arch.hyperv_cpuid import CpuidEntry, find_leaf
 from engine.arch.nested_state import NO_ADDRESS
 from engine.arch.vmcs12 import VMCS12_PAGE
 from engine.errors import InvalidValue
-from engine.nested import cpuid as cpuid_facts
-from engine.nested.capabilities import VmxCapabilities
-from engine.nested.eras import Era, era_of
-from engine.nested.registers import RESET_REGISTERS
+from engine.vcpu import cpuid as cpuid_facts
+from engine.vcpu.eras import Era, era_of
+from engine.vcpu.registers import RESET_REGISTERS
+from engine.vcpu.vmx_capabilities import VmxCapabilities
 
 # VmxState.evmptr: no enlightened VMCS; one is in use but not mapped yet; else its guest physical address.
 EVMPTR_NONE = NO_ADDRESS

@@ -18,14 +18,21 @@ from engine.arch.nested_state import NO_ADDRESS
 from engine.cpu import frames
 from engine.errors import InvalidValue, Unsupported
 from engine.kvm import registers as reg
+from engine.kvm.guest_memory import Ram
+from engine.machine.nested_states import (
+    PARTITION_MSRS,
+    NestedStates,
+    close_vcpu,
+    first_identity,
+    nested_host,
+    open_vcpu,
+)
+from engine.machine.operations import Operations
 from engine.nested import Call, InstructionResult, NestedHost, NestedVcpu, Reply, RunResult, SetResult, UserBuffer
 from engine.nested.enlightened import clean_fields, evmcs_page
 from engine.nested.ioctls import CAP_HYPERV_ENLIGHTENED_VMCS, READING, evmcs_hook
-from engine.nested.msr_numbers import NAMES as HYPERV_MSR_NAMES
-from engine.nested.msrs import REGISTER_MSR_NAMES
-from engine.nested_states import PARTITION_MSRS, NestedStates, close_vcpu, first_identity, nested_host, open_vcpu
-from engine.operations import Operations
-from engine.ram import Ram
+from engine.vcpu.msr_numbers import NAMES as HYPERV_MSR_NAMES
+from engine.vcpu.msrs import REGISTER_MSR_NAMES
 
 MSR_NAMES = {
     vmx_msrs.IA32_FEATURE_CONTROL: "IA32_FEATURE_CONTROL",

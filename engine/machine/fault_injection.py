@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from engine.cpu import frames
 from engine.errors import OutOfMemory
 from engine.kvm import registers as reg
-from engine.store import Draft, Snapshot
+from engine.state.frame_store import Draft, Snapshot
 
 
 class Allocations:

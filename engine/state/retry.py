@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.cpu.ept import TRAIL_ROWS
-from engine.store import Draft
+from engine.state.frame_store import Draft
 
 
 def new_trail() -> NDArray[np.int64]:

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 from engine.arch import ept
 from engine.arch.sppt import FULL_ACCESS
-from engine.config import VmConfig, choices
 from engine.cpu.ept import TRAIL_ROWS
 from engine.cpu.frames import Machine
 from engine.errors import EngineError, InvalidValue
 from engine.kvm import page_access as kernels
 from engine.kvm.enabling import not_enabled
 from engine.kvm.slots import check_pages
-from engine.store import Draft, Snapshot
+from engine.state.config import VmConfig, choices
+from engine.state.frame_store import Draft, Snapshot
 
 MODES = ("atomic", "apply-all", "stop-at-first")
 

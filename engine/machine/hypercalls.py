@@ -15,7 +15,7 @@ from engine.arch import controls as ctl
 from engine.arch import paging
 from engine.arch.hypercall import XMM_REGISTERS
 from engine.errors import InvalidValue
-from engine.hyperv import dispatch, modes, nested_paging, notes, on_hyperv
+from engine.hyperv import dispatch, l0_hyperv, modes, nested_paging, notes
 from engine.hyperv.caller import LOW, Caller
 from engine.hyperv.dispatch import Situation
 from engine.hyperv.encode import CallFields
@@ -24,14 +24,14 @@ from engine.hyperv.exits import exit_to_l1, finish_in_guest, rip_of
 from engine.hyperv.outcome import Outcome
 from engine.hyperv.privileges import Privileges
 from engine.hyperv.tlfs_rules import Environment
-from engine.hyperv_vps import enter, facts_of, hyperv_host, leave, linear_width, nested_guest_of, vps_of
-from engine.nested.msr_numbers import HV_GUEST_OS_ID
-from engine.nested.vcpu import NestedVcpu
-from engine.nested_states import close_vcpu, open_vcpu
-from engine.operations import Operations
-from engine.ram import Ram
-from engine.store import Draft
-from engine.vcpus import CachedTranslation, translation_of
+from engine.kvm.guest_memory import Ram
+from engine.machine.hyperv_vps import enter, facts_of, hyperv_host, leave, linear_width, nested_guest_of, vps_of
+from engine.machine.nested_states import close_vcpu, open_vcpu
+from engine.machine.operations import Operations
+from engine.machine.vcpus import CachedTranslation, translation_of
+from engine.state.frame_store import Draft
+from engine.vcpu.msr_numbers import HV_GUEST_OS_ID
+from engine.vcpu.vcpu import NestedVcpu
 
 _CS_LONG = 1 << 13
 _EFER_LMA = 1 << 10
@@ -149,12 +149,12 @@ class Hypercalls(Operations):
         host = hyperv_host(self._config)
         if host is None or own.guest is not None:
             return dispatch.hypercall(caller, own)
-        guests = [on_hyperv.nested_guest(draft.machine, vp.position, host) for vp in own.vps]
+        guests = [l0_hyperv.nested_guest(draft.machine, vp.position, host) for vp in own.vps]
         exact = self._config.flush_execution or "exact"
         below = replace(
             own,
             privileges=host.privileges,
-            partition_memory=on_hyperv.HostPages(draft.machine),
+            partition_memory=l0_hyperv.HostPages(draft.machine),
             vps=[replace(vp, nested_ids=(g.vm_id, g.vp_id)) for vp, g in zip(own.vps, guests, strict=True)],
             policy="tlfs",
             facts=replace(own.facts, execution="exact" if exact == "kvm" else exact),

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from engine.access import text_of
 from engine.arch.exits import name_of
 from engine.cpu.explain import Explanation
 from engine.cpu.frames import Machine
@@ -19,6 +18,7 @@ from engine.errors import EngineError
 from engine.kvm import page_access, page_rights
 from engine.kvm import resolutions as res
 from engine.kvm.slots import SLOT_ID
+from engine.machine.page_access import text_of
 from engine.trace.results import ExitColumns
 from engine.trace.single import AccessResult
 

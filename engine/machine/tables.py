@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.words import signed
-from engine.config import VmConfig
 from engine.cpu import ept, explain, frames, sppt
 from engine.cpu.sentences import ReadEntry
 from engine.errors import InvalidValue
 from engine.kvm import registers as reg
-from engine.store import Draft, Snapshot
+from engine.state.config import VmConfig
+from engine.state.frame_store import Draft, Snapshot
 
 TableEntry = ReadEntry
 

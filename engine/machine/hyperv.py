@@ -8,11 +8,11 @@ from engine.arch import controls as ctl
 from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME
 from engine.errors import InvalidValue, Unsupported
-from engine.hypercalls import Hypercalls
-from engine.hyperv import execution, notes, on_hyperv, queues
-from engine.hyperv_pages import SharedPages
-from engine.hyperv_vps import enter, hyperv_host
-from engine.nested_states import open_vcpu
+from engine.hyperv import execution, l0_hyperv, notes, queues
+from engine.machine.hypercalls import Hypercalls
+from engine.machine.hyperv_pages import SharedPages
+from engine.machine.hyperv_vps import enter, hyperv_host
+from engine.machine.nested_states import open_vcpu
 
 ACTIVITIES = ("running", "halted")
 
@@ -110,12 +110,12 @@ class HypervOperations(Hypercalls, SharedPages):
         position = self._config.vcpu_position(vcpu)
         host = hyperv_host(self._config)
         with self._change() as draft:
-            errno = "ENOTTY" if host is None else on_hyperv.enable_direct_flush(draft.machine, position, host)
+            errno = "ENOTTY" if host is None else l0_hyperv.enable_direct_flush(draft.machine, position, host)
             if errno is not None:
                 raise Unsupported(
                     "must be offered: KVM has it on a Hyper-V that serves flushes of nested guests (host.hyperv)",
                     field="capability",
-                    value=on_hyperv.CAP_DIRECT_FLUSH,
+                    value=l0_hyperv.CAP_DIRECT_FLUSH,
                     errno=errno,
                 )
 

@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 from engine.arch import controls as ctl
 from engine.arch import ept
 from engine.arch.words import signed
-from engine.config import VcpuConfig, VmConfig
 from engine.cpu import frames
 from engine.errors import InvalidValue
-from engine.hyperv import on_hyperv
+from engine.hyperv import l0_hyperv
 from engine.kvm import mapping, sppt_tables
 from engine.kvm import registers as reg
 from engine.kvm.abi_limits import LIMITS
 from engine.kvm.profile import profile_of
-from engine.store import Draft, FrameStore
+from engine.state.config import VcpuConfig, VmConfig
+from engine.state.frame_store import Draft, FrameStore
 
 # A 64-bit guest with paging on, as the selftests leave one.
 CR0 = 0x8005_0033
@@ -109,10 +109,10 @@ def build(draft: Draft, config: VmConfig) -> None:
         }
         for word, value in first.items():
             frames.write_word(m, frames.FIRST_VCPU_FRAME + position, word, value)
-    below = on_hyperv.HypervHost.under(config)
+    below = l0_hyperv.HypervHost.under(config)
     if below is not None:
         draft.ensure(2 * config.vcpu_records + frames.RESERVE)
-        on_hyperv.build(draft.machine, config.vcpu_records, below)
+        l0_hyperv.build(draft.machine, config.vcpu_records, below)
 
 
 def load_sppt(draft: Draft, config: VmConfig) -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from engine.arch import hyperv_cpuid as leaves
 from engine.arch import vmx_msrs as vmx
 from engine.arch.hyperv_cpuid import find_leaf
-from engine.nested import cpuid as cpuid_facts
-from engine.nested.capabilities import CR4_FIXED1
-from engine.nested.memory import GuestMemory
-from engine.nested.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX
-from engine.nested.vcpu import NestedVcpu
+from engine.kvm.trial_memory import GuestMemory
+from engine.vcpu import cpuid as cpuid_facts
+from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX
+from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vmx_capabilities import CR4_FIXED1
 
 APIC_BASE = 0x1B
 _X2APIC_ENABLED = 1 << 10

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from engine.arch import controls as ctl
 from engine.arch import ept
-from engine.config import VmConfig, choices
 from engine.cpu import frames
 from engine.cpu.page_log import INDEX_MASK, LOG_ENTRIES
 from engine.errors import Conflict, InvalidValue, NotEnabled, NotFound, Unsupported
@@ -19,8 +18,9 @@ from engine.kvm import dirty_log, tracking
 from engine.kvm import registers as reg
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec, key_of
-from engine.steps import new_trail, run_all
-from engine.store import Draft, Snapshot
+from engine.state.config import VmConfig, choices
+from engine.state.frame_store import Draft, Snapshot
+from engine.state.retry import new_trail, run_all
 
 TRACKING = ("off", "page", "subpage")
 METHODS = ("write-protect", "pml")

@@ -13,11 +13,11 @@ from engine.arch import controls as ctl
 from engine.arch import ept, exceptions
 from engine.arch.vmcs_fields import FIELDS
 from engine.arch.words import signed, unsigned
-from engine.config import VmConfig
 from engine.cpu import entry, frames, invalidate, tlb
 from engine.errors import InvalidValue, Unsupported
 from engine.kvm import registers as reg
-from engine.store import Draft, Snapshot
+from engine.state.config import VmConfig
+from engine.state.frame_store import Draft, Snapshot
 
 # Where INVEPT and INVVPID are executed, by position as ``cpu.invalidate`` numbers it.
 PLACES = ("root", "outside", "non-root", "wrong-mode")

@@ -17,39 +17,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine import birth, walks
-from engine.access import AccessOperations
-from engine.allocations import Allocations
 from engine.arch import access as acc
-from engine.config import VmConfig
 from engine.cpu import explain, frames
-from engine.dirty import DirtyOperations
 from engine.errors import Busy, Conflict, InvalidValue, LimitExceeded, NotEnabled, NotFound
-from engine.head import config_from_head, config_to_head, protection_from_head, protection_to_head
-from engine.hyperv_operations import HypervOperations
-from engine.hyperv_vps import Runs, enter, hyperv_host, leave
 from engine.kvm import enabling, memory, protections, spp, tracking
 from engine.kvm import registers as reg
-from engine.kvm.host_memory import HostMemoryOperations
+from engine.kvm.protection_head import protection_from_head, protection_to_head
 from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec, check_pages
-from engine.nested_operations import NestedOperations, nested_in_use
-from engine.nested_states import NestedStates, states_from_head, states_to_head
-from engine.outline import Outline, outline_to_head
-from engine.slot_operations import SlotOperations
-from engine.steps import new_trail, run_all
-from engine.store import Draft, FrameStore, Snapshot, blocks_of
-from engine.subpage_calls import SubpageCalls
-from engine.tables import TableOperations
+from engine.machine import creation, walks
+from engine.machine.dirty import DirtyOperations
+from engine.machine.fault_injection import Allocations
+from engine.machine.host_memory import HostMemoryOperations
+from engine.machine.hyperv import HypervOperations
+from engine.machine.hyperv_vps import Runs, enter, hyperv_host, leave
+from engine.machine.memory_slots import SlotOperations
+from engine.machine.nested import NestedOperations, nested_in_use
+from engine.machine.nested_states import NestedStates, states_from_head, states_to_head
+from engine.machine.page_access import AccessOperations
+from engine.machine.summary import Outline, outline_to_head
+from engine.machine.tables import TableOperations
+from engine.machine.trace_operations import TraceOperations
+from engine.machine.vcpus import VcpuOperations, fast_path_serves
+from engine.state.config import VmConfig
+from engine.state.frame_store import Draft, FrameStore, Snapshot, blocks_of
+from engine.state.head import config_from_head, config_to_head
+from engine.state.retry import new_trail, run_all
 from engine.trace.asking import AskingReplay
 from engine.trace.execution import Execute, execute
 from engine.trace.objects import Targets, targets_of
 from engine.trace.session import ASK, Replay, ReplayOptions, ReplayTransaction
 from engine.trace.single import AccessRequest, AccessResult
 from engine.trace.timed import TimedReplay
-from engine.trace_operations import TraceOperations
-from engine.vcpus import VcpuOperations, fast_path_serves
 
 # What a machine takes of the host's memory is counted in these.
 FRAME_BYTES = frames.FRAME_SIZE
@@ -97,10 +97,10 @@ class VirtualMachine:
         """A new machine; ``spp`` also enables sub-page protection."""
         config.validate()
         hyperv_host(config)
-        store = birth.new_store(config)
+        store = creation.new_store(config)
         vm = cls(config, store, State(store.published, SlotMap(), {}, targets_of(())))
         with vm._change() as draft:
-            birth.build(draft, config)
+            creation.build(draft, config)
         for spec in slots:
             vm.set_slot(spec)
         if spp:
@@ -132,11 +132,6 @@ class VirtualMachine:
     def page_access(self) -> AccessOperations:
         """Read, write and execute of whole pages, paired with the write bitmap."""
         return AccessOperations(self.config, lambda: self.spp_active, lambda: self._state.snapshot, self._change)
-
-    @property
-    def subpage_calls(self) -> SubpageCalls:
-        """GET and SET with the limits and the partial effects of the binary ABI."""
-        return SubpageCalls(self.config, lambda: self._state, self._change)
 
     @property
     def allocations(self) -> Allocations:
@@ -260,9 +255,9 @@ class VirtualMachine:
 
     def create_vcpu(self, vcpu: int) -> None:
         """KVM_CREATE_VCPU. Raises InvalidValue for an id that cannot be, that is taken (EEXIST), or without room."""
-        grown = birth.with_vcpu(self.config, vcpu)
+        grown = creation.with_vcpu(self.config, vcpu)
         with self._change() as draft:
-            birth.admit_vcpus(draft, grown)
+            creation.admit_vcpus(draft, grown)
         self.config = grown
 
     def enable_spp(self) -> None:
@@ -273,7 +268,7 @@ class VirtualMachine:
             with self._change() as draft:
                 draft.ensure(self.config.vcpu_records)
                 spp.enable(draft.machine)
-                birth.load_sppt(draft, self.config)
+                creation.load_sppt(draft, self.config)
 
     def set_subpages(self, ranges: Sequence[SubpageRange]) -> None:
         """KVM_SUBPAGES_SET_ACCESS over any number of ranges, in order, all or nothing."""
@@ -457,7 +452,7 @@ class VirtualMachine:
         if head["format"] != HEAD_FORMAT:
             raise InvalidValue(f"this release reads format {HEAD_FORMAT}", field="format", value=head["format"])
         config = config_from_head(head["config"])
-        store = birth.new_store(config)
+        store = creation.new_store(config)
         kinds = {name: kind for kind, name in enumerate(frames.KIND_NAMES)}
         store.adopt(
             {block: (kinds[array], data) for (array, block), data in blocks.items() if array != "free"}, head["frames"]

@@ -30,7 +30,6 @@ from engine.arch.hyperv_pages import (
     write_assist,
 )
 from engine.arch.struct_layout import Layout
-from engine.config import VmConfig
 from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME, STATE_FRAME, Machine
 from engine.errors import InvalidValue
@@ -38,7 +37,8 @@ from engine.hyperv import notes
 from engine.hyperv.direct import NestedGuest
 from engine.hyperv.privileges import Privileges
 from engine.kvm import registers as reg
-from engine.nested.cpuid import entries_from_json
+from engine.state.config import VmConfig
+from engine.vcpu.cpuid import entries_from_json
 
 CAP_DIRECT_FLUSH = 175
 _CLEAN_BIT = 1 << VMCB_CLEAN_ENLIGHTENMENTS

@@ -7,25 +7,25 @@ import numpy as np
 from engine.arch import controls as ctl
 from engine.arch import paging
 from engine.arch.hyperv_pages import DIRECT_HYPERCALL
-from engine.config import VmConfig
 from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME, Machine
-from engine.hyperv import execution, modes, nested_paging, notes, on_hyperv, queues
+from engine.hyperv import execution, l0_hyperv, modes, nested_paging, notes, queues
 from engine.hyperv.direct import NestedGuest
 from engine.hyperv.execution import Facts, Vp
+from engine.kvm.guest_memory import Ram
+from engine.machine.nested_states import NestedStates, first_identity
 from engine.nested.enlightened import asks_for_direct_flush
-from engine.nested.vcpu import NestedVcpu
-from engine.nested_states import NestedStates, first_identity
-from engine.ram import Ram
-from engine.store import Draft
+from engine.state.config import VmConfig
+from engine.state.frame_store import Draft
 from engine.trace.columns import TraceChunk
+from engine.vcpu.vcpu import NestedVcpu
 
 _LA57, _LA48 = 57, 48
 
 
-def hyperv_host(config: VmConfig) -> on_hyperv.HypervHost | None:
+def hyperv_host(config: VmConfig) -> l0_hyperv.HypervHost | None:
     """The Hyper-V under KVM, None where there is none."""
-    return on_hyperv.HypervHost.under(config)
+    return l0_hyperv.HypervHost.under(config)
 
 
 def facts_of(config: VmConfig, width: int = _LA48) -> Facts:
@@ -86,7 +86,7 @@ def enter(draft: Draft, config: VmConfig, vcpu: int) -> None:
     if host is not None and position >= 0:
         draft.ensure()
         m = draft.machine
-        on_hyperv.entering(m, position, _identity(config, draft.beside, vcpu), host)
+        l0_hyperv.entering(m, position, _identity(config, draft.beside, vcpu), host)
     if position >= 0 and queues.requested(m.queues, position):
         draft.ensure()
         m = draft.machine
@@ -102,7 +102,7 @@ def leave(draft: Draft, config: VmConfig, vcpu: int) -> None:
     if host is not None:
         draft.ensure()
         position = int(draft.machine.vcpu_of_id[vcpu])
-        on_hyperv.exited(draft.machine, position, _identity(config, draft.beside, vcpu), host)
+        l0_hyperv.exited(draft.machine, position, _identity(config, draft.beside, vcpu), host)
 
 
 class Runs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .mutant import Mutant
 from .paths import DERIVED, GAPS, full, named, plain
 
-DECISION_PY = "engine/cpu/decision.py"
+DECISION_PY = "engine/cpu/access_check.py"
 
 MUTANTS = (
     Mutant(

@@ -14,21 +14,21 @@ from engine.arch import controls as ctl
 from engine.arch import exits
 from engine.arch import paging as guest
 from engine.arch.words import signed, unsigned
-from engine.config import VmConfig
 from engine.cpu import control_registers, instruction, tlb
 from engine.cpu.frames import FIRST_VCPU_FRAME, Machine, write_word
 from engine.errors import InvalidValue, TraceError
-from engine.hypercalls import HypercallRequest
 from engine.hyperv.caller import Caller
-from engine.hyperv_operations import HypervOperations
-from engine.hyperv_vps import enter
 from engine.kvm import resolutions as res
 from engine.kvm.fault import count_exit, handle_exit
 from engine.kvm.run import MAX_EXITS
-from engine.missed_flushes import Done, Place, explanation, nearest, told
-from engine.nested_states import record_of
-from engine.steps import new_trail
-from engine.store import Draft
+from engine.machine.hypercalls import HypercallRequest
+from engine.machine.hyperv import HypervOperations
+from engine.machine.hyperv_vps import enter
+from engine.machine.missed_flushes import Done, Place, explanation, nearest, told
+from engine.machine.nested_states import record_of
+from engine.state.config import VmConfig
+from engine.state.frame_store import Draft
+from engine.state.retry import new_trail
 from engine.trace import translated
 from engine.trace.operations import HYPERCALL, INVLPG, MOV_CR3, OP_NAMES, Operation, hypercall_of, operand_of
 from engine.trace.translations import MOST_LISTED, PerformedOperation, StaleTranslation, Translations

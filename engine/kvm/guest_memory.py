@@ -12,8 +12,8 @@ import numpy as np
 from engine.cpu.frames import Machine
 from engine.kvm import memory
 from engine.kvm.slots import first_page_without_slot, writable_bytes
-from engine.steps import run_all
-from engine.store import Draft, Snapshot
+from engine.state.frame_store import Draft, Snapshot
+from engine.state.retry import run_all
 
 
 class Ram:

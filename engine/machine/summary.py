@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.arch.hyperv_cpuid import CpuidEntry
-from engine.config import VmConfig
-from engine.head import config_from_head
 from engine.kvm.slots import SlotSpec
-from engine.nested_states import first_identity, states_from_head
+from engine.machine.nested_states import first_identity, states_from_head
+from engine.state.config import VmConfig
+from engine.state.head import config_from_head
 
 
 @dataclass(frozen=True, slots=True)

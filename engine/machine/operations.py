@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from engine.config import VmConfig
-from engine.nested_states import NestedStates
-from engine.store import Draft, Snapshot
+from engine.machine.nested_states import NestedStates
+from engine.state.config import VmConfig
+from engine.state.frame_store import Draft, Snapshot
 
 
 class Operations:

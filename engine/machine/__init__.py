@@ -1,0 +1,5 @@
+"""VirtualMachine and its groups of operations, one file a group. The rules are in the packages below."""
+
+from engine.machine.virtual_machine import FRAME_BYTES, SubpageRange, VirtualMachine
+
+__all__ = ["FRAME_BYTES", "SubpageRange", "VirtualMachine"]
