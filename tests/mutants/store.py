@@ -11,7 +11,7 @@ FASTPATH_PY = "engine/cpu/fastpath.py"
 REPLAY_PY = "engine/trace/replay.py"
 
 OUTLINE_PY = "engine/machine/summary.py"
-OUTLINE = "tests/engine/test_outline.py"
+OUTLINE = "tests/engine/machine/test_summary.py"
 
 MUTANTS = (
     Mutant(
