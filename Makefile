@@ -33,7 +33,7 @@ ENGINE_SOURCES := $(shell find engine -name '*.py' 2>/dev/null)
 # The tests that need no service: what the engine's coverage is measured with.
 ENGINE_TESTS   := $(wildcard tests/engine tests/property)
 # Tests of plain Python, which the compiler makes no difference to.
-WITHOUT_KERNELS := tests/engine/nested/* tests/engine/trace/test_readers_*
+WITHOUT_KERNELS := tests/engine/nested/* tests/engine/vcpu/* tests/engine/trace/test_readers_*
 WITHOUT_JIT     := -m "not jit and not soak and not bench and not image and not install and not abuse" \
                    $(WITHOUT_KERNELS:%=--ignore-glob=%) $(ENGINE_TESTS)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import DERIVED, GAPS, full, named, plain
+from .paths import ACCESS_CHECK, DERIVED, full, named, plain
 
 DECISION_PY = "engine/cpu/access_check.py"
 
@@ -46,7 +46,7 @@ MUTANTS = (
         "return kind == acc.SHADOW_STACK and mode & ept.MODE_SHADOW_STACK != 0 and user == 0",
         "return kind == acc.SHADOW_STACK and mode & ept.MODE_SHADOW_STACK != 0",
         "29.3.3.2: EPTP[7] is about supervisor shadow stacks",
-        named(GAPS, "user_shadow_stack_goes_by_the_ordinary_rights"),
+        named(ACCESS_CHECK, "user_shadow_stack_goes_by_the_ordinary_rights"),
     ),
     Mutant(
         "rights-walk-read-writes",
@@ -86,7 +86,7 @@ MUTANTS = (
         "if not mode & ept.MODE_SPP or not wanted & bits.WRITE or rights & bits.WRITE or how & acc.SPP_EXEMPT:",
         "if not wanted & bits.WRITE or rights & bits.WRITE or how & acc.SPP_EXEMPT:",
         "29.3.4.1: bit 61 means nothing without the control",
-        named(GAPS, "bit_61_means_nothing_without_the_control"),
+        named(ACCESS_CHECK, "bit_61_means_nothing_without_the_control"),
     ),
     Mutant(
         "spp-large-page",
@@ -134,7 +134,7 @@ MUTANTS = (
         "if wanted & bits.READ and not rights & bits.READ:",
         "if wanted & bits.READ and not leaf & bits.RIGHTS:",
         "29.3.4.1: write must be all that is missing",
-        named(GAPS, "read_modify_write_needs_read_whatever_the_vector"),
+        named(ACCESS_CHECK, "read_modify_write_needs_read_whatever_the_vector"),
         function="eligible",
     ),
     Mutant(
@@ -159,7 +159,7 @@ MUTANTS = (
         "if mode & ept.MODE_MBEC and rights & bits.USER_EXECUTE:",
         "if rights & bits.USER_EXECUTE:",
         "table 28-7: bit 6 is 0 without MBEC",
-        named(GAPS, "user_execute_is_reported_under_mbec_only"),
+        named(ACCESS_CHECK, "user_execute_is_reported_under_mbec_only"),
     ),
     Mutant(
         "q-final",
@@ -208,7 +208,7 @@ MUTANTS = (
         "return unverified and leaf & bits.VERIFY_PAGING != 0 and not is_paging(how)",
         "return unverified and not is_paging(how)",
         "29.3.3.2: verification is for pages with bit 57",
-        named(GAPS, "pages_without_bit_57_are_not_verified"),
+        named(ACCESS_CHECK, "pages_without_bit_57_are_not_verified"),
     ),
     Mutant(
         "q-nmi-unblocking",

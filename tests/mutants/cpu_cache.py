@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import CACHED, GAPS, named
+from .paths import CACHED, named
 
 TLB_PY = "engine/cpu/tlb.py"
 MMU_PY = "engine/cpu/mmu.py"
@@ -24,7 +24,7 @@ MUTANTS = (
         "return m.tlb[row, E_ROOT] == root and same_space(m, row, space)",
         "return m.tlb[row, E_ROOT] == root",
         "29.4.1: linear and combined mappings are tagged with VPID and PCID",
-        named(GAPS, "vpid_tags_combined_mappings"),
+        named(CACHED, "vpid_tags_combined_mappings"),
     ),
     Mutant(
         "tlb-global-any-pcid",
@@ -32,7 +32,7 @@ MUTANTS = (
         "mask = ctl.VPID_MASK if m.tlb[row, E_FACTS] & GUEST_GLOBAL else -1",
         "mask = -1",
         "29.4.1: a global translation serves every PCID",
-        named(GAPS, "global_mapping_serves_every_pcid"),
+        named(CACHED, "global_mapping_serves_every_pcid"),
     ),
     Mutant(
         "tlb-vector-unread",
@@ -40,7 +40,7 @@ MUTANTS = (
         "return not asks_vector or m.tlb[row, tlb.E_FACTS] & tlb.VECTOR_READ != 0",
         "return True",
         "29.4.1: a mapping of a read holds no sub-page permissions",
-        named(GAPS, "mapping_of_a_read_refuses_no_write"),
+        named(CACHED, "mapping_of_a_read_refuses_no_write"),
     ),
     Mutant(
         "tlb-clean-page",
@@ -113,7 +113,7 @@ MUTANTS = (
         "if guest_paging.writes(how) and not m.tlb[row, tlb.E_FACTS] & tlb.GUEST_DIRTY:",
         "if guest_paging.writes(how) and not m.tlb[row, tlb.E_FACTS]:",
         "volume 3A, 4.8: the first write sets the guest's dirty flag",
-        named(GAPS, "write_after_a_read_sets_the_guests_dirty_flag"),
+        named(CACHED, "write_after_a_read_sets_the_guests_dirty_flag"),
     ),
     Mutant(
         "tlb-cr3",

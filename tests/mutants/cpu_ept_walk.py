@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import DERIVED, GAPS, LOG, named, plain
+from .paths import ACCESS_CHECK, DERIVED, LOG, named, plain
 
 EPT_PY = "engine/cpu/ept.py"
 FRAMES_PY = "engine/cpu/frames.py"
@@ -47,7 +47,7 @@ MUTANTS = (
         "if execute and not m.caps[CAP_EPT_VPID] & ept.CAP_EXECUTE_ONLY:",
         "if execute and mode & MODE_MBEC and not m.caps[CAP_EPT_VPID] & ept.CAP_EXECUTE_ONLY:",
         "29.3.3.1: execute without read needs IA32_VMX_EPT_VPID_CAP[0]",
-        named(GAPS, "execute_only_needs_support_without_mbec_too"),
+        named(ACCESS_CHECK, "execute_only_needs_support_without_mbec_too"),
     ),
     Mutant(
         "ept-paging-write-unreadable",
@@ -127,7 +127,7 @@ MUTANTS = (
         "upper &= entry",
         "upper = entry",
         "29.3.3.2: paging writes need write permission in every entry above the leaf",
-        named(GAPS, "paging_write_needs_write_in_every_upper_entry"),
+        named(ACCESS_CHECK, "paging_write_needs_write_in_every_upper_entry"),
     ),
     Mutant(
         "ept-four-levels-only",
@@ -143,7 +143,7 @@ MUTANTS = (
         "if gpa >> (ept.LEVEL_SHIFT[level] + 9):",
         "if gpa >> (ept.LEVEL_SHIFT[level] + 10):",
         "29.3.2: a GPA wider than the walk is a violation",
-        named(GAPS, "wide_gpa_is_no_other_page"),
+        named(ACCESS_CHECK, "wide_gpa_is_no_other_page"),
     ),
     Mutant(
         "ept-1g-page",

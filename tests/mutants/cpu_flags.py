@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import GAPS, LOG, named, plain
+from .paths import ACCESS_CHECK, LOG, named, plain
 
 DECISION_PY = "engine/cpu/access_check.py"
 PAGE_LOG_PY = "engine/cpu/page_log.py"
@@ -16,7 +16,7 @@ MUTANTS = (
         "if row == last and wants(how, mode) & bits.WRITE:",
         "if wants(how, mode) & bits.WRITE:",
         "29.3.5: only the leaf has a dirty flag",
-        named(GAPS, "flags_of_every_entry"),
+        named(ACCESS_CHECK, "flags_of_every_entry"),
     ),
     Mutant(
         "flags-dirty-by-read",
@@ -32,7 +32,7 @@ MUTANTS = (
         "for row in range(count):",
         "for row in range(last, count):",
         "29.3.5: every entry used gets its accessed flag",
-        named(GAPS, "flags_of_every_entry"),
+        named(ACCESS_CHECK, "flags_of_every_entry"),
     ),
     Mutant(
         "log-accessed-flag",

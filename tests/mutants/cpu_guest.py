@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import DERIVED, GAPS, named, plain
+from .paths import DERIVED, GUEST_PAGING, named, plain
 
 GUEST_PAGING_PY = "engine/cpu/guest_paging.py"
 INSTRUCTION_PY = "engine/cpu/instruction.py"
@@ -16,7 +16,7 @@ MUTANTS = (
         "if not entry & guest.USER:",
         "if level == 1 and not entry & guest.USER:",
         "volume 3A, 4.6: a page is the user's if every entry says so",
-        named(GAPS, "page_is_the_users_if_every_entry_says_so"),
+        named(GUEST_PAGING, "page_is_the_users_if_every_entry_says_so"),
     ),
     Mutant(
         "guest-error-user",
@@ -24,7 +24,7 @@ MUTANTS = (
         "if m.rows[row, ctl.V_CPL] == 3:",
         "if m.rows[row, ctl.V_CPL] != 0:",
         "volume 3A, 4.7: U/S of the error code is CPL 3",
-        named(GAPS, "cpl_1_and_2_are_supervisor"),
+        named(GUEST_PAGING, "cpl_1_and_2_are_supervisor"),
     ),
     Mutant(
         "guest-error-fetch",
@@ -32,7 +32,7 @@ MUTANTS = (
         "if how & acc.ACCESS_MASK == acc.EXECUTE and (no_execute or cr4 & guest.CR4_SMEP):",
         "if how & acc.ACCESS_MASK == acc.EXECUTE and no_execute:",
         "volume 3A, 4.7: I/D of the error code with SMEP too",
-        named(GAPS, "fetch_is_reported_with_no_execute_or_smep"),
+        named(GUEST_PAGING, "fetch_is_reported_with_no_execute_or_smep"),
     ),
     Mutant(
         "guest-error-reserved",
@@ -104,7 +104,7 @@ MUTANTS = (
         "if level == bottom and writes(how):",
         "if writes(how):",
         "volume 3A, 4.8: only the entry that maps the page has a dirty flag",
-        named(GAPS, "guest_flags_of_a_write"),
+        named(GUEST_PAGING, "guest_flags_of_a_write"),
     ),
     Mutant(
         "guest-pdpte-index",
@@ -120,7 +120,7 @@ MUTANTS = (
         "mask |= guest.LARGE",
         "mask |= 0",
         "volume 3A, 4.5: bit 7 of a PML4E is reserved",
-        named(GAPS, "bit_7_of_a_guest_pml4e_is_reserved"),
+        named(GUEST_PAGING, "bit_7_of_a_guest_pml4e_is_reserved"),
     ),
     Mutant(
         "guest-canonical",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import GAPS, WORDS, named, plain
+from .paths import ACCESS_CHECK, WORDS, named, plain
 
 SPPT_PY = "engine/cpu/sppt.py"
 INSTRUCTION_PY = "engine/cpu/instruction.py"
@@ -23,7 +23,7 @@ MUTANTS = (
         "if not entry & sppt.VALID:",
         "if not entry & sppt.VALID and not entry & reserved:",
         "29.3.4.2: an entry that is not valid is a miss, whatever else it holds",
-        named(GAPS, "invalid_entry_with_reserved_bits_is_a_miss"),
+        named(ACCESS_CHECK, "invalid_entry_with_reserved_bits_is_a_miss"),
     ),
     Mutant(
         "sppt-reserved-unchecked",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import HYPERV, named
+from .paths import HYPERV, MACHINE, named
 
 KVM_RULES = "engine/hyperv/kvm_rules.py"
 TLFS_RULES = "engine/hyperv/tlfs_rules.py"
@@ -12,7 +12,7 @@ EXECUTION_PY = "engine/hyperv/execution.py"
 DIRECT_PY = "engine/hyperv/direct.py"
 RANGES_PY = "engine/hyperv/ranges.py"
 SELECT_PY = "engine/cpu/tlb_select.py"
-VECTORS = f"{HYPERV}/test_vectors.py"
+VECTORS = f"{HYPERV}/test_hypercall_vectors.py"
 
 MUTANTS = (
     Mutant(
@@ -142,7 +142,7 @@ MUTANTS = (
         '_put(m, vcpu, host, {"hv_vp_id": vp_index & 0xFFFF_FFFF, "hv_clean_fields": CLEAN_ALL})',
         '_put(m, vcpu, host, {"hv_clean_fields": CLEAN_ALL})',
         "Linux 5.4: the VP id is stored after each exit",
-        named(f"{HYPERV}/test_operations.py", "enabling_writes_the_enlightened_vmcs_and_running_the_vp_id"),
+        named(f"{MACHINE}/test_hypercall_operations.py", "enabling_writes_the_enlightened_vmcs_and_running_the_vp_id"),
     ),
     Mutant(
         "hyperv-direct-hypercall-taken-back",
@@ -150,7 +150,7 @@ MUTANTS = (
         'fields["control"] |= DIRECT_HYPERCALL if asks else 0',
         'fields["control"] = DIRECT_HYPERCALL if asks else 0',
         "Linux 5.4: loading an enlightened VMCS that does not ask leaves DirectHypercall as it is",
-        named(f"{HYPERV}/test_on_hyperv.py", "loading_and_leaving_a_cpu"),
+        named(f"{HYPERV}/test_l0_hyperv.py", "loading_and_leaving_a_cpu"),
     ),
     Mutant(
         "hyperv-msrs-enforced",
@@ -166,7 +166,7 @@ MUTANTS = (
         "able = self.ported if self.svm else self.evmcs",
         "able = self.svm or self.evmcs",
         "Linux 5.4: on AMD there is no direct flush",
-        named(f"{HYPERV}/test_on_hyperv.py", "on_amd_kvm_asks_since_it_was_ported"),
+        named(f"{HYPERV}/test_l0_hyperv.py", "on_amd_kvm_asks_since_it_was_ported"),
     ),
     Mutant(
         "hyperv-xmm-list",

@@ -9,8 +9,8 @@ SERVICE = "tests/service"
 SPP, SLOTS = f"{SERVICE}/test_ioctls_spp.py", f"{SERVICE}/test_ioctls_slots.py"
 VCPUS, DIRTY = f"{SERVICE}/test_ioctls_vcpus.py", f"{SERVICE}/test_ioctls_dirty_log.py"
 MEMORY = "tests/engine/abi/test_user_memory.py"
-REGISTRY = "tests/engine/ioctls/test_registry.py"
-DURABLE = "tests/engine/ioctls/test_durable.py"
+REGISTRY = "tests/engine/ioctls/test_ioctl_registry.py"
+DURABLE = "tests/engine/ioctls/test_durable_changes.py"
 
 MUTANTS = (
     Mutant(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import FAULT, KVM_GAPS, LAYERS, MAPPING, REPLAY, SLOTS, named
+from .paths import FAULT, LAYERS, MAPPING, REPLAY, SLOTS, SPPT, named
 
 LAYERS_PY = "engine/kvm/layers.py"
 SPP_PY = "engine/kvm/spp.py"
@@ -127,7 +127,7 @@ MUTANTS = (
         "write_entry(m, table, gfn & 511, sppt.spread(mask))",
         "write_entry(m, table, gfn & 255, sppt.spread(mask))",
         "29.3.4.2: SPPL1 is indexed by GPA[20:12]",
-        named(KVM_GAPS, "two_pages_of_one_region_have_vectors_of_their_own"),
+        named(SPPT, "two_pages_of_one_region_have_vectors_of_their_own"),
     ),
     Mutant(
         "mapping-invalidate-level",
@@ -135,7 +135,7 @@ MUTANTS = (
         "table, index = entry_above(m, tree, gfn, 2)",
         "table, index = entry_above(m, tree, gfn, 3)",
         "kvm-spp 3.3: SET invalidates the SPPL2E of the region",
-        named(KVM_GAPS, "set_makes_its_own_region_miss_and_no_other"),
+        named(SPPT, "set_makes_its_own_region_miss_and_no_other"),
         function="invalidate_region",
     ),
     Mutant(
@@ -185,7 +185,7 @@ MUTANTS = (
         "first = gfn & ~(REGION_PAGES - 1)",
         "first = gfn",
         "kvm-spp 3.3: a region begins at a multiple of 2 MiB",
-        named(KVM_GAPS, "miss_fills_the_pages_below_too"),
+        named(SPPT, "miss_fills_the_pages_below_too"),
     ),
     Mutant(
         "fault-count-miss",
@@ -201,7 +201,7 @@ MUTANTS = (
         "LAST_LOG_ENTRY = np.int64(LOG_ENTRIES - 1)",
         "LAST_LOG_ENTRY = np.int64(LOG_ENTRIES)",
         "29.3.6: an empty log begins at entry 511",
-        named(KVM_GAPS, "full_log_is_emptied_and_the_access_goes_on"),
+        named(FAULT, "full_log_is_emptied_and_the_access_goes_on"),
     ),
     Mutant(
         "run-fast-path-vector",
@@ -209,7 +209,7 @@ MUTANTS = (
         "elif dirty and trail[ept.TRAIL_COUNTS, 1] == 4 and sppt.gather(trail[ept.TRAIL_SPPT + 3, 3]) == mask:",
         "elif dirty and trail[ept.TRAIL_COUNTS, 1] == 4:",
         "the fast path holds what the entries say, not the map",
-        named(KVM_GAPS, "vector_decides_where_the_map_allows_more"),
+        named(SPPT, "vector_decides_where_the_map_allows_more"),
     ),
     Mutant(
         "run-fast-path-dirty",
@@ -217,6 +217,6 @@ MUTANTS = (
         "if dirty and rights & bits.WRITE:",
         "if rights & bits.WRITE:",
         "a write to a clean page sets its dirty flag",
-        named(KVM_GAPS, "write_after_a_read_sets_the_dirty_flag"),
+        named(REPLAY, "write_after_a_read_sets_the_dirty_flag"),
     ),
 )

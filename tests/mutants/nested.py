@@ -15,8 +15,8 @@ STATES_PY = "engine/machine/nested_states.py"
 REPLAY_PY = "engine/trace/replay.py"
 
 NESTED = "tests/engine/nested"
-OPERATIONS = "tests/engine/test_nested_operations.py"
-REGISTER_IOCTLS = f"{NESTED}/test_register_ioctls.py"
+OPERATIONS = "tests/engine/machine/test_nested_operations.py"
+REGISTER_IOCTLS = "tests/engine/ioctls/test_register_ioctls.py"
 
 
 def vectors(*rows: str) -> tuple[str, ...]:

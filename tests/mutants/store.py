@@ -11,7 +11,7 @@ FASTPATH_PY = "engine/cpu/fastpath.py"
 REPLAY_PY = "engine/trace/replay.py"
 
 SUMMARY_PY = "engine/machine/summary.py"
-SUMMARY = "tests/engine/test_summary.py"
+SUMMARY = "tests/engine/machine/test_summary.py"
 
 MUTANTS = (
     Mutant(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import KVM_GAPS, OBJECTS, REPLAY, named
+from .paths import OBJECTS, REPLAY, named
 
 REPLAY_PY = "engine/trace/replay.py"
 SESSION_PY = "engine/trace/session.py"
@@ -24,7 +24,7 @@ MUTANTS = (
         "for gfn in range(gpa >> 12, ((gpa + size - 1) >> 12) + 1):",
         "for gfn in range(gpa >> 12, (gpa >> 12) + 1):",
         "both pages of an access count for page granularity",
-        named(KVM_GAPS, "second_page_counts_for_page_granularity"),
+        named(REPLAY, "second_page_counts_for_page_granularity"),
         function="in_protected_page",
     ),
     Mutant(
@@ -49,7 +49,7 @@ MUTANTS = (
         "if vcpu >= m.caps[CAP_VCPUS] or m.vcpu_of_id[vcpu] < 0:",
         "if vcpu >= m.caps[CAP_VCPUS]:",
         "must be the id of a vCPU of this machine",
-        named(KVM_GAPS, "vcpu_id_between_two_others_is_refused"),
+        named(REPLAY, "vcpu_id_between_two_others_is_refused"),
     ),
     Mutant(
         "replay-grant-goes-on",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import HYPERV, TRACE, named
+from .paths import MACHINE, TRACE, named
 
 TRANSLATED_PY = "engine/trace/translated.py"
 OPERATIONS_PY = "engine/trace/operations.py"
 TIMED_PY = "engine/trace/timed.py"
 PERFORMED_PY = "engine/machine/trace_operations.py"
 MISSED_PY = "engine/machine/missed_flushes.py"
-TRACES = f"{HYPERV}/test_trace_operations.py"
-ARGUMENTS = f"{TRACE}/test_operations.py"
+TRACES = f"{MACHINE}/test_missed_flushes.py"
+ARGUMENTS = f"{TRACE}/test_operation_columns.py"
 
 
 def missing(*rows: str) -> tuple[str, ...]:

@@ -16,8 +16,10 @@ from engine.arch.words import signed
 from engine.cpu import control_registers, instruction, invalidate, mmu, tlb
 
 from . import vectors_tables as tables
-from .bench_machine import LINEAR, VCPU, Processor
+from .bench_machine import GUEST_PML4, LINEAR, VCPU, Processor
 from .vectors import GUEST_PTE, run_cached, set_up
+
+OTHER = LINEAR + 0x1000
 
 
 @pytest.mark.parametrize("model", [False, True])
@@ -102,6 +104,45 @@ def test_a_stale_page_fault_drops_its_mapping() -> None:
     p.m.tlb[1:, tlb.E_FACTS] |= tlb.GUEST_DIRTY
     assert p.access(WRITE)[::6] == (-14, True)
     assert p.access(WRITE)[::6] == (0, False)
+
+
+def test_mapping_of_a_read_refuses_no_write() -> None:
+    p = Processor(model=True)
+    set_up(p, "PTE=0x35|b61; vec=1")
+    assert p.access(READ).reason == 0
+    assert p.access(WRITE)[::6] == (0, False)
+
+
+def test_vpid_tags_combined_mappings() -> None:
+    p = Processor(model=True)
+    p.vcpu({ctl.V_SECONDARY: ctl.SECONDARY_EPT | ctl.SECONDARY_VPID, ctl.V_VPID: 1})
+    assert p.access(READ).gpa == LINEAR
+    p.guest(GUEST_PTE, OTHER | 0x63)
+    p.vcpu({ctl.V_VPID: 2})
+    assert p.access(READ)[2::4] == (OTHER, False)
+    p.vcpu({ctl.V_VPID: 1})
+    assert p.access(READ)[2::4] == (LINEAR, True)
+
+
+def test_global_mapping_serves_every_pcid() -> None:
+    p = Processor(model=True)
+    p.vcpu({ctl.V_CR4: 0x26A0 | 1 << 17})
+    p.guest(GUEST_PTE, LINEAR | 0x163)
+    assert p.access(READ).gpa == LINEAR
+    p.guest(GUEST_PTE, OTHER | 0x163)
+    p.vcpu({ctl.V_CR3: GUEST_PML4 | 3})
+    assert p.access(READ)[2::4] == (LINEAR, True)
+    p.m.tlb[1:, 0] = 0
+    assert p.access(READ)[2::4] == (OTHER, False)
+
+
+def test_write_after_a_read_sets_the_guests_dirty_flag() -> None:
+    p = Processor(model=True)
+    p.guest(GUEST_PTE, LINEAR | 0x23)
+    assert p.access(READ).reason == 0
+    assert p.guest_word(GUEST_PTE) & 0x40 == 0
+    assert p.access(WRITE).reason == 0
+    assert p.guest_word(GUEST_PTE) & 0x40
 
 
 # What each removal leaves of: a physical, a combined and a linear mapping of VPID 1, PCID 0; a global combined one;

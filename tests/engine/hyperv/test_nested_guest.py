@@ -9,6 +9,7 @@ import pytest
 from engine.machine import VirtualMachine
 from engine.trace.single import AccessRequest
 from tests.engine.builders import round_trip
+from tests.engine.machine.test_hypercall_operations import xmm
 
 from .flush_machine import words
 from .guests import call
@@ -32,7 +33,6 @@ from .nested_guests import (
     nested_machine,
     store,
 )
-from .test_operations import xmm
 
 N01: dict[str, Any] = {"rcx": 0x10002, "r8": 3}
 N02: dict[str, Any] = {"rcx": 0x10002, "r8": 2, **xmm(4)}

@@ -278,6 +278,25 @@ def test_exits_are_counted_by_kind(reason: int, qualification: int, counter: int
     assert np.flatnonzero(tally).tolist() == [counter]
 
 
+def test_full_log_is_emptied_and_the_access_goes_on() -> None:
+    vm = machine()
+    vm.access(AccessRequest(0x5000))
+    store_leaf(vm, 5, lambda entry: entry & ~bits.DIRTY)
+
+    def log(m: frames.Machine) -> None:
+        table = frames.address_of(m, frames.new_frame(m, frames.CLIENT))
+        secondary = frames.read_word(m, frames.FIRST_VCPU_FRAME, ctl.V_SECONDARY) | ctl.SECONDARY_PML
+        for word, value in ((ctl.V_PML_ADDRESS, table), (ctl.V_SECONDARY, secondary), (ctl.V_PML_INDEX, 0xFFFF)):
+            frames.write_word(m, frames.FIRST_VCPU_FRAME, word, np.int64(value))
+
+    edit(vm, log)
+    assert resolutions(vm.access(AccessRequest(0x5000))) == ["log-emptied"]
+    m = vm.state.current.snapshot.machine
+    assert frames.read_word(m, frames.FIRST_VCPU_FRAME, ctl.V_PML_INDEX) == 510
+    table = frames.read_word(m, frames.FIRST_VCPU_FRAME, ctl.V_PML_ADDRESS)
+    assert frames.read_entry(m, table, 511) == 0x5000
+
+
 # ---- SET on a page that is mapped
 
 

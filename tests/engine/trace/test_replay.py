@@ -27,6 +27,7 @@ from tests.engine.builders import (
     WRITE,
     chunk,
     exits,
+    leaf,
     machine,
     maps,
     picture,
@@ -88,6 +89,13 @@ def test_page_granular_counts_writes_to_pages_with_any_refused_sub_page(vm: Virt
     assert replay(vm, rows).page_granular_violations == 5
     set_map(vm, 5, FULL)
     assert replay(vm, rows).page_granular_violations == 0
+
+
+def test_second_page_counts_for_page_granularity() -> None:
+    vm = machine()
+    set_map(vm, 6, 0xFFFF_FFDF)
+    result = replay(vm, [0x5FFC])
+    assert (result.violations, result.page_granular_violations) == (0, 1)
 
 
 def test_before_spp_is_enabled_nothing_is_refused() -> None:
@@ -394,6 +402,13 @@ def test_vcpus_by_id(vm: VirtualMachine) -> None:
     assert exits(result, "vcpu") == [(700,), (0,), (3,)]
 
 
+def test_vcpu_id_between_two_others_is_refused() -> None:
+    vm = machine(vcpus=(0, 2))
+    with pytest.raises(TraceError) as caught:
+        replay(vm, [(0x5000, 8, WRITE, 1)])
+    assert caught.value.field == "vcpu"
+
+
 def test_body_in_read_only_memory_is_not_written(vm: VirtualMachine) -> None:
     words = records([OPEN, SHUT])
     words.flags.writeable = False
@@ -454,6 +469,15 @@ def test_replay_that_needs_more_frames_than_are_at_hand_goes_on() -> None:
     result = replay(vm, [(i << 30) + 8 for i in range(900)])
     assert (result.records, result.exits["ept_violation"]) == (900, 900)
     assert vm.counters()["frames_ept"] > 1800
+
+
+def test_write_after_a_read_sets_the_dirty_flag() -> None:
+    vm = machine()
+    vm.access(AccessRequest(0x5000))
+    store_leaf(vm, 5, lambda entry: entry & ~bits.DIRTY)
+    replay(vm, [(0x5000, 8, READ), (0x5000, 8, WRITE)])
+    entry = leaf(vm, 5)
+    assert entry is not None and entry & bits.DIRTY
 
 
 # ---- splits, and the fast path

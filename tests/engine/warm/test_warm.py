@@ -18,7 +18,7 @@ from engine.warm.kernels import compiled, kernels, reached
 from engine.warm.processes import CompilerEnded, compile_in_processes
 from engine.warm.progress import progress_lines, progress_on
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def run(program: str, cache: Path | None = None) -> str:

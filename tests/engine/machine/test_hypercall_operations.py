@@ -12,9 +12,8 @@ from engine.machine import VirtualMachine
 from engine.machine.hypercalls import HypercallRequest
 from engine.state.config import HostConfig
 from tests.engine.builders import round_trip
-
-from .flush_machine import words
-from .guests import CPUID, P1, P2, TEST_PAGE, call, hyperv_guest, point, read
+from tests.engine.hyperv.flush_machine import words
+from tests.engine.hyperv.guests import CPUID, P1, P2, TEST_PAGE, call, hyperv_guest, point, read
 
 POLICIES = ({}, {"flush_policy": "tlfs"}, {"flush_execution": "paranoid"})
 W1, W2 = 1, 2
