@@ -118,8 +118,8 @@ format: $(DEVELOPED) ## Rewrite the sources as `make lint` wants them
 	$(BIN)/ruff format .
 
 openapi: $(DEVELOPED) ## Regenerate openapi/openapi.json and docs/reference.md from the code
-	$(BIN)/python -m service.openapi --write
-	$(BIN)/python -m service.reference --write
+	$(BIN)/python -m service.cli.openapi --write
+	$(BIN)/python -m service.cli.reference --write
 
 contract: contract-tools $(DEVELOPED) $(WARMED) ## Lint the contract, look for breaks, generate clients and do the main job with them
 	@if test -x $(SPECTRAL); then \

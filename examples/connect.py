@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx2
 
-from service.demo import DEFAULT_POLICY, DEFAULT_TRACE, service
+from service.cli.demo import DEFAULT_POLICY, DEFAULT_TRACE, service
 
 # A real kernel boot, and what a rootkit would overwrite of it; and the same guest later.
 BOOT, POLICY = DEFAULT_TRACE, DEFAULT_POLICY

@@ -17,48 +17,23 @@ from starlette.middleware.cors import CORSMiddleware
 from engine.warm.processes import CompilerEnded
 from engine.warm.progress import progress_lines, progress_on
 from engine.warm.whole import Group, compile_kernels, load_kernels
-from service import __version__, documents, pages
-from service.api import (
-    accesses,
-    capabilities,
-    counters,
-    dirty,
-    events,
-    evmcs,
-    exits,
-    health,
-    host_memory,
-    hypercalls,
-    hyperv,
-    introspection,
-    ioctls,
-    jobs,
-    kvm_pages,
-    memory,
-    memory_slots,
-    metrics,
-    msrs,
-    nested_state,
-    page_access,
-    problem_types,
-    protections,
-    spp,
-    subpages,
-    tables,
-    traces,
-    vcpu_features,
-    vcpus,
-    vm_capabilities,
-    vms,
-    walk,
-)
+from service import __version__
+from service.api.events import events, introspection
+from service.api.hyperv import hypercalls, hyperv, kvm_pages
+from service.api.machines import counters, vm_capabilities, vms
+from service.api.memory import dirty, host_memory, memory, memory_slots
+from service.api.nested import evmcs, nested_state
+from service.api.processor import msrs, vcpu_features, vcpus
+from service.api.protection import page_access, protections, spp, subpages, tables, walk
+from service.api.system import capabilities, health, ioctls, metrics, problem_types
+from service.api.traces import accesses, exits, jobs, traces
+from service.contract import documents, pages
 from service.http import handlers
 from service.http.compression import Compression
 from service.http.envelope import Envelope
 from service.http.idempotency import Idempotency
 from service.http.limits import HeldBodies
 from service.http.route import HeadRoute
-from service.metrics import Metrics
 from service.runtime.answers import answers_of
 from service.runtime.home import home_of
 from service.runtime.jobs import Jobs
@@ -68,9 +43,10 @@ from service.runtime.shares import Share, Tenants
 from service.runtime.turns import Turns
 from service.security.access import AccessControl
 from service.security.audit import AuditLog
-from service.security.stores import tokens_of
+from service.security.token_stores import tokens_of
 from service.security.tokens import TokenStore
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
 
 # In the order in which requests look for their route: the most frequent first.
 RESOURCES = (

@@ -20,15 +20,15 @@ import uvloop
 from fastapi import FastAPI
 
 from service.app import create_app, drain, end_streams
-from service.failures import Failure
 from service.http.connection import patient
 from service.http.frames import PatientSocket
 from service.http.sockets import MESSAGE_BYTES, PING_SECONDS
-from service.logs import configure
-from service.memory import container_bytes, warn_of_memory
+from service.platform.failures import Failure
+from service.runtime.container_memory import container_bytes, warn_of_memory
 from service.security.access import AccessControl, is_loopback
 from service.security.tokens import TokensUnavailable
 from service.settings import Settings
+from service.telemetry.logs import configure
 
 
 class _Server(uvicorn.Server):

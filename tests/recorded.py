@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from service.demo import DATA as PACKAGED
+from service.cli.demo import DATA as PACKAGED
 
 DATA = Path(__file__).parent / "data"
 TRUTH = DATA / "ground-truth.json"

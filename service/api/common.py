@@ -14,7 +14,6 @@ from starlette.responses import Response
 from service.http import conditional
 from service.http.negotiation import OCTETS
 from service.http.route import Routes
-from service.metrics import Metrics
 from service.problems import responses
 from service.runtime.asking import Asker
 from service.runtime.jobs import Jobs
@@ -22,6 +21,7 @@ from service.runtime.registry import Entry, Registry, unknown_vm
 from service.runtime.replays import Replaying
 from service.security.access import AccessControl, Permission, Principal
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
 
 EXAMPLE_VM = "vm_3f9c2a1be07d4c55"
 EXAMPLE_TRACE = "tr_9d41c07a5be2f386"

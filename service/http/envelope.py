@@ -19,11 +19,11 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.http.handlers import problem_response
-from service.metrics import Metrics
 from service.problems import NotReady
 from service.security.access import NOBODY, Principal
 from service.security.audit import AuditLog, cut, outcome_of
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
 
 # The request being served, for whatever is logged meanwhile.
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")

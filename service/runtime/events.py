@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from service.stamps import stamp
+from service.platform.stamps import stamp
 from service.storage.records import EventRecord, LogChange, LogPruning
 
 # What events tell of; markers, which are no events of the machine, are listed below.

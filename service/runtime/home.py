@@ -259,7 +259,7 @@ class StoredHome(Home):
         reader = self._reading()
 
         def work() -> tuple[VmRecord, VirtualMachine, list[Trace]] | None:
-            from service.storage.traces import trace_of  # noqa: PLC0415
+            from service.runtime.trace_records import trace_of  # noqa: PLC0415
 
             found = reader.machine(number)
             if found is None:
@@ -280,7 +280,7 @@ class StoredHome(Home):
 
     def loader(self, number: int) -> Callable[[str], Awaitable[ExitColumns]] | None:
         async def load(trace: str) -> ExitColumns:
-            from service.storage.traces import columns_of  # noqa: PLC0415
+            from service.runtime.trace_records import columns_of  # noqa: PLC0415
 
             reader = self._reading()
 
@@ -302,7 +302,7 @@ class StoredHome(Home):
         reader = self._reading()
 
         def work() -> ExitColumns:
-            from service.storage.traces import columns_of  # noqa: PLC0415
+            from service.runtime.trace_records import columns_of  # noqa: PLC0415
 
             found = reader.trace_part(number, trace, part)
             if found is None:
@@ -330,7 +330,7 @@ class StoredHome(Home):
 
 
 async def _recorded(trace: Trace) -> TraceRecord:
-    from service.storage.traces import record_of  # noqa: PLC0415
+    from service.runtime.trace_records import record_of  # noqa: PLC0415
 
     return await anyio.to_thread.run_sync(record_of, trace)
 

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from engine.errors import EngineError, NotFound
 from engine.machine import VirtualMachine
 from engine.trace.results import TraceResult
-from service.metrics import Metrics
+from service.platform.stamps import moment
 from service.problems import Interrupted, NotReady, ServiceError, StoreUnavailable, describe
 from service.runtime import job as states
 from service.runtime.bodies import PIECE, Upload
@@ -32,8 +32,8 @@ from service.runtime.shares import Share, Tenants, one_tenant
 from service.runtime.spool import JobStopped, Spool, Spools
 from service.runtime.traces import Trace, TraceRequest, replay
 from service.settings import Settings
-from service.stamps import moment
 from service.storage.records import Change, JobRecord, Side
+from service.telemetry.metrics import Metrics
 
 logger = logging.getLogger("subpage.jobs")
 

@@ -13,6 +13,7 @@ from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.machine.summary import Summary
 from engine.state.config import VmConfig
+from service.platform.stamps import moment
 from service.problems import StoreUnavailable
 from service.runtime.batches import Parts
 from service.runtime.changes import created
@@ -25,7 +26,6 @@ from service.runtime.shares import Share, Tenants, one_tenant
 from service.runtime.traces import TraceStore
 from service.runtime.writer import Writer
 from service.settings import Settings
-from service.stamps import moment
 from service.storage.records import VmRecord
 
 __all__ = ["Entry", "Registry", "unknown_vm"]

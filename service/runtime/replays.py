@@ -12,7 +12,6 @@ from starlette.requests import Request
 
 from engine.machine import VirtualMachine
 from engine.trace.results import TraceResult
-from service.metrics import Metrics
 from service.runtime.asking import Asker, last_stretch
 from service.runtime.bodies import Upload
 from service.runtime.body_memory import BodyMemory
@@ -22,6 +21,7 @@ from service.runtime.spool import Spools
 from service.runtime.traces import SPOOLED_FORMATS, Trace, TraceRequest, replay
 from service.runtime.turns import Turns
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
 
 Work = Callable[[VirtualMachine], Awaitable[tuple[TraceResult, tuple[str, ...]]]]
 """Replays on the machine that it is given; see ``service.runtime.traces.replay``."""

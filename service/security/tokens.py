@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal, Protocol, get_args
 from urllib.parse import quote
 
-from service.storage.files import make_private
+from service.platform.files import make_private
 
 TokenScope = Literal["read", "write", "admin"]
 SCOPES: tuple[str, ...] = get_args(TokenScope)

@@ -24,7 +24,7 @@ from typing import IO
 import numpy as np
 import sqlalchemy as sa
 
-from service.stamps import stamp
+from service.platform.stamps import stamp
 from service.storage import event_rows, rows, side_rows
 from service.storage.checks import (
     BLOCK_BYTES,

@@ -19,11 +19,11 @@ from engine.machine.summary import summary_from_head
 from engine.trace.objects import index_of
 from engine.trace.results import EXIT_COLUMNS, ExitColumns
 from service.runtime.events import KINDS
+from service.runtime.trace_records import columns_of, trace_of
 from service.runtime.traces import PART
 from service.security.tokens import TENANT
 from service.storage.columns import sizes
 from service.storage.records import Block, EventRecord, TraceRecord, VmRecord
-from service.storage.traces import columns_of, trace_of
 
 BLOCK_BYTES = 4096
 # Of the columns of one section before compression: sixteen times what a full one of exit records has.

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from service.storage.files import make_private
+from service.platform.files import make_private
 from service.storage.urls import SQLITE, StoreUrl
 
 # A lost peer must be noticed in seconds, not in the hours of TCP's defaults.

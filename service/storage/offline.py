@@ -11,7 +11,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from service.failures import Failure, opened
+from service.platform.failures import Failure, opened
 from service.storage import rows
 from service.storage.backup import BadBackup, read_backup, restore_machine, write_backup
 from service.storage.database import connect, reason_of

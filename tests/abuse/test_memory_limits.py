@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from service.memory import allowed_bytes, container_bytes, warn_of_memory
+from service.runtime.container_memory import allowed_bytes, container_bytes, warn_of_memory
 from service.settings import Settings
 from tests.abuse.conftest import Begin
 from tests.abuse.process import MIB, new_vm

@@ -13,10 +13,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from service.cli import app
-from service.logs import TextFormatter, printable
+from service.cli.app import app
 from service.security.tokens import without_tokens
 from service.storage.urls import StoreUrl, shown
+from service.telemetry.logs import TextFormatter, printable
 from tests.abuse.process import TOKEN, Service, head, serving, until
 from tests.abuse.test_wire_frames import OPENING
 

@@ -67,7 +67,7 @@ def server(log: list[str]) -> Iterator[str]:
     environment |= {f"SUBPAGE_{name}": value for name, value in SETTINGS.items()}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
-        [sys.executable, "-c", "from service.cli import main; main()", "serve", "--port", "0"],
+        [sys.executable, "-c", "from service.cli.app import main; main()", "serve", "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from service import openapi
+from service.cli import openapi
 from service.problems import MEDIA_TYPE, PROBLEMS
 from tests.contract.client import Contract, contract
 

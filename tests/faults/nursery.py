@@ -108,9 +108,10 @@ def nursery() -> Iterator[Nursery]:
 def main() -> None:
     from engine.warm.steps import warm
     from service import app, server
-    from service.storage import keeper, reader, traces
+    from service.runtime import trace_records
+    from service.storage import keeper, reader
 
-    assert app and server and keeper and reader and traces  # imported for the children
+    assert app and server and keeper and reader and trace_records  # imported for the children
     warm()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     children = []

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from service.api import vms
-from service.api.vms import Vm
+from service.api.machines import vms
+from service.api.machines.vms import Vm
 from tests.contract.client import ContractClient
 
 LEAVES = [{"function": hex(number), "eax": "0x1"} for number in range(100)]

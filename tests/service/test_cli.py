@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from service.cli import app
+from service.cli.app import app
 from service.security.tokens import MemoryTokens, mint
 from service.settings import BadFile, Settings
 from tests.contract.client import ContractClient
@@ -149,7 +149,7 @@ def test_vm_commands_need_a_token_where_the_service_does(monkeypatch: pytest.Mon
 def complete(words: str, **environment: str) -> list[str]:
     """What bash is offered after ``words``."""
     result = subprocess.run(
-        [sys.executable, "-c", "from service.cli import app; app(prog_name='subpage')"],
+        [sys.executable, "-c", "from service.cli.app import app; app(prog_name='subpage')"],
         env={
             **os.environ,
             "_SUBPAGE_COMPLETE": "complete_bash",

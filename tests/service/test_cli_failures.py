@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from service.cli import app
+from service.cli.app import app
 from service.security.tokens import MemoryTokens, mint
 from service.settings import Settings
 from tests.contract.client import ContractClient
@@ -55,7 +55,7 @@ def said(*arguments: str, status: int = 1) -> str:
 
 
 def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from service.cli import app; app(prog_name='subpage')", *arguments]
+    command = [sys.executable, "-c", "from service.cli.app import app; app(prog_name='subpage')", *arguments]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
 

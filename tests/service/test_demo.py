@@ -18,8 +18,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from service import __version__, cli, demo, report
-from service.policy_files import read_policy
+from service import __version__
+from service.cli import app, demo, report
+from service.cli.policy_files import read_policy
 from tests import recorded
 from tests.contract.client import ContractClient
 from tests.service import bodies
@@ -157,7 +158,7 @@ def test_the_real_thing() -> None:
 
 
 def test_it_never_reads_the_answers() -> None:
-    for source in (demo, report, cli):
+    for source in (demo, report, app):
         assert "ground" not in Path(str(source.__file__)).read_text(encoding="utf-8").lower()
 
 
@@ -171,9 +172,9 @@ def test_version_is_quick() -> None:
 
 def test_help_and_mistakes() -> None:
     runner = CliRunner()
-    assert "serve" in runner.invoke(cli.app, ["--help"]).output
-    assert runner.invoke(cli.app, ["serve", "--port", "70000"]).exit_code == 2
-    assert "SUBPAGE_PORT" in runner.invoke(cli.app, ["serve", "--port", "70000"]).output
+    assert "serve" in runner.invoke(app.app, ["--help"]).output
+    assert runner.invoke(app.app, ["serve", "--port", "70000"]).exit_code == 2
+    assert "SUBPAGE_PORT" in runner.invoke(app.app, ["serve", "--port", "70000"]).output
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])

@@ -14,9 +14,8 @@ from engine.machine import VirtualMachine
 from engine.trace.asked_access import AskedAccess
 from engine.trace.results import ExitColumns
 from engine.trace.single import AccessRequest
-from service.api.introspection import GONE, RESTART, Session
+from service.api.events.introspection import GONE, RESTART, Session
 from service.http.sockets import token_among
-from service.metrics import Metrics
 from service.problems import NotReady, StoreUnavailable
 from service.runtime.asking import Asker
 from service.runtime.desk import Desk, Interest, Question, Resolution, Tool
@@ -24,6 +23,7 @@ from service.runtime.entry import Entry
 from service.runtime.events import LogStats
 from service.security.access import ANYBODY, AccessControl, Principal
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
 from tests.engine.builders import machine, set_map
 
 

@@ -21,9 +21,9 @@ import pytest
 from starlette.types import Message
 from typer.testing import CliRunner
 
-from service import events_cli
 from service.app import create_app
-from service.cli import app
+from service.cli import events
+from service.cli.app import app
 from service.security.tokens import MemoryTokens, mint
 from service.settings import Settings
 from tests.service.event_reader import SSE, following
@@ -221,7 +221,7 @@ def test_the_command_can_be_stopped(lively: Running, monkeypatch: pytest.MonkeyP
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(events_cli._Follower, "events", stop)
+    monkeypatch.setattr(events._Follower, "events", stop)
     assert run("vm_0", "--url", lively.url) == ""
 
 

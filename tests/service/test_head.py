@@ -60,7 +60,7 @@ def test_head_renders_no_records(media: str, client: ContractClient, vm: str, mo
     client.post(f"{vm}/traces", json={"accesses": [{"gpa": 0}]})
     [trace] = client.get(f"{vm}/traces").json()["traces"]
     for stream in ("ndjson_stream", "arrow_stream"):
-        monkeypatch.delattr(f"service.api.exits.{stream}")
+        monkeypatch.delattr(f"service.api.traces.exits.{stream}")
     head = client.head(f"{vm}/traces/{trace['id']}/exits", headers={"Accept": media})
     assert head.status_code == 200 and head.headers["Content-Type"].startswith(media)
     assert "Content-Length" not in head.headers

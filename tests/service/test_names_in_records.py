@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from engine.trace.readers.rows import NAMED
-from service.api.traces import AccessRecord
-from service.api.translations import OperationRecord
+from service.api.traces.traces import AccessRecord
+from service.api.traces.translations import OperationRecord
 from service.http import words
 from tests.contract.client import ContractClient
 

@@ -22,13 +22,13 @@ from prometheus_client.samples import Sample
 
 from service.app import create_app
 from service.http.envelope import request_id
-from service.logs import JsonFormatter, TextFormatter, configuration
-from service.metrics import EXIT_KINDS, Metrics
 from service.runtime.home import Home
 from service.runtime.registry import Registry
 from service.security.tokens import MemoryTokens, mint
 from service.server import Refused, check_telemetry
 from service.settings import Settings
+from service.telemetry.logs import JsonFormatter, TextFormatter, configuration
+from service.telemetry.metrics import EXIT_KINDS, Metrics
 from tests.contract.client import ContractClient
 from tests.service.running import Running, running
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from service import local, policy_files
-from service.failures import FileError
+from service.cli import local, policy_files
+from service.platform.failures import FileError
 from service.settings import Settings
 from tests import recorded
 from tests.contract.client import ContractClient

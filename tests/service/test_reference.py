@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service import reference
+from service.cli import reference
 from service.problems import PROBLEMS
 from service.settings import Settings
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from service import local
-from service.cli import app
+from service.cli import local
+from service.cli.app import app
 from service.runtime.job import Job
 from service.settings import Settings
 from tests.contract.client import ContractClient

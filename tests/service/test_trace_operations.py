@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from service.storage.translations import translations_of
+from service.runtime.translation_records import translations_of
 from tests.contract.client import ContractClient
 from tests.engine.hyperv import guests
 from tests.engine.hyperv.flush_traces import GVA, NEW, OLD, Row, access, flush, invlpg, mov_cr3

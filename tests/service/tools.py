@@ -11,7 +11,7 @@ from typing import Any
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from service.api.introspection import SUBPROTOCOL
+from service.api.events.introspection import SUBPROTOCOL
 from tests.contract.client import contract
 from tests.service.running import Running
 

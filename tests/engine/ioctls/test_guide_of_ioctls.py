@@ -7,7 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from engine.ioctls import IOCTLS
-from service.api import capabilities, evmcs, vm_capabilities
+from service.api.machines import vm_capabilities
+from service.api.nested import evmcs
+from service.api.system import capabilities
 
 GUIDE = (Path(__file__).parents[3] / "docs" / "ioctls.md").read_text(encoding="utf-8")
 

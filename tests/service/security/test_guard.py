@@ -22,7 +22,7 @@ import httpx2
 import pytest
 from typer.testing import CliRunner
 
-from service.cli import app
+from service.cli.app import app
 from service.http.envelope import SECURITY_HEADERS
 from service.security.access import NOBODY
 from service.security.audit import AuditLog, outcome_of

@@ -12,9 +12,9 @@ from pydantic import SecretStr
 
 from service.problems import Forbidden, RateLimited, Unauthenticated
 from service.security.access import ANYBODY, NOBODY, AccessControl, Permission, Principal, is_loopback
+from service.security.stored_tokens import StoredTokens
 from service.security.tokens import FileTokens, MemoryTokens, TokenStore, digest_of, mint, split
 from service.settings import Settings
-from service.storage.tokens import StoredTokens
 from service.storage.urls import StoreUrl
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from service.cli import app
+from service.cli.app import app
 from service.storage.backup import FORMAT, MAGIC
 from tests.service.storage.stored import new_vm, rows_in, run_sql, serving, set_map
 from tests.service.storage.test_durable import picture

@@ -17,7 +17,7 @@ import httpx2
 import pytest
 import typer.testing
 
-from service.cli import app
+from service.cli.app import app
 from service.problems import StoreUnavailable
 from service.storage.schema import REVISION
 from tests.faults.postgres import Cluster

@@ -1,0 +1,1 @@
+"""Events of a machine, and the tools that answer them."""

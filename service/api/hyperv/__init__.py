@@ -1,0 +1,1 @@
+"""Hyper-V: hypercalls, flush queues, the pages that hypervisors share."""

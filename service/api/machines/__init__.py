@@ -1,0 +1,1 @@
+"""Machines: made, listed, read, deleted; their capabilities and counters."""

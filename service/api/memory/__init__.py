@@ -1,0 +1,1 @@
+"""Guest memory: slots, contents, dirty pages, what the host does to it."""

@@ -1,0 +1,1 @@
+"""Nested state and the enlightened VMCS."""

@@ -1,0 +1,1 @@
+"""vCPUs: VMCS, translation caches, MSRs, CPUID."""

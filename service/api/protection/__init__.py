@@ -1,0 +1,1 @@
+"""Sub-page protection: switched on, bitmaps, named objects, page access; raw tables and walks."""

@@ -1,0 +1,1 @@
+"""The service itself: capabilities, health, metrics, problems; the binary KVM ABI."""

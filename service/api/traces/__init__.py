@@ -1,0 +1,1 @@
+"""Accesses: one, or a trace of them; results, exits, jobs."""

@@ -1,0 +1,197 @@
+"""``subpage replay``: a trace against a policy in this process, with what the service does it with and no service."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from engine.errors import EngineError
+from engine.machine import VirtualMachine
+from engine.trace.results import TraceResult
+from service.api.machines.vms import VmRequest
+from service.api.memory.memory_slots import NumberedSlotRequest
+from service.api.protection.policies import ProtectionRequest
+from service.api.protection.subpages import SubpagePatch, SubpageRangeRequest, ranges_of
+from service.api.traces.traces import FORMATS, carried_columns, result_document
+from service.cli.demo import CONTENT_TYPES, report_of
+from service.cli.policy_files import checked, policy_of, said
+from service.http.handlers import refusal
+from service.http.words import Document
+from service.platform.failures import Failure, opened, read_document
+from service.problems import ServiceError
+from service.runtime.job import Job
+from service.runtime.registry import build
+from service.runtime.spool import Spool
+from service.runtime.traces import Trace, TraceRequest, replay
+from service.settings import Settings
+
+_GIB = 1 << 30
+_PAGE = 4096
+_LOOK_SECONDS = 0.1
+
+
+class LocalError(Failure):
+    """The replay cannot be done, or ended in a refusal."""
+
+
+class Policy(Document):
+    """What is created before the trace is replayed, in the service's own documents."""
+
+    name: str = Field("", max_length=200)
+    vm: VmRequest = Field(default_factory=lambda: VmRequest.model_validate({}))
+    protections: list[ProtectionRequest] = Field(default_factory=list)
+    subpages: list[SubpageRangeRequest] = Field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """The first address after everything that it names."""
+        protected = (item.protection().end for item in self.protections)
+        return max([0, *protected, *((item.gfn + item.npages) * _PAGE for item in self.subpages)])
+
+
+def read_policy(path: Path) -> Policy:
+    """The policy in a JSON or TOML file.
+
+    The form of ``service.api.policies``, or ``{"vm", "protections", "subpages"}`` with members as the service takes
+    them. SPP is enabled and there is RAM from address 0 unless ``vm`` says otherwise. Raises Failure.
+    """
+    try:
+        document = read_document(path)
+        if "objects" in document or "pages" in document:
+            protection = policy_of(path, document)
+            policy = _in_vm({"name": protection.name}).model_copy(update={"protections": [protection]})
+        else:
+            policy = _in_vm(document)
+            for position, item in enumerate(policy.protections):
+                checked(item, f"protections[{position}].")
+    except ValidationError as error:
+        raise LocalError(f"{path}: {said(refusal(error.errors(), Policy))}") from None
+    except (EngineError, ServiceError) as error:
+        raise LocalError(f"{path}: {said(error)}") from None
+    vm = policy.vm
+    if "memory_slots" not in vm.model_fields_set:
+        ram = NumberedSlotRequest(slot=0, gpa=0, size=max(_GIB, -(-policy.end // _PAGE) * _PAGE))
+        vm = vm.model_copy(update={"memory_slots": [ram]})
+    return policy.model_copy(update={"vm": vm, "name": policy.name or vm.name or path.stem})
+
+
+def _in_vm(document: dict[str, Any]) -> Policy:
+    """``document`` in the service's own members, with SPP unless it says otherwise. Raises ValidationError."""
+    vm = document.get("vm", {})
+    return Policy.model_validate({**document, "vm": {"spp": True, **vm} if isinstance(vm, dict) else vm})
+
+
+def create(policy: Policy, settings: Settings) -> VirtualMachine:
+    """The machine that a policy describes. Raises LocalError."""
+    try:
+        slots = [slot.spec(slot.slot) for slot in policy.vm.memory_slots]
+        machine = build(policy.vm.config(settings.max_table_frames), slots, spp=policy.vm.spp)
+        for item in policy.protections:
+            wanted = item.protection()
+            machine.protect(wanted.name, wanted.objects, wanted.ranges, wanted.about)
+        if policy.subpages:
+            _set(machine, policy.subpages, settings)
+    except (EngineError, ServiceError) as error:
+        raise LocalError(f"{policy.name}: {said(error)}") from None
+    return machine
+
+
+def _set(machine: VirtualMachine, ranges: Sequence[SubpageRangeRequest], settings: Settings) -> None:
+    """SET them. The call of the service has them under another name."""
+    try:
+        machine.set_subpages(ranges_of(SubpagePatch(ranges=list(ranges)), settings.max_subpage_window))
+    except (EngineError, ServiceError) as error:
+        error.field = (error.field or "").replace("ranges", "subpages", 1)
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Those of the call, under the names of its parameters; ``format`` is known by the name of the file otherwise."""
+
+    format: str | None = None
+    record: str = "record16"
+    on_violation: str = "skip"
+    start: int = 0
+    include: str = "violations"
+    carry: str | None = None
+    max_exit_records: int | None = None
+
+    def request(self, path: Path, settings: Settings) -> TraceRequest:
+        """Raises LocalError."""
+        kind = self.format or FORMATS.get(CONTENT_TYPES.get(path.suffix, ""))
+        if kind is None:
+            raise LocalError(f"{path}: say --format, or end the name in one of {', '.join(CONTENT_TYPES)}")
+        kept = settings.max_exit_records if self.max_exit_records is None else self.max_exit_records
+        try:
+            carry = carried_columns(self.carry)
+        except ServiceError as error:
+            raise LocalError(said(error)) from None
+        record = self.record if kind == "packed" else None
+        return TraceRequest(kind, record, carry, self.on_violation, self.include, self.start, kept)
+
+
+Watcher = Callable[[Job], None]
+
+
+def run(path: Path, machine: VirtualMachine, request: TraceRequest, watch: Watcher = lambda job: None) -> Trace:
+    """Replay a file on ``machine``. ``watch`` is called now and then with how far it is, and once at the end.
+
+    Raises Failure. An interruption from the keyboard leaves the machine as it was and is raised again.
+    """
+    with opened(path) as file:
+        job = Job(1, "local", "local", "local", datetime.now(UTC), wanted=request)
+        job.spool = Spool(file, path.stat().st_size)
+        memory = Settings().body_memory_bytes
+        done: list[tuple[TraceResult, tuple[str, ...]]] = []
+        failed: list[Exception] = []
+
+        def work() -> None:
+            try:
+                done.append(replay(machine, request, job.source(memory), job.check, job.follow, memory))
+            except Exception as error:  # noqa: BLE001 - raised below
+                failed.append(error)
+
+        thread = threading.Thread(target=work, name="replay")
+        began = time.perf_counter()
+        job.begin()
+        thread.start()
+        try:
+            looked = False
+            while not looked or thread.is_alive():
+                thread.join(_LOOK_SECONDS)
+                watch(job)
+                looked = True
+        except KeyboardInterrupt:
+            job.stop("cancelled")
+            thread.join()
+            raise
+        seconds = time.perf_counter() - began
+    if failed:
+        if isinstance(failed[0], (EngineError, ServiceError)):
+            raise LocalError(f"{path}: {said(failed[0])}")
+        raise failed[0]
+    result, ignored = done[0]
+    return Trace("tr_local", 1, request, result, ignored, datetime.now(UTC), seconds, len(result.exit_columns))
+
+
+def document_of(trace: Trace, exits: int) -> dict[str, Any]:
+    """The result as the service answers it, with the first ``exits`` exit records; there is no URL of others."""
+    return {**result_document("local", trace, exits), "next": None}
+
+
+def report(path: Path, policy: Policy, machine: VirtualMachine, trace: Trace) -> dict[str, Any]:
+    """What ``service.report`` prints."""
+    covered = {
+        "pages": sum(protection.pages for protection in machine.protections()),
+        "subpages": sum(protection.subpages for protection in machine.protections()),
+    }
+    memory = sum(slot.size for slot in policy.vm.memory_slots)
+    return report_of(str(path), policy.name, memory, covered, document_of(trace, 3), trace.seconds)

@@ -1,0 +1,63 @@
+"""Policies in files of the command line: what they say, or where they are wrong and by which rule.
+
+A policy is what ``POST …/protections`` takes (``service.api.policies``), as JSON or TOML.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from engine.errors import EngineError
+from engine.kvm.protections import validate
+from service.api.protection.policies import ProtectionRequest
+from service.http.handlers import refusal
+from service.platform.failures import FileError, read_document
+from service.problems import ServiceError, describe
+
+# Bits of the widest guest-physical addresses; those of a machine are checked when it is there.
+_WIDEST = 52
+
+
+def read_policy(path: Path) -> ProtectionRequest:
+    """The policy in a file; one without a name has that of the file. Raises FileError."""
+    return policy_of(path, read_document(path))
+
+
+def policy_of(path: Path, document: Mapping[str, Any]) -> ProtectionRequest:
+    """The policy that ``document``, read from ``path``, is. Raises FileError."""
+    try:
+        policy = ProtectionRequest.model_validate({"name": _name_of(path), **document})
+        checked(policy)
+    except ValidationError as error:
+        raise FileError(f"{path}: {said(refusal(error.errors()))}") from None
+    except (EngineError, ServiceError) as error:
+        raise FileError(f"{path}: {said(error)}") from None
+    return policy
+
+
+def checked(policy: ProtectionRequest, where: str = "") -> None:
+    """Refuse what the service would whatever the machine is; ``where`` goes before the names of members.
+
+    Raises EngineError or ServiceError.
+    """
+    try:
+        validate(policy.protection(), _WIDEST)
+    except (EngineError, ServiceError) as error:
+        error.field = f"{where}{error.field}"
+        raise
+
+
+def _name_of(path: Path) -> str:
+    """What a policy without a name is called."""
+    return re.sub(r"[^A-Za-z0-9_.~-]", "_", path.stem)[:128].lstrip(".~-") or "policy"
+
+
+def said(error: EngineError | ServiceError) -> str:
+    """A refusal in one line, as a problem's detail has it."""
+    problem, _ = describe(error, "")
+    return f"record {problem['index']}: {problem['detail']}" if "index" in problem else str(problem["detail"])

@@ -1,0 +1,132 @@
+"""``subpage replay``: what the command line of it takes, and the bar that it shows meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from service.cli.commands import Given
+
+if TYPE_CHECKING:
+    from service.cli.local import Watcher
+    from service.runtime.job import Job
+
+
+class Format(StrEnum):
+    """Of the file."""
+
+    JSON = "json"
+    NDJSON = "ndjson"
+    ARROW = "arrow"
+    PARQUET = "parquet"
+    PACKED = "packed"
+
+
+class Record(StrEnum):
+    """Layout of a packed file."""
+
+    RECORD16 = "record16"
+    GPA8 = "gpa8"
+
+
+class OnViolation(StrEnum):
+    """What becomes of a write that is refused."""
+
+    SKIP = "skip"
+    STOP = "stop"
+    ALLOW = "allow"
+    GRANT = "grant"
+
+
+class Include(StrEnum):
+    """Which exits become exit records."""
+
+    VIOLATIONS = "violations"
+    ALL = "all"
+
+
+def replay(
+    context: typer.Context,
+    file: Annotated[
+        Path, typer.Argument(help="The trace: .parquet, .arrow, .arrows, .ndjson, .jsonl, .json or .bin (packed).")
+    ],
+    policy: Annotated[
+        Path,
+        typer.Option(
+            help='JSON or TOML: {"name", "objects", "pages"} as `POST …/protections` takes it, or a whole machine: '
+            '{"vm", "protections", "subpages"}.'
+        ),
+    ],
+    format: Annotated[Format | None, typer.Option(help="Of the trace, where its name does not tell.")] = None,
+    record: Annotated[Record, typer.Option(help="Layout of packed records.")] = Record.RECORD16,
+    on_violation: Annotated[
+        OnViolation, typer.Option(help="What becomes of a write that is refused.")
+    ] = OnViolation.SKIP,
+    start: Annotated[int, typer.Option(min=0, help="Skip the records before this one; indices stay absolute.")] = 0,
+    include: Annotated[Include, typer.Option(help="Which exits become exit records.")] = Include.VIOLATIONS,
+    carry: Annotated[str | None, typer.Option(help="Columns to copy into exit records, with commas.")] = None,
+    max_exit_records: Annotated[int | None, typer.Option(min=0, help="Exit records to keep.")] = None,
+    exits: Annotated[int, typer.Option(min=0, help="With --json: exit records to print.")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as the service answers it.")] = False,
+    progress: Annotated[
+        bool | None, typer.Option("--progress/--no-progress", help="Show a bar; on a terminal by default.")
+    ] = None,
+    given: Given = None,
+) -> None:
+    """Replay a trace against a policy here, without a service: which writes would have exited, and what whole pages
+    would cost.
+    """
+    from service.cli import local
+    from service.cli.common import common_flags, load_settings
+
+    settings = load_settings(**common_flags(context))
+    try:
+        wanted = local.read_policy(policy)
+        options = local.Options(format, record, on_violation, start, include, carry, max_exit_records)
+        request = options.request(file, settings)
+        machine = local.create(wanted, settings)
+        with _bar(sys.stderr.isatty() if progress is None else progress) as watch:
+            trace = local.run(file, machine, request, watch)
+    except KeyboardInterrupt:
+        typer.echo("subpage replay: interrupted", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps(local.document_of(trace, exits), indent=2))
+        return
+    from service.cli.report import print_report
+
+    print_report(local.report(file, wanted, machine, trace), how="in this process", further=())
+
+
+@contextlib.contextmanager
+def _bar(shown: bool) -> Iterator[Watcher]:
+    """A bar on standard error that follows a replay."""
+    if not shown:
+        yield lambda job: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[done]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("replaying", total=1.0, done="")
+
+        def watch(job: Job) -> None:
+            rate = job.rate or 0.0
+            told = f"{job.records_done:,} records, {rate / 1e6:.1f} M/s"
+            progress.update(task, completed=job.share, done=told)
+
+        yield watch

@@ -1,0 +1,1 @@
+"""What the service asks of the machine that it runs on: files, time, and the messages of what it refuses."""

@@ -1,0 +1,113 @@
+"""Results of replays as records of a store, both ways."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from engine.trace.objects import ObjectIndex
+from engine.trace.results import ExitColumns, ObjectHits, TraceResult
+from service.runtime.traces import NO_RECORDS, PART, Trace, TraceRequest
+from service.runtime.translation_records import translations_of
+from service.storage.columns import pack, unpack
+from service.storage.records import TraceRecord
+
+_RECORD_GPA = "record_gpa"
+_COLUMN = "column:"
+_CARRY = "carry:"
+_TOTALS = (
+    "records",
+    "writes",
+    "violations",
+    "page_granular_violations",
+    "mmio",
+    "unenforced_writes",
+    "exit_records_dropped",
+)
+
+
+def record_of(trace: Trace) -> TraceRecord:
+    """``trace`` with all its exit records. Takes a second for ten million of them: call it in a thread."""
+    exits = trace.result.exit_columns
+    return TraceRecord(
+        id=trace.id,
+        sequence=trace.sequence,
+        created=trace.created.isoformat(),
+        exit_records=len(exits),
+        head=json.dumps(_head(trace)),
+        object_index=pack(exits.object_index._asdict()),
+        parts=[pack(_columns(exits[start : start + PART])) for start in range(0, max(len(exits), 1), PART)],
+    )
+
+
+def trace_of(record: TraceRecord) -> Trace:
+    """The trace without its exit records, of which only the number is known (see ``columns_of``)."""
+    head = json.loads(record.head)
+    result = head["result"]
+    return Trace(
+        id=record.id,
+        sequence=record.sequence,
+        request=TraceRequest(**{**head["request"], "carry": tuple(head["request"]["carry"])}),
+        result=TraceResult(
+            **{name: result[name] for name in _TOTALS},
+            by_object={name: ObjectHits(*hits) for name, hits in result["by_object"]},
+            exits=result["exits"],
+            stopped_at=result["stopped_at"],
+            exit_columns=NO_RECORDS,
+            translations=translations_of(result.get("translations")),
+        ),
+        ignored_columns=tuple(head["ignored_columns"]),
+        created=datetime.fromisoformat(record.created),
+        seconds=head["seconds"],
+        exit_records=record.exit_records,
+    )
+
+
+def columns_of(record: TraceRecord, parts: Sequence[bytes]) -> ExitColumns:
+    """The exit records of a trace."""
+    head = json.loads(record.head)
+    pieces = [unpack(part) for part in parts]
+    names = list(pieces[0])
+    joined: dict[str, Any] = {name: np.concatenate([piece[name] for piece in pieces]) for name in names}
+    return ExitColumns(
+        {name.removeprefix(_COLUMN): joined[name] for name in names if name.startswith(_COLUMN)},
+        joined[_RECORD_GPA],
+        head["has_gva"],
+        {name.removeprefix(_CARRY): joined[name] for name in names if name.startswith(_CARRY)},
+        ObjectIndex(**unpack(record.object_index)),
+        tuple(head["object_names"]),
+    )
+
+
+def _columns(exits: ExitColumns) -> dict[str, Any]:
+    return {
+        _RECORD_GPA: exits.record_gpa,
+        **{_COLUMN + name: column for name, column in exits.columns.items()},
+        **{_CARRY + name: column for name, column in exits.carry.items()},
+    }
+
+
+def _head(trace: Trace) -> dict[str, Any]:
+    result = trace.result
+    return {
+        "request": asdict(trace.request),
+        "result": {
+            **{name: int(getattr(result, name)) for name in _TOTALS},
+            "by_object": [
+                [name, [hit.violations, hit.collateral, hit.first_index, hit.subpages]]
+                for name, hit in result.by_object.items()
+            ],
+            "exits": {name: int(count) for name, count in result.exits.items()},
+            "stopped_at": None if result.stopped_at is None else int(result.stopped_at),
+            "translations": asdict(result.translations),
+        },
+        "ignored_columns": list(trace.ignored_columns),
+        "seconds": trace.seconds,
+        "has_gva": result.exit_columns.has_gva,
+        "object_names": list(result.exit_columns.object_names),
+    }
