@@ -17,11 +17,6 @@ CAP_HYPERV_ENFORCE_CPUID = 199
 _ENFORCES_SINCE = "kvm-latest"
 
 
-def _vcpu(target: Target) -> int:
-    assert target.vcpu is not None, "a call at this level has a vCPU"
-    return target.vcpu
-
-
 def _direct_flush(target: Target) -> int:
     host = hyperv_host(VmConfig(profile=target.profile, host=target.host))
     return int(host is not None and host.direct_flush)
@@ -30,7 +25,7 @@ def _direct_flush(target: Target) -> int:
 def _enable_direct_flush(target: Target, _: EnableCap) -> Reply:
     """Its arguments are not looked at."""
     try:
-        target.vm.hyperv.enable_direct_flush(_vcpu(target))
+        target.vm.hyperv.enable_direct_flush(target.vcpu_id)
     except EngineError as error:
         return failed(error.errno)
     return Reply(0)
@@ -43,7 +38,7 @@ def _enforces(target: Target) -> int:
 def _enforce_cpuid(target: Target, wanted: EnableCap) -> Reply:
     if not _enforces(target):
         return failed("EINVAL")
-    target.vm.hyperv.enforce_cpuid(_vcpu(target), bool(wanted.args[0]))
+    target.vm.hyperv.enforce_cpuid(target.vcpu_id, bool(wanted.args[0]))
     return Reply(0)
 
 

@@ -29,10 +29,16 @@ class Target:
         assert self.machine is not None, "a call at this level has a machine"
         return self.machine
 
+    @property
+    def vcpu_id(self) -> int:
+        """The vCPU of a call at the vCPU level."""
+        assert self.vcpu is not None, "a call at this level has a vCPU"
+        return self.vcpu
+
 
 @dataclass(frozen=True)
 class EnableCap:
-    """struct kvm_enable_cap, 104 bytes: cap u32 at 0, flags u32 at 4, args u64[4] at 8; ``raw`` is all of it.
+    """struct kvm_enable_cap, 104 bytes: cap u32 at 0, flags u32 at 4, args u64[4] at 8.
 
     ``memory`` is what pointers in ``args`` reach.
     """
@@ -42,14 +48,13 @@ class EnableCap:
     number: int
     flags: int
     args: tuple[int, ...]
-    raw: bytes
     memory: UserMemory
 
     @classmethod
     def unpack(cls, raw: bytes, call: Call) -> EnableCap:
         """The structure that a call's argument points to."""
         number, flags, *args = struct.unpack_from("<2I4Q", raw)
-        return cls(number, flags, tuple(args), raw, call.memory)
+        return cls(number, flags, tuple(args), call.memory)
 
 
 Handler = Callable[[Target, Call], Reply]

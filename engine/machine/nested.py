@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine import nested
+from engine.abi import UserBuffer
 from engine.arch import vmx_msrs
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.nested_state import NO_ADDRESS
@@ -28,11 +29,13 @@ from engine.machine.nested_states import (
     open_vcpu,
 )
 from engine.machine.operations import Operations
-from engine.nested import Call, InstructionResult, NestedHost, NestedVcpu, Reply, RunResult, SetResult, UserBuffer
-from engine.nested.enlightened import clean_fields, evmcs_page
-from engine.nested.ioctls import CAP_HYPERV_ENLIGHTENED_VMCS, READING, evmcs_hook
+from engine.nested import InstructionResult, RunResult, SetResult
+from engine.nested.enlightened import CAP_HYPERV_ENLIGHTENED_VMCS, clean_fields, evmcs_page, evmcs_refusal
+from engine.vcpu.cpuid import supported_cpuid
+from engine.vcpu.hv_cpuid import evmcs_version, supported_hv_cpuid
 from engine.vcpu.msr_numbers import NAMES as HYPERV_MSR_NAMES
-from engine.vcpu.msrs import REGISTER_MSR_NAMES
+from engine.vcpu.msrs import REGISTER_MSR_NAMES, read_msr, write_msr
+from engine.vcpu.vcpu import NestedHost, NestedVcpu
 
 MSR_NAMES = {
     vmx_msrs.IA32_FEATURE_CONTROL: "IA32_FEATURE_CONTROL",
@@ -112,7 +115,7 @@ class NestedOperations(Operations):
 
     def vcpu(self, vcpu: int) -> NestedVcpu:
         """The vCPU as it is: a copy, which may be used up. Its methods and ``engine.nested`` answer the rest."""
-        return self._read(vcpu)[0]
+        return self.read(vcpu)[0]
 
     def identities(self) -> list[tuple[int, tuple[CpuidEntry, ...]]]:
         """VP index and CPUID of every vCPU in the order of the configuration, without the cost of the whole vCPUs."""
@@ -129,7 +132,7 @@ class NestedOperations(Operations):
 
     def state(self, vcpu: int) -> bytes:
         """The blob that KVM_GET_NESTED_STATE gives. Raises Unsupported on a host without nested state."""
-        blob = nested.read_nested_state(*self._read(vcpu))
+        blob = nested.read_nested_state(*self.read(vcpu))
         if blob is None:
             raise Unsupported(
                 "must be true, on a host that has nested state",
@@ -141,22 +144,18 @@ class NestedOperations(Operations):
 
     def explain_state(self, vcpu: int, blob: bytes | None) -> tuple[SetResult, bytes | None]:
         """What ``set_state`` would do, check by check, and the blob that GET would give afterwards."""
-        seen, ram = self._read(vcpu)
+        seen, ram = self.read(vcpu)
         result, after = nested.explain_nested_state(seen, ram, UserBuffer.of(blob))
         return result, nested.read_nested_state(after, ram)
 
     def supported_cpuid(self) -> tuple[CpuidEntry, ...]:
         """KVM_GET_SUPPORTED_CPUID."""
         host = self.host()
-        return nested.supported_cpuid(host.vendor, host.nested, host.maxphyaddr)
+        return supported_cpuid(host.vendor, host.nested, host.maxphyaddr)
 
     def hyperv_cpuid(self, vcpu: int) -> list[CpuidEntry]:
         """KVM_GET_SUPPORTED_HV_CPUID on the vCPU."""
-        return nested.supported_hv_cpuid(self.vcpu(vcpu))
-
-    def check_extension(self, capability: int) -> int | None:
-        """KVM_CHECK_EXTENSION for a capability of nesting; None for any other."""
-        return nested.check_extension(self.host(), self._config.profile, capability)
+        return supported_hv_cpuid(self.vcpu(vcpu))
 
     def msrs(self, vcpu: int, indices: Sequence[int] = ()) -> list[VcpuMsr]:
         """The MSRs asked for, or those that have a name or were written."""
@@ -166,20 +165,20 @@ class NestedOperations(Operations):
             VcpuMsr(
                 index,
                 MSR_NAMES.get(index),
-                nested.read_msr(seen, index, host=True),
-                nested.read_msr(seen, index, host=False),
+                read_msr(seen, index, host=True),
+                read_msr(seen, index, host=False),
             )
             for index in wanted
         ]
 
     def evmcs(self, vcpu: int) -> EvmcsState:
         """The enlightened VMCS of the vCPU."""
-        seen, ram = self._read(vcpu)
+        seen, ram = self.read(vcpu)
         attached = seen.vmx.evmptr if seen.vmx.evmcs_mapped else None
         return EvmcsState(
             enabled=seen.evmcs_enabled,
             visible=seen.evmcs_visible,
-            versions=nested.evmcs_version(seen),
+            versions=evmcs_version(seen),
             attached=attached,
             pending=seen.vmx.evmptr != NO_ADDRESS and attached is None,
             wanted=nested.current_evmcs(seen, ram),
@@ -187,6 +186,11 @@ class NestedOperations(Operations):
             fields=None if attached is None else seen.era.evmcs.decode(evmcs_page(seen, ram) or b""),
             lost=_lost_controls(seen),
         )
+
+    def read(self, vcpu: int) -> tuple[NestedVcpu, Ram]:
+        """The vCPU as it is and guest memory as published: a copy of the one, and memory that is not to be written."""
+        snapshot, states = self._published()
+        return open_vcpu(self._config, states, snapshot.machine, vcpu), Ram(snapshot)
 
     # Changes
 
@@ -217,7 +221,7 @@ class NestedOperations(Operations):
         with self.change(vcpu) as (whole, ram):
             for position, (index, value) in enumerate(writes):
                 if guest:
-                    done = nested.write_msr(whole, ram, index, value, host=False)
+                    done = write_msr(whole, ram, index, value, host=False)
                 else:
                     done = nested.set_msr(whole, ram, index, value)
                 if not done:
@@ -227,7 +231,7 @@ class NestedOperations(Operations):
     def enable_evmcs(self, vcpu: int) -> int:
         """KVM_ENABLE_CAP(163): the version range. Raises Unsupported, with the kernel's errno, where there is none."""
         with self.change(vcpu) as (whole, _):
-            errno = evmcs_hook(whole)
+            errno = evmcs_refusal(whole)
             if errno is not None:
                 raise Unsupported(
                     "must be offered: this host has no enlightened VMCS for guests (host.nested, host.nested_evmcs)",
@@ -274,25 +278,6 @@ class NestedOperations(Operations):
         """Whether the vCPUs have their local APIC in the kernel (KVM_CREATE_IRQCHIP before them)."""
         with self._change() as draft:
             draft.beside = replace(draft.beside, lapic_in_kernel=present)
-
-    def ioctl(self, call: Call, vcpu: int | None = None) -> Reply:
-        """An ioctl of ``engine.nested.ioctls``, with the vCPU's state and the machine's memory filled in."""
-        if vcpu is None:
-            call.host, call.profile = self.host(), self._config.profile
-            return nested.ioctl(call)
-        if call.name in READING:
-            call.vcpu, call.guest = self._read(vcpu)
-            call.host, call.profile = call.vcpu.host, call.vcpu.profile
-            return nested.ioctl(call)
-        with self.change(vcpu) as (whole, ram):
-            call.vcpu, call.host, call.profile, call.guest = whole, whole.host, whole.profile, ram
-            return nested.ioctl(call)
-
-    # Inside
-
-    def _read(self, vcpu: int) -> tuple[NestedVcpu, Ram]:
-        snapshot, states = self._published()
-        return open_vcpu(self._config, states, snapshot.machine, vcpu), Ram(snapshot)
 
 
 def nested_in_use(states: NestedStates) -> bool:

@@ -15,9 +15,12 @@ from engine.arch.hyperv_pages import VP_ASSIST
 from engine.arch.nested_state import NO_ADDRESS
 from engine.arch.vmcs12 import EVMCS_VERSION, VMCS12, VMCS12_PAGE, VMCS12_REVISION, put
 from engine.kvm.trial_memory import PAGE, GuestMemory
+from engine.vcpu.eras import era_of
 from engine.vcpu.hv_cpuid import evmcs_version
 from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE
-from engine.vcpu.vcpu import EVMPTR_NONE, EVMPTR_PENDING, NestedVcpu
+from engine.vcpu.vcpu import EVMPTR_NONE, EVMPTR_PENDING, NestedHost, NestedVcpu
+
+CAP_HYPERV_ENLIGHTENED_VMCS = 163
 
 _ASSIST_ENABLE = 0x1
 _ASSIST_ENLIGHTEN = VP_ASSIST.by_name["enlighten_vmentry"].offset
@@ -25,6 +28,23 @@ _ASSIST_CURRENT = VP_ASSIST.by_name["current_nested_vmcs"].offset
 _ASSIST_READ = 56
 
 AttachResult = Literal["unused", "attached", "unmapped", "bad-revision"]
+
+
+def offers_evmcs(host: NestedHost, profile: str) -> bool:
+    """What KVM_CHECK_EXTENSION says: in 2019 yes even on AMD; a kernel described without it says no."""
+    return host.evmcs and (host.intel or not era_of(profile).hooks_always)
+
+
+def evmcs_refusal(vcpu: NestedVcpu) -> str | None:
+    """Why this kernel cannot enable the enlightened VMCS on the vCPU, as errno; None if it can."""
+    host = vcpu.host
+    if vcpu.era.hooks_always:
+        if not host.evmcs:
+            return "EINVAL"
+        return None if host.intel else "ENOTTY"
+    if not host.intel:
+        return "ENODEV"
+    return None if host.nested and host.evmcs else "ENOTTY"
 
 
 def enable_evmcs(vcpu: NestedVcpu) -> int:

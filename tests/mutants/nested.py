@@ -9,14 +9,14 @@ SET_PY = "engine/nested/set_state.py"
 GET_PY = "engine/nested/get_state.py"
 CONTEXT_PY = "engine/nested/entry_context.py"
 CAPABILITIES_PY = "engine/vcpu/vmx_capabilities.py"
-REGISTERS_PY = "engine/nested/register_ioctls.py"
-MSRS_PY = "engine/nested/msr_ioctls.py"
+REGISTERS_PY = "engine/ioctls/registers.py"
+MSRS_PY = "engine/ioctls/msrs.py"
 STATES_PY = "engine/machine/nested_states.py"
 REPLAY_PY = "engine/trace/replay.py"
 
 NESTED = "tests/engine/nested"
 OPERATIONS = "tests/engine/test_nested_operations.py"
-REGISTER_IOCTLS = f"{NESTED}/test_register_ioctls.py"
+REGISTER_IOCTLS = "tests/engine/ioctls/test_registers.py"
 
 
 def vectors(*rows: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import httpx2
 
 from engine.arch import nested_state as abi
 from engine.arch.hyperv_cpuid import CpuidEntry
-from engine.nested import NestedHost
+from engine.vcpu.vcpu import NestedHost
 from tests.contract.client import ContractClient
 from tests.engine.nested.support import WIDTH, vmx_cpuid
 

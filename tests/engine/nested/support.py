@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch.hyperv_cpuid import INTERFACE_SIGNATURE, LEAF_INTERFACE, CpuidEntry
 from engine.arch.vmcs12 import VMCS12, VMCS12_REVISION
-from engine.nested import NestedHost, NestedVcpu, UserBuffer, enable_evmcs, get_nested_state, set_nested_state
+from engine.nested import enable_evmcs, get_nested_state, set_nested_state
 from engine.nested.verdict import SetResult
 from engine.vcpu.cpuid import ECX1_VMX, supported_cpuid
+from engine.vcpu.vcpu import NestedHost, NestedVcpu
 
 ERAS = ("kvm-2019", "kvm-latest")
 WIDTH = 39

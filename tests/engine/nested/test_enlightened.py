@@ -8,13 +8,11 @@ from engine.arch.evmcs import EVMCS, EVMCS_FIELDS, EVMCS_PACKED
 from engine.arch.vmcs12 import VMCS12
 from engine.arch.vmx_msrs import MSR_BY_NAME
 from engine.nested import (
-    NestedVcpu,
     current_evmcs,
     enable_evmcs,
     exit_to_l1,
     leave_nested,
     prepare_run,
-    read_msr,
     set_msr,
     vm_entry,
     vmclear,
@@ -22,6 +20,8 @@ from engine.nested import (
     vmptrst,
 )
 from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE
+from engine.vcpu.msrs import read_msr
+from engine.vcpu.vcpu import NestedVcpu
 from tests.engine.nested.support import (
     ERAS,
     EV,

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from engine.nested import NestedHost, NestedVcpu, SetResult, UserBuffer, explain_nested_state, steps_of
+from engine.abi import UserBuffer
+from engine.nested import SetResult, explain_nested_state, steps_of
 from engine.nested.entry_checks import checks_of
 from engine.nested.set_facts import FACTS
+from engine.vcpu.vcpu import NestedHost, NestedVcpu
 from tests.engine.nested.support import (
     ERAS,
     EV,

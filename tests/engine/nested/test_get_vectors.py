@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch.vmcs12 import VMCS12, VMCS12_REVISION
 from engine.nested import (
-    NestedHost,
-    UserBuffer,
     enable_evmcs,
     exit_to_l1,
     get_nested_state,
@@ -19,6 +18,7 @@ from engine.nested import (
     vmptrld,
 )
 from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE
+from engine.vcpu.vcpu import NestedHost
 from tests.engine.nested.support import (
     ERAS,
     EV,

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch.vmcs12 import VMCS12, VMCS12_REVISION
-from engine.nested import NestedVcpu, explain_nested_state, read_nested_state, steps_of, vm_entry
+from engine.nested import explain_nested_state, read_nested_state, steps_of, vm_entry
 from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE
+from engine.vcpu.vcpu import NestedVcpu
 from tests.engine.nested.support import (
     ERAS,
     EV,

@@ -6,28 +6,15 @@ import json
 
 import pytest
 
+from engine.abi import UserBuffer, UserMemory
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.vmcs12 import VMCS12
 from engine.errors import InvalidValue
-from engine.nested import (
-    NestedHost,
-    NestedVcpu,
-    NoMemory,
-    Overlay,
-    UserBuffer,
-    UserMemory,
-    entries_from_json,
-    entries_to_json,
-    exit_to_l1,
-    explain_nested_state,
-    read_msr,
-    reset,
-    set_cpuid,
-    set_msr,
-    steps_of,
-    write_msr,
-)
-from engine.vcpu.cpuid import cr4_allowed, maxphyaddr, nested_ebx
+from engine.kvm.trial_memory import NoMemory, Overlay
+from engine.nested import exit_to_l1, explain_nested_state, reset, set_cpuid, set_msr, steps_of
+from engine.vcpu.cpuid import cr4_allowed, entries_from_json, entries_to_json, maxphyaddr, nested_ebx
+from engine.vcpu.msrs import read_msr, write_msr
+from engine.vcpu.vcpu import NestedHost, NestedVcpu
 from tests.engine.nested.support import ERAS, GM, MIN32, Ram, blob, do_set, make_vcpu, summary, vmcs12, vmx_cpuid
 
 

@@ -8,8 +8,9 @@ import pytest
 
 from engine.arch import nested_state as abi
 from engine.arch.vmx_msrs import EFER, EFER_SVME
-from engine.nested import NestedHost, NestedVcpu, enable_evmcs, set_cpuid, set_msr
+from engine.nested import enable_evmcs, set_cpuid, set_msr
 from engine.vcpu.cpuid import ECX8_SVM, supported_cpuid
+from engine.vcpu.vcpu import NestedHost, NestedVcpu
 from tests.engine.nested.support import EV, GIF, GM, NONE, RP, Ram, blob, do_get, do_set, vmcs12, vmx_cpuid
 
 ZERO = {"vmxon": 0, "vmcs12_pa": 0}

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from engine.nested import NestedHost, NestedVcpu, set_msr
+from engine.nested import set_msr
 from engine.vcpu.registers import RESET_REGISTERS
+from engine.vcpu.vcpu import NestedHost, NestedVcpu
 from tests.engine.nested.support import (
     ERAS,
     EV,

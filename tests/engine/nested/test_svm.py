@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from engine.abi import UserBuffer
 from engine.arch.vmx_msrs import EFER_LMA, EFER_LME, EFER_SVME
-from engine.nested import NestedHost, NestedVcpu, UserBuffer, get_nested_state
+from engine.nested import get_nested_state
 from engine.nested.svm import VMCB
 from engine.vcpu.cpuid import supported_cpuid
+from engine.vcpu.vcpu import NestedHost, NestedVcpu
 from tests.engine.nested.support import GIF, GM, RP, Ram, blob, do_get, do_set
 
 GOOD = {

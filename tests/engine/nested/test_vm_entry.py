@@ -9,7 +9,6 @@ import pytest
 from engine.arch.vmcs12 import VMCS12, VMCS12_REVISION
 from engine.errors import Conflict
 from engine.nested import (
-    NestedVcpu,
     exit_to_l1,
     prepare_run,
     set_cpuid,
@@ -22,6 +21,7 @@ from engine.nested import (
     vmxoff,
     vmxon,
 )
+from engine.vcpu.vcpu import NestedVcpu
 from tests.engine.nested.support import (
     ERAS,
     GM,

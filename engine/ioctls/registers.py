@@ -1,20 +1,27 @@
-"""Registers and events of a vCPU as KVM_GET/SET_REGS, _SREGS, _VCPU_EVENTS and _MP_STATE have them.
+"""KVM_GET and KVM_SET of REGS, SREGS, VCPU_EVENTS and MP_STATE: registers and events of a vCPU.
 
 Each ``…_bytes`` gives the structure of a GET; each ``set_…`` takes that of a SET and returns None or the errno.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
+from engine.abi import Call, Reply, failed
 from engine.arch import kvm_vcpu_structs as abi
 from engine.arch import vmx_msrs as vmx
+from engine.ioctls.registry import Ioctl, Target
+from engine.ioctls.vcpu_rows import changing, done, reading
 from engine.kvm.trial_memory import GuestMemory
 from engine.nested.operations import set_smm
 from engine.vcpu import cpuid as cpuid_facts
 from engine.vcpu.msrs import APIC_BASE, read_msr
 from engine.vcpu.registers import CR0_PE, CR0_PG, CR4_PAE, SEGMENTS, TABLES
 from engine.vcpu.vcpu import NestedVcpu
+
+CAP_MP_STATE = 14
+CAP_VCPU_EVENTS = 41
 
 _RFLAGS_FIXED = 0x2
 _CR0_CD, _CR0_NW = 1 << 30, 1 << 29
@@ -198,12 +205,31 @@ def _access_rights(vcpu: NestedVcpu, raw: bytes, name: str) -> int:
     return rights
 
 
-# Name without KVM_GET_ and KVM_SET_: size, GET, SET.
-STRUCTURES: dict[
-    str, tuple[int, Callable[[NestedVcpu], bytes], Callable[[NestedVcpu, GuestMemory, bytes], str | None]]
-] = {
-    "REGS": (abi.REGS.size, regs_bytes, set_regs),
-    "SREGS": (abi.SREGS.size, sregs_bytes, set_sregs),
-    "VCPU_EVENTS": (abi.EVENTS.size, events_bytes, set_events),
-    "MP_STATE": (4, mp_state_bytes, set_mp_state),
-}
+def _rows(
+    name: str,
+    size: int,
+    get: Callable[[NestedVcpu], bytes],
+    put: Callable[[NestedVcpu, GuestMemory, bytes], str | None],
+) -> tuple[Ioctl, Ioctl]:
+    """KVM_GET and KVM_SET of a structure of ``size`` bytes."""
+
+    def copy_out(vcpu: NestedVcpu, _: GuestMemory, call: Call) -> Reply:
+        return Reply(0) if call.user.copy_to(0, get(vcpu)) else failed("EFAULT")
+
+    def copy_in(vcpu: NestedVcpu, memory: GuestMemory, call: Call) -> Reply:
+        raw = call.user.copy_from(0, size)
+        return done("EFAULT" if raw is None else put(vcpu, memory, raw))
+
+    return reading(f"KVM_GET_{name}", copy_out), changing(f"KVM_SET_{name}", copy_in)
+
+
+CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType(
+    {CAP_MP_STATE: lambda _: 1, CAP_VCPU_EVENTS: lambda _: 1}
+)
+
+ROWS = (
+    *_rows("REGS", abi.REGS.size, regs_bytes, set_regs),
+    *_rows("SREGS", abi.SREGS.size, sregs_bytes, set_sregs),
+    *_rows("VCPU_EVENTS", abi.EVENTS.size, events_bytes, set_events),
+    *_rows("MP_STATE", 4, mp_state_bytes, set_mp_state),
+)

@@ -1,22 +1,27 @@
 """MSRs through the binary ABI: which there are, KVM_GET_MSRS, KVM_SET_MSRS and the two lists.
 
 A kernel refuses MSRs that it does not know. The numbers here are those of KVM on the described host; the instructions
-and the MSR lists of a VM entry, which ``engine.nested.msrs`` serves, take any.
+and the MSR lists of a VM entry, which ``engine.vcpu.msrs`` serves, take any.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
-from engine.abi import UserBuffer
+from engine.abi import SYSTEM, Call, Reply, failed
 from engine.arch import vmx_msrs as vmx
 from engine.arch.kvm_vcpu_structs import MAX_MSRS, MSR_ENTRY, MSRS_HEADER
+from engine.ioctls.registry import Ioctl, Target
+from engine.ioctls.vcpu_rows import changing, host_of, reading
 from engine.kvm.trial_memory import GuestMemory
 from engine.nested.operations import set_msr
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX
 from engine.vcpu.msrs import read_msr
 from engine.vcpu.vcpu import NestedHost, NestedVcpu
+
+CAP_GET_MSR_FEATURES = 153
 
 # KVM_GET_MSR_INDEX_LIST: what a migration has to carry.
 SAVED_MSRS = (
@@ -61,54 +66,77 @@ def read_feature(host: NestedHost, profile: str, number: int) -> int | None:
     return host.capabilities(profile).read(number)
 
 
-def list_numbers(user: UserBuffer, numbers: tuple[int, ...]) -> str | None:
+def _list(call: Call, numbers: tuple[int, ...]) -> Reply:
     """struct kvm_msr_list: the count goes out before it is compared with the room."""
-    raw = user.copy_from(0, 4)
-    if raw is None or not user.copy_to(0, len(numbers).to_bytes(4, "little")):
-        return "EFAULT"
+    raw = call.user.copy_from(0, 4)
+    if raw is None or not call.user.copy_to(0, len(numbers).to_bytes(4, "little")):
+        return failed("EFAULT")
     if int.from_bytes(raw, "little") < len(numbers):
-        return "E2BIG"
+        return failed("E2BIG")
     body = b"".join(number.to_bytes(4, "little") for number in numbers)
-    return None if user.copy_to(4, body) else "EFAULT"
+    return Reply(0) if call.user.copy_to(4, body) else failed("EFAULT")
 
 
-def _entries(user: UserBuffer) -> tuple[list[tuple[int, int, int]], str | None]:
-    raw = user.copy_from(0, MSRS_HEADER)
+def _entries(call: Call) -> list[tuple[int, int, int]] | Reply:
+    """Index, reserved word and value of each entry, or the answer that ends the call."""
+    raw = call.user.copy_from(0, MSRS_HEADER)
     if raw is None:
-        return [], "EFAULT"
+        return failed("EFAULT")
     count = int.from_bytes(raw[:4], "little")
     if count >= MAX_MSRS:
-        return [], "E2BIG"
-    body = user.copy_from(MSRS_HEADER, count * MSR_ENTRY)
+        return failed("E2BIG")
+    body = call.user.copy_from(MSRS_HEADER, count * MSR_ENTRY)
     if body is None:
-        return [], "EFAULT"
-    return [struct.unpack_from("<IIQ", body, at) for at in range(0, len(body), MSR_ENTRY)], None
+        return failed("EFAULT")
+    return [struct.unpack_from("<IIQ", body, at) for at in range(0, len(body), MSR_ENTRY)]
 
 
-def get_msrs(user: UserBuffer, read: Callable[[int], int | None]) -> tuple[int, str | None]:
-    """KVM_GET_MSRS: how many were read before the first that could not be; all entries are copied back."""
-    entries, errno = _entries(user)
-    if errno is not None:
-        return -1, errno
-    done, body = 0, b""
+def _get(call: Call, read: Callable[[int], int | None]) -> Reply:
+    """How many were read before the first that could not be; all entries are copied back."""
+    entries = _entries(call)
+    if isinstance(entries, Reply):
+        return entries
+    count, body = 0, b""
     for number, reserved, data in entries:
-        value = read(number) if done == len(body) // MSR_ENTRY else None
-        done += value is not None
+        value = read(number) if count == len(body) // MSR_ENTRY else None
+        count += value is not None
         body += struct.pack("<IIQ", number, reserved, data if value is None else value)
-    return (done, None) if user.copy_to(MSRS_HEADER, body) else (-1, "EFAULT")
+    return Reply(count) if call.user.copy_to(MSRS_HEADER, body) else failed("EFAULT")
 
 
-def set_msrs(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer) -> tuple[int, str | None]:
+def get_features(target: Target, call: Call) -> Reply:
+    """KVM_GET_MSRS on the system device."""
+    host = host_of(target)
+    return _get(call, lambda number: read_feature(host, target.profile, number))
+
+
+def get_msrs(vcpu: NestedVcpu, _: GuestMemory, call: Call) -> Reply:
+    """KVM_GET_MSRS on a vCPU."""
+    return _get(call, lambda number: read_msr(vcpu, number, host=True) if number in KNOWN_MSRS else None)
+
+
+def set_msrs(vcpu: NestedVcpu, memory: GuestMemory, call: Call) -> Reply:
     """KVM_SET_MSRS: how many were written before the first that could not be."""
-    entries, errno = _entries(user)
-    if errno is not None:
-        return -1, errno
-    for done, (number, _, value) in enumerate(entries):
+    entries = _entries(call)
+    if isinstance(entries, Reply):
+        return entries
+    for written, (number, _, value) in enumerate(entries):
         if number not in KNOWN_MSRS or not set_msr(vcpu, memory, number, value):
-            return done, None
-    return len(entries), None
+            return Reply(written)
+    return Reply(len(entries))
 
 
-def read_known(vcpu: NestedVcpu, number: int) -> int | None:
-    """A host read of an MSR, None for one that the kernel does not know."""
-    return read_msr(vcpu, number, host=True) if number in KNOWN_MSRS else None
+CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType({CAP_GET_MSR_FEATURES: lambda _: 1})
+
+ROWS = (
+    Ioctl("KVM_GET_MSR_INDEX_LIST", SYSTEM, lambda _, call: _list(call, SAVED_MSRS), changes=False),
+    Ioctl(
+        "KVM_GET_MSR_FEATURE_INDEX_LIST",
+        SYSTEM,
+        lambda target, call: _list(call, feature_msrs(host_of(target))),
+        changes=False,
+    ),
+    Ioctl("KVM_GET_MSRS", SYSTEM, get_features, changes=False),
+    reading("KVM_GET_MSRS", get_msrs),
+    changing("KVM_SET_MSRS", set_msrs),
+)
