@@ -1,7 +1,7 @@
 """The binary KVM ABI of a machine: an ioctl's bytes in, one operation of the machine, bytes and errno out.
 
-A package that answers ioctls writes a module with ``ROWS`` and names it in ``IOCTLS`` here; its capabilities go to
-the tables in ``ioctls.capabilities``.
+A module that answers ioctls has ``ROWS`` and is named in ``_MODULES`` here; its capabilities go
+to the tables in ``ioctls.capabilities``.
 """
 
 from engine.abi import VM, Call
@@ -23,8 +23,8 @@ from engine.ioctls.system import NewMachine
 from engine.ioctls.vcpus import as_created
 from engine.machine import VirtualMachine
 
-_ROOMS = (system, capabilities, memory_slots, dirty_log, subpages, vcpus, registers, cpuid, msrs, nested_state)
-IOCTLS = Registry(row for room in _ROOMS for row in room.ROWS)
+_MODULES = (system, capabilities, memory_slots, dirty_log, subpages, vcpus, registers, cpuid, msrs, nested_state)
+IOCTLS = Registry(row for module in _MODULES for row in module.ROWS)
 
 
 def check_vm_extension(machine: VirtualMachine, capability: int) -> int:

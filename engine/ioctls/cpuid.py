@@ -14,8 +14,8 @@ from engine.ioctls.registry import Ioctl, Target
 from engine.ioctls.vcpu_rows import changing, done, host_of, reading
 from engine.kvm.trial_memory import GuestMemory
 from engine.nested.operations import set_cpuid
+from engine.state.kvm_versions import kvm_version
 from engine.vcpu.cpuid import supported_cpuid
-from engine.vcpu.eras import era_of
 from engine.vcpu.hv_cpuid import supported_hv_cpuid, system_hv_cpuid
 from engine.vcpu.vcpu import NestedVcpu
 
@@ -47,7 +47,7 @@ def set_cpuid2(vcpu: NestedVcpu, _: GuestMemory, call: Call) -> Reply:
     if raw is None:
         return failed("EFAULT")
     count = int.from_bytes(raw[:4], "little")
-    if count > vcpu.era.max_cpuid_entries:
+    if count > vcpu.kvm.vcpu.max_cpuid_entries:
         return failed("E2BIG")
     body = call.user.copy_from(HEADER_SIZE, count * ENTRY_SIZE)
     return failed("EFAULT") if body is None else done(set_cpuid(vcpu, unpack_entries(body)))
@@ -55,7 +55,7 @@ def set_cpuid2(vcpu: NestedVcpu, _: GuestMemory, call: Call) -> Reply:
 
 def get_cpuid2(vcpu: NestedVcpu, _: GuestMemory, call: Call) -> Reply:
     """KVM_GET_CPUID2; only today's kernel stores the count."""
-    return _list(call, vcpu.cpuid, stores_count=vcpu.era.reports_cpuid_count)
+    return _list(call, vcpu.cpuid, stores_count=vcpu.kvm.vcpu.reports_cpuid_count)
 
 
 def _list(call: Call, entries: Sequence[CpuidEntry], *, stores_count: bool = True) -> Reply:
@@ -74,7 +74,7 @@ CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType(
     {
         CAP_EXT_CPUID: lambda _: 1,
         CAP_HYPERV_CPUID: lambda _: 1,
-        CAP_SYS_HYPERV_CPUID: lambda target: int(era_of(target.profile).hooks_always),
+        CAP_SYS_HYPERV_CPUID: lambda target: int(kvm_version(target.profile).hyperv.leaves_without_vcpu),
     }
 )
 

@@ -10,11 +10,11 @@ from engine.errors import EngineError
 from engine.ioctls.registry import EnableCap, Target
 from engine.machine.hyperv_vps import hyperv_host
 from engine.state.config import VmConfig
+from engine.state.kvm_versions import kvm_version
 
 CAP_HYPERV_TLBFLUSH = 155
 CAP_HYPERV_DIRECT_TLBFLUSH = 175
 CAP_HYPERV_ENFORCE_CPUID = 199
-_ENFORCES_SINCE = "kvm-latest"
 
 
 def _direct_flush(target: Target) -> int:
@@ -32,7 +32,7 @@ def _enable_direct_flush(target: Target, _: EnableCap) -> Reply:
 
 
 def _enforces(target: Target) -> int:
-    return int(target.profile == _ENFORCES_SINCE)
+    return int(kvm_version(target.profile).hyperv.enforces_cpuid)
 
 
 def _enforce_cpuid(target: Target, wanted: EnableCap) -> Reply:

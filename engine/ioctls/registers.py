@@ -180,11 +180,11 @@ def _sregs_valid(vcpu: NestedVcpu, given: dict[str, int], cs_long: bool) -> bool
     if efer & vmx.EFER_LME and cr0 & CR0_PG:
         if not cr4 & CR4_PAE or not efer & vmx.EFER_LMA:
             return False
-        if vcpu.era.strict_sregs and given["cr3"] >> vcpu.maxphyaddr:
+        if vcpu.kvm.vcpu.strict_sregs and given["cr3"] >> vcpu.maxphyaddr:
             return False
     elif efer & vmx.EFER_LMA or cs_long:
         return False
-    if not vcpu.era.strict_sregs:
+    if not vcpu.kvm.vcpu.strict_sregs:
         return True
     cr0_valid = not (cr0 >> 32 or cr0 & (_CR0_CD | _CR0_NW) == _CR0_NW or cr0 & (CR0_PG | CR0_PE) == CR0_PG)
     return cr0_valid and not cr4 & ~(_CR4_BASIC | cpuid_facts.cr4_allowed(vcpu.cpuid))
@@ -201,7 +201,7 @@ def _access_rights(vcpu: NestedVcpu, raw: bytes, name: str) -> int:
     for bit in abi.ACCESS_BITS:
         rights |= (abi.SREGS.get(raw, f"{name}_{bit.name}") & bit.mask) << bit.shift
     if abi.SREGS.get(raw, f"{name}_unusable") or not rights & abi.ACCESS_PRESENT:
-        return abi.ACCESS_UNUSABLE | (rights if vcpu.era.strict_sregs else 0)
+        return abi.ACCESS_UNUSABLE | (rights if vcpu.kvm.vcpu.strict_sregs else 0)
     return rights
 
 

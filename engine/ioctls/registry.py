@@ -1,4 +1,4 @@
-"""Which ioctls there are, at which level, in which era, and who answers them."""
+"""Which ioctls there are, at which level, in which kernels, and who answers them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import ClassVar
 from engine.abi import LEVELS, Call, Reply, UserMemory, failed, wrong_level
 from engine.errors import Busy, EngineError
 from engine.machine import VirtualMachine
-from engine.state.config import PROFILES, HostConfig
+from engine.state.config import HostConfig
+from engine.state.kvm_versions import PROFILES, ProfileName
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Ioctl:
     handler: Handler
     changes: bool = True
     allocates: bool = False
-    profiles: tuple[str, ...] = PROFILES
+    profiles: tuple[ProfileName, ...] = PROFILES
 
 
 class Registry:

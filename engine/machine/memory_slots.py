@@ -14,12 +14,12 @@ import numpy as np
 
 from engine.errors import InvalidValue, NotFound
 from engine.kvm import slot_changes
-from engine.kvm.abi_limits import LIMITS
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec, key_of
 from engine.machine import dirty
 from engine.state.config import VmConfig
 from engine.state.frame_store import Draft, Snapshot
+from engine.state.kvm_versions import kvm_version
 from engine.state.retry import new_trail, run_all
 
 
@@ -66,7 +66,7 @@ class SlotOperations:
         Raises InvalidValue, with EEXIST for one that overlaps another of its address space.
         """
         state = self._state()
-        spec.validate_number(LIMITS[self._config.profile].user_slots)
+        spec.validate_number(kvm_version(self._config.profile).limits.user_slots)
         spec.validate_place()
         known = state.slots.get(spec.key)
         if known is not None:

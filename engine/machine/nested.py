@@ -183,7 +183,7 @@ class NestedOperations(Operations):
             pending=seen.vmx.evmptr != NO_ADDRESS and attached is None,
             wanted=nested.current_evmcs(seen, ram),
             clean_fields=None if attached is None else clean_fields(seen, ram),
-            fields=None if attached is None else seen.era.evmcs.decode(evmcs_page(seen, ram) or b""),
+            fields=None if attached is None else seen.kvm.nested.evmcs.decode(evmcs_page(seen, ram) or b""),
             lost=_lost_controls(seen),
         )
 
@@ -293,7 +293,7 @@ def _lost_controls(vcpu: NestedVcpu) -> dict[str, int]:
     if not vcpu.evmcs_visible:
         return {}
     whole = vcpu.host.capabilities(vcpu.profile)
-    if vcpu.era.evmcs_clears_controls:
+    if vcpu.kvm.nested.evmcs_clears_controls:
         lost = {name: whole.controls[name].may1 & mask for name, mask in vmx_msrs.EVMCS_CLEARED.items()}
         lost["vmfunc"] = whole.values["vmfunc"] & vmx_msrs.EVMCS_CLEARED_VMFUNC
     else:

@@ -24,6 +24,7 @@ from engine.kvm import registers as reg
 from engine.kvm.guest_memory import Ram
 from engine.state.config import NESTED_CAPABILITIES, VcpuConfig, VmConfig
 from engine.state.frame_store import Draft
+from engine.state.kvm_versions import kvm_version
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL
 from engine.vcpu.registers import RESET_REGISTERS
 from engine.vcpu.vcpu import NestedHost, NestedVcpu, SvmState, VmxState
@@ -78,9 +79,10 @@ def nested_host(config: VmConfig, *, spp_active: bool) -> NestedHost:
     The values of the VMX capability MSRs are those of KVM, without what the described processor lacks, or as given.
     """
     host = config.host
+    excluded = spp_active and kvm_version(config.profile).subpages.excludes_nesting
     return NestedHost(
         vendor=host.vendor,
-        nested=not (spp_active and config.profile == "kvm-latest") if host.nested is None else host.nested,
+        nested=not excluded if host.nested is None else host.nested,
         ept=host.ept,
         evmcs=host.nested_evmcs,
         shadow_vmcs=bool(host.capability("procbased_ctls2") >> 32 & vmx.SEC_SHADOW_VMCS),
@@ -92,10 +94,10 @@ def nested_host(config: VmConfig, *, spp_active: bool) -> NestedHost:
 
 def _capabilities(config: VmConfig) -> dict[str, int]:
     host = config.host
-    controls, values = vmx.DEFAULT_CONTROLS[config.profile], vmx.DEFAULT_VALUES[config.profile]
-    must1, may1 = controls["secondary"]
+    rows = kvm_version(config.profile).vcpu
+    must1, may1 = rows.vmx_controls["secondary"]
     may1 &= host.capability("procbased_ctls2") >> 32 | vmx.SEC_SHADOW_VMCS
-    ept_vpid = values["ept_vpid"] & (host.capability("ept_vpid_cap") | ~_EPT_CAP_OF_HOST)
+    ept_vpid = rows.vmx_values["ept_vpid"] & (host.capability("ept_vpid_cap") | ~_EPT_CAP_OF_HOST)
     given = {name: value for name, value in host.vmx_capabilities.items() if name in NESTED_CAPABILITIES}
     return {"IA32_VMX_PROCBASED_CTLS2": may1 << 32 | must1, "IA32_VMX_EPT_VPID_CAP": ept_vpid, **given}
 

@@ -23,7 +23,7 @@ _PDPTE_RESERVED = 0x1E6
 
 def checks_of(profile: str, area: str = "") -> Iterator[EntryCheck]:
     """The checks that ``profile`` makes, in order; ``area`` is ``ctl``, ``host``, ``guest`` or everything."""
-    return (check for check in ENTRY_CHECKS if profile in check.eras and check.name.startswith(area))
+    return (check for check in ENTRY_CHECKS if profile in check.profiles and check.name.startswith(area))
 
 
 def first_failure(vcpu: NestedVcpu, memory: GuestMemory, area: str = "") -> EntryCheck | None:
@@ -68,7 +68,7 @@ def cr3_refusal(vcpu: NestedVcpu, memory: GuestMemory, from_vm_entry: bool) -> s
     paging = get(page, "guest_cr0") & CR0_PG and get(page, "guest_cr4") & CR4_PAE and not efer & vmx.EFER_LMA
     nested_ept = get(page, "cpu_based_vm_exec_control") & vmx.PROC_SECONDARY
     nested_ept = nested_ept and get(page, "secondary_vm_exec_control") & vmx.SEC_EPT
-    deferred = not vcpu.era.set_loads_pdptes and not from_vm_entry
+    deferred = not vcpu.kvm.nested.set_loads_pdptes and not from_vm_entry
     if not paging or nested_ept or deferred:
         return None
     return None if _pdptes_valid(vcpu, memory, cr3) else "pdpte"

@@ -28,7 +28,7 @@ class GetResult:
 
 def max_state_size(vcpu: NestedVcpu) -> int:
     """KVM_CHECK_EXTENSION(157): the largest state of this host, 0 when it has none."""
-    if not vcpu.era.hooks_always and not (vcpu.host.intel and vcpu.host.nested):
+    if not vcpu.kvm.nested.hooks_always and not (vcpu.host.intel and vcpu.host.nested):
         return 0
     return abi.MAX_SIZE_VMX if vcpu.host.intel else abi.MAX_SIZE_SVM
 
@@ -94,7 +94,7 @@ def _get_vmx(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer, room: int)
 
 
 def _header(vcpu: NestedVcpu) -> tuple[bytes, int]:
-    state, era = vcpu.vmx, vcpu.era
+    state, rows = vcpu.vmx, vcpu.kvm.nested
     flags = smm_flags = timer = deadline = 0
     vmxon_pa = vmcs12_pa = abi.NO_ADDRESS
     size = abi.HEADER_SIZE
@@ -110,7 +110,7 @@ def _header(vcpu: NestedVcpu) -> tuple[bytes, int]:
             flags |= abi.GUEST_MODE | (abi.RUN_PENDING if state.run_pending else 0)
             flags |= abi.MTF_PENDING if state.mtf_pending else 0
             uses_timer = get(state.vmcs12, "pin_based_vm_exec_control") & vmx.PIN_PREEMPTION_TIMER
-            if era.reports_timer and uses_timer and state.deadline is not None:
+            if rows.reports_timer and uses_timer and state.deadline is not None:
                 timer, deadline = abi.TIMER_DEADLINE, state.deadline
     header = bytearray(abi.HEADER_SIZE)
     for name, value in (("flags", flags), ("format", abi.FORMAT_VMX), ("size", size)):
@@ -129,7 +129,7 @@ def _header(vcpu: NestedVcpu) -> tuple[bytes, int]:
 
 
 def _evmcs_reported(vcpu: NestedVcpu) -> bool:
-    if vcpu.era.map_pending:
+    if vcpu.kvm.nested.map_pending:
         return vcpu.vmx.evmptr != EVMPTR_NONE
     return vcpu.vmx.evmcs_mapped
 
@@ -146,5 +146,5 @@ def _refresh(vcpu: NestedVcpu, memory: GuestMemory) -> None:
     if state.guest_mode:
         refresh_vmcs12(vcpu)
     elif not state.sync_pending and state.evmcs_mapped:
-        clean = 0 if vcpu.era.get_ignores_clean else enlightened.clean_fields(vcpu, memory)
+        clean = 0 if vcpu.kvm.nested.get_ignores_clean else enlightened.clean_fields(vcpu, memory)
         enlightened.copy_in(vcpu, memory, clean)

@@ -28,12 +28,12 @@ def set_cpuid(vcpu: NestedVcpu, entries: tuple[CpuidEntry, ...]) -> str | None:
     Today's kernel refuses new contents once the vCPU has run and while it is in L2; in 2019 it takes them any time.
     Linear addresses must be 48 or 57 bits wide, or of no stated width.
     """
-    frozen = vcpu.era.cpuid_freezes and (vcpu.has_run or vcpu.vmx.guest_mode or vcpu.svm.guest_mode)
+    frozen = vcpu.kvm.vcpu.cpuid_freezes and (vcpu.has_run or vcpu.vmx.guest_mode or vcpu.svm.guest_mode)
     if frozen and entries != vcpu.cpuid:
         return "EINVAL"
     leaf = find_leaf(entries, 0x8000_0008)
     refused = leaf is not None and leaf.eax >> 8 & 0xFF not in _LINEAR_WIDTHS
-    if not refused or vcpu.era.refused_cpuid_sticks:
+    if not refused or vcpu.kvm.vcpu.refused_cpuid_sticks:
         vcpu.cpuid = entries
     return "EINVAL" if refused else None
 
@@ -49,7 +49,7 @@ def set_msr(vcpu: NestedVcpu, memory: GuestMemory, number: int, value: int) -> b
 
 def set_smm(vcpu: NestedVcpu, memory: GuestMemory, smm: bool) -> None:
     """The smi.smm flag of KVM_SET_VCPU_EVENTS. In today's kernel a change leaves nested mode."""
-    if smm != vcpu.smm and vcpu.era.smm_leaves_nested:
+    if smm != vcpu.smm and vcpu.kvm.nested.smm_leaves_nested:
         leave_nested(vcpu, memory)
     vcpu.smm = smm
 

@@ -36,7 +36,7 @@ def enter_guest(vcpu: NestedVcpu, memory: GuestMemory, from_vm_entry: bool) -> s
     if timer and state.deadline is None:
         ticks = (vcpu.tsc >> _TIMER_RATE) + get(state.vmcs12, "vmx_preemption_timer_value")
         state.deadline = ticks & 0xFFFF_FFFF_FFFF_FFFF
-    if state.evmcs_mapped and vcpu.era.map_pending:
+    if state.evmcs_mapped and vcpu.kvm.nested.map_pending:
         enlightened.mark_clean(vcpu, memory)
     return None
 
@@ -47,7 +47,7 @@ def refresh_vmcs12(vcpu: NestedVcpu) -> None:
     save_guest(vcpu.registers, state.vmcs12, vcpu.mp_state)
     timer = get(state.vmcs12, "pin_based_vm_exec_control") & vmx_bits.PIN_PREEMPTION_TIMER
     saved = get(state.vmcs12, "vm_exit_controls") & vmx_bits.EXIT_SAVE_PREEMPTION_TIMER
-    if vcpu.era.reports_timer and timer and saved and not state.run_pending and state.deadline is not None:
+    if vcpu.kvm.nested.reports_timer and timer and saved and not state.run_pending and state.deadline is not None:
         left = max(0, state.deadline - (vcpu.tsc >> _TIMER_RATE))
         put(state.vmcs12, "vmx_preemption_timer_value", min(left, 0xFFFF_FFFF))
 
@@ -93,7 +93,7 @@ def synchronise(vcpu: NestedVcpu, memory: GuestMemory) -> None:
     state = vcpu.vmx
     if not state.sync_pending:
         return
-    if not vcpu.era.map_pending and vcpu.evmcs_enabled and not state.evmcs_mapped:
+    if not vcpu.kvm.nested.map_pending and vcpu.evmcs_enabled and not state.evmcs_mapped:
         enlightened.attach(vcpu, memory, launch=False)
     if state.evmcs_mapped:
         enlightened.copy_out(vcpu, memory)

@@ -113,7 +113,7 @@ def vmclear(vcpu: NestedVcpu, memory: GuestMemory, address: int) -> InstructionR
     if address == vcpu.vmx.vmxon_pa:
         return _fail(vcpu, VMCLEAR_VMXON_POINTER)
     if vcpu.evmcs_visible and enlightened.current_evmcs(vcpu, memory) is not None:
-        if vcpu.era.map_pending and address == vcpu.vmx.evmptr:
+        if vcpu.kvm.nested.map_pending and address == vcpu.vmx.evmptr:
             vcpu.vmx.release_evmcs()
         return InstructionResult("succeed")
     if address == vcpu.vmx.current_pa:
@@ -171,7 +171,7 @@ def vm_entry(vcpu: NestedVcpu, memory: GuestMemory, launch: bool = True) -> Inst
 def _attach(vcpu: NestedVcpu, memory: GuestMemory, launch: bool) -> InstructionResult | None:
     attached = enlightened.attach(vcpu, memory, launch)
     if attached in ("unmapped", "bad-revision"):
-        if not vcpu.era.map_pending:
+        if not vcpu.kvm.nested.map_pending:
             return InstructionResult("retry", check=f"evmcs {attached}")
         result = "#UD" if attached == "unmapped" else "vmfail-invalid"
         return InstructionResult(result, check=f"evmcs {attached}")
@@ -197,7 +197,7 @@ def _enter(vcpu: NestedVcpu, memory: GuestMemory, launch: bool) -> InstructionRe
     if failed is not None:
         return _fail(vcpu, INVALID_CONTROL, failed.name)
     wide = bool(get(page, "vm_exit_controls") & vmx_bits.EXIT_HOST_64BIT)
-    if vcpu.era.checks_address_space and wide != bool(vcpu.registers["ia32_efer"] & vmx_bits.EFER_LMA):
+    if vcpu.kvm.entry.checks_address_space and wide != bool(vcpu.registers["ia32_efer"] & vmx_bits.EFER_LMA):
         return _fail(vcpu, INVALID_HOST_STATE, "host:address space")
     failed = first_failure(vcpu, memory, "host")
     if failed is not None:
@@ -286,7 +286,7 @@ def _fail(vcpu: NestedVcpu, error: int, check: str | None = None) -> Instruction
     if state.current_pa == NO_ADDRESS and not state.evmcs_mapped:
         return InstructionResult("vmfail-invalid", check=check)
     put(state.vmcs12, "vm_instruction_error", error)
-    state.sync_pending = state.sync_pending or (state.evmcs_mapped and vcpu.era.map_pending)
+    state.sync_pending = state.sync_pending or (state.evmcs_mapped and vcpu.kvm.nested.map_pending)
     return InstructionResult("vmfail-valid", error, check)
 
 

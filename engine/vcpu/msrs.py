@@ -155,7 +155,7 @@ def _read_capability(vcpu: NestedVcpu, number: int, host: bool) -> int | None:
     if number == CR4_FIXED1:
         return cpuid_facts.cr4_allowed(vcpu.cpuid)
     value = vcpu.capabilities.read(number)
-    if value is None or host or vcpu.era.evmcs_clears_controls or not vcpu.evmcs_visible:
+    if value is None or host or vcpu.kvm.nested.evmcs_clears_controls or not vcpu.evmcs_visible:
         return value
     perf_global = bool(cpuid_facts.nested_ebx(vcpu.cpuid) & 1)
     return vcpu.capabilities.filtered_for_evmcs(number, value, perf_global)
@@ -165,7 +165,7 @@ def _write_capability(vcpu: NestedVcpu, number: int, value: int) -> bool:
     if not vcpu.vmx_allowed or vcpu.vmx.vmxon:
         return False
     own, host = vcpu.capabilities, vcpu.host.capabilities(vcpu.profile)
-    return own.write(number, value, own if vcpu.era.capabilities_only_shrink else host)
+    return own.write(number, value, own if vcpu.kvm.vcpu.capabilities_only_shrink else host)
 
 
 def _write_feature_control(vcpu: NestedVcpu, value: int, host: bool) -> bool:

@@ -14,8 +14,8 @@ from engine.arch.hyperv_cpuid import CpuidEntry, find_leaf
 from engine.arch.nested_state import NO_ADDRESS
 from engine.arch.vmcs12 import VMCS12_PAGE
 from engine.errors import InvalidValue
+from engine.state.kvm_versions import KVM_2019, KvmVersion, kvm_version
 from engine.vcpu import cpuid as cpuid_facts
-from engine.vcpu.eras import Era, era_of
 from engine.vcpu.registers import RESET_REGISTERS
 from engine.vcpu.vmx_capabilities import VmxCapabilities
 
@@ -141,7 +141,7 @@ class NestedVcpu:
     still unless the caller moves it.
     """
 
-    profile: str = "kvm-2019"
+    profile: str = KVM_2019
     host: NestedHost = field(default_factory=NestedHost)
     vcpu_id: int = 0
     vp_index: int = 0
@@ -164,14 +164,14 @@ class NestedVcpu:
     svm: SvmState = field(default_factory=SvmState)
 
     def __post_init__(self) -> None:
-        era_of(self.profile)
+        kvm_version(self.profile)
         if not self.capabilities.controls:
             self.capabilities = self.host.capabilities(self.profile)
 
     @property
-    def era(self) -> Era:
-        """The kernel's choices."""
-        return era_of(self.profile)
+    def kvm(self) -> KvmVersion:
+        """The kernel's column of the table of versions."""
+        return kvm_version(self.profile)
 
     @property
     def vmx_allowed(self) -> bool:
@@ -192,7 +192,7 @@ class NestedVcpu:
     @property
     def evmcs_visible(self) -> bool:
         """The enlightened VMCS takes effect: it is enabled and, in today's kernel, Hyper-V is in the guest CPUID."""
-        return self.evmcs_enabled and (not self.era.evmcs_needs_hyperv or cpuid_facts.has_hyperv(self.cpuid))
+        return self.evmcs_enabled and (not self.kvm.nested.evmcs_needs_hyperv or cpuid_facts.has_hyperv(self.cpuid))
 
     def page_valid(self, address: int) -> bool:
         """``address`` is aligned to 4 KiB and within the guest's physical address width; 0 is fine."""
@@ -202,7 +202,7 @@ class NestedVcpu:
     def has_vmcs12(self) -> bool:
         """GET has a vmcs12 to report."""
         vmx = self.vmx
-        if self.era.map_pending:
+        if self.kvm.nested.map_pending:
             return vmx.current_pa != NO_ADDRESS or vmx.evmptr != EVMPTR_NONE
         return vmx.guest_mode or vmx.current_pa != NO_ADDRESS or vmx.evmcs_mapped
 

@@ -131,7 +131,7 @@ def label(era: str, changes: dict[str, int], flags: int = GM, **vcpu: Any) -> st
 @pytest.mark.parametrize(("name", "changes"), CASES, ids=[f"{name}-{n}" for n, (name, _) in enumerate(CASES)])
 def test_refused(name: str, changes: dict[str, int], era: str) -> None:
     check = next(check for check in ENTRY_CHECKS if check.name == name)
-    if era in check.eras:
+    if era in check.profiles:
         assert label(era, changes) == f"V21 {name}"
     else:
         assert label(era, changes) != f"V21 {name}"

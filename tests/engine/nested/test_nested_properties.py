@@ -94,7 +94,7 @@ def test_any_blob_is_answered_as_documented(situation: tuple[NestedVcpu, Ram], d
     assert result == foretold and vcpu.to_head() == after.to_head()
     assert result.errno in ERRNOS
     assert (result.returns == -1) == (result.errno is not None)
-    assert result.returns in (-1, 0, vcpu.era.entry_failure)
+    assert result.returns in (-1, 0, vcpu.kvm.nested.entry_failure)
     assert (result.returns > 0) == (result.check == "V22")
     outcomes = [report.outcome for report in result.trail]
     assert outcomes.count("decides") == 1 and len(outcomes) == len(steps_of(vcpu.profile))
@@ -119,7 +119,7 @@ def check_state_after(vcpu: NestedVcpu, ram: Ram, check: str, errno: str | None)
         if vmcs12_pa != NONE:
             assert size == 4224
         else:
-            assert size == (4224 if vcpu.era.map_pending else 128)
+            assert size == (4224 if vcpu.kvm.nested.map_pending else 128)
     elif check == "V23":
         assert reported & GM
 
