@@ -1,7 +1,7 @@
 """Guest memory for the packages that read and write it by physical address, on a machine's own frames.
 
 An address that no memory slot backs reads as None and refuses a store, for any 64-bit address; so does a store to a
-read-only slot. Nothing is kept here: a ``Ram`` on a snapshot reads the published bytes, one on a draft the bytes of the
+read-only slot. Nothing is kept here: a ``GuestMemory`` on a snapshot reads the published bytes, one on a draft the bytes of the
 change under way.
 """
 
@@ -16,7 +16,7 @@ from engine.state.frame_store import Draft, Snapshot
 from engine.state.retry import run_all
 
 
-class Ram:
+class GuestMemory:
     """Guest memory of a machine. Only one on a draft can be written."""
 
     def __init__(self, state: Snapshot | Draft) -> None:

@@ -24,7 +24,7 @@ from engine.hyperv.exits import exit_to_l1, finish_in_guest, rip_of
 from engine.hyperv.outcome import Outcome
 from engine.hyperv.privileges import Privileges
 from engine.hyperv.tlfs_rules import Environment
-from engine.kvm.guest_memory import Ram
+from engine.kvm.guest_memory import GuestMemory
 from engine.machine.hyperv_vps import enter, facts_of, hyperv_host, leave, linear_width, nested_guest_of, vps_of
 from engine.machine.nested_states import close_vcpu, open_vcpu
 from engine.machine.operations import Operations
@@ -114,7 +114,7 @@ class Hypercalls(Operations):
             whole = open_vcpu(self._config, draft.beside, draft.machine, vcpu)
             caller = _caller(request, whole)
             caller.validate()
-            ram = Ram(draft)
+            ram = GuestMemory(draft)
             self._place_input(_input_of(request), caller, whole, ram)
             draft.ensure()
             enter(draft, self._config, vcpu)
@@ -129,7 +129,7 @@ class Hypercalls(Operations):
             leave(draft, self._config, vcpu)
         return HypercallReport(outcome, caller, before, after)
 
-    def _place_input(self, data: bytes | None, caller: Caller, whole: NestedVcpu, ram: Ram) -> None:
+    def _place_input(self, data: bytes | None, caller: Caller, whole: NestedVcpu, ram: GuestMemory) -> None:
         if data is None:
             return
         if caller.control.fast:
@@ -144,7 +144,7 @@ class Hypercalls(Operations):
                 "must lie in guest memory: input is stored there", field="input_gpa", value=caller.input_gpa
             )
 
-    def _dispatch(self, draft: Draft, whole: NestedVcpu, position: int, caller: Caller, ram: Ram) -> Outcome:
+    def _dispatch(self, draft: Draft, whole: NestedVcpu, position: int, caller: Caller, ram: GuestMemory) -> Outcome:
         own = self._situation(draft, whole, position, ram)
         host = hyperv_host(self._config)
         if host is None or own.guest is not None:
@@ -164,7 +164,7 @@ class Hypercalls(Operations):
         )
         return dispatch.hypercall_on_hyperv(caller, below, own)
 
-    def _situation(self, draft: Draft, whole: NestedVcpu, position: int, ram: Ram) -> Situation:
+    def _situation(self, draft: Draft, whole: NestedVcpu, position: int, ram: GuestMemory) -> Situation:
         m = draft.machine
         enforced = notes.flag(m, position, notes.ENFORCE_CPUID)
         privileges = Privileges.of(whole.cpuid, whole.msrs.get(HV_GUEST_OS_ID, 0), enforced=enforced)

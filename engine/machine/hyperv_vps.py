@@ -12,7 +12,7 @@ from engine.cpu.frames import FIRST_VCPU_FRAME, Machine
 from engine.hyperv import execution, l0_hyperv, modes, nested_paging, notes, queues
 from engine.hyperv.direct import NestedGuest
 from engine.hyperv.execution import Facts, Vp
-from engine.kvm.guest_memory import Ram
+from engine.kvm.guest_memory import GuestMemory
 from engine.machine.nested_states import NestedStates, first_identity
 from engine.nested.enlightened import asks_for_direct_flush
 from engine.state.config import VmConfig
@@ -58,7 +58,7 @@ def vps_of(config: VmConfig, m: Machine, states: NestedStates) -> list[Vp]:
     return found
 
 
-def nested_guest_of(whole: NestedVcpu, memory: Ram) -> NestedGuest:
+def nested_guest_of(whole: NestedVcpu, memory: GuestMemory) -> NestedGuest:
     """The nested guest of a vCPU as KVM, which is L0, sees it."""
     lower = modes.lower_of(whole)
     svm = not whole.host.intel

@@ -19,7 +19,7 @@ from engine.arch.nested_state import NO_ADDRESS
 from engine.cpu import frames
 from engine.errors import InvalidValue, Unsupported
 from engine.kvm import registers as reg
-from engine.kvm.guest_memory import Ram
+from engine.kvm.guest_memory import GuestMemory
 from engine.machine.nested_states import (
     PARTITION_MSRS,
     NestedStates,
@@ -45,7 +45,7 @@ MSR_NAMES = {
 }
 
 # VMX instructions of L1 by name; those with an operand take a guest-physical address.
-INSTRUCTIONS: dict[str, Callable[[NestedVcpu, Ram, int], InstructionResult]] = {
+INSTRUCTIONS: dict[str, Callable[[NestedVcpu, GuestMemory, int], InstructionResult]] = {
     "vmxon": nested.vmxon,
     "vmclear": nested.vmclear,
     "vmptrld": nested.vmptrld,
@@ -126,9 +126,9 @@ class NestedOperations(Operations):
             found.append(first_identity(item) if record is None else (record.vp_index, record.cpuid))
         return found
 
-    def ram(self) -> Ram:
+    def ram(self) -> GuestMemory:
         """Guest memory as published."""
-        return Ram(self._published()[0])
+        return GuestMemory(self._published()[0])
 
     def state(self, vcpu: int) -> bytes:
         """The blob that KVM_GET_NESTED_STATE gives. Raises Unsupported on a host without nested state."""
@@ -187,20 +187,20 @@ class NestedOperations(Operations):
             lost=_lost_controls(seen),
         )
 
-    def read(self, vcpu: int) -> tuple[NestedVcpu, Ram]:
+    def read(self, vcpu: int) -> tuple[NestedVcpu, GuestMemory]:
         """The vCPU as it is and guest memory as published: a copy of the one, and memory that is not to be written."""
         snapshot, states = self._published()
-        return open_vcpu(self._config, states, snapshot.machine, vcpu), Ram(snapshot)
+        return open_vcpu(self._config, states, snapshot.machine, vcpu), GuestMemory(snapshot)
 
     # Changes
 
     @contextmanager
-    def change(self, vcpu: int) -> Iterator[tuple[NestedVcpu, Ram]]:
+    def change(self, vcpu: int) -> Iterator[tuple[NestedVcpu, GuestMemory]]:
         """One vCPU and guest memory, to be changed in place; published when the block ends well."""
         self._config.vcpu_position(vcpu)
         with self._change() as draft:
             whole = open_vcpu(self._config, draft.beside, draft.machine, vcpu)
-            yield whole, Ram(draft)
+            yield whole, GuestMemory(draft)
             draft.beside = close_vcpu(draft, draft.beside, whole)
 
     def set_state(self, vcpu: int, blob: bytes | None, *, explain: bool = False) -> SetResult:

@@ -21,7 +21,7 @@ from engine.arch.words import signed, unsigned
 from engine.cpu import frames
 from engine.hyperv import modes, notes
 from engine.kvm import registers as reg
-from engine.kvm.guest_memory import Ram
+from engine.kvm.guest_memory import GuestMemory
 from engine.state.config import NESTED_CAPABILITIES, VcpuConfig, VmConfig
 from engine.state.frame_store import Draft
 from engine.state.kvm_versions import kvm_version
@@ -153,7 +153,7 @@ def close_vcpu(draft: Draft, states: NestedStates, vcpu: NestedVcpu) -> NestedSt
     frame = _frame_of(draft.machine, vcpu.vcpu_id)
     blocking = vcpu.registers["interruptibility_info"] & ~_BLOCKING_BY_MOV_SS
     vcpu.registers["interruptibility_info"] = blocking | (_BLOCKING_BY_MOV_SS if vcpu.mov_ss_blocking else 0)
-    modes.follow(draft.machine, frame, states.vcpus.get(vcpu.vcpu_id), vcpu, Ram(draft))
+    modes.follow(draft.machine, frame, states.vcpus.get(vcpu.vcpu_id), vcpu, GuestMemory(draft))
     for name, word in SHARED_REGISTERS.items():
         frames.write_word(draft.machine, frame, word, signed(vcpu.registers[name]))
     frames.write_word(draft.machine, frame, ctl.V_CPL, (vcpu.registers["ss_ar_bytes"] & _DPL) >> 5)
