@@ -6,7 +6,7 @@ from engine.arch import hyperv_pages as pages
 from engine.arch.vmcs12 import put
 from engine.hyperv.direct import Exit
 from engine.hyperv.outcome import Outcome
-from engine.kvm.trial_memory import GuestMemory
+from engine.kvm.guest_memory import GuestMemory
 from engine.nested import transitions
 from engine.vcpu.vcpu import NestedVcpu
 

@@ -15,7 +15,7 @@ from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME, Machine
 from engine.hyperv import execution, nested_paging, queues
 from engine.hyperv.privileges import Privileges
-from engine.kvm.trial_memory import GuestMemory
+from engine.kvm.guest_memory import GuestMemory
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_VP_ASSIST_PAGE
 from engine.vcpu.vcpu import Enlightenment, NestedVcpu
 

@@ -14,7 +14,7 @@ from engine.arch.hyperv_pages import (
     VMCB_INTERCEPT_VMMCALL,
 )
 from engine.arch.vmcs12 import get
-from engine.hyperv.block import ReadsMemory
+from engine.kvm.guest_memory import ReadsMemory
 from engine.vcpu.registers import active_secondary
 from engine.vcpu.vcpu import NestedVcpu
 

@@ -13,7 +13,7 @@ from engine.arch import kvm_vcpu_structs as abi
 from engine.arch import vmx_msrs as vmx
 from engine.ioctls.registry import Ioctl, Target
 from engine.ioctls.vcpu_rows import changing, done, reading
-from engine.kvm.trial_memory import GuestMemory
+from engine.kvm.guest_memory import GuestMemory
 from engine.nested.operations import set_smm
 from engine.vcpu import cpuid as cpuid_facts
 from engine.vcpu.msrs import APIC_BASE, read_msr

@@ -14,7 +14,7 @@ from engine.arch.evmcs import CLEAN_ALL, CLEAN_BITS, EVMCS, EVMCS_SIZE, NESTED_F
 from engine.arch.hyperv_pages import VP_ASSIST
 from engine.arch.nested_state import NO_ADDRESS
 from engine.arch.vmcs12 import EVMCS_VERSION, VMCS12, VMCS12_PAGE, VMCS12_REVISION, put
-from engine.kvm.trial_memory import PAGE, GuestMemory
+from engine.kvm.guest_memory import GuestMemory
 from engine.state.kvm_versions import kvm_version
 from engine.vcpu.hv_cpuid import evmcs_version
 from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE
@@ -180,4 +180,4 @@ def _store(vcpu: NestedVcpu, memory: GuestMemory, name: str, value: int) -> None
 
 def _page_of(gpa: int) -> int:
     # The whole page is mapped and used from its start: the low 12 bits of the GPA do not count.
-    return gpa & ~(PAGE - 1)
+    return gpa & ~0xFFF

@@ -8,7 +8,7 @@ from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch import vmx_msrs as vmx
 from engine.arch.vmcs12 import VMCS12_PAGE, get
-from engine.kvm.trial_memory import GuestMemory, Overlay
+from engine.kvm.guest_memory import GuestMemory, TrialMemory
 from engine.nested import enlightened, svm
 from engine.nested.transitions import refresh_vmcs12
 from engine.vcpu.registers import active_secondary
@@ -64,7 +64,7 @@ def read_nested_state(vcpu: NestedVcpu, memory: GuestMemory) -> bytes | None:
     """The blob that GET would give, 128, 4224 or 8320 bytes; None on a host without nested state. Changes nothing."""
     user = UserBuffer(bytearray(_BIG_ENOUGH))
     user.copy_to(4, _BIG_ENOUGH.to_bytes(4, "little"))
-    result = get_nested_state(vcpu.copy(), Overlay(memory), user)
+    result = get_nested_state(vcpu.copy(), TrialMemory(memory), user)
     return None if result.errno is not None else user.copy_from(0, result.size)
 
 

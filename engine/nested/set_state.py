@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch.vmcs12 import VMCS12, get
-from engine.kvm.trial_memory import GuestMemory, Overlay
+from engine.kvm.guest_memory import GuestMemory, TrialMemory
 from engine.nested import svm
 from engine.nested.entry_checks import explain_checks, first_failure
 from engine.nested.entry_context import is_shadow, revision_matches
@@ -330,4 +330,4 @@ def _report(c: SetContext, step: Step, outcome: str, detail: str | None = None) 
 def explain_nested_state(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer) -> tuple[SetResult, NestedVcpu]:
     """The same without applying anything: the result, and the vCPU as the call would leave it."""
     twin = vcpu.copy()
-    return set_nested_state(twin, Overlay(memory), user, explain=True), twin
+    return set_nested_state(twin, TrialMemory(memory), user, explain=True), twin

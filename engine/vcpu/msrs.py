@@ -10,7 +10,7 @@ from __future__ import annotations
 from engine.arch import hyperv_cpuid as leaves
 from engine.arch import vmx_msrs as vmx
 from engine.arch.hyperv_cpuid import find_leaf
-from engine.kvm.trial_memory import GuestMemory
+from engine.kvm.guest_memory import GuestMemory
 from engine.vcpu import cpuid as cpuid_facts
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX
 from engine.vcpu.vcpu import NestedVcpu

@@ -10,8 +10,10 @@ from engine.abi import UserBuffer, UserMemory
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.vmcs12 import VMCS12
 from engine.errors import InvalidValue
-from engine.kvm.trial_memory import NoMemory, Overlay
+from engine.kvm.guest_memory import TrialMemory
+from engine.machine import VirtualMachine
 from engine.nested import exit_to_l1, explain_nested_state, reset, set_cpuid, set_msr, steps_of
+from engine.state.config import VmConfig
 from engine.vcpu.cpuid import cr4_allowed, entries_from_json, entries_to_json, maxphyaddr, nested_ebx
 from engine.vcpu.msrs import read_msr, write_msr
 from engine.vcpu.vcpu import NestedHost, NestedVcpu
@@ -103,15 +105,15 @@ def test_hypercall_page() -> None:
 
 def test_memory_helpers() -> None:
     ram = Ram()
-    over = Overlay(ram)
+    over = TrialMemory(ram)
     assert over.write(0x1FFE, b"abcd")
     assert over.read(0x1FFE, 4) == b"abcd" and over.read(0x1FFC, 8) == b"\0\0abcd\0\0"
     assert over.read(0x5000, 4) == bytes(4)
     assert not over.write(1 << 40, b"x")
     assert over.read(1 << 40, 1) is None
     assert not any(ram.bytes)
-    nothing = NoMemory()
-    assert nothing.read(0, 1) is None and not nothing.write(0, b"x")
+    with VirtualMachine.create(VmConfig()).nested.change(0) as (_, nothing):
+        assert nothing.read(0, 1) is None and not nothing.write(0, b"x")
     user = UserMemory([(0x1000, bytearray(4))])
     assert user.write(0x1002, b"ab") and user.read(0x1000, 4) == b"\0\0ab"
     assert not user.write(0x1003, b"ab") and user.read(0xFFF, 2) is None
