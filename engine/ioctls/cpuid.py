@@ -17,7 +17,7 @@ from engine.nested.operations import set_cpuid
 from engine.state.kvm_versions import kvm_version
 from engine.vcpu.cpuid import supported_cpuid
 from engine.vcpu.hv_cpuid import supported_hv_cpuid, system_hv_cpuid
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 
 CAP_EXT_CPUID = 7
 CAP_HYPERV_CPUID = 167
@@ -36,12 +36,12 @@ def get_system_hv_cpuid(target: Target, call: Call) -> Reply:
     return failed("EINVAL") if entries is None else _list(call, entries)
 
 
-def get_hv_cpuid(vcpu: NestedVcpu, _: GuestMemory, call: Call) -> Reply:
+def get_hv_cpuid(vcpu: Vcpu, _: GuestMemory, call: Call) -> Reply:
     """KVM_GET_SUPPORTED_HV_CPUID on a vCPU."""
     return _list(call, supported_hv_cpuid(vcpu))
 
 
-def set_cpuid2(vcpu: NestedVcpu, _: GuestMemory, call: Call) -> Reply:
+def set_cpuid2(vcpu: Vcpu, _: GuestMemory, call: Call) -> Reply:
     """KVM_SET_CPUID2: E2BIG for more entries than the kernel takes."""
     raw = call.user.copy_from(0, HEADER_SIZE)
     if raw is None:
@@ -53,7 +53,7 @@ def set_cpuid2(vcpu: NestedVcpu, _: GuestMemory, call: Call) -> Reply:
     return failed("EFAULT") if body is None else done(set_cpuid(vcpu, unpack_entries(body)))
 
 
-def get_cpuid2(vcpu: NestedVcpu, _: GuestMemory, call: Call) -> Reply:
+def get_cpuid2(vcpu: Vcpu, _: GuestMemory, call: Call) -> Reply:
     """KVM_GET_CPUID2; only today's kernel stores the count."""
     return _list(call, vcpu.cpuid, stores_count=vcpu.kvm.vcpu.reports_cpuid_count)
 

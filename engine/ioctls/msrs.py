@@ -19,7 +19,7 @@ from engine.kvm.guest_memory import GuestMemory
 from engine.nested.operations import set_msr
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX
 from engine.vcpu.msrs import read_msr
-from engine.vcpu.vcpu import NestedHost, NestedVcpu
+from engine.vcpu.vcpu import Vcpu, VcpuHost
 
 CAP_GET_MSR_FEATURES = 153
 
@@ -49,13 +49,13 @@ _MICROCODE, _ARCH_CAPABILITIES = 0x8B, 0x10A
 _HOST_CR4 = 0x0077_7FFF
 
 
-def feature_msrs(host: NestedHost) -> tuple[int, ...]:
+def feature_msrs(host: VcpuHost) -> tuple[int, ...]:
     """KVM_GET_MSR_FEATURE_INDEX_LIST: MSRs that describe the host, VMX capabilities only with nesting."""
     vmx_msrs = tuple(range(vmx.VMX_MSR_FIRST, vmx.VMX_MSR_LAST + 1)) if host.intel and host.nested else ()
     return *vmx_msrs, _MICROCODE, _ARCH_CAPABILITIES
 
 
-def read_feature(host: NestedHost, profile: str, number: int) -> int | None:
+def read_feature(host: VcpuHost, profile: str, number: int) -> int | None:
     """KVM_GET_MSRS on the system device: the value, None for what is no feature."""
     if number not in feature_msrs(host):
         return None
@@ -110,12 +110,12 @@ def get_features(target: Target, call: Call) -> Reply:
     return _get(call, lambda number: read_feature(host, target.profile, number))
 
 
-def get_msrs(vcpu: NestedVcpu, _: GuestMemory, call: Call) -> Reply:
+def get_msrs(vcpu: Vcpu, _: GuestMemory, call: Call) -> Reply:
     """KVM_GET_MSRS on a vCPU."""
     return _get(call, lambda number: read_msr(vcpu, number, host=True) if number in KNOWN_MSRS else None)
 
 
-def set_msrs(vcpu: NestedVcpu, memory: GuestMemory, call: Call) -> Reply:
+def set_msrs(vcpu: Vcpu, memory: GuestMemory, call: Call) -> Reply:
     """KVM_SET_MSRS: how many were written before the first that could not be."""
     entries = _entries(call)
     if isinstance(entries, Reply):

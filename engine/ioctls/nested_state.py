@@ -12,18 +12,18 @@ from engine.kvm.guest_memory import GuestMemory
 from engine.nested.enlightened import CAP_HYPERV_ENLIGHTENED_VMCS, offers_evmcs
 from engine.nested.get_state import get_nested_state, max_state_size
 from engine.nested.set_state import set_nested_state
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 
 CAP_NESTED_STATE = 157
 
 
-def set_state(vcpu: NestedVcpu, memory: GuestMemory, call: Call) -> Reply:
+def set_state(vcpu: Vcpu, memory: GuestMemory, call: Call) -> Reply:
     """KVM_SET_NESTED_STATE; the answer names the deciding check."""
     result = set_nested_state(vcpu, memory, call.user)
     return Reply(result.returns, result.errno, result.label)
 
 
-def get_state(vcpu: NestedVcpu, memory: GuestMemory, call: Call) -> Reply:
+def get_state(vcpu: Vcpu, memory: GuestMemory, call: Call) -> Reply:
     """KVM_GET_NESTED_STATE; it refreshes the cached vmcs12, and so changes the vCPU."""
     result = get_nested_state(vcpu, memory, call.user)
     return Reply(result.returns, result.errno)
@@ -37,7 +37,7 @@ def _enable_evmcs(target: Target, wanted: EnableCap) -> Reply:
 
 CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType(
     {
-        CAP_NESTED_STATE: lambda target: max_state_size(NestedVcpu(profile=target.profile, host=host_of(target))),
+        CAP_NESTED_STATE: lambda target: max_state_size(Vcpu(profile=target.profile, host=host_of(target))),
         CAP_HYPERV_ENLIGHTENED_VMCS: lambda target: int(offers_evmcs(host_of(target), target.profile)),
     }
 )

@@ -18,7 +18,7 @@ from engine.nested.operations import set_smm
 from engine.vcpu import cpuid as cpuid_facts
 from engine.vcpu.msrs import APIC_BASE, read_msr
 from engine.vcpu.registers import CR0_PE, CR0_PG, CR4_PAE, SEGMENTS, TABLES
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 
 CAP_MP_STATE = 14
 CAP_VCPU_EVENTS = 41
@@ -49,7 +49,7 @@ _MP_NAMES = {
 }
 
 
-def regs_bytes(vcpu: NestedVcpu) -> bytes:
+def regs_bytes(vcpu: Vcpu) -> bytes:
     """struct kvm_regs."""
     raw = bytearray(abi.REGS.size)
     for name in abi.GENERAL_REGISTERS:
@@ -57,7 +57,7 @@ def regs_bytes(vcpu: NestedVcpu) -> bytes:
     return bytes(raw)
 
 
-def set_regs(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
+def set_regs(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
     """KVM_SET_REGS: everything is taken; bit 1 of RFLAGS is always set."""
     for name in abi.GENERAL_REGISTERS:
         vcpu.registers[name] = abi.REGS.get(raw, name)
@@ -65,7 +65,7 @@ def set_regs(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
     return None
 
 
-def sregs_bytes(vcpu: NestedVcpu) -> bytes:
+def sregs_bytes(vcpu: Vcpu) -> bytes:
     """struct kvm_sregs. A segment is present when it is usable."""
     raw, registers = bytearray(abi.SREGS.size), vcpu.registers
     for name in SEGMENTS:
@@ -86,7 +86,7 @@ def sregs_bytes(vcpu: NestedVcpu) -> bytes:
     return bytes(raw)
 
 
-def set_sregs(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
+def set_sregs(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
     """KVM_SET_SREGS. Nothing is taken when the values cannot be together."""
     given = {name: abi.SREGS.get(raw, name) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "ia32_efer", "apic_base")}
     if not _sregs_valid(vcpu, given, bool(abi.SREGS.get(raw, "cs_l"))) or not _apic_valid(vcpu, given["apic_base"]):
@@ -108,7 +108,7 @@ def set_sregs(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
     return None
 
 
-def events_bytes(vcpu: NestedVcpu) -> bytes:
+def events_bytes(vcpu: Vcpu) -> bytes:
     """struct kvm_vcpu_events. Software exceptions are not reported: their length is not known."""
     raw = bytearray(abi.EVENTS.size)
     for name in (*_KEPT_EVENTS, "nmi_pending", "smi_pending", "smi_smm_inside_nmi", "smi_latched_init"):
@@ -123,7 +123,7 @@ def events_bytes(vcpu: NestedVcpu) -> bytes:
     return bytes(raw)
 
 
-def set_events(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
+def set_events(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
     """KVM_SET_VCPU_EVENTS. Payloads and triple faults need capabilities that nobody has enabled."""
 
     def given(name: str) -> int:
@@ -154,13 +154,13 @@ def set_events(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
     return None
 
 
-def mp_state_bytes(vcpu: NestedVcpu) -> bytes:
+def mp_state_bytes(vcpu: Vcpu) -> bytes:
     """struct kvm_mp_state."""
     number = next(number for number, name in _MP_NAMES.items() if name == vcpu.mp_state)
     return number.to_bytes(4, "little")
 
 
-def set_mp_state(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
+def set_mp_state(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
     """KVM_SET_MP_STATE: without a local APIC in the kernel a vCPU is runnable and nothing else."""
     number = int.from_bytes(raw, "little")
     if number not in _MP_NAMES or (not vcpu.lapic_in_kernel and number != abi.MP_RUNNABLE):
@@ -172,7 +172,7 @@ def set_mp_state(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | Non
     return None
 
 
-def _sregs_valid(vcpu: NestedVcpu, given: dict[str, int], cs_long: bool) -> bool:
+def _sregs_valid(vcpu: Vcpu, given: dict[str, int], cs_long: bool) -> bool:
     cr0, cr4, efer = given["cr0"], given["cr4"], given["ia32_efer"]
     features = cpuid_facts.features_ecx(vcpu.cpuid)
     if cr4 & _CR4_OSXSAVE and not features & _ECX1_XSAVE:
@@ -190,13 +190,13 @@ def _sregs_valid(vcpu: NestedVcpu, given: dict[str, int], cs_long: bool) -> bool
     return cr0_valid and not cr4 & ~(_CR4_BASIC | cpuid_facts.cr4_allowed(vcpu.cpuid))
 
 
-def _apic_valid(vcpu: NestedVcpu, base: int) -> bool:
+def _apic_valid(vcpu: Vcpu, base: int) -> bool:
     if base >> vcpu.maxphyaddr or base & _APIC_RESERVED:
         return False
     return not base & _X2APIC or bool(cpuid_facts.features_ecx(vcpu.cpuid) & _ECX1_X2APIC)
 
 
-def _access_rights(vcpu: NestedVcpu, raw: bytes, name: str) -> int:
+def _access_rights(vcpu: Vcpu, raw: bytes, name: str) -> int:
     rights = 0
     for bit in abi.ACCESS_BITS:
         rights |= (abi.SREGS.get(raw, f"{name}_{bit.name}") & bit.mask) << bit.shift
@@ -208,15 +208,15 @@ def _access_rights(vcpu: NestedVcpu, raw: bytes, name: str) -> int:
 def _rows(
     name: str,
     size: int,
-    get: Callable[[NestedVcpu], bytes],
-    put: Callable[[NestedVcpu, GuestMemory, bytes], str | None],
+    get: Callable[[Vcpu], bytes],
+    put: Callable[[Vcpu, GuestMemory, bytes], str | None],
 ) -> tuple[Ioctl, Ioctl]:
     """KVM_GET and KVM_SET of a structure of ``size`` bytes."""
 
-    def copy_out(vcpu: NestedVcpu, _: GuestMemory, call: Call) -> Reply:
+    def copy_out(vcpu: Vcpu, _: GuestMemory, call: Call) -> Reply:
         return Reply(0) if call.user.copy_to(0, get(vcpu)) else failed("EFAULT")
 
-    def copy_in(vcpu: NestedVcpu, memory: GuestMemory, call: Call) -> Reply:
+    def copy_in(vcpu: Vcpu, memory: GuestMemory, call: Call) -> Reply:
         raw = call.user.copy_from(0, size)
         return done("EFAULT" if raw is None else put(vcpu, memory, raw))
 

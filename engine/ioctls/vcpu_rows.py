@@ -10,11 +10,11 @@ from collections.abc import Callable
 from engine.abi import VCPU, Call, Reply, failed
 from engine.ioctls.registry import Ioctl, Target
 from engine.kvm.guest_memory import GuestMemory
-from engine.machine.nested_states import nested_host
+from engine.machine.nested_states import vcpu_host
 from engine.state.config import VmConfig
-from engine.vcpu.vcpu import NestedHost, NestedVcpu
+from engine.vcpu.vcpu import Vcpu, VcpuHost
 
-Handler = Callable[[NestedVcpu, GuestMemory, Call], Reply]
+Handler = Callable[[Vcpu, GuestMemory, Call], Reply]
 
 
 def reading(name: str, handler: Handler) -> Ioctl:
@@ -36,11 +36,11 @@ def changing(name: str, handler: Handler) -> Ioctl:
     return Ioctl(name, VCPU, perform)
 
 
-def host_of(target: Target) -> NestedHost:
+def host_of(target: Target) -> VcpuHost:
     """The host that a call at the system or VM level asks about."""
     if target.machine is not None:
         return target.machine.nested.host()
-    return nested_host(VmConfig(profile=target.profile, host=target.host), spp_active=False)
+    return vcpu_host(VmConfig(profile=target.profile, host=target.host), spp_active=False)
 
 
 def done(errno: str | None) -> Reply:

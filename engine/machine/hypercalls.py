@@ -31,7 +31,7 @@ from engine.machine.operations import Operations
 from engine.machine.vcpus import CachedTranslation, translation_of
 from engine.state.frame_store import Draft
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 
 _CS_LONG = 1 << 13
 _EFER_LMA = 1 << 10
@@ -129,7 +129,7 @@ class Hypercalls(Operations):
             leave(draft, self._config, vcpu)
         return HypercallReport(outcome, caller, before, after)
 
-    def _place_input(self, data: bytes | None, caller: Caller, whole: NestedVcpu, ram: GuestMemory) -> None:
+    def _place_input(self, data: bytes | None, caller: Caller, whole: Vcpu, ram: GuestMemory) -> None:
         if data is None:
             return
         if caller.control.fast:
@@ -144,7 +144,7 @@ class Hypercalls(Operations):
                 "must lie in guest memory: input is stored there", field="input_gpa", value=caller.input_gpa
             )
 
-    def _dispatch(self, draft: Draft, whole: NestedVcpu, position: int, caller: Caller, ram: GuestMemory) -> Outcome:
+    def _dispatch(self, draft: Draft, whole: Vcpu, position: int, caller: Caller, ram: GuestMemory) -> Outcome:
         own = self._situation(draft, whole, position, ram)
         host = hyperv_host(self._config)
         if host is None or own.guest is not None:
@@ -164,7 +164,7 @@ class Hypercalls(Operations):
         )
         return dispatch.hypercall_on_hyperv(caller, below, own)
 
-    def _situation(self, draft: Draft, whole: NestedVcpu, position: int, ram: GuestMemory) -> Situation:
+    def _situation(self, draft: Draft, whole: Vcpu, position: int, ram: GuestMemory) -> Situation:
         m = draft.machine
         enforced = notes.flag(m, position, notes.ENFORCE_CPUID)
         privileges = Privileges.of(whole.cpuid, whole.msrs.get(HV_GUEST_OS_ID, 0), enforced=enforced)
@@ -189,7 +189,7 @@ class Hypercalls(Operations):
         )
 
 
-def _caller(request: HypercallRequest, whole: NestedVcpu) -> Caller:
+def _caller(request: HypercallRequest, whole: Vcpu) -> Caller:
     """The registers, in the mode asked for or in that of the vCPU."""
     registers = whole.registers
     long_mode = bool(registers["ia32_efer"] & _EFER_LMA and registers["cs_ar_bytes"] & _CS_LONG)

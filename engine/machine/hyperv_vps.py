@@ -18,7 +18,7 @@ from engine.nested.enlightened import asks_for_direct_flush
 from engine.state.config import VmConfig
 from engine.state.frame_store import Draft
 from engine.trace.columns import TraceChunk
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 
 _LA57, _LA48 = 57, 48
 
@@ -33,7 +33,7 @@ def facts_of(config: VmConfig, width: int = _LA48) -> Facts:
     return Facts(config.executes_flushes, width, config.host.ept)
 
 
-def linear_width(whole: NestedVcpu) -> int:
+def linear_width(whole: Vcpu) -> int:
     return _LA57 if whole.registers["cr4"] & paging.CR4_LA57 else _LA48
 
 
@@ -58,7 +58,7 @@ def vps_of(config: VmConfig, m: Machine, states: NestedStates) -> list[Vp]:
     return found
 
 
-def nested_guest_of(whole: NestedVcpu, memory: GuestMemory) -> NestedGuest:
+def nested_guest_of(whole: Vcpu, memory: GuestMemory) -> NestedGuest:
     """The nested guest of a vCPU as KVM, which is L0, sees it."""
     lower = modes.lower_of(whole)
     svm = not whole.host.intel

@@ -25,8 +25,8 @@ from engine.machine.nested_states import (
     NestedStates,
     close_vcpu,
     first_identity,
-    nested_host,
     open_vcpu,
+    vcpu_host,
 )
 from engine.machine.operations import Operations
 from engine.nested import InstructionResult, RunResult, SetResult
@@ -35,7 +35,7 @@ from engine.vcpu.cpuid import supported_cpuid
 from engine.vcpu.hv_cpuid import evmcs_version, supported_hv_cpuid
 from engine.vcpu.msr_numbers import NAMES as HYPERV_MSR_NAMES
 from engine.vcpu.msrs import REGISTER_MSR_NAMES, read_msr, write_msr
-from engine.vcpu.vcpu import NestedHost, NestedVcpu
+from engine.vcpu.vcpu import Vcpu, VcpuHost
 
 MSR_NAMES = {
     vmx_msrs.IA32_FEATURE_CONTROL: "IA32_FEATURE_CONTROL",
@@ -45,7 +45,7 @@ MSR_NAMES = {
 }
 
 # VMX instructions of L1 by name; those with an operand take a guest-physical address.
-INSTRUCTIONS: dict[str, Callable[[NestedVcpu, GuestMemory, int], InstructionResult]] = {
+INSTRUCTIONS: dict[str, Callable[[Vcpu, GuestMemory, int], InstructionResult]] = {
     "vmxon": nested.vmxon,
     "vmclear": nested.vmclear,
     "vmptrld": nested.vmptrld,
@@ -101,19 +101,19 @@ class NestedOperations(Operations):
 
     # Reads
 
-    def host(self) -> NestedHost:
+    def host(self) -> VcpuHost:
         """The host as nesting sees it."""
         snapshot, _ = self._published()
         machine = snapshot.machine
         active = bool(machine.rows[machine.row_of[frames.STATE_FRAME], reg.SPP_ACTIVE])
-        return nested_host(self._config, spp_active=active)
+        return vcpu_host(self._config, spp_active=active)
 
     @property
     def lapic_in_kernel(self) -> bool:
         """Whether the vCPUs have their local APIC in the kernel."""
         return self._published()[1].lapic_in_kernel
 
-    def vcpu(self, vcpu: int) -> NestedVcpu:
+    def vcpu(self, vcpu: int) -> Vcpu:
         """The vCPU as it is: a copy, which may be used up. Its methods and ``engine.nested`` answer the rest."""
         return self.read(vcpu)[0]
 
@@ -187,7 +187,7 @@ class NestedOperations(Operations):
             lost=_lost_controls(seen),
         )
 
-    def read(self, vcpu: int) -> tuple[NestedVcpu, GuestMemory]:
+    def read(self, vcpu: int) -> tuple[Vcpu, GuestMemory]:
         """The vCPU as it is and guest memory as published: a copy of the one, and memory that is not to be written."""
         snapshot, states = self._published()
         return open_vcpu(self._config, states, snapshot.machine, vcpu), GuestMemory(snapshot)
@@ -195,7 +195,7 @@ class NestedOperations(Operations):
     # Changes
 
     @contextmanager
-    def change(self, vcpu: int) -> Iterator[tuple[NestedVcpu, GuestMemory]]:
+    def change(self, vcpu: int) -> Iterator[tuple[Vcpu, GuestMemory]]:
         """One vCPU and guest memory, to be changed in place; published when the block ends well."""
         self._config.vcpu_position(vcpu)
         with self._change() as draft:
@@ -271,7 +271,7 @@ class NestedOperations(Operations):
         with self.change(vcpu) as (whole, _):
             place = self._config.vcpu_position(vcpu)
             kept = {number: value for number, value in whole.msrs.items() if number in PARTITION_MSRS}
-            new = NestedVcpu(profile=whole.profile, host=whole.host, vcpu_id=vcpu, vp_index=place, msrs=kept)
+            new = Vcpu(profile=whole.profile, host=whole.host, vcpu_id=vcpu, vp_index=place, msrs=kept)
             vars(whole).update(vars(new))
 
     def set_lapic_in_kernel(self, present: bool) -> None:
@@ -288,7 +288,7 @@ def nested_in_use(states: NestedStates) -> bool:
     )
 
 
-def _lost_controls(vcpu: NestedVcpu) -> dict[str, int]:
+def _lost_controls(vcpu: Vcpu) -> dict[str, int]:
     """May-be-1 bits, by control, that the enlightened VMCS takes from what the vCPU would have without it."""
     if not vcpu.evmcs_visible:
         return {}

@@ -13,7 +13,7 @@ from engine.nested.entry_controls import CONTROL_CHECKS, CONTROL_FIELDS
 from engine.nested.entry_state import GUEST_CHECKS, HOST_CHECKS
 from engine.nested.verdict import CheckReport, Facts, report_in_order
 from engine.vcpu.registers import CR0_PG, CR4_PAE, guest_efer
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 
 ENTRY_CHECKS = CONTROL_CHECKS + HOST_CHECKS + GUEST_CHECKS
 
@@ -26,20 +26,20 @@ def checks_of(profile: str, area: str = "") -> Iterator[EntryCheck]:
     return (check for check in ENTRY_CHECKS if profile in check.profiles and check.name.startswith(area))
 
 
-def first_failure(vcpu: NestedVcpu, memory: GuestMemory, area: str = "") -> EntryCheck | None:
+def first_failure(vcpu: Vcpu, memory: GuestMemory, area: str = "") -> EntryCheck | None:
     """The first check that refuses the cached vmcs12, None when all pass."""
     context = EntryContext(vcpu, memory)
     return next((check for check in checks_of(vcpu.profile, area) if check.fails(context)), None)
 
 
-def explain_checks(vcpu: NestedVcpu, memory: GuestMemory) -> list[CheckReport]:
+def explain_checks(vcpu: Vcpu, memory: GuestMemory) -> list[CheckReport]:
     """Every check of this kernel on the cached vmcs12: which pass, which one decides, which are not reached."""
     return report_in_order(
         (check.name, check.says, partial(_inspect, vcpu, memory, check)) for check in checks_of(vcpu.profile)
     )
 
 
-def _inspect(vcpu: NestedVcpu, memory: GuestMemory, check: EntryCheck) -> tuple[bool, Facts]:
+def _inspect(vcpu: Vcpu, memory: GuestMemory, check: EntryCheck) -> tuple[bool, Facts]:
     """Whether a check refuses, and the field that it looked at last: the one that settled it."""
     context = ReadingContext(vcpu, memory)
     refuses = check.fails(context)
@@ -54,7 +54,7 @@ def _inspect(vcpu: NestedVcpu, memory: GuestMemory, check: EntryCheck) -> tuple[
     return refuses, Facts(f"vmcs12.{name}", f"{context.get(name):#x}", required)
 
 
-def cr3_refusal(vcpu: NestedVcpu, memory: GuestMemory, from_vm_entry: bool) -> str | None:
+def cr3_refusal(vcpu: Vcpu, memory: GuestMemory, from_vm_entry: bool) -> str | None:
     """Why entering L2 fails once all checks have passed: ``cr3``, ``pdpte`` or None.
 
     The page-directory pointers are loaded when L2 uses PAE paging without EPT; today's kernel puts that off to the
@@ -74,7 +74,7 @@ def cr3_refusal(vcpu: NestedVcpu, memory: GuestMemory, from_vm_entry: bool) -> s
     return None if _pdptes_valid(vcpu, memory, cr3) else "pdpte"
 
 
-def _pdptes_valid(vcpu: NestedVcpu, memory: GuestMemory, cr3: int) -> bool:
+def _pdptes_valid(vcpu: Vcpu, memory: GuestMemory, cr3: int) -> bool:
     raw = memory.read(cr3 & ~0x1F, 32)
     if raw is None:
         return False

@@ -13,7 +13,7 @@ from engine.kvm.guest_memory import GuestMemory
 from engine.state.kvm_versions import PROFILES, ProfileName
 from engine.vcpu import cpuid as cpuid_facts
 from engine.vcpu.registers import active_secondary
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 
 # Controls that a context keeps at hand, and their fields.
 _CONTROLS = {
@@ -28,7 +28,7 @@ _CONTROLS = {
 class EntryContext:
     """One vmcs12 about to be entered. The controls are read once; everything else through ``get``."""
 
-    def __init__(self, vcpu: NestedVcpu, memory: GuestMemory) -> None:
+    def __init__(self, vcpu: Vcpu, memory: GuestMemory) -> None:
         self.vcpu = vcpu
         self.memory = memory
         self.kvm = vcpu.kvm
@@ -84,7 +84,7 @@ class EntryContext:
 class ReadingContext(EntryContext):
     """One that remembers the ``last`` field of vmcs12 that was asked for."""
 
-    def __init__(self, vcpu: NestedVcpu, memory: GuestMemory) -> None:
+    def __init__(self, vcpu: Vcpu, memory: GuestMemory) -> None:
         super().__init__(vcpu, memory)
         self.last: str | None = None
 

@@ -21,7 +21,7 @@ from engine.nested.set_facts import facts_of
 from engine.nested.transitions import enter_guest, enter_operation, leave_nested
 from engine.nested.verdict import CheckReport, Facts, SetResult, Verdict
 from engine.state.kvm_versions import ONLY_2019, ONLY_LATEST, PROFILES, ProfileName
-from engine.vcpu.vcpu import EVMPTR_PENDING, NestedVcpu
+from engine.vcpu.vcpu import EVMPTR_PENDING, Vcpu
 
 _INTEL = ("intel",)
 _AMD = ("amd",)
@@ -274,7 +274,7 @@ def steps_of(profile: str, vendor: str = "intel") -> tuple[Step, ...]:
     return tuple(step for step in STEPS if profile in step.profiles and vendor in step.vendors)
 
 
-def set_nested_state(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer, *, explain: bool = False) -> SetResult:
+def set_nested_state(vcpu: Vcpu, memory: GuestMemory, user: UserBuffer, *, explain: bool = False) -> SetResult:
     """KVM_SET_NESTED_STATE with the blob in ``user``. Changes ``vcpu``, also when it fails after V9.
 
     With ``explain`` the result also has the ``parts`` of the steps V21 and SVM.
@@ -327,7 +327,7 @@ def _report(c: SetContext, step: Step, outcome: str, detail: str | None = None) 
     return CheckReport(step.check, says, outcome, detail, facts.field, facts.found, facts.required)
 
 
-def explain_nested_state(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer) -> tuple[SetResult, NestedVcpu]:
+def explain_nested_state(vcpu: Vcpu, memory: GuestMemory, user: UserBuffer) -> tuple[SetResult, Vcpu]:
     """The same without applying anything: the result, and the vCPU as the call would leave it."""
     twin = vcpu.copy()
     return set_nested_state(twin, TrialMemory(memory), user, explain=True), twin

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from engine.arch.hyperv_cpuid import EVMCS_VERSIONS, CpuidEntry
 from engine.state.kvm_versions import kvm_version
-from engine.vcpu.vcpu import NestedHost, NestedVcpu
+from engine.vcpu.vcpu import Vcpu, VcpuHost
 
 
-def evmcs_version(vcpu: NestedVcpu) -> int:
+def evmcs_version(vcpu: Vcpu) -> int:
     """The version range that this vCPU reports, 0 when it does not have the enlightened VMCS."""
     return EVMCS_VERSIONS if vcpu.evmcs_enabled and vcpu.host.intel and vcpu.host.nested else 0
 
 
-def supported_hv_cpuid(vcpu: NestedVcpu) -> list[CpuidEntry]:
+def supported_hv_cpuid(vcpu: Vcpu) -> list[CpuidEntry]:
     """KVM_GET_SUPPORTED_HV_CPUID on a vCPU: 6 or 7 leaves in 2019, 10 today."""
     return vcpu.kvm.hyperv.leaves(
         evmcs_version(vcpu),
@@ -22,7 +22,7 @@ def supported_hv_cpuid(vcpu: NestedVcpu) -> list[CpuidEntry]:
     )
 
 
-def system_hv_cpuid(profile: str, host: NestedHost) -> list[CpuidEntry] | None:
+def system_hv_cpuid(profile: str, host: VcpuHost) -> list[CpuidEntry] | None:
     """The same on the system device, without a vCPU; None in 2019, which has no such ioctl."""
     rows = kvm_version(profile).hyperv
     if not rows.leaves_without_vcpu:

@@ -27,7 +27,7 @@ MP_STATES = ("runnable", "halted", "wait-for-sipi")
 
 
 @dataclass(frozen=True)
-class NestedHost:
+class VcpuHost:
     """The host, as far as nesting sees it.
 
     ``nested`` is the module parameter; ``ept`` says that the processor has EPT, without which no guest gets it.
@@ -132,7 +132,7 @@ class SvmState:
 
 
 @dataclass
-class NestedVcpu:
+class Vcpu:
     """One vCPU. ``registers`` are the live ones (L2's while in L2); ``msrs`` those that no other field owns.
 
     ``has_run``: KVM_RUN was called. ``enforces_cpuid`` is KVM_CAP_HYPERV_ENFORCE_CPUID, filled in by who opens the
@@ -142,7 +142,7 @@ class NestedVcpu:
     """
 
     profile: str = KVM_2019
-    host: NestedHost = field(default_factory=NestedHost)
+    host: VcpuHost = field(default_factory=VcpuHost)
     vcpu_id: int = 0
     vp_index: int = 0
     cpuid: tuple[CpuidEntry, ...] = ()
@@ -206,7 +206,7 @@ class NestedVcpu:
             return vmx.current_pa != NO_ADDRESS or vmx.evmptr != EVMPTR_NONE
         return vmx.guest_mode or vmx.current_pa != NO_ADDRESS or vmx.evmcs_mapped
 
-    def copy(self) -> NestedVcpu:
+    def copy(self) -> Vcpu:
         """An independent copy."""
         twin = copy.copy(self)
         twin.registers = dict(self.registers)
@@ -229,12 +229,12 @@ class NestedVcpu:
         return head
 
     @classmethod
-    def from_head(cls, head: Mapping[str, Any]) -> NestedVcpu:
+    def from_head(cls, head: Mapping[str, Any]) -> Vcpu:
         """The inverse of ``to_head``."""
         plain = {name: head[name] for name in _PLAIN}
         return cls(
             **plain,
-            host=NestedHost(**head["host"]),
+            host=VcpuHost(**head["host"]),
             cpuid=tuple(CpuidEntry(*entry) for entry in head["cpuid"]),
             registers=dict(head["registers"]),
             msrs={int(number): value for number, value in head["msrs"].items()},

@@ -21,7 +21,7 @@ from engine.nested import (
 )
 from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE
 from engine.vcpu.msrs import read_msr
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 from tests.engine.nested.support import (
     ERAS,
     EV,
@@ -52,7 +52,7 @@ def write_evmcs(ram: Ram, gpa: int, era: str, **changes: int) -> None:
     ram.write(gpa, bytes(page))
 
 
-def enlightened(era: str, gpa: int = PAGE, **changes: int) -> tuple[NestedVcpu, Ram]:
+def enlightened(era: str, gpa: int = PAGE, **changes: int) -> tuple[Vcpu, Ram]:
     """In VMX operation, assist page on, enlightened entry asked for."""
     vcpu, ram = make_vcpu(era, evmcs=True, hyperv=True), Ram()
     assert set_msr(vcpu, ram, HV_VP_ASSIST_PAGE, ASSIST | 1)
