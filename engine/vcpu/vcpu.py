@@ -1,4 +1,4 @@
-"""The state of one vCPU that nesting reads and changes, and its durable form.
+"""The whole state of one vCPU beside memory: registers, CPUID, MSRs, VMX and SVM; and its durable form.
 
 Nothing here has rules; the operations are in the modules beside this one. Absent addresses are -1 as in the ABI.
 """
@@ -28,7 +28,7 @@ MP_STATES = ("runnable", "halted", "wait-for-sipi")
 
 @dataclass(frozen=True)
 class VcpuHost:
-    """The host, as far as nesting sees it.
+    """The host, as far as a vCPU sees it.
 
     ``nested`` is the module parameter; ``ept`` says that the processor has EPT, without which no guest gets it.
     ``evmcs`` False is a kernel that does not offer the enlightened VMCS; the one that KVM itself may use on Hyper-V is
