@@ -16,7 +16,7 @@ REPLAY_PY = "engine/trace/replay.py"
 
 NESTED = "tests/engine/nested"
 OPERATIONS = "tests/engine/test_nested_operations.py"
-REGISTER_IOCTLS = "tests/engine/ioctls/test_registers.py"
+REGISTER_IOCTLS = "tests/engine/ioctls/test_register_ioctls.py"
 
 
 def vectors(*rows: str) -> tuple[str, ...]:

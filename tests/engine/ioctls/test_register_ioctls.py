@@ -12,7 +12,7 @@ from engine.arch.kvm_vcpu_structs import EVENTS, REGS, SREGS
 from engine.arch.vmx_msrs import EFER_SVME
 from engine.vcpu.cpuid import supported_cpuid
 from engine.vcpu.vcpu import Vcpu, VcpuHost
-from tests.engine.ioctls.support import Call, ioctl
+from tests.engine.ioctls.bare_vcpu import Call, ioctl
 from tests.engine.nested.support import ERAS, GM, Ram, blob, do_set, make_vcpu
 
 LONG_MODE = {"cr0": 0x8000_0031, "cr4": 0x20, "ia32_efer": 0xD00}
