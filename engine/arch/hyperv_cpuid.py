@@ -102,21 +102,22 @@ def unpack_entries(data: bytes) -> tuple[CpuidEntry, ...]:
     return tuple(CpuidEntry(*words[at : at + 7]) for at in range(0, len(words), 10))
 
 
-def leaves_2019(evmcs_enabled: bool) -> list[CpuidEntry]:
+def leaves_2019(evmcs_version: int, *, apic: bool, smt_possible: bool, max_vcpus: int = 1024) -> list[CpuidEntry]:
     """What kernels of 2019 list: six leaves, and leaf 0x4000000A when the vCPU has its enlightened VMCS enabled.
 
-    Leaf 0 names 0x4000000A as the last one even when it is absent.
+    Leaf 0 names 0x4000000A as the last one even when it is absent. Of the arguments, which are those of
+    ``leaves_latest``, the first alone counts.
     """
     leaves = [
         _vendor(LEAF_VENDOR, LEAF_NESTED),
         CpuidEntry(LEAF_INTERFACE, eax=INTERFACE_SIGNATURE),
         CpuidEntry(LEAF_VERSION, eax=0x3839, ebx=0x000A_0000),
         CpuidEntry(LEAF_FEATURES, eax=0x2AFF, ebx=0x30, edx=0x0008_0500),
-        CpuidEntry(LEAF_RECOMMENDATIONS, eax=0x0C2C | (RECOMMEND_EVMCS if evmcs_enabled else 0), ebx=0xFFF),
+        CpuidEntry(LEAF_RECOMMENDATIONS, eax=0x0C2C | (RECOMMEND_EVMCS if evmcs_version else 0), ebx=0xFFF),
         CpuidEntry(LEAF_LIMITS, eax=288, ebx=64),
     ]
-    if evmcs_enabled:
-        leaves.append(CpuidEntry(LEAF_NESTED, eax=EVMCS_VERSIONS))
+    if evmcs_version:
+        leaves.append(CpuidEntry(LEAF_NESTED, eax=evmcs_version))
     return leaves
 
 

@@ -9,6 +9,8 @@ Source: Intel SDM volume 3, appendix A; Linux v5.3 and v7.1.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 IA32_FEATURE_CONTROL = 0x3A
@@ -148,22 +150,25 @@ _SECONDARY = (
     | SEC_XSAVES
 )
 
-DEFAULT_CONTROLS: dict[str, dict[str, ControlValue]] = {
-    "kvm-2019": {
+CONTROLS_2019: Mapping[str, ControlValue] = MappingProxyType(
+    {
         "pin": ControlValue(0x0000_0016, 0x0000_007F),
         "proc": ControlValue(0x0400_6172, 0xFFF9_FFFE),
         "secondary": ControlValue(0, _SECONDARY),
         "exit": ControlValue(0x0003_6DFB, 0x007F_EFFF),
         "entry": ControlValue(0x0000_11FB, 0x0000_D3FF),
-    },
-    "kvm-latest": {
+    }
+)
+
+CONTROLS_LATEST: Mapping[str, ControlValue] = MappingProxyType(
+    {
         "pin": ControlValue(0x0000_0016, 0x0000_007F),
         "proc": ControlValue(0x0400_6172, 0xFFF9_FFFE),
         "secondary": ControlValue(0, _SECONDARY | SEC_TSC_SCALING),
         "exit": ControlValue(0x0003_6DFB, 0x007F_FFFF),
         "entry": ControlValue(0x0000_11FB, 0x0000_F3FF),
-    },
-}
+    }
+)
 
 # Execute-only, 4-level walk, write-back, 2 MiB and 1 GiB pages, INVEPT and its two kinds, accessed and dirty flags;
 # INVVPID and its four kinds.
@@ -172,8 +177,8 @@ _EPT_VPID = 0x0000_0F01_0633_4041
 # Save EFER.LMA, preemption timer rate 5, HLT, VMWRITE to any field; wait-for-SIPI since 2021; no CR3 targets.
 _MISC = 0x2000_0065
 
-DEFAULT_VALUES: dict[str, dict[str, int]] = {
-    "kvm-2019": {
+VALUES_2019: Mapping[str, int] = MappingProxyType(
+    {
         "basic": 0x00D8_1000_11E5_7ED0,
         "misc": _MISC,
         "cr0_fixed0": 0x8000_0021,
@@ -182,8 +187,11 @@ DEFAULT_VALUES: dict[str, dict[str, int]] = {
         "vmcs_enum": 0x2E,
         "ept_vpid": _EPT_VPID,
         "vmfunc": VMFUNC_EPTP_SWITCHING,
-    },
-    "kvm-latest": {
+    }
+)
+
+VALUES_LATEST: Mapping[str, int] = MappingProxyType(
+    {
         "basic": 0x00D8_1000_11E5_7ED0,
         "misc": _MISC | 1 << 8,
         "cr0_fixed0": 0x8000_0021,
@@ -192,8 +200,8 @@ DEFAULT_VALUES: dict[str, dict[str, int]] = {
         "vmcs_enum": 0x32,
         "ept_vpid": _EPT_VPID | EPT_WALK_5,
         "vmfunc": VMFUNC_EPTP_SWITCHING,
-    },
-}
+    }
+)
 
 # What a kernel of 2019 takes away for good from a vCPU on which the enlightened VMCS is enabled.
 EVMCS_CLEARED = {"pin": 0xC0, "secondary": 0x0202_6701, "exit": 0x1000, "entry": 0x2000}

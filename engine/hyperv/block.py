@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from engine.arch.hypercall import WORD_BYTES
-
-
-class ReadsMemory(Protocol):
-    """Guest RAM: None where any byte has no memory slot."""
-
-    def read(self, gpa: int, size: int) -> bytes | None:
-        """``size`` bytes at ``gpa``."""
+from engine.kvm.guest_memory import ReadsMemory
 
 
 @dataclass(frozen=True)

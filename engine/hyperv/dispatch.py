@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from engine.arch import hypercall as hv
 from engine.cpu.frames import Machine
 from engine.hyperv import direct, execution, kvm_rules, tlfs_rules
-from engine.hyperv.block import ReadsMemory
 from engine.hyperv.caller import Caller
 from engine.hyperv.execution import Effect, Facts, Marks, Scope, Vp
 from engine.hyperv.kvm_rules import Translate
@@ -19,6 +18,7 @@ from engine.hyperv.outcome import Outcome
 from engine.hyperv.privileges import Privileges
 from engine.hyperv.request import Flush, Intercepted, Reading, Refused, SecondLevelFlush, Undefined
 from engine.hyperv.tlfs_rules import Environment
+from engine.kvm.guest_memory import ReadsMemory
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,19 @@ from engine.arch import hyperv_pages as pages
 from engine.arch.vmcs12 import put
 from engine.hyperv.direct import Exit
 from engine.hyperv.outcome import Outcome
-from engine.kvm.trial_memory import GuestMemory
+from engine.kvm.guest_memory import GuestMemory
 from engine.nested import transitions
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 
 _WORD = (1 << 64) - 1
 
 
-def rip_of(vcpu: NestedVcpu) -> int:
+def rip_of(vcpu: Vcpu) -> int:
     """The instruction pointer of what the vCPU runs."""
     return _load(vcpu, pages.VMCB_SAVE_RIP) if vcpu.svm.guest_mode else vcpu.registers["rip"]
 
 
-def finish_in_guest(vcpu: NestedVcpu, done: Outcome) -> int:
+def finish_in_guest(vcpu: Vcpu, done: Outcome) -> int:
     """Move the caller's RIP; returns where it is. A nested guest's is in its VMCB, with RAX, while SVM runs it."""
     if vcpu.svm.guest_mode:
         rip = (_load(vcpu, pages.VMCB_SAVE_RIP) + done.rip_advance) & _WORD
@@ -31,7 +31,7 @@ def finish_in_guest(vcpu: NestedVcpu, done: Outcome) -> int:
     return vcpu.registers["rip"]
 
 
-def exit_to_l1(vcpu: NestedVcpu, memory: GuestMemory, why: Exit) -> None:
+def exit_to_l1(vcpu: Vcpu, memory: GuestMemory, why: Exit) -> None:
     """The VM exit. With SVM the VMCB goes back to guest memory; what L1 saved of itself is not modelled."""
     if not vcpu.svm.guest_mode:
         put(vcpu.vmx.vmcs12, "vm_exit_instruction_len", why.instruction_length)
@@ -45,9 +45,9 @@ def exit_to_l1(vcpu: NestedVcpu, memory: GuestMemory, why: Exit) -> None:
     vcpu.svm.run_pending = False
 
 
-def _load(vcpu: NestedVcpu, at: int) -> int:
+def _load(vcpu: Vcpu, at: int) -> int:
     return int.from_bytes(vcpu.svm.vmcb12[at : at + 8], "little")
 
 
-def _save(vcpu: NestedVcpu, at: int, value: int) -> None:
+def _save(vcpu: Vcpu, at: int, value: int) -> None:
     vcpu.svm.vmcb12[at : at + 8] = value.to_bytes(8, "little")

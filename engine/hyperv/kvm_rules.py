@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 from engine.arch import hypercall as hv
 from engine.hyperv import ranges
-from engine.hyperv.block import Block, ReadsMemory
+from engine.hyperv.block import Block
 from engine.hyperv.caller import Caller
 from engine.hyperv.privileges import Privileges
 from engine.hyperv.request import Flush, Reading, Refused, Undefined, VpBits, no_vps, vp_bits
+from engine.kvm.guest_memory import ReadsMemory
 
 # Longer lists are not read: they flush everything. One place of a queue of 16 is kept for that.
 LONGEST_LIST = 15

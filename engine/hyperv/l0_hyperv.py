@@ -38,6 +38,7 @@ from engine.hyperv.direct import NestedGuest
 from engine.hyperv.privileges import Privileges
 from engine.kvm import registers as reg
 from engine.state.config import VmConfig
+from engine.state.kvm_versions import kvm_version
 from engine.vcpu.cpuid import entries_from_json
 
 CAP_DIRECT_FLUSH = 175
@@ -88,7 +89,7 @@ class HypervHost:
         if host.hyperv is None:
             return None
         found = cls.of(host.hyperv, enlightened=host.evmcs is not False)
-        return replace(found, svm=host.vendor == "amd", ported=config.profile == "kvm-latest")
+        return replace(found, svm=host.vendor == "amd", ported=kvm_version(config.profile).hyperv.flushes_on_svm)
 
     @classmethod
     def of(cls, description: Mapping[str, Any], *, enlightened: bool = True) -> HypervHost:

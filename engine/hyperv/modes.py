@@ -15,9 +15,9 @@ from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME, Machine
 from engine.hyperv import execution, nested_paging, queues
 from engine.hyperv.privileges import Privileges
-from engine.kvm.trial_memory import GuestMemory
+from engine.kvm.guest_memory import GuestMemory
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_VP_ASSIST_PAGE
-from engine.vcpu.vcpu import Enlightenment, NestedVcpu
+from engine.vcpu.vcpu import Enlightenment, Vcpu
 
 # Tells the VPIDs of nested guests from those of guests.
 NESTED_VPID = 1 << 15
@@ -25,17 +25,17 @@ _ASSIST_ENABLED = 1
 _ASSIST_READ = 56
 
 
-def lower_of(vcpu: NestedVcpu) -> Enlightenment:
+def lower_of(vcpu: Vcpu) -> Enlightenment:
     """What the lower hypervisor remembers of the vCPU's nested guest."""
     return vcpu.vmx.lower if vcpu.host.intel else vcpu.svm.lower
 
 
-def in_nested_guest(vcpu: NestedVcpu) -> bool:
+def in_nested_guest(vcpu: Vcpu) -> bool:
     """Whether the vCPU runs a nested guest now."""
     return vcpu.vmx.guest_mode or vcpu.svm.guest_mode
 
 
-def follow(m: Machine, frame: int, before: NestedVcpu | None, after: NestedVcpu, memory: GuestMemory) -> None:
+def follow(m: Machine, frame: int, before: Vcpu | None, after: Vcpu, memory: GuestMemory) -> None:
     """Bring the record in ``frame`` and the cache in line with a vCPU that changed from ``before`` (None: fresh)."""
     was_nested = bool(frames.read_word(m, frame, ctl.V_GUEST_MODE))
     if after.svm.guest_mode and not was_nested:
@@ -55,7 +55,7 @@ def follow(m: Machine, frame: int, before: NestedVcpu | None, after: NestedVcpu,
         queues.request(m.queues, position)
 
 
-def _from_vmcb(vcpu: NestedVcpu, memory: GuestMemory) -> Enlightenment:
+def _from_vmcb(vcpu: Vcpu, memory: GuestMemory) -> Enlightenment:
     """What VMRUN takes over from the VMCB, if the guest uses Hyper-V's hypercalls at all."""
     privileges = Privileges.of(vcpu.cpuid, vcpu.msrs.get(HV_GUEST_OS_ID, 0))
     if not privileges.enabled:

@@ -14,9 +14,9 @@ from engine.arch.hyperv_pages import (
     VMCB_INTERCEPT_VMMCALL,
 )
 from engine.arch.vmcs12 import get
-from engine.hyperv.block import ReadsMemory
+from engine.kvm.guest_memory import ReadsMemory
 from engine.vcpu.registers import active_secondary
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 
 _ADDRESS = 0x000F_FFFF_FFFF_F000
 _LARGE = 1 << 7
@@ -26,14 +26,14 @@ _NPT_PRESENT_USER = 0b101
 _LARGEST_LEAF = 3
 
 
-def in_use(vcpu: NestedVcpu) -> bool:
+def in_use(vcpu: Vcpu) -> bool:
     """Whether the nested guest that the vCPU runs has nested paging."""
     if vcpu.svm.guest_mode:
         return bool(vcpu.svm.vmcb12[VMCB_CONTROL_NESTED_PAGING] & 1)
     return vcpu.vmx.guest_mode and bool(active_secondary(vcpu.vmx.vmcs12) & vmx_msrs.SEC_EPT)
 
 
-def root_of(vcpu: NestedVcpu) -> int:
+def root_of(vcpu: Vcpu) -> int:
     """Address of the hypervisor's top table, 0 without nested paging."""
     if not in_use(vcpu):
         return 0
@@ -43,7 +43,7 @@ def root_of(vcpu: NestedVcpu) -> int:
     return get(vcpu.vmx.vmcs12, "ept_pointer") & _ADDRESS
 
 
-def translate(vcpu: NestedVcpu, memory: ReadsMemory, gpa: int) -> int | None:
+def translate(vcpu: Vcpu, memory: ReadsMemory, gpa: int) -> int | None:
     """The address that the vCPU's nested guest means by a GPA."""
     if vcpu.svm.guest_mode:
         depth, needed, present = 4, _NPT_PRESENT_USER, 1
@@ -66,6 +66,6 @@ def translate(vcpu: NestedVcpu, memory: ReadsMemory, gpa: int) -> int | None:
     return None
 
 
-def intercepts_vmmcall(vcpu: NestedVcpu) -> bool:
+def intercepts_vmmcall(vcpu: Vcpu) -> bool:
     """Whether the guest hypervisor wants an exit for VMMCALL."""
     return bool(vcpu.svm.vmcb12[VMCB_CONTROL_INTERCEPTS] & VMCB_INTERCEPT_VMMCALL)

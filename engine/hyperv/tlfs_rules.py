@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engine.arch import hypercall as hv
 from engine.hyperv import ranges
-from engine.hyperv.block import Block, ReadsMemory
+from engine.hyperv.block import Block
 from engine.hyperv.caller import Caller
 from engine.hyperv.kvm_rules import Translate
 from engine.hyperv.privileges import Privileges
@@ -27,6 +27,7 @@ from engine.hyperv.request import (
     no_vps,
     vp_bits,
 )
+from engine.kvm.guest_memory import ReadsMemory
 
 _FLAGS = hv.ALL_PROCESSORS | hv.ALL_SPACES | hv.NON_GLOBAL_ONLY | hv.EXTENDED_RANGES
 _INPUT = Refused(hv.Status.INVALID_HYPERCALL_INPUT)

@@ -1,22 +1,30 @@
 """The binary KVM ABI of a machine: an ioctl's bytes in, one operation of the machine, bytes and errno out.
 
-A package that answers ioctls writes a module with ``ROWS`` and names it in ``IOCTLS`` here; its capabilities go to
-the tables in ``ioctls.capabilities``.
+A module that answers ioctls has ``ROWS`` and is named in ``_MODULES`` here; its capabilities go
+to the tables in ``ioctls.capabilities``.
 """
 
 from engine.abi import VM, Call
-from engine.ioctls import capabilities, dirty_log, memory_slots, nested_state, subpages, system, vcpus
-from engine.ioctls.nested_state import as_created
+from engine.ioctls import (
+    capabilities,
+    cpuid,
+    dirty_log,
+    memory_slots,
+    msrs,
+    nested_state,
+    registers,
+    subpages,
+    system,
+    vcpus,
+)
 from engine.ioctls.registry import Ioctl, Registry, Target
 from engine.ioctls.spp_capability import CAP_X86_SPP
 from engine.ioctls.system import NewMachine
+from engine.ioctls.vcpus import as_created
 from engine.machine import VirtualMachine
 
-IOCTLS = Registry(
-    row
-    for package in (system, capabilities, vcpus, memory_slots, dirty_log, subpages, nested_state)
-    for row in package.ROWS
-)
+_MODULES = (system, capabilities, memory_slots, dirty_log, subpages, vcpus, registers, cpuid, msrs, nested_state)
+IOCTLS = Registry(row for module in _MODULES for row in module.ROWS)
 
 
 def check_vm_extension(machine: VirtualMachine, capability: int) -> int:

@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from engine.abi import SYSTEM, VCPU, VM, Call, Reply, failed
-from engine.ioctls import hyperv_capabilities, memory_capabilities, nested_state, spp_capability
+from engine.ioctls import (
+    cpuid,
+    hyperv_capabilities,
+    memory_capabilities,
+    msrs,
+    nested_state,
+    registers,
+    spp_capability,
+    vcpus,
+)
 from engine.ioctls.registry import EnableCap, Ioctl, Target
 
 # Capability number to what KVM_CHECK_EXTENSION says; a number that none of them has is 0.
@@ -16,6 +25,10 @@ Checked = Mapping[int, Callable[[Target], int]]
 CHECKED: tuple[Checked, ...] = (
     memory_capabilities.CHECKED,
     spp_capability.CHECKED,
+    vcpus.CHECKED,
+    registers.CHECKED,
+    cpuid.CHECKED,
+    msrs.CHECKED,
     nested_state.CHECKED,
     hyperv_capabilities.CHECKED,
 )

@@ -10,7 +10,8 @@ import struct
 
 from engine.abi import VM, Call, Reply, failed
 from engine.ioctls.registry import Ioctl, Target
-from engine.kvm.abi_limits import ADDRESS_SPACES, LIMITS
+from engine.kvm.abi_limits import ADDRESS_SPACES
+from engine.state.kvm_versions import kvm_version
 
 LOG = struct.Struct("<IIQ")
 
@@ -26,7 +27,7 @@ def get_dirty_log(target: Target, call: Call) -> Reply:
         return failed("EFAULT")
     slot, _, pointer = LOG.unpack(raw)
     number, space = slot & 0xFFFF, slot >> 16
-    if number >= LIMITS[target.profile].user_slots or space >= ADDRESS_SPACES:
+    if number >= kvm_version(target.profile).limits.user_slots or space >= ADDRESS_SPACES:
         return failed("EINVAL")
     bitmap = target.vm.dirty.take_log(number, space)
     return Reply(0) if call.memory.buffer(pointer).copy_to(0, bitmap) else failed("EFAULT")

@@ -10,16 +10,11 @@ from engine.errors import EngineError
 from engine.ioctls.registry import EnableCap, Target
 from engine.machine.hyperv_vps import hyperv_host
 from engine.state.config import VmConfig
+from engine.state.kvm_versions import kvm_version
 
 CAP_HYPERV_TLBFLUSH = 155
 CAP_HYPERV_DIRECT_TLBFLUSH = 175
 CAP_HYPERV_ENFORCE_CPUID = 199
-_ENFORCES_SINCE = "kvm-latest"
-
-
-def _vcpu(target: Target) -> int:
-    assert target.vcpu is not None, "a call at this level has a vCPU"
-    return target.vcpu
 
 
 def _direct_flush(target: Target) -> int:
@@ -30,20 +25,20 @@ def _direct_flush(target: Target) -> int:
 def _enable_direct_flush(target: Target, _: EnableCap) -> Reply:
     """Its arguments are not looked at."""
     try:
-        target.vm.hyperv.enable_direct_flush(_vcpu(target))
+        target.vm.hyperv.enable_direct_flush(target.vcpu_id)
     except EngineError as error:
         return failed(error.errno)
     return Reply(0)
 
 
 def _enforces(target: Target) -> int:
-    return int(target.profile == _ENFORCES_SINCE)
+    return int(kvm_version(target.profile).hyperv.enforces_cpuid)
 
 
 def _enforce_cpuid(target: Target, wanted: EnableCap) -> Reply:
     if not _enforces(target):
         return failed("EINVAL")
-    target.vm.hyperv.enforce_cpuid(_vcpu(target), bool(wanted.args[0]))
+    target.vm.hyperv.enforce_cpuid(target.vcpu_id, bool(wanted.args[0]))
     return Reply(0)
 
 

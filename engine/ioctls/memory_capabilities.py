@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from engine.ioctls.registry import Target
-from engine.kvm.abi_limits import ADDRESS_SPACES, LIMITS
+from engine.kvm.abi_limits import ADDRESS_SPACES
+from engine.state.kvm_versions import kvm_version
 
 CAP_USER_MEMORY = 3
 CAP_NR_VCPUS = 9
@@ -26,10 +27,10 @@ CAP_MAX_VCPU_ID = 128
 
 def _most_vcpus(target: Target) -> int:
     """Later kernels say what the VM has room for."""
-    most = LIMITS[target.profile].vcpus
-    if target.machine is None or target.profile == "kvm-2019":
-        return most
-    return min(most, target.machine.config.vcpu_records)
+    limits = kvm_version(target.profile).limits
+    if target.machine is None or not limits.tells_room:
+        return limits.vcpus
+    return min(limits.vcpus, target.machine.config.vcpu_records)
 
 
 def _yes(_: Target) -> int:
@@ -39,8 +40,8 @@ def _yes(_: Target) -> int:
 CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType(
     {
         CAP_USER_MEMORY: _yes,
-        CAP_NR_VCPUS: lambda target: LIMITS[target.profile].soft_vcpus,
-        CAP_NR_MEMSLOTS: lambda target: LIMITS[target.profile].user_slots,
+        CAP_NR_VCPUS: lambda target: kvm_version(target.profile).limits.soft_vcpus,
+        CAP_NR_MEMSLOTS: lambda target: kvm_version(target.profile).limits.user_slots,
         CAP_SYNC_MMU: _yes,
         CAP_DESTROY_MEMORY_REGION_WORKS: _yes,
         CAP_JOIN_MEMORY_REGIONS_WORKS: _yes,
@@ -51,6 +52,6 @@ CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType(
         CAP_CHECK_EXTENSION_VM: _yes,
         CAP_X86_SMM: _yes,
         CAP_MULTI_ADDRESS_SPACE: lambda _: ADDRESS_SPACES,
-        CAP_MAX_VCPU_ID: lambda target: LIMITS[target.profile].vcpu_ids,
+        CAP_MAX_VCPU_ID: lambda target: kvm_version(target.profile).limits.vcpu_ids,
     }
 )

@@ -10,8 +10,9 @@ import struct
 
 from engine.abi import VM, Call, Reply, failed
 from engine.ioctls.registry import Ioctl, Target
-from engine.kvm.abi_limits import ADDRESS_SPACES, LIMITS, MAX_SLOT_PAGES, USER_TOP
+from engine.kvm.abi_limits import ADDRESS_SPACES, MAX_SLOT_PAGES, USER_TOP
 from engine.kvm.slots import PAGE_SHIFT, PAGE_SIZE, SLOT_LOG_DIRTY, SLOT_READ_ONLY, SlotSpec
+from engine.state.kvm_versions import kvm_version
 
 REGION = struct.Struct("<IIQQQ")
 FLAGS = SLOT_LOG_DIRTY | SLOT_READ_ONLY
@@ -27,7 +28,7 @@ def set_user_memory_region(target: Target, call: Call) -> Reply:
         return failed("EFAULT")
     slot, flags, gpa, size, address = REGION.unpack(raw)
     number, space = slot & 0xFFFF, slot >> 16
-    if number >= LIMITS[target.profile].user_slots or space >= ADDRESS_SPACES or flags & ~FLAGS:
+    if number >= kvm_version(target.profile).limits.user_slots or space >= ADDRESS_SPACES or flags & ~FLAGS:
         return failed("EINVAL")
     if (size | gpa | address) % PAGE_SIZE or address + size > USER_TOP or gpa + size >= 1 << 64:
         return failed("EINVAL")

@@ -1,4 +1,4 @@
-"""GET_ACCESS and SET_ACCESS as the binary ABI of each era has them: with limits, and with what a failure leaves.
+"""GET_ACCESS and SET_ACCESS as the binary ABI of each kernel has them: with limits, and with what a failure leaves.
 
 Everything else of the service sets maps all or nothing; here a SET that meets a page without a slot has done part.
 """
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from engine.cpu import frames
 from engine.kvm import partial_set, spp
-from engine.kvm.profile import profile_of
 from engine.kvm.slots import first_page_without_slot
 from engine.machine import VirtualMachine
+from engine.state.kvm_versions import kvm_version
 from engine.state.retry import new_trail, run_all
 
 # The first page number that no slot can have, and that a kernel's 64-bit arithmetic still holds.
@@ -25,7 +25,7 @@ class SubpageCalls:
     """GET and SET of one machine."""
 
     def __init__(self, vm: VirtualMachine) -> None:
-        self._abi = profile_of(vm.config.profile)
+        self._abi = kvm_version(vm.config.profile).subpages
         self._state = vm.state
 
     def get(self, gfn: int, npages: int) -> Words:
@@ -40,7 +40,7 @@ class SubpageCalls:
     def set(self, gfn: int, access: Words) -> int | None:
         """Replace the maps of consecutive pages; returns how many, or None for EFAULT, at a page without a slot.
 
-        The pages before that one are changed: their maps and mappings in the era of ``KVM_INIT_SPP``, which forgets
+        The pages before that one are changed: their maps and mappings in the kernel of ``KVM_INIT_SPP``, which forgets
         to fail (0) if one of them was mapped; their maps alone later, so that a page that may be written stays so
         until it is mapped anew.
         """

@@ -1,4 +1,4 @@
-"""Which ioctls there are, at which level, in which era, and who answers them."""
+"""Which ioctls there are, at which level, in which kernels, and who answers them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import ClassVar
 from engine.abi import LEVELS, Call, Reply, UserMemory, failed, wrong_level
 from engine.errors import Busy, EngineError
 from engine.machine import VirtualMachine
-from engine.state.config import PROFILES, HostConfig
+from engine.state.config import HostConfig
+from engine.state.kvm_versions import PROFILES, ProfileName
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,16 @@ class Target:
         assert self.machine is not None, "a call at this level has a machine"
         return self.machine
 
+    @property
+    def vcpu_id(self) -> int:
+        """The vCPU of a call at the vCPU level."""
+        assert self.vcpu is not None, "a call at this level has a vCPU"
+        return self.vcpu
+
 
 @dataclass(frozen=True)
 class EnableCap:
-    """struct kvm_enable_cap, 104 bytes: cap u32 at 0, flags u32 at 4, args u64[4] at 8; ``raw`` is all of it.
+    """struct kvm_enable_cap, 104 bytes: cap u32 at 0, flags u32 at 4, args u64[4] at 8.
 
     ``memory`` is what pointers in ``args`` reach.
     """
@@ -42,14 +49,13 @@ class EnableCap:
     number: int
     flags: int
     args: tuple[int, ...]
-    raw: bytes
     memory: UserMemory
 
     @classmethod
     def unpack(cls, raw: bytes, call: Call) -> EnableCap:
         """The structure that a call's argument points to."""
         number, flags, *args = struct.unpack_from("<2I4Q", raw)
-        return cls(number, flags, tuple(args), raw, call.memory)
+        return cls(number, flags, tuple(args), call.memory)
 
 
 Handler = Callable[[Target, Call], Reply]
@@ -69,7 +75,7 @@ class Ioctl:
     handler: Handler
     changes: bool = True
     allocates: bool = False
-    profiles: tuple[str, ...] = PROFILES
+    profiles: tuple[ProfileName, ...] = PROFILES
 
 
 class Registry:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from engine.abi import VM, Reply, failed
 from engine.ioctls.registry import EnableCap, Target
-from engine.kvm.profile import profile_of
+from engine.state.kvm_versions import kvm_version
 
 CAP_X86_SPP = 182
 
@@ -20,11 +20,11 @@ def enable(target: Target) -> Reply:
 
 def _pages(target: Target) -> int:
     """Pages in one call, whether or not the host has the feature."""
-    return profile_of(target.profile).check_extension
+    return kvm_version(target.profile).subpages.check_extension
 
 
 def _enable(target: Target, _: EnableCap) -> Reply:
-    return enable(target) if profile_of(target.profile).capability == CAP_X86_SPP else failed("EINVAL")
+    return enable(target) if kvm_version(target.profile).subpages.capability == CAP_X86_SPP else failed("EINVAL")
 
 
 CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType({CAP_X86_SPP: _pages})

@@ -1,8 +1,8 @@
 """KVM_INIT_SPP, KVM_SUBPAGES_GET_ACCESS and KVM_SUBPAGES_SET_ACCESS, byte for byte (kvm-spp 1.3, 2.1 to 2.3).
 
 struct kvm_subpage of 2019 is u64 base_gfn, u64 npages, u32 access_map[64], and is copied whole. Later it is u64
-gfn_base, u32 npages, u32 flags, u32 access_map[]: the header is read first, then header and maps. Both eras' headers
-are 16 bytes.
+gfn_base, u32 npages, u32 flags, u32 access_map[]: the header is read first, then header and maps. Both headers are
+16 bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engine.ioctls.partial_set import SubpageCalls
 from engine.ioctls.registry import Ioctl, Target
 from engine.ioctls.spp_capability import enable
 from engine.kvm.enabling import not_enabled
-from engine.kvm.profile import Profile, profile_of
+from engine.state.kvm_versions import ONLY_2019, SubpageRows, kvm_version
 
 HEADER = 16
 
@@ -49,7 +49,7 @@ def get_access(target: Target, call: Call) -> Reply:
         return wanted
     maps = SubpageCalls(target.vm).get(wanted.gfn, len(wanted.access))
     whole = len(maps) == len(wanted.access)
-    if whole or profile_of(target.profile).get_failure_copies:
+    if whole or kvm_version(target.profile).subpages.get_failure_copies:
         copied = call.user.copy_to(0, wanted.fill(maps))
         whole = whole and copied
     return Reply(len(maps)) if whole else failed("EFAULT")
@@ -68,11 +68,11 @@ def _copy_in(target: Target, call: Call) -> Subpage | Reply:
     """The structure, or the answer that ends the call."""
     if not target.vm.spp_active:
         raise not_enabled()
-    abi = profile_of(target.profile)
+    abi = kvm_version(target.profile).subpages
     return _fixed(abi, call) if abi.fixed_map else _flexible(abi, target, call)
 
 
-def _fixed(abi: Profile, call: Call) -> Subpage | Reply:
+def _fixed(abi: SubpageRows, call: Call) -> Subpage | Reply:
     raw = call.user.copy_from(0, HEADER + 4 * abi.max_pages)
     if raw is None:
         return failed("EFAULT")
@@ -84,7 +84,7 @@ def _fixed(abi: Profile, call: Call) -> Subpage | Reply:
     return _subpage(gfn, npages, raw)
 
 
-def _flexible(abi: Profile, target: Target, call: Call) -> Subpage | Reply:
+def _flexible(abi: SubpageRows, target: Target, call: Call) -> Subpage | Reply:
     header = call.user.copy_from(0, HEADER)
     if header is None:
         return failed("EFAULT")
@@ -100,7 +100,7 @@ def _flexible(abi: Profile, target: Target, call: Call) -> Subpage | Reply:
     return failed("EFAULT") if raw is None else _subpage(gfn, npages, raw)
 
 
-def _empty(abi: Profile) -> Reply:
+def _empty(abi: SubpageRows) -> Reply:
     return Reply(0) if abi.npages_zero_errno is None else failed(abi.npages_zero_errno)
 
 
@@ -109,7 +109,7 @@ def _subpage(gfn: int, npages: int, raw: bytes) -> Subpage:
 
 
 ROWS = (
-    Ioctl("KVM_INIT_SPP", VM, init_spp, profiles=("kvm-2019",)),
+    Ioctl("KVM_INIT_SPP", VM, init_spp, profiles=ONLY_2019),
     Ioctl("KVM_SUBPAGES_GET_ACCESS", VM, get_access, changes=False, allocates=True),
     Ioctl("KVM_SUBPAGES_SET_ACCESS", VM, set_access),
 )

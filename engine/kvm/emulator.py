@@ -16,7 +16,7 @@ from engine.jit import kernel
 from engine.kvm import layers, mapping, tracking
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
-from engine.kvm.profile import KVM_EMULATOR_CHECKS
+from engine.kvm.choices import KVM_EMULATOR_CHECKS
 from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY
 
 NO_EXIT = np.int64(exits.NONE)

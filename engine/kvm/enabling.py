@@ -7,8 +7,8 @@ or that memory runs out, is found out on the way (kvm-spp 2.1).
 from __future__ import annotations
 
 from engine.errors import Conflict, NotEnabled, Unsupported
-from engine.kvm.profile import profile_of
 from engine.state.config import HostConfig, VmConfig
+from engine.state.kvm_versions import kvm_version
 
 
 def allows_nesting(config: VmConfig) -> bool:
@@ -26,7 +26,7 @@ def check(config: VmConfig, nesting_in_use: bool = False) -> None:
 
     Where ``host.nested`` is not set, nesting is off once sub-page protection is on, unless a vCPU uses it already.
     """
-    profile = profile_of(config.profile)
+    profile = kvm_version(config.profile).subpages
     for test in profile.enable_tests:
         if test == "support" and not config.host.supports_spp:
             raise _unsupported(config.host, profile.unsupported_errno)

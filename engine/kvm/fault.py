@@ -16,7 +16,7 @@ from engine.jit import kernel
 from engine.kvm import dirty_log, layers, mapping, page_rights, sppt_tables, tracking
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
-from engine.kvm.profile import KVM_FILL_REGION, KVM_MISS_NEEDS_SLOT
+from engine.kvm.choices import KVM_FILL_REGION, KVM_MISS_NEEDS_SLOT
 from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY
 
 

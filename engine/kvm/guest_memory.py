@@ -1,36 +1,41 @@
 """Guest memory for the packages that read and write it by physical address, on a machine's own frames.
 
 An address that no memory slot backs reads as None and refuses a store, for any 64-bit address; so does a store to a
-read-only slot. Nothing is kept here: a ``Ram`` on a snapshot reads the published bytes, one on a draft the bytes of the
-change under way.
+read-only slot. Nothing is kept here: memory on a snapshot reads the published bytes, on a draft the bytes of the change
+under way. What an operation only tries it does to a ``TrialMemory``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Protocol
+
 import numpy as np
 
-from engine.cpu.frames import Machine
+from engine.cpu.frames import FRAME_SIZE, Machine
 from engine.kvm import memory
 from engine.kvm.slots import first_page_without_slot, writable_bytes
 from engine.state.frame_store import Draft, Snapshot
 from engine.state.retry import run_all
 
 
-class Ram:
-    """Guest memory of a machine. Only one on a draft can be written."""
+class ReadsMemory(Protocol):
+    """What is read by address: guest memory, or pages of the host."""
+
+    def read(self, gpa: int, size: int, /) -> bytes | None:
+        """``size`` bytes at ``gpa``, None where any of them is not there."""
+
+
+class GuestMemory:
+    """Guest memory of a machine. Only that of a draft can be written."""
 
     def __init__(self, state: Snapshot | Draft) -> None:
         self._state = state
 
-    @property
-    def _machine(self) -> Machine:
-        return self._state.machine
-
     def read(self, gpa: int, size: int) -> bytes | None:
         """``size`` bytes at ``gpa``, None where a page of them has no slot."""
-        if not _backed(self._machine, gpa, size):
-            return None
-        return memory.read_bytes(self._machine, gpa, size)
+        machine = self._state.machine
+        return memory.read_bytes(machine, gpa, size) if _backed(machine, gpa, size) else None
 
     def write(self, gpa: int, data: bytes) -> bool:
         """Store ``data`` at ``gpa``; False, storing nothing, where a page has no slot or only a read-only one."""
@@ -44,9 +49,45 @@ class Ram:
         return True
 
 
+class TrialMemory(GuestMemory):
+    """Guest memory whose writes stay here, so that an operation can be tried without being applied."""
+
+    def __init__(self, below: GuestMemory) -> None:
+        self._below = below
+        self._pages: dict[int, bytearray] = {}
+
+    def read(self, gpa: int, size: int) -> bytes | None:
+        """``size`` bytes at ``gpa`` as written here or else below."""
+        below = self._below.read(gpa, size)
+        if below is None or not self._pages:
+            return below
+        data = bytearray(below)
+        for page, first, last in _pages(gpa, size):
+            if page in self._pages:
+                data[first - gpa : last - gpa] = self._pages[page][first - page : last - page]
+        return bytes(data)
+
+    def write(self, gpa: int, data: bytes) -> bool:
+        """Keep ``data``; False when nothing backs the address below."""
+        for page, first, last in _pages(gpa, len(data)):
+            if page not in self._pages:
+                contents = self._below.read(page, FRAME_SIZE)
+                if contents is None:
+                    return False
+                self._pages[page] = bytearray(contents)
+            self._pages[page][first - page : last - page] = data[first - gpa : last - gpa]
+        return True
+
+
 def _backed(machine: Machine, gpa: int, size: int) -> bool:
     first, last = gpa >> 12, (gpa + size - 1) >> 12
     # No slot is that high, and the kernels count pages in 64 bits with a sign.
     if last >= 1 << 52:
         return False
     return int(first_page_without_slot(machine, first, last - first + 1)) < 0
+
+
+def _pages(gpa: int, size: int) -> Iterable[tuple[int, int, int]]:
+    """The pages that bytes lie in, each with the first address in it and the one after the last."""
+    for page in range(gpa & ~(FRAME_SIZE - 1), gpa + size, FRAME_SIZE):
+        yield page, max(page, gpa), min(page + FRAME_SIZE, gpa + size)

@@ -24,7 +24,7 @@ from engine.cpu.physical import find_slot
 from engine.jit import kernel
 from engine.kvm import ept_tables, host_state, layers, page_rights, regions, sppt_tables, tracking
 from engine.kvm import registers as reg
-from engine.kvm.profile import KVM_FILL_IN_SET, KVM_FORCE_SMALL, KVM_SAVED_BIT, KVM_SET_ZAPS
+from engine.kvm.choices import KVM_FILL_IN_SET, KVM_FORCE_SMALL, KVM_SAVED_BIT, KVM_SET_ZAPS
 from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY
 
 # Software bits of KVM's leaf entries: the host page may be written; KVM has no reason of its own to forbid it.
@@ -54,7 +54,7 @@ def ept_pointer(m):
 
 @kernel
 def chooses(m, choice):
-    """Whether the profile has a choice of ``kvm.profile``."""
+    """Whether the profile has a choice of ``kvm.choices``."""
     return m.caps[CAP_KVM] & choice != 0
 
 

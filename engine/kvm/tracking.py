@@ -21,7 +21,7 @@ from engine.cpu.physical import find_slot
 from engine.jit import kernel
 from engine.kvm import layers
 from engine.kvm import registers as reg
-from engine.kvm.profile import KVM_SAVED_BIT
+from engine.kvm.choices import KVM_SAVED_BIT
 from engine.kvm.slots import SLOT_FLAGS, SLOT_LOG_DIRTY
 
 # Bits of register DIRTY_MODE: what the written map is kept of, how whole pages are watched, whether a slot has a log.

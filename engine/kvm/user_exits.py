@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from engine.arch import exits
 from engine.kvm import resolutions as res
-from engine.kvm.profile import profile_of
+from engine.state.kvm_versions import kvm_version
 
 KVM_EXIT_UNKNOWN = 0
 KVM_EXIT_MMIO = 6
@@ -40,7 +40,7 @@ def user_exit(
     if resolution == res.VIOLATION and reason == exits.EPT_VIOLATION and not qualification & exits.Q_WRITE:
         return None
     if resolution == res.VIOLATION:
-        row = profile_of(profile)
+        row = kvm_version(profile).subpages
         length = insn_len if row.reports_length else None
         return UserExit(row.exit_spp, "KVM_EXIT_SPP", row.skips_instruction, spp_addr=gpa, insn_len=length)
     if resolution == res.MMIO:

@@ -13,12 +13,11 @@ from engine.arch.words import signed
 from engine.cpu import frames
 from engine.errors import InvalidValue
 from engine.hyperv import l0_hyperv
-from engine.kvm import mapping, sppt_tables
+from engine.kvm import choices, mapping, sppt_tables
 from engine.kvm import registers as reg
-from engine.kvm.abi_limits import LIMITS
-from engine.kvm.profile import profile_of
 from engine.state.config import VcpuConfig, VmConfig
 from engine.state.frame_store import Draft, FrameStore
+from engine.state.kvm_versions import kvm_version
 
 # A 64-bit guest with paging on, as the selftests leave one.
 CR0 = 0x8005_0033
@@ -35,10 +34,10 @@ def new_store(config: VmConfig) -> FrameStore:
     caps[frames.CAP_EPT_VPID] = signed(config.host.capability("ept_vpid_cap"))
     caps[frames.CAP_SECONDARY_ALLOWED] = config.host.secondary_allowed
     caps[frames.CAP_TERTIARY_ALLOWED] = signed(config.host.capability("procbased_ctls3"))
-    profile = profile_of(config.profile)
-    trees = config.vcpu_records if profile.sppt_per_vcpu else 1
-    caps[frames.CAP_KVM] = profile.caps()
-    caps[frames.CAP_SAVED_SHIFT] = profile.saved_shift
+    rows = kvm_version(config.profile).subpages
+    trees = config.vcpu_records if rows.sppt_per_vcpu else 1
+    caps[frames.CAP_KVM] = choices.caps(rows)
+    caps[frames.CAP_SAVED_SHIFT] = rows.saved_shift
     caps[frames.CAP_SPPT_TREES] = trees
     caps[frames.CAP_RESERVE] = frames.RESERVE + frames.RESERVE_PER_SPPT * (trees - 1)
     caps[frames.CAP_FAST_PATH] = config.translation_cache == "off"
@@ -58,7 +57,7 @@ def vcpu_positions(config: VmConfig) -> NDArray[np.int64]:
 
 def with_vcpu(config: VmConfig, vcpu: int) -> VmConfig:
     """The configuration with one more vCPU; raises InvalidValue in the kernel's order."""
-    limits = LIMITS[config.profile]
+    limits = kvm_version(config.profile).limits
     if not 0 <= vcpu < limits.vcpu_ids or len(config.vcpus) >= limits.vcpus:
         raise InvalidValue(f"a vCPU id is 0 to {limits.vcpu_ids - 1}", field="vcpu", value=vcpu)
     if any(item.id == vcpu for item in config.vcpus):
@@ -94,7 +93,7 @@ def build(draft: Draft, config: VmConfig) -> None:
     secondary = ctl.SECONDARY_VPID
     if config.host.ept:
         secondary |= ctl.SECONDARY_EPT | ctl.SECONDARY_UNRESTRICTED
-    if config.host.supports_spp and profile_of(config.profile).control_from_birth:
+    if config.host.supports_spp and kvm_version(config.profile).subpages.control_from_birth:
         secondary |= ctl.SECONDARY_SPP
     for position in range(config.vcpu_records):
         first = {

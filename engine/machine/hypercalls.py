@@ -24,13 +24,13 @@ from engine.hyperv.exits import exit_to_l1, finish_in_guest, rip_of
 from engine.hyperv.outcome import Outcome
 from engine.hyperv.privileges import Privileges
 from engine.hyperv.tlfs_rules import Environment
-from engine.kvm.guest_memory import Ram
+from engine.kvm.guest_memory import GuestMemory
 from engine.machine.hyperv_vps import enter, facts_of, hyperv_host, leave, linear_width, nested_guest_of, vps_of
 from engine.machine.nested_states import close_vcpu, open_vcpu
 from engine.machine.state import Change, Operations
 from engine.machine.vcpus import CachedTranslation, translation_of
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 
 _CS_LONG = 1 << 13
 _EFER_LMA = 1 << 10
@@ -120,7 +120,7 @@ def execute_hypercall(change: Change, vcpu: int, request: HypercallRequest) -> H
     whole = open_vcpu(change.config, change.nested, change.machine, vcpu)
     caller = _caller(request, whole)
     caller.validate()
-    ram = Ram(change)
+    ram = GuestMemory(change)
     _place_input(_input_of(request), caller, whole, ram)
     change.ensure()
     enter(change, vcpu)
@@ -136,7 +136,7 @@ def execute_hypercall(change: Change, vcpu: int, request: HypercallRequest) -> H
     return HypercallReport(outcome, caller, before, after)
 
 
-def _place_input(data: bytes | None, caller: Caller, whole: NestedVcpu, ram: Ram) -> None:
+def _place_input(data: bytes | None, caller: Caller, whole: Vcpu, ram: GuestMemory) -> None:
     if data is None:
         return
     if caller.control.fast:
@@ -148,7 +148,7 @@ def _place_input(data: bytes | None, caller: Caller, whole: NestedVcpu, ram: Ram
         raise InvalidValue("must lie in guest memory: input is stored there", field="input_gpa", value=caller.input_gpa)
 
 
-def _dispatch(change: Change, whole: NestedVcpu, position: int, caller: Caller, ram: Ram) -> Outcome:
+def _dispatch(change: Change, whole: Vcpu, position: int, caller: Caller, ram: GuestMemory) -> Outcome:
     own = _situation(change, whole, position, ram)
     host = hyperv_host(change.config)
     if host is None or own.guest is not None:
@@ -169,7 +169,7 @@ def _dispatch(change: Change, whole: NestedVcpu, position: int, caller: Caller, 
     return dispatch.hypercall_on_hyperv(caller, below, own)
 
 
-def _situation(change: Change, whole: NestedVcpu, position: int, ram: Ram) -> Situation:
+def _situation(change: Change, whole: Vcpu, position: int, ram: GuestMemory) -> Situation:
     m, config = change.machine, change.config
     enforced = notes.flag(m, position, notes.ENFORCE_CPUID)
     privileges = Privileges.of(whole.cpuid, whole.msrs.get(HV_GUEST_OS_ID, 0), enforced=enforced)
@@ -193,7 +193,7 @@ def _situation(change: Change, whole: NestedVcpu, position: int, ram: Ram) -> Si
     )
 
 
-def _caller(request: HypercallRequest, whole: NestedVcpu) -> Caller:
+def _caller(request: HypercallRequest, whole: Vcpu) -> Caller:
     """The registers, in the mode asked for or in that of the vCPU."""
     registers = whole.registers
     long_mode = bool(registers["ia32_efer"] & _EFER_LMA and registers["cs_ar_bytes"] & _CS_LONG)

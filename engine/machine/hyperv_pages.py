@@ -9,7 +9,7 @@ from engine.arch.hyperv_pages import PARTITION_ASSIST, VP_ASSIST_SIZE
 from engine.errors import InvalidValue, NotFound
 from engine.hyperv import l0_hyperv, modes
 from engine.hyperv.execution import Vp
-from engine.kvm.guest_memory import Ram
+from engine.kvm.guest_memory import GuestMemory
 from engine.machine.hyperv_vps import hyperv_host, nested_guest_of, vps_of
 from engine.machine.nested_states import NestedStates, open_vcpu
 from engine.machine.state import Operations
@@ -58,7 +58,7 @@ class SharedPages(Operations):
         if of_kvm:
             self._host()
             return l0_hyperv.assist_page(snapshot.machine, position)
-        page = Ram(snapshot).read(self._assist_gpa(vcpu), VP_ASSIST_SIZE)
+        page = GuestMemory(snapshot).read(self._assist_gpa(vcpu), VP_ASSIST_SIZE)
         if page is None:
             raise NotFound("must be one whose VP assist page is in guest memory", field="vcpu", value=vcpu)
         return page
@@ -69,7 +69,7 @@ class SharedPages(Operations):
             raise InvalidValue(f"the page has {VP_ASSIST_SIZE} bytes in use", field="body", value=len(data))
         gpa = self._assist_gpa(vcpu)
         with self._state.change() as draft:
-            if data and not Ram(draft).write(gpa, data):
+            if data and not GuestMemory(draft).write(gpa, data):
                 raise NotFound("must be one whose VP assist page is in guest memory", field="vcpu", value=vcpu)
 
     def vmcs_of_kvm(self, vcpu: int) -> KvmVmcs:
@@ -112,10 +112,10 @@ class SharedPages(Operations):
     def _partition_vp(
         self, snapshot: Snapshot, states: NestedStates, vp: Vp, host: l0_hyperv.HypervHost | None
     ) -> PartitionVp:
-        memory: Ram | l0_hyperv.HostPages = Ram(snapshot)
+        memory: GuestMemory | l0_hyperv.HostPages = GuestMemory(snapshot)
         if host is None:
             whole = open_vcpu(self._config, states, snapshot.machine, vp.vcpu)
-            guest, running = nested_guest_of(whole, Ram(snapshot)), modes.in_nested_guest(whole)
+            guest, running = nested_guest_of(whole, GuestMemory(snapshot)), modes.in_nested_guest(whole)
         else:
             memory = l0_hyperv.HostPages(snapshot.machine)
             guest, running = l0_hyperv.nested_guest(snapshot.machine, vp.position, host), vp.running

@@ -12,13 +12,13 @@ from engine.cpu.frames import FIRST_VCPU_FRAME, Machine
 from engine.hyperv import execution, l0_hyperv, modes, nested_paging, notes, queues
 from engine.hyperv.direct import NestedGuest
 from engine.hyperv.execution import Facts, Vp
-from engine.kvm.guest_memory import Ram
+from engine.kvm.guest_memory import GuestMemory
 from engine.machine.nested_states import NestedStates, first_identity
 from engine.machine.state import Change
 from engine.nested.enlightened import asks_for_direct_flush
 from engine.state.config import VmConfig
 from engine.trace.columns import TraceChunk
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 
 _LA57, _LA48 = 57, 48
 
@@ -33,7 +33,7 @@ def facts_of(config: VmConfig, width: int = _LA48) -> Facts:
     return Facts(config.executes_flushes, width, config.host.ept)
 
 
-def linear_width(whole: NestedVcpu) -> int:
+def linear_width(whole: Vcpu) -> int:
     return _LA57 if whole.registers["cr4"] & paging.CR4_LA57 else _LA48
 
 
@@ -58,7 +58,7 @@ def vps_of(config: VmConfig, m: Machine, states: NestedStates) -> list[Vp]:
     return found
 
 
-def nested_guest_of(whole: NestedVcpu, memory: Ram) -> NestedGuest:
+def nested_guest_of(whole: Vcpu, memory: GuestMemory) -> NestedGuest:
     """The nested guest of a vCPU as KVM, which is L0, sees it."""
     lower = modes.lower_of(whole)
     svm = not whole.host.intel

@@ -10,12 +10,12 @@ import numpy as np
 
 from engine.errors import InvalidValue, NotFound
 from engine.kvm import slot_changes
-from engine.kvm.abi_limits import LIMITS
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec, key_of
 from engine.machine import page_logs
 from engine.machine.state import Operations
 from engine.state.frame_store import Draft
+from engine.state.kvm_versions import kvm_version
 from engine.state.retry import new_trail, run_all
 
 
@@ -41,7 +41,7 @@ class SlotOperations(Operations):
         Raises InvalidValue, with EEXIST for one that overlaps another of its address space.
         """
         state = self._state.current
-        spec.validate_number(LIMITS[self._config.profile].user_slots)
+        spec.validate_number(kvm_version(self._config.profile).limits.user_slots)
         spec.validate_place()
         known = state.slots.get(spec.key)
         if known is not None:

@@ -12,26 +12,29 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine import nested
+from engine.abi import UserBuffer
 from engine.arch import vmx_msrs
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.nested_state import NO_ADDRESS
 from engine.errors import InvalidValue, Unsupported
 from engine.kvm import registers as reg
-from engine.kvm.guest_memory import Ram
+from engine.kvm.guest_memory import GuestMemory
 from engine.machine.nested_states import (
     PARTITION_MSRS,
     NestedStates,
     close_vcpu,
     first_identity,
-    nested_host,
     open_vcpu,
+    vcpu_host,
 )
 from engine.machine.state import Operations
-from engine.nested import Call, InstructionResult, NestedHost, NestedVcpu, Reply, RunResult, SetResult, UserBuffer
-from engine.nested.enlightened import clean_fields, evmcs_page
-from engine.nested.ioctls import CAP_HYPERV_ENLIGHTENED_VMCS, READING, evmcs_hook
+from engine.nested import InstructionResult, RunResult, SetResult
+from engine.nested.enlightened import CAP_HYPERV_ENLIGHTENED_VMCS, clean_fields, evmcs_page, evmcs_refusal
+from engine.vcpu.cpuid import supported_cpuid
+from engine.vcpu.hv_cpuid import evmcs_version, supported_hv_cpuid
 from engine.vcpu.msr_numbers import NAMES as HYPERV_MSR_NAMES
-from engine.vcpu.msrs import REGISTER_MSR_NAMES
+from engine.vcpu.msrs import REGISTER_MSR_NAMES, read_msr, write_msr
+from engine.vcpu.vcpu import Vcpu, VcpuHost
 
 MSR_NAMES = {
     vmx_msrs.IA32_FEATURE_CONTROL: "IA32_FEATURE_CONTROL",
@@ -41,7 +44,7 @@ MSR_NAMES = {
 }
 
 # VMX instructions of L1 by name; those with an operand take a guest-physical address.
-INSTRUCTIONS: dict[str, Callable[[NestedVcpu, Ram, int], InstructionResult]] = {
+INSTRUCTIONS: dict[str, Callable[[Vcpu, GuestMemory, int], InstructionResult]] = {
     "vmxon": nested.vmxon,
     "vmclear": nested.vmclear,
     "vmptrld": nested.vmptrld,
@@ -97,19 +100,19 @@ class NestedOperations(Operations):
 
     # Reads
 
-    def host(self) -> NestedHost:
+    def host(self) -> VcpuHost:
         """The host as nesting sees it."""
         now = self._state.current
-        return nested_host(now.config, spp_active=bool(now.register(int(reg.SPP_ACTIVE))))
+        return vcpu_host(now.config, spp_active=bool(now.register(int(reg.SPP_ACTIVE))))
 
     @property
     def lapic_in_kernel(self) -> bool:
         """Whether the vCPUs have their local APIC in the kernel."""
         return self._state.current.nested.lapic_in_kernel
 
-    def vcpu(self, vcpu: int) -> NestedVcpu:
+    def vcpu(self, vcpu: int) -> Vcpu:
         """The vCPU as it is: a copy, which may be used up. Its methods and ``engine.nested`` answer the rest."""
-        return self._read(vcpu)[0]
+        return self.read(vcpu)[0]
 
     def identities(self) -> list[tuple[int, tuple[CpuidEntry, ...]]]:
         """VP index and CPUID of every vCPU in the order of the configuration, without the cost of the whole vCPUs."""
@@ -120,13 +123,13 @@ class NestedOperations(Operations):
             found.append(first_identity(item) if record is None else (record.vp_index, record.cpuid))
         return found
 
-    def ram(self) -> Ram:
+    def ram(self) -> GuestMemory:
         """Guest memory as published."""
-        return Ram(self._published)
+        return GuestMemory(self._published)
 
     def state(self, vcpu: int) -> bytes:
         """The blob that KVM_GET_NESTED_STATE gives. Raises Unsupported on a host without nested state."""
-        blob = nested.read_nested_state(*self._read(vcpu))
+        blob = nested.read_nested_state(*self.read(vcpu))
         if blob is None:
             raise Unsupported(
                 "must be true, on a host that has nested state",
@@ -138,22 +141,18 @@ class NestedOperations(Operations):
 
     def explain_state(self, vcpu: int, blob: bytes | None) -> tuple[SetResult, bytes | None]:
         """What ``set_state`` would do, check by check, and the blob that GET would give afterwards."""
-        seen, ram = self._read(vcpu)
+        seen, ram = self.read(vcpu)
         result, after = nested.explain_nested_state(seen, ram, UserBuffer.of(blob))
         return result, nested.read_nested_state(after, ram)
 
     def supported_cpuid(self) -> tuple[CpuidEntry, ...]:
         """KVM_GET_SUPPORTED_CPUID."""
         host = self.host()
-        return nested.supported_cpuid(host.vendor, host.nested, host.maxphyaddr)
+        return supported_cpuid(host.vendor, host.nested, host.maxphyaddr)
 
     def hyperv_cpuid(self, vcpu: int) -> list[CpuidEntry]:
         """KVM_GET_SUPPORTED_HV_CPUID on the vCPU."""
-        return nested.supported_hv_cpuid(self.vcpu(vcpu))
-
-    def check_extension(self, capability: int) -> int | None:
-        """KVM_CHECK_EXTENSION for a capability of nesting; None for any other."""
-        return nested.check_extension(self.host(), self._config.profile, capability)
+        return supported_hv_cpuid(self.vcpu(vcpu))
 
     def msrs(self, vcpu: int, indices: Sequence[int] = ()) -> list[VcpuMsr]:
         """The MSRs asked for, or those that have a name or were written."""
@@ -163,37 +162,42 @@ class NestedOperations(Operations):
             VcpuMsr(
                 index,
                 MSR_NAMES.get(index),
-                nested.read_msr(seen, index, host=True),
-                nested.read_msr(seen, index, host=False),
+                read_msr(seen, index, host=True),
+                read_msr(seen, index, host=False),
             )
             for index in wanted
         ]
 
     def evmcs(self, vcpu: int) -> EvmcsState:
         """The enlightened VMCS of the vCPU."""
-        seen, ram = self._read(vcpu)
+        seen, ram = self.read(vcpu)
         attached = seen.vmx.evmptr if seen.vmx.evmcs_mapped else None
         return EvmcsState(
             enabled=seen.evmcs_enabled,
             visible=seen.evmcs_visible,
-            versions=nested.evmcs_version(seen),
+            versions=evmcs_version(seen),
             attached=attached,
             pending=seen.vmx.evmptr != NO_ADDRESS and attached is None,
             wanted=nested.current_evmcs(seen, ram),
             clean_fields=None if attached is None else clean_fields(seen, ram),
-            fields=None if attached is None else seen.era.evmcs.decode(evmcs_page(seen, ram) or b""),
+            fields=None if attached is None else seen.kvm.nested.evmcs.decode(evmcs_page(seen, ram) or b""),
             lost=_lost_controls(seen),
         )
+
+    def read(self, vcpu: int) -> tuple[Vcpu, GuestMemory]:
+        """The vCPU as it is and guest memory as published: a copy of the one, and memory that is not to be written."""
+        now = self._state.current
+        return open_vcpu(now.config, now.nested, now.snapshot.machine, vcpu), GuestMemory(now.snapshot)
 
     # Changes
 
     @contextmanager
-    def change(self, vcpu: int) -> Iterator[tuple[NestedVcpu, Ram]]:
+    def change(self, vcpu: int) -> Iterator[tuple[Vcpu, GuestMemory]]:
         """One vCPU and guest memory, to be changed in place; published when the block ends well."""
         self._config.vcpu_position(vcpu)
         with self._state.change() as change:
             whole = open_vcpu(change.config, change.nested, change.machine, vcpu)
-            yield whole, Ram(change)
+            yield whole, GuestMemory(change)
             change.nested = close_vcpu(change, change.nested, whole)
 
     def set_state(self, vcpu: int, blob: bytes | None, *, explain: bool = False) -> SetResult:
@@ -214,7 +218,7 @@ class NestedOperations(Operations):
         with self.change(vcpu) as (whole, ram):
             for position, (index, value) in enumerate(writes):
                 if guest:
-                    done = nested.write_msr(whole, ram, index, value, host=False)
+                    done = write_msr(whole, ram, index, value, host=False)
                 else:
                     done = nested.set_msr(whole, ram, index, value)
                 if not done:
@@ -224,7 +228,7 @@ class NestedOperations(Operations):
     def enable_evmcs(self, vcpu: int) -> int:
         """KVM_ENABLE_CAP(163): the version range. Raises Unsupported, with the kernel's errno, where there is none."""
         with self.change(vcpu) as (whole, _):
-            errno = evmcs_hook(whole)
+            errno = evmcs_refusal(whole)
             if errno is not None:
                 raise Unsupported(
                     "must be offered: this host has no enlightened VMCS for guests (host.nested, host.nested_evmcs)",
@@ -264,32 +268,13 @@ class NestedOperations(Operations):
         with self.change(vcpu) as (whole, _):
             place = self._config.vcpu_position(vcpu)
             kept = {number: value for number, value in whole.msrs.items() if number in PARTITION_MSRS}
-            new = NestedVcpu(profile=whole.profile, host=whole.host, vcpu_id=vcpu, vp_index=place, msrs=kept)
+            new = Vcpu(profile=whole.profile, host=whole.host, vcpu_id=vcpu, vp_index=place, msrs=kept)
             vars(whole).update(vars(new))
 
     def set_lapic_in_kernel(self, present: bool) -> None:
         """Whether the vCPUs have their local APIC in the kernel (KVM_CREATE_IRQCHIP before them)."""
         with self._state.change() as change:
             change.nested = replace(change.nested, lapic_in_kernel=present)
-
-    def ioctl(self, call: Call, vcpu: int | None = None) -> Reply:
-        """An ioctl of ``engine.nested.ioctls``, with the vCPU's state and the machine's memory filled in."""
-        if vcpu is None:
-            call.host, call.profile = self.host(), self._config.profile
-            return nested.ioctl(call)
-        if call.name in READING:
-            call.vcpu, call.guest = self._read(vcpu)
-            call.host, call.profile = call.vcpu.host, call.vcpu.profile
-            return nested.ioctl(call)
-        with self.change(vcpu) as (whole, ram):
-            call.vcpu, call.host, call.profile, call.guest = whole, whole.host, whole.profile, ram
-            return nested.ioctl(call)
-
-    # Inside
-
-    def _read(self, vcpu: int) -> tuple[NestedVcpu, Ram]:
-        now = self._state.current
-        return open_vcpu(now.config, now.nested, now.snapshot.machine, vcpu), Ram(now.snapshot)
 
 
 def nested_in_use(states: NestedStates) -> bool:
@@ -300,12 +285,12 @@ def nested_in_use(states: NestedStates) -> bool:
     )
 
 
-def _lost_controls(vcpu: NestedVcpu) -> dict[str, int]:
+def _lost_controls(vcpu: Vcpu) -> dict[str, int]:
     """May-be-1 bits, by control, that the enlightened VMCS takes from what the vCPU would have without it."""
     if not vcpu.evmcs_visible:
         return {}
     whole = vcpu.host.capabilities(vcpu.profile)
-    if vcpu.era.evmcs_clears_controls:
+    if vcpu.kvm.nested.evmcs_clears_controls:
         lost = {name: whole.controls[name].may1 & mask for name, mask in vmx_msrs.EVMCS_CLEARED.items()}
         lost["vmfunc"] = whole.values["vmfunc"] & vmx_msrs.EVMCS_CLEARED_VMFUNC
     else:

@@ -1,7 +1,7 @@
 """Where a machine keeps the nested state of its vCPUs, and how one of them is taken out and put back.
 
 The state has three homes and no copies. Registers that decide about memory accesses are words of the vCPU's record, as
-for everybody else. The pages (vmcs12, shadow vmcs12, VMCB) are frames of kind ``nested``. The rest is a ``NestedVcpu``
+for everybody else. The pages (vmcs12, shadow vmcs12, VMCB) are frames of kind ``nested``. The rest is a ``Vcpu``
 without pages, kept beside the frames and written to the head as far as it differs from a fresh vCPU. Two Hyper-V MSRs
 belong to the partition and are kept once for all vCPUs.
 """
@@ -21,12 +21,13 @@ from engine.arch.words import signed, unsigned
 from engine.cpu import frames
 from engine.hyperv import modes, notes
 from engine.kvm import registers as reg
-from engine.kvm.guest_memory import Ram
+from engine.kvm.guest_memory import GuestMemory
 from engine.state.config import NESTED_CAPABILITIES, VcpuConfig, VmConfig
 from engine.state.frame_store import Draft
+from engine.state.kvm_versions import kvm_version
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL
 from engine.vcpu.registers import RESET_REGISTERS
-from engine.vcpu.vcpu import NestedHost, NestedVcpu, SvmState, VmxState
+from engine.vcpu.vcpu import SvmState, Vcpu, VcpuHost, VmxState
 
 PARTITION_MSRS = (HV_GUEST_OS_ID, HV_HYPERCALL)
 
@@ -66,21 +67,22 @@ _EPT_CAP_OF_HOST = vmx.EPT_WALK_5 | vmx.EPT_ACCESSED_DIRTY | 0x1
 class NestedStates:
     """What a machine keeps beside its frames. ``vcpus``: those touched, by KVM id; none is ever changed."""
 
-    vcpus: Mapping[int, NestedVcpu] = field(default_factory=dict)
+    vcpus: Mapping[int, Vcpu] = field(default_factory=dict)
     partition: Mapping[int, int] = field(default_factory=dict)
     lapic_in_kernel: bool = True
 
 
-def nested_host(config: VmConfig, *, spp_active: bool) -> NestedHost:
+def vcpu_host(config: VmConfig, *, spp_active: bool) -> VcpuHost:
     """The host as nesting sees it.
 
     Where ``host.nested`` is not set the module parameter is on, but for today's kernel once sub-page protection is.
     The values of the VMX capability MSRs are those of KVM, without what the described processor lacks, or as given.
     """
     host = config.host
-    return NestedHost(
+    excluded = spp_active and kvm_version(config.profile).subpages.excludes_nesting
+    return VcpuHost(
         vendor=host.vendor,
-        nested=not (spp_active and config.profile == "kvm-latest") if host.nested is None else host.nested,
+        nested=not excluded if host.nested is None else host.nested,
         ept=host.ept,
         evmcs=host.nested_evmcs,
         shadow_vmcs=bool(host.capability("procbased_ctls2") >> 32 & vmx.SEC_SHADOW_VMCS),
@@ -92,10 +94,10 @@ def nested_host(config: VmConfig, *, spp_active: bool) -> NestedHost:
 
 def _capabilities(config: VmConfig) -> dict[str, int]:
     host = config.host
-    controls, values = vmx.DEFAULT_CONTROLS[config.profile], vmx.DEFAULT_VALUES[config.profile]
-    must1, may1 = controls["secondary"]
+    rows = kvm_version(config.profile).vcpu
+    must1, may1 = rows.vmx_controls["secondary"]
     may1 &= host.capability("procbased_ctls2") >> 32 | vmx.SEC_SHADOW_VMCS
-    ept_vpid = values["ept_vpid"] & (host.capability("ept_vpid_cap") | ~_EPT_CAP_OF_HOST)
+    ept_vpid = rows.vmx_values["ept_vpid"] & (host.capability("ept_vpid_cap") | ~_EPT_CAP_OF_HOST)
     given = {name: value for name, value in host.vmx_capabilities.items() if name in NESTED_CAPABILITIES}
     return {"IA32_VMX_PROCBASED_CTLS2": may1 << 32 | must1, "IA32_VMX_EPT_VPID_CAP": ept_vpid, **given}
 
@@ -106,12 +108,12 @@ def first_identity(own: VcpuConfig) -> tuple[int, tuple[CpuidEntry, ...]]:
     return own.id if own.vp_index is None else own.vp_index, tuple(leaves)
 
 
-def fresh_vcpu(config: VmConfig, vcpu_id: int) -> NestedVcpu:
+def fresh_vcpu(config: VmConfig, vcpu_id: int) -> Vcpu:
     """A vCPU that nobody has touched, without pages. CPUID is what the VM was created with, possibly nothing."""
     vp_index, cpuid = first_identity(config.vcpus[config.vcpu_position(vcpu_id)])
-    return NestedVcpu(
+    return Vcpu(
         profile=config.profile,
-        host=nested_host(config, spp_active=False),
+        host=vcpu_host(config, spp_active=False),
         vcpu_id=vcpu_id,
         vp_index=vp_index,
         cpuid=cpuid,
@@ -121,15 +123,15 @@ def fresh_vcpu(config: VmConfig, vcpu_id: int) -> NestedVcpu:
     )
 
 
-def record_of(config: VmConfig, states: NestedStates, vcpu_id: int) -> NestedVcpu:
+def record_of(config: VmConfig, states: NestedStates, vcpu_id: int) -> Vcpu:
     """What is kept of a vCPU beside the frames: no pages, no shared registers, no partition MSRs. Not to be changed."""
     return states.vcpus.get(vcpu_id) or fresh_vcpu(config, vcpu_id)
 
 
-def open_vcpu(config: VmConfig, states: NestedStates, machine: frames.Machine, vcpu_id: int) -> NestedVcpu:
+def open_vcpu(config: VmConfig, states: NestedStates, machine: frames.Machine, vcpu_id: int) -> Vcpu:
     """A whole vCPU, to be read, or changed and put back with ``close_vcpu``."""
     vcpu = record_of(config, states, vcpu_id).copy()
-    vcpu.host = nested_host(config, spp_active=bool(frames.read_word(machine, frames.STATE_FRAME, reg.SPP_ACTIVE)))
+    vcpu.host = vcpu_host(config, spp_active=bool(frames.read_word(machine, frames.STATE_FRAME, reg.SPP_ACTIVE)))
     vcpu.fail_allocation = int(frames.read_word(machine, frames.STATE_FRAME, reg.FAIL_ALLOCATION)) == 1
     vcpu.lapic_in_kernel = states.lapic_in_kernel
     vcpu.enforces_cpuid = notes.flag(machine, int(machine.vcpu_of_id[vcpu_id]), notes.ENFORCE_CPUID)
@@ -146,12 +148,12 @@ def open_vcpu(config: VmConfig, states: NestedStates, machine: frames.Machine, v
     return vcpu
 
 
-def close_vcpu(draft: Draft, states: NestedStates, vcpu: NestedVcpu) -> NestedStates:
+def close_vcpu(draft: Draft, states: NestedStates, vcpu: Vcpu) -> NestedStates:
     """Put a vCPU back: its words and pages into the draft, the rest into the states that are returned."""
     frame = _frame_of(draft.machine, vcpu.vcpu_id)
     blocking = vcpu.registers["interruptibility_info"] & ~_BLOCKING_BY_MOV_SS
     vcpu.registers["interruptibility_info"] = blocking | (_BLOCKING_BY_MOV_SS if vcpu.mov_ss_blocking else 0)
-    modes.follow(draft.machine, frame, states.vcpus.get(vcpu.vcpu_id), vcpu, Ram(draft))
+    modes.follow(draft.machine, frame, states.vcpus.get(vcpu.vcpu_id), vcpu, GuestMemory(draft))
     for name, word in SHARED_REGISTERS.items():
         frames.write_word(draft.machine, frame, word, signed(vcpu.registers[name]))
     frames.write_word(draft.machine, frame, ctl.V_CPL, (vcpu.registers["ss_ar_bytes"] & _DPL) >> 5)
@@ -206,7 +208,7 @@ def states_from_head(config: VmConfig, head: Mapping[str, Any]) -> NestedStates:
     for text, difference in head.get("vcpus", {}).items():
         fresh = fresh_vcpu(config, int(text))
         whole = _merged(_plain(fresh), _from_text(difference))
-        kept = NestedVcpu.from_head({**whole, "host": fresh.to_head()["host"]})
+        kept = Vcpu.from_head({**whole, "host": fresh.to_head()["host"]})
         vcpus[int(text)] = replace(
             kept,
             host=fresh.host,
@@ -244,7 +246,7 @@ def _write_page(machine: frames.Machine, record: int, word: np.int64, page: byte
         machine.rows[frames.own(machine, frame)] = np.frombuffer(bytes(page), dtype=np.int64)
 
 
-def _plain(vcpu: NestedVcpu) -> dict[str, Any]:
+def _plain(vcpu: Vcpu) -> dict[str, Any]:
     return {name: value for name, value in vcpu.to_head().items() if name != "host"}
 
 

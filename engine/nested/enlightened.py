@@ -14,10 +14,13 @@ from engine.arch.evmcs import CLEAN_ALL, CLEAN_BITS, EVMCS, EVMCS_SIZE, NESTED_F
 from engine.arch.hyperv_pages import VP_ASSIST
 from engine.arch.nested_state import NO_ADDRESS
 from engine.arch.vmcs12 import EVMCS_VERSION, VMCS12, VMCS12_PAGE, VMCS12_REVISION, put
-from engine.kvm.trial_memory import PAGE, GuestMemory
+from engine.kvm.guest_memory import GuestMemory
+from engine.state.kvm_versions import kvm_version
 from engine.vcpu.hv_cpuid import evmcs_version
 from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE
-from engine.vcpu.vcpu import EVMPTR_NONE, EVMPTR_PENDING, NestedVcpu
+from engine.vcpu.vcpu import EVMPTR_NONE, EVMPTR_PENDING, Vcpu, VcpuHost
+
+CAP_HYPERV_ENLIGHTENED_VMCS = 163
 
 _ASSIST_ENABLE = 0x1
 _ASSIST_ENLIGHTEN = VP_ASSIST.by_name["enlighten_vmentry"].offset
@@ -27,7 +30,24 @@ _ASSIST_READ = 56
 AttachResult = Literal["unused", "attached", "unmapped", "bad-revision"]
 
 
-def enable_evmcs(vcpu: NestedVcpu) -> int:
+def offers_evmcs(host: VcpuHost, profile: str) -> bool:
+    """What KVM_CHECK_EXTENSION says: in 2019 yes even on AMD; a kernel described without it says no."""
+    return host.evmcs and (host.intel or not kvm_version(profile).nested.hooks_always)
+
+
+def evmcs_refusal(vcpu: Vcpu) -> str | None:
+    """Why this kernel cannot enable the enlightened VMCS on the vCPU, as errno; None if it can."""
+    host = vcpu.host
+    if vcpu.kvm.nested.hooks_always:
+        if not host.evmcs:
+            return "EINVAL"
+        return None if host.intel else "ENOTTY"
+    if not host.intel:
+        return "ENODEV"
+    return None if host.nested and host.evmcs else "ENOTTY"
+
+
+def enable_evmcs(vcpu: Vcpu) -> int:
     """Mark the enlightened VMCS enabled on this vCPU, for good, and return the version range it supports.
 
     The range is 0x0101: versions 1 to 1. Today's kernel says 0 when it offers no VMX itself. In 2019 the first call
@@ -35,12 +55,12 @@ def enable_evmcs(vcpu: NestedVcpu) -> int:
     """
     first = not vcpu.evmcs_enabled
     vcpu.evmcs_enabled = True
-    if first and vcpu.era.evmcs_clears_controls:
+    if first and vcpu.kvm.nested.evmcs_clears_controls:
         vcpu.capabilities.clear_for_evmcs()
     return evmcs_version(vcpu)
 
 
-def current_evmcs(vcpu: NestedVcpu, memory: GuestMemory) -> int | None:
+def current_evmcs(vcpu: Vcpu, memory: GuestMemory) -> int | None:
     """GPA of the enlightened VMCS that the assist page asks for, None when it asks for none.
 
     Read from guest memory each time. Today's kernel takes -1 and -2 for none.
@@ -48,15 +68,15 @@ def current_evmcs(vcpu: NestedVcpu, memory: GuestMemory) -> int | None:
     where = vcpu.msrs.get(HV_VP_ASSIST_PAGE, 0)
     if not where & _ASSIST_ENABLE:
         return None
-    era = vcpu.era
-    page = memory.read(where & ~0xFFF, era.assist_size)
-    if page is None or not any(page[_ASSIST_ENLIGHTEN : _ASSIST_ENLIGHTEN + era.enlighten_size]):
+    rows = vcpu.kvm.nested
+    page = memory.read(where & ~0xFFF, rows.assist_size)
+    if page is None or not any(page[_ASSIST_ENLIGHTEN : _ASSIST_ENLIGHTEN + rows.enlighten_size]):
         return None
     gpa = int.from_bytes(page[_ASSIST_CURRENT : _ASSIST_CURRENT + 8], "little")
-    return None if era.map_pending and gpa in (EVMPTR_NONE, EVMPTR_PENDING) else gpa
+    return None if rows.map_pending and gpa in (EVMPTR_NONE, EVMPTR_PENDING) else gpa
 
 
-def attach(vcpu: NestedVcpu, memory: GuestMemory, launch: bool) -> AttachResult:
+def attach(vcpu: Vcpu, memory: GuestMemory, launch: bool) -> AttachResult:
     """What VMLAUNCH, VMRESUME and the first run after a restore do before anything else.
 
     ``unused``: go on with the ordinary VMCS. ``unmapped`` and ``bad-revision``: give up; the caller knows how its
@@ -67,12 +87,12 @@ def attach(vcpu: NestedVcpu, memory: GuestMemory, launch: bool) -> AttachResult:
         return "unused"
     gpa = current_evmcs(vcpu, memory)
     if gpa is None:
-        if vcpu.era.map_pending:
+        if vcpu.kvm.nested.map_pending:
             vmx.release_evmcs()
         return "unused"
     changed = not vmx.evmcs_mapped or gpa != vmx.evmptr
     if changed:
-        if vcpu.era.map_pending or not vmx.evmcs_mapped:
+        if vcpu.kvm.nested.map_pending or not vmx.evmcs_mapped:
             vmx.current_pa = NO_ADDRESS
         vmx.release_evmcs()
         raw = memory.read(_page_of(gpa), 4)
@@ -90,38 +110,38 @@ def attach(vcpu: NestedVcpu, memory: GuestMemory, launch: bool) -> AttachResult:
     return "attached"
 
 
-def copy_in(vcpu: NestedVcpu, memory: GuestMemory, clean: int) -> None:
+def copy_in(vcpu: Vcpu, memory: GuestMemory, clean: int) -> None:
     """Enlightened VMCS to cached vmcs12. ``clean`` bits that are set skip their groups; 0 copies everything."""
-    era, vmcs12 = vcpu.era, vcpu.vmx.vmcs12
-    page = memory.read(_page_of(vcpu.vmx.evmptr), era.evmcs.size)
+    rows, vmcs12 = vcpu.kvm.nested, vcpu.vmx.vmcs12
+    page = memory.read(_page_of(vcpu.vmx.evmptr), rows.evmcs.size)
     if page is None:
         return
-    for field in era.evmcs_fields:
+    for field in rows.evmcs_fields:
         bit = CLEAN_BITS.get(field.group)
         skipped = bit is not None and clean >> bit & 1
-        if era.copies_in.isdisjoint(field.copies) or skipped:
+        if rows.copies_in.isdisjoint(field.copies) or skipped:
             continue
         twin = VMCS12.by_name[field.name]
         vmcs12[twin.offset : twin.end] = page[field.offset : field.offset + field.size]
 
 
-def copy_out(vcpu: NestedVcpu, memory: GuestMemory) -> None:
+def copy_out(vcpu: Vcpu, memory: GuestMemory) -> None:
     """Cached vmcs12 to enlightened VMCS: guest state and exit information. In 2019 every field is clean then."""
-    for field in vcpu.era.evmcs_fields:
+    for field in vcpu.kvm.nested.evmcs_fields:
         if "O" in field.copies:
             twin = VMCS12.by_name[field.name]
             memory.write(_page_of(vcpu.vmx.evmptr) + field.offset, bytes(vcpu.vmx.vmcs12[twin.offset : twin.end]))
-    if not vcpu.era.map_pending:
+    if not vcpu.kvm.nested.map_pending:
         mark_clean(vcpu, memory)
 
 
-def asks_for_direct_flush(vcpu: NestedVcpu, memory: GuestMemory) -> bool:
+def asks_for_direct_flush(vcpu: Vcpu, memory: GuestMemory) -> bool:
     """Whether the attached enlightened VMCS says, as it is now, that the lower hypervisor serves flush hypercalls."""
     raw = memory.read(_page_of(vcpu.vmx.evmptr) + EVMCS.by_name["hv_enlightenments_control"].offset, 4)
     return raw is not None and bool(int.from_bytes(raw, "little") & NESTED_FLUSH_HYPERCALL)
 
 
-def _remember_guest(vcpu: NestedVcpu, memory: GuestMemory) -> None:
+def _remember_guest(vcpu: Vcpu, memory: GuestMemory) -> None:
     """Copy from the assist page, and from the enlightened VMCS unless it says that nothing of it has changed.
 
     These fields are where the TLFS has them, whatever a kernel of 2019 believed: it served no flush of L2.
@@ -136,28 +156,28 @@ def _remember_guest(vcpu: NestedVcpu, memory: GuestMemory) -> None:
     vcpu.vmx.lower = lower
 
 
-def clean_fields(vcpu: NestedVcpu, memory: GuestMemory) -> int:
+def clean_fields(vcpu: Vcpu, memory: GuestMemory) -> int:
     """hv_clean_fields of the attached enlightened VMCS."""
-    field = vcpu.era.evmcs.by_name["hv_clean_fields"]
+    field = vcpu.kvm.nested.evmcs.by_name["hv_clean_fields"]
     raw = memory.read(_page_of(vcpu.vmx.evmptr) + field.offset, field.size)
     return 0 if raw is None else int.from_bytes(raw, "little")
 
 
-def evmcs_page(vcpu: NestedVcpu, memory: GuestMemory) -> bytes | None:
+def evmcs_page(vcpu: Vcpu, memory: GuestMemory) -> bytes | None:
     """The attached enlightened VMCS as this kernel reads it; None without memory behind it."""
-    return memory.read(_page_of(vcpu.vmx.evmptr), vcpu.era.evmcs.size)
+    return memory.read(_page_of(vcpu.vmx.evmptr), vcpu.kvm.nested.evmcs.size)
 
 
-def mark_clean(vcpu: NestedVcpu, memory: GuestMemory) -> None:
+def mark_clean(vcpu: Vcpu, memory: GuestMemory) -> None:
     """Set all 16 clean bits in guest memory."""
     _store(vcpu, memory, "hv_clean_fields", clean_fields(vcpu, memory) | CLEAN_ALL)
 
 
-def _store(vcpu: NestedVcpu, memory: GuestMemory, name: str, value: int) -> None:
-    field = vcpu.era.evmcs.by_name[name]
+def _store(vcpu: Vcpu, memory: GuestMemory, name: str, value: int) -> None:
+    field = vcpu.kvm.nested.evmcs.by_name[name]
     memory.write(_page_of(vcpu.vmx.evmptr) + field.offset, value.to_bytes(field.size, "little"))
 
 
 def _page_of(gpa: int) -> int:
     # The whole page is mapped and used from its start: the low 12 bits of the GPA do not count.
-    return gpa & ~(PAGE - 1)
+    return gpa & ~0xFFF

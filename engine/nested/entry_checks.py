@@ -7,13 +7,13 @@ from functools import partial
 
 from engine.arch import vmx_msrs as vmx
 from engine.arch.vmcs12 import get
-from engine.kvm.trial_memory import GuestMemory
+from engine.kvm.guest_memory import GuestMemory
 from engine.nested.entry_context import EntryCheck, EntryContext, ReadingContext
 from engine.nested.entry_controls import CONTROL_CHECKS, CONTROL_FIELDS
 from engine.nested.entry_state import GUEST_CHECKS, HOST_CHECKS
 from engine.nested.verdict import CheckReport, Facts, report_in_order
 from engine.vcpu.registers import CR0_PG, CR4_PAE, guest_efer
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 
 ENTRY_CHECKS = CONTROL_CHECKS + HOST_CHECKS + GUEST_CHECKS
 
@@ -23,23 +23,23 @@ _PDPTE_RESERVED = 0x1E6
 
 def checks_of(profile: str, area: str = "") -> Iterator[EntryCheck]:
     """The checks that ``profile`` makes, in order; ``area`` is ``ctl``, ``host``, ``guest`` or everything."""
-    return (check for check in ENTRY_CHECKS if profile in check.eras and check.name.startswith(area))
+    return (check for check in ENTRY_CHECKS if profile in check.profiles and check.name.startswith(area))
 
 
-def first_failure(vcpu: NestedVcpu, memory: GuestMemory, area: str = "") -> EntryCheck | None:
+def first_failure(vcpu: Vcpu, memory: GuestMemory, area: str = "") -> EntryCheck | None:
     """The first check that refuses the cached vmcs12, None when all pass."""
     context = EntryContext(vcpu, memory)
     return next((check for check in checks_of(vcpu.profile, area) if check.fails(context)), None)
 
 
-def explain_checks(vcpu: NestedVcpu, memory: GuestMemory) -> list[CheckReport]:
+def explain_checks(vcpu: Vcpu, memory: GuestMemory) -> list[CheckReport]:
     """Every check of this kernel on the cached vmcs12: which pass, which one decides, which are not reached."""
     return report_in_order(
         (check.name, check.says, partial(_inspect, vcpu, memory, check)) for check in checks_of(vcpu.profile)
     )
 
 
-def _inspect(vcpu: NestedVcpu, memory: GuestMemory, check: EntryCheck) -> tuple[bool, Facts]:
+def _inspect(vcpu: Vcpu, memory: GuestMemory, check: EntryCheck) -> tuple[bool, Facts]:
     """Whether a check refuses, and the field that it looked at last: the one that settled it."""
     context = ReadingContext(vcpu, memory)
     refuses = check.fails(context)
@@ -54,7 +54,7 @@ def _inspect(vcpu: NestedVcpu, memory: GuestMemory, check: EntryCheck) -> tuple[
     return refuses, Facts(f"vmcs12.{name}", f"{context.get(name):#x}", required)
 
 
-def cr3_refusal(vcpu: NestedVcpu, memory: GuestMemory, from_vm_entry: bool) -> str | None:
+def cr3_refusal(vcpu: Vcpu, memory: GuestMemory, from_vm_entry: bool) -> str | None:
     """Why entering L2 fails once all checks have passed: ``cr3``, ``pdpte`` or None.
 
     The page-directory pointers are loaded when L2 uses PAE paging without EPT; today's kernel puts that off to the
@@ -68,13 +68,13 @@ def cr3_refusal(vcpu: NestedVcpu, memory: GuestMemory, from_vm_entry: bool) -> s
     paging = get(page, "guest_cr0") & CR0_PG and get(page, "guest_cr4") & CR4_PAE and not efer & vmx.EFER_LMA
     nested_ept = get(page, "cpu_based_vm_exec_control") & vmx.PROC_SECONDARY
     nested_ept = nested_ept and get(page, "secondary_vm_exec_control") & vmx.SEC_EPT
-    deferred = not vcpu.era.set_loads_pdptes and not from_vm_entry
+    deferred = not vcpu.kvm.nested.set_loads_pdptes and not from_vm_entry
     if not paging or nested_ept or deferred:
         return None
     return None if _pdptes_valid(vcpu, memory, cr3) else "pdpte"
 
 
-def _pdptes_valid(vcpu: NestedVcpu, memory: GuestMemory, cr3: int) -> bool:
+def _pdptes_valid(vcpu: Vcpu, memory: GuestMemory, cr3: int) -> bool:
     raw = memory.read(cr3 & ~0x1F, 32)
     if raw is None:
         return False

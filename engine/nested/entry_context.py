@@ -9,11 +9,11 @@ from typing import Any
 from engine.arch import vmx_msrs as vmx
 from engine.arch.hyperv_cpuid import find_leaf
 from engine.arch.vmcs12 import REVISION_MASK, SHADOW_INDICATOR, VMCS12_REVISION, get
-from engine.kvm.trial_memory import GuestMemory
+from engine.kvm.guest_memory import GuestMemory
+from engine.state.kvm_versions import PROFILES, ProfileName
 from engine.vcpu import cpuid as cpuid_facts
-from engine.vcpu.eras import BOTH
 from engine.vcpu.registers import active_secondary
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 
 # Controls that a context keeps at hand, and their fields.
 _CONTROLS = {
@@ -28,10 +28,10 @@ _CONTROLS = {
 class EntryContext:
     """One vmcs12 about to be entered. The controls are read once; everything else through ``get``."""
 
-    def __init__(self, vcpu: NestedVcpu, memory: GuestMemory) -> None:
+    def __init__(self, vcpu: Vcpu, memory: GuestMemory) -> None:
         self.vcpu = vcpu
         self.memory = memory
-        self.era = vcpu.era
+        self.kvm = vcpu.kvm
         self.page = vcpu.vmx.vmcs12
         self.run_pending = vcpu.vmx.run_pending
         self.capabilities = vcpu.capabilities
@@ -84,7 +84,7 @@ class EntryContext:
 class ReadingContext(EntryContext):
     """One that remembers the ``last`` field of vmcs12 that was asked for."""
 
-    def __init__(self, vcpu: NestedVcpu, memory: GuestMemory) -> None:
+    def __init__(self, vcpu: Vcpu, memory: GuestMemory) -> None:
         super().__init__(vcpu, memory)
         self.last: str | None = None
 
@@ -105,7 +105,7 @@ class EntryCheck:
     name: str
     says: str
     fails: Callable[[EntryContext], bool]
-    eras: tuple[str, ...] = BOTH
+    profiles: tuple[ProfileName, ...] = PROFILES
 
 
 def canonical(address: int, bits: int = 48) -> bool:

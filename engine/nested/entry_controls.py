@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from engine.arch import vmx_msrs as vmx
 from engine.nested.entry_context import EntryCheck, EntryContext
-from engine.vcpu.eras import ONLY_LATEST
+from engine.state.kvm_versions import ONLY_LATEST
 from engine.vcpu.msrs import longest_list
 
 _MSR_ENTRY_SIZE = 16
@@ -108,8 +108,8 @@ def _ept_pointer(c: EntryContext) -> bool:
     offered = c.capabilities.values["ept_vpid"]
     memory_type = {0: vmx.EPT_UNCACHEABLE, 6: vmx.EPT_WRITE_BACK}.get(pointer & 7, 0)
     levels = (pointer >> 3 & 7) + 1
-    walk = {4: vmx.EPT_WALK_4, 5: vmx.EPT_WALK_5}[levels] if levels in c.era.ept_walks else 0
-    if c.era.ept_walk_4_assumed:
+    walk = {4: vmx.EPT_WALK_4, 5: vmx.EPT_WALK_5}[levels] if levels in c.kvm.entry.ept_walks else 0
+    if c.kvm.entry.ept_walk_4_assumed:
         offered |= vmx.EPT_WALK_4
     accessed_dirty = vmx.EPT_ACCESSED_DIRTY if pointer & 0x40 else 0
     return (
@@ -140,7 +140,7 @@ def _msr_list(kind: str) -> Callable[[EntryContext], bool]:
         count, address = c.get(f"vm_{kind}_count"), c.get(f"vm_{kind}_addr")
         if not count:
             return False
-        if c.era.msr_lists_limited and count > longest_list(c.vcpu):
+        if c.kvm.entry.msr_lists_limited and count > longest_list(c.vcpu):
             return True
         # 64-bit arithmetic: a list that wraps round the end of the address space is judged by where it ends.
         last = address + count * _MSR_ENTRY_SIZE - 1 & 0xFFFF_FFFF_FFFF_FFFF
@@ -162,7 +162,7 @@ def _event(c: EntryContext) -> bool:
         return True
     if _error_code_mismatch(c, kind, vector, has_code):
         return True
-    if has_code and c.get("vm_entry_exception_error_code") >> c.era.error_code_bits:
+    if has_code and c.get("vm_entry_exception_error_code") >> c.kvm.entry.error_code_bits:
         return True
     if info & _EVENT_RESERVED:
         return True
@@ -177,9 +177,9 @@ def _error_code_mismatch(c: EntryContext, kind: int, vector: int, has_code: bool
     protected = not c.secondary & vmx.SEC_UNRESTRICTED_GUEST or bool(c.get("guest_cr0") & 1)
     if kind != _HARDWARE_EXCEPTION or not protected:
         return has_code
-    if c.era.error_code_relaxable and c.capabilities.values["basic"] & vmx.BASIC_NO_ERROR_CODE_CHECK:
+    if c.kvm.entry.error_code_relaxable and c.capabilities.values["basic"] & vmx.BASIC_NO_ERROR_CODE_CHECK:
         return False
-    return has_code != (vector in c.era.error_code_vectors)
+    return has_code != (vector in c.kvm.entry.error_code_vectors)
 
 
 def _outside_evmcs(name: str, field: str) -> Callable[[EntryContext], bool]:

@@ -18,7 +18,7 @@ from engine.nested.entry_context import (
     pat_valid,
     revision_matches,
 )
-from engine.vcpu.eras import ONLY_LATEST
+from engine.state.kvm_versions import ONLY_LATEST
 from engine.vcpu.registers import CR0_PE, CR0_PG, CR4_PAE
 
 _CR0_WP = 1 << 16
@@ -162,7 +162,7 @@ def _bndcfgs_valid(c: EntryContext, value: int) -> bool:
 
 
 def _activity(c: EntryContext) -> bool:
-    return c.get("guest_activity_state") not in c.era.activity_states
+    return c.get("guest_activity_state") not in c.kvm.entry.activity_states
 
 
 def _perf_valid(c: EntryContext, value: int) -> bool:

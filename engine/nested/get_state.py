@@ -8,11 +8,11 @@ from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch import vmx_msrs as vmx
 from engine.arch.vmcs12 import VMCS12_PAGE, get
-from engine.kvm.trial_memory import GuestMemory, Overlay
+from engine.kvm.guest_memory import GuestMemory, TrialMemory
 from engine.nested import enlightened, svm
 from engine.nested.transitions import refresh_vmcs12
 from engine.vcpu.registers import active_secondary
-from engine.vcpu.vcpu import EVMPTR_NONE, NestedVcpu
+from engine.vcpu.vcpu import EVMPTR_NONE, Vcpu
 
 _BIG_ENOUGH = 0x4000
 
@@ -26,14 +26,14 @@ class GetResult:
     size: int
 
 
-def max_state_size(vcpu: NestedVcpu) -> int:
+def max_state_size(vcpu: Vcpu) -> int:
     """KVM_CHECK_EXTENSION(157): the largest state of this host, 0 when it has none."""
-    if not vcpu.era.hooks_always and not (vcpu.host.intel and vcpu.host.nested):
+    if not vcpu.kvm.nested.hooks_always and not (vcpu.host.intel and vcpu.host.nested):
         return 0
     return abi.MAX_SIZE_VMX if vcpu.host.intel else abi.MAX_SIZE_SVM
 
 
-def get_nested_state(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer) -> GetResult:
+def get_nested_state(vcpu: Vcpu, memory: GuestMemory, user: UserBuffer) -> GetResult:
     """KVM_GET_NESTED_STATE into ``user``, whose size field says how much room there is.
 
     E2BIG stores the needed size there and nothing else. Refreshes the cached vmcs12, as the kernel does.
@@ -60,15 +60,15 @@ def get_nested_state(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer) ->
     return GetResult(0, None, size)
 
 
-def read_nested_state(vcpu: NestedVcpu, memory: GuestMemory) -> bytes | None:
+def read_nested_state(vcpu: Vcpu, memory: GuestMemory) -> bytes | None:
     """The blob that GET would give, 128, 4224 or 8320 bytes; None on a host without nested state. Changes nothing."""
     user = UserBuffer(bytearray(_BIG_ENOUGH))
     user.copy_to(4, _BIG_ENOUGH.to_bytes(4, "little"))
-    result = get_nested_state(vcpu.copy(), Overlay(memory), user)
+    result = get_nested_state(vcpu.copy(), TrialMemory(memory), user)
     return None if result.errno is not None else user.copy_from(0, result.size)
 
 
-def _get_svm(vcpu: NestedVcpu, user: UserBuffer, room: int) -> tuple[int, bool]:
+def _get_svm(vcpu: Vcpu, user: UserBuffer, room: int) -> tuple[int, bool]:
     # The room is compared with the header only: a buffer too small for the VMCB is filled and then refused.
     if room < abi.HEADER_SIZE:
         return abi.HEADER_SIZE, True
@@ -76,7 +76,7 @@ def _get_svm(vcpu: NestedVcpu, user: UserBuffer, room: int) -> tuple[int, bool]:
     return len(blob), user.copy_to(0, blob)
 
 
-def _get_vmx(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer, room: int) -> tuple[int, bool]:
+def _get_vmx(vcpu: Vcpu, memory: GuestMemory, user: UserBuffer, room: int) -> tuple[int, bool]:
     header, size = _header(vcpu)
     if room < size:
         return size, True
@@ -93,8 +93,8 @@ def _get_vmx(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer, room: int)
     return size, stored or size <= abi.DATA_OFFSET
 
 
-def _header(vcpu: NestedVcpu) -> tuple[bytes, int]:
-    state, era = vcpu.vmx, vcpu.era
+def _header(vcpu: Vcpu) -> tuple[bytes, int]:
+    state, rows = vcpu.vmx, vcpu.kvm.nested
     flags = smm_flags = timer = deadline = 0
     vmxon_pa = vmcs12_pa = abi.NO_ADDRESS
     size = abi.HEADER_SIZE
@@ -110,7 +110,7 @@ def _header(vcpu: NestedVcpu) -> tuple[bytes, int]:
             flags |= abi.GUEST_MODE | (abi.RUN_PENDING if state.run_pending else 0)
             flags |= abi.MTF_PENDING if state.mtf_pending else 0
             uses_timer = get(state.vmcs12, "pin_based_vm_exec_control") & vmx.PIN_PREEMPTION_TIMER
-            if era.reports_timer and uses_timer and state.deadline is not None:
+            if rows.reports_timer and uses_timer and state.deadline is not None:
                 timer, deadline = abi.TIMER_DEADLINE, state.deadline
     header = bytearray(abi.HEADER_SIZE)
     for name, value in (("flags", flags), ("format", abi.FORMAT_VMX), ("size", size)):
@@ -128,23 +128,23 @@ def _header(vcpu: NestedVcpu) -> tuple[bytes, int]:
     return bytes(header), size
 
 
-def _evmcs_reported(vcpu: NestedVcpu) -> bool:
-    if vcpu.era.map_pending:
+def _evmcs_reported(vcpu: Vcpu) -> bool:
+    if vcpu.kvm.nested.map_pending:
         return vcpu.vmx.evmptr != EVMPTR_NONE
     return vcpu.vmx.evmcs_mapped
 
 
-def _shadow_in_use(vcpu: NestedVcpu) -> bool:
+def _shadow_in_use(vcpu: Vcpu) -> bool:
     page = vcpu.vmx.vmcs12
     shadowing = active_secondary(page) & vmx.SEC_SHADOW_VMCS
     return bool(shadowing) and get(page, "vmcs_link_pointer") != abi.NO_ADDRESS
 
 
-def _refresh(vcpu: NestedVcpu, memory: GuestMemory) -> None:
+def _refresh(vcpu: Vcpu, memory: GuestMemory) -> None:
     """In L2 take the live registers; in L1 the enlightened VMCS, unless the cached vmcs12 is newer."""
     state = vcpu.vmx
     if state.guest_mode:
         refresh_vmcs12(vcpu)
     elif not state.sync_pending and state.evmcs_mapped:
-        clean = 0 if vcpu.era.get_ignores_clean else enlightened.clean_fields(vcpu, memory)
+        clean = 0 if vcpu.kvm.nested.get_ignores_clean else enlightened.clean_fields(vcpu, memory)
         enlightened.copy_in(vcpu, memory, clean)

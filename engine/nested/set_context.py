@@ -6,10 +6,10 @@ from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch import vmx_msrs as vmx
 from engine.arch.vmcs12 import get
-from engine.kvm.trial_memory import GuestMemory
+from engine.kvm.guest_memory import GuestMemory
 from engine.nested.verdict import CheckReport
 from engine.vcpu.registers import active_secondary
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 
 
 class SetContext:
@@ -18,7 +18,7 @@ class SetContext:
     ``blamed`` is the part of V21 or SVM that decided, if parts were asked for.
     """
 
-    def __init__(self, vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer, explain: bool) -> None:
+    def __init__(self, vcpu: Vcpu, memory: GuestMemory, user: UserBuffer, explain: bool) -> None:
         self.parts: list[CheckReport] | None = [] if explain else None
         self.blamed: CheckReport | None = None
         self.vcpu = vcpu

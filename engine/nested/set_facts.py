@@ -30,7 +30,7 @@ def _host(c: SetContext) -> str:
 
 
 def _needs_host(c: SetContext) -> str:
-    return "any host" if c.vcpu.era.hooks_always else "nested=true on intel"
+    return "any host" if c.vcpu.kvm.nested.hooks_always else "nested=true on intel"
 
 
 def _bytes(c: SetContext) -> str:
@@ -56,7 +56,7 @@ FACTS: Mapping[str, Row] = {
     "G0": ("host", _host, _needs_host),
     "G1": ("data", _bytes, f"{abi.HEADER_SIZE} bytes of header that can be read"),
     "G2": ("size", _SIZE, f"at least {abi.HEADER_SIZE:#x}"),
-    "G3": ("flags", _FLAGS, lambda c: f"no bit outside {c.vcpu.era.flags_mask:#x}"),
+    "G3": ("flags", _FLAGS, lambda c: f"no bit outside {c.vcpu.kvm.nested.flags_mask:#x}"),
     "G4": ("flags", _FLAGS, f"GUEST_MODE ({abi.GUEST_MODE:#x}) beside RUN_PENDING ({abi.RUN_PENDING:#x})"),
     "V1": ("format", _hex(lambda c: c.format), f"{abi.FORMAT_VMX:#x} (VMX)"),
     "V2a": ("vmx.smm_flags", _SMM, "0 while vmxon_pa is -1"),

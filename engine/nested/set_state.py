@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch.vmcs12 import VMCS12, get
-from engine.kvm.trial_memory import GuestMemory, Overlay
+from engine.kvm.guest_memory import GuestMemory, TrialMemory
 from engine.nested import svm
 from engine.nested.entry_checks import explain_checks, first_failure
 from engine.nested.entry_context import is_shadow, revision_matches
@@ -20,8 +20,8 @@ from engine.nested.set_context import SetContext
 from engine.nested.set_facts import facts_of
 from engine.nested.transitions import enter_guest, enter_operation, leave_nested
 from engine.nested.verdict import CheckReport, Facts, SetResult, Verdict
-from engine.vcpu.eras import BOTH, ONLY_2019, ONLY_LATEST
-from engine.vcpu.vcpu import EVMPTR_PENDING, NestedVcpu
+from engine.state.kvm_versions import ONLY_2019, ONLY_LATEST, PROFILES, ProfileName
+from engine.vcpu.vcpu import EVMPTR_PENDING, Vcpu
 
 _INTEL = ("intel",)
 _AMD = ("amd",)
@@ -37,7 +37,7 @@ class Step:
     check: str
     says: str
     run: Callable[[SetContext], Verdict | None]
-    eras: tuple[str, ...] = BOTH
+    profiles: tuple[ProfileName, ...] = PROFILES
     effect: bool = False
     vendors: tuple[str, ...] = _INTEL
 
@@ -55,7 +55,7 @@ def _vmx_on(condition: Callable[[SetContext], bool]) -> Callable[[SetContext], V
 
 
 def _no_hook(c: SetContext) -> bool:
-    return not c.vcpu.era.hooks_always and not (c.vcpu.host.intel and c.vcpu.host.nested)
+    return not c.vcpu.kvm.nested.hooks_always and not (c.vcpu.host.intel and c.vcpu.host.nested)
 
 
 def _copy_header(c: SetContext) -> Verdict | None:
@@ -122,7 +122,7 @@ def _evmcs_mark(c: SetContext) -> Verdict | None:
         return None
     if not c.flags & abi.EVMCS:
         return Verdict("EINVAL")
-    if c.vcpu.era.map_pending:
+    if c.vcpu.kvm.nested.map_pending:
         c.vcpu.vmx.evmptr = EVMPTR_PENDING
         c.vcpu.vmx.pages_pending = True
     else:
@@ -151,7 +151,7 @@ def _copy_vmcs12(c: SetContext) -> Verdict | None:
 
 def _pending(c: SetContext) -> Verdict | None:
     c.vcpu.vmx.run_pending = bool(c.flags & abi.RUN_PENDING)
-    if c.vcpu.era.reports_timer:
+    if c.vcpu.kvm.nested.reports_timer:
         c.vcpu.vmx.mtf_pending = bool(c.flags & abi.MTF_PENDING)
     return None
 
@@ -200,17 +200,19 @@ def _entry_checks(c: SetContext) -> Verdict | None:
 
 
 def _enter(c: SetContext) -> Verdict | None:
-    if not c.vcpu.era.reports_timer:
+    if not c.vcpu.kvm.nested.reports_timer:
         c.vcpu.vmx.deadline = None
     refused = enter_guest(c.vcpu, c.memory, from_vm_entry=False)
-    return None if refused is None else Verdict(returns=c.vcpu.era.entry_failure, detail=refused)
+    return None if refused is None else Verdict(returns=c.vcpu.kvm.nested.entry_failure, detail=refused)
 
 
 STEPS: tuple[Step, ...] = (
     Step("G0", "nested state is not implemented by this host", _refuse(_no_hook), vendors=_ANY),
     Step("G1", "the 128-byte header cannot be read", _copy_header, vendors=_ANY),
     Step("G2", "size is less than 128", _refuse(lambda c: c.size < abi.HEADER_SIZE), vendors=_ANY),
-    Step("G3", "flags has an unknown bit", _refuse(lambda c: bool(c.flags & ~c.vcpu.era.flags_mask)), vendors=_ANY),
+    Step(
+        "G3", "flags has an unknown bit", _refuse(lambda c: bool(c.flags & ~c.vcpu.kvm.nested.flags_mask)), vendors=_ANY
+    ),
     Step("G4", "RUN_PENDING without GUEST_MODE", _refuse(lambda c: c.flags & 3 == abi.RUN_PENDING), vendors=_ANY),
     Step("SVM", "the host is AMD: the steps of SVM decide", _svm, ONLY_LATEST, effect=True, vendors=_AMD),
     Step("V1", "format is not 0", _refuse(lambda c: c.format != abi.FORMAT_VMX)),
@@ -269,10 +271,10 @@ STEPS: tuple[Step, ...] = (
 
 def steps_of(profile: str, vendor: str = "intel") -> tuple[Step, ...]:
     """The steps that the kernel of ``profile`` makes on a host of ``vendor``, in order."""
-    return tuple(step for step in STEPS if profile in step.eras and vendor in step.vendors)
+    return tuple(step for step in STEPS if profile in step.profiles and vendor in step.vendors)
 
 
-def set_nested_state(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer, *, explain: bool = False) -> SetResult:
+def set_nested_state(vcpu: Vcpu, memory: GuestMemory, user: UserBuffer, *, explain: bool = False) -> SetResult:
     """KVM_SET_NESTED_STATE with the blob in ``user``. Changes ``vcpu``, also when it fails after V9.
 
     With ``explain`` the result also has the ``parts`` of the steps V21 and SVM.
@@ -325,7 +327,7 @@ def _report(c: SetContext, step: Step, outcome: str, detail: str | None = None) 
     return CheckReport(step.check, says, outcome, detail, facts.field, facts.found, facts.required)
 
 
-def explain_nested_state(vcpu: NestedVcpu, memory: GuestMemory, user: UserBuffer) -> tuple[SetResult, NestedVcpu]:
+def explain_nested_state(vcpu: Vcpu, memory: GuestMemory, user: UserBuffer) -> tuple[SetResult, Vcpu]:
     """The same without applying anything: the result, and the vCPU as the call would leave it."""
     twin = vcpu.copy()
-    return set_nested_state(twin, Overlay(memory), user, explain=True), twin
+    return set_nested_state(twin, TrialMemory(memory), user, explain=True), twin

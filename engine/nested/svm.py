@@ -18,7 +18,7 @@ from engine.arch.vmx_msrs import EFER_LMA, EFER_LME, EFER_NX, EFER_SCE, EFER_SVM
 from engine.nested.verdict import CheckReport, Facts, Verdict, report_in_order
 from engine.vcpu.cpuid import cr4_allowed
 from engine.vcpu.registers import CR0_PE, CR0_PG, CR4_PAE
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 
 _KNOWN_FLAGS = abi.GUEST_MODE | abi.RUN_PENDING | abi.GIF_SET
 
@@ -75,10 +75,10 @@ class Rule:
 
     field: str
     required: str
-    found: Callable[[NestedVcpu, bytes], int]
-    holds: Callable[[NestedVcpu, bytes], bool]
+    found: Callable[[Vcpu, bytes], int]
+    holds: Callable[[Vcpu, bytes], bool]
 
-    def facts(self, vcpu: NestedVcpu, data: bytes) -> Facts:
+    def facts(self, vcpu: Vcpu, data: bytes) -> Facts:
         """The rule in words."""
         return Facts(self.field, f"{self.found(vcpu, data):#x}", self.required)
 
@@ -91,11 +91,11 @@ class SvmStep:
     says: str
     rules: tuple[Rule, ...]
 
-    def broken(self, vcpu: NestedVcpu, data: bytes) -> Rule | None:
+    def broken(self, vcpu: Vcpu, data: bytes) -> Rule | None:
         """The first rule that does not hold."""
         return next((rule for rule in self.rules if not rule.holds(vcpu, data)), None)
 
-    def inspect(self, vcpu: NestedVcpu, data: bytes) -> tuple[bool, Facts]:
+    def inspect(self, vcpu: Vcpu, data: bytes) -> tuple[bool, Facts]:
         """Whether the check refuses, and what it looked at last."""
         broken = self.broken(vcpu, data)
         return broken is not None, (broken or self.rules[-1]).facts(vcpu, data)
@@ -105,11 +105,11 @@ def _header(name: str, header: bytes) -> int:
     return abi.COMMON.get(header, name)
 
 
-def _of_header(name: str, required: str, holds: Callable[[NestedVcpu, int], bool]) -> Rule:
+def _of_header(name: str, required: str, holds: Callable[[Vcpu, int], bool]) -> Rule:
     return Rule(name, required, lambda v, h: _header(name, h), lambda v, h: holds(v, _header(name, h)))
 
 
-def _of_vmcb(name: str, required: str, holds: Callable[[NestedVcpu, int], bool], where: Where | None = None) -> Rule:
+def _of_vmcb(name: str, required: str, holds: Callable[[Vcpu, int], bool], where: Where | None = None) -> Rule:
     """A rule about a field of the VMCB, which binds where ``where`` says so."""
     return Rule(
         f"vmcb12.{name}",
@@ -119,7 +119,7 @@ def _of_vmcb(name: str, required: str, holds: Callable[[NestedVcpu, int], bool],
     )
 
 
-def _of_register(name: str, required: str, holds: Callable[[NestedVcpu, int], bool]) -> Rule:
+def _of_register(name: str, required: str, holds: Callable[[Vcpu, int], bool]) -> Rule:
     return Rule(f"registers.{name}", required, lambda v, _: v.registers[name], lambda v, _: holds(v, v.registers[name]))
 
 
@@ -138,11 +138,11 @@ def _event_valid(event: int) -> bool:
     return kind in _EVENT_TYPES and (kind != _EVENT_EXCEPTION or event & 0xFF in _EXCEPTIONS)
 
 
-def _efer_valid(vcpu: NestedVcpu, efer: int) -> bool:
+def _efer_valid(vcpu: Vcpu, efer: int) -> bool:
     return bool(efer & EFER_SVME) and not efer & ~_EFER_KNOWN
 
 
-def _cache_bits_valid(vcpu: NestedVcpu, cr0: int) -> bool:
+def _cache_bits_valid(vcpu: Vcpu, cr0: int) -> bool:
     return cr0 & (_CR0_CD | _CR0_NW) != _CR0_NW
 
 
@@ -244,7 +244,7 @@ _VMCB_STEPS: tuple[SvmStep, ...] = (
 )
 
 
-def set_state(vcpu: NestedVcpu, header: bytes, user: UserBuffer, parts: list[CheckReport] | None = None) -> Verdict:
+def set_state(vcpu: Vcpu, header: bytes, user: UserBuffer, parts: list[CheckReport] | None = None) -> Verdict:
     """The SVM part of KVM_SET_NESTED_STATE. The verdict's detail is the id of the deciding check.
 
     Reports of the checks that were made go to ``parts``.
@@ -276,7 +276,7 @@ def set_state(vcpu: NestedVcpu, header: bytes, user: UserBuffer, parts: list[Che
     return Verdict(detail="S13", says="L2 is entered: done")
 
 
-def get_state(vcpu: NestedVcpu) -> bytes:
+def get_state(vcpu: Vcpu) -> bytes:
     """Header, and in L2 the VMCB page: 128 or 4224 bytes."""
     state = vcpu.svm
     flags = abi.GIF_SET if state.gif else 0
@@ -301,9 +301,7 @@ def _facts_of_copy(user: UserBuffer) -> Facts:
     return Facts("data", f"{given} bytes", f"{abi.VMCB_PAGE} bytes at offset {abi.DATA_OFFSET} that can be read")
 
 
-def _first(
-    steps: tuple[SvmStep, ...], vcpu: NestedVcpu, data: bytes, parts: list[CheckReport] | None
-) -> Verdict | None:
+def _first(steps: tuple[SvmStep, ...], vcpu: Vcpu, data: bytes, parts: list[CheckReport] | None) -> Verdict | None:
     if parts is not None:
         parts.extend(report_in_order((step.check, step.says, partial(step.inspect, vcpu, data)) for step in steps))
     for step in steps:

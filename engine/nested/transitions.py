@@ -5,19 +5,19 @@ from __future__ import annotations
 from engine.arch import vmx_msrs as vmx_bits
 from engine.arch.nested_state import NO_ADDRESS
 from engine.arch.vmcs12 import get, put
-from engine.kvm.trial_memory import GuestMemory
+from engine.kvm.guest_memory import GuestMemory
 from engine.nested import enlightened
 from engine.nested.entry_checks import cr3_refusal
 from engine.vcpu.msrs import load_msr_list, store_msr_list
 from engine.vcpu.registers import TOUCHED_BY_FAILURE, active_secondary, load_guest, load_host, save_guest
-from engine.vcpu.vcpu import EVMPTR_PENDING, NestedVcpu, VmxState
+from engine.vcpu.vcpu import EVMPTR_PENDING, Vcpu, VmxState
 
 _EVENT_VALID = 1 << 31
 FAILED_VM_ENTRY = 1 << 31
 _TIMER_RATE = 5
 
 
-def enter_guest(vcpu: NestedVcpu, memory: GuestMemory, from_vm_entry: bool) -> str | None:
+def enter_guest(vcpu: Vcpu, memory: GuestMemory, from_vm_entry: bool) -> str | None:
     """Switch to L2 with the cached vmcs12. None on success, else what refused: ``cr3`` or ``pdpte``.
 
     On failure some registers already hold L2's values, as they do in the kernel.
@@ -36,24 +36,24 @@ def enter_guest(vcpu: NestedVcpu, memory: GuestMemory, from_vm_entry: bool) -> s
     if timer and state.deadline is None:
         ticks = (vcpu.tsc >> _TIMER_RATE) + get(state.vmcs12, "vmx_preemption_timer_value")
         state.deadline = ticks & 0xFFFF_FFFF_FFFF_FFFF
-    if state.evmcs_mapped and vcpu.era.map_pending:
+    if state.evmcs_mapped and vcpu.kvm.nested.map_pending:
         enlightened.mark_clean(vcpu, memory)
     return None
 
 
-def refresh_vmcs12(vcpu: NestedVcpu) -> None:
+def refresh_vmcs12(vcpu: Vcpu) -> None:
     """Bring the cached vmcs12 up to date with the live state of L2."""
     state = vcpu.vmx
     save_guest(vcpu.registers, state.vmcs12, vcpu.mp_state)
     timer = get(state.vmcs12, "pin_based_vm_exec_control") & vmx_bits.PIN_PREEMPTION_TIMER
     saved = get(state.vmcs12, "vm_exit_controls") & vmx_bits.EXIT_SAVE_PREEMPTION_TIMER
-    if vcpu.era.reports_timer and timer and saved and not state.run_pending and state.deadline is not None:
+    if vcpu.kvm.nested.reports_timer and timer and saved and not state.run_pending and state.deadline is not None:
         left = max(0, state.deadline - (vcpu.tsc >> _TIMER_RATE))
         put(state.vmcs12, "vmx_preemption_timer_value", min(left, 0xFFFF_FFFF))
 
 
 def exit_to_l1(
-    vcpu: NestedVcpu, memory: GuestMemory, reason: int | None, qualification: int = 0, interruption: int = 0
+    vcpu: Vcpu, memory: GuestMemory, reason: int | None, qualification: int = 0, interruption: int = 0
 ) -> None:
     """Leave L2 for L1. ``reason`` None is the synthetic exit by which a kernel leaves nested mode.
 
@@ -80,7 +80,7 @@ def exit_to_l1(
         synchronise(vcpu, memory)
 
 
-def resume_host(vcpu: NestedVcpu, memory: GuestMemory) -> None:
+def resume_host(vcpu: Vcpu, memory: GuestMemory) -> None:
     """Load L1's registers and MSRs from the host state. An MSR that cannot be loaded is a VMX abort."""
     page = vcpu.vmx.vmcs12
     load_host(vcpu.registers, page)
@@ -88,19 +88,19 @@ def resume_host(vcpu: NestedVcpu, memory: GuestMemory) -> None:
         vcpu.triple_fault = True
 
 
-def synchronise(vcpu: NestedVcpu, memory: GuestMemory) -> None:
+def synchronise(vcpu: Vcpu, memory: GuestMemory) -> None:
     """Write a cached vmcs12 that is newer back to the enlightened VMCS, if one is attached."""
     state = vcpu.vmx
     if not state.sync_pending:
         return
-    if not vcpu.era.map_pending and vcpu.evmcs_enabled and not state.evmcs_mapped:
+    if not vcpu.kvm.nested.map_pending and vcpu.evmcs_enabled and not state.evmcs_mapped:
         enlightened.attach(vcpu, memory, launch=False)
     if state.evmcs_mapped:
         enlightened.copy_out(vcpu, memory)
     state.sync_pending = False
 
 
-def map_pending(vcpu: NestedVcpu, memory: GuestMemory) -> bool:
+def map_pending(vcpu: Vcpu, memory: GuestMemory) -> bool:
     """Map the enlightened VMCS that a restore announced. False when it cannot be: an internal error of the run.
 
     Without Hyper-V in the guest CPUID it stays pending; with the assist page off it is dropped.
@@ -113,7 +113,7 @@ def map_pending(vcpu: NestedVcpu, memory: GuestMemory) -> bool:
     return True
 
 
-def leave_nested(vcpu: NestedVcpu, memory: GuestMemory) -> None:
+def leave_nested(vcpu: Vcpu, memory: GuestMemory) -> None:
     """Leave VMX operation, from L2 by way of a synthetic exit. Does nothing to a vCPU that is not in it.
 
     SMM's memory of having interrupted L2 is not cleared: the kernels do not either.
@@ -143,7 +143,7 @@ def enter_operation(state: VmxState, vmxon_pa: int) -> None:
     state.vmxon = True
 
 
-def _record_exit(vcpu: NestedVcpu, memory: GuestMemory, reason: int, qualification: int, interruption: int) -> None:
+def _record_exit(vcpu: Vcpu, memory: GuestMemory, reason: int, qualification: int, interruption: int) -> None:
     page = vcpu.vmx.vmcs12
     put(page, "vm_exit_reason", reason)
     put(page, "exit_qualification", qualification)

@@ -12,7 +12,7 @@ from engine.arch import vmx_msrs as vmx_bits
 from engine.arch.nested_state import NO_ADDRESS
 from engine.arch.vmcs12 import VMCS12_PAGE, VMCS12_REVISION, get, put
 from engine.errors import Conflict
-from engine.kvm.trial_memory import GuestMemory
+from engine.kvm.guest_memory import GuestMemory
 from engine.nested import enlightened
 from engine.nested.entry_checks import first_failure
 from engine.nested.entry_context import is_shadow, revision_matches
@@ -27,7 +27,7 @@ from engine.nested.transitions import (
 )
 from engine.vcpu.msrs import load_msr_list
 from engine.vcpu.registers import active_secondary, privilege_level
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 
 VMCLEAR_INVALID_ADDRESS = 2
 VMCLEAR_VMXON_POINTER = 3
@@ -73,7 +73,7 @@ class InstructionResult:
     value: int | None = None
 
 
-def vmxon(vcpu: NestedVcpu, memory: GuestMemory, address: int) -> InstructionResult:
+def vmxon(vcpu: Vcpu, memory: GuestMemory, address: int) -> InstructionResult:
     """VMXON: the region's first word must be the plain revision."""
     _outside_guest(vcpu)
     if not vcpu.vmx_allowed or not vcpu.registers["cr4"] & _CR4_VMXE:
@@ -91,7 +91,7 @@ def vmxon(vcpu: NestedVcpu, memory: GuestMemory, address: int) -> InstructionRes
     return InstructionResult("succeed")
 
 
-def vmxoff(vcpu: NestedVcpu) -> InstructionResult:
+def vmxoff(vcpu: Vcpu) -> InstructionResult:
     """VMXOFF: leaves VMX operation; a current VMCS that was not cleared is lost."""
     refused = _permission(vcpu)
     if refused is None:
@@ -99,7 +99,7 @@ def vmxoff(vcpu: NestedVcpu) -> InstructionResult:
     return refused or InstructionResult("succeed")
 
 
-def vmclear(vcpu: NestedVcpu, memory: GuestMemory, address: int) -> InstructionResult:
+def vmclear(vcpu: Vcpu, memory: GuestMemory, address: int) -> InstructionResult:
     """VMCLEAR: writes a current VMCS back and marks it clear in memory.
 
     While the assist page asks for enlightened entry the address is taken for an enlightened VMCS and not written to;
@@ -113,7 +113,7 @@ def vmclear(vcpu: NestedVcpu, memory: GuestMemory, address: int) -> InstructionR
     if address == vcpu.vmx.vmxon_pa:
         return _fail(vcpu, VMCLEAR_VMXON_POINTER)
     if vcpu.evmcs_visible and enlightened.current_evmcs(vcpu, memory) is not None:
-        if vcpu.era.map_pending and address == vcpu.vmx.evmptr:
+        if vcpu.kvm.nested.map_pending and address == vcpu.vmx.evmptr:
             vcpu.vmx.release_evmcs()
         return InstructionResult("succeed")
     if address == vcpu.vmx.current_pa:
@@ -122,7 +122,7 @@ def vmclear(vcpu: NestedVcpu, memory: GuestMemory, address: int) -> InstructionR
     return InstructionResult("succeed")
 
 
-def vmptrld(vcpu: NestedVcpu, memory: GuestMemory, address: int) -> InstructionResult:
+def vmptrld(vcpu: Vcpu, memory: GuestMemory, address: int) -> InstructionResult:
     """VMPTRLD: loads all 4096 bytes of the page. With an enlightened VMCS attached it does nothing, RIP included."""
     refused = _permission(vcpu)
     if refused is not None:
@@ -145,7 +145,7 @@ def vmptrld(vcpu: NestedVcpu, memory: GuestMemory, address: int) -> InstructionR
     return InstructionResult("succeed")
 
 
-def vmptrst(vcpu: NestedVcpu) -> InstructionResult:
+def vmptrst(vcpu: Vcpu) -> InstructionResult:
     """VMPTRST: the current VMCS pointer as ``value``. With an enlightened VMCS attached it does nothing."""
     refused = _permission(vcpu)
     if refused is None and vcpu.vmx.evmcs_mapped:
@@ -153,7 +153,7 @@ def vmptrst(vcpu: NestedVcpu) -> InstructionResult:
     return refused or InstructionResult("succeed", value=vcpu.vmx.current_pa)
 
 
-def vm_entry(vcpu: NestedVcpu, memory: GuestMemory, launch: bool = True) -> InstructionResult:
+def vm_entry(vcpu: Vcpu, memory: GuestMemory, launch: bool = True) -> InstructionResult:
     """VMLAUNCH, or VMRESUME when ``launch`` is False.
 
     Attaches the enlightened VMCS that the assist page names, makes the VM-entry checks and enters L2. Raises Conflict
@@ -168,10 +168,10 @@ def vm_entry(vcpu: NestedVcpu, memory: GuestMemory, launch: bool = True) -> Inst
     return result
 
 
-def _attach(vcpu: NestedVcpu, memory: GuestMemory, launch: bool) -> InstructionResult | None:
+def _attach(vcpu: Vcpu, memory: GuestMemory, launch: bool) -> InstructionResult | None:
     attached = enlightened.attach(vcpu, memory, launch)
     if attached in ("unmapped", "bad-revision"):
-        if not vcpu.era.map_pending:
+        if not vcpu.kvm.nested.map_pending:
             return InstructionResult("retry", check=f"evmcs {attached}")
         result = "#UD" if attached == "unmapped" else "vmfail-invalid"
         return InstructionResult(result, check=f"evmcs {attached}")
@@ -187,7 +187,7 @@ def _attach(vcpu: NestedVcpu, memory: GuestMemory, launch: bool) -> InstructionR
     return None
 
 
-def _enter(vcpu: NestedVcpu, memory: GuestMemory, launch: bool) -> InstructionResult:
+def _enter(vcpu: Vcpu, memory: GuestMemory, launch: bool) -> InstructionResult:
     page = vcpu.vmx.vmcs12
     if vcpu.mov_ss_blocking:
         return _fail(vcpu, BLOCKED_BY_MOV_SS, "MOV SS blocking")
@@ -197,7 +197,7 @@ def _enter(vcpu: NestedVcpu, memory: GuestMemory, launch: bool) -> InstructionRe
     if failed is not None:
         return _fail(vcpu, INVALID_CONTROL, failed.name)
     wide = bool(get(page, "vm_exit_controls") & vmx_bits.EXIT_HOST_64BIT)
-    if vcpu.era.checks_address_space and wide != bool(vcpu.registers["ia32_efer"] & vmx_bits.EFER_LMA):
+    if vcpu.kvm.entry.checks_address_space and wide != bool(vcpu.registers["ia32_efer"] & vmx_bits.EFER_LMA):
         return _fail(vcpu, INVALID_HOST_STATE, "host:address space")
     failed = first_failure(vcpu, memory, "host")
     if failed is not None:
@@ -205,7 +205,7 @@ def _enter(vcpu: NestedVcpu, memory: GuestMemory, launch: bool) -> InstructionRe
     return _load_guest(vcpu, memory)
 
 
-def _load_guest(vcpu: NestedVcpu, memory: GuestMemory) -> InstructionResult:
+def _load_guest(vcpu: Vcpu, memory: GuestMemory) -> InstructionResult:
     state = vcpu.vmx
     page = state.vmcs12
     state.run_pending = True
@@ -227,9 +227,7 @@ def _load_guest(vcpu: NestedVcpu, memory: GuestMemory) -> InstructionResult:
     return InstructionResult("entered")
 
 
-def _entry_failure(
-    vcpu: NestedVcpu, memory: GuestMemory, reason: int, qualification: int, check: str
-) -> InstructionResult:
+def _entry_failure(vcpu: Vcpu, memory: GuestMemory, reason: int, qualification: int, check: str) -> InstructionResult:
     state = vcpu.vmx
     state.run_pending = False
     resume_host(vcpu, memory)
@@ -240,7 +238,7 @@ def _entry_failure(
     return InstructionResult("entry-failure", None, check, reason, qualification)
 
 
-def _cache_shadow(vcpu: NestedVcpu, memory: GuestMemory) -> None:
+def _cache_shadow(vcpu: Vcpu, memory: GuestMemory) -> None:
     link = get(vcpu.vmx.vmcs12, "vmcs_link_pointer")
     if link == NO_ADDRESS or not active_secondary(vcpu.vmx.vmcs12) & vmx_bits.SEC_SHADOW_VMCS:
         return
@@ -249,7 +247,7 @@ def _cache_shadow(vcpu: NestedVcpu, memory: GuestMemory) -> None:
         vcpu.vmx.shadow[:] = page
 
 
-def _set_activity(vcpu: NestedVcpu) -> None:
+def _set_activity(vcpu: Vcpu) -> None:
     page = vcpu.vmx.vmcs12
     activity = get(page, "guest_activity_state")
     windows = get(page, "cpu_based_vm_exec_control")
@@ -266,7 +264,7 @@ def _set_activity(vcpu: NestedVcpu) -> None:
         vcpu.mp_state = "wait-for-sipi"
 
 
-def _permission(vcpu: NestedVcpu) -> InstructionResult | None:
+def _permission(vcpu: Vcpu) -> InstructionResult | None:
     _outside_guest(vcpu)
     if not vcpu.vmx.vmxon:
         return InstructionResult("#UD", check="not in VMX operation")
@@ -275,22 +273,22 @@ def _permission(vcpu: NestedVcpu) -> InstructionResult | None:
     return None
 
 
-def _outside_guest(vcpu: NestedVcpu) -> None:
+def _outside_guest(vcpu: Vcpu) -> None:
     if vcpu.vmx.guest_mode:
         raise Conflict("the vCPU runs L2: its VMX instructions are L2's business", field="vcpu", value=vcpu.vcpu_id)
 
 
-def _fail(vcpu: NestedVcpu, error: int, check: str | None = None) -> InstructionResult:
+def _fail(vcpu: Vcpu, error: int, check: str | None = None) -> InstructionResult:
     """VMfail: with a VMCS the error number goes into it, without one there is only the carry flag."""
     state = vcpu.vmx
     if state.current_pa == NO_ADDRESS and not state.evmcs_mapped:
         return InstructionResult("vmfail-invalid", check=check)
     put(state.vmcs12, "vm_instruction_error", error)
-    state.sync_pending = state.sync_pending or (state.evmcs_mapped and vcpu.era.map_pending)
+    state.sync_pending = state.sync_pending or (state.evmcs_mapped and vcpu.kvm.nested.map_pending)
     return InstructionResult("vmfail-valid", error, check)
 
 
-def _release_current(vcpu: NestedVcpu, memory: GuestMemory) -> None:
+def _release_current(vcpu: Vcpu, memory: GuestMemory) -> None:
     if vcpu.vmx.current_pa != NO_ADDRESS:
         memory.write(vcpu.vmx.current_pa, bytes(vcpu.vmx.vmcs12))
         vcpu.vmx.current_pa = NO_ADDRESS

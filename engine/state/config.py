@@ -11,8 +11,8 @@ from engine.arch import controls as ctl
 from engine.arch import ept
 from engine.arch.vmx_msrs import MSR_BY_NAME
 from engine.errors import InvalidValue, NotFound
+from engine.state.kvm_versions import KVM_2019, PROFILES
 
-PROFILES = ("kvm-2019", "kvm-latest")
 TRANSLATION_CACHES = ("off", "model")
 VENDORS = ("intel", "amd")
 FLUSH_POLICIES = ("kvm", "tlfs")
@@ -99,7 +99,7 @@ class VmConfig:
     """
 
     name: str = ""
-    profile: str = "kvm-2019"
+    profile: str = KVM_2019
     vcpus: tuple[VcpuConfig, ...] = (VcpuConfig(0),)
     vcpu_room: int = 0
     maxphyaddr: int = 46

@@ -10,10 +10,10 @@ from __future__ import annotations
 from engine.arch import hyperv_cpuid as leaves
 from engine.arch import vmx_msrs as vmx
 from engine.arch.hyperv_cpuid import find_leaf
-from engine.kvm.trial_memory import GuestMemory
+from engine.kvm.guest_memory import GuestMemory
 from engine.vcpu import cpuid as cpuid_facts
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
 from engine.vcpu.vmx_capabilities import CR4_FIXED1
 
 APIC_BASE = 0x1B
@@ -59,7 +59,7 @@ _NEEDED = {
 _LIST_ENTRY = 16
 
 
-def read_msr(vcpu: NestedVcpu, number: int, host: bool) -> int | None:
+def read_msr(vcpu: Vcpu, number: int, host: bool) -> int | None:
     """RDMSR by the guest, or KVM_GET_MSRS when ``host``. None when it faults."""
     if vmx.VMX_MSR_FIRST <= number <= vmx.VMX_MSR_LAST:
         return _read_capability(vcpu, number, host)
@@ -74,7 +74,7 @@ def read_msr(vcpu: NestedVcpu, number: int, host: bool) -> int | None:
     return vcpu.msrs.get(number, 0)
 
 
-def write_msr(vcpu: NestedVcpu, memory: GuestMemory, number: int, value: int, host: bool) -> bool:
+def write_msr(vcpu: Vcpu, memory: GuestMemory, number: int, value: int, host: bool) -> bool:
     """WRMSR by the guest, or KVM_SET_MSRS when ``host``. False when it faults, and then nothing has changed.
 
     Writing 0 to FEATURE_CONTROL from the host also leaves nested mode: ``operations.set_msr`` does that.
@@ -99,7 +99,7 @@ def write_msr(vcpu: NestedVcpu, memory: GuestMemory, number: int, value: int, ho
     return True
 
 
-def load_msr_list(vcpu: NestedVcpu, memory: GuestMemory, address: int, count: int) -> int:
+def load_msr_list(vcpu: Vcpu, memory: GuestMemory, address: int, count: int) -> int:
     """Load the MSRs that a list of 16-byte entries in guest memory names. 0, or the 1-based position that failed.
 
     Entries past the advertised maximum fail, in both kernels: in 2019 the list could be as long as memory.
@@ -117,7 +117,7 @@ def load_msr_list(vcpu: NestedVcpu, memory: GuestMemory, address: int, count: in
     return 0
 
 
-def store_msr_list(vcpu: NestedVcpu, memory: GuestMemory, address: int, count: int) -> int:
+def store_msr_list(vcpu: Vcpu, memory: GuestMemory, address: int, count: int) -> int:
     """Store the MSRs that a list names into that list. 0, or the 1-based position that failed."""
     for position in range(count):
         if position == longest_list(vcpu):
@@ -135,7 +135,7 @@ def store_msr_list(vcpu: NestedVcpu, memory: GuestMemory, address: int, count: i
     return 0
 
 
-def longest_list(vcpu: NestedVcpu) -> int:
+def longest_list(vcpu: Vcpu) -> int:
     """Entries that an MSR list may have: 512 for each step of IA32_VMX_MISC bits 27:25."""
     return ((vcpu.capabilities.values["misc"] >> 25 & 7) + 1) * 512
 
@@ -144,31 +144,31 @@ def _entry(raw: bytes) -> tuple[int, int, int]:
     return tuple(int.from_bytes(raw[at:end], "little") for at, end in ((0, 4), (4, 8), (8, 16)))  # type: ignore[return-value]
 
 
-def _never_listed(vcpu: NestedVcpu, number: int) -> bool:
+def _never_listed(vcpu: Vcpu, number: int) -> bool:
     x2apic = number >> 8 == 8 and vcpu.msrs.get(APIC_BASE, 0) & _X2APIC_ENABLED
     return bool(x2apic) or number in _MICROCODE
 
 
-def _read_capability(vcpu: NestedVcpu, number: int, host: bool) -> int | None:
+def _read_capability(vcpu: Vcpu, number: int, host: bool) -> int | None:
     if not vcpu.vmx_allowed:
         return None
     if number == CR4_FIXED1:
         return cpuid_facts.cr4_allowed(vcpu.cpuid)
     value = vcpu.capabilities.read(number)
-    if value is None or host or vcpu.era.evmcs_clears_controls or not vcpu.evmcs_visible:
+    if value is None or host or vcpu.kvm.nested.evmcs_clears_controls or not vcpu.evmcs_visible:
         return value
     perf_global = bool(cpuid_facts.nested_ebx(vcpu.cpuid) & 1)
     return vcpu.capabilities.filtered_for_evmcs(number, value, perf_global)
 
 
-def _write_capability(vcpu: NestedVcpu, number: int, value: int) -> bool:
+def _write_capability(vcpu: Vcpu, number: int, value: int) -> bool:
     if not vcpu.vmx_allowed or vcpu.vmx.vmxon:
         return False
     own, host = vcpu.capabilities, vcpu.host.capabilities(vcpu.profile)
-    return own.write(number, value, own if vcpu.era.capabilities_only_shrink else host)
+    return own.write(number, value, own if vcpu.kvm.vcpu.capabilities_only_shrink else host)
 
 
-def _write_feature_control(vcpu: NestedVcpu, value: int, host: bool) -> bool:
+def _write_feature_control(vcpu: Vcpu, value: int, host: bool) -> bool:
     allowed = vmx.FEATURE_CONTROL_LOCKED
     if vcpu.vmx_allowed:
         allowed |= vmx.FEATURE_CONTROL_VMXON_IN_SMX | vmx.FEATURE_CONTROL_VMXON
@@ -179,7 +179,7 @@ def _write_feature_control(vcpu: NestedVcpu, value: int, host: bool) -> bool:
     return True
 
 
-def _withheld(vcpu: NestedVcpu, number: int) -> bool:
+def _withheld(vcpu: Vcpu, number: int) -> bool:
     """Whether KVM keeps an MSR of Hyper-V from a guest whose CPUID does not show it."""
     if not vcpu.enforces_cpuid or number not in _NEEDED:
         return False
@@ -187,7 +187,7 @@ def _withheld(vcpu: NestedVcpu, number: int) -> bool:
     return leaf is None or not leaf.eax & _NEEDED[number]
 
 
-def _write_hyperv(vcpu: NestedVcpu, memory: GuestMemory, number: int, value: int) -> bool:
+def _write_hyperv(vcpu: Vcpu, memory: GuestMemory, number: int, value: int) -> bool:
     if number == HV_GUEST_OS_ID:
         if not value:
             vcpu.msrs[HV_HYPERCALL] = vcpu.msrs.get(HV_HYPERCALL, 0) & ~_ENABLE

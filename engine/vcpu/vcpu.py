@@ -1,4 +1,4 @@
-"""The state of one vCPU that nesting reads and changes, and its durable form.
+"""The whole state of one vCPU beside memory: registers, CPUID, MSRs, VMX and SVM; and its durable form.
 
 Nothing here has rules; the operations are in the modules beside this one. Absent addresses are -1 as in the ABI.
 """
@@ -14,8 +14,8 @@ from engine.arch.hyperv_cpuid import CpuidEntry, find_leaf
 from engine.arch.nested_state import NO_ADDRESS
 from engine.arch.vmcs12 import VMCS12_PAGE
 from engine.errors import InvalidValue
+from engine.state.kvm_versions import KVM_2019, KvmVersion, kvm_version
 from engine.vcpu import cpuid as cpuid_facts
-from engine.vcpu.eras import Era, era_of
 from engine.vcpu.registers import RESET_REGISTERS
 from engine.vcpu.vmx_capabilities import VmxCapabilities
 
@@ -27,8 +27,8 @@ MP_STATES = ("runnable", "halted", "wait-for-sipi")
 
 
 @dataclass(frozen=True)
-class NestedHost:
-    """The host, as far as nesting sees it.
+class VcpuHost:
+    """The host, as far as a vCPU sees it.
 
     ``nested`` is the module parameter; ``ept`` says that the processor has EPT, without which no guest gets it.
     ``evmcs`` False is a kernel that does not offer the enlightened VMCS; the one that KVM itself may use on Hyper-V is
@@ -132,7 +132,7 @@ class SvmState:
 
 
 @dataclass
-class NestedVcpu:
+class Vcpu:
     """One vCPU. ``registers`` are the live ones (L2's while in L2); ``msrs`` those that no other field owns.
 
     ``has_run``: KVM_RUN was called. ``enforces_cpuid`` is KVM_CAP_HYPERV_ENFORCE_CPUID, filled in by who opens the
@@ -141,8 +141,8 @@ class NestedVcpu:
     still unless the caller moves it.
     """
 
-    profile: str = "kvm-2019"
-    host: NestedHost = field(default_factory=NestedHost)
+    profile: str = KVM_2019
+    host: VcpuHost = field(default_factory=VcpuHost)
     vcpu_id: int = 0
     vp_index: int = 0
     cpuid: tuple[CpuidEntry, ...] = ()
@@ -164,14 +164,14 @@ class NestedVcpu:
     svm: SvmState = field(default_factory=SvmState)
 
     def __post_init__(self) -> None:
-        era_of(self.profile)
+        kvm_version(self.profile)
         if not self.capabilities.controls:
             self.capabilities = self.host.capabilities(self.profile)
 
     @property
-    def era(self) -> Era:
-        """The kernel's choices."""
-        return era_of(self.profile)
+    def kvm(self) -> KvmVersion:
+        """The kernel's column of the table of versions."""
+        return kvm_version(self.profile)
 
     @property
     def vmx_allowed(self) -> bool:
@@ -192,7 +192,7 @@ class NestedVcpu:
     @property
     def evmcs_visible(self) -> bool:
         """The enlightened VMCS takes effect: it is enabled and, in today's kernel, Hyper-V is in the guest CPUID."""
-        return self.evmcs_enabled and (not self.era.evmcs_needs_hyperv or cpuid_facts.has_hyperv(self.cpuid))
+        return self.evmcs_enabled and (not self.kvm.nested.evmcs_needs_hyperv or cpuid_facts.has_hyperv(self.cpuid))
 
     def page_valid(self, address: int) -> bool:
         """``address`` is aligned to 4 KiB and within the guest's physical address width; 0 is fine."""
@@ -202,11 +202,11 @@ class NestedVcpu:
     def has_vmcs12(self) -> bool:
         """GET has a vmcs12 to report."""
         vmx = self.vmx
-        if self.era.map_pending:
+        if self.kvm.nested.map_pending:
             return vmx.current_pa != NO_ADDRESS or vmx.evmptr != EVMPTR_NONE
         return vmx.guest_mode or vmx.current_pa != NO_ADDRESS or vmx.evmcs_mapped
 
-    def copy(self) -> NestedVcpu:
+    def copy(self) -> Vcpu:
         """An independent copy."""
         twin = copy.copy(self)
         twin.registers = dict(self.registers)
@@ -229,12 +229,12 @@ class NestedVcpu:
         return head
 
     @classmethod
-    def from_head(cls, head: Mapping[str, Any]) -> NestedVcpu:
+    def from_head(cls, head: Mapping[str, Any]) -> Vcpu:
         """The inverse of ``to_head``."""
         plain = {name: head[name] for name in _PLAIN}
         return cls(
             **plain,
-            host=NestedHost(**head["host"]),
+            host=VcpuHost(**head["host"]),
             cpuid=tuple(CpuidEntry(*entry) for entry in head["cpuid"]),
             registers=dict(head["registers"]),
             msrs={int(number): value for number, value in head["msrs"].items()},

@@ -13,6 +13,7 @@ from typing import Any
 from engine.arch import vmx_msrs as vmx
 from engine.arch.vmx_msrs import MSR_BY_NAME, ControlValue
 from engine.errors import InvalidValue
+from engine.state.kvm_versions import kvm_version
 
 # MSR number of the "true" register of each control; the secondary controls have only one.
 _CONTROL_MSR = {
@@ -52,7 +53,7 @@ _MISC_SUBSET = 1 << 5 | 0b111 << 6 | 0x1F << 9 | 0b11 << 14 | 0b1111 << 28
 
 @dataclass
 class VmxCapabilities:
-    """``controls``: pin, proc, secondary, exit, entry. ``values``: the other MSRs by the names of DEFAULT_VALUES."""
+    """``controls``: pin, proc, secondary, exit, entry. ``values``: the other MSRs by the names of VALUES_2019."""
 
     controls: dict[str, ControlValue] = field(default_factory=dict)
     values: dict[str, int] = field(default_factory=dict)
@@ -63,7 +64,8 @@ class VmxCapabilities:
 
         Raises InvalidValue for unknown names and for MSRs that are derived from others.
         """
-        capabilities = cls(dict(vmx.DEFAULT_CONTROLS[profile]), dict(vmx.DEFAULT_VALUES[profile]))
+        rows = kvm_version(profile).vcpu
+        capabilities = cls(dict(rows.vmx_controls), dict(rows.vmx_values))
         for name, value in overrides.items():
             where = f"host.vmx_capabilities.{name}"
             if not 0 <= value < 1 << 64:

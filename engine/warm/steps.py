@@ -24,6 +24,7 @@ from engine.machine import SubpageRange, VirtualMachine
 from engine.machine.hypercalls import HypercallRequest
 from engine.machine.page_access import AccessChange
 from engine.state.config import VcpuConfig, VmConfig
+from engine.state.kvm_versions import PROFILES
 from engine.trace.asking import AskingReplay
 from engine.trace.columns import TraceChunk
 from engine.trace.objects import attribute, fill_objects
@@ -156,8 +157,8 @@ def _flushes() -> None:
 
 
 def _partial_sets() -> None:
-    """A SET of the ioctls that meets a page without a slot, in both eras."""
-    for profile in ("kvm-2019", "kvm-latest"):
+    """A SET of the ioctls that meets a page without a slot, in both kernels."""
+    for profile in PROFILES:
         vm = VirtualMachine.create(VmConfig(profile=profile), [SlotSpec(0, 0, 1 << 13)], spp=True)
         SubpageCalls(vm).set(1, np.zeros(2, dtype=np.uint32))
         SubpageCalls(vm).get(1, 2)

@@ -48,7 +48,7 @@ MUTANTS = (
     Mutant(
         "ioctl-get-keeps-partial-maps",
         "engine/ioctls/subpages.py",
-        "if whole or profile_of(target.profile).get_failure_copies:",
+        "if whole or kvm_version(target.profile).subpages.get_failure_copies:",
         "if whole:",
         "in 2019 a GET that fails copies out what it has",
         named(SPP, "get_over_a_hole"),
@@ -129,7 +129,7 @@ MUTANTS = (
     Mutant(
         "dirty-log-number",
         "engine/ioctls/dirty_log.py",
-        "if number >= LIMITS[target.profile].user_slots or space >= ADDRESS_SPACES:",
+        "if number >= kvm_version(target.profile).limits.user_slots or space >= ADDRESS_SPACES:",
         "if space >= ADDRESS_SPACES:",
         "a slot number that cannot be is EINVAL, not ENOENT",
         named(DIRTY, "numbers_that_cannot_be"),

@@ -9,7 +9,7 @@ import httpx2
 
 from engine.arch import nested_state as abi
 from engine.arch.hyperv_cpuid import CpuidEntry
-from engine.nested import NestedHost
+from engine.vcpu.vcpu import VcpuHost
 from tests.contract.client import ContractClient
 from tests.engine.nested.support import WIDTH, vmx_cpuid
 
@@ -33,7 +33,7 @@ def make_nested(
     evmcs: bool = False,
     hyperv: bool = False,
     smm: bool = False,
-    host: NestedHost | None = None,
+    host: VcpuHost | None = None,
     cpuid: tuple[CpuidEntry, ...] | None = None,
     ram: dict[int, int] | None = None,
 ) -> str:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from engine.arch import nested_state as abi
 from engine.arch.vmx_msrs import EFER, EFER_SVME
-from engine.nested import steps_of, supported_cpuid
+from engine.nested import steps_of
+from engine.vcpu.cpuid import supported_cpuid
 from tests.contract.client import ContractClient
 from tests.engine.nested.support import (
     ERAS,

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.state.config import HostConfig, VcpuConfig, VmConfig
+from engine.state.kvm_versions import ProfileName
 from service import __version__
 from service.api.common import (
     EXAMPLE_VM,
@@ -50,7 +51,7 @@ _INLINE_PARTS = 300
 # A page ends with the machine that takes it past so many bytes, whatever the limit.
 _PAGE_BYTES = 8 << 20
 
-Profile = Literal["kvm-2019", "kvm-latest"]
+Profile = ProfileName
 TranslationCache = Literal["off", "model"]
 FlushPolicy = Literal["kvm", "tlfs"]
 FlushExecution = Literal["exact", "kvm", "paranoid"]

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.errors import Conflict, NotFound
+from engine.ioctls import check_vm_extension
 from engine.machine import VirtualMachine
 from service.api.common import (
     GUARDED_CHANGE,
@@ -132,7 +133,7 @@ CAPABILITIES: tuple[PerVcpu, ...] = (
     PerVcpu(
         CAP_HYPERV_ENLIGHTENED_VMCS,
         "hyperv-enlightened-vmcs",
-        lambda machine: machine.nested.check_extension(CAP_HYPERV_ENLIGHTENED_VMCS) or 0,
+        lambda machine: check_vm_extension(machine, CAP_HYPERV_ENLIGHTENED_VMCS),
         lambda machine, n: machine.nested.vcpu(n).evmcs_enabled,
         lambda machine, n: {"versions": hex(machine.nested.evmcs(n).versions)},
         lambda machine, n: machine.nested.enable_evmcs(n),

@@ -13,9 +13,9 @@ from engine.arch import ept
 from engine.arch.exits import NAMES
 from engine.arch.sppt import SUBPAGE_SIZE
 from engine.arch.vmx_msrs import MSR_BY_NAME
-from engine.kvm.profile import TABLE
 from engine.kvm.resolutions import RESOLUTION_NAMES
-from engine.state.config import PROFILES, TRANSLATION_CACHES
+from engine.state.config import TRANSLATION_CACHES
+from engine.state.kvm_versions import PROFILES, kvm_version
 from engine.trace.columns import COLUMNS
 from engine.trace.readers import RECORD_FORMATS
 from service import __version__
@@ -115,8 +115,10 @@ def _spp() -> SppCapability:
         ept_leaf_bit=ept.SPP.bit_length() - 1,
         subpage_bytes=SUBPAGE_SIZE,
         profiles={
-            name: SppProfile(**{member: getattr(row, member) for member in SppProfile.model_fields})
-            for name, row in TABLE.items()
+            name: SppProfile(
+                **{member: getattr(kvm_version(name).subpages, member) for member in SppProfile.model_fields}
+            )
+            for name in PROFILES
         },
     )
 

@@ -7,23 +7,24 @@ from typing import Any
 
 import pytest
 
-from engine.abi import UserBuffer
+from engine.abi import Reply, UserBuffer
 from engine.arch.kvm_vcpu_structs import EVENTS, REGS, SREGS
 from engine.arch.vmx_msrs import EFER_SVME
-from engine.nested import Call, NestedHost, NestedVcpu, Reply, ioctl
 from engine.vcpu.cpuid import supported_cpuid
+from engine.vcpu.vcpu import Vcpu, VcpuHost
+from tests.engine.ioctls.bare_vcpu import Call, ioctl
 from tests.engine.nested.support import ERAS, GM, Ram, blob, do_set, make_vcpu
 
 LONG_MODE = {"cr0": 0x8000_0031, "cr4": 0x20, "ia32_efer": 0xD00}
 
 
-def call(vcpu: NestedVcpu | None, name: str, data: bytes | None, **members: Any) -> tuple[Reply, bytes]:
+def call(vcpu: Vcpu | None, name: str, data: bytes | None, **members: Any) -> tuple[Reply, bytes]:
     user = UserBuffer.of(data)
     reply = ioctl(Call(name, "vcpu" if vcpu else "system", user, vcpu=vcpu, guest=Ram(), **members))
     return reply, bytes(user.data or b"")
 
 
-def sregs(vcpu: NestedVcpu, **changes: int) -> bytes:
+def sregs(vcpu: Vcpu, **changes: int) -> bytes:
     raw = bytearray(call(vcpu, "KVM_GET_SREGS", bytes(312))[1])
     for name, value in changes.items():
         SREGS.put(raw, name, value)
@@ -93,9 +94,9 @@ def test_osxsave_needs_xsave_and_x2apic_its_feature() -> None:
 
 
 def test_svm_ends_with_svme() -> None:
-    vcpu = NestedVcpu(
+    vcpu = Vcpu(
         profile="kvm-latest",
-        host=NestedHost(vendor="amd"),
+        host=VcpuHost(vendor="amd"),
         cpuid=supported_cpuid("amd", True, 46),
         lapic_in_kernel=True,
     )
@@ -167,10 +168,10 @@ def test_msrs_stop_at_the_first_that_is_not_known(era: str) -> None:
 def test_feature_msrs_follow_the_host() -> None:
     names = {"KVM_GET_MSR_FEATURE_INDEX_LIST": (20, 2), "KVM_GET_MSR_INDEX_LIST": (34, 34)}
     for name, counts in names.items():
-        for host, count in zip((NestedHost(), NestedHost(nested=False)), counts, strict=True):
+        for host, count in zip((VcpuHost(), VcpuHost(nested=False)), counts, strict=True):
             reply, told = call(None, name, bytes(4 + 4 * 60)[:4] + bytes(240), host=host)
             assert reply.errno == "E2BIG" and int.from_bytes(told[:4], "little") == count, name
     raw = struct.pack("<II", 2, 0) + struct.pack("<IIQ", 0x489, 0, 0) + struct.pack("<IIQ", 0x3A, 0, 0)
     reply, told = call(None, "KVM_GET_MSRS", raw)
     assert reply == Reply(1) and int.from_bytes(told[16:24], "little") == 0x77_7FFF
-    assert call(None, "KVM_GET_MSRS", raw, host=NestedHost(vendor="amd"))[0] == Reply(0)
+    assert call(None, "KVM_GET_MSRS", raw, host=VcpuHost(vendor="amd"))[0] == Reply(0)

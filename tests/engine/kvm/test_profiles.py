@@ -16,14 +16,14 @@ from engine.arch import ept as bits
 from engine.arch import exits as arch_exits
 from engine.cpu import frames
 from engine.errors import Conflict, InvalidValue, Unsupported
-from engine.kvm import fault, mapping, run
+from engine.kvm import choices, fault, mapping, run
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
-from engine.kvm.profile import KVM_2019, KVM_LATEST, TABLE, Profile, profile_of
 from engine.kvm.slots import SlotSpec
 from engine.machine import SubpageRange, VirtualMachine
-from engine.state.config import PROFILES as NAMES
 from engine.state.config import HostConfig
+from engine.state.kvm_versions import KVM_2019, KVM_LATEST, Row, SubpageRows, kvm_version
+from engine.state.kvm_versions import PROFILES as NAMES
 from engine.trace.single import AccessRequest
 from tests.engine.builders import (
     FULL,
@@ -54,27 +54,31 @@ def access(vm: VirtualMachine, gpa: int, **options: Any) -> list[str]:
     return [*(name for name in resolutions(result) if name != result.resolution), result.resolution]
 
 
-def row(profile: str) -> Profile:
-    return profile_of(profile)
+def row(profile: str) -> SubpageRows:
+    return kvm_version(profile).subpages
+
+
+SERIES_4, SERIES_12 = row(KVM_2019), row(KVM_LATEST)
 
 
 # ---- the table
 
 
 def test_table_has_a_row_for_each_profile_and_every_choice_is_made() -> None:
-    assert tuple(TABLE) == NAMES
+    assert tuple(kvm_version(name).name for name in NAMES) == NAMES
     with pytest.raises(InvalidValue, match="profile is one of kvm-2019, kvm-latest"):
-        profile_of("kvm-2020")
-    same = {name for name in Profile._fields if getattr(KVM_2019, name) == getattr(KVM_LATEST, name)}
+        kvm_version("kvm-2020")
+    rows = {name for name, value in vars(SubpageRows).items() if isinstance(value, Row)}
+    same = {name for name in rows if getattr(SERIES_4, name) == getattr(SERIES_12, name)}
     assert same == {"too_many_errno", "subpage_header"}, "a choice that both make alike is no choice"
 
 
 def test_kernels_read_the_row() -> None:
     for name in NAMES:
         m = machine(name).state.current.snapshot.machine
-        assert m.caps[frames.CAP_KVM] == row(name).caps()
+        assert m.caps[frames.CAP_KVM] == choices.caps(row(name))
         assert m.caps[frames.CAP_SAVED_SHIFT] == row(name).saved_shift
-    assert (KVM_2019.caps(), KVM_LATEST.caps()) == (0b010_0001, 0b101_1110)
+    assert (choices.caps(SERIES_4), choices.caps(SERIES_12)) == (0b010_0001, 0b101_1110)
 
 
 # ---- rows of the ABI
@@ -98,7 +102,7 @@ def test_kernels_read_the_row() -> None:
     ],
 )
 def test_rows_of_the_abi(choice: str, v4: object, later: object) -> None:
-    assert (getattr(KVM_2019, choice), getattr(KVM_LATEST, choice)) == (v4, later)
+    assert (getattr(SERIES_4, choice), getattr(SERIES_12, choice)) == (v4, later)
 
 
 @differs((Unsupported, "EINVAL"), (Conflict, "EPERM"))

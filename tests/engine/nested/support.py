@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch.hyperv_cpuid import INTERFACE_SIGNATURE, LEAF_INTERFACE, CpuidEntry
 from engine.arch.vmcs12 import VMCS12, VMCS12_REVISION
-from engine.nested import NestedHost, NestedVcpu, UserBuffer, enable_evmcs, get_nested_state, set_nested_state
+from engine.nested import enable_evmcs, get_nested_state, set_nested_state
 from engine.nested.verdict import SetResult
 from engine.vcpu.cpuid import ECX1_VMX, supported_cpuid
+from engine.vcpu.vcpu import Vcpu, VcpuHost
 
 ERAS = ("kvm-2019", "kvm-latest")
 WIDTH = 39
@@ -73,12 +75,10 @@ def vmx_cpuid(*, vmx: bool = True, hyperv: bool = False, width: int = WIDTH) -> 
     return entries
 
 
-def make_vcpu(
-    profile: str, *, vmx: bool = True, evmcs: bool = False, hyperv: bool = False, **fields: Any
-) -> NestedVcpu:
-    host = fields.pop("host", NestedHost(maxphyaddr=WIDTH))
+def make_vcpu(profile: str, *, vmx: bool = True, evmcs: bool = False, hyperv: bool = False, **fields: Any) -> Vcpu:
+    host = fields.pop("host", VcpuHost(maxphyaddr=WIDTH))
     cpuid = fields.pop("cpuid", vmx_cpuid(vmx=vmx, hyperv=hyperv))
-    vcpu = NestedVcpu(profile=profile, host=host, cpuid=cpuid, **fields)
+    vcpu = Vcpu(profile=profile, host=host, cpuid=cpuid, **fields)
     if evmcs:
         enable_evmcs(vcpu)
     return vcpu
@@ -121,11 +121,11 @@ def blob(
     return bytes(whole) + (vmcs12() if data is None else data) + (shadow or b"")
 
 
-def do_set(vcpu: NestedVcpu, memory: Any, data: bytes | None) -> SetResult:
+def do_set(vcpu: Vcpu, memory: Any, data: bytes | None) -> SetResult:
     return set_nested_state(vcpu, memory, UserBuffer.of(data))
 
 
-def do_get(vcpu: NestedVcpu, memory: Any, room: int = 0x4000) -> tuple[str | None, bytearray]:
+def do_get(vcpu: Vcpu, memory: Any, room: int = 0x4000) -> tuple[str | None, bytearray]:
     user = UserBuffer(bytearray(b"\xee" * 0x4000))
     user.copy_to(4, room.to_bytes(4, "little"))
     result = get_nested_state(vcpu, memory, user)
@@ -133,7 +133,7 @@ def do_get(vcpu: NestedVcpu, memory: Any, room: int = 0x4000) -> tuple[str | Non
     return result.errno, user.data
 
 
-def summary(vcpu: NestedVcpu, memory: Any) -> str | tuple[int, int, int, int, int, int]:
+def summary(vcpu: Vcpu, memory: Any) -> str | tuple[int, int, int, int, int, int]:
     """GET as (size, flags, vmxon, vmcs12, smm.flags, hdr.flags), or the errno."""
     errno, data = do_get(vcpu, memory)
     if errno is not None:

@@ -8,13 +8,11 @@ from engine.arch.evmcs import EVMCS, EVMCS_FIELDS, EVMCS_PACKED
 from engine.arch.vmcs12 import VMCS12
 from engine.arch.vmx_msrs import MSR_BY_NAME
 from engine.nested import (
-    NestedVcpu,
     current_evmcs,
     enable_evmcs,
     exit_to_l1,
     leave_nested,
     prepare_run,
-    read_msr,
     set_msr,
     vm_entry,
     vmclear,
@@ -22,6 +20,8 @@ from engine.nested import (
     vmptrst,
 )
 from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE
+from engine.vcpu.msrs import read_msr
+from engine.vcpu.vcpu import Vcpu
 from tests.engine.nested.support import (
     ERAS,
     EV,
@@ -52,7 +52,7 @@ def write_evmcs(ram: Ram, gpa: int, era: str, **changes: int) -> None:
     ram.write(gpa, bytes(page))
 
 
-def enlightened(era: str, gpa: int = PAGE, **changes: int) -> tuple[NestedVcpu, Ram]:
+def enlightened(era: str, gpa: int = PAGE, **changes: int) -> tuple[Vcpu, Ram]:
     """In VMX operation, assist page on, enlightened entry asked for."""
     vcpu, ram = make_vcpu(era, evmcs=True, hyperv=True), Ram()
     assert set_msr(vcpu, ram, HV_VP_ASSIST_PAGE, ASSIST | 1)
@@ -125,7 +125,7 @@ def test_attach_enter_exit(era: str) -> None:
     prepare_run(vcpu, ram)
     vcpu.registers["rip"] = 0x1236
     exit_to_l1(vcpu, ram, 18, 0x55)
-    layout = vcpu.era.evmcs
+    layout = vcpu.kvm.nested.evmcs
     page = bytes(ram.bytes[PAGE : PAGE + layout.size])
     fields = ("guest_rip", "vm_exit_reason", "exit_qualification", "hv_clean_fields")
     assert [layout.get(page, name) for name in fields] == [0x1236, 18, 0x55, 0xFFFF]
@@ -137,7 +137,7 @@ def test_clean_fields_are_honoured_on_resume_and_not_on_launch(era: str) -> None
     vcpu, ram = enlightened(era)
     assert vm_entry(vcpu, ram).result == "entered"
     exit_to_l1(vcpu, ram, 18)
-    layout = vcpu.era.evmcs
+    layout = vcpu.kvm.nested.evmcs
     ram.put(PAGE + layout.by_name["guest_rsp"].offset, 0x7000)
     ram.put(PAGE + layout.by_name["guest_rip"].offset, 0x7777)
     assert vm_entry(vcpu, ram, launch=False).result == "entered"
@@ -226,7 +226,7 @@ def test_restore_maps_the_evmcs_at_the_first_run() -> None:
         ram.put(PAGE + CLEAN, 0xFFFF, 4)
         assert prepare_run(vcpu, ram).exit is None
         assert vcpu.vmx.evmptr == PAGE
-        layout = vcpu.era.evmcs
+        layout = vcpu.kvm.nested.evmcs
         assert ram.word(PAGE + layout.by_name["guest_rip"].offset) == 0x4321
         assert summary(vcpu, ram) == (4224, GM + EV, 0x1000, NONE, 0, 0)
         assert do_set(vcpu, ram, bytes(do_get(vcpu, ram)[1][:4224])).returns == 0
@@ -278,14 +278,14 @@ def test_every_copied_field_arrives(era: str) -> None:
     ram.write(PAGE, pattern)
     vcpu.vmx.evmptr = PAGE
     module.copy_in(vcpu, ram, 0)
-    for field in vcpu.era.evmcs_fields:
-        if not vcpu.era.copies_in.isdisjoint(field.copies):
+    for field in vcpu.kvm.nested.evmcs_fields:
+        if not vcpu.kvm.nested.copies_in.isdisjoint(field.copies):
             twin = VMCS12.by_name[field.name]
             assert vcpu.vmx.vmcs12[twin.offset : twin.end] == pattern[field.offset : field.offset + field.size]
     module.copy_in(vcpu, ram, 0xFFFF)
     ram.write(PAGE, bytes(4096))
     module.copy_out(vcpu, ram)
-    for field in vcpu.era.evmcs_fields:
+    for field in vcpu.kvm.nested.evmcs_fields:
         written = any(ram.bytes[PAGE + field.offset : PAGE + field.offset + field.size])
         assert written == ("O" in field.copies and (field.copies != "O")) or field.name == "hv_clean_fields"
     assert len(EVMCS_FIELDS) == 149

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from engine.arch import vmx_msrs as vmx
-from engine.nested import ENTRY_CHECKS, NestedHost
+from engine.nested import ENTRY_CHECKS
 from engine.nested.entry_context import canonical, pat_valid
+from engine.vcpu.vcpu import VcpuHost
 from tests.engine.nested.support import ERAS, GM, MIN32, MIN64, RP, Ram, blob, do_set, make_vcpu, vmcs12, vmx_cpuid
 
 PROC2 = 0x8400_6172
@@ -121,7 +122,7 @@ CASES: list[tuple[str, dict[str, int]]] = [
 
 
 def label(era: str, changes: dict[str, int], flags: int = GM, **vcpu: Any) -> str:
-    host = NestedHost(maxphyaddr=39, vmx_capabilities=ALL_SECONDARY)
+    host = VcpuHost(maxphyaddr=39, vmx_capabilities=ALL_SECONDARY)
     fresh = make_vcpu(era, host=host, **vcpu)
     return do_set(fresh, Ram(), blob(flags=flags, data=vmcs12(MIN32, **changes))).label
 
@@ -130,7 +131,7 @@ def label(era: str, changes: dict[str, int], flags: int = GM, **vcpu: Any) -> st
 @pytest.mark.parametrize(("name", "changes"), CASES, ids=[f"{name}-{n}" for n, (name, _) in enumerate(CASES)])
 def test_refused(name: str, changes: dict[str, int], era: str) -> None:
     check = next(check for check in ENTRY_CHECKS if check.name == name)
-    if era in check.eras:
+    if era in check.profiles:
         assert label(era, changes) == f"V21 {name}"
     else:
         assert label(era, changes) != f"V21 {name}"
@@ -229,7 +230,7 @@ def test_performance_counters_come_from_cpuid() -> None:
 
 @pytest.mark.parametrize("era", ERAS)
 def test_a_host_without_ept_offers_none(era: str) -> None:
-    vcpu = make_vcpu(era, host=NestedHost(maxphyaddr=39, ept=False))
+    vcpu = make_vcpu(era, host=VcpuHost(maxphyaddr=39, ept=False))
     data = vmcs12(MIN32, **secondary(EPT, **GOOD_EPT))
     assert do_set(vcpu, Ram(), blob(flags=GM, data=data)).label == "V21 ctl:sec"
     assert vcpu.capabilities.values["ept_vpid"] == 0xF01 << 32

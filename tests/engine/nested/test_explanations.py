@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from engine.nested import NestedHost, NestedVcpu, SetResult, UserBuffer, explain_nested_state, steps_of
+from engine.abi import UserBuffer
+from engine.nested import SetResult, explain_nested_state, steps_of
 from engine.nested.entry_checks import checks_of
 from engine.nested.set_facts import FACTS
+from engine.vcpu.vcpu import Vcpu, VcpuHost
 from tests.engine.nested.support import (
     ERAS,
     EV,
@@ -32,7 +34,7 @@ SHADOWED: dict[str, Any] = {"flags": GM, "data": vmcs12(SHADOWING)}
 
 # Check, what the vCPU has, the blob that trips it, the field, what is found.
 TRIPPED: list[tuple[str, dict[str, Any], bytes | None, str, str]] = [
-    ("G0", {"host": NestedHost(nested=False)}, blob(), "host", "nested=false on intel"),
+    ("G0", {"host": VcpuHost(nested=False)}, blob(), "host", "nested=false on intel"),
     ("G1", {}, None, "data", "NULL"),
     ("G1", {}, bytes(7), "data", "7 bytes"),
     ("G2", {}, blob(size=127), "size", "0x7f"),
@@ -67,7 +69,7 @@ TRIPPED: list[tuple[str, dict[str, Any], bytes | None, str, str]] = [
 ]
 
 
-def explained(vcpu: NestedVcpu, data: bytes | None, ram: Ram | None = None) -> SetResult:
+def explained(vcpu: Vcpu, data: bytes | None, ram: Ram | None = None) -> SetResult:
     """What the call would do; what decides has all three members, and so has every row that is more than an effect."""
     result, _ = explain_nested_state(vcpu, ram or Ram(words={0x5000: SHADOW_WORD}), UserBuffer.of(data))
     effects = {step.check for step in steps_of(vcpu.profile, vcpu.host.vendor) if step.effect and step.check != "V11"}

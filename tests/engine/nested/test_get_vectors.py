@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch.vmcs12 import VMCS12, VMCS12_REVISION
 from engine.nested import (
-    NestedHost,
-    UserBuffer,
     enable_evmcs,
     exit_to_l1,
     get_nested_state,
@@ -19,6 +18,7 @@ from engine.nested import (
     vmptrld,
 )
 from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE
+from engine.vcpu.vcpu import VcpuHost
 from tests.engine.nested.support import (
     ERAS,
     EV,
@@ -101,8 +101,8 @@ def test_j11_j12_faults(era: str) -> None:
     assert get_nested_state(vcpu, Ram(), UserBuffer(bytearray(7))).errno == "EFAULT"
 
 
-@pytest.mark.parametrize("host", [NestedHost(nested=False), NestedHost(vendor="amd")])
-def test_j14_no_hook_in_2019(host: NestedHost) -> None:
+@pytest.mark.parametrize("host", [VcpuHost(nested=False), VcpuHost(vendor="amd")])
+def test_j14_no_hook_in_2019(host: VcpuHost) -> None:
     vcpu = make_vcpu("kvm-2019", host=host)
     assert with_room(vcpu, 8320)[0] == "EINVAL"
     assert read_nested_state(vcpu, Ram()) is None
@@ -111,15 +111,15 @@ def test_j14_no_hook_in_2019(host: NestedHost) -> None:
 @pytest.mark.parametrize(
     ("era", "host", "size"),
     [
-        ("kvm-2019", NestedHost(), 8320),
-        ("kvm-2019", NestedHost(nested=False), 0),
-        ("kvm-2019", NestedHost(vendor="amd"), 0),
-        ("kvm-latest", NestedHost(), 8320),
-        ("kvm-latest", NestedHost(nested=False), 8320),
-        ("kvm-latest", NestedHost(vendor="amd"), 4224),
+        ("kvm-2019", VcpuHost(), 8320),
+        ("kvm-2019", VcpuHost(nested=False), 0),
+        ("kvm-2019", VcpuHost(vendor="amd"), 0),
+        ("kvm-latest", VcpuHost(), 8320),
+        ("kvm-latest", VcpuHost(nested=False), 8320),
+        ("kvm-latest", VcpuHost(vendor="amd"), 4224),
     ],
 )
-def test_largest_state(era: str, host: NestedHost, size: int) -> None:
+def test_largest_state(era: str, host: VcpuHost, size: int) -> None:
     assert max_state_size(make_vcpu(era, host=host)) == size
 
 

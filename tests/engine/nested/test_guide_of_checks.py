@@ -21,8 +21,8 @@ def rows(columns: int) -> list[list[str]]:
 
 def test_steps() -> None:
     told = [[row[0], row[1], *row[3:]] for row in rows(5)]
-    assert told == [[s.check, s.says, *profiles(s.eras)] for s in STEPS if s.check != "SVM"]
+    assert told == [[s.check, s.says, *profiles(s.profiles)] for s in STEPS if s.check != "SVM"]
 
 
 def test_entry_checks() -> None:
-    assert rows(4) == [[f"`{check.name}`", check.says, *profiles(check.eras)] for check in ENTRY_CHECKS]
+    assert rows(4) == [[f"`{check.name}`", check.says, *profiles(check.profiles)] for check in ENTRY_CHECKS]

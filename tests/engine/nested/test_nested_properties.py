@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from engine.abi import UserBuffer
 from engine.arch import nested_state as abi
 from engine.arch.vmcs12 import VMCS12, VMCS12_REVISION
-from engine.nested import NestedVcpu, explain_nested_state, read_nested_state, steps_of, vm_entry
+from engine.nested import explain_nested_state, read_nested_state, steps_of, vm_entry
 from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE
+from engine.vcpu.vcpu import Vcpu
 from tests.engine.nested.support import (
     ERAS,
     EV,
@@ -67,7 +68,7 @@ def blobs(draw: st.DrawFn) -> bytes:
 
 
 @st.composite
-def situations(draw: st.DrawFn) -> tuple[NestedVcpu, Ram]:
+def situations(draw: st.DrawFn) -> tuple[Vcpu, Ram]:
     vcpu = make_vcpu(
         draw(st.sampled_from(ERAS)), vmx=draw(st.booleans()), evmcs=draw(st.booleans()), hyperv=draw(st.booleans())
     )
@@ -84,7 +85,7 @@ def situations(draw: st.DrawFn) -> tuple[NestedVcpu, Ram]:
 
 @settings(max_examples=400, deadline=None)
 @given(situations(), blobs())
-def test_any_blob_is_answered_as_documented(situation: tuple[NestedVcpu, Ram], data: bytes) -> None:
+def test_any_blob_is_answered_as_documented(situation: tuple[Vcpu, Ram], data: bytes) -> None:
     vcpu, ram = situation
     before, memory = vcpu.to_head(), bytes(ram.bytes)
     foretold, after = explain_nested_state(vcpu, ram, UserBuffer.of(data))
@@ -93,17 +94,17 @@ def test_any_blob_is_answered_as_documented(situation: tuple[NestedVcpu, Ram], d
     assert result == foretold and vcpu.to_head() == after.to_head()
     assert result.errno in ERRNOS
     assert (result.returns == -1) == (result.errno is not None)
-    assert result.returns in (-1, 0, vcpu.era.entry_failure)
+    assert result.returns in (-1, 0, vcpu.kvm.nested.entry_failure)
     assert (result.returns > 0) == (result.check == "V22")
     outcomes = [report.outcome for report in result.trail]
     assert outcomes.count("decides") == 1 and len(outcomes) == len(steps_of(vcpu.profile))
     if result.check in BEFORE_THE_POINT_OF_NO_RETURN:
         assert vcpu.to_head() == before and ram.bytes == memory
     check_state_after(vcpu, ram, result.check, result.errno)
-    assert NestedVcpu.from_head(json.loads(json.dumps(vcpu.to_head()))).to_head() == vcpu.to_head()
+    assert Vcpu.from_head(json.loads(json.dumps(vcpu.to_head()))).to_head() == vcpu.to_head()
 
 
-def check_state_after(vcpu: NestedVcpu, ram: Ram, check: str, errno: str | None) -> None:
+def check_state_after(vcpu: Vcpu, ram: Ram, check: str, errno: str | None) -> None:
     got = summary(vcpu, ram)
     assert not isinstance(got, str)
     size, reported, vmxon, vmcs12_pa = got[:4]
@@ -118,7 +119,7 @@ def check_state_after(vcpu: NestedVcpu, ram: Ram, check: str, errno: str | None)
         if vmcs12_pa != NONE:
             assert size == 4224
         else:
-            assert size == (4224 if vcpu.era.map_pending else 128)
+            assert size == (4224 if vcpu.kvm.nested.map_pending else 128)
     elif check == "V23":
         assert reported & GM
 
@@ -185,9 +186,7 @@ def test_evmcs_get_set_get_today() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(situations(), patches, st.booleans())
-def test_vm_entry_never_fails_otherwise(
-    situation: tuple[NestedVcpu, Ram], changes: dict[str, int], launch: bool
-) -> None:
+def test_vm_entry_never_fails_otherwise(situation: tuple[Vcpu, Ram], changes: dict[str, int], launch: bool) -> None:
     vcpu, ram = situation
     vcpu.smm = False
     if do_set(vcpu, ram, blob(data=vmcs12({**MIN32, **changes}))).returns:

@@ -8,8 +8,9 @@ import pytest
 
 from engine.arch import nested_state as abi
 from engine.arch.vmx_msrs import EFER, EFER_SVME
-from engine.nested import NestedHost, NestedVcpu, enable_evmcs, set_cpuid, set_msr
+from engine.nested import enable_evmcs, set_cpuid, set_msr
 from engine.vcpu.cpuid import ECX8_SVM, supported_cpuid
+from engine.vcpu.vcpu import Vcpu, VcpuHost
 from tests.engine.nested.support import EV, GIF, GM, NONE, RP, Ram, blob, do_get, do_set, vmcs12, vmx_cpuid
 
 ZERO = {"vmxon": 0, "vmcs12_pa": 0}
@@ -17,7 +18,7 @@ MINUS = {"vmxon": NONE, "vmcs12_pa": NONE}
 NO_DATA = {"size": 128, "data": b""}
 
 
-def check(vcpu: NestedVcpu, number: int, fields: dict[str, Any] | None, returns: Any, decides: str) -> None:
+def check(vcpu: Vcpu, number: int, fields: dict[str, Any] | None, returns: Any, decides: str) -> None:
     result = do_set(vcpu, Ram(), None if fields is None else blob(**fields))
     outcome = result.errno if result.errno is not None else result.returns
     assert (number, outcome, result.check) == (number, returns, decides)
@@ -25,7 +26,7 @@ def check(vcpu: NestedVcpu, number: int, fields: dict[str, Any] | None, returns:
 
 @pytest.mark.parametrize("have_evmcs", [False, True])
 def test_2019(have_evmcs: bool) -> None:
-    vcpu = NestedVcpu(profile="kvm-2019", host=NestedHost(evmcs=have_evmcs))
+    vcpu = Vcpu(profile="kvm-2019", host=VcpuHost(evmcs=have_evmcs))
     ev = EV if have_evmcs else 0
     small = {**NO_DATA, **ZERO, "flags": GM + RP}
     default = {"flags": GM + RP + ev}
@@ -68,7 +69,7 @@ def test_2019(have_evmcs: bool) -> None:
 
 @pytest.mark.parametrize("have_evmcs", [False, True])
 def test_newest_vmx(have_evmcs: bool) -> None:
-    vcpu = NestedVcpu(profile="kvm-latest", host=NestedHost(evmcs=have_evmcs), cpuid=vmx_cpuid(vmx=False))
+    vcpu = Vcpu(profile="kvm-latest", host=VcpuHost(evmcs=have_evmcs), cpuid=vmx_cpuid(vmx=False))
     ev = EV if have_evmcs else 0
     small = {**NO_DATA, **ZERO, "flags": GM + RP}
     default = {"flags": ev}
@@ -115,10 +116,10 @@ def test_newest_vmx(have_evmcs: bool) -> None:
 SVM = {"format": 1, "vmxon": 0x3000, "vmcs12_pa": 0, "data": bytes(4096)}
 
 
-def svm_vcpu() -> NestedVcpu:
+def svm_vcpu() -> Vcpu:
     entries = supported_cpuid("amd", True, 46)
     assert any(entry.function == 0x8000_0001 and entry.ecx & ECX8_SVM for entry in entries)
-    return NestedVcpu(profile="kvm-latest", host=NestedHost(vendor="amd"), cpuid=entries)
+    return Vcpu(profile="kvm-latest", host=VcpuHost(vendor="amd"), cpuid=entries)
 
 
 def test_newest_svm() -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from engine.nested import NestedHost, NestedVcpu, set_msr
+from engine.nested import set_msr
 from engine.vcpu.registers import RESET_REGISTERS
+from engine.vcpu.vcpu import Vcpu, VcpuHost
 from tests.engine.nested.support import (
     ERAS,
     EV,
@@ -98,8 +99,8 @@ VECTORS = [
         (128, 0, 0x7F_FFFF_F000, NONE, 0, 0),
         both("V12", "V12n"),
     ),
-    V("C06", {"host": NestedHost(nested=False)}, {}, "EINVAL", both("EINVAL", OFF), both("G0", "V3a")),
-    V("C07", {"host": NestedHost(nested=False)}, MINUS, both("EINVAL", 0), both("EINVAL", OFF), both("G0", "V10")),
+    V("C06", {"host": VcpuHost(nested=False)}, {}, "EINVAL", both("EINVAL", OFF), both("G0", "V3a")),
+    V("C07", {"host": VcpuHost(nested=False)}, MINUS, both("EINVAL", 0), both("EINVAL", OFF), both("G0", "V10")),
     V("C09", {"cpuid": narrow_vmx_cpuid()}, {"vmxon": 1 << 36}, "EINVAL", OFF, "V3b"),
     V("D01", ON, {"size": 128, "vmcs12_pa": NONE}, 0, EMPTY, both("V12", "V12n")),
     V("D02", ON, {"size": 128}, both(0, "EINVAL"), EMPTY, both("V12", "V12n")),
@@ -275,7 +276,7 @@ VECTORS = [
 ]
 
 
-def build(vector: Vector, era: str) -> tuple[NestedVcpu, Ram]:
+def build(vector: Vector, era: str) -> tuple[Vcpu, Ram]:
     vcpu = make_vcpu(era, **vector.vcpu)
     ram = Ram(words=vector.ram)
     for fields in vector.prior:
@@ -438,7 +439,7 @@ def test_smm_guest_mode_is_never_cleared(era: str) -> None:
 
 
 def test_vmx_in_cpuid_is_what_allows() -> None:
-    vcpu = NestedVcpu(cpuid=vmx_cpuid(vmx=False))
+    vcpu = Vcpu(cpuid=vmx_cpuid(vmx=False))
     assert not vcpu.vmx_allowed
     assert make_vcpu("kvm-2019").vmx_allowed
-    assert NestedVcpu().maxphyaddr == 36
+    assert Vcpu().maxphyaddr == 36

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from engine.abi import UserBuffer
 from engine.arch.vmx_msrs import EFER_LMA, EFER_LME, EFER_SVME
-from engine.nested import NestedHost, NestedVcpu, UserBuffer, get_nested_state
+from engine.nested import get_nested_state
 from engine.nested.svm import VMCB
 from engine.vcpu.cpuid import supported_cpuid
+from engine.vcpu.vcpu import Vcpu, VcpuHost
 from tests.engine.nested.support import GIF, GM, RP, Ram, blob, do_get, do_set
 
 GOOD = {
@@ -27,10 +29,10 @@ def vmcb(**changes: int) -> bytes:
     return bytes(page)
 
 
-def vcpu_with_svm(**fields: object) -> NestedVcpu:
-    vcpu = NestedVcpu(
+def vcpu_with_svm(**fields: object) -> Vcpu:
+    vcpu = Vcpu(
         profile="kvm-latest",
-        host=NestedHost(vendor="amd"),
+        host=VcpuHost(vendor="amd"),
         cpuid=supported_cpuid("amd", True, 46),
         **fields,  # type: ignore[arg-type]
     )
@@ -119,5 +121,5 @@ def test_other_refusals() -> None:
 
 
 def test_2019_has_no_nested_state_on_amd() -> None:
-    vcpu = NestedVcpu(profile="kvm-2019", host=NestedHost(vendor="amd"))
+    vcpu = Vcpu(profile="kvm-2019", host=VcpuHost(vendor="amd"))
     assert do_set(vcpu, Ram(), svm_blob(0, b"")).label == "G0"

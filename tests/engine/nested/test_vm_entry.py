@@ -9,7 +9,6 @@ import pytest
 from engine.arch.vmcs12 import VMCS12, VMCS12_REVISION
 from engine.errors import Conflict
 from engine.nested import (
-    NestedVcpu,
     exit_to_l1,
     prepare_run,
     set_cpuid,
@@ -22,6 +21,7 @@ from engine.nested import (
     vmxoff,
     vmxon,
 )
+from engine.vcpu.vcpu import Vcpu
 from tests.engine.nested.support import (
     ERAS,
     GM,
@@ -40,7 +40,7 @@ from tests.engine.nested.support import (
 )
 
 
-def with_current(era: str, fields: dict[str, int] | None = None, **changes: int) -> tuple[NestedVcpu, Ram]:
+def with_current(era: str, fields: dict[str, int] | None = None, **changes: int) -> tuple[Vcpu, Ram]:
     """In VMX operation with a current VMCS at 0x2000."""
     vcpu, ram = make_vcpu(era), Ram(words={0x1000: VMCS12_REVISION})
     ram.write(0x2000, vmcs12(fields or MIN32, **changes))

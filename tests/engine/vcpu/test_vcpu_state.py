@@ -6,38 +6,27 @@ import json
 
 import pytest
 
+from engine.abi import UserBuffer, UserMemory
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.vmcs12 import VMCS12
 from engine.errors import InvalidValue
-from engine.nested import (
-    NestedHost,
-    NestedVcpu,
-    NoMemory,
-    Overlay,
-    UserBuffer,
-    UserMemory,
-    entries_from_json,
-    entries_to_json,
-    exit_to_l1,
-    explain_nested_state,
-    read_msr,
-    reset,
-    set_cpuid,
-    set_msr,
-    steps_of,
-    write_msr,
-)
-from engine.vcpu.cpuid import cr4_allowed, maxphyaddr, nested_ebx
+from engine.kvm.guest_memory import TrialMemory
+from engine.machine import VirtualMachine
+from engine.nested import exit_to_l1, explain_nested_state, reset, set_cpuid, set_msr, steps_of
+from engine.state.config import VmConfig
+from engine.vcpu.cpuid import cr4_allowed, entries_from_json, entries_to_json, maxphyaddr, nested_ebx
+from engine.vcpu.msrs import read_msr, write_msr
+from engine.vcpu.vcpu import Vcpu, VcpuHost
 from tests.engine.nested.support import ERAS, GM, MIN32, Ram, blob, do_set, make_vcpu, summary, vmcs12, vmx_cpuid
 
 
 @pytest.mark.parametrize("era", ERAS)
 def test_durable_form_round_trips(era: str) -> None:
-    host = NestedHost(vmx_capabilities={"IA32_VMX_VMFUNC": 0}, maxphyaddr=39)
+    host = VcpuHost(vmx_capabilities={"IA32_VMX_VMFUNC": 0}, maxphyaddr=39)
     vcpu, ram = make_vcpu(era, host=host, evmcs=True), Ram()
     assert do_set(vcpu, ram, blob(flags=GM, data=vmcs12(MIN32, guest_rip=0x1234))).returns == 0
     head = json.loads(json.dumps(vcpu.to_head()))
-    twin = NestedVcpu.from_head(head)
+    twin = Vcpu.from_head(head)
     assert twin == vcpu
     assert summary(twin, ram) == summary(vcpu, ram)
 
@@ -61,12 +50,12 @@ def test_reset_leaves(era: str) -> None:
 
 def test_descriptions_are_checked() -> None:
     with pytest.raises(InvalidValue):
-        NestedVcpu(profile="kvm-2020")
+        Vcpu(profile="kvm-2020")
     with pytest.raises(InvalidValue):
-        NestedHost(vendor="via")
+        VcpuHost(vendor="via")
     for name, value in (("IA32_VMX_NOTHING", 0), ("IA32_VMX_CR4_FIXED1", 0), ("IA32_VMX_BASIC", 1 << 64)):
         with pytest.raises(InvalidValue):
-            NestedVcpu(host=NestedHost(vmx_capabilities={name: value}))
+            Vcpu(host=VcpuHost(vmx_capabilities={name: value}))
 
 
 def test_cpuid_as_json() -> None:
@@ -116,15 +105,15 @@ def test_hypercall_page() -> None:
 
 def test_memory_helpers() -> None:
     ram = Ram()
-    over = Overlay(ram)
+    over = TrialMemory(ram)
     assert over.write(0x1FFE, b"abcd")
     assert over.read(0x1FFE, 4) == b"abcd" and over.read(0x1FFC, 8) == b"\0\0abcd\0\0"
     assert over.read(0x5000, 4) == bytes(4)
     assert not over.write(1 << 40, b"x")
     assert over.read(1 << 40, 1) is None
     assert not any(ram.bytes)
-    nothing = NoMemory()
-    assert nothing.read(0, 1) is None and not nothing.write(0, b"x")
+    with VirtualMachine.create(VmConfig()).nested.change(0) as (_, nothing):
+        assert nothing.read(0, 1) is None and not nothing.write(0, b"x")
     user = UserMemory([(0x1000, bytearray(4))])
     assert user.write(0x1002, b"ab") and user.read(0x1000, 4) == b"\0\0ab"
     assert not user.write(0x1003, b"ab") and user.read(0xFFF, 2) is None
@@ -165,7 +154,7 @@ def test_explaining_lists_the_entry_checks(era: str) -> None:
 
 
 def test_explaining_on_amd_lists_the_svm_checks() -> None:
-    vcpu = NestedVcpu(profile="kvm-latest", host=NestedHost(vendor="amd"))
+    vcpu = Vcpu(profile="kvm-latest", host=VcpuHost(vendor="amd"))
     result, _ = explain_nested_state(vcpu, Ram(), UserBuffer.of(blob(format=1, flags=4)))
     assert [report.check for report in result.trail] == ["G0", "G1", "G2", "G3", "G4", "SVM"]
     assert [part.outcome for part in result.parts] == ["pass", "decides", "not reached", "not reached"]
@@ -174,7 +163,7 @@ def test_explaining_on_amd_lists_the_svm_checks() -> None:
 def test_linear_address_width_of_cpuid() -> None:
     narrow = (CpuidEntry(0x8000_0008, eax=39 | 47 << 8),)
     for era, sticks in zip(ERAS, (True, False), strict=True):
-        vcpu = NestedVcpu(profile=era)
+        vcpu = Vcpu(profile=era)
         assert set_cpuid(vcpu, narrow) == "EINVAL"
         assert (vcpu.cpuid == narrow) == sticks
         assert set_cpuid(vcpu, (CpuidEntry(0x8000_0008, eax=39),)) is None
@@ -214,7 +203,7 @@ def test_conditional_registers_move_with_their_controls(era: str) -> None:
         "IA32_VMX_TRUE_EXIT_CTLS": 0x00FF_FFFF << 32 | 0x36DFB,
         "IA32_VMX_TRUE_ENTRY_CTLS": 0x0001_FFFF << 32 | 0x11FB,
     }
-    vcpu, ram = make_vcpu(era, host=NestedHost(vmx_capabilities=capabilities)), Ram()
+    vcpu, ram = make_vcpu(era, host=VcpuHost(vmx_capabilities=capabilities)), Ram()
     result = do_set(vcpu, ram, blob(flags=GM | 2, data=vmcs12(MIN32, **pending)))
     assert result.label == "V23"
     names = ("ia32_pat", "bndcfgs", "pdptr2", "intr_status")

@@ -1,20 +1,27 @@
-"""Registers and events of a vCPU as KVM_GET/SET_REGS, _SREGS, _VCPU_EVENTS and _MP_STATE have them.
+"""KVM_GET and KVM_SET of REGS, SREGS, VCPU_EVENTS and MP_STATE: registers and events of a vCPU.
 
 Each ``…_bytes`` gives the structure of a GET; each ``set_…`` takes that of a SET and returns None or the errno.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
+from engine.abi import Call, Reply, failed
 from engine.arch import kvm_vcpu_structs as abi
 from engine.arch import vmx_msrs as vmx
-from engine.kvm.trial_memory import GuestMemory
+from engine.ioctls.registry import Ioctl, Target
+from engine.ioctls.vcpu_rows import changing, done, reading
+from engine.kvm.guest_memory import GuestMemory
 from engine.nested.operations import set_smm
 from engine.vcpu import cpuid as cpuid_facts
 from engine.vcpu.msrs import APIC_BASE, read_msr
 from engine.vcpu.registers import CR0_PE, CR0_PG, CR4_PAE, SEGMENTS, TABLES
-from engine.vcpu.vcpu import NestedVcpu
+from engine.vcpu.vcpu import Vcpu
+
+CAP_MP_STATE = 14
+CAP_VCPU_EVENTS = 41
 
 _RFLAGS_FIXED = 0x2
 _CR0_CD, _CR0_NW = 1 << 30, 1 << 29
@@ -42,7 +49,7 @@ _MP_NAMES = {
 }
 
 
-def regs_bytes(vcpu: NestedVcpu) -> bytes:
+def regs_bytes(vcpu: Vcpu) -> bytes:
     """struct kvm_regs."""
     raw = bytearray(abi.REGS.size)
     for name in abi.GENERAL_REGISTERS:
@@ -50,7 +57,7 @@ def regs_bytes(vcpu: NestedVcpu) -> bytes:
     return bytes(raw)
 
 
-def set_regs(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
+def set_regs(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
     """KVM_SET_REGS: everything is taken; bit 1 of RFLAGS is always set."""
     for name in abi.GENERAL_REGISTERS:
         vcpu.registers[name] = abi.REGS.get(raw, name)
@@ -58,7 +65,7 @@ def set_regs(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
     return None
 
 
-def sregs_bytes(vcpu: NestedVcpu) -> bytes:
+def sregs_bytes(vcpu: Vcpu) -> bytes:
     """struct kvm_sregs. A segment is present when it is usable."""
     raw, registers = bytearray(abi.SREGS.size), vcpu.registers
     for name in SEGMENTS:
@@ -79,7 +86,7 @@ def sregs_bytes(vcpu: NestedVcpu) -> bytes:
     return bytes(raw)
 
 
-def set_sregs(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
+def set_sregs(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
     """KVM_SET_SREGS. Nothing is taken when the values cannot be together."""
     given = {name: abi.SREGS.get(raw, name) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "ia32_efer", "apic_base")}
     if not _sregs_valid(vcpu, given, bool(abi.SREGS.get(raw, "cs_l"))) or not _apic_valid(vcpu, given["apic_base"]):
@@ -101,7 +108,7 @@ def set_sregs(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
     return None
 
 
-def events_bytes(vcpu: NestedVcpu) -> bytes:
+def events_bytes(vcpu: Vcpu) -> bytes:
     """struct kvm_vcpu_events. Software exceptions are not reported: their length is not known."""
     raw = bytearray(abi.EVENTS.size)
     for name in (*_KEPT_EVENTS, "nmi_pending", "smi_pending", "smi_smm_inside_nmi", "smi_latched_init"):
@@ -116,7 +123,7 @@ def events_bytes(vcpu: NestedVcpu) -> bytes:
     return bytes(raw)
 
 
-def set_events(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
+def set_events(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
     """KVM_SET_VCPU_EVENTS. Payloads and triple faults need capabilities that nobody has enabled."""
 
     def given(name: str) -> int:
@@ -147,13 +154,13 @@ def set_events(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
     return None
 
 
-def mp_state_bytes(vcpu: NestedVcpu) -> bytes:
+def mp_state_bytes(vcpu: Vcpu) -> bytes:
     """struct kvm_mp_state."""
     number = next(number for number, name in _MP_NAMES.items() if name == vcpu.mp_state)
     return number.to_bytes(4, "little")
 
 
-def set_mp_state(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | None:
+def set_mp_state(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
     """KVM_SET_MP_STATE: without a local APIC in the kernel a vCPU is runnable and nothing else."""
     number = int.from_bytes(raw, "little")
     if number not in _MP_NAMES or (not vcpu.lapic_in_kernel and number != abi.MP_RUNNABLE):
@@ -165,7 +172,7 @@ def set_mp_state(vcpu: NestedVcpu, memory: GuestMemory, raw: bytes) -> str | Non
     return None
 
 
-def _sregs_valid(vcpu: NestedVcpu, given: dict[str, int], cs_long: bool) -> bool:
+def _sregs_valid(vcpu: Vcpu, given: dict[str, int], cs_long: bool) -> bool:
     cr0, cr4, efer = given["cr0"], given["cr4"], given["ia32_efer"]
     features = cpuid_facts.features_ecx(vcpu.cpuid)
     if cr4 & _CR4_OSXSAVE and not features & _ECX1_XSAVE:
@@ -173,37 +180,56 @@ def _sregs_valid(vcpu: NestedVcpu, given: dict[str, int], cs_long: bool) -> bool
     if efer & vmx.EFER_LME and cr0 & CR0_PG:
         if not cr4 & CR4_PAE or not efer & vmx.EFER_LMA:
             return False
-        if vcpu.era.strict_sregs and given["cr3"] >> vcpu.maxphyaddr:
+        if vcpu.kvm.vcpu.strict_sregs and given["cr3"] >> vcpu.maxphyaddr:
             return False
     elif efer & vmx.EFER_LMA or cs_long:
         return False
-    if not vcpu.era.strict_sregs:
+    if not vcpu.kvm.vcpu.strict_sregs:
         return True
     cr0_valid = not (cr0 >> 32 or cr0 & (_CR0_CD | _CR0_NW) == _CR0_NW or cr0 & (CR0_PG | CR0_PE) == CR0_PG)
     return cr0_valid and not cr4 & ~(_CR4_BASIC | cpuid_facts.cr4_allowed(vcpu.cpuid))
 
 
-def _apic_valid(vcpu: NestedVcpu, base: int) -> bool:
+def _apic_valid(vcpu: Vcpu, base: int) -> bool:
     if base >> vcpu.maxphyaddr or base & _APIC_RESERVED:
         return False
     return not base & _X2APIC or bool(cpuid_facts.features_ecx(vcpu.cpuid) & _ECX1_X2APIC)
 
 
-def _access_rights(vcpu: NestedVcpu, raw: bytes, name: str) -> int:
+def _access_rights(vcpu: Vcpu, raw: bytes, name: str) -> int:
     rights = 0
     for bit in abi.ACCESS_BITS:
         rights |= (abi.SREGS.get(raw, f"{name}_{bit.name}") & bit.mask) << bit.shift
     if abi.SREGS.get(raw, f"{name}_unusable") or not rights & abi.ACCESS_PRESENT:
-        return abi.ACCESS_UNUSABLE | (rights if vcpu.era.strict_sregs else 0)
+        return abi.ACCESS_UNUSABLE | (rights if vcpu.kvm.vcpu.strict_sregs else 0)
     return rights
 
 
-# Name without KVM_GET_ and KVM_SET_: size, GET, SET.
-STRUCTURES: dict[
-    str, tuple[int, Callable[[NestedVcpu], bytes], Callable[[NestedVcpu, GuestMemory, bytes], str | None]]
-] = {
-    "REGS": (abi.REGS.size, regs_bytes, set_regs),
-    "SREGS": (abi.SREGS.size, sregs_bytes, set_sregs),
-    "VCPU_EVENTS": (abi.EVENTS.size, events_bytes, set_events),
-    "MP_STATE": (4, mp_state_bytes, set_mp_state),
-}
+def _rows(
+    name: str,
+    size: int,
+    get: Callable[[Vcpu], bytes],
+    put: Callable[[Vcpu, GuestMemory, bytes], str | None],
+) -> tuple[Ioctl, Ioctl]:
+    """KVM_GET and KVM_SET of a structure of ``size`` bytes."""
+
+    def copy_out(vcpu: Vcpu, _: GuestMemory, call: Call) -> Reply:
+        return Reply(0) if call.user.copy_to(0, get(vcpu)) else failed("EFAULT")
+
+    def copy_in(vcpu: Vcpu, memory: GuestMemory, call: Call) -> Reply:
+        raw = call.user.copy_from(0, size)
+        return done("EFAULT" if raw is None else put(vcpu, memory, raw))
+
+    return reading(f"KVM_GET_{name}", copy_out), changing(f"KVM_SET_{name}", copy_in)
+
+
+CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType(
+    {CAP_MP_STATE: lambda _: 1, CAP_VCPU_EVENTS: lambda _: 1}
+)
+
+ROWS = (
+    *_rows("REGS", abi.REGS.size, regs_bytes, set_regs),
+    *_rows("SREGS", abi.SREGS.size, sregs_bytes, set_sregs),
+    *_rows("VCPU_EVENTS", abi.EVENTS.size, events_bytes, set_events),
+    *_rows("MP_STATE", 4, mp_state_bytes, set_mp_state),
+)
