@@ -13,8 +13,8 @@ from engine.machine import VirtualMachine
 from engine.nested import read_nested_state
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX
 from tests.engine.builders import Durable, assert_sound, machine, picture, round_trip
+from tests.engine.nested.drawn_blobs import blobs
 from tests.engine.nested.support import ERAS, EV, GM, MIN32, NONE, RP, SHADOW_WORD, SHADOWING, blob, vmcs12, vmx_cpuid
-from tests.engine.nested.test_nested_properties import blobs
 
 VCPUS = (0, 7)
 L2 = {"flags": GM, "data": vmcs12(MIN32)}

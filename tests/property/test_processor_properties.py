@@ -16,8 +16,7 @@ from engine.state.config import VmConfig
 from engine.trace.columns import TraceChunk
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest, AccessResult
-from tests.property.operations import Draw
-from tests.property.test_machine_properties import drawing, small
+from tests.property.operations import Draw, drawing, small
 
 PAGE = 0x1000
 FIRST, PAGES = 0x20000, 3

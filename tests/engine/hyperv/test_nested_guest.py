@@ -9,7 +9,7 @@ import pytest
 from engine.machine import VirtualMachine
 from engine.trace.single import AccessRequest
 from tests.engine.builders import round_trip
-from tests.engine.machine.test_hypercall_operations import xmm
+from tests.engine.hyperv.selftest_stages import xmm
 
 from .flush_machine import words
 from .guests import call

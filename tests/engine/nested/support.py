@@ -14,6 +14,8 @@ from engine.vcpu.cpuid import ECX1_VMX, supported_cpuid
 ERAS = ("kvm-2019", "kvm-latest")
 WIDTH = 39
 NONE = abi.NO_ADDRESS
+# The header of a blob without VMX.
+MINUS = {"vmxon": NONE, "vmcs12_pa": NONE}
 GM, RP, EV, MTF, GIF = abi.GUEST_MODE, abi.RUN_PENDING, abi.EVMCS, abi.MTF_PENDING, abi.GIF_SET
 
 MIN32 = {

@@ -9,6 +9,7 @@ import pytest
 from engine.nested import NestedHost, NestedVcpu, SetResult, UserBuffer, explain_nested_state, steps_of
 from engine.nested.entry_checks import checks_of
 from engine.nested.set_facts import FACTS
+from tests.engine.nested.entry_check_cases import CASES
 from tests.engine.nested.support import (
     ERAS,
     EV,
@@ -24,8 +25,7 @@ from tests.engine.nested.support import (
     make_vcpu,
     vmcs12,
 )
-from tests.engine.nested.test_entry_checks import CASES
-from tests.engine.nested.test_svm import svm_blob, vcpu_with_svm, vmcb
+from tests.engine.nested.svm import svm_blob, vcpu_with_svm, vmcb
 
 OLD, NEW = ERAS
 SHADOWED: dict[str, Any] = {"flags": GM, "data": vmcs12(SHADOWING)}
