@@ -26,12 +26,11 @@ class SubpageCalls:
 
     def __init__(self, vm: VirtualMachine) -> None:
         self._abi = profile_of(vm.config.profile)
-        self._state = lambda: vm._state
-        self._change = vm._change
+        self._state = vm.state
 
     def get(self, gfn: int, npages: int) -> Words:
         """Effective maps from ``gfn`` up to the first page without a slot: uint32, ``npages`` of them if all have."""
-        state = self._state()
+        state = self._state.current
         snapshot = state.snapshot
         maps = np.empty(_pages_with_slot(snapshot.machine, gfn, npages), dtype=np.uint32)
         if len(maps):
@@ -45,12 +44,12 @@ class SubpageCalls:
         to fail (0) if one of them was mapped; their maps alone later, so that a page that may be written stays so
         until it is mapped anew.
         """
-        state = self._state()
+        state = self._state.current
         before = _pages_with_slot(state.snapshot.machine, gfn, len(access))
         whole = before == len(access)
         returns: int | None = before if whole else None
         done = access[:before]
-        with self._change() as draft:
+        with self._state.change() as draft:
             if whole or self._abi.set_with_hole == "applied":
                 trail = new_trail()
                 if before and not whole and self._abi.hole_after_mapped_returns_zero:

@@ -6,35 +6,26 @@ GET or SET through the binary ABI of ``kvm-latest``. One allocation fails, the n
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-
 from engine.cpu import frames
 from engine.errors import OutOfMemory
 from engine.kvm import registers as reg
-from engine.state.frame_store import Draft, Snapshot
+from engine.machine.state import Operations
 
 
-class Allocations:
-    """The countdown of one machine: ``snapshot`` gives its published state, ``change`` begins a change of it."""
-
-    def __init__(self, snapshot: Callable[[], Snapshot], change: Callable[[], AbstractContextManager[Draft]]) -> None:
-        self._snapshot = snapshot
-        self._change = change
+class Allocations(Operations):
+    """The countdown of one machine."""
 
     @property
     def failing(self) -> int | None:
         """Which allocation from now fails, 1 the next; None when none does."""
-        snapshot = self._snapshot()
-        machine = snapshot.machine
-        return int(machine.rows[machine.row_of[frames.STATE_FRAME], int(reg.FAIL_ALLOCATION)]) or None
+        return self._state.current.register(int(reg.FAIL_ALLOCATION)) or None
 
     def take(self, count: int = 1) -> None:
         """Make allocations. Raises OutOfMemory when one of them is to fail; that is noted, and a retry succeeds."""
         failing = self.failing
         if failing is None or not count:
             return
-        with self._change() as draft:
+        with self._state.change() as draft:
             frames.write_word(draft.machine, frames.STATE_FRAME, reg.FAIL_ALLOCATION, max(0, failing - count))
         if failing <= count:
             raise OutOfMemory("this allocation was made to fail; the next one succeeds", field="host.fail_allocation")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +11,8 @@ from engine.cpu.frames import EPT, SPPT, Machine
 from engine.errors import InvalidValue
 from engine.kvm.host_memory import EVENTS, WHOLE, change_everything, change_range
 from engine.kvm.slots import check_pages
-from engine.state.config import VmConfig, choices
+from engine.machine.state import Operations
+from engine.state.config import choices
 from engine.state.frame_store import Draft
 
 MAX_PAGES = 1 << 20
@@ -30,12 +29,8 @@ class HostEvent:
     frames: int
 
 
-class HostMemoryOperations:
-    """Host memory events of one machine; ``change`` begins a change of it."""
-
-    def __init__(self, config: VmConfig, change: Callable[[], AbstractContextManager[Draft]]) -> None:
-        self._config = config
-        self._change = change
+class HostMemoryOperations(Operations):
+    """Host memory events of one machine."""
 
     def event(self, name: str, gfn: int | None = None, npages: int | None = None) -> HostEvent:
         """Let an event of ``EVENTS`` happen to ``npages`` pages from ``gfn``, one page unless told.
@@ -47,7 +42,7 @@ class HostMemoryOperations:
         choices(name, EVENTS, "event")
         if gfn is None and (name not in WHOLE or npages is not None):
             raise InvalidValue("must be given: the event is about pages, and gfn is the first", field="gfn", value=None)
-        with self._change() as draft:
+        with self._state.change() as draft:
             before = _tables(draft.machine)
             leaves = None
             if gfn is None:

@@ -27,9 +27,8 @@ from engine.hyperv.tlfs_rules import Environment
 from engine.kvm.guest_memory import Ram
 from engine.machine.hyperv_vps import enter, facts_of, hyperv_host, leave, linear_width, nested_guest_of, vps_of
 from engine.machine.nested_states import close_vcpu, open_vcpu
-from engine.machine.operations import Operations
+from engine.machine.state import Change, Operations
 from engine.machine.vcpus import CachedTranslation, translation_of
-from engine.state.frame_store import Draft
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID
 from engine.vcpu.vcpu import NestedVcpu
 
@@ -108,85 +107,90 @@ class Hypercalls(Operations):
 
     def hypercall(self, vcpu: int, request: HypercallRequest) -> HypercallReport:
         """VMCALL or VMMCALL on a vCPU. Raises InvalidValue for input bytes that no memory can take."""
-        position = self._config.vcpu_position(vcpu)
+        self._config.vcpu_position(vcpu)
         request.registers.validate()
-        with self._change() as draft:
-            whole = open_vcpu(self._config, draft.beside, draft.machine, vcpu)
-            caller = _caller(request, whole)
-            caller.validate()
-            ram = Ram(draft)
-            self._place_input(_input_of(request), caller, whole, ram)
-            draft.ensure()
-            enter(draft, self._config, vcpu)
-            outcome = self._dispatch(draft, whole, position, caller, ram)
-            before = rip_of(whole)
-            after = finish_in_guest(whole, outcome)
-            if outcome.outcome in ("completed", "native"):
-                notes.count(draft.machine, position, ctl.V_HV_HYPERCALLS)
-            if outcome.exit is not None and outcome.level == 2 and modes.in_nested_guest(whole):
-                exit_to_l1(whole, ram, outcome.exit)
-            draft.beside = close_vcpu(draft, draft.beside, whole)
-            leave(draft, self._config, vcpu)
-        return HypercallReport(outcome, caller, before, after)
+        with self._state.change() as change:
+            return execute_hypercall(change, vcpu, request)
 
-    def _place_input(self, data: bytes | None, caller: Caller, whole: NestedVcpu, ram: Ram) -> None:
-        if data is None:
-            return
-        if caller.control.fast:
-            raise InvalidValue(
-                "must be left out: a fast call has its input in registers", field="input", value=data.hex()
-            )
-        gpa: int | None = caller.input_gpa
-        if gpa is not None and nested_paging.in_use(whole):
-            gpa = nested_paging.translate(whole, ram, gpa)
-        if gpa is None or (data and not ram.write(gpa, data)):
-            raise InvalidValue(
-                "must lie in guest memory: input is stored there", field="input_gpa", value=caller.input_gpa
-            )
 
-    def _dispatch(self, draft: Draft, whole: NestedVcpu, position: int, caller: Caller, ram: Ram) -> Outcome:
-        own = self._situation(draft, whole, position, ram)
-        host = hyperv_host(self._config)
-        if host is None or own.guest is not None:
-            return dispatch.hypercall(caller, own)
-        guests = [l0_hyperv.nested_guest(draft.machine, vp.position, host) for vp in own.vps]
-        exact = self._config.flush_execution or "exact"
-        below = replace(
-            own,
-            privileges=host.privileges,
-            partition_memory=l0_hyperv.HostPages(draft.machine),
-            vps=[replace(vp, nested_ids=(g.vm_id, g.vp_id)) for vp, g in zip(own.vps, guests, strict=True)],
-            policy="tlfs",
-            facts=replace(own.facts, execution="exact" if exact == "kvm" else exact),
-            guest=guests[position],
-            l0="hyperv",
-            tagged=False,
-        )
-        return dispatch.hypercall_on_hyperv(caller, below, own)
+def execute_hypercall(change: Change, vcpu: int, request: HypercallRequest) -> HypercallReport:
+    """VMCALL or VMMCALL on a vCPU, as a part of ``change``. Raises as ``Hypercalls.hypercall`` does."""
+    position = change.config.vcpu_position(vcpu)
+    request.registers.validate()
+    whole = open_vcpu(change.config, change.nested, change.machine, vcpu)
+    caller = _caller(request, whole)
+    caller.validate()
+    ram = Ram(change)
+    _place_input(_input_of(request), caller, whole, ram)
+    change.ensure()
+    enter(change, vcpu)
+    outcome = _dispatch(change, whole, position, caller, ram)
+    before = rip_of(whole)
+    after = finish_in_guest(whole, outcome)
+    if outcome.outcome in ("completed", "native"):
+        notes.count(change.machine, position, ctl.V_HV_HYPERCALLS)
+    if outcome.exit is not None and outcome.level == 2 and modes.in_nested_guest(whole):
+        exit_to_l1(whole, ram, outcome.exit)
+    change.nested = close_vcpu(change, change.nested, whole)
+    leave(change, vcpu)
+    return HypercallReport(outcome, caller, before, after)
 
-    def _situation(self, draft: Draft, whole: NestedVcpu, position: int, ram: Ram) -> Situation:
-        m = draft.machine
-        enforced = notes.flag(m, position, notes.ENFORCE_CPUID)
-        privileges = Privileges.of(whole.cpuid, whole.msrs.get(HV_GUEST_OS_ID, 0), enforced=enforced)
-        vps = vps_of(self._config, m, draft.beside)
-        vps[position] = replace(vps[position], running=True)
-        nested = modes.in_nested_guest(whole)
-        width = self._config.maxphyaddr
-        return Situation(
-            machine=m,
-            memory=ram,
-            partition_memory=ram,
-            privileges=privileges,
-            vps=vps,
-            policy=self._config.flush_policy,
-            environment=Environment(linear_width(whole), width, whole.host.nested),
-            facts=facts_of(self._config, linear_width(whole)),
-            guest=nested_guest_of(whole, ram) if nested else None,
-            translate=(lambda gpa: nested_paging.translate(whole, ram, gpa)) if nested_paging.in_use(whole) else None,
-            locked=frozenset(
-                vp.position for vp in vps if vp.position != position and notes.flag(m, vp.position, notes.TLB_LOCKED)
-            ),
-        )
+
+def _place_input(data: bytes | None, caller: Caller, whole: NestedVcpu, ram: Ram) -> None:
+    if data is None:
+        return
+    if caller.control.fast:
+        raise InvalidValue("must be left out: a fast call has its input in registers", field="input", value=data.hex())
+    gpa: int | None = caller.input_gpa
+    if gpa is not None and nested_paging.in_use(whole):
+        gpa = nested_paging.translate(whole, ram, gpa)
+    if gpa is None or (data and not ram.write(gpa, data)):
+        raise InvalidValue("must lie in guest memory: input is stored there", field="input_gpa", value=caller.input_gpa)
+
+
+def _dispatch(change: Change, whole: NestedVcpu, position: int, caller: Caller, ram: Ram) -> Outcome:
+    own = _situation(change, whole, position, ram)
+    host = hyperv_host(change.config)
+    if host is None or own.guest is not None:
+        return dispatch.hypercall(caller, own)
+    guests = [l0_hyperv.nested_guest(change.machine, vp.position, host) for vp in own.vps]
+    exact = change.config.flush_execution or "exact"
+    below = replace(
+        own,
+        privileges=host.privileges,
+        partition_memory=l0_hyperv.HostPages(change.machine),
+        vps=[replace(vp, nested_ids=(g.vm_id, g.vp_id)) for vp, g in zip(own.vps, guests, strict=True)],
+        policy="tlfs",
+        facts=replace(own.facts, execution="exact" if exact == "kvm" else exact),
+        guest=guests[position],
+        l0="hyperv",
+        tagged=False,
+    )
+    return dispatch.hypercall_on_hyperv(caller, below, own)
+
+
+def _situation(change: Change, whole: NestedVcpu, position: int, ram: Ram) -> Situation:
+    m, config = change.machine, change.config
+    enforced = notes.flag(m, position, notes.ENFORCE_CPUID)
+    privileges = Privileges.of(whole.cpuid, whole.msrs.get(HV_GUEST_OS_ID, 0), enforced=enforced)
+    vps = vps_of(config, m, change.nested)
+    vps[position] = replace(vps[position], running=True)
+    nested = modes.in_nested_guest(whole)
+    return Situation(
+        machine=m,
+        memory=ram,
+        partition_memory=ram,
+        privileges=privileges,
+        vps=vps,
+        policy=config.flush_policy,
+        environment=Environment(linear_width(whole), config.maxphyaddr, whole.host.nested),
+        facts=facts_of(config, linear_width(whole)),
+        guest=nested_guest_of(whole, ram) if nested else None,
+        translate=(lambda gpa: nested_paging.translate(whole, ram, gpa)) if nested_paging.in_use(whole) else None,
+        locked=frozenset(
+            vp.position for vp in vps if vp.position != position and notes.flag(m, vp.position, notes.TLB_LOCKED)
+        ),
+    )
 
 
 def _caller(request: HypercallRequest, whole: NestedVcpu) -> Caller:

@@ -36,7 +36,8 @@ class HypervOperations(Hypercalls, SharedPages):
     def flush_queue(self, vcpu: int) -> FlushQueue:
         """What the vCPU has still to flush."""
         position = self._config.vcpu_position(vcpu)
-        m = self._published()[0].machine
+        now = self._state.current
+        m = now.snapshot.machine
         return FlushQueue(
             own=queues.contents(m.queues, position, queues.OWN_QUEUE),
             nested=queues.contents(m.queues, position, queues.NESTED_QUEUE),
@@ -48,16 +49,16 @@ class HypervOperations(Hypercalls, SharedPages):
     def service(self, vcpu: int, *, full: bool = False) -> FlushQueue:
         """What the vCPU does before it enters its guest; ``full``: after an unrelated flush of its whole context."""
         position = self._config.vcpu_position(vcpu)
-        with self._change() as draft:
+        with self._state.change() as draft:
             if full:
                 nested = bool(frames.read_word(draft.machine, FIRST_VCPU_FRAME + position, ctl.V_GUEST_MODE))
                 execution.full_flush(draft.machine, position, nested)
-            enter(draft, self._config, vcpu)
+            enter(draft, vcpu)
         return self.flush_queue(vcpu)
 
     def activity(self, vcpu: int) -> str:
         """``running`` in its guest, or ``halted``."""
-        halted = notes.flag(self._published()[0].machine, self._config.vcpu_position(vcpu), notes.HALTED)
+        halted = self._flag(vcpu, notes.HALTED)
         return ACTIVITIES[halted]
 
     def set_activity(self, vcpu: int, activity: str) -> None:
@@ -65,19 +66,19 @@ class HypervOperations(Hypercalls, SharedPages):
         position = self._config.vcpu_position(vcpu)
         if activity not in ACTIVITIES:
             raise InvalidValue(f"is one of {', '.join(ACTIVITIES)}", field="activity", value=activity)
-        with self._change() as draft:
+        with self._state.change() as draft:
             notes.set_flag(draft.machine, position, notes.HALTED, activity == "halted")
             if activity == "running":
-                enter(draft, self._config, vcpu)
+                enter(draft, vcpu)
 
     def tlb_locked(self, vcpu: int) -> bool:
         """Whether the vCPU's TLB is locked: flushes of it suspend their callers."""
-        return notes.flag(self._published()[0].machine, self._config.vcpu_position(vcpu), notes.TLB_LOCKED)
+        return self._flag(vcpu, notes.TLB_LOCKED)
 
     def set_tlb_lock(self, vcpu: int, locked: bool) -> None:
         """Take or release the TLB lock of a vCPU."""
         position = self._config.vcpu_position(vcpu)
-        with self._change() as draft:
+        with self._state.change() as draft:
             notes.set_flag(draft.machine, position, notes.TLB_LOCKED, locked)
 
     # Capabilities
@@ -89,7 +90,7 @@ class HypervOperations(Hypercalls, SharedPages):
 
     def direct_flush_enabled(self, vcpu: int) -> bool:
         """Whether KVM_CAP_HYPERV_DIRECT_TLBFLUSH is enabled on the vCPU."""
-        return notes.flag(self._published()[0].machine, self._config.vcpu_position(vcpu), notes.DIRECT_FLUSH)
+        return self._flag(vcpu, notes.DIRECT_FLUSH)
 
     def direct_flush_fields(self, vcpu: int) -> dict[str, str]:
         """What enabling it stored in the vCPU's enlightened VMCS or VMCB, and whether the guest's CPUID hides KVM.
@@ -97,19 +98,20 @@ class HypervOperations(Hypercalls, SharedPages):
         It has to: Hyper-V looks at RCX only, where a hypercall of KVM's own has its second argument.
         """
         fields = self.vmcs_of_kvm(vcpu).fields
-        snapshot, states = self._published()
+        now = self._state.current
+        snapshot, states = now.snapshot, now.nested
         hides = not open_vcpu(self._config, states, snapshot.machine, vcpu).shows_kvm
         return {**{name: hex(value) for name, value in fields.items()}, "hides_kvm": hex(hides)}
 
     def enforces_cpuid(self, vcpu: int) -> bool:
         """Whether KVM_CAP_HYPERV_ENFORCE_CPUID is enabled on the vCPU."""
-        return notes.flag(self._published()[0].machine, self._config.vcpu_position(vcpu), notes.ENFORCE_CPUID)
+        return self._flag(vcpu, notes.ENFORCE_CPUID)
 
     def enable_direct_flush(self, vcpu: int) -> None:
         """KVM_ENABLE_CAP(175). Raises Unsupported with the kernel's errno, and then nothing has changed."""
         position = self._config.vcpu_position(vcpu)
         host = hyperv_host(self._config)
-        with self._change() as draft:
+        with self._state.change() as draft:
             errno = "ENOTTY" if host is None else l0_hyperv.enable_direct_flush(draft.machine, position, host)
             if errno is not None:
                 raise Unsupported(
@@ -122,5 +124,11 @@ class HypervOperations(Hypercalls, SharedPages):
     def enforce_cpuid(self, vcpu: int, enforced: bool) -> None:
         """KVM_ENABLE_CAP(199): whether hypercalls need what CPUID says."""
         position = self._config.vcpu_position(vcpu)
-        with self._change() as draft:
+        with self._state.change() as draft:
             notes.set_flag(draft.machine, position, notes.ENFORCE_CPUID, enforced)
+
+    # Inside
+
+    def _flag(self, vcpu: int, flag: int) -> bool:
+        now = self._state.current
+        return notes.flag(now.snapshot.machine, now.config.vcpu_position(vcpu), flag)

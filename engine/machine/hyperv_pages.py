@@ -12,7 +12,7 @@ from engine.hyperv.execution import Vp
 from engine.kvm.guest_memory import Ram
 from engine.machine.hyperv_vps import hyperv_host, nested_guest_of, vps_of
 from engine.machine.nested_states import NestedStates, open_vcpu
-from engine.machine.operations import Operations
+from engine.machine.state import Operations
 from engine.state.frame_store import Snapshot
 from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE
 
@@ -54,7 +54,7 @@ class SharedPages(Operations):
     def vp_assist_page(self, vcpu: int, *, of_kvm: bool = False) -> bytes:
         """The VP assist page of the guest, or that of KVM where it runs on Hyper-V. Raises NotFound without one."""
         position = self._config.vcpu_position(vcpu)
-        snapshot, _ = self._published()
+        snapshot = self._published
         if of_kvm:
             self._host()
             return l0_hyperv.assist_page(snapshot.machine, position)
@@ -68,14 +68,14 @@ class SharedPages(Operations):
         if len(data) > VP_ASSIST_SIZE:
             raise InvalidValue(f"the page has {VP_ASSIST_SIZE} bytes in use", field="body", value=len(data))
         gpa = self._assist_gpa(vcpu)
-        with self._change() as draft:
+        with self._state.change() as draft:
             if data and not Ram(draft).write(gpa, data):
                 raise NotFound("must be one whose VP assist page is in guest memory", field="vcpu", value=vcpu)
 
     def vmcs_of_kvm(self, vcpu: int) -> KvmVmcs:
         """What KVM, on Hyper-V, runs the vCPU by. Raises NotFound where it does not."""
         position = self._config.vcpu_position(vcpu)
-        host, m = self._host(), self._published()[0].machine
+        host, m = self._host(), self._published.machine
         page = l0_hyperv.control_page(m, position, host)
         fields = {name: host.control.get(page, name) for name in ENLIGHTENED_FIELDS}
         return KvmVmcs("vmcb" if host.svm else "evmcs", l0_hyperv.address(m, position, ctl.V_HV_EVMCS), page, fields)
@@ -84,14 +84,14 @@ class SharedPages(Operations):
         """KVM, on Hyper-V, loads a vCPU on the CPU of another, or on its own; ``cpu`` is the id of whose CPU it is."""
         place, position = self._config.vcpu_position(cpu), self._config.vcpu_position(vcpu)
         host = self._host()
-        with self._change() as draft:
+        with self._state.change() as draft:
             l0_hyperv.load(draft.machine, place, host, position)
 
     def leave_cpu(self, cpu: int) -> None:
         """KVM leaves the CPU of a vCPU: the module goes, or virtualization is switched off."""
         place = self._config.vcpu_position(cpu)
         self._host()
-        with self._change() as draft:
+        with self._state.change() as draft:
             l0_hyperv.unload(draft.machine, place)
 
     def _host(self) -> l0_hyperv.HypervHost:
@@ -104,7 +104,8 @@ class SharedPages(Operations):
 
     def partitions(self) -> list[PartitionVp]:
         """Nested VPs by the vCPU that ran them last; vCPUs that ran none have ids of 0."""
-        snapshot, states = self._published()
+        now = self._state.current
+        snapshot, states = now.snapshot, now.nested
         host = hyperv_host(self._config)
         return [self._partition_vp(snapshot, states, vp, host) for vp in vps_of(self._config, snapshot.machine, states)]
 
@@ -133,7 +134,8 @@ class SharedPages(Operations):
 
     def _assist_gpa(self, vcpu: int) -> int:
         self._config.vcpu_position(vcpu)
-        snapshot, states = self._published()
+        now = self._state.current
+        snapshot, states = now.snapshot, now.nested
         where = open_vcpu(self._config, states, snapshot.machine, vcpu).msrs.get(HV_VP_ASSIST_PAGE, 0)
         if not where & _ASSIST_ENABLED:
             raise NotFound(

@@ -14,9 +14,9 @@ from engine.hyperv.direct import NestedGuest
 from engine.hyperv.execution import Facts, Vp
 from engine.kvm.guest_memory import Ram
 from engine.machine.nested_states import NestedStates, first_identity
+from engine.machine.state import Change
 from engine.nested.enlightened import asks_for_direct_flush
 from engine.state.config import VmConfig
-from engine.state.frame_store import Draft
 from engine.trace.columns import TraceChunk
 from engine.vcpu.vcpu import NestedVcpu
 
@@ -75,62 +75,64 @@ def nested_guest_of(whole: NestedVcpu, memory: Ram) -> NestedGuest:
     )
 
 
-def enter(draft: Draft, config: VmConfig, vcpu: int) -> None:
+def enter(change: Change, vcpu: int) -> None:
     """A vCPU is about to run its guest: it does what was queued for it, and on Hyper-V it is loaded on its CPU.
 
     One that the machine has not does nothing.
     """
-    m = draft.machine
+    m = change.machine
     position = int(m.vcpu_of_id[vcpu]) if vcpu < len(m.vcpu_of_id) else -1
-    host = hyperv_host(config)
+    host = hyperv_host(change.config)
     if host is not None and position >= 0:
-        draft.ensure()
-        m = draft.machine
-        l0_hyperv.entering(m, position, _identity(config, draft.beside, vcpu), host)
+        change.ensure()
+        m = change.machine
+        l0_hyperv.entering(m, position, _identity(change, vcpu), host)
     if position >= 0 and queues.requested(m.queues, position):
-        draft.ensure()
-        m = draft.machine
+        change.ensure()
+        m = change.machine
         frame = FIRST_VCPU_FRAME + position
         wide = bool(int(frames.read_word(m, frame, ctl.V_CR4)) & paging.CR4_LA57)
         nested = bool(frames.read_word(m, frame, ctl.V_GUEST_MODE))
-        execution.service(m, position, nested, facts_of(config, _LA57 if wide else _LA48))
+        execution.service(m, position, nested, facts_of(change.config, _LA57 if wide else _LA48))
 
 
-def leave(draft: Draft, config: VmConfig, vcpu: int) -> None:
+def leave(change: Change, vcpu: int) -> None:
     """A vCPU has run its guest: on Hyper-V, KVM notes what it notes after an exit."""
-    host = hyperv_host(config)
+    host = hyperv_host(change.config)
     if host is not None:
-        draft.ensure()
-        position = int(draft.machine.vcpu_of_id[vcpu])
-        l0_hyperv.exited(draft.machine, position, _identity(config, draft.beside, vcpu), host)
+        change.ensure()
+        position = int(change.machine.vcpu_of_id[vcpu])
+        l0_hyperv.exited(change.machine, position, _identity(change, vcpu), host)
 
 
 class Runs:
     """The vCPUs that a trace runs: each does what was queued for it before its first access of a chunk."""
 
-    def __init__(self, draft: Draft, config: VmConfig) -> None:
-        self._draft = draft
-        self._config = config
-        self._on_hyperv = config.host.hyperv is not None
+    def __init__(self, change: Change) -> None:
+        self._change = change
+        self._on_hyperv = change.config.host.hyperv is not None
         self._ran: set[int] = set()
 
     def __call__(self, chunk: TraceChunk) -> None:
         """A chunk is about to be replayed."""
-        m = self._draft.machine
-        if not self._on_hyperv and not any(queues.requested(m.queues, at) for at in range(len(self._config.vcpus))):
+        m = self._change.machine
+        if not self._on_hyperv and not any(
+            queues.requested(m.queues, at) for at in range(len(self._change.config.vcpus))
+        ):
             return
         vcpus = {int(vcpu) for vcpu in np.unique(chunk.records[:, 1] >> np.uint64(32) & np.uint64(0xFFFF))}
         known = {vcpu for vcpu in vcpus if vcpu < len(m.vcpu_of_id) and m.vcpu_of_id[vcpu] >= 0}
         for vcpu in sorted(known):
-            enter(self._draft, self._config, vcpu)
+            enter(self._change, vcpu)
         self._ran |= known
 
     def finish(self) -> None:
         """The trace has ended."""
         for vcpu in sorted(self._ran):
-            leave(self._draft, self._config, vcpu)
+            leave(self._change, vcpu)
 
 
-def _identity(config: VmConfig, states: NestedStates, vcpu: int) -> int:
-    record = states.vcpus.get(vcpu)
+def _identity(change: Change, vcpu: int) -> int:
+    record = change.nested.vcpus.get(vcpu)
+    config = change.config
     return first_identity(config.vcpus[config.vcpu_position(vcpu)])[0] if record is None else record.vp_index

@@ -6,10 +6,6 @@ there, so its slots keep the rules and the limits of slots and hold nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
-
 import numpy as np
 
 from engine.errors import InvalidValue, NotFound
@@ -17,55 +13,34 @@ from engine.kvm import slot_changes
 from engine.kvm.abi_limits import LIMITS
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec, key_of
-from engine.machine import dirty
-from engine.state.config import VmConfig
-from engine.state.frame_store import Draft, Snapshot
+from engine.machine import page_logs
+from engine.machine.state import Operations
+from engine.state.frame_store import Draft
 from engine.state.retry import new_trail, run_all
 
 
-class Published(Protocol):
-    """What is read of a machine's published state."""
-
-    @property
-    def snapshot(self) -> Snapshot: ...
-
-    @property
-    def slots(self) -> SlotMap: ...
-
-
-class Change(Protocol):
-    """Begins a change that publishes new slots; ``since`` is the state that its input was checked against."""
-
-    def __call__(self, *, since: Any, slots: SlotMap) -> AbstractContextManager[Draft]: ...
-
-
-class SlotOperations:
-    """The memory slots of one machine: ``state`` gives what is published, ``change`` begins a change of it."""
-
-    def __init__(self, config: VmConfig, state: Callable[[], Published], change: Change) -> None:
-        self._config = config
-        self._state = state
-        self._change = change
+class SlotOperations(Operations):
+    """The memory slots of one machine."""
 
     @property
     def known(self) -> SlotMap:
         """Slots by ``SlotSpec.key``; another mapping after each change of them."""
-        return self._state().slots
+        return self._state.current.slots
 
     def all(self) -> tuple[SlotSpec, ...]:
         """Slots in order of their number, those of address space 1 last."""
-        return tuple(spec for _, spec in sorted(self._state().slots.items()))
+        return tuple(spec for _, spec in sorted(self._state.current.slots.items()))
 
     def find(self, slot: int, address_space: int = 0) -> SlotSpec | None:
         """The slot of that number, if there is one."""
-        return self._state().slots.get(key_of(slot, address_space))
+        return self._state.current.slots.get(key_of(slot, address_space))
 
     def set(self, spec: SlotSpec) -> None:
         """Make a slot, move a known one, or change whether its writes are logged.
 
         Raises InvalidValue, with EEXIST for one that overlaps another of its address space.
         """
-        state = self._state()
+        state = self._state.current
         spec.validate_number(LIMITS[self._config.profile].user_slots)
         spec.validate_place()
         known = state.slots.get(spec.key)
@@ -75,26 +50,26 @@ class SlotOperations:
             _check_change(known, spec)
         slots = state.slots.with_slot(spec)
         spec.validate_width(self._config.maxphyaddr)
-        with self._change(since=state, slots=slots) as draft:
+        with self._state.change(since=state, slots=slots) as draft:
             if known is not None:
-                dirty.empty_buffers(draft, self._config, state.slots)
+                page_logs.empty_buffers(draft, self._config, state.slots)
             if known is not None and not spec.address_space and known.gpa != spec.gpa:
                 _move(draft, known, spec)
-            dirty.slot_changed(draft, slots, known, spec)
+            page_logs.slot_changed(draft, slots, known, spec)
 
     def delete(self, slot: int, address_space: int = 0) -> None:
         """Delete a slot with its SET maps and contents. Raises NotFound."""
-        state = self._state()
+        state = self._state.current
         key = key_of(slot, address_space)
         spec = state.slots.get(key)
         if spec is None:
             raise NotFound("must be the number of an existing slot", field="slot", value=slot)
         slots = state.slots.without(key)
-        with self._change(since=state, slots=slots) as draft:
+        with self._state.change(since=state, slots=slots) as draft:
             if not address_space:
-                dirty.empty_buffers(draft, self._config, state.slots)
+                page_logs.empty_buffers(draft, self._config, state.slots)
                 _drop(draft, spec)
-            dirty.note_slots(draft, slots)
+            page_logs.note_slots(draft, slots)
 
 
 def _check_change(known: SlotSpec, spec: SlotSpec) -> None:

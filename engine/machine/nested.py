@@ -15,7 +15,6 @@ from engine import nested
 from engine.arch import vmx_msrs
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.nested_state import NO_ADDRESS
-from engine.cpu import frames
 from engine.errors import InvalidValue, Unsupported
 from engine.kvm import registers as reg
 from engine.kvm.guest_memory import Ram
@@ -27,7 +26,7 @@ from engine.machine.nested_states import (
     nested_host,
     open_vcpu,
 )
-from engine.machine.operations import Operations
+from engine.machine.state import Operations
 from engine.nested import Call, InstructionResult, NestedHost, NestedVcpu, Reply, RunResult, SetResult, UserBuffer
 from engine.nested.enlightened import clean_fields, evmcs_page
 from engine.nested.ioctls import CAP_HYPERV_ENLIGHTENED_VMCS, READING, evmcs_hook
@@ -100,15 +99,13 @@ class NestedOperations(Operations):
 
     def host(self) -> NestedHost:
         """The host as nesting sees it."""
-        snapshot, _ = self._published()
-        machine = snapshot.machine
-        active = bool(machine.rows[machine.row_of[frames.STATE_FRAME], reg.SPP_ACTIVE])
-        return nested_host(self._config, spp_active=active)
+        now = self._state.current
+        return nested_host(now.config, spp_active=bool(now.register(int(reg.SPP_ACTIVE))))
 
     @property
     def lapic_in_kernel(self) -> bool:
         """Whether the vCPUs have their local APIC in the kernel."""
-        return self._published()[1].lapic_in_kernel
+        return self._state.current.nested.lapic_in_kernel
 
     def vcpu(self, vcpu: int) -> NestedVcpu:
         """The vCPU as it is: a copy, which may be used up. Its methods and ``engine.nested`` answer the rest."""
@@ -116,7 +113,7 @@ class NestedOperations(Operations):
 
     def identities(self) -> list[tuple[int, tuple[CpuidEntry, ...]]]:
         """VP index and CPUID of every vCPU in the order of the configuration, without the cost of the whole vCPUs."""
-        touched = self._published()[1].vcpus
+        touched = self._state.current.nested.vcpus
         found = []
         for item in self._config.vcpus:
             record = touched.get(item.id)
@@ -125,7 +122,7 @@ class NestedOperations(Operations):
 
     def ram(self) -> Ram:
         """Guest memory as published."""
-        return Ram(self._published()[0])
+        return Ram(self._published)
 
     def state(self, vcpu: int) -> bytes:
         """The blob that KVM_GET_NESTED_STATE gives. Raises Unsupported on a host without nested state."""
@@ -194,10 +191,10 @@ class NestedOperations(Operations):
     def change(self, vcpu: int) -> Iterator[tuple[NestedVcpu, Ram]]:
         """One vCPU and guest memory, to be changed in place; published when the block ends well."""
         self._config.vcpu_position(vcpu)
-        with self._change() as draft:
-            whole = open_vcpu(self._config, draft.beside, draft.machine, vcpu)
-            yield whole, Ram(draft)
-            draft.beside = close_vcpu(draft, draft.beside, whole)
+        with self._state.change() as change:
+            whole = open_vcpu(change.config, change.nested, change.machine, vcpu)
+            yield whole, Ram(change)
+            change.nested = close_vcpu(change, change.nested, whole)
 
     def set_state(self, vcpu: int, blob: bytes | None, *, explain: bool = False) -> SetResult:
         """KVM_SET_NESTED_STATE. A blob that fails after V9 leaves a new state behind, as in the kernel."""
@@ -272,8 +269,8 @@ class NestedOperations(Operations):
 
     def set_lapic_in_kernel(self, present: bool) -> None:
         """Whether the vCPUs have their local APIC in the kernel (KVM_CREATE_IRQCHIP before them)."""
-        with self._change() as draft:
-            draft.beside = replace(draft.beside, lapic_in_kernel=present)
+        with self._state.change() as change:
+            change.nested = replace(change.nested, lapic_in_kernel=present)
 
     def ioctl(self, call: Call, vcpu: int | None = None) -> Reply:
         """An ioctl of ``engine.nested.ioctls``, with the vCPU's state and the machine's memory filled in."""
@@ -291,8 +288,8 @@ class NestedOperations(Operations):
     # Inside
 
     def _read(self, vcpu: int) -> tuple[NestedVcpu, Ram]:
-        snapshot, states = self._published()
-        return open_vcpu(self._config, states, snapshot.machine, vcpu), Ram(snapshot)
+        now = self._state.current
+        return open_vcpu(now.config, now.nested, now.snapshot.machine, vcpu), Ram(now.snapshot)
 
 
 def nested_in_use(states: NestedStates) -> bool:

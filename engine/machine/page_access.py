@@ -10,8 +10,7 @@ How access and write bitmap are paired (kvm-spp 9.1, 9.3, 9.4):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +22,12 @@ from engine.cpu.ept import TRAIL_ROWS
 from engine.cpu.frames import Machine
 from engine.errors import EngineError, InvalidValue
 from engine.kvm import page_access as kernels
+from engine.kvm import registers as reg
 from engine.kvm.enabling import not_enabled
 from engine.kvm.slots import check_pages
-from engine.state.config import VmConfig, choices
-from engine.state.frame_store import Draft, Snapshot
+from engine.machine.state import Operations
+from engine.state.config import choices
+from engine.state.frame_store import Draft
 
 MODES = ("atomic", "apply-all", "stop-at-first")
 
@@ -63,25 +64,13 @@ class EntryResult:
     error: EngineError | None = None
 
 
-class AccessOperations:
+class AccessOperations(Operations):
     """Page access of one machine. All of it needs SPP, which enforces the bitmaps: NotEnabled otherwise."""
-
-    def __init__(
-        self,
-        config: VmConfig,
-        active: Callable[[], bool],
-        published: Callable[[], Snapshot],
-        change: Callable[[], AbstractContextManager[Draft]],
-    ) -> None:
-        self._config = config
-        self._active = active
-        self._published = published
-        self._change = change
 
     def read(self, gfns: Sequence[int]) -> list[PageRights]:
         """What pages have. Raises InvalidValue for a page without a slot, and for more than MAX_ENTRIES."""
         self._check(len(gfns), "gfn")
-        snapshot = self._published()
+        snapshot = self._published
         machine = snapshot.machine
         for gfn in gfns:
             self._check_page(machine, gfn, "gfn")
@@ -98,7 +87,7 @@ class AccessOperations:
         choices(mode, MODES, "mode")
         self._check(len(entries), "entries")
         results: list[EntryResult] = []
-        with self._change() as draft:
+        with self._state.change() as draft:
             for position, entry in enumerate(entries):
                 error = None
                 if mode == "stop-at-first" and results and results[-1].outcome != "applied":
@@ -115,7 +104,7 @@ class AccessOperations:
         return results
 
     def _check(self, count: int, field: str) -> None:
-        if not self._active():
+        if not self._state.current.register(int(reg.SPP_ACTIVE)):
             raise not_enabled()
         if not 1 <= count <= MAX_ENTRIES:
             raise InvalidValue(f"a batch has 1 to {MAX_ENTRIES} entries", field=field, value=count)

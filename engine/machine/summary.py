@@ -14,7 +14,7 @@ from engine.state.head import config_from_head
 
 
 @dataclass(frozen=True, slots=True)
-class Outline:
+class Summary:
     """One state of a machine. ``identities`` are VP index and CPUID of each vCPU in the order of the configuration,
     ``failing`` which allocation of the host fails from now, 1 the next."""
 
@@ -25,13 +25,13 @@ class Outline:
     failing: int | None
 
 
-def outline_to_head(*, spp_active: bool, failing: int | None) -> dict[str, Any]:
-    """Those parts of an outline that a head does not have anyway: they are words of frames."""
+def summary_to_head(*, spp_active: bool, failing: int | None) -> dict[str, Any]:
+    """Those parts of a summary that a head does not have anyway: they are words of frames."""
     return {"spp_active": spp_active, "failing": failing}
 
 
-def outline_from_head(head: Mapping[str, Any]) -> Outline | None:
-    """The outline of the machine that wrote ``head``; None if it did so before outlines were part of it."""
+def summary_from_head(head: Mapping[str, Any]) -> Summary | None:
+    """The summary of the machine that wrote ``head``; None if it did so before it was part of a head."""
     kept = head.get("outline")
     if kept is None:
         return None
@@ -42,4 +42,4 @@ def outline_from_head(head: Mapping[str, Any]) -> Outline | None:
         for item in config.vcpus
     )
     slots = tuple(SlotSpec(*row) for row in head["slots"])
-    return Outline(config, slots, tuple(identities), kept["spp_active"], kept["failing"])
+    return Summary(config, slots, tuple(identities), kept["spp_active"], kept["failing"])

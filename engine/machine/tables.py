@@ -7,7 +7,6 @@ reads at that level. Any 64 bits may be stored, and nothing is flushed: what pro
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +19,7 @@ from engine.cpu import ept, explain, frames, sppt
 from engine.cpu.sentences import ReadEntry
 from engine.errors import InvalidValue
 from engine.kvm import registers as reg
-from engine.state.config import VmConfig
-from engine.state.frame_store import Draft, Snapshot
+from engine.machine.state import Operations
 
 TableEntry = ReadEntry
 
@@ -39,18 +37,8 @@ class _Structure:
     first_row: int
 
 
-class TableOperations:
-    """The tables of one machine: ``snapshot`` gives its published state, ``change`` begins a change of it."""
-
-    def __init__(
-        self,
-        config: VmConfig,
-        snapshot: Callable[[], Snapshot],
-        change: Callable[[], AbstractContextManager[Draft]],
-    ) -> None:
-        self._config = config
-        self._snapshot = snapshot
-        self._change = change
+class TableOperations(Operations):
+    """The tables of one machine."""
 
     def ept_entry(self, level: int, gpa: int) -> TableEntry:
         """The EPT entry of ``level`` (1 is the PTE) on the walk of ``gpa``; absent memory reads as all ones.
@@ -76,18 +64,18 @@ class TableOperations:
 
     def new_frame(self) -> int:
         """Host-physical address of a new table of 512 zeroes. Raises LimitExceeded."""
-        with self._change() as draft:
+        with self._state.change() as draft:
             return int(frames.address_of(draft.machine, frames.new_frame(draft.machine, frames.CLIENT)))
 
     def _read(self, structure: _Structure, level: int, gpa: int) -> TableEntry:
-        snapshot = self._snapshot()
+        snapshot = self._published
         entries = self._entries(snapshot.machine, structure, level, gpa, _new_trail())
         return entries[_place_of(entries, level)]
 
     def _write(self, structure: _Structure, level: int, gpa: int, raw: int) -> TableEntry:
         if not 0 <= raw < 1 << 64:
             raise InvalidValue("an entry has 64 bits", field="raw", value=raw)
-        with self._change() as draft:
+        with self._state.change() as draft:
             machine = draft.machine
             trail = _new_trail()
             entries = self._entries(machine, structure, level, gpa, trail)

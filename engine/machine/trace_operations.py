@@ -5,7 +5,6 @@ and INVLPG by those of the processor. And which of them should have removed a tr
 from __future__ import annotations
 
 from collections import deque
-from contextlib import nullcontext
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +20,11 @@ from engine.hyperv.caller import Caller
 from engine.kvm import resolutions as res
 from engine.kvm.fault import count_exit, handle_exit
 from engine.kvm.run import MAX_EXITS
-from engine.machine.hypercalls import HypercallRequest
-from engine.machine.hyperv import HypervOperations
+from engine.machine.hypercalls import HypercallRequest, execute_hypercall
 from engine.machine.hyperv_vps import enter
 from engine.machine.missed_flushes import Done, Place, explanation, nearest, told
 from engine.machine.nested_states import record_of
-from engine.state.config import VmConfig
-from engine.state.frame_store import Draft
+from engine.machine.state import Change
 from engine.state.retry import new_trail
 from engine.trace import translated
 from engine.trace.operations import HYPERCALL, INVLPG, MOV_CR3, OP_NAMES, Operation, hypercall_of, operand_of
@@ -42,12 +39,8 @@ _SPACE_RULE = "an address space is a value that CR3 can have"
 class TraceOperations:
     """The operations of one replay; see ``trace.timed.Performs``. Everything happens in the replay's own change."""
 
-    def __init__(self, draft: Draft, config: VmConfig) -> None:
-        self._draft = draft
-        self._config = config
-        self._hyperv = HypervOperations(
-            config, lambda: (draft.store.published, draft.beside), lambda: nullcontext(draft)
-        )
+    def __init__(self, change: Change) -> None:
+        self._change = change
         self._counts = dict.fromkeys(OP_NAMES[1:], 0)
         self._done: deque[Done] = deque(maxlen=MOST_SEARCHED)
         self._performed: list[PerformedOperation] = []
@@ -55,16 +48,16 @@ class TraceOperations:
 
     def perform(self, index: int, vcpu: int, operation: Operation, tally: NDArray[np.int64]) -> None:
         """Execute the operation of record ``index`` on the vCPU of that id. Raises TraceError."""
-        position = int(self._draft.machine.vcpu_of_id[vcpu])
+        position = int(self._change.machine.vcpu_of_id[vcpu])
         self._take_space(index, position, operation)
         if operation.op == HYPERCALL:
             done, performed = self._hypercall(index, vcpu, position, operation)
         else:
-            enter(self._draft, self._config, vcpu)
-            self._draft.ensure()
-            before = _live(self._draft.machine)
+            enter(self._change, vcpu)
+            self._change.ensure()
+            before = _live(self._change.machine)
             done = (self._mov_cr3 if operation.op == MOV_CR3 else self._invlpg)(index, position, operation, tally)
-            dropped = before - _live(self._draft.machine)
+            dropped = before - _live(self._change.machine)
             own, operand = (self._vp_index(vcpu),), operand_of(operation)
             reached = own if dropped else ()
             performed = PerformedOperation(
@@ -80,8 +73,8 @@ class TraceOperations:
         space = operation.address_space
         if space is None or (operation.op == MOV_CR3 and operation.arg is None):
             return
-        self._draft.ensure()
-        m = self._draft.machine
+        self._change.ensure()
+        m = self._change.machine
         if not translated.fits_space(m, np.int64(signed(space))):
             raise TraceError(_SPACE_RULE, index=index, field="address_space", value=space)
         write_word(m, FIRST_VCPU_FRAME + position, ctl.V_CR3, signed(space))
@@ -91,7 +84,7 @@ class TraceOperations:
         caller = Caller(rcx=given.rcx, rdx=given.rdx, r8=given.r8, xmm=given.xmm)
         request = HypercallRequest(registers=caller, input=given.block, long_mode=True)
         try:
-            outcome = self._hyperv.hypercall(vcpu, request).outcome
+            outcome = execute_hypercall(self._change, vcpu, request).outcome
         except InvalidValue as error:
             raise TraceError(error.rule, index=index, field="arg", value=hex(given.rdx)) from None
         performed = PerformedOperation(
@@ -112,8 +105,8 @@ class TraceOperations:
         """MOV to CR3; KVM handles the exits of the reads that PAE paging makes."""
         operand, trail = np.int64(signed(operand_of(operation))), new_trail()
         for _ in range(MAX_EXITS):
-            self._draft.ensure()
-            m = self._draft.machine
+            self._change.ensure()
+            m = self._change.machine
             reason, value, gpa = (int(x) for x in control_registers.move_to_cr3(m, position, operand, trail))
             if reason <= exits.NONE:
                 break
@@ -127,7 +120,7 @@ class TraceOperations:
     def _invlpg(self, index: int, position: int, operation: Operation, tally: NDArray[np.int64]) -> Done:
         """INVLPG; of an address that cannot be one it does nothing."""
         del tally
-        m, given = self._draft.machine, np.int64(signed(operand_of(operation)))
+        m, given = self._change.machine, np.int64(signed(operand_of(operation)))
         linear = np.int64(instruction.effective(m, position, given))
         if instruction.canonical(m, position, linear):
             tlb.invlpg(m, position, linear)
@@ -180,7 +173,7 @@ class TraceOperations:
         )
 
     def _vp_index(self, vcpu: int) -> int:
-        return record_of(self._config, self._draft.beside, vcpu).vp_index
+        return record_of(self._change.config, self._change.nested, vcpu).vp_index
 
 
 def _live(m: Machine) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +15,7 @@ from engine.arch.vmcs_fields import FIELDS
 from engine.arch.words import signed, unsigned
 from engine.cpu import entry, frames, invalidate, tlb
 from engine.errors import InvalidValue, Unsupported
-from engine.kvm import registers as reg
-from engine.state.config import VmConfig
-from engine.state.frame_store import Draft, Snapshot
+from engine.machine.state import Operations
 
 # Where INVEPT and INVVPID are executed, by position as ``cpu.invalidate`` numbers it.
 PLACES = ("root", "outside", "non-root", "wrong-mode")
@@ -25,17 +23,6 @@ PLACES = ("root", "outside", "non-root", "wrong-mode")
 IA32_VMX_PROCBASED_CTLS2 = 0x48B
 IA32_VMX_EPT_VPID_CAP = 0x48C
 IA32_VMX_PROCBASED_CTLS3 = 0x492
-
-# What the fast path, which does not know vCPUs apart, takes to be the same for all of them.
-_SHARED = (
-    ctl.V_EPTP,
-    ctl.V_PRIMARY,
-    ctl.V_SECONDARY,
-    ctl.V_TERTIARY,
-    ctl.V_PML_ADDRESS,
-    ctl.V_VE_ADDRESS,
-    ctl.V_CR0,
-)
 
 _KINDS = {int(tlb.PHYSICAL): "physical", int(tlb.COMBINED): "combined", int(tlb.LINEAR): "linear"}
 
@@ -94,28 +81,16 @@ class Msr:
     value: int
 
 
-class VcpuOperations:
+class VcpuOperations(Operations):
     """What can be done to one vCPU. ``vcpu`` is always a KVM vCPU id; an unknown one raises NotFound.
 
     All but ``tlb`` raise Unsupported on a host without VMX.
     """
 
-    def __init__(
-        self,
-        config: VmConfig,
-        position: Callable[[int], int],
-        published: Callable[[], Snapshot],
-        change: Callable[[], AbstractContextManager[Draft]],
-    ) -> None:
-        self._config = config
-        self._position = position
-        self._published = published
-        self._change = change
-
     def vmcs(self, vcpu: int) -> dict[str, int]:
         """Every field of ``arch.vmcs_fields`` by name."""
         frame = self._frame(vcpu)
-        snapshot = self._published()
+        snapshot = self._published
         machine = snapshot.machine
         row = machine.rows[machine.row_of[frame]]
         return {name: unsigned(row[field.word]) for name, field in FIELDS.items()}
@@ -129,14 +104,14 @@ class VcpuOperations:
             bits = FIELDS[name].bits
             if not 0 <= value < 1 << bits:
                 raise InvalidValue(f"{name} has {bits} bits", field=name, value=value)
-        with self._change() as draft:
+        with self._state.change() as draft:
             for name, value in fields.items():
                 frames.write_word(draft.machine, frame, FIELDS[name].word, signed(value))
 
     def vm_entry(self, vcpu: int) -> InstructionResult:
         """VM entry: the checks on the controls, and what entering removes from the translation cache."""
         position = self._frame(vcpu) - int(frames.FIRST_VCPU_FRAME)
-        with self._change() as draft:
+        with self._state.change() as draft:
             error = int(entry.vm_entry(draft.machine, position))
             if error:
                 return InstructionResult("VMfail", vm_instruction_error=error)
@@ -162,8 +137,8 @@ class VcpuOperations:
 
     def tlb(self, vcpu: int) -> list[CachedTranslation]:
         """What the vCPU's translation cache holds, by kind and address; nothing where none is modelled."""
-        position = self._position(vcpu)
-        snapshot = self._published()
+        position = self._config.vcpu_position(vcpu)
+        snapshot = self._published
         table = snapshot.machine.tlb
         if not len(table):
             return []
@@ -185,7 +160,7 @@ class VcpuOperations:
 
     def _frame(self, vcpu: int) -> int:
         """Frame of the vCPU's record."""
-        position = self._position(vcpu)
+        position = self._config.vcpu_position(vcpu)
         if self._config.host.vendor != "intel":
             raise Unsupported("a VMCS needs an Intel host", field="host.vendor", value=self._config.host.vendor)
         return int(frames.FIRST_VCPU_FRAME) + position
@@ -202,29 +177,8 @@ class VcpuOperations:
         for name, value in operands.items():
             if not 0 <= value < 1 << 64:
                 raise InvalidValue(f"{name} has 64 bits", field=name, value=value)
-        with self._change() as draft:
+        with self._state.change() as draft:
             yield draft.machine, position, PLACES.index(place)
-
-
-def fast_path_serves(config: VmConfig, machine: frames.Machine) -> bool:
-    """Whether one answer is right for every vCPU: no translation cache, and records that say the same."""
-    if config.translation_cache != "off":
-        return False
-    if len(config.vcpus) <= 1 or not len(machine.row_of):
-        return True
-    first = int(frames.FIRST_VCPU_FRAME)
-    rows = machine.row_of[first : first + len(config.vcpus)]
-    words = machine.rows[np.ix_(rows, np.array(_SHARED))]
-    return bool((words == words[0]).all()) and _same_sppt(machine, rows)
-
-
-def _same_sppt(machine: frames.Machine, rows: NDArray[np.int64]) -> bool:
-    """Whether all vCPUs walk one SPPT, or each its own of those that KVM keeps alike."""
-    pointers = machine.rows[rows, ctl.V_SPPTP]
-    state = machine.rows[machine.row_of[frames.STATE_FRAME]]
-    own = machine.caps[frames.CAP_ARENA] + (machine.rows[rows, ctl.V_SPPT_ROOT] << 12)
-    alike = state[reg.SPPT_TREES] == len(rows) and not state[reg.SPPT_EDITED] and bool((pointers == own).all())
-    return alike or bool((pointers == pointers[0]).all())
 
 
 def _result(outcome: int, number: int) -> InstructionResult:

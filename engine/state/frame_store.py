@@ -11,7 +11,7 @@ import copy
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,10 +108,10 @@ class FrameStore:
 
     def begin(self, slots: NDArray[np.int64]) -> Draft:
         """A change on top of the published state."""
-        self._reclaim()
         return Draft(self, slots)
 
-    def _reclaim(self) -> None:
+    def reclaim(self) -> None:
+        """Use the rows again that no reader can see any more."""
         freed = []
         while self._retired and self._retired[0][0]() is None:
             freed.append(self._retired.popleft()[1])
@@ -160,16 +160,13 @@ class FrameStore:
 
 
 class Draft:
-    """A change under way: ``machine`` is what its kernels read and write.
-
-    ``beside`` is state that is no frame and is published with them; it belongs to the machine.
-    """
+    """A change under way: ``machine`` is what its kernels read and write."""
 
     def __init__(self, store: FrameStore, slots: NDArray[np.int64]) -> None:
+        store.reclaim()
         base = store.published.machine
         self.store = store
         self.base = base
-        self.beside: Any = None
         self.machine = base._replace(
             row_of=_copy(base.row_of),
             fresh=_copy(base.fresh),

@@ -58,7 +58,7 @@ def _replay() -> None:
 def _deep() -> None:
     """What a replay calls deep inside and is long to compile: the share of a second process."""
     trail, tally = np.zeros((TRAIL_ROWS, 4), dtype=np.int64), np.zeros(1, dtype=np.int64)
-    with _machine()._change() as draft:
+    with _machine().state.change() as draft:
         fault.handle_exit(draft.machine, 0, 0, 0, 0, 0, trail, tally)  # no reason: an internal error
         grant_touched(draft.machine, 0x4010, 8, trail)
 
@@ -150,7 +150,7 @@ def _flushes() -> None:
         for fields in (CallFields(SPACE, flags=2, processor_mask=1), CallFields(LIST, processor_mask=1, ranges=(0,))):
             vm.hyperv.hypercall(0, HypercallRequest(fields=fields, input_gpa=0))
         vm.hyperv.hypercall(0, HypercallRequest(fields=CallFields(GUEST_PHYSICAL_SPACE), input_gpa=0))
-        with vm._change() as draft:
+        with vm.state.change() as draft:
             drop_nested(draft.machine, 0)
         _trace(vm)
 

@@ -262,17 +262,17 @@ def vm_tag(entry: Entry | Listed) -> str:
 
 async def rendered(shown: Listed) -> bytes:
     """The JSON of a machine, a ``Vm``."""
-    leaves = sum(len(cpuid) for _, cpuid in shown.outline.identities)
-    parts = len(shown.outline.identities) + len(shown.outline.slots) + leaves
+    leaves = sum(len(cpuid) for _, cpuid in shown.summary.identities)
+    parts = len(shown.summary.identities) + len(shown.summary.slots) + leaves
     return await maybe_in_thread(parts <= _INLINE_PARTS, _rendered, shown)
 
 
 def _rendered(shown: Listed) -> bytes:
     """Part by part: a model of all of them would keep the interpreter from others for seconds, in a thread, too."""
-    outline = shown.outline
-    config, host = outline.config, outline.config.host
+    summary = shown.summary
+    config, host = summary.config, summary.config.host
     vcpus = [
-        _vcpu(vcpu, vp_index, cpuid) for vcpu, (vp_index, cpuid) in zip(config.vcpus, outline.identities, strict=True)
+        _vcpu(vcpu, vp_index, cpuid) for vcpu, (vp_index, cpuid) in zip(config.vcpus, summary.identities, strict=True)
     ]
     host_document = Host(
         vendor=host.vendor,  # type: ignore[arg-type]
@@ -282,7 +282,7 @@ def _rendered(shown: Listed) -> bytes:
         evmcs=host.evmcs,
         vmx_capabilities=dict(host.vmx_capabilities),
         hyperv=HypervHost.model_validate(host.hyperv) if host.hyperv is not None else None,
-        fail_allocation=outline.failing,
+        fail_allocation=summary.failing,
         nested_evmcs=host.nested_evmcs,
         smt=host.smt,
     )
@@ -293,8 +293,8 @@ def _rendered(shown: Listed) -> bytes:
         "vcpus": vcpus,
         "maxphyaddr": config.maxphyaddr,
         "host": msgspec.Raw(host_document.model_dump_json().encode()),
-        "memory_slots": [msgspec.Raw(MemorySlot.of(spec).model_dump_json().encode()) for spec in outline.slots],
-        "spp": outline.spp_active,
+        "memory_slots": [msgspec.Raw(MemorySlot.of(spec).model_dump_json().encode()) for spec in summary.slots],
+        "spp": summary.spp_active,
         "translation_cache": config.translation_cache,
         "require_match": config.require_match,
         "flush_policy": config.flush_policy,

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from engine.errors import NotFound, OutOfMemory
 from engine.machine import VirtualMachine
-from engine.machine.summary import Outline
+from engine.machine.summary import Summary
 from service.problems import NotReady, StoreUnavailable
 from service.runtime.changes import batches_of, changes_of
 from service.runtime.desk import Desk
@@ -37,7 +37,7 @@ class Listed:
     id: str
     created: datetime
     revision: int
-    outline: Outline
+    summary: Summary
 
 
 @dataclass(slots=True, eq=False)
@@ -83,7 +83,7 @@ class Entry:
     @property
     def listed(self) -> Listed:
         """The machine as a list shows it, with the changes of the task that changes it."""
-        return Listed(self.id, self.created, self.revision, self.machine.outline())
+        return Listed(self.id, self.created, self.revision, self.machine.summary())
 
     @property
     def require_match(self) -> bool:

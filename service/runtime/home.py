@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import anyio.to_thread
 
 from engine.machine import VirtualMachine
-from engine.machine.summary import Outline, outline_from_head
+from engine.machine.summary import Summary, summary_from_head
 from engine.trace.results import ExitColumns
 from service.problems import NotReady, StoreUnavailable, trace_not_kept
 from service.runtime.events import Load
@@ -110,10 +110,10 @@ class Home:
         """A stored machine and its traces without exit records. Raises StoreUnavailable."""
         return None
 
-    async def outlines(self, numbers: Sequence[int]) -> dict[int, tuple[int, Outline | None]]:
-        """Revision and outline of those of these machines that are stored, without reading their contents.
+    async def summaries(self, numbers: Sequence[int]) -> dict[int, tuple[int, Summary | None]]:
+        """Revision and summary of those of these machines that are stored, without reading their contents.
 
-        The outline is None where only the whole machine tells. Raises StoreUnavailable.
+        The summary is None where only the whole machine tells. Raises StoreUnavailable.
         """
         return {}
 
@@ -269,12 +269,12 @@ class StoredHome(Home):
 
         return await anyio.to_thread.run_sync(work)
 
-    async def outlines(self, numbers: Sequence[int]) -> dict[int, tuple[int, Outline | None]]:
+    async def summaries(self, numbers: Sequence[int]) -> dict[int, tuple[int, Summary | None]]:
         reader = self._reading()
 
-        def work() -> dict[int, tuple[int, Outline | None]]:
+        def work() -> dict[int, tuple[int, Summary | None]]:
             found = reader.heads(numbers)
-            return {record.number: (record.revision, outline_from_head(json.loads(record.head))) for record in found}
+            return {record.number: (record.revision, summary_from_head(json.loads(record.head))) for record in found}
 
         return await anyio.to_thread.run_sync(work)
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from engine.errors import Busy, EngineError, InvalidValue
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
-from engine.machine.summary import Outline
+from engine.machine.summary import Summary
 from engine.state.config import VmConfig
 from service.problems import StoreUnavailable
 from service.runtime.batches import Parts
@@ -257,16 +257,16 @@ class Registry:
         )
         found = later[:limit]
         stored = [entry.sequence for entry in found if entry.loaded is None and not entry.doubtful]
-        outlines = await self.home.outlines(stored) if stored else {}
-        shown = [await self._shown(entry, *outlines.get(entry.sequence, (0, None))) for entry in found]
+        summaries = await self.home.summaries(stored) if stored else {}
+        shown = [await self._shown(entry, *summaries.get(entry.sequence, (0, None))) for entry in found]
         following = moment(found[-1].created) if limit < len(later) else None
         return [listed for listed in shown if listed is not None], following
 
-    async def _shown(self, entry: Entry, revision: int, outline: Outline | None) -> Listed | None:
+    async def _shown(self, entry: Entry, revision: int, summary: Summary | None) -> Listed | None:
         """A machine for a list, given what the store said of it; None if it is gone."""
         if entry.loaded is None or entry.doubtful:
-            if outline is not None and not entry.gone:
-                return Listed(entry.id, entry.created, revision, outline)
+            if summary is not None and not entry.gone:
+                return Listed(entry.id, entry.created, revision, summary)
             entry.uses += 1
             try:
                 await self._load(entry)

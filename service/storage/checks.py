@@ -15,7 +15,7 @@ from engine.arch.access import ACCESS_NAMES
 from engine.arch.sppt import SUBPAGE_SHIFT
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.machine import VirtualMachine
-from engine.machine.summary import outline_from_head
+from engine.machine.summary import summary_from_head
 from engine.trace.objects import index_of
 from engine.trace.results import EXIT_COLUMNS, ExitColumns
 from service.runtime.events import KINDS
@@ -155,7 +155,7 @@ def machine_of(record: VmRecord, blocks: Sequence[Block]) -> VirtualMachine:
         raise BadBackup(f"machine {record.id} of the backup has a block beyond its frames")
     try:
         machine = VirtualMachine.restore(head, {(kind, block): data for kind, block, data in blocks})
-        outline_from_head(head)
+        summary_from_head(head)
         made = json.loads(json.dumps(machine.head()))
     except Exception as error:  # whatever a hostile head makes of the engine, the file is at fault
         raise BadBackup(f"machine {record.id} of the backup cannot be read: {error!s:.300}") from error

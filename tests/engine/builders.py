@@ -120,7 +120,7 @@ def exits(result: TraceResult, *names: str) -> list[tuple[Any, ...]]:
 
 def picture(vm: VirtualMachine) -> tuple[str, Blocks]:
     """Everything that is durable: the head as JSON, and every block."""
-    state = vm._state
+    state = vm.state.current
     blocks = {block: (kind, data) for block, kind, data in named_blocks(state.snapshot.machine)}
     return json.dumps(vm.head(), sort_keys=True), blocks
 
@@ -138,8 +138,8 @@ def unchanged(vm: VirtualMachine) -> Iterator[None]:
     yield
     assert picture(vm) == before
     assert_sound(vm)
-    assert vm._writer.acquire(blocking=False), "the writer was not let go"
-    vm._writer.release()
+    assert vm.state.writer.acquire(blocking=False), "the writer was not let go"
+    vm.state.writer.release()
 
 
 @contextmanager
@@ -157,10 +157,10 @@ def refused(
 
 def assert_sound(vm: VirtualMachine) -> None:
     """What holds of the frames of every published state."""
-    m = vm._state.snapshot.machine
+    m = vm.state.current.snapshot.machine
     used = m.row_of[m.row_of >= 0]
     assert len(np.unique(used)) == len(used), "two frames share a row"
-    spare = vm._store.spare
+    spare = vm.state.store.spare
     assert len(np.unique(spare)) == len(spare)
     assert not np.intersect1d(used, spare).size, "a row in use is spare"
     free = m.free[: int(m.top[frames.TOP_FREE])]
@@ -224,13 +224,13 @@ def bare_draft(config: VmConfig | None = None, slots: Sequence[SlotSpec] = ()) -
 
 def edit(vm: VirtualMachine, change: Callable[[frames.Machine], None]) -> None:
     """Change frames of a machine as a client with raw entries would."""
-    with vm._change() as draft:
+    with vm.state.change() as draft:
         change(draft.machine)
 
 
 def leaf(vm: VirtualMachine, gfn: int) -> int | None:
     """The EPT leaf of a page, None where it is not mapped."""
-    m = vm._state.snapshot.machine
+    m = vm.state.current.snapshot.machine
     found, _, _, _, entry = mapping.find_leaf(m, gfn, new_trail())
     return unsigned(entry) if found else None
 
@@ -248,7 +248,7 @@ def store_leaf(vm: VirtualMachine, gfn: int, change: Callable[[int], int]) -> No
 
 def vector(vm: VirtualMachine, gfn: int, tree: int = 0) -> int | None:
     """The SPPL1E that a walk of a tree finds for a page, None where an entry above it is not valid."""
-    m = vm._state.snapshot.machine
+    m = vm.state.current.snapshot.machine
     record = m.rows[m.row_of[frames.FIRST_VCPU_FRAME + tree]]
     table = int(m.caps[frames.CAP_ARENA]) + (int(record[ctl.V_SPPT_ROOT]) << 12)
     for shift in (39, 30, 21):

@@ -10,25 +10,25 @@ FRAMES_PY = "engine/cpu/frames.py"
 FASTPATH_PY = "engine/cpu/fastpath.py"
 REPLAY_PY = "engine/trace/replay.py"
 
-OUTLINE_PY = "engine/machine/summary.py"
-OUTLINE = "tests/engine/machine/test_summary.py"
+SUMMARY_PY = "engine/machine/summary.py"
+SUMMARY = "tests/engine/machine/test_summary.py"
 
 MUTANTS = (
     Mutant(
-        "outline-failing",
-        OUTLINE_PY,
+        "summary-failing",
+        SUMMARY_PY,
         'return {"spp_active": spp_active, "failing": failing}',
         'return {"spp_active": spp_active, "failing": None}',
         "a list shows which allocation fails from now, not from the machine's creation",
-        named(OUTLINE, "the_head_has_it", "an_allocation_that_failed_is_not_shown_any_more"),
+        named(SUMMARY, "the_head_has_it", "an_allocation_that_failed_is_not_shown_any_more"),
     ),
     Mutant(
-        "outline-identity",
-        OUTLINE_PY,
+        "summary-identity",
+        SUMMARY_PY,
         "first_identity(item) if item.id not in touched else (touched[item.id].vp_index, touched[item.id].cpuid)",
         "first_identity(item)",
         "a list shows the CPUID that a vCPU was given since",
-        named(OUTLINE, "the_head_has_it"),
+        named(SUMMARY, "the_head_has_it"),
     ),
     Mutant(
         "store-reused-rows",
@@ -88,7 +88,7 @@ MUTANTS = (
     ),
     Mutant(
         "machine-successor-lock",
-        "engine/machine/virtual_machine.py",
+        "engine/machine/state.py",
         "self._acquire()",
         "pass",
         "a machine with a successor refuses changes",

@@ -99,7 +99,7 @@ def test_a_host_without_spp_does_not_allow_the_control() -> None:
     assert HostConfig().secondary_allowed & ctl.SECONDARY_SPP
     assert not HostConfig(spp=False).secondary_allowed & ctl.SECONDARY_SPP
     assert not HostConfig(ept=False).secondary_allowed & ctl.SECONDARY_EPT
-    m = VirtualMachine.create(VmConfig(host=HostConfig(spp=False)))._state.snapshot.machine
+    m = VirtualMachine.create(VmConfig(host=HostConfig(spp=False))).state.current.snapshot.machine
     assert not m.caps[frames.CAP_SECONDARY_ALLOWED] & ctl.SECONDARY_SPP
 
 

@@ -203,7 +203,7 @@ def test_a_log_that_frames_do_not_suffice_for_is_emptied_in_part() -> None:
     slots = tuple(SlotSpec(n, n << 30, 4 * PAGE) for n in range(40))
     vm = machine(slots=slots)
     vm.dirty.track("page", "pml")
-    with vm._change() as draft:
+    with vm.state.change() as draft:
         m = draft.machine
         frame = int(frames.FIRST_VCPU_FRAME)
         table = int(frames.read_word(m, frame, ctl.V_PML_ADDRESS))

@@ -291,7 +291,7 @@ def test_full_log_is_emptied_and_the_access_goes_on() -> None:
 
     edit(vm, log)
     assert resolutions(vm.access(AccessRequest(0x5000))) == ["log-emptied"]
-    m = vm._state.snapshot.machine
+    m = vm.state.current.snapshot.machine
     assert frames.read_word(m, frames.FIRST_VCPU_FRAME, ctl.V_PML_INDEX) == 510
     table = frames.read_word(m, frames.FIRST_VCPU_FRAME, ctl.V_PML_ADDRESS)
     assert frames.read_entry(m, table, 511) == 0x5000

@@ -54,7 +54,7 @@ def access(vm: VirtualMachine, gpa: int, kind: int = WRITE, **options: Any) -> l
 
 
 def level(vm: VirtualMachine, gfn: int) -> int:
-    m = vm._state.snapshot.machine
+    m = vm.state.current.snapshot.machine
     found, at, _, _, _ = mapping.find_leaf(m, np.int64(gfn), new_trail())
     return int(at) if found else 0
 
@@ -379,4 +379,4 @@ def test_rounds_end_with_the_memory_they_began_with(profile: str) -> None:
         vm.host_memory.event("zap")
         used.append(vm.counters()["memory_bytes"])
     assert set(used) == {used[0]}
-    assert len(vm._state.snapshot.machine.rows) <= 4000, "rows are used again"
+    assert len(vm.state.current.snapshot.machine.rows) <= 4000, "rows are used again"

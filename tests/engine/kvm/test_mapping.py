@@ -61,7 +61,7 @@ def age(vm: VirtualMachine, gfn: int) -> None:
 
 def raw_leaf(vm: VirtualMachine, gfn: int) -> tuple[int, int]:
     """(level, entry) of the leaf of a page, also of one without rights."""
-    m = vm._state.snapshot.machine
+    m = vm.state.current.snapshot.machine
     found, level, _, _, entry = mapping.find_leaf(m, np.int64(gfn), new_trail())
     assert found
     return int(level), int(entry)
@@ -177,7 +177,7 @@ def test_counts_of_regions_follow_every_layer() -> None:
     vm = huge("kvm-latest", GIB, 2 * GIB)
 
     def counts() -> list[int]:
-        m = vm._state.snapshot.machine
+        m = vm.state.current.snapshot.machine
         return [int(regions.word(m, np.int64(gfn), level)) for gfn in (0, 512, 1 << 18) for level in (2, 3)]
 
     set_map(vm, 0, 0, npages=3)

@@ -71,7 +71,7 @@ def test_table_has_a_row_for_each_profile_and_every_choice_is_made() -> None:
 
 def test_kernels_read_the_row() -> None:
     for name in NAMES:
-        m = machine(name)._state.snapshot.machine
+        m = machine(name).state.current.snapshot.machine
         assert m.caps[frames.CAP_KVM] == row(name).caps()
         assert m.caps[frames.CAP_SAVED_SHIFT] == row(name).saved_shift
     assert (KVM_2019.caps(), KVM_LATEST.caps()) == (0b010_0001, 0b101_1110)
@@ -230,7 +230,7 @@ def test_huge_page(profile: str, does: tuple[int, int, int]) -> None:
     vm = machine(profile, slots=[SlotSpec(0, 0, 4 * MIB, host_page_size=2 * MIB)])
     set_map(vm, 5, 0)
     result = replay(vm, [0x5000])
-    m = vm._state.snapshot.machine
+    m = vm.state.current.snapshot.machine
     level = int(mapping.find_leaf(m, np.int64(5), np.zeros((10, 4), dtype=np.int64))[1])
     assert (level, result.violations, result.unenforced_writes) == does
 

@@ -40,7 +40,7 @@ def test_protections_and_slots_within_a_machine(profile: str) -> None:
         vm.delete_slot(1)
         vm.dirty.track("off")
         assert in_use(vm) == before, number
-        high_water.append(len(vm._state.snapshot.machine.rows))
+        high_water.append(len(vm.state.current.snapshot.machine.rows))
     assert high_water[10] == high_water[-1], "rows go on growing"
 
 

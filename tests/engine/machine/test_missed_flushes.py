@@ -562,7 +562,7 @@ def test_other_replays_refuse_operations(vm: VirtualMachine) -> None:
     """They would be passed over there."""
     operations = Operations(np.zeros(0, dtype=np.int64), (), np.zeros(1, dtype=np.uint64))
     beside = chunk([OLD])._replace(operations=operations)
-    with vm._change() as draft, pytest.raises(TraceError, match="takes no operations") as caught:
+    with vm.state.change() as draft, pytest.raises(TraceError, match="takes no operations") as caught:
         Replay(draft, ReplayOptions(), targets_of(())).feed(beside)
     assert (caught.value.index, caught.value.field) == (0, "op")
 

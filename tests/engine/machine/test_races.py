@@ -29,14 +29,14 @@ def test_change_that_another_overtook_is_refused(
 ) -> None:
     vm = VirtualMachine.create(VmConfig(), [SLOT], spp=True)
     overtaking = SlotSpec(1, 1 << 22, 1 << 20)
-    acquire = vm._acquire
+    acquire = vm.state._acquire
 
     def overtaken() -> None:
-        monkeypatch.setattr(vm, "_acquire", acquire)
+        monkeypatch.setattr(vm.state, "_acquire", acquire)
         vm.set_slot(overtaking)
         acquire()
 
-    monkeypatch.setattr(vm, "_acquire", overtaken)
+    monkeypatch.setattr(vm.state, "_acquire", overtaken)
     with pytest.raises(Busy):
         change(vm)
     assert vm.slots() == (SLOT, overtaking)

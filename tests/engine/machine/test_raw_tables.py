@@ -121,7 +121,7 @@ def test_an_entry_cannot_lead_to_what_is_no_table(vm: VirtualMachine) -> None:
     """Registers, vCPU records, layers and guest pages lie in the same arena."""
     vm.write_memory(GPA, b"x")
     vm.set_subpages([])
-    m = vm._state.snapshot.machine
+    m = vm.state.current.snapshot.machine
     tables = {int(frames.EPT), int(frames.SPPT), int(frames.CLIENT)}
     others = {int(k): frame for frame, k in enumerate(m.kind) if k not in tables and k != frames.FREE}
     assert {int(frames.STATE), int(frames.VCPU), int(frames.MEMORY)} <= set(others)
@@ -201,7 +201,7 @@ def test_new_frames_are_zero_and_distinct(vm: VirtualMachine) -> None:
 
 
 def test_one_change_at_a_time(vm: VirtualMachine) -> None:
-    with vm._change(), pytest.raises(Busy):
+    with vm.state.change(), pytest.raises(Busy):
         vm.tables.set_ept_entry(1, GPA, 0)
 
 
@@ -210,9 +210,9 @@ def test_nothing_is_flushed() -> None:
     vm = machine(maxphyaddr=WIDTH, translation_cache="model")
     vm.access(AccessRequest(GPA))
     vm.access(AccessRequest(GPA))
-    before = vm._state.snapshot.machine.tlb.copy()
+    before = vm.state.current.snapshot.machine.tlb.copy()
     vm.tables.set_ept_entry(1, GPA, LEAF)
-    assert (vm._state.snapshot.machine.tlb == before).all()
+    assert (vm.state.current.snapshot.machine.tlb == before).all()
     assert vm.walk(GPA).outcome == "ept_violation"
 
 

@@ -12,15 +12,15 @@ from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.errors import OutOfMemory
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
-from engine.machine.summary import Outline, outline_from_head
+from engine.machine.summary import Summary, summary_from_head
 from engine.state.config import HostConfig, VcpuConfig, VmConfig
 
 SLOTS = (SlotSpec(0, 0, 1 << 22), SlotSpec(3, 1 << 32, 1 << 16, read_only=True))
 LEAF = CpuidEntry(0x1, eax=0x806EC, ecx=1 << 5)
 
 
-def from_head(vm: VirtualMachine) -> Outline | None:
-    return outline_from_head(json.loads(json.dumps(vm.head())))
+def from_head(vm: VirtualMachine) -> Summary | None:
+    return summary_from_head(json.loads(json.dumps(vm.head())))
 
 
 def nothing(vm: VirtualMachine) -> None:
@@ -49,23 +49,23 @@ def test_the_head_has_it(change: Callable[[VirtualMachine], None]) -> None:
     )
     vm = VirtualMachine.create(config, SLOTS)
     change(vm)
-    outline = from_head(vm)
-    assert outline is not None and outline == vm.outline()
-    assert outline.spp_active is vm.spp_active is (change is enable)
-    assert outline.slots == vm.slots() and outline.identities == tuple(vm.nested.identities())
-    assert outline.failing == vm.allocations.failing == (8 if change is enable else 9)
-    assert outline.config == vm.config
+    summary = from_head(vm)
+    assert summary is not None and summary == vm.summary()
+    assert summary.spp_active is vm.spp_active is (change is enable)
+    assert summary.slots == vm.slots() and summary.identities == tuple(vm.nested.identities())
+    assert summary.failing == vm.allocations.failing == (8 if change is enable else 9)
+    assert summary.config == vm.config
 
 
 def test_an_allocation_that_failed_is_not_shown_any_more() -> None:
     vm = VirtualMachine.create(VmConfig(host=HostConfig(fail_allocation=1)), SLOTS)
     with pytest.raises(OutOfMemory):
         vm.enable_spp()
-    outline = from_head(vm)
-    assert outline is not None and outline.failing is None and not outline.spp_active
+    summary = from_head(vm)
+    assert summary is not None and summary.failing is None and not summary.spp_active
 
 
 def test_a_head_from_before() -> None:
     head = VirtualMachine.create(VmConfig(), SLOTS).head()
     del head["outline"]
-    assert outline_from_head(head) is None
+    assert summary_from_head(head) is None

@@ -227,7 +227,7 @@ def test_move_of_contents_in_more_regions_than_frames_are_at_hand() -> None:
     for i in range(regions):
         vm.write_memory(i << 21, b"%05d" % i)
     page = 0
-    while not 640 <= len(vm._store.spare) < 700:
+    while not 640 <= len(vm.state.store.spare) < 700:
         page += 1
         vm.write_memory((1 << 39) + (page << 12), b"filler")
     vm.set_slot(SlotSpec(0, 1 << 41, 1 << 40))
@@ -266,7 +266,7 @@ def test_set_replaces_a_window() -> None:
 
 
 def test_set_of_more_pages_than_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.machine.virtual_machine.SET_BATCH", 100)
+    monkeypatch.setattr("engine.machine.subpages.SET_BATCH", 100)
     vm = machine()
     vm.set_subpages([SubpageRange(3, 250, np.arange(250, dtype=np.uint32)), SubpageRange(300, 201, 7)])
     assert maps(vm, 3, 250) == list(range(250))

@@ -43,7 +43,7 @@ def test_state_that_a_reader_holds_never_changes() -> None:
     vm = machine()
     set_map(vm, 1, 0x11)
     vm.write_memory(0x1000, b"then")
-    held = vm._state
+    held = vm.state.current
     then = picture(vm)[1]
     for word in range(20):
         set_map(vm, 1, word)
@@ -59,7 +59,7 @@ def test_state_that_a_reader_holds_never_changes() -> None:
 def test_state_that_a_reader_holds_survives_a_change_that_is_given_up() -> None:
     vm = machine(slots=[SlotSpec(0, 0, 1 << 44)])
     vm.write_memory(0x1000, b"then")
-    held = vm._state
+    held = vm.state.current
     with unchanged(vm), vm.replay(ReplayOptions()) as run:
         run.feed(chunk([i << 30 for i in range(900)]))
     for word in range(6):
@@ -73,25 +73,25 @@ def test_many_changes_use_the_same_rows_again() -> None:
     set_map(vm, 1, 1)
     vm.access(AccessRequest(0x1000))
     gc.collect()
-    rows = vm._state.snapshot.machine.rows.shape[0]
+    rows = vm.state.current.snapshot.machine.rows.shape[0]
     for word in range(300):
         set_map(vm, 1, word & 1)
-    assert vm._state.snapshot.machine.rows.shape[0] == rows
-    assert len(vm._store._retired) <= 2
+    assert vm.state.current.snapshot.machine.rows.shape[0] == rows
+    assert len(vm.state.store._retired) <= 2
     assert_sound(vm)
 
 
 def test_rows_of_a_held_state_wait_and_then_come_back() -> None:
     vm = machine()
     set_map(vm, 1, 0)
-    held = vm._state
+    held = vm.state.current
     for word in range(50):
         set_map(vm, 1, word)
-    waiting = len(vm._store._retired)
+    waiting = len(vm.state.store._retired)
     assert waiting == 50
     del held
     set_map(vm, 1, 99)
-    assert len(vm._store._retired) <= 2
+    assert len(vm.state.store._retired) <= 2
     assert_sound(vm)
 
 
@@ -111,9 +111,9 @@ def test_slots_that_come_and_go_do_not_grow_the_machine() -> None:
 def test_change_that_publishes_nothing_new_costs_no_row() -> None:
     vm = machine()
     set_map(vm, 1, 5)
-    before = vm._state.snapshot.machine.row_of.copy()
+    before = vm.state.current.snapshot.machine.row_of.copy()
     set_map(vm, 1, 5)
-    assert np.array_equal(vm._state.snapshot.machine.row_of[: len(before)], before)
+    assert np.array_equal(vm.state.current.snapshot.machine.row_of[: len(before)], before)
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
@@ -122,7 +122,7 @@ def test_change_that_fails_is_forgotten(error: type[BaseException]) -> None:
     set_map(vm, 1, 5)
 
     def fail() -> None:
-        with vm._change() as draft:
+        with vm.state.change() as draft:
             frames.write_word(draft.machine, frames.STATE_FRAME, 100, 1)
             frames.new_frame(draft.machine, frames.CLIENT)
             raise error
@@ -133,7 +133,7 @@ def test_change_that_fails_is_forgotten(error: type[BaseException]) -> None:
 
 def test_draft_grows_frames_and_rows_and_keeps_what_it_has() -> None:
     vm = machine()
-    store = vm._store
+    store = vm.state.store
     draft = store.begin(slot_table(vm.slots()))
     taken = [int(frames.new_frame(draft.machine, frames.CLIENT)) for _ in range(100)]
     for value, frame in enumerate(taken):
@@ -361,14 +361,14 @@ def test_a_withdrawn_successor_leaves_no_trace() -> None:
         set_map(vm, 2, turn)
         before = picture(vm)
     gc.collect()
-    rows = len(vm._state.snapshot.machine.rows)
+    rows = len(vm.state.current.snapshot.machine.rows)
     for turn in range(300):
         after = vm.successor()
         set_map(after, 1, turn)
         vm.withdraw(after)
         set_map(vm, 2, turn & 1)
         del after
-    assert len(vm._state.snapshot.machine.rows) == rows, "rows of withdrawn states are used again"
+    assert len(vm.state.current.snapshot.machine.rows) == rows, "rows of withdrawn states are used again"
 
 
 def test_a_state_held_from_before_survives_a_withdrawal() -> None:
@@ -378,17 +378,17 @@ def test_a_state_held_from_before_survives_a_withdrawal() -> None:
     first.write_memory(0x1000, b"never")
     vm.withdraw(first)
     vm.write_memory(0x1000, b"then")
-    held = vm._state
+    held = vm.state.current
     vm.write_memory(0x1000, b"here")
     after = vm.successor()
     after.write_memory(0x1000, b"gone")
-    late = after._state
+    late = after.state.current
     vm.withdraw(after)
     later = []
     for word in range(60):
         set_map(vm, 1, word)
         vm.write_memory(0x1000, bytes([word]) * 4)
-        later.append(vm._state)  # so that no row comes back, and every spare one is taken
+        later.append(vm.state.current)  # so that no row comes back, and every spare one is taken
     assert memory.read_bytes(held.snapshot.machine, 0x1000, 4) == b"then"
     assert memory.read_bytes(late.snapshot.machine, 0x1000, 4) == b"gone"
     assert [memory.read_bytes(state.snapshot.machine, 0x1000, 1)[0] for state in later] == list(range(60))
@@ -400,7 +400,7 @@ def test_a_successor_that_grew_is_withdrawn() -> None:
     before = picture(vm)
     after = vm.successor()
     replay(after, [i << 30 for i in range(900)])
-    assert len(after._state.snapshot.machine.rows) > len(vm._state.snapshot.machine.rows)
+    assert len(after.state.current.snapshot.machine.rows) > len(vm.state.current.snapshot.machine.rows)
     vm.withdraw(after)
     assert picture(vm) == before
     vm.write_memory(0x1000, b"next")

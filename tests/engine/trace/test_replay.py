@@ -448,7 +448,7 @@ def test_failure_before_it_begins_lets_the_writer_go(vm: VirtualMachine, monkeyp
         raise MemoryError
 
     with unchanged(vm):
-        monkeypatch.setattr("engine.machine.virtual_machine.TimedReplay", fail)
+        monkeypatch.setattr("engine.machine.traces.TimedReplay", fail)
         with pytest.raises(MemoryError):
             vm.replay(ReplayOptions())
 
@@ -458,7 +458,7 @@ def test_failure_while_publishing_changes_nothing(vm: VirtualMachine, monkeypatc
         raise MemoryError
 
     with unchanged(vm):
-        monkeypatch.setattr(vm._store, "publish", fail)
+        monkeypatch.setattr(vm.state.store, "publish", fail)
         with pytest.raises(MemoryError):
             replay(vm, [SHUT])
         monkeypatch.undo()

@@ -1,0 +1,83 @@
+"""The durable form of a machine: a small head as JSON, and blocks of 4 KiB, of which a commit writes what changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from engine.cpu import frames
+from engine.errors import InvalidValue
+from engine.kvm import registers as reg
+from engine.kvm.protection_head import protection_from_head, protection_to_head
+from engine.kvm.slot_map import SlotMap
+from engine.kvm.slots import SlotSpec
+from engine.machine import creation
+from engine.machine.nested_states import states_from_head, states_to_head
+from engine.machine.state import MachineState, State, targets_of_all
+from engine.machine.summary import summary_to_head
+from engine.state.frame_store import Snapshot, blocks_of
+from engine.state.head import config_from_head, config_to_head
+
+HEAD_FORMAT = 1
+
+
+def head_of(state: State) -> dict[str, Any]:
+    """The small part, as JSON: configuration, slots, protections, number of frames."""
+    return {**_head_of_others(state), "slots": json.loads(state.slots.json)}
+
+
+def head_text(state: State) -> str:
+    """The head as text. A machine may have thousands of slots: the text of each is kept, not made again."""
+    return f'{{"slots": {state.slots.json}, {json.dumps(_head_of_others(state))[1:]}'
+
+
+def _head_of_others(state: State) -> dict[str, Any]:
+    """The head without the slots."""
+    active, failing = bool(state.register(int(reg.SPP_ACTIVE))), state.register(int(reg.FAIL_ALLOCATION)) or None
+    return {
+        "format": HEAD_FORMAT,
+        "config": config_to_head(state.config),
+        "protections": [protection_to_head(p) for p in state.protections.values()],
+        "nested": states_to_head(state.config, state.nested),
+        "frames": len(state.snapshot.machine.row_of),
+        "outline": summary_to_head(spp_active=active, failing=failing),
+    }
+
+
+def blocks_between(snapshot: Snapshot, earlier: Snapshot | None) -> Iterator[tuple[str, int, bytes]]:
+    """(array, block, 4096 bytes) for what differs from an earlier state, or everything.
+
+    The array is the frame's kind and the block its number: a block's number alone tells which one it replaces,
+    and a freed frame comes as array ``free``.
+    """
+    since = earlier.machine if earlier is not None else None
+    for frame, kind, data in blocks_of(snapshot.machine, since):
+        yield frames.KIND_NAMES[kind], frame, data
+
+
+def restored(head: Mapping[str, Any], blocks: Mapping[tuple[str, int], bytes]) -> MachineState:
+    """The state that ``head`` and all its blocks describe; ``blocks`` maps (array, block) to 4096 bytes."""
+    if head["format"] != HEAD_FORMAT:
+        raise InvalidValue(f"this release reads format {HEAD_FORMAT}", field="format", value=head["format"])
+    config = config_from_head(head["config"])
+    store = creation.new_store(config)
+    kinds = {name: kind for kind, name in enumerate(frames.KIND_NAMES)}
+    store.adopt(
+        {block: (kinds[array], data) for (array, block), data in blocks.items() if array != "free"}, head["frames"]
+    )
+    known = {item.name: item for item in map(protection_from_head, head["protections"])}
+    state = MachineState(
+        store,
+        State(
+            config,
+            store.published,
+            SlotMap.of(SlotSpec(*row) for row in head["slots"]),
+            known,
+            targets_of_all(known),
+            states_from_head(config, head.get("nested", {})),
+        ),
+    )
+    with state.change():
+        pass
+    return state

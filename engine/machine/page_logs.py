@@ -1,0 +1,137 @@
+"""Page-modification logs of a machine's vCPUs, and the logs of its slots: given, emptied, taken away.
+
+What the processors logged is taken note of before anything that it depends on changes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.arch import controls as ctl
+from engine.arch import ept
+from engine.cpu import frames
+from engine.cpu.page_log import INDEX_MASK, LOG_ENTRIES
+from engine.errors import Conflict, Unsupported
+from engine.kvm import dirty_log, tracking
+from engine.kvm import registers as reg
+from engine.kvm.slot_map import SlotMap
+from engine.kvm.slots import SlotSpec
+from engine.state.config import VmConfig
+from engine.state.frame_store import Draft
+from engine.state.retry import new_trail, run_all
+
+
+def empty_buffers(draft: Draft, config: VmConfig, slots: SlotMap | None = None) -> None:
+    """Take note of what the processors logged; ``slots`` are those it was logged under, if they are about to change."""
+    if not register(draft.machine, reg.DIRTY_MODE) & tracking.BY_PML:
+        return
+    after = draft.machine.slots
+    if slots is not None:
+        draft.machine = draft.machine._replace(slots=slots.table)
+    for position in range(config.vcpu_records):
+        draft.ensure(20 * LOG_ENTRIES)
+        dirty_log.empty_buffer(draft.machine, position, np.int64(0))
+    draft.machine = draft.machine._replace(slots=after)
+
+
+def use_buffers(draft: Draft, config: VmConfig, method: str) -> None:
+    """Give every vCPU a page-modification log, or take it away. Raises Unsupported, Conflict."""
+    uses = bool(register(draft.machine, reg.DIRTY_MODE) & tracking.BY_PML)
+    if uses == (method == "pml"):
+        return
+    if not uses:
+        _check_page_log(draft.machine, config)
+    draft.ensure(config.vcpu_records)
+    machine = draft.machine
+    for frame in _vcpu_frames(config):
+        secondary = int(frames.read_word(machine, frame, ctl.V_SECONDARY))
+        if uses:
+            buffer = int(frames.frame_at(machine, frames.read_word(machine, frame, ctl.V_PML_ADDRESS)))
+            if buffer >= 0:
+                frames.free_frame(machine, buffer)
+            address, secondary = 0, secondary & ~ctl.SECONDARY_PML
+        else:
+            address = int(frames.address_of(machine, frames.new_frame(machine, frames.CLIENT)))
+            secondary |= ctl.SECONDARY_PML
+        frames.write_word(machine, frame, ctl.V_PML_ADDRESS, address)
+        frames.write_word(machine, frame, ctl.V_PML_INDEX, LOG_ENTRIES - 1)
+        frames.write_word(machine, frame, ctl.V_SECONDARY, secondary)
+
+
+def buffered_pages(machine: frames.Machine, config: VmConfig, slots: SlotMap) -> NDArray[np.int64]:
+    """GFNs in the page-modification logs that no log has taken note of yet, in slots."""
+    found: list[int] = []
+    if register(machine, reg.DIRTY_MODE) & tracking.BY_PML:
+        for frame in _vcpu_frames(config):
+            table = int(frames.read_word(machine, frame, ctl.V_PML_ADDRESS))
+            first = (int(frames.read_word(machine, frame, ctl.V_PML_INDEX)) + 1) & INDEX_MASK
+            entries = (int(frames.read_entry(machine, table, n)) for n in range(first, LOG_ENTRIES))
+            found += ((entry & ept.ADDRESS) >> 12 for entry in entries)
+    gfns = np.array(found, dtype=np.int64)
+    held: NDArray[np.int64] = gfns[np.array([slots.holding(gfn) is not None for gfn in found], dtype=bool)]
+    return held
+
+
+def slot_changed(draft: Draft, slots: SlotMap, old: SlotSpec | None, new: SlotSpec) -> None:
+    """After a slot came or changed: its log begins empty, ends with the flag, and its pages are watched or no longer.
+
+    ``slots`` are the slots from now on.
+    """
+    note_slots(draft, slots)
+    had = old is not None and old.log_dirty
+    if had == new.log_dirty or new.address_space:
+        return
+    if had:
+        out = np.zeros((new.pages + tracking.LOG_MASK) >> tracking.LOG_SHIFT, dtype=np.int64)
+        trail = new_trail()
+        run_all(draft, new.pages, lambda at: dirty_log.take_log(draft.machine, new.gfn, at, new.pages, out, trail))
+    watch_slot(draft, new)
+
+
+def note_slots(draft: Draft, slots: SlotMap) -> None:
+    """Note whether a slot has KVM's log."""
+    mode = register(draft.machine, reg.DIRTY_MODE) & ~tracking.SLOT_LOGS
+    if slots.logged:
+        mode |= tracking.SLOT_LOGS
+    store_register(draft.machine, reg.DIRTY_MODE, mode)
+
+
+def watch_slot(draft: Draft, spec: SlotSpec) -> None:
+    """Bring the mapped pages of a slot in line with what is tracked."""
+    trail = new_trail()
+    if not spec.address_space:
+        run_all(draft, spec.pages, lambda at: dirty_log.watch_mapped(draft.machine, spec.gfn, at, spec.pages, trail))
+
+
+def register(machine: frames.Machine, position: np.int64) -> int:
+    """A word of the state frame."""
+    return int(machine.rows[machine.row_of[frames.STATE_FRAME], position])
+
+
+def store_register(machine: frames.Machine, position: np.int64, word: int) -> None:
+    """Store a word of the state frame."""
+    frames.write_word(machine, frames.STATE_FRAME, position, np.int64(word))
+
+
+def _check_page_log(machine: frames.Machine, config: VmConfig) -> None:
+    host = config.host
+    flags = host.capability("ept_vpid_cap") & ept.CAP_ACCESSED_DIRTY
+    if not flags or not host.secondary_allowed & ctl.SECONDARY_PML or host.vendor != "intel":
+        raise Unsupported(
+            "must be write-protect: this host lacks a page-modification log or EPT dirty flags",
+            field="method",
+            value="pml",
+        )
+    for frame in _vcpu_frames(config):
+        if int(frames.read_word(machine, frame, ctl.V_SECONDARY)) & ctl.SECONDARY_PML:
+            raise Conflict(
+                "must be write-protect: the page-modification log of a vCPU is in use, its VMCS was written",
+                field="method",
+                value="pml",
+            )
+
+
+def _vcpu_frames(config: VmConfig) -> range:
+    first = int(frames.FIRST_VCPU_FRAME)
+    return range(first, first + config.vcpu_records)

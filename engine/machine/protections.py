@@ -1,0 +1,78 @@
+"""Protections of a machine: named byte ranges, and pages without a name, that the guest must not write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from engine.errors import Conflict, NotEnabled, NotFound
+from engine.kvm import enabling, protections, spp
+from engine.kvm import registers as reg
+from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
+from engine.kvm.slots import check_pages
+from engine.machine.state import Operations, State
+from engine.state.retry import new_trail, run_all
+
+
+class Protections(Operations):
+    """The protections of one machine."""
+
+    def all(self) -> tuple[Protection, ...]:
+        """Protections in order of creation."""
+        return tuple(self._state.current.protections.values())
+
+    def find(self, name: str) -> Protection:
+        """One protection. Raises NotFound."""
+        known = self._state.current.protections
+        if name not in known:
+            raise NotFound("must be the name of a protection of this machine", field="name", value=name)
+        return known[name]
+
+    def add(
+        self, name: str, objects: Sequence[ProtectedObject], ranges: Sequence[ProtectedPages], about: str | None
+    ) -> Protection:
+        """Protect named objects, and pages without a name. Raises Conflict when the name is taken."""
+        protection = Protection(name, tuple(objects), tuple(ranges), about)
+        now = self._state.current
+        width = now.config.maxphyaddr
+        protections.validate(protection, width)
+        self._check_active(protection)
+        if name in now.protections:
+            raise Conflict(
+                "must be a new name: a protection of that name exists", field="name", value=name, errno="EEXIST"
+            )
+        machine = now.snapshot.machine
+        for position, item in enumerate(protection.objects):
+            check_pages(machine, width, item.first_gfn, item.pages, f"objects[{position}].gpa", item.gpa)
+        for position, pages in enumerate(protection.ranges):
+            check_pages(machine, width, pages.gfn, pages.npages, f"pages[{position}][0]", pages.gfn)
+        self._recover(now, protection, {**now.protections, name: protection})
+        return protection
+
+    def remove(self, name: str) -> None:
+        """Delete a protection; what other protections cover stays covered. Raises NotFound."""
+        now = self._state.current
+        gone = self.find(name)
+        self._recover(now, gone, {k: v for k, v in now.protections.items() if k != name})
+
+    def _check_active(self, protection: Protection) -> None:
+        if self._state.current.register(int(reg.SPP_ACTIVE)):
+            return
+        whole = next((at for at, item in enumerate(protection.objects) if item.granularity == "page"), None)
+        if whole is not None:
+            raise NotEnabled(
+                "whole pages are protected by all their sub-pages: they need sub-page protection (PUT …/spp), too, as "
+                "long as machines without it cannot protect pages",
+                field=f"objects[{whole}].granularity",
+                value="page",
+            )
+        raise enabling.not_enabled()
+
+    def _recover(self, since: State, changed: Protection, left: Mapping[str, Protection]) -> None:
+        """Store what ``left`` covers on the pages of a protection that came or went."""
+        gfns, _ = protections.page_masks(changed.objects, changed.ranges)
+        objects = [item for p in left.values() for item in p.objects]
+        masks = protections.masks_at(gfns, objects, [item for p in left.values() for item in p.ranges])
+        trail = new_trail()
+        with self._state.change(since=since) as change:
+            change.protections = left
+            run_all(change, len(gfns), lambda start: spp.cover(change.machine, gfns, masks, start, trail))

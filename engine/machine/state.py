@@ -1,0 +1,160 @@
+"""What a machine is at one moment, and how it becomes what it is at the next. All groups of operations build on it.
+
+Reads look at the current state, from any thread, without waiting. A change has the machine to itself: it either
+publishes its whole effect or leaves the machine as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from engine.cpu import frames
+from engine.cpu.frames import Machine
+from engine.errors import Busy
+from engine.kvm.protections import Protection
+from engine.kvm.slot_map import SlotMap
+from engine.machine.fast_path import fast_path_serves
+from engine.machine.nested_states import NestedStates
+from engine.state.config import VmConfig
+from engine.state.frame_store import Draft, FrameStore, Snapshot
+from engine.trace.objects import Targets, targets_of
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that is published together. Whoever reads frames keeps the snapshot meanwhile, in a local name: rows
+    of a snapshot that nobody keeps are used again."""
+
+    config: VmConfig
+    snapshot: Snapshot
+    slots: SlotMap = field(default_factory=SlotMap)
+    protections: Mapping[str, Protection] = field(default_factory=dict)
+    targets: Targets = field(default_factory=lambda: targets_of(()))
+    nested: NestedStates = field(default_factory=NestedStates)
+
+    def register(self, position: int) -> int:
+        """A word of the state frame, by its number in ``kvm.registers``."""
+        machine = self.snapshot.machine
+        return int(machine.rows[machine.row_of[frames.STATE_FRAME], position])
+
+
+class Change(Draft):
+    """A change under way: frames as a draft has them, and beside them what else will be published."""
+
+    def __init__(self, store: FrameStore, state: State, slots: SlotMap | None = None) -> None:
+        self.config = state.config
+        self.slots = state.slots if slots is None else slots
+        self.protections = state.protections
+        self.nested = state.nested
+        super().__init__(store, self.slots.table)
+
+
+class MachineState:
+    """The state of one machine: what is published, and the one change that may be under way."""
+
+    def __init__(self, store: FrameStore, current: State) -> None:
+        self.store = store
+        self.current = current
+        self.writer = threading.Lock()
+
+    @contextmanager
+    def change(self, since: State | None = None, slots: SlotMap | None = None) -> Iterator[Change]:
+        """A change, published when the block ends well. ``since`` is the state that its input was checked against,
+        ``slots`` are the memory slots from now on. Raises Busy when another change is under way, or came first."""
+        change = self.open(since, slots)
+        try:
+            yield change
+        except BaseException:
+            self.abandon(change)
+            raise
+        self.publish(change)
+
+    def open(self, since: State | None = None, slots: SlotMap | None = None) -> Change:
+        """Begin a change; whoever does ends it with ``publish`` or ``abandon``."""
+        self._acquire()
+        try:
+            if since is not None and since is not self.current:
+                raise Busy("another change of this machine came first")
+            change = Change(self.store, self.current, slots)
+            _choose_path(change)
+        except BaseException:
+            self.writer.release()
+            raise
+        return change
+
+    def publish(self, change: Change) -> None:
+        """Make a change the current state."""
+        try:
+            self.store.publish(change)
+            same = change.protections is self.current.protections
+            self.current = State(
+                change.config,
+                self.store.published,
+                change.slots,
+                change.protections,
+                self.current.targets if same else targets_of_all(change.protections),
+                change.nested,
+            )
+        except BaseException:
+            self.store.abandon(change)
+            raise
+        finally:
+            self.writer.release()
+
+    def abandon(self, change: Change) -> None:
+        """Forget a change."""
+        self.store.abandon(change)
+        self.writer.release()
+
+    def twin(self) -> MachineState:
+        """The same state, to be changed and thrown away; this one takes no notice of it."""
+        current = self.current
+        store = self.store.twin(current.snapshot)
+        return MachineState(store, replace(current, snapshot=store.published))
+
+    def successor(self) -> MachineState:
+        """A state that goes on from this one and takes the changes; this one takes none until it is withdrawn."""
+        self._acquire()
+        return MachineState(self.store, self.current)
+
+    def withdraw(self, after: MachineState) -> None:
+        """Undo what was done to the successor, which takes no changes any more; this state takes them again."""
+        after._acquire()
+        self.store.revert(self.current.snapshot)
+        self.writer.release()
+
+    def _acquire(self) -> None:
+        if not self.writer.acquire(blocking=False):
+            raise Busy("another change of this machine is under way")
+
+
+class Operations:
+    """A group of operations on one machine."""
+
+    def __init__(self, state: MachineState) -> None:
+        self._state = state
+
+    @property
+    def _config(self) -> VmConfig:
+        return self._state.current.config
+
+    @property
+    def _published(self) -> Snapshot:
+        return self._state.current.snapshot
+
+
+def targets_of_all(protections: Mapping[str, Protection]) -> Targets:
+    """The objects of all protections, as a replay looks for them."""
+    return targets_of([item for p in protections.values() for item in p.objects])
+
+
+def _choose_path(change: Change) -> None:
+    machine: Machine = change.machine
+    serves = fast_path_serves(change.config, machine)
+    if bool(machine.caps[frames.CAP_FAST_PATH]) != serves:
+        caps = machine.caps.copy()
+        caps[frames.CAP_FAST_PATH] = serves
+        change.machine = machine._replace(caps=caps)

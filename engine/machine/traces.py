@@ -1,0 +1,101 @@
+"""What a machine's guest does: one access, or a trace of them as one transaction; and an access explained."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.arch import access as acc
+from engine.cpu import explain, frames
+from engine.errors import LimitExceeded
+from engine.kvm import memory
+from engine.kvm import registers as reg
+from engine.machine import walks
+from engine.machine.hyperv_vps import Runs, enter, leave
+from engine.machine.memory import store_bytes
+from engine.machine.state import Change, Operations
+from engine.machine.trace_operations import TraceOperations
+from engine.trace.asking import AskingReplay
+from engine.trace.execution import Execute
+from engine.trace.session import ASK, Replay, ReplayOptions, ReplayTransaction
+from engine.trace.single import AccessRequest, AccessResult
+from engine.trace.timed import TimedReplay
+
+
+class Traces(Operations):
+    """Accesses of one machine's vCPUs."""
+
+    def access(self, request: AccessRequest, run: Execute) -> AccessResult:
+        """One guest access, executed by ``run``: on its own, or as one that asks (see ``trace.asked_access``)."""
+        request.validate(self._config)
+        with self._state.change() as change:
+            enter(change, request.vcpu)
+            result, places, tally = run(change, request, change.config, self._state.current.targets)
+            data = request.data or b""
+            for gpa, size in places if data else ():
+                store_bytes(change, gpa, data[:size])
+                data = data[size:]
+            _count(change, tally)
+            leave(change, request.vcpu)
+            if result.allowed and places and request.access == acc.READ:
+                return result.with_data(b"".join(memory.read_bytes(change.machine, *place) for place in places))
+        return result
+
+    def replay(self, options: ReplayOptions, earlier: AskingReplay | None = None) -> ReplayTransaction:
+        """A replay, one transaction: ``with traces.replay(options) as r: r.feed(chunk) …; r.finish()``.
+
+        With ``on_violation`` ask it may pause; given as ``earlier``, it goes on in the next transaction.
+        """
+        options.validate()
+        change = self._state.open()
+        try:
+            runs = Runs(change)
+            replay = self._begin(change, options, runs, earlier)
+        except BaseException:
+            self._state.abandon(change)
+            raise
+
+        def publish(done: Replay) -> None:
+            try:
+                _count(change, done.uncounted())
+                runs.finish()
+            except BaseException:
+                self._state.abandon(change)
+                raise
+            self._state.publish(change)
+
+        return ReplayTransaction(replay, publish, lambda: self._state.abandon(change))
+
+    def _begin(self, change: Change, options: ReplayOptions, runs: Runs, earlier: AskingReplay | None) -> Replay:
+        targets = self._state.current.targets
+        if earlier is not None:
+            earlier.go_on(change, targets, runs)
+            return earlier
+        if options.on_violation == ASK:
+            return AskingReplay(change, options, targets, runs)
+        return TimedReplay(change, options, targets, runs, TraceOperations(change))
+
+    def walk(self, request: AccessRequest, run: Execute) -> walks.Walk:
+        """What the processor finds of an access, entry by entry, and how it ends once KVM has done its part.
+
+        Changes nothing: the access is executed on a twin of the machine, which costs a copy of its frames.
+        """
+        request.validate(self._config)
+        twin = Traces(self._state.twin())
+        now = twin._explained(request)
+        try:
+            result = twin.access(request, run)
+        except LimitExceeded as limit:
+            return walks.cut_short(now, limit)
+        return walks.walk_of(twin._published.machine, now, result, twin._explained(request))
+
+    def _explained(self, request: AccessRequest) -> explain.Explanation:
+        position = self._config.vcpu_position(request.vcpu)
+        assert request.gpa is not None, "what is explained is an access by GPA"
+        return explain.explain(self._published.machine, position, request.gpa, request.size, request.how)
+
+
+def _count(change: Change, tally: NDArray[np.int64]) -> None:
+    machine = change.machine
+    row = frames.own(machine, frames.STATE_FRAME)
+    machine.rows[row, reg.COUNTERS_AT : reg.COUNTERS_AT + len(tally)] += tally
