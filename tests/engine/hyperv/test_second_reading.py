@@ -26,10 +26,6 @@ places = st.one_of(
 )
 
 
-def state_of(machine: FlushMachine) -> Any:
-    return [machine.held(vp.position) for vp in machine.vps], machine.m.queues.tobytes()
-
-
 class Run:
     """One call on a fresh machine, and what the second reading says of it."""
 
@@ -45,9 +41,9 @@ class Run:
             self.answer = oracle.kvm(control, self.read)
         else:
             self.answer = oracle.tlfs(control, self.read, gpa, memory=self.readable)
-        before = state_of(self.machine)
+        before = self.machine.state()
         self.done = self.machine.call(Caller(rcx=control, rdx=first if self.fast else gpa, r8=second, xmm=xmm))
-        self.unchanged = state_of(self.machine) == before
+        self.unchanged = self.machine.state() == before
 
     def read(self, first: int, count: int) -> list[int] | None:
         if self.fast:

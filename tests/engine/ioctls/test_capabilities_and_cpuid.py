@@ -18,7 +18,8 @@ from engine.nested import (
     ioctl,
 )
 from engine.nested.ioctls import NUMBERS, SYSTEM, VCPU, VM, knows
-from tests.engine.nested.support import ERAS, EV, NONE, Ram, blob, do_set, make_vcpu, vmx_cpuid
+from tests.engine.nested.support import ERAS, EV, NONE, blob, do_set, make_vcpu, vmx_cpuid
+from tests.engine.ram import Ram
 
 POINTER = 0x1000
 

@@ -12,7 +12,8 @@ from engine.arch.kvm_vcpu_structs import EVENTS, REGS, SREGS
 from engine.arch.vmx_msrs import EFER_SVME
 from engine.nested import Call, NestedHost, NestedVcpu, Reply, ioctl
 from engine.vcpu.cpuid import supported_cpuid
-from tests.engine.nested.support import ERAS, GM, Ram, blob, do_set, make_vcpu
+from tests.engine.nested.support import ERAS, GM, blob, do_set, make_vcpu
+from tests.engine.ram import Ram
 
 LONG_MODE = {"cr0": 0x8000_0031, "cr4": 0x20, "ia32_efer": 0xD00}
 

@@ -22,21 +22,8 @@ from engine.nested import (
     vmptrst,
 )
 from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE
-from tests.engine.nested.support import (
-    ERAS,
-    EV,
-    GM,
-    MIN32,
-    NONE,
-    RP,
-    Ram,
-    blob,
-    do_get,
-    do_set,
-    make_vcpu,
-    summary,
-    vmcs12,
-)
+from tests.engine.nested.support import ERAS, EV, GM, MIN32, NONE, RP, blob, do_get, do_set, make_vcpu, summary, vmcs12
+from tests.engine.ram import Ram
 
 ASSIST, PAGE, OTHER = 0x8000, 0x9000, 0xA000
 CLEAN = 824

@@ -10,7 +10,8 @@ from engine.arch import vmx_msrs as vmx
 from engine.nested import ENTRY_CHECKS, NestedHost
 from engine.nested.entry_context import canonical, pat_valid
 from tests.engine.nested.entry_check_cases import APIC, CASES, EPT, GOOD_EPT, VALID, secondary
-from tests.engine.nested.support import ERAS, GM, MIN32, MIN64, RP, Ram, blob, do_set, make_vcpu, vmcs12, vmx_cpuid
+from tests.engine.nested.support import ERAS, GM, MIN32, MIN64, RP, blob, do_set, make_vcpu, vmcs12, vmx_cpuid
+from tests.engine.ram import Ram
 
 ALL_SECONDARY = {
     "IA32_VMX_PROCBASED_CTLS2": 0xFFFF_FFFF << 32,

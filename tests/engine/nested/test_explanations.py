@@ -20,12 +20,12 @@ from tests.engine.nested.support import (
     RP,
     SHADOW_WORD,
     SHADOWING,
-    Ram,
     blob,
     make_vcpu,
     vmcs12,
 )
 from tests.engine.nested.svm import svm_blob, vcpu_with_svm, vmcb
+from tests.engine.ram import Ram
 
 OLD, NEW = ERAS
 SHADOWED: dict[str, Any] = {"flags": GM, "data": vmcs12(SHADOWING)}

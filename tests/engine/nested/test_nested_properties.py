@@ -24,7 +24,6 @@ from tests.engine.nested.support import (
     RP,
     SHADOW_WORD,
     SHADOWING,
-    Ram,
     blob,
     do_get,
     do_set,
@@ -32,6 +31,7 @@ from tests.engine.nested.support import (
     summary,
     vmcs12,
 )
+from tests.engine.ram import Ram
 
 ERRNOS = {"EINVAL", "EFAULT", None}
 

@@ -11,7 +11,8 @@ from engine.arch.vmx_msrs import EFER, EFER_SVME
 from engine.nested import NestedHost, NestedVcpu, enable_evmcs, set_cpuid, set_msr
 from engine.vcpu.cpuid import ECX8_SVM, supported_cpuid
 from tests.engine.nested.selftest_rows import SVM_FRESH, SVM_WITH_SVME, Row, VmxRows, newest_vmx_rows, rows_of_2019
-from tests.engine.nested.support import GIF, Ram, blob, do_get, do_set, vmx_cpuid
+from tests.engine.nested.support import GIF, blob, do_get, do_set, vmx_cpuid
+from tests.engine.ram import Ram
 
 
 def check(vcpu: NestedVcpu, rows: Iterable[Row]) -> None:

@@ -17,7 +17,6 @@ from tests.engine.nested.support import (
     RP,
     SHADOW_WORD,
     SHADOWING,
-    Ram,
     blob,
     do_get,
     do_set,
@@ -26,6 +25,7 @@ from tests.engine.nested.support import (
     vmcs12,
     vmx_cpuid,
 )
+from tests.engine.ram import Ram
 
 
 def build(vector: Vector, era: str) -> tuple[NestedVcpu, Ram]:

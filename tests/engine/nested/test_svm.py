@@ -6,8 +6,9 @@ import pytest
 
 from engine.arch.vmx_msrs import EFER_SVME
 from engine.nested import NestedHost, NestedVcpu, UserBuffer, get_nested_state
-from tests.engine.nested.support import GIF, GM, RP, Ram, do_get, do_set
+from tests.engine.nested.support import GIF, GM, RP, do_get, do_set
 from tests.engine.nested.svm import svm_blob, vcpu_with_svm, vmcb
+from tests.engine.ram import Ram
 
 
 def test_entering_l2_and_reading_it_back() -> None:

@@ -30,7 +30,6 @@ from tests.engine.nested.support import (
     NONE,
     SHADOW_WORD,
     SHADOWING,
-    Ram,
     blob,
     do_set,
     make_vcpu,
@@ -38,6 +37,7 @@ from tests.engine.nested.support import (
     vmcs12,
     vmx_cpuid,
 )
+from tests.engine.ram import Ram
 
 
 def with_current(era: str, fields: dict[str, int] | None = None, **changes: int) -> tuple[NestedVcpu, Ram]:

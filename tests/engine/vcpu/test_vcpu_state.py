@@ -28,7 +28,8 @@ from engine.nested import (
     write_msr,
 )
 from engine.vcpu.cpuid import cr4_allowed, maxphyaddr, nested_ebx
-from tests.engine.nested.support import ERAS, GM, MIN32, Ram, blob, do_set, make_vcpu, summary, vmcs12, vmx_cpuid
+from tests.engine.nested.support import ERAS, GM, MIN32, blob, do_set, make_vcpu, summary, vmcs12, vmx_cpuid
+from tests.engine.ram import Ram
 
 
 @pytest.mark.parametrize("era", ERAS)
