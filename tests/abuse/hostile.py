@@ -24,7 +24,7 @@ import httpx2
 
 from tests.abuse.process import PATIENCE, Service, new_vm, until
 from tests.contract.client import PROBLEM, contract
-from tests.service.test_negotiation import url
+from tests.contract.places import url
 
 NUMBERS = [
     *(b"9" * 5000, b"0x" + b"f" * 5000, b"-1", b"-0", b"-" + b"9" * 25, b"1e400", b"1E-400", b"0.1", b"nan", b"NaN"),

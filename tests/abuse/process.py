@@ -240,3 +240,13 @@ def flood(connection: socket.socket, piece: bytes, seconds: float, most: int = 1
                 done.closed = True
                 break
     return done
+
+
+def settled(client: httpx2.Client, reply: httpx2.Response) -> dict[str, Any]:
+    """The problem that a replay ended with, or {}."""
+    if reply.status_code != 202:
+        return dict(reply.json()) if reply.status_code != 201 else {}
+    url = reply.headers["Location"]
+    while (job := client.get(url).json())["state"] in ("queued", "running"):
+        time.sleep(0.01)
+    return dict(job["error"] or {})

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from typing import Any
 
 import httpx2
 import pytest
 
 from tests.abuse.bodies import ATTACKS, JSON, MIB, NDJSON, packed
-from tests.abuse.process import Service, serving
+from tests.abuse.process import Service, serving, settled
 
 BUDGET = 32 * MIB
 # What a body may take of the process: its budget once more for what it decodes to, queues, and a chunk of records.
@@ -38,16 +36,6 @@ def vm(client: httpx2.Client) -> str:
     reply = client.post(f"{reply.headers['Location']}/traces", content=b'{"gpa": 0}', headers={"Content-Type": NDJSON})
     assert reply.status_code == 201
     return str(reply.headers["Location"].rpartition("/traces/")[0])
-
-
-def settled(client: httpx2.Client, reply: httpx2.Response) -> dict[str, Any]:
-    """The problem that a replay ended with, or {}."""
-    if reply.status_code != 202:
-        return dict(reply.json()) if reply.status_code != 201 else {}
-    url = reply.headers["Location"]
-    while (job := client.get(url).json())["state"] in ("queued", "running"):
-        time.sleep(0.01)
-    return dict(job["error"] or {})
 
 
 @pytest.mark.parametrize("preference", [None, "respond-async"], ids=["call", "job"])

@@ -11,12 +11,11 @@ import httpx2
 import pytest
 
 from tests.abuse.bodies import ATTACKS, JSON, MIB, NDJSON, packed
+from tests.abuse.frames import WITHOUT_END as FRAMES
+from tests.abuse.frames import opened
+from tests.abuse.heads import WITHOUT_END
 from tests.abuse.hostile import attack
-from tests.abuse.process import Service, flood, new_vm
-from tests.abuse.test_bodies_memory import settled
-from tests.abuse.test_wire import WITHOUT_END
-from tests.abuse.test_wire_frames import WITHOUT_END as FRAMES
-from tests.abuse.test_wire_frames import opened
+from tests.abuse.process import Service, flood, new_vm, settled
 
 PEAK = 1024 * MIB
 _PIECE = 96 * MIB

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from service.settings import Settings
+from tests.clients import TOKEN
 from tests.contract.client import CONTRACT
 from tests.service.running import running
 
 HERE = Path(__file__).parent / "python"
 TOOLS = Path(__file__).parents[2] / "build" / "clients" / "bin"
-TOKEN = "sp_client_" + "0" * 43
 # What the generator knows no body for; see config.yaml.
 UNKNOWN_MEDIA = {
     "application/x-ndjson",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from service.settings import Settings
-from tests.clients.test_python import TOKEN
+from tests.clients import TOKEN
 from tests.contract.client import CONTRACT
 from tests.service.running import running
 

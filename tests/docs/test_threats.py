@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from functools import cache
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.functions import ROOT, functions_of
+
 GUIDE = ROOT / "docs" / "operations-security.md"
 
 
@@ -20,13 +18,6 @@ def promises() -> list[tuple[str, list[str]]]:
     return [
         (promise, re.findall(r"`([^`]+)`", tests)) for promise, tests in rows if not promise.startswith(("**", "-"))
     ]
-
-
-@cache
-def functions_of(name: str) -> frozenset[str]:
-    """The functions of a file of tests."""
-    tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
-    return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
 
 
 @pytest.mark.parametrize(("promise", "named"), promises(), ids=lambda value: value if isinstance(value, str) else "")

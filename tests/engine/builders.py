@@ -26,6 +26,7 @@ from engine.state.frame_store import Draft, FrameStore, blocks_of
 from engine.trace.columns import TraceChunk
 from engine.trace.results import TraceResult
 from engine.trace.session import ReplayOptions
+from engine.trace.single import AccessRequest
 
 READ, WRITE, EXECUTE = acc.READ, acc.WRITE, acc.EXECUTE
 PAGE = 4096
@@ -66,6 +67,16 @@ def protect(vm: VirtualMachine, name: str, *ranges: tuple[int, int]) -> None:
 def maps(vm: VirtualMachine, gfn: int, npages: int = 1, layer: str = "effective") -> list[int]:
     """One layer of the maps as plain integers."""
     return [int(word) for word in vm.subpages(gfn, npages, layer)]
+
+
+def store_word(vm: VirtualMachine, gpa: int, value: int, size: int = 8) -> None:
+    """A word into guest memory."""
+    vm.write_memory(gpa, value.to_bytes(size, "little"))
+
+
+def load_word(vm: VirtualMachine, gpa: int, size: int = 8) -> int:
+    """A word of guest memory."""
+    return int.from_bytes(vm.read_memory(gpa, size), "little")
 
 
 # ---- traces
@@ -246,6 +257,11 @@ def store_leaf(vm: VirtualMachine, gfn: int, change: Callable[[int], int]) -> No
     edit(vm, write)
 
 
+def spread(mask: int) -> int:
+    """The vector of a mask, by the manual's words alone."""
+    return sum(1 << 2 * s for s in range(32) if mask >> s & 1)
+
+
 def vector(vm: VirtualMachine, gfn: int, tree: int = 0) -> int | None:
     """The SPPL1E that a walk of a tree finds for a page, None where an entry above it is not valid."""
     m = vm.state.current.snapshot.machine
@@ -257,6 +273,12 @@ def vector(vm: VirtualMachine, gfn: int, tree: int = 0) -> int | None:
             return None
         table = entry & bits.ADDRESS
     return unsigned(int(frames.read_entry(m, table, gfn & 511)))
+
+
+def access(vm: VirtualMachine, gpa: int, kind: int = WRITE, **options: Any) -> list[str]:
+    """Execute an access; what was done about each exit, and how it ended."""
+    result = vm.access(AccessRequest(gpa, access=kind, **options))
+    return [*(name for name in resolutions(result) if name != result.resolution), result.resolution]
 
 
 def resolutions(result: Any) -> list[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from .mutant import Mutant
 from .paths import ACCESS_CHECK, DERIVED, full, named, plain
 
-DECISION_PY = "engine/cpu/access_check.py"
+ACCESS_CHECK_PY = "engine/cpu/access_check.py"
 
 MUTANTS = (
     Mutant(
         "rights-user-execute",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "right = bits.USER_EXECUTE if mode & ept.MODE_MBEC and user else bits.EXECUTE",
         "right = bits.USER_EXECUTE if mode & ept.MODE_MBEC else bits.EXECUTE",
         "29.3.3.2: bit 10 decides about user-mode linear addresses only",
@@ -18,7 +18,7 @@ MUTANTS = (
     ),
     Mutant(
         "rights-paging-write-upper",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "return paging_write and leaf & bits.PAGING_WRITE != 0 and upper != 0",
         "return paging_write and leaf & bits.PAGING_WRITE != 0",
         "29.3.3.2: bit 58 stands in for the write bit of the leaf only",
@@ -26,7 +26,7 @@ MUTANTS = (
     ),
     Mutant(
         "rights-paging-write-any",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "paging_write = is_paging(how) and mode & ept.MODE_PAGING_WRITE != 0",
         "paging_write = mode & ept.MODE_PAGING_WRITE != 0",
         "29.3.3.2: bit 58 is for guest paging-structure accesses",
@@ -34,7 +34,7 @@ MUTANTS = (
     ),
     Mutant(
         "rights-shadow-stack-leaf",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "return rights & bits.READ != 0 and upper != 0 and leaf & bits.SUPERVISOR_SHADOW_STACK != 0",
         "return rights & bits.READ != 0 and upper != 0",
         "29.3.3.2: supervisor shadow stacks need bit 60 of the leaf",
@@ -42,7 +42,7 @@ MUTANTS = (
     ),
     Mutant(
         "rights-shadow-stack-user",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "return kind == acc.SHADOW_STACK and mode & ept.MODE_SHADOW_STACK != 0 and user == 0",
         "return kind == acc.SHADOW_STACK and mode & ept.MODE_SHADOW_STACK != 0",
         "29.3.3.2: EPTP[7] is about supervisor shadow stacks",
@@ -50,7 +50,7 @@ MUTANTS = (
     ),
     Mutant(
         "rights-walk-read-writes",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if kind == acc.PAGING_UPDATE or (kind == acc.PAGING_READ and mode & ept.MODE_ACCESSED_DIRTY and translated):",
         "if kind == acc.PAGING_UPDATE:",
         "29.3.3.2: with EPTP[6], reads of guest paging structures count as writes",
@@ -58,7 +58,7 @@ MUTANTS = (
     ),
     Mutant(
         "rights-pdpte-load",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if kind == acc.PAGING_UPDATE or (kind == acc.PAGING_READ and mode & ept.MODE_ACCESSED_DIRTY and translated):",
         "if kind == acc.PAGING_UPDATE or (kind == acc.PAGING_READ and mode & ept.MODE_ACCESSED_DIRTY):",
         "29.3.3.2: loads of PDPTEs are never writes",
@@ -66,7 +66,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-write-of-leaf",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if not mode & ept.MODE_SPP or not wanted & bits.WRITE or rights & bits.WRITE or how & acc.SPP_EXEMPT:",
         "if not mode & ept.MODE_SPP or not wanted & bits.WRITE or leaf & bits.WRITE or how & acc.SPP_EXEMPT:",
         "29.3.4.1: write may be missing at any level",
@@ -74,7 +74,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-exempt",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if not mode & ept.MODE_SPP or not wanted & bits.WRITE or rights & bits.WRITE or how & acc.SPP_EXEMPT:",
         "if not mode & ept.MODE_SPP or not wanted & bits.WRITE or rights & bits.WRITE:",
         "29.3.4.1: never in a transactional region",
@@ -82,7 +82,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-control",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if not mode & ept.MODE_SPP or not wanted & bits.WRITE or rights & bits.WRITE or how & acc.SPP_EXEMPT:",
         "if not wanted & bits.WRITE or rights & bits.WRITE or how & acc.SPP_EXEMPT:",
         "29.3.4.1: bit 61 means nothing without the control",
@@ -90,7 +90,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-large-page",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if level != 1 or not leaf & bits.SPP or is_paging(how) or supervisor_shadow_stack(how, mode):",
         "if level > 2 or not leaf & bits.SPP or is_paging(how) or supervisor_shadow_stack(how, mode):",
         "29.3.4.1: 4-KByte pages only",
@@ -98,7 +98,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-bit-61",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if level != 1 or not leaf & bits.SPP or is_paging(how) or supervisor_shadow_stack(how, mode):",
         "if level != 1 or is_paging(how) or supervisor_shadow_stack(how, mode):",
         "29.3.4.1: the leaf needs bit 61",
@@ -106,7 +106,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-paging",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if level != 1 or not leaf & bits.SPP or is_paging(how) or supervisor_shadow_stack(how, mode):",
         "if level != 1 or not leaf & bits.SPP or supervisor_shadow_stack(how, mode):",
         "29.3.4.1: never for guest paging-structure accesses",
@@ -114,7 +114,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-shadow-stack",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if level != 1 or not leaf & bits.SPP or is_paging(how) or supervisor_shadow_stack(how, mode):",
         "if level != 1 or not leaf & bits.SPP or is_paging(how):",
         "29.3.4.1: never for supervisor shadow stacks under EPTP[7]",
@@ -122,7 +122,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-execute-only",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "return rights & bits.READ != 0 or m.caps[CAP_SPP_EXECUTE_ONLY] != 0",
         "return True",
         "29.3.4.1: a page that cannot be read is not eligible, but for the switch",
@@ -130,7 +130,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-modify-needs-read",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if wanted & bits.READ and not rights & bits.READ:",
         "if wanted & bits.READ and not leaf & bits.RIGHTS:",
         "29.3.4.1: write must be all that is missing",
@@ -139,7 +139,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-any-sub-page",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "allowed = denied == 0",
         "allowed = denied != sppt.touched(gpa, size)",
         "29.3.4.2: every sub-page that a write touches must allow it",
@@ -147,7 +147,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-rights-of-leaf",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "q |= (rights & bits.RIGHTS) << exits.Q_RIGHTS_SHIFT",
         "q |= (leaf & bits.RIGHTS) << exits.Q_RIGHTS_SHIFT",
         "table 28-7: bits 5:3 are the AND over all entries",
@@ -155,7 +155,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-user-execute",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if mode & ept.MODE_MBEC and rights & bits.USER_EXECUTE:",
         "if rights & bits.USER_EXECUTE:",
         "table 28-7: bit 6 is 0 without MBEC",
@@ -163,7 +163,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-final",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if is_paging(how):",
         "if is_paging(how) and how & acc.ACCESS_MASK == acc.WRITE:",
         "table 28-7: bit 8 is 0 for a guest paging-structure access",
@@ -172,7 +172,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-linear-valid",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if not linear & acc.LINEAR_VALID:",
         "if how & acc.SPP_EXEMPT:",
         "table 28-7: bit 7 is 0 for a load of PDPTEs",
@@ -180,7 +180,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-advanced",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if m.caps[CAP_EPT_VPID] & bits.CAP_ADVANCED_EXIT:",
         "if m.caps[CAP_EPT_VPID] & bits.CAP_SHADOW_STACK == 0:",
         "table 28-7: bits 11:9 need IA32_VMX_EPT_VPID_CAP[22]",
@@ -188,7 +188,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-supervisor-shadow-stack",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if mode & ept.MODE_SHADOW_STACK and leaf & bits.SUPERVISOR_SHADOW_STACK:",
         "if mode & ept.MODE_SHADOW_STACK:",
         "table 28-7: bit 14 is bit 60 of the leaf",
@@ -196,7 +196,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-verification",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if allowed:",
         "if allowed or how & acc.UNVERIFIED_PAGING:",
         "table 28-7: bit 15 only where the rights alone allow the access",
@@ -204,7 +204,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-verification-leaf",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "return unverified and leaf & bits.VERIFY_PAGING != 0 and not is_paging(how)",
         "return unverified and not is_paging(how)",
         "29.3.3.2: verification is for pages with bit 57",
@@ -212,7 +212,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-nmi-unblocking",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "return exits.SPP_EVENT, exits.Q_SPP_MISS | circumstances(how), 0",
         "return exits.SPP_EVENT, exits.Q_SPP_MISS, 0",
         "28.2.3: bit 12 of an SPP-related event too",
@@ -220,7 +220,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-modify-reads",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if kind == acc.READ_MODIFY_WRITE and not m.caps[CAP_RMW_READS]:",
         "if kind == acc.READ_MODIFY_WRITE:",
         "table 28-7: bit 0 of a read-modify-write is the processor's choice, here a switch",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from .mutant import Mutant
 from .paths import ACCESS_CHECK, LOG, named, plain
 
-DECISION_PY = "engine/cpu/access_check.py"
+ACCESS_CHECK_PY = "engine/cpu/access_check.py"
 PAGE_LOG_PY = "engine/cpu/page_log.py"
 VE_PY = "engine/cpu/ve.py"
 
 MUTANTS = (
     Mutant(
         "flags-dirty-of-tables",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if row == last and wants(how, mode) & bits.WRITE:",
         "if wants(how, mode) & bits.WRITE:",
         "29.3.5: only the leaf has a dirty flag",
@@ -20,7 +20,7 @@ MUTANTS = (
     ),
     Mutant(
         "flags-dirty-by-read",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "if row == last and wants(how, mode) & bits.WRITE:",
         "if row == last:",
         "29.3.5: a read sets no dirty flag",
@@ -28,7 +28,7 @@ MUTANTS = (
     ),
     Mutant(
         "flags-accessed-of-leaf",
-        DECISION_PY,
+        ACCESS_CHECK_PY,
         "for row in range(count):",
         "for row in range(last, count):",
         "29.3.5: every entry used gets its accessed flag",

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
 from engine.errors import EngineError
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
@@ -12,7 +15,10 @@ from engine.machine import SubpageRange, VirtualMachine
 from engine.machine.page_access import AccessChange
 from engine.trace.results import TraceResult
 from engine.trace.single import AccessRequest
-from tests.engine.builders import exits, replay
+from tests.engine.builders import (
+    exits,
+    replay,
+)
 from tests.property.model import PAGE, WRITE, Model, Tally
 
 Draw = Callable[[int, int], int]
@@ -210,3 +216,15 @@ def agree_on_accesses(answer: Any, tally: Tally) -> None:
         assert (hits.violations, hits.collateral) == (tally.hits[name], tally.collateral[name])
         assert hits.first_index == tally.first.get(name)
     assert set(tally.hits) <= set(answer.by_object)
+
+
+small = settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+)
+
+
+def drawing(data: st.DataObject) -> Draw:
+    return lambda low, high: data.draw(st.integers(low, high))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import EngineError
@@ -29,18 +29,19 @@ from tests.engine.builders import (
 )
 from tests.property.comparing import LAYERS, compare
 from tests.property.model import PAGE, Model, Refused
-from tests.property.operations import FIRST, LAST, Draw, agree, do, first_slots, foretell, operation, rows
-
-small = settings(
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+from tests.property.operations import (
+    FIRST,
+    LAST,
+    Draw,
+    agree,
+    do,
+    drawing,
+    first_slots,
+    foretell,
+    operation,
+    rows,
+    small,
 )
-
-
-def drawing(data: st.DataObject) -> Draw:
-    return lambda low, high: data.draw(st.integers(low, high))
 
 
 @pytest.mark.parametrize("profile", PROFILES)

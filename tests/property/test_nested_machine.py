@@ -12,9 +12,9 @@ from engine.errors import EngineError
 from engine.machine import VirtualMachine
 from engine.nested import read_nested_state
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX
-from tests.engine.builders import Durable, assert_sound, machine, picture, round_trip
+from tests.engine.builders import Durable, assert_sound, machine, picture, round_trip, store_word
+from tests.engine.nested.drawn_blobs import blobs
 from tests.engine.nested.support import ERAS, EV, GM, MIN32, NONE, RP, SHADOW_WORD, SHADOWING, blob, vmcs12, vmx_cpuid
-from tests.engine.nested.test_nested_properties import blobs
 
 VCPUS = (0, 7)
 L2 = {"flags": GM, "data": vmcs12(MIN32)}
@@ -66,7 +66,7 @@ def test_stored_and_restored(era: str, history: list[tuple[int, tuple[Any, ...]]
     vm, disk = machine(era, spp=False, vcpus=VCPUS, maxphyaddr=39), Durable()
     vm.write_memory(0x1000, vmcs12(MIN32))
     vm.write_memory(0x2000, vmcs12(MIN32))
-    vm.write_memory(0x5000, SHADOW_WORD.to_bytes(4, "little"))
+    store_word(vm, 0x5000, SHADOW_WORD, 4)
     for vcpu in VCPUS:
         vm.nested.set_cpuid(vcpu, vmx_cpuid())
     for position, (vcpu, (name, *operands)) in enumerate(history):

@@ -16,8 +16,8 @@ from engine.state.config import VmConfig
 from engine.trace.columns import TraceChunk
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest, AccessResult
-from tests.property.operations import Draw
-from tests.property.test_machine_properties import drawing, small
+from tests.engine.builders import store_word
+from tests.property.operations import Draw, drawing, small
 
 PAGE = 0x1000
 FIRST, PAGES = 0x20000, 3
@@ -45,8 +45,8 @@ def machine(*, model: bool = False) -> VirtualMachine:
     entries = {PML4: PDPT | 7, PDPT + 8: PD | 7, PD: PT | 7}
     for page in range(PAGES):
         entries[PT + 8 * page] = FIRST + page * PAGE | 7
-    for gpa, word in entries.items():
-        vm.write_memory(gpa, word.to_bytes(8, "little"))
+    for gpa, entry in entries.items():
+        store_word(vm, gpa, entry)
     vm.vcpus.set_vmcs(0, {"cr3": PML4})
     for page in range(PAGES):
         vm.access(AccessRequest(FIRST + page * PAGE))
@@ -64,7 +64,7 @@ def change(vm: VirtualMachine, what: tuple[str, int, int]) -> None:
     elif name == "vector":
         vm.tables.set_sppt_entry(1, gpa, value)
     else:
-        vm.write_memory(PT + 8 * page, (gpa | value if value else 0).to_bytes(8, "little"))
+        store_word(vm, PT + 8 * page, gpa | value if value else 0)
     vm.vcpus.invept(0, 2, 0)
     vm.vcpus.invvpid(0, 2, 0, 0)
 

@@ -11,6 +11,7 @@ from numba.core.dispatcher import Dispatcher
 
 from engine.warm.steps import warm
 from tests.contract.client import ContractClient
+from tests.service.job_calls import Gate
 from tests.service.running import Running, running
 
 MIB = 1 << 20
@@ -71,3 +72,10 @@ def make_vm(client: ContractClient) -> Iterator[Callable[..., str]]:
 @pytest.fixture
 def vm(make_vm: Callable[..., str]) -> str:
     return make_vm()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.opened.set()

@@ -9,6 +9,9 @@ from typing import Any
 
 import httpx2
 
+from tests.contract.client import ContractClient
+from tests.service.storage.stored import set_map
+
 SSE = {"Accept": "text/event-stream"}
 NDJSON = {"Accept": "application/x-ndjson"}
 PATIENCE = 60.0
@@ -60,3 +63,23 @@ def following(url: str, headers: dict[str, str] = SSE, **params: Any) -> Iterato
     with httpx2.stream("GET", url, headers=headers, params=params, timeout=PATIENCE) as response:
         assert response.status_code == 200, response.read()
         yield Stream(response)
+
+
+def log(client: ContractClient, vm: str, **params: Any) -> list[dict[str, Any]]:
+    """The whole log by way of its pages, which must fit together."""
+    found: list[dict[str, Any]] = []
+    page = client.get(f"{vm}/events", params=params).json()
+    while True:
+        found += page["events"]
+        if page["next"] is None:
+            return found
+        page = client.get(page["next"]).json()
+
+
+def refuse(client: ContractClient, vm: str, count: int, **params: Any) -> str:
+    """Post a trace of ``count`` writes to page 1 that are refused and as many to page 8 that are not; its id."""
+    set_map(client, vm, 1, 0)
+    accesses = [{"gpa": page << 12 | at % 512 << 3} for at in range(count) for page in (8, 1)]
+    reply = client.post(f"{vm}/traces", params=params, json={"accesses": accesses})
+    assert reply.status_code == 201 and reply.json()["violations"] == count
+    return str(reply.json()["id"])

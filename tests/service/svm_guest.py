@@ -10,7 +10,7 @@ from tests.contract.client import ContractClient
 from tests.engine.hyperv import guests
 from tests.engine.hyperv.nested_guests import PARTITION
 from tests.engine.nested.support import GIF, GM
-from tests.engine.nested.test_svm import svm_blob, vmcb
+from tests.engine.nested.svm import svm_blob, vmcb
 from tests.service.nested_calls import OCTETS, leaves
 
 ENLIGHTENMENTS = bytes.fromhex("0100000001000000" + "0100000000000000") + PARTITION.to_bytes(8, "little") + bytes(8)

@@ -21,6 +21,7 @@ from service.security.tokens import MemoryTokens, mint
 from service.settings import Settings
 from tests.contract.client import ContractClient
 from tests.service import bodies
+from tests.service.processes import free_port
 from tests.service.running import Running, running
 
 ROOT = Path(__file__).parents[2]
@@ -61,12 +62,6 @@ def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 # ---- services that are not there, or are something else
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 COMMANDS = [("vm", "list"), ("vm", "show", "vm_1"), ("events", "vm_1"), ("events", "vm_1", "--after", "latest")]

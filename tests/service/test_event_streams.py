@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,21 +22,12 @@ from service.cli import events
 from service.cli.app import app
 from service.security.tokens import MemoryTokens, mint
 from service.settings import Settings
-from tests.service.event_reader import SSE, following
+from tests.service.event_reader import SSE, following, refuse
+from tests.service.processes import PATIENCE, free_port, process, served, until
 from tests.service.running import Running, running
 from tests.service.storage.stored import new_vm
-from tests.service.test_events import refuse
-from tests.service.test_observability import process
 
-PATIENCE = 60.0
 runner = CliRunner()
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -223,26 +210,6 @@ def test_the_command_can_be_stopped(lively: Running, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(events._Follower, "events", stop)
     assert run("vm_0", "--url", lively.url) == ""
-
-
-@contextmanager
-def served(port: int, store: str, heartbeat: str = "0.05") -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port), "--store", store]
-    environment = {**os.environ, "SUBPAGE_WARM_UP": "false", "SUBPAGE_EVENT_HEARTBEAT": heartbeat}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as started:
-        try:
-            assert started.stdout is not None and started.stdout.readline()
-            url = f"http://127.0.0.1:{port}"
-            until(lambda: httpx2.get(f"{url}/readyz").status_code == 200)
-            yield started
-        finally:
-            started.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_following_goes_on_when_the_service_was_killed(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from service.settings import Settings
 from tests.contract.client import ContractClient
-from tests.service.event_reader import NDJSON, SSE, following
+from tests.service.event_reader import NDJSON, SSE, following, log, refuse
 from tests.service.running import Running, running
 from tests.service.storage.stored import MIB, new_vm, set_map
 
@@ -33,28 +33,8 @@ def client(lively: Running) -> ContractClient:
     return lively.client
 
 
-def log(client: ContractClient, vm: str, **params: Any) -> list[dict[str, Any]]:
-    """The whole log by way of its pages, which must fit together."""
-    found: list[dict[str, Any]] = []
-    page = client.get(f"{vm}/events", params=params).json()
-    while True:
-        found += page["events"]
-        if page["next"] is None:
-            return found
-        page = client.get(page["next"]).json()
-
-
 def kinds(events: list[dict[str, Any]]) -> list[str]:
     return [event["kind"] for event in events]
-
-
-def refuse(client: ContractClient, vm: str, count: int, **params: Any) -> str:
-    """Post a trace of ``count`` writes to page 1 that are refused and as many to page 8 that are not; its id."""
-    set_map(client, vm, 1, 0)
-    accesses = [{"gpa": page << 12 | at % 512 << 3} for at in range(count) for page in (8, 1)]
-    reply = client.post(f"{vm}/traces", params=params, json={"accesses": accesses})
-    assert reply.status_code == 201 and reply.json()["violations"] == count
-    return str(reply.json()["id"])
 
 
 def test_what_happens_is_told_in_order(client: ContractClient) -> None:

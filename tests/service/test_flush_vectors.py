@@ -10,7 +10,7 @@ import pytest
 from engine.arch import hypercall as hv
 from tests.contract.client import ContractClient
 from tests.engine.hyperv.flush_machine import ALL, words
-from tests.engine.hyperv.test_hypercall_vectors import LONG, ROWS, Expected, expected
+from tests.engine.hyperv.vectors import LONG, ROWS, Expected, expected
 from tests.service.flush_vm import FlushVm, named
 
 MakeVm = Callable[..., str]

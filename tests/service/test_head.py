@@ -8,8 +8,8 @@ import httpx2
 import pytest
 
 from tests.contract.client import ContractClient, contract
+from tests.contract.places import url
 from tests.service.running import Running
-from tests.service.test_negotiation import url
 
 READABLE = [
     pytest.param(path, operation, id=path)

@@ -15,8 +15,8 @@ from service.http.prefer import Preferences, preferences
 from service.http.words import decimal, integer
 from service.problems import InvalidDocument, describe
 from tests.contract.client import ContractClient, contract
+from tests.contract.places import url
 from tests.service.running import Running
-from tests.service.test_negotiation import url
 
 NUMBERS = [
     "9" * 5000,

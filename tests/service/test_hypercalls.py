@@ -11,9 +11,9 @@ from tests.contract.client import ContractClient
 from tests.engine.hyperv import guests
 from tests.engine.hyperv import nested_guests as n0
 from tests.engine.hyperv.flush_machine import words
-from tests.engine.machine.test_hypercall_operations import STAGES
+from tests.engine.hyperv.selftest_stages import STAGES
 from tests.engine.nested.support import GIF, GM, NONE, blob
-from tests.engine.nested.test_svm import svm_blob
+from tests.engine.nested.svm import svm_blob
 from tests.service.nested_calls import OCTETS, RAW, leaves
 from tests.service.svm_guest import svm_vm
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.contract.client import ContractClient
+from tests.engine.hyperv.drawn_calls import calls
 from tests.engine.hyperv.flush_machine import ALL, INPUT, words
-from tests.engine.hyperv.test_second_reading import calls
 from tests.service.flush_vm import FlushVm
 from tests.service.nested_calls import OCTETS
 

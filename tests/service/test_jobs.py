@@ -24,62 +24,16 @@ from service.runtime.traces import TraceRequest
 from service.security.tokens import MemoryTokens, mint
 from service.settings import Settings
 from tests.contract.client import ContractClient
+from tests.service.job_calls import ASYNC, WRITES, Gate, ended, post
+from tests.service.processes import PATIENCE, until
 from tests.service.running import Running, running
 
-PATIENCE = 60.0
-ASYNC = {"Prefer": "respond-async"}
 OCTETS = {"Content-Type": "application/octet-stream"}
-WRITES = {"accesses": [{"gpa": 0x1000}, {"gpa": 0x2000}]}
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def ended(client: ContractClient, url: str, **options: Any) -> dict[str, Any]:
-    """The job when it has ended."""
-    until(lambda: client.get(url, **options).json()["state"] not in ("queued", "running"))
-    return client.get(url, **options).json()
-
-
-def post(client: ContractClient, vm: str, accesses: Any = WRITES, **headers: str) -> httpx2.Response:
-    return client.post(f"{vm}/traces", json=accesses, headers=ASYNC | headers)
 
 
 def new_vm(client: ContractClient, **options: Any) -> str:
     document = {"memory_slots": [{"slot": 0, "gpa": 0, "size": 1 << 20}], "spp": True}
     return client.post("/v1/vms", json=document, **options).headers["Location"]
-
-
-class Gate:
-    """Holds replays of jobs at each of their looks, until it is opened."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.opened = threading.Event()
-        self.begun: list[str] = []
-        real = jobs.replay
-
-        def held(machine: Any, wanted: Any, source: Any, check: Any, follow: Any, memory: int) -> Any:
-            self.begun.append(wanted.format)
-
-            def look() -> None:
-                while not self.opened.wait(0.005):
-                    check()
-                check()
-
-            return real(machine, wanted, source, look, follow, memory)
-
-        monkeypatch.setattr(jobs, "replay", held)
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate = Gate(monkeypatch)
-    yield gate
-    gate.opened.set()
 
 
 @pytest.fixture

@@ -10,11 +10,9 @@ import pytest
 
 from service.settings import Settings
 from tests.contract.client import ContractClient, contract
-from tests.contract.places import PLACES
+from tests.contract.places import url
 from tests.service.running import Running, running
 
-# Where the same word names something else: the first that the path ends with.
-BY_PATH = {"/vcpus/{n}/ioctls/{name}": "KVM_GET_CPUID2", "/ioctls/{name}": "KVM_CHECK_EXTENSION"}
 OPERATIONS = [
     pytest.param(path, method, operation, id=f"{method.upper()} {path}")
     for path, item in contract().document["paths"].items()
@@ -29,17 +27,6 @@ def produced(operation: dict[str, Any]) -> set[str]:
         if status.startswith("2")
         for media in reply.get("content", {})
     }
-
-
-def url(path: str, operation: dict[str, Any], vm: str) -> str:
-    asked = "&".join(
-        f"{parameter['name']}={parameter['schema'].get('examples', ['0x0'])[0]}"
-        for parameter in operation.get("parameters", [])
-        if parameter["in"] == "query" and parameter["required"]
-    )
-    vm = vm.rpartition("/")[2]
-    path = next((path.replace("{name}", name) for end, name in BY_PATH.items() if path.endswith(end)), path)
-    return re.sub(r"{(\w+)}", lambda name: PLACES.get(name[1], vm if name[1] == "vm" else "0"), path) + f"?{asked}"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -14,12 +15,10 @@ from engine.arch.vmx_msrs import EFER_SVME
 from engine.ioctls import IOCTLS, capabilities, cpuid, msrs, nested_state, registers
 from engine.vcpu.cpuid import ECX1_VMX
 from tests.contract.client import ContractClient
-from tests.engine.nested.support import ERAS, EV, GIF, GM, MIN32, NONE, RP, blob, vmcs12
+from tests.engine.nested.selftest_rows import SVM_FRESH, SVM_WITH_SVME, Row, newest_vmx_rows, rows_of_2019
+from tests.engine.nested.support import ERAS, EV, GIF, GM, MIN32, MINUS, blob, vmcs12
 from tests.service.kvm_calls import Result, enable_cap, ioctl
 from tests.service.nested_calls import MakeVm, make_nested
-from tests.service.test_nested_state import SMALL, SVM, ZERO
-
-MINUS = {"vmxon": NONE, "vmcs12_pa": NONE}
 
 
 class Program:
@@ -65,10 +64,10 @@ class Program:
         done = self.call("KVM_ENABLE_CAP", enable_cap(163, 0, 0x7000), memory=[word])
         assert (done.returns, done.memory) == (0, [b"\x01\x01"])
 
-    def rows(self, *rows: tuple[dict[str, Any] | None, int | str]) -> None:
-        for fields, wanted in rows:
+    def rows(self, rows: Iterable[Row]) -> None:
+        for number, fields, returns, _ in rows:
             data = None if fields is None else blob(**fields)
-            assert self.call("KVM_SET_NESTED_STATE", data).short == wanted, fields
+            assert (number, self.call("KVM_SET_NESTED_STATE", data).short) == (number, returns)
 
     def get_state(self, room: int = 4224) -> bytes:
         asked = bytearray(4224)
@@ -85,38 +84,14 @@ class Program:
 def test_vmx_set_nested_state_test_of_2019(client: ContractClient, evmcs: bool) -> None:
     program = Program(client, "kvm-2019", 5, nested_evmcs=evmcs)
     assert program.system("KVM_CHECK_EXTENSION", arg=157).returns == 8320
-    ev = EV if program.system("KVM_CHECK_EXTENSION", arg=163).returns else 0
-    assert bool(ev) == evmcs
-    default = {"flags": GM + RP + ev}
-    program.rows(
-        (None, "EFAULT"),
-        ({**SMALL, "size": 0}, "EINVAL"),
-        ({**SMALL, "flags": 0xF}, "EINVAL"),
-        ({**SMALL, "flags": RP}, "EINVAL"),
-        ({**default, "format": 1}, "EINVAL"),
-        (default, "EINVAL"),
-        ({**default, "vmxon": NONE}, "EINVAL"),
-        ({**MINUS, "flags": EV}, "EINVAL"),
-        ({**MINUS, "flags": 0}, 0),
-    )
+    assert bool(program.system("KVM_CHECK_EXTENSION", arg=163).returns) == evmcs
+    rows = rows_of_2019(evmcs)
+    program.rows(rows.fresh)
     program.set_cpuid()
-    program.rows(({**default, **MINUS}, "EINVAL"))
+    program.rows(rows.with_vmx)
     if evmcs:
-        program.rows(({**MINUS, "flags": ev}, "EINVAL"))
         program.enable_evmcs()
-    program.rows(
-        ({**MINUS, "flags": ev}, 0),
-        ({**MINUS, "flags": ev, "smm": 1}, "EINVAL"),
-        ({"flags": 0, "vmxon": NONE}, "EINVAL"),
-        ({**default, "vmxon": 1}, "EINVAL"),
-        ({"flags": GM + RP, "smm": 1}, "EINVAL"),
-        ({**default, "smm": 0xFFFC}, "EINVAL"),
-        ({"flags": 0, "smm": 1}, "EINVAL"),
-        ({**default, "size": 128}, 0),
-        ({**default, **ZERO}, "EINVAL"),
-        ({**default, "data": vmcs12(revision=0)}, "EINVAL"),
-        ({"flags": 0, **MINUS}, 0),
-    )
+    program.rows(rows.with_evmcs)
     found = program.get_state()
     assert (abi.COMMON.get(found, "size"), found[8:24]) == (128, b"\xff" * 16)
     program.close()
@@ -125,41 +100,15 @@ def test_vmx_set_nested_state_test_of_2019(client: ContractClient, evmcs: bool) 
 @pytest.mark.parametrize("evmcs", [False, True])
 def test_nested_set_state_test_on_intel(client: ContractClient, evmcs: bool) -> None:
     program = Program(client, "kvm-latest", 0, nested_evmcs=evmcs)
-    ev = EV if program.system("KVM_CHECK_EXTENSION", arg=163).returns else 0
+    assert bool(program.system("KVM_CHECK_EXTENSION", arg=163).returns) == evmcs
+    rows = newest_vmx_rows(evmcs)
     program.set_cpuid(vmx=False)
-    default, short = {"flags": ev}, {"flags": 0, "size": 128}
-    program.rows(
-        (None, "EFAULT"),
-        ({**SMALL, "size": 0}, "EINVAL"),
-        ({**SMALL, "flags": 0xF}, "EINVAL"),
-        ({**SMALL, "flags": RP}, "EINVAL"),
-        ({**default, "format": 1}, "EINVAL"),
-        (default, "EINVAL"),
-        ({**default, "vmxon": NONE}, "EINVAL"),
-        ({**MINUS, "flags": EV}, "EINVAL"),
-        ({**MINUS, "flags": 0}, 0),
-    )
+    program.rows(rows.fresh)
     program.set_cpuid()
-    program.rows(({"flags": 0, **MINUS}, 0))
+    program.rows(rows.with_vmx)
     if evmcs:
-        program.rows(({"flags": EV, **MINUS}, "EINVAL"))
         program.enable_evmcs()
-        program.rows(({"flags": EV, **MINUS}, 0))
-    program.rows(
-        ({"flags": ev, **MINUS, "smm": 1}, "EINVAL"),
-        ({**default, "hdr_flags": 0xFFFF_FFFF}, "EINVAL"),
-        ({"flags": 0, "vmxon": NONE}, "EINVAL"),
-        ({**default, "vmxon": 1}, "EINVAL"),
-        ({"flags": GM + RP, "smm": 1}, "EINVAL"),
-        ({**default, "smm": 0xFFFC}, "EINVAL"),
-        ({"flags": 0, "smm": 1}, "EINVAL"),
-        (short, "EINVAL"),
-        ({**short, "vmcs12_pa": NONE}, 0),
-        ({"flags": 0}, 0),
-        ({**short, "vmcs12_pa": NONE, "hdr_flags": 0xFFFF_FFFF}, "EINVAL"),
-        ({**default, **ZERO}, "EINVAL"),
-        ({"flags": 0, **MINUS}, 0),
-    )
+    program.rows(rows.with_evmcs)
     found = program.get_state()
     assert (abi.COMMON.get(found, "size"), abi.COMMON.get(found, "flags"), found[8:24]) == (128, 0, b"\xff" * 16)
     program.close()
@@ -170,23 +119,11 @@ def test_nested_set_state_test_on_amd(client: ContractClient) -> None:
     assert program.system("KVM_CHECK_EXTENSION", arg=157).returns == 4224
     assert program.system("KVM_CHECK_EXTENSION", arg=163).returns == 0
     program.set_cpuid()
-    program.rows(
-        ({**SVM, "format": 0}, "EINVAL"),
-        ({**SVM, "flags": EV}, "EINVAL"),
-        ({**SVM, "flags": GM}, "EINVAL"),
-        ({**SVM, "flags": 0}, 0),
-        ({**SVM, "flags": GIF}, 0),
-    )
+    program.rows(SVM_FRESH)
     sregs = bytearray(program.call("KVM_GET_SREGS", bytes(312)).data or b"")
     SREGS.put(sregs, "ia32_efer", SREGS.get(sregs, "ia32_efer") | EFER_SVME)
     assert program.call("KVM_SET_SREGS", bytes(sregs)).returns == 0
-    program.rows(
-        ({**SVM, "vmxon": NONE, "flags": 0}, 0),
-        ({**SVM, "vmxon": NONE, "flags": GM}, "EINVAL"),
-        ({**SVM, "size": 2112, "flags": 0}, 0),
-        ({**SVM, "size": 2112, "flags": GM}, "EINVAL"),
-        ({**SVM, "vmxon": NONE, "flags": GIF}, 0),
-    )
+    program.rows(SVM_WITH_SVME)
     found = program.get_state()
     assert (abi.COMMON.get(found, "flags"), abi.COMMON.get(found, "size"), found[8:16]) == (GIF, 128, bytes(8))
     program.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -14,12 +15,22 @@ from engine.arch.vmx_msrs import EFER, EFER_SVME
 from engine.nested import steps_of
 from engine.vcpu.cpuid import supported_cpuid
 from tests.contract.client import ContractClient
+from tests.engine.nested.drawn_blobs import BEFORE_THE_POINT_OF_NO_RETURN, blobs
+from tests.engine.nested.selftest_rows import (
+    SVM_FRESH,
+    SVM_WITH_SVME,
+    Row,
+    newest_vmx_rows,
+    rows_of_2019,
+)
+from tests.engine.nested.set_vectors import EMPTY, IN_L1, L2, OFF, VECTORS, Vector
 from tests.engine.nested.support import (
     ERAS,
     EV,
     GIF,
     GM,
     MIN32,
+    MINUS,
     NONE,
     RP,
     SHADOW_WORD,
@@ -28,8 +39,6 @@ from tests.engine.nested.support import (
     vmcs12,
     vmx_cpuid,
 )
-from tests.engine.nested.test_nested_properties import BEFORE_THE_POINT_OF_NO_RETURN, blobs
-from tests.engine.nested.test_set_vectors import EMPTY, IN_L1, L2, MINUS, OFF, VECTORS, Vector
 from tests.service.nested_calls import (
     OCTETS,
     RAW,
@@ -75,7 +84,7 @@ class Program:
         self.client = client
         self.vcpu = vcpu
 
-    def rows(self, *rows: tuple[int, dict[str, Any] | None, int | str, str]) -> None:
+    def rows(self, rows: Iterable[Row]) -> None:
         for number, fields, returns, decides in rows:
             data = None if fields is None else blob(**fields)
             told = outcome(load(self.client, self.vcpu, data))
@@ -90,90 +99,31 @@ class Program:
         assert reply.json()["result"] == {"versions": "0x101"}
 
 
-ZERO = {"vmxon": 0, "vmcs12_pa": 0}
-SMALL = {"size": 128, "data": b"", **ZERO, "flags": GM + RP}
-
-
 @pytest.mark.parametrize("have_evmcs", [False, True])
 def test_the_program_of_2019(client: ContractClient, make_vm: MakeVm, have_evmcs: bool) -> None:
     vm = make_vm(profile="kvm-2019", spp=False, vcpus=[{"id": 5}], host={"nested_evmcs": have_evmcs})
-    program, ev = Program(client, f"{vm}/vcpus/5"), EV if have_evmcs else 0
-    default = {"flags": GM + RP + ev}
-    program.rows(
-        (1, None, "EFAULT", "G1"),
-        (2, {**SMALL, "size": 0}, "EINVAL", "G2"),
-        (3, {**SMALL, "flags": 0xF}, "EINVAL", "G3"),
-        (4, {**SMALL, "flags": RP}, "EINVAL", "G4"),
-        (5, {**default, "format": 1}, "EINVAL", "V1"),
-        (6, default, "EINVAL", "V3a"),
-        (7, {**default, "vmxon": NONE}, "EINVAL", "V2b"),
-        (8, {**default, **MINUS, "flags": EV}, "EINVAL", "V8"),
-        (9, {**default, **MINUS, "flags": 0}, 0, "V10"),
-    )
+    program, rows = Program(client, f"{vm}/vcpus/5"), rows_of_2019(have_evmcs)
+    program.rows(rows.fresh)
     program.cpuid(vmx=True)
-    program.rows((10, {**default, **MINUS}, "EINVAL", "V2c"))
+    program.rows(rows.with_vmx)
     if have_evmcs:
-        program.rows((11, {**MINUS, "flags": ev}, "EINVAL", "V8"))
         program.enable_evmcs()
-    program.rows(
-        (12, {**MINUS, "flags": ev}, 0, "V10"),
-        (13, {**MINUS, "flags": ev, "smm": 1}, "EINVAL", "V2a"),
-        (14, {"flags": 0, "vmxon": NONE}, "EINVAL", "V2b"),
-        (15, {**default, "vmxon": 1}, "EINVAL", "V3b"),
-        (16, {"flags": GM + RP, "smm": 1}, "EINVAL", "V4"),
-        (17, {**default, "smm": 0xFFFC}, "EINVAL", "V5"),
-        (18, {"flags": 0, "smm": 1}, "EINVAL", "V6"),
-        (19, {**default, "size": 128}, 0, "V12"),
-        (20, {**default, **ZERO}, "EINVAL", "V13"),
-        (21, {**default, "data": vmcs12(revision=0)}, "EINVAL", "V17"),
-        (22, {"flags": 0, **MINUS}, 0, "V10"),
-    )
+    program.rows(rows.with_evmcs)
     assert summary(client, program.vcpu) == OFF
 
 
 @pytest.mark.parametrize("have_evmcs", [False, True])
 def test_the_newest_program_on_intel(client: ContractClient, make_vm: MakeVm, have_evmcs: bool) -> None:
     vm = make_vm(profile="kvm-latest", spp=False, host={"nested_evmcs": have_evmcs})
-    program, ev = Program(client, f"{vm}/vcpus/0"), EV if have_evmcs else 0
-    default = {"flags": ev}
-    short = {"flags": 0, "size": 128}
+    program, rows = Program(client, f"{vm}/vcpus/0"), newest_vmx_rows(have_evmcs)
     program.cpuid(vmx=False)
-    program.rows(
-        (1, None, "EFAULT", "G1"),
-        (2, {**SMALL, "size": 0}, "EINVAL", "G2"),
-        (3, {**SMALL, "flags": 0xF}, "EINVAL", "V3a"),
-        (4, {**SMALL, "flags": RP}, "EINVAL", "G4"),
-        (5, {**default, "format": 1}, "EINVAL", "V1"),
-        (6, default, "EINVAL", "V3a"),
-        (7, {**default, "vmxon": NONE}, "EINVAL", "V2b"),
-        (8, {**MINUS, "flags": EV}, "EINVAL", "V8"),
-        (9, {**MINUS, "flags": 0}, 0, "V10"),
-    )
+    program.rows(rows.fresh)
     program.cpuid(vmx=True)
-    program.rows((10, {"flags": 0, **MINUS}, 0, "V10"))
+    program.rows(rows.with_vmx)
     if have_evmcs:
-        program.rows((11, {"flags": EV, **MINUS}, "EINVAL", "V8"))
         program.enable_evmcs()
-        program.rows((12, {"flags": EV, **MINUS}, 0, "V10"))
-    program.rows(
-        (13, {"flags": ev, **MINUS, "smm": 1}, "EINVAL", "V2a"),
-        (14, {**default, "hdr_flags": 0xFFFF_FFFF}, "EINVAL", "V5n"),
-        (15, {"flags": 0, "vmxon": NONE}, "EINVAL", "V2b"),
-        (16, {**default, "vmxon": 1}, "EINVAL", "V3b"),
-        (17, {"flags": GM + RP, "smm": 1}, "EINVAL", "V4"),
-        (18, {**default, "smm": 0xFFFC}, "EINVAL", "V5"),
-        (19, {"flags": 0, "smm": 1}, "EINVAL", "V6"),
-        (20, short, "EINVAL", "V12n"),
-        (21, {**short, "vmcs12_pa": NONE}, 0, "V12n"),
-        (22, {"flags": 0}, 0, "V18"),
-        (23, {**short, "vmcs12_pa": NONE, "hdr_flags": 0xFFFF_FFFF}, "EINVAL", "V5n"),
-        (24, {**default, **ZERO}, "EINVAL", "V13"),
-        (25, {"flags": 0, **MINUS}, 0, "V10"),
-    )
+    program.rows(rows.with_evmcs)
     assert summary(client, program.vcpu) == OFF
-
-
-SVM = {"format": 1, "vmxon": 0x3000, "vmcs12_pa": 0, "data": bytes(4096)}
 
 
 def test_the_newest_program_on_amd(client: ContractClient, make_vm: MakeVm) -> None:
@@ -185,26 +135,10 @@ def test_the_newest_program_on_amd(client: ContractClient, make_vm: MakeVm) -> N
     )
     program = Program(client, f"{vm}/vcpus/0")
     assert client.get(f"{program.vcpu}/capabilities/163").json()["available"] == 0
-    program.rows(
-        (1, None, "EFAULT", "G1"),
-        (2, {**SVM, "size": 0}, "EINVAL", "G2"),
-        (3, {**SMALL, "flags": 0xF}, "EINVAL", "S1"),
-        (4, {**SVM, "flags": RP}, "EINVAL", "G4"),
-        (5, {**SVM, "format": 0}, "EINVAL", "S1"),
-        (6, {**SVM, "flags": EV}, "EINVAL", "S2"),
-        (7, {**SVM, "flags": GM}, "EINVAL", "S3"),
-        (8, {**SVM, "flags": 0}, 0, "S5"),
-        (9, {**SVM, "flags": GIF}, 0, "S5"),
-    )
+    program.rows(SVM_FRESH)
     reply = client.put(f"{program.vcpu}/msrs", json={"msrs": [{"index": EFER, "value": EFER_SVME}]})
     assert reply.json() == {"written": 1, "refused": None, "result": "ok"}
-    program.rows(
-        (10, {**SVM, "vmxon": NONE, "flags": 0}, 0, "S5"),
-        (11, {**SVM, "vmxon": NONE, "flags": GM}, "EINVAL", "S6"),
-        (12, {**SVM, "size": 2112, "flags": 0}, 0, "S5"),
-        (13, {**SVM, "size": 2112, "flags": GM}, "EINVAL", "S7"),
-        (14, {**SVM, "vmxon": NONE, "flags": GIF}, 0, "S5"),
-    )
+    program.rows(SVM_WITH_SVME)
     found = client.get(f"{program.vcpu}/nested-state").json()
     assert found == {"length": 128, "flags": hex(GIF), "format": 1, "size": 128, "svm": {"vmcb_pa": "0x0"}}
 

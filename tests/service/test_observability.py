@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 
 import httpx2
@@ -30,6 +27,7 @@ from service.settings import Settings
 from service.telemetry.logs import JsonFormatter, TextFormatter, configuration
 from service.telemetry.metrics import EXIT_KINDS, Metrics
 from tests.contract.client import ContractClient
+from tests.service.processes import process
 from tests.service.running import Running, running
 
 MIB = 1 << 20
@@ -201,25 +199,6 @@ def test_telemetry_only_when_configured(monkeypatch: pytest.MonkeyPatch) -> None
     check_telemetry(Settings())
     with pytest.raises(Refused, match=r"subpage\[telemetry\]"):
         check_telemetry(Settings(telemetry=True))
-
-
-@contextmanager
-def process(**environment: str) -> Iterator[tuple[subprocess.Popen[str], str, int]]:
-    """``subpage serve`` as people run it; its URL and its port."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "service.cli", "serve", "--port", "0"],
-        env={**os.environ, "SUBPAGE_WARM_UP": "false", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as started:
-        try:
-            assert started.stdout is not None
-            url = started.stdout.readline().strip().removeprefix("subpage is listening on ")
-            yield started, url, int(url.rpartition(":")[2])
-        finally:
-            if started.poll() is None:
-                started.kill()
 
 
 def slow_replay(url: str, port: int) -> tuple[str, socket.socket]:

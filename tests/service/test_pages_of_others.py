@@ -11,8 +11,8 @@ from service.http.origins import check_page, parsed
 from service.problems import Forbidden
 from service.settings import Settings
 from tests.contract.client import ContractClient, contract
+from tests.contract.places import url
 from tests.service.running import Running, running
-from tests.service.test_negotiation import url
 
 UNSAFE = [
     pytest.param(path, method, operation, id=f"{method.upper()} {path}")

@@ -33,6 +33,11 @@ B61 = 1 << 61
 ALL = 0x5555_5555_5555_5555
 TERTIARY = 1 << 2 | 1 << 3
 
+# The frames of the tables, in order; those before them are the machine's registers and its vCPU.
+EPT_TABLES = ("PML5", "PML4", "PDPT", "PD", "PT", "gPT", "gUpper", "FPDPT", "FPD", "FPT", "VEB", "PMLB")
+SPPT_TABLES = ("L4", "L3", "L2", "L1", "gL1", "FL3", "FL2", "FL1")
+TABLES = {name: ARENA + PAGE * n for n, name in enumerate((*EPT_TABLES, *SPPT_TABLES), 2)}
+
 
 class Processor:
     """Entries are set with ``poke`` by host-physical address; ``tables`` names the frames."""
@@ -120,12 +125,10 @@ class Processor:
     # ---- tables ----------------------------------------------------------------------------------------------------
 
     def _ept_tables(self) -> None:
-        names = ("root", "PML4", "PDPT", "PD", "PT", "gPT", "gUpper", "FPDPT", "FPD", "FPT", "VEB", "PMLB")
-        t = self.tables = {name: self.table() for name in names}
-        if self.levels == 4:
-            t["PML4"] = t["root"]
-        else:
-            self.poke(t["root"], t["PML4"] | TABLE)
+        t = self.tables = {name: self.table() for name in TABLES}
+        assert t == TABLES
+        t["root"] = t["PML4"] if self.levels == 4 else t["PML5"]
+        self.poke(t["PML5"], t["PML4"] | TABLE)
         self.poke(t["PML4"], t["PDPT"] | TABLE)
         self.poke(t["PML4"] + 8, t["FPDPT"] | TABLE)
         self.poke(t["PDPT"], t["PD"] | TABLE)
@@ -138,7 +141,6 @@ class Processor:
 
     def _sppt_tables(self) -> None:
         t = self.tables
-        t |= {name: self.table() for name in ("L4", "L3", "L2", "L1", "gL1", "FL3", "FL2", "FL1")}
         for four, three, two, one, index in ((0, "L3", "L2", "L1", 4), (1, "FL3", "FL2", "FL1", 4)):
             self.poke(t["L4"] + 8 * four, t[three] | 1)
             self.poke(t[three], t[two] | 1)

@@ -1,7 +1,7 @@
 """Raw EPT and SPPT entries for one test page, as the vectors of the hardware notes describe them.
 
 The page has linear and guest-physical address 0x801000, or 0x8000801000 (``far``: through PML4E[1], to test upper
-levels). Every entry is readable, writable and executable, and the sub-page tables are valid, unless a row changes it.
+levels). The tables are those of ``bench_machine``, unless a row changes an entry.
 """
 
 from __future__ import annotations
@@ -10,31 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
-from engine.arch.words import signed, unsigned
+from engine.arch.words import unsigned
 from engine.cpu import access_check, frames
-from engine.state.config import HostConfig, VmConfig
-from tests.engine.builders import bare_draft, new_trail
+from tests.engine.builders import new_trail
+from tests.engine.cpu.bench_machine import FAR, LINEAR, TABLES, Processor
 
-WIDTH = 40
-ARENA = 1 << (WIDTH - 1)
-NEAR = 0x801000
-FAR = 0x8000801000
-FRAME = 0x801000
+NEAR = FRAME = LINEAR
 
-# Frames 0 to 2 are the machine's registers, its vCPU and KVM's own root; these are the tables of the tests.
-ROOT, PDPT, PD, PT, FAR_PDPT, FAR_PD, FAR_PT = (ARENA + (n << 12) for n in range(3, 10))
-L4, L3, L2, L1, FAR_L3, FAR_L2, FAR_L1, NEXT_PT, PML5 = (ARENA + (n << 12) for n in range(10, 19))
-TABLES = 16
+ROOT, PDPT, PD, PT, FAR_PDPT, FAR_PD, FAR_PT = (
+    TABLES[name] for name in ("PML4", "PDPT", "PD", "PT", "FPDPT", "FPD", "FPT")
+)
+L4, L3, L2, L1, FAR_L3, FAR_L2, FAR_L1, PML5 = (
+    TABLES[name] for name in ("L4", "L3", "L2", "L1", "FL3", "FL2", "FL1", "PML5")
+)
 
 B58, B60, B61, B63 = (1 << bit for bit in (58, 60, 61, 63))
-ALL = 0x5555_5555_5555_5555
-DEFAULT_PTE = FRAME | 0x37
-EPTP = 0x1E
 
 CAP = 0x0000_0F01_0633_41C1
 ADVANCED = CAP | bits.CAP_ADVANCED_EXIT
@@ -86,34 +79,16 @@ class Tables:
     def __init__(self, setup: Mapping[str, Any]) -> None:
         self.far = bool(setup.get("far"))
         self.gpa = FAR if self.far else NEAR
-        config = VmConfig(maxphyaddr=WIDTH, host=HostConfig(vmx_capabilities={"ept_vpid_cap": setup.get("cap", CAP)}))
-        self.draft = bare_draft(config)
-        self.m = self.draft.machine
+        self.processor = Processor(
+            width=setup.get("width", 40), levels=5 if "five" in setup else 4, cap=setup.get("cap", CAP)
+        )
+        self.m = self.processor.m
         self.m.caps[frames.CAP_SPP_EXECUTE_ONLY] = setup.get("execute_only_spp", 0)
-        if "width" in setup:
-            self.m.caps[frames.CAP_RESERVED_ADDRESS] = ((1 << 52) - 1) & ~((1 << setup["width"]) - 1)
-        assert int(frames.address_of(self.m, frames.new_frame(self.m, frames.CLIENT))) == ROOT
-        for _ in range(TABLES - 1):
-            frames.new_frame(self.m, frames.CLIENT)
         self._fill(setup)
         self._control(setup)
         self.trail = new_trail()
 
     def _fill(self, setup: Mapping[str, Any]) -> None:
-        rights = 7 | (bits.USER_EXECUTE if setup.get("mbec") else 0)
-        self.put(ROOT, 0, PDPT | rights)
-        self.put(PDPT, 0, PD | rights)
-        self.put(PD, 4, PT | rights)
-        self.put(PT, 1, DEFAULT_PTE)
-        self.put(PT, 2, (FRAME + 4096) | 0x37)
-        self.put(ROOT, 1, FAR_PDPT | rights)
-        self.put(FAR_PDPT, 0, FAR_PD | rights)
-        self.put(FAR_PD, 4, FAR_PT | rights)
-        self.put(FAR_PT, 1, DEFAULT_PTE)
-        for index, (third, second, first) in enumerate(((L3, L2, L1), (FAR_L3, FAR_L2, FAR_L1))):
-            self.put(L4, index, third | 1)
-            self.put(third, 0, second | 1)
-            self.put(second, 4, first | 1)
         places = {
             "PML4E": (ROOT, int(self.far)),
             "PDPTE": (FAR_PDPT if self.far else PDPT, 0),
@@ -141,23 +116,24 @@ class Tables:
         secondary |= ctl.SECONDARY_PML if setup.get("pml") else 0
         tertiary = ctl.TERTIARY_PAGING_WRITE if setup.get("paging_write") else 0
         tertiary |= ctl.TERTIARY_PAGING_VERIFICATION if setup.get("paging_verification") else 0
-        root = PML5 | 0x26 if "five" in setup else ROOT | EPTP
-        for position, value in (
-            (ctl.V_EPTP, root | setup.get("EPTP", 0)),
-            (ctl.V_SPPTP, setup.get("SPPTP", L4)),
-            (ctl.V_SECONDARY, secondary),
-            (ctl.V_PRIMARY, ctl.PRIMARY_SECONDARY | ctl.PRIMARY_TERTIARY),
-            (ctl.V_TERTIARY, tertiary),
-        ):
-            frames.write_word(self.m, frames.FIRST_VCPU_FRAME, position, value)
+        self.processor.vcpu(
+            {
+                ctl.V_EPTP: self.processor.control(ctl.V_EPTP) | setup.get("EPTP", 0),
+                ctl.V_SPPTP: setup.get("SPPTP", L4),
+                ctl.V_SECONDARY: secondary,
+                ctl.V_PRIMARY: ctl.PRIMARY_SECONDARY | ctl.PRIMARY_TERTIARY,
+                ctl.V_TERTIARY: tertiary,
+            }
+        )
 
     def put(self, table: int, index: int, entry: int) -> None:
         """Store an entry."""
-        frames.write_entry(self.m, table, index, np.int64(signed(entry)))
+        self.processor.poke(table + 8 * index, entry)
 
     def entry(self, name: str) -> int:
         """An entry of the test page by its name in a row."""
-        return unsigned(int(frames.read_entry(self.m, *self.places[name])))
+        table, index = self.places[name]
+        return self.processor.peek(table + 8 * index)
 
     def access(self, access: Access, gpa: int | None = None) -> Outcome:
         """Decide about an access, page by page, low page first."""

@@ -6,14 +6,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import hyperv_cpuid as leaves
 from engine.arch.words import signed
 from engine.cpu import frames, tlb
-from engine.cpu.ept import TRAIL_ROWS
 from engine.hyperv import dispatch, queues
 from engine.hyperv.caller import Caller
 from engine.hyperv.dispatch import Situation
@@ -21,9 +18,9 @@ from engine.hyperv.execution import Facts, Vp
 from engine.hyperv.outcome import Outcome
 from engine.hyperv.privileges import Privileges
 from engine.hyperv.tlfs_rules import Environment
-from engine.kvm.slots import slot_table
-from engine.machine import creation
 from engine.state.config import VcpuConfig, VmConfig
+from tests.engine.builders import bare_draft, new_trail
+from tests.engine.ram import Ram
 
 PAGE = 0x1000
 VP_INDICES = (0, 1, 2, 3, 65)
@@ -51,31 +48,6 @@ PRIVILEGES = Privileges(
 )
 
 
-class Ram:
-    """Guest RAM by pages; everything else has no memory slot."""
-
-    def __init__(self, *pages: int) -> None:
-        self.pages = {page: bytearray(PAGE) for page in pages}
-
-    def read(self, gpa: int, size: int) -> bytes | None:
-        found = bytearray()
-        while len(found) < size:
-            at = gpa + len(found)
-            page = self.pages.get(at & ~(PAGE - 1))
-            if page is None:
-                return None
-            found += page[at % PAGE : at % PAGE + size - len(found)]
-        return bytes(found)
-
-    def write(self, gpa: int, data: bytes) -> bool:
-        for at, byte in enumerate(data, gpa):
-            page = self.pages.get(at & ~(PAGE - 1))
-            if page is None:
-                return False
-            page[at % PAGE] = byte
-        return True
-
-
 class FlushMachine:
     """State S0 of the vectors. ``call`` executes a hypercall of VP 0 on it."""
 
@@ -86,11 +58,9 @@ class FlushMachine:
             flush_policy=policy,
             flush_execution=execution,
         )
-        store = creation.new_store(config)
-        self.draft = store.begin(slot_table(()))
-        creation.build(self.draft, config)
+        self.draft = bare_draft(config)
         self.m = self.draft.machine
-        self.ram = Ram(INPUT, INPUT + PAGE)
+        self.ram = Ram((INPUT, INPUT + PAGE))
         self.vps = [Vp(position, position, vp_index) for position, vp_index in enumerate(VP_INDICES)]
         self.situation = Situation(
             machine=self.m,
@@ -121,8 +91,7 @@ class FlushMachine:
         for word, value in words.items():
             frames.write_word(self.m, frame, word, value)
         facts = acc.LINEAR_VALID | bits << tlb.GUEST_SIZE_AT | (tlb.GUEST_GLOBAL if is_global else 0)
-        trail = np.zeros((TRAIL_ROWS, 4), dtype=np.int64)
-        tlb.remember(self.m, vcpu, tlb.COMBINED, signed(linear) >> 12, 1, facts, trail)
+        tlb.remember(self.m, vcpu, tlb.COMBINED, signed(linear) >> 12, 1, facts, new_trail())
         for word in (ctl.V_NESTED, ctl.V_NESTED_VM):
             frames.write_word(self.m, frame, word, 0)
 
@@ -132,6 +101,10 @@ class FlushMachine:
         live = (table[:, tlb.E_GENERATION] == table[0, tlb.GENERATION]) & (table[:, tlb.E_NESTED] == 0)
         rows = table[live & (table[:, tlb.E_KIND] >> tlb.VCPU_SHIFT == vcpu)][:, :]
         return names(row for row in rows if row[tlb.E_FRAME])
+
+    def state(self) -> Any:
+        """All that a call may change: what every VP's cache holds, and the queues."""
+        return [self.held(vp.position) for vp in self.vps], self.m.queues.tobytes()
 
     def write(self, data: bytes, gpa: int = INPUT) -> None:
         self.ram.write(gpa, data)

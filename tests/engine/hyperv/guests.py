@@ -11,6 +11,7 @@ from engine.machine import VirtualMachine
 from engine.machine.hypercalls import HypercallReport, HypercallRequest
 from engine.state.config import HostConfig, VcpuConfig, VmConfig
 from engine.trace.single import AccessRequest, AccessResult
+from tests.engine.builders import store_word
 
 PAGE = 0x1000
 GUEST_OS_ID, ASSIST_MSR = 0x40000000, 0x40000073
@@ -43,7 +44,7 @@ def hyperv_guest(
     vm = VirtualMachine.create(settings, [SlotSpec(0, 0, 16 << 20)])
     vm.nested.write_msrs(0, [(GUEST_OS_ID, OS_ID)])
     for at, entry in ((CR3, TABLES + PAGE), (TABLES + PAGE, TABLES + 2 * PAGE), (TABLES + 2 * PAGE, TABLES + 3 * PAGE)):
-        vm.write_memory(at + _index(at) * 8, (entry | 0x67).to_bytes(8, "little"))
+        store_word(vm, at + _index(at) * 8, entry | 0x67)
     if host is None or host.vendor == "intel":
         for i in range(len(vp_indices)):
             vm.vcpus.set_vmcs(i, {"cr3": CR3, "cr4": CR4})
@@ -61,7 +62,7 @@ def _index(table: int) -> int:
 def point(vm: VirtualMachine, page: int) -> None:
     """Let the test page be another one: the guest's store to its page table."""
     table = TABLES + 3 * PAGE
-    vm.write_memory(table + _index(table) * 8, (page | 0x67).to_bytes(8, "little"))
+    store_word(vm, table + _index(table) * 8, page | 0x67)
 
 
 def read(vm: VirtualMachine, vcpu: int) -> int:

@@ -9,6 +9,7 @@ from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.state.config import VcpuConfig, VmConfig
 from engine.vcpu.cpuid import supported_cpuid
+from tests.engine.builders import store_word
 from tests.engine.nested.support import MIN64, NONE, blob
 
 from .guests import ASSIST_MSR, CPUID, GUEST_OS_ID, OS_ID
@@ -33,14 +34,6 @@ FIELDS = {
     "host_rip": L1_RIP,
     "guest_rflags": 2,
 }
-
-
-def store(vm: VirtualMachine, gpa: int, value: int, size: int = 8) -> None:
-    vm.write_memory(gpa, value.to_bytes(size, "little"))
-
-
-def load(vm: VirtualMachine, gpa: int, size: int = 8) -> int:
-    return int.from_bytes(vm.read_memory(gpa, size), "little")
 
 
 def evmcs(vcpu: int) -> int:
@@ -69,9 +62,9 @@ def prepare(vm: VirtualMachine, vcpu: int) -> None:
     """What L1 does on one VP before it enters its L2."""
     vm.nested.enable_evmcs(vcpu)
     write_evmcs(vm, vcpu)
-    store(vm, assist(vcpu) + 32, 1)
-    store(vm, assist(vcpu) + 40, 1)
-    store(vm, assist(vcpu) + 48, evmcs(vcpu))
+    store_word(vm, assist(vcpu) + 32, 1)
+    store_word(vm, assist(vcpu) + 40, 1)
+    store_word(vm, assist(vcpu) + 48, evmcs(vcpu))
     vm.nested.write_msrs(vcpu, [(ASSIST_MSR, assist(vcpu) | 1)])
     assert vm.nested.set_state(vcpu, blob(size=128, vmcs12_pa=NONE)).returns == 0
 
@@ -97,8 +90,8 @@ def nested_machine(profile: str = "kvm-latest", **config: object) -> VirtualMach
     vm.nested.write_msrs(0, [(GUEST_OS_ID, OS_ID)])
     # EPT12: L2's page 0x5000 is L1's page 0x25000, and 0x6000 is not there.
     for level, at in enumerate((EPT12, EPT12 + 0x1000, EPT12 + 0x2000)):
-        store(vm, at, EPT12 + 0x1000 * (level + 1) | 7)
-    store(vm, EPT12 + 0x3000 + 8 * 5, L1_INPUT | 7)
+        store_word(vm, at, EPT12 + 0x1000 * (level + 1) | 7)
+    store_word(vm, EPT12 + 0x3000 + 8 * 5, L1_INPUT | 7)
     for vcpu in range(len(IDS)):
         prepare(vm, vcpu)
         enter(vm, vcpu)

@@ -15,8 +15,9 @@ from engine.hyperv import execution
 from engine.hyperv.caller import Caller
 from engine.hyperv.direct import Exit, NestedGuest
 from engine.hyperv.execution import Vp
+from tests.engine.ram import Ram
 
-from .flush_machine import ENTRIES, PRIVILEGES, FlushMachine, Ram, names, words
+from .flush_machine import ENTRIES, PRIVILEGES, FlushMachine, names, words
 
 ASSIST = 0xA000
 L2_INPUT, L1_INPUT = 0x5000, 0x25000
@@ -32,7 +33,7 @@ class DirectMachine(FlushMachine):
 
     def __init__(self, guest: NestedGuest = N0, ids: tuple[tuple[int, int], ...] = IDS, **changes: Any) -> None:
         super().__init__(**changes)
-        self.ram = Ram(ASSIST, L1_INPUT, L1_INPUT + 0x1000)
+        self.ram = Ram((ASSIST, L1_INPUT, L1_INPUT + 0x1000))
         self.vps[:] = [
             Vp(vp.position, vp.vcpu, vp.vp_index, in_nested=True, nested_ids=of)
             for vp, of in zip(self.vps, ids, strict=False)

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from engine.hyperv.caller import Caller
 from engine.hyperv.outcome import Outcome
+from tests.engine.hyperv.vectors import LONG, ROWS, Expected, expected
 
-from . import vectors
 from .flush_machine import ALL, INPUT, FlushMachine, names
-
-ROWS = (*vectors.SPACE, *vectors.LIST, *vectors.SPACE_EX, *vectors.LIST_EX, *vectors.FAST)
-# A longer list than fits a line
-LONG = {"L10": [0x1000, 0, 1, *(0x7F0000001000 + i * 0x1000 for i in range(509))]}
-
-
-class Expected(NamedTuple):
-    result: int
-    flushed: tuple[int, ...]
-    entries: str
-    statistic: int | None
-
-
-def expected(text: str) -> Expected:
-    result, *rest = [part.strip() for part in text.split(";")]
-    if not rest:
-        return Expected(int(result, 16), (), "", None)
-    flushed = () if rest[0] == "none" else tuple(int(n) for n in rest[0].strip("{}").split(","))
-    entries = {"all": ALL, "none": ""}.get(rest[1], rest[1])
-    return Expected(int(result, 16), flushed, entries, int(rest[2]) if len(rest) > 2 else None)
 
 
 def made(machine: FlushMachine, name: str, control: str, text: str) -> Outcome:

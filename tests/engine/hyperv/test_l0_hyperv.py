@@ -12,9 +12,8 @@ from engine.cpu import frames
 from engine.hyperv import l0_hyperv
 from engine.hyperv.direct import NestedGuest
 from engine.hyperv.l0_hyperv import HostPages, HypervHost
-from engine.kvm.slots import slot_table
-from engine.machine import creation
 from engine.state.config import HostConfig, VcpuConfig, VmConfig
+from tests.engine.builders import bare_draft
 
 E13 = "00" * 24 + "0100000000000000" + "00" * 8 + "0100000000000000" + "0090000000000000"
 E14 = "00" * 32 + "0100000000000000" + "00" * 8 + "0100000000000000" + "0090000000000000"
@@ -24,11 +23,9 @@ E09 = "01000000" + "00000000" + "01" + "00" * 7 + "0090000000000000"
 def host_machine(vcpus: int = 1, **config: Any) -> tuple[frames.Machine, HypervHost]:
     config = {"host": HostConfig(hyperv={}), "vcpus": tuple(VcpuConfig(i) for i in range(vcpus)), **config}
     settings = VmConfig(**config)
-    draft = creation.new_store(settings).begin(slot_table(()))
-    creation.build(draft, settings)
     host = HypervHost.under(settings)
     assert host is not None
-    return draft.machine, host
+    return bare_draft(settings).machine, host
 
 
 def test_an_assist_page_as_kvm_stores_it() -> None:

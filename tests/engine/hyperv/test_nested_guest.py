@@ -8,12 +8,8 @@ import pytest
 
 from engine.machine import VirtualMachine
 from engine.trace.single import AccessRequest
-from tests.engine.builders import round_trip
-from tests.engine.machine.test_hypercall_operations import xmm
-
-from .flush_machine import words
-from .guests import call
-from .nested_guests import (
+from tests.engine.builders import load_word, round_trip, store_word
+from tests.engine.hyperv.nested_guests import (
     CLEAN_AT,
     CONTROL_AT,
     EPT12,
@@ -29,10 +25,12 @@ from .nested_guests import (
     enter,
     evmcs,
     exit_field,
-    load,
     nested_machine,
-    store,
 )
+from tests.engine.hyperv.selftest_stages import xmm
+
+from .flush_machine import words
+from .guests import call
 
 N01: dict[str, Any] = {"rcx": 0x10002, "r8": 3}
 N02: dict[str, Any] = {"rcx": 0x10002, "r8": 2, **xmm(4)}
@@ -63,7 +61,7 @@ def test_served_without_an_exit(profile: str) -> None:
 def test_a_block_is_read_through_the_tables_of_l1() -> None:
     vm = nested_machine()
     outcome = call(vm, 0, words(0, 2, 2), rcx=2, rdx=L2_INPUT).outcome
-    assert (outcome.result, outcome.flushed) == (0, (0,)) and load(vm, L1_INPUT + 8) == 2
+    assert (outcome.result, outcome.flushed) == (0, (0,)) and load_word(vm, L1_INPUT + 8) == 2
     outcome = call(vm, rcx=2, rdx=0x6000).outcome
     assert (outcome.result, outcome.row, outcome.exit) == (3, "D8", None) and in_l2(vm)
 
@@ -73,7 +71,7 @@ def test_reflected(change: str, row: str) -> None:
     vm = nested_machine()
     registers = dict(N01)
     if change == "control":
-        store(vm, evmcs(0) + CONTROL_AT, 0, 4)  # L0 looks at the live page
+        store_word(vm, evmcs(0) + CONTROL_AT, 0, 4)  # L0 looks at the live page
     elif change == "cpuid":
         with vm.nested.change(0) as (vcpu, _):
             vcpu.cpuid = tuple(e if e.function != 0x4000000A else type(e)(e.function, eax=0x80101) for e in vcpu.cpuid)
@@ -85,12 +83,12 @@ def test_reflected(change: str, row: str) -> None:
     assert exit_field(vm, 0, "vm_exit_reason") == 18
     assert exit_field(vm, 0, "vm_exit_instruction_len") == 3
     assert exit_field(vm, 0, "guest_rip") == L2_RIP
-    assert load(vm, evmcs(0) + 0x2B4, 4) == 18 and load(vm, evmcs(0) + 0x2C8, 4) == 3
+    assert load_word(vm, evmcs(0) + 0x2B4, 4) == 18 and load_word(vm, evmcs(0) + 0x2C8, 4) == 3
 
 
 def test_direct_hypercall_is_looked_at_when_l2_is_entered() -> None:
     vm = nested_machine()
-    store(vm, assist(0) + 32, 0)  # N13: while L2 runs
+    store_word(vm, assist(0) + 32, 0)  # N13: while L2 runs
     assert call(vm, **N01).outcome.row == "D10"
     assert call(vm, rcx=0x10008).outcome.row == "D5"
     enter(vm, 0, launch=False)
@@ -99,14 +97,14 @@ def test_direct_hypercall_is_looked_at_when_l2_is_entered() -> None:
 
 def test_a_lock_count_gives_an_exit_after_the_flush() -> None:
     vm = nested_machine()
-    store(vm, PARTITION, 1, 4)
+    store_word(vm, PARTITION, 1, 4)
     outcome = call(vm, **N01).outcome
     assert (outcome.row, outcome.result, outcome.flushed) == ("D11", 0, (0, 1, 2))
     assert not in_l2(vm)
     assert exit_field(vm, 0, "vm_exit_reason") == 0x10000031
     assert exit_field(vm, 0, "exit_qualification") == exit_field(vm, 0, "vm_exit_intr_info") == 0
     assert exit_field(vm, 0, "guest_rip") == L2_RIP + 3
-    assert load(vm, evmcs(0) + 0x2B4, 4) == 0x10000031 and load(vm, evmcs(0) + 0x330) == L2_RIP + 3
+    assert load_word(vm, evmcs(0) + 0x2B4, 4) == 0x10000031 and load_word(vm, evmcs(0) + 0x330) == L2_RIP + 3
     enter(vm, 0, launch=False)
     assert vm.nested.vcpu(0).registers["rip"] == L2_RIP + 3
 
@@ -114,8 +112,8 @@ def test_a_lock_count_gives_an_exit_after_the_flush() -> None:
 def test_a_partition_page_that_is_not_memory() -> None:
     vm = nested_machine()
     call(vm, rcx=8)
-    store(vm, evmcs(0) + PAGE_AT, 0xFFFFFFFFFF000)
-    store(vm, evmcs(0) + CLEAN_AT, 0, 4)
+    store_word(vm, evmcs(0) + PAGE_AT, 0xFFFFFFFFFF000)
+    store_word(vm, evmcs(0) + CLEAN_AT, 0, 4)
     enter(vm, 0, launch=False)
     outcome = call(vm, **N01).outcome
     assert (outcome.row, outcome.result, outcome.flushed, outcome.exit) == ("D9", 3, (0, 1, 2), None)
@@ -125,8 +123,8 @@ def test_a_clean_bit_keeps_the_old_id() -> None:
     for clean, found in ((0x8000, (1,)), (0, ())):
         vm = nested_machine()
         call(vm, 1, rcx=8)  # back to L1 on VP 1
-        store(vm, evmcs(1) + CLEAN_AT, clean, 4)
-        store(vm, evmcs(1) + VP_AT, 3, 4)
+        store_word(vm, evmcs(1) + CLEAN_AT, clean, 4)
+        store_word(vm, evmcs(1) + VP_AT, 3, 4)
         enter(vm, 1, launch=False)
         assert call(vm, **N02).outcome.flushed == found  # N19
         assert vm.hyperv.partitions()[1].vp_id == (2 if clean else 3)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -145,26 +143,22 @@ KVM_STATUSES = {0, 2, 3}
 TLFS_STATUSES = {0, 2, 3, 4, 5}
 
 
-def state_of(machine: FlushMachine) -> Any:
-    return [machine.held(vp.position) for vp in machine.vps], machine.m.queues.tobytes()
-
-
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(controls, gpas, blocks, st.sampled_from(["kvm", "tlfs"]))
 def test_any_bytes_end_in_a_status(control: int, gpa: int, block: list[int], policy: str) -> None:
     machine = FlushMachine(policy)
     machine.write(words(*block))
-    before = state_of(machine)
+    before = machine.state()
     done = machine.call(Caller(rcx=control, rdx=gpa, r8=gpa, xmm=tuple(((block or [0]) * 6)[:6])))
     assert done.outcome in ("completed", "intercepted")
     if done.outcome == "intercepted":
-        assert policy == "tlfs" and state_of(machine) == before
+        assert policy == "tlfs" and machine.state() == before
         return
     assert done.result is not None
     status, reps = hv.status_of(done.result), hv.reps_of(done.result)
     assert status in (KVM_STATUSES if policy == "kvm" else TLFS_STATUSES)
     if status != hv.Status.SUCCESS:
-        assert reps == 0 and state_of(machine) == before and not done.effects
+        assert reps == 0 and machine.state() == before and not done.effects
     else:
         assert reps == done.control.reps
 
@@ -176,9 +170,9 @@ def test_a_reserved_bit_is_refused(call: tuple[int, bytes], bit: int) -> None:
         return
     for policy in ("kvm", "tlfs"):
         machine = FlushMachine(policy)
-        before = state_of(machine)
+        before = machine.state()
         assert machine.slow(call[0] | 1 << bit, call[1]).result == hv.Status.INVALID_HYPERCALL_INPUT
-        assert state_of(machine) == before
+        assert machine.state() == before
 
 
 @SLOW

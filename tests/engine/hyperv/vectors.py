@@ -6,6 +6,10 @@ result in hexadecimal, the last one KVM's statistic on each VP.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from tests.engine.hyperv.flush_machine import ALL
+
 # (id, input value, input, tlfs, kvm)
 SPACE = (
     (  # one VP, all AS
@@ -434,3 +438,24 @@ FAST = (
         "400000000; {0,1,2,3,65}; none; +4",
     ),
 )
+
+
+ROWS = (*SPACE, *LIST, *SPACE_EX, *LIST_EX, *FAST)
+# A longer list than fits a line
+LONG = {"L10": [0x1000, 0, 1, *(0x7F0000001000 + i * 0x1000 for i in range(509))]}
+
+
+class Expected(NamedTuple):
+    result: int
+    flushed: tuple[int, ...]
+    entries: str
+    statistic: int | None
+
+
+def expected(text: str) -> Expected:
+    result, *rest = [part.strip() for part in text.split(";")]
+    if not rest:
+        return Expected(int(result, 16), (), "", None)
+    flushed = () if rest[0] == "none" else tuple(int(n) for n in rest[0].strip("{}").split(","))
+    entries = {"all": ALL, "none": ""}.get(rest[1], rest[1])
+    return Expected(int(result, 16), flushed, entries, int(rest[2]) if len(rest) > 2 else None)

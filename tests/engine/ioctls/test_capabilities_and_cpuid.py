@@ -11,7 +11,8 @@ from engine.arch.hyperv_cpuid import CpuidEntry, pack_entry, unpack_entries
 from engine.ioctls import IOCTLS
 from engine.vcpu.vcpu import Vcpu, VcpuHost
 from tests.engine.ioctls.bare_vcpu import Call, ioctl
-from tests.engine.nested.support import ERAS, EV, NONE, Ram, blob, do_set, make_vcpu, vmx_cpuid
+from tests.engine.nested.support import ERAS, EV, NONE, blob, do_set, make_vcpu, vmx_cpuid
+from tests.engine.ram import Ram
 
 POINTER = 0x1000
 

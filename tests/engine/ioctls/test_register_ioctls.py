@@ -13,7 +13,8 @@ from engine.arch.vmx_msrs import EFER_SVME
 from engine.vcpu.cpuid import supported_cpuid
 from engine.vcpu.vcpu import Vcpu, VcpuHost
 from tests.engine.ioctls.bare_vcpu import Call, ioctl
-from tests.engine.nested.support import ERAS, GM, Ram, blob, do_set, make_vcpu
+from tests.engine.nested.support import ERAS, GM, blob, do_set, make_vcpu
+from tests.engine.ram import Ram
 
 LONG_MODE = {"cr0": 0x8000_0031, "cr4": 0x20, "ia32_efer": 0xD00}
 

@@ -29,6 +29,7 @@ from tests.engine.builders import (
     resolutions,
     round_trip,
     set_map,
+    spread,
     unchanged,
     vector,
 )
@@ -45,10 +46,6 @@ def harvest(vm: VirtualMachine) -> dict[int, int]:
     taken = vm.dirty.harvest()
     vm.dirty.acknowledge(taken.harvest)
     return dict(zip(taken.gfns.tolist(), taken.maps.tolist(), strict=True))
-
-
-def spread(mask: int) -> int:
-    return sum(1 << 2 * s for s in range(32) if mask >> s & 1)
 
 
 # ---- sparse trees

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -24,6 +22,7 @@ from tests.engine.builders import (
     MIB,
     READ,
     WRITE,
+    access,
     edit,
     exits,
     leaf,
@@ -34,6 +33,7 @@ from tests.engine.builders import (
     replay,
     resolutions,
     set_map,
+    spread,
     store_leaf,
     vector,
 )
@@ -43,16 +43,6 @@ SOFTWARE = mapping.HOST_WRITEABLE | mapping.MMU_WRITEABLE
 WRITABLE = BASE | SOFTWARE | bits.WRITE | bits.DIRTY
 ARMED = BASE | SOFTWARE | bits.SPP
 FULL_VECTOR = 0x5555_5555_5555_5555
-
-
-def spread(mask: int) -> int:
-    return sum(1 << 2 * s for s in range(32) if mask >> s & 1)
-
-
-def access(vm: VirtualMachine, gpa: int, kind: int = WRITE, **options: Any) -> list[str]:
-    """Execute an access; what was done about each exit, and how it ended."""
-    result = vm.access(AccessRequest(gpa, access=kind, **options))
-    return [*(name for name in resolutions(result) if name != result.resolution), result.resolution]
 
 
 # ---- first touch

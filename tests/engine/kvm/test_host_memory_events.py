@@ -24,6 +24,7 @@ from tests.engine.builders import (
     PROFILES,
     READ,
     WRITE,
+    access,
     assert_sound,
     exits,
     leaf,
@@ -33,7 +34,6 @@ from tests.engine.builders import (
     protect,
     refused,
     replay,
-    resolutions,
     round_trip,
     set_map,
     vector,
@@ -45,12 +45,6 @@ ARMED = BASE | LOCKLESS | bits.SPP
 WRITABLE = BASE | LOCKLESS | bits.WRITE | bits.DIRTY
 ARENA = 1 << 45
 GIB = 1 << 30
-
-
-def access(vm: VirtualMachine, gpa: int, kind: int = WRITE, **options: Any) -> list[str]:
-    """Execute an access; what was done about each exit, and how it ended."""
-    result = vm.access(AccessRequest(gpa, access=kind, **options))
-    return [*(name for name in resolutions(result) if name != result.resolution), result.resolution]
 
 
 def level(vm: VirtualMachine, gfn: int) -> int:

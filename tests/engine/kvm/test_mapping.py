@@ -22,13 +22,13 @@ from tests.engine.builders import (
     PROFILES,
     READ,
     WRITE,
+    access,
     edit,
     leaf,
     machine,
     new_trail,
     protect,
     replay,
-    resolutions,
     set_map,
     vector,
 )
@@ -41,12 +41,6 @@ ARMED = BASE | LOCKLESS | bits.SPP
 SAVED = 1 << 55  # kvm-latest
 
 NO_FLAGS = HostConfig(vmx_capabilities={"ept_vpid_cap": 0x0F01_0633_41C1 & ~bits.CAP_ACCESSED_DIRTY})
-
-
-def access(vm: VirtualMachine, gpa: int, kind: int = WRITE, **options: Any) -> list[str]:
-    """Execute an access; what was done about each exit, and how it ended."""
-    result = vm.access(AccessRequest(gpa, access=kind, **options))
-    return [*(name for name in resolutions(result) if name != result.resolution), result.resolution]
 
 
 def write_protect(vm: VirtualMachine, gfn: int) -> bool:

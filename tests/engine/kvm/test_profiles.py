@@ -20,7 +20,7 @@ from engine.kvm import choices, fault, mapping, run
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.slots import SlotSpec
-from engine.machine import SubpageRange, VirtualMachine
+from engine.machine import SubpageRange
 from engine.state.config import HostConfig
 from engine.state.kvm_versions import KVM_2019, KVM_LATEST, Row, SubpageRows, kvm_version
 from engine.state.kvm_versions import PROFILES as NAMES
@@ -30,12 +30,12 @@ from tests.engine.builders import (
     MIB,
     PROFILES,
     READ,
+    access,
     edit,
     leaf,
     machine,
     maps,
     replay,
-    resolutions,
     set_map,
     vector,
 )
@@ -46,12 +46,6 @@ V4, LATER = PROFILES
 def differs(v4: Any, later: Any) -> pytest.MarkDecorator:
     """One test for both profiles, each with what it does."""
     return pytest.mark.parametrize(("profile", "does"), [(V4, v4), (LATER, later)], ids=PROFILES)
-
-
-def access(vm: VirtualMachine, gpa: int, **options: Any) -> list[str]:
-    """Execute a write; what was done about each exit, and how it ended."""
-    result = vm.access(AccessRequest(gpa, **options))
-    return [*(name for name in resolutions(result) if name != result.resolution), result.resolution]
 
 
 def row(profile: str) -> SubpageRows:
@@ -220,7 +214,7 @@ def test_set_fills_or_invalidates(profile: str, does: int | None) -> None:
 def test_scope_of_a_miss(profile: str, does: list[int]) -> None:
     vm = machine(profile)
     set_map(vm, 5, 0xF, npages=2)
-    access(vm, 0x5000, access=READ)
+    access(vm, 0x5000, READ)
     vm.tables.set_sppt_entry(4, 0, 0)
     assert access(vm, 0x5000) == ["sppt-filled", "completed"]
     assert [vector(vm, 5), vector(vm, 6)] == does

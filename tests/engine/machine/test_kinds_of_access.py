@@ -15,6 +15,7 @@ from engine.state.config import HostConfig, VmConfig
 from engine.trace.columns import TraceChunk
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest
+from tests.engine.builders import load_word, store_word
 
 PAGE = 0x1000
 PML4, PDPT, PD, PT = 0x10000, 0x11000, 0x12000, 0x13000
@@ -25,14 +26,10 @@ GPA = 0x20000
 def machine(translation_cache: str = "off") -> VirtualMachine:
     vm = VirtualMachine.create(VmConfig(translation_cache=translation_cache), [SlotSpec(0, 0, 1 << 20)], spp=True)
     words = {PML4: PDPT | 3, PDPT + 8: PD | 3, PD: PT | 3, PT + 8 * 5: GPA | 3, PT + 8 * 6: GPA + 2 * PAGE | 3}
-    for gpa, word in words.items():
-        vm.write_memory(gpa, word.to_bytes(8, "little"))
+    for gpa, entry in words.items():
+        store_word(vm, gpa, entry)
     vm.vcpus.set_vmcs(0, {"cr3": PML4})
     return vm
-
-
-def word(vm: VirtualMachine, gpa: int) -> int:
-    return int.from_bytes(vm.read_memory(gpa, 8), "little")
 
 
 def test_an_access_by_linear_address() -> None:
@@ -41,8 +38,8 @@ def test_an_access_by_linear_address() -> None:
     assert written.allowed and written.gpa == GPA + 0x10 and written.exception is None
     assert vm.read_memory(GPA + 0x10, 8) == b"12345678"
     assert set(written.exits.resolution_names()) == {"mapped"}
-    assert word(vm, PT + 8 * 5) == GPA | 0x63
-    assert word(vm, PML4) == PDPT | 0x23
+    assert load_word(vm, PT + 8 * 5) == GPA | 0x63
+    assert load_word(vm, PML4) == PDPT | 0x23
     read = vm.access(AccessRequest(None, gva=GVA + 0x10, access=READ))
     assert read.data == b"12345678" and len(read.exits) == 0
     # over two pages that are not neighbours
@@ -57,7 +54,7 @@ def test_page_faults_and_mmio_by_linear_address() -> None:
     assert (fault.exception, fault.error_code, fault.fault_address) == ("#PF", 2, 0x7000)
     assert not fault.allowed and not fault.lands and fault.resolution == "exception" and fault.run is None
     assert vm.access(AccessRequest(None, gva=1 << 62)).exception == "#GP"
-    vm.write_memory(PT + 8 * 5, (1 << 30 | 3).to_bytes(8, "little"))
+    store_word(vm, PT + 8 * 5, 1 << 30 | 3)
     assert vm.access(AccessRequest(None, gva=GVA)).resolution == "mmio"
     assert vm.counters()["exceptions"] == 2 and vm.counters()["mmio"] == 1
 
@@ -339,10 +336,10 @@ def test_what_the_processor_itself_writes_may_be_in_guest_memory() -> None:
     vm.vcpus.set_vmcs(0, {"ve_information_address": 0x41000, "eptp_index": 7})
     vm.tables.set_ept_entry(1, GPA, leaf & ~0x200)
     assert vm.access(AccessRequest(GPA + 8)).allowed
-    assert word(vm, 0x40000 + 511 * 8) == GPA
+    assert load_word(vm, 0x40000 + 511 * 8) == GPA
     vm.tables.set_ept_entry(1, GPA, leaf & ~2)
     assert vm.access(AccessRequest(GPA + 8, gva=GVA)).exception == "#VE"
-    assert [word(vm, 0x41000 + 8 * n) for n in range(5)] == [0xFFFF_FFFF_0000_0030, 0x1AA, GVA, GPA + 8, 7]
+    assert [load_word(vm, 0x41000 + 8 * n) for n in range(5)] == [0xFFFF_FFFF_0000_0030, 0x1AA, GVA, GPA + 8, 7]
     vm.write_memory(0x41004, bytes(4))
     by_linear = vm.access(AccessRequest(None, gva=GVA + 16))
     assert (by_linear.exception, by_linear.gpa, by_linear.fault_address) == ("#VE", GPA + 16, GVA + 16)

@@ -15,7 +15,7 @@ from engine.machine import VirtualMachine
 from engine.nested import enable_evmcs
 from engine.state.config import HostConfig, VcpuConfig, VmConfig
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX
-from tests.engine.builders import Durable, machine, picture, protect, replay, round_trip, unchanged
+from tests.engine.builders import Durable, machine, picture, protect, replay, round_trip, store_word, unchanged
 from tests.engine.nested.support import (
     ERAS,
     EV,
@@ -44,7 +44,7 @@ def guest(profile: str, *, hyperv: bool = False, host: HostConfig | None = None,
 @pytest.mark.parametrize("era", ERAS)
 def test_state_survives_the_durable_form(era: str) -> None:
     vm, disk = guest(era), Durable()
-    vm.write_memory(0x5000, SHADOW_WORD.to_bytes(4, "little"))
+    store_word(vm, 0x5000, SHADOW_WORD, 4)
     disk.save(vm)
     data = blob(flags=GM | RP, size=8320, data=vmcs12(SHADOWING), shadow=vmcs12(revision=SHADOW_WORD))
     assert vm.nested.set_state(0, data).check == "V23"

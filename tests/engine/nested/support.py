@@ -16,6 +16,8 @@ from engine.vcpu.vcpu import Vcpu, VcpuHost
 ERAS = ("kvm-2019", "kvm-latest")
 WIDTH = 39
 NONE = abi.NO_ADDRESS
+# The header of a blob without VMX.
+MINUS = {"vmxon": NONE, "vmcs12_pa": NONE}
 GM, RP, EV, MTF, GIF = abi.GUEST_MODE, abi.RUN_PENDING, abi.EVMCS, abi.MTF_PENDING, abi.GIF_SET
 
 MIN32 = {
@@ -41,30 +43,6 @@ SHADOWING = {
     "vmcs_link_pointer": 0x5000,
 }
 SHADOW_WORD = VMCS12_REVISION | 0x8000_0000
-
-
-class Ram:
-    """Guest memory: pages that exist, zero until written."""
-
-    def __init__(self, size: int = 0x20000, words: dict[int, int] | None = None) -> None:
-        self.bytes = bytearray(size)
-        for gpa, word in (words or {}).items():
-            self.bytes[gpa : gpa + 4] = word.to_bytes(4, "little")
-
-    def read(self, gpa: int, size: int) -> bytes | None:
-        return bytes(self.bytes[gpa : gpa + size]) if gpa + size <= len(self.bytes) else None
-
-    def write(self, gpa: int, data: bytes) -> bool:
-        if gpa + len(data) > len(self.bytes):
-            return False
-        self.bytes[gpa : gpa + len(data)] = data
-        return True
-
-    def put(self, gpa: int, value: int, size: int = 8) -> None:
-        self.bytes[gpa : gpa + size] = value.to_bytes(size, "little")
-
-    def word(self, gpa: int, size: int = 8) -> int:
-        return int.from_bytes(self.bytes[gpa : gpa + size], "little")
 
 
 def vmx_cpuid(*, vmx: bool = True, hyperv: bool = False, width: int = WIDTH) -> tuple[CpuidEntry, ...]:

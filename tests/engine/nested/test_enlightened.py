@@ -29,7 +29,6 @@ from tests.engine.nested.support import (
     MIN32,
     NONE,
     RP,
-    Ram,
     blob,
     do_get,
     do_set,
@@ -37,6 +36,7 @@ from tests.engine.nested.support import (
     summary,
     vmcs12,
 )
+from tests.engine.ram import Ram
 
 ASSIST, PAGE, OTHER = 0x8000, 0x9000, 0xA000
 CLEAN = 824

@@ -11,6 +11,7 @@ from engine.nested import SetResult, explain_nested_state, steps_of
 from engine.nested.entry_checks import checks_of
 from engine.nested.set_facts import FACTS
 from engine.vcpu.vcpu import Vcpu, VcpuHost
+from tests.engine.nested.entry_check_cases import CASES
 from tests.engine.nested.support import (
     ERAS,
     EV,
@@ -21,13 +22,12 @@ from tests.engine.nested.support import (
     RP,
     SHADOW_WORD,
     SHADOWING,
-    Ram,
     blob,
     make_vcpu,
     vmcs12,
 )
-from tests.engine.nested.test_entry_checks import CASES
-from tests.engine.nested.test_svm import svm_blob, vcpu_with_svm, vmcb
+from tests.engine.nested.svm import svm_blob, vcpu_with_svm, vmcb
+from tests.engine.ram import Ram
 
 OLD, NEW = ERAS
 SHADOWED: dict[str, Any] = {"flags": GM, "data": vmcs12(SHADOWING)}
@@ -148,3 +148,30 @@ def test_each_check_of_svm(
     result = explained(vcpu, data)
     assert (result.check, result.field, result.found) == (check, field, found)
     assert result.required
+
+
+def test_step_ids_name_one_step_in_each_kernel() -> None:
+    for era in ERAS:
+        ids = [step.check for step in steps_of(era)]
+        assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_explaining_lists_the_entry_checks(era: str) -> None:
+    vcpu, ram = make_vcpu(era), Ram()
+    data = blob(flags=GM, data=vmcs12(MIN32, host_cr0=0))
+    result, after = explain_nested_state(vcpu, ram, UserBuffer.of(data))
+    outcomes = {part.check: part.outcome for part in result.parts}
+    assert outcomes["ctl:pin"] == "pass"
+    assert outcomes["host:hostcr"] == "decides"
+    assert outcomes["guest:activity"] == "not reached"
+    assert result.trail[-3].to_json()["outcome"] == "decides"
+    assert after.vmx.vmxon and not vcpu.vmx.vmxon
+    assert explain_nested_state(vcpu, ram, UserBuffer.of(blob(vmxon=1)))[0].parts == ()
+
+
+def test_explaining_on_amd_lists_the_svm_checks() -> None:
+    vcpu = Vcpu(profile="kvm-latest", host=VcpuHost(vendor="amd"))
+    result, _ = explain_nested_state(vcpu, Ram(), UserBuffer.of(blob(format=1, flags=4)))
+    assert [report.check for report in result.trail] == ["G0", "G1", "G2", "G3", "G4", "SVM"]
+    assert [part.outcome for part in result.parts] == ["pass", "decides", "not reached", "not reached"]

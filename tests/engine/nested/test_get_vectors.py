@@ -28,7 +28,6 @@ from tests.engine.nested.support import (
     RP,
     SHADOW_WORD,
     SHADOWING,
-    Ram,
     blob,
     do_get,
     do_set,
@@ -36,6 +35,7 @@ from tests.engine.nested.support import (
     summary,
     vmcs12,
 )
+from tests.engine.ram import Ram
 
 FILL = 0xEE
 

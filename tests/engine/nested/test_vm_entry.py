@@ -30,7 +30,6 @@ from tests.engine.nested.support import (
     NONE,
     SHADOW_WORD,
     SHADOWING,
-    Ram,
     blob,
     do_set,
     make_vcpu,
@@ -38,6 +37,7 @@ from tests.engine.nested.support import (
     vmcs12,
     vmx_cpuid,
 )
+from tests.engine.ram import Ram
 
 
 def with_current(era: str, fields: dict[str, int] | None = None, **changes: int) -> tuple[Vcpu, Ram]:
@@ -289,3 +289,16 @@ def test_lowered_capabilities_are_what_the_checks_use(era: str) -> None:
     assert set_msr(vcpu, ram, 0x48D, 0x3F << 32 | 0x16)
     data = vmcs12(MIN32, pin_based_vm_exec_control=0x56)
     assert do_set(vcpu, ram, blob(flags=GM, data=data)).label == "V21 ctl:pin"
+
+
+def test_exit_refreshes_the_timer_today() -> None:
+    for era in ERAS:
+        vcpu, ram = make_vcpu(era), Ram()
+        data = vmcs12(
+            MIN32, pin_based_vm_exec_control=0x56, vm_exit_controls=0x0043_6DFB, vmx_preemption_timer_value=100
+        )
+        assert do_set(vcpu, ram, blob(flags=GM, data=data)).returns == 0
+        vcpu.tsc = 40 << 5
+        exit_to_l1(vcpu, ram, 52)
+        left = int.from_bytes(vcpu.vmx.vmcs12[928:932], "little")
+        assert left == (100 if era == "kvm-2019" else 60)

@@ -65,6 +65,17 @@ def rows(*fields: Sequence[int]) -> list[list[int]]:
     return [[gpa, size | access << 16 | vcpu << 32] for gpa, size, access, vcpu in fields]
 
 
+def table(count=1_000, **more):
+    """That many accesses of 4 bytes, one after the other; columns that are given come beside or instead."""
+    return pa.table(
+        {
+            "gpa": pa.array(np.arange(count, dtype=np.uint64)),
+            "size": pa.array(np.full(count, 4, np.uint8)),
+        }
+        | more
+    )
+
+
 def arrow_body(table: pa.Table | pa.RecordBatch, **options: Any) -> bytes:
     sink = io.BytesIO()
     with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:

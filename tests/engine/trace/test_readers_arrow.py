@@ -15,18 +15,9 @@ from engine.errors import TraceError
 from engine.trace.columns import CHUNK_RECORDS
 from engine.trace.readers import open_trace
 from tests.abuse.bodies import shared_name
+from tests.engine.trace.conftest import table
 
 EOS = b"\xff\xff\xff\xff\0\0\0\0"
-
-
-def table(count=1_000, **more):
-    return pa.table(
-        {
-            "gpa": pa.array(np.arange(count, dtype=np.uint64)),
-            "size": pa.array(np.full(count, 4, np.uint8)),
-        }
-        | more
-    )
 
 
 def stream(*batches, schema=None, eos=True, **options):

@@ -16,16 +16,7 @@ from engine.trace.readers import open_trace
 from engine.trace.readers.parquet_bounds import directory
 from tests import recorded
 from tests.abuse.bodies import with_arrow_schema
-
-
-def table(count=1_000, **more):
-    return pa.table(
-        {
-            "gpa": pa.array(np.arange(count, dtype=np.uint64)),
-            "size": pa.array(np.full(count, 4, np.uint8)),
-        }
-        | more
-    )
+from tests.engine.trace.conftest import table
 
 
 def file(data, **options):

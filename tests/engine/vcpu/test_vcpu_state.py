@@ -1,4 +1,4 @@
-"""The vCPU state: durable form, copies, descriptions given by clients, memory helpers."""
+"""The vCPU state: durable form, copies, descriptions given by clients, registers, CPUID and MSRs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from engine.arch.vmcs12 import VMCS12
 from engine.errors import InvalidValue
 from engine.kvm.guest_memory import TrialMemory
 from engine.machine import VirtualMachine
-from engine.nested import exit_to_l1, explain_nested_state, reset, set_cpuid, set_msr, steps_of
+from engine.nested import exit_to_l1, reset, set_cpuid, set_msr
 from engine.state.config import VmConfig
 from engine.vcpu.cpuid import cr4_allowed, entries_from_json, entries_to_json, maxphyaddr, nested_ebx
 from engine.vcpu.msrs import read_msr, write_msr
 from engine.vcpu.vcpu import Vcpu, VcpuHost
-from tests.engine.nested.support import ERAS, GM, MIN32, Ram, blob, do_set, make_vcpu, summary, vmcs12, vmx_cpuid
+from tests.engine.nested.support import ERAS, GM, MIN32, blob, do_set, make_vcpu, summary, vmcs12, vmx_cpuid
+from tests.engine.ram import Ram
 
 
 @pytest.mark.parametrize("era", ERAS)
@@ -118,46 +119,6 @@ def test_memory_helpers() -> None:
     assert user.write(0x1002, b"ab") and user.read(0x1000, 4) == b"\0\0ab"
     assert not user.write(0x1003, b"ab") and user.read(0xFFF, 2) is None
     assert UserBuffer.of(None).copy_from(0, 0) is None
-
-
-def test_exit_refreshes_the_timer_today() -> None:
-    for era in ERAS:
-        vcpu, ram = make_vcpu(era), Ram()
-        data = vmcs12(
-            MIN32, pin_based_vm_exec_control=0x56, vm_exit_controls=0x0043_6DFB, vmx_preemption_timer_value=100
-        )
-        assert do_set(vcpu, ram, blob(flags=GM, data=data)).returns == 0
-        vcpu.tsc = 40 << 5
-        exit_to_l1(vcpu, ram, 52)
-        left = int.from_bytes(vcpu.vmx.vmcs12[928:932], "little")
-        assert left == (100 if era == "kvm-2019" else 60)
-
-
-def test_step_ids_name_one_step_in_each_kernel() -> None:
-    for era in ERAS:
-        ids = [step.check for step in steps_of(era)]
-        assert len(ids) == len(set(ids))
-
-
-@pytest.mark.parametrize("era", ERAS)
-def test_explaining_lists_the_entry_checks(era: str) -> None:
-    vcpu, ram = make_vcpu(era), Ram()
-    data = blob(flags=GM, data=vmcs12(MIN32, host_cr0=0))
-    result, after = explain_nested_state(vcpu, ram, UserBuffer.of(data))
-    outcomes = {part.check: part.outcome for part in result.parts}
-    assert outcomes["ctl:pin"] == "pass"
-    assert outcomes["host:hostcr"] == "decides"
-    assert outcomes["guest:activity"] == "not reached"
-    assert result.trail[-3].to_json()["outcome"] == "decides"
-    assert after.vmx.vmxon and not vcpu.vmx.vmxon
-    assert explain_nested_state(vcpu, ram, UserBuffer.of(blob(vmxon=1)))[0].parts == ()
-
-
-def test_explaining_on_amd_lists_the_svm_checks() -> None:
-    vcpu = Vcpu(profile="kvm-latest", host=VcpuHost(vendor="amd"))
-    result, _ = explain_nested_state(vcpu, Ram(), UserBuffer.of(blob(format=1, flags=4)))
-    assert [report.check for report in result.trail] == ["G0", "G1", "G2", "G3", "G4", "SVM"]
-    assert [part.outcome for part in result.parts] == ["pass", "decides", "not reached", "not reached"]
 
 
 def test_linear_address_width_of_cpuid() -> None:

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from service.cli.app import app
 from service.storage.backup import FORMAT, MAGIC
-from tests.service.storage.stored import new_vm, rows_in, run_sql, serving, set_map
-from tests.service.storage.test_durable import picture
-
-
-def command(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+from tests.service.storage.stored import command, new_vm, picture, rows_in, run_sql, section, serving, set_map
 
 
 @pytest.fixture
@@ -109,11 +100,6 @@ def test_restoring_waits_for_nobody(filled: tuple[str, str, str], tmp_path: Path
     with serving(filled[0]):
         done = command("restore", file, "--replace", "--store", filled[0])
         assert done.exit_code == 1 and "a service owns the store" in done.output
-
-
-def section(kind: bytes, data: bytes) -> bytes:
-    framed = struct.pack("<BI", kind[0], len(data)) + data
-    return framed + zlib.crc32(framed).to_bytes(4, "little")
 
 
 VM = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -13,33 +12,10 @@ from sqlalchemy.exc import OperationalError
 from service.settings import Settings
 from tests.contract.client import ContractClient
 from tests.service.running import running
-from tests.service.storage.stored import map_of, new_vm, rows_in, run_sql, serving, set_map
+from tests.service.storage.stored import BREAK, MEND, kind, map_of, new_vm, picture, rows_in, run_sql, serving, set_map
 
 Until = Callable[[Callable[[], bool]], None]
 OCTETS = {"Content-Type": "application/octet-stream"}
-BREAK = {
-    "sqlite": ["CREATE TRIGGER broken BEFORE INSERT ON blocks BEGIN SELECT RAISE(ABORT, 'no'); END"],
-    "postgresql": ["ALTER TABLE blocks ADD CONSTRAINT broken CHECK (block < 0) NOT VALID"],
-}
-MEND = {"sqlite": ["DROP TRIGGER broken"], "postgresql": ["ALTER TABLE blocks DROP CONSTRAINT broken"]}
-
-
-def kind(url: str) -> str:
-    return url.partition(":")[0]
-
-
-def picture(client: ContractClient, vm: str) -> list[Any]:
-    traces = client.get(f"{vm}/traces").json()["traces"]
-    return [
-        client.get(vm).json(),
-        client.get(f"{vm}/subpages", params={"gfn": 0, "npages": 16}).json(),
-        client.get(f"{vm}/memory", params={"gpa": 0x1000, "size": 64}).content,
-        client.get(f"{vm}/protections").json(),
-        client.get(f"{vm}/counters").json()["counters"]["records"],
-        traces,
-        [client.get(f"{vm}/traces/{trace['id']}").json() for trace in traces],
-        [client.get(f"{vm}/traces/{trace['id']}/exits").json() for trace in traces],
-    ]
 
 
 def test_everything_is_there_after_a_restart(store_url: str) -> None:

@@ -9,11 +9,8 @@ from typing import Any
 import pytest
 
 from tests.contract.client import ContractClient
-from tests.service.event_reader import SSE, following
-from tests.service.storage.stored import new_vm, rows_in, run_sql, serving, set_map
-from tests.service.storage.test_backup import command, section
-from tests.service.storage.test_durable import BREAK, MEND, kind
-from tests.service.test_events import log, refuse
+from tests.service.event_reader import SSE, following, log, refuse
+from tests.service.storage.stored import BREAK, MEND, command, kind, new_vm, rows_in, run_sql, section, serving, set_map
 
 Until = Callable[[Callable[[], bool]], None]
 

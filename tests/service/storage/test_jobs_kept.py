@@ -11,11 +11,8 @@ from service.problems import StoreUnavailable
 from service.runtime.answers import StoredAnswers
 from service.runtime.home import StoredHome
 from tests.contract.client import ContractClient
-from tests.service.storage.stored import map_of, new_vm, rows_in, run_sql, serving
-from tests.service.storage.test_durable import BREAK, MEND, kind
-from tests.service.test_jobs import ASYNC, WRITES, Gate, ended, gate, post
-
-__all__ = ["gate"]
+from tests.service.job_calls import ASYNC, WRITES, Gate, ended, post
+from tests.service.storage.stored import BREAK, MEND, kind, map_of, new_vm, rows_in, run_sql, serving
 
 Until = Callable[[Callable[[], bool]], None]
 

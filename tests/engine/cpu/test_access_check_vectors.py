@@ -13,9 +13,9 @@ import pytest
 from engine.arch import access as acc
 from engine.arch import ept as bits
 from engine.cpu import ept
+from tests.engine.cpu.bench_machine import ALL
 from tests.engine.cpu.tables import (
     ADVANCED,
-    ALL,
     B58,
     B60,
     B61,
@@ -403,7 +403,7 @@ def test_dirty_flag_of_a_large_page_is_in_its_leaf() -> None:
 
 
 def test_far_page_has_tables_of_its_own() -> None:
-    tables = Tables({"far": 1, "EPTP": AD})
+    tables = Tables({"far": 1, "EPTP": AD, "PDE": FAR_PT | 7})
     assert tables.perform(write()).reason == OK
     assert tables.entry("PDE") == FAR_PT | 7 | A
 
