@@ -57,6 +57,12 @@ def mode_of(m, vcpu):
 
 
 @kernel
+def index_of(gpa, level):
+    """Position of the entry of a GPA in its table of this level, EPT or SPPT."""
+    return (gpa >> ept.LEVEL_SHIFT[level]) & 511
+
+
+@kernel
 def present(entry, mode):
     """Any right makes an entry present; under MBEC user execute is one of them."""
     rights = ept.RIGHTS | (ept.USER_EXECUTE if mode & MODE_MBEC else 0)
@@ -122,7 +128,7 @@ def walk(m, eptp, mode, gpa, trail):
     table = eptp & ept.ADDRESS
     read = 0
     while True:
-        index = (gpa >> ept.LEVEL_SHIFT[level]) & 511
+        index = index_of(gpa, level)
         entry = read_entry(m, table, index)
         trail[read, 0] = level
         trail[read, 1] = table
