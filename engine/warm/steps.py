@@ -14,10 +14,12 @@ from engine.arch.hypercall import GUEST_PHYSICAL_SPACE, LIST, SPACE
 from engine.arch.hyperv_cpuid import INTERFACE_SIGNATURE, LEAF_INTERFACE, LEAF_RECOMMENDATIONS, CpuidEntry
 from engine.cpu import frames
 from engine.cpu.ept import TRAIL_ROWS
+from engine.hyperv import nested_paging
 from engine.hyperv.encode import CallFields
 from engine.hyperv.execution import drop_nested
 from engine.ioctls.partial_set import SubpageCalls
 from engine.kvm import fault, mapping, spp, sppt_tables
+from engine.kvm.guest_memory import Ram
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec, first_page_without_slot
 from engine.machine import SubpageRange, VirtualMachine
@@ -33,6 +35,7 @@ from engine.trace.results import split_log
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID
+from engine.vcpu.vcpu import NestedVcpu, SvmState
 
 _HYPERV = (CpuidEntry(LEAF_INTERFACE, eax=INTERFACE_SIGNATURE), CpuidEntry(LEAF_RECOMMENDATIONS, eax=0x804))
 
@@ -155,6 +158,15 @@ def _flushes() -> None:
         _trace(vm)
 
 
+def _nested_paging() -> None:
+    """The tables of a guest hypervisor: an entry that leads to itself is all that a walk needs."""
+    vm = _machine()
+    vm.write_memory(0, b"\7")
+    with vm._change() as draft:
+        for vcpu in (NestedVcpu(), NestedVcpu(svm=SvmState(guest_mode=True))):
+            nested_paging.translate(vcpu, Ram(draft), 0)
+
+
 def _partial_sets() -> None:
     """A SET of the ioctls that meets a page without a slot, in both eras."""
     for profile in ("kvm-2019", "kvm-latest"):
@@ -180,6 +192,7 @@ Step = Callable[[], None]
 FIRST: dict[str, Step] = {"replay": _replay, "deep": _deep, "protect": _protect, "violations": _violations}
 REST: dict[str, Step] = {
     "flushes": _flushes,
+    "nested paging": _nested_paging,
     "guest addresses": _guest_addresses,
     "host": _host,
     "subpages": _subpages,

@@ -117,8 +117,8 @@ MUTANTS = (
     Mutant(
         "guest-reserved-pml4e",
         GUEST_PAGING_PY,
-        "mask |= guest.LARGE",
-        "mask |= 0",
+        "return guest.LARGE",
+        "return 0",
         "volume 3A, 4.5: bit 7 of a PML4E is reserved",
         named(GAPS, "bit_7_of_a_guest_pml4e_is_reserved"),
     ),
