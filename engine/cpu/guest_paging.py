@@ -39,6 +39,8 @@ UPDATE_ENTRY = acc.WRITE | acc.PAGING_UPDATE << acc.KIND_SHIFT | acc.DEFAULT_LIN
 UNPAGED = acc.LINEAR_VALID | acc.LINEAR_USER | acc.LINEAR_WRITABLE
 LOW_32 = 0xFFFF_FFFF
 
+canonical = kernel(guest.canonical)
+
 
 @kernel
 def mode_of(m, vcpu):

@@ -125,8 +125,8 @@ MUTANTS = (
     Mutant(
         "guest-canonical",
         INSTRUCTION_PY,
-        "top = linear >> (56 if paging == guest_paging.FIVE_LEVELS else 47)",
-        "top = linear >> (56 if paging == guest_paging.FIVE_LEVELS else 48)",
+        "bits = guest.LINEAR_57 if paging == guest_paging.FIVE_LEVELS else guest.LINEAR_48",
+        "bits = guest.LINEAR_57 if paging == guest_paging.FIVE_LEVELS else 49",
         "volume 3A, 4.5: bits 63:47 of a linear address are equal",
         named(DERIVED, "a_non_canonical_address_is_gp"),
     ),
