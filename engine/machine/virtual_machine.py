@@ -45,9 +45,10 @@ from engine.state.frame_store import Draft, FrameStore, Snapshot, blocks_of
 from engine.state.head import config_from_head, config_to_head
 from engine.state.retry import new_trail, run_all
 from engine.trace.asking import AskingReplay
+from engine.trace.choices import ASK
 from engine.trace.execution import Execute, execute
 from engine.trace.objects import Targets, targets_of
-from engine.trace.session import ASK, Replay, ReplayOptions, ReplayTransaction
+from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
 from engine.trace.single import AccessRequest, AccessResult
 from engine.trace.timed import TimedReplay
 

@@ -16,7 +16,8 @@ from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.state.config import VmConfig, choices
 from engine.state.frame_store import Draft
-from engine.trace.asking import ANSWERS, AskingReplay
+from engine.trace.asking import AskingReplay
+from engine.trace.choices import ANSWERS
 from engine.trace.execution import (
     Execution,
     by_linear_address,

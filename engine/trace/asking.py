@@ -24,11 +24,10 @@ from engine.kvm import run
 from engine.state.config import choices
 from engine.state.frame_store import Draft
 from engine.trace import objects, replay
+from engine.trace.choices import ANSWERS, ASK
 from engine.trace.columns import TraceChunk
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult
-from engine.trace.session import ASK, Replay, ReplayOptions, frozen
-
-ANSWERS = ("allow", "skip", "grant", "retry", "stop")
+from engine.trace.session import Replay, ReplayOptions, frozen
 
 # Exit records find their objects by address. Where the objects change during a replay, the bits above an address
 # (52 and up) number the set of objects that counted when the exit happened.

@@ -16,16 +16,21 @@ from engine.kvm import run
 from engine.state.config import choices
 from engine.state.frame_store import Draft
 from engine.trace import objects, replay
+from engine.trace.choices import ASK, INCLUDE, ON_VIOLATION
 from engine.trace.columns import TraceChunk
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult, columns_of_log, join
 
 # Rows of the exit buffer: drained into columns when full, so a replay's memory is its kept exits and this.
 LOG_ROWS = 1 << 15
 
-INCLUDE = ("violations", "all")
-
-# Beside what the kernel does about a violation: pause there and ask somebody (see ``trace.asking``).
-ASK = "ask"
+# What the kernel does for each ``on_violation``: it stops where somebody is to be asked.
+_DOES: dict[str, int] = {
+    "skip": replay.SKIP,
+    "stop": replay.STOP,
+    "allow": replay.ALLOW,
+    "grant": replay.GRANT,
+    ASK: replay.STOP,
+}
 
 REFUSALS = {
     replay.BAD_SIZE: ("size", "an access has at least one byte"),
@@ -57,7 +62,7 @@ class ReplayOptions:
     circumstances: int = 0
 
     def validate(self) -> None:
-        choices(self.on_violation, (*replay.ON_VIOLATION, ASK), "on_violation")
+        choices(self.on_violation, ON_VIOLATION, "on_violation")
         choices(self.include, INCLUDE, "include")
         if self.start < 0:
             raise InvalidValue("start is not negative", field="start", value=self.start)
@@ -69,8 +74,7 @@ class ReplayOptions:
     def words(self) -> NDArray[np.int64]:
         """The options as the kernel reads them."""
         kinds = False  # known of each chunk
-        on_violation = replay.STOP if self.on_violation == ASK else replay.ON_VIOLATION.index(self.on_violation)
-        return np.array([on_violation, self.include == "all", kinds, self.circumstances], dtype=np.int64)
+        return np.array([_DOES[self.on_violation], self.include == "all", kinds, self.circumstances], dtype=np.int64)
 
 
 class Replay:

@@ -11,7 +11,8 @@ from engine.arch import access as acc
 from engine.errors import InvalidValue
 from engine.kvm.user_exits import UserExit
 from engine.state.config import VmConfig, choices
-from engine.trace.replay import BAD_KIND, BAD_LINEAR, GPA_LIMIT, ON_VIOLATION, fits_source, refusal_of_kind
+from engine.trace.choices import ON_VIOLATION
+from engine.trace.replay import BAD_KIND, BAD_LINEAR, GPA_LIMIT, fits_source, refusal_of_kind
 from engine.trace.results import ExitColumns
 
 MAX_SIZE = 0xFFFF
@@ -50,7 +51,7 @@ class AccessRequest:
             raise InvalidValue(f"an access has 1 to {MAX_SIZE} bytes", field="size", value=self.size)
         if self.access not in (acc.READ, acc.WRITE, acc.EXECUTE):
             raise InvalidValue("access is 0 read, 1 write or 2 execute", field="access", value=self.access)
-        choices(self.on_violation, (*ON_VIOLATION, "ask"), "on_violation")
+        choices(self.on_violation, ON_VIOLATION, "on_violation")
         self._validate_kind()
         self._validate_addresses(config.maxphyaddr)
         if self.gva is not None and not 0 <= self.gva < 1 << 64:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from engine.errors import InvalidValue
+from engine.trace.choices import FORMATS
 from engine.trace.columns import check_carry
 from engine.trace.readers.base import Source, TraceReader
 from engine.trace.readers.budget import DEFAULT_MEMORY, Budget
 from engine.trace.readers.json_bodies import JsonReader, NdjsonReader
-from engine.trace.readers.packed import RECORD_FORMATS, PackedReader
+from engine.trace.readers.packed import RECORD_BYTES, PackedReader
 
-__all__ = ["DEFAULT_MEMORY", "FORMATS", "RECORD_FORMATS", "Budget", "Source", "TraceReader", "open_trace", "row_count"]
+__all__ = ["DEFAULT_MEMORY", "RECORD_BYTES", "Budget", "Source", "TraceReader", "open_trace", "row_count"]
 
 
 def _arrow(source: Source, carry: Sequence[str], budget: Budget) -> TraceReader:
@@ -43,7 +44,6 @@ _COLUMNS: Mapping[str, Callable[[Source, Sequence[str], Budget], TraceReader]] =
     "arrow": _arrow,
     "parquet": _parquet,
 }
-FORMATS = (*_ROWS, *_COLUMNS, "packed")
 
 
 def open_trace(
