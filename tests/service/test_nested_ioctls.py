@@ -14,12 +14,10 @@ from engine.arch.vmx_msrs import EFER_SVME
 from engine.nested.ioctls import HANDLERS, NUMBERS
 from engine.vcpu.cpuid import ECX1_VMX
 from tests.contract.client import ContractClient
-from tests.engine.nested.support import ERAS, EV, GIF, GM, MIN32, NONE, RP, blob, vmcs12
+from tests.engine.nested import selftests
+from tests.engine.nested.support import ERAS, EV, GIF, GM, MIN32, blob, vmcs12
 from tests.service.kvm_calls import Result, enable_cap, ioctl
 from tests.service.nested_calls import MakeVm, make_nested
-from tests.service.test_nested_state import SMALL, SVM, ZERO
-
-MINUS = {"vmxon": NONE, "vmcs12_pa": NONE}
 
 
 class Program:
@@ -65,10 +63,21 @@ class Program:
         done = self.call("KVM_ENABLE_CAP", enable_cap(163, 0, 0x7000), memory=[word])
         assert (done.returns, done.memory) == (0, [b"\x01\x01"])
 
-    def rows(self, *rows: tuple[dict[str, Any] | None, int | str]) -> None:
-        for fields, wanted in rows:
-            data = None if fields is None else blob(**fields)
-            assert self.call("KVM_SET_NESTED_STATE", data).short == wanted, fields
+    def set_svme(self) -> None:
+        sregs = bytearray(self.call("KVM_GET_SREGS", bytes(312)).data or b"")
+        SREGS.put(sregs, "ia32_efer", SREGS.get(sregs, "ia32_efer") | EFER_SVME)
+        assert self.call("KVM_SET_SREGS", bytes(sregs)).returns == 0
+
+    def run(self, program: selftests.Program) -> None:
+        for item in program:
+            if isinstance(item, selftests.Row):
+                assert self.call("KVM_SET_NESTED_STATE", item.data).short == item.returns, item.number
+            elif item == "set CPUID":
+                self.set_cpuid()
+            elif item == "enable evmcs":
+                self.enable_evmcs()
+            else:
+                self.set_svme()
 
     def get_state(self, room: int = 4224) -> bytes:
         asked = bytearray(4224)
@@ -85,38 +94,8 @@ class Program:
 def test_vmx_set_nested_state_test_of_2019(client: ContractClient, evmcs: bool) -> None:
     program = Program(client, "kvm-2019", 5, nested_evmcs=evmcs)
     assert program.system("KVM_CHECK_EXTENSION", arg=157).returns == 8320
-    ev = EV if program.system("KVM_CHECK_EXTENSION", arg=163).returns else 0
-    assert bool(ev) == evmcs
-    default = {"flags": GM + RP + ev}
-    program.rows(
-        (None, "EFAULT"),
-        ({**SMALL, "size": 0}, "EINVAL"),
-        ({**SMALL, "flags": 0xF}, "EINVAL"),
-        ({**SMALL, "flags": RP}, "EINVAL"),
-        ({**default, "format": 1}, "EINVAL"),
-        (default, "EINVAL"),
-        ({**default, "vmxon": NONE}, "EINVAL"),
-        ({**MINUS, "flags": EV}, "EINVAL"),
-        ({**MINUS, "flags": 0}, 0),
-    )
-    program.set_cpuid()
-    program.rows(({**default, **MINUS}, "EINVAL"))
-    if evmcs:
-        program.rows(({**MINUS, "flags": ev}, "EINVAL"))
-        program.enable_evmcs()
-    program.rows(
-        ({**MINUS, "flags": ev}, 0),
-        ({**MINUS, "flags": ev, "smm": 1}, "EINVAL"),
-        ({"flags": 0, "vmxon": NONE}, "EINVAL"),
-        ({**default, "vmxon": 1}, "EINVAL"),
-        ({"flags": GM + RP, "smm": 1}, "EINVAL"),
-        ({**default, "smm": 0xFFFC}, "EINVAL"),
-        ({"flags": 0, "smm": 1}, "EINVAL"),
-        ({**default, "size": 128}, 0),
-        ({**default, **ZERO}, "EINVAL"),
-        ({**default, "data": vmcs12(revision=0)}, "EINVAL"),
-        ({"flags": 0, **MINUS}, 0),
-    )
+    assert bool(program.system("KVM_CHECK_EXTENSION", arg=163).returns) == evmcs
+    program.run(selftests.of_2019(evmcs))
     found = program.get_state()
     assert (abi.COMMON.get(found, "size"), found[8:24]) == (128, b"\xff" * 16)
     program.close()
@@ -125,41 +104,9 @@ def test_vmx_set_nested_state_test_of_2019(client: ContractClient, evmcs: bool) 
 @pytest.mark.parametrize("evmcs", [False, True])
 def test_nested_set_state_test_on_intel(client: ContractClient, evmcs: bool) -> None:
     program = Program(client, "kvm-latest", 0, nested_evmcs=evmcs)
-    ev = EV if program.system("KVM_CHECK_EXTENSION", arg=163).returns else 0
+    assert bool(program.system("KVM_CHECK_EXTENSION", arg=163).returns) == evmcs
     program.set_cpuid(vmx=False)
-    default, short = {"flags": ev}, {"flags": 0, "size": 128}
-    program.rows(
-        (None, "EFAULT"),
-        ({**SMALL, "size": 0}, "EINVAL"),
-        ({**SMALL, "flags": 0xF}, "EINVAL"),
-        ({**SMALL, "flags": RP}, "EINVAL"),
-        ({**default, "format": 1}, "EINVAL"),
-        (default, "EINVAL"),
-        ({**default, "vmxon": NONE}, "EINVAL"),
-        ({**MINUS, "flags": EV}, "EINVAL"),
-        ({**MINUS, "flags": 0}, 0),
-    )
-    program.set_cpuid()
-    program.rows(({"flags": 0, **MINUS}, 0))
-    if evmcs:
-        program.rows(({"flags": EV, **MINUS}, "EINVAL"))
-        program.enable_evmcs()
-        program.rows(({"flags": EV, **MINUS}, 0))
-    program.rows(
-        ({"flags": ev, **MINUS, "smm": 1}, "EINVAL"),
-        ({**default, "hdr_flags": 0xFFFF_FFFF}, "EINVAL"),
-        ({"flags": 0, "vmxon": NONE}, "EINVAL"),
-        ({**default, "vmxon": 1}, "EINVAL"),
-        ({"flags": GM + RP, "smm": 1}, "EINVAL"),
-        ({**default, "smm": 0xFFFC}, "EINVAL"),
-        ({"flags": 0, "smm": 1}, "EINVAL"),
-        (short, "EINVAL"),
-        ({**short, "vmcs12_pa": NONE}, 0),
-        ({"flags": 0}, 0),
-        ({**short, "vmcs12_pa": NONE, "hdr_flags": 0xFFFF_FFFF}, "EINVAL"),
-        ({**default, **ZERO}, "EINVAL"),
-        ({"flags": 0, **MINUS}, 0),
-    )
+    program.run(selftests.newest_on_intel(evmcs))
     found = program.get_state()
     assert (abi.COMMON.get(found, "size"), abi.COMMON.get(found, "flags"), found[8:24]) == (128, 0, b"\xff" * 16)
     program.close()
@@ -170,23 +117,7 @@ def test_nested_set_state_test_on_amd(client: ContractClient) -> None:
     assert program.system("KVM_CHECK_EXTENSION", arg=157).returns == 4224
     assert program.system("KVM_CHECK_EXTENSION", arg=163).returns == 0
     program.set_cpuid()
-    program.rows(
-        ({**SVM, "format": 0}, "EINVAL"),
-        ({**SVM, "flags": EV}, "EINVAL"),
-        ({**SVM, "flags": GM}, "EINVAL"),
-        ({**SVM, "flags": 0}, 0),
-        ({**SVM, "flags": GIF}, 0),
-    )
-    sregs = bytearray(program.call("KVM_GET_SREGS", bytes(312)).data or b"")
-    SREGS.put(sregs, "ia32_efer", SREGS.get(sregs, "ia32_efer") | EFER_SVME)
-    assert program.call("KVM_SET_SREGS", bytes(sregs)).returns == 0
-    program.rows(
-        ({**SVM, "vmxon": NONE, "flags": 0}, 0),
-        ({**SVM, "vmxon": NONE, "flags": GM}, "EINVAL"),
-        ({**SVM, "size": 2112, "flags": 0}, 0),
-        ({**SVM, "size": 2112, "flags": GM}, "EINVAL"),
-        ({**SVM, "vmxon": NONE, "flags": GIF}, 0),
-    )
+    program.run(selftests.newest_on_amd())
     found = program.get_state()
     assert (abi.COMMON.get(found, "flags"), abi.COMMON.get(found, "size"), found[8:16]) == (GIF, 128, bytes(8))
     program.close()
@@ -262,7 +193,9 @@ def test_k04_a_version_that_cannot_be_stored_enables_all_the_same(
 ) -> None:
     vcpu = make_nested(client, make_vm, profile)
     assert ioctl(client, vcpu, "KVM_ENABLE_CAP", enable_cap(163)).errno == "EFAULT"
-    assert ioctl(client, vcpu, "KVM_SET_NESTED_STATE", blob(size=128, data=b"", flags=EV, **MINUS)).returns == 0
+    assert (
+        ioctl(client, vcpu, "KVM_SET_NESTED_STATE", blob(size=128, data=b"", flags=EV, **selftests.MINUS)).returns == 0
+    )
     assert ioctl(client, vcpu, "KVM_ENABLE_CAP", enable_cap(0xFFFF)).errno == "EINVAL"
     pins = struct.pack("<IIIIQ", 1, 0, 0x48D, 0, 0)
     read = ioctl(client, vcpu, "KVM_GET_MSRS", pins)

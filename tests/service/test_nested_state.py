@@ -13,6 +13,7 @@ from engine.arch import nested_state as abi
 from engine.arch.vmx_msrs import EFER, EFER_SVME
 from engine.nested import steps_of, supported_cpuid
 from tests.contract.client import ContractClient
+from tests.engine.nested import selftests
 from tests.engine.nested.support import (
     ERAS,
     EV,
@@ -74,11 +75,17 @@ class Program:
         self.client = client
         self.vcpu = vcpu
 
-    def rows(self, *rows: tuple[int, dict[str, Any] | None, int | str, str]) -> None:
-        for number, fields, returns, decides in rows:
-            data = None if fields is None else blob(**fields)
-            told = outcome(load(self.client, self.vcpu, data))
-            assert (number, told[0], told[1].partition(" ")[0]) == (number, returns, decides)
+    def run(self, program: selftests.Program) -> None:
+        for item in program:
+            if isinstance(item, selftests.Row):
+                told = outcome(load(self.client, self.vcpu, item.data))
+                assert (item.number, told[0], told[1].partition(" ")[0]) == (item.number, item.returns, item.check)
+            elif item == "set CPUID":
+                self.cpuid(vmx=True)
+            elif item == "enable evmcs":
+                self.enable_evmcs()
+            else:
+                self.set_svme()
 
     def cpuid(self, *, vmx: bool) -> None:
         reply = self.client.put(f"{self.vcpu}/cpuid", json={"entries": leaves(vmx_cpuid(vmx=vmx))})
@@ -88,91 +95,26 @@ class Program:
         reply = self.client.put(f"{self.vcpu}/capabilities/163", json={"enabled": True})
         assert reply.json()["result"] == {"versions": "0x101"}
 
-
-ZERO = {"vmxon": 0, "vmcs12_pa": 0}
-SMALL = {"size": 128, "data": b"", **ZERO, "flags": GM + RP}
+    def set_svme(self) -> None:
+        reply = self.client.put(f"{self.vcpu}/msrs", json={"msrs": [{"index": EFER, "value": EFER_SVME}]})
+        assert reply.json() == {"written": 1, "refused": None, "result": "ok"}
 
 
 @pytest.mark.parametrize("have_evmcs", [False, True])
 def test_the_program_of_2019(client: ContractClient, make_vm: MakeVm, have_evmcs: bool) -> None:
     vm = make_vm(profile="kvm-2019", spp=False, vcpus=[{"id": 5}], host={"nested_evmcs": have_evmcs})
-    program, ev = Program(client, f"{vm}/vcpus/5"), EV if have_evmcs else 0
-    default = {"flags": GM + RP + ev}
-    program.rows(
-        (1, None, "EFAULT", "G1"),
-        (2, {**SMALL, "size": 0}, "EINVAL", "G2"),
-        (3, {**SMALL, "flags": 0xF}, "EINVAL", "G3"),
-        (4, {**SMALL, "flags": RP}, "EINVAL", "G4"),
-        (5, {**default, "format": 1}, "EINVAL", "V1"),
-        (6, default, "EINVAL", "V3a"),
-        (7, {**default, "vmxon": NONE}, "EINVAL", "V2b"),
-        (8, {**default, **MINUS, "flags": EV}, "EINVAL", "V8"),
-        (9, {**default, **MINUS, "flags": 0}, 0, "V10"),
-    )
-    program.cpuid(vmx=True)
-    program.rows((10, {**default, **MINUS}, "EINVAL", "V2c"))
-    if have_evmcs:
-        program.rows((11, {**MINUS, "flags": ev}, "EINVAL", "V8"))
-        program.enable_evmcs()
-    program.rows(
-        (12, {**MINUS, "flags": ev}, 0, "V10"),
-        (13, {**MINUS, "flags": ev, "smm": 1}, "EINVAL", "V2a"),
-        (14, {"flags": 0, "vmxon": NONE}, "EINVAL", "V2b"),
-        (15, {**default, "vmxon": 1}, "EINVAL", "V3b"),
-        (16, {"flags": GM + RP, "smm": 1}, "EINVAL", "V4"),
-        (17, {**default, "smm": 0xFFFC}, "EINVAL", "V5"),
-        (18, {"flags": 0, "smm": 1}, "EINVAL", "V6"),
-        (19, {**default, "size": 128}, 0, "V12"),
-        (20, {**default, **ZERO}, "EINVAL", "V13"),
-        (21, {**default, "data": vmcs12(revision=0)}, "EINVAL", "V17"),
-        (22, {"flags": 0, **MINUS}, 0, "V10"),
-    )
+    program = Program(client, f"{vm}/vcpus/5")
+    program.run(selftests.of_2019(have_evmcs))
     assert summary(client, program.vcpu) == OFF
 
 
 @pytest.mark.parametrize("have_evmcs", [False, True])
 def test_the_newest_program_on_intel(client: ContractClient, make_vm: MakeVm, have_evmcs: bool) -> None:
     vm = make_vm(profile="kvm-latest", spp=False, host={"nested_evmcs": have_evmcs})
-    program, ev = Program(client, f"{vm}/vcpus/0"), EV if have_evmcs else 0
-    default = {"flags": ev}
-    short = {"flags": 0, "size": 128}
+    program = Program(client, f"{vm}/vcpus/0")
     program.cpuid(vmx=False)
-    program.rows(
-        (1, None, "EFAULT", "G1"),
-        (2, {**SMALL, "size": 0}, "EINVAL", "G2"),
-        (3, {**SMALL, "flags": 0xF}, "EINVAL", "V3a"),
-        (4, {**SMALL, "flags": RP}, "EINVAL", "G4"),
-        (5, {**default, "format": 1}, "EINVAL", "V1"),
-        (6, default, "EINVAL", "V3a"),
-        (7, {**default, "vmxon": NONE}, "EINVAL", "V2b"),
-        (8, {**MINUS, "flags": EV}, "EINVAL", "V8"),
-        (9, {**MINUS, "flags": 0}, 0, "V10"),
-    )
-    program.cpuid(vmx=True)
-    program.rows((10, {"flags": 0, **MINUS}, 0, "V10"))
-    if have_evmcs:
-        program.rows((11, {"flags": EV, **MINUS}, "EINVAL", "V8"))
-        program.enable_evmcs()
-        program.rows((12, {"flags": EV, **MINUS}, 0, "V10"))
-    program.rows(
-        (13, {"flags": ev, **MINUS, "smm": 1}, "EINVAL", "V2a"),
-        (14, {**default, "hdr_flags": 0xFFFF_FFFF}, "EINVAL", "V5n"),
-        (15, {"flags": 0, "vmxon": NONE}, "EINVAL", "V2b"),
-        (16, {**default, "vmxon": 1}, "EINVAL", "V3b"),
-        (17, {"flags": GM + RP, "smm": 1}, "EINVAL", "V4"),
-        (18, {**default, "smm": 0xFFFC}, "EINVAL", "V5"),
-        (19, {"flags": 0, "smm": 1}, "EINVAL", "V6"),
-        (20, short, "EINVAL", "V12n"),
-        (21, {**short, "vmcs12_pa": NONE}, 0, "V12n"),
-        (22, {"flags": 0}, 0, "V18"),
-        (23, {**short, "vmcs12_pa": NONE, "hdr_flags": 0xFFFF_FFFF}, "EINVAL", "V5n"),
-        (24, {**default, **ZERO}, "EINVAL", "V13"),
-        (25, {"flags": 0, **MINUS}, 0, "V10"),
-    )
+    program.run(selftests.newest_on_intel(have_evmcs))
     assert summary(client, program.vcpu) == OFF
-
-
-SVM = {"format": 1, "vmxon": 0x3000, "vmcs12_pa": 0, "data": bytes(4096)}
 
 
 def test_the_newest_program_on_amd(client: ContractClient, make_vm: MakeVm) -> None:
@@ -184,26 +126,7 @@ def test_the_newest_program_on_amd(client: ContractClient, make_vm: MakeVm) -> N
     )
     program = Program(client, f"{vm}/vcpus/0")
     assert client.get(f"{program.vcpu}/capabilities/163").json()["available"] == 0
-    program.rows(
-        (1, None, "EFAULT", "G1"),
-        (2, {**SVM, "size": 0}, "EINVAL", "G2"),
-        (3, {**SMALL, "flags": 0xF}, "EINVAL", "S1"),
-        (4, {**SVM, "flags": RP}, "EINVAL", "G4"),
-        (5, {**SVM, "format": 0}, "EINVAL", "S1"),
-        (6, {**SVM, "flags": EV}, "EINVAL", "S2"),
-        (7, {**SVM, "flags": GM}, "EINVAL", "S3"),
-        (8, {**SVM, "flags": 0}, 0, "S5"),
-        (9, {**SVM, "flags": GIF}, 0, "S5"),
-    )
-    reply = client.put(f"{program.vcpu}/msrs", json={"msrs": [{"index": EFER, "value": EFER_SVME}]})
-    assert reply.json() == {"written": 1, "refused": None, "result": "ok"}
-    program.rows(
-        (10, {**SVM, "vmxon": NONE, "flags": 0}, 0, "S5"),
-        (11, {**SVM, "vmxon": NONE, "flags": GM}, "EINVAL", "S6"),
-        (12, {**SVM, "size": 2112, "flags": 0}, 0, "S5"),
-        (13, {**SVM, "size": 2112, "flags": GM}, "EINVAL", "S7"),
-        (14, {**SVM, "vmxon": NONE, "flags": GIF}, 0, "S5"),
-    )
+    program.run(selftests.newest_on_amd())
     found = client.get(f"{program.vcpu}/nested-state").json()
     assert found == {"length": 128, "flags": hex(GIF), "format": 1, "size": 128, "svm": {"vmcb_pa": "0x0"}}
 
