@@ -17,7 +17,7 @@ from engine.arch.hypercall import XMM_REGISTERS
 from engine.errors import InvalidValue
 from engine.hyperv import dispatch, l0_hyperv, modes, nested_paging, notes
 from engine.hyperv.caller import LOW, Caller
-from engine.hyperv.dispatch import Situation
+from engine.hyperv.dispatch import HypercallContext
 from engine.hyperv.encode import CallFields
 from engine.hyperv.execution import Effect
 from engine.hyperv.exits import exit_to_l1, finish_in_guest, rip_of
@@ -145,7 +145,7 @@ class Hypercalls(Operations):
             )
 
     def _dispatch(self, draft: Draft, whole: NestedVcpu, position: int, caller: Caller, ram: Ram) -> Outcome:
-        own = self._situation(draft, whole, position, ram)
+        own = self._context(draft, whole, position, ram)
         host = hyperv_host(self._config)
         if host is None or own.guest is not None:
             return dispatch.hypercall(caller, own)
@@ -164,7 +164,7 @@ class Hypercalls(Operations):
         )
         return dispatch.hypercall_on_hyperv(caller, below, own)
 
-    def _situation(self, draft: Draft, whole: NestedVcpu, position: int, ram: Ram) -> Situation:
+    def _context(self, draft: Draft, whole: NestedVcpu, position: int, ram: Ram) -> HypercallContext:
         m = draft.machine
         enforced = notes.flag(m, position, notes.ENFORCE_CPUID)
         privileges = Privileges.of(whole.cpuid, whole.msrs.get(HV_GUEST_OS_ID, 0), enforced=enforced)
@@ -172,7 +172,7 @@ class Hypercalls(Operations):
         vps[position] = replace(vps[position], running=True)
         nested = modes.in_nested_guest(whole)
         width = self._config.maxphyaddr
-        return Situation(
+        return HypercallContext(
             machine=m,
             memory=ram,
             partition_memory=ram,
