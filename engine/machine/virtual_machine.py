@@ -44,9 +44,9 @@ from engine.state.config import VmConfig
 from engine.state.frame_store import Draft, FrameStore, Snapshot, blocks_of
 from engine.state.head import config_from_head, config_to_head
 from engine.state.retry import new_trail, run_all
-from engine.trace.asking import AskingReplay
 from engine.trace.choices import ASK
 from engine.trace.execution import Execute, execute
+from engine.trace.interactive import InteractiveReplay
 from engine.trace.objects import Targets, targets_of
 from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
 from engine.trace.single import AccessRequest, AccessResult
@@ -326,7 +326,7 @@ class VirtualMachine:
             _write_from_host(draft, gpa, data)
 
     def access(self, request: AccessRequest, run: Execute = execute) -> AccessResult:
-        """One guest access, executed by ``run``: on its own, or as one that asks (see ``trace.asked_access``)."""
+        """One guest access, executed by ``run``: on its own, or as one that asks (see ``trace.interactive_access``)."""
         request.validate(self.config)
         with self._change() as draft:
             enter(draft, self.config, request.vcpu)
@@ -341,7 +341,7 @@ class VirtualMachine:
                 return result.with_data(b"".join(memory.read_bytes(draft.machine, *place) for place in places))
         return result
 
-    def replay(self, options: ReplayOptions, earlier: AskingReplay | None = None) -> ReplayTransaction:
+    def replay(self, options: ReplayOptions, earlier: InteractiveReplay | None = None) -> ReplayTransaction:
         """A replay, one transaction: ``with vm.replay(options) as r: r.feed(chunk) …; r.finish()``.
 
         With ``on_violation`` ask it may pause; given as ``earlier``, it goes on in the next transaction.
@@ -356,7 +356,7 @@ class VirtualMachine:
                 earlier.go_on(draft, self._state.targets, runs)
                 replay = earlier
             elif options.on_violation == ASK:
-                replay = AskingReplay(draft, options, self._state.targets, runs)
+                replay = InteractiveReplay(draft, options, self._state.targets, runs)
             else:
                 operations = TraceOperations(draft, self.config)
                 replay = TimedReplay(draft, options, self._state.targets, runs, operations)

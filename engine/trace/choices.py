@@ -5,7 +5,7 @@ Plain words and nothing to compile: what takes them from a caller need not load 
 
 from typing import Literal, get_args
 
-# What becomes of a write that is refused (``trace.replay`` does it), and to pause there and ask (``trace.asking``).
+# What becomes of a write that is refused: ``trace.replay`` does it, or pauses there and asks (``trace.interactive``).
 Resolved = Literal["skip", "stop", "allow", "grant"]
 OnViolation = Literal[Resolved, "ask"]
 ASK: Literal["ask"] = "ask"

@@ -170,10 +170,10 @@ class Replay:
     ) -> tuple[int, int]:
         """Go on from a position of the chunk; returns why the kernel came back, and the record it has not run.
 
-        Operations are for ``trace.timed``; a replay that asks refuses them rather than pass them over.
+        Operations are for ``trace.timed``; an interactive replay refuses them rather than pass them over.
         """
         if chunk.operations is not None and not chunk.operations.plain:
-            rule = "a replay that asks takes no operations and no address spaces"
+            rule = "an interactive replay takes no operations and no address spaces"
             raise TraceError(rule, index=base + position, field="op")
         m = self._draft.machine
         options, trail = self._words, self._trail

@@ -26,8 +26,8 @@ from engine.machine import SubpageRange, VirtualMachine
 from engine.machine.hypercalls import HypercallRequest
 from engine.machine.page_access import AccessChange
 from engine.state.config import VcpuConfig, VmConfig
-from engine.trace.asking import AskingReplay
 from engine.trace.columns import TraceChunk
+from engine.trace.interactive import InteractiveReplay
 from engine.trace.objects import attribute, fill_objects
 from engine.trace.operations import INVLPG, MOV_CR3, Operation, Operations
 from engine.trace.replay import grant_touched, replay
@@ -131,16 +131,16 @@ def _host() -> None:
 
 
 def _ask(vm: VirtualMachine) -> None:
-    """A replay that asks, answered in the ways that call kernels of their own."""
+    """An interactive replay, answered in the ways that call kernels of their own."""
     records = np.array([[0x4080, 8 | 1 << 16], [0x4100, 8 | 1 << 16]], dtype=np.uint64)
-    asking: AskingReplay | None = None
+    replaying: InteractiveReplay | None = None
     for action in (None, "allow", "grant"):
-        with vm.replay(ReplayOptions(on_violation="ask"), asking) as run:
-            assert isinstance(run.replay, AskingReplay)
-            asking = run.replay
-            going = run.feed(TraceChunk(records, None, {})) if action is None else asking.answer(action)
+        with vm.replay(ReplayOptions(on_violation="ask"), replaying) as run:
+            assert isinstance(run.replay, InteractiveReplay)
+            replaying = run.replay
+            going = run.feed(TraceChunk(records, None, {})) if action is None else replaying.answer(action)
             if not going:
-                asking.asked.objects()
+                replaying.asked.objects()
             run.pause()
 
 
