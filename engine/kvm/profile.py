@@ -149,5 +149,5 @@ TABLE: Mapping[str, Profile] = MappingProxyType({row.name: row for row in (KVM_2
 def profile_of(name: str) -> Profile:
     """The row of a profile. Raises InvalidValue."""
     if name not in TABLE:
-        raise InvalidValue(f"profile is one of {', '.join(TABLE)}", field="profile", value=name)
+        raise InvalidValue(f"must be one of {', '.join(TABLE)}", field="profile", value=name)
     return TABLE[name]

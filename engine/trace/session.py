@@ -33,11 +33,11 @@ _DOES: dict[str, int] = {
 }
 
 REFUSALS = {
-    replay.BAD_SIZE: ("size", "an access has at least one byte"),
-    replay.BAD_ACCESS: ("access", "access is 0 read, 1 write or 2 execute"),
+    replay.BAD_SIZE: ("size", "must be at least one byte"),
+    replay.BAD_ACCESS: ("access", "must be 0 read, 1 write or 2 execute"),
     replay.BAD_VCPU: ("vcpu", "must be the id of a vCPU of this machine"),
-    replay.BAD_ADDRESS: ("gpa", "an access ends at or below guest-physical address 2^52"),
-    replay.BAD_RESERVED: ("record", "the reserved bytes of a record are zero"),
+    replay.BAD_ADDRESS: ("gpa", "must keep the access at or below guest-physical address 2^52"),
+    replay.BAD_RESERVED: ("record", "must have zeros in its reserved bytes"),
     replay.BAD_KIND: ("kind", acc.KIND_RULE),
     replay.BAD_SOURCE: ("source", acc.SOURCE_RULE),
     replay.BAD_LINEAR: ("linear", acc.LINEAR_RULE),
@@ -65,11 +65,9 @@ class ReplayOptions:
         choices(self.on_violation, ON_VIOLATION, "on_violation")
         choices(self.include, INCLUDE, "include")
         if self.start < 0:
-            raise InvalidValue("start is not negative", field="start", value=self.start)
+            raise InvalidValue("must not be negative", field="start", value=self.start)
         if self.max_exit_records < 0:
-            raise InvalidValue(
-                "max_exit_records is not negative", field="max_exit_records", value=self.max_exit_records
-            )
+            raise InvalidValue("must not be negative", field="max_exit_records", value=self.max_exit_records)
 
     def words(self) -> NDArray[np.int64]:
         """The options as the kernel reads them."""

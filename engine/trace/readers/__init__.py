@@ -65,10 +65,10 @@ def open_trace(
     cannot be carried; iteration raises ``TraceError`` with the absolute record index.
     """
     if format not in FORMATS:
-        raise InvalidValue(f"the format is one of {', '.join(FORMATS)}", field="format", value=format)
+        raise InvalidValue(f"must be one of {', '.join(FORMATS)}", field="format", value=format)
     names = check_carry(carry)
     if format == "packed":
         return PackedReader(source, record, names)
     if record is not None:
-        raise InvalidValue("a record format goes with packed bodies only", field="record", value=record)
+        raise InvalidValue("must be left out: only packed bodies have a record format", field="record", value=record)
     return _ROWS[format](source, names) if format in _ROWS else _COLUMNS[format](source, names, Budget.of(memory))

@@ -27,7 +27,7 @@ class PackedReader(TraceReader):
         if record is None or record not in RECORD_BYTES:
             names = " or ".join(RECORD_FORMATS)
             raise InvalidValue(
-                f"packed bodies need the record format, {names}",
+                f"must be {names} for a packed body",
                 field="record",
                 value=record,
             )

@@ -63,7 +63,7 @@ def row(profile: str) -> Profile:
 
 def test_table_has_a_row_for_each_profile_and_every_choice_is_made() -> None:
     assert tuple(TABLE) == NAMES
-    with pytest.raises(InvalidValue, match="profile is one of kvm-2019, kvm-latest"):
+    with pytest.raises(InvalidValue, match="must be one of kvm-2019, kvm-latest"):
         profile_of("kvm-2020")
     same = {name for name in Profile._fields if getattr(KVM_2019, name) == getattr(KVM_LATEST, name)}
     assert same == {"too_many_errno", "subpage_header"}, "a choice that both make alike is no choice"
