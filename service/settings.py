@@ -10,6 +10,7 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from engine.trace.choices import DefaultAnswer
 from service.platform.failures import FileError, read_document
 from service.storage.urls import StoreUrl, default_store
 
@@ -184,7 +185,7 @@ class Settings(BaseSettings):
     ask_timeout: float = Field(
         30, gt=0, description="Seconds that an introspection tool has for an answer unless it says another time itself."
     )
-    ask_default_action: Literal["allow", "skip", "grant", "stop"] = Field(
+    ask_default_action: DefaultAnswer = Field(
         "skip", description="What becomes of a refused access that was to be asked about when no tool answers."
     )
     max_tools: int = Field(16, ge=1, description="Introspection tools that may be attached to one machine.")

@@ -53,6 +53,12 @@ LEVEL_SHIFT = (0, 12, 21, 30, 39, 48)
 LEVEL_NAMES = ("", "PTE", "PDE", "PDPTE", "PML4E", "PML5E")
 PAGE_SIZE_NAMES = {1: "4K", 2: "2M", 3: "1G"}
 
+
+def reserved_address(maxphyaddr: int) -> int:
+    """Address bits 51:N of an entry, which a processor with ``maxphyaddr`` physical-address bits reserves."""
+    return ADDRESS & -1 << maxphyaddr
+
+
 # EPT pointer
 EPTP_MEMORY_TYPE = 7
 EPTP_WALK_SHIFT = 3

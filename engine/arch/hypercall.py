@@ -145,7 +145,6 @@ FLAG_NAMES: Mapping[str, int] = MappingProxyType(
 SET_SPARSE, SET_ALL = 0, 1
 BANKS = 64
 BANK_VPS = 64
-SET_VPS = BANKS * BANK_VPS
 
 # A range: additional pages in 11:0 (simple) or 10:0, then bit 11 large, and for large ones bit 12 the larger size.
 SIMPLE_COUNT = 0xFFF

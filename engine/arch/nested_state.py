@@ -118,7 +118,7 @@ def encode_blob(document: Mapping[str, Any]) -> bytes:
         blob += layout.encode(body, present)
     room = length - len(blob)
     if len(tail) > room:
-        raise InvalidValue("the tail does not fit into the declared length", field="tail", value=len(tail))
+        raise InvalidValue(f"must fit into the declared length, {length} bytes", field="tail", value=len(tail))
     return bytes(blob) + tail + bytes(room - len(tail))
 
 

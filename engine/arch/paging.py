@@ -54,3 +54,10 @@ CR4_SMAP = 1 << 21
 EFER_LMA = 1 << 10
 EFER_NXE = 1 << 11
 RFLAGS_AC = 1 << 18
+
+LINEAR_48, LINEAR_57 = 48, 57
+
+
+def canonical(linear: int, bits: int = LINEAR_48) -> bool:
+    """Whether a linear address, a 64-bit word read with its sign or without, repeats the highest of its ``bits``."""
+    return linear >> (bits - 1) in (0, -1, (1 << (65 - bits)) - 1)

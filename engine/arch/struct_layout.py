@@ -87,7 +87,7 @@ class Layout:
     def decode(self, data: bytes) -> dict[str, Any]:
         """``data`` as JSON fields. Shorter data gives the fields it holds whole; a cut one is ``partial``, in hex."""
         if len(data) > self.size:
-            raise InvalidValue(f"{self.name} has {self.size} bytes", field=self.name, value=len(data))
+            raise InvalidValue(f"must have {self.size} bytes at most", field=self.name, value=len(data))
         document: dict[str, Any] = {}
         for field in self.fields:
             if field.offset >= len(data):
@@ -117,7 +117,7 @@ class Layout:
                 continue
             field = self.by_name.get(name)
             if field is None:
-                raise InvalidValue(f"{self.name} has no such field", field=where, value=value)
+                raise InvalidValue(f"must be a field of {self.name}", field=where, value=value)
             if field.kind == "bytes":
                 room = max(0, min(field.size, end - field.offset))
                 raw = parse_bytes(value, where, room)
@@ -125,14 +125,14 @@ class Layout:
                 continue
             number = parse_integer(value, where, 8 * field.size)
             if field.end > end:
-                raise InvalidValue(f"lies beyond the {end} bytes that are present", field=where, value=value)
+                raise InvalidValue(f"must lie in the {end} bytes that are present", field=where, value=value)
             data[field.offset : field.end] = number.to_bytes(field.size, "little")
         return bytes(data)
 
     def _put_partial(self, data: bytearray, value: Any, where: str) -> None:
         cut = next((field for field in self.fields if field.offset < len(data) < field.end), None)
         if cut is None or cut.kind == "bytes":
-            raise InvalidValue("no field is cut at this length", field=where, value=value)
+            raise InvalidValue("must be left out: no field is cut at this length", field=where, value=value)
         raw = parse_bytes(value, where, len(data) - cut.offset)
         data[cut.offset : cut.offset + len(raw)] = raw
 

@@ -14,10 +14,11 @@ from engine.cpu.frames import (
 )
 from engine.jit import kernel
 
-# Outcomes
+# Outcomes of a walk, and what an entry can be: COMPLETE is one that maps the page.
 COMPLETE = 0
 NOT_PRESENT = 1
 MISCONFIGURED = 2
+TABLE = 3
 
 # The mode word: what the VMCS says about walks, gathered once an access. Pairs are in the order of the fields that they
 # come from, so that ``mode_of`` moves them with a shift.
@@ -57,6 +58,12 @@ def mode_of(m, vcpu):
 
 
 @kernel
+def index_of(gpa, level):
+    """Position of the entry of a GPA in its table of this level, EPT or SPPT."""
+    return (gpa >> ept.LEVEL_SHIFT[level]) & 511
+
+
+@kernel
 def present(entry, mode):
     """Any right makes an entry present; under MBEC user execute is one of them."""
     rights = ept.RIGHTS | (ept.USER_EXECUTE if mode & MODE_MBEC else 0)
@@ -70,39 +77,51 @@ def is_leaf(entry, level):
 
 
 @kernel
-def reserved_bits(m, entry, level):
-    """Bits that must be 0 in a present entry of this level."""
-    reserved = m.caps[CAP_RESERVED_ADDRESS]
-    capabilities = m.caps[CAP_EPT_VPID]
+def reserved_bits(entry, level, width, capabilities):
+    """Bits that must be 0 in a present entry of this level; ``width`` and ``capabilities`` as in ``classify``."""
     if level >= 4:
-        return reserved | ept.RESERVED_PML
+        return width | ept.RESERVED_PML
     if level == 1:
-        return reserved
+        return width
     supported = capabilities & (ept.CAP_1G if level == 3 else ept.CAP_2M)
     if entry & ept.PAGE:
         if not supported:
-            return reserved | ept.PAGE
-        return reserved | (ept.RESERVED_1G if level == 3 else ept.RESERVED_2M)
-    return reserved | ept.RESERVED_TABLE
+            return width | ept.PAGE
+        return width | (ept.RESERVED_1G if level == 3 else ept.RESERVED_2M)
+    return width | ept.RESERVED_TABLE
 
 
 @kernel
-def misconfigured(m, entry, level, mode):
-    """The conditions of 29.3.3.1 for one present entry."""
+def misconfigured(entry, level, mode, width, capabilities):
+    """The conditions of 29.3.3.1 for one present entry; ``width`` and ``capabilities`` as in ``classify``."""
     if not entry & ept.READ:
         if entry & ept.WRITE:
             return True
         execute = entry & ept.EXECUTE or (mode & MODE_MBEC and entry & ept.USER_EXECUTE)
-        if execute and not m.caps[CAP_EPT_VPID] & ept.CAP_EXECUTE_ONLY:
+        if execute and not capabilities & ept.CAP_EXECUTE_ONLY:
             return True
         if mode & MODE_PAGING_WRITE and is_leaf(entry, level) and entry & ept.PAGING_WRITE:
             return True
-    if entry & reserved_bits(m, entry, level):
+    if entry & reserved_bits(entry, level, width, capabilities):
         return True
     if is_leaf(entry, level):
         memory_type = (entry & ept.MEMORY_TYPE_MASK) >> ept.MEMORY_TYPE_SHIFT
         return memory_type == 2 or memory_type == 3 or memory_type == 7
     return False
+
+
+@kernel
+def classify(entry, level, mode, width, capabilities):
+    """What an entry is to the processor that walks it: NOT_PRESENT, MISCONFIGURED, a TABLE, or COMPLETE.
+
+    ``width`` has the bits 51:N that its MAXPHYADDR reserves, ``capabilities`` is its IA32_VMX_EPT_VPID_CAP: the
+    host's, or for the tables of a guest hypervisor those of its vCPU.
+    """
+    if not present(entry, mode):
+        return NOT_PRESENT
+    if misconfigured(entry, level, mode, width, capabilities):
+        return MISCONFIGURED
+    return COMPLETE if is_leaf(entry, level) else TABLE
 
 
 @kernel
@@ -120,9 +139,11 @@ def walk(m, eptp, mode, gpa, trail):
     rights = ept.RIGHTS | ept.USER_EXECUTE
     upper = ept.WRITE
     table = eptp & ept.ADDRESS
+    width = m.caps[CAP_RESERVED_ADDRESS]
+    capabilities = m.caps[CAP_EPT_VPID]
     read = 0
     while True:
-        index = (gpa >> ept.LEVEL_SHIFT[level]) & 511
+        index = index_of(gpa, level)
         entry = read_entry(m, table, index)
         trail[read, 0] = level
         trail[read, 1] = table
@@ -130,12 +151,11 @@ def walk(m, eptp, mode, gpa, trail):
         trail[read, 3] = entry
         read += 1
         trail[TRAIL_COUNTS, 0] = read
-        if not present(entry, mode):
-            return NOT_PRESENT, level, 0, upper
-        if misconfigured(m, entry, level, mode):
-            return MISCONFIGURED, level, 0, upper
+        kind = classify(entry, level, mode, width, capabilities)
+        if kind in (NOT_PRESENT, MISCONFIGURED):
+            return kind, level, 0, upper
         rights &= entry
-        if is_leaf(entry, level):
+        if kind == COMPLETE:
             return COMPLETE, level, rights, upper
         upper &= entry
         table = entry & ept.ADDRESS

@@ -16,7 +16,7 @@ from engine.arch import exits, sppt
 from engine.arch.access import ACCESS_MASK, ACCESS_NAMES, KIND_MASK, KIND_NAMES, KIND_SHIFT
 from engine.arch.words import signed, unsigned
 from engine.cpu import access_check, ept
-from engine.cpu.frames import CAP_RESERVED_ADDRESS, Machine, frame_at
+from engine.cpu.frames import CAP_EPT_VPID, CAP_RESERVED_ADDRESS, Machine, frame_at
 from engine.cpu.sentences import ReadEntry, Verdict, sentence_on
 from engine.cpu.sppt import HIGH
 
@@ -135,7 +135,8 @@ def _ept_fields(m: Machine, raw: int, level: int) -> dict[str, int]:
     table = EPT_LEAF_FIELDS if leaf else EPT_TABLE_FIELDS
     values = {name: raw >> low & ((1 << width) - 1) for name, low, width in table}
     values["address"] = raw & bits.ADDRESS
-    values["reserved"] = raw & unsigned(ept.reserved_bits(m, signed(raw), level))
+    width, capabilities = int(m.caps[CAP_RESERVED_ADDRESS]), int(m.caps[CAP_EPT_VPID])
+    values["reserved"] = raw & unsigned(ept.reserved_bits(signed(raw), level, width, capabilities))
     return values
 
 

@@ -39,6 +39,8 @@ UPDATE_ENTRY = acc.WRITE | acc.PAGING_UPDATE << acc.KIND_SHIFT | acc.DEFAULT_LIN
 UNPAGED = acc.LINEAR_VALID | acc.LINEAR_USER | acc.LINEAR_WRITABLE
 LOW_32 = 0xFFFF_FFFF
 
+canonical = kernel(guest.canonical)
+
 
 @kernel
 def mode_of(m, vcpu):
@@ -89,22 +91,28 @@ def large(m, vcpu, entry, level, paging):
 
 
 @kernel
+def reserved_at(entry, level):
+    """Bits that must be 0 in an 8-byte entry for its level and the size of its page, whatever the registers say."""
+    if level >= 4:
+        return guest.LARGE
+    if level > 1 and entry & guest.LARGE:
+        return guest.RESERVED_1G if level == 3 else guest.RESERVED_2M
+    return 0
+
+
+@kernel
 def reserved(m, vcpu, entry, level, paging):
     """Whether a present entry has a reserved bit set."""
     width = m.caps[CAP_RESERVED_ADDRESS]
-    maps_large = large(m, vcpu, entry, level, paging)
     if paging == BITS_32:
         high = (entry >> guest.LARGE_32_HIGH_SHIFT & 0xFF) << 32
+        maps_large = large(m, vcpu, entry, level, paging)
         return maps_large and (entry & guest.LARGE_32_RESERVED != 0 or high & width != 0)
-    mask = width
+    mask = width | reserved_at(entry, level)
     if not m.rows[m.row_of[FIRST_VCPU_FRAME + vcpu], ctl.V_EFER] & guest.EFER_NXE:
         mask |= guest.EXECUTE_DISABLE
     if paging == PAE:
         mask |= guest.RESERVED_ABOVE_52
-    if level >= 4:
-        mask |= guest.LARGE
-    elif maps_large:
-        mask |= guest.RESERVED_1G if level == 3 else guest.RESERVED_2M
     return entry & mask != 0
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from engine.arch import access as acc
 from engine.arch import exceptions, exits
+from engine.arch import paging as guest
 from engine.cpu import access_check, ept, guest_paging, mmu, page_log, tlb, ve
 from engine.cpu.frames import Machine, Words
 from engine.jit import kernel
@@ -54,8 +55,8 @@ def canonical(m, vcpu, linear):
     paging = guest_paging.mode_of(m, vcpu)
     if paging < guest_paging.FOUR_LEVELS:
         return True
-    top = linear >> (56 if paging == guest_paging.FIVE_LEVELS else 47)
-    return top == 0 or top == -1
+    bits = guest.LINEAR_57 if paging == guest_paging.FIVE_LEVELS else guest.LINEAR_48
+    return guest_paging.canonical(linear, bits)
 
 
 @kernel

@@ -2,9 +2,11 @@
 
 from engine.arch import ept as bits
 from engine.arch import exceptions
+from engine.arch.paging import LINEAR_48
 from engine.cpu import tlb
 from engine.cpu.entry import eptp_valid
 from engine.cpu.frames import CAP_EPT_VPID
+from engine.cpu.guest_paging import canonical
 from engine.jit import kernel
 
 # Outcomes; with each comes a number: a VM-instruction error, an exception vector, an exit reason.
@@ -29,7 +31,6 @@ OUTSIDE = 1
 NON_ROOT = 2
 WRONG_MODE = 3
 
-LINEAR_BITS = 48
 VPID_MASK = 0xFFFF
 
 
@@ -43,13 +44,6 @@ def refusal(place, cpl, supported, exit_reason):
     if cpl != 0:
         return EXCEPTION, exceptions.GENERAL_PROTECTION
     return SUCCEEDED, 0
-
-
-@kernel
-def canonical(address):
-    """Whether a linear address is canonical with 48 bits."""
-    top = address >> (LINEAR_BITS - 1)
-    return top == 0 or top == -1
 
 
 @kernel
@@ -101,7 +95,7 @@ def invvpid(m, vcpu, place, cpl, kind, context, linear):
     if kind == INVVPID_ALL:
         tlb.remove_vpid(m, vcpu, tlb.EVERY, tlb.GLOBALS_TOO)
         return SUCCEEDED, 0
-    if context == 0 or (kind == INVVPID_ADDRESS and not canonical(linear)):
+    if context == 0 or (kind == INVVPID_ADDRESS and not canonical(linear, LINEAR_48)):
         return FAILED, INVALID_OPERAND
     if kind == INVVPID_ADDRESS:
         tlb.remove_address(m, vcpu, context, tlb.EVERY, linear)

@@ -1,7 +1,7 @@
 """The SPPT walk (SDM vol. 3C, 29.3.4.2): four levels, stopped by the first invalid or reserved entry from the top."""
 
 from engine.arch import ept, sppt
-from engine.cpu.ept import TRAIL_COUNTS, TRAIL_SPPT
+from engine.cpu.ept import TRAIL_COUNTS, TRAIL_SPPT, index_of
 from engine.cpu.frames import CAP_RESERVED_ADDRESS, read_entry
 from engine.jit import kernel
 
@@ -21,7 +21,7 @@ def walk(m, spptp, gpa, trail):
     reserved = sppt.RESERVED_LOW | m.caps[CAP_RESERVED_ADDRESS] | HIGH
     level = 4
     while True:
-        index = (gpa >> ept.LEVEL_SHIFT[level]) & 511
+        index = index_of(gpa, level)
         entry = read_entry(m, table, index)
         row = TRAIL_SPPT + 4 - level
         trail[row, 0] = level

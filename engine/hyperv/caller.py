@@ -42,14 +42,16 @@ class Caller:
         """Raises InvalidValue for a register that holds more than it can."""
         for name in GENERAL:
             if not 0 <= getattr(self, name) <= WORD:
-                raise InvalidValue("a register has 64 bits", field=f"registers.{name}", value=getattr(self, name))
+                raise InvalidValue(
+                    "must fit in 64 bits without a sign", field=f"registers.{name}", value=getattr(self, name)
+                )
         if len(self.xmm) != hv.XMM_REGISTERS:
-            raise InvalidValue("there are six of them", field="registers.xmm", value=len(self.xmm))
+            raise InvalidValue("must be six registers", field="registers.xmm", value=len(self.xmm))
         for number, value in enumerate(self.xmm):
             if not 0 <= value < 1 << 128:
-                raise InvalidValue("an XMM register has 128 bits", field=f"registers.xmm{number}", value=value)
+                raise InvalidValue("must fit in 128 bits without a sign", field=f"registers.xmm{number}", value=value)
         if not 0 <= self.cpl <= 3:
-            raise InvalidValue("cpl is 0 to 3", field="cpl", value=self.cpl)
+            raise InvalidValue("must be 0 to 3", field="cpl", value=self.cpl)
 
     @property
     def control(self) -> hv.Control:

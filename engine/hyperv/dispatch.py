@@ -22,7 +22,7 @@ from engine.kvm.guest_memory import ReadsMemory
 
 
 @dataclass(frozen=True)
-class Situation:
+class HypercallContext:
     """Everything around a call but its registers.
 
     ``guest`` is the nested guest that calls, None when the caller is the machine's own guest. ``translate`` turns a
@@ -45,7 +45,7 @@ class Situation:
     tagged: bool = True
 
 
-def hypercall(caller: Caller, at: Situation) -> Outcome:
+def hypercall(caller: Caller, at: HypercallContext) -> Outcome:
     """VMCALL or VMMCALL with these registers. Changes the machine's caches, queues and statistics."""
     caller.validate()
     blank = Outcome(at.l0, 1 if at.guest is None else 2, "completed", caller.control)
@@ -62,7 +62,7 @@ def hypercall(caller: Caller, at: Situation) -> Outcome:
     return _after_flush(at, _serve(caller, at, Scope(at.guest.vm_id, at.tagged), blank))
 
 
-def hypercall_on_hyperv(caller: Caller, below: Situation, own: Situation) -> Outcome:
+def hypercall_on_hyperv(caller: Caller, below: HypercallContext, own: HypercallContext) -> Outcome:
     """VMCALL by the guest of a KVM that runs on Hyper-V: served ``below`` by Hyper-V, or, after an exit, by KVM."""
     done = hypercall(caller, below)
     if done.outcome != "reflected":
@@ -71,7 +71,7 @@ def hypercall_on_hyperv(caller: Caller, below: Situation, own: Situation) -> Out
     return replace(answered, l0=done.l0, level=done.level, row=done.row, exit=done.exit, served_by=1)
 
 
-def _own(caller: Caller, at: Situation, blank: Outcome) -> Outcome:
+def _own(caller: Caller, at: HypercallContext, blank: Outcome) -> Outcome:
     if not at.privileges.enabled and at.policy == "kvm":
         return _native(caller, blank)
     return _serve(caller, at, Scope(), blank)
@@ -81,7 +81,7 @@ def _native(caller: Caller, blank: Outcome) -> Outcome:
     return replace(blank, outcome="native", registers=caller.native_result(), served_by=0)
 
 
-def _serve(caller: Caller, at: Situation, scope: Scope, blank: Outcome) -> Outcome:
+def _serve(caller: Caller, at: HypercallContext, scope: Scope, blank: Outcome) -> Outcome:
     reading = _read(caller, at, at.policy)
     if isinstance(reading, Undefined):
         return replace(blank, outcome="exception")
@@ -96,19 +96,19 @@ def _serve(caller: Caller, at: Situation, scope: Scope, blank: Outcome) -> Outco
     return _completed(caller, blank, reading.result, tuple(_execute(caller, at, scope, reading)))
 
 
-def _read(caller: Caller, at: Situation, policy: str) -> Reading:
+def _read(caller: Caller, at: HypercallContext, policy: str) -> Reading:
     if policy == "tlfs":
         return tlfs_rules.read(caller, at.privileges, at.memory, at.environment, at.translate)
     return kvm_rules.read(caller, at.privileges, at.memory, at.facts.linear_width, at.translate)
 
 
-def _execute(caller: Caller, at: Situation, scope: Scope, flush: Flush | SecondLevelFlush) -> list[Effect]:
+def _execute(caller: Caller, at: HypercallContext, scope: Scope, flush: Flush | SecondLevelFlush) -> list[Effect]:
     if isinstance(flush, SecondLevelFlush):
         return execution.execute_second_level(at.machine, flush, at.vps, at.facts)
     return execution.execute(at.machine, flush, scope, at.vps, at.facts, _rule(caller, at, scope))
 
 
-def _rule(caller: Caller, at: Situation, scope: Scope) -> Marks | None:
+def _rule(caller: Caller, at: HypercallContext, scope: Scope) -> Marks | None:
     """What the specification requires of the call, where it takes it for a flush at all."""
     if at.policy == "tlfs":
         return None
@@ -116,7 +116,7 @@ def _rule(caller: Caller, at: Situation, scope: Scope) -> Marks | None:
     return execution.required(at.machine, reading, scope, at.vps) if isinstance(reading, Flush) else None
 
 
-def _holders(flush: Flush | SecondLevelFlush, scope: Scope, at: Situation) -> tuple[int, ...]:
+def _holders(flush: Flush | SecondLevelFlush, scope: Scope, at: HypercallContext) -> tuple[int, ...]:
     sent = execution.targets(flush, scope, at.vps) if isinstance(flush, Flush) else at.vps
     return tuple(vp.vcpu for vp in sent if vp.position in at.locked)
 
@@ -126,7 +126,7 @@ def _completed(caller: Caller, blank: Outcome, result: int, effects: tuple[Effec
     return replace(blank, result=result, registers=registers, effects=effects, served_by=0)
 
 
-def _after_flush(at: Situation, done: Outcome) -> Outcome:
+def _after_flush(at: HypercallContext, done: Outcome) -> Outcome:
     """Rows D6 to D11: after a flush for L2, L0 looks whether L1 wants to hear of it."""
     if done.outcome == "exception":
         return replace(done, row="D6")

@@ -53,7 +53,7 @@ class CallFields:
             ("rep_start", self.rep_start, hv.REPS_MASK),
         ):
             if not 0 <= value <= limit:
-                raise InvalidValue(f"is 0 to {limit:#x}", field=name, value=value)
+                raise InvalidValue(f"must be 0 to {limit:#x}", field=name, value=value)
         return (
             self.code
             | (hv.FAST if self.fast else 0)
@@ -74,7 +74,7 @@ class CallFields:
         words = (*head, *self.ranges)
         for word in words:
             if not 0 <= word <= _WORD:
-                raise InvalidValue("a word of the block has 64 bits", field="input", value=word)
+                raise InvalidValue("must have words of 64 bits", field="input", value=word)
         return words
 
     def block(self) -> bytes:
@@ -85,7 +85,11 @@ class CallFields:
         """RDX, R8 and the XMM registers of a fast call. Raises InvalidValue for a block that they cannot hold."""
         words = self.words()
         if len(words) > hv.FAST_WORDS:
-            raise InvalidValue(f"registers hold {hv.FAST_WORDS} words", field="ranges", value=len(words))
+            raise InvalidValue(
+                f"must fit in registers with the rest of the block, {hv.FAST_WORDS} words",
+                field="ranges",
+                value=len(words),
+            )
         words += (0,) * (hv.FAST_WORDS - len(words))
         return words[0], words[1], tuple(words[at] | words[at + 1] << 64 for at in range(2, hv.FAST_WORDS, 2))
 
@@ -93,5 +97,5 @@ class CallFields:
 def code_of(name: str) -> int:
     """The code of a call by the name that the specification gives it. Raises InvalidValue."""
     if name not in _CODES:
-        raise InvalidValue(f"a flush call is one of {', '.join(_CODES)}", field="call", value=name)
+        raise InvalidValue(f"must be one of {', '.join(_CODES)}", field="call", value=name)
     return _CODES[name]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from engine.arch import controls as ctl
 from engine.arch.hypercall import EVERYTHING
+from engine.arch.paging import canonical
 from engine.arch.words import signed
 from engine.cpu import frames, tlb, tlb_select
 from engine.cpu.frames import Machine
@@ -183,7 +184,7 @@ def service(m: Machine, vcpu: int, in_nested: bool, facts: Facts) -> int:
             done += 1
             _drop(m, vcpu, None)
             break
-        if ranges.canonical(word, facts.linear_width):
+        if canonical(word, facts.linear_width):
             done += 1
             _drop(m, vcpu, ranges.simple((word,), facts.linear_width))
     notes.count(m, vcpu, ctl.V_HV_FLUSHES, done)

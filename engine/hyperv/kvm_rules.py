@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.arch import hypercall as hv
-from engine.hyperv import ranges
+from engine.hyperv import ranges, vp_sets
 from engine.hyperv.block import Block
 from engine.hyperv.caller import Caller
 from engine.hyperv.privileges import Privileges
-from engine.hyperv.request import Flush, Reading, Refused, Undefined, VpBits, no_vps, vp_bits
+from engine.hyperv.request import Flush, Reading, Refused, Undefined
+from engine.hyperv.vp_sets import VpBits
 from engine.kvm.guest_memory import ReadsMemory
 
 # Longer lists are not read: they flush everything. One place of a queue of 16 is kept for that.
@@ -83,20 +84,20 @@ def _parse(call: hv.Call, control: hv.Control, block: Block, width: int) -> Read
 
 def _mask(header: tuple[int, ...]) -> tuple[bool, VpBits]:
     everyone = bool(header[1] & hv.ALL_PROCESSORS) or header[2] == 0
-    return everyone, vp_bits(1, (header[2],))
+    return everyone, vp_sets.of_mask(header[2])
 
 
 def _sparse_set(control: hv.Control, header: tuple[int, ...], block: Block) -> tuple[bool, VpBits] | None:
     """(everyone, set); None for a set that is refused. The number of banks counts for "everyone" too."""
     mask = header[3]
-    if control.variable != mask.bit_count():
+    if not vp_sets.banks_fit(mask, control.variable):
         return None
     if header[2] != hv.SET_SPARSE:
-        return True, no_vps()
+        return True, vp_sets.nobody()
     if control.fast and block.read(4, control.variable) is None:
         return None
     banks = block.read(4, min(control.variable, MOST_BANKS))
-    return None if banks is None else (False, vp_bits(mask, banks))
+    return None if banks is None else (False, vp_sets.of_banks(mask, banks))
 
 
 def _flush(control: hv.Control, everyone: bool, vps: VpBits, words: tuple[int, ...] | None, width: int) -> Flush:

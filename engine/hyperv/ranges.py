@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.arch import hypercall as hv
+from engine.arch.paging import canonical
 from engine.arch.words import signed
 
 Ranges = NDArray[np.int64]
@@ -19,11 +20,6 @@ Ranges = NDArray[np.int64]
 def none() -> Ranges:
     """No range."""
     return np.zeros((0, 2), dtype=np.int64)
-
-
-def canonical(word: int, width: int) -> bool:
-    """Whether a linear address can exist where they have ``width`` bits; a range goes by its first."""
-    return signed(word) >> (width - 1) in (0, -1)
 
 
 def simple(words: Sequence[int], width: int) -> Ranges:

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 from engine.arch import hypercall as hv
-from engine.arch.words import signed
-from engine.hyperv import ranges
+from engine.hyperv import ranges, vp_sets
 from engine.hyperv.ranges import Ranges
-
-VpBits = NDArray[np.int64]
+from engine.hyperv.vp_sets import VpBits
 
 
 @dataclass(frozen=True)
@@ -65,9 +60,7 @@ class Flush:
 
     def names(self, number: int) -> bool:
         """Whether a processor is meant. Numbers that a set cannot hold are in none."""
-        if self.everyone:
-            return True
-        return number < hv.SET_VPS and bool(self.vps[number >> 6] >> (number & 63) & 1)
+        return self.everyone or vp_sets.member(self.vps, number)
 
 
 @dataclass(frozen=True)
@@ -86,20 +79,6 @@ class SecondLevelFlush:
 
 
 Reading = Flush | SecondLevelFlush | Refused | Undefined | Intercepted
-
-
-def vp_bits(mask: int, banks: tuple[int, ...]) -> VpBits:
-    """A set from its banks: those of ``mask`` in ascending order. Banks that are missing are empty."""
-    found = np.zeros(hv.BANKS, dtype=np.int64)
-    present = [bank for bank in range(hv.BANKS) if mask >> bank & 1]
-    for bank, word in zip(present, banks, strict=False):
-        found[bank] = signed(word)
-    return found
-
-
-def no_vps() -> VpBits:
-    """The empty set."""
-    return np.zeros(hv.BANKS, dtype=np.int64)
 
 
 def no_ranges() -> Ranges:

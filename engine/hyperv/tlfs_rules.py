@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.arch import hypercall as hv
-from engine.hyperv import ranges
+from engine.hyperv import ranges, vp_sets
 from engine.hyperv.block import Block
 from engine.hyperv.caller import Caller
 from engine.hyperv.kvm_rules import Translate
@@ -23,10 +23,8 @@ from engine.hyperv.request import (
     Refused,
     SecondLevelFlush,
     Undefined,
-    VpBits,
-    no_vps,
-    vp_bits,
 )
+from engine.hyperv.vp_sets import VpBits
 from engine.kvm.guest_memory import ReadsMemory
 
 _FLAGS = hv.ALL_PROCESSORS | hv.ALL_SPACES | hv.NON_GLOBAL_ONLY | hv.EXTENDED_RANGES
@@ -111,7 +109,7 @@ def _virtual(
         return _PARAMETER
     if not flags & hv.ALL_SPACES and space >> environment.physical_width:
         return _PARAMETER
-    chosen = _sparse_set(control, block) if call.sparse else vp_bits(1, (block[2],))
+    chosen = _sparse_set(control, block) if call.sparse else vp_sets.of_mask(block[2])
     everyone = bool(flags & hv.ALL_PROCESSORS) or (call.sparse and block[2] == hv.SET_ALL)
     if chosen is None or not (everyone or chosen.any()):
         return _PARAMETER
@@ -143,9 +141,9 @@ def _flags_fit(call: hv.Call, flags: int, privileges: Privileges) -> bool:
 def _sparse_set(control: hv.Control, block: tuple[int, ...]) -> VpBits | None:
     """The set, None for one that is refused. The list is found by the number of banks, so it counts for ALL too."""
     kind, mask = block[2], block[3]
-    if kind not in (hv.SET_SPARSE, hv.SET_ALL) or control.variable != mask.bit_count():
+    if kind not in (hv.SET_SPARSE, hv.SET_ALL) or not vp_sets.banks_fit(mask, control.variable):
         return None
-    return no_vps() if kind == hv.SET_ALL else vp_bits(mask, block[4 : 4 + control.variable])
+    return vp_sets.nobody() if kind == hv.SET_ALL else vp_sets.of_banks(mask, block[4 : 4 + control.variable])
 
 
 def _second_level(control: hv.Control, block: tuple[int, ...], environment: Environment) -> Reading:

@@ -36,12 +36,6 @@ def root_address(m):
 
 
 @kernel
-def index_of(gpa, level):
-    """Position of the entry for a GPA in its table of a level."""
-    return (gpa >> bits.LEVEL_SHIFT[level]) & 511
-
-
-@kernel
 def names_table(entry, level):
     """Whether an entry of a level above 1 leads to a table."""
     return level > 1 and entry & bits.RIGHTS != 0 and not ept.is_leaf(entry, level)
@@ -60,7 +54,7 @@ def table_for(m, gpa, wanted):
     while level > wanted:
         if frame_at(m, table) < 0:
             return 0, split
-        index = index_of(gpa, level)
+        index = ept.index_of(gpa, level)
         entry = read_entry(m, table, index)
         if not names_table(entry, level):
             split = split or entry != 0
@@ -77,12 +71,12 @@ def place_of(m, gpa, level):
     at = read_word(m, STATE_FRAME, EPT_LEVELS)
     table = root_address(m)
     while at > level:
-        entry = read_entry(m, table, index_of(gpa, at))
+        entry = read_entry(m, table, ept.index_of(gpa, at))
         if not names_table(entry, at) or frame_at(m, entry & bits.ADDRESS) < 0:
             return 0, 0
         table = entry & bits.ADDRESS
         at -= 1
-    return table, index_of(gpa, level)
+    return table, ept.index_of(gpa, level)
 
 
 @kernel

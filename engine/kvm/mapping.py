@@ -184,7 +184,7 @@ def map_page(m, gfn, slot, write):
         return MAP_FAILED
     mask = layers.effective(m, gfn)
     entry = leaf_for(m, gfn, slot, mask, level)
-    index = ept_tables.index_of(gfn << 12, level)
+    index = ept.index_of(gfn << 12, level)
     old = read_entry(m, table, index)
     if old or split:
         forget(m, gfn, 2 if split else level)

@@ -113,20 +113,20 @@ def validate(protection: Protection, width: int) -> None:
     """Refuse names and ranges that mean nothing; ``width`` is the guest-physical address width in bits."""
     name, objects, ranges = protection.name, protection.objects, protection.ranges
     if not 1 <= len(name) <= MAX_NAME:
-        raise InvalidValue(f"a name has 1 to {MAX_NAME} characters", field="name", value=name)
+        raise InvalidValue(f"must have 1 to {MAX_NAME} characters", field="name", value=name)
     if not objects and not ranges:
-        raise InvalidValue("a protection has an object or a range of pages", field="objects", value=0)
+        raise InvalidValue("must hold an object or a range of pages", field="objects", value=0)
     if len(objects) > MAX_OBJECTS:
-        raise InvalidValue(f"a protection has up to {MAX_OBJECTS} objects", field="objects", value=len(objects))
+        raise InvalidValue(f"must be at most {MAX_OBJECTS} objects", field="objects", value=len(objects))
     if len(ranges) > MAX_RANGES:
-        raise InvalidValue(f"a protection has up to {MAX_RANGES} ranges of pages", field="pages", value=len(ranges))
+        raise InvalidValue(f"must be at most {MAX_RANGES} ranges", field="pages", value=len(ranges))
     for position, item in enumerate(objects):
         _check_object(item, f"objects[{position}]", width)
     for position, pages in enumerate(ranges):
         _check_range(pages, f"pages[{position}]", width)
     if protection.extent > MAX_PAGES:
         raise LimitExceeded(
-            f"a protection lies in {MAX_PAGES} pages at most",
+            f"must lie in at most {MAX_PAGES} pages",
             field="objects" if objects else "pages",
             value=protection.extent,
         )
@@ -134,25 +134,25 @@ def validate(protection: Protection, width: int) -> None:
 
 def _check_object(item: ProtectedObject, where: str, width: int) -> None:
     if not 1 <= len(item.name) <= MAX_NAME:
-        raise InvalidValue(f"a name has 1 to {MAX_NAME} characters", field=f"{where}.name", value=item.name)
+        raise InvalidValue(f"must have 1 to {MAX_NAME} characters", field=f"{where}.name", value=item.name)
     if item.granularity not in GRANULARITIES:
-        rule = f"a granularity is one of {', '.join(GRANULARITIES)}"
+        rule = f"must be one of {', '.join(GRANULARITIES)}"
         raise InvalidValue(rule, field=f"{where}.granularity", value=item.granularity)
     if item.size <= 0:
-        raise InvalidValue("an object has at least one byte", field=f"{where}.size", value=item.size)
+        raise InvalidValue("must be at least one byte", field=f"{where}.size", value=item.size)
     if item.gpa < 0 or item.gpa + item.size > 1 << width:
-        rule = f"an object ends within the guest-physical address width of {width} bits"
+        rule = f"must keep the object within the guest-physical address width of {width} bits"
         raise InvalidValue(rule, field=f"{where}.gpa", value=item.gpa)
 
 
 def _check_range(item: ProtectedPages, where: str, width: int) -> None:
     if item.npages <= 0:
-        raise InvalidValue("a range has at least one page", field=f"{where}[1]", value=item.npages)
+        raise InvalidValue("must be at least one page", field=f"{where}[1]", value=item.npages)
     if item.gfn < 0 or item.gfn + item.npages > 1 << width - 12:
-        rule = f"a range ends within the guest-physical address width of {width} bits"
+        rule = f"must keep the range within the guest-physical address width of {width} bits"
         raise InvalidValue(rule, field=f"{where}[0]", value=item.gfn)
     if not 0 <= item.access <= FULL_ACCESS:
-        raise InvalidValue("a map has 32 bits", field=f"{where}[2]", value=item.access)
+        raise InvalidValue("must fit in 32 bits without a sign", field=f"{where}[2]", value=item.access)
 
 
 def page_masks(

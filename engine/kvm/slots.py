@@ -70,10 +70,10 @@ class SlotSpec:
     def validate_number(self, slots: int) -> None:
         """Refuse a number that an address space with that many slots has not."""
         if not 0 <= self.slot < slots:
-            raise InvalidValue(f"a slot number is 0 to {slots - 1}", field="slot", value=self.slot)
+            raise InvalidValue(f"must be 0 to {slots - 1}", field="slot", value=self.slot)
         if not 0 <= self.address_space < ADDRESS_SPACES:
             raise InvalidValue(
-                "an address space is 0, or 1 for system-management mode",
+                "must be 0, or 1 for system-management mode",
                 field="address_space",
                 value=self.address_space,
             )
@@ -81,19 +81,21 @@ class SlotSpec:
     def validate_place(self) -> None:
         """Refuse what does not lie on page bounds."""
         if self.gpa < 0 or self.gpa % PAGE_SIZE:
-            raise InvalidValue("a slot begins at a multiple of 4096", field="gpa", value=self.gpa)
+            raise InvalidValue("must be a multiple of 4096", field="gpa", value=self.gpa)
         if self.size <= 0 or self.size % PAGE_SIZE:
-            raise InvalidValue("a slot's size is a multiple of 4096 and not 0", field="size", value=self.size)
+            raise InvalidValue("must be a multiple of 4096 and not 0", field="size", value=self.size)
         if self.host_page_size not in HOST_PAGE_SIZES:
             raise InvalidValue(
-                "a host page is 4096, 2097152 or 1073741824 bytes", field="host_page_size", value=self.host_page_size
+                "must be 4096, 2097152 or 1073741824 bytes", field="host_page_size", value=self.host_page_size
             )
 
     def validate_width(self, width: int) -> None:
         """Refuse what the guest's MAXPHYADDR does not reach."""
         if self.gpa + self.size > 1 << width:
             raise InvalidValue(
-                f"a slot ends within the guest-physical address width of {width} bits", field="gpa", value=self.gpa
+                f"must keep the slot within the guest-physical address width of {width} bits",
+                field="gpa",
+                value=self.gpa,
             )
 
     def overlaps(self, other: SlotSpec) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import sppt as sp
-from engine.cpu import sppt
+from engine.cpu import ept, sppt
 from engine.cpu.frames import (
     FIRST_VCPU_FRAME,
     SPPT,
@@ -51,18 +51,12 @@ def root_frame(m, tree):
 
 
 @kernel
-def index_of(gpa, level):
-    """Position of the entry for a GPA in its table of a level."""
-    return (gpa >> bits.LEVEL_SHIFT[level]) & 511
-
-
-@kernel
 def vector_table(m, tree, gpa):
     """Address of the SPPL1 table for a GPA, built where missing; an invalidated entry is made valid again."""
     table = address_of(m, root_frame(m, tree))
     level = ROOT_LEVEL
     while level > 1:
-        index = index_of(gpa, level)
+        index = ept.index_of(gpa, level)
         entry = read_entry(m, table, index)
         if entry & bits.ADDRESS == 0:
             entry = address_of(m, new_frame(m, SPPT)) | sp.VALID
@@ -95,12 +89,12 @@ def entry_above(m, tree, gfn, level):
     table = address_of(m, root_frame(m, tree))
     at = ROOT_LEVEL
     while at > level:
-        entry = read_entry(m, table, index_of(gfn << 12, at))
+        entry = read_entry(m, table, ept.index_of(gfn << 12, at))
         if entry & bits.ADDRESS == 0 or frame_at(m, entry & bits.ADDRESS) < 0:
             return 0, 0
         table = entry & bits.ADDRESS
         at -= 1
-    return table, index_of(gfn << 12, level)
+    return table, ept.index_of(gfn << 12, level)
 
 
 @kernel

@@ -17,7 +17,7 @@ from engine.arch.hypercall import XMM_REGISTERS
 from engine.errors import InvalidValue
 from engine.hyperv import dispatch, l0_hyperv, modes, nested_paging, notes
 from engine.hyperv.caller import LOW, Caller
-from engine.hyperv.dispatch import Situation
+from engine.hyperv.dispatch import HypercallContext
 from engine.hyperv.encode import CallFields
 from engine.hyperv.execution import Effect
 from engine.hyperv.exits import exit_to_l1, finish_in_guest, rip_of
@@ -149,7 +149,7 @@ def _place_input(data: bytes | None, caller: Caller, whole: Vcpu, ram: GuestMemo
 
 
 def _dispatch(change: Change, whole: Vcpu, position: int, caller: Caller, ram: GuestMemory) -> Outcome:
-    own = _situation(change, whole, position, ram)
+    own = _context(change, whole, position, ram)
     host = hyperv_host(change.config)
     if host is None or own.guest is not None:
         return dispatch.hypercall(caller, own)
@@ -169,14 +169,14 @@ def _dispatch(change: Change, whole: Vcpu, position: int, caller: Caller, ram: G
     return dispatch.hypercall_on_hyperv(caller, below, own)
 
 
-def _situation(change: Change, whole: Vcpu, position: int, ram: GuestMemory) -> Situation:
+def _context(change: Change, whole: Vcpu, position: int, ram: GuestMemory) -> HypercallContext:
     m, config = change.machine, change.config
     enforced = notes.flag(m, position, notes.ENFORCE_CPUID)
     privileges = Privileges.of(whole.cpuid, whole.msrs.get(HV_GUEST_OS_ID, 0), enforced=enforced)
     vps = vps_of(config, m, change.nested)
     vps[position] = replace(vps[position], running=True)
     nested = modes.in_nested_guest(whole)
-    return Situation(
+    return HypercallContext(
         machine=m,
         memory=ram,
         partition_memory=ram,

@@ -15,9 +15,10 @@ from engine.machine.hyperv_vps import Runs, enter, leave
 from engine.machine.memory import store_bytes
 from engine.machine.state import Change, Operations
 from engine.machine.trace_operations import TraceOperations
-from engine.trace.asking import AskingReplay
+from engine.trace.choices import ASK
 from engine.trace.execution import Execute
-from engine.trace.session import ASK, Replay, ReplayOptions, ReplayTransaction
+from engine.trace.interactive import InteractiveReplay
+from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
 from engine.trace.single import AccessRequest, AccessResult
 from engine.trace.timed import TimedReplay
 
@@ -26,7 +27,7 @@ class Traces(Operations):
     """Accesses of one machine's vCPUs."""
 
     def access(self, request: AccessRequest, run: Execute) -> AccessResult:
-        """One guest access, executed by ``run``: on its own, or as one that asks (see ``trace.asked_access``)."""
+        """One guest access, executed by ``run``: on its own, or as one that asks (see ``trace.interactive_access``)."""
         request.validate(self._config)
         with self._state.change() as change:
             enter(change, request.vcpu)
@@ -41,7 +42,7 @@ class Traces(Operations):
                 return result.with_data(b"".join(memory.read_bytes(change.machine, *place) for place in places))
         return result
 
-    def replay(self, options: ReplayOptions, earlier: AskingReplay | None = None) -> ReplayTransaction:
+    def replay(self, options: ReplayOptions, earlier: InteractiveReplay | None = None) -> ReplayTransaction:
         """A replay, one transaction: ``with traces.replay(options) as r: r.feed(chunk) …; r.finish()``.
 
         With ``on_violation`` ask it may pause; given as ``earlier``, it goes on in the next transaction.
@@ -66,13 +67,13 @@ class Traces(Operations):
 
         return ReplayTransaction(replay, publish, lambda: self._state.abandon(change))
 
-    def _begin(self, change: Change, options: ReplayOptions, runs: Runs, earlier: AskingReplay | None) -> Replay:
+    def _begin(self, change: Change, options: ReplayOptions, runs: Runs, earlier: InteractiveReplay | None) -> Replay:
         targets = self._state.current.targets
         if earlier is not None:
             earlier.go_on(change, targets, runs)
             return earlier
         if options.on_violation == ASK:
-            return AskingReplay(change, options, targets, runs)
+            return InteractiveReplay(change, options, targets, runs)
         return TimedReplay(change, options, targets, runs, TraceOperations(change))
 
     def walk(self, request: AccessRequest, run: Execute) -> walks.Walk:

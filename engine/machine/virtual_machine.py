@@ -32,8 +32,8 @@ from engine.machine.traces import Traces
 from engine.machine.vcpus import VcpuOperations
 from engine.state.config import VmConfig
 from engine.state.frame_store import Snapshot
-from engine.trace.asking import AskingReplay
 from engine.trace.execution import Execute, execute
+from engine.trace.interactive import InteractiveReplay
 from engine.trace.session import ReplayOptions, ReplayTransaction
 from engine.trace.single import AccessRequest, AccessResult
 
@@ -194,10 +194,10 @@ class VirtualMachine:
     # What the guest does
 
     def access(self, request: AccessRequest, run: Execute = execute) -> AccessResult:
-        """One guest access, executed by ``run``: on its own, or as one that asks (see ``trace.asked_access``)."""
+        """One guest access, executed by ``run``: on its own, or as one that asks (see ``trace.interactive_access``)."""
         return self._traces.access(request, run)
 
-    def replay(self, options: ReplayOptions, earlier: AskingReplay | None = None) -> ReplayTransaction:
+    def replay(self, options: ReplayOptions, earlier: InteractiveReplay | None = None) -> ReplayTransaction:
         """A replay, one transaction: ``with vm.replay(options) as r: r.feed(chunk) …; r.finish()``.
 
         With ``on_violation`` ask it may pause; given as ``earlier``, it goes on in the next transaction.

@@ -108,12 +108,6 @@ class EntryCheck:
     profiles: tuple[ProfileName, ...] = PROFILES
 
 
-def canonical(address: int, bits: int = 48) -> bool:
-    """``address`` is a sign extension of its low ``bits`` bits."""
-    top = address >> (bits - 1)
-    return top in (0, (1 << (65 - bits)) - 1)
-
-
 def pat_valid(value: int) -> bool:
     """Each byte of a PAT is a memory type: 0, 1, 4, 5, 6 or 7."""
     return all(value >> shift & 0xFF in (0, 1, 4, 5, 6, 7) for shift in range(0, 64, 8))

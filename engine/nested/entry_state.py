@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 from engine.arch import vmx_msrs as vmx
 from engine.arch.nested_state import NO_ADDRESS
+from engine.arch.paging import canonical
 from engine.nested.entry_context import (
     EntryCheck,
     EntryContext,
-    canonical,
     is_shadow,
     pat_valid,
     revision_matches,

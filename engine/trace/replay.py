@@ -34,12 +34,11 @@ BAD_KIND = 9
 BAD_LINEAR = 10
 BAD_SOURCE = 11
 
-# on_violation
+# What becomes of a write that is refused
 SKIP = 0
 STOP = 1
 ALLOW = 2
 GRANT = 3
-ON_VIOLATION = ("skip", "stop", "allow", "grant")
 
 # Positions in the options array
 OPTION_ON_VIOLATION = 0

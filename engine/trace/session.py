@@ -16,23 +16,28 @@ from engine.kvm import run
 from engine.state.config import choices
 from engine.state.frame_store import Draft
 from engine.trace import objects, replay
+from engine.trace.choices import ASK, INCLUDE, ON_VIOLATION
 from engine.trace.columns import TraceChunk
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult, columns_of_log, join
 
 # Rows of the exit buffer: drained into columns when full, so a replay's memory is its kept exits and this.
 LOG_ROWS = 1 << 15
 
-INCLUDE = ("violations", "all")
-
-# Beside what the kernel does about a violation: pause there and ask somebody (see ``trace.asking``).
-ASK = "ask"
+# What the kernel does for each ``on_violation``: it stops where somebody is to be asked.
+_DOES: dict[str, int] = {
+    "skip": replay.SKIP,
+    "stop": replay.STOP,
+    "allow": replay.ALLOW,
+    "grant": replay.GRANT,
+    ASK: replay.STOP,
+}
 
 REFUSALS = {
-    replay.BAD_SIZE: ("size", "an access has at least one byte"),
-    replay.BAD_ACCESS: ("access", "access is 0 read, 1 write or 2 execute"),
+    replay.BAD_SIZE: ("size", "must be at least one byte"),
+    replay.BAD_ACCESS: ("access", "must be 0 read, 1 write or 2 execute"),
     replay.BAD_VCPU: ("vcpu", "must be the id of a vCPU of this machine"),
-    replay.BAD_ADDRESS: ("gpa", "an access ends at or below guest-physical address 2^52"),
-    replay.BAD_RESERVED: ("record", "the reserved bytes of a record are zero"),
+    replay.BAD_ADDRESS: ("gpa", "must keep the access at or below guest-physical address 2^52"),
+    replay.BAD_RESERVED: ("record", "must have zeros in its reserved bytes"),
     replay.BAD_KIND: ("kind", acc.KIND_RULE),
     replay.BAD_SOURCE: ("source", acc.SOURCE_RULE),
     replay.BAD_LINEAR: ("linear", acc.LINEAR_RULE),
@@ -57,20 +62,17 @@ class ReplayOptions:
     circumstances: int = 0
 
     def validate(self) -> None:
-        choices(self.on_violation, (*replay.ON_VIOLATION, ASK), "on_violation")
+        choices(self.on_violation, ON_VIOLATION, "on_violation")
         choices(self.include, INCLUDE, "include")
         if self.start < 0:
-            raise InvalidValue("start is not negative", field="start", value=self.start)
+            raise InvalidValue("must not be negative", field="start", value=self.start)
         if self.max_exit_records < 0:
-            raise InvalidValue(
-                "max_exit_records is not negative", field="max_exit_records", value=self.max_exit_records
-            )
+            raise InvalidValue("must not be negative", field="max_exit_records", value=self.max_exit_records)
 
     def words(self) -> NDArray[np.int64]:
         """The options as the kernel reads them."""
         kinds = False  # known of each chunk
-        on_violation = replay.STOP if self.on_violation == ASK else replay.ON_VIOLATION.index(self.on_violation)
-        return np.array([on_violation, self.include == "all", kinds, self.circumstances], dtype=np.int64)
+        return np.array([_DOES[self.on_violation], self.include == "all", kinds, self.circumstances], dtype=np.int64)
 
 
 class Replay:
@@ -166,10 +168,10 @@ class Replay:
     ) -> tuple[int, int]:
         """Go on from a position of the chunk; returns why the kernel came back, and the record it has not run.
 
-        Operations are for ``trace.timed``; a replay that asks refuses them rather than pass them over.
+        Operations are for ``trace.timed``; an interactive replay refuses them rather than pass them over.
         """
         if chunk.operations is not None and not chunk.operations.plain:
-            rule = "a replay that asks takes no operations and no address spaces"
+            rule = "an interactive replay takes no operations and no address spaces"
             raise TraceError(rule, index=base + position, field="op")
         m = self._draft.machine
         options, trail = self._words, self._trail

@@ -11,7 +11,8 @@ from engine.arch import access as acc
 from engine.errors import InvalidValue
 from engine.kvm.user_exits import UserExit
 from engine.state.config import VmConfig, choices
-from engine.trace.replay import BAD_KIND, BAD_LINEAR, GPA_LIMIT, ON_VIOLATION, fits_source, refusal_of_kind
+from engine.trace.choices import ON_VIOLATION
+from engine.trace.replay import BAD_KIND, BAD_LINEAR, GPA_LIMIT, fits_source, refusal_of_kind
 from engine.trace.results import ExitColumns
 
 MAX_SIZE = 0xFFFF
@@ -47,29 +48,29 @@ class AccessRequest:
     def validate(self, config: VmConfig) -> None:
         """Refuse what is no access."""
         if not 1 <= self.size <= MAX_SIZE:
-            raise InvalidValue(f"an access has 1 to {MAX_SIZE} bytes", field="size", value=self.size)
+            raise InvalidValue(f"must be 1 to {MAX_SIZE} bytes", field="size", value=self.size)
         if self.access not in (acc.READ, acc.WRITE, acc.EXECUTE):
-            raise InvalidValue("access is 0 read, 1 write or 2 execute", field="access", value=self.access)
-        choices(self.on_violation, (*ON_VIOLATION, "ask"), "on_violation")
+            raise InvalidValue("must be 0 read, 1 write or 2 execute", field="access", value=self.access)
+        choices(self.on_violation, ON_VIOLATION, "on_violation")
         self._validate_kind()
         self._validate_addresses(config.maxphyaddr)
         if self.gva is not None and not 0 <= self.gva < 1 << 64:
-            raise InvalidValue("a linear address has 64 bits", field="gva", value=self.gva)
+            raise InvalidValue("must fit in 64 bits without a sign", field="gva", value=self.gva)
         if all(v.id != self.vcpu for v in config.vcpus):
             raise InvalidValue(config.vcpu_rule, field="vcpu", value=self.vcpu)
         if self.data is not None and self.access != acc.WRITE:
-            raise InvalidValue("only a write has data", field="data", value=self.data.hex())
+            raise InvalidValue("must be left out: only a write has data", field="data", value=self.data.hex())
         if self.data is not None and len(self.data) != self.size:
-            raise InvalidValue("data has as many bytes as the access", field="data", value=self.data.hex())
+            raise InvalidValue("must have as many bytes as the access", field="data", value=self.data.hex())
 
     def _validate_kind(self) -> None:
         if not 0 <= self.kind < len(acc.KIND_NAMES):
-            raise InvalidValue(f"kind is 0 to {len(acc.KIND_NAMES) - 1}", field="kind", value=self.kind)
+            raise InvalidValue(f"must be 0 to {len(acc.KIND_NAMES) - 1}", field="kind", value=self.kind)
         if not 0 <= self.linear <= acc.LINEAR_BITS:
-            raise InvalidValue(f"linear has {len(acc.LINEAR_NAMES)} bits", field="linear", value=self.linear)
+            raise InvalidValue(f"must fit in {len(acc.LINEAR_NAMES)} bits", field="linear", value=self.linear)
         if self.circumstances & ~acc.CIRCUMSTANCES:
             raise InvalidValue(
-                f"circumstances are among {', '.join(acc.CIRCUMSTANCE_NAMES)}",
+                f"must be among {', '.join(acc.CIRCUMSTANCE_NAMES)}",
                 field="circumstances",
                 value=self.circumstances,
             )
@@ -82,31 +83,33 @@ class AccessRequest:
 
     def _validate_source(self) -> None:
         if not 0 <= self.source < len(acc.SOURCE_NAMES):
-            raise InvalidValue(f"source is 0 to {len(acc.SOURCE_NAMES) - 1}", field="source", value=self.source)
+            raise InvalidValue(f"must be 0 to {len(acc.SOURCE_NAMES) - 1}", field="source", value=self.source)
         if not fits_source(np.int64(self.source), np.int64(self.how)):
             raise InvalidValue(acc.SOURCE_RULE, field="source", value=acc.SOURCE_NAMES[self.source])
         if self.source != acc.GUEST and self.gpa is None:
-            raise InvalidValue("an access of KVM or the host is by gpa", field="gpa", value=None)
+            raise InvalidValue("must be given: an access of KVM or the host is by gpa", field="gpa", value=None)
         if not 0 <= self.insn_len <= acc.MAX_INSTRUCTION:
-            raise InvalidValue(
-                f"an instruction has up to {acc.MAX_INSTRUCTION} bytes", field="insn_len", value=self.insn_len
-            )
+            raise InvalidValue(f"must be 0 to {acc.MAX_INSTRUCTION} bytes", field="insn_len", value=self.insn_len)
 
     def _validate_addresses(self, width: int) -> None:
         if self.gpa is None:
             if self.gva is None:
-                raise InvalidValue("an access has a gpa or a gva", field="gpa", value=None)
+                raise InvalidValue("must be given, or gva", field="gpa", value=None)
             if self.kind in (acc.PAGING_READ, acc.PAGING_UPDATE):
                 raise InvalidValue(
-                    "an access to a guest paging structure is by gpa", field="kind", value=acc.KIND_NAMES[self.kind]
+                    "must be of an access by gpa where it is one to a guest paging structure",
+                    field="kind",
+                    value=acc.KIND_NAMES[self.kind],
                 )
             if self.linear != acc.LINEAR_VALID:
                 raise InvalidValue(
-                    "of an access by gva the guest's paging says what its page is", field="linear", value=self.linear
+                    "must be left out: of an access by gva the guest's paging says what its page is",
+                    field="linear",
+                    value=self.linear,
                 )
         elif self.gpa < 0 or self.gpa + self.size > min(GPA_LIMIT, 1 << width):
             raise InvalidValue(
-                f"an access lies within the guest-physical address width of {width} bits", field="gpa", value=self.gpa
+                f"must lie within the guest-physical address width of {width} bits", field="gpa", value=self.gpa
             )
 
     def record(self) -> NDArray[np.uint64]:

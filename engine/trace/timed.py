@@ -25,8 +25,8 @@ from engine.trace.translations import MOST_LISTED, Translations
 FOUND_ROWS = 256
 
 _RULES = {
-    translated.BAD_OFFSET: ("gva", "gva and gpa are in the same place of their pages: bits 11:0 are equal"),
-    translated.BAD_SPACE: ("address_space", "an address space is a value that CR3 can have"),
+    translated.BAD_OFFSET: ("gva", "must be in the same place of its page as gpa: bits 11:0 are equal"),
+    translated.BAD_SPACE: ("address_space", "must be a value that CR3 can have"),
 }
 _OFF = "operations and address spaces are about the translation cache: the VM has translation_cache model"
 

@@ -14,10 +14,12 @@ from engine.arch.hypercall import GUEST_PHYSICAL_SPACE, LIST, SPACE
 from engine.arch.hyperv_cpuid import INTERFACE_SIGNATURE, LEAF_INTERFACE, LEAF_RECOMMENDATIONS, CpuidEntry
 from engine.cpu import frames
 from engine.cpu.ept import TRAIL_ROWS
+from engine.hyperv import nested_paging
 from engine.hyperv.encode import CallFields
 from engine.hyperv.execution import drop_nested
 from engine.ioctls.partial_set import SubpageCalls
 from engine.kvm import fault, mapping, spp, sppt_tables
+from engine.kvm.guest_memory import GuestMemory
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec, first_page_without_slot
 from engine.machine import SubpageRange, VirtualMachine
@@ -25,8 +27,8 @@ from engine.machine.hypercalls import HypercallRequest
 from engine.machine.page_access import AccessChange
 from engine.state.config import VcpuConfig, VmConfig
 from engine.state.kvm_versions import PROFILES
-from engine.trace.asking import AskingReplay
 from engine.trace.columns import TraceChunk
+from engine.trace.interactive import InteractiveReplay
 from engine.trace.objects import attribute, fill_objects
 from engine.trace.operations import INVLPG, MOV_CR3, Operation, Operations
 from engine.trace.replay import grant_touched, replay
@@ -34,6 +36,7 @@ from engine.trace.results import split_log
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID
+from engine.vcpu.vcpu import SvmState, Vcpu
 
 _HYPERV = (CpuidEntry(LEAF_INTERFACE, eax=INTERFACE_SIGNATURE), CpuidEntry(LEAF_RECOMMENDATIONS, eax=0x804))
 
@@ -129,16 +132,16 @@ def _host() -> None:
 
 
 def _ask(vm: VirtualMachine) -> None:
-    """A replay that asks, answered in the ways that call kernels of their own."""
+    """An interactive replay, answered in the ways that call kernels of their own."""
     records = np.array([[0x4080, 8 | 1 << 16], [0x4100, 8 | 1 << 16]], dtype=np.uint64)
-    asking: AskingReplay | None = None
+    replaying: InteractiveReplay | None = None
     for action in (None, "allow", "grant"):
-        with vm.replay(ReplayOptions(on_violation="ask"), asking) as run:
-            assert isinstance(run.replay, AskingReplay)
-            asking = run.replay
-            going = run.feed(TraceChunk(records, None, {})) if action is None else asking.answer(action)
+        with vm.replay(ReplayOptions(on_violation="ask"), replaying) as run:
+            assert isinstance(run.replay, InteractiveReplay)
+            replaying = run.replay
+            going = run.feed(TraceChunk(records, None, {})) if action is None else replaying.answer(action)
             if not going:
-                asking.asked.objects()
+                replaying.asked.objects()
             run.pause()
 
 
@@ -154,6 +157,15 @@ def _flushes() -> None:
         with vm.state.change() as draft:
             drop_nested(draft.machine, 0)
         _trace(vm)
+
+
+def _nested_paging() -> None:
+    """The tables of a guest hypervisor: an entry that leads to itself is all that a walk needs."""
+    vm = _machine()
+    vm.write_memory(0, b"\7")
+    with vm.state.change() as draft:
+        for vcpu in (Vcpu(), Vcpu(svm=SvmState(guest_mode=True))):
+            nested_paging.translate(vcpu, GuestMemory(draft), 0)
 
 
 def _partial_sets() -> None:
@@ -181,6 +193,7 @@ Step = Callable[[], None]
 FIRST: dict[str, Step] = {"replay": _replay, "deep": _deep, "protect": _protect, "violations": _violations}
 REST: dict[str, Step] = {
     "flushes": _flushes,
+    "nested paging": _nested_paging,
     "guest addresses": _guest_addresses,
     "host": _host,
     "subpages": _subpages,

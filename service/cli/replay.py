@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from service.runtime.job import Job
 
 
+# Those of ``engine.trace.choices``, which are not imported for a help text; a test compares them.
+
+
 class Format(StrEnum):
     """Of the file."""
 

@@ -11,9 +11,9 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from engine.machine import VirtualMachine
-from engine.trace.asked_access import AskedAccess
-from engine.trace.asking import AskingReplay
 from engine.trace.columns import TraceChunk
+from engine.trace.interactive import InteractiveReplay
+from engine.trace.interactive_access import InteractiveAccess
 from engine.trace.readers import Budget, Source, TraceReader, open_trace
 from engine.trace.results import ExitColumns, TraceResult
 from engine.trace.single import AccessRequest, AccessResult
@@ -85,7 +85,7 @@ class _Stretches:
         self._memory = memory
         self._reader: TraceReader | None = None
         self._chunks: Iterator[TraceChunk] = iter(())
-        self._replay: AskingReplay | None = None
+        self._replay: InteractiveReplay | None = None
         self.asked: ExitColumns | None = None
 
     @property
@@ -103,7 +103,7 @@ class _Stretches:
             )
             self._chunks = iter(self._reader)
         with machine.replay(self._request.options(), self._replay) as run:
-            assert isinstance(run.replay, AskingReplay)
+            assert isinstance(run.replay, InteractiveReplay)
             self._replay = run.replay
             check()
             going = action is None or self._replay.answer(action)
@@ -158,7 +158,7 @@ async def access(
     entry: Entry, request: AccessRequest, asker: Asker, note: Callable[[Entry, AccessResult], None]
 ) -> AccessResult:
     """One access that asks. ``note`` is called with its outcome, in the mutation that ends it."""
-    run = AskedAccess()
+    run = InteractiveAccess()
     committed = False
     try:
         while True:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from engine.errors import TraceError
-from engine.trace.readers import Budget, row_count
+from engine.trace.readers import RECORD_BYTES, Budget, row_count
 from service.problems import Interrupted, describe
 from service.runtime.spool import JobStopped, Spool
 from service.runtime.traces import TraceRequest
@@ -23,7 +23,6 @@ SUCCEEDED, FAILED, CANCELLED, INTERRUPTED = "succeeded", "failed", "cancelled", 
 STATES = (QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED, INTERRUPTED)
 ENDED = frozenset({SUCCEEDED, FAILED, CANCELLED, INTERRUPTED})
 
-_BYTES_OF_RECORD = {"gpa8": 8, "record16": 16}
 _ENDED_EARLY = "the service ended before the replay did; the VM is as it was before it"
 
 
@@ -175,7 +174,7 @@ class Job:
         spool = self.spool
         assert spool is not None and self.wanted is not None
         if self.wanted.format == "packed":
-            self.total = spool.size // _BYTES_OF_RECORD.get(self.wanted.record or "", 1)
+            self.total = spool.size // RECORD_BYTES.get(self.wanted.record or "", 1)
         elif self.wanted.format == "parquet":
             self.total = rows_of_parquet(spool, memory)
         return spool

@@ -22,7 +22,6 @@ from queue import SimpleQueue
 
 from . import (
     arch,
-    asking,
     cpu_access_check,
     cpu_cache,
     cpu_controls,
@@ -31,6 +30,7 @@ from . import (
     cpu_guest,
     cpu_spp_walk,
     hyperv,
+    interactive,
     ioctls,
     kinds,
     kvm,
@@ -60,7 +60,7 @@ PACKAGES = (
     hyperv,
     nested,
     trace,
-    asking,
+    interactive,
     translations,
     store,
 )

@@ -44,8 +44,8 @@ MUTANTS = (
     Mutant(
         "sppt-index-of-root",
         SPPT_PY,
-        "index = (gpa >> ept.LEVEL_SHIFT[level]) & 511",
-        "index = (gpa >> ept.LEVEL_SHIFT[level]) & 511 if level < 4 else 0",
+        "index = index_of(gpa, level)",
+        "index = index_of(gpa, level) if level < 4 else 0",
         "29.3.4.2: SPPL4 is indexed by GPA[47:39]",
         plain("C43"),
     ),

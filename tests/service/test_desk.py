@@ -11,7 +11,7 @@ import pytest
 
 from engine.errors import Conflict, NotFound
 from engine.machine import VirtualMachine
-from engine.trace.asked_access import AskedAccess
+from engine.trace.interactive_access import InteractiveAccess
 from engine.trace.results import ExitColumns
 from engine.trace.single import AccessRequest
 from service.api.events.introspection import GONE, RESTART, Session
@@ -32,7 +32,7 @@ def refused() -> ExitColumns:
     """The exit of a write to a page that is shut."""
     vm: VirtualMachine = machine()
     set_map(vm, 5, 0)
-    run = AskedAccess()
+    run = InteractiveAccess()
     vm.access(AccessRequest(gpa=0x5000, on_violation="ask"), run)
     assert run.asked is not None
     return run.asked

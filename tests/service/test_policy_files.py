@@ -99,7 +99,7 @@ REFUSED = [
     # file, what is said, what the API names
     ({"objects": [OBJECT, {"name": "x", "gpa": "y", "size": 1}]}, "objects[1].gpa: must be an", "objects[1].gpa"),
     ({"objects": [OBJECT, {"name": "x", "gpa": 1}]}, "objects[1].size: is required", "objects[1].size"),
-    ({"objects": [{**OBJECT, "size": 0}]}, "objects[0].size: an object has at least one byte", "objects[0].size"),
+    ({"objects": [{**OBJECT, "size": 0}]}, "objects[0].size: must be at least one byte", "objects[0].size"),
     ({"objects": [OBJECT, OBJECT]}, "objects[0] and objects[1] have one name", "objects[1].name"),
     ({"objects": [{"name": "x", "gva": 1, "size": 1}]}, "objects[0].gva: is not yet supported", "objects[0].gva"),
     ({"objects": [{"name": "x", "symbol": "s", "size": 1}]}, "objects[0].symbol: is not yet", "objects[0].symbol"),
@@ -107,7 +107,7 @@ REFUSED = [
     ({"objects": [OBJECT], "rules": []}, "rules: is not a member", "rules"),
     ({"objects": [OBJECT], "name": "two objects/1"}, "name: ", "name"),
     ({"objects": [], "pages": []}, "an object or a range of pages", "objects"),
-    ({"objects": [{**OBJECT, "gpa": 1 << 52}]}, "objects[0].gpa: an object ends within", "objects[0].gpa"),
+    ({"objects": [{**OBJECT, "gpa": 1 << 52}]}, "objects[0].gpa: must keep the object within", "objects[0].gpa"),
 ]  # fmt: skip
 
 

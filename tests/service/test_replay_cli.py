@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from service.cli import local
+from engine.trace import choices
+from service.cli import local, replay
 from service.cli.app import app
 from service.runtime.job import Job
 from service.settings import Settings
@@ -194,3 +195,11 @@ def test_a_defect_is_not_hidden(policy: Path, write: Callable[[str], Path], monk
     path = write("packed")
     with pytest.raises(RuntimeError, match="a defect"):
         local.run(path, local.create(local.read_policy(policy), Settings()), local.Options().request(path, Settings()))
+
+
+def test_the_choices_are_those_of_the_engine() -> None:
+    """The command line names them again, so that a help text does not load the engine."""
+    assert set(replay.Format) == set(choices.FORMATS)
+    assert set(replay.Record) == set(choices.RECORD_FORMATS)
+    assert set(replay.Include) == set(choices.INCLUDE)
+    assert set(replay.OnViolation) == set(choices.ON_VIOLATION) - {choices.ASK}

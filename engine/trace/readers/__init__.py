@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from engine.errors import InvalidValue
+from engine.trace.choices import FORMATS
 from engine.trace.columns import check_carry
 from engine.trace.readers.base import Source, TraceReader
 from engine.trace.readers.budget import DEFAULT_MEMORY, Budget
 from engine.trace.readers.json_bodies import JsonReader, NdjsonReader
-from engine.trace.readers.packed import RECORD_FORMATS, PackedReader
+from engine.trace.readers.packed import RECORD_BYTES, PackedReader
 
-__all__ = ["DEFAULT_MEMORY", "FORMATS", "RECORD_FORMATS", "Budget", "Source", "TraceReader", "open_trace", "row_count"]
+__all__ = ["DEFAULT_MEMORY", "RECORD_BYTES", "Budget", "Source", "TraceReader", "open_trace", "row_count"]
 
 
 def _arrow(source: Source, carry: Sequence[str], budget: Budget) -> TraceReader:
@@ -43,7 +44,6 @@ _COLUMNS: Mapping[str, Callable[[Source, Sequence[str], Budget], TraceReader]] =
     "arrow": _arrow,
     "parquet": _parquet,
 }
-FORMATS = (*_ROWS, *_COLUMNS, "packed")
 
 
 def open_trace(
@@ -65,10 +65,10 @@ def open_trace(
     cannot be carried; iteration raises ``TraceError`` with the absolute record index.
     """
     if format not in FORMATS:
-        raise InvalidValue(f"the format is one of {', '.join(FORMATS)}", field="format", value=format)
+        raise InvalidValue(f"must be one of {', '.join(FORMATS)}", field="format", value=format)
     names = check_carry(carry)
     if format == "packed":
         return PackedReader(source, record, names)
     if record is not None:
-        raise InvalidValue("a record format goes with packed bodies only", field="record", value=record)
+        raise InvalidValue("must be left out: only packed bodies have a record format", field="record", value=record)
     return _ROWS[format](source, names) if format in _ROWS else _COLUMNS[format](source, names, Budget.of(memory))

@@ -6,15 +6,17 @@ GPA and means an 8-byte write by vCPU 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 from engine.errors import InvalidValue, TraceError
+from engine.trace.choices import RECORD_FORMATS
 from engine.trace.columns import CHUNK_RECORDS, ChunkBuffer, TraceChunk
 from engine.trace.readers.base import Source, TraceReader, read_into
 
-RECORD_FORMATS = {"gpa8": 8, "record16": 16}  # name: bytes per record
+RECORD_BYTES: Mapping[str, int] = MappingProxyType({"gpa8": 8, "record16": 16})
 
 
 class PackedReader(TraceReader):
@@ -22,10 +24,10 @@ class PackedReader(TraceReader):
 
     def __init__(self, source: Source, record: str | None, carry: Sequence[str]) -> None:
         super().__init__(source, carry)
-        if record not in RECORD_FORMATS:
+        if record is None or record not in RECORD_BYTES:
             names = " or ".join(RECORD_FORMATS)
             raise InvalidValue(
-                f"packed bodies need the record format, {names}",
+                f"must be {names} for a packed body",
                 field="record",
                 value=record,
             )
@@ -35,7 +37,7 @@ class PackedReader(TraceReader):
                 field="carry",
                 value=carry[0],
             )
-        self._record_bytes = RECORD_FORMATS[record]
+        self._record_bytes = RECORD_BYTES[record]
 
     def _chunks(self) -> Iterator[TraceChunk]:
         width = self._record_bytes

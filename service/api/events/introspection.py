@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from engine.errors import EngineError
+from engine.trace.choices import Answer, DefaultAnswer
 from service.api.common import EXAMPLE_TRACE, EXAMPLE_VM, VmId, access_of, find, principal_of, router, settings_of
 from service.api.traces.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
 from service.http.handlers import problem_response, refusal
@@ -44,7 +45,6 @@ _EXAMPLE_QUESTION = "q_5be1c2d90f7a4863"
 _EXAMPLE_TOOL = "tool_c81f0a4d7e2b9356"
 
 Kind = Literal["violation", "internal-error", "run-failed"]
-Action = Literal["allow", "skip", "grant", "retry", "stop"]
 _NUMBERS = {"read": 0, "write": 1, "execute": 2}
 
 
@@ -71,7 +71,7 @@ class AttachMessage(Document):
     timeout: float | None = Field(
         None, gt=0, le=_LONGEST_TIMEOUT, description="Seconds it has for an answer; null: setting `ask_timeout`."
     )
-    default_action: Literal["allow", "skip", "grant", "stop"] | None = Field(
+    default_action: DefaultAnswer | None = Field(
         None,
         description="What becomes of a question that it and all after it leave open; null: the next one's, or the "
         "setting `ask_default_action`.",
@@ -87,7 +87,7 @@ class AnswerMessage(Document):
 
     type: Literal["answer"]
     id: str = Field(description="Of the question.")
-    action: Literal["allow", "skip", "grant", "retry", "stop", "pass"]
+    action: Literal[Answer, "pass"]
 
 
 class PingMessage(Document):
@@ -170,7 +170,7 @@ class ResolvedMessage(Document):
 
     type: Literal["resolved"]
     id: str
-    action: Action | None = Field(description="Null where the replay ended without one.")
+    action: Answer | None = Field(description="Null where the replay ended without one.")
     reason: Literal["answer", "default", "ended"]
     by: str | None = Field(description="Id of the tool that answered.")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,8 +14,8 @@ from engine.arch.vmx_msrs import MSR_BY_NAME
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.state.config import TRANSLATION_CACHES
 from engine.state.kvm_versions import PROFILES, kvm_version
+from engine.trace.choices import ON_VIOLATION, RECORD_FORMATS
 from engine.trace.columns import COLUMNS
-from engine.trace.readers import RECORD_FORMATS
 from service import __version__
 from service.api.common import (
     documented,
@@ -26,7 +24,7 @@ from service.api.common import (
     tagged,
     tagged_reply,
 )
-from service.api.traces.traces import FORMATS, OnViolation
+from service.api.traces.traces import FORMATS
 from service.http.words import Document, examples
 
 routes = router("service", "/v1/capabilities", reads="read")
@@ -39,7 +37,7 @@ _REPLY = {
     "record_formats": list(RECORD_FORMATS),
     "columns": ["gpa", "size", "access", "vcpu", "gva"],
     "reserved_columns": [],
-    "on_violation": list(get_args(OnViolation)),
+    "on_violation": list(ON_VIOLATION),
     "exit_reasons": {"48": "EPT violation"},
     "resolutions": ["violation"],
     "limits": {"max_body_bytes": 1073741824, "max_vms": 64},
@@ -157,7 +155,7 @@ async def get_capabilities(request: Request) -> Response:
             record_formats=list(RECORD_FORMATS),
             columns=[column.name for column in COLUMNS],
             reserved_columns=[],
-            on_violation=list(get_args(OnViolation)),
+            on_violation=list(ON_VIOLATION),
             exit_reasons={str(number): name for number, name in NAMES.items()},
             resolutions=list(RESOLUTION_NAMES),
             limits=limits,

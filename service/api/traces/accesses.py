@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.arch.access import CIRCUMSTANCE_SHIFT, default_access
-from engine.trace.session import ASK
+from engine.trace.choices import ASK, OnViolation
 from engine.trace.single import AccessRequest, AccessResult
 from service.api.common import (
     CHANGE,
@@ -112,7 +110,7 @@ class SingleAccess(Document):
     data: str | None = Field(
         None, pattern=r"^([0-9a-fA-F]{2})*$", description="Bytes to write, hexadecimal in memory order; `size` of them."
     )
-    on_violation: Literal["skip", "stop", "allow", "grant", "ask"] = Field(
+    on_violation: OnViolation = Field(
         "skip", description="What becomes of a write that is refused; `ask`: what an attached introspection tool says."
     )
 

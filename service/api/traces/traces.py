@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import Query
 from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.trace.session import ASK
+from engine.trace.choices import ASK, Format, Include, OnViolation, RecordFormat
 from service.api.common import (
     BINARY,
     CHANGE,
@@ -65,9 +65,8 @@ from service.settings import Settings
 
 routes = router("traces", "/v1/vms/{vm}/traces", reads="read", writes="write")
 
-FORMATS = {JSON: "json", NDJSON: "ndjson", ARROW: "arrow", PARQUET: "parquet", OCTETS: "packed"}
+FORMATS: dict[str, Format] = {JSON: "json", NDJSON: "ndjson", ARROW: "arrow", PARQUET: "parquet", OCTETS: "packed"}
 
-OnViolation = Literal["skip", "stop", "allow", "grant", "ask"]
 
 _SECOND = {"gpa": "0x1000", "gva": "0xffff888000001000"}
 _ACCESS = {"gpa": "0x2a5c6a0", "size": 8, "access": 1, "vcpu": 0, "gva": "0xffffffff82a5c6a0"}
@@ -350,10 +349,10 @@ async def create_trace(
         int, Query(ge=0, lt=1 << 63, description="Skip the records before this one; indices stay absolute.")
     ] = 0,
     include: Annotated[
-        Literal["violations", "all"], Query(description="Which exits become exit records; `all` adds internal ones.")
+        Include, Query(description="Which exits become exit records; `all` adds internal ones.")
     ] = "violations",
     record: Annotated[
-        Literal["gpa8", "record16"] | None,
+        RecordFormat | None,
         Query(description="Layout of packed records; with `application/octet-stream` only."),
     ] = None,
     carry: Annotated[

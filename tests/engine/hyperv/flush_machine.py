@@ -13,7 +13,7 @@ from engine.arch.words import signed
 from engine.cpu import frames, tlb
 from engine.hyperv import dispatch, queues
 from engine.hyperv.caller import Caller
-from engine.hyperv.dispatch import Situation
+from engine.hyperv.dispatch import HypercallContext
 from engine.hyperv.execution import Facts, Vp
 from engine.hyperv.outcome import Outcome
 from engine.hyperv.privileges import Privileges
@@ -62,7 +62,7 @@ class FlushMachine:
         self.m = self.draft.machine
         self.ram = Ram((INPUT, INPUT + PAGE))
         self.vps = [Vp(position, position, vp_index) for position, vp_index in enumerate(VP_INDICES)]
-        self.situation = Situation(
+        self.context = HypercallContext(
             machine=self.m,
             memory=self.ram,
             partition_memory=self.ram,
@@ -72,7 +72,7 @@ class FlushMachine:
             environment=Environment(),
             facts=Facts(config.executes_flushes),
         )
-        self.situation = replace(self.situation, **changes)
+        self.context = replace(self.context, **changes)
         for vp in self.vps:
             for entry in ENTRIES.values():
                 self.fill(vp.position, *entry)
@@ -110,7 +110,7 @@ class FlushMachine:
         self.ram.write(gpa, data)
 
     def call(self, caller: Caller) -> Outcome:
-        return dispatch.hypercall(caller, self.situation)
+        return dispatch.hypercall(caller, self.context)
 
     def slow(self, control: int, data: bytes, gpa: int = INPUT) -> Outcome:
         """A hypercall with its block in memory."""

@@ -42,8 +42,8 @@ class DirectMachine(FlushMachine):
             frames.write_word(self.m, frames.FIRST_VCPU_FRAME + vp.position, ctl.V_VPID, 0x8001 + vp.position)
             for name in "ABE":
                 self.fill(vp.position, *ENTRIES[name], nested=vp.nested_ids)
-        self.situation = replace(
-            self.situation,
+        self.context = replace(
+            self.context,
             memory=self.ram,
             partition_memory=self.ram,
             guest=guest,
@@ -213,7 +213,7 @@ def test_whoever_runs_keeps_nothing_that_is_required(
         for effect in done.effects:
             assert not len(effect.left) or (effect.queued and effect.vp.position in away)
         for vp in machine.vps:
-            execution.service(machine.m, vp.position, True, machine.situation.facts)
+            execution.service(machine.m, vp.position, True, machine.context.facts)
             assert not set(nested_of(machine, vp.position)) & set(required.get(vp.position, ""))
             assert way == "paranoid" or machine.held(vp.position) == "ABCDEFGH"
 

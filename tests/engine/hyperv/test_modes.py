@@ -34,8 +34,8 @@ def test_only_the_kernel_in_protected_mode_calls(policy: str, caller: Caller) ->
 @pytest.mark.parametrize("os_id", [0, 5])
 def test_without_an_identity_kvm_takes_the_call_for_its_own(os_id: int) -> None:  # M03
     machine = FlushMachine(privileges=replace(PRIVILEGES, os_id=os_id, hyperv=False))
-    machine.situation = replace(
-        machine.situation, privileges=replace(PRIVILEGES, os_id=0) if not os_id else machine.situation.privileges
+    machine.context = replace(
+        machine.context, privileges=replace(PRIVILEGES, os_id=0) if not os_id else machine.context.privileges
     )
     machine.write(S01)
     done = machine.call(Caller(rax=0xDEAD, rcx=2, rdx=INPUT))

@@ -83,7 +83,7 @@ def test_what_stays_on_a_halted_vp_goes_before_it_runs(call: tuple[int, bytes], 
     done = machine.slow(*call)
     assert all(effect.queued for effect in done.effects if len(effect.left))
     for vp in machine.vps:
-        execution.service(machine.m, vp.position, False, machine.situation.facts)
+        execution.service(machine.m, vp.position, False, machine.context.facts)
         assert not set(machine.held(vp.position)) & set(required(done).get(vp.vp_index, ""))
 
 

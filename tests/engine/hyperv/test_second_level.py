@@ -75,5 +75,5 @@ def test_a_partition_that_cannot_nest_is_in_the_wrong_state() -> None:
     machine = machine_with()
     from dataclasses import replace
 
-    machine.situation = replace(machine.situation, environment=replace(machine.situation.environment, nesting=False))
+    machine.context = replace(machine.context, environment=replace(machine.context.environment, nesting=False))
     assert machine.slow(0xAF, words(ROOT, 0)).result == 0x15

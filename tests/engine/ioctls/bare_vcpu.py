@@ -14,7 +14,7 @@ from engine.ioctls import IOCTLS, Target
 from engine.machine.nested import NestedOperations
 from engine.state.config import HostConfig
 from engine.vcpu.vcpu import Vcpu, VcpuHost
-from tests.engine.nested.support import Ram
+from tests.engine.ram import Ram
 
 
 @dataclass

@@ -140,11 +140,11 @@ def test_records_that_are_no_accesses() -> None:
 
 def test_requests_that_are_no_accesses() -> None:
     vm = machine()
-    with refused(vm, InvalidValue, "source", 3, "source is 0 to 2"):
+    with refused(vm, InvalidValue, "source", 3, "must be 0 to 2"):
         vm.access(AccessRequest(0x5000, source=3))
     with refused(vm, InvalidValue, "source", "host", "a read or a write of data"):
         vm.access(AccessRequest(0x5000, access=acc.EXECUTE, source=HOST))
-    with refused(vm, InvalidValue, "insn_len", 16, "up to 15 bytes"):
+    with refused(vm, InvalidValue, "insn_len", 16, "0 to 15 bytes"):
         vm.access(AccessRequest(0x5000, insn_len=16))
     with refused(vm, InvalidValue, "gpa", None, "is by gpa"):
         vm.access(AccessRequest(None, gva=0x5000, source=EMULATED))

@@ -14,8 +14,8 @@ from engine.kvm.slots import SlotSpec, first_page_without_slot, slot_table, writ
 from tests.engine.builders import MIB, bare_draft
 
 REFUSED = [
-    ("slot -1", {"slot": -1}, "slot", -1, "a slot number is 0 to 508"),
-    ("slot 509", {"slot": 509}, "slot", 509, "a slot number is 0 to 508"),
+    ("slot -1", {"slot": -1}, "slot", -1, "must be 0 to 508"),
+    ("slot 509", {"slot": 509}, "slot", 509, "must be 0 to 508"),
     ("unaligned address", {"gpa": 0x1001}, "gpa", 0x1001, "multiple of 4096"),
     ("negative address", {"gpa": -4096}, "gpa", -4096, "multiple of 4096"),
     ("size 0", {"size": 0}, "size", 0, "multiple of 4096 and not 0"),

@@ -252,5 +252,5 @@ def test_kinds_of_access(vm: VirtualMachine, leaf: int, kind: int, linear: int, 
     ],
 )
 def test_kinds_that_are_none(vm: VirtualMachine, members: dict[str, int], field: str, value: object) -> None:
-    with refused(vm, InvalidValue, field, value, "kind is|linear has|only a data access|valid linear address"):
+    with refused(vm, InvalidValue, field, value, "must be 0 to|must fit in|only a data access|valid linear address"):
         vm.walk(GPA, **members)

@@ -358,7 +358,7 @@ PROTECT_REFUSALS: list[tuple[str, str, Objects, type[EngineError], str, Any, str
         LimitExceeded,
         "objects",
         (1 << 20) + 1,
-        "1048576 pages at most",
+        "at most 1048576 pages",
     ),
 ]
 
@@ -380,7 +380,7 @@ def test_protection_that_is_refused(
 def test_too_many_objects(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protections_module, "MAX_OBJECTS", 2)
     vm = machine()
-    with refused(vm, InvalidValue, "objects", 3, "up to 2 objects"):
+    with refused(vm, InvalidValue, "objects", 3, "at most 2 objects"):
         protect(vm, "p", (0, 1), (1, 1), (2, 1))
 
 

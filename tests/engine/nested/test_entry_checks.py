@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from engine.arch import vmx_msrs as vmx
+from engine.arch.paging import canonical
 from engine.nested import ENTRY_CHECKS
-from engine.nested.entry_context import canonical, pat_valid
+from engine.nested.entry_context import pat_valid
 from engine.vcpu.vcpu import VcpuHost
 from tests.engine.nested.entry_check_cases import APIC, CASES, EPT, GOOD_EPT, VALID, secondary
 from tests.engine.nested.support import ERAS, GM, MIN32, MIN64, RP, blob, do_set, make_vcpu, vmcs12, vmx_cpuid

@@ -7,8 +7,9 @@ import pyarrow as pa
 import pytest
 
 from engine.errors import InvalidValue, TraceError
+from engine.trace.choices import FORMATS
 from engine.trace.columns import CHUNK_RECORDS, COLUMNS, USABLE, MalformedBody
-from engine.trace.readers import FORMATS, open_trace
+from engine.trace.readers import open_trace
 
 
 def table(**columns):

@@ -287,7 +287,7 @@ BAD = [
     ("unknown vCPU", OPEN, word1(vcpu=1), "vcpu", 1, "the id of a vCPU of this machine"),
     ("vCPU beyond all", OPEN, word1(vcpu=701), "vcpu", 701, "the id of a vCPU of this machine"),
     ("largest vCPU", OPEN, word1(vcpu=0xFFFF), "vcpu", 0xFFFF, "the id of a vCPU of this machine"),
-    ("reserved byte", OPEN, word1() | 1 << 24, "record", word1() | 1 << 24, "reserved bytes of a record are zero"),
+    ("reserved byte", OPEN, word1() | 1 << 24, "record", word1() | 1 << 24, "must have zeros in its reserved bytes"),
     ("reserved half word", OPEN, word1() | 1 << 63, "record", word1() | 1 << 63, "reserved bytes"),
     ("all ones above the size", OPEN, 0xFFFF_FFFF_FFFF_0008, "access", 255, "0 read, 1 write or 2 execute"),
     ("runs past 2^52", (1 << 52) - 4, word1(), "gpa", (1 << 52) - 4, ADDRESS),
@@ -326,8 +326,8 @@ def test_last_address_of_all_is_no_error(gpa: int) -> None:
 OPTIONS = [
     ({"on_violation": "wait"}, "on_violation", "wait", "one of skip, stop, allow, grant, ask"),
     ({"include": "none"}, "include", "none", "one of violations, all"),
-    ({"start": -1}, "start", -1, "not negative"),
-    ({"max_exit_records": -1}, "max_exit_records", -1, "not negative"),
+    ({"start": -1}, "start", -1, "must not be negative"),
+    ({"max_exit_records": -1}, "max_exit_records", -1, "must not be negative"),
 ]
 
 

@@ -3,83 +3,83 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import ASKING, named
+from .paths import INTERACTIVE, named
 
-ASKING_PY = "engine/trace/asking.py"
-ACCESS_PY = "engine/trace/asked_access.py"
+INTERACTIVE_PY = "engine/trace/interactive.py"
+ACCESS_PY = "engine/trace/interactive_access.py"
 
 MUTANTS = (
     Mutant(
-        "asking-writes",
-        ASKING_PY,
+        "interactive-writes",
+        INTERACTIVE_PY,
         "self.tally[reg.WRITES] += place.access == acc.WRITE",
         "self.tally[reg.WRITES] += 1",
         "only a write that was answered is a write",
-        named(ASKING, "always_the_same_answer"),
+        named(INTERACTIVE, "always_the_same_answer"),
     ),
     Mutant(
-        "asking-second-violation",
-        ASKING_PY,
+        "interactive-second-violation",
+        INTERACTIVE_PY,
         "for counter in (reg.VIOLATIONS, reg.PAGE_GRANULAR, reg.STALE_ACCESSES):",
         "for counter in (reg.VIOLATIONS, reg.STALE_ACCESSES):",
         "a granted access counts once for page granularity",
-        named(ASKING, "always_the_same_answer"),
+        named(INTERACTIVE, "always_the_same_answer"),
     ),
     Mutant(
-        "asking-landing",
-        ASKING_PY,
+        "interactive-landing",
+        INTERACTIVE_PY,
         "if place.access == acc.WRITE and self._ended_in == res.VIOLATION:",
         "if place.access == acc.READ and self._ended_in == res.VIOLATION:",
         "dirty logs are told of a write that was allowed",
-        named(ASKING, "dirty_logs_are_told_as_by_a_replay"),
+        named(INTERACTIVE, "dirty_logs_are_told_as_by_a_replay"),
     ),
     Mutant(
-        "asking-counted-twice",
-        ASKING_PY,
+        "interactive-counted-twice",
+        INTERACTIVE_PY,
         "self._counted[:] = self.tally",
         "pass",
         "each stretch adds its own part to the totals of the machine",
-        named(ASKING, "always_the_same_answer"),
+        named(INTERACTIVE, "always_the_same_answer"),
     ),
     Mutant(
-        "asking-retry-skips",
-        ASKING_PY,
+        "interactive-retry-skips",
+        INTERACTIVE_PY,
         "return self._run(place.chunk, place.base, place.position)",
         "return self._run(place.chunk, place.base, place.position + 1)",
         "retry runs the same record",
-        named(ASKING, "retry_runs_on_the_state_as_it_is"),
+        named(INTERACTIVE, "retry_runs_on_the_state_as_it_is"),
     ),
     Mutant(
-        "asking-retry-seen",
-        ASKING_PY,
+        "interactive-retry-seen",
+        INTERACTIVE_PY,
         "self._seen.fill(-1)",
         "pass",
         "a retried violation counts for its object again",
-        named(ASKING, "retry_that_is_refused_again_counts_again"),
+        named(INTERACTIVE, "retry_that_is_refused_again_counts_again"),
     ),
     Mutant(
-        "asking-change-unnoticed",
-        ASKING_PY,
+        "interactive-change-unnoticed",
+        INTERACTIVE_PY,
         "self._changed = draft.base is not self._draft.machine",
         "self._changed = False",
         "a grant of what was opened meanwhile runs the access",
-        named(ASKING, "grant_of_what_was_opened_meanwhile_runs_it"),
+        named(INTERACTIVE, "grant_of_what_was_opened_meanwhile_runs_it"),
     ),
     Mutant(
-        "asking-objects-of-now",
-        ASKING_PY,
+        "interactive-objects-of-now",
+        INTERACTIVE_PY,
         "self._set = self._set_of(targets)",
         "self._set = 0",
         "an exit record names the objects that were protected when it happened",
-        named(ASKING, "objects_that_come_and_go"),
+        named(INTERACTIVE, "objects_that_come_and_go"),
     ),
     Mutant(
-        "asking-hits-forgotten",
-        ASKING_PY,
+        "interactive-hits-forgotten",
+        INTERACTIVE_PY,
         "elif name in self._gone:",
         "elif name == self._gone:",
         "an object that comes back goes on to be counted",
-        named(ASKING, "objects_that_come_and_go"),
+        named(INTERACTIVE, "objects_that_come_and_go"),
     ),
     Mutant(
         "asked-access-counts-again",
@@ -87,7 +87,7 @@ MUTANTS = (
         "tally[counter] = 0",
         "pass",
         "an access that runs again is one record",
-        named(ASKING, "an_access_retried"),
+        named(INTERACTIVE, "an_access_retried"),
     ),
     Mutant(
         "asked-access-outcome",
@@ -95,6 +95,6 @@ MUTANTS = (
         "attempt = replace(whole, exit_columns=whole.exit_columns[self._before :])",
         "attempt = whole",
         "a retry that goes through is an access that completed",
-        named(ASKING, "an_access_retried"),
+        named(INTERACTIVE, "an_access_retried"),
     ),
 )

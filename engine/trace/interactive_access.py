@@ -1,7 +1,7 @@
 """One guest access that pauses where it is refused, and goes on when somebody has said how.
 
-By GPA it is a replay of one record that asks. By linear address it runs again after ``allow``, ``grant`` and ``retry``,
-through the guest's page tables as they are by then.
+By GPA it is an interactive replay of one record. By linear address it runs again after ``allow``, ``grant`` and
+``retry``, through the guest's page tables as they are by then.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.state.config import VmConfig, choices
 from engine.state.frame_store import Draft
-from engine.trace.asking import ANSWERS, AskingReplay
+from engine.trace.choices import ANSWERS
 from engine.trace.execution import (
     Execution,
     by_linear_address,
@@ -26,6 +26,7 @@ from engine.trace.execution import (
     result_of_replay,
     settled,
 )
+from engine.trace.interactive import InteractiveReplay
 from engine.trace.objects import Targets
 from engine.trace.replay import grant_touched
 from engine.trace.results import ExitColumns, join
@@ -39,7 +40,7 @@ _OF_THE_ACCESS = (reg.RECORDS, reg.WRITES)
 _OF_AN_ATTEMPT = (reg.VIOLATIONS, reg.PAGE_GRANULAR, reg.STALE_ACCESSES)
 
 
-class AskedAccess:
+class InteractiveAccess:
     """Runs an access as ``VirtualMachine.access`` wants it, stretch by stretch.
 
     After a stretch ``asked`` is the exit that is asked about, or None: the access has ended. With an answer in
@@ -49,7 +50,7 @@ class AskedAccess:
     def __init__(self) -> None:
         self.asked: ExitColumns | None = None
         self._action: str | None = None
-        self._replay: AskingReplay | None = None
+        self._replay: InteractiveReplay | None = None
         self._draft: Draft | None = None
         self._before = 0
         self._last: AccessResult | None = None
@@ -73,7 +74,7 @@ class AskedAccess:
     def _by_gpa(self, draft: Draft, request: AccessRequest, config: VmConfig, targets: Targets) -> Execution:
         assert request.gpa is not None
         if self._replay is None:
-            self._replay = AskingReplay(draft, options_of(request), targets)
+            self._replay = InteractiveReplay(draft, options_of(request), targets)
             feed(self._replay, request)
         else:
             assert self._action is not None

@@ -14,10 +14,10 @@ from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.machine.page_access import AccessChange
 from engine.state.config import HostConfig
-from engine.trace import asking
-from engine.trace.asked_access import AskedAccess
-from engine.trace.asking import AskingReplay
+from engine.trace import interactive
 from engine.trace.columns import TraceChunk
+from engine.trace.interactive import InteractiveReplay
+from engine.trace.interactive_access import InteractiveAccess
 from engine.trace.results import ExitColumns, TraceResult
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest, AccessResult
@@ -78,11 +78,11 @@ def ask(vm: VirtualMachine, policy: Policy, *chunks: Any, **options: Any) -> Tra
     """Replay with ``ask``; ``policy`` answers, and may change the machine before it does."""
     asked = ReplayOptions(on_violation="ask", **options)
     parts = iter([part if isinstance(part, TraceChunk) else chunk(part) for part in chunks])
-    run_of: AskingReplay | None = None
+    run_of: InteractiveReplay | None = None
     action: str | None = None
     while True:
         with vm.replay(asked, run_of) as run:
-            assert isinstance(run.replay, AskingReplay)
+            assert isinstance(run.replay, InteractiveReplay)
             run_of = run.replay
             going = action is None or run_of.answer(action)
             while going and (part := next(parts, None)) is not None:
@@ -291,7 +291,7 @@ def test_objects_of_whole_pages_keep_theirs_when_others_come() -> None:
 
 
 def test_more_states_of_protections_than_there_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "MAX_SETS", 2)
+    monkeypatch.setattr(interactive, "MAX_SETS", 2)
     vm = make()
     names = iter("abc")
 
@@ -338,7 +338,7 @@ def test_no_answer() -> None:
 def access(vm: VirtualMachine, policy: Policy, **members: Any) -> tuple[AccessResult, int]:
     """Execute one access that asks; the outcome and how often it asked."""
     request = AccessRequest(**{"gpa": None, "on_violation": "ask", **members})
-    run, count = AskedAccess(), 0
+    run, count = InteractiveAccess(), 0
     result = vm.access(request, run)
     while run.asked is not None:
         count += 1
@@ -423,7 +423,7 @@ def test_an_access_whose_sub_page_was_opened_meanwhile(where: str, action: str) 
 
 def test_an_access_takes_no_other_answer() -> None:
     vm = make()
-    run = AskedAccess()
+    run = InteractiveAccess()
     vm.access(AccessRequest(gpa=SHUT, on_violation="ask"), run)
     with pytest.raises(InvalidValue):
         run.answer("perhaps")

@@ -1,4 +1,4 @@
-"""A replay that pauses at what ``stop`` would stop at, is published, and goes on when somebody has said how.
+"""An interactive replay: pauses at what ``stop`` would stop at, is published, goes on when somebody has said how.
 
 Each stretch between two pauses is a change of its own, on the state that the machine has by then: bitmaps, protections
 and tables may have changed meanwhile. Totals and exit records span all stretches. What an answer does is what the
@@ -24,11 +24,10 @@ from engine.kvm import run
 from engine.state.config import choices
 from engine.state.frame_store import Draft
 from engine.trace import objects, replay
+from engine.trace.choices import ANSWERS, ASK
 from engine.trace.columns import TraceChunk
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult
-from engine.trace.session import ASK, Replay, ReplayOptions, frozen
-
-ANSWERS = ("allow", "skip", "grant", "retry", "stop")
+from engine.trace.session import Replay, ReplayOptions, frozen
 
 # Exit records find their objects by address. Where the objects change during a replay, the bits above an address
 # (52 and up) number the set of objects that counted when the exit happened.
@@ -59,8 +58,8 @@ class Place(NamedTuple):
         return self.words[1] >> 16 & acc.ACCESS_MASK
 
 
-class AskingReplay(Replay):
-    """A replay that asks. ``feed`` returns False at a pause too: ``asked`` is then the exit that is asked about.
+class InteractiveReplay(Replay):
+    """An interactive replay. ``feed`` returns False at a pause too: ``asked`` is then the exit that is asked about.
 
     Publish it, have the answer, take it on with ``go_on`` on a change of the machine as it is by then, and ``answer``.
     """
@@ -235,7 +234,7 @@ class AskingReplay(Replay):
             if known.names == targets.names and np.array_equal(known.index.ranges, targets.index.ranges):
                 return number
         if len(self._sets) == MAX_SETS:
-            rule = f"protections have up to {MAX_SETS} states in the course of a replay that asks"
+            rule = f"protections have up to {MAX_SETS} states in the course of an interactive replay"
             raise LimitExceeded(rule, field="on_violation", value=ASK)
         self._sets.append(targets)
         return len(self._sets) - 1

@@ -1,0 +1,28 @@
+"""The words with which a caller says how accesses are replayed. Types, choices and messages elsewhere come from these.
+
+Plain words and nothing to compile: what takes them from a caller need not load the engine's kernels.
+"""
+
+from typing import Literal, get_args
+
+# What becomes of a write that is refused: ``trace.replay`` does it, or pauses there and asks (``trace.interactive``).
+Resolved = Literal["skip", "stop", "allow", "grant"]
+OnViolation = Literal[Resolved, "ask"]
+ASK: Literal["ask"] = "ask"
+
+# What a tool that is asked may answer, in the order of its documents; what becomes of a question that all leave open.
+Answer = Literal["allow", "skip", "grant", "retry", "stop"]
+DefaultAnswer = Literal["allow", "skip", "grant", "stop"]
+
+# Which exits become exit records.
+Include = Literal["violations", "all"]
+
+# Bodies, one reader each, and the layouts of packed records.
+Format = Literal["json", "ndjson", "arrow", "parquet", "packed"]
+RecordFormat = Literal["gpa8", "record16"]
+
+ON_VIOLATION: tuple[str, ...] = get_args(OnViolation)
+ANSWERS: tuple[str, ...] = get_args(Answer)
+INCLUDE: tuple[str, ...] = get_args(Include)
+FORMATS: tuple[str, ...] = get_args(Format)
+RECORD_FORMATS: tuple[str, ...] = get_args(RecordFormat)
