@@ -17,6 +17,7 @@ from engine.jit import kernel, stands_alone
 from engine.kvm import emulator, fault, layers, run, tracking
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
+from engine.kvm.grants import grant_touched
 from engine.kvm.slots import is_mmio, writable_bytes
 
 # Why the loop came back
@@ -193,7 +194,7 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
         if options[OPTION_ON_VIOLATION] == ALLOW and resolution == res.VIOLATION and access == acc.WRITE:
             note_landing(m, gpa, word & 0xFFFF)
         grants = options[OPTION_ON_VIOLATION] == GRANT and access == acc.WRITE
-        if grants and grants.grant_touched(m, gpa, word & 0xFFFF, trail):
+        if grants and grant_touched(m, gpa, word & 0xFFFF, trail):
             tally[reg.GRANTS] += 1
             ending, reason, q, denied, at = attempt(
                 m, source, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
