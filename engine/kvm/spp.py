@@ -23,7 +23,6 @@ from engine.kvm import layers, mapping, regions
 from engine.kvm import registers as reg
 
 # Layers of a page's map
-NOTHING = np.int64(0)
 LAYER_NAMES = ("effective", "set", "protected", "granted")
 
 
@@ -81,8 +80,7 @@ def set_maps(m, gfn, access, start, trail):
 @kernel
 def set_map(m, gfn, access, trail):
     """SET one page."""
-    layers.store_policy(m, gfn, ~access & FULL_ACCESS, layers.protected(m, gfn))
-    layers.store_granted(m, gfn, NOTHING)
+    layers.store_set(m, gfn, access)
     refresh(m, gfn, trail)
 
 
@@ -96,8 +94,8 @@ def cover(m, gfns, masks, start, trail):
         if not ample(m):
             return i
         gfn = gfns[i]
-        layers.store_policy(m, gfn, layers.denied_by_set(m, gfn), masks[i])
-        layers.store_granted(m, gfn, layers.granted(m, gfn) & masks[i])
+        before = layers.of_page(m, gfn)
+        layers.store(m, gfn, before, before[0], masks[i], before[2] & masks[i])
         refresh(m, gfn, trail)
     return gfns.shape[0]
 
@@ -105,8 +103,7 @@ def cover(m, gfns, masks, start, trail):
 @kernel
 def grant(m, gfn, mask, trail):
     """Open sub-pages: lift a protection from them, and set them where SET denied them."""
-    denied = layers.denied_by_set(m, gfn)
-    covered = layers.protected(m, gfn)
-    layers.store_policy(m, gfn, denied & ~mask, covered)
-    layers.store_granted(m, gfn, layers.granted(m, gfn) | (mask & covered))
+    before = layers.of_page(m, gfn)
+    denied, covered, lifted = before
+    layers.store(m, gfn, before, denied & ~mask, covered, lifted | (mask & covered))
     refresh(m, gfn, trail)
