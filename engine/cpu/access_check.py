@@ -44,6 +44,27 @@ VECTOR_KNOWN = np.int64(1)
 
 
 @kernel
+def possible_kind(how):
+    """Whether an access does what its kind does."""
+    kind = (how & acc.KIND_MASK) >> acc.KIND_SHIFT
+    return acc.POSSIBLE >> (4 * kind + (how & acc.ACCESS_MASK)) & 1 != 0
+
+
+@kernel
+def possible_linear(how):
+    """Whether what an access says of its linear address goes together, and its kind can be without one."""
+    kind = (how & acc.KIND_MASK) >> acc.KIND_SHIFT
+    linear = (how >> acc.LINEAR_SHIFT) & acc.LINEAR_BITS
+    return linear & acc.LINEAR_VALID != 0 or (linear == 0 and acc.UNTRANSLATED_KINDS >> kind & 1 != 0)
+
+
+@kernel
+def fits_source(source, how):
+    """Whether an access can come from a source: what is not the guest's is a read or a write of data."""
+    return source == acc.GUEST or (source <= acc.HOST and how & ~1 == acc.DEFAULT_LINEAR)
+
+
+@kernel
 def page_part(at, end):
     """Bytes of [at, end) that lie in the page of ``at``."""
     return min(end - at, PAGE - (at & (PAGE - 1)))

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from engine.cpu.frames import CAP_KVM
+from engine.jit import kernel
+
 KVM_FILL_IN_SET = 1 << 0
 KVM_FILL_REGION = 1 << 1
 KVM_SAVED_BIT = 1 << 2
@@ -33,3 +36,9 @@ BITS: Mapping[str, int] = MappingProxyType(
 def caps(rows: object) -> int:
     """The word for a kernel's rows, which have a truth value by each name of BITS."""
     return sum(bit for name, bit in BITS.items() if getattr(rows, name))
+
+
+@kernel
+def chooses(m, choice):
+    """Whether the machine's KVM makes a choice."""
+    return m.caps[CAP_KVM] & choice != 0

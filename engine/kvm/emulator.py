@@ -13,7 +13,7 @@ from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import access_check, sppt
 from engine.cpu.physical import find_slot
 from engine.jit import kernel
-from engine.kvm import layers, mapping, tracking
+from engine.kvm import choices, layers, tracking
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.choices import KVM_EMULATOR_CHECKS
@@ -28,7 +28,7 @@ SYNTHETIC = exits.Q_WRITE | 1 << exits.Q_RIGHTS_SHIFT | 4 << exits.Q_RIGHTS_SHIF
 @kernel
 def obeys(m, source):
     """Whether writes from a source obey sub-page permissions."""
-    return source == acc.GUEST or (source == acc.EMULATED and mapping.chooses(m, KVM_EMULATOR_CHECKS))
+    return source == acc.GUEST or (source == acc.EMULATED and choices.chooses(m, KVM_EMULATOR_CHECKS))
 
 
 @kernel

@@ -8,16 +8,16 @@ from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import exits
-from engine.arch.sppt import FULL_ACCESS, REGION_PAGES
 from engine.cpu import ept
 from engine.cpu.frames import CAP_RESERVE, FIRST_VCPU_FRAME, read_word, write_entry, write_word
 from engine.cpu.physical import find_slot
 from engine.jit import kernel
-from engine.kvm import dirty_log, layers, mapping, page_rights, sppt_tables, tracking
+from engine.kvm import choices, dirty_log, layers, mapping, page_rights, sppt_tables, tracking, write_protection
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.choices import KVM_FILL_REGION, KVM_MISS_NEEDS_SLOT
 from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY
+from engine.kvm.write_protection import LOCKLESS_WRITABLE
 
 
 @kernel
@@ -74,14 +74,14 @@ def fast_fault(m, gfn, slot, write, denied, trail, tally):
     level = trail[last, 0]
     entry = trail[last, 3]
     mask = layers.effective(m, gfn)
-    lockless = entry & mapping.LOCKLESS_WRITABLE == mapping.LOCKLESS_WRITABLE
+    lockless = entry & LOCKLESS_WRITABLE == LOCKLESS_WRITABLE
     if write and level == 1 and entry & bits.SPP and lockless:
         if not tracking.note_refused(m, gfn, slot, mask, denied):
             return res.VIOLATION
         mapping.watch_page(m, gfn, slot, trail)
         tally[reg.DIRTY_FAULTS] += 1
         return res.DIRTY_LOGGED
-    fresh = mapping.restored(m, entry, level, write)
+    fresh = write_protection.restored(m, entry, level, write)
     if fresh == entry:
         return res.INTERNAL_ERROR
     if write:
@@ -107,27 +107,12 @@ def handle_violation(m, gpa, qualification, denied, trail, tally):
         return res.INTERNAL_ERROR  # wider than the walk translates: no leaf can be made for it
     entry = trail[trail[ept.TRAIL_COUNTS, 0] - 1, 3]
     present = qualification >> exits.Q_RIGHTS_SHIFT & bits.RIGHTS != 0
-    if mapping.tracked(m, entry) or (present and write):
+    if write_protection.tracked(m, entry) or (present and write):
         answer = fast_fault(m, gfn, slot, write, denied, trail, tally)
         if answer != res.INTERNAL_ERROR:
             tally[reg.RESTORED] += answer == res.RESTORED
             return answer
     return map_and_arm(m, gfn, slot, write, tally)
-
-
-@kernel
-def fill_region(m, tree, gfn):
-    """Fill the SPPL1 table of a 2-MByte region: every protected page that has a slot.
-
-    The region becomes valid even when nothing in it is protected, or the guest would miss for ever.
-    """
-    sppt_tables.vector_table(m, tree, gfn << 12)
-    first = gfn & ~(REGION_PAGES - 1)
-    for page in range(first, first + REGION_PAGES):
-        slot = find_slot(m, page)
-        mask = tracking.permitted(m, page, slot) if slot >= 0 else FULL_ACCESS
-        if mask != FULL_ACCESS:
-            sppt_tables.fill_vector(m, tree, page, mask)
 
 
 @kernel
@@ -139,13 +124,13 @@ def handle_miss(m, vcpu, gpa, tally):
     gfn = gpa >> 12
     slot = find_slot(m, gfn)
     has_slot = slot >= 0
-    if not has_slot and mapping.chooses(m, KVM_MISS_NEEDS_SLOT):
+    if not has_slot and choices.chooses(m, KVM_MISS_NEEDS_SLOT):
         return res.RUN_FAILED
     if sppt_tables.trees(m) == 0:
         return res.INTERNAL_ERROR  # a client's SPPT, on a machine where KVM has none
     tree = sppt_tables.tree_of(m, vcpu)
-    if mapping.chooses(m, KVM_FILL_REGION):
-        fill_region(m, tree, gfn)
+    if choices.chooses(m, KVM_FILL_REGION):
+        sppt_tables.fill_region(m, tree, gfn)
     if has_slot:
         sppt_tables.fill_vector(m, tree, gfn, tracking.permitted(m, gfn, slot))
     tally[reg.SPPT_FILLS] += 1

@@ -11,9 +11,6 @@ from engine.arch import ept as bits
 from engine.arch import sppt as sp
 from engine.cpu import ept, fastpath, tlb
 from engine.cpu.frames import (
-    CAP_EPT_VPID,
-    CAP_KVM,
-    CAP_SAVED_SHIFT,
     STATE_FRAME,
     read_entry,
     read_word,
@@ -22,15 +19,21 @@ from engine.cpu.frames import (
 )
 from engine.cpu.physical import find_slot
 from engine.jit import kernel
-from engine.kvm import ept_tables, host_state, layers, page_rights, regions, sppt_tables, tracking
+from engine.kvm import (
+    choices,
+    ept_tables,
+    host_state,
+    layers,
+    page_rights,
+    regions,
+    sppt_tables,
+    tracking,
+    write_protection,
+)
 from engine.kvm import registers as reg
 from engine.kvm.choices import KVM_FILL_IN_SET, KVM_FORCE_SMALL, KVM_SAVED_BIT, KVM_SET_ZAPS
 from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY
-
-# Software bits of KVM's leaf entries: the host page may be written; KVM has no reason of its own to forbid it.
-HOST_WRITEABLE = 1 << 10
-MMU_WRITEABLE = 1 << 11
-LOCKLESS_WRITABLE = HOST_WRITEABLE | MMU_WRITEABLE
+from engine.kvm.write_protection import HOST_WRITEABLE, LOCKLESS_WRITABLE
 
 NOTHING = np.int64(0)
 NO_MODE = np.int64(0)
@@ -53,53 +56,10 @@ def ept_pointer(m):
 
 
 @kernel
-def chooses(m, choice):
-    """Whether the profile has a choice of ``kvm.choices``."""
-    return m.caps[CAP_KVM] & choice != 0
-
-
-@kernel
 def flush(m):
     """Make every vCPU forget what it remembers of KVM's tables (a remote flush)."""
     write_word(m, STATE_FRAME, FLUSHES, read_word(m, STATE_FRAME, FLUSHES) + 1)
     tlb.flush(m)
-
-
-# ---- leaves that access tracking has taken the rights of
-
-
-@kernel
-def saved_rights(m):
-    """Where a leaf keeps read and execute while it has none."""
-    return (bits.READ | bits.EXECUTE) << m.caps[CAP_SAVED_SHIFT]
-
-
-@kernel
-def saved_bit(m):
-    """Where a leaf keeps bit 61 while KVM forbids writes."""
-    return 1 << (m.caps[CAP_SAVED_SHIFT] + 1)
-
-
-@kernel
-def tracked(m, entry):
-    """Whether a leaf has no rights because it was aged."""
-    return entry & bits.RIGHTS == 0 and entry & saved_rights(m) != 0
-
-
-@kernel
-def with_rights(m, entry):
-    """A leaf with the rights it had before it was aged; write is for the next write to ask for."""
-    if not tracked(m, entry):
-        return entry
-    return entry & ~saved_rights(m) | (entry & saved_rights(m)) >> m.caps[CAP_SAVED_SHIFT]
-
-
-@kernel
-def put_aside(m, entry):
-    """A leaf that KVM itself forbids to write: bit 61 goes where the processor does not look."""
-    if entry & bits.SPP and chooses(m, KVM_SAVED_BIT):
-        entry = entry & ~bits.SPP | saved_bit(m)
-    return entry & ~bits.WRITE
 
 
 @kernel
@@ -110,7 +70,7 @@ def find_leaf(m, gfn, trail):
     if count == 0:
         return False, level, 0, 0, 0
     entry = trail[count - 1, 3]
-    if outcome != ept.COMPLETE and not tracked(m, entry):
+    if outcome != ept.COMPLETE and not write_protection.tracked(m, entry):
         return False, level, 0, 0, 0
     return True, level, trail[count - 1, 1], trail[count - 1, 2], entry
 
@@ -137,7 +97,7 @@ def level_for(m, gfn, slot):
         return 1
     if level == 3 and page_rights.restricted(m, gfn, 3):
         level = 2
-    if level == 1 or not chooses(m, KVM_FORCE_SMALL):
+    if level == 1 or not choices.chooses(m, KVM_FORCE_SMALL):
         return level
     if regions.protected(m, gfn, 2):
         return 1
@@ -163,7 +123,7 @@ def leaf_for(m, gfn, slot, mask, level):
     if gone & bits.READ:
         return entry
     if mask != sp.FULL_ACCESS and level == 1:
-        return entry | (saved_bit(m) if tracking.saved(m, gfn, slot, mask) else bits.SPP)
+        return entry | (write_protection.saved_bit(m) if tracking.saved(m, gfn, slot, mask) else bits.SPP)
     if tracking.unseen(m, gfn, slot, mask):
         return entry | bits.SPP if tracking.mode(m) & tracking.TRACK_SUBPAGES else entry
     return entry | bits.WRITE | (NOTHING if tracking.flag_waits(m, gfn, slot) else bits.DIRTY)
@@ -191,10 +151,10 @@ def map_page(m, gfn, slot, write):
         ept_tables.free_below(m, old, level)
     write_entry(m, table, index, entry)
     done = MAP_WRITABLE
-    if level == 1 and entry & (bits.SPP | saved_bit(m)):
+    if level == 1 and entry & (bits.SPP | write_protection.saved_bit(m)):
         done = MAP_ARMED
         mask = tracking.permitted(m, gfn, slot)
-        if chooses(m, KVM_FILL_IN_SET):
+        if choices.chooses(m, KVM_FILL_IN_SET):
             sppt_tables.fill_vectors(m, gfn, mask)
         elif sppt_tables.stale_vector(m, gfn, mask):
             invalidate_region(m, gfn)
@@ -245,7 +205,7 @@ def refresh_page(m, gfn, trail):
     Later series drop the mapping, whatever its size, and the next access makes it anew. The first one arms and disarms
     in place; it does not see a page that a larger leaf maps.
     """
-    if chooses(m, KVM_SET_ZAPS):
+    if choices.chooses(m, KVM_SET_ZAPS):
         invalidate_region(m, gfn)
         unmap_page(m, gfn, trail)
     else:
@@ -272,12 +232,12 @@ def watch_page(m, gfn, slot, trail):
     fresh = leaf_for(m, gfn, slot, layers.effective(m, gfn), level)
     if not tracking.flag_waits(m, gfn, slot):
         fresh |= entry & bits.DIRTY
-    if fresh & (bits.SPP | saved_bit(m)):
+    if fresh & (bits.SPP | write_protection.saved_bit(m)):
         mask = tracking.permitted(m, gfn, slot)
-        if chooses(m, KVM_FILL_IN_SET) or sppt_tables.stale_vector(m, gfn, mask):
+        if choices.chooses(m, KVM_FILL_IN_SET) or sppt_tables.stale_vector(m, gfn, mask):
             sppt_tables.fill_vectors(m, gfn, mask)
-    if tracked(m, entry) or not entry & bits.ACCESSED:
-        fresh = aged(m, fresh)
+    if write_protection.tracked(m, entry) or not entry & bits.ACCESSED:
+        fresh = write_protection.aged(m, fresh)
     write_entry(m, table, index, fresh)
     forget(m, gfn, level)
     spare_region(m, gfn)
@@ -311,7 +271,7 @@ def rearm(m, gfn, trail):
         fresh = entry & ~bits.WRITE | bits.SPP
     else:
         fresh = entry & ~bits.SPP
-        if not tracked(m, entry):
+        if not write_protection.tracked(m, entry):
             fresh |= bits.WRITE | bits.DIRTY
     write_entry(m, table, index, fresh)
     forget(m, gfn, level)
@@ -325,9 +285,9 @@ def write_protect(m, gfn, trail):
     its map allows go on without a fault (kvm-spp 5).
     """
     found, level, table, index, entry = find_leaf(m, gfn, trail)
-    if not found or (entry & bits.WRITE == 0 and not chooses(m, KVM_SAVED_BIT)):
+    if not found or (entry & bits.WRITE == 0 and not choices.chooses(m, KVM_SAVED_BIT)):
         return False
-    return replace(m, gfn, level, table, index, entry, put_aside(m, entry))
+    return replace(m, gfn, level, table, index, entry, write_protection.put_aside(m, entry))
 
 
 @kernel
@@ -339,18 +299,7 @@ def age(m, gfn, trail):
     found, level, table, index, entry = find_leaf(m, gfn, trail)
     if not found:
         return False
-    return replace(m, gfn, level, table, index, entry, aged(m, entry))
-
-
-@kernel
-def aged(m, entry):
-    """A leaf as aging leaves it."""
-    if m.caps[CAP_EPT_VPID] & bits.CAP_ACCESSED_DIRTY:
-        return entry & ~bits.ACCESSED
-    if tracked(m, entry):
-        return entry
-    kept = (entry & (bits.READ | bits.EXECUTE)) << m.caps[CAP_SAVED_SHIFT]
-    return put_aside(m, entry) & ~bits.RIGHTS | kept
+    return replace(m, gfn, level, table, index, entry, write_protection.aged(m, entry))
 
 
 @kernel
@@ -362,21 +311,8 @@ def make_read_only(m, gfn, trail):
     found, level, table, index, entry = find_leaf(m, gfn, trail)
     if not found or level != 1:
         return False
-    kept = with_rights(m, entry) & ~(bits.ADDRESS | bits.WRITE | bits.SPP | saved_bit(m) | HOST_WRITEABLE)
+    kept = write_protection.with_rights(m, entry) & ~(
+        bits.ADDRESS | bits.WRITE | bits.SPP | write_protection.saved_bit(m) | HOST_WRITEABLE
+    )
     fresh = kept | host_state.address_of_page(m, gfn)
-    return replace(m, gfn, level, table, index, entry, aged(m, fresh))
-
-
-@kernel
-def restored(m, entry, level, write):
-    """The leaf with which KVM answers a fault that only its own doing caused; the same entry where it was not.
-
-    Write permission, or bit 61 in its place, comes back to a page that slot and host let be written. A larger leaf
-    gets no write permission back this way.
-    """
-    fresh = with_rights(m, entry)
-    if not write or level > 1 or entry & LOCKLESS_WRITABLE != LOCKLESS_WRITABLE:
-        return fresh
-    if chooses(m, KVM_SAVED_BIT) and fresh & saved_bit(m):
-        return fresh & ~saved_bit(m) | bits.SPP
-    return fresh | bits.WRITE
+    return replace(m, gfn, level, table, index, entry, write_protection.aged(m, fresh))

@@ -9,9 +9,11 @@ import numpy as np
 from engine.cpu import radix
 from engine.cpu.frames import ample
 from engine.cpu.guest_memory import ROOT_MEMORY
+from engine.errors import InvalidValue
 from engine.jit import kernel
 from engine.kvm import host_state, layers, mapping, memory, page_rights, regions, tracking
 from engine.kvm.registers import ROOT_GRANTED, ROOT_HOST, ROOT_POLICY
+from engine.kvm.slots import SlotSpec
 
 REGION = 512
 NOTHING = np.int64(0)
@@ -25,6 +27,19 @@ PAGE_WRITTEN = 4
 PAGE_LOGGED = 5
 PAGE_RIGHTS = 6
 PAGE_WORDS = 7
+
+
+def check_change(known: SlotSpec, spec: SlotSpec) -> None:
+    """Refuse what a slot keeps for life. Moving and logging are all that may change."""
+    fixed = (
+        ("size", known.size, spec.size, "its size"),
+        ("read_only", known.read_only, spec.read_only, "its read_only flag"),
+        ("userspace_addr", known.userspace_addr, spec.userspace_addr, "its host address"),
+        ("host_page_size", known.host_page_size, spec.host_page_size, "its host page size"),
+    )
+    for field, before, now, what in fixed:
+        if before != now:
+            raise InvalidValue(f"a slot keeps {what}; delete it first", field=field, value=now)
 
 
 @kernel

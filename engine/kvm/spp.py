@@ -5,21 +5,16 @@ Each changes the layers first, which are the truth, and then brings EPT and SPPT
 
 import numpy as np
 
-from engine.arch import controls as ctl
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu.frames import (
-    CAP_SPPT_TREES,
-    FIRST_VCPU_FRAME,
-    SPPT,
     STATE_FRAME,
     ample,
-    new_frame,
     read_word,
     write_word,
 )
 from engine.cpu.physical import find_slot
 from engine.jit import kernel
-from engine.kvm import layers, mapping, regions
+from engine.kvm import layers, mapping, regions, sppt_tables
 from engine.kvm import registers as reg
 
 # Layers of a page's map
@@ -28,12 +23,10 @@ LAYER_NAMES = ("effective", "set", "protected", "granted")
 
 @kernel
 def enable(m):
-    """KVM_INIT_SPP: empty SPPT roots; every page starts with full access. Returns whether it was off before."""
+    """KVM_INIT_SPP: every page starts with full access. Returns whether it was off before."""
     if read_word(m, STATE_FRAME, reg.SPP_ACTIVE):
         return False
-    for tree in range(m.caps[CAP_SPPT_TREES]):
-        write_word(m, FIRST_VCPU_FRAME + tree, ctl.V_SPPT_ROOT, new_frame(m, SPPT))
-    write_word(m, STATE_FRAME, reg.SPPT_TREES, m.caps[CAP_SPPT_TREES])
+    sppt_tables.make_roots(m)
     write_word(m, STATE_FRAME, reg.SPP_ACTIVE, 1)
     return True
 
@@ -98,12 +91,3 @@ def cover(m, gfns, masks, start, trail):
         layers.store(m, gfn, before, before[0], masks[i], before[2] & masks[i])
         refresh(m, gfn, trail)
     return gfns.shape[0]
-
-
-@kernel
-def grant(m, gfn, mask, trail):
-    """Open sub-pages: lift a protection from them, and set them where SET denied them."""
-    before = layers.of_page(m, gfn)
-    denied, covered, lifted = before
-    layers.store(m, gfn, before, denied & ~mask, covered, lifted | (mask & covered))
-    refresh(m, gfn, trail)

@@ -13,7 +13,7 @@ from engine.arch.words import signed
 from engine.cpu import frames
 from engine.errors import InvalidValue
 from engine.hyperv import l0_hyperv
-from engine.kvm import choices, mapping, sppt_tables
+from engine.kvm import choices, mapping
 from engine.kvm import registers as reg
 from engine.state.config import VcpuConfig, VmConfig
 from engine.state.frame_store import Draft, FrameStore
@@ -112,14 +112,3 @@ def build(draft: Draft, config: VmConfig) -> None:
     if below is not None:
         draft.ensure(2 * config.vcpu_records + frames.RESERVE)
         l0_hyperv.build(draft.machine, config.vcpu_records, below)
-
-
-def load_sppt(draft: Draft, config: VmConfig) -> None:
-    """Load SPPTP into every vCPU; later series switch the control on only now."""
-    m = draft.machine
-    for position in range(config.vcpu_records):
-        frame = frames.FIRST_VCPU_FRAME + position
-        root = sppt_tables.root_frame(m, sppt_tables.tree_of(m, position))
-        frames.write_word(m, frame, ctl.V_SPPTP, frames.address_of(m, root))
-        secondary = int(frames.read_word(m, frame, ctl.V_SECONDARY)) | ctl.SECONDARY_SPP
-        frames.write_word(m, frame, ctl.V_SECONDARY, secondary)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.errors import InvalidValue, NotFound
+from engine.errors import NotFound
 from engine.kvm import slot_changes
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec, key_of
@@ -47,7 +47,7 @@ class SlotOperations(Operations):
         if known is not None:
             if known == spec:
                 return
-            _check_change(known, spec)
+            slot_changes.check_change(known, spec)
         slots = state.slots.with_slot(spec)
         spec.validate_width(self._config.maxphyaddr)
         with self._state.change(since=state, slots=slots) as draft:
@@ -70,19 +70,6 @@ class SlotOperations(Operations):
                 page_logs.empty_buffers(draft, self._config, state.slots)
                 _drop(draft, spec)
             page_logs.note_slots(draft, slots)
-
-
-def _check_change(known: SlotSpec, spec: SlotSpec) -> None:
-    """Refuse what a slot keeps for life. Moving and logging are all that may change."""
-    fixed = (
-        ("size", known.size, spec.size, "its size"),
-        ("read_only", known.read_only, spec.read_only, "its read_only flag"),
-        ("userspace_addr", known.userspace_addr, spec.userspace_addr, "its host address"),
-        ("host_page_size", known.host_page_size, spec.host_page_size, "its host page size"),
-    )
-    for field, before, now, what in fixed:
-        if before != now:
-            raise InvalidValue(f"a slot keeps {what}; delete it first", field=field, value=now)
 
 
 def _move(draft: Draft, old: SlotSpec, new: SlotSpec) -> None:

@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from engine.cpu import frames
 from engine.errors import InvalidValue
-from engine.kvm import enabling, spp
+from engine.kvm import enabling, spp, sppt_tables
 from engine.kvm import registers as reg
 from engine.kvm.slots import check_pages
-from engine.machine import creation
 from engine.machine.fault_injection import Allocations
 from engine.machine.nested import nested_in_use
 from engine.machine.state import Operations
@@ -73,7 +72,7 @@ class Subpages(Operations):
             with self._state.change() as change:
                 change.ensure(change.config.vcpu_records)
                 spp.enable(change.machine)
-                creation.load_sppt(change, change.config)
+                sppt_tables.load_roots(change.machine, change.config.vcpu_records)
 
     def set(self, ranges: Sequence[SubpageRange]) -> None:
         """KVM_SUBPAGES_SET_ACCESS over any number of ranges, in order, all or nothing."""

@@ -18,9 +18,9 @@ from engine.arch import access as acc
 from engine.arch.sppt import SUBPAGE_SHIFT
 from engine.cpu.frames import Machine
 from engine.errors import LimitExceeded
+from engine.kvm import grants, run
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
-from engine.kvm import run
 from engine.state.config import choices
 from engine.state.frame_store import Draft
 from engine.trace import objects, replay
@@ -164,7 +164,7 @@ class InteractiveReplay(Replay):
 
     def _grants(self, place: Place) -> bool:
         gpa, word = place.words
-        granted = bool(replay.grant_touched(self._ready(), gpa, word & 0xFFFF, self._trail))
+        granted = bool(grants.grant_touched(self._ready(), gpa, word & 0xFFFF, self._trail))
         self.tally[reg.GRANTS] += granted
         return granted
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from engine.cpu.ept import TRAIL_ROWS
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
+from engine.kvm.grants import grant_touched
 from engine.state.config import VmConfig, choices
 from engine.state.frame_store import Draft
 from engine.trace.choices import ANSWERS
@@ -28,7 +29,6 @@ from engine.trace.execution import (
 )
 from engine.trace.interactive import InteractiveReplay
 from engine.trace.objects import Targets
-from engine.trace.replay import grant_touched
 from engine.trace.results import ExitColumns, join
 from engine.trace.single import AccessRequest, AccessResult
 

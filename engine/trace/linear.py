@@ -20,9 +20,10 @@ from engine.kvm import layers, run
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.fault import block_nmis, count_exit, handle_exit
+from engine.kvm.grants import grant_touched
 from engine.kvm.slots import is_mmio
 from engine.state.frame_store import Draft
-from engine.trace.replay import grant_touched, in_protected_page
+from engine.trace.replay import in_protected_page
 
 # What the processor reads and writes of a guest paging structure at a time.
 STRUCTURE_BYTES = 8

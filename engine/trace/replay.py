@@ -7,7 +7,6 @@ to a violation or a malformed record, goes through the same functions as a singl
 import numpy as np
 
 from engine.arch import access as acc
-from engine.arch import ept as bits
 from engine.arch import exits
 from engine.arch.controls import V_GUEST_MODE
 from engine.arch.sppt import FULL_ACCESS
@@ -15,7 +14,7 @@ from engine.cpu import access_check, ept, fastpath, sppt
 from engine.cpu.frames import CAP_VCPUS, FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
 from engine.cpu.physical import find_slot
 from engine.jit import kernel, stands_alone
-from engine.kvm import emulator, fault, layers, page_rights, run, spp, tracking
+from engine.kvm import emulator, fault, layers, run, tracking
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.slots import is_mmio, writable_bytes
@@ -66,24 +65,6 @@ def describe(word):
 
 
 @kernel
-def refusal_of_kind(how):
-    """Why an access cannot be of its kind, DONE if it can: what the kind does, and what only a linear address has."""
-    kind = (how & acc.KIND_MASK) >> acc.KIND_SHIFT
-    linear = (how >> acc.LINEAR_SHIFT) & acc.LINEAR_BITS
-    if not acc.POSSIBLE >> (4 * kind + (how & acc.ACCESS_MASK)) & 1:
-        return BAD_KIND
-    if not linear & acc.LINEAR_VALID and (linear or not acc.UNTRANSLATED_KINDS >> kind & 1):
-        return BAD_LINEAR
-    return DONE
-
-
-@kernel
-def fits_source(source, how):
-    """Whether an access can come from a source: what is not the guest's is a read or a write of data."""
-    return source == acc.GUEST or (source <= acc.HOST and how & ~1 == acc.DEFAULT_LINEAR)
-
-
-@kernel
 def refusal(m, gpa, word, kinds):
     """Why a record is no access at all, DONE if it is one."""
     size = word & 0xFFFF
@@ -94,10 +75,11 @@ def refusal(m, gpa, word, kinds):
     if (word >> 24) & 0xFF or (word >> 48) & 0xFFFF:
         if not kinds or word & acc.RECORD_FREE:
             return BAD_RESERVED
-        bad = refusal_of_kind(describe(word))
-        if bad != DONE:
-            return bad
-        if not fits_source(word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK, describe(word)):
+        if not access_check.possible_kind(describe(word)):
+            return BAD_KIND
+        if not access_check.possible_linear(describe(word)):
+            return BAD_LINEAR
+        if not access_check.fits_source(word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK, describe(word)):
             return BAD_SOURCE
     vcpu = (word >> 32) & 0xFFFF
     if vcpu >= m.caps[CAP_VCPUS] or m.vcpu_of_id[vcpu] < 0:
@@ -132,24 +114,6 @@ def passes_unenforced(m, vcpu, gpa, size):
             return True
         at += part
     return False
-
-
-@kernel
-def grant_touched(m, gpa, size, trail):
-    """Open every refused sub-page that an access touches; returns whether there was one."""
-    opened = False
-    for gfn in range(gpa >> 12, ((gpa + size - 1) >> 12) + 1):
-        if page_rights.lacking(m, gfn) & bits.READ:
-            return False  # no sub-page of it is eligible
-    at = gpa
-    while at < gpa + size:
-        part = access_check.page_part(at, gpa + size)
-        refused = sppt.touched(at, part) & ~layers.effective(m, at >> 12)
-        if refused and find_slot(m, at >> 12) >= 0:
-            spp.grant(m, at >> 12, refused, trail)
-            opened = True
-        at += part
-    return opened
 
 
 @kernel
@@ -229,7 +193,7 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
         if options[OPTION_ON_VIOLATION] == ALLOW and resolution == res.VIOLATION and access == acc.WRITE:
             note_landing(m, gpa, word & 0xFFFF)
         grants = options[OPTION_ON_VIOLATION] == GRANT and access == acc.WRITE
-        if grants and grant_touched(m, gpa, word & 0xFFFF, trail):
+        if grants and grants.grant_touched(m, gpa, word & 0xFFFF, trail):
             tally[reg.GRANTS] += 1
             ending, reason, q, denied, at = attempt(
                 m, source, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all

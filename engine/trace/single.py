@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.arch import access as acc
+from engine.cpu import access_check
 from engine.errors import InvalidValue
 from engine.kvm.user_exits import UserExit
 from engine.state.config import VmConfig, choices
 from engine.trace.choices import ON_VIOLATION
-from engine.trace.replay import BAD_KIND, BAD_LINEAR, GPA_LIMIT, fits_source, refusal_of_kind
+from engine.trace.replay import GPA_LIMIT
 from engine.trace.results import ExitColumns
 
 MAX_SIZE = 0xFFFF
@@ -74,17 +75,17 @@ class AccessRequest:
                 field="circumstances",
                 value=self.circumstances,
             )
-        refused = int(refusal_of_kind(np.int64(self.how)))
-        if refused == BAD_KIND:
+        how = np.int64(self.how)
+        if not access_check.possible_kind(how):
             raise InvalidValue(acc.KIND_RULE, field="kind", value=acc.KIND_NAMES[self.kind])
-        if refused == BAD_LINEAR:
+        if not access_check.possible_linear(how):
             raise InvalidValue(acc.LINEAR_RULE, field="linear", value=self.linear)
         self._validate_source()
 
     def _validate_source(self) -> None:
         if not 0 <= self.source < len(acc.SOURCE_NAMES):
             raise InvalidValue(f"must be 0 to {len(acc.SOURCE_NAMES) - 1}", field="source", value=self.source)
-        if not fits_source(np.int64(self.source), np.int64(self.how)):
+        if not access_check.fits_source(np.int64(self.source), np.int64(self.how)):
             raise InvalidValue(acc.SOURCE_RULE, field="source", value=acc.SOURCE_NAMES[self.source])
         if self.source != acc.GUEST and self.gpa is None:
             raise InvalidValue("must be given: an access of KVM or the host is by gpa", field="gpa", value=None)

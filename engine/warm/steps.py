@@ -19,6 +19,7 @@ from engine.hyperv.encode import CallFields
 from engine.hyperv.execution import drop_nested
 from engine.ioctls.partial_set import SubpageCalls
 from engine.kvm import fault, mapping, spp, sppt_tables
+from engine.kvm.grants import grant_touched
 from engine.kvm.guest_memory import GuestMemory
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec, first_page_without_slot
@@ -31,7 +32,7 @@ from engine.trace.columns import TraceChunk
 from engine.trace.interactive import InteractiveReplay
 from engine.trace.objects import attribute, fill_objects
 from engine.trace.operations import INVLPG, MOV_CR3, Operation, Operations
-from engine.trace.replay import grant_touched, replay
+from engine.trace.replay import replay
 from engine.trace.results import split_log
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest

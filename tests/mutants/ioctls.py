@@ -119,12 +119,12 @@ MUTANTS = (
     ),
     Mutant(
         "vcpu-late-without-sppt",
-        "engine/machine/creation.py",
-        "for position in range(config.vcpu_records):",
-        "for position in range(len(config.vcpus)):",
+        "engine/machine/subpages.py",
+        "sppt_tables.load_roots(change.machine, change.config.vcpu_records)",
+        "sppt_tables.load_roots(change.machine, len(change.config.vcpus))",
         "a vCPU made after SPP came on has the SPPT of its siblings",
         named(VCPUS, "a_vcpu_made_after_spp_obeys_it"),
-        function="load_sppt",
+        function="enable",
     ),
     Mutant(
         "dirty-log-number",

@@ -72,9 +72,9 @@ MUTANTS = (
     ),
     Mutant(
         "kind-impossible",
-        "engine/trace/replay.py",
-        "if not acc.POSSIBLE >> (4 * kind + (how & acc.ACCESS_MASK)) & 1:",
-        "if kind > acc.SHADOW_STACK:",
+        "engine/cpu/access_check.py",
+        "return acc.POSSIBLE >> (4 * kind + (how & acc.ACCESS_MASK)) & 1 != 0",
+        "return kind <= acc.SHADOW_STACK",
         "an access is one that its kind can be",
         named(KINDS, "kinds_of_access_in_a_trace"),
     ),

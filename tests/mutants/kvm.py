@@ -58,7 +58,7 @@ MUTANTS = (
     ),
     Mutant(
         "layers-grant-leaves-set",
-        SPP_PY,
+        "engine/kvm/grants.py",
         "layers.store(m, gfn, before, denied & ~mask, covered, lifted | (mask & covered))",
         "layers.store(m, gfn, before, denied, covered, lifted | (mask & covered))",
         "a grant opens what SET denied",
@@ -99,7 +99,7 @@ MUTANTS = (
     Mutant(
         "mapping-arm-bit",
         MAPPING_PY,
-        "return entry | (saved_bit(m) if tracking.saved(m, gfn, slot, mask) else bits.SPP)",
+        "return entry | (write_protection.saved_bit(m) if tracking.saved(m, gfn, slot, mask) else bits.SPP)",
         "return entry",
         "kvm-spp 3.4: a page whose map is not full is armed",
         named(FAULT, "first_touch_arms_a_page_whose_map_is_not_full"),
@@ -174,15 +174,15 @@ MUTANTS = (
     Mutant(
         "fault-miss-profile",
         FAULT_PY,
-        "if mapping.chooses(m, KVM_FILL_REGION):",
-        "if not mapping.chooses(m, KVM_FILL_REGION):",
+        "if choices.chooses(m, KVM_FILL_REGION):",
+        "if not choices.chooses(m, KVM_FILL_REGION):",
         "kvm-spp 3.3: 2019 fills one page, later series the region",
         named(FAULT, "later_series_fill_the_whole_region_at_one_miss", "2019_miss_fills_the_page_that_missed"),
     ),
     Mutant(
         "fault-region-start",
-        FAULT_PY,
-        "first = gfn & ~(REGION_PAGES - 1)",
+        SPPT_PY,
+        "first = gfn & ~(sp.REGION_PAGES - 1)",
         "first = gfn",
         "kvm-spp 3.3: a region begins at a multiple of 2 MiB",
         named(SPPT, "miss_fills_the_pages_below_too"),

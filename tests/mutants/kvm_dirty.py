@@ -130,7 +130,7 @@ MUTANTS = (
     ),
     Mutant(
         "access-grant",
-        REPLAY_PY,
+        "engine/kvm/grants.py",
         "return False  # no sub-page of it is eligible",
         "pass",
         "a grant does not open a page without read",

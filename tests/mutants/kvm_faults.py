@@ -25,7 +25,7 @@ MUTANTS = (
     Mutant(
         "level-forced-in-2019",
         MAPPING_PY,
-        "if level == 1 or not chooses(m, KVM_FORCE_SMALL):",
+        "if level == 1 or not choices.chooses(m, KVM_FORCE_SMALL):",
         "if level == 1:",
         "kvm-spp 8.2: version 4 maps large pages whatever the bitmaps say",
         named(MAPPING, "2019_maps_a_large_page_over_protected_ones_and_says_which_writes_got_through"),
@@ -48,7 +48,7 @@ MUTANTS = (
     ),
     Mutant(
         "saved-bit-stays",
-        MAPPING_PY,
+        "engine/kvm/write_protection.py",
         "return fresh & ~saved_bit(m) | bits.SPP",
         "return fresh | bits.SPP",
         "kvm-spp 3.4: the saved bit is moved back, not copied",
@@ -56,7 +56,7 @@ MUTANTS = (
     ),
     Mutant(
         "saved-bit-forgotten",
-        MAPPING_PY,
+        "engine/kvm/write_protection.py",
         "entry = entry & ~bits.SPP | saved_bit(m)",
         "entry = entry & ~bits.SPP",
         "kvm-spp 3.4: bit 61 is put aside while KVM forbids writes",
@@ -73,7 +73,7 @@ MUTANTS = (
     ),
     Mutant(
         "age-takes-rights-always",
-        MAPPING_PY,
+        "engine/kvm/write_protection.py",
         "if m.caps[CAP_EPT_VPID] & bits.CAP_ACCESSED_DIRTY:",
         "if False:",
         "with accessed flags aging clears the flag",
@@ -82,8 +82,8 @@ MUTANTS = (
     Mutant(
         "read-only-host-armed",
         MAPPING_PY,
-        "kept = with_rights(m, entry) & ~(bits.ADDRESS | bits.WRITE | bits.SPP | saved_bit(m) | HOST_WRITEABLE)",
-        "kept = with_rights(m, entry) & ~(bits.ADDRESS | bits.WRITE | saved_bit(m) | HOST_WRITEABLE)",
+        "bits.ADDRESS | bits.WRITE | bits.SPP | write_protection.saved_bit(m) | HOST_WRITEABLE",
+        "bits.ADDRESS | bits.WRITE | write_protection.saved_bit(m) | HOST_WRITEABLE",
         "kvm-spp 5: a permitted sub-page does not override a read-only host page",
         named(HOST_MEMORY, "remap_read_only_disarms_the_leaf_and_a_write_gets_a_copy"),
     ),
@@ -138,7 +138,7 @@ MUTANTS = (
     Mutant(
         "miss-without-slot-fails",
         FAULT_PY,
-        "if not has_slot and mapping.chooses(m, KVM_MISS_NEEDS_SLOT):",
+        "if not has_slot and choices.chooses(m, KVM_MISS_NEEDS_SLOT):",
         "if not has_slot:",
         "kvm-spp 4: later series leave pages without a slot out",
         named(FAULT, "miss_of_a_page_without_a_slot"),

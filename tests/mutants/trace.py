@@ -29,7 +29,7 @@ MUTANTS = (
     ),
     Mutant(
         "replay-grant-whole-page",
-        REPLAY_PY,
+        "engine/kvm/grants.py",
         "refused = sppt.touched(at, part) & ~layers.effective(m, at >> 12)",
         "refused = ~layers.effective(m, at >> 12)",
         "a grant opens the sub-pages that are touched, no more",

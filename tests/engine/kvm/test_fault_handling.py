@@ -9,7 +9,7 @@ from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import exits as arch_exits
 from engine.cpu import frames
-from engine.kvm import fault, mapping, sppt_tables
+from engine.kvm import fault, mapping, sppt_tables, write_protection
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.slots import SlotSpec
@@ -39,7 +39,7 @@ from tests.engine.builders import (
 )
 
 BASE = bits.READ | bits.EXECUTE | bits.ACCESSED | bits.IGNORE_PAT | 6 << 3
-SOFTWARE = mapping.HOST_WRITEABLE | mapping.MMU_WRITEABLE
+SOFTWARE = write_protection.HOST_WRITEABLE | write_protection.MMU_WRITEABLE
 WRITABLE = BASE | SOFTWARE | bits.WRITE | bits.DIRTY
 ARMED = BASE | SOFTWARE | bits.SPP
 FULL_VECTOR = 0x5555_5555_5555_5555

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.arch import ept as bits
 from engine.errors import InvalidValue
-from engine.kvm import mapping
+from engine.kvm import mapping, write_protection
 from engine.kvm.host_memory import EVENTS
 from engine.kvm.slots import SlotSpec
 from engine.machine import SubpageRange, VirtualMachine
@@ -40,7 +40,7 @@ from tests.engine.builders import (
 )
 
 BASE = bits.READ | bits.EXECUTE | bits.ACCESSED | bits.IGNORE_PAT | 6 << 3
-LOCKLESS = mapping.HOST_WRITEABLE | mapping.MMU_WRITEABLE
+LOCKLESS = write_protection.HOST_WRITEABLE | write_protection.MMU_WRITEABLE
 ARMED = BASE | LOCKLESS | bits.SPP
 WRITABLE = BASE | LOCKLESS | bits.WRITE | bits.DIRTY
 ARENA = 1 << 45
@@ -105,7 +105,7 @@ def test_remap_read_only_disarms_the_leaf_and_a_write_gets_a_copy(profile: str, 
     assert vm.host_memory.event("remap-read-only", 5).leaves == 1
     shared = leaf(vm, 5)
     assert shared is not None
-    assert shared & (bits.ADDRESS | bits.WRITE | bits.SPP | LOCKLESS) == ARENA - 0x1000 | mapping.MMU_WRITEABLE
+    assert shared & (bits.ADDRESS | bits.WRITE | bits.SPP | LOCKLESS) == ARENA - 0x1000 | write_protection.MMU_WRITEABLE
     assert access(vm, 0x5000, READ) == ["completed"]
     made = "mapped" if mask == FULL else "armed"
     assert access(vm, 0x5000) == [made, "completed"]

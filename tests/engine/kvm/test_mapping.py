@@ -10,7 +10,7 @@ import pytest
 from engine.arch import ept as bits
 from engine.arch import sppt
 from engine.cpu import frames
-from engine.kvm import mapping, regions
+from engine.kvm import mapping, regions, write_protection
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.state.config import HostConfig
@@ -35,7 +35,7 @@ from tests.engine.builders import (
 
 GIB = 1 << 30
 BASE = bits.READ | bits.EXECUTE | bits.ACCESSED | bits.IGNORE_PAT | 6 << 3
-LOCKLESS = mapping.HOST_WRITEABLE | mapping.MMU_WRITEABLE
+LOCKLESS = write_protection.HOST_WRITEABLE | write_protection.MMU_WRITEABLE
 WRITABLE = BASE | LOCKLESS | bits.WRITE | bits.DIRTY
 ARMED = BASE | LOCKLESS | bits.SPP
 SAVED = 1 << 55  # kvm-latest

@@ -1,0 +1,35 @@
+"""Grants: sub-pages that an answer to a violation opens, for as long as their protection lives (kvm-spp 2.3)."""
+
+from engine.arch import ept as bits
+from engine.cpu import access_check, sppt
+from engine.cpu.physical import find_slot
+from engine.jit import kernel
+from engine.kvm import layers, page_rights
+from engine.kvm.spp import refresh
+
+
+@kernel
+def grant(m, gfn, mask, trail):
+    """Open sub-pages: lift a protection from them, and set them where SET denied them."""
+    before = layers.of_page(m, gfn)
+    denied, covered, lifted = before
+    layers.store(m, gfn, before, denied & ~mask, covered, lifted | (mask & covered))
+    refresh(m, gfn, trail)
+
+
+@kernel
+def grant_touched(m, gpa, size, trail):
+    """Open every refused sub-page that an access touches; returns whether there was one."""
+    opened = False
+    for gfn in range(gpa >> 12, ((gpa + size - 1) >> 12) + 1):
+        if page_rights.lacking(m, gfn) & bits.READ:
+            return False  # no sub-page of it is eligible
+    at = gpa
+    while at < gpa + size:
+        part = access_check.page_part(at, gpa + size)
+        refused = sppt.touched(at, part) & ~layers.effective(m, at >> 12)
+        if refused and find_slot(m, at >> 12) >= 0:
+            grant(m, at >> 12, refused, trail)
+            opened = True
+        at += part
+    return opened
