@@ -90,9 +90,9 @@ def next_leaf(m, root, gfn, end):
 @kernel
 def clear(m, root, gfn):
     """Store 0 for a page, and free the nodes on its path that hold nothing any more."""
-    if read(m, root, gfn) == 0:
-        return
     node = leaf_of(m, root, gfn)
+    if node == 0 or read_word(m, node, gfn & INDEX_MASK) == 0:
+        return
     write_word(m, node, gfn & INDEX_MASK, 0)
     height = 1
     while blank(m, node):

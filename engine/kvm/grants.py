@@ -11,10 +11,9 @@ from engine.kvm.spp import refresh
 @kernel
 def grant(m, gfn, mask, trail):
     """Open sub-pages: lift a protection from them, and set them where SET denied them."""
-    denied = layers.denied_by_set(m, gfn)
-    covered = layers.protected(m, gfn)
-    layers.store_policy(m, gfn, denied & ~mask, covered)
-    layers.store_granted(m, gfn, layers.granted(m, gfn) | (mask & covered))
+    before = layers.of_page(m, gfn)
+    denied, covered, lifted = before
+    layers.store(m, gfn, before, denied & ~mask, covered, lifted | (mask & covered))
     refresh(m, gfn, trail)
 
 

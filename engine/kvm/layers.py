@@ -6,6 +6,8 @@ GRANTED  bits 31:0 sub-pages on which a protection was lifted by a grant
 effective bit = not denied by SET and (not protected or granted)
 """
 
+import numpy as np
+
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import sppt
 from engine.cpu.access_check import page_part
@@ -13,6 +15,8 @@ from engine.cpu.radix import read, write
 from engine.jit import kernel
 from engine.kvm import regions
 from engine.kvm.registers import ROOT_GRANTED, ROOT_POLICY
+
+NOTHING = np.int64(0)
 
 
 @kernel
@@ -34,15 +38,24 @@ def granted(m, gfn):
 
 
 @kernel
+def of_page(m, gfn):
+    """(denied, covered, lifted): sub-pages that SET denies, that a protection covers, and on which a grant stands."""
+    policy = read(m, ROOT_POLICY, gfn)
+    return policy & FULL_ACCESS, (policy >> 32) & FULL_ACCESS, granted(m, gfn)
+
+
+@kernel
+def writable(denied, covered, lifted):
+    """Sub-pages that may be written, given the layers of their page."""
+    return ~(denied | covered & ~lifted) & FULL_ACCESS
+
+
+@kernel
 def effective(m, gfn):
     """Sub-pages of a page that may be written."""
     policy = read(m, ROOT_POLICY, gfn)
-    if policy == 0:
-        return FULL_ACCESS
-    closed = (policy >> 32) & FULL_ACCESS
-    if closed:
-        closed &= ~granted(m, gfn)
-    return ~(policy | closed) & FULL_ACCESS
+    covered = (policy >> 32) & FULL_ACCESS
+    return writable(policy & FULL_ACCESS, covered, granted(m, gfn) if covered else NOTHING)
 
 
 @kernel
@@ -58,16 +71,16 @@ def refuses(m, gpa, size):
 
 
 @kernel
-def store_policy(m, gfn, denied, covered):
-    """Store both halves of the policy word of a page."""
-    before = effective(m, gfn)
-    write(m, ROOT_POLICY, gfn, (covered << 32) | (denied & FULL_ACCESS))
-    regions.recount(m, gfn, before, effective(m, gfn))
+def store(m, gfn, before, denied, covered, lifted):
+    """Store the layers of a page; ``before`` is what ``of_page`` says of it now."""
+    write(m, ROOT_POLICY, gfn, (covered << 32) | denied)
+    if lifted != before[2]:
+        write(m, ROOT_GRANTED, gfn, lifted)
+    regions.recount(m, gfn, writable(before[0], before[1], before[2]), writable(denied, covered, lifted))
 
 
 @kernel
-def store_granted(m, gfn, mask):
-    """Store the grants of a page."""
-    before = effective(m, gfn)
-    write(m, ROOT_GRANTED, gfn, mask & FULL_ACCESS)
-    regions.recount(m, gfn, before, effective(m, gfn))
+def store_set(m, gfn, access):
+    """SET one page: what it denies is replaced, what protections cover stays, and the grants end."""
+    before = of_page(m, gfn)
+    store(m, gfn, before, ~access & FULL_ACCESS, before[1], NOTHING)

@@ -2,12 +2,10 @@
 
 import numpy as np
 
-from engine.arch.sppt import FULL_ACCESS, REGION_PAGES
+from engine.arch.sppt import REGION_PAGES
 from engine.cpu.frames import ample
 from engine.jit import kernel
 from engine.kvm import layers, mapping
-
-NOTHING = np.int64(0)
 
 
 @kernel
@@ -30,8 +28,7 @@ def store_maps(m, gfn, access, start):
     for i in range(start, access.shape[0]):
         if not ample(m):
             return i
-        layers.store_policy(m, gfn + i, ~np.int64(access[i]) & FULL_ACCESS, layers.protected(m, gfn + i))
-        layers.store_granted(m, gfn + i, NOTHING)
+        layers.store_set(m, gfn + i, np.int64(access[i]))
     return access.shape[0]
 
 

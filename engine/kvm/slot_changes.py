@@ -71,8 +71,7 @@ def drop_pages(m, gfn, pages, start, trail):
             continue
         while at < stop:
             mapping.unmap_page(m, at, trail)
-            layers.store_policy(m, at, NOTHING, layers.protected(m, at))
-            layers.store_granted(m, at, NOTHING)
+            layers.store_set(m, at, tracking.EVERYTHING)
             memory.drop_page(m, at)
             tracking.forget_page(m, at)
             page_rights.store(m, at, NOTHING)
@@ -97,8 +96,7 @@ def lift_pages(m, gfn, pages, out, trail):
             at = stop
             continue
         while at < stop:
-            denied = layers.denied_by_set(m, at)
-            lifted = layers.granted(m, at)
+            denied, _, lifted = layers.of_page(m, at)
             content = radix.read(m, ROOT_MEMORY, at)
             written = tracking.written(m, at)
             logged = tracking.logged(m, at)
@@ -137,9 +135,8 @@ def place_pages(m, gfn, moved, start):
         if not ample(m):
             return i
         at = gfn + moved[i, PAGE_OFFSET]
-        covered = layers.protected(m, at)
-        layers.store_policy(m, at, moved[i, PAGE_DENIED], covered)
-        layers.store_granted(m, at, moved[i, PAGE_GRANTED] & covered)
+        before = layers.of_page(m, at)
+        layers.store(m, at, before, moved[i, PAGE_DENIED], before[1], moved[i, PAGE_GRANTED] & before[1])
         radix.write(m, ROOT_MEMORY, at, moved[i, PAGE_CONTENT])
         if tracking.mode(m):
             tracking.store_written(m, at, moved[i, PAGE_WRITTEN])

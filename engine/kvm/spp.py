@@ -18,7 +18,6 @@ from engine.kvm import layers, mapping, regions, sppt_tables
 from engine.kvm import registers as reg
 
 # Layers of a page's map
-NOTHING = np.int64(0)
 LAYER_NAMES = ("effective", "set", "protected", "granted")
 
 
@@ -74,8 +73,7 @@ def set_maps(m, gfn, access, start, trail):
 @kernel
 def set_map(m, gfn, access, trail):
     """SET one page."""
-    layers.store_policy(m, gfn, ~access & FULL_ACCESS, layers.protected(m, gfn))
-    layers.store_granted(m, gfn, NOTHING)
+    layers.store_set(m, gfn, access)
     refresh(m, gfn, trail)
 
 
@@ -89,7 +87,7 @@ def cover(m, gfns, masks, start, trail):
         if not ample(m):
             return i
         gfn = gfns[i]
-        layers.store_policy(m, gfn, layers.denied_by_set(m, gfn), masks[i])
-        layers.store_granted(m, gfn, layers.granted(m, gfn) & masks[i])
+        before = layers.of_page(m, gfn)
+        layers.store(m, gfn, before, before[0], masks[i], before[2] & masks[i])
         refresh(m, gfn, trail)
     return gfns.shape[0]

@@ -58,12 +58,15 @@ def test_word_can_be_taken_back() -> None:
 # ---- effective = SET and (not protected or granted)
 
 
+def store_layers(m: frames.Machine, gfn: np.int64, denied: int, covered: int, lifted: int) -> None:
+    layers.store(m, gfn, layers.of_page(m, gfn), np.int64(denied), np.int64(covered), np.int64(lifted))
+
+
 def test_effective_for_every_combination() -> None:
     m = bare_draft().machine
     combinations = list(itertools.product((0, 1), repeat=3))
     allowed, covered, lifted = (sum(row[i] << s for s, row in enumerate(combinations)) for i in range(3))
-    layers.store_policy(m, np.int64(9), np.int64(~allowed & 0xFF), np.int64(covered))
-    layers.store_granted(m, np.int64(9), np.int64(lifted))
+    store_layers(m, np.int64(9), ~allowed & 0xFF, covered, lifted)
     wanted = sum((a and (not p or g)) << s for s, (a, p, g) in enumerate(combinations))
     assert int(layers.effective(m, np.int64(9))) == FULL & ~0xFF | wanted
 
@@ -84,8 +87,7 @@ def test_effective_for_every_combination() -> None:
 def test_effective_of_whole_words(denied: int, covered: int, lifted: int, effective: int) -> None:
     m = bare_draft().machine
     gfn = np.int64(77)
-    layers.store_policy(m, gfn, np.int64(denied), np.int64(covered))
-    layers.store_granted(m, gfn, np.int64(lifted))
+    store_layers(m, gfn, denied, covered, lifted)
     assert int(layers.effective(m, gfn)) == effective
     assert (int(layers.denied_by_set(m, gfn)), int(layers.protected(m, gfn))) == (denied, covered)
     assert int(layers.granted(m, gfn)) == lifted
