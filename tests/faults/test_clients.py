@@ -23,8 +23,8 @@ from service.runtime.bodies import PIECE
 from service.server import configured
 from service.settings import Settings
 from tests.contract.client import ContractClient
-from tests.service.running import Running
-from tests.service.storage.stored import map_of, new_vm, set_map
+from tests.support.server import Running
+from tests.support.stores import map_of, new_vm, set_map
 
 MIB = 1 << 20
 LINE = b'{"gpa": 65536}\n'

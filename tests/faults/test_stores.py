@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.contract.client import ContractClient
-from tests.faults.postgres import Cluster
-from tests.service.storage.stored import map_of, new_vm, serving, set_map
+from tests.support.postgres import Cluster
+from tests.support.stores import map_of, new_vm, serving, set_map
 
 Until = Callable[[Callable[[], bool]], None]
 OCTETS = {"Content-Type": "application/octet-stream"}

@@ -11,8 +11,8 @@ from numba.core.dispatcher import Dispatcher
 
 from engine.warm.steps import warm
 from tests.contract.client import ContractClient
-from tests.service.job_calls import Gate
-from tests.service.running import Running, running
+from tests.support.job_calls import Gate
+from tests.support.server import Running, running
 
 MIB = 1 << 20
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.postgres import MISSING, Cluster, binaries, cluster
+from tests.support.postgres import MISSING, Cluster, binaries, cluster
 
 PATIENCE = 120.0
 _NUMBERS = itertools.count()

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.storage.meter import Meter, Transaction, nobody
 from service.storage.records import Change, TraceRecord, VmRecord
 from tests.contract.client import ContractClient
-from tests.service.storage.stored import new_vm, run_sql, serving, set_map
+from tests.support.stores import new_vm, run_sql, serving, set_map
 
 OCTETS = {"Content-Type": "application/octet-stream"}
 DOCUMENT = Path(__file__).parents[3] / "docs" / "operations-security.md"

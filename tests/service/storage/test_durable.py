@@ -11,8 +11,8 @@ from sqlalchemy.exc import OperationalError
 
 from service.settings import Settings
 from tests.contract.client import ContractClient
-from tests.service.running import running
-from tests.service.storage.stored import BREAK, MEND, kind, map_of, new_vm, picture, rows_in, run_sql, serving, set_map
+from tests.support.server import running
+from tests.support.stores import BREAK, MEND, kind, map_of, new_vm, picture, rows_in, run_sql, serving, set_map
 
 Until = Callable[[Callable[[], bool]], None]
 OCTETS = {"Content-Type": "application/octet-stream"}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.contract.client import ContractClient
-from tests.service.event_reader import SSE, following, log, refuse
-from tests.service.storage.stored import BREAK, MEND, command, kind, new_vm, rows_in, run_sql, section, serving, set_map
+from tests.support.event_reader import SSE, following, log, refuse
+from tests.support.stores import BREAK, MEND, command, kind, new_vm, rows_in, run_sql, section, serving, set_map
 
 Until = Callable[[Callable[[], bool]], None]
 

@@ -11,8 +11,8 @@ from service.problems import StoreUnavailable
 from service.runtime.answers import StoredAnswers
 from service.runtime.home import StoredHome
 from tests.contract.client import ContractClient
-from tests.service.job_calls import ASYNC, WRITES, Gate, ended, post
-from tests.service.storage.stored import BREAK, MEND, kind, map_of, new_vm, rows_in, run_sql, serving
+from tests.support.job_calls import ASYNC, WRITES, Gate, ended, post
+from tests.support.stores import BREAK, MEND, kind, map_of, new_vm, rows_in, run_sql, serving
 
 Until = Callable[[Callable[[], bool]], None]
 

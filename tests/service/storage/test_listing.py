@@ -10,8 +10,8 @@ import sqlalchemy as sa
 from service.storage.database import connect
 from service.storage.urls import StoreUrl
 from tests.contract.client import ContractClient
-from tests.service.running import Running
-from tests.service.storage.stored import MIB, new_vm, serving, set_map
+from tests.support.server import Running
+from tests.support.stores import MIB, new_vm, serving, set_map
 
 
 def loaded(service: Running) -> list[str]:

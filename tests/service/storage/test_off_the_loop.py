@@ -17,8 +17,8 @@ import pytest
 
 from engine.machine import VirtualMachine
 from tests.contract.client import ContractClient
-from tests.service.running import Running
-from tests.service.storage.stored import MIB, map_of, new_vm, serving, set_map
+from tests.support.server import Running
+from tests.support.stores import MIB, map_of, new_vm, serving, set_map
 
 OCTETS = {"Content-Type": "application/octet-stream"}
 PAGE = b"\x11" * 4096

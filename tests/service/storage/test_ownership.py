@@ -20,9 +20,9 @@ import typer.testing
 from service.cli.app import app
 from service.problems import StoreUnavailable
 from service.storage.schema import REVISION
-from tests.faults.postgres import Cluster
-from tests.service.running import Running
-from tests.service.storage.stored import map_of, new_vm, run_sql, serving, set_map
+from tests.support.postgres import Cluster
+from tests.support.server import Running
+from tests.support.stores import map_of, new_vm, run_sql, serving, set_map
 
 ROOT = Path(__file__).parents[3]
 Until = Callable[[Callable[[], bool]], None]

@@ -15,7 +15,7 @@ from service.security.stored_tokens import StoredTokens
 from service.security.tokens import TokensUnavailable, mint
 from service.storage.offline import backup, restore
 from service.storage.urls import StoreUrl
-from tests.service.storage.stored import new_vm, run_sql, serving
+from tests.support.stores import new_vm, run_sql, serving
 
 Until = Callable[[Callable[[], bool]], None]
 
