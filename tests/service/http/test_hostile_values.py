@@ -16,24 +16,12 @@ from service.http.words import decimal, integer
 from service.problems import InvalidDocument, describe
 from tests.contract.client import ContractClient, contract
 from tests.contract.places import url
+from tests.support.hostile_numbers import HOSTILE_NUMBERS
 from tests.support.server import Running
 
-NUMBERS = [
-    "9" * 5000,
-    "0x" + "f" * 5000,
-    "-1",
-    "-" + "9" * 25,
-    str(1 << 63),
-    hex((1 << 64) - 1),
-    str(1 << 64),
-    "²",
-    "٣",
-    "1_0",
-    "1e400",
-    "nan",
-    "",
-    "0x",
-]
+NUMBERS = (*HOSTILE_NUMBERS, str(1 << 63), "")
+# Those that a header can have.
+IN_A_HEADER = [value for value in NUMBERS if value.isascii() and value.isprintable() and value == value.strip()]
 OPERATIONS = [
     pytest.param(path, method, operation, id=f"{method.upper()} {path}")
     for path, item in contract().document["paths"].items()
@@ -69,7 +57,7 @@ def test_any_number_anywhere(
             assert reply.status_code < 500, f"{name}={value[:40]}: {reply.text[:300]}"
 
 
-@pytest.mark.parametrize("value", [value for value in NUMBERS if value.isascii()])
+@pytest.mark.parametrize("value", IN_A_HEADER)
 def test_any_number_in_a_header(value: str, client: ContractClient, vm: str) -> None:
     for name in ("Last-Event-ID", "If-None-Match", "Range", "Prefer", "Accept", "Accept-Encoding", "Idempotency-Key"):
         given = {"Prefer": f"wait={value}", "Accept": f"*/*;q={value}", "Accept-Encoding": f"gzip;q={value}"}
