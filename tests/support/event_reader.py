@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 
 from tests.contract.client import ContractClient
-from tests.support.stores import set_map
+from tests.support.http import set_map
 
 SSE = {"Accept": "text/event-stream"}
 NDJSON = {"Accept": "application/x-ndjson"}

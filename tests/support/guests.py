@@ -12,8 +12,8 @@ from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.vcpu.vcpu import VcpuHost
 from tests.contract.client import ContractClient
 from tests.engine.nested.support import WIDTH, vmx_cpuid
+from tests.support.http import OCTETS, store
 
-OCTETS = {"Content-Type": "application/octet-stream"}
 RAW = {"Accept": "application/octet-stream"}
 MakeVm = Callable[..., str]
 
@@ -45,8 +45,7 @@ def make_nested(
     )
     vcpu = f"{vm}/vcpus/0"
     for gpa, word in (ram or {}).items():
-        put = client.put(f"{vm}/memory", params={"gpa": hex(gpa)}, content=word.to_bytes(4, "little"), headers=OCTETS)
-        assert put.status_code == 204
+        store(client, vm, gpa, word.to_bytes(4, "little"))
     if evmcs:
         assert client.put(f"{vcpu}/evmcs", json={"enabled": True}).status_code == 200
     if smm:

@@ -10,7 +10,7 @@ import pytest
 
 from service.runtime import jobs
 from tests.contract.client import ContractClient
-from tests.support.processes import until
+from tests.support.waiting import until
 
 ASYNC = {"Prefer": "respond-async"}
 WRITES = {"accesses": [{"gpa": 0x1000}, {"gpa": 0x2000}]}

@@ -19,8 +19,6 @@ from service.storage.urls import StoreUrl
 from tests.contract.client import ContractClient
 from tests.support.server import Running, running
 
-MIB = 1 << 20
-
 
 @contextlib.contextmanager
 def serving(url: str, *, ready: bool = True, **settings: Any) -> Iterator[Running]:
@@ -29,21 +27,6 @@ def serving(url: str, *, ready: bool = True, **settings: Any) -> Iterator[Runnin
         while ready and service.client.get("/readyz").status_code != 200:
             time.sleep(0.005)
         yield service
-
-
-def new_vm(client: ContractClient, **members: Any) -> str:
-    document = {"memory_slots": [{"slot": 0, "gpa": 0, "size": 16 * MIB}], "spp": True, **members}
-    reply = client.post("/v1/vms", json=document)
-    assert reply.status_code == 201, reply.text
-    return reply.headers["Location"]
-
-
-def set_map(client: ContractClient, vm: str, gfn: int, word: int) -> int:
-    return client.put(f"{vm}/subpages", params={"gfn": gfn, "npages": 1}, json={"access": [word]}).status_code
-
-
-def map_of(client: ContractClient, vm: str, gfn: int) -> int:
-    return int(client.get(f"{vm}/subpages", params={"gfn": gfn, "npages": 1}).json()["access"][0], 16)
 
 
 def run_sql(url: str, *statements: str) -> None:

@@ -28,7 +28,6 @@ from tests.support.bodies import FORMATS, table
 ROOT = Path(__file__).parents[3]
 OBJECTS = [{"name": "hit", "gva": "0x0", "gpa": "0x2080", "size": 64}, {"name": "missed", "gpa": 8192, "size": 64}]
 TRACE = table(gpa=[0x1000, 0x2080, 0x20C0, 0x2100, 0xFEE00000], size=[8, 8, 8, 8, 4])
-SUFFIXES = {"parquet": ".parquet", "arrow": ".arrows", "packed": ".bin", "json": ".json", "ndjson": ".ndjson"}
 
 
 @pytest.fixture
@@ -36,16 +35,6 @@ def policy(tmp_path: Path) -> Path:
     path = tmp_path / "policy.json"
     path.write_text(json.dumps({"name": "two_objects", "about": "x", "objects": OBJECTS}), encoding="utf-8")
     return path
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[[str], Path]:
-    def written(name: str) -> Path:
-        path = tmp_path / f"trace{SUFFIXES[name]}"
-        path.write_bytes(FORMATS[name](TRACE).content)
-        return path
-
-    return written
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,6 @@ from tests.contract.client import ContractClient
 from tests.support.bodies import FORMATS, table
 
 runner = CliRunner()
-SUFFIXES = {"parquet": ".parquet", "arrow": ".arrows", "packed": ".bin", "json": ".json", "ndjson": ".ndjson"}
 OBJECTS = [{"name": "hit", "gpa": "0x2080", "size": 64}, {"name": "missed", "gpa": 8192, "size": 64}]
 TRACE = table(gpa=[0x1000, 0x2080, 0x20C0, 0x5008, 0xFEE00000], size=[8, 8, 8, 8, 4])
 TOML = """
@@ -41,16 +40,6 @@ def policy(tmp_path: Path) -> Path:
     path = tmp_path / "policy.toml"
     path.write_text(TOML, encoding="utf-8")
     return path
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[[str], Path]:
-    def written(name: str) -> Path:
-        path = tmp_path / f"trace{SUFFIXES[name]}"
-        path.write_bytes(FORMATS[name](TRACE).content)
-        return path
-
-    return written
 
 
 def run(*arguments: object, status: int = 0) -> str:

@@ -17,11 +17,8 @@ from service.runtime.answers import Answer, MemoryAnswers
 from service.security.tokens import MemoryTokens, mint
 from service.settings import Settings
 from tests.contract.client import ContractClient
+from tests.support.http import key
 from tests.support.server import Running, running
-
-
-def key(text: str, **headers: str) -> dict[str, str]:
-    return {"Idempotency-Key": text, **headers}
 
 
 def vms(client: ContractClient) -> int:

@@ -70,12 +70,12 @@ def test_replies_that_vary_say_so(path: str, method: str, operation: dict[str, A
 
 
 @pytest.fixture(scope="module")
-def narrow() -> Iterator[Running]:
+def small() -> Iterator[Running]:
     with running(Settings(warm_up=False, max_vms=1, max_memory_slots=2, max_table_frames=16)) as service:
         yield service
 
 
-def test_limits_are_named(narrow: Running) -> None:
+def test_limits_are_named(small: Running) -> None:
     def refused(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
         reply = call(*arguments, **options)
         assert reply.status_code == 429 and reply.json()["code"] == "limit-exceeded" and reply.headers["Retry-After"]
@@ -85,12 +85,12 @@ def test_limits_are_named(narrow: Running) -> None:
 
     limits = {"max_vms": 1, "max_memory_slots": 2, "max_table_frames": 16}
     slots = [{"slot": number, "gpa": number << 40, "size": 1 << 36} for number in range(3)]
-    post, put = narrow.client.post, narrow.client.put
+    post, put = small.client.post, small.client.put
     assert refused(post, "/v1/vms", json={"memory_slots": slots}) == "max_memory_slots"
     home = post("/v1/vms", json={"memory_slots": slots[:2], "spp": True}).headers["Location"]
     assert refused(post, "/v1/vms", json={}) == "max_vms"
     assert refused(put, f"{home}/memory-slots/2", json={"gpa": 2 << 40, "size": 4096}) == "max_memory_slots"
     assert put(f"{home}/memory-slots/1", json={"gpa": 3 << 40, "size": 1 << 36}).status_code == 200
     far_apart = [{"gfn": number << 12, "npages": 1, "access": 0} for number in range(2000)]
-    assert refused(narrow.client.patch, f"{home}/subpages", json={"ranges": far_apart}) == "max_table_frames"
-    assert narrow.client.get(f"{home}/subpages?gfn=0").json()["access"] == ["0xffffffff"]
+    assert refused(small.client.patch, f"{home}/subpages", json={"ranges": far_apart}) == "max_table_frames"
+    assert small.client.get(f"{home}/subpages?gfn=0").json()["access"] == ["0xffffffff"]

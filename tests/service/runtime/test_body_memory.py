@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +20,7 @@ from service.settings import MIB, Settings
 from tests.contract.client import ContractClient
 from tests.support.bodies import ARROW, PARQUET
 from tests.support.server import Running, running
+from tests.support.waiting import until
 
 RECORDS = 100_000
 TABLE = pa.table({"gpa": np.full(RECORDS, 0x1000, dtype=np.uint64)})
@@ -37,13 +37,6 @@ def parquet() -> bytes:
     sink = io.BytesIO()
     pq.write_table(TABLE, sink, use_dictionary=False, compression="none")
     return sink.getvalue()
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.fixture

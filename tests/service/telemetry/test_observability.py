@@ -23,14 +23,12 @@ from service.runtime.home import Home
 from service.runtime.registry import Registry
 from service.security.tokens import MemoryTokens, mint
 from service.server import Refused, check_telemetry
-from service.settings import Settings
+from service.settings import MIB, Settings
 from service.telemetry.logs import JsonFormatter, TextFormatter, configuration
 from service.telemetry.metrics import EXIT_KINDS, Metrics
 from tests.contract.client import ContractClient
 from tests.support.processes import process
 from tests.support.server import Running, running
-
-MIB = 1 << 20
 
 
 @pytest.fixture

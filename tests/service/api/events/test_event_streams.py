@@ -23,9 +23,10 @@ from service.cli.app import app
 from service.security.tokens import MemoryTokens, mint
 from service.settings import Settings
 from tests.support.event_reader import SSE, following, refuse
-from tests.support.processes import PATIENCE, free_port, process, served, until
+from tests.support.http import new_vm
+from tests.support.processes import free_port, process, served
 from tests.support.server import Running, running
-from tests.support.stores import new_vm
+from tests.support.waiting import PATIENCE, until
 
 runner = CliRunner()
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from service.settings import Settings
+from service.settings import MIB, Settings
 from tests.contract.client import ContractClient
 from tests.support.event_reader import NDJSON, SSE, following, log, refuse
+from tests.support.http import new_vm, set_map
 from tests.support.server import Running, running
-from tests.support.stores import MIB, new_vm, set_map
 
 KEPT = 12
 PAGE = 0x1000

@@ -8,7 +8,8 @@ from typing import Any
 from tests.contract.client import ContractClient
 from tests.engine.hyperv.flush_machine import ALL, ENTRIES, INPUT, VP_INDICES, words
 from tests.engine.hyperv.guests import CPUID, CR4, GUEST_OS_ID, OS_ID
-from tests.support.guests import OCTETS, leaves
+from tests.support.guests import leaves
+from tests.support.http import OCTETS
 
 BY_PLACE = {(space, linear): name for name, (space, linear, _, _) in ENTRIES.items()}
 _TABLE = 0x67

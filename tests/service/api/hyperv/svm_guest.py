@@ -11,7 +11,8 @@ from tests.engine.hyperv import guests
 from tests.engine.hyperv.nested_guests import PARTITION
 from tests.engine.nested.support import GIF, GM
 from tests.engine.nested.svm import svm_blob, vmcb
-from tests.support.guests import OCTETS, leaves
+from tests.support.guests import leaves
+from tests.support.http import OCTETS
 
 ENLIGHTENMENTS = bytes.fromhex("0100000001000000" + "0100000000000000") + PARTITION.to_bytes(8, "little") + bytes(8)
 VMMCALL_AND_VMRUN = 3

@@ -15,7 +15,8 @@ from tests.engine.hyperv.selftest_stages import STAGES
 from tests.engine.nested.support import GIF, GM, NONE, blob
 from tests.engine.nested.svm import svm_blob
 from tests.service.api.hyperv.svm_guest import svm_vm
-from tests.support.guests import OCTETS, RAW, leaves
+from tests.support.guests import RAW, leaves
+from tests.support.http import OCTETS, access, store
 
 MakeVm = Callable[..., str]
 W1, W2 = 1, 2
@@ -26,11 +27,6 @@ def put(client: ContractClient, url: str, **body: Any) -> dict[str, Any]:
     assert reply.status_code == 200, reply.text
     found: dict[str, Any] = reply.json()
     return found
-
-
-def store(client: ContractClient, vm: str, gpa: int, data: bytes) -> None:
-    reply = client.put(f"{vm}/memory", params={"gpa": hex(gpa)}, content=data, headers=OCTETS)
-    assert reply.status_code == 204, reply.text
 
 
 def word(value: int) -> bytes:
@@ -61,10 +57,8 @@ def point(client: ContractClient, vm: str, page: int) -> None:
 
 
 def read(client: ContractClient, vm: str, vcpu: int) -> int:
-    body = {"gva": hex(guests.TEST_PAGE), "size": 8, "access": "read", "vcpu": vcpu}
-    reply = client.post(f"{vm}/accesses", json=body)
-    assert reply.status_code == 200, reply.text
-    return bytes.fromhex(reply.json()["data"])[0]
+    found = access(client, vm, gva=hex(guests.TEST_PAGE), size=8, access="read", vcpu=vcpu)
+    return bytes.fromhex(found["data"])[0]
 
 
 def flush_guest(client: ContractClient, make_vm: MakeVm, **config: Any) -> str:

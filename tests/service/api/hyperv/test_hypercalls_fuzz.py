@@ -13,7 +13,7 @@ from tests.contract.client import ContractClient
 from tests.engine.hyperv.drawn_calls import calls
 from tests.engine.hyperv.flush_machine import ALL, INPUT, words
 from tests.service.api.hyperv.flush_vm import FlushVm
-from tests.support.guests import OCTETS
+from tests.support.http import OCTETS
 
 FUZZ = settings(
     max_examples=15,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from service.settings import MIB
 from tests.contract.client import ContractClient
 
-MIB = 1 << 20
 PROFILES = ("kvm-2019", "kvm-latest")
 
 

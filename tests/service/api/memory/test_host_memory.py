@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from service.settings import MIB
 from tests.contract.client import ContractClient
+from tests.support.http import access
 
-MIB = 1 << 20
 PROFILES = ("kvm-2019", "kvm-latest")
 EVENTS = (
     "unmap",
@@ -33,10 +34,7 @@ def happen(client: ContractClient, vm: str, **event: Any) -> dict[str, Any]:
 
 
 def write(client: ContractClient, vm: str, gpa: int) -> str:
-    reply = client.post(f"{vm}/accesses", json={"gpa": hex(gpa)})
-    assert reply.status_code == 200, reply.text
-    resolution: str = reply.json()["resolution"]
-    return resolution
+    return str(access(client, vm, gpa=hex(gpa))["resolution"])
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 
-from service.settings import Settings
+from service.settings import MIB, Settings
 from tests.contract.client import ContractClient
+from tests.support.http import OCTETS
 from tests.support.server import running
-
-OCTETS = {"Content-Type": "application/octet-stream"}
-MIB = 1 << 20
 
 
 def test_create_move_delete(vm: str, client: ContractClient) -> None:

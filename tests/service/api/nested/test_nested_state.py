@@ -39,18 +39,8 @@ from tests.engine.nested.support import (
     vmcs12,
     vmx_cpuid,
 )
-from tests.support.guests import (
-    OCTETS,
-    RAW,
-    MakeVm,
-    explained,
-    leaves,
-    load,
-    make_nested,
-    outcome,
-    state,
-    summary,
-)
+from tests.support.guests import RAW, MakeVm, explained, leaves, load, make_nested, outcome, state, summary
+from tests.support.http import OCTETS
 
 ERRNOS = {"EINVAL", "EFAULT"}
 

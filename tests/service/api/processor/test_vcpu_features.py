@@ -9,7 +9,8 @@ import pytest
 from engine.arch.evmcs import EVMCS
 from tests.contract.client import ContractClient
 from tests.engine.nested.support import ERAS, EV, GM, MIN32, NONE, blob, vmcs12, vmx_cpuid
-from tests.support.guests import OCTETS, MakeVm, leaves, load, make_nested, summary
+from tests.support.guests import MakeVm, leaves, load, make_nested, summary
+from tests.support.http import OCTETS
 
 ASSIST = "0x40000073"
 

@@ -12,6 +12,7 @@ import pytest
 from engine.arch.vmcs_fields import FIELDS
 from tests.contract.client import ContractClient
 from tests.support import bodies
+from tests.support.http import access
 
 ONES = "0xffffffffffffffff"
 ABSENT = 0x1000
@@ -41,12 +42,6 @@ def post(client: ContractClient, vm: str, what: str, **operands: Any) -> dict[st
 def entries(client: ContractClient, vm: str, vcpu: int = 0) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = client.get(f"{vm}/vcpus/{vcpu}/tlb").json()["entries"]
     return found
-
-
-@pytest.fixture
-def narrow(make_vm: Callable[..., str]) -> str:
-    """A VM of 40 physical-address bits, as the printed vectors have it."""
-    return make_vm(maxphyaddr=40)
 
 
 # ---- VMCS
@@ -215,13 +210,6 @@ def test_refused_operands(vm: str, client: ContractClient, what: str, document: 
 
 
 # ---- the translation cache
-
-
-def access(client: ContractClient, vm: str, **members: Any) -> dict[str, Any]:
-    reply = client.post(f"{vm}/accesses", json=members)
-    assert reply.status_code == 200, reply.text
-    found: dict[str, Any] = reply.json()
-    return found
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.contract.client import ContractClient
+from tests.support.http import access
 
 ALL = "0xffffffff"
 PROFILES = ("kvm-2019", "kvm-latest")
@@ -21,13 +22,6 @@ def read(client: ContractClient, vm: str, gfn: int, npages: int = 1) -> list[tup
     reply = client.get(f"{vm}/page-access?gfn={gfn}&npages={npages}")
     assert reply.status_code == 200, reply.text
     return [(page["access"], page["write_bitmap"]) for page in reply.json()["pages"]]
-
-
-def access(client: ContractClient, vm: str, gpa: int, kind: str = "write", **members: Any) -> dict[str, Any]:
-    reply = client.post(f"{vm}/accesses", json={"gpa": gpa, "size": 8, "access": kind, **members})
-    assert reply.status_code == 200, reply.text
-    found: dict[str, Any] = reply.json()
-    return found
 
 
 # What an entry makes of a page that was as `before` says.
@@ -143,30 +137,30 @@ def test_what_the_guest_may(
 ) -> None:
     vm = make_vm(profile=profile)
     if touched:
-        access(client, vm, 0x2000)
+        access(client, vm, gpa=0x2000)
     entry = {"gfn": 2, "access": rights} | ({"write_bitmap": bitmap} if bitmap else {})
     assert patch(client, vm, entry).status_code == 200
     for kind in ("read", "write", "execute"):
         for _ in range(2):
-            found = access(client, vm, 0x2000, kind)
+            found = access(client, vm, gpa=0x2000, access=kind)
             assert found["allowed"] == (kind in allowed), kind
             if kind not in allowed:
                 assert found["resolution"] == "violation" and found["exits"][-1]["reason"] == 48
                 assert (found["run"] is None) == (kind != "write")
     assert patch(client, vm, {"gfn": 2, "access": "rwx"}).status_code == 200
-    assert all(access(client, vm, 0x2000, kind)["allowed"] for kind in ("read", "write", "execute"))
-    assert all(access(client, vm, 0x3000, kind)["allowed"] for kind in ("read", "write", "execute"))
+    assert all(access(client, vm, gpa=0x2000, access=kind)["allowed"] for kind in ("read", "write", "execute"))
+    assert all(access(client, vm, gpa=0x3000, access=kind)["allowed"] for kind in ("read", "write", "execute"))
 
 
 def test_what_a_tool_answers(vm: str, client: ContractClient) -> None:
     patch(client, vm, {"gfn": 2, "access": ""})
-    assert access(client, vm, 0x2000, "read", on_violation="grant")["allowed"] is False
+    assert access(client, vm, gpa=0x2000, access="read", on_violation="grant")["allowed"] is False
     # A page without read is not eligible for sub-page permissions: a grant opens nothing.
-    granted = access(client, vm, 0x2000, "write", on_violation="grant", data="00112233445566aa")
+    granted = access(client, vm, gpa=0x2000, access="write", on_violation="grant", data="00112233445566aa")
     assert granted["allowed"] is False
     assert client.get(f"{vm}/memory?gpa=0x2000&size=8").content == bytes(8)
     assert read(client, vm, 2) == [("---", "0x0")]
-    landed = access(client, vm, 0x2000, "write", on_violation="allow", data="00112233445566aa")
+    landed = access(client, vm, gpa=0x2000, access="write", on_violation="allow", data="00112233445566aa")
     assert landed["allowed"] is False
     assert client.get(f"{vm}/memory?gpa=0x2000&size=8").content.hex() == "00112233445566aa"
 
@@ -198,7 +192,7 @@ def test_it_follows_its_slot(make_vm: Callable[..., str], client: ContractClient
     patch(client, vm, {"gfn": 2, "access": "r"})
     client.put(f"{vm}/memory-slots/0", json={**slot, "gpa": 8 << 20})
     assert read(client, vm, 0x802) == [("r--", "0x0")]
-    assert access(client, vm, 0x80_2000, "execute")["allowed"] is False
+    assert access(client, vm, gpa=0x80_2000, access="execute")["allowed"] is False
     client.delete(f"{vm}/memory-slots/0")
     client.put(f"{vm}/memory-slots/0", json={**slot, "gpa": 8 << 20})
     assert read(client, vm, 0x802) == [("rwx", ALL)]
@@ -225,10 +219,10 @@ def test_huge_pages_are_mapped_small(
     vm = make_vm(profile=profile, memory_slots=[slot])
     for first in (True, False):
         if first:
-            access(client, vm, 0x3000)
+            access(client, vm, gpa=0x3000)
         patch(client, vm, {"gfn": 2, **entry})
         kind = "execute" if entry.get("access") in ("r", "rw") else "write"
-        assert access(client, vm, 0x2000, kind)["allowed"] is False
-        assert access(client, vm, 0x3000, kind)["allowed"] is True
+        assert access(client, vm, gpa=0x2000, access=kind)["allowed"] is False
+        assert access(client, vm, gpa=0x3000, access=kind)["allowed"] is True
         assert client.get(f"{vm}/walk?gpa=0x2000&access=read").json()["ept"][-1]["level"] == 1 or "x" in entry.values()
         patch(client, vm, {"gfn": 2, "access": "rwx"})

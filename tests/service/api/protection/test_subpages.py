@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.contract.client import ContractClient
+from tests.support.http import OCTETS
 
-OCTETS = {"Content-Type": "application/octet-stream"}
 FULL = "0xffffffff"
 
 

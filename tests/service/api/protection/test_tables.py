@@ -16,12 +16,6 @@ ALL = 0x5555_5555_5555_5555
 ONES = "0xffffffffffffffff"
 
 
-@pytest.fixture
-def narrow(make_vm: Callable[..., str]) -> str:
-    """A VM of 40 bits, as the vectors have it."""
-    return make_vm(maxphyaddr=40)
-
-
 def put(client: ContractClient, vm: str, structure: str, level: int, gpa: int, raw: int) -> dict[str, Any]:
     reply = client.put(f"{vm}/{structure}/{level}/{gpa:#x}", json={"raw": hex(raw)})
     assert reply.status_code == 200, reply.text

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.contract.client import ContractClient
+from tests.support.http import access
 from tests.support.ioctls import PROFILES, Result, ioctl, region
 
 MakeVm = Callable[..., str]
@@ -32,8 +33,7 @@ def log(client: ContractClient, url: str, slot: int, room: int = ROOM, address: 
 
 def write(client: ContractClient, url: str, *pages: int) -> None:
     for page in pages:
-        told = client.post(f"{url}/accesses", json={"gpa": BASE + (page << 12), "access": "write"}).json()
-        assert told["landed"] is True
+        assert access(client, url, gpa=BASE + (page << 12))["landed"] is True
 
 
 def pages_of(answer: Result) -> list[int]:

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.ioctls import IOCTLS
+from service.settings import MIB
 from tests.contract.client import ContractClient
 from tests.support.ioctls import PROFILES
 from tests.support.server import Running
 
 NAMES = sorted(IOCTLS.names - {"KVM_CREATE_VM"})
-MIB = 1 << 20
 FAILED = -1
 
 bytes_in = st.one_of(st.none(), st.binary(max_size=40), st.binary(min_size=272, max_size=300))

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from service.settings import MIB
 from tests.contract.client import ContractClient
 from tests.support.ioctls import FULL, PROFILES, enable, get_access, ioctl, maps_of, region, set_access
 
 MakeVm = Callable[..., str]
-MIB = 1 << 20
 SET_REGION = "KVM_SET_USER_MEMORY_REGION"
 HOST = 0x7F00_0000_0000
 LOG_DIRTY, READ_ONLY = 1, 2

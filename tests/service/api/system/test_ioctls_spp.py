@@ -10,7 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from service.settings import MIB
 from tests.contract.client import ContractClient
+from tests.support.http import access
 from tests.support.ioctls import (
     CAP_X86_SPP,
     FULL,
@@ -27,17 +29,13 @@ from tests.support.ioctls import (
 )
 
 MakeVm = Callable[..., str]
-MIB = 1 << 20
 GET, SET = "KVM_SUBPAGES_GET_ACCESS", "KVM_SUBPAGES_SET_ACCESS"
 OLD, NEW = PROFILES
 
 
 def touch(client: ContractClient, url: str, gpa: int, **members: Any) -> dict[str, Any]:
     """One access; a read unless told otherwise."""
-    reply = client.post(f"{url}/accesses", json={"gpa": gpa, "access": "read", "size": 4, **members})
-    assert reply.status_code == 200, reply.text
-    told: dict[str, Any] = reply.json()
-    return told
+    return access(client, url, **{"gpa": gpa, "access": "read", "size": 4, **members})
 
 
 def store(client: ContractClient, url: str, gpa: int) -> bool:

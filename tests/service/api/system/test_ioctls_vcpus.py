@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from service.settings import MIB
 from tests.contract.client import ContractClient
 from tests.support.ioctls import PROFILES, enable, ioctl, region, set_access
 
 MakeVm = Callable[..., str]
-MIB = 1 << 20
 
 
 @pytest.fixture

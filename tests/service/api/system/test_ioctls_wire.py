@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from tests.contract.client import ContractClient
+from tests.support.http import OCTETS
 from tests.support.ioctls import CAP_X86_SPP, PROFILES, enable_cap, ioctl
 
-OCTETS = {"Content-Type": "application/octet-stream"}
 MakeVm = Callable[..., str]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from service.settings import MIB
 from tests.contract.client import ContractClient
 from tests.service.api.system.kvm_guest import STRIDE, VALUE, Guest
 from tests.support.ioctls import (
@@ -23,7 +24,6 @@ from tests.support.ioctls import (
 )
 
 MakeVm = Callable[..., str]
-MIB = 1 << 20
 RAM = [{"slot": 0, "gpa": 0, "size": 4 * MIB}]
 OLD, NEW = PROFILES
 

@@ -11,6 +11,7 @@ import pytest
 from tests.contract.client import ContractClient
 from tests.support import bodies
 from tests.support.bodies import FORMATS
+from tests.support.http import access, store
 
 PAGE = 0x5000
 # Guest tables for linear 0x40005000 and 0x40006000, whose pages are not neighbours.
@@ -19,18 +20,6 @@ LINEAR = 0x4000_5000
 FIRST, SECOND = 0x20000, 0x30000
 SECONDARY_VE = 1 << 18
 NAMED = sorted(FORMATS.keys() - {"packed"})
-
-
-def post(client: ContractClient, vm: str, **members: Any) -> dict[str, Any]:
-    reply = client.post(f"{vm}/accesses", json=members)
-    assert reply.status_code == 200, reply.text
-    found: dict[str, Any] = reply.json()
-    return found
-
-
-def store(client: ContractClient, vm: str, gpa: int, data: bytes) -> None:
-    reply = client.put(f"{vm}/memory?gpa={gpa:#x}", content=data, headers={"Content-Type": "application/octet-stream"})
-    assert reply.status_code in (200, 204), reply.text
 
 
 def load(client: ContractClient, vm: str, gpa: int, size: int = 8) -> bytes:
@@ -83,9 +72,9 @@ def guest(vm: str, client: ContractClient) -> str:
     ],
 )
 def test_a_violation_of_each_kind(vm: str, client: ContractClient, members: dict[str, Any], qualification: str) -> None:
-    post(client, vm, gpa=PAGE)
+    access(client, vm, gpa=PAGE)
     client.put(f"{vm}/subpages?gfn={PAGE >> 12}", json={"access": [0]})
-    found = post(client, vm, gpa=PAGE, **members)
+    found = access(client, vm, gpa=PAGE, **members)
     assert not found["allowed"] and found["resolution"] == "violation"
     assert found["exits"][-1]["qualification"] == qualification and found["gpa"] == hex(PAGE)
     query = "&".join(f"{name}={value}" for name, value in members.items())
@@ -94,20 +83,20 @@ def test_a_violation_of_each_kind(vm: str, client: ContractClient, members: dict
 
 
 def test_a_paging_read_without_linear_address_is_a_read(vm: str, client: ContractClient) -> None:
-    post(client, vm, gpa=PAGE)
+    access(client, vm, gpa=PAGE)
     client.put(f"{vm}/subpages?gfn={PAGE >> 12}", json={"access": [0]})
-    assert post(client, vm, gpa=PAGE, kind="paging-read", linear=0)["allowed"]
+    assert access(client, vm, gpa=PAGE, kind="paging-read", linear=0)["allowed"]
 
 
 def test_a_grant_does_not_help_where_sub_page_permissions_never_apply(vm: str, client: ContractClient) -> None:
-    post(client, vm, gpa=PAGE)
+    access(client, vm, gpa=PAGE)
     client.put(f"{vm}/subpages?gfn={PAGE >> 12}", json={"access": [0]})
-    found = post(client, vm, gpa=PAGE, kind="paging-update", on_violation="grant")
+    found = access(client, vm, gpa=PAGE, kind="paging-update", on_violation="grant")
     assert not found["allowed"] and not found["landed"]
     assert [item["resolution"] for item in found["exits"]] == ["violation", "violation"]
-    found = post(client, vm, gpa=PAGE, kind="paging-update", on_violation="grant")
+    found = access(client, vm, gpa=PAGE, kind="paging-update", on_violation="grant")
     assert not found["allowed"] and [item["resolution"] for item in found["exits"]] == ["violation"]
-    assert post(client, vm, gpa=PAGE)["allowed"]
+    assert access(client, vm, gpa=PAGE)["allowed"]
 
 
 # ---- in traces
@@ -115,7 +104,7 @@ def test_a_grant_does_not_help_where_sub_page_permissions_never_apply(vm: str, c
 
 @pytest.mark.parametrize("name", NAMED)
 def test_kinds_in_a_trace(vm: str, client: ContractClient, name: str) -> None:
-    post(client, vm, gpa=PAGE)
+    access(client, vm, gpa=PAGE)
     client.put(f"{vm}/subpages?gfn={PAGE >> 12}", json={"access": [0]})
     trace = pa.table(
         {
@@ -177,13 +166,13 @@ def test_rows_may_leave_out_what_has_a_default(vm: str, client: ContractClient, 
 
 
 def test_an_access_by_linear_address(guest: str, client: ContractClient) -> None:
-    found = post(client, guest, gva=LINEAR + 0xFFC, data="0102030405060708")
+    found = access(client, guest, gva=LINEAR + 0xFFC, data="0102030405060708")
     assert found["allowed"] and found["landed"] and found["gpa"] == hex(FIRST + 0xFFC) and found["exception"] is None
     assert load(client, guest, FIRST + 0xFFC, 4) + load(client, guest, SECOND, 4) == bytes(range(1, 9))
     assert {item["resolution"] for item in found["exits"]} == {"mapped"}
     assert load(client, guest, PT + 8 * 5) == (FIRST | 0x63).to_bytes(8, "little")
     assert load(client, guest, PML4) == (PDPT | 0x23).to_bytes(8, "little")
-    read = post(client, guest, gva=LINEAR + 0xFFC, access="read")
+    read = access(client, guest, gva=LINEAR + 0xFFC, access="read")
     assert read["data"] == "0102030405060708" and read["exits"] == []
 
 
@@ -202,7 +191,7 @@ def test_faults(
     guest: str, client: ContractClient, fields: dict[str, int], members: dict[str, Any], exception: str, error_code: int
 ) -> None:
     vmcs(client, guest, **fields)
-    found = post(client, guest, **members)
+    found = access(client, guest, **members)
     assert (found["exception"], found["error_code"], found["fault_address"]) == (
         exception,
         error_code,
@@ -215,7 +204,7 @@ def test_faults(
 def test_an_exit_on_a_guest_table(guest: str, client: ContractClient) -> None:
     """The accessed flag of a protected table: no sub-page permission allows that write."""
     client.put(f"{guest}/subpages?gfn={PT >> 12}", json={"access": [0xFFFF_FFFE]})
-    found = post(client, guest, gva=LINEAR, on_violation="allow")
+    found = access(client, guest, gva=LINEAR, on_violation="allow")
     assert found["resolution"] == "violation" and not found["allowed"] and not found["landed"]
     last = found["exits"][-1]
     assert (last["qualification"], last["gpa"], last["gva"]) == ("0xab", hex(PT + 8 * 5), hex(LINEAR))
@@ -226,7 +215,7 @@ def test_an_exit_on_a_guest_table(guest: str, client: ContractClient) -> None:
 @pytest.mark.parametrize("on_violation", ["skip", "stop", "allow", "grant"])
 def test_violations_by_linear_address(guest: str, client: ContractClient, on_violation: str) -> None:
     client.put(f"{guest}/subpages?gfn={FIRST >> 12}", json={"access": [0xFFFF_FFFE]})
-    found = post(client, guest, gva=LINEAR + 8, data="ff" * 8, on_violation=on_violation)
+    found = access(client, guest, gva=LINEAR + 8, data="ff" * 8, on_violation=on_violation)
     assert found["landed"] is (on_violation in ("allow", "grant")) and found["allowed"] is (on_violation == "grant")
     assert found["resolution"] == "violation" and found["run"]["name"] == "KVM_EXIT_SPP"
     assert load(client, guest, FIRST + 8) == (b"\xff" * 8 if found["landed"] else bytes(8))
@@ -241,12 +230,12 @@ def test_violations_by_linear_address(guest: str, client: ContractClient, on_vio
 def test_a_virtualization_exception(guest: str, client: ContractClient, where: str, by: str) -> None:
     """The 512-byte area of table 26-1: reason, busy, qualification, linear and physical address, EPTP index."""
     area = 0x40000 if where == "guest memory" else int(client.post(f"{guest}/table-frames").json()["address"], 16)
-    assert post(client, guest, gva=LINEAR)["allowed"]
+    assert access(client, guest, gva=LINEAR)["allowed"]
     leaf(client, guest, lambda raw: raw & ~2, FIRST)
     controls = vmcs(client, guest)["secondary_controls"]
     vmcs(client, guest, secondary_controls=controls | SECONDARY_VE, ve_information_address=area, eptp_index=0x1234)
     address = {"gva": LINEAR + 8} | ({"gpa": FIRST + 8} if by == "gpa" else {})
-    found = post(client, guest, **address)
+    found = access(client, guest, **address)
     assert (found["exception"], found["error_code"], found["gpa"]) == ("#VE", None, hex(FIRST + 8))
     assert found["resolution"] == "exception" and not found["allowed"] and found["run"] is None
     assert found["fault_address"] == hex(LINEAR + 8)
@@ -256,17 +245,17 @@ def test_a_virtualization_exception(guest: str, client: ContractClient, where: s
         assert [int.from_bytes(word, "little") for word in words] == expected
         assert load(client, guest, area + 48, 464) == bytes(464)
         store(client, guest, area + 4, bytes(4))  # the guest has dealt with it
-        assert post(client, guest, **address)["exception"] == "#VE"
+        assert access(client, guest, **address)["exception"] == "#VE"
     # busy: KVM deals with it
-    assert post(client, guest, **address)["allowed"]
+    assert access(client, guest, **address)["allowed"]
 
 
 def test_the_page_log_may_be_in_guest_memory(vm: str, client: ContractClient) -> None:
-    post(client, vm, gpa=PAGE)
+    access(client, vm, gpa=PAGE)
     leaf(client, vm, lambda raw: raw & ~0x200)
     controls = vmcs(client, vm)["secondary_controls"]
     vmcs(client, vm, secondary_controls=controls | 1 << 17, pml_address=0x40000, pml_index=7)
-    assert post(client, vm, gpa=PAGE + 0x123, size=1)["allowed"]
+    assert access(client, vm, gpa=PAGE + 0x123, size=1)["allowed"]
     assert load(client, vm, 0x40000 + 7 * 8) == PAGE.to_bytes(8, "little")
     assert vmcs(client, vm)["pml_index"] == 6
 
@@ -284,9 +273,9 @@ def test_a_host_without_ept(make_vm: Callable[..., str], client: ContractClient)
     assert vmcs(client, vm)["secondary_controls"] & 0x82 == 0
     assert client.post(f"{vm}/vcpus/0/vm-entry").json()["result"] == "VMsucceed"
     assert client.get(f"{vm}/walk?gpa=0x5000").json()["sentence"] == "allowed: EPT is off"
-    assert post(client, vm, gpa=0x5000, data="01" * 8)["allowed"]
-    for gpa, access, resolution in ((1 << 20, "read", "completed"), (1 << 20, "write", "mmio"), (1 << 30, 0, "mmio")):
-        found = post(client, vm, gpa=gpa, access=access)
+    assert access(client, vm, gpa=0x5000, data="01" * 8)["allowed"]
+    for gpa, kind, resolution in ((1 << 20, "read", "completed"), (1 << 20, "write", "mmio"), (1 << 30, 0, "mmio")):
+        found = access(client, vm, gpa=gpa, access=kind)
         assert found["resolution"] == resolution and (found["run"] is None) is found["allowed"]
     assert client.get(f"{vm}/memory?gpa=0x5000&size=8").content == b"\1" * 8
     reply = client.put(f"{vm}/spp", json={"active": True})

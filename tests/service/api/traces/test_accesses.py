@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.contract.client import ContractClient
+from tests.support.http import access
 
 
 @pytest.fixture
@@ -17,18 +18,11 @@ def guarded(vm: str, client: ContractClient) -> str:
     return vm
 
 
-def post(client: ContractClient, vm: str, **members: Any) -> dict[str, Any]:
-    reply = client.post(f"{vm}/accesses", json=members)
-    assert reply.status_code == 200, reply.text
-    found: dict[str, Any] = reply.json()
-    return found
-
-
 def test_a_write_lands(guarded: str, client: ContractClient) -> None:
-    found = post(client, guarded, gpa="0x2000", data="0102030405060708")
+    found = access(client, guarded, gpa="0x2000", data="0102030405060708")
     assert found["allowed"] and found["landed"] and found["resolution"] == "completed" and found["run"] is None
     assert client.get(f"{guarded}/memory?gpa=0x2000&size=8").content == bytes(range(1, 9))
-    read = post(client, guarded, gpa="0x2000", size=4, access="read")
+    read = access(client, guarded, gpa="0x2000", size=4, access="read")
     assert read["data"] == "01020304" and read["allowed"]
 
 
@@ -36,7 +30,7 @@ def test_a_write_lands(guarded: str, client: ContractClient) -> None:
     ("on_violation", "lands"), [("skip", False), ("stop", False), ("allow", True), ("grant", True)]
 )
 def test_a_violation(guarded: str, client: ContractClient, on_violation: str, lands: bool) -> None:
-    found = post(
+    found = access(
         client, guarded, gpa=0x20F8, size=8, data="ff" * 8, gva="0xffff888000002080", on_violation=on_violation
     )
     assert found["landed"] is lands
@@ -51,7 +45,7 @@ def test_a_violation(guarded: str, client: ContractClient, on_violation: str, la
 
 
 def test_mmio(vm: str, client: ContractClient) -> None:
-    found = post(client, vm, gpa="0xfee00000", size=4)
+    found = access(client, vm, gpa="0xfee00000", size=4)
     assert found["resolution"] == "mmio" and found["run"]["name"] == "KVM_EXIT_MMIO" and found["run"]["spp"] is None
 
 
@@ -94,7 +88,7 @@ def test_walk_explains_and_changes_nothing(guarded: str, client: ContractClient)
     missing = client.get(f"{guarded}/walk?gpa=0x2080").json()
     assert missing["outcome"] == "ept_violation" and missing["reason"] == 48 and missing["sentence"]
     assert client.get(f"{guarded}/counters").json() == before
-    post(client, guarded, gpa="0x2080")
+    access(client, guarded, gpa="0x2080")
     refused = client.get(f"{guarded}/walk?gpa=0x2080&access=write&size=8&vcpu=0").json()
     assert refused["denied"] == refused["subpages"] == "0x2" and refused["sppt"][-1]["level"] == 1
     assert refused["ept"][-1]["fields"]["spp"] == "0x1"
@@ -114,7 +108,7 @@ def test_walk_tells_what_the_processor_finds_and_how_it_ends(vm: str, client: Co
     assert then["sentence"].startswith("denied: sub-page 13 of SPPL1E at 0x") and then["sppt"][-1]["level"] == 1
     assert [row["resolution"] for row in then["exits"]] == ["armed", "violation"]
     assert then["exits"][-1]["objects"] == ["modprobe_path"]
-    post(client, vm, gpa="0x5c6a0")
+    access(client, vm, gpa="0x5c6a0")
     assert client.get(f"{vm}/walk?gpa=0x5c6a0&access=write&size=8").json()["sentence"] == then["sentence"]
     free = client.get(f"{vm}/walk?gpa=0x7000").json()
     assert free["outcome"] == "ept_violation" and free["then"]["resolution"] == "completed"
@@ -140,7 +134,7 @@ def test_walk_refused(vm: str, client: ContractClient, query: str, field: str) -
 
 
 def test_counters(guarded: str, client: ContractClient) -> None:
-    post(client, guarded, gpa="0x2080")
+    access(client, guarded, gpa="0x2080")
     counters = client.get(f"{guarded}/counters").json()["counters"]
     assert counters["violations"] == 1 and counters["writes"] == 1 and counters["exits_ept_violation"] >= 1
 
@@ -149,5 +143,5 @@ def test_profiles_say_where_the_guest_is(make_vm: Callable[..., str], client: Co
     for profile, advanced, reason in (("kvm-2019", True, 28), ("kvm-latest", False, 29)):
         vm = make_vm(profile=profile)
         client.put(f"{vm}/subpages?gfn=2", json={"access": [0]})
-        run = post(client, vm, gpa="0x2080")["run"]
+        run = access(client, vm, gpa="0x2080")["run"]
         assert run["rip_advanced"] is advanced and run["exit_reason"] == reason

@@ -24,11 +24,10 @@ from service.runtime.traces import TraceRequest
 from service.security.tokens import MemoryTokens, mint
 from service.settings import Settings
 from tests.contract.client import ContractClient
+from tests.support.http import OCTETS
 from tests.support.job_calls import ASYNC, WRITES, Gate, ended, post
-from tests.support.processes import PATIENCE, until
 from tests.support.server import Running, running
-
-OCTETS = {"Content-Type": "application/octet-stream"}
+from tests.support.waiting import PATIENCE, until
 
 
 def new_vm(client: ContractClient, **options: Any) -> str:

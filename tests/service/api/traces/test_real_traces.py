@@ -17,6 +17,7 @@ from service.settings import Settings
 from tests.contract.client import ContractClient
 from tests.support import bodies, recorded
 from tests.support.bodies import Body
+from tests.support.http import replayed
 from tests.support.server import running
 
 pytestmark = pytest.mark.jit
@@ -60,14 +61,6 @@ def protect(client: ContractClient, vm: str, policy: str) -> None:
     assert reply.status_code == 201, reply.text
 
 
-def post(client: ContractClient, vm: str, sent: Body, query: str = "") -> dict[str, Any]:
-    url = f"{vm}/traces?{'&'.join(filter(None, (sent.query, query)))}"
-    reply = client.post(url, content=sent.content, headers=sent.headers)
-    assert reply.status_code == 201, reply.text
-    found: dict[str, Any] = reply.json()
-    return found
-
-
 def indices(client: ContractClient, vm: str, result: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """The indices of all violations, as a client gets them: one Arrow stream."""
     reply = client.get(f"{vm}/traces/{result['id']}/exits", headers={"Accept": bodies.ARROW})
@@ -80,7 +73,7 @@ def indices(client: ContractClient, vm: str, result: dict[str, Any]) -> np.ndarr
 @pytest.mark.parametrize("trace", TRACES)
 def test_ground_truth(client: ContractClient, vm: str, trace: str, name: str, policy: str) -> None:
     protect(client, vm, policy)
-    result = post(client, vm, body(trace, name))
+    result = replayed(client, vm, body(trace, name))
     truth = TRUTH[policy][f"{trace}.parquet"]
     assert result["records"] == truth["records"]
     assert result["violations"] == truth["violations"]
@@ -105,12 +98,12 @@ def test_json_says_the_same(client: ContractClient, vm: str, trace: str, policy:
     protect(client, vm, policy)
     first = columns(trace)[:200_000]
     totals = ("records", "violations", "page_granular_violations", "mmio", "by_object")
-    expected = post(client, vm, bodies.arrow(first))
+    expected = replayed(client, vm, bodies.arrow(first))
     hits = indices(client, vm, expected)
     truth = TRUTH[policy][f"{trace}.parquet"]["first_indices"]
     assert hits[: len(truth)].tolist() == [index for index in truth if index < len(first)]
     for name in ("json", "ndjson"):
-        result = post(client, vm, bodies.FORMATS[name](first))
+        result = replayed(client, vm, bodies.FORMATS[name](first))
         assert {total: result[total] for total in totals} == {total: expected[total] for total in totals}
         assert np.array_equal(indices(client, vm, result), hits)
 
@@ -124,7 +117,7 @@ def test_any_split_gives_the_same_total(client: ContractClient, vm: str, seed: i
     hits: list[int] = []
     totals = {"records": 0, "violations": 0, "page_granular_violations": 0}
     for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True):
-        result = post(client, vm, bodies.packed(whole[start:end]))
+        result = replayed(client, vm, bodies.packed(whole[start:end]))
         hits += (indices(client, vm, result) + start).tolist()
         for total in totals:
             totals[total] += result[total]
@@ -135,10 +128,10 @@ def test_any_split_gives_the_same_total(client: ContractClient, vm: str, seed: i
 def test_stop_and_resume_give_the_same_total(client: ContractClient, vm: str) -> None:
     protect(client, vm, "kernel_control_data")
     first = bodies.packed(columns("boot")[:30_000])
-    expected = indices(client, vm, post(client, vm, first)).tolist()
+    expected = indices(client, vm, replayed(client, vm, first)).tolist()
     stops: list[int] = []
     start = 0
-    while (result := post(client, vm, first, f"on_violation=stop&start={start}"))["stopped_at"] is not None:
+    while (result := replayed(client, vm, first, f"on_violation=stop&start={start}"))["stopped_at"] is not None:
         stops.append(result["stopped_at"])
         start = stops[-1] + 1
     assert stops == expected and expected

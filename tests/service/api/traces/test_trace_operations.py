@@ -19,7 +19,8 @@ from tests.engine.hyperv.flush_traces import GVA, NEW, OLD, Row, access, flush, 
 from tests.support import bodies
 from tests.support.bodies import Body
 from tests.support.guests import leaves
-from tests.support.stores import new_vm, serving
+from tests.support.http import new_vm, replay, replayed
+from tests.support.stores import serving
 
 MakeVm = Callable[..., str]
 VP = 5
@@ -58,17 +59,18 @@ def as_parquet(rows: list[Row]) -> Body:
     return Body(sink.getvalue(), bodies.PARQUET)
 
 
+def as_json(rows: list[Row]) -> Body:
+    return Body(json.dumps({"accesses": rows}).encode(), bodies.JSON)
+
+
 def hexadecimal(row: Row) -> Row:
     return {name: hex(value) if name in ("gpa", "gva", "address_space") else value for name, value in row.items()}
 
 
 ENCODED: dict[str, Callable[[list[Row]], Body]] = {
-    "json": lambda rows: Body(json.dumps({"accesses": rows}).encode(), bodies.JSON),
-    "json with hex": lambda rows: Body(json.dumps({"accesses": list(map(hexadecimal, rows))}).encode(), bodies.JSON),
-    "json with nulls": lambda rows: Body(
-        json.dumps({"accesses": [{**dict.fromkeys(("arg", "address_space")), **row} for row in rows]}).encode(),
-        bodies.JSON,
-    ),
+    "json": as_json,
+    "json with hex": lambda rows: as_json(list(map(hexadecimal, rows))),
+    "json with nulls": lambda rows: as_json([{**dict.fromkeys(("arg", "address_space")), **row} for row in rows]),
     "ndjson": lambda rows: Body("".join(json.dumps(row) + "\n" for row in rows).encode(), bodies.NDJSON),
     "arrow": lambda rows: bodies.arrow(table(rows)),
     "arrow, a record a batch": lambda rows: bodies.arrow(table(rows), 1),
@@ -76,22 +78,11 @@ ENCODED: dict[str, Callable[[list[Row]], Body]] = {
 }
 
 
-def post(client: ContractClient, vm: str, body: Body, query: str = "") -> Any:
-    return client.post(f"{vm}/traces?{query}", content=body.content, headers=body.headers)
-
-
-def replayed(client: ContractClient, vm: str, rows: list[Row], query: str = "") -> dict[str, Any]:
-    reply = post(client, vm, ENCODED["json"](rows), query)
-    assert reply.status_code == 201, reply.text
-    found: dict[str, Any] = reply.json()
-    return found
-
-
 @pytest.mark.parametrize("name", ENCODED)
 @pytest.mark.parametrize("policy", ["kvm", "tlfs"])
 def test_a_lost_flush_is_found(client: ContractClient, make_vm: MakeVm, name: str, policy: str) -> None:
     vm = guest(client, make_vm, flush_policy=policy)
-    reply = post(client, vm, ENCODED[name](LOST))
+    reply = replay(client, vm, ENCODED[name](LOST))
     assert reply.status_code == 201, reply.text
     result = reply.json()
     assert result["records"] == 5 and result["stale_translations"] == 1
@@ -138,7 +129,7 @@ def test_a_lost_flush_is_found(client: ContractClient, make_vm: MakeVm, name: st
 
 
 def test_nothing_is_said_of_a_trace_without_operations(client: ContractClient, make_vm: MakeVm) -> None:
-    result = replayed(client, guest(client, make_vm), [access(1, OLD), access(1, NEW)])
+    result = replayed(client, guest(client, make_vm), as_json([access(1, OLD), access(1, NEW)]))
     assert result["stale_translations"] == 0 and result["operations"] == {"hypercall": 0, "mov_cr3": 0, "invlpg": 0}
     assert result["stale_records"] == result["operation_records"] == []
 
@@ -147,7 +138,7 @@ def test_the_trace_leaves_what_hypercalls_leave(client: ContractClient, make_vm:
     """CR3, caches, queues and statistics are those of the machine."""
     vm = guest(client, make_vm)
     assert client.put(f"{vm}/vcpus/1/activity", json={"activity": "halted"}).status_code == 200
-    result = replayed(client, vm, [access(1, OLD), flush(VP), mov_cr3(0, 0x300000)])
+    result = replayed(client, vm, as_json([access(1, OLD), flush(VP), mov_cr3(0, 0x300000)]))
     assert result["operation_records"][0]["flushed"] == [] and result["operation_records"][0]["left"] == 1
     assert client.get(f"{vm}/vcpus/1/flush-queue").json()["own"] == [hex(GVA)]
     assert client.get(f"{vm}/vcpus/0/vmcs").json()["cr3"] == "0x300000"
@@ -156,7 +147,7 @@ def test_the_trace_leaves_what_hypercalls_leave(client: ContractClient, make_vm:
         ("combined", hex(guests.CR3)),
         ("physical", None),
     }
-    result = replayed(client, vm, [access(1, NEW, address_space=guests.CR3)])
+    result = replayed(client, vm, as_json([access(1, NEW, address_space=guests.CR3)]))
     assert result["stale_translations"] == 0, "what was queued is done before the vCPU runs"
     assert client.get(f"{vm}/counters").json()["counters"]["stale_accesses"] == 0
 
@@ -182,7 +173,7 @@ def test_nothing_of_a_refused_trace_is_applied(client: ContractClient, make_vm: 
         return [client.get(f"{vm}{what}").json() for what in ("/counters", "/vcpus/1/tlb", "/vcpus/1/vmcs", "")]
 
     before = state()
-    reply = post(client, vm, ENCODED["ndjson"]([*LOST, mov_cr3(1, 0x300000), row]))
+    reply = replay(client, vm, ENCODED["ndjson"]([*LOST, mov_cr3(1, 0x300000), row]))
     assert reply.status_code == 422, reply.text
     problem = reply.json()
     assert (problem["code"], problem["index"], problem["field"]) == ("invalid-trace", len(LOST) + 1, field)
@@ -193,10 +184,10 @@ def test_start_and_stop(client: ContractClient, make_vm: MakeVm) -> None:
     vm = guest(client, make_vm, spp=True)
     assert client.put(f"{vm}/subpages?gfn={OLD >> 12:#x}", json={"access": ["0xfffffffe"]}).status_code < 300
     rows = [access(1, OLD + 0x80, GVA + 0x80), flush(0), access(1, NEW), access(1, NEW)]
-    result = replayed(client, vm, rows, "on_violation=stop")
+    result = replayed(client, vm, as_json(rows), "on_violation=stop")
     assert result["stopped_at"] == 2 and result["stale_records"][0]["index"] == 2
     assert result["exit_records"][0]["gpa"] == hex(OLD)
-    result = replayed(client, vm, rows, "on_violation=stop&start=3")
+    result = replayed(client, vm, as_json(rows), "on_violation=stop&start=3")
     assert result["stopped_at"] is None and result["records"] == 1 and result["operations"]["hypercall"] == 0
 
 
@@ -205,7 +196,7 @@ def test_results_outlive_the_service(tmp_path: Path) -> None:
     with serving(url) as service:
         client = service.client
         vm = guest(client, lambda **members: new_vm(client, **members))
-        where = post(client, vm, ENCODED["json"](LOST)).headers["Location"]
+        where = replay(client, vm, as_json(LOST)).headers["Location"]
         before = client.get(where).json()
     with serving(url) as service:
         assert service.client.get(where).json() == before and before["stale_translations"] == 1

@@ -16,6 +16,7 @@ from service.settings import Settings
 from tests.contract.client import ContractClient
 from tests.support import bodies
 from tests.support.bodies import FORMATS, Body, gpa8, table
+from tests.support.http import done, replay, replayed
 from tests.support.server import running
 
 # Sub-page 1 of page 2 is protected (0x2080 to 0x20ff), by an object that fills half of it.
@@ -35,17 +36,6 @@ def guarded(vm: str, client: ContractClient) -> str:
     return vm
 
 
-def post(client: ContractClient, vm: str, body: Body, query: str = "") -> httpx2.Response:
-    joined = "&".join(filter(None, (body.query, query)))
-    return client.post(f"{vm}/traces?{joined}", content=body.content, headers=body.headers)
-
-
-def done(reply: httpx2.Response) -> dict[str, Any]:
-    assert reply.status_code == 201, reply.text
-    found: dict[str, Any] = reply.json()
-    return found
-
-
 def refused(reply: httpx2.Response, status: int = 422) -> dict[str, Any]:
     assert reply.status_code == status, reply.text
     found: dict[str, Any] = reply.json()
@@ -54,7 +44,7 @@ def refused(reply: httpx2.Response, status: int = 422) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_agree(guarded: str, client: ContractClient, name: str) -> None:
-    reply = post(client, guarded, FORMATS[name](MIXED))
+    reply = replay(client, guarded, FORMATS[name](MIXED))
     result = done(reply)
     assert reply.headers["Location"] == f"{guarded}/traces/{result['id']}"
     assert result["records"] == 9 and result["writes"] == 8 and result["violations"] == 4 and result["mmio"] == 1
@@ -94,7 +84,7 @@ def test_an_empty_trace(guarded: str, client: ContractClient, name: str) -> None
         body = Body(b'{"accesses": []}', bodies.JSON)
     else:
         body = FORMATS[name](MIXED[:0])
-    result = done(post(client, guarded, body))
+    result = replayed(client, guarded, body)
     assert result["records"] == 0 and result["exit_records"] == []
 
 
@@ -123,7 +113,7 @@ def test_on_violation(
     stopped_at: int | None,
     writable: str,
 ) -> None:
-    result = done(post(client, guarded, bodies.arrow(MIXED), f"on_violation={on_violation}"))
+    result = replayed(client, guarded, bodies.arrow(MIXED), f"on_violation={on_violation}")
     assert result["on_violation"] == on_violation
     assert result["records"] == records and result["violations"] == violations and result["stopped_at"] == stopped_at
     assert client.get(f"{guarded}/subpages?gfn=2").json()["access"] == [writable]
@@ -133,7 +123,7 @@ def test_stop_and_resume(guarded: str, client: ContractClient) -> None:
     indices: list[int] = []
     start = 0
     while True:
-        result = done(post(client, guarded, bodies.ndjson(MIXED), f"on_violation=stop&start={start}"))
+        result = replayed(client, guarded, bodies.ndjson(MIXED), f"on_violation=stop&start={start}")
         indices += [record["index"] for record in result["exit_records"]]
         if result["stopped_at"] is None:
             break
@@ -143,14 +133,14 @@ def test_stop_and_resume(guarded: str, client: ContractClient) -> None:
 
 
 def test_start_keeps_indices(guarded: str, client: ContractClient) -> None:
-    result = done(post(client, guarded, bodies.parquet(MIXED), "start=4"))
+    result = replayed(client, guarded, bodies.parquet(MIXED), "start=4")
     assert result["records"] == 5 and result["start"] == 4
     assert [record["index"] for record in result["exit_records"]] == [4, 5]
-    assert done(post(client, guarded, bodies.packed(MIXED), "start=1000"))["records"] == 0
+    assert replayed(client, guarded, bodies.packed(MIXED), "start=1000")["records"] == 0
 
 
 def test_include_all_lists_what_kvm_did(guarded: str, client: ContractClient) -> None:
-    result = done(post(client, guarded, bodies.arrow(MIXED), "include=all"))
+    result = replayed(client, guarded, bodies.arrow(MIXED), "include=all")
     resolutions = {record["resolution"] for record in result["exit_records"]}
     assert {"violation", "mmio"} < resolutions
     assert len(result["exit_records"]) == sum(result["exits"].values())
@@ -160,22 +150,22 @@ def test_carry_and_ignored_columns(guarded: str, client: ContractClient) -> None
     extra = MIXED.append_column("pc", pa.array(range(9), pa.uint64())).append_column("as_id", pa.array([7] * 9))
     extra = extra.append_column("flags", pa.array([0] * 9))
     for name in ("arrow", "parquet", "json", "ndjson"):
-        result = done(post(client, guarded, FORMATS[name](extra), "carry=pc,as_id"))
+        result = replayed(client, guarded, FORMATS[name](extra), "carry=pc,as_id")
         assert result["ignored_columns"] == ["flags"]
         assert [record["as_id"] for record in result["exit_records"]] == [7] * 4
         assert [record["pc"] for record in result["exit_records"]] == HITS
 
 
 def test_exit_records_are_bounded_and_totals_are_not(guarded: str, client: ContractClient) -> None:
-    result = done(post(client, guarded, bodies.arrow(MIXED), "max_exit_records=3"))
+    result = replayed(client, guarded, bodies.arrow(MIXED), "max_exit_records=3")
     assert len(result["exit_records"]) == 3 and result["exit_records_dropped"] == 1 and result["violations"] == 4
-    result = done(post(client, guarded, bodies.arrow(MIXED), "max_exit_records=0"))
+    result = replayed(client, guarded, bodies.arrow(MIXED), "max_exit_records=0")
     assert result["exit_records"] == [] and result["exit_records_dropped"] == 4
 
 
 def test_addresses_as_text_in_json(guarded: str, client: ContractClient) -> None:
     body = Body(json.dumps({"accesses": [{"gpa": "0x2080"}, {"gpa": "8320", "size": 1}]}).encode(), bodies.JSON)
-    assert done(post(client, guarded, body))["violations"] == 2
+    assert replayed(client, guarded, body)["violations"] == 2
 
 
 def test_a_preference_for_later_may_be_ignored(guarded: str, client: ContractClient) -> None:
@@ -205,7 +195,7 @@ def test_a_preference_for_later_may_be_ignored(guarded: str, client: ContractCli
     ],
 )
 def test_refused_options(guarded: str, client: ContractClient, query: str, field: str | None) -> None:
-    reply = post(client, guarded, bodies.arrow(MIXED), query)
+    reply = replay(client, guarded, bodies.arrow(MIXED), query)
     if field is None:
         done(reply)
     else:
@@ -273,7 +263,7 @@ WRONG: dict[str, tuple[Body, int | None]] = {
 def test_nothing_of_a_bad_body_is_applied(guarded: str, client: ContractClient, name: str) -> None:
     body, index = WRONG[name]
     before = client.get(f"{guarded}/counters").json(), client.get(guarded).json()
-    problem = refused(post(client, guarded, body, "on_violation=grant"))
+    problem = refused(replay(client, guarded, body, "on_violation=grant"))
     assert problem.get("index") == index, problem
     assert problem["rule"]
     assert (client.get(f"{guarded}/counters").json(), client.get(guarded).json()) == before
@@ -290,21 +280,21 @@ def test_nothing_of_a_bad_body_is_applied(guarded: str, client: ContractClient, 
     ],
 )
 def test_malformed_json(guarded: str, client: ContractClient, body: Body) -> None:
-    assert refused(post(client, guarded, body), 400)["code"] == "malformed-body"
+    assert refused(replay(client, guarded, body), 400)["code"] == "malformed-body"
 
 
 def test_unknown_vm(client: ContractClient) -> None:
-    assert refused(post(client, "/v1/vms/vm_0", gpa8([0])), 404)["field"] == "vm"
+    assert refused(replay(client, "/v1/vms/vm_0", gpa8([0])), 404)["field"] == "vm"
     assert client.get("/v1/vms/vm_0/traces").status_code == 404
 
 
 def test_traces_without_spp(make_vm: Callable[..., str], client: ContractClient) -> None:
     vm = make_vm(spp=False)
-    assert done(post(client, vm, gpa8([0, 1 << 30])))["mmio"] == 1
+    assert replayed(client, vm, gpa8([0, 1 << 30]))["mmio"] == 1
 
 
 def test_list(guarded: str, client: ContractClient) -> None:
-    made = [done(post(client, guarded, gpa8([0x2080] * n)))["id"] for n in range(3)]
+    made = [replayed(client, guarded, gpa8([0x2080] * n))["id"] for n in range(3)]
     seen: list[str] = []
     url = f"{guarded}/traces?limit=2"
     while url:
@@ -321,17 +311,17 @@ def test_results_are_kept_in_bounds(kept: int, records: int) -> None:
         slot = {"slot": 0, "gpa": 0, "size": 1 << 20}
         vm = client.post("/v1/vms", json={"spp": True, "memory_slots": [slot]}).headers["Location"]
         client.put(f"{vm}/subpages?gfn=2", json={"access": [0]})
-        made = [post(client, vm, gpa8([0x2080] * 2)).headers["Location"] for _ in range(4)]
+        made = [replay(client, vm, gpa8([0x2080] * 2)).headers["Location"] for _ in range(4)]
         assert [client.get(url).status_code for url in made] == [404, 404, 200, 200]
-        many = post(client, vm, gpa8([0x2080] * 50)).headers["Location"]
+        many = replay(client, vm, gpa8([0x2080] * 50)).headers["Location"]
         assert client.get(many).status_code == 200
 
 
 def test_splits_give_the_same_total(guarded: str, client: ContractClient) -> None:
     for cut in range(10):
-        parts = [done(post(client, guarded, bodies.arrow(part))) for part in (MIXED[:cut], MIXED[cut:])]
+        parts = [replayed(client, guarded, bodies.arrow(part)) for part in (MIXED[:cut], MIXED[cut:])]
         for total in ("records", "violations", "page_granular_violations", "mmio"):
-            assert sum(part[total] for part in parts) == done(post(client, guarded, bodies.arrow(MIXED)))[total]
+            assert sum(part[total] for part in parts) == replayed(client, guarded, bodies.arrow(MIXED))[total]
 
 
 def test_over_the_limit() -> None:
@@ -359,7 +349,7 @@ def test_spooled_bodies_larger_than_memory(memory: int) -> None:
     with running(Settings(warm_up=False, spool_memory_bytes=memory)) as service:
         client = service.client
         vm = client.post("/v1/vms", json={"memory_slots": [{"slot": 0, "gpa": 0, "size": 1 << 24}]}).headers["Location"]
-        assert done(post(client, vm, bodies.parquet(MIXED)))["records"] == 9
+        assert replayed(client, vm, bodies.parquet(MIXED))["records"] == 9
         assert service.app.state.jobs.spools.used == 0
 
 
@@ -374,7 +364,7 @@ def test_a_spooled_body_on_a_full_disk(memory: int, monkeypatch: pytest.MonkeyPa
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(tempfile, "TemporaryFile", no_room)
-        reply = post(client, vm, bodies.parquet(MIXED))
+        reply = replay(client, vm, bodies.parquet(MIXED))
         assert reply.status_code == 503 and "no space left" in reply.json()["detail"] and reply.headers["Retry-After"]
         assert service.app.state.jobs.spools.used == 0
 
@@ -383,7 +373,7 @@ def test_spooled_bytes_are_bounded() -> None:
     with running(Settings(warm_up=False, max_job_bytes=100)) as service:
         client = service.client
         vm = client.post("/v1/vms", json={"memory_slots": [{"slot": 0, "gpa": 0, "size": 1 << 24}]}).headers["Location"]
-        problem = refused(post(client, vm, bodies.parquet(MIXED)), 429)
+        problem = refused(replay(client, vm, bodies.parquet(MIXED)), 429)
         assert problem["limit"] == "max_job_bytes"
         assert service.app.state.jobs.spools.used == 0
 
