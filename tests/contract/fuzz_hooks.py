@@ -148,7 +148,7 @@ HOSTILE_HEADERS = tuple(
 
 
 def hostile(document: Any) -> Any:
-    """``folded``, and every twelfth number of it one that no schema generates and none may be; the same ones every time."""
+    """``folded``, with every twelfth number one that no schema generates and none may be; the same ones every time."""
     if not isinstance(document, dict):
         return document
     changed = folded(document)
