@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests import recorded
+from tests.support import recorded
 
 TRACES = ("boot", "user")
 POLICIES = ("kernel_control_data", "hot_pages_stress")

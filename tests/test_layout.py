@@ -7,10 +7,17 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
-ROOMS = {path.name for path in (TESTS.parent / "engine").iterdir() if (path / "__init__.py").exists()}
-# What is about the package as a whole.
-ABOUT_THE_ENGINE = {"test_errors.py", "test_kernel_cache.py"}
+# Houses with rooms, and what is tested of each as a whole.
+HOUSES = {
+    "engine": {"test_errors.py", "test_kernel_cache.py"},
+    "service": {"test_examples.py", "test_problems.py", "test_service.py"},
+    "service/api": set(),
+}
+# Files and failures of the operating system: the rooms that use them have the tests.
+WITHOUT_TESTS = {"platform"}
 MODULES = sorted(TESTS.rglob("*.py"))
 
 
@@ -37,7 +44,10 @@ def test_no_module_imports_one_of_tests() -> None:
     assert [path for path in MODULES if not files.isdisjoint(imported(path))] == []
 
 
-def test_every_room_of_the_engine_has_its_folder() -> None:
-    filled = {path.parent.relative_to(TESTS / "engine").parts[:1] for path in (TESTS / "engine").rglob("test_*.py")}
-    assert filled == {(), *((room,) for room in ROOMS)}
-    assert {path.name for path in (TESTS / "engine").glob("test_*.py")} == ABOUT_THE_ENGINE
+@pytest.mark.parametrize(("house", "about_it_all"), HOUSES.items())
+def test_every_room_has_its_folder(house: str, about_it_all: set[str]) -> None:
+    rooms = {path.name for path in (TESTS.parent / house).iterdir() if (path / "__init__.py").exists()}
+    tests = TESTS / house
+    filled = {path.relative_to(tests).parts[0] for path in tests.rglob("test_*.py") if path.parent != tests}
+    assert filled == rooms - WITHOUT_TESTS
+    assert {path.name for path in tests.glob("test_*.py")} == about_it_all

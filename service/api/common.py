@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
+from engine.machine import VirtualMachine
 from service.http import conditional
 from service.http.negotiation import OCTETS
 from service.http.route import Routes
@@ -197,3 +198,16 @@ def tagged(request: Request, document: Any, *, status: int = 200, extra: dict[st
 def tag_of(document: Any) -> str:
     """The entity tag that ``tagged`` gives to ``document``."""
     return conditional.entity_tag(encode(document))
+
+
+async def changed(
+    request: Request, entry: Entry, shown: Callable[[VirtualMachine], Any], change: Callable[[VirtualMachine], object]
+) -> Response:
+    """Change a resource of a machine as one mutation, if If-Match allows it; replies as ``tagged`` with what it is now.
+
+    ``shown`` reads the representation that GET of the resource has.
+    """
+    async with entry.mutation() as machine:
+        guard(request, entry, lambda: [tag_of(shown(machine))])
+        change(machine)
+    return tagged(request, shown(machine))

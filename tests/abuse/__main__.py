@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.abuse.process import FIGURES, MIB
+from service.settings import MIB
+from tests.abuse.process import FIGURES
 
 LARGEST_PEAK = 1024 * MIB
 LONGEST_STALL = 0.25

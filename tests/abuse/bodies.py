@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-MIB = 1 << 20
+from service.settings import MIB
+
 HEAP = 100_000  # an offset far outside of what was sent
 
 ARROW = "application/vnd.apache.arrow.stream"

@@ -12,7 +12,8 @@ import httpx2
 import pytest
 
 from service.security.tokens import FileTokens, mint
-from tests.abuse.process import TOKEN, Service, start, until
+from tests.abuse.process import TOKEN, Service, start
+from tests.support.waiting import until
 
 # A server, and clients with write of red, who attacks, and blue, who wants to work.
 Tenants = tuple[Service, httpx2.Client, httpx2.Client]

@@ -22,9 +22,11 @@ from urllib.parse import quote_from_bytes, unquote
 
 import httpx2
 
-from tests.abuse.process import PATIENCE, Service, new_vm, until
+from tests.abuse.process import PATIENCE, Service
 from tests.contract.client import PROBLEM, contract
 from tests.contract.places import url
+from tests.support.http import new_vm
+from tests.support.waiting import until
 
 NUMBERS = [
     *(b"9" * 5000, b"0x" + b"f" * 5000, b"-1", b"-0", b"-" + b"9" * 25, b"1e400", b"1E-400", b"0.1", b"nan", b"NaN"),

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,7 +32,6 @@ from tests.faults.nursery import Nursery, Server, nursery
 
 TOKEN = "the-token-of-the-abuse-tests-0123456789"
 PATIENCE = 60.0
-MIB = 1 << 20
 
 
 @dataclass
@@ -185,22 +184,6 @@ def serving(umask: int = 0o022, **settings: Any) -> Iterator[Service]:
             yield service
         finally:
             service.kill(signal.SIGTERM)
-
-
-def until(holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    """Wait until something is so; fails rather than for ever."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def new_vm(client: httpx2.Client, **members: Any) -> str:
-    """URL of a new machine with 16 MiB."""
-    document = {"memory_slots": [{"slot": 0, "gpa": 0, "size": 16 * MIB}], "spp": True, **members}
-    reply = client.post("/v1/vms", json=document)
-    assert reply.status_code == 201, reply.text
-    return str(reply.headers["Location"])
 
 
 def head(method: str, path: str, token: str | None = None, *fields: str) -> bytes:

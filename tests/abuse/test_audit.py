@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from service.security.audit import MAX_TEXT, STRANGER_SECONDS, STRANGERS_AT_ONCE, AuditLog
-from tests.abuse.process import TOKEN, head, new_vm, serving
+from tests.abuse.process import TOKEN, head, serving
+from tests.support.http import new_vm
 
 POSTS = 60
 

@@ -18,7 +18,8 @@ from service.storage import offline
 from service.storage.backup import FORMAT, MAGIC, BadBackup, read_backup
 from service.storage.columns import pack, unpack
 from service.storage.urls import StoreUrl
-from tests.service.storage.stored import new_vm, serving, set_map
+from tests.support.http import new_vm, set_map
+from tests.support.stores import serving
 
 Sections = list[tuple[str, bytes]]
 Tampering = Callable[[Sections], Sections]

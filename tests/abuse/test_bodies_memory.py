@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import httpx2
 import pytest
 
-from tests.abuse.bodies import ATTACKS, JSON, MIB, NDJSON, packed
+from service.settings import MIB
+from tests.abuse.bodies import ATTACKS, JSON, NDJSON, packed
 from tests.abuse.process import Service, serving, settled
 
 BUDGET = 32 * MIB

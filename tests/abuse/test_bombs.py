@@ -10,12 +10,14 @@ from functools import cache
 import httpx2
 import pytest
 
-from tests.abuse.bodies import ATTACKS, JSON, MIB, NDJSON, packed
+from service.settings import MIB
+from tests.abuse.bodies import ATTACKS, JSON, NDJSON, packed
 from tests.abuse.frames import WITHOUT_END as FRAMES
 from tests.abuse.frames import opened
 from tests.abuse.heads import WITHOUT_END
 from tests.abuse.hostile import attack
-from tests.abuse.process import Service, flood, new_vm, settled
+from tests.abuse.process import Service, flood, settled
+from tests.support.http import new_vm
 
 PEAK = 1024 * MIB
 _PIECE = 96 * MIB

@@ -10,8 +10,10 @@ import zstandard
 
 from service.http.limits import Held, HeldBodies
 from service.runtime.shares import ShareExceeded
+from service.settings import MIB
 from tests.abuse.conftest import Begin, Tenants
-from tests.abuse.process import MIB, new_vm, until
+from tests.support.http import new_vm
+from tests.support.waiting import until
 
 _CODED = {"Content-Type": "application/json", "Content-Encoding": "zstd"}
 _MILLIONS = 11_000_000

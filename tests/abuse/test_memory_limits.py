@@ -9,11 +9,10 @@ import httpx2
 import pytest
 
 from service.runtime.container_memory import allowed_bytes, container_bytes, warn_of_memory
-from service.settings import Settings
+from service.settings import MIB, Settings
 from tests.abuse.conftest import Begin
-from tests.abuse.process import MIB, new_vm
+from tests.support.http import OCTETS, new_vm
 
-_OCTETS = {"Content-Type": "application/octet-stream"}
 _PIECE = MIB
 _MOST = 6 * MIB
 
@@ -23,7 +22,7 @@ def fill(client: httpx2.Client, vm: str, pieces: int) -> list[httpx2.Response]:
     replies = []
     for piece in range(pieces):
         where = f"{vm}/memory?gpa={piece * _PIECE:#x}"
-        replies.append(client.put(where, content=b"\x41" * _PIECE, headers=_OCTETS))
+        replies.append(client.put(where, content=b"\x41" * _PIECE, headers=OCTETS))
         if replies[-1].status_code != 204:
             break
     return replies
@@ -51,7 +50,7 @@ def test_a_machine_is_bounded(tenants: Begin) -> None:
     # The refused call has changed nothing, and smaller ones go on.
     refused_at = (len(replies) - 1) * _PIECE
     assert red.get(f"{vm}/memory?gpa={refused_at:#x}&size=16").content == bytes(16)
-    assert red.put(f"{vm}/memory?gpa=0", content=b"\x42" * 4096, headers=_OCTETS).status_code == 204
+    assert red.put(f"{vm}/memory?gpa=0", content=b"\x42" * 4096, headers=OCTETS).status_code == 204
 
 
 def test_filling_with_one_byte_value_stays_within_the_memory_of_a_container(tenants: Begin) -> None:
@@ -59,7 +58,7 @@ def test_filling_with_one_byte_value_stays_within_the_memory_of_a_container(tena
     service, red, _ = tenants(store="memory")
     vm = new_vm(red, memory_slots=[{"slot": 0, "gpa": 0, "size": 4 << 30}])
     body = zlib.compress(b"\x41" * (64 * MIB), wbits=31)
-    coded = {**_OCTETS, "Content-Encoding": "gzip"}
+    coded = {**OCTETS, "Content-Encoding": "gzip"}
     statuses = [
         red.put(f"{vm}/memory?gpa={piece * 64 * MIB:#x}", content=body, headers=coded).status_code for piece in range(8)
     ]

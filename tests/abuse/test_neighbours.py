@@ -13,9 +13,10 @@ import httpx2
 import pytest
 
 from tests.abuse.conftest import Begin
-from tests.abuse.process import Service, new_vm, until
+from tests.abuse.process import Service
+from tests.support.http import OCTETS, new_vm
+from tests.support.waiting import until
 
-_OCTETS = {"Content-Type": "application/octet-stream"}
 _RECORDS = (0x1000).to_bytes(8, "little") * 64
 
 
@@ -85,10 +86,10 @@ def test_slow_bodies_hold_up_nobody(tenants: Begin, media: str, query: str, begi
     for number in range(40):
         slow.begin(theirs[number % 4], query, media, beginning, more)
     for body in (_RECORDS, _RECORDS * 4096):
-        reply = blue.post(f"{mine}/traces?record=gpa8", content=body, headers=_OCTETS)
+        reply = blue.post(f"{mine}/traces?record=gpa8", content=body, headers=OCTETS)
         assert reply.status_code == 201 and reply.json()["records"] == len(body) // 8
     # One more of red, which has taken no more than its places, comes to its turn as well.
-    assert red.post(f"{new_vm(red)}/traces?record=gpa8", content=_RECORDS, headers=_OCTETS).status_code == 201
+    assert red.post(f"{new_vm(red)}/traces?record=gpa8", content=_RECORDS, headers=OCTETS).status_code == 201
     slow.close()
 
 
@@ -101,11 +102,11 @@ def test_a_body_that_becomes_slow_goes_on(tenants: Begin) -> None:
     def body() -> Iterator[bytes]:
         yield _RECORDS * 1024
         for _ in range(2):
-            reply = red.post(f"{other}/traces?record=gpa8", content=_RECORDS, headers=_OCTETS)
+            reply = red.post(f"{other}/traces?record=gpa8", content=_RECORDS, headers=OCTETS)
             counts.append(reply.json()["records"])
             yield _RECORDS
 
-    reply = red.post(f"{vm}/traces?record=gpa8", content=body(), headers=_OCTETS)
+    reply = red.post(f"{vm}/traces?record=gpa8", content=body(), headers=OCTETS)
     assert reply.status_code == 201 and reply.json()["records"] == 64 * 1026 and counts == [64, 64]
 
 
@@ -116,8 +117,8 @@ def test_replays_under_way(tenants: Begin) -> None:
     begun = [slow.begin(theirs, "record=gpa8", "application/octet-stream", _RECORDS) for _ in range(8)]
     # Before it asks itself: its call would have the place of one of them.
     until(lambda: len(select.select(begun, [], [], 0)[0]) == 4)
-    refused(red.post(f"{other}/traces?record=gpa8", content=_RECORDS, headers=_OCTETS), "max_replays")
-    assert blue.post(f"{mine}/traces?record=gpa8", content=_RECORDS, headers=_OCTETS).status_code == 201
+    refused(red.post(f"{other}/traces?record=gpa8", content=_RECORDS, headers=OCTETS), "max_replays")
+    assert blue.post(f"{mine}/traces?record=gpa8", content=_RECORDS, headers=OCTETS).status_code == 201
     slow.close()
 
 
@@ -125,7 +126,7 @@ def test_jobs_and_their_bodies(tenants: Begin) -> None:
     size = 1 << 16
     service, red, blue = tenants(max_queued_jobs=7, running_jobs=1, max_job_bytes=12 * size)
     mine, theirs = new_vm(blue), new_vm(red)
-    later = {**_OCTETS, "Prefer": "respond-async"}
+    later = {**OCTETS, "Prefer": "respond-async"}
     slow = SlowReplays(service, red)
     for _ in range(8):
         slow.begin(theirs, "record=gpa8", "application/octet-stream", _RECORDS, "Prefer: respond-async\r\n")

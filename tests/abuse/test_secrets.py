@@ -18,7 +18,8 @@ from service.security.tokens import without_tokens
 from service.storage.urls import StoreUrl, shown
 from service.telemetry.logs import TextFormatter, printable
 from tests.abuse.frames import OPENING
-from tests.abuse.process import TOKEN, Service, head, serving, until
+from tests.abuse.process import TOKEN, Service, head, serving
+from tests.support.waiting import until
 
 STRANGE = "sp_0123456789ab_" + "Zz0-" * 10 + "abc"
 

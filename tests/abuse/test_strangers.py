@@ -7,12 +7,14 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+from service.settings import MIB
 from tests.abuse.conftest import Begin
-from tests.abuse.process import MIB, Service, new_vm, until
+from tests.abuse.process import Service
+from tests.support.http import OCTETS, new_vm
+from tests.support.waiting import until
 
 _NEVER = "/v1/vms/vm_0000000000000000"
 _LARGE = 48 * MIB
-_OCTETS = {"Content-Type": "application/octet-stream"}
 
 # (method, path below the machine): every kind of route that looks at a machine.
 _CALLS = [
@@ -45,7 +47,7 @@ def stored(tenants: Begin) -> tuple[Service, str, httpx2.Client, httpx2.Client]:
     service, _, blue = tenants()
     vm = new_vm(blue, memory_slots=[{"slot": 0, "gpa": 0, "size": 64 * MIB}])
     body = b"\x5a" * _LARGE
-    assert blue.put(f"{vm}/memory?gpa=0&size={_LARGE}", content=body, headers=_OCTETS).status_code in (200, 204)
+    assert blue.put(f"{vm}/memory?gpa=0&size={_LARGE}", content=body, headers=OCTETS).status_code in (200, 204)
     service.kill()
     again, red, _ = tenants()
     admin = again.client(again.token("green", "admin")[1])

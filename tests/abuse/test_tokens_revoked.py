@@ -14,7 +14,9 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from tests.abuse.conftest import Begin
-from tests.abuse.process import Service, new_vm, until
+from tests.abuse.process import Service
+from tests.support.http import new_vm
+from tests.support.waiting import until
 
 _WITHIN = 5.0
 _TOOLS = 3

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from service.http.connection import MAX_FIELDS, MAX_PIPELINED, MAX_URL_BYTES
+from service.settings import MIB
 from tests.abuse.heads import CHUNKED, WITHOUT_END
-from tests.abuse.process import MIB, TOKEN, Service, flood, head, serving, watched
+from tests.abuse.process import TOKEN, Service, flood, head, serving, watched
 
 MOST = 64 * MIB  # what an attack here may send; many times what the server may take of it
 

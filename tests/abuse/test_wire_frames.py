@@ -7,8 +7,10 @@ from websockets.sync.client import connect
 
 from service.http.frames import FRAMES_AT_ONCE
 from service.http.sockets import MESSAGE_BYTES
+from service.settings import MIB
 from tests.abuse.frames import CONTINUATION, OPENING, PING, TEXT, WITHOUT_END, frame, opened
-from tests.abuse.process import MIB, TOKEN, Service, flood, head, new_vm, watched
+from tests.abuse.process import TOKEN, Service, flood, head, watched
+from tests.support.http import new_vm
 
 COMPRESSED = 0x40
 

@@ -12,7 +12,7 @@ import pytest
 from service.settings import Settings
 from tests.clients import TOKEN
 from tests.contract.client import CONTRACT
-from tests.service.running import running
+from tests.support.server import running
 
 HERE = Path(__file__).parent / "node"
 MODULES = Path(__file__).parents[2] / "build" / "node" / "node_modules"

@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import schemathesis
 from hypothesis import strategies as st
 
+from tests.support.hostile_numbers import HOSTILE_NUMBERS
+
 # The RAM that most machines are given; a random address among 2^64 would never meet a slot, a protection or a table.
 RAM = 1 << 24
 _ADDRESSES = frozenset({"gpa", "gva", "input_gpa", "address", "addr"})
@@ -122,22 +124,6 @@ def folded(document: Any) -> Any:
     return [folded(item) for item in document] if isinstance(document, list) else document
 
 
-# What no schema generates, and what no number may be: one that was wrong before is wrong still.
-HOSTILE_NUMBERS = (
-    *(
-        "9" * 5000,
-        "0x" + "f" * 5000,
-        "-1",
-        "-" + "9" * 25,
-        str(1 << 64),
-        hex((1 << 64) - 1),
-        "1e400",
-        "nan",
-        "0x",
-        "1_0",
-    ),
-    *("\N{SUPERSCRIPT TWO}", "\N{ARABIC-INDIC DIGIT THREE}", "\x00", "1\n", " 1", "a" * 5000),
-)
 # Headers that no operation needs, so that a request with one is as right or wrong as without.
 HOSTILE_HEADERS = tuple(
     (name, beginning + value)
@@ -162,7 +148,7 @@ HOSTILE_HEADERS = tuple(
 
 
 def hostile(document: Any) -> Any:
-    """``folded``, and every twelfth number of it one that none may be; the same ones every time."""
+    """``folded``, with every twelfth number one that no schema generates and none may be; the same ones every time."""
     if not isinstance(document, dict):
         return document
     changed = folded(document)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.contract import fuzz
-from tests.contract.fuzz_hooks import HOSTILE_HEADERS, HOSTILE_NUMBERS, RAM, folded, hostile, map_headers
+from tests.contract.fuzz_hooks import HOSTILE_HEADERS, RAM, folded, hostile, map_headers
+from tests.support.hostile_numbers import HOSTILE_NUMBERS
 
 # Chains of calls, and not seconds: a busy machine is no reason to try less.
 LIMITS = ("--max-examples", "6")

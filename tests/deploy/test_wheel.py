@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests import recorded
+from tests.support import recorded
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("engine", "service", "pyproject.toml", "README.md", "LICENSE")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.running import running
+from tests.support.server import running
 
 ROOT = Path(__file__).parents[2]
 SESSIONS = ("README.md", "docs/nested-state.md", "docs/tlb-flush.md")

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.functions import ROOT, functions_of
+from tests.support.functions import ROOT, functions_of
 
 GUIDE = ROOT / "docs" / "operations-security.md"
 

@@ -25,7 +25,7 @@ import httpx2
 
 from tests.faults.clients import KEPT_TRACES, RAM, Client
 from tests.faults.nursery import Nursery, Server, nursery
-from tests.faults.postgres import cluster
+from tests.support.postgres import cluster
 
 CLIENTS = 4
 READY_SECONDS = 60

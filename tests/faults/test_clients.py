@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,12 +21,12 @@ from service.app import create_app
 from service.http.connection import MAX_HEAD_BYTES
 from service.runtime.bodies import PIECE
 from service.server import configured
-from service.settings import Settings
+from service.settings import MIB, Settings
 from tests.contract.client import ContractClient
-from tests.service.running import Running
-from tests.service.storage.stored import map_of, new_vm, set_map
+from tests.support.http import map_of, new_vm, set_map
+from tests.support.server import Running
+from tests.support.waiting import until
 
-MIB = 1 << 20
 LINE = b'{"gpa": 65536}\n'
 
 
@@ -119,13 +119,6 @@ def trickle(connection: socket.socket, piece: bytes, stop: threading.Event) -> t
 
 def under_way(service: Running) -> int:
     return service.app.state.metrics.under_way  # type: ignore[no-any-return]
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_connections_that_say_nothing(service: Running) -> None:

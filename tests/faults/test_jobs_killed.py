@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.kill import empty_store, wait_until_ready
 from tests.faults.nursery import nursery
-from tests.faults.postgres import MISSING, binaries
+from tests.support.postgres import MISSING, binaries
 
 JOBS = 12
 RECORDS = 250_000

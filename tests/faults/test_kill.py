@@ -6,7 +6,7 @@ import pytest
 
 from tests.faults.clients import Client
 from tests.faults.kill import empty_store, kill_test
-from tests.faults.postgres import MISSING, binaries
+from tests.support.postgres import MISSING, binaries
 
 
 @pytest.mark.jit

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from service.settings import MIB
 from tests.contract.client import ContractClient
-from tests.faults.postgres import Cluster
-from tests.service.storage.stored import map_of, new_vm, serving, set_map
-
-Until = Callable[[Callable[[], bool]], None]
-OCTETS = {"Content-Type": "application/octet-stream"}
-MIB = 1 << 20
+from tests.support.http import OCTETS, map_of, new_vm, set_map
+from tests.support.postgres import Cluster
+from tests.support.stores import serving
+from tests.support.waiting import until
 
 
 def mount(*arguments: str) -> None:
@@ -58,7 +57,7 @@ def device_of(folder: Path) -> Path:
     return Path("/sys/fs/ext4") / Path(device).name
 
 
-def repair(image: Path, folder: Path, until: Until) -> None:
+def repair(image: Path, folder: Path) -> None:
     """fsck, and mount again, once the service has let go of what it had open there."""
 
     def repaired() -> bool:
@@ -76,7 +75,7 @@ def write_memory(client: ContractClient, vm: str, gpa: int, size: int) -> int:
     return reply.status_code
 
 
-def test_disk_full(small_disk: Path, until: Until, caplog: pytest.LogCaptureFixture) -> None:
+def test_disk_full(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     url = f"sqlite:///{small_disk}/subpage.db"
     with serving(url) as service:
         client = service.client
@@ -102,7 +101,7 @@ def test_disk_full(small_disk: Path, until: Until, caplog: pytest.LogCaptureFixt
             assert content == b"\x55" * (1 << 16)
 
 
-def test_read_only_disk(small_disk: Path, until: Until) -> None:
+def test_read_only_disk(small_disk: Path) -> None:
     """A service on it is never ready, says why, and is as soon as the disk can be written."""
     url = f"sqlite:///{small_disk}/subpage.db"
     with serving(url) as service:
@@ -116,7 +115,7 @@ def test_read_only_disk(small_disk: Path, until: Until) -> None:
         assert set_map(service.client, vm, 1, 0x22) == 204
 
 
-def test_a_disk_that_turns_read_only(journalled_disk: Path, until: Until) -> None:
+def test_a_disk_that_turns_read_only(journalled_disk: Path) -> None:
     """As the kernel makes it when the disk fails: reads go on, and the service recovers when the disk is repaired."""
     url = f"sqlite:///{journalled_disk}/subpage.db"
     with serving(url) as service:
@@ -129,14 +128,14 @@ def test_a_disk_that_turns_read_only(journalled_disk: Path, until: Until) -> Non
         until(lambda: "read-only" in client.get("/readyz").json().get("detail", ""))
         assert map_of(client, vm, 1) == 0x11
         subprocess.run(["umount", "--lazy", str(journalled_disk)], check=True)
-        repair(journalled_disk.with_name("image"), journalled_disk, until)
+        repair(journalled_disk.with_name("image"), journalled_disk)
         until(lambda: set_map(client, vm, 1, 0x33) == 204)
         assert client.get("/readyz").status_code == 200
     with serving(url) as service:
         assert map_of(service.client, vm, 1) == 0x33
 
 
-def test_read_only_database(postgres: Cluster, until: Until) -> None:
+def test_read_only_database(postgres: Cluster) -> None:
     postgres.sql("CREATE DATABASE readonly", database="postgres")
     url = postgres.url.rpartition("/")[0] + "/readonly"
     with serving(url) as service:
@@ -157,7 +156,7 @@ def test_read_only_database(postgres: Cluster, until: Until) -> None:
         assert map_of(client, vm, 1) == 0x33
 
 
-def test_a_database_that_restarts_under_load(postgres: Cluster, until: Until) -> None:
+def test_a_database_that_restarts_under_load(postgres: Cluster) -> None:
     """Clients see 204 or 503 and nothing else; what was answered 204 stays, through both restarts."""
     postgres.sql("CREATE DATABASE restarted", database="postgres")
     url = postgres.url.rpartition("/")[0] + "/restarted"

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.service.processes import free_port, served
+from tests.support.processes import free_port, served
 
 # What the client's own process needs besides its sockets.
 SPARE_FILES = 200

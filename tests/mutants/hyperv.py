@@ -158,7 +158,7 @@ MUTANTS = (
         "return leaf is None or not leaf.eax & _NEEDED[number]",
         "return leaf is None",
         "Linux 6.16: each MSR needs its bit of CPUID 0x40000003.EAX where CPUID is enforced",
-        named("tests/service/test_hypercalls.py", "msrs_are_kept_from_a_guest_whose_cpuid_has_them_not"),
+        named("tests/service/api/hyperv/test_hypercalls.py", "msrs_are_kept_from_a_guest_whose_cpuid_has_them_not"),
     ),
     Mutant(
         "hyperv-amd-2019",

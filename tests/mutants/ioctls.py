@@ -5,9 +5,9 @@ from __future__ import annotations
 from .mutant import Mutant
 from .paths import named
 
-SERVICE = "tests/service"
-SPP, SLOTS = f"{SERVICE}/test_ioctls_spp.py", f"{SERVICE}/test_ioctls_slots.py"
-VCPUS, DIRTY = f"{SERVICE}/test_ioctls_vcpus.py", f"{SERVICE}/test_ioctls_dirty_log.py"
+ROUTE = "tests/service/api/system"
+SPP, SLOTS = f"{ROUTE}/test_ioctls_spp.py", f"{ROUTE}/test_ioctls_slots.py"
+VCPUS, DIRTY = f"{ROUTE}/test_ioctls_vcpus.py", f"{ROUTE}/test_ioctls_dirty_log.py"
 MEMORY = "tests/engine/abi/test_user_memory.py"
 REGISTRY = "tests/engine/ioctls/test_ioctl_registry.py"
 DURABLE = "tests/engine/ioctls/test_durable_changes.py"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.functions import functions_of
 from tests.mutants.__main__ import MUTANTS, check_list
+from tests.support.functions import functions_of
 
 
 def test_every_fault_can_be_put_in() -> None:

@@ -11,10 +11,9 @@ from numba.core.dispatcher import Dispatcher
 
 from engine.warm.steps import warm
 from tests.contract.client import ContractClient
-from tests.service.job_calls import Gate
-from tests.service.running import Running, running
-
-MIB = 1 << 20
+from tests.support.http import new_vm
+from tests.support.job_calls import Gate
+from tests.support.server import Running, running
 
 
 @pytest.fixture(scope="session")
@@ -56,10 +55,7 @@ def make_vm(client: ContractClient) -> Iterator[Callable[..., str]]:
     made: list[str] = []
 
     def make(**members: Any) -> str:
-        document = {"memory_slots": [{"slot": 0, "gpa": 0, "size": 16 * MIB}], "spp": True, **members}
-        reply = client.post("/v1/vms", json=document)
-        assert reply.status_code == 201, reply.text
-        made.append(reply.headers["Location"])
+        made.append(new_vm(client, **members))
         return made[-1]
 
     yield make
@@ -72,6 +68,12 @@ def make_vm(client: ContractClient) -> Iterator[Callable[..., str]]:
 @pytest.fixture
 def vm(make_vm: Callable[..., str]) -> str:
     return make_vm()
+
+
+@pytest.fixture
+def narrow(make_vm: Callable[..., str]) -> str:
+    """A VM of 40 physical-address bits, as the printed vectors have it."""
+    return make_vm(maxphyaddr=40)
 
 
 @pytest.fixture

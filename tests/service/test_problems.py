@@ -28,7 +28,7 @@ from service.problems import (
 )
 from service.settings import Settings
 from tests.contract.client import ContractClient
-from tests.service.running import Running, running
+from tests.support.server import Running, running
 
 
 def is_problem(reply: httpx2.Response, code: str) -> dict[str, Any]:

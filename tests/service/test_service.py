@@ -10,7 +10,7 @@ import pytest
 from service import __version__, app
 from service.settings import Settings
 from tests.contract.client import ContractClient, contract
-from tests.service.running import running
+from tests.support.server import running
 
 
 def test_health(client: ContractClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import Query
@@ -16,6 +17,7 @@ from service.api.common import (
     CHANGE,
     GUARDED_CHANGE,
     VmId,
+    changed,
     documented,
     encode,
     find,
@@ -24,7 +26,6 @@ from service.api.common import (
     json_response,
     octets_reply,
     router,
-    tag_of,
     tagged,
     tagged_reply,
 )
@@ -166,6 +167,14 @@ def _queue(machine: VirtualMachine, n: int) -> dict[str, Any]:
     }
 
 
+def _activity(machine: VirtualMachine, n: int) -> dict[str, Any]:
+    return {"activity": machine.hyperv.activity(n)}
+
+
+def _tlb_lock(machine: VirtualMachine, n: int) -> dict[str, Any]:
+    return {"locked": machine.hyperv.tlb_locked(n)}
+
+
 def assist_document(page: bytes, written: str) -> dict[str, Any]:
     seen = {name: hex(value) for name, value in read_assist(page, written).items()}
     return {**seen, "fields": VP_ASSIST.decode(page)}
@@ -245,7 +254,7 @@ async def service_flush_queue(request: Request, vm: VmId, n: VcpuId, body: Servi
     ),
 )
 async def get_activity(request: Request, vm: VmId, n: VcpuId) -> Response:
-    return tagged(request, {"activity": find(request, vm).machine.hyperv.activity(n)})
+    return tagged(request, _activity(find(request, vm).machine, n))
 
 
 @routes.put(
@@ -258,11 +267,12 @@ async def get_activity(request: Request, vm: VmId, n: VcpuId) -> Response:
     ),
 )
 async def put_activity(request: Request, vm: VmId, n: VcpuId, body: Activity) -> Response:
-    entry = find(request, vm)
-    async with entry.mutation() as machine:
-        guard(request, entry, lambda: [tag_of({"activity": machine.hyperv.activity(n)})])
-        machine.hyperv.set_activity(n, body.activity)
-    return tagged(request, {"activity": machine.hyperv.activity(n)})
+    return await changed(
+        request,
+        find(request, vm),
+        partial(_activity, n=n),
+        lambda machine: machine.hyperv.set_activity(n, body.activity),
+    )
 
 
 @routes.get(
@@ -276,7 +286,7 @@ async def put_activity(request: Request, vm: VmId, n: VcpuId, body: Activity) ->
     ),
 )
 async def get_tlb_lock(request: Request, vm: VmId, n: VcpuId) -> Response:
-    return tagged(request, {"locked": find(request, vm).machine.hyperv.tlb_locked(n)})
+    return tagged(request, _tlb_lock(find(request, vm).machine, n))
 
 
 @routes.put(
@@ -289,11 +299,9 @@ async def get_tlb_lock(request: Request, vm: VmId, n: VcpuId) -> Response:
     ),
 )
 async def put_tlb_lock(request: Request, vm: VmId, n: VcpuId, body: TlbLock) -> Response:
-    entry = find(request, vm)
-    async with entry.mutation() as machine:
-        guard(request, entry, lambda: [tag_of({"locked": machine.hyperv.tlb_locked(n)})])
-        machine.hyperv.set_tlb_lock(n, body.locked)
-    return tagged(request, {"locked": machine.hyperv.tlb_locked(n)})
+    return await changed(
+        request, find(request, vm), partial(_tlb_lock, n=n), lambda machine: machine.hyperv.set_tlb_lock(n, body.locked)
+    )
 
 
 @routes.get(

@@ -15,12 +15,11 @@ from engine.machine import VirtualMachine
 from service.api.common import (
     GUARDED_CHANGE,
     VmId,
+    changed,
     documented,
     find,
-    guard,
     headers,
     router,
-    tag_of,
     tagged,
     tagged_reply,
 )
@@ -60,6 +59,14 @@ class VmCapabilityRequest(Document):
 def _known(cap: str) -> None:
     if cap not in _KNOWN:
         raise NotFound(f"must be a capability of a VM: {CAP_X86_SPP} ({NAME})", field="cap", value=cap)
+
+
+def switch_spp(machine: VirtualMachine, wanted: bool, field: str) -> None:
+    """Enable SPP, or leave it as it is. ``field`` is where the request says so. Raises Conflict: it stays enabled."""
+    if wanted:
+        machine.enable_spp()
+    elif machine.spp_active:
+        raise Conflict("must be true: SPP cannot be switched off again", field=field, value=False)
 
 
 def _shown(machine: VirtualMachine) -> dict[str, Any]:
@@ -107,10 +114,4 @@ async def get_vm_capability(request: Request, vm: VmId, cap: CapabilityName) -> 
 async def put_vm_capability(request: Request, vm: VmId, cap: CapabilityName, body: VmCapabilityRequest) -> Response:
     entry = find(request, vm)
     _known(cap)
-    async with entry.mutation() as machine:
-        guard(request, entry, lambda: [tag_of(_shown(machine))])
-        if body.enabled:
-            machine.enable_spp()
-        elif machine.spp_active:
-            raise Conflict("must be true: SPP cannot be switched off again", field="enabled", value=False)
-    return tagged(request, _shown(machine))
+    return await changed(request, entry, _shown, lambda machine: switch_spp(machine, body.enabled, "enabled"))

@@ -159,9 +159,14 @@ def _written(found: engine.WrittenPages, start: int, size: int) -> list[WrittenP
     return [WrittenPage(gfn=gfn, written=mask) for gfn, mask in rows]
 
 
-def _harvest(request: Request, entry: Entry, found: engine.Harvest, limit: int | None, cursor: str | None) -> Harvest:
+def _size(request: Request, limit: int | None) -> int:
+    """Pages in one page of a list: as many as there may be, unless fewer are asked for."""
     largest = settings_of(request).max_page_size
-    size = cursors.page_limit(limit, largest, largest)
+    return cursors.page_limit(limit, largest, largest)
+
+
+def _harvest(request: Request, entry: Entry, found: engine.Harvest, limit: int | None, cursor: str | None) -> Harvest:
+    size = _size(request, limit)
     kind = f"harvest {found.harvest}"
     start = cursors.decode(kind, cursor) if cursor is not None else 0
     follow = None
@@ -196,8 +201,7 @@ async def get_dirty(
 ) -> Response:
     entry = find(request, vm)
     machine = entry.machine
-    largest = settings_of(request).max_page_size
-    size = cursors.page_limit(limit, largest, largest)
+    size = _size(request, limit)
     if slot is not None:
         spec = next((spec for spec in machine.slots() if spec.slot == slot), None)
         if spec is None:
@@ -276,8 +280,7 @@ async def put_dirty(request: Request, vm: VmId, body: TrackingRequest) -> Respon
 )
 async def harvest_dirty(request: Request, vm: VmId, limit: Limit = None) -> Response:
     entry = find(request, vm)
-    largest = settings_of(request).max_page_size
-    cursors.page_limit(limit, largest, largest)
+    _size(request, limit)
     async with entry.mutation() as machine:
         found = await maybe_in_thread(_small(entry), machine.dirty.harvest)
     return json_response(_harvest(request, entry, found, limit, None))

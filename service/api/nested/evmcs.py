@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Path
@@ -17,12 +18,11 @@ from engine.machine import VirtualMachine
 from service.api.common import (
     GUARDED_CHANGE,
     VmId,
+    changed,
     documented,
     find,
-    guard,
     headers,
     router,
-    tag_of,
     tagged,
     tagged_reply,
 )
@@ -253,11 +253,10 @@ async def get_evmcs(request: Request, vm: VmId, n: VcpuId) -> Response:
     ),
 )
 async def put_evmcs(request: Request, vm: VmId, n: VcpuId, body: EnableRequest) -> Response:
-    entry = find(request, vm)
-    async with entry.mutation() as machine:
-        guard(request, entry, lambda: [tag_of(_evmcs(machine, n))])
-        _enable(_capability(str(CAP_HYPERV_ENLIGHTENED_VMCS)), machine, n, body.enabled)
-    return tagged(request, _evmcs(machine, n))
+    row = _capability(str(CAP_HYPERV_ENLIGHTENED_VMCS))
+    return await changed(
+        request, find(request, vm), partial(_evmcs, n=n), lambda machine: _enable(row, machine, n, body.enabled)
+    )
 
 
 @routes.get(
@@ -293,7 +292,6 @@ async def put_vcpu_capability(
 ) -> Response:
     entry = find(request, vm)
     row = _capability(cap)
-    async with entry.mutation() as machine:
-        guard(request, entry, lambda: [tag_of(_shown(row, machine, n))])
-        _enable(row, machine, n, body.enabled)
-    return tagged(request, _shown(row, machine, n))
+    return await changed(
+        request, entry, partial(_shown, row, n=n), lambda machine: _enable(row, machine, n, body.enabled)
+    )

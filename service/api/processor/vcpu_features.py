@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -15,13 +16,12 @@ from service.api.common import (
     CHANGE,
     GUARDED_CHANGE,
     VmId,
+    changed,
     documented,
     find,
-    guard,
     headers,
     json_response,
     router,
-    tag_of,
     tagged,
     tagged_reply,
 )
@@ -188,11 +188,10 @@ async def get_cpuid(request: Request, vm: VmId, n: VcpuId) -> Response:
     ),
 )
 async def put_cpuid(request: Request, vm: VmId, n: VcpuId, body: CpuidRequest) -> Response:
-    entry = find(request, vm)
-    async with entry.mutation() as machine:
-        guard(request, entry, lambda: [tag_of(_cpuid(machine, n))])
-        machine.nested.set_cpuid(n, [CpuidEntry(**leaf.model_dump()) for leaf in body.entries])
-    return tagged(request, _cpuid(machine, n))
+    leaves = [CpuidEntry(**leaf.model_dump()) for leaf in body.entries]
+    return await changed(
+        request, find(request, vm), partial(_cpuid, n=n), lambda machine: machine.nested.set_cpuid(n, leaves)
+    )
 
 
 @routes.get(
@@ -235,11 +234,9 @@ async def get_smm(request: Request, vm: VmId, n: VcpuId) -> Response:
     ),
 )
 async def put_smm(request: Request, vm: VmId, n: VcpuId, body: Smm) -> Response:
-    entry = find(request, vm)
-    async with entry.mutation() as machine:
-        guard(request, entry, lambda: [tag_of(_smm(machine, n))])
-        machine.nested.set_smm(n, body.smm)
-    return tagged(request, _smm(machine, n))
+    return await changed(
+        request, find(request, vm), partial(_smm, n=n), lambda machine: machine.nested.set_smm(n, body.smm)
+    )
 
 
 @routes.post(

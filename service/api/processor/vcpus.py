@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import Path
@@ -15,14 +16,13 @@ from engine.machine import VirtualMachine
 from service.api.common import (
     CHANGE,
     VmId,
+    changed,
     documented,
     encode,
     find,
-    guard,
     headers,
     json_response,
     router,
-    tag_of,
     tagged,
     tagged_reply,
 )
@@ -271,10 +271,7 @@ async def get_vmcs(request: Request, vm: VmId, n: VcpuId) -> Response:
 async def put_vmcs(request: Request, vm: VmId, n: VcpuId, body: VmcsUpdate) -> Response:
     entry = find(request, vm)
     fields: dict[str, int] = body.model_dump(exclude_unset=True)
-    async with entry.mutation() as machine:
-        guard(request, entry, lambda: [tag_of(_vmcs(machine, n))])
-        machine.vcpus.set_vmcs(n, fields)
-    return tagged(request, _vmcs(machine, n))
+    return await changed(request, entry, partial(_vmcs, n=n), lambda machine: machine.vcpus.set_vmcs(n, fields))
 
 
 @routes.post(

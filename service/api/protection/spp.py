@@ -6,19 +6,19 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.errors import Conflict
+from engine.machine import VirtualMachine
 from service.api.common import (
     GUARDED_CHANGE,
     VmId,
+    changed,
     documented,
     find,
-    guard,
     headers,
     router,
-    tag_of,
     tagged,
     tagged_reply,
 )
+from service.api.machines.vm_capabilities import switch_spp
 from service.http.words import Document, examples
 
 routes = router("SPP", "/v1/vms/{vm}/spp", reads="read", writes="write")
@@ -40,6 +40,10 @@ class Spp(Document):
     active: bool = Field(description="Once enabled it stays so for the life of the VM.")
 
 
+def _spp(machine: VirtualMachine) -> Spp:
+    return Spp(active=machine.spp_active)
+
+
 @routes.get(
     "",
     operation_id="getSpp",
@@ -50,7 +54,7 @@ class Spp(Document):
     ),
 )
 async def get_spp(request: Request, vm: VmId) -> Response:
-    return tagged(request, Spp(active=find(request, vm).machine.spp_active))
+    return tagged(request, _spp(find(request, vm).machine))
 
 
 @routes.put(
@@ -68,10 +72,4 @@ async def get_spp(request: Request, vm: VmId) -> Response:
 )
 async def put_spp(request: Request, vm: VmId, body: SppRequest) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
-        guard(request, entry, lambda: [tag_of(Spp(active=machine.spp_active))])
-        if body.active:
-            machine.enable_spp()
-        elif machine.spp_active:
-            raise Conflict("must be true: SPP cannot be switched off again", field="active", value=False)
-    return tagged(request, Spp(active=machine.spp_active))
+    return await changed(request, entry, _spp, lambda machine: switch_spp(machine, body.active, "active"))

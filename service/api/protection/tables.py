@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Path
@@ -9,7 +11,7 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.machine.tables import TableEntry
+from engine.machine.tables import TableEntry, TableOperations
 from service.api.common import (
     GUARDED_CHANGE,
     VmId,
@@ -71,76 +73,63 @@ class TableFrame(Document):
     address: Hex64 = Field(description="Host-physical address, a multiple of 4096.")
 
 
-def _ept(entry: TableEntry) -> EptEntry:
-    return EptEntry.model_validate(entry, from_attributes=True, strict=False)
+@dataclass(frozen=True)
+class Structure:
+    """One of the two kinds of tables whose entries are resources; ``store`` returns the entry as stored."""
+
+    path: str
+    title: str
+    model: type[WalkEntry]
+    read: Callable[[TableOperations, int, int], TableEntry]
+    store: Callable[[TableOperations, int, int, int], TableEntry]
+
+    def shown(self, entry: TableEntry) -> WalkEntry:
+        return self.model.model_validate(entry, from_attributes=True, strict=False)
 
 
-def _sppt(entry: TableEntry) -> SpptEntry:
-    return SpptEntry.model_validate(entry, from_attributes=True, strict=False)
-
-
-@routes.get(
-    "/ept/{level}/{gpa}",
-    operation_id="getEptEntry",
-    summary="Read an EPT entry",
-    description=_ABOUT,
-    responses=documented(
-        tagged_reply(EptEntry, "The entry."),
-        *_READ_PROBLEMS,
-    ),
+STRUCTURES = (
+    Structure("ept", "EPT", EptEntry, TableOperations.ept_entry, TableOperations.set_ept_entry),
+    Structure("sppt", "SPPT", SpptEntry, TableOperations.sppt_entry, TableOperations.set_sppt_entry),
 )
-async def get_ept_entry(request: Request, vm: VmId, level: Level, gpa: Gpa) -> Response:
-    return tagged(request, _ept(find(request, vm).machine.tables.ept_entry(level, gpa)))
 
 
-@routes.put(
-    "/ept/{level}/{gpa}",
-    operation_id="putEptEntry",
-    summary="Store an EPT entry",
-    description=_ABOUT_PUT + _ABOUT,
-    responses=documented(
-        {200: {"model": EptEntry, "description": "The entry as stored.", "headers": headers("ETag")}},
-        *GUARDED_CHANGE,
-    ),
-)
-async def put_ept_entry(request: Request, vm: VmId, level: Level, gpa: Gpa, body: RawEntry) -> Response:
-    entry = find(request, vm)
-    async with entry.mutation() as machine:
-        guard(request, entry, lambda: [tag_of(_ept(machine.tables.ept_entry(level, gpa)))])
-        stored = machine.tables.set_ept_entry(level, gpa, body.raw)
-    return tagged(request, _ept(stored))
+def _entry_routes(structure: Structure) -> None:
+    """GET and PUT of the entries of one kind of tables."""
+
+    @routes.get(
+        f"/{structure.path}/{{level}}/{{gpa}}",
+        operation_id=f"get{structure.model.__name__}",
+        summary=f"Read an {structure.title} entry",
+        description=_ABOUT,
+        responses=documented(
+            tagged_reply(structure.model, "The entry."),
+            *_READ_PROBLEMS,
+        ),
+    )
+    async def get_entry(request: Request, vm: VmId, level: Level, gpa: Gpa) -> Response:
+        return tagged(request, structure.shown(structure.read(find(request, vm).machine.tables, level, gpa)))
+
+    @routes.put(
+        f"/{structure.path}/{{level}}/{{gpa}}",
+        operation_id=f"put{structure.model.__name__}",
+        summary=f"Store an {structure.title} entry",
+        description=_ABOUT_PUT + _ABOUT,
+        responses=documented(
+            {200: {"model": structure.model, "description": "The entry as stored.", "headers": headers("ETag")}},
+            *GUARDED_CHANGE,
+        ),
+    )
+    async def put_entry(request: Request, vm: VmId, level: Level, gpa: Gpa, body: RawEntry) -> Response:
+        entry = find(request, vm)
+        async with entry.mutation() as machine:
+            guard(request, entry, lambda: [tag_of(structure.shown(structure.read(machine.tables, level, gpa)))])
+            # Not read again: an entry may change what the walk to it goes through.
+            stored = structure.store(machine.tables, level, gpa, body.raw)
+        return tagged(request, structure.shown(stored))
 
 
-@routes.get(
-    "/sppt/{level}/{gpa}",
-    operation_id="getSpptEntry",
-    summary="Read an SPPT entry",
-    description=_ABOUT,
-    responses=documented(
-        tagged_reply(SpptEntry, "The entry."),
-        *_READ_PROBLEMS,
-    ),
-)
-async def get_sppt_entry(request: Request, vm: VmId, level: Level, gpa: Gpa) -> Response:
-    return tagged(request, _sppt(find(request, vm).machine.tables.sppt_entry(level, gpa)))
-
-
-@routes.put(
-    "/sppt/{level}/{gpa}",
-    operation_id="putSpptEntry",
-    summary="Store an SPPT entry",
-    description=_ABOUT_PUT + _ABOUT,
-    responses=documented(
-        {200: {"model": SpptEntry, "description": "The entry as stored.", "headers": headers("ETag")}},
-        *GUARDED_CHANGE,
-    ),
-)
-async def put_sppt_entry(request: Request, vm: VmId, level: Level, gpa: Gpa, body: RawEntry) -> Response:
-    entry = find(request, vm)
-    async with entry.mutation() as machine:
-        guard(request, entry, lambda: [tag_of(_sppt(machine.tables.sppt_entry(level, gpa)))])
-        stored = machine.tables.set_sppt_entry(level, gpa, body.raw)
-    return tagged(request, _sppt(stored))
+for _structure in STRUCTURES:
+    _entry_routes(_structure)
 
 
 @routes.post(

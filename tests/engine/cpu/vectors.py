@@ -172,11 +172,16 @@ def assign(p: Bench, name: str, joined: bool, text: str, names: dict[str, int], 
         p.poke(where[name], frame | value)
 
 
+def described(text: str) -> tuple[int, int, int, int, int]:
+    """The access of a row: access, kind, bytes, circumstances, linear address."""
+    name, place = re.fullmatch(r"(.*?) (\+?0x[0-9A-Fa-f]+|\+0)(?: n=64)?", text).groups()  # type: ignore[union-attr]
+    linear = LINEAR + int(place, 16) if place.startswith("+") else int(place, 16)
+    return *INSTRUCTIONS[name], linear
+
+
 def make(p: Bench, text: str) -> Access:
     """Make the access of a row."""
-    name, place = re.fullmatch(r"(.*?) (\+?0x[0-9A-Fa-f]+|\+0)(?: n=64)?", text).groups()  # type: ignore[union-attr]
-    access, kind, size, circumstances = INSTRUCTIONS[name]
-    linear = LINEAR + int(place, 16) if place.startswith("+") else int(place, 16)
+    access, kind, size, circumstances, linear = described(text)
     return p.access(access, size, linear, kind=kind, circumstances=circumstances)
 
 

@@ -12,14 +12,14 @@ from engine.nested.entry_checks import checks_of
 from engine.nested.set_facts import FACTS
 from engine.vcpu.vcpu import Vcpu, VcpuHost
 from tests.engine.nested.entry_check_cases import CASES
+from tests.engine.nested.set_vectors import VECTORS
 from tests.engine.nested.support import (
     ERAS,
-    EV,
     GIF,
     GM,
     MIN32,
+    MINUS,
     NONE,
-    RP,
     SHADOW_WORD,
     SHADOWING,
     blob,
@@ -32,37 +32,44 @@ from tests.engine.ram import Ram
 OLD, NEW = ERAS
 SHADOWED: dict[str, Any] = {"flags": GM, "data": vmcs12(SHADOWING)}
 
+
+def printed(name: str) -> tuple[dict[str, Any], bytes | None]:
+    """What the vCPU has and the blob of a printed vector."""
+    (vector,) = (vector for vector in VECTORS if vector.id == name)
+    return vector.vcpu, None if vector.blob is None else blob(**vector.blob)
+
+
 # Check, what the vCPU has, the blob that trips it, the field, what is found.
 TRIPPED: list[tuple[str, dict[str, Any], bytes | None, str, str]] = [
-    ("G0", {"host": VcpuHost(nested=False)}, blob(), "host", "nested=false on intel"),
-    ("G1", {}, None, "data", "NULL"),
+    ("G0", *printed("C06"), "host", "nested=false on intel"),
+    ("G1", *printed("A01"), "data", "NULL"),
     ("G1", {}, bytes(7), "data", "7 bytes"),
     ("G2", {}, blob(size=127), "size", "0x7f"),
-    ("G3", {}, blob(flags=0x10), "flags", "0x10"),
-    ("G4", {}, blob(flags=RP), "flags", "0x2"),
-    ("V1", {}, blob(format=1), "format", "0x1"),
-    ("V2a", {}, blob(vmxon=NONE, vmcs12_pa=NONE, smm=1), "vmx.smm_flags", "0x1"),
-    ("V2b", {}, blob(vmxon=NONE), "vmx.vmcs12_pa", "0x2000"),
-    ("V2c", {}, blob(vmxon=NONE, vmcs12_pa=NONE, flags=GM), "flags", "0x1"),
+    ("G3", *printed("A10"), "flags", "0x10"),
+    ("G4", *printed("A07"), "flags", "0x2"),
+    ("V1", *printed("A11"), "format", "0x1"),
+    ("V2a", *printed("B08"), "vmx.smm_flags", "0x1"),
+    ("V2b", *printed("B07"), "vmx.vmcs12_pa", "0x2000"),
+    ("V2c", {}, blob(**MINUS, flags=GM), "flags", "0x1"),
     ("V3a", {"cpuid": ()}, blob(), "vmx.vmxon_pa", "0x1000"),
-    ("V3b", {}, blob(vmxon=1), "vmx.vmxon_pa", "0x1"),
+    ("V3b", *printed("C01"), "vmx.vmxon_pa", "0x1"),
     ("V4", {}, blob(flags=GM, smm=1), "vmx.smm_flags", "0x1"),
     ("V5", {}, blob(smm=4), "vmx.smm_flags", "0x4"),
     ("V5n", {}, blob(hdr_flags=2), "vmx.flags", "0x2"),
-    ("V6", {}, blob(smm=2), "vmx.smm_flags", "0x2"),
+    ("V6", *printed("G02"), "vmx.smm_flags", "0x2"),
     ("V6", {"smm": True}, blob(flags=GM), "flags", "0x1"),
-    ("V7", {"smm": True}, blob(smm=1), "vmx.smm_flags", "0x1"),
-    ("V8", {}, blob(flags=EV), "flags", "0x4"),
-    ("V10", {}, blob(vmxon=NONE, vmcs12_pa=NONE), "vmx.vmxon_pa", f"{NONE:#x}"),
+    ("V7", *printed("G08"), "vmx.smm_flags", "0x1"),
+    ("V8", *printed("E07"), "flags", "0x4"),
+    ("V10", {}, blob(**MINUS), "vmx.vmxon_pa", f"{NONE:#x}"),
     ("V11", {"fail_allocation": True}, blob(), "host.fail_allocation", "an allocation"),
-    ("V12", {}, blob(size=128), "size", "0x80"),
-    ("V12n", {}, blob(size=128), "size", "0x80"),
+    ("V12", *printed("D02"), "size", "0x80"),
+    ("V12n", *printed("D02"), "size", "0x80"),
     ("V13", {}, blob(vmcs12_pa=0x1000), "vmx.vmcs12_pa", "0x1000"),
     ("V14", {}, blob(vmcs12_pa=NONE), "flags", "0x0"),
     ("V16", {}, blob()[:200], "data", "200 bytes"),
-    ("V17", {}, blob(data=vmcs12(revision=0x11E5_7ED1)), "vmcs12.revision", "0x11e57ed1"),
+    ("V17", *printed("F03"), "vmcs12.revision", "0x11e57ed1"),
     ("V18", {}, blob(), "flags", "0x0"),
-    ("V20a", {}, blob(**SHADOWED), "size", "0x1080"),
+    ("V20a", *printed("H09"), "size", "0x1080"),
     ("V20b", {}, blob(**SHADOWED, size=8320)[:4224], "data", "4224 bytes"),
     ("V20c", {}, blob(**SHADOWED, size=8320, shadow=vmcs12(revision=5)), "shadow_vmcs12.revision", "0x5"),
     ("V22", {}, blob(flags=GM, data=vmcs12(MIN32, guest_cr3=1 << 60)), "vmcs12.guest_cr3", "0x1000000000000000"),

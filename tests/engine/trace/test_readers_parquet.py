@@ -14,9 +14,9 @@ from engine.errors import TraceError
 from engine.trace.columns import CHUNK_RECORDS
 from engine.trace.readers import open_trace
 from engine.trace.readers.parquet_bounds import directory
-from tests import recorded
 from tests.abuse.bodies import with_arrow_schema
 from tests.engine.trace.conftest import table
+from tests.support import recorded
 
 
 def file(data, **options):

@@ -67,8 +67,8 @@ from engine.warm.whole import load_kernels
 from service import demo
 from service.api.policies import ProtectionRequest
 from service.settings import Settings
-from tests.service.running import running
-from tests.service.bodies import FORMATS, table
+from tests.support.server import running
+from tests.support.bodies import FORMATS, table
 
 load_kernels("first")
 before = {{kernel: len(kernel.overloads) for kernel in kernels()}}

@@ -29,7 +29,7 @@ from service.security.audit import AuditLog, outcome_of
 from service.security.tokens import FileTokens, MemoryTokens, mint
 from service.server import Refused, check_exposure, tls_options
 from service.settings import Settings
-from tests.service.running import Running, running
+from tests.support.server import Running, running
 
 runner = CliRunner()
 

@@ -21,7 +21,7 @@ from service.security.tokens import MemoryTokens, TokenStore, mint
 from service.settings import Settings
 from tests.contract.client import ContractClient, contract
 from tests.contract.places import PLACES
-from tests.service.running import Running, running
+from tests.support.server import Running, running
 
 PERMISSIONS = tuple(_SCOPE)
 ROUTES = create_app(Settings(warm_up=False)).routes

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.postgres import MISSING, Cluster, binaries, cluster
+from tests.support.postgres import MISSING, Cluster, binaries, cluster
 
-PATIENCE = 120.0
 _NUMBERS = itertools.count()
 
 
@@ -33,16 +31,3 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     name = f"store_{next(_NUMBERS)}"
     server.sql(f"CREATE DATABASE {name}", database="postgres")
     return server.url.rpartition("/")[0] + "/" + name
-
-
-@pytest.fixture
-def until() -> Callable[[Callable[[], bool]], None]:
-    """Waits until something is so, and fails rather than for ever."""
-
-    def wait(holds: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not holds():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-    return wait

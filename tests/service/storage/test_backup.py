@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from service.storage.backup import FORMAT, MAGIC
-from tests.service.storage.stored import command, new_vm, picture, rows_in, run_sql, section, serving, set_map
+from tests.support.http import new_vm, set_map
+from tests.support.stores import command, picture, rows_in, run_sql, section, serving
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,9 +11,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.storage.meter import Meter, Transaction, nobody
 from service.storage.records import Change, TraceRecord, VmRecord
 from tests.contract.client import ContractClient
-from tests.service.storage.stored import new_vm, run_sql, serving, set_map
+from tests.support.http import OCTETS, new_vm, set_map
+from tests.support.stores import run_sql, serving
+from tests.support.waiting import until
 
-OCTETS = {"Content-Type": "application/octet-stream"}
 DOCUMENT = Path(__file__).parents[3] / "docs" / "operations-security.md"
 
 
@@ -58,7 +58,7 @@ def test_groups_are_counted_by_their_changes(store_url: str) -> None:
         assert value(service.client, "commit_seconds_count") <= before + 40
 
 
-def test_what_is_not_stored_is_a_failure(store_url: str, until: Callable[[Callable[[], bool]], None]) -> None:
+def test_what_is_not_stored_is_a_failure(store_url: str) -> None:
     with serving(store_url) as service:
         client = service.client
         vm = new_vm(client)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 import pytest
 import sqlalchemy as sa
@@ -11,11 +10,10 @@ from sqlalchemy.exc import OperationalError
 
 from service.settings import Settings
 from tests.contract.client import ContractClient
-from tests.service.running import running
-from tests.service.storage.stored import BREAK, MEND, kind, map_of, new_vm, picture, rows_in, run_sql, serving, set_map
-
-Until = Callable[[Callable[[], bool]], None]
-OCTETS = {"Content-Type": "application/octet-stream"}
+from tests.support.http import OCTETS, map_of, new_vm, set_map
+from tests.support.server import running
+from tests.support.stores import BREAK, MEND, kind, picture, rows_in, run_sql, serving
+from tests.support.waiting import until
 
 
 def test_everything_is_there_after_a_restart(store_url: str) -> None:
@@ -127,9 +125,7 @@ def test_a_commit_that_fails_changes_nothing(store_url: str) -> None:
         assert map_of(service.client, vm, 1) == 0x33
 
 
-def test_of_changes_committed_together_only_the_bad_one_fails(
-    store_url: str, until: Until, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_changes_committed_together_only_the_bad_one_fails(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(store_url) as service:
         client = service.client
         vms = [new_vm(client) for _ in range(4)]

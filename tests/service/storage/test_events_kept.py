@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.contract.client import ContractClient
-from tests.service.event_reader import SSE, following, log, refuse
-from tests.service.storage.stored import BREAK, MEND, command, kind, new_vm, rows_in, run_sql, section, serving, set_map
-
-Until = Callable[[Callable[[], bool]], None]
+from tests.support.event_reader import SSE, following, log, refuse
+from tests.support.http import new_vm, set_map
+from tests.support.stores import BREAK, MEND, command, kind, rows_in, run_sql, section, serving
+from tests.support.waiting import until
 
 
 def ids(events: list[dict[str, Any]]) -> list[int]:
@@ -97,7 +96,7 @@ def test_retention_by_age(store_url: str) -> None:
         assert ids(log(service.client, vm)) == [11, 12], "no id is given twice, even when no event is left"
 
 
-def test_what_is_not_stored_is_not_told(store_url: str, until: Until) -> None:
+def test_what_is_not_stored_is_not_told(store_url: str) -> None:
     with serving(store_url, event_heartbeat=0.05) as service:
         client = service.client
         vm = new_vm(client)
@@ -111,7 +110,7 @@ def test_what_is_not_stored_is_not_told(store_url: str, until: Until) -> None:
         assert (event["id"], event["kind"]) == (2, "subpages") and ids(log(client, vm)) == [1, 2]
 
 
-def test_a_stream_ends_when_another_takes_the_store(tmp_path: Path, until: Until) -> None:
+def test_a_stream_ends_when_another_takes_the_store(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/subpage.db"
     with serving(url, event_heartbeat=0.05) as service:
         vm = new_vm(service.client)

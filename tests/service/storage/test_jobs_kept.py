@@ -11,20 +11,15 @@ from service.problems import StoreUnavailable
 from service.runtime.answers import StoredAnswers
 from service.runtime.home import StoredHome
 from tests.contract.client import ContractClient
-from tests.service.job_calls import ASYNC, WRITES, Gate, ended, post
-from tests.service.storage.stored import BREAK, MEND, kind, map_of, new_vm, rows_in, run_sql, serving
-
-Until = Callable[[Callable[[], bool]], None]
-
-
-def key(text: str, **headers: str) -> dict[str, str]:
-    return {"Idempotency-Key": text, **headers}
-
+from tests.support.http import key, map_of, new_vm
+from tests.support.job_calls import ASYNC, WRITES, Gate, ended, post
+from tests.support.stores import BREAK, MEND, kind, rows_in, run_sql, serving
+from tests.support.waiting import until
 
 # Jobs
 
 
-def test_jobs_are_known_after_a_restart(store_url: str, gate: Gate, until: Until) -> None:
+def test_jobs_are_known_after_a_restart(store_url: str, gate: Gate) -> None:
     with serving(store_url, shutdown_timeout=0) as service:
         client = service.client
         vms = [new_vm(client) for _ in range(2)]
@@ -103,9 +98,7 @@ def test_nothing_is_accepted_that_is_not_stored(store_url: str) -> None:
 
 
 @pytest.mark.parametrize("made", [True, False])
-def test_a_commit_of_unknown_outcome(
-    store_url: str, made: bool, gate: Gate, monkeypatch: pytest.MonkeyPatch, until: Until
-) -> None:
+def test_a_commit_of_unknown_outcome(store_url: str, made: bool, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job is what the store says, once that can be asked."""
     real, asked = StoredHome.commit, []
 
@@ -135,7 +128,7 @@ def test_a_commit_of_unknown_outcome(
             assert service.client.get(found["result"]).status_code == 200
 
 
-def test_an_end_that_could_not_be_stored_is_stored_later(store_url: str, gate: Gate, until: Until) -> None:
+def test_an_end_that_could_not_be_stored_is_stored_later(store_url: str, gate: Gate) -> None:
     with serving(store_url) as service:
         client = service.client
         vm = new_vm(client)
@@ -155,7 +148,7 @@ def test_an_end_that_could_not_be_stored_is_stored_later(store_url: str, gate: G
         assert service.client.get(url).json()["state"] == "cancelled"
 
 
-def test_another_process_takes_the_store(tmp_path: Any, gate: Gate, until: Until) -> None:
+def test_another_process_takes_the_store(tmp_path: Any, gate: Gate) -> None:
     url = f"sqlite:///{tmp_path}/subpage.db"
     with serving(url) as first:
         vm = new_vm(first.client)

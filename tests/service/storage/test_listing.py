@@ -7,11 +7,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from service.settings import MIB
 from service.storage.database import connect
 from service.storage.urls import StoreUrl
 from tests.contract.client import ContractClient
-from tests.service.running import Running
-from tests.service.storage.stored import MIB, new_vm, serving, set_map
+from tests.support.http import new_vm, set_map
+from tests.support.server import Running
+from tests.support.stores import serving
 
 
 def loaded(service: Running) -> list[str]:

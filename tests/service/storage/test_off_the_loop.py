@@ -16,11 +16,12 @@ import httpx2
 import pytest
 
 from engine.machine import VirtualMachine
+from service.settings import MIB
 from tests.contract.client import ContractClient
-from tests.service.running import Running
-from tests.service.storage.stored import MIB, map_of, new_vm, serving, set_map
+from tests.support.http import OCTETS, map_of, new_vm, set_map
+from tests.support.server import Running
+from tests.support.stores import serving
 
-OCTETS = {"Content-Type": "application/octet-stream"}
 PAGE = b"\x11" * 4096
 
 

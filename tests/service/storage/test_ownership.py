@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
@@ -20,19 +20,20 @@ import typer.testing
 from service.cli.app import app
 from service.problems import StoreUnavailable
 from service.storage.schema import REVISION
-from tests.faults.postgres import Cluster
-from tests.service.running import Running
-from tests.service.storage.stored import map_of, new_vm, run_sql, serving, set_map
+from tests.support.http import map_of, new_vm, set_map
+from tests.support.postgres import Cluster
+from tests.support.server import Running
+from tests.support.stores import run_sql, serving
+from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[3]
-Until = Callable[[Callable[[], bool]], None]
 
 
 def ready(service: Running) -> bool:
     return service.client.get("/readyz").status_code == 200
 
 
-def test_a_second_process_waits_unready(store_url: str, until: Until) -> None:
+def test_a_second_process_waits_unready(store_url: str) -> None:
     with contextlib.ExitStack() as stack:
         first_only = stack.enter_context(contextlib.ExitStack())
         first = first_only.enter_context(serving(store_url))
@@ -58,7 +59,7 @@ def take_away(url: str, postgres: Cluster | None) -> None:
 
 
 def test_losing_the_store_stops_writes_at_once(
-    store_url: str, until: Until, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    store_url: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lock goes, another process takes over: the first writes nothing, and follows when the store is free again."""
     postgres = request.getfixturevalue("postgres") if store_url.startswith("postgresql") else None
@@ -83,7 +84,7 @@ def test_losing_the_store_stops_writes_at_once(
         assert set_map(first.client, vm, 1, 0x55) == 204
 
 
-def test_an_owner_that_was_followed_writes_nothing_though_its_lock_looks_fine(store_url: str, until: Until) -> None:
+def test_an_owner_that_was_followed_writes_nothing_though_its_lock_looks_fine(store_url: str) -> None:
     """The epoch proves ownership: as if another had come, written and gone while this process was stopped."""
     with serving(store_url) as service:
         vm = new_vm(service.client)
@@ -94,7 +95,7 @@ def test_an_owner_that_was_followed_writes_nothing_though_its_lock_looks_fine(st
         assert map_of(service.client, vm, 1) == 0xFFFF_FFFF
 
 
-def test_a_machine_that_somebody_else_changed_is_read_again(store_url: str, until: Until) -> None:
+def test_a_machine_that_somebody_else_changed_is_read_again(store_url: str) -> None:
     with serving(store_url) as service:
         vm = new_vm(service.client)
         run_sql(store_url, "UPDATE vms SET revision = 9")
@@ -103,7 +104,7 @@ def test_a_machine_that_somebody_else_changed_is_read_again(store_url: str, unti
         assert service.client.get(vm).json()["revision"] == 9
 
 
-def test_the_connection_breaks_and_comes_back(postgres: Cluster, until: Until) -> None:
+def test_the_connection_breaks_and_comes_back(postgres: Cluster) -> None:
     """Reads go on meanwhile; the machines in memory are still the store's."""
     postgres.sql("CREATE DATABASE interrupted", database="postgres")
     url = postgres.url.rpartition("/")[0] + "/interrupted"
@@ -119,7 +120,7 @@ def test_the_connection_breaks_and_comes_back(postgres: Cluster, until: Until) -
         assert set_map(service.client, vm, 1, 0x33) == 204
 
 
-def test_a_store_of_a_later_release_is_left_alone(store_url: str, until: Until) -> None:
+def test_a_store_of_a_later_release_is_left_alone(store_url: str) -> None:
     with serving(store_url) as service:
         new_vm(service.client)
     run_sql(store_url, "UPDATE alembic_version SET version_num = '9999'")
@@ -130,7 +131,7 @@ def test_a_store_of_a_later_release_is_left_alone(store_url: str, until: Until) 
         assert len(service.client.get("/v1/vms").json()["vms"]) == 1
 
 
-def test_a_store_that_cannot_be_reached_is_tried_again(tmp_path: Path, until: Until) -> None:
+def test_a_store_that_cannot_be_reached_is_tried_again(tmp_path: Path) -> None:
     folder = tmp_path / "not a folder"
     folder.write_text("")
     with serving(f"sqlite:///{folder}/subpage.db", ready=False) as service:
@@ -167,7 +168,7 @@ def process(url: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         started.stdout.close()
 
 
-def test_two_processes(tmp_path: Path, until: Until) -> None:
+def test_two_processes(tmp_path: Path) -> None:
     """The second takes over the moment the first is killed."""
     url = f"sqlite:///{tmp_path}/subpage.db"
     with process(url) as (first, at_first), httpx2.Client(timeout=30.0) as client:

@@ -14,9 +14,9 @@ import pytest
 from tests.contract.client import ContractClient
 from tests.faults.kill import wait_until_ready
 from tests.faults.nursery import Nursery, Server, nursery
-from tests.service.running import Running
-from tests.service.storage.stored import map_of, new_vm, set_map
-from tests.service.tools import Background, answering, tool, trace
+from tests.support.http import map_of, new_vm, set_map
+from tests.support.server import Running
+from tests.support.tools import Background, answering, tool, trace
 
 ROWS = [0x9000, 0x5200, 0x9000, 0x5F80, 0x9000]
 

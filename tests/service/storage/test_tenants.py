@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,9 +14,9 @@ from service.security.stored_tokens import StoredTokens
 from service.security.tokens import TokensUnavailable, mint
 from service.storage.offline import backup, restore
 from service.storage.urls import StoreUrl
-from tests.service.storage.stored import new_vm, run_sql, serving
-
-Until = Callable[[Callable[[], bool]], None]
+from tests.support.http import new_vm
+from tests.support.stores import run_sql, serving
+from tests.support.waiting import until
 
 
 def tenants_tokens(url: str) -> dict[str, dict[str, str]]:
@@ -73,9 +72,7 @@ def test_a_store_of_the_release_before(tmp_path: Path) -> None:
         assert [item["id"] for item in service.client.get("/v1/vms").json()["vms"]] == [vm.rpartition("/")[2]]
 
 
-def test_the_command_writes_beside_the_service(
-    store_url: str, monkeypatch: pytest.MonkeyPatch, until: Until, tmp_path: Path
-) -> None:
+def test_the_command_writes_beside_the_service(store_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SUBPAGE_STORE", store_url)
     runner = CliRunner()
     with serving(store_url, token_refresh=0.05) as service:

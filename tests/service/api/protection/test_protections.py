@@ -1,0 +1,199 @@
+"""Protections over HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.contract.client import ContractClient
+from tests.support import recorded
+
+OBJECT = {"name": "table", "gpa": "0x2080", "size": 256}
+SHOWN = {**OBJECT, "granularity": "subpage", "gva": None, "about": None}
+
+
+def access(client: ContractClient, vm: str, gfn: int) -> str:
+    found: str = client.get(f"{vm}/subpages?gfn={gfn}").json()["access"][0]
+    return found
+
+
+def test_create_read_delete(vm: str, client: ContractClient) -> None:
+    created = client.post(f"{vm}/protections", json={"name": "kernel", "objects": [OBJECT]})
+    assert created.status_code == 201 and created.headers["Location"] == f"{vm}/protections/kernel"
+    counts = {"pages": 1, "subpages": 2, "page_ranges": []}
+    assert created.json() == {"name": "kernel", "about": None, "objects": [SHOWN], **counts}
+    assert access(client, vm, 2) == "0xfffffff9"
+    read = client.get(created.headers["Location"])
+    assert read.json() == created.json() and read.headers["ETag"] == created.headers["ETag"]
+    assert client.get(read.url.path, headers={"If-None-Match": read.headers["ETag"]}).status_code == 304
+    assert client.delete(read.url.path, headers={"If-Match": '"x"'}).status_code == 412
+    assert client.delete(read.url.path, headers={"If-Match": read.headers["ETag"]}).status_code == 204
+    assert access(client, vm, 2) == "0xffffffff"
+    assert client.get(read.url.path).status_code == client.delete(read.url.path).status_code == 404
+
+
+def test_rounded_outward_and_counted(vm: str, client: ContractClient) -> None:
+    one = {"name": "a", "objects": [{"name": "byte", "gpa": 0x20FF, "size": 2}]}
+    two = {"name": "b", "objects": [{"name": "byte", "gpa": 0x2100, "size": 1}]}
+    assert client.post(f"{vm}/protections", json=one).json()["subpages"] == 2
+    client.post(f"{vm}/protections", json=two)
+    assert access(client, vm, 2) == "0xfffffff9"
+    client.delete(f"{vm}/protections/a")
+    assert access(client, vm, 2) == "0xfffffffb"
+    client.put(f"{vm}/subpages?gfn=2", json={"access": ["0xffffffff"]})
+    assert access(client, vm, 2) == "0xfffffffb"
+
+
+def test_a_name_is_unique(vm: str, client: ContractClient) -> None:
+    for status in (201, 409):
+        reply = client.post(f"{vm}/protections", json={"name": "p", "objects": [OBJECT]})
+        assert reply.status_code == status
+    assert reply.json()["field"] == "name" and reply.json()["value"] == "p"
+
+
+def test_list_in_pages(vm: str, client: ContractClient) -> None:
+    for n in range(5):
+        client.post(f"{vm}/protections", json={"name": f"p{n}", "objects": [OBJECT]})
+    names: list[str] = []
+    url = f"{vm}/protections?limit=2"
+    while url:
+        page = client.get(url).json()
+        names += [item["name"] for item in page["protections"]]
+        url = page["next"]
+    assert names == [f"p{n}" for n in range(5)]
+
+
+def test_many_objects(vm: str, client: ContractClient) -> None:
+    objects = [{"name": f"o{n}", "gpa": n << 12, "size": 64} for n in range(500)]
+    created = client.post(f"{vm}/protections", json={"name": "many", "objects": objects})
+    assert created.json()["pages"] == 500 and created.json()["subpages"] == 500
+    assert client.delete(created.headers["Location"]).status_code == 204
+    assert access(client, vm, 499) == "0xffffffff"
+
+
+@pytest.mark.parametrize(
+    ("document", "field"),
+    [
+        ({"name": "", "objects": [OBJECT]}, "name"),
+        ({"name": "a/b", "objects": [OBJECT]}, "name"),
+        ({"name": "x" * 129, "objects": [OBJECT]}, "name"),
+        ({"objects": [OBJECT]}, "name"),
+        ({"name": "p", "objects": []}, "objects"),
+        ({"name": "p"}, "objects"),
+        ({"name": "p", "objects": [{**OBJECT, "size": 0}]}, "objects[0].size"),
+        ({"name": "p", "objects": [OBJECT, {**OBJECT, "size": -1}]}, "objects[1].size"),
+        ({"name": "p", "objects": [{**OBJECT, "name": ""}]}, "objects[0].name"),
+        ({"name": "p", "objects": [{**OBJECT, "gva": "x"}]}, "objects[0].gva"),
+        ({"name": "p", "objects": [{**OBJECT, "pva": 0}]}, "objects[0].pva"),
+        ({"name": "p", "objects": [{"name": "o", "size": 1}]}, "objects[0].gpa"),
+        ({"name": "p", "objects": [{"name": "o", "gva": "", "size": 1}]}, "objects[0].gpa"),
+        ({"name": "p", "objects": [{**OBJECT, "granularity": "byte"}]}, "objects[0].granularity"),
+        ({"name": "p", "objects": [OBJECT], "subpage_bytes": 64}, "subpage_bytes"),
+        ({"name": "p", "objects": [OBJECT], "about": 5}, "about"),
+        ({"name": "p", "pages": []}, "objects"),
+        ({"name": "p", "pages": [[2, 1]]}, "pages[0][2]"),
+        ({"name": "p", "pages": [[2, 1, 0], [2, 1, 1 << 32]]}, "pages[1][2]"),
+        ({"name": "p", "pages": [[2, 0, 0]]}, "pages[0][1]"),
+        ({"name": "p", "pages": [["0x900000", 1, 0]]}, "pages[0][0]"),
+        ({"name": "p", "pages": [[2, 1, 0]] * 65537}, "pages"),
+        ({"name": "p", "objects": [OBJECT, {**OBJECT, "name": "b", "gpa": "0x1000000"}]}, "objects[1].gpa"),
+        ({"name": "p", "objects": [{**OBJECT, "gpa": "0xffffffffffffffff"}]}, "objects[0].gpa"),
+        ({"name": "p", "objects": [{**OBJECT, "gpa": "0xffff80", "size": 129}]}, "objects[0].gpa"),
+    ],
+)
+def test_refused(vm: str, client: ContractClient, document: dict[str, Any], field: str) -> None:
+    reply = client.post(f"{vm}/protections", json=document)
+    assert reply.status_code == 422, reply.text
+    assert reply.json()["field"] == field
+    assert client.get(f"{vm}/protections").json()["protections"] == []
+    assert access(client, vm, 2) == "0xffffffff"
+
+
+def test_match_is_demanded(make_vm: Callable[..., str], client: ContractClient) -> None:
+    vm = make_vm(require_match=True)
+    created = client.post(f"{vm}/protections", json={"name": "p", "objects": [OBJECT]})
+    assert created.status_code == 201
+    assert client.delete(created.headers["Location"]).status_code == 428
+    assert client.delete(created.headers["Location"], headers={"If-Match": "*"}).status_code == 204
+
+
+def test_all_that_a_policy_says_comes_back(vm: str, client: ContractClient) -> None:
+    noted = {**OBJECT, "gva": "0xffffffff82000080", "about": "why"}
+    whole = {"name": "whole", "gpa": "0x4ff0", "size": 32, "granularity": "page"}
+    empty = {"name": "empty", "gpa": "0x6000", "size": 1, "gva": ""}
+    policy = {"name": "p", "about": "a note", "subpage_bytes": 128, "objects": [noted, whole, empty]}
+    created = client.post(f"{vm}/protections", json={**policy, "pages": [[8, "0x2", "0xfffffff0"], ["0x2", 1, 1]]})
+    assert created.status_code == 201, created.text
+    found = created.json()
+    assert found["about"] == "a note" and found["page_ranges"] == [["0x8", 2, "0xfffffff0"], ["0x2", 1, "0x1"]]
+    assert found["objects"] == [
+        {**SHOWN, **noted},
+        {**SHOWN, **whole},
+        {**SHOWN, **empty, "gva": None},
+    ]
+    assert (found["pages"], found["subpages"]) == (6, 31 + 64 + 1 + 8)
+    assert [access(client, vm, gfn) for gfn in (2, 4, 5, 6, 8, 9)] == [
+        "0x1", "0x0", "0x0", "0xfffffffe", "0xfffffff0", "0xfffffff0"
+    ]  # fmt: skip
+    assert client.get(f"{vm}/subpages?gfn=8&layer=set").json()["access"] == ["0xffffffff"], "nothing is SET"
+    assert client.get(created.headers["Location"]).json() == found
+    client.delete(created.headers["Location"])
+    assert access(client, vm, 8) == access(client, vm, 4) == "0xffffffff"
+
+
+def test_what_comes_back_is_a_policy_again(vm: str, client: ContractClient) -> None:
+    policy = {"name": "p", "objects": [{**OBJECT, "gva": 1 << 63}], "pages": [[8, 2, 0]]}
+    shown = client.post(f"{vm}/protections", json=policy).json()
+    again = {"name": "q", "about": shown["about"], "objects": shown["objects"], "pages": shown["page_ranges"]}
+    assert {**client.post(f"{vm}/protections", json=again).json(), "name": "p"} == shown
+
+
+@pytest.mark.parametrize(
+    ("item", "member"),
+    [
+        ({"name": "o", "gva": "0xffffffff82000080", "size": 8}, "gva"),
+        ({"name": "o", "symbol": "modprobe_path", "size": 8}, "symbol"),
+        ({**OBJECT, "symbol": "modprobe_path"}, "symbol"),
+    ],
+)
+def test_places_that_are_not_supported_yet(vm: str, client: ContractClient, item: Any, member: str) -> None:
+    reply = client.post(f"{vm}/protections", json={"name": "p", "objects": [OBJECT | {"name": "a"}, item]})
+    problem = reply.json()
+    assert (reply.status_code, problem["code"]) == (422, "not-yet-supported")
+    assert problem["field"] == f"objects[1].{member}" and "not yet supported" in problem["detail"]
+
+
+def test_one_name_twice_is_refused_with_both_places(vm: str, client: ContractClient) -> None:
+    objects = [OBJECT, {**OBJECT, "name": "b"}, {**OBJECT, "name": "c"}, {**OBJECT, "gpa": "0x3000"}]
+    reply = client.post(f"{vm}/protections", json={"name": "p", "objects": objects})
+    assert reply.status_code == 422 and reply.json()["field"] == "objects[3].name"
+    assert "objects[0] and objects[3]" in reply.json()["detail"] and reply.json()["value"] == "table"
+    assert client.get(f"{vm}/protections").json()["protections"] == []
+
+
+def test_whole_pages_on_a_machine_without_spp_are_refused(make_vm: Callable[..., str], client: ContractClient) -> None:
+    vm = make_vm(spp=False)
+    whole = {**OBJECT, "granularity": "page"}
+    reply = client.post(f"{vm}/protections", json={"name": "p", "objects": [whole]})
+    assert (reply.status_code, reply.json()["code"]) == (409, "spp-not-enabled")
+    assert reply.json()["field"] == "objects[0].granularity" and "PUT …/spp" in reply.json()["detail"]
+
+
+@pytest.mark.parametrize("name", ["kernel_control_data", "kernel_text_and_data", "hot_pages_stress"])
+def test_the_recorded_policies_are_taken_as_they_are(
+    make_vm: Callable[..., str], client: ContractClient, name: str
+) -> None:
+    vm = make_vm(memory_slots=[{"slot": 0, "gpa": 0, "size": 1 << 30}])
+    content = recorded.policy(name).read_bytes()
+    policy = json.loads(content)
+    headers = {"Content-Type": "application/json"}
+    found = client.post(f"{vm}/protections", content=content, headers=headers).json()
+    assert found["name"] == name and found["about"] == policy["about"]
+    assert [[int(gfn, 16), count, int(access, 16)] for gfn, count, access in found["page_ranges"]] == policy["pages"]
+    assert [item["gva"] for item in found["objects"]] == [item["gva"] or None for item in policy["objects"]]
+    objects = [{key: item[key] for key in ("name", "gpa", "size")} for item in policy["objects"]]
+    alone = client.post(f"{vm}/protections", json={"name": "alone", "objects": objects}).json()
+    assert (alone["pages"], alone["subpages"]) == (found["pages"], found["subpages"]), "both lists say the same"
