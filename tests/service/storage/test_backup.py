@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.storage.backup import FORMAT, MAGIC
+from service.backups.files import FORMAT, MAGIC
 from tests.service.storage.stored import command, new_vm, picture, rows_in, run_sql, section, serving, set_map
 
 
