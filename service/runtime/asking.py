@@ -19,7 +19,7 @@ from engine.trace.results import ExitColumns, TraceResult
 from engine.trace.single import AccessRequest, AccessResult
 from service.problems import RESUME_AT, NotReady
 from service.runtime.bodies import Upload
-from service.runtime.desk import Question, Resolution
+from service.runtime.desk import Question
 from service.runtime.entry import Entry
 from service.runtime.traces import TraceRequest
 from service.settings import Settings
@@ -30,7 +30,7 @@ class Tallied(Protocol):
 
     def asked(self) -> None: ...
 
-    def answered(self, resolution: Resolution) -> None: ...
+    def answered(self, action: str | None, reason: str, timeouts: int) -> None: ...
 
 
 class Asker:
@@ -66,7 +66,7 @@ class Asker:
             self._settings.max_questions,
             self._give_up,
         )
-        self._metrics.answered(resolution)
+        self._metrics.answered(resolution.action, resolution.reason, resolution.timeouts)
         assert resolution.action is not None
         return resolution.action
 

@@ -23,8 +23,8 @@ from service.problems import Interrupted, NotReady, ServiceError, StoreUnavailab
 from service.runtime import job as states
 from service.runtime.bodies import PIECE, Upload
 from service.runtime.body_memory import BodyMemory
-from service.runtime.home import finished
 from service.runtime.job import Job
+from service.runtime.offload import finished
 from service.runtime.registry import Registry
 from service.runtime.replays import committed
 from service.runtime.riders import riding
@@ -75,7 +75,7 @@ class Jobs:
         self.spools = Spools(settings.max_job_bytes, settings.spool_dir, tenants)
         self.memory = BodyMemory(settings.body_memory_bytes, settings.max_body_memory_bytes, tenants)
         self._closing_at: float | None = None
-        metrics.watch_jobs(self.by_state)
+        metrics.jobs_end(state for state in states.STATES if state in states.ENDED)
 
     def open(self, executor: Executor) -> None:
         """Begin; replays run in threads of ``executor``."""

@@ -20,7 +20,6 @@ from service.problems import NotReady, StoreUnavailable
 from service.runtime.asking import Asker
 from service.runtime.desk import Desk, Interest, Question, Resolution, Tool
 from service.runtime.entry import Entry
-from service.runtime.events import LogStats
 from service.security.access import ANYBODY, AccessControl, Principal
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
@@ -126,8 +125,7 @@ def test_the_end_of_the_machine(refused: ExitColumns) -> None:
 
 
 def asker(entry: Any, draining: bool) -> Asker:
-    metrics = Metrics(cast(Any, SimpleNamespace(all=lambda: [entry], home=SimpleNamespace(), logs=LogStats())))
-    return Asker(cast(Entry, entry), Settings(), metrics, lambda: draining)
+    return Asker(cast(Entry, entry), Settings(), Metrics(), lambda: draining)
 
 
 def test_an_asker_counts_attempts_and_gives_up_with_the_service(refused: ExitColumns) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from service.problems import StoreUnavailable
 from service.runtime.answers import StoredAnswers
-from service.runtime.home import StoredHome
+from service.runtime.stored_home import StoredHome
 from tests.contract.client import ContractClient
 from tests.service.job_calls import ASYNC, WRITES, Gate, ended, post
 from tests.service.storage.stored import BREAK, MEND, kind, map_of, new_vm, rows_in, run_sql, serving
