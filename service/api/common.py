@@ -11,11 +11,14 @@ from pydantic import BaseModel
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
+from service import __version__
 from service.http import conditional
+from service.http.conditional import entity_tag
 from service.http.negotiation import OCTETS
 from service.http.route import Routes
 from service.problems import responses
 from service.runtime.asking import Asker
+from service.runtime.entry import Listed
 from service.runtime.jobs import Jobs
 from service.runtime.registry import Entry, Registry, unknown_vm
 from service.runtime.replays import Replaying
@@ -164,6 +167,11 @@ def guard(request: Request, entry: Entry, current: Callable[[], Iterable[str]]) 
     Call it while holding the machine's writer, so that the state compared is the state changed.
     """
     conditional.require_match(request, current, required=entry.require_match)
+
+
+def vm_tag(entry: Entry | Listed) -> str:
+    """The entity tag of a machine as it is: every committed change counts its revision up."""
+    return entity_tag(f"{entry.id} {entry.created.isoformat()} {entry.revision} {__version__}".encode())
 
 
 def encode(document: BaseModel | Any) -> bytes:

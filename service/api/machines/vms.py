@@ -13,7 +13,6 @@ from starlette.responses import Response
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.state.config import HostConfig, VcpuConfig, VmConfig
 from engine.state.kvm_versions import ProfileName
-from service import __version__
 from service.api.common import (
     EXAMPLE_VM,
     Cursor,
@@ -29,14 +28,15 @@ from service.api.common import (
     settings_of,
     tagged_reply,
     tenant_of,
+    vm_tag,
 )
 from service.api.memory.memory_slots import MemorySlot, NumberedSlotRequest, check_slots
 from service.http import cursors
-from service.http.conditional import entity_tag, not_modified
+from service.http.conditional import not_modified
 from service.http.negotiation import JSON
 from service.http.words import Document, Hex32, Hex64, examples
 from service.platform.stamps import moment, stamp
-from service.runtime.entry import Entry, Listed
+from service.runtime.entry import Listed
 from service.runtime.offload import maybe_in_thread
 
 routes = router("VMs", "/v1/vms", reads="read", writes="write")
@@ -254,11 +254,6 @@ class Vm(Document):
     flush_execution: str = Field(description="How flush hypercalls are carried out.")
     revision: int = Field(description="Counts committed changes, replays included; part of the entity tag.")
     created: str = Field(description="RFC 3339, UTC.", json_schema_extra={"format": "date-time"})
-
-
-def vm_tag(entry: Entry | Listed) -> str:
-    """The entity tag of a machine as it is: every committed change counts its revision up."""
-    return entity_tag(f"{entry.id} {entry.created.isoformat()} {entry.revision} {__version__}".encode())
 
 
 async def rendered(shown: Listed) -> bytes:

@@ -23,8 +23,8 @@ from service.api.common import (
     json_response,
     router,
     settings_of,
+    vm_tag,
 )
-from service.api.machines.vms import vm_tag
 from service.http import cursors
 from service.http.words import Document, Hex32, Hex64, examples
 from service.runtime.offload import maybe_in_thread

@@ -17,8 +17,8 @@ from service.api.common import (
     guard,
     json_response,
     router,
+    vm_tag,
 )
-from service.api.machines.vms import vm_tag
 from service.api.nested.nested_state import VcpuId
 from service.http.words import Document, Hex32, Hex64, examples
 

@@ -19,8 +19,8 @@ from service.api.common import (
     guard,
     json_response,
     router,
+    vm_tag,
 )
-from service.api.machines.vms import vm_tag
 from service.http.words import Document, Hex32, Hex64, Rights, examples
 from service.problems import InvalidDocument, showable
 from service.runtime.changes import pages_set

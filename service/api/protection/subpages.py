@@ -28,8 +28,8 @@ from service.api.common import (
     router,
     settings_of,
     vm_parameter,
+    vm_tag,
 )
-from service.api.machines.vms import vm_tag
 from service.http import bitmaps, conditional
 from service.http.json_bodies import INLINE_BYTES, parsed
 from service.http.negotiation import JSON, OCTETS, content_type, preferred

@@ -158,7 +158,7 @@ def arrow_stream(exits: ExitColumns) -> Iterator[bytes]:
     """An Arrow IPC stream; without records, its schema alone."""
     from service.api.traces.exits_arrow import stream  # noqa: PLC0415 - 25 MB that a service has no use for until now
 
-    yield from stream(exits)
+    yield from stream(exits, tuple(ExitRecord.model_fields))
 
 
 def exits_path(vm_id: str, trace_id: str) -> str:
