@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Annotated, Any, cast
 
 import msgspec
@@ -11,9 +12,11 @@ from pydantic import BaseModel
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
+from engine.machine import VirtualMachine
 from service import __version__
 from service.http import conditional
 from service.http.conditional import entity_tag
+from service.http.idempotency import hooks_of
 from service.http.negotiation import OCTETS
 from service.http.route import Routes
 from service.problems import responses
@@ -167,6 +170,13 @@ def guard(request: Request, entry: Entry, current: Callable[[], Iterable[str]]) 
     Call it while holding the machine's writer, so that the state compared is the state changed.
     """
     conditional.require_match(request, current, required=entry.require_match)
+
+
+@asynccontextmanager
+async def changing(request: Request, entry: Entry) -> AsyncIterator[VirtualMachine]:
+    """The machine, held for one mutation that ``request`` makes; see ``Entry.mutation``."""
+    async with entry.mutation(hooks_of(request)) as change:
+        yield change.machine
 
 
 def vm_tag(entry: Entry | Listed) -> str:

@@ -6,7 +6,6 @@ import base64
 import json
 import time
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -122,7 +121,7 @@ class StoredAnswers:
 
 @dataclass(slots=True)
 class Keyed:
-    """The request under a key that the running task carries out; a rider of its commits.
+    """A request under a key that is being carried out; a hook of its commits.
 
     ``fingerprint`` is asked for the hash of the request, which is empty until its body has been read.
     """
@@ -134,10 +133,17 @@ class Keyed:
     prepared: Answer | None = field(default=None)
 
     def __call__(self, change: Change) -> Side | None:
-        if not isinstance(self.answers, StoredAnswers) or any(side.answers for side in change.sides):
+        if not isinstance(self.answers, StoredAnswers):
             return None
         answer = self.prepared or Answer(self.fingerprint(), CARRIED_OUT, (), _changed(change).encode())
         return Side(answers=(self.answers.record(self.owner, self.key, answer),))
+
+    def will_answer(self, response: Response) -> None:
+        """What the request is going to be answered when its next commit is made, so that the one is stored with the
+        other. Nothing while its body has not been read to its end."""
+        if fingerprint := self.fingerprint():
+            headers = tuple((bytes(name), bytes(value)) for name, value in response.raw_headers)
+            self.prepared = Answer(fingerprint, response.status_code, headers, bytes(response.body))
 
 
 def _changed(change: Change) -> str:
@@ -146,18 +152,6 @@ def _changed(change: Change) -> str:
         return ""
     vm = f"/v1/vms/{change.after.id}"
     return f"{vm}/traces/{change.traces[-1].id}" if change.traces else vm
-
-
-KEYED: ContextVar[Keyed | None] = ContextVar("keyed", default=None)
-
-
-def will_answer(response: Response) -> None:
-    """What the running request is going to be answered when its next commit is made, so that the one is stored with
-    the other. Nothing without a key, or while the body has not been read to its end."""
-    keyed = KEYED.get()
-    if keyed is not None and (fingerprint := keyed.fingerprint()):
-        headers = tuple((bytes(name), bytes(value)) for name, value in response.raw_headers)
-        keyed.prepared = Answer(fingerprint, response.status_code, headers, bytes(response.body))
 
 
 def answers_of(home: Home, seconds: float) -> Answers:

@@ -9,6 +9,7 @@ from engine.machine import VirtualMachine
 from engine.machine.summary import Summary
 from engine.trace.results import ExitColumns
 from service.problems import trace_not_kept
+from service.runtime.commit_hooks import CommitHooks
 from service.runtime.events import Load
 from service.runtime.traces import Trace
 from service.storage.meter import Observer, nobody
@@ -61,8 +62,10 @@ class Home:
     async def stop(self) -> None:
         """End, after everything that was handed in."""
 
-    async def create(self, record: VmRecord, machine: VirtualMachine, log: LogChange = NO_LOG) -> None:
-        """Store a new machine and its first events. Raises StoreUnavailable."""
+    async def create(
+        self, record: VmRecord, machine: VirtualMachine, log: LogChange = NO_LOG, hooks: CommitHooks = ()
+    ) -> None:
+        """Store a new machine and its first events. ``hooks`` here and below say what else. Raises StoreUnavailable."""
 
     async def commit(
         self,
@@ -72,10 +75,11 @@ class Home:
         traces: Sequence[Trace] = (),
         dropped: Sequence[str] = (),
         log: LogChange = NO_LOG,
+        hooks: CommitHooks = (),
     ) -> None:
         """Store what differs between two machines, results of replays, and events. Raises StoreUnavailable."""
 
-    async def delete(self, record: VmRecord) -> None:
+    async def delete(self, record: VmRecord, hooks: CommitHooks = ()) -> None:
         """Remove a machine. Raises StoreUnavailable."""
 
     async def revision(self, number: int) -> int | None:
@@ -105,7 +109,7 @@ class Home:
         """One part of a trace's exit records. Raises NotFound when they are not kept, StoreUnavailable."""
         raise trace_not_kept(trace)
 
-    async def note(self, side: Side) -> None:
+    async def note(self, side: Side, hooks: CommitHooks = ()) -> None:
         """Store what is no machine's. Raises StoreUnavailable."""
 
     async def kept_traces(self, ids: Collection[str]) -> set[str]:

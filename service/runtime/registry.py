@@ -17,6 +17,7 @@ from service.platform.stamps import moment
 from service.problems import StoreUnavailable
 from service.runtime.batches import Parts
 from service.runtime.changes import created
+from service.runtime.commit_hooks import CommitHooks
 from service.runtime.entry import Entry, Listed, unknown_vm
 from service.runtime.events import EventLog, LogStats
 from service.runtime.home import Home
@@ -164,8 +165,10 @@ class Registry:
                 surplus -= entry.room.used
                 entry.unload()
 
-    async def create(self, config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool, tenant: str) -> Entry:
-        """A new machine of ``tenant`` under a fresh unguessable id, committed.
+    async def create(
+        self, config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool, tenant: str, hooks: CommitHooks
+    ) -> Entry:
+        """A new machine of ``tenant`` under a fresh unguessable id, committed with what ``hooks`` say.
 
         Raises LimitExceeded, what the engine says of the input, or StoreUnavailable.
         """
@@ -180,7 +183,7 @@ class Registry:
             now = max(datetime.now(UTC), self._latest.get(tenant, _EPOCH) + _TICK)
             entry = self._entry(f"vm_{secrets.token_hex(8)}", self._sequence, now, 1, tenant)
             log, next_event = entry.events.coming([created(machine)])
-            await self.home.create(entry.record(next_event=next_event), machine, log)
+            await self.home.create(entry.record(next_event=next_event), machine, log, hooks)
         finally:
             self._places.count(tenant, -1)
             room.settle(0)  # from here on the entry counts it
@@ -273,7 +276,3 @@ class Registry:
             finally:
                 entry.uses -= 1
         return None if entry.gone else entry.listed
-
-    def forget(self, entry: Entry) -> None:
-        """Delete the machine with the commit of the mutation that the caller is in; whoever waits finds it gone."""
-        entry.leaving = True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import replace
 
 import anyio.to_thread
 
@@ -13,10 +12,10 @@ from engine.machine import VirtualMachine
 from engine.machine.summary import Summary, summary_from_head
 from engine.trace.results import ExitColumns
 from service.problems import NotReady, StoreUnavailable, trace_not_kept
+from service.runtime.commit_hooks import CommitHooks, with_sides
 from service.runtime.events import Load
 from service.runtime.home import NO_LOG, Home, Residents, Workplace
 from service.runtime.offload import finished
-from service.runtime.riders import sides_of
 from service.runtime.trace_records import columns_of, record_of, trace_of
 from service.runtime.traces import Trace
 from service.storage.keeper import Keeper
@@ -92,9 +91,12 @@ class StoredHome(Home):
         if self._keeper is not None:
             await anyio.to_thread.run_sync(self._keeper.stop)
 
-    async def create(self, record: VmRecord, machine: VirtualMachine, log: LogChange = NO_LOG) -> None:
+    async def create(
+        self, record: VmRecord, machine: VirtualMachine, log: LogChange = NO_LOG, hooks: CommitHooks = ()
+    ) -> None:
         await self._store(
-            Change(record.number, None, record, machine.head_json, lambda: machine.blocks_since(None), log=log)
+            Change(record.number, None, record, machine.head_json, lambda: machine.blocks_since(None), log=log),
+            hooks,
         )
 
     async def commit(
@@ -105,6 +107,7 @@ class StoredHome(Home):
         traces: Sequence[Trace] = (),
         dropped: Sequence[str] = (),
         log: LogChange = NO_LOG,
+        hooks: CommitHooks = (),
     ) -> None:
         known, changed = machines
         stored = [await _recorded(trace) for trace in traces]
@@ -118,20 +121,20 @@ class StoredHome(Home):
                 stored,
                 dropped,
                 log,
-            )
+            ),
+            hooks,
         )
 
-    async def delete(self, record: VmRecord) -> None:
-        await self._store(Change(record.number, record.revision, None))
+    async def delete(self, record: VmRecord, hooks: CommitHooks = ()) -> None:
+        await self._store(Change(record.number, record.revision, None), hooks)
 
-    async def note(self, side: Side) -> None:
-        await self._store(Change(0, None, None, sides=(side,)))
+    async def note(self, side: Side, hooks: CommitHooks = ()) -> None:
+        await self._store(Change(0, None, None, sides=(side,)), hooks)
 
-    async def _store(self, change: Change) -> None:
+    async def _store(self, change: Change, hooks: CommitHooks) -> None:
         if not self._ready or self._keeper is None:
             raise StoreUnavailable(f"changes are not taken at present: {self.trouble or 'the store is being opened'}")
-        change = replace(change, sides=(*change.sides, *sides_of(change)))
-        await finished(self._keeper.submit(change, self._epoch))
+        await finished(self._keeper.submit(with_sides(change, hooks), self._epoch))
 
     async def revision(self, number: int) -> int | None:
         return await anyio.to_thread.run_sync(self._reading().revision, number)

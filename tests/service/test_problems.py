@@ -266,9 +266,9 @@ def test_deleted_while_a_change_waits(vm: str, service: Running) -> None:
     entry = service.app.state.registry.get(vm.rpartition("/")[2])
 
     async def run() -> None:
-        async with entry.mutation():
+        async with entry.mutation(hooks=()):
             entry.gone = True
-        async with entry.mutation():
+        async with entry.mutation(hooks=()):
             pass
 
     with pytest.raises(errors.NotFound):

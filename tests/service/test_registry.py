@@ -9,6 +9,7 @@ import pytest
 from engine.machine import VirtualMachine
 from engine.state.config import VmConfig
 from service.problems import StoreUnavailable
+from service.runtime.commit_hooks import CommitHooks
 from service.runtime.home import NO_LOG, Home
 from service.runtime.registry import Entry, Registry
 from service.runtime.shares import ShareExceeded
@@ -26,7 +27,9 @@ class SlowHome(Home):
         self.told = asyncio.Event()
         self.away = False
 
-    async def create(self, record: VmRecord, machine: VirtualMachine, log: LogChange = NO_LOG) -> None:
+    async def create(
+        self, record: VmRecord, machine: VirtualMachine, log: LogChange = NO_LOG, hooks: CommitHooks = ()
+    ) -> None:
         await self.told.wait()
         if self.away:
             raise StoreUnavailable("away", certain=True)
@@ -41,7 +44,7 @@ def test_machines_under_creation_count(away: bool) -> None:
         registry = Registry(Settings(max_memory_bytes=MIB, max_vms=MANY), home)
 
         async def create() -> Entry:
-            return await registry.create(VmConfig(), (), spp=True, tenant="red")
+            return await registry.create(VmConfig(), (), spp=True, tenant="red", hooks=())
 
         coming = [asyncio.create_task(create()) for _ in range(MANY)]
         await asyncio.sleep(0)

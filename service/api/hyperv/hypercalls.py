@@ -17,6 +17,7 @@ from service.api.common import (
     BINARY,
     CHANGE,
     VmId,
+    changing,
     documented,
     find,
     json_response,
@@ -385,7 +386,7 @@ async def execute_hypercall(
             if value is not None:
                 raise InvalidDocument("must be a member of registers when the body is JSON", field=name, value=value)
         wanted = (await parse(Hypercall, content, settings_of(request))).request()
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         report = machine.hyperv.hypercall(n, wanted)
         entry.events.note("flush", _event(n, report))
     return json_response(report_document(report))

@@ -16,6 +16,7 @@ from service.api.common import (
     CHANGE,
     GUARDED_CHANGE,
     VmId,
+    changing,
     documented,
     encode,
     find,
@@ -229,7 +230,7 @@ async def get_flush_queue(request: Request, vm: VmId, n: VcpuId) -> Response:
     ),
 )
 async def service_flush_queue(request: Request, vm: VmId, n: VcpuId, body: ServiceRequest) -> Response:
-    async with find(request, vm).mutation() as machine:
+    async with changing(request, find(request, vm)) as machine:
         machine.hyperv.service(n, full=body.full)
     return json_response(_queue(machine, n))
 
@@ -259,7 +260,7 @@ async def get_activity(request: Request, vm: VmId, n: VcpuId) -> Response:
 )
 async def put_activity(request: Request, vm: VmId, n: VcpuId, body: Activity) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [tag_of({"activity": machine.hyperv.activity(n)})])
         machine.hyperv.set_activity(n, body.activity)
     return tagged(request, {"activity": machine.hyperv.activity(n)})
@@ -290,7 +291,7 @@ async def get_tlb_lock(request: Request, vm: VmId, n: VcpuId) -> Response:
 )
 async def put_tlb_lock(request: Request, vm: VmId, n: VcpuId, body: TlbLock) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [tag_of({"locked": machine.hyperv.tlb_locked(n)})])
         machine.hyperv.set_tlb_lock(n, body.locked)
     return tagged(request, {"locked": machine.hyperv.tlb_locked(n)})
@@ -350,7 +351,7 @@ async def put_vp_assist_page(request: Request, vm: VmId, n: VcpuId) -> Response:
     media = content_type(request, _OFFERS)
     content = await request.body()
     data = VP_ASSIST.encode(parse_document(content)) if media == JSON else content
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         page = machine.hyperv.vp_assist_page(n)
         guard(request, entry, lambda: [_assist_tag(page, known, "correct") for known in _OFFERS])
         machine.hyperv.set_vp_assist_page(n, data)

@@ -15,6 +15,7 @@ from engine.machine import VirtualMachine
 from service.api.common import (
     GUARDED_CHANGE,
     VmId,
+    changing,
     documented,
     find,
     guard,
@@ -107,7 +108,7 @@ async def get_vm_capability(request: Request, vm: VmId, cap: CapabilityName) -> 
 async def put_vm_capability(request: Request, vm: VmId, cap: CapabilityName, body: VmCapabilityRequest) -> Response:
     entry = find(request, vm)
     _known(cap)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [tag_of(_shown(machine))])
         if body.enabled:
             machine.enable_spp()

@@ -33,6 +33,7 @@ from service.api.common import (
 from service.api.memory.memory_slots import MemorySlot, NumberedSlotRequest, check_slots
 from service.http import cursors
 from service.http.conditional import not_modified
+from service.http.idempotency import hooks_of
 from service.http.negotiation import JSON
 from service.http.words import Document, Hex32, Hex64, examples
 from service.platform.stamps import moment, stamp
@@ -337,7 +338,9 @@ async def create_vm(request: Request, body: Annotated[VmRequest, Body()]) -> Res
     config = body.config(settings_of(request).max_table_frames)
     check_slots(settings_of(request), len(body.memory_slots))
     slots = [slot.spec(slot.slot) for slot in body.memory_slots]
-    entry = await registry_of(request).create(config, slots, spp=body.spp, tenant=tenant_of(request))
+    entry = await registry_of(request).create(
+        config, slots, spp=body.spp, tenant=tenant_of(request), hooks=hooks_of(request)
+    )
     told = {"ETag": vm_tag(entry), "Location": f"/v1/vms/{entry.id}"}
     return Response(await rendered(entry.listed), 201, media_type=JSON, headers=told)
 
@@ -392,7 +395,7 @@ async def get_vm(request: Request, vm: VmId) -> Response:
 )
 async def delete_vm(request: Request, vm: VmId) -> Response:
     entry = find(request, vm)
-    async with entry.mutation():
+    async with entry.mutation(hooks_of(request)) as change:
         guard(request, entry, lambda: [vm_tag(entry)])
-        registry_of(request).forget(entry)
+        change.deletes = True
     return Response(status_code=204)

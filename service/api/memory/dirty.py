@@ -17,6 +17,7 @@ from service.api.common import (
     Cursor,
     Limit,
     VmId,
+    changing,
     documented,
     find,
     guard,
@@ -251,7 +252,7 @@ async def get_dirty(
 )
 async def put_dirty(request: Request, vm: VmId, body: TrackingRequest) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [vm_tag(entry)])
         now = await maybe_in_thread(_small(entry), machine.dirty.track, body.tracking, body.method)
     return json_response({"tracking": now.tracking, "method": now.method})
@@ -278,7 +279,7 @@ async def harvest_dirty(request: Request, vm: VmId, limit: Limit = None) -> Resp
     entry = find(request, vm)
     largest = settings_of(request).max_page_size
     cursors.page_limit(limit, largest, largest)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         found = await maybe_in_thread(_small(entry), machine.dirty.harvest)
     return json_response(_harvest(request, entry, found, limit, None))
 
@@ -318,7 +319,7 @@ async def get_harvest(
 )
 async def acknowledge_dirty(request: Request, vm: VmId, body: Acknowledgement) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         first = await maybe_in_thread(_small(entry), machine.dirty.acknowledge, body.harvest)
     return json_response(Acknowledged(harvest=body.harvest, repeated=not first))
 
@@ -338,6 +339,6 @@ async def acknowledge_dirty(request: Request, vm: VmId, body: Acknowledgement) -
 )
 async def get_dirty_log(request: Request, vm: VmId, body: SlotLogRequest) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         log = await maybe_in_thread(_small(entry), machine.dirty.take_log, body.slot)
     return json_response(SlotLog(slot=body.slot, bitmap=log.hex(), npages=int.from_bytes(log, "little").bit_count()))

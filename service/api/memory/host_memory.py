@@ -11,6 +11,7 @@ from starlette.responses import Response
 from service.api.common import (
     CHANGE,
     VmId,
+    changing,
     documented,
     find,
     json_response,
@@ -86,7 +87,7 @@ class HostMemoryOutcome(Document):
 async def host_memory_event(request: Request, vm: VmId, body: HostMemoryEvent) -> Response:
     entry = find(request, vm)
     small = body.gfn is not None and (body.npages or 1) <= _INLINE_PAGES
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         done = await maybe_in_thread(small, machine.host_memory.event, body.event, body.gfn, body.npages)
         outcome = HostMemoryOutcome(
             event=body.event,

@@ -17,6 +17,7 @@ from engine.machine import VirtualMachine
 from service.api.common import (
     GUARDED_CHANGE,
     VmId,
+    changing,
     documented,
     find,
     guard,
@@ -254,7 +255,7 @@ async def get_evmcs(request: Request, vm: VmId, n: VcpuId) -> Response:
 )
 async def put_evmcs(request: Request, vm: VmId, n: VcpuId, body: EnableRequest) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [tag_of(_evmcs(machine, n))])
         _enable(_capability(str(CAP_HYPERV_ENLIGHTENED_VMCS)), machine, n, body.enabled)
     return tagged(request, _evmcs(machine, n))
@@ -293,7 +294,7 @@ async def put_vcpu_capability(
 ) -> Response:
     entry = find(request, vm)
     row = _capability(cap)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [tag_of(_shown(row, machine, n))])
         _enable(row, machine, n, body.enabled)
     return tagged(request, _shown(row, machine, n))

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from service.api.common import (
     GUARDED_CHANGE,
     VmId,
+    changing,
     documented,
     find,
     guard,
@@ -144,7 +145,7 @@ async def put_msrs(request: Request, vm: VmId, n: VcpuId, body: MsrsRequest) -> 
     writes = [(item.index, item.value) for item in body.msrs]
     guest = body.by == "guest"
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [vm_tag(entry)])
         done = machine.nested.write_msrs(n, writes, guest=guest)
     refused: Any = None

@@ -15,6 +15,7 @@ from service.api.common import (
     CHANGE,
     GUARDED_CHANGE,
     VmId,
+    changing,
     documented,
     find,
     guard,
@@ -189,7 +190,7 @@ async def get_cpuid(request: Request, vm: VmId, n: VcpuId) -> Response:
 )
 async def put_cpuid(request: Request, vm: VmId, n: VcpuId, body: CpuidRequest) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [tag_of(_cpuid(machine, n))])
         machine.nested.set_cpuid(n, [CpuidEntry(**leaf.model_dump()) for leaf in body.entries])
     return tagged(request, _cpuid(machine, n))
@@ -236,7 +237,7 @@ async def get_smm(request: Request, vm: VmId, n: VcpuId) -> Response:
 )
 async def put_smm(request: Request, vm: VmId, n: VcpuId, body: Smm) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [tag_of(_smm(machine, n))])
         machine.nested.set_smm(n, body.smm)
     return tagged(request, _smm(machine, n))
@@ -262,7 +263,7 @@ async def execute_vmx(request: Request, vm: VmId, n: VcpuId, body: VmxRequest) -
     if wanted != (body.address is not None):
         rule = "is required" if wanted else "is an operand of vmxon, vmclear and vmptrld only"
         raise InvalidDocument(rule, field="address", value=body.address)
-    async with find(request, vm).mutation() as machine:
+    async with changing(request, find(request, vm)) as machine:
         outcome = machine.nested.execute(n, body.instruction, body.address or 0)
     told: dict[str, Any] = asdict(outcome)
     for name in ("exit_reason", "exit_qualification", "value"):

@@ -15,6 +15,7 @@ from engine.machine import VirtualMachine
 from service.api.common import (
     CHANGE,
     VmId,
+    changing,
     documented,
     encode,
     find,
@@ -271,7 +272,7 @@ async def get_vmcs(request: Request, vm: VmId, n: VcpuId) -> Response:
 async def put_vmcs(request: Request, vm: VmId, n: VcpuId, body: VmcsUpdate) -> Response:
     entry = find(request, vm)
     fields: dict[str, int] = body.model_dump(exclude_unset=True)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [tag_of(_vmcs(machine, n))])
         machine.vcpus.set_vmcs(n, fields)
     return tagged(request, _vmcs(machine, n))
@@ -295,7 +296,7 @@ async def put_vmcs(request: Request, vm: VmId, n: VcpuId, body: VmcsUpdate) -> R
     ),
 )
 async def enter_vm(request: Request, vm: VmId, n: VcpuId) -> Response:
-    async with find(request, vm).mutation() as machine:
+    async with changing(request, find(request, vm)) as machine:
         outcome = machine.vcpus.vm_entry(n)
     return json_response({"result": outcome.result, "vm_instruction_error": outcome.vm_instruction_error})
 
@@ -309,7 +310,7 @@ async def enter_vm(request: Request, vm: VmId, n: VcpuId) -> Response:
     ),
 )
 async def execute_invept(request: Request, vm: VmId, n: VcpuId, body: InveptRequest) -> Response:
-    async with find(request, vm).mutation() as machine:
+    async with changing(request, find(request, vm)) as machine:
         outcome = machine.vcpus.invept(n, body.type, body.eptp, place=body.place, cpl=body.cpl)
     return json_response(asdict(outcome))
 
@@ -323,7 +324,7 @@ async def execute_invept(request: Request, vm: VmId, n: VcpuId, body: InveptRequ
     ),
 )
 async def execute_invvpid(request: Request, vm: VmId, n: VcpuId, body: InvvpidRequest) -> Response:
-    async with find(request, vm).mutation() as machine:
+    async with changing(request, find(request, vm)) as machine:
         outcome = machine.vcpus.invvpid(
             n, body.type, body.reserved << 16 | body.vpid, body.linear_address, place=body.place, cpl=body.cpl
         )

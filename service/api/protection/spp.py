@@ -10,6 +10,7 @@ from engine.errors import Conflict
 from service.api.common import (
     GUARDED_CHANGE,
     VmId,
+    changing,
     documented,
     find,
     guard,
@@ -68,7 +69,7 @@ async def get_spp(request: Request, vm: VmId) -> Response:
 )
 async def put_spp(request: Request, vm: VmId, body: SppRequest) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [tag_of(Spp(active=machine.spp_active))])
         if body.active:
             machine.enable_spp()

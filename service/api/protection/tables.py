@@ -13,6 +13,7 @@ from engine.machine.tables import TableEntry
 from service.api.common import (
     GUARDED_CHANGE,
     VmId,
+    changing,
     documented,
     find,
     guard,
@@ -105,7 +106,7 @@ async def get_ept_entry(request: Request, vm: VmId, level: Level, gpa: Gpa) -> R
 )
 async def put_ept_entry(request: Request, vm: VmId, level: Level, gpa: Gpa, body: RawEntry) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [tag_of(_ept(machine.tables.ept_entry(level, gpa)))])
         stored = machine.tables.set_ept_entry(level, gpa, body.raw)
     return tagged(request, _ept(stored))
@@ -137,7 +138,7 @@ async def get_sppt_entry(request: Request, vm: VmId, level: Level, gpa: Gpa) -> 
 )
 async def put_sppt_entry(request: Request, vm: VmId, level: Level, gpa: Gpa, body: RawEntry) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [tag_of(_sppt(machine.tables.sppt_entry(level, gpa)))])
         stored = machine.tables.set_sppt_entry(level, gpa, body.raw)
     return tagged(request, _sppt(stored))
@@ -158,6 +159,6 @@ async def put_sppt_entry(request: Request, vm: VmId, level: Level, gpa: Gpa, bod
 )
 async def create_table_frame(request: Request, vm: VmId) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         address = machine.tables.new_frame()
     return json_response(TableFrame(address=address), status=201)

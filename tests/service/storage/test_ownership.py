@@ -190,8 +190,8 @@ def test_a_change_under_way_when_the_store_is_lost(store_url: str) -> None:
         entry = registry.get(vm.rpartition("/")[2])
 
         async def change() -> None:
-            async with entry.mutation() as machine:
-                machine.write_memory(0, b"x")
+            async with entry.mutation(hooks=()) as change:
+                change.machine.write_memory(0, b"x")
                 registry.leave()
 
         with pytest.raises(StoreUnavailable, match="taken the store over"):
