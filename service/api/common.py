@@ -167,7 +167,7 @@ def find(request: HTTPConnection, vm_id: str) -> Entry:
 def guard(request: Request, entry: Entry, current: Callable[[], Iterable[str]]) -> None:
     """Honour If-Match against the tags of the resource now; demanded on machines created with ``require_match``.
 
-    Call it while holding the machine's writer, so that the state compared is the state changed.
+    Call it while holding the machine's lock, so that the state compared is the state changed.
     """
     conditional.require_match(request, current, required=entry.require_match)
 

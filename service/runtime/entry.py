@@ -19,7 +19,7 @@ from service.runtime.events import EventLog
 from service.runtime.home import Home
 from service.runtime.room import Room
 from service.runtime.traces import TraceStore
-from service.runtime.writer import Writer
+from service.runtime.vm_lock import VmLock
 from service.storage.records import VmRecord
 
 
@@ -66,7 +66,7 @@ class Entry:
     revision: int
     tenant: str
     home: Home
-    writer: Writer
+    lock: VmLock
     traces: TraceStore
     events: EventLog
     room: Room
@@ -105,7 +105,7 @@ class Entry:
         Raises Busy after the configured wait unless ``patient``, NotFound if the machine was deleted meanwhile,
         StoreUnavailable.
         """
-        async with self.writer.hold(patient=patient):
+        async with self.lock.hold(patient=patient):
             await self.load()
             before = self.machine
             after = before.successor()

@@ -17,7 +17,7 @@ T = TypeVar("T")
 async def maybe_in_thread(small: bool, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call ``function`` here when the work is ``small``, well under a millisecond, and in a thread otherwise.
 
-    A cancelled caller still waits for the thread, so that a mutation never runs on without its writer.
+    A cancelled caller still waits for the thread, so that a mutation never runs on without its lock.
     """
     if small:
         return function(*args, **kwargs)

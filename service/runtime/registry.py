@@ -25,7 +25,7 @@ from service.runtime.offload import maybe_in_thread
 from service.runtime.room import Room
 from service.runtime.shares import Share, Tenants, one_tenant
 from service.runtime.traces import TraceStore
-from service.runtime.writer import Writer
+from service.runtime.vm_lock import VmLock
 from service.settings import Settings
 from service.storage.records import VmRecord
 
@@ -137,7 +137,7 @@ class Registry:
             return
         if entry.doubtful:
             try:
-                async with entry.writer.hold():
+                async with entry.lock.hold():
                     await self._read(entry)
             except (Busy, StoreUnavailable):
                 # What was committed before the doubtful change is still a state that clients may be shown.
@@ -218,9 +218,9 @@ class Registry:
             load=self.home.event_loader(sequence),
             stats=self.logs,
         )
-        writer = Writer(settings.busy_timeout)
+        lock = VmLock(settings.busy_timeout)
         room = Room(self._memory, tenant, settings.max_table_frames)
-        return Entry(vm_id, sequence, since, revision, tenant, self.home, writer, traces, events, room)
+        return Entry(vm_id, sequence, since, revision, tenant, self.home, lock, traces, events, room)
 
     def get(self, vm_id: str) -> Entry:
         """The machine called ``vm_id``. Raises NotFound."""
