@@ -18,7 +18,6 @@ from service.runtime.home import NO_LOG, Home, Residents, Workplace
 from service.runtime.offload import finished
 from service.runtime.trace_records import columns_of, record_of, trace_of
 from service.runtime.traces import Trace
-from service.storage.keeper import Keeper
 from service.storage.reader import Reader
 from service.storage.records import (
     AnswerRecord,
@@ -31,6 +30,7 @@ from service.storage.records import (
     VmRecord,
 )
 from service.storage.urls import StoreUrl
+from service.storage.writer import StoreWriter
 
 
 class StoredHome(Home):
@@ -40,7 +40,7 @@ class StoredHome(Home):
 
     def __init__(self, url: StoreUrl) -> None:
         self._url = url
-        self._keeper: Keeper | None = None
+        self._writer: StoreWriter | None = None
         self._reader: Reader | None = None
         self._epoch = 0
         self._open = False
@@ -56,7 +56,7 @@ class StoredHome(Home):
 
     @property
     def trouble(self) -> str:  # type: ignore[override]
-        return self._keeper.trouble if self._keeper is not None else "the store is being opened"
+        return self._writer.trouble if self._writer is not None else "the store is being opened"
 
     def start(self, residents: Residents, workplace: Workplace, changed: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
@@ -82,14 +82,14 @@ class StoredHome(Home):
 
             loop.call_soon_threadsafe(told)
 
-        self._keeper = Keeper(self._url, owned, lost, self.observe)
-        self._reader = Reader(self._keeper.engine)
-        self._keeper.start()
+        self._writer = StoreWriter(self._url, owned, lost, self.observe)
+        self._reader = Reader(self._writer.engine)
+        self._writer.start()
 
     async def stop(self) -> None:
         self._open = self._ready = False
-        if self._keeper is not None:
-            await anyio.to_thread.run_sync(self._keeper.stop)
+        if self._writer is not None:
+            await anyio.to_thread.run_sync(self._writer.stop)
 
     async def create(
         self, record: VmRecord, machine: VirtualMachine, log: LogChange = NO_LOG, hooks: CommitHooks = ()
@@ -132,9 +132,9 @@ class StoredHome(Home):
         await self._store(Change(0, None, None, sides=(side,)), hooks)
 
     async def _store(self, change: Change, hooks: CommitHooks) -> None:
-        if not self._ready or self._keeper is None:
+        if not self._ready or self._writer is None:
             raise StoreUnavailable(f"changes are not taken at present: {self.trouble or 'the store is being opened'}")
-        await finished(self._keeper.submit(with_sides(change, hooks), self._epoch))
+        await finished(self._writer.submit(with_sides(change, hooks), self._epoch))
 
     async def revision(self, number: int) -> int | None:
         return await anyio.to_thread.run_sync(self._reading().revision, number)

@@ -140,7 +140,7 @@ def test_of_changes_committed_together_only_the_bad_one_fails(
             "postgresql": f"ALTER TABLE vms ADD CONSTRAINT broken CHECK (number <> {number} OR revision < 2) NOT VALID",
         }
         run_sql(store_url, broken[kind(store_url)])
-        keeper = service.app.state.registry.home._keeper
+        writer = service.app.state.registry.home._writer
         statuses: dict[str, int] = {}
 
         def work(vm: str) -> None:
@@ -151,10 +151,10 @@ def test_of_changes_committed_together_only_the_bad_one_fails(
         # The writing thread looks at its lease before each commit, and so finds what was handed in meanwhile at once.
         go_on = threading.Event()
         handed_in: list[object] = []
-        submit = keeper.submit
-        monkeypatch.setattr(keeper, "submit", lambda *change: handed_in.append(change) or submit(*change))
-        look = keeper._lease.check
-        monkeypatch.setattr(keeper._lease, "check", lambda connection: go_on.wait(60) and look(connection))
+        submit = writer.submit
+        monkeypatch.setattr(writer, "submit", lambda *change: handed_in.append(change) or submit(*change))
+        look = writer._lease.check
+        monkeypatch.setattr(writer._lease, "check", lambda connection: go_on.wait(60) and look(connection))
         for thread in threads:
             thread.start()
         until(lambda: len(handed_in) == len(vms))

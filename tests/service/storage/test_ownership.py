@@ -67,7 +67,7 @@ def test_losing_the_store_stops_writes_at_once(
         set_map(first.client, vm, 1, 0x11)
         with contextlib.ExitStack() as stack:
             # The first must not come back between the loss and the second's taking over.
-            monkeypatch.setattr(first.app.state.registry.home._keeper, "_pause", lambda seconds: time.sleep(0.5))
+            monkeypatch.setattr(first.app.state.registry.home._writer, "_pause", lambda seconds: time.sleep(0.5))
             second = stack.enter_context(serving(store_url, ready=False))
             take_away(store_url, postgres)
             until(lambda: ready(second))
