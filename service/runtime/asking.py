@@ -19,8 +19,8 @@ from engine.trace.results import ExitColumns, TraceResult
 from engine.trace.single import AccessRequest, AccessResult
 from service.problems import RESUME_AT, NotReady
 from service.runtime.bodies import Upload
+from service.runtime.broker import Question
 from service.runtime.commit_hooks import CommitHooks
-from service.runtime.desk import Question
 from service.runtime.entry import Entry
 from service.runtime.traces import TraceRequest
 from service.settings import Settings
@@ -61,7 +61,7 @@ class Asker:
         if self._entry.gone:
             raise self._entry.absence()
         self._metrics.asked()
-        resolution = await self._entry.desk.ask(
+        resolution = await self._entry.broker.ask(
             Question(asked, self.trace, attempt),
             self._settings.ask_default_action,
             self._settings.max_questions,

@@ -44,8 +44,8 @@ def of_logs(registry: Registry) -> Iterable[Family]:
 
 def of_tools(registry: Registry) -> Iterable[Family]:
     """Introspection tools, and the accesses that wait for them."""
-    desks = [entry.desk for entry in registry.all()]
-    attached, waiting = sum(len(desk.tools) for desk in desks), sum(len(desk.questions) for desk in desks)
+    brokers = [entry.broker for entry in registry.all()]
+    attached, waiting = sum(len(broker.tools) for broker in brokers), sum(len(broker.questions) for broker in brokers)
     about = "Introspection tools that are attached."
     yield GaugeMetricFamily("subpage_introspection_tools", about, value=attached)
     about = "Accesses that wait for an answer."

@@ -12,9 +12,9 @@ from engine.errors import NotFound, OutOfMemory
 from engine.machine import VirtualMachine
 from engine.machine.summary import Summary
 from service.problems import NotReady, StoreUnavailable
+from service.runtime.broker import Broker
 from service.runtime.changes import batches_of, changes_of
 from service.runtime.commit_hooks import CommitHooks
-from service.runtime.desk import Desk
 from service.runtime.events import EventLog
 from service.runtime.home import Home
 from service.runtime.room import Room
@@ -77,7 +77,7 @@ class Entry:
     lost: bool = False
     doubtful: bool = False
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
-    desk: Desk = field(default_factory=Desk)
+    broker: Broker = field(default_factory=Broker)
 
     @property
     def machine(self) -> VirtualMachine:
@@ -142,7 +142,7 @@ class Entry:
             self.gone = True
             self.room.settle(0)
             self.events.close("deleted")
-            self.desk.end(self.absence)
+            self.broker.end(self.absence)
         else:
             added = self.traces.added()
             traces, dropped = self.traces.coming()

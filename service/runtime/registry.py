@@ -97,7 +97,7 @@ class Registry:
         for entry in self._entries.values():
             entry.gone = entry.lost = True
             entry.events.close("store-lost")
-            entry.desk.end(entry.absence)
+            entry.broker.end(entry.absence)
             self._places.count(entry.tenant, -1)
             entry.room.settle(0)
         self._entries = {}
