@@ -37,10 +37,10 @@ from service.http.limits import HeldBodies
 from service.http.route import HeadRoute
 from service.runtime import census
 from service.runtime.answers import answers_of
-from service.runtime.home import Home
 from service.runtime.jobs import Jobs
 from service.runtime.registry import Registry
 from service.runtime.replays import Replaying
+from service.runtime.repository import Repository
 from service.runtime.shares import Share, Tenants
 from service.runtime.turns import Turns
 from service.security.access import AccessControl
@@ -106,7 +106,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.draining = False
         await app.state.access.open()
         app.state.jobs.open(executor)
-        registry.home.start(registry, app.state.jobs, lambda: see_whether_ready(app))
+        registry.repository.start(registry, app.state.jobs, lambda: see_whether_ready(app))
         tasks = [
             asyncio.create_task(app.state.access.keep_fresh(lambda: see_whether_ready(app))),
             asyncio.create_task(app.state.metrics.watch_lag()),
@@ -123,7 +123,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             end_streams(app)
             await _settled(app)
             await app.state.jobs.stop()
-            await registry.home.stop()
+            await registry.repository.stop()
             for task in tasks:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -150,7 +150,7 @@ async def _settled(app: FastAPI) -> None:
 
 def see_whether_ready(app: FastAPI) -> None:
     state = app.state
-    state.ready = state.warm and state.registry.home.ready and state.access.known and not state.draining
+    state.ready = state.warm and state.registry.repository.ready and state.access.known and not state.draining
 
 
 def drain(app: FastAPI) -> None:
@@ -192,15 +192,15 @@ async def _warm_up(app: FastAPI, stopping: threading.Event) -> None:
         see_whether_ready(app)
 
 
-def _home_of(settings: Settings) -> Home:
+def _repository_of(settings: Settings) -> Repository:
     """Where the settings say that machines live."""
     url = StoreUrl.parse(settings.store)
     if url.kind == MEMORY:
-        return Home()
+        return Repository()
     # Here and not above: the database libraries take 25 MB, and a service whose machines live in memory none of it.
-    from service.runtime.stored_home import StoredHome  # noqa: PLC0415
+    from service.runtime.stored_repository import StoredRepository  # noqa: PLC0415
 
-    return StoredHome(url)
+    return StoredRepository(url)
 
 
 def _watch(metrics: Metrics, registry: Registry, jobs: Jobs) -> None:
@@ -208,7 +208,7 @@ def _watch(metrics: Metrics, registry: Registry, jobs: Jobs) -> None:
     for counted in (census.of_machines, census.of_logs, census.of_tools):
         metrics.watch(partial(counted, registry))
     metrics.watch(partial(census.of_jobs, jobs))
-    registry.home.observe = metrics.stored
+    registry.repository.observe = metrics.stored
 
 
 def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = None) -> FastAPI:
@@ -241,9 +241,9 @@ def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = 
     access = app.state.access = AccessControl(settings, tokens if tokens is not None else tokens_of(settings))
     secret = settings.token.get_secret_value() if settings.token is not None else None
     app.state.audit = AuditLog(settings.audit_log, lambda: access.guarded, secret=secret)
-    registry = app.state.registry = Registry(settings, _home_of(settings), lambda: access.tenants)
+    registry = app.state.registry = Registry(settings, _repository_of(settings), lambda: access.tenants)
     app.state.idempotency = Idempotency(
-        answers_of(registry.home, settings.idempotency_seconds), settings.idempotency_bytes
+        answers_of(registry.repository, settings.idempotency_seconds), settings.idempotency_bytes
     )
     app.state.bodies = HeldBodies(settings.max_held_body_bytes)
     app.state.metrics = Metrics()

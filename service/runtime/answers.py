@@ -11,7 +11,7 @@ from typing import Protocol
 
 from starlette.responses import Response
 
-from service.runtime.home import Home
+from service.runtime.repository import Repository
 from service.storage.records import AnswerRecord, Change, Side
 
 _OVERHEAD = 512
@@ -93,22 +93,22 @@ def _now() -> int:
 class StoredAnswers:
     """Answers in the store, ``seconds`` each, also over restarts. Raises StoreUnavailable."""
 
-    def __init__(self, home: Home, seconds: float) -> None:
-        self._home = home
+    def __init__(self, repository: Repository, seconds: float) -> None:
+        self._repository = repository
         self._lasting = int(seconds * 1000)
 
     async def find(self, owner: str, key: str) -> Answer | None:
-        record = await self._home.answer(owner, key, _now())
+        record = await self._repository.answer(owner, key, _now())
         if record is None:
             return None
         coded = [[base64.b64decode(text) for text in header] for header in json.loads(record.headers)]
         return Answer(record.fingerprint, record.status, tuple((name, value) for name, value in coded), record.body)
 
     async def keep(self, owner: str, key: str, answer: Answer) -> None:
-        await self._home.note(Side(answers=(self.record(owner, key, answer),), expired=_now()))
+        await self._repository.note(Side(answers=(self.record(owner, key, answer),), expired=_now()))
 
     async def used(self, owner: str) -> int:
-        return await self._home.answers_used(owner, _now())
+        return await self._repository.answers_used(owner, _now())
 
     def record(self, owner: str, key: str, answer: Answer) -> AnswerRecord:
         """An answer that is given now, as the store keeps it."""
@@ -154,6 +154,6 @@ def _changed(change: Change) -> str:
     return f"{vm}/traces/{change.traces[-1].id}" if change.traces else vm
 
 
-def answers_of(home: Home, seconds: float) -> Answers:
+def answers_of(repository: Repository, seconds: float) -> Answers:
     """Where answers are kept for as long: with the machines."""
-    return StoredAnswers(home, seconds) if home.durable else MemoryAnswers(seconds)
+    return StoredAnswers(repository, seconds) if repository.durable else MemoryAnswers(seconds)

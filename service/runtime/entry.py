@@ -16,7 +16,7 @@ from service.runtime.broker import Broker
 from service.runtime.changes import batches_of, changes_of
 from service.runtime.commit_hooks import CommitHooks
 from service.runtime.events import EventLog
-from service.runtime.home import Home
+from service.runtime.repository import Repository
 from service.runtime.room import Room
 from service.runtime.traces import TraceStore
 from service.runtime.vm_lock import VmLock
@@ -65,7 +65,7 @@ class Entry:
     created: datetime
     revision: int
     tenant: str
-    home: Home
+    repository: Repository
     lock: VmLock
     traces: TraceStore
     events: EventLog
@@ -138,7 +138,7 @@ class Entry:
             raise self.absence()
         after = change.machine
         if change.deletes:
-            await self.home.delete(self.record(), change.hooks)
+            await self.repository.delete(self.record(), change.hooks)
             self.gone = True
             self.room.settle(0)
             self.events.close("deleted")
@@ -148,7 +148,7 @@ class Entry:
             traces, dropped = self.traces.coming()
             log, next_event = self.events.coming([*changes_of(before, after), *batches_of(added)])
             record = self.record(self.revision + 1, next_event)
-            await self.home.commit(self.record(), record, (before, after), traces, dropped, log, change.hooks)
+            await self.repository.commit(self.record(), record, (before, after), traces, dropped, log, change.hooks)
             self.traces.settle()
             self.events.settle()
             self.room.settle(0 if self.lost else after.frames_in_use)
@@ -171,11 +171,11 @@ class Entry:
         async with self.loading:
             if self.doubtful:
                 # A commit may or may not have been made; what the store says now is what was.
-                if await self.home.revision(self.sequence) != self.revision:
+                if await self.repository.revision(self.sequence) != self.revision:
                     self.loaded = None
                 self.doubtful = False
             if self.loaded is None:
-                found = await self.home.load(self.sequence)
+                found = await self.repository.load(self.sequence)
                 if found is None:
                     self.gone = True
                     self.events.close("deleted")

@@ -138,7 +138,7 @@ class Jobs:
         told(job)
         forgotten, self._forgotten = self._forgotten, []
         try:
-            await self._registry.home.note(Side(jobs=(job.record(),), forgotten=forgotten), hooks)
+            await self._registry.repository.note(Side(jobs=(job.record(),), forgotten=forgotten), hooks)
         except BaseException:
             self._forgotten += forgotten
             self._free(job)
@@ -195,7 +195,7 @@ class Jobs:
                 stored[job.trace] = job.id
             elif entry.traces.has(job.trace):
                 found.add(job.id)
-        return found | {stored[trace] for trace in await self._registry.home.kept_traces(list(stored))}
+        return found | {stored[trace] for trace in await self._registry.repository.kept_traces(list(stored))}
 
     def by_state(self) -> dict[str, int]:
         """How many there are in each state."""
@@ -323,7 +323,7 @@ class Jobs:
         """Whether the commit was made, which only the store knows."""
         while job.halt is None:
             try:
-                record = await self._registry.home.job(job.id)
+                record = await self._registry.repository.job(job.id)
             except ServiceError:
                 await asyncio.sleep(_ASK_SECONDS)
                 continue
@@ -353,7 +353,7 @@ class Jobs:
         """Let it have ended as ``record`` says, which is stored first unless it is already."""
         if not job.stored:
             try:
-                await self._registry.home.note(Side(jobs=(record,)), hooks)
+                await self._registry.repository.note(Side(jobs=(record,)), hooks)
                 job.stored = True
             except ServiceError as error:
                 logger.warning("how job %s ended is not stored: %s", job.id, error)
@@ -374,7 +374,7 @@ class Jobs:
     async def _store(self, job: Job) -> None:
         """Try again to store how it ended."""
         try:
-            await self._registry.home.note(Side(jobs=(job.record(),)))
+            await self._registry.repository.note(Side(jobs=(job.record(),)))
             job.stored = True
         except ServiceError:
             logger.warning("how job %s ended is still not stored", job.id)

@@ -108,10 +108,10 @@ def nursery() -> Iterator[Nursery]:
 def main() -> None:
     from engine.warm.steps import warm
     from service import app, server
-    from service.runtime import trace_records
+    from service.runtime import stored_repository
     from service.storage import reader, writer
 
-    assert app and server and writer and reader and trace_records  # imported for the children
+    assert app and server and writer and reader and stored_repository  # imported for the children
     warm()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     children = []

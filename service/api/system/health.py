@@ -68,7 +68,9 @@ async def livez() -> Response:
 )
 async def readyz(request: Request) -> Response:
     if not request.app.state.ready:
-        raise NotReady(request.app.state.registry.home.trouble or "the service is starting or draining; try again")
+        raise NotReady(
+            request.app.state.registry.repository.trouble or "the service is starting or draining; try again"
+        )
     return json_response(Ready(status="ready"))
 
 

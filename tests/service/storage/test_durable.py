@@ -140,7 +140,7 @@ def test_of_changes_committed_together_only_the_bad_one_fails(
             "postgresql": f"ALTER TABLE vms ADD CONSTRAINT broken CHECK (number <> {number} OR revision < 2) NOT VALID",
         }
         run_sql(store_url, broken[kind(store_url)])
-        writer = service.app.state.registry.home._writer
+        writer = service.app.state.registry.repository._writer
         statuses: dict[str, int] = {}
 
         def work(vm: str) -> None:
@@ -217,4 +217,4 @@ def test_a_deletion_of_which_nobody_knows_whether_it_was_made(store_url: str, mo
 def test_memory_needs_no_store() -> None:
     with running(Settings(warm_up=False, store="memory")) as service:
         assert service.client.get("/readyz").status_code == 200
-        assert not service.app.state.registry.home.durable
+        assert not service.app.state.registry.repository.durable

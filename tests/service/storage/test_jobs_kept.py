@@ -9,7 +9,7 @@ import pytest
 
 from service.problems import StoreUnavailable
 from service.runtime.answers import StoredAnswers
-from service.runtime.stored_home import StoredHome
+from service.runtime.stored_repository import StoredRepository
 from tests.contract.client import ContractClient
 from tests.service.job_calls import ASYNC, WRITES, Gate, ended, post
 from tests.service.storage.stored import BREAK, MEND, kind, map_of, new_vm, rows_in, run_sql, serving
@@ -107,27 +107,27 @@ def test_a_commit_of_unknown_outcome(
     store_url: str, made: bool, gate: Gate, monkeypatch: pytest.MonkeyPatch, until: Until
 ) -> None:
     """The job is what the store says, once that can be asked."""
-    real, asked = StoredHome.commit, []
+    real, asked = StoredRepository.commit, []
 
-    async def commit(self: StoredHome, *arguments: Any) -> None:
+    async def commit(self: StoredRepository, *arguments: Any) -> None:
         if made:
             await real(self, *arguments)
         raise StoreUnavailable("nobody knows", certain=False)
 
-    async def job(self: StoredHome, name: str) -> Any:
+    async def job(self: StoredRepository, name: str) -> Any:
         asked.append(name)
         if len(asked) == 1:
             raise StoreUnavailable("not now")
         return await real_job(self, name)
 
-    real_job = StoredHome.job
+    real_job = StoredRepository.job
     with serving(store_url) as service:
         vm = new_vm(service.client)
-        monkeypatch.setattr(StoredHome, "commit", commit)
-        monkeypatch.setattr(StoredHome, "job", job)
+        monkeypatch.setattr(StoredRepository, "commit", commit)
+        monkeypatch.setattr(StoredRepository, "job", job)
         gate.opened.set()
         found = ended(service.client, post(service.client, vm).headers["Location"])
-        monkeypatch.setattr(StoredHome, "commit", real)
+        monkeypatch.setattr(StoredRepository, "commit", real)
         assert len(asked) == 2 and found["state"] == ("succeeded" if made else "failed")
         assert service.client.get(vm).json()["revision"] == 1 + made
         assert len(service.client.get(f"{vm}/traces").json()["traces"]) == made

@@ -1,4 +1,4 @@
-"""A home in a database: machines are durable when a change of them is answered."""
+"""A repository in a database: machines are durable when a change of them is answered."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from engine.trace.results import ExitColumns
 from service.problems import NotReady, StoreUnavailable, trace_not_kept
 from service.runtime.commit_hooks import CommitHooks, with_sides
 from service.runtime.events import Load
-from service.runtime.home import NO_LOG, Home, Residents, Workplace
 from service.runtime.offload import finished
+from service.runtime.repository import NO_LOG, JobsInMemory, Repository, VmsInMemory
 from service.runtime.trace_records import columns_of, record_of, trace_of
 from service.runtime.traces import Trace
 from service.storage.reader import Reader
@@ -33,7 +33,7 @@ from service.storage.urls import StoreUrl
 from service.storage.writer import StoreWriter
 
 
-class StoredHome(Home):
+class StoredRepository(Repository):
     """A store on disk or on a server. Used from the event loop; what blocks happens in threads."""
 
     durable = True
@@ -58,15 +58,15 @@ class StoredHome(Home):
     def trouble(self) -> str:  # type: ignore[override]
         return self._writer.trouble if self._writer is not None else "the store is being opened"
 
-    def start(self, residents: Residents, workplace: Workplace, changed: Callable[[], None]) -> None:
+    def start(self, vms: VmsInMemory, jobs: JobsInMemory, changed: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
 
-        def owned(epoch: int, machines: Sequence[VmRecord], jobs: Sequence[JobRecord], goes_on: bool) -> None:
+        def owned(epoch: int, vm_records: Sequence[VmRecord], job_records: Sequence[JobRecord], goes_on: bool) -> None:
             def told() -> None:
                 self._epoch = epoch
                 self._open = self._ready = True
-                residents.arrive(machines, goes_on=goes_on)
-                workplace.arrive(jobs, goes_on=goes_on)
+                vms.arrive(vm_records, goes_on=goes_on)
+                jobs.arrive(job_records, goes_on=goes_on)
                 changed()
 
             loop.call_soon_threadsafe(told)
@@ -76,8 +76,8 @@ class StoredHome(Home):
                 self._ready = False
                 if taken:
                     self._open = False
-                    residents.leave()
-                    workplace.leave()
+                    vms.leave()
+                    jobs.leave()
                 changed()
 
             loop.call_soon_threadsafe(told)

@@ -18,8 +18,8 @@ from service.storage.records import AnswerRecord, JobRecord, LogChange, Side, Vm
 NO_LOG = LogChange()
 
 
-class Residents(Protocol):
-    """Who lives in a home: told what the store has."""
+class VmsInMemory(Protocol):
+    """The machines of this process: told what the store has."""
 
     def arrive(self, machines: Sequence[VmRecord], *, goes_on: bool) -> None:
         """The store is ours and has these; ``goes_on`` if nobody else wrote to it since we last had it."""
@@ -30,16 +30,16 @@ class Residents(Protocol):
         ...
 
 
-class Workplace(Protocol):
-    """Who does long work on the residents: told what the store knows of it, like ``Residents``."""
+class JobsInMemory(Protocol):
+    """The jobs of this process: told what the store knows of them, like ``VmsInMemory``."""
 
     def arrive(self, jobs: Sequence[JobRecord], *, goes_on: bool) -> None: ...
 
     def leave(self) -> None: ...
 
 
-class Home:
-    """The memory of this process: changes are durable as long as it is."""
+class Repository:
+    """What all repositories do, and that in the memory of this process: changes are durable as long as it is."""
 
     durable = False
     trouble = ""
@@ -56,7 +56,7 @@ class Home:
         """Whether changes are taken, too."""
         return True
 
-    def start(self, residents: Residents, workplace: Workplace, changed: Callable[[], None]) -> None:
+    def start(self, vms: VmsInMemory, jobs: JobsInMemory, changed: Callable[[], None]) -> None:
         """Begin; ``changed`` is called whenever ``ready`` may have become another."""
 
     async def stop(self) -> None:
