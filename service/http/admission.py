@@ -14,13 +14,13 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.errors import EngineError
-from service.http.gate import API, check_open, with_machine
 from service.http.handlers import problem_response
 from service.http.idempotency import Idempotency
 from service.http.limits import WITH_BODY, Held, HeldBodies, bounded
 from service.http.negotiation import acceptable
 from service.http.origins import check_page
 from service.http.sockets import token_among
+from service.http.vm_loader import API, check_open, with_machine
 from service.problems import ServiceError
 from service.runtime.registry import Registry
 from service.security.access import AccessControl, Permission
