@@ -72,7 +72,7 @@ def gated(route: Declared, app: ASGIApp) -> ASGIApp:
                 allowed = cast(Settings, state.settings).cors_origins
                 check_page(headers.get(b"origin"), headers.get(b"sec-fetch-site"), headers.get(b"host"), allowed)
             given = headers.get(b"authorization") or (token_among(scope["subprotocols"]) if websocket else None)
-            principal = access.admit(scope, route.permission or "admin", given, headers.get(b"host"))
+            principal = access.authorize(scope, route.permission or "admin", given, headers.get(b"host"))
             if stored:
                 check_open(cast(Registry, state.registry))
             if len(route.offers) == 1 and b"accept" in headers:

@@ -20,7 +20,7 @@ from service.problems import NotReady, StoreUnavailable
 from service.runtime.asking import Asker
 from service.runtime.broker import Broker, Interest, Question, Resolution, Tool
 from service.runtime.entry import Entry
-from service.security.access import ANYBODY, AccessControl, Principal
+from service.security.access import LOCAL_ADMIN, AccessControl, Principal
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from tests.engine.builders import machine, set_map
@@ -158,7 +158,7 @@ def test_an_asker_counts_attempts_and_gives_up_with_the_service(refused: ExitCol
 def test_a_session_says_why_it_ends(lost: bool, code: int) -> None:
     entry = SimpleNamespace(broker=Broker(), lost=lost)
     state = SimpleNamespace(settings=Settings())
-    socket = SimpleNamespace(app=SimpleNamespace(state=state), scope={"principal": ANYBODY})
+    socket = SimpleNamespace(app=SimpleNamespace(state=state), scope={"principal": LOCAL_ADMIN})
     session = Session(cast(Any, socket), cast(Entry, entry))
     session.dismiss(NotFound("there is none"))
     assert session._outbox.get_nowait()[0] == code  # type: ignore[index]
@@ -171,10 +171,10 @@ def test_tokens_among_subprotocols() -> None:
 
 def test_callers_that_were_let_in_stay_so() -> None:
     open_to_all = AccessControl(Settings(), None)
-    assert open_to_all.holds(ANYBODY)
+    assert open_to_all.holds(LOCAL_ADMIN)
     guarded = AccessControl(Settings(token="x" * 32), None)  # type: ignore[arg-type]
     scope: dict[str, Any] = {}
-    fixed = guarded.admit(scope, "write", b"Bearer " + b"x" * 32, b"localhost")
+    fixed = guarded.authorize(scope, "write", b"Bearer " + b"x" * 32, b"localhost")
     assert guarded.holds(fixed)
-    assert not guarded.holds(ANYBODY)
+    assert not guarded.holds(LOCAL_ADMIN)
     assert not guarded.holds(Principal("0", "revoked", "red", "write"))
