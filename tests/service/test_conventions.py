@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from engine.errors import Busy
 from service.http import bitmaps, conditional, cursors, negotiation
-from service.http.words import Access, Hex32, Hex64
+from service.http.wire_types import Access, Hex32, Hex64
 from service.problems import InvalidDocument, PreconditionFailed, PreconditionRequired
 from service.runtime.vm_lock import VmLock
 from service.settings import Settings

@@ -17,7 +17,7 @@ from engine.trace.choices import Answer, DefaultAnswer
 from service.api.common import EXAMPLE_TRACE, EXAMPLE_VM, VmId, access_of, find, principal_of, router, settings_of
 from service.api.traces.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
 from service.http.handlers import problem_response, refusal
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 from service.platform.stamps import stamp
 from service.problems import InvalidDocument, Problem, ServiceError, describe
 from service.runtime.broker import Interest, Question, Resolution, Tool

@@ -28,7 +28,7 @@ from service.api.nested.nested_state import VcpuId
 from service.api.processor.vcpus import TlbEntry, tlb_entry
 from service.http.json_bodies import parse
 from service.http.negotiation import JSON, OCTETS, content_type
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 from service.problems import InvalidDocument
 
 routes = router("Hyper-V", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")

@@ -33,7 +33,7 @@ from service.api.nested.nested_fields import parse_document
 from service.api.nested.nested_state import VcpuId
 from service.http import conditional
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 
 routes = router("Hyper-V", "/v1/vms/{vm}", reads="read", writes="write")
 

@@ -14,7 +14,7 @@ from service.api.hyperv.hyperv import VpAssistPage, assist_document
 from service.api.nested.nested_state import VcpuId
 from service.http import conditional
 from service.http.negotiation import JSON, OCTETS, preferred
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 
 routes = router("Hyper-V", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
 

@@ -35,7 +35,7 @@ from service.http import cursors
 from service.http.conditional import not_modified
 from service.http.idempotency import hooks_of
 from service.http.negotiation import JSON
-from service.http.words import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, examples
 from service.platform.stamps import moment, stamp
 from service.runtime.entry import Listed
 from service.runtime.offload import maybe_in_thread

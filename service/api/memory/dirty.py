@@ -27,7 +27,7 @@ from service.api.common import (
     vm_tag,
 )
 from service.http import cursors
-from service.http.words import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, examples
 from service.runtime.offload import maybe_in_thread
 from service.runtime.registry import Entry
 

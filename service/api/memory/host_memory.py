@@ -17,7 +17,7 @@ from service.api.common import (
     json_response,
     router,
 )
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 from service.runtime.offload import maybe_in_thread
 
 routes = router("host memory", "/v1/vms/{vm}/host-memory", reads="read", writes="write")

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from service.api.common import VmId, changing, documented, find, guard, headers, router, settings_of
 from service.http import conditional
 from service.http.negotiation import OCTETS, content_type
-from service.http.words import Hex64
+from service.http.wire_types import Hex64
 from service.problems import InvalidDocument
 from service.runtime.offload import maybe_in_thread
 

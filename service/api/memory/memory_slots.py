@@ -28,7 +28,7 @@ from service.api.common import (
     tagged,
     tagged_reply,
 )
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 from service.problems import InvalidDocument
 from service.runtime.registry import Entry
 from service.settings import Settings

@@ -28,7 +28,7 @@ from service.api.nested.nested_fields import EXAMPLE, NestedStateFields, blob_of
 from service.http import conditional
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
 from service.http.route import permission
-from service.http.words import Document, examples
+from service.http.wire_types import Document, examples
 from service.problems import NestedStateRefused
 
 routes = router("nested state", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")

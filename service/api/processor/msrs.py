@@ -21,7 +21,7 @@ from service.api.common import (
     vm_tag,
 )
 from service.api.nested.nested_state import VcpuId
-from service.http.words import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, examples
 
 routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}/msrs", reads="read", writes="write")
 

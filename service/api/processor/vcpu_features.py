@@ -27,7 +27,7 @@ from service.api.common import (
     tagged_reply,
 )
 from service.api.nested.nested_state import VcpuId
-from service.http.words import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, examples
 from service.problems import InvalidDocument
 
 routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")

@@ -28,7 +28,7 @@ from service.api.common import (
     tagged_reply,
 )
 from service.http.negotiation import JSON
-from service.http.words import Document, Hex64, Word, examples
+from service.http.wire_types import Document, Hex64, Word, examples
 from service.runtime.offload import maybe_in_thread
 
 routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")

@@ -22,7 +22,7 @@ from service.api.common import (
     router,
     vm_tag,
 )
-from service.http.words import Document, Hex32, Hex64, Rights, examples
+from service.http.wire_types import Document, Hex32, Hex64, Rights, examples
 from service.problems import InvalidDocument, showable
 from service.runtime.changes import pages_set
 from service.runtime.offload import maybe_in_thread

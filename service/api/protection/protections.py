@@ -31,7 +31,7 @@ from service.api.common import (
 )
 from service.api.protection.policies import ABOUT, GVA, RANGE_ITEMS, Granularity, ProtectionRequest
 from service.http import cursors
-from service.http.words import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, examples
 from service.runtime.offload import maybe_in_thread
 
 routes = router("protections", "/v1/vms/{vm}/protections", reads="read", writes="write")

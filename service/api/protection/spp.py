@@ -20,7 +20,7 @@ from service.api.common import (
     tagged,
     tagged_reply,
 )
-from service.http.words import Document, examples
+from service.http.wire_types import Document, examples
 
 routes = router("SPP", "/v1/vms/{vm}/spp", reads="read", writes="write")
 

@@ -35,7 +35,7 @@ from service.http import bitmaps, conditional
 from service.http.json_bodies import INLINE_BYTES, parsed
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
 from service.http.route import parse_query, query_parameters, reads_query
-from service.http.words import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, examples
 from service.problems import InvalidDocument
 from service.runtime.changes import subpages_set
 from service.runtime.offload import maybe_in_thread

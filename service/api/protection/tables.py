@@ -25,7 +25,7 @@ from service.api.common import (
     tagged_reply,
 )
 from service.api.protection.walk import EXAMPLE_EPT_LEAF, EXAMPLE_SPPT_LEAF, WalkEntry
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 
 routes = router("tables", "/v1/vms/{vm}", reads="read", writes="write")
 

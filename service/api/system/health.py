@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from service import __version__
 from service.api.common import documented, json_response, router
-from service.http.words import Document, examples
+from service.http.wire_types import Document, examples
 from service.problems import NotReady
 
 routes = router("service", reads="public")

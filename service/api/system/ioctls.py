@@ -33,7 +33,7 @@ from service.api.machines.vms import HostRequest, Profile
 from service.http.idempotency import hooks_of
 from service.http.json_bodies import parse
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 from service.problems import InvalidDocument
 from service.runtime.changes import of_ioctl
 

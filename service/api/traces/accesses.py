@@ -22,7 +22,17 @@ from service.api.common import (
 )
 from service.api.traces.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
 from service.http.idempotency import hooks_of
-from service.http.words import CIRCUMSTANCES, Access, Circumstances, Document, Hex64, Kind, Linear, Source, examples
+from service.http.wire_types import (
+    CIRCUMSTANCES,
+    Access,
+    Circumstances,
+    Document,
+    Hex64,
+    Kind,
+    Linear,
+    Source,
+    examples,
+)
 from service.problems import InvalidDocument
 from service.runtime import asking
 from service.runtime.bodies import while_connected

@@ -33,7 +33,7 @@ from service.api.common import (
 )
 from service.http import cursors
 from service.http.negotiation import ARROW, JSON, NDJSON, preferred
-from service.http.words import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, examples
 from service.runtime.offload import maybe_in_thread
 
 routes = router("traces", "/v1/vms/{vm}/traces/{trace}/exits", reads="read")

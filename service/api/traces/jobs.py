@@ -29,7 +29,7 @@ from service.api.common import (
 )
 from service.http import cursors, prefer
 from service.http.idempotency import hooks_of, will_answer
-from service.http.words import Document, decimal, examples
+from service.http.wire_types import Document, decimal, examples
 from service.platform.stamps import stamp
 from service.problems import Problem
 from service.runtime.entry import Entry

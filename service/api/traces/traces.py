@@ -55,7 +55,7 @@ from service.api.traces.translations import (
 from service.http import cursors
 from service.http.idempotency import hooks_of, will_answer
 from service.http.negotiation import ARROW, JSON, NDJSON, OCTETS, PARQUET, content_type
-from service.http.words import Access, Document, Hex64, Kind, Linear, Source, examples
+from service.http.wire_types import Access, Document, Hex64, Kind, Linear, Source, examples
 from service.platform.stamps import stamp
 from service.problems import InvalidDocument
 from service.runtime.offload import maybe_in_thread
