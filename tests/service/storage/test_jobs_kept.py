@@ -269,6 +269,24 @@ def test_what_was_carried_out_is_not_done_again(store_url: str, killed_before_th
         assert client.get(vm).json()["revision"] == revision and len(client.get("/v1/vms").json()["vms"]) == 1
 
 
+def test_the_end_of_a_job_that_waits_takes_the_key_of_its_cancellation(
+    store_url: str, gate: Gate, killed_before_the_answer: Callable[[], None], until: Until
+) -> None:
+    with serving(store_url, running_jobs=1) as service:
+        client = service.client
+        vm = new_vm(client)
+        urls = [post(client, vm).headers["Location"] for _ in range(2)]
+        until(lambda: bool(gate.begun))
+        assert client.post(f"{urls[1]}:cancel", headers=key("k1")).status_code == 503
+        gate.opened.set()
+        ended(client, urls[0])
+    killed_before_the_answer()
+    with serving(store_url) as service:
+        assert service.client.get(urls[1]).json()["state"] == "cancelled"
+        lost = service.client.post(f"{urls[1]}:cancel", headers=key("k1"))
+        assert lost.status_code == 409 and lost.json()["code"] == "idempotency-answer-lost"
+
+
 def test_a_change_that_failed_does_not_take_its_key(store_url: str) -> None:
     with serving(store_url) as service:
         client = service.client
