@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -34,11 +35,12 @@ from service.http.envelope import Envelope
 from service.http.idempotency import Idempotency
 from service.http.limits import HeldBodies
 from service.http.route import HeadRoute
+from service.runtime import census
 from service.runtime.answers import answers_of
-from service.runtime.home import home_of
 from service.runtime.jobs import Jobs
 from service.runtime.registry import Registry
 from service.runtime.replays import Replaying
+from service.runtime.repository import Repository
 from service.runtime.shares import Share, Tenants
 from service.runtime.turns import Turns
 from service.security.access import AccessControl
@@ -46,6 +48,7 @@ from service.security.audit import AuditLog
 from service.security.token_stores import tokens_of
 from service.security.tokens import TokenStore
 from service.settings import Settings
+from service.storage.urls import MEMORY, StoreUrl
 from service.telemetry.metrics import Metrics
 
 # In the order in which requests look for their route: the most frequent first.
@@ -103,7 +106,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.draining = False
         await app.state.access.open()
         app.state.jobs.open(executor)
-        registry.home.start(registry, app.state.jobs, lambda: see_whether_ready(app))
+        registry.repository.start(registry, app.state.jobs, lambda: see_whether_ready(app))
         tasks = [
             asyncio.create_task(app.state.access.keep_fresh(lambda: see_whether_ready(app))),
             asyncio.create_task(app.state.metrics.watch_lag()),
@@ -120,7 +123,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             end_streams(app)
             await _settled(app)
             await app.state.jobs.stop()
-            await registry.home.stop()
+            await registry.repository.stop()
             for task in tasks:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -147,7 +150,7 @@ async def _settled(app: FastAPI) -> None:
 
 def see_whether_ready(app: FastAPI) -> None:
     state = app.state
-    state.ready = state.warm and state.registry.home.ready and state.access.known and not state.draining
+    state.ready = state.warm and state.registry.repository.ready and state.access.known and not state.draining
 
 
 def drain(app: FastAPI) -> None:
@@ -189,6 +192,25 @@ async def _warm_up(app: FastAPI, stopping: threading.Event) -> None:
         see_whether_ready(app)
 
 
+def _repository_of(settings: Settings) -> Repository:
+    """Where the settings say that machines live."""
+    url = StoreUrl.parse(settings.store)
+    if url.kind == MEMORY:
+        return Repository()
+    # Here and not above: the database libraries take 25 MB, and a service whose machines live in memory none of it.
+    from service.runtime.stored_repository import StoredRepository  # noqa: PLC0415
+
+    return StoredRepository(url)
+
+
+def _watch(metrics: Metrics, registry: Registry, jobs: Jobs) -> None:
+    """Metrics that are counted when somebody reads them, and those of each transaction of the store."""
+    for counted in (census.of_machines, census.of_logs, census.of_tools):
+        metrics.watch(partial(counted, registry))
+    metrics.watch(partial(census.of_jobs, jobs))
+    registry.repository.observe = metrics.stored
+
+
 def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = None) -> FastAPI:
     """A service with the machines of its store, and the tokens of it unless it is given others.
 
@@ -219,13 +241,14 @@ def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = 
     access = app.state.access = AccessControl(settings, tokens if tokens is not None else tokens_of(settings))
     secret = settings.token.get_secret_value() if settings.token is not None else None
     app.state.audit = AuditLog(settings.audit_log, lambda: access.guarded, secret=secret)
-    registry = app.state.registry = Registry(settings, home_of(settings), lambda: access.tenants)
+    registry = app.state.registry = Registry(settings, _repository_of(settings), lambda: access.tenants)
     app.state.idempotency = Idempotency(
-        answers_of(registry.home, settings.idempotency_seconds), settings.idempotency_bytes
+        answers_of(registry.repository, settings.idempotency_seconds), settings.idempotency_bytes
     )
     app.state.bodies = HeldBodies(settings.max_held_body_bytes)
-    app.state.metrics = Metrics(registry)
+    app.state.metrics = Metrics()
     app.state.jobs = Jobs(settings, registry, app.state.metrics, lambda: access.tenants)
+    _watch(app.state.metrics, registry, app.state.jobs)
     app.state.ready = app.state.warm = app.state.draining = False
     handlers.install(app)
     if settings.cors_origins:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Annotated, Any, cast
 
 import msgspec
@@ -12,11 +13,15 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
 from engine.machine import VirtualMachine
+from service import __version__
 from service.http import conditional
+from service.http.conditional import entity_tag
+from service.http.idempotency import hooks_of
 from service.http.negotiation import OCTETS
 from service.http.route import Routes
 from service.problems import responses
 from service.runtime.asking import Asker
+from service.runtime.entry import Listed
 from service.runtime.jobs import Jobs
 from service.runtime.registry import Entry, Registry, unknown_vm
 from service.runtime.replays import Replaying
@@ -162,9 +167,21 @@ def find(request: HTTPConnection, vm_id: str) -> Entry:
 def guard(request: Request, entry: Entry, current: Callable[[], Iterable[str]]) -> None:
     """Honour If-Match against the tags of the resource now; demanded on machines created with ``require_match``.
 
-    Call it while holding the machine's writer, so that the state compared is the state changed.
+    Call it while holding the machine's lock, so that the state compared is the state changed.
     """
     conditional.require_match(request, current, required=entry.require_match)
+
+
+@asynccontextmanager
+async def changing(request: Request, entry: Entry) -> AsyncIterator[VirtualMachine]:
+    """The machine, held for one mutation that ``request`` makes; see ``Entry.mutation``."""
+    async with entry.mutation(hooks_of(request)) as change:
+        yield change.machine
+
+
+def vm_tag(entry: Entry | Listed) -> str:
+    """The entity tag of a machine as it is: every committed change counts its revision up."""
+    return entity_tag(f"{entry.id} {entry.created.isoformat()} {entry.revision} {__version__}".encode())
 
 
 def encode(document: BaseModel | Any) -> bytes:
@@ -207,7 +224,7 @@ async def changed(
 
     ``shown`` reads the representation that GET of the resource has.
     """
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [tag_of(shown(machine))])
         change(machine)
     return tagged(request, shown(machine))

@@ -149,7 +149,7 @@ def backup(
     given: Given = None,
 ) -> None:
     """Write the VMs of a store to a file. A service may be running on it; the file has one state of the store."""
-    from service.storage import offline
+    from service.backups import offline
 
     count = offline.backup(_store_url(context, store), file, vm)
     typer.echo(f"{count} VMs written to {file}")
@@ -165,7 +165,7 @@ def restore(
     given: Given = None,
 ) -> None:
     """Put the VMs of a backup into a store, under their own ids: all of them or, if one cannot be, none."""
-    from service.storage import offline
+    from service.backups import offline
 
     ids = offline.restore(_store_url(context, store), file, vm, replace=replace)
     typer.echo(f"{len(ids)} VMs restored")

@@ -23,7 +23,7 @@ from service.api.traces.traces import FORMATS, carried_columns, result_document
 from service.cli.demo import CONTENT_TYPES, report_of
 from service.cli.policy_files import checked, policy_of, said
 from service.http.handlers import refusal
-from service.http.words import Document
+from service.http.wire_types import Document
 from service.platform.failures import Failure, opened, read_document
 from service.problems import ServiceError
 from service.runtime.job import Job

@@ -19,7 +19,7 @@ from service.api.system.ioctls import IoctlRequest
 from service.api.traces.traces import TraceBody
 from service.contract.links import add_links
 from service.http.route import GuardedWebSocketRoute, StrictRoute
-from service.http.words import Document
+from service.http.wire_types import Document
 from service.problems import FieldError, Problem, add_responses
 
 TITLE = "Subpage"

@@ -14,13 +14,13 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.errors import EngineError
-from service.http.gate import API, check_open, with_machine
 from service.http.handlers import problem_response
 from service.http.idempotency import Idempotency
 from service.http.limits import WITH_BODY, Held, HeldBodies, bounded
 from service.http.negotiation import acceptable
 from service.http.origins import check_page
 from service.http.sockets import token_among
+from service.http.vm_loader import API, check_open, with_machine
 from service.problems import ServiceError
 from service.runtime.registry import Registry
 from service.security.access import AccessControl, Permission
@@ -72,7 +72,7 @@ def gated(route: Declared, app: ASGIApp) -> ASGIApp:
                 allowed = cast(Settings, state.settings).cors_origins
                 check_page(headers.get(b"origin"), headers.get(b"sec-fetch-site"), headers.get(b"host"), allowed)
             given = headers.get(b"authorization") or (token_among(scope["subprotocols"]) if websocket else None)
-            principal = access.admit(scope, route.permission or "admin", given, headers.get(b"host"))
+            principal = access.authorize(scope, route.permission or "admin", given, headers.get(b"host"))
             if stored:
                 check_open(cast(Registry, state.registry))
             if len(route.offers) == 1 and b"accept" in headers:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service.http.words import integer
+from service.http.wire_types import integer
 from service.problems import InvalidDocument
 
 WORD32_SCHEMA: dict[str, Any] = {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import itertools
 import logging
 import re
@@ -23,10 +22,8 @@ from service.problems import NotReady
 from service.security.access import NOBODY, Principal
 from service.security.audit import AuditLog, cut, outcome_of
 from service.settings import Settings
+from service.telemetry.logs import request_id
 from service.telemetry.metrics import Metrics
-
-# The request being served, for whatever is logged meanwhile.
-request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 
 # Nothing here may be framed, guessed at, embedded or kept by a shared cache; what a route says itself outranks these.
 SECURITY_HEADERS: tuple[tuple[bytes, bytes], ...] = (

@@ -13,6 +13,7 @@ import hashlib
 import re
 
 from starlette.requests import HTTPConnection
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import LimitExceeded
@@ -25,11 +26,13 @@ from service.problems import (
     ServiceError,
     StoreUnavailable,
 )
-from service.runtime.answers import CARRIED_OUT, KEYED, Answer, Answers, Headers, Keyed
-from service.runtime.riders import riding
+from service.runtime.answers import CARRIED_OUT, Answer, Answers, Headers, Keyed
+from service.runtime.commit_hooks import CommitHooks
 from service.security.access import Principal
 
 _KEY = re.compile(rb"[\x21-\x7e]{1,255}")
+# Where a scope has the ``Keyed`` of its request.
+_KEYED = "idempotency"
 # Refused before the call was tried, or worth trying again.
 _NOT_KEPT = frozenset({401, 403, 406, 408, 413, 415, 429, 499})
 _UNKEPT = "the request was carried out, but its answer could not be kept: {}; read the state before trying again"
@@ -144,13 +147,21 @@ class Idempotency:
             await send(started)
             await send({"type": "http.response.body", "body": b"".join(body)})
 
-        keyed = Keyed(self.answers, owner, key, request.so_far)
-        token = KEYED.set(keyed)
-        try:
-            with riding(keyed):
-                await app(scope, request.receive, sending)
-        finally:
-            KEYED.reset(token)
+        scope[_KEYED] = Keyed(self.answers, owner, key, request.so_far)
+        await app(scope, request.receive, sending)
+
+
+def hooks_of(request: HTTPConnection) -> CommitHooks:
+    """What every change that ``request`` makes is stored with: its key, if it has one."""
+    keyed: Keyed | None = request.scope.get(_KEYED)
+    return () if keyed is None else (keyed,)
+
+
+def will_answer(request: HTTPConnection, response: Response) -> None:
+    """See ``Keyed.will_answer``. Nothing without a key."""
+    keyed: Keyed | None = request.scope.get(_KEYED)
+    if keyed is not None:
+        keyed.will_answer(response)
 
 
 def _worth_keeping(status: int, headers: Headers) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from starlette.types import Message, Receive, Scope
 
 from service.http.codings import ACCEPTED, CODINGS, decoded
-from service.http.words import decimal
+from service.http.wire_types import decimal
 from service.problems import BodyTooLarge, BodyTooSlow, UnsupportedMediaType
 from service.runtime.shares import ShareExceeded
 from service.settings import Settings

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from starlette.requests import Request
 
-from service.http.words import decimal
+from service.http.wire_types import decimal
 from service.problems import NotAcceptable, UnsupportedMediaType
 
 JSON = "application/json"

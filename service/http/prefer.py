@@ -6,7 +6,7 @@ import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from service.http.words import decimal
+from service.http.wire_types import decimal
 
 # RFC 9110 section 5.6.2.
 _TOKEN = frozenset(string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~")

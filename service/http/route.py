@@ -20,7 +20,7 @@ from service.http.admission import gated
 from service.http.handlers import refused
 from service.http.json_bodies import received
 from service.http.negotiation import JSON
-from service.http.words import integer
+from service.http.wire_types import integer
 from service.problems import InvalidDocument
 from service.security.access import Permission
 

@@ -1,1 +1,1 @@
-"""Where machines live: the registry, one writer per machine, request bodies as files, results of replays."""
+"""Where machines live: the registry, one lock per machine, request bodies as files, results of replays."""

@@ -6,13 +6,12 @@ import base64
 import json
 import time
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from starlette.responses import Response
 
-from service.runtime.home import Home
+from service.runtime.repository import Repository
 from service.storage.records import AnswerRecord, Change, Side
 
 _OVERHEAD = 512
@@ -94,22 +93,22 @@ def _now() -> int:
 class StoredAnswers:
     """Answers in the store, ``seconds`` each, also over restarts. Raises StoreUnavailable."""
 
-    def __init__(self, home: Home, seconds: float) -> None:
-        self._home = home
+    def __init__(self, repository: Repository, seconds: float) -> None:
+        self._repository = repository
         self._lasting = int(seconds * 1000)
 
     async def find(self, owner: str, key: str) -> Answer | None:
-        record = await self._home.answer(owner, key, _now())
+        record = await self._repository.answer(owner, key, _now())
         if record is None:
             return None
         coded = [[base64.b64decode(text) for text in header] for header in json.loads(record.headers)]
         return Answer(record.fingerprint, record.status, tuple((name, value) for name, value in coded), record.body)
 
     async def keep(self, owner: str, key: str, answer: Answer) -> None:
-        await self._home.note(Side(answers=(self.record(owner, key, answer),), expired=_now()))
+        await self._repository.note(Side(answers=(self.record(owner, key, answer),), expired=_now()))
 
     async def used(self, owner: str) -> int:
-        return await self._home.answers_used(owner, _now())
+        return await self._repository.answers_used(owner, _now())
 
     def record(self, owner: str, key: str, answer: Answer) -> AnswerRecord:
         """An answer that is given now, as the store keeps it."""
@@ -122,7 +121,7 @@ class StoredAnswers:
 
 @dataclass(slots=True)
 class Keyed:
-    """The request under a key that the running task carries out; a rider of its commits.
+    """A request under a key that is being carried out; a hook of its commits.
 
     ``fingerprint`` is asked for the hash of the request, which is empty until its body has been read.
     """
@@ -134,10 +133,17 @@ class Keyed:
     prepared: Answer | None = field(default=None)
 
     def __call__(self, change: Change) -> Side | None:
-        if not isinstance(self.answers, StoredAnswers) or any(side.answers for side in change.sides):
+        if not isinstance(self.answers, StoredAnswers):
             return None
         answer = self.prepared or Answer(self.fingerprint(), CARRIED_OUT, (), _changed(change).encode())
         return Side(answers=(self.answers.record(self.owner, self.key, answer),))
+
+    def will_answer(self, response: Response) -> None:
+        """What the request is going to be answered when its next commit is made, so that the one is stored with the
+        other. Nothing while its body has not been read to its end."""
+        if fingerprint := self.fingerprint():
+            headers = tuple((bytes(name), bytes(value)) for name, value in response.raw_headers)
+            self.prepared = Answer(fingerprint, response.status_code, headers, bytes(response.body))
 
 
 def _changed(change: Change) -> str:
@@ -148,18 +154,6 @@ def _changed(change: Change) -> str:
     return f"{vm}/traces/{change.traces[-1].id}" if change.traces else vm
 
 
-KEYED: ContextVar[Keyed | None] = ContextVar("keyed", default=None)
-
-
-def will_answer(response: Response) -> None:
-    """What the running request is going to be answered when its next commit is made, so that the one is stored with
-    the other. Nothing without a key, or while the body has not been read to its end."""
-    keyed = KEYED.get()
-    if keyed is not None and (fingerprint := keyed.fingerprint()):
-        headers = tuple((bytes(name), bytes(value)) for name, value in response.raw_headers)
-        keyed.prepared = Answer(fingerprint, response.status_code, headers, bytes(response.body))
-
-
-def answers_of(home: Home, seconds: float) -> Answers:
+def answers_of(repository: Repository, seconds: float) -> Answers:
     """Where answers are kept for as long: with the machines."""
-    return StoredAnswers(home, seconds) if home.durable else MemoryAnswers(seconds)
+    return StoredAnswers(repository, seconds) if repository.durable else MemoryAnswers(seconds)

@@ -19,7 +19,8 @@ from engine.trace.results import ExitColumns, TraceResult
 from engine.trace.single import AccessRequest, AccessResult
 from service.problems import RESUME_AT, NotReady
 from service.runtime.bodies import Upload
-from service.runtime.desk import Question, Resolution
+from service.runtime.broker import Question
+from service.runtime.commit_hooks import CommitHooks
 from service.runtime.entry import Entry
 from service.runtime.traces import TraceRequest
 from service.settings import Settings
@@ -30,7 +31,7 @@ class Tallied(Protocol):
 
     def asked(self) -> None: ...
 
-    def answered(self, resolution: Resolution) -> None: ...
+    def answered(self, action: str | None, reason: str, timeouts: int) -> None: ...
 
 
 class Asker:
@@ -60,13 +61,13 @@ class Asker:
         if self._entry.gone:
             raise self._entry.absence()
         self._metrics.asked()
-        resolution = await self._entry.desk.ask(
+        resolution = await self._entry.broker.ask(
             Question(asked, self.trace, attempt),
             self._settings.ask_default_action,
             self._settings.max_questions,
             self._give_up,
         )
-        self._metrics.answered(resolution)
+        self._metrics.answered(resolution.action, resolution.reason, resolution.timeouts)
         assert resolution.action is not None
         return resolution.action
 
@@ -125,21 +126,22 @@ async def last_stretch(
     request: TraceRequest,
     source: Source,
     asker: Asker,
+    hooks: CommitHooks,
     check_caller: Callable[[], None],
     memory: Budget,
 ) -> AsyncIterator[tuple[TraceResult, tuple[str, ...]]]:
     """Replay with ``ask``; the block runs in the mutation of the last stretch, with the result of all.
 
     ``check_caller`` is called before each commit, and raises when the caller may not change the machine any more.
-    ``memory`` is what the body may take while it is read.
+    ``hooks`` as in ``Entry.mutation``, for each of them; ``memory`` is what the body may take while it is read.
     """
     stretches = _Stretches(request, source, memory)
     action: str | None = None
     committed: int | None = None
     try:
         while True:
-            async with entry.mutation() as machine:
-                taken = action
+            async with entry.mutation(hooks) as change:
+                taken, machine = action, change.machine
                 found = await upload.run(lambda pipe: stretches.run(machine, taken, pipe.check))  # noqa: B023
                 check_caller()
                 if found is not None:
@@ -155,15 +157,19 @@ async def last_stretch(
 
 
 async def access(
-    entry: Entry, request: AccessRequest, asker: Asker, note: Callable[[Entry, AccessResult], None]
+    entry: Entry,
+    request: AccessRequest,
+    asker: Asker,
+    hooks: CommitHooks,
+    note: Callable[[Entry, AccessResult], None],
 ) -> AccessResult:
-    """One access that asks. ``note`` is called with its outcome, in the mutation that ends it."""
+    """One access that asks. ``note`` is called with its outcome, in the mutation that ends it; ``hooks`` as above."""
     run = InteractiveAccess()
     committed = False
     try:
         while True:
-            async with entry.mutation() as machine:
-                outcome = machine.access(request, run)
+            async with entry.mutation(hooks) as change:
+                outcome = change.machine.access(request, run)
                 if run.asked is None:
                     note(entry, outcome)
             if run.asked is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -13,17 +12,15 @@ from engine.errors import NotFound, OutOfMemory
 from engine.machine import VirtualMachine
 from engine.machine.summary import Summary
 from service.problems import NotReady, StoreUnavailable
+from service.runtime.broker import Broker
 from service.runtime.changes import batches_of, changes_of
-from service.runtime.desk import Desk
+from service.runtime.commit_hooks import CommitHooks
 from service.runtime.events import EventLog
-from service.runtime.home import Home
+from service.runtime.repository import Repository
 from service.runtime.room import Room
 from service.runtime.traces import TraceStore
-from service.runtime.writer import Writer
+from service.runtime.vm_lock import VmLock
 from service.storage.records import VmRecord
-
-# The entry that the running task is changing, and the machine that takes the changes.
-_CHANGING: ContextVar[tuple[Entry, VirtualMachine] | None] = ContextVar("changing", default=None)
 
 
 def unknown_vm(vm_id: str) -> NotFound:
@@ -41,6 +38,19 @@ class Listed:
 
 
 @dataclass(slots=True, eq=False)
+class Mutation:
+    """A change of one machine that is under way: all of it is committed, or nothing.
+
+    ``machine`` takes the changes; ``hooks`` say what is stored with them. With ``deletes`` the machine is deleted
+    instead, and whoever waits for it finds it gone.
+    """
+
+    machine: VirtualMachine
+    hooks: CommitHooks
+    deletes: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class Entry:
     """One machine and what the service keeps about it.
 
@@ -55,8 +65,8 @@ class Entry:
     created: datetime
     revision: int
     tenant: str
-    home: Home
-    writer: Writer
+    repository: Repository
+    lock: VmLock
     traces: TraceStore
     events: EventLog
     room: Room
@@ -65,24 +75,20 @@ class Entry:
     uses: int = 0
     gone: bool = False
     lost: bool = False
-    leaving: bool = False
     doubtful: bool = False
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
-    desk: Desk = field(default_factory=Desk)
+    broker: Broker = field(default_factory=Broker)
 
     @property
     def machine(self) -> VirtualMachine:
-        """The machine as committed; for the task that changes it, with its changes."""
-        changing = _CHANGING.get()
-        if changing is not None and changing[0] is self:
-            return changing[1]
+        """The machine as committed; a mutation that is under way has its own."""
         if self.loaded is None:
             raise NotReady("the machine is being read from the store")
         return self.loaded
 
     @property
     def listed(self) -> Listed:
-        """The machine as a list shows it, with the changes of the task that changes it."""
+        """The machine as a list shows it."""
         return Listed(self.id, self.created, self.revision, self.machine.summary())
 
     @property
@@ -90,60 +96,59 @@ class Entry:
         return self.machine.config.require_match
 
     @asynccontextmanager
-    async def mutation(self, *, patient: bool = False) -> AsyncIterator[VirtualMachine]:
+    async def mutation(self, hooks: CommitHooks, *, patient: bool = False) -> AsyncIterator[Mutation]:
         """The machine, held for one mutation, which is committed as one when the block ends without an exception.
 
+        ``hooks`` say what is stored with it: for a request those of its key, which it must not go without.
         Readers see it from then on. Leaving with an exception, or a commit that fails, leaves the machine as it was;
         but an allocation of the host that failed is counted, so that a retry finds the next one.
         Raises Busy after the configured wait unless ``patient``, NotFound if the machine was deleted meanwhile,
         StoreUnavailable.
         """
-        async with self.writer.hold(patient=patient):
+        async with self.lock.hold(patient=patient):
             await self.load()
             before = self.machine
             after = before.successor()
             self.room.open(after)
-            token = _CHANGING.set((self, after))
+            change = Mutation(after, hooks)
             failed: OutOfMemory | None = None
             try:
                 try:
-                    yield after
+                    yield change
                 except OutOfMemory as error:
                     failed = error
                 self.room.check(after)
-                await self._commit(before, after)
+                await self._commit(before, change)
             except BaseException as error:
                 if isinstance(error, StoreUnavailable) and not error.certain:
                     self.doubtful = True
                 before.withdraw(after)
                 self.traces.discard()
                 self.events.discard()
-                self.leaving = False
                 refused = self.room.named(error)
                 if refused is not error:
                     raise refused from None
                 raise
-            finally:
-                _CHANGING.reset(token)
             if failed is not None:
                 raise failed
 
-    async def _commit(self, before: VirtualMachine, after: VirtualMachine) -> None:
+    async def _commit(self, before: VirtualMachine, change: Mutation) -> None:
         """Make the change durable, then show it. Nothing is awaited between the one and the other."""
         if self.gone:
             raise self.absence()
-        if self.leaving:
-            await self.home.delete(self.record())
+        after = change.machine
+        if change.deletes:
+            await self.repository.delete(self.record(), change.hooks)
             self.gone = True
             self.room.settle(0)
             self.events.close("deleted")
-            self.desk.end(self.absence)
+            self.broker.end(self.absence)
         else:
             added = self.traces.added()
             traces, dropped = self.traces.coming()
             log, next_event = self.events.coming([*changes_of(before, after), *batches_of(added)])
             record = self.record(self.revision + 1, next_event)
-            await self.home.commit(self.record(), record, (before, after), traces, dropped, log)
+            await self.repository.commit(self.record(), record, (before, after), traces, dropped, log, change.hooks)
             self.traces.settle()
             self.events.settle()
             self.room.settle(0 if self.lost else after.frames_in_use)
@@ -166,11 +171,11 @@ class Entry:
         async with self.loading:
             if self.doubtful:
                 # A commit may or may not have been made; what the store says now is what was.
-                if await self.home.revision(self.sequence) != self.revision:
+                if await self.repository.revision(self.sequence) != self.revision:
                     self.loaded = None
                 self.doubtful = False
             if self.loaded is None:
-                found = await self.home.load(self.sequence)
+                found = await self.repository.load(self.sequence)
                 if found is None:
                     self.gone = True
                     self.events.close("deleted")

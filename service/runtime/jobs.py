@@ -23,11 +23,11 @@ from service.problems import Interrupted, NotReady, ServiceError, StoreUnavailab
 from service.runtime import job as states
 from service.runtime.bodies import PIECE, Upload
 from service.runtime.body_memory import BodyMemory
-from service.runtime.home import finished
+from service.runtime.commit_hooks import CommitHooks
 from service.runtime.job import Job
+from service.runtime.offload import finished
 from service.runtime.registry import Registry
 from service.runtime.replays import committed
-from service.runtime.riders import riding
 from service.runtime.shares import Share, Tenants, one_tenant
 from service.runtime.spool import JobStopped, Spool, Spools
 from service.runtime.traces import Trace, TraceRequest, replay
@@ -75,7 +75,7 @@ class Jobs:
         self.spools = Spools(settings.max_job_bytes, settings.spool_dir, tenants)
         self.memory = BodyMemory(settings.body_memory_bytes, settings.max_body_memory_bytes, tenants)
         self._closing_at: float | None = None
-        metrics.watch_jobs(self.by_state)
+        metrics.jobs_end(state for state in states.STATES if state in states.ENDED)
 
     def open(self, executor: Executor) -> None:
         """Begin; replays run in threads of ``executor``."""
@@ -123,9 +123,12 @@ class Jobs:
             return await self.spools.fill(upload, tenant)
 
     async def accept(
-        self, vm: str, tenant: str, wanted: TraceRequest, spool: Spool, told: Callable[[Job], None] = lambda job: None
+        self, vm: str, tenant: str, wanted: TraceRequest, spool: Spool, hooks: CommitHooks, told: Callable[[Job], None]
     ) -> Job:
-        """A job of what was received. ``told`` sees it before it is stored. Raises StoreUnavailable."""
+        """A job of what was received, stored with what ``hooks`` say. ``told`` sees it before that.
+
+        Raises StoreUnavailable.
+        """
         self._forget_old()
         self._number += 1
         now = max(datetime.now(UTC), self._latest.get(tenant, _EPOCH) + _TICK)
@@ -135,7 +138,7 @@ class Jobs:
         told(job)
         forgotten, self._forgotten = self._forgotten, []
         try:
-            await self._registry.home.note(Side(jobs=(job.record(),), forgotten=forgotten))
+            await self._registry.repository.note(Side(jobs=(job.record(),), forgotten=forgotten), hooks)
         except BaseException:
             self._forgotten += forgotten
             self._free(job)
@@ -163,11 +166,12 @@ class Jobs:
         found = later[:limit]
         return found, moment(found[-1].created) if limit < len(later) else None
 
-    async def cancel(self, job: Job) -> None:
+    async def cancel(self, job: Job, hooks: CommitHooks) -> None:
         """End it without an effect if it has not ended. Returns when it has, at the latest after some seconds, which
-        a replay needs only if it is between two looks for that long."""
+        a replay needs only if it is between two looks for that long. The end of one that waits is stored with what
+        ``hooks`` say."""
         if not job.over:
-            await self._halt(job, states.CANCELLED)
+            await self._halt(job, states.CANCELLED, hooks)
             await self.wait(job, _NOTICE_SECONDS)
 
     async def wait(self, job: Job, seconds: float) -> bool:
@@ -191,7 +195,7 @@ class Jobs:
                 stored[job.trace] = job.id
             elif entry.traces.has(job.trace):
                 found.add(job.id)
-        return found | {stored[trace] for trace in await self._registry.home.kept_traces(list(stored))}
+        return found | {stored[trace] for trace in await self._registry.repository.kept_traces(list(stored))}
 
     def by_state(self) -> dict[str, int]:
         """How many there are in each state."""
@@ -244,7 +248,7 @@ class Jobs:
         return min(free, key=lambda job: (self._turns.of(job.tenant), self._served.get(job.tenant, 0)), default=None)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        # Not in the context of the request: its key and its id are its own.
+        # Not in the context of the request: its id is its own.
         return asyncio.get_running_loop().create_task(work, context=Context())
 
     async def _run(self, job: Job) -> None:
@@ -283,7 +287,7 @@ class Jobs:
         async def tell(trace: Trace) -> None:
             done.append(job.record(states.SUCCEEDED, trace.created, trace=trace.id, records=trace.result.records))
 
-        def rider(change: Change) -> Side | None:
+        def ends(change: Change) -> Side | None:
             return Side(jobs=tuple(done)) if done else None
 
         job.check()
@@ -291,10 +295,15 @@ class Jobs:
             entry = self._registry.get(job.vm)
             job.check()
             job.waits = True
-            with riding(rider):
-                await committed(
-                    entry, wanted, self._metrics, lambda machine: self._turn(job, machine), tell=tell, patient=True
-                )
+            await committed(
+                entry,
+                wanted,
+                self._metrics,
+                lambda machine: self._turn(job, machine),
+                (ends,),
+                tell=tell,
+                patient=True,
+            )
         job.stored = True
         return done[0]
 
@@ -314,7 +323,7 @@ class Jobs:
         """Whether the commit was made, which only the store knows."""
         while job.halt is None:
             try:
-                record = await self._registry.home.job(job.id)
+                record = await self._registry.repository.job(job.id)
             except ServiceError:
                 await asyncio.sleep(_ASK_SECONDS)
                 continue
@@ -332,19 +341,19 @@ class Jobs:
     def _ended_early(self, job: Job) -> JobRecord:
         return job.record(job.halt or states.INTERRUPTED, datetime.now(UTC))
 
-    async def _halt(self, job: Job, state: str) -> None:
+    async def _halt(self, job: Job, state: str, hooks: CommitHooks = ()) -> None:
         job.stop(state)
         if job in self._queue:
             self._queue.remove(job)
-            await self._settle_in_store(job, job.record(state, datetime.now(UTC)))
+            await self._settle_in_store(job, job.record(state, datetime.now(UTC)), hooks)
         elif job in self._running and job.waits:
             self._running[job].cancel()
 
-    async def _settle_in_store(self, job: Job, record: JobRecord) -> None:
+    async def _settle_in_store(self, job: Job, record: JobRecord, hooks: CommitHooks = ()) -> None:
         """Let it have ended as ``record`` says, which is stored first unless it is already."""
         if not job.stored:
             try:
-                await self._registry.home.note(Side(jobs=(record,)))
+                await self._registry.repository.note(Side(jobs=(record,)), hooks)
                 job.stored = True
             except ServiceError as error:
                 logger.warning("how job %s ended is not stored: %s", job.id, error)
@@ -365,7 +374,7 @@ class Jobs:
     async def _store(self, job: Job) -> None:
         """Try again to store how it ended."""
         try:
-            await self._registry.home.note(Side(jobs=(job.record(),)))
+            await self._registry.repository.note(Side(jobs=(job.record(),)))
             job.stored = True
         except ServiceError:
             logger.warning("how job %s ended is still not stored", job.id)

@@ -1,9 +1,11 @@
-"""Work that takes longer than the event loop should be kept from others goes to a thread."""
+"""Work that takes longer than the event loop should be kept from others goes to a thread, and is waited for."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import ParamSpec, TypeVar
 
 import anyio.to_thread
@@ -15,8 +17,26 @@ T = TypeVar("T")
 async def maybe_in_thread(small: bool, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call ``function`` here when the work is ``small``, well under a millisecond, and in a thread otherwise.
 
-    A cancelled caller still waits for the thread, so that a mutation never runs on without its writer.
+    A cancelled caller still waits for the thread, so that a mutation never runs on without its lock.
     """
     if small:
         return function(*args, **kwargs)
     return await anyio.to_thread.run_sync(functools.partial(function, *args, **kwargs))
+
+
+async def finished(future: Future[T]) -> T:
+    """The outcome of a future that is waited for whatever happens: a cancelled caller takes note of it first."""
+    waiting = asyncio.wrap_future(future)
+    cancelled = False
+    while not waiting.done():
+        try:
+            await asyncio.wait((waiting,))
+        except asyncio.CancelledError:
+            cancelled = True
+    result = waiting.result()
+    if cancelled:
+        task = asyncio.current_task()
+        assert task is not None
+        # Delivered at the next wait, when the outcome has been taken note of.
+        task.cancel()
+    return result

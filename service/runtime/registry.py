@@ -17,14 +17,15 @@ from service.platform.stamps import moment
 from service.problems import StoreUnavailable
 from service.runtime.batches import Parts
 from service.runtime.changes import created
+from service.runtime.commit_hooks import CommitHooks
 from service.runtime.entry import Entry, Listed, unknown_vm
 from service.runtime.events import EventLog, LogStats
-from service.runtime.home import Home
 from service.runtime.offload import maybe_in_thread
+from service.runtime.repository import Repository
 from service.runtime.room import Room
 from service.runtime.shares import Share, Tenants, one_tenant
 from service.runtime.traces import TraceStore
-from service.runtime.writer import Writer
+from service.runtime.vm_lock import VmLock
 from service.settings import Settings
 from service.storage.records import VmRecord
 
@@ -56,13 +57,13 @@ def build(config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool) -> VirtualM
 class Registry:
     """Creates, finds, lists and deletes machines; used from the event loop only.
 
-    Machines of a durable home are read when they are first asked for, and the least recently used are forgotten while
-    there are more than ``max_loaded_vms``.
+    Machines of a durable repository are read when they are first asked for, and the least recently used are forgotten
+    while there are more than ``max_loaded_vms``.
     """
 
-    def __init__(self, settings: Settings, home: Home, tenants: Tenants = one_tenant) -> None:
+    def __init__(self, settings: Settings, repository: Repository, tenants: Tenants = one_tenant) -> None:
         self._settings = settings
-        self.home = home
+        self.repository = repository
         self._entries: dict[str, Entry] = {}
         self._sequence = 0
         self._made: Counter[str] = Counter()
@@ -75,9 +76,9 @@ class Registry:
             "max_event_streams", settings.max_event_streams, "streams of events may be open at one time", tenants
         )
         self.logs = LogStats()
-        self.parts = Parts(home.exit_part)
+        self.parts = Parts(repository.exit_part)
 
-    # What the home says
+    # What the repository says
 
     def arrive(self, machines: Sequence[VmRecord], *, goes_on: bool) -> None:
         """The store has these machines; with ``goes_on`` those in memory are the same."""
@@ -96,7 +97,7 @@ class Registry:
         for entry in self._entries.values():
             entry.gone = entry.lost = True
             entry.events.close("store-lost")
-            entry.desk.end(entry.absence)
+            entry.broker.end(entry.absence)
             self._places.count(entry.tenant, -1)
             entry.room.settle(0)
         self._entries = {}
@@ -132,11 +133,11 @@ class Registry:
                 self._forget_unused()
 
     async def _load(self, entry: Entry) -> None:
-        if entry.loaded is not None and not (entry.doubtful and self.home.ready):
+        if entry.loaded is not None and not (entry.doubtful and self.repository.ready):
             return
         if entry.doubtful:
             try:
-                async with entry.writer.hold():
+                async with entry.lock.hold():
                     await self._read(entry)
             except (Busy, StoreUnavailable):
                 # What was committed before the doubtful change is still a state that clients may be shown.
@@ -164,8 +165,10 @@ class Registry:
                 surplus -= entry.room.used
                 entry.unload()
 
-    async def create(self, config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool, tenant: str) -> Entry:
-        """A new machine of ``tenant`` under a fresh unguessable id, committed.
+    async def create(
+        self, config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool, tenant: str, hooks: CommitHooks
+    ) -> Entry:
+        """A new machine of ``tenant`` under a fresh unguessable id, committed with what ``hooks`` say.
 
         Raises LimitExceeded, what the engine says of the input, or StoreUnavailable.
         """
@@ -180,14 +183,14 @@ class Registry:
             now = max(datetime.now(UTC), self._latest.get(tenant, _EPOCH) + _TICK)
             entry = self._entry(f"vm_{secrets.token_hex(8)}", self._sequence, now, 1, tenant)
             log, next_event = entry.events.coming([created(machine)])
-            await self.home.create(entry.record(next_event=next_event), machine, log)
+            await self.repository.create(entry.record(next_event=next_event), machine, log, hooks)
         finally:
             self._places.count(tenant, -1)
             room.settle(0)  # from here on the entry counts it
         entry.events.settle()
         entry.loaded = machine
         self._keep(entry, machine.frames_in_use)
-        if self.home.durable:
+        if self.repository.durable:
             self._forget_unused()
         return entry
 
@@ -207,17 +210,17 @@ class Registry:
             settings.kept_exit_records,
             settings.kept_trace_days,
             loaded_exit_records=settings.loaded_exit_records,
-            load=self.home.loader(sequence),
+            load=self.repository.loader(sequence),
         )
         events = EventLog(
             settings.kept_events,
             settings.kept_event_days,
-            load=self.home.event_loader(sequence),
+            load=self.repository.event_loader(sequence),
             stats=self.logs,
         )
-        writer = Writer(settings.busy_timeout)
+        lock = VmLock(settings.busy_timeout)
         room = Room(self._memory, tenant, settings.max_table_frames)
-        return Entry(vm_id, sequence, since, revision, tenant, self.home, writer, traces, events, room)
+        return Entry(vm_id, sequence, since, revision, tenant, self.repository, lock, traces, events, room)
 
     def get(self, vm_id: str) -> Entry:
         """The machine called ``vm_id``. Raises NotFound."""
@@ -257,7 +260,7 @@ class Registry:
         )
         found = later[:limit]
         stored = [entry.sequence for entry in found if entry.loaded is None and not entry.doubtful]
-        summaries = await self.home.summaries(stored) if stored else {}
+        summaries = await self.repository.summaries(stored) if stored else {}
         shown = [await self._shown(entry, *summaries.get(entry.sequence, (0, None))) for entry in found]
         following = moment(found[-1].created) if limit < len(later) else None
         return [listed for listed in shown if listed is not None], following
@@ -273,7 +276,3 @@ class Registry:
             finally:
                 entry.uses -= 1
         return None if entry.gone else entry.listed
-
-    def forget(self, entry: Entry) -> None:
-        """Delete the machine with the commit of the mutation that the caller is in; whoever waits finds it gone."""
-        entry.leaving = True

@@ -15,6 +15,7 @@ from engine.trace.results import TraceResult
 from service.runtime.asking import Asker, last_stretch
 from service.runtime.bodies import Upload
 from service.runtime.body_memory import BodyMemory
+from service.runtime.commit_hooks import CommitHooks
 from service.runtime.entry import Entry
 from service.runtime.shares import Share
 from service.runtime.spool import Spools
@@ -49,11 +50,13 @@ async def replay_body(
     replaying: Replaying,
     settings: Settings,
     metrics: Metrics,
+    hooks: CommitHooks,
     check: Check,
     tell: Tell | None = None,
     asker: Asker | None = None,
 ) -> Trace:
-    """Replay the body of ``request``, while it arrives where its format allows that. ``tell`` as in ``committed``.
+    """Replay the body of ``request``, while it arrives where its format allows that. ``hooks`` and ``tell`` as in
+    ``committed``.
 
     With ``asker`` it asks, and what came before a question is committed. Raises what the reader, the replay and
     ``Entry.mutation`` raise; then the machine is as it was, or as it was at the last question.
@@ -61,7 +64,7 @@ async def replay_body(
     turn = replaying.turns.of(entry.tenant)
     with replaying.places.place(entry.tenant):
         async with Upload(request, replaying.executor, settings.body_queue_bytes, turn) as upload:
-            return await _replay_upload(entry, wanted, upload, replaying, settings, metrics, check, tell, asker)
+            return await _replay_upload(entry, wanted, upload, replaying, settings, metrics, hooks, check, tell, asker)
 
 
 async def _replay_upload(
@@ -71,6 +74,7 @@ async def _replay_upload(
     replaying: Replaying,
     settings: Settings,
     metrics: Metrics,
+    hooks: CommitHooks,
     check: Check,
     tell: Tell | None,
     asker: Asker | None,
@@ -85,7 +89,7 @@ async def _replay_upload(
         with replaying.memory.budget(entry.tenant) as budget:
             if asker is not None:
                 began = time.perf_counter()
-                async with last_stretch(entry, upload, wanted, spool or upload.pipe, asker, check, budget) as (
+                async with last_stretch(entry, upload, wanted, spool or upload.pipe, asker, hooks, check, budget) as (
                     result,
                     ignored,
                 ):
@@ -97,6 +101,7 @@ async def _replay_upload(
                 wanted,
                 metrics,
                 lambda vm: upload.run(lambda pipe: replay(vm, wanted, spool or pipe, pipe.check, memory=budget)),
+                hooks,
                 check=check,
                 tell=tell,
             )
@@ -110,6 +115,7 @@ async def committed(
     wanted: TraceRequest,
     metrics: Metrics,
     work: Work,
+    hooks: CommitHooks,
     *,
     check: Check = lambda: None,
     tell: Tell | None = None,
@@ -117,11 +123,12 @@ async def committed(
 ) -> Trace:
     """Do ``work`` as a mutation of the machine, and commit the trace that it makes with the state that it leaves.
 
-    ``tell`` is called with the trace before the commit, which may not come about; ``patient`` as in ``mutation``.
+    ``tell`` is called with the trace before the commit, which may not come about; ``hooks`` and ``patient`` as in
+    ``mutation``.
     """
-    async with entry.mutation(patient=patient) as machine:
+    async with entry.mutation(hooks, patient=patient) as change:
         began = time.perf_counter()
-        result, ignored = await work(machine)
+        result, ignored = await work(change.machine)
         check()
         trace = _traced(entry, wanted, result, ignored, began)
         await _keep(entry, trace, metrics, tell)

@@ -79,8 +79,8 @@ class Principal:
     bucket: Bucket | None = field(default=None, compare=False)
 
 
-# Everybody, where no credentials are needed: a loopback service without tokens.
-ANYBODY = Principal("", "anybody", DEFAULT_TENANT, "admin")
+# Whoever asks where no credentials are needed: a loopback service without tokens.
+LOCAL_ADMIN = Principal("", "anybody", DEFAULT_TENANT, "admin")
 # Nobody yet: the caller of a public route, or one that was refused.
 NOBODY = Principal("", "", DEFAULT_TENANT, "public")
 
@@ -236,7 +236,9 @@ class AccessControl:
         known = self._tokens.get(principal.token)
         return known is not None and known[0].usable(self._clock())
 
-    def admit(self, scope: Scope, permission: Permission, authorization: bytes | None, host: bytes | None) -> Principal:
+    def authorize(
+        self, scope: Scope, permission: Permission, authorization: bytes | None, host: bytes | None
+    ) -> Principal:
         """The caller of a route that demands ``permission``; also left in ``scope["principal"]``, refused or not.
 
         Raises Unauthenticated (401), Forbidden (403) or RateLimited (429).
@@ -251,8 +253,8 @@ class AccessControl:
             if host is not None and not _local_authority(host):
                 rule = "must be a loopback name or address: without tokens the service is for this machine only"
                 raise Forbidden(rule, field="Host", value=host.decode("latin-1"))
-            scope["principal"] = ANYBODY
-            return ANYBODY
+            scope["principal"] = LOCAL_ADMIN
+            return LOCAL_ADMIN
         principal = scope["principal"] = self._identify(authorization)
         needed = _SCOPE[permission]
         if _RANK[principal.scope] < _RANK[needed]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import logging.config
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
-from service.http.envelope import request_id
 from service.security.tokens import without_tokens
 from service.settings import Settings
+
+# The request being served, for whatever is logged meanwhile.
+request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 _TEXT = "%(levelname)s %(name)s: %(message)s"
 

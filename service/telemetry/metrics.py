@@ -17,9 +17,6 @@ from prometheus_client.utils import floatToGoString
 from engine.arch import exits as arch
 from engine.trace.results import ExitColumns, TraceResult
 from service import __version__
-from service.runtime.desk import Resolution
-from service.runtime.job import ENDED
-from service.runtime.registry import Registry
 from service.storage.meter import Transaction
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -30,77 +27,18 @@ _LAG_PERIOD = 0.1
 EXIT_KINDS = ("ept_violation", "ept_misconfiguration", "spp_miss", "spp_misconfiguration")
 
 
-class _Machines(Collector):
-    """Machines and the frames they use, counted when somebody asks."""
-
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        machines = GaugeMetricFamily("subpage_vms", "Machines that exist.")
-        frames = GaugeMetricFamily(
-            "subpage_frames", "4 KiB frames in use over all machines in memory.", labels=["kind"]
-        )
-        counts: dict[str, int] = {}
-        entries = self._registry.all()
-        for entry in entries:
-            machine = entry.loaded
-            if machine is None:
-                continue
-            for name, count in machine.counters().items():
-                kind = name.removeprefix("frames_")
-                if kind != name:
-                    counts[kind] = counts.get(kind, 0) + count
-        machines.add_metric([], len(entries))
-        for kind, count in counts.items():
-            frames.add_metric([kind], count)
-        return machines, frames
+Families = Callable[[], Iterable[GaugeMetricFamily | CounterMetricFamily]]
+"""What is counted when somebody asks, and not before; called in the thread that asks."""
 
 
-class _Logs(Collector):
-    """Event logs and who reads them."""
+class _Counted(Collector):
+    """Metrics that somebody else counts."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+    def __init__(self, families: Families) -> None:
+        self._families = families
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
-        logs = self._registry.logs
-        appended = CounterMetricFamily("subpage_events", "Events added to logs, by kind.", labels=["kind"])
-        for kind, count in logs.appended.items():
-            appended.add_metric([kind], count)
-        yield appended
-        yield CounterMetricFamily(
-            "subpage_events_dropped", "Events that a reader was told it cannot have.", value=logs.dropped
-        )
-        yield GaugeMetricFamily("subpage_event_streams", "Streams of events that are open.", value=logs.streams)
-
-
-class _Desks(Collector):
-    """Introspection tools and the accesses that wait for them, counted when somebody asks."""
-
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        desks = [entry.desk for entry in self._registry.all()]
-        tools = GaugeMetricFamily("subpage_introspection_tools", "Introspection tools that are attached.")
-        tools.add_metric([], sum(len(desk.tools) for desk in desks))
-        waiting = GaugeMetricFamily("subpage_introspection_waiting", "Accesses that wait for an answer.")
-        waiting.add_metric([], sum(len(desk.questions) for desk in desks))
-        return tools, waiting
-
-
-class _Jobs(Collector):
-    """Jobs that are known; those in state queued are the queue."""
-
-    def __init__(self, by_state: Callable[[], Mapping[str, int]]) -> None:
-        self._by_state = by_state
-
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        family = GaugeMetricFamily("subpage_jobs", "Jobs that are known, by state.", labels=["state"])
-        for state, count in self._by_state().items():
-            family.add_metric([state], count)
-        yield family
+        return self._families()
 
 
 class _Requests(Collector):
@@ -130,7 +68,7 @@ class _Requests(Collector):
 class Metrics:
     """The metrics of one application; several may live in one process."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self) -> None:
         self._known = CollectorRegistry(auto_describe=True)
         self._requests = _Requests()
         self._known.register(self._requests)
@@ -177,27 +115,25 @@ class Metrics:
         self._failures = Counter(
             "subpage_store_failures", "Transactions that were not committed.", registry=self._known
         )
-        registry.home.observe = self.stored
         self._jobs_ended = Counter("subpage_jobs_ended", "Jobs that ended, by how.", ["state"], registry=self._known)
         info = Gauge("subpage_build_info", "1, labelled with the release.", ["version"], registry=self._known)
         info.labels(__version__).set(1)
         for kind in EXIT_KINDS:
             self._exits.labels(kind)
         ProcessCollector(registry=self._known)
-        self._known.register(_Machines(registry))
-        self._known.register(_Logs(registry))
-        self._known.register(_Desks(registry))
+
+    def watch(self, families: Families) -> None:
+        """Show what ``families`` counts, too."""
+        self._known.register(_Counted(families))
 
     def request(self, method: str, route: str, status: int, seconds: float) -> None:
         """One request was answered. ``route`` is the path's template: there are as many as the contract has."""
         self._requests.observe(method, route, status, seconds)
 
-    def watch_jobs(self, by_state: Callable[[], Mapping[str, int]]) -> None:
-        """Tell how many jobs there are in each state, as ``by_state`` counts them when somebody asks."""
-        self._known.register(_Jobs(by_state))
-        for state in by_state():
-            if state in ENDED:
-                self._jobs_ended.labels(state)
+    def jobs_end(self, states: Iterable[str]) -> None:
+        """Jobs may end in these ``states``: none has yet."""
+        for state in states:
+            self._jobs_ended.labels(state)
 
     def job_ended(self, state: str) -> None:
         """A job ended in ``state``."""
@@ -219,10 +155,10 @@ class Metrics:
         """An access waits for an answer."""
         self._questions.inc()
 
-    def answered(self, resolution: Resolution) -> None:
-        """It was decided what becomes of one."""
-        self._answers.labels(resolution.action, resolution.reason).inc()
-        self._timeouts.inc(resolution.timeouts)
+    def answered(self, action: str | None, reason: str, timeouts: int) -> None:
+        """It was decided what becomes of one, after so many tools that did not answer in time."""
+        self._answers.labels(action, reason).inc()
+        self._timeouts.inc(timeouts)
 
     def stored(self, transaction: Transaction) -> None:
         """The store committed changes, or failed to. From any thread."""

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.storage import offline
-from service.storage.backup import FORMAT, MAGIC, BadBackup, read_backup
+from service.backups import offline
+from service.backups.files import FORMAT, MAGIC, BadBackup, read_backup
 from service.storage.columns import pack, unpack
 from service.storage.urls import StoreUrl
 from tests.support.http import new_vm, set_map

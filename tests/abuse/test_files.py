@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from service.backups import offline
 from service.platform.files import make_folder, make_private
 from service.security.tokens import FileTokens, mint, utc_now
-from service.storage import offline
 from service.storage.database import connect
 from service.storage.urls import StoreUrl
 from tests.abuse.process import serving

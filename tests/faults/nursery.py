@@ -4,7 +4,7 @@
 
 reads lines of JSON from standard input: settings, a umask, and a file for standard error. Each becomes a server in a
 process of its own, which prints where it listens as ``subpage serve`` does. Without a file it writes to standard error
-of this process, and of commits what ``service.storage.keeper`` says at debug. The end of the input ends all of them.
+of this process, and of commits what ``service.storage.writer`` says at debug. The end of the input ends all of them.
 """
 
 from __future__ import annotations
@@ -108,10 +108,10 @@ def nursery() -> Iterator[Nursery]:
 def main() -> None:
     from engine.warm.steps import warm
     from service import app, server
-    from service.runtime import trace_records
-    from service.storage import keeper, reader
+    from service.runtime import stored_repository
+    from service.storage import reader, writer
 
-    assert app and server and keeper and reader and trace_records  # imported for the children
+    assert app and server and writer and reader and stored_repository  # imported for the children
     warm()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     children = []

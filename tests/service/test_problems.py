@@ -266,9 +266,9 @@ def test_deleted_while_a_change_waits(vm: str, service: Running) -> None:
     entry = service.app.state.registry.get(vm.rpartition("/")[2])
 
     async def run() -> None:
-        async with entry.mutation():
+        async with entry.mutation(hooks=()):
             entry.gone = True
-        async with entry.mutation():
+        async with entry.mutation(hooks=()):
             pass
 
     with pytest.raises(errors.NotFound):
@@ -277,16 +277,16 @@ def test_deleted_while_a_change_waits(vm: str, service: Running) -> None:
 
 
 def test_busy() -> None:
-    """Somebody else holds the writer: a mutation waits its time, a read does not wait."""
+    """Somebody else holds the lock: a mutation waits its time, a read does not wait."""
     with running(Settings(warm_up=False, busy_timeout=0.05)) as slow:
         home = slow.client.post("/v1/vms", json={"spp": True}).headers["Location"]
         entry = slow.app.state.registry.get(home.rpartition("/")[2])
-        entry.writer._lock._locked = True
+        entry.lock._lock._locked = True
         assert slow.client.get(home).status_code == 200
         reply = slow.client.put(f"{home}/spp", json={"active": True})
         assert reply.status_code == 409 and reply.headers["Retry-After"] == "1"
         is_problem(reply, "vm-busy")
-        entry.writer._lock._locked = False
+        entry.lock._lock._locked = False
         assert slow.client.put(f"{home}/spp", json={"active": True}).status_code == 200
 
 

@@ -34,7 +34,7 @@ from service.api.events.event_streams import STREAM_HEADERS, EventStream, sse
 from service.api.traces.exits import EXAMPLE_EXIT
 from service.http import cursors
 from service.http.negotiation import JSON, NDJSON, SSE, preferred
-from service.http.words import Document, Hex64, decimal, examples
+from service.http.wire_types import Document, Hex64, decimal, examples
 from service.problems import InvalidDocument
 from service.runtime.events import KINDS, MARKERS
 from service.runtime.registry import Entry

@@ -17,10 +17,10 @@ from engine.trace.choices import Answer, DefaultAnswer
 from service.api.common import EXAMPLE_TRACE, EXAMPLE_VM, VmId, access_of, find, principal_of, router, settings_of
 from service.api.traces.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
 from service.http.handlers import problem_response, refusal
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 from service.platform.stamps import stamp
 from service.problems import InvalidDocument, Problem, ServiceError, describe
-from service.runtime.desk import Interest, Question, Resolution, Tool
+from service.runtime.broker import Interest, Question, Resolution, Tool
 from service.runtime.entry import Entry
 
 routes = router("introspection", "/v1/vms/{vm}/introspection", reads="write", writes="write")
@@ -289,7 +289,7 @@ class Session(Tool):
 
     def close(self, code: int, reason: str) -> None:
         """End the connection after what is queued; it is no tool from now on."""
-        self._entry.desk.leave(self)
+        self._entry.broker.leave(self)
         self._outbox.put_nowait((code, reason[:120]))
         self.closing.set()
 
@@ -366,8 +366,8 @@ class Session(Tool):
             if message.ranges is not None
             else None,
         )
-        desk = self._entry.desk
-        desk.attach(self)
+        broker = self._entry.broker
+        broker.attach(self)
         self.send(
             {
                 "type": "attached",
@@ -376,14 +376,14 @@ class Session(Tool):
                 "priority": self.priority,
                 "timeout": self.timeout,
                 "default_action": self.default_action or self._default,
-                "tools": len(desk.tools),
+                "tools": len(broker.tools),
             }
         )
 
     def _answer(self, message: AnswerMessage) -> None:
         if not self.attached:
             raise InvalidDocument("must be attach in the first message", field="type", value=message.type)
-        self._entry.desk.answer(self, message.id, message.action)
+        self._entry.broker.answer(self, message.id, message.action)
         self._socket.app.state.audit.write(
             "answer", self._principal, vm=self._entry.id, tool=self.id, question=message.id, action=message.action
         )
@@ -407,7 +407,7 @@ async def introspect(socket: WebSocket, vm: VmId) -> None:
             raise InvalidDocument("there are no parameters; what a tool wants is in its attach", field="query")
         entry = find(socket, vm)
         session = Session(socket, entry)
-        entry.desk.connect(session, settings_of(socket).max_tools)
+        entry.broker.connect(session, settings_of(socket).max_tools)
     except (ServiceError, EngineError) as refused:
         await socket.receive()  # the opening, which the refusal answers
         await problem_response(socket, refused)(socket.scope, socket.receive, socket.send)
@@ -418,7 +418,7 @@ async def introspect(socket: WebSocket, vm: VmId) -> None:
             await socket.accept(SUBPROTOCOL if SUBPROTOCOL in socket.scope["subprotocols"] else None)
             await _converse(session)
     finally:
-        entry.desk.leave(session)
+        entry.broker.leave(session)
 
 
 async def _converse(session: Session) -> None:

@@ -17,6 +17,7 @@ from service.api.common import (
     BINARY,
     CHANGE,
     VmId,
+    changing,
     documented,
     find,
     json_response,
@@ -27,7 +28,7 @@ from service.api.nested.nested_state import VcpuId
 from service.api.processor.vcpus import TlbEntry, tlb_entry
 from service.http.json_bodies import parse
 from service.http.negotiation import JSON, OCTETS, content_type
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 from service.problems import InvalidDocument
 
 routes = router("Hyper-V", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
@@ -385,7 +386,7 @@ async def execute_hypercall(
             if value is not None:
                 raise InvalidDocument("must be a member of registers when the body is JSON", field=name, value=value)
         wanted = (await parse(Hypercall, content, settings_of(request))).request()
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         report = machine.hyperv.hypercall(n, wanted)
         entry.events.note("flush", _event(n, report))
     return json_response(report_document(report))

@@ -18,6 +18,7 @@ from service.api.common import (
     GUARDED_CHANGE,
     VmId,
     changed,
+    changing,
     documented,
     encode,
     find,
@@ -33,7 +34,7 @@ from service.api.nested.nested_fields import parse_document
 from service.api.nested.nested_state import VcpuId
 from service.http import conditional
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 
 routes = router("Hyper-V", "/v1/vms/{vm}", reads="read", writes="write")
 
@@ -238,7 +239,7 @@ async def get_flush_queue(request: Request, vm: VmId, n: VcpuId) -> Response:
     ),
 )
 async def service_flush_queue(request: Request, vm: VmId, n: VcpuId, body: ServiceRequest) -> Response:
-    async with find(request, vm).mutation() as machine:
+    async with changing(request, find(request, vm)) as machine:
         machine.hyperv.service(n, full=body.full)
     return json_response(_queue(machine, n))
 
@@ -358,7 +359,7 @@ async def put_vp_assist_page(request: Request, vm: VmId, n: VcpuId) -> Response:
     media = content_type(request, _OFFERS)
     content = await request.body()
     data = VP_ASSIST.encode(parse_document(content)) if media == JSON else content
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         page = machine.hyperv.vp_assist_page(n)
         guard(request, entry, lambda: [_assist_tag(page, known, "correct") for known in _OFFERS])
         machine.hyperv.set_vp_assist_page(n, data)

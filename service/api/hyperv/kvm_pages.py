@@ -9,12 +9,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.machine import VirtualMachine
-from service.api.common import CHANGE, VmId, documented, encode, find, json_response, octets_reply, router
+from service.api.common import CHANGE, VmId, changing, documented, encode, find, json_response, octets_reply, router
 from service.api.hyperv.hyperv import VpAssistPage, assist_document
 from service.api.nested.nested_state import VcpuId
 from service.http import conditional
 from service.http.negotiation import JSON, OCTETS, preferred
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 
 routes = router("Hyper-V", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
 
@@ -85,7 +85,7 @@ def _assist(machine: VirtualMachine, n: int) -> dict[str, Any]:
     responses=documented({200: {"model": VpAssistPage, "description": "KVM's page on that CPU now."}}, *CHANGE),
 )
 async def load_on_cpu(request: Request, vm: VmId, n: VcpuId, body: LoadRequest) -> Response:
-    async with find(request, vm).mutation() as machine:
+    async with changing(request, find(request, vm)) as machine:
         machine.hyperv.load_on_cpu(n, n if body.vcpu is None else body.vcpu)
     return json_response(_assist(machine, n))
 
@@ -101,6 +101,6 @@ async def load_on_cpu(request: Request, vm: VmId, n: VcpuId, body: LoadRequest) 
     responses=documented({200: {"model": VpAssistPage, "description": "KVM's page on that CPU now."}}, *CHANGE),
 )
 async def leave_cpu(request: Request, vm: VmId, n: VcpuId) -> Response:
-    async with find(request, vm).mutation() as machine:
+    async with changing(request, find(request, vm)) as machine:
         machine.hyperv.leave_cpu(n)
     return json_response(_assist(machine, n))

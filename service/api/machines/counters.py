@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.common import VmId, documented, find, json_response, router
-from service.http.words import Document
+from service.http.wire_types import Document
 
 routes = router("counters", "/v1/vms/{vm}/counters", reads="read")
 

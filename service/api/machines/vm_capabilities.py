@@ -23,7 +23,7 @@ from service.api.common import (
     tagged,
     tagged_reply,
 )
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 
 routes = router("SPP", "/v1/vms/{vm}/capabilities", reads="read", writes="write")
 

@@ -13,7 +13,6 @@ from starlette.responses import Response
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.state.config import HostConfig, VcpuConfig, VmConfig
 from engine.state.kvm_versions import ProfileName
-from service import __version__
 from service.api.common import (
     EXAMPLE_VM,
     Cursor,
@@ -29,14 +28,16 @@ from service.api.common import (
     settings_of,
     tagged_reply,
     tenant_of,
+    vm_tag,
 )
 from service.api.memory.memory_slots import MemorySlot, NumberedSlotRequest, check_slots
 from service.http import cursors
-from service.http.conditional import entity_tag, not_modified
+from service.http.conditional import not_modified
+from service.http.idempotency import hooks_of
 from service.http.negotiation import JSON
-from service.http.words import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, examples
 from service.platform.stamps import moment, stamp
-from service.runtime.entry import Entry, Listed
+from service.runtime.entry import Listed
 from service.runtime.offload import maybe_in_thread
 
 routes = router("VMs", "/v1/vms", reads="read", writes="write")
@@ -256,11 +257,6 @@ class Vm(Document):
     created: str = Field(description="RFC 3339, UTC.", json_schema_extra={"format": "date-time"})
 
 
-def vm_tag(entry: Entry | Listed) -> str:
-    """The entity tag of a machine as it is: every committed change counts its revision up."""
-    return entity_tag(f"{entry.id} {entry.created.isoformat()} {entry.revision} {__version__}".encode())
-
-
 async def rendered(shown: Listed) -> bytes:
     """The JSON of a machine, a ``Vm``."""
     leaves = sum(len(cpuid) for _, cpuid in shown.summary.identities)
@@ -342,7 +338,9 @@ async def create_vm(request: Request, body: Annotated[VmRequest, Body()]) -> Res
     config = body.config(settings_of(request).max_table_frames)
     check_slots(settings_of(request), len(body.memory_slots))
     slots = [slot.spec(slot.slot) for slot in body.memory_slots]
-    entry = await registry_of(request).create(config, slots, spp=body.spp, tenant=tenant_of(request))
+    entry = await registry_of(request).create(
+        config, slots, spp=body.spp, tenant=tenant_of(request), hooks=hooks_of(request)
+    )
     told = {"ETag": vm_tag(entry), "Location": f"/v1/vms/{entry.id}"}
     return Response(await rendered(entry.listed), 201, media_type=JSON, headers=told)
 
@@ -397,7 +395,7 @@ async def get_vm(request: Request, vm: VmId) -> Response:
 )
 async def delete_vm(request: Request, vm: VmId) -> Response:
     entry = find(request, vm)
-    async with entry.mutation():
+    async with entry.mutation(hooks_of(request)) as change:
         guard(request, entry, lambda: [vm_tag(entry)])
-        registry_of(request).forget(entry)
+        change.deletes = True
     return Response(status_code=204)

@@ -17,16 +17,17 @@ from service.api.common import (
     Cursor,
     Limit,
     VmId,
+    changing,
     documented,
     find,
     guard,
     json_response,
     router,
     settings_of,
+    vm_tag,
 )
-from service.api.machines.vms import vm_tag
 from service.http import cursors
-from service.http.words import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, examples
 from service.runtime.offload import maybe_in_thread
 from service.runtime.registry import Entry
 
@@ -255,7 +256,7 @@ async def get_dirty(
 )
 async def put_dirty(request: Request, vm: VmId, body: TrackingRequest) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [vm_tag(entry)])
         now = await maybe_in_thread(_small(entry), machine.dirty.track, body.tracking, body.method)
     return json_response({"tracking": now.tracking, "method": now.method})
@@ -281,7 +282,7 @@ async def put_dirty(request: Request, vm: VmId, body: TrackingRequest) -> Respon
 async def harvest_dirty(request: Request, vm: VmId, limit: Limit = None) -> Response:
     entry = find(request, vm)
     _size(request, limit)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         found = await maybe_in_thread(_small(entry), machine.dirty.harvest)
     return json_response(_harvest(request, entry, found, limit, None))
 
@@ -321,7 +322,7 @@ async def get_harvest(
 )
 async def acknowledge_dirty(request: Request, vm: VmId, body: Acknowledgement) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         first = await maybe_in_thread(_small(entry), machine.dirty.acknowledge, body.harvest)
     return json_response(Acknowledged(harvest=body.harvest, repeated=not first))
 
@@ -341,6 +342,6 @@ async def acknowledge_dirty(request: Request, vm: VmId, body: Acknowledgement) -
 )
 async def get_dirty_log(request: Request, vm: VmId, body: SlotLogRequest) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         log = await maybe_in_thread(_small(entry), machine.dirty.take_log, body.slot)
     return json_response(SlotLog(slot=body.slot, bitmap=log.hex(), npages=int.from_bytes(log, "little").bit_count()))

@@ -11,12 +11,13 @@ from starlette.responses import Response
 from service.api.common import (
     CHANGE,
     VmId,
+    changing,
     documented,
     find,
     json_response,
     router,
 )
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 from service.runtime.offload import maybe_in_thread
 
 routes = router("host memory", "/v1/vms/{vm}/host-memory", reads="read", writes="write")
@@ -86,7 +87,7 @@ class HostMemoryOutcome(Document):
 async def host_memory_event(request: Request, vm: VmId, body: HostMemoryEvent) -> Response:
     entry = find(request, vm)
     small = body.gfn is not None and (body.npages or 1) <= _INLINE_PAGES
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         done = await maybe_in_thread(small, machine.host_memory.event, body.event, body.gfn, body.npages)
         outcome = HostMemoryOutcome(
             event=body.event,

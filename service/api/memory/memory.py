@@ -8,10 +8,10 @@ from fastapi import Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.api.common import VmId, documented, find, guard, headers, router, settings_of
+from service.api.common import VmId, changing, documented, find, guard, headers, router, settings_of
 from service.http import conditional
 from service.http.negotiation import OCTETS, content_type
-from service.http.words import Hex64
+from service.http.wire_types import Hex64
 from service.problems import InvalidDocument
 from service.runtime.offload import maybe_in_thread
 
@@ -93,7 +93,7 @@ async def write_memory(
         raise InvalidDocument(f"must be the length of the body, {len(content)}", field="size", value=size)
     if not content:
         raise InvalidDocument("must not be empty", field="body")
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [_tag(machine.read_memory(gpa, len(content)), gpa)])
         await maybe_in_thread(len(content) <= _INLINE_BYTES, machine.write_memory, gpa, content)
     return Response(status_code=204, headers={"ETag": _tag(content, gpa)})

@@ -12,9 +12,11 @@ from starlette.responses import Response
 
 from engine.errors import LimitExceeded, NotFound
 from engine.kvm.slots import SlotSpec
+from engine.machine import VirtualMachine
 from service.api.common import (
     GUARDED_CHANGE,
     VmId,
+    changing,
     documented,
     find,
     guard,
@@ -26,7 +28,7 @@ from service.api.common import (
     tagged,
     tagged_reply,
 )
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 from service.problems import InvalidDocument
 from service.runtime.registry import Entry
 from service.settings import Settings
@@ -122,13 +124,13 @@ def slots_of(entry: Entry) -> list[MemorySlot]:
     return [MemorySlot.of(spec) for spec in entry.machine.slots()]
 
 
-def _find(entry: Entry, slot: int, space: int | None) -> MemorySlot | None:
-    found = entry.machine.memory_slots.find(slot, space or 0)
+def _find(machine: VirtualMachine, slot: int, space: int | None) -> MemorySlot | None:
+    found = machine.memory_slots.find(slot, space or 0)
     return MemorySlot.of(found) if found is not None else None
 
 
-def _tags(entry: Entry, slot: int, space: int | None) -> list[str]:
-    found = _find(entry, slot, space)
+def _tags(machine: VirtualMachine, slot: int, space: int | None) -> list[str]:
+    found = _find(machine, slot, space)
     return [tag_of(found)] if found else []
 
 
@@ -164,7 +166,7 @@ async def list_memory_slots(request: Request, vm: VmId) -> Response:
     ),
 )
 async def get_memory_slot(request: Request, vm: VmId, slot: SlotId, address_space: AddressSpace = None) -> Response:
-    found = _find(find(request, vm), slot, address_space)
+    found = _find(find(request, vm).machine, slot, address_space)
     if found is None:
         raise _unknown(slot)
     return tagged(request, found)
@@ -198,13 +200,13 @@ async def put_memory_slot(
     space = address_space if body.address_space is None else body.address_space
     if address_space not in (None, space):
         raise InvalidDocument("must be that of the query", field="address_space", value=space)
-    async with entry.mutation() as machine:
-        guard(request, entry, lambda: _tags(entry, slot, space))
+    async with changing(request, entry) as machine:
+        guard(request, entry, lambda: _tags(machine, slot, space))
         known = machine.memory_slots.find(slot, space or 0)
         if known is None:
             check_slots(settings_of(request), len(machine.memory_slots.known) + 1)
         machine.set_slot(replace(body.spec(slot, known), address_space=space or 0))
-        found = _find(entry, slot, space)
+        found = _find(machine, slot, space)
     assert found is not None
     if known is not None:
         return tagged(request, found)
@@ -224,9 +226,9 @@ async def put_memory_slot(
 )
 async def delete_memory_slot(request: Request, vm: VmId, slot: SlotId, address_space: AddressSpace = None) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
-        if _find(entry, slot, address_space) is None:
+    async with changing(request, entry) as machine:
+        if _find(machine, slot, address_space) is None:
             raise _unknown(slot)
-        guard(request, entry, lambda: _tags(entry, slot, address_space))
+        guard(request, entry, lambda: _tags(machine, slot, address_space))
         machine.memory_slots.delete(slot, address_space or 0)
     return Response(status_code=204)

@@ -28,7 +28,7 @@ from service.api.common import (
 )
 from service.api.nested.nested_fields import EvmcsPage
 from service.api.nested.nested_state import VcpuId
-from service.http.words import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, examples
 
 routes = router("nested state", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
 

@@ -13,7 +13,7 @@ from engine.arch.evmcs import EVMCS
 from engine.arch.struct_layout import PARTIAL, Layout, parse_integer
 from engine.arch.vmcs12 import VMCS12, VMCS12_PAGE
 from service.http.json_bodies import weigh
-from service.http.words import examples
+from service.http.wire_types import examples
 from service.problems import BodyTooLarge, InvalidDocument, ServiceError
 
 _ABOUT_PARTIAL = "Where the bytes end within a field: those that are there, in hex."

@@ -14,6 +14,7 @@ from service.api.common import (
     BINARY,
     GUARDED_CHANGE,
     VmId,
+    changing,
     documented,
     encode,
     find,
@@ -27,7 +28,7 @@ from service.api.nested.nested_fields import EXAMPLE, NestedStateFields, blob_of
 from service.http import conditional
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
 from service.http.route import permission
-from service.http.words import Document, examples
+from service.http.wire_types import Document, examples
 from service.problems import NestedStateRefused
 
 routes = router("nested state", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
@@ -178,7 +179,7 @@ async def put_nested_state(request: Request, vm: VmId, n: VcpuId) -> Response:
     entry = find(request, vm)
     blob = await _blob(request)
     media = content_type(request, _OFFERS)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [_tag(machine.nested.state(n), known) for known in _OFFERS])
         result = machine.nested.set_state(n, blob, explain=True)
         if not result.returns or not _keeps(result.check):
@@ -242,6 +243,6 @@ async def explain_nested_state(request: Request, vm: VmId, n: VcpuId) -> Respons
     ),
 )
 async def prepare_run(request: Request, vm: VmId, n: VcpuId) -> Response:
-    async with find(request, vm).mutation() as machine:
+    async with changing(request, find(request, vm)) as machine:
         outcome = machine.nested.prepare_run(n)
     return json_response({"exit": outcome.exit, "suberror": outcome.suberror})

@@ -12,15 +12,16 @@ from starlette.responses import Response
 from service.api.common import (
     GUARDED_CHANGE,
     VmId,
+    changing,
     documented,
     find,
     guard,
     json_response,
     router,
+    vm_tag,
 )
-from service.api.machines.vms import vm_tag
 from service.api.nested.nested_state import VcpuId
-from service.http.words import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, examples
 
 routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}/msrs", reads="read", writes="write")
 
@@ -144,7 +145,7 @@ async def put_msrs(request: Request, vm: VmId, n: VcpuId, body: MsrsRequest) -> 
     writes = [(item.index, item.value) for item in body.msrs]
     guest = body.by == "guest"
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [vm_tag(entry)])
         done = machine.nested.write_msrs(n, writes, guest=guest)
     refused: Any = None

@@ -17,6 +17,7 @@ from service.api.common import (
     GUARDED_CHANGE,
     VmId,
     changed,
+    changing,
     documented,
     find,
     headers,
@@ -26,7 +27,7 @@ from service.api.common import (
     tagged_reply,
 )
 from service.api.nested.nested_state import VcpuId
-from service.http.words import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, examples
 from service.problems import InvalidDocument
 
 routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
@@ -259,7 +260,7 @@ async def execute_vmx(request: Request, vm: VmId, n: VcpuId, body: VmxRequest) -
     if wanted != (body.address is not None):
         rule = "is required" if wanted else "is an operand of vmxon, vmclear and vmptrld only"
         raise InvalidDocument(rule, field="address", value=body.address)
-    async with find(request, vm).mutation() as machine:
+    async with changing(request, find(request, vm)) as machine:
         outcome = machine.nested.execute(n, body.instruction, body.address or 0)
     told: dict[str, Any] = asdict(outcome)
     for name in ("exit_reason", "exit_qualification", "value"):

@@ -14,14 +14,15 @@ from engine.machine.page_access import MAX_ENTRIES, AccessChange, EntryResult, P
 from service.api.common import (
     GUARDED_CHANGE,
     VmId,
+    changing,
     documented,
     find,
     guard,
     json_response,
     router,
+    vm_tag,
 )
-from service.api.machines.vms import vm_tag
-from service.http.words import Document, Hex32, Hex64, Rights, examples
+from service.http.wire_types import Document, Hex32, Hex64, Rights, examples
 from service.problems import InvalidDocument, showable
 from service.runtime.changes import pages_set
 from service.runtime.offload import maybe_in_thread
@@ -169,7 +170,7 @@ async def get_page_access(
 async def patch_page_access(request: Request, vm: VmId, body: PageAccessPatch) -> Response:
     entry = find(request, vm)
     entries = [AccessChange(item.gfn, item.access, item.write_bitmap) for item in body.entries]
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [vm_tag(entry)])
         small = len(entries) <= _INLINE_ENTRIES
         results = await maybe_in_thread(small, machine.page_access.set, entries, body.mode)

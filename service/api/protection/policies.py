@@ -10,7 +10,7 @@ from pydantic_core import CoreSchema
 
 from engine.kvm.protections import MAX_OBJECTS, MAX_RANGES, ProtectedObject, ProtectedPages
 from engine.kvm.protections import Protection as EngineProtection
-from service.http.words import Document, Hex32, Hex64, Word, examples
+from service.http.wire_types import Document, Hex32, Hex64, Word, examples
 from service.problems import InvalidDocument, ServiceError
 
 _NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.~-]*$"

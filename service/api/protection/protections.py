@@ -17,6 +17,7 @@ from service.api.common import (
     Cursor,
     Limit,
     VmId,
+    changing,
     documented,
     find,
     guard,
@@ -30,7 +31,7 @@ from service.api.common import (
 )
 from service.api.protection.policies import ABOUT, GVA, RANGE_ITEMS, Granularity, ProtectionRequest
 from service.http import cursors
-from service.http.words import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, examples
 from service.runtime.offload import maybe_in_thread
 
 routes = router("protections", "/v1/vms/{vm}/protections", reads="read", writes="write")
@@ -127,7 +128,7 @@ async def create_protection(request: Request, vm: VmId, body: ProtectionRequest)
     entry = find(request, vm)
     few = len(body.objects) + len(body.pages) <= _INLINE_PAGES
     wanted = await maybe_in_thread(few, body.protection)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         protection = await maybe_in_thread(
             few and _small([wanted]), machine.protect, wanted.name, wanted.objects, wanted.ranges, wanted.about
         )
@@ -184,7 +185,7 @@ async def get_protection(request: Request, vm: VmId, name: ProtectionName) -> Re
 )
 async def delete_protection(request: Request, vm: VmId, name: ProtectionName) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         protection = machine.protection(name)
         guard(request, entry, lambda: [tag_of(Protection.of(protection))])
         await maybe_in_thread(_small([protection]), machine.unprotect, name)

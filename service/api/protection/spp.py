@@ -19,7 +19,7 @@ from service.api.common import (
     tagged_reply,
 )
 from service.api.machines.vm_capabilities import switch_spp
-from service.http.words import Document, examples
+from service.http.wire_types import Document, examples
 
 routes = router("SPP", "/v1/vms/{vm}/spp", reads="read", writes="write")
 

@@ -20,6 +20,7 @@ from service.api.common import (
     BINARY,
     GUARDED_CHANGE,
     VmId,
+    changing,
     documented,
     find,
     guard,
@@ -28,13 +29,13 @@ from service.api.common import (
     router,
     settings_of,
     vm_parameter,
+    vm_tag,
 )
-from service.api.machines.vms import vm_tag
 from service.http import bitmaps, conditional
 from service.http.json_bodies import INLINE_BYTES, parsed
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
 from service.http.route import parse_query, query_parameters, reads_query
-from service.http.words import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, examples
 from service.problems import InvalidDocument
 from service.runtime.changes import subpages_set
 from service.runtime.offload import maybe_in_thread
@@ -229,7 +230,7 @@ async def put_subpages(request: Request, vm: VmId, gfn: Gfn, npages: Pages = 1) 
     content = await request.body()
     small = npages <= _INLINE_PAGES and len(content) <= INLINE_BYTES
     words = await maybe_in_thread(small, _parse_window, media, content, npages, settings)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: _tags(machine, gfn, npages))
         ranges = [SubpageRange(gfn, npages, words)]
         await maybe_in_thread(small, machine.set_subpages, ranges)
@@ -290,7 +291,7 @@ async def patch_subpages(request: Request, vm: VmId) -> Response:
     small = len(content) <= INLINE_BYTES
     ranges = await maybe_in_thread(small, _parse_patch, content, settings_of(request))
     small = small and sum(change.npages for change in ranges) <= _INLINE_PAGES
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         guard(request, entry, lambda: [vm_tag(entry)])
         await maybe_in_thread(small, machine.set_subpages, ranges)
         entry.events.note("subpages", subpages_set(ranges))

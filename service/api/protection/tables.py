@@ -15,6 +15,7 @@ from engine.machine.tables import TableEntry, TableOperations
 from service.api.common import (
     GUARDED_CHANGE,
     VmId,
+    changing,
     documented,
     find,
     guard,
@@ -26,7 +27,7 @@ from service.api.common import (
     tagged_reply,
 )
 from service.api.protection.walk import EXAMPLE_EPT_LEAF, EXAMPLE_SPPT_LEAF, WalkEntry
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 
 routes = router("tables", "/v1/vms/{vm}", reads="read", writes="write")
 
@@ -121,7 +122,7 @@ def _entry_routes(structure: Structure) -> None:
     )
     async def put_entry(request: Request, vm: VmId, level: Level, gpa: Gpa, body: RawEntry) -> Response:
         entry = find(request, vm)
-        async with entry.mutation() as machine:
+        async with changing(request, entry) as machine:
             guard(request, entry, lambda: [tag_of(structure.shown(structure.read(machine.tables, level, gpa)))])
             # Not read again: an entry may change what the walk to it goes through.
             stored = structure.store(machine.tables, level, gpa, body.raw)
@@ -147,6 +148,6 @@ for _structure in STRUCTURES:
 )
 async def create_table_frame(request: Request, vm: VmId) -> Response:
     entry = find(request, vm)
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         address = machine.tables.new_frame()
     return json_response(TableFrame(address=address), status=201)

@@ -13,7 +13,7 @@ from engine.arch.access import CIRCUMSTANCE_SHIFT
 from engine.machine.walks import Ending
 from service.api.common import VmId, documented, find, json_response, router
 from service.api.traces.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
-from service.http.words import CIRCUMSTANCES, Access, Circumstances, Document, Hex32, Hex64, Kind, Linear, examples
+from service.http.wire_types import CIRCUMSTANCES, Access, Circumstances, Document, Hex32, Hex64, Kind, Linear, examples
 from service.runtime.offload import maybe_in_thread
 
 routes = router("accesses", "/v1/vms/{vm}/walk", reads="read")

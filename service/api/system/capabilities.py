@@ -25,7 +25,7 @@ from service.api.common import (
     tagged_reply,
 )
 from service.api.traces.traces import FORMATS
-from service.http.words import Document, examples
+from service.http.wire_types import Document, examples
 
 routes = router("service", "/v1/capabilities", reads="read")
 

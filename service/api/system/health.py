@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from service import __version__
 from service.api.common import documented, json_response, router
-from service.http.words import Document, examples
+from service.http.wire_types import Document, examples
 from service.problems import NotReady
 
 routes = router("service", reads="public")
@@ -68,7 +68,9 @@ async def livez() -> Response:
 )
 async def readyz(request: Request) -> Response:
     if not request.app.state.ready:
-        raise NotReady(request.app.state.registry.home.trouble or "the service is starting or draining; try again")
+        raise NotReady(
+            request.app.state.registry.repository.trouble or "the service is starting or draining; try again"
+        )
     return json_response(Ready(status="ready"))
 
 

@@ -19,6 +19,7 @@ from engine.state.config import HostConfig, VmConfig
 from service.api.common import (
     BINARY,
     VmId,
+    changing,
     documented,
     find,
     headers,
@@ -29,9 +30,10 @@ from service.api.common import (
     tenant_of,
 )
 from service.api.machines.vms import HostRequest, Profile
+from service.http.idempotency import hooks_of
 from service.http.json_bodies import parse
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 from service.problems import InvalidDocument
 from service.runtime.changes import of_ioctl
 
@@ -240,7 +242,7 @@ async def call_system_ioctl(
     reply = IOCTLS.perform(Target(profile, incoming.host), incoming.call)
     if not isinstance(reply, NewMachine):
         return incoming.answer(reply)
-    entry = await registry_of(request).create(config, (), spp=False, tenant=tenant_of(request))
+    entry = await registry_of(request).create(config, (), spp=False, tenant=tenant_of(request), hooks=hooks_of(request))
     as_created(entry.machine)
     return incoming.answer(Reply(_FIRST_DESCRIPTOR + entry.ordinal), entry.id)
 
@@ -280,7 +282,7 @@ async def _machine_call(
     if not IOCTLS.changes(entry.machine, level, name):
         target = Target(config.profile, config.host, entry.machine, vcpu)
         return incoming.answer(IOCTLS.perform(target, incoming.call))
-    async with entry.mutation() as machine:
+    async with changing(request, entry) as machine:
         begins = incoming.call.user.copy_from(0, 16) or b""
         reply = IOCTLS.perform(Target(config.profile, config.host, machine, vcpu), incoming.call)
         told = of_ioctl(name, vcpu, begins, reply.returns, reply.errno)

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from engine.errors import NotFound
 from service import problems
 from service.api.common import documented, json_response, router
-from service.http.words import Document, examples
+from service.http.wire_types import Document, examples
 
 routes = router("service", "/problems", reads="public")
 

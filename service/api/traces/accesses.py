@@ -13,6 +13,7 @@ from service.api.common import (
     CHANGE,
     VmId,
     asker_of,
+    changing,
     documented,
     find,
     json_response,
@@ -20,7 +21,18 @@ from service.api.common import (
     router,
 )
 from service.api.traces.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
-from service.http.words import CIRCUMSTANCES, Access, Circumstances, Document, Hex64, Kind, Linear, Source, examples
+from service.http.idempotency import hooks_of
+from service.http.wire_types import (
+    CIRCUMSTANCES,
+    Access,
+    Circumstances,
+    Document,
+    Hex64,
+    Kind,
+    Linear,
+    Source,
+    examples,
+)
 from service.problems import InvalidDocument
 from service.runtime import asking
 from service.runtime.bodies import while_connected
@@ -211,9 +223,9 @@ async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Resp
     )
     if body.on_violation == ASK:
         asker = asker_of(request, entry, traced=False)
-        outcome = await while_connected(request, asking.access(entry, wanted, asker, _note))
+        outcome = await while_connected(request, asking.access(entry, wanted, asker, hooks_of(request), _note))
     else:
-        async with entry.mutation() as machine:
+        async with changing(request, entry) as machine:
             outcome = machine.access(wanted)
             _note(entry, outcome)
     metrics_of(request).accessed(outcome.exits)

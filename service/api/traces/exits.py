@@ -33,7 +33,7 @@ from service.api.common import (
 )
 from service.http import cursors
 from service.http.negotiation import ARROW, JSON, NDJSON, preferred
-from service.http.words import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, examples
 from service.runtime.offload import maybe_in_thread
 
 routes = router("traces", "/v1/vms/{vm}/traces/{trace}/exits", reads="read")
@@ -158,7 +158,7 @@ def arrow_stream(exits: ExitColumns) -> Iterator[bytes]:
     """An Arrow IPC stream; without records, its schema alone."""
     from service.api.traces.exits_arrow import stream  # noqa: PLC0415 - 25 MB that a service has no use for until now
 
-    yield from stream(exits)
+    yield from stream(exits, tuple(ExitRecord.model_fields))
 
 
 def exits_path(vm_id: str, trace_id: str) -> str:

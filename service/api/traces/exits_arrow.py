@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,26 +13,25 @@ import pyarrow as pa
 from engine.arch.exits import name_of
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.trace.results import ExitColumns
-from service.api.traces.exits import ExitRecord
 
 _BATCH = 1 << 16
 _RESOLUTIONS = pa.array(RESOLUTION_NAMES, pa.string())
 
 
-def stream(exits: ExitColumns) -> Iterator[bytes]:
-    """An Arrow IPC stream; without records, its schema alone."""
+def stream(exits: ExitColumns, members: Sequence[str]) -> Iterator[bytes]:
+    """An Arrow IPC stream; without records, its schema alone. ``members`` as in ``exit_batch``."""
     sink = io.BytesIO()
-    with pa.ipc.new_stream(sink, exit_batch(exits[:0]).schema) as writer:
+    with pa.ipc.new_stream(sink, exit_batch(exits[:0], members).schema) as writer:
         for start in range(0, len(exits), _BATCH):
-            writer.write_batch(exit_batch(exits[start : start + _BATCH]))
+            writer.write_batch(exit_batch(exits[start : start + _BATCH], members))
             yield sink.getvalue()
             sink.seek(0)
             sink.truncate()
     yield sink.getvalue()
 
 
-def exit_batch(exits: ExitColumns) -> pa.RecordBatch:
-    """The records as one Arrow batch, with the columns of ``ExitRecord`` in its order and carried ones at the end."""
+def exit_batch(exits: ExitColumns, members: Sequence[str]) -> pa.RecordBatch:
+    """The records as one Arrow batch: a column for each of the ``members`` of an exit record, then carried ones."""
     column = exits.columns
     offsets, positions = exits.object_positions()
     objects = pa.array(exits.object_names, pa.string()).take(pa.array(positions))
@@ -44,7 +43,7 @@ def exit_batch(exits: ExitColumns) -> pa.RecordBatch:
         "resolution": _RESOLUTIONS.take(pa.array(column["resolution"])),
         "stale": pa.array(column["stale"].astype(bool)),
     }
-    arrays = {name: made[name] if name in made else pa.array(column[name]) for name in ExitRecord.model_fields}
+    arrays = {name: made[name] if name in made else pa.array(column[name]) for name in members}
     arrays |= {name: pa.array(values) for name, values in exits.carry.items()}
     return pa.RecordBatch.from_pydict(arrays)
 

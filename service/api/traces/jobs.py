@@ -28,10 +28,10 @@ from service.api.common import (
     tenant_of,
 )
 from service.http import cursors, prefer
-from service.http.words import Document, decimal, examples
+from service.http.idempotency import hooks_of, will_answer
+from service.http.wire_types import Document, decimal, examples
 from service.platform.stamps import stamp
 from service.problems import Problem
-from service.runtime.answers import will_answer
 from service.runtime.entry import Entry
 from service.runtime.job import CANCELLED, Job
 from service.runtime.traces import Trace, TraceRequest
@@ -146,7 +146,12 @@ async def replay_as_job(
     with jobs.place(entry.tenant):
         spool = await jobs.receive(request, entry.tenant)
         job = await jobs.accept(
-            entry.id, entry.tenant, wanted, spool, lambda job: will_answer(_accepted(job, accepted))
+            entry.id,
+            entry.tenant,
+            wanted,
+            spool,
+            hooks_of(request),
+            lambda job: will_answer(request, _accepted(job, accepted)),
         )
     if wishes.wait is None or not await jobs.wait(job, wishes.wait):
         return _accepted(job, accepted)
@@ -236,6 +241,6 @@ async def get_job(request: Request, job: JobId) -> Response:
 )
 async def cancel_job(request: Request, job: JobId) -> Response:
     found = jobs_of(request).get(job, tenant_of(request))
-    await jobs_of(request).cancel(found)
+    await jobs_of(request).cancel(found, hooks_of(request))
     kept = await jobs_of(request).with_result([found])
     return json_response(job_document(found, kept), status=200 if found.over else 202, extra=_retry(found))

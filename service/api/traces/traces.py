@@ -53,11 +53,11 @@ from service.api.traces.translations import (
     translation_totals,
 )
 from service.http import cursors
+from service.http.idempotency import hooks_of, will_answer
 from service.http.negotiation import ARROW, JSON, NDJSON, OCTETS, PARQUET, content_type
-from service.http.words import Access, Document, Hex64, Kind, Linear, Source, examples
+from service.http.wire_types import Access, Document, Hex64, Kind, Linear, Source, examples
 from service.platform.stamps import stamp
 from service.problems import InvalidDocument
-from service.runtime.answers import will_answer
 from service.runtime.offload import maybe_in_thread
 from service.runtime.replays import replay_body
 from service.runtime.traces import Trace, TraceRequest
@@ -374,7 +374,7 @@ async def create_trace(
         return outcome if isinstance(outcome, Response) else await _created(entry.id, outcome[0], settings, outcome[1])
 
     async def tell(trace: Trace) -> None:
-        will_answer(await _created(entry.id, trace, settings))
+        will_answer(request, await _created(entry.id, trace, settings))
 
     keyed = tell if "idempotency-key" in request.headers else None
     access, caller = access_of(request), principal_of(request)
@@ -385,6 +385,7 @@ async def create_trace(
         replaying_of(request),
         settings,
         metrics_of(request),
+        hooks_of(request),
         lambda: access.check(caller),
         keyed,
         asker,

@@ -10,7 +10,7 @@ from engine.arch import hypercall as hv
 from engine.trace.operations import LARGEST_ARGUMENT
 from engine.trace.results import TraceResult
 from engine.trace.translations import MISSES, MOST_LISTED, Miss, PerformedOperation, StaleTranslation
-from service.http.words import Document, Hex64, examples
+from service.http.wire_types import Document, Hex64, examples
 
 # HvCallFlushVirtualAddressList: the registers, then address space, flags, VP 1, one range.
 _FLUSH_WORDS = (0x1_0000_0003, 0x5000, 0, 0x100000, 0, 1 << 1, 0x7F0000001000)

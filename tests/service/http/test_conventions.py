@@ -12,9 +12,9 @@ from starlette.requests import Request
 
 from engine.errors import Busy
 from service.http import bitmaps, conditional, cursors, negotiation
-from service.http.words import Access, Hex32, Hex64
+from service.http.wire_types import Access, Hex32, Hex64
 from service.problems import InvalidDocument, PreconditionFailed, PreconditionRequired
-from service.runtime.writer import Writer
+from service.runtime.vm_lock import VmLock
 from service.settings import Settings
 
 HEX64 = TypeAdapter[int](Hex64)
@@ -171,10 +171,10 @@ def test_writers_take_turns() -> None:
     order: list[int] = []
 
     async def run() -> None:
-        writer = Writer(5)
+        lock = VmLock(5)
 
         async def work(number: int) -> None:
-            async with writer.hold():
+            async with lock.hold():
                 await asyncio.sleep(0)
                 order.append(number)
 
@@ -186,12 +186,12 @@ def test_writers_take_turns() -> None:
 
 def test_a_writer_gives_up_waiting() -> None:
     async def run() -> None:
-        writer = Writer(0.01)
-        async with writer.hold():
+        lock = VmLock(0.01)
+        async with lock.hold():
             with pytest.raises(Busy):
-                async with writer.hold():
+                async with lock.hold():
                     pass
-        async with writer.hold():
+        async with lock.hold():
             pass
 
     asyncio.run(run())

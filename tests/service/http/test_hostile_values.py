@@ -12,7 +12,7 @@ from urllib.parse import quote
 import pytest
 
 from service.http.prefer import Preferences, preferences
-from service.http.words import decimal, integer
+from service.http.wire_types import decimal, integer
 from service.problems import InvalidDocument, describe
 from tests.contract.client import ContractClient, contract
 from tests.contract.places import url
@@ -190,7 +190,7 @@ from service.http.idempotency import _KEY
 from service.http.negotiation import qualities
 from service.http.origins import parsed
 from service.http.prefer import preferences
-from service.http.words import integer
+from service.http.wire_types import integer
 from service.problems import ServiceError
 from service.security.access import *
 from service.security.tokens import *

@@ -219,7 +219,7 @@ def test_a_client_that_leaves_mid_body_changes_nothing(
     connection.sendall(head.encode() + content)
     time.sleep(0.2)
     connection.close()
-    # The writer is free again, and nothing has happened.
+    # The lock is free again, and nothing has happened.
     assert client.put(f"{vm}/subpages?gfn=3", json={"access": [0]}).status_code == 204
     assert records(client, vm) == 0 and client.get(f"{vm}/traces").json()["traces"] == []
     reply = client.post(

@@ -1,4 +1,4 @@
-"""The desk without a server: who is asked next, and what ends a question; and the checks of an opening handshake."""
+"""The broker without a server: who is asked next, and what ends a question; and the checks of an opening handshake."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from service.api.events.introspection import GONE, RESTART, Session
 from service.http.sockets import token_among
 from service.problems import NotReady, StoreUnavailable
 from service.runtime.asking import Asker
-from service.runtime.desk import Desk, Interest, Question, Resolution, Tool
+from service.runtime.broker import Broker, Interest, Question, Resolution, Tool
 from service.runtime.entry import Entry
-from service.runtime.events import LogStats
-from service.security.access import ANYBODY, AccessControl, Principal
+from service.security.access import LOCAL_ADMIN, AccessControl, Principal
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from tests.engine.builders import machine, set_map
@@ -41,14 +40,14 @@ def refused() -> ExitColumns:
 class Scripted(Tool):
     """Does what the test says when it is asked; remembers what it was told."""
 
-    def __init__(self, desk: Desk, does: Callable[[Scripted, Question], None], **members: Any) -> None:
+    def __init__(self, broker: Broker, does: Callable[[Scripted, Question], None], **members: Any) -> None:
         self.id, self.priority, self.timeout, self.default_action = "tool", 0, 30.0, None
         self.interest, self.may = Interest(), True
         vars(self).update(members)
         self.does = does
         self.told: list[Resolution] = []
         self.dismissed: list[Exception] = []
-        desk.attach(self)
+        broker.attach(self)
 
     @property
     def entitled(self) -> bool:
@@ -64,89 +63,88 @@ class Scripted(Tool):
         self.dismissed.append(why)
 
 
-def resolve(desk: Desk, exit: ExitColumns, give_up: Callable[[], Exception | None] = lambda: None) -> Resolution:
-    return asyncio.run(desk.ask(Question(exit, None, 1), "skip", 8, give_up))
+def resolve(broker: Broker, exit: ExitColumns, give_up: Callable[[], Exception | None] = lambda: None) -> Resolution:
+    return asyncio.run(broker.ask(Question(exit, None, 1), "skip", 8, give_up))
 
 
 def test_order(refused: ExitColumns) -> None:
-    desk, seen = Desk(), []
+    broker, seen = Broker(), []
 
     def passes(tool: Scripted, question: Question) -> None:
         seen.append(tool.id)
-        desk.answer(tool, question.id, "pass")
+        broker.answer(tool, question.id, "pass")
 
     for name, priority in (("low", -1), ("first", 3), ("second", 3), ("may not", 9)):
-        Scripted(desk, passes, id=name, priority=priority, may=name != "may not")
-    assert resolve(desk, refused) == Resolution("skip", "default")
-    assert seen == ["first", "second", "low"] and not desk.questions
+        Scripted(broker, passes, id=name, priority=priority, may=name != "may not")
+    assert resolve(broker, refused) == Resolution("skip", "default")
+    assert seen == ["first", "second", "low"] and not broker.questions
 
 
 def test_who_may_answer(refused: ExitColumns) -> None:
-    desk = Desk()
+    broker = Broker()
 
     def meddles(tool: Scripted, question: Question) -> None:
         with pytest.raises(Conflict):
-            desk.answer(other, question.id, "allow")
+            broker.answer(other, question.id, "allow")
         with pytest.raises(NotFound):
-            desk.answer(tool, "q_0", "allow")
-        desk.answer(tool, question.id, "grant")
+            broker.answer(tool, "q_0", "allow")
+        broker.answer(tool, question.id, "grant")
         with pytest.raises(Conflict):
-            desk.answer(tool, question.id, "allow")
+            broker.answer(tool, question.id, "allow")
 
-    other = Scripted(desk, meddles, id="other", priority=-1)
-    tool = Scripted(desk, meddles, id="asked")
-    assert resolve(desk, refused) == Resolution("grant", "answer", "asked")
+    other = Scripted(broker, meddles, id="other", priority=-1)
+    tool = Scripted(broker, meddles, id="asked")
+    assert resolve(broker, refused) == Resolution("grant", "answer", "asked")
     assert tool.told == [Resolution("grant", "answer", "asked")] and other.told == []
 
 
 def test_a_tool_that_leaves_takes_its_default_along(refused: ExitColumns) -> None:
-    desk = Desk()
-    tool = Scripted(desk, lambda tool, question: desk.detach(tool), default_action="stop")
-    assert resolve(desk, refused) == Resolution("skip", "default")
+    broker = Broker()
+    tool = Scripted(broker, lambda tool, question: broker.detach(tool), default_action="stop")
+    assert resolve(broker, refused) == Resolution("skip", "default")
     assert tool.told == []
-    desk.detach(tool)  # a second time does nothing
+    broker.detach(tool)  # a second time does nothing
 
 
 def test_a_reason_to_give_up_counts_when_a_tool_has_left(refused: ExitColumns) -> None:
-    desk = Desk()
-    Scripted(desk, lambda tool, question: desk.answer(tool, question.id, "pass"))
+    broker = Broker()
+    Scripted(broker, lambda tool, question: broker.answer(tool, question.id, "pass"))
     stopping = NotReady("the service is stopping")
-    assert resolve(desk, refused, lambda: stopping).reason == "default"
-    Scripted(desk, lambda tool, question: desk.detach(tool), priority=1)
+    assert resolve(broker, refused, lambda: stopping).reason == "default"
+    Scripted(broker, lambda tool, question: broker.detach(tool), priority=1)
     with pytest.raises(NotReady):
-        resolve(desk, refused, lambda: stopping)
+        resolve(broker, refused, lambda: stopping)
 
 
 def test_the_end_of_the_machine(refused: ExitColumns) -> None:
-    desk = Desk()
-    tool = Scripted(desk, lambda tool, question: desk.end(lambda: StoreUnavailable("gone")))
+    broker = Broker()
+    tool = Scripted(broker, lambda tool, question: broker.end(lambda: StoreUnavailable("gone")))
     with pytest.raises(StoreUnavailable):
-        resolve(desk, refused)
+        resolve(broker, refused)
     assert tool.told == [Resolution(None, "ended")] and len(tool.dismissed) == 1
 
 
 def asker(entry: Any, draining: bool) -> Asker:
-    metrics = Metrics(cast(Any, SimpleNamespace(all=lambda: [entry], home=SimpleNamespace(), logs=LogStats())))
-    return Asker(cast(Entry, entry), Settings(), metrics, lambda: draining)
+    return Asker(cast(Entry, entry), Settings(), Metrics(), lambda: draining)
 
 
 def test_an_asker_counts_attempts_and_gives_up_with_the_service(refused: ExitColumns) -> None:
-    desk, attempts = Desk(), []
+    broker, attempts = Broker(), []
 
     def notes(tool: Scripted, question: Question) -> None:
         attempts.append(question.attempt)
-        desk.answer(tool, question.id, "retry")
+        broker.answer(tool, question.id, "retry")
 
     async def run() -> None:
-        entry = SimpleNamespace(desk=desk, gone=False, absence=lambda: NotFound("gone"), loaded=None)
-        tool = Scripted(desk, notes)
+        entry = SimpleNamespace(broker=broker, gone=False, absence=lambda: NotFound("gone"), loaded=None)
+        tool = Scripted(broker, notes)
         asking = asker(entry, draining=True)
         assert [await asking.ask(refused) for _ in range(3)] == ["retry"] * 3
-        desk.detach(tool)
-        Scripted(desk, lambda tool, question: desk.detach(tool))
+        broker.detach(tool)
+        Scripted(broker, lambda tool, question: broker.detach(tool))
         with pytest.raises(NotReady):
             await asking.ask(refused)
-        Scripted(desk, lambda tool, question: desk.detach(tool))
+        Scripted(broker, lambda tool, question: broker.detach(tool))
         assert await asker(entry, draining=False).ask(refused) == "skip"
         entry.gone = True
         with pytest.raises(NotFound):
@@ -158,9 +156,9 @@ def test_an_asker_counts_attempts_and_gives_up_with_the_service(refused: ExitCol
 
 @pytest.mark.parametrize(("lost", "code"), [(True, RESTART), (False, GONE)])
 def test_a_session_says_why_it_ends(lost: bool, code: int) -> None:
-    entry = SimpleNamespace(desk=Desk(), lost=lost)
+    entry = SimpleNamespace(broker=Broker(), lost=lost)
     state = SimpleNamespace(settings=Settings())
-    socket = SimpleNamespace(app=SimpleNamespace(state=state), scope={"principal": ANYBODY})
+    socket = SimpleNamespace(app=SimpleNamespace(state=state), scope={"principal": LOCAL_ADMIN})
     session = Session(cast(Any, socket), cast(Entry, entry))
     session.dismiss(NotFound("there is none"))
     assert session._outbox.get_nowait()[0] == code  # type: ignore[index]
@@ -173,10 +171,10 @@ def test_tokens_among_subprotocols() -> None:
 
 def test_callers_that_were_let_in_stay_so() -> None:
     open_to_all = AccessControl(Settings(), None)
-    assert open_to_all.holds(ANYBODY)
+    assert open_to_all.holds(LOCAL_ADMIN)
     guarded = AccessControl(Settings(token="x" * 32), None)  # type: ignore[arg-type]
     scope: dict[str, Any] = {}
-    fixed = guarded.admit(scope, "write", b"Bearer " + b"x" * 32, b"localhost")
+    fixed = guarded.authorize(scope, "write", b"Bearer " + b"x" * 32, b"localhost")
     assert guarded.holds(fixed)
-    assert not guarded.holds(ANYBODY)
+    assert not guarded.holds(LOCAL_ADMIN)
     assert not guarded.holds(Principal("0", "revoked", "red", "write"))

@@ -11,7 +11,7 @@ import pytest
 from pydantic import SecretStr
 
 from service.problems import Forbidden, RateLimited, Unauthenticated
-from service.security.access import ANYBODY, NOBODY, AccessControl, Permission, Principal, is_loopback
+from service.security.access import LOCAL_ADMIN, NOBODY, AccessControl, Permission, Principal, is_loopback
 from service.security.stored_tokens import StoredTokens
 from service.security.tokens import FileTokens, MemoryTokens, TokenStore, digest_of, mint, split
 from service.settings import Settings
@@ -51,7 +51,7 @@ def control(store: TokenStore | None, clock: Clock | None = None, **settings: ob
 
 def admit(access: AccessControl, permission: Permission, token: str | None, scheme: str = "Bearer") -> Principal:
     given = f"{scheme} {token}".encode() if token is not None else None
-    return access.admit({}, permission, given, b"example.org")
+    return access.authorize({}, permission, given, b"example.org")
 
 
 def test_a_token_and_its_record(store: TokenStore) -> None:
@@ -106,11 +106,11 @@ def test_without_tokens_this_machine_needs_none() -> None:
     access = control(MemoryTokens())
     assert not access.guarded and not access.usable
     for host in (None, b"localhost", b"localhost:8000", b"127.0.0.1", b"127.8.9.1:80", b"[::1]:8000"):
-        assert access.admit({}, "admin", None, host) is ANYBODY
+        assert access.authorize({}, "admin", None, host) is LOCAL_ADMIN
     for host in (b"example.org", b"example.org:8000", b"", b"[", b"localhost.example.org", b"10.0.0.1"):
         with pytest.raises(Forbidden):
-            access.admit({}, "read", None, host)
-    assert access.admit({}, "public", None, b"example.org") is NOBODY
+            access.authorize({}, "read", None, host)
+    assert access.authorize({}, "public", None, b"example.org") is NOBODY
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.storage.backup import FORMAT, MAGIC
+from service.backups.files import FORMAT, MAGIC
 from tests.support.http import new_vm, set_map
 from tests.support.stores import command, picture, rows_in, run_sql, section, serving
 

@@ -136,7 +136,7 @@ def test_of_changes_committed_together_only_the_bad_one_fails(store_url: str, mo
             "postgresql": f"ALTER TABLE vms ADD CONSTRAINT broken CHECK (number <> {number} OR revision < 2) NOT VALID",
         }
         run_sql(store_url, broken[kind(store_url)])
-        keeper = service.app.state.registry.home._keeper
+        writer = service.app.state.registry.repository._writer
         statuses: dict[str, int] = {}
 
         def work(vm: str) -> None:
@@ -147,10 +147,10 @@ def test_of_changes_committed_together_only_the_bad_one_fails(store_url: str, mo
         # The writing thread looks at its lease before each commit, and so finds what was handed in meanwhile at once.
         go_on = threading.Event()
         handed_in: list[object] = []
-        submit = keeper.submit
-        monkeypatch.setattr(keeper, "submit", lambda *change: handed_in.append(change) or submit(*change))
-        look = keeper._lease.check
-        monkeypatch.setattr(keeper._lease, "check", lambda connection: go_on.wait(60) and look(connection))
+        submit = writer.submit
+        monkeypatch.setattr(writer, "submit", lambda *change: handed_in.append(change) or submit(*change))
+        look = writer._lease.check
+        monkeypatch.setattr(writer._lease, "check", lambda connection: go_on.wait(60) and look(connection))
         for thread in threads:
             thread.start()
         until(lambda: len(handed_in) == len(vms))
@@ -213,4 +213,4 @@ def test_a_deletion_of_which_nobody_knows_whether_it_was_made(store_url: str, mo
 def test_memory_needs_no_store() -> None:
     with running(Settings(warm_up=False, store="memory")) as service:
         assert service.client.get("/readyz").status_code == 200
-        assert not service.app.state.registry.home.durable
+        assert not service.app.state.registry.repository.durable

@@ -24,7 +24,7 @@ def loaded(service: Any) -> int:
 
 def test_a_reader_goes_on_after_a_restart(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Violations come from the store part by part; neither a page nor a stream needs the machine in memory."""
-    for module in ("runtime.traces", "runtime.changes", "runtime.batches", "storage.traces"):
+    for module in ("runtime.traces", "runtime.changes", "runtime.batches", "runtime.trace_records"):
         monkeypatch.setattr(f"service.{module}.PART", 16)
     with serving(store_url, event_heartbeat=0.05) as service:
         vm = new_vm(service.client)

@@ -9,7 +9,7 @@ import pytest
 
 from service.problems import StoreUnavailable
 from service.runtime.answers import StoredAnswers
-from service.runtime.home import StoredHome
+from service.runtime.stored_repository import StoredRepository
 from tests.contract.client import ContractClient
 from tests.support.http import key, map_of, new_vm
 from tests.support.job_calls import ASYNC, WRITES, Gate, ended, post
@@ -100,27 +100,27 @@ def test_nothing_is_accepted_that_is_not_stored(store_url: str) -> None:
 @pytest.mark.parametrize("made", [True, False])
 def test_a_commit_of_unknown_outcome(store_url: str, made: bool, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job is what the store says, once that can be asked."""
-    real, asked = StoredHome.commit, []
+    real, asked = StoredRepository.commit, []
 
-    async def commit(self: StoredHome, *arguments: Any) -> None:
+    async def commit(self: StoredRepository, *arguments: Any) -> None:
         if made:
             await real(self, *arguments)
         raise StoreUnavailable("nobody knows", certain=False)
 
-    async def job(self: StoredHome, name: str) -> Any:
+    async def job(self: StoredRepository, name: str) -> Any:
         asked.append(name)
         if len(asked) == 1:
             raise StoreUnavailable("not now")
         return await real_job(self, name)
 
-    real_job = StoredHome.job
+    real_job = StoredRepository.job
     with serving(store_url) as service:
         vm = new_vm(service.client)
-        monkeypatch.setattr(StoredHome, "commit", commit)
-        monkeypatch.setattr(StoredHome, "job", job)
+        monkeypatch.setattr(StoredRepository, "commit", commit)
+        monkeypatch.setattr(StoredRepository, "job", job)
         gate.opened.set()
         found = ended(service.client, post(service.client, vm).headers["Location"])
-        monkeypatch.setattr(StoredHome, "commit", real)
+        monkeypatch.setattr(StoredRepository, "commit", real)
         assert len(asked) == 2 and found["state"] == ("succeeded" if made else "failed")
         assert service.client.get(vm).json()["revision"] == 1 + made
         assert len(service.client.get(f"{vm}/traces").json()["traces"]) == made
@@ -260,6 +260,24 @@ def test_what_was_carried_out_is_not_done_again(store_url: str, killed_before_th
         assert lost.status_code == 409 and f"{vm}/traces/" in lost.json()["rule"]
         assert client.get(f"{vm}/traces").json()["traces"] == traces
         assert client.get(vm).json()["revision"] == revision and len(client.get("/v1/vms").json()["vms"]) == 1
+
+
+def test_the_end_of_a_job_that_waits_takes_the_key_of_its_cancellation(
+    store_url: str, gate: Gate, killed_before_the_answer: Callable[[], None]
+) -> None:
+    with serving(store_url, running_jobs=1) as service:
+        client = service.client
+        vm = new_vm(client)
+        urls = [post(client, vm).headers["Location"] for _ in range(2)]
+        until(lambda: bool(gate.begun))
+        assert client.post(f"{urls[1]}:cancel", headers=key("k1")).status_code == 503
+        gate.opened.set()
+        ended(client, urls[0])
+    killed_before_the_answer()
+    with serving(store_url) as service:
+        assert service.client.get(urls[1]).json()["state"] == "cancelled"
+        lost = service.client.post(f"{urls[1]}:cancel", headers=key("k1"))
+        assert lost.status_code == 409 and lost.json()["code"] == "idempotency-answer-lost"
 
 
 def test_a_change_that_failed_does_not_take_its_key(store_url: str) -> None:

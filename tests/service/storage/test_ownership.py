@@ -68,7 +68,7 @@ def test_losing_the_store_stops_writes_at_once(
         set_map(first.client, vm, 1, 0x11)
         with contextlib.ExitStack() as stack:
             # The first must not come back between the loss and the second's taking over.
-            monkeypatch.setattr(first.app.state.registry.home._keeper, "_pause", lambda seconds: time.sleep(0.5))
+            monkeypatch.setattr(first.app.state.registry.repository._writer, "_pause", lambda seconds: time.sleep(0.5))
             second = stack.enter_context(serving(store_url, ready=False))
             take_away(store_url, postgres)
             until(lambda: ready(second))
@@ -135,7 +135,7 @@ def test_a_store_that_cannot_be_reached_is_tried_again(tmp_path: Path) -> None:
     folder = tmp_path / "not a folder"
     folder.write_text("")
     with serving(f"sqlite:///{folder}/subpage.db", ready=False) as service:
-        until(lambda: service.app.state.registry.home.trouble not in ("", "the store is being opened"))
+        until(lambda: service.app.state.registry.repository.trouble not in ("", "the store is being opened"))
         assert service.client.get("/readyz").status_code == 503
         folder.unlink()
         until(lambda: ready(service))
@@ -191,8 +191,8 @@ def test_a_change_under_way_when_the_store_is_lost(store_url: str) -> None:
         entry = registry.get(vm.rpartition("/")[2])
 
         async def change() -> None:
-            async with entry.mutation() as machine:
-                machine.write_memory(0, b"x")
+            async with entry.mutation(hooks=()) as change:
+                change.machine.write_memory(0, b"x")
                 registry.leave()
 
         with pytest.raises(StoreUnavailable, match="taken the store over"):

@@ -17,7 +17,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.exc import OperationalError
 
 import service.storage
-from service.runtime.home import finished
+from service.runtime.offload import finished
 from service.runtime.traces import TraceStore
 from service.settings import Settings
 from service.storage.columns import pack, unpack

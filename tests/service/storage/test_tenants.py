@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from service.backups.offline import backup, restore
 from service.cli.app import app
 from service.security.stored_tokens import StoredTokens
 from service.security.tokens import TokensUnavailable, mint
-from service.storage.offline import backup, restore
 from service.storage.urls import StoreUrl
 from tests.support.http import new_vm
 from tests.support.stores import run_sql, serving

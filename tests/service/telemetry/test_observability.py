@@ -18,13 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from service.app import create_app
-from service.http.envelope import request_id
-from service.runtime.home import Home
-from service.runtime.registry import Registry
 from service.security.tokens import MemoryTokens, mint
 from service.server import Refused, check_telemetry
 from service.settings import MIB, Settings
-from service.telemetry.logs import JsonFormatter, TextFormatter, configuration
+from service.telemetry.logs import JsonFormatter, TextFormatter, configuration, request_id
 from service.telemetry.metrics import EXIT_KINDS, Metrics
 from tests.contract.client import ContractClient
 from tests.support.processes import process
@@ -117,7 +114,7 @@ def test_lag_is_measured() -> None:
     """A loop that is held up is seen to be late."""
 
     async def run() -> float:
-        metrics = Metrics(Registry(Settings(), Home()))
+        metrics = Metrics()
         watching = asyncio.create_task(metrics.watch_lag())
         await asyncio.sleep(0)
         time.sleep(0.3)  # noqa: ASYNC251 - this is the point

@@ -198,7 +198,7 @@ def test_turns(own: Running, gate: Gate) -> None:
 def test_a_job_waits_for_its_machine(own: Running, gate: Gate) -> None:
     gate.opened.set()
     client, vm = own.client, new_vm(own.client)
-    lock = own.app.state.registry.get(vm.rpartition("/")[2]).writer._lock
+    lock = own.app.state.registry.get(vm.rpartition("/")[2]).lock._lock
     lock._locked = True
     urls = [post(client, vm).headers["Location"] for _ in range(2)]
     until(lambda: any(job.waits for job in own.app.state.jobs._running))

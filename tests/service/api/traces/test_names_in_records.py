@@ -11,12 +11,12 @@ import pytest
 from engine.trace.readers.rows import NAMED
 from service.api.traces.traces import AccessRecord
 from service.api.traces.translations import OperationRecord
-from service.http import words
+from service.http import wire_types
 from tests.contract.client import ContractClient
 
 RECORDS: list[dict[str, Any]] = (
-    [{"gpa": 0x1000, "access": name} for name in words.ACCESS_NAMES]
-    + [{"gpa": 0x1000, "kind": name} for name in words.KIND_NAMES]
+    [{"gpa": 0x1000, "access": name} for name in wire_types.ACCESS_NAMES]
+    + [{"gpa": 0x1000, "kind": name} for name in wire_types.KIND_NAMES]
     + [
         {"gpa": 0x1000, "source": "emulated", "access": "write"},
         {"gpa": 0x1000, "source": "host", "access": "read"},
@@ -79,10 +79,13 @@ def test_what_is_no_name(client: ContractClient, vm: str) -> None:
 def test_the_reader_has_every_name_of_the_contract() -> None:
     """Whatever the models let through by name, the reader takes, as the same number."""
     for name, values in (
-        ("access", words.ACCESS_NAMES),
-        ("kind", words.KIND_NAMES),
-        ("source", words.SOURCE_NAMES),
-        ("linear", [",".join(chosen) for count in (1, 2, 3, 4) for chosen in permutations(words.LINEAR_NAMES, count)]),
+        ("access", wire_types.ACCESS_NAMES),
+        ("kind", wire_types.KIND_NAMES),
+        ("source", wire_types.SOURCE_NAMES),
+        (
+            "linear",
+            [",".join(chosen) for count in (1, 2, 3, 4) for chosen in permutations(wire_types.LINEAR_NAMES, count)],
+        ),
     ):
         assert {value: getattr(AccessRecord(gpa=0, **{name: value}), name) for value in values} == NAMED[name]
     for value, number in NAMED["op"].items():

@@ -20,8 +20,8 @@ API = "/v1/"
 
 def check_open(registry: Registry) -> None:
     """Raise NotReady while it is not known which machines there are."""
-    if not registry.home.open:
-        raise NotReady(registry.home.trouble)
+    if not registry.repository.open:
+        raise NotReady(registry.repository.trouble)
 
 
 def with_machine(app: ASGIApp) -> ASGIApp:
@@ -33,7 +33,7 @@ def with_machine(app: ASGIApp) -> ASGIApp:
 
     async def loaded(scope: Scope, receive: Receive, send: Send) -> None:
         registry: Registry = scope["app"].state.registry
-        if not registry.home.durable:
+        if not registry.repository.durable:
             await app(scope, receive, send)  # all of them are here
             return
         principal: Principal = scope["principal"]

@@ -1,4 +1,4 @@
-"""Numbers on the wire: addresses, bitmaps and raw words are ``0x…`` strings out, strings or integers in.
+"""Types on the wire: addresses, bitmaps and raw words are ``0x…`` strings out, strings or integers in.
 
 ``integer`` is where a stranger's text becomes an int, wherever it stands. ``int`` itself takes signs, underscores,
 spaces and the digits of every script, and raises for more than 4,300 of them.

@@ -24,9 +24,7 @@ from typing import IO
 import numpy as np
 import sqlalchemy as sa
 
-from service.platform.stamps import stamp
-from service.storage import event_rows, rows, side_rows
-from service.storage.checks import (
+from service.backups.checks import (
     BLOCK_BYTES,
     BadBackup,
     EndSection,
@@ -38,7 +36,9 @@ from service.storage.checks import (
     machine_of,
     section_of,
 )
-from service.storage.checks import event_rows as event_rows_of
+from service.backups.checks import event_rows as event_rows_of
+from service.platform.stamps import stamp
+from service.storage import event_rows, rows, side_rows
 from service.storage.columns import pack, unpack
 from service.storage.records import Block, Change, EventRecord, LogChange, TraceRecord, VmRecord
 

@@ -1,4 +1,4 @@
-"""One writer per machine. Readers do not come here: they read the last published state and never wait."""
+"""One lock per VM. Readers do not come here: they read the last published state and never wait."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from engine.errors import Busy
 
 
-class Writer:
+class VmLock:
     """Gives the right to mutate one machine to one task at a time, in the order of asking.
 
     Short mutations run inline on the event loop while they hold it; a replay holds it from its first byte to its

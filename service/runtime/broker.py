@@ -1,4 +1,4 @@
-"""Where accesses that ask meet the tools that answer: one desk for each machine, used from the event loop only."""
+"""Where accesses that ask meet the tools that answer: a broker for each machine, used from the event loop only."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Tool(ABC):
         """The machine is gone: the connection ends."""
 
 
-class Desk:
+class Broker:
     """The tools of one machine, and the questions that wait."""
 
     def __init__(self) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.backups.files import BadBackup, read_backup, restore_machine, write_backup
 from service.platform.failures import Failure, opened
 from service.storage import rows
-from service.storage.backup import BadBackup, read_backup, restore_machine, write_backup
 from service.storage.database import connect, reason_of
 from service.storage.lease import lease_of
 from service.storage.migrate import NewerSchema, migrate, stored_revision

@@ -56,7 +56,7 @@ class _Job:
 Owned = Callable[[int, Sequence[VmRecord], Sequence[JobRecord], bool], None]
 
 
-class Keeper:
+class StoreWriter:
     """Owns one store from ``start`` to ``stop``.
 
     ``owned(epoch, machines, jobs, goes_on)`` is called, in the thread, whenever the store has become ours; ``goes_on``
