@@ -6,19 +6,34 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from service.app import create_app
 from service.settings import Settings
 
 CONTRACT = Path(__file__).parents[2] / "openapi" / "openapi.json"
 
+_WIDTH = 120
+
 
 def contract_text() -> str:
     """The document as text: the same for the same sources, whatever the environment says."""
-    return (
-        json.dumps(create_app(Settings.model_construct()).openapi(), indent=1, ensure_ascii=False, sort_keys=False)
-        + "\n"
-    )
+    return laid_out(create_app(Settings.model_construct()).openapi()) + "\n"
+
+
+def laid_out(part: Any, indent: str = "", before: int = 0) -> str:
+    """JSON in which what fits on a line is on one, and the rest has a line for each member.
+
+    ``before`` is how much stands on the line already.
+    """
+    line = json.dumps(part, ensure_ascii=False)
+    if not isinstance(part, dict | list) or not part or before + len(line) < _WIDTH:
+        return line
+    inner = indent + " "
+    if isinstance(part, list):
+        return "[\n" + ",\n".join(inner + laid_out(item, inner, len(inner)) for item in part) + f"\n{indent}]"
+    members = ((f"{inner}{json.dumps(name)}: ", member) for name, member in part.items())
+    return "{\n" + ",\n".join(key + laid_out(member, inner, len(key)) for key, member in members) + f"\n{indent}}}"
 
 
 def main(arguments: list[str] | None = None) -> int:

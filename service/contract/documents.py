@@ -18,6 +18,8 @@ from service.api.protection.subpages import SubpagePatch, SubpageWindowRequest
 from service.api.system.ioctls import IoctlRequest
 from service.api.traces.traces import TraceBody
 from service.contract.links import add_links
+from service.contract.shared import share
+from service.http.negotiation import JSON
 from service.http.route import GuardedWebSocketRoute, StrictRoute
 from service.http.wire_types import Document
 from service.problems import FieldError, Problem, add_responses
@@ -142,29 +144,63 @@ def openapi_document(app: FastAPI) -> dict[str, Any]:
             if path.startswith("/v1/"):
                 # Not the routes' own: refused before them, or after them by the commit.
                 add_responses(operation["responses"], "not-ready", "store-unavailable")
-            _finish(operation, schemas)
+            _finish(operation)
     add_links(document)
     document["components"]["schemas"] = _used(document, schemas)
     document["components"]["securitySchemes"] = _SECURITY_SCHEMES
+    parts = {part: _plain(_renamed(document[part])) for part in ("paths", "components", "x-websockets")}
+    named = parts["components"]["schemas"]
+    parts["components"]["schemas"] = {_called(name): named[name] for name in sorted(named, reverse=True)}
+    document |= parts
+    share(document)
     return document
 
 
-def _used(document: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
-    """The schemas that something refers to, by name, each with a title of its own.
+def _plain(part: Any) -> Any:
+    """``part`` without what the framework adds: titles made of names, floats for bounds, which lose bits of them."""
+    if isinstance(part, dict):
+        return {
+            name: member if name in ("example", "examples") else _plain(member)
+            for name, member in part.items()
+            if name != "title" or not isinstance(member, str)
+        }
+    if isinstance(part, list):
+        return [_plain(member) for member in part]
+    if isinstance(part, float) and part.is_integer():
+        return (1 << 64) - 1 if part == 1 << 64 else int(part)
+    return part
 
-    Tools name their classes by the title: a model whose requests and replies differ is two schemas, and a class that
-    has a member of its own name is more than some of them can type.
-    """
+
+def _used(document: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    """The schemas that something refers to, by name."""
     used: dict[str, Any] = {}
     wanted = _references(document["paths"]) | _references(document["x-websockets"])
     while wanted:
         name = wanted.pop()
         if name not in used:
-            title = name.replace("-", "")
-            members = {member.replace("_", "") for member in schemas[name].get("properties", {})}
-            used[name] = {**schemas[name], "title": f"{title}Document" if title.lower() in members else title}
+            used[name] = schemas[name]
             wanted |= _references(used[name])
     return dict(sorted(used.items()))
+
+
+def _called(name: str) -> str:
+    """What a schema is called where a model is one thing as it is taken and another as it is told."""
+    plain, _, direction = name.partition("-")
+    if direction == "Output":
+        return plain.removesuffix("Request")
+    return f"{plain}Request" if direction == "Input" and not plain.endswith("Request") else plain
+
+
+def _renamed(part: Any) -> Any:
+    """``part`` with its references to schemas as ``_called`` has them."""
+    if isinstance(part, list):
+        return [_renamed(member) for member in part]
+    if not isinstance(part, dict):
+        return part
+    if isinstance(part.get("$ref"), str):
+        place, _, name = part["$ref"].rpartition("/")
+        return part | {"$ref": f"{place}/{_called(name)}"}
+    return {name: _renamed(member) for name, member in part.items()}
 
 
 def _references(part: Any) -> set[str]:
@@ -222,23 +258,23 @@ def _guard(operation: dict[str, Any], route: StrictRoute) -> None:
     add_responses(responses, "unauthenticated", "forbidden", "rate-limited", "not-ready")
 
 
-def _finish(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
+def _finish(operation: dict[str, Any]) -> None:
     responses: dict[str, Any] = operation["responses"]
     operation["responses"] = dict(sorted(responses.items()))
+    for reply in responses.values():
+        if JSON in reply.get("content", {}):
+            # Generators of clients take the first that they know for the one that is answered.
+            reply["content"] = {JSON: reply["content"].pop(JSON), **reply["content"]}
     parameters: list[dict[str, Any]] = operation.setdefault("parameters", [])
     if "304" in responses:
         parameters.append(_header("If-None-Match", "Entity tags that the client has: 304 if one of them is current."))
     if "412" in responses:
         parameters.append(_header("If-Match", "Entity tags: 412 unless one of them is current."))
+    for parameter in parameters:
+        if parameter["schema"].get("description") == parameter["description"]:
+            del parameter["schema"]["description"]
     if not parameters:
         del operation["parameters"]
-    bodies = [operation["requestBody"]] if "requestBody" in operation else []
-    for body in (*bodies, *responses.values()):
-        for media in body.get("content", {}).values():
-            model = media.get("schema", {}).get("$ref", "").rpartition("/")[2]
-            examples = schemas.get(model, {}).get("examples")
-            if examples and "example" not in media and "examples" not in media:
-                media["example"] = examples[0]
 
 
 def _header(name: str, about: str, **schema: Any) -> dict[str, Any]:

@@ -33,12 +33,11 @@ def add_links(document: dict[str, Any]) -> None:
     }
     for made_by, told in _MADE.items():
         links = {}
-        for target, (path, operation) in operations.items():
+        for target, (path, _) in operations.items():
             needed = _PARAMETER.findall(path)
             if "vm" in needed and _PLACE_OF_ITS_OWN.get(target, "createVm") == made_by:
                 links[target] = {
                     "operationId": target,
-                    "description": operation["summary"],
                     "parameters": {name: told[name] for name in needed if name in told},
                 }
         replies = operations[made_by][1]["responses"]

@@ -56,10 +56,16 @@ class Word:
         return core_schema.no_info_plain_validator_function(self.parse, serialization=shown)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return self.told() if handler.mode == "serialization" else self.taken()
+
+    def told(self) -> JsonDict:
+        """The JSON Schema of replies."""
         digits = (self.bits + 3) // 4
-        if handler.mode == "serialization":
-            return {"type": "string", "pattern": f"^0x[0-9a-f]{{1,{digits}}}$", "examples": ["0x2000"]}
-        decimals = len(str(self.limit - 1))
+        return {"type": "string", "pattern": f"^0x[0-9a-f]{{1,{digits}}}$", "examples": ["0x2000"]}
+
+    def taken(self) -> JsonDict:
+        """The JSON Schema of requests."""
+        digits, decimals = (self.bits + 3) // 4, len(str(self.limit - 1))
         pattern = f"^(0x[0-9a-fA-F]{{1,{digits}}}|[0-9]{{1,{decimals}}})$"
         return {
             "anyOf": [

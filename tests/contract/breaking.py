@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.contract.narrowing import ANYTHING, Narrowing
+from tests.contract.references import followed
 
 ROOT = Path(__file__).parents[2]
 FILE = "openapi/openapi.json"
@@ -25,10 +26,10 @@ ACCEPTED = ROOT / "openapi" / "accepted-breaks.txt"
 
 
 class Comparison:
-    """Two documents, before and after."""
+    """Two documents, before and after; what is shared within them makes no difference."""
 
     def __init__(self, before: dict[str, Any], after: dict[str, Any]) -> None:
-        self._before, self._after = before, after
+        self._before, self._after = followed(before), followed(after)
         self._requests = Narrowing(before, after, reply=False)
         self._replies_back = Narrowing(after, before, reply=True)
 

@@ -17,6 +17,8 @@ from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
+from tests.contract.references import followed
+
 CONTRACT = Path(__file__).parents[2] / "openapi" / "openapi.json"
 PROBLEM = "application/problem+json"
 UNDOCUMENTED = ("/docs", "/openapi.json", "/static/")
@@ -29,10 +31,10 @@ class ContractBroken(AssertionError):
 
 
 class Contract:
-    """The committed document, ready to be asked."""
+    """The committed document, ready to be asked. ``document`` has its references followed, but for schemas."""
 
     def __init__(self, document: dict[str, Any]) -> None:
-        self.document = document
+        self.committed, self.document = document, followed(document)
         resource = Resource.from_contents(document, default_specification=DRAFT202012)
         self._registry: Registry[Any] = Registry().with_resource(_ROOT, resource)
         self._paths = [

@@ -25,6 +25,14 @@ UPPER_BOUNDS = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProp
 FIXED = ("pattern", "multipleOf", "uniqueItems", "contentEncoding", "contentMediaType")
 SHAPES = ("type", "enum", "const", "anyOf", "oneOf", "items", "properties", "required", "additionalProperties", "$ref")
 TUPLES = ("prefixItems",)
+# Keywords that bind values of some types only.
+_NUMBERS, _TEXT, _LIST, _OBJECT = ("integer", "number"), ("string",), ("array",), ("object",)
+OF_TYPES = {
+    **dict.fromkeys(("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf"), _NUMBERS),
+    **dict.fromkeys(("minLength", "maxLength", "pattern", "contentEncoding", "contentMediaType"), _TEXT),
+    **dict.fromkeys(("minItems", "maxItems", "uniqueItems", "items", "prefixItems"), _LIST),
+    **dict.fromkeys(("minProperties", "maxProperties", "properties", "required", "additionalProperties"), _OBJECT),
+}
 KNOWN = SILENT.union(LOWER_BOUNDS, UPPER_BOUNDS, FIXED, SHAPES, TUPLES)
 
 ANYTHING: Schema = {}
@@ -62,7 +70,11 @@ class Narrowing:
             for branch in branches:
                 tried = [list(self.faults(branch, other, at, seen)) for other in others]
                 if all(tried):
-                    yield min(tried, key=len)[0]
+                    # What is nearest to it: of its type, if one is.
+                    of_type = [
+                        faults for faults, other in zip(tried, others, strict=True) if _types(branch) & _types(other)
+                    ]
+                    yield min(of_type or tried, key=len)[0]
             return
         yield from self._scalars(old, new, at)
         if "items" in new:
@@ -132,7 +144,16 @@ def _plain(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _branches(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a value may be, one schema for each: those of a union, or the types of a list of them."""
+    kinds = schema.get("type")
+    if isinstance(kinds, list):
+        return [{key: schema[key] for key in schema if _is_of(key, kind)} | {"type": kind} for kind in kinds]
     return schema.get("anyOf") or schema.get("oneOf") or [schema]
+
+
+def _is_of(keyword: str, kind: str) -> bool:
+    """Whether ``keyword`` says something of values of type ``kind``."""
+    return kind in OF_TYPES.get(keyword, (kind,))
 
 
 def _prefix(schema: dict[str, Any]) -> list[Schema]:

@@ -5,12 +5,12 @@ The head of a request, with its URL and the parameters in it, is bounded as a wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-CONTRACT = json.loads((Path(__file__).parents[2] / "openapi" / "openapi.json").read_text(encoding="utf-8"))
+from tests.contract.client import contract
+
+CONTRACT = contract().document
 
 # Bodies of traces are read record by record, within bounds of their own (max_body_bytes, and those of its readers).
 _STREAMED = {"TraceBody.accesses"}

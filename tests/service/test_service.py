@@ -89,7 +89,7 @@ def test_capabilities_list_what_the_calls_take(client: ContractClient) -> None:
 
 
 def test_the_document_served_is_the_one_committed(client: ContractClient) -> None:
-    assert client.get("/openapi.json").json() == contract().document
+    assert client.get("/openapi.json").json() == contract().committed
 
 
 def test_the_docs_page_needs_no_internet(client: ContractClient) -> None:

@@ -89,7 +89,7 @@ class Event(Document):
     )
 
 
-class Events(Document):
+class EventPage(Document):
     """A page of events, oldest first."""
 
     model_config = ConfigDict(json_schema_extra=examples({"events": [_EXAMPLE], "last": 4713, "next": _NEXT}))
@@ -182,7 +182,7 @@ _EXAMPLE_ITEM = Item(4713, "violation", msgspec.json.encode(_EXAMPLE))
     responses=documented(
         {
             200: {
-                "model": Events,
+                "model": EventPage,
                 "description": "Events.",
                 "content": {
                     NDJSON: {"schema": {"type": "string"}, "example": _EXAMPLE_ITEM.data.decode() + "\n"},

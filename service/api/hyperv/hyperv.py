@@ -51,7 +51,7 @@ class TlbLock(Document):
     locked: bool
 
 
-class Activity(Document):
+class VcpuActivity(Document):
     """Whether a vCPU executes its guest. One that is halted flushes before it runs again."""
 
     model_config = ConfigDict(json_schema_extra=examples({"activity": "halted"}))
@@ -249,7 +249,7 @@ async def service_flush_queue(request: Request, vm: VmId, n: VcpuId, body: Servi
     operation_id="getActivity",
     summary="Whether a vCPU executes its guest",
     responses=documented(
-        tagged_reply(Activity, "What it does."),
+        tagged_reply(VcpuActivity, "What it does."),
         "not-found",
         "invalid-value",
     ),
@@ -264,10 +264,10 @@ async def get_activity(request: Request, vm: VmId, n: VcpuId) -> Response:
     summary="Halt a vCPU, or let it run",
     description="A flush does not wake a halted vCPU: it is queued, and done before the vCPU runs.",
     responses=documented(
-        {200: {"model": Activity, "description": "What it does now.", "headers": headers("ETag")}}, *GUARDED_CHANGE
+        {200: {"model": VcpuActivity, "description": "What it does now.", "headers": headers("ETag")}}, *GUARDED_CHANGE
     ),
 )
-async def put_activity(request: Request, vm: VmId, n: VcpuId, body: Activity) -> Response:
+async def put_activity(request: Request, vm: VmId, n: VcpuId, body: VcpuActivity) -> Response:
     return await changed(
         request,
         find(request, vm),

@@ -12,7 +12,7 @@ from service.http.wire_types import Document
 routes = router("counters", "/v1/vms/{vm}/counters", reads="read")
 
 
-class Counters(Document):
+class VmCounters(Document):
     """Totals by name; releases add names."""
 
     model_config = ConfigDict(
@@ -40,7 +40,7 @@ class Counters(Document):
     "",
     operation_id="getCounters",
     summary="Read counters",
-    responses=documented({200: {"model": Counters, "description": "The totals."}}, "not-found"),
+    responses=documented({200: {"model": VmCounters, "description": "The totals."}}, "not-found"),
 )
 async def get_counters(request: Request, vm: VmId) -> Response:
     return json_response({"counters": find(request, vm).machine.counters()})

@@ -309,7 +309,7 @@ def _vcpu(vcpu: VcpuConfig, vp_index: int, cpuid: tuple[CpuidEntry, ...]) -> msg
     return msgspec.Raw(msgspec.json.encode({"id": vcpu.id, "vp_index": told, "cpuid": leaves}))
 
 
-class Vms(Document):
+class VmPage(Document):
     """A page of VMs, oldest first."""
 
     model_config = ConfigDict(json_schema_extra=examples({"vms": [_REPLY], "next": None}))
@@ -349,7 +349,7 @@ async def create_vm(request: Request, body: Annotated[VmRequest, Body()]) -> Res
     "",
     operation_id="listVms",
     summary="List VMs",
-    responses=documented({200: {"model": Vms, "description": "One page, oldest first."}}, "invalid-value"),
+    responses=documented({200: {"model": VmPage, "description": "One page, oldest first."}}, "invalid-value"),
 )
 async def list_vms(request: Request, limit: Limit = None, cursor: Cursor = None) -> Response:
     settings = settings_of(request)

@@ -69,7 +69,7 @@ class TrackingRequest(Document):
     )
 
 
-class Tracking(TrackingRequest):
+class DirtyTracking(TrackingRequest):
     """What is tracked."""
 
 
@@ -106,7 +106,7 @@ class Dirty(_Totals):
     next: str | None = Field(description="URL of the next page; null on the last.")
 
 
-class Harvest(_Totals):
+class DirtyHarvest(_Totals):
     """A harvest: it stays as it is until it is acknowledged."""
 
     model_config = ConfigDict(json_schema_extra=examples(_HARVEST))
@@ -166,7 +166,9 @@ def _size(request: Request, limit: int | None) -> int:
     return cursors.page_limit(limit, largest, largest)
 
 
-def _harvest(request: Request, entry: Entry, found: engine.Harvest, limit: int | None, cursor: str | None) -> Harvest:
+def _harvest(
+    request: Request, entry: Entry, found: engine.Harvest, limit: int | None, cursor: str | None
+) -> DirtyHarvest:
     size = _size(request, limit)
     kind = f"harvest {found.harvest}"
     start = cursors.decode(kind, cursor) if cursor is not None else 0
@@ -174,7 +176,7 @@ def _harvest(request: Request, entry: Entry, found: engine.Harvest, limit: int |
     if start + size < len(found):
         path = f"/v1/vms/{entry.id}/dirty/harvests/{found.harvest}"
         follow = cursors.next_url(path, kind, start + size, limit)
-    return Harvest(
+    return DirtyHarvest(
         harvest=found.harvest,
         pages=_written(found, start, size),
         npages=len(found),
@@ -247,7 +249,7 @@ async def get_dirty(
         "If-Match is compared with the tag of the VM."
     ),
     responses=documented(
-        {200: {"model": Tracking, "description": "What is tracked now."}},
+        {200: {"model": DirtyTracking, "description": "What is tracked now."}},
         "spp-not-enabled",
         "unsupported",
         "conflict",
@@ -271,7 +273,7 @@ async def put_dirty(request: Request, vm: VmId, body: TrackingRequest) -> Respon
         "next one. Until it is acknowledged the same harvest is returned again: a reply that was lost loses nothing."
     ),
     responses=documented(
-        {200: {"model": Harvest, "description": "The harvest, its first pages."}},
+        {200: {"model": DirtyHarvest, "description": "The harvest, its first pages."}},
         "not-found",
         "conflict",
         "vm-busy",
@@ -292,7 +294,9 @@ async def harvest_dirty(request: Request, vm: VmId, limit: Limit = None) -> Resp
     operation_id="getHarvest",
     summary="Read a harvest that waits",
     description="Page by page, until it is acknowledged; then 404.",
-    responses=documented({200: {"model": Harvest, "description": "One page, by GFN."}}, "not-found", "invalid-value"),
+    responses=documented(
+        {200: {"model": DirtyHarvest, "description": "One page, by GFN."}}, "not-found", "invalid-value"
+    ),
 )
 async def get_harvest(
     request: Request,

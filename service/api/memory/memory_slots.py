@@ -111,7 +111,7 @@ class MemorySlot(Document):
         return cls(**{name: getattr(spec, name) for name in cls.model_fields})
 
 
-class MemorySlots(Document):
+class MemorySlotList(Document):
     """All slots of a VM, by number, those of address space 1 last. The kernel bounds them; the list is never cut."""
 
     model_config = ConfigDict(json_schema_extra=examples({"memory_slots": [_REPLY]}))
@@ -149,10 +149,10 @@ def check_slots(settings: Settings, count: int) -> None:
     "",
     operation_id="listMemorySlots",
     summary="List memory slots",
-    responses=documented({200: {"model": MemorySlots, "description": "All slots."}}, "not-found"),
+    responses=documented({200: {"model": MemorySlotList, "description": "All slots."}}, "not-found"),
 )
 async def list_memory_slots(request: Request, vm: VmId) -> Response:
-    return json_response(MemorySlots(memory_slots=slots_of(find(request, vm))))
+    return json_response(MemorySlotList(memory_slots=slots_of(find(request, vm))))
 
 
 @routes.get(

@@ -13,7 +13,7 @@ from engine.arch.evmcs import EVMCS
 from engine.arch.struct_layout import PARTIAL, Layout, parse_integer
 from engine.arch.vmcs12 import VMCS12, VMCS12_PAGE
 from service.http.json_bodies import weigh
-from service.http.wire_types import examples
+from service.http.wire_types import Word, examples
 from service.problems import BodyTooLarge, InvalidDocument, ServiceError
 
 _ABOUT_PARTIAL = "Where the bytes end within a field: those that are there, in hex."
@@ -43,8 +43,7 @@ def _member(schema: dict[str, Any]) -> Any:
 
 
 def _word(size: int) -> dict[str, Any]:
-    digits, decimals = 2 * size, len(str((1 << 8 * size) - 1))
-    return {"type": ["string", "integer"], "pattern": f"^(0x[0-9a-fA-F]{{1,{digits}}}|[0-9]{{1,{decimals}}})$"}
+    return Word(8 * size).taken()
 
 
 _BYTES = {"type": "string", "pattern": "^([0-9a-fA-F]{2})*$"}

@@ -50,7 +50,7 @@ class VcpuMsr(Document):
     guest: Hex64 | None = Field(description="What RDMSR reads in the guest; null where it ends in #GP.")
 
 
-class Msrs(Document):
+class MsrSets(Document):
     """Two sets of MSRs: what the processor can do, and what the vCPU shows to its guest."""
 
     model_config = ConfigDict(json_schema_extra=examples({"msrs": [_MSR], "vcpu": [_VCPU_MSR]}))
@@ -105,7 +105,7 @@ class MsrsWritten(Document):
     summary="Read MSRs",
     description="`host.vmx_capabilities` sets what the processor has, and by MSR name what KVM shows to a guest.",
     responses=documented(
-        {200: {"model": Msrs, "description": "By index."}}, "not-found", "unsupported", "invalid-value"
+        {200: {"model": MsrSets, "description": "By index."}}, "not-found", "unsupported", "invalid-value"
     ),
 )
 async def get_msrs(

@@ -88,7 +88,7 @@ class HypervCpuid(Document):
     entries: list[CpuidEntryReply]
 
 
-class Smm(Document):
+class SmmState(Document):
     """System-management mode."""
 
     model_config = ConfigDict(json_schema_extra=examples({"smm": False}))
@@ -216,7 +216,7 @@ async def get_hyperv_cpuid(request: Request, vm: VmId, n: VcpuId) -> Response:
     operation_id="getSmm",
     summary="Whether a vCPU is in system-management mode",
     responses=documented(
-        tagged_reply(Smm, "The mode."),
+        tagged_reply(SmmState, "The mode."),
         "not-found",
         "invalid-value",
     ),
@@ -231,10 +231,10 @@ async def get_smm(request: Request, vm: VmId, n: VcpuId) -> Response:
     summary="Put a vCPU into system-management mode, or take it out",
     description="smi.smm of KVM_SET_VCPU_EVENTS. In `kvm-latest` a change leaves nested mode.",
     responses=documented(
-        {200: {"model": Smm, "description": "The mode now.", "headers": headers("ETag")}}, *GUARDED_CHANGE
+        {200: {"model": SmmState, "description": "The mode now.", "headers": headers("ETag")}}, *GUARDED_CHANGE
     ),
 )
-async def put_smm(request: Request, vm: VmId, n: VcpuId, body: Smm) -> Response:
+async def put_smm(request: Request, vm: VmId, n: VcpuId, body: SmmState) -> Response:
     return await changed(
         request, find(request, vm), partial(_smm, n=n), lambda machine: machine.nested.set_smm(n, body.smm)
     )

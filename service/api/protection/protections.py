@@ -96,7 +96,7 @@ def _small(protections: Iterable[EngineProtection]) -> bool:
     return sum(protection.extent for protection in protections) <= _INLINE_PAGES
 
 
-class Protections(Document):
+class ProtectionPage(Document):
     """A page of protections, by name."""
 
     model_config = ConfigDict(json_schema_extra=examples({"protections": [_REPLY], "next": None}))
@@ -142,7 +142,7 @@ async def create_protection(request: Request, vm: VmId, body: ProtectionRequest)
     operation_id="listProtections",
     summary="List protections",
     responses=documented(
-        {200: {"model": Protections, "description": "One page, in order of creation."}}, "not-found", "invalid-value"
+        {200: {"model": ProtectionPage, "description": "One page, in order of creation."}}, "not-found", "invalid-value"
     ),
 )
 async def list_protections(request: Request, vm: VmId, limit: Limit = None, cursor: Cursor = None) -> Response:
@@ -157,7 +157,7 @@ async def list_protections(request: Request, vm: VmId, limit: Limit = None, curs
         follow = cursors.next_url(f"/v1/vms/{entry.id}/protections", "protections", end, limit)
     found = protections[start:end]
     shown = await maybe_in_thread(_small(found), lambda: [Protection.of(item) for item in found])
-    return json_response(Protections(protections=shown, next=follow))
+    return json_response(ProtectionPage(protections=shown, next=follow))
 
 
 @routes.get(

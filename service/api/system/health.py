@@ -33,7 +33,7 @@ class Ready(Document):
     status: Literal["ready"]
 
 
-class Version(Document):
+class Release(Document):
     """Which release this is."""
 
     model_config = ConfigDict(
@@ -78,7 +78,7 @@ async def readyz(request: Request) -> Response:
     "/version",
     operation_id="getVersion",
     summary="Version",
-    responses=documented({200: {"model": Version, "description": "The release."}}),
+    responses=documented({200: {"model": Release, "description": "The release."}}),
 )
 async def version() -> Response:
-    return json_response(Version(name="subpage", version=__version__, api="v1", python=platform.python_version()))
+    return json_response(Release(name="subpage", version=__version__, api="v1", python=platform.python_version()))

@@ -33,7 +33,8 @@ from service.http.wire_types import Document, decimal, examples
 from service.platform.stamps import stamp
 from service.problems import Problem
 from service.runtime.entry import Entry
-from service.runtime.job import CANCELLED, Job
+from service.runtime.job import CANCELLED
+from service.runtime.job import Job as KnownJob
 from service.runtime.traces import Trace, TraceRequest
 
 routes = router("jobs", "/v1/jobs", reads="read", writes="write")
@@ -64,10 +65,10 @@ def _moment(about: str) -> Any:
     return Field(description=f"{about}; RFC 3339, UTC.", json_schema_extra={"format": "date-time"})
 
 
-class JobDocument(Document):
+class Job(Document):
     """Long work on a VM."""
 
-    model_config = ConfigDict(title="Job", json_schema_extra=examples(_EXAMPLE))
+    model_config = ConfigDict(json_schema_extra=examples(_EXAMPLE))
 
     id: str
     state: State = Field(
@@ -87,12 +88,12 @@ class JobDocument(Document):
     finished: str | None = _moment("When it ended")
 
 
-class Jobs(Document):
+class JobPage(Document):
     """A page of jobs, oldest first."""
 
     model_config = ConfigDict(json_schema_extra=examples({"jobs": [_EXAMPLE], "next": None}))
 
-    jobs: list[JobDocument]
+    jobs: list[Job]
     next: str | None = Field(description="URL of the next page; null on the last.")
 
 
@@ -100,7 +101,7 @@ def _shown(moment: datetime | None) -> str | None:
     return stamp(moment) if moment is not None else None
 
 
-def job_document(job: Job, with_result: Collection[str] = ()) -> dict[str, Any]:
+def job_document(job: KnownJob, with_result: Collection[str] = ()) -> dict[str, Any]:
     """``job`` as it is; ``with_result`` are ids of jobs whose result can be read."""
     rate, eta = job.rate, job.eta
     return {
@@ -118,7 +119,7 @@ def job_document(job: Job, with_result: Collection[str] = ()) -> dict[str, Any]:
     }
 
 
-def _retry(job: Job) -> dict[str, str]:
+def _retry(job: KnownJob) -> dict[str, str]:
     return {} if job.over else {"Retry-After": str(job.retry_after())}
 
 
@@ -163,7 +164,7 @@ async def replay_as_job(
     raise job.fault
 
 
-def _accepted(job: Job, extra: dict[str, str]) -> Response:
+def _accepted(job: KnownJob, extra: dict[str, str]) -> Response:
     return json_response(job_document(job), status=202, extra={"Location": job.url, **_retry(job), **extra})
 
 
@@ -177,7 +178,7 @@ PREFER: dict[str, Any] = {
 # What a route documents that may answer with a job.
 ACCEPTED: dict[int | str, dict[str, Any]] = {
     202: {
-        "model": JobDocument,
+        "model": Job,
         "description": "Accepted: known from now on, also after a restart.",
         "headers": headers("Location", "Preference-Applied", "Retry-After"),
     }
@@ -189,7 +190,7 @@ ACCEPTED: dict[int | str, dict[str, Any]] = {
     operation_id="listJobs",
     summary="List jobs",
     description="Those under way, and those that ended within the time that they are kept (a day), oldest first.",
-    responses=documented({200: {"model": Jobs, "description": "One page."}}, "invalid-value"),
+    responses=documented({200: {"model": JobPage, "description": "One page."}}, "invalid-value"),
 )
 async def list_jobs(request: Request, limit: Limit = None, cursor: Cursor = None) -> Response:
     settings = settings_of(request)
@@ -201,7 +202,7 @@ async def list_jobs(request: Request, limit: Limit = None, cursor: Cursor = None
     return json_response({"jobs": [job_document(job, kept) for job in found], "next": follow})
 
 
-_JOB = tagged_reply(JobDocument, "As it is now; `Retry-After` while it has not ended.")
+_JOB = tagged_reply(Job, "As it is now; `Retry-After` while it has not ended.")
 _JOB[200]["headers"] |= headers("Retry-After")
 
 
@@ -229,9 +230,9 @@ async def get_job(request: Request, job: JobId) -> Response:
     ),
     responses=documented(
         {
-            200: {"model": JobDocument, "description": "It has ended."},
+            200: {"model": Job, "description": "It has ended."},
             202: {
-                "model": JobDocument,
+                "model": Job,
                 "description": "It is going to end.",
                 "headers": headers("Retry-After"),
             },

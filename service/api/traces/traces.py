@@ -220,7 +220,7 @@ class TraceResult(TraceSummary, TranslationRecords):
     next: str | None = Field(description="URL of the exit records after these; null if there are none.")
 
 
-class Traces(Document):
+class TracePage(Document):
     """A page of traces, oldest first."""
 
     model_config = ConfigDict(json_schema_extra=examples({"traces": [_SUMMARY], "next": None}))
@@ -398,7 +398,7 @@ async def create_trace(
     operation_id="listTraces",
     summary="List traces",
     description="Those whose results are still kept, oldest first.",
-    responses=documented({200: {"model": Traces, "description": "One page."}}, "not-found", "invalid-value"),
+    responses=documented({200: {"model": TracePage, "description": "One page."}}, "not-found", "invalid-value"),
 )
 async def list_traces(request: Request, vm: VmId, limit: Limit = None, cursor: Cursor = None) -> Response:
     entry = find(request, vm)
