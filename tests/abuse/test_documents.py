@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
+import httpx2
 import pytest
 import zstandard
 
@@ -91,22 +92,22 @@ def test_held_bodies_are_counted_for_each_tenant() -> None:
 @pytest.mark.abuse
 def test_bodies_that_are_held_are_bounded(tenants: Begin) -> None:
     """One tenant's may take half of what there is, and those of another still come in."""
-    _, red, blue = tenants(max_held_body_bytes=16 * MIB, max_document_bytes=6 * MIB)
+    _, red, blue = tenants(max_held_body_bytes=16 * MIB, max_document_bytes=6 * MIB, body_timeout=120)
     vm, other = new_vm(red), new_vm(blue)
-    arrived, done = threading.Barrier(3), threading.Event()
+    arrived, done, answers = threading.Barrier(3), threading.Event(), list[httpx2.Response]()
 
     def held() -> Iterator[bytes]:
         yield b" " * (3 * MIB)
-        arrived.wait(30)
-        done.wait(30)
+        arrived.wait(60)
+        done.wait(120)
 
     def hold() -> None:
-        red.patch(f"{vm}/subpages", content=held(), headers={"Content-Type": "application/json"})
+        answers.append(red.patch(f"{vm}/subpages", content=held(), headers={"Content-Type": "application/json"}))
 
     threads = [threading.Thread(target=hold) for _ in range(2)]
     for thread in threads:
         thread.start()
-    arrived.wait(30)
+    arrived.wait(60)
     document = {
         "ranges": [{"gfn": 0, "access": "0x0"}],
     }
@@ -114,6 +115,7 @@ def test_bodies_that_are_held_are_bounded(tenants: Begin) -> None:
     headers = {"Content-Type": "application/json"}
     try:
         until(lambda: red.patch(f"{vm}/subpages", content=large, headers=headers).status_code == 429)
+        assert not answers, answers
         refused = red.patch(f"{vm}/subpages", content=large, headers=headers).json()
         assert {"limit": "max_held_body_bytes", "limit_of": "tenant"}.items() <= refused.items()
         assert red.patch(f"{vm}/subpages", json=document).status_code == 204
