@@ -75,7 +75,7 @@ def test_every_guide_leads_to_the_glossary(name: Path) -> None:
 def test_links_lead_to_files(name: Path) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
-    named = re.findall(r"`((?:docs|examples|bench|deploy|openapi)/[\w./-]+)`", text)
+    named = re.findall(r"`((?:docs|engine|service|tests|examples|bench|deploy|openapi)/[\w./-]*)`", text)
     missing = [link for link in links if not (ROOT / name).parent.joinpath(link).exists()]
     assert not missing + [place for place in named if not (ROOT / place).exists()]
 
