@@ -147,8 +147,8 @@ class Problem(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     type: str = Field(description="Stable relative URI of the problem type.", examples=["/problems/invalid-value"])
-    title: str
-    status: int
+    title: str = Field(description="Name of the problem type.")
+    status: int = Field(description="Status of the reply.")
     detail: str = Field(description="What is wrong with this request, for people; not part of the contract.")
     instance: str = Field(description="Path of the request.")
     code: str = Field(description="Stable slug; at least as specific as `type`.", examples=["invalid-value"])

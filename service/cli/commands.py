@@ -60,7 +60,7 @@ def _take(context: typer.Context, given: list[str] | None) -> None:
     root.obj = {**(root.obj or {}), **parse_flags(given)}
 
 
-# The parameter ``given`` of a command that reads settings: they reach it by ``cli_common.common_flags``.
+# The parameter ``given`` of a command that reads settings: they reach it by ``service.cli.common.common_flags``.
 Given = Annotated[
     list[str] | None,
     typer.Option(

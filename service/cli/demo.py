@@ -99,8 +99,8 @@ def replay(
 def report_of(
     trace: str, policy: str, memory: int, covered: Mapping[str, Any], result: Mapping[str, Any], seconds: float
 ) -> dict[str, Any]:
-    """What ``service.report`` prints: ``covered`` has the ``pages`` and ``subpages`` that are protected, ``result`` is
-    the document of the trace, which took ``seconds``."""
+    """What ``service.cli.report`` prints: ``covered`` has the ``pages`` and ``subpages`` that are protected,
+    ``result`` is the document of the trace, which took ``seconds``."""
     exits = result["violations"]
     return {
         "trace": trace,

@@ -59,8 +59,8 @@ class Policy(Document):
 def read_policy(path: Path) -> Policy:
     """The policy in a JSON or TOML file.
 
-    The form of ``service.api.policies``, or ``{"vm", "protections", "subpages"}`` with members as the service takes
-    them. SPP is enabled and there is RAM from address 0 unless ``vm`` says otherwise. Raises Failure.
+    The form of ``service.api.protection.policies``, or ``{"vm", "protections", "subpages"}`` with members as the
+    service takes them. SPP is enabled and there is RAM from address 0 unless ``vm`` says otherwise. Raises Failure.
     """
     try:
         document = read_document(path)
@@ -188,7 +188,7 @@ def document_of(trace: Trace, exits: int) -> dict[str, Any]:
 
 
 def report(path: Path, policy: Policy, machine: VirtualMachine, trace: Trace) -> dict[str, Any]:
-    """What ``service.report`` prints."""
+    """What ``service.cli.report`` prints."""
     covered = {
         "pages": sum(protection.pages for protection in machine.protections()),
         "subpages": sum(protection.subpages for protection in machine.protections()),

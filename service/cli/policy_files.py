@@ -1,6 +1,6 @@
 """Policies in files of the command line: what they say, or where they are wrong and by which rule.
 
-A policy is what ``POST …/protections`` takes (``service.api.policies``), as JSON or TOML.
+A policy is what ``POST …/protections`` takes (``service.api.protection.policies``), as JSON or TOML.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ _NEXT = (
 def print_report(
     report: dict[str, Any], console: Console | None = None, *, how: str = "over HTTP", further: Sequence[str] = _NEXT
 ) -> None:
-    """Print what ``service.demo.report_of`` gives: ``how`` the trace was replayed, and where to look ``further``."""
+    """Print what ``service.cli.demo.report_of`` gives: ``how`` the trace was replayed, and where to look next."""
     console = console or Console(highlight=False)
     console.print()
     console.print(f"[bold]{report['policy']}[/bold] against [bold]{report['trace']}[/bold]")

@@ -48,12 +48,12 @@ why, and how many exits whole-page protection would have cost instead.
 * Lists come in pages: `next` is the URL of the following one. Cursors are opaque.
 """
 TAGS: list[dict[str, Any]] = [
-    {"name": "VMs", "description": "Virtual machines: guests under an exact model of KVM."},
+    {"name": "vms", "description": "Virtual machines: guests under an exact model of KVM."},
     {"name": "memory slots", "description": "Which guest-physical pages are RAM."},
     {"name": "guest memory", "description": "The bytes in it."},
     {"name": "host memory", "description": "What the host does to the memory behind it."},
-    {"name": "SPP", "description": "Enabling sub-page write permission."},
-    {"name": "sub-pages", "description": "Write permission of every 128 bytes: one bit each, 32 for a page."},
+    {"name": "spp", "description": "Enabling sub-page write permission."},
+    {"name": "subpages", "description": "Write permission of every 128 bytes: one bit each, 32 for a page."},
     {"name": "page access", "description": "Read, write and execute of whole pages, paired with the write bitmap."},
     {"name": "protections", "description": "Named objects that may not be written."},
     {"name": "traces", "description": "Replay of recorded guest accesses, and the exits that they cause."},
@@ -67,7 +67,7 @@ TAGS: list[dict[str, Any]] = [
     {"name": "dirty tracking", "description": "What was written since it was last taken note of."},
     {"name": "tables", "description": "Raw entries of EPT and SPPT, stored as they are and walked as they are."},
     {
-        "name": "vCPUs",
+        "name": "vcpus",
         "description": "The processor's controls: VMCS, VM entry, INVEPT, INVVPID, translation cache, CPUID, MSRs.",
     },
     {"name": "ioctls", "description": "The binary KVM ABI: the bytes of an ioctl, and what ioctl(2) returned."},
@@ -76,7 +76,7 @@ TAGS: list[dict[str, Any]] = [
         "description": "What KVM keeps for a guest that runs guests: KVM_GET/SET_NESTED_STATE, the enlightened VMCS.",
     },
     {
-        "name": "Hyper-V",
+        "name": "hyperv",
         "description": "Flush hypercalls, and who serves them: queues, TLB locks, assist pages, partitions.",
     },
     {"name": "counters", "description": "Totals of a VM."},

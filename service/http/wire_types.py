@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.config import JsonDict
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -78,6 +78,7 @@ class Word:
 
 Hex64 = Annotated[int, Word(64)]
 Hex32 = Annotated[int, Word(32)]
+PageNumber = Annotated[Hex64, Field(description="Number of a guest page: its address shifted right by 12.")]
 
 ACCESS_NAMES = ("read", "write", "execute")
 

@@ -60,3 +60,10 @@ def titles(part: Any) -> Iterator[str]:
 
 def test_no_title_is_made_of_a_name() -> None:
     assert list(titles(DOCUMENT["components"]["schemas"])) == list(titles(DOCUMENT["paths"])) == []
+
+
+def test_every_property_is_described() -> None:
+    members = ((name, schema.get("properties", {})) for name, schema in SCHEMAS.items())
+    silent = [f"{name}.{member}" for name, of in members for member, told in of.items() if not told.get("description")]
+    assert silent == []
+    assert [name for name, schema in SCHEMAS.items() if not schema.get("description")] == []

@@ -1,5 +1,5 @@
 """The stores of the storage tests."""
 
-from tests.service.storage.conftest import postgres, store_url
+from tests.support.store_fixtures import postgres, store_url
 
 __all__ = ["postgres", "store_url"]

@@ -14,6 +14,9 @@ from tests.contract.client import ContractClient
 from tests.support.http import new_vm
 from tests.support.job_calls import Gate
 from tests.support.server import Running, running
+from tests.support.store_fixtures import postgres, store_url
+
+__all__ = ["postgres", "store_url"]
 
 
 @pytest.fixture(scope="session")

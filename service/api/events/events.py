@@ -94,7 +94,7 @@ class EventPage(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"events": [_EXAMPLE], "last": 4713, "next": _NEXT}))
 
-    events: list[Event]
+    events: list[Event] = Field(description="Oldest first.")
     last: int = Field(description="How far the page reaches, filtered events included: go on later with `after`.")
     next: str | None = Field(description="URL of the next page; null where the log ends at present.")
 

@@ -17,7 +17,7 @@ from engine.trace.choices import Answer, DefaultAnswer
 from service.api.common import EXAMPLE_TRACE, EXAMPLE_VM, VmId, access_of, find, principal_of, router, settings_of
 from service.api.traces.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
 from service.http.handlers import problem_response, refusal
-from service.http.wire_types import Document, Hex64, examples
+from service.http.wire_types import Document, PageNumber, examples
 from service.platform.stamps import stamp
 from service.problems import InvalidDocument, Problem, ServiceError, describe
 from service.runtime.broker import Interest, Question, Resolution, Tool
@@ -51,8 +51,8 @@ _NUMBERS = {"read": 0, "write": 1, "execute": 2}
 class GfnRange(Document):
     """Consecutive pages."""
 
-    gfn: Hex64
-    npages: int = Field(1, ge=1)
+    gfn: PageNumber
+    npages: int = Field(1, ge=1, description="Number of pages.")
 
 
 class AttachMessage(Document):
@@ -62,7 +62,7 @@ class AttachMessage(Document):
         json_schema_extra=examples({"type": "attach", "priority": 10, "objects": ["modprobe_path"], "timeout": 5})
     )
 
-    type: Literal["attach"]
+    type: Literal["attach"] = Field(description="Which message this is.")
     priority: int = Field(0, ge=-1000, le=1000, description="Higher ones are asked first; of equals the first to come.")
     kinds: list[Kind] | None = Field(None, description="`resolution` of the exits it wants; null for all.")
     accesses: list[Literal["read", "write", "execute"]] | None = Field(None, description="Kinds of access; null: all.")
@@ -85,9 +85,9 @@ class AnswerMessage(Document):
         json_schema_extra=examples({"type": "answer", "id": _EXAMPLE_QUESTION, "action": "allow"})
     )
 
-    type: Literal["answer"]
+    type: Literal["answer"] = Field(description="Which message this is.")
     id: str = Field(description="Of the question.")
-    action: Literal[Answer, "pass"]
+    action: Literal[Answer, "pass"] = Field(description="What becomes of the access.")
 
 
 class PingMessage(Document):
@@ -95,7 +95,7 @@ class PingMessage(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"type": "ping", "data": "1"}))
 
-    type: Literal["ping"]
+    type: Literal["ping"] = Field(description="Which message this is.")
     data: str | None = Field(None, max_length=200, description="Comes back.")
 
 
@@ -116,11 +116,11 @@ class AttachedMessage(Document):
         )
     )
 
-    type: Literal["attached"]
-    vm: str
-    tool: str
-    priority: int
-    timeout: float
+    type: Literal["attached"] = Field(description="Which message this is.")
+    vm: str = Field(description="Id of the VM.")
+    tool: str = Field(description="Id of the tool, on this VM.")
+    priority: int = Field(description="Tools of a higher one are asked first.")
+    timeout: float = Field(description="Seconds that the tool has for an answer.")
     default_action: str = Field(description="What it gave, or the setting.")
     tools: int = Field(description="Tools that are attached to the VM now.")
 
@@ -143,14 +143,14 @@ class ViolationMessage(Document):
         )
     )
 
-    type: Literal["violation"]
-    id: str
-    vm: str
+    type: Literal["violation"] = Field(description="Which message this is.")
+    id: str = Field(description="Id of the question.")
+    vm: str = Field(description="Id of the VM.")
     trace: str | None = Field(description="Id that the result of the replay will have; null for a single access.")
-    vcpu: int
+    vcpu: int = Field(description="KVM vCPU id.")
     attempt: int = Field(description="1, and one more each time that `retry` was refused again.")
     deadline: str = Field(description="RFC 3339, UTC: when the question goes on to the next tool.")
-    exit: ExitRecord
+    exit: ExitRecord = Field(description="What happened.")
 
 
 class ResolvedMessage(Document):
@@ -168,10 +168,12 @@ class ResolvedMessage(Document):
         )
     )
 
-    type: Literal["resolved"]
-    id: str
+    type: Literal["resolved"] = Field(description="Which message this is.")
+    id: str = Field(description="Id of the question.")
     action: Answer | None = Field(description="Null where the replay ended without one.")
-    reason: Literal["answer", "default", "ended"]
+    reason: Literal["answer", "default", "ended"] = Field(
+        description="Who decided: a tool, the default, or the end of the replay."
+    )
     by: str | None = Field(description="Id of the tool that answered.")
 
 
@@ -180,8 +182,8 @@ class PongMessage(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"type": "pong", "data": "1"}))
 
-    type: Literal["pong"]
-    data: str | None
+    type: Literal["pong"] = Field(description="Which message this is.")
+    data: str | None = Field(description="What came with the ping.")
 
 
 class RefusedMessage(Document):
@@ -203,8 +205,8 @@ class RefusedMessage(Document):
         )
     )
 
-    type: Literal["error"]
-    problem: Problem
+    type: Literal["error"] = Field(description="Which message this is.")
+    problem: Problem = Field(description="Why it was not taken.")
 
 
 TAKEN = (AttachMessage, AnswerMessage, PingMessage)

@@ -31,7 +31,7 @@ from service.http.negotiation import JSON, OCTETS, content_type
 from service.http.wire_types import Document, Hex64, examples
 from service.problems import InvalidDocument
 
-routes = router("Hyper-V", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
+routes = router("hyperv", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
 
 _XMM = r"^([0-9a-fA-F]{32})$"
 _BYTES = r"^([0-9a-fA-F]{2})*$"
@@ -48,12 +48,12 @@ _RAW = {
 class HypercallRegisters(Document):
     """Registers at VMCALL or VMMCALL; those that are not given are 0."""
 
-    rax: Hex64 = 0
-    rbx: Hex64 = 0
+    rax: Hex64 = Field(0, description="RAX.")
+    rbx: Hex64 = Field(0, description="RBX.")
     rcx: Hex64 = Field(0, description="The input value in 64-bit mode.")
     rdx: Hex64 = Field(0, description="GPA of the block, or the first word of a fast call, in 64-bit mode.")
-    rsi: Hex64 = 0
-    rdi: Hex64 = 0
+    rsi: Hex64 = Field(0, description="RSI.")
+    rdi: Hex64 = Field(0, description="RDI.")
     r8: Hex64 = Field(0, description="The second word of a fast call in 64-bit mode.")
     xmm: list[XmmBytes] = Field(
         default_factory=list, max_length=6, description="XMM0 to XMM5: 16 bytes each in memory order."
@@ -69,8 +69,8 @@ class VpSetFields(Document):
     """HV_VP_SET. The banks go as they are given: whether they match is for the hypervisor to say."""
 
     format: Hex64 = Field(0, description="0 sparse, 1 all.")
-    valid_banks: Hex64 = 0
-    banks: list[Hex64] = Field(default_factory=list, max_length=512)
+    valid_banks: Hex64 = Field(0, description="Which banks there are: bit 0 for VP indices 0 to 63.")
+    banks: list[Hex64] = Field(default_factory=list, max_length=512, description="The banks, 64 VP indices each.")
 
 
 class CallDocument(Document):
@@ -80,16 +80,20 @@ class CallDocument(Document):
     name: str | None = Field(
         None, max_length=64, description="As the TLFS has it, HvCallFlushVirtualAddressSpaceEx for instance."
     )
-    fast: bool = False
+    fast: bool = Field(False, description="Input in registers instead of a page.")
     nested: bool = Field(False, description="Bit 31 of the input value.")
     variable_header: int | None = Field(None, ge=0, le=0x3FF, description="In words; null: as many as there are banks.")
     rep_count: int | None = Field(None, ge=0, le=0xFFF, description="Null: as many as there are ranges.")
-    rep_start: int = Field(0, ge=0, le=0xFFF)
-    address_space: Hex64 = 0
+    rep_start: int = Field(0, ge=0, le=0xFFF, description="First repetition to do.")
+    address_space: Hex64 = Field(0, description="Page tables whose translations go: CR3.")
     flags: Hex64 = Field(0, description="1 all processors, 2 all address spaces, 4 non-global only, 8 large ranges.")
-    processor_mask: Hex64 = 0
-    vp_set: VpSetFields = Field(default_factory=VpSetFields)
-    ranges: list[Hex64] = Field(default_factory=list, max_length=512)
+    processor_mask: Hex64 = Field(0, description="VP indices 0 to 63, a bit each; calls without a set.")
+    vp_set: VpSetFields = Field(default_factory=VpSetFields, description="VPs of the Ex calls.")
+    ranges: list[Hex64] = Field(
+        default_factory=list,
+        max_length=512,
+        description="Of the list calls: a page each, and in the low bits how many follow it.",
+    )
 
     def fields(self) -> CallFields:
         if (self.code is None) == (self.name is None):
@@ -115,8 +119,8 @@ class Hypercall(Document):
 
     model_config = ConfigDict(json_schema_extra=examples(_SPACE, _RAW))
 
-    registers: HypercallRegisters | None = None
-    call: CallDocument | None = None
+    registers: HypercallRegisters | None = Field(None, description="The registers at the instruction; or give `call`.")
+    call: CallDocument | None = Field(None, description="The call by its fields; or give `registers`.")
     input: str | None = Field(
         None,
         pattern=_BYTES,
@@ -149,44 +153,44 @@ class Hypercall(Document):
 class ControlFields(Document):
     """The input value, decoded."""
 
-    value: Hex64
-    code: Hex64
+    value: Hex64 = Field(description="The whole of it.")
+    code: Hex64 = Field(description="Call code: bits 15:0.")
     name: str | None = Field(description="Null for a call that flushes nothing.")
-    fast: bool
-    variable_header: int
-    nested: bool
-    rep_count: int
-    rep_start: int
+    fast: bool = Field(description="Bit 16: input in registers.")
+    variable_header: int = Field(description="Bits 26:17: size of the variable header in words of 8 bytes.")
+    nested: bool = Field(description="Bit 31: for the hypervisor below.")
+    rep_count: int = Field(description="Bits 43:32: repetitions.")
+    rep_start: int = Field(description="Bits 59:48: the first to do.")
 
 
 class ResultFields(Document):
     """The result value, decoded."""
 
-    value: Hex64
-    status: Hex64
-    status_name: str
-    reps_completed: int
+    value: Hex64 = Field(description="The whole of it.")
+    status: Hex64 = Field(description="Bits 15:0.")
+    status_name: str = Field(description="The status as the TLFS has it.")
+    reps_completed: int = Field(description="Bits 43:32: repetitions done.")
 
 
 class ExitFields(Document):
     """A VM exit. With SVM `qualification` is EXITINFO1 and `information` EXITINFO2."""
 
-    reason: Hex64
-    qualification: Hex64
-    information: Hex64
-    instruction_length: int
+    reason: Hex64 = Field(description="Basic exit reason, or EXITCODE.")
+    qualification: Hex64 = Field(description="Exit qualification, or EXITINFO1.")
+    information: Hex64 = Field(description="Instruction information, or EXITINFO2.")
+    instruction_length: int = Field(description="In bytes.")
 
 
 class VpFlush(Document):
     """What a flush did to the translations of one VP."""
 
-    vcpu: int
-    vp_index: int
-    targeted: bool
+    vcpu: int = Field(description="KVM vCPU id.")
+    vp_index: int = Field(description="Hyper-V VP index.")
+    targeted: bool = Field(description="Whether the call was for it.")
     queued: bool = Field(description="It waits until the VP runs.")
     tlb_flush: int = Field(description="What KVM's statistic of that name grew by.")
     required: list[TlbEntry] = Field(description="What the specification says must go.")
-    dropped: list[TlbEntry]
+    dropped: list[TlbEntry] = Field(description="What went.")
     over_flushed: list[TlbEntry] = Field(description="Dropped without being required.")
     left: list[TlbEntry] = Field(description="Required and still there: queued, or not seen by a KVM that reads less.")
 
@@ -238,21 +242,21 @@ class HypercallOutcome(Document):
     level: int = Field(description="Of the caller: 1, or 2 for the guest of a guest of `l0`.")
     served_by: int | None = Field(description="Level of the hypervisor that answered: 0, or 1 after an exit to it.")
     row: str | None = Field(description="Row of the decision table in docs/tlb-flush.md, for a caller in L2.")
-    control: ControlFields
+    control: ControlFields = Field(description="The input value.")
     reason: str | None = Field(
         description="Why no Hyper-V answered, and what would make it: of `native` calls; not part of the contract."
     )
-    result: ResultFields | None
+    result: ResultFields | None = Field(description="The result value; null where the call has none.")
     registers: dict[str, Hex64] = Field(description="Those that changed.")
     rip: Hex64 = Field(description="The caller's afterwards.")
-    rip_advance: int
-    exception: Literal["#UD"] | None
+    rip_advance: int = Field(description="Bytes by which RIP moves on.")
+    exception: Literal["#UD"] | None = Field(description="What the instruction raises.")
     exit: ExitFields | None = Field(description="What L1 sees.")
-    intercepted_gpa: Hex64 | None
+    intercepted_gpa: Hex64 | None = Field(description="Page of the input that is no RAM.")
     waits_for: list[int] = Field(description="vCPUs that hold a TLB lock.")
     targeted: list[int] = Field(description="VP indices that the flush was sent to.")
     flushed: list[int] = Field(description="VP indices of those that have done it.")
-    vps: list[VpFlush]
+    vps: list[VpFlush] = Field(description="What became of each VP.")
 
 
 _NATIVE = (

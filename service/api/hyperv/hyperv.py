@@ -36,7 +36,7 @@ from service.http import conditional
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
 from service.http.wire_types import Document, Hex64, examples
 
-routes = router("Hyper-V", "/v1/vms/{vm}", reads="read", writes="write")
+routes = router("hyperv", "/v1/vms/{vm}", reads="read", writes="write")
 
 _OFFERS = (JSON, OCTETS)
 Written = Literal["correct", "before-fix", "first-fix"]
@@ -48,7 +48,7 @@ class TlbLock(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"locked": True}))
 
-    locked: bool
+    locked: bool = Field(description="Whether the VP holds one.")
 
 
 class VcpuActivity(Document):
@@ -56,7 +56,7 @@ class VcpuActivity(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"activity": "halted"}))
 
-    activity: Literal["running", "halted"]
+    activity: Literal["running", "halted"] = Field(description="What it does.")
 
 
 class FlushQueue(Document):
@@ -118,11 +118,11 @@ class VpAssistFields(Document):
 class NestedVp(Document):
     """A nested VP as the lower hypervisor has recorded it, on the vCPU that ran it last."""
 
-    vcpu: int
+    vcpu: int = Field(description="KVM vCPU id.")
     vp_index: int = Field(description="Of that vCPU.")
-    vm_id: Hex64
-    vp_id: Hex64
-    partition_assist_page: Hex64
+    vm_id: Hex64 = Field(description="Id of its VM.")
+    vp_id: Hex64 = Field(description="Its id in that VM.")
+    partition_assist_page: Hex64 = Field(description="GPA of the page.")
     tlb_lock_count: int | None = Field(description="In that page; null where it cannot be read.")
     nested_flush: bool = Field(description="NestedFlushVirtualHypercall, as it is now.")
     direct_hypercall: bool = Field(description="DirectHypercall, as the lower hypervisor has copied it.")
@@ -154,7 +154,7 @@ class Partitions(Document):
     )
 
     l0: Literal["kvm", "hyperv"] = Field(description="`hyperv`: the VM itself is nested, a guest of KVM on Hyper-V.")
-    vps: list[NestedVp]
+    vps: list[NestedVp] = Field(description="By vCPU.")
 
 
 def _queue(machine: VirtualMachine, n: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from service.http import conditional
 from service.http.negotiation import JSON, OCTETS, preferred
 from service.http.wire_types import Document, Hex64, examples
 
-routes = router("Hyper-V", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
+routes = router("hyperv", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
 
 _FIELDS = {
     "hv_enlightenments_control": "0x1",
@@ -32,7 +32,7 @@ class KvmVmcs(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"kind": "evmcs", "address": "0x1009000", "fields": _FIELDS}))
 
-    kind: Literal["evmcs", "vmcb"]
+    kind: Literal["evmcs", "vmcb"] = Field(description="Which structure it is.")
     address: Hex64 = Field(description="In the host's memory; CurrentNestedVmcs of the CPU that it is loaded on.")
     fields: dict[str, Hex64] = Field(description="What Hyper-V looks at to serve flushes.")
 

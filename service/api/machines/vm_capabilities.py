@@ -25,7 +25,7 @@ from service.api.common import (
 )
 from service.http.wire_types import Document, Hex64, examples
 
-routes = router("SPP", "/v1/vms/{vm}/capabilities", reads="read", writes="write")
+routes = router("spp", "/v1/vms/{vm}/capabilities", reads="read", writes="write")
 
 NAME = "x86-spp"
 _KNOWN = (str(CAP_X86_SPP), NAME, "KVM_CAP_X86_SPP", "spp")
@@ -41,10 +41,10 @@ class VmCapability(Document):
 
     model_config = ConfigDict(json_schema_extra=examples(_REPLY))
 
-    capability: int
-    name: str
+    capability: int = Field(description="Its number.")
+    name: str = Field(description="Its name.")
     available: int = Field(description="What KVM_CHECK_EXTENSION says: pages of one call, whatever the host has, or 0.")
-    enabled: bool
+    enabled: bool = Field(description="Whether it is on.")
     result: dict[str, Hex64] = Field(description="What enabling it stores for the caller: nothing.")
 
 
@@ -53,7 +53,7 @@ class VmCapabilityRequest(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"enabled": True}))
 
-    enabled: bool
+    enabled: bool = Field(description="True; what is enabled stays so.")
 
 
 def _known(cap: str) -> None:

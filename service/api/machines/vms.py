@@ -40,7 +40,7 @@ from service.platform.stamps import moment, stamp
 from service.runtime.entry import Listed
 from service.runtime.offload import maybe_in_thread
 
-routes = router("VMs", "/v1/vms", reads="read", writes="write")
+routes = router("vms", "/v1/vms", reads="read", writes="write")
 
 # Positions are moments of creation.
 _CURSOR = "vms by moment"
@@ -61,12 +61,12 @@ FlushExecution = Literal["exact", "kvm", "paranoid"]
 class CpuidLeafRequest(Document):
     """One CPUID leaf, as in struct kvm_cpuid_entry2."""
 
-    function: Hex32
-    index: Hex32 = 0
-    eax: Hex32 = 0
-    ebx: Hex32 = 0
-    ecx: Hex32 = 0
-    edx: Hex32 = 0
+    function: Hex32 = Field(description="Leaf: EAX at CPUID.")
+    index: Hex32 = Field(0, description="Sub-leaf: ECX at CPUID.")
+    eax: Hex32 = Field(0, description="What CPUID leaves in EAX.")
+    ebx: Hex32 = Field(0, description="What CPUID leaves in EBX.")
+    ecx: Hex32 = Field(0, description="What CPUID leaves in ECX.")
+    edx: Hex32 = Field(0, description="What CPUID leaves in EDX.")
 
 
 class CpuidLeaf(CpuidLeafRequest):
@@ -84,13 +84,13 @@ class VcpuRequest(Document):
 
     id: int = Field(ge=0, le=0xFFFF, description="KVM vCPU id; `vcpu` in traces.")
     vp_index: int | None = Field(None, ge=0, le=0xFFFFFFFF, description="Hyper-V VP index; the id unless given.")
-    cpuid: list[CpuidLeafWithFlags] = Field(default_factory=list, max_length=256)
+    cpuid: list[CpuidLeafWithFlags] = Field(default_factory=list, max_length=256, description="Leaves that it has.")
 
 
 class Vcpu(Document):
     """One vCPU as it is."""
 
-    id: int
+    id: int = Field(description="KVM vCPU id.")
     vp_index: int | None = Field(description="Null while it is the id and was not given.")
     cpuid: list[CpuidLeaf] = Field(description="As it is now; `vcpus/{n}/cpuid` has the flags, too.")
 
@@ -109,9 +109,9 @@ class HypervHost(Document):
 class HostRequest(Document):
     """The host under KVM; the defaults are an Ice Lake server."""
 
-    vendor: Literal["intel", "amd"] = "intel"
-    ept: bool = True
-    spp: bool = True
+    vendor: Literal["intel", "amd"] = Field("intel", description="Whose processor it is.")
+    ept: bool = Field(True, description="Whether KVM uses EPT, or NPT.")
+    spp: bool = Field(True, description="Whether the processor has sub-page write permission.")
     nested: bool | None = Field(None, description="Null: true, but false for `kvm-latest` with SPP.")
     evmcs: bool | None = Field(
         None, description="KVM, as a guest of Hyper-V, uses the enlightened VMCS itself. Null: if it is recommended."
@@ -204,8 +204,8 @@ class VmRequest(Document):
         1, description="How many, or which.", discriminator=Discriminator(_list_or_count)
     )
     maxphyaddr: int = Field(46, ge=0, le=64, description="Width of guest-physical addresses in bits.")
-    host: HostRequest = Field(default_factory=HostRequest)
-    memory_slots: list[NumberedSlotRequest] = Field(default_factory=list, max_length=512)
+    host: HostRequest = Field(default_factory=HostRequest, description="The host under KVM.")
+    memory_slots: list[NumberedSlotRequest] = Field(default_factory=list, max_length=512, description="Its RAM.")
     spp: bool = Field(False, description="Enable SPP at once.")
     translation_cache: TranslationCache = Field("off", description="`model` keeps stale translations until flushed.")
     require_match: bool = Field(False, description="Demand If-Match on every change (428 without).")
@@ -241,17 +241,17 @@ class Vm(Document):
 
     model_config = ConfigDict(json_schema_extra=examples(_REPLY))
 
-    id: str
-    name: str
-    profile: str
-    vcpus: list[Vcpu]
-    maxphyaddr: int
-    host: Host
-    memory_slots: list[MemorySlot]
+    id: str = Field(description="Id of the VM.")
+    name: str = Field(description="Its label.")
+    profile: str = Field(description="Which KVM.")
+    vcpus: list[Vcpu] = Field(description="By id.")
+    maxphyaddr: int = Field(description="Width of guest-physical addresses in bits.")
+    host: Host = Field(description="The host under KVM.")
+    memory_slots: list[MemorySlot] = Field(description="By number.")
     spp: bool = Field(description="Whether SPP is enabled.")
-    translation_cache: str
-    require_match: bool
-    flush_policy: str
+    translation_cache: str = Field(description="Whether stale translations are modelled.")
+    require_match: bool = Field(description="Whether changes must have If-Match.")
+    flush_policy: str = Field(description="By whose rules flush calls are served.")
     flush_execution: str = Field(description="How flush hypercalls are carried out.")
     revision: int = Field(description="Counts committed changes, replays included; part of the entity tag.")
     created: str = Field(description="RFC 3339, UTC.", json_schema_extra={"format": "date-time"})
@@ -314,7 +314,7 @@ class VmPage(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"vms": [_REPLY], "next": None}))
 
-    vms: list[Vm]
+    vms: list[Vm] = Field(description="Oldest first.")
     next: str | None = Field(description="URL of the next page; null on the last.")
 
 

@@ -27,7 +27,7 @@ from service.api.common import (
     vm_tag,
 )
 from service.http import cursors
-from service.http.wire_types import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, PageNumber, examples
 from service.runtime.offload import maybe_in_thread
 from service.runtime.registry import Entry
 
@@ -69,14 +69,14 @@ class TrackingRequest(Document):
     )
 
 
-class DirtyTracking(TrackingRequest):
+class TrackingState(TrackingRequest):
     """What is tracked."""
 
 
 class WrittenPage(Document):
     """A page that was written."""
 
-    gfn: Hex64
+    gfn: PageNumber
     written: Hex32 = Field(
         description="Bit s: bytes 128 s to 128 s + 127 were written. All ones where pages are tracked."
     )
@@ -99,10 +99,10 @@ class Dirty(_Totals):
 
     model_config = ConfigDict(json_schema_extra=examples(_PEEK))
 
-    tracking: Level
-    method: Method
+    tracking: Level = Field(description="What is tracked.")
+    method: Method = Field(description="How writes are noticed.")
     outstanding: int | None = Field(description="The harvest that waits to be acknowledged.")
-    pages: list[DirtyPage]
+    pages: list[DirtyPage] = Field(description="By GFN.")
     next: str | None = Field(description="URL of the next page; null on the last.")
 
 
@@ -112,7 +112,7 @@ class DirtyHarvest(_Totals):
     model_config = ConfigDict(json_schema_extra=examples(_HARVEST))
 
     harvest: int = Field(description="Its number; the first one is 1.")
-    pages: list[WrittenPage]
+    pages: list[WrittenPage] = Field(description="By GFN.")
     next: str | None = Field(description="URL of the next page; null on the last.")
 
 
@@ -121,7 +121,7 @@ class Acknowledgement(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"harvest": 1}))
 
-    harvest: int
+    harvest: int = Field(description="Its number.")
 
 
 class Acknowledged(Document):
@@ -129,7 +129,7 @@ class Acknowledged(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"harvest": 1, "repeated": False}))
 
-    harvest: int
+    harvest: int = Field(description="Its number.")
     repeated: bool = Field(description="It had been acknowledged before; nothing happened.")
 
 
@@ -138,7 +138,7 @@ class SlotLogRequest(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"slot": 0}))
 
-    slot: int = Field(ge=0, le=65535)
+    slot: int = Field(ge=0, le=65535, description="Number of the slot.")
 
 
 class SlotLog(Document):
@@ -146,7 +146,7 @@ class SlotLog(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"slot": 0, "bitmap": "0500000000000000", "npages": 2}))
 
-    slot: int
+    slot: int = Field(description="Number of the slot.")
     bitmap: str = Field(description="Bytes in memory order, as hex: page n of the slot is bit n % 8 of byte n // 8.")
     npages: int = Field(description="How many bits are 1.")
 
@@ -249,7 +249,7 @@ async def get_dirty(
         "If-Match is compared with the tag of the VM."
     ),
     responses=documented(
-        {200: {"model": DirtyTracking, "description": "What is tracked now."}},
+        {200: {"model": TrackingState, "description": "What is tracked now."}},
         "spp-not-enabled",
         "unsupported",
         "conflict",

@@ -67,9 +67,9 @@ class HostMemoryOutcome(Document):
         )
     )
 
-    event: Event
+    event: Event = Field(description="What happened.")
     gfn: Hex64 | None = Field(description="Null where it was about everything.")
-    npages: int | None
+    npages: int | None = Field(description="Pages that it happened to; null for an event of the whole VM.")
     leaves_changed: int | None = Field(description="EPT leaf entries that changed; null where all of them went.")
     frames_freed: int = Field(description="EPT and SPPT tables that returned to the free list.")
 

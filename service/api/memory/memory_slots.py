@@ -95,13 +95,13 @@ class MemorySlot(Document):
 
     model_config = ConfigDict(json_schema_extra=examples(_REPLY))
 
-    slot: int
+    slot: int = Field(description="Number of the slot.")
     address_space: int = Field(description="1: seen in system-management mode only.")
-    gpa: Hex64
-    size: Hex64
-    read_only: bool
-    log_dirty: bool
-    host_page_size: int
+    gpa: Hex64 = Field(description="Guest-physical address of its first byte.")
+    size: Hex64 = Field(description="In bytes.")
+    read_only: bool = Field(description="KVM_MEM_READONLY.")
+    log_dirty: bool = Field(description="KVM_MEM_LOG_DIRTY_PAGES.")
+    host_page_size: int = Field(description="Size in bytes of the pages behind it.")
     userspace_addr: Hex64 = Field(
         description="Where the slot is in its user's memory: as KVM_SET_USER_MEMORY_REGION says."
     )
@@ -116,7 +116,7 @@ class MemorySlotList(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"memory_slots": [_REPLY]}))
 
-    memory_slots: list[MemorySlot]
+    memory_slots: list[MemorySlot] = Field(description="By number, those of address space 1 last.")
 
 
 def slots_of(entry: Entry) -> list[MemorySlot]:

@@ -48,14 +48,14 @@ class EnableRequest(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"enabled": True}))
 
-    enabled: bool
+    enabled: bool = Field(description="True; what is enabled stays so.")
 
 
 class EvmcsVersions(Document):
     """Versions 1 to 1 are 0x0101; both are 0 where KVM has no VMX to offer."""
 
-    lowest: int
-    highest: int
+    lowest: int = Field(description="Oldest version.")
+    highest: int = Field(description="Newest version.")
     word: Hex32 = Field(description="As KVM_ENABLE_CAP stores it: the lowest in the low byte.")
 
 
@@ -78,9 +78,9 @@ class Evmcs(Document):
         )
     )
 
-    enabled: bool
+    enabled: bool = Field(description="Whether KVM_CAP_HYPERV_ENLIGHTENED_VMCS is on.")
     visible: bool = Field(description="It takes effect: enabled and, in `kvm-latest`, Hyper-V is in the guest's CPUID.")
-    versions: EvmcsVersions
+    versions: EvmcsVersions = Field(description="What KVM_ENABLE_CAP answers.")
     wanted: Hex64 | None = Field(description="GPA that the VP assist page asks for; null if it asks for none.")
     attached: Hex64 | None = Field(description="GPA of the one in use.")
     pending: bool = Field(description="A restored one waits for the next run.")
@@ -109,10 +109,10 @@ class VcpuCapability(Document):
         )
     )
 
-    capability: int
-    name: str
+    capability: int = Field(description="Its number.")
+    name: str = Field(description="Its name.")
     available: int = Field(description="What KVM_CHECK_EXTENSION says.")
-    enabled: bool
+    enabled: bool = Field(description="Whether it is on.")
     result: dict[str, Hex64] = Field(description="What enabling it stores for the caller; empty while it is not.")
 
 

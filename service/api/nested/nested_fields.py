@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from engine.arch import nested_state as abi
 from engine.arch.evmcs import EVMCS
 from engine.arch.struct_layout import PARTIAL, Layout, parse_integer
-from engine.arch.vmcs12 import VMCS12, VMCS12_PAGE
+from engine.arch.struct_layout import Field as LayoutField
+from engine.arch.vmcs12 import ENCODINGS, VMCS12, VMCS12_PAGE
 from service.http.json_bodies import weigh
 from service.http.wire_types import Word, examples
 from service.problems import BodyTooLarge, InvalidDocument, ServiceError
@@ -56,21 +57,36 @@ def _count(size: int) -> dict[str, Any]:
 _SHAPES = {"count": _count, "word": _word}
 
 
+def _about(field: LayoutField, named: bool) -> str:
+    """Where a field is, and which one of the VMCS it is: from the tables, which have the names of the manuals."""
+    if not named:
+        return f"Bytes {field.offset} to {field.end - 1}, without a name."
+    encoding = ENCODINGS.get(field.name)
+    return f"Byte {field.offset}." if encoding is None else f"Byte {field.offset}; VMCS {encoding:#06x}."
+
+
 def _model(name: str, layout: Layout, about: str) -> Any:
     members: dict[str, Any] = {}
     for field in layout.fields:
-        members[field.name] = _member(_BYTES if field.kind == "bytes" else _SHAPES[field.kind](field.size))
+        shape = _BYTES if field.kind == "bytes" else _SHAPES[field.kind](field.size)
+        members[field.name] = _member(shape | {"description": _about(field, field in layout.named)})
     members[PARTIAL] = _member({**_BYTES, "description": _ABOUT_PARTIAL})
     return create_model(name, __base__=_Fields, __doc__=about, **members)
 
 
 _PAGE = Layout("vmcs12", VMCS12_PAGE, VMCS12.named)
-Vmcs12: Any = _model("Vmcs12", _PAGE, "struct vmcs12 in its page.")
+Vmcs12: Any = _model(
+    "Vmcs12", _PAGE, "struct vmcs12 in its page. Fields by place, and by encoding in the VMCS where they have one."
+)
 VmxHeader: Any = _model("VmxHeader", abi.VMX_HEADER, "`hdr.vmx` and the rest of the header.")
 SvmHeader: Any = _model("SvmHeader", abi.SVM_HEADER, "`hdr.svm` and the rest of the header.")
 OtherHeader: Any = _model("OtherHeader", Layout("header", 120, []), "Header of a format that no kernel knows.")
 Vmcb12: Any = _model("Vmcb12", Layout("vmcb12", abi.VMCB_PAGE, []), "The VMCB in its page, as bytes.")
-EvmcsPage: Any = _model("EvmcsPage", EVMCS, "An enlightened VMCS by field; in 2019 some lie elsewhere or are missing.")
+EvmcsPage: Any = _model(
+    "EvmcsPage",
+    EVMCS,
+    "An enlightened VMCS by place and encoding in the VMCS; in 2019 some fields lie elsewhere or are missing.",
+)
 
 
 _ABOUT_LENGTH = "Bytes that are there; without it, up to the end of the last section."
@@ -80,7 +96,7 @@ _Flags = Annotated[Any, WithJsonSchema({**_word(2), "description": _ABOUT_FLAGS}
 _Format = Annotated[Any, WithJsonSchema({**_count(2), "description": "0 VMX, 1 SVM."})]
 _Size = Annotated[Any, WithJsonSchema({**_count(4), "description": "What the caller claims; without it, the length."})]
 _Partial = Annotated[Any, WithJsonSchema({**_BYTES, "description": _ABOUT_PARTIAL})]
-_Tail = Annotated[Any, WithJsonSchema(_BYTES)]
+_Tail = Annotated[Any, WithJsonSchema({**_BYTES, "description": "What lies behind the sections."})]
 
 
 class NestedStateFields(_Fields):
@@ -97,12 +113,12 @@ class NestedStateFields(_Fields):
     format: _Format = Field(None, json_schema_extra=_short)
     size: _Size = Field(None, json_schema_extra=_short)
     partial: _Partial = Field(None, json_schema_extra=_short)
-    vmx: VmxHeader = Field(None, json_schema_extra=_short)
-    vmcs12: Vmcs12 = Field(None, json_schema_extra=_short)
-    shadow_vmcs12: Vmcs12 = Field(None, json_schema_extra=_short)
-    svm: SvmHeader = Field(None, json_schema_extra=_short)
-    vmcb12: Vmcb12 = Field(None, json_schema_extra=_short)
-    header: OtherHeader = Field(None, json_schema_extra=_short)
+    vmx: VmxHeader = Field(None, description="Header of format 0.", json_schema_extra=_short)
+    vmcs12: Vmcs12 = Field(None, description="The current VMCS of the guest.", json_schema_extra=_short)
+    shadow_vmcs12: Vmcs12 = Field(None, description="The VMCS that it shadows.", json_schema_extra=_short)
+    svm: SvmHeader = Field(None, description="Header of format 1.", json_schema_extra=_short)
+    vmcb12: Vmcb12 = Field(None, description="The VMCB of the guest.", json_schema_extra=_short)
+    header: OtherHeader = Field(None, description="Header of another format.", json_schema_extra=_short)
     tail: _Tail = Field(None, json_schema_extra=_short)
 
 

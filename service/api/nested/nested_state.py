@@ -67,8 +67,8 @@ class NestedStateSet(Document):
 
     returned: int = Field(description="What ioctl(2) returns: 0.")
     check: str = Field(description="Id of the step that ended the call.")
-    detail: str | None
-    says: str
+    detail: str | None = Field(description="What it found, where there is more to say.")
+    says: str = Field(description="What that step says.")
 
 
 class NestedStateExplanation(Document):
@@ -93,10 +93,10 @@ class NestedStateExplanation(Document):
     )
 
     returned: int = Field(description="What ioctl(2) would return; positive when only entering L2 fails.")
-    errno: str | None
-    check: str
-    detail: str | None
-    says: str
+    errno: str | None = Field(description="Name of the error that KVM_SET_NESTED_STATE would give.")
+    check: str = Field(description="Id of the check that decided, as in docs/nested-state.md.")
+    detail: str | None = Field(description="What it found, where there is more to say.")
+    says: str = Field(description="What that check says.")
     field: str | None = Field(description="What the deciding check looked at; null for a mere effect.")
     found: str | None = Field(description="What it found there.")
     required: str | None = Field(description="What it takes to pass, in words.")

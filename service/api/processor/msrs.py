@@ -23,7 +23,7 @@ from service.api.common import (
 from service.api.nested.nested_state import VcpuId
 from service.http.wire_types import Document, Hex32, Hex64, examples
 
-routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}/msrs", reads="read", writes="write")
+routes = router("vcpus", "/v1/vms/{vm}/vcpus/{n}/msrs", reads="read", writes="write")
 
 _MSR = {"index": "0x48c", "name": "IA32_VMX_EPT_VPID_CAP", "value": "0xf01063341c1"}
 _VCPU_MSR = {"index": "0x48d", "name": "IA32_VMX_TRUE_PINBASED_CTLS", "host": "0x7f00000016", "guest": "0x3f00000016"}
@@ -34,9 +34,9 @@ class Msr(Document):
 
     model_config = ConfigDict(json_schema_extra=examples(_MSR))
 
-    index: Hex64
-    name: str
-    value: Hex64
+    index: Hex64 = Field(description="Number of the MSR.")
+    name: str = Field(description="Its name, without IA32_VMX.")
+    value: Hex64 = Field(description="What RDMSR reads.")
 
 
 class VcpuMsr(Document):
@@ -44,8 +44,8 @@ class VcpuMsr(Document):
 
     model_config = ConfigDict(json_schema_extra=examples(_VCPU_MSR))
 
-    index: Hex64
-    name: str | None
+    index: Hex64 = Field(description="Number of the MSR.")
+    name: str | None = Field(description="Its name; null for one that has none here.")
     host: Hex64 | None = Field(description="What KVM_GET_MSRS reads; null where it fails.")
     guest: Hex64 | None = Field(description="What RDMSR reads in the guest; null where it ends in #GP.")
 
@@ -67,8 +67,8 @@ class MsrSets(Document):
 class MsrWrite(Document):
     """One write."""
 
-    index: Hex32
-    value: Hex64
+    index: Hex32 = Field(description="Number of the MSR.")
+    value: Hex64 = Field(description="What WRMSR writes.")
 
 
 # The guest says who it is (HV_X64_MSR_GUEST_OS_ID), and where its VP assist page is.
@@ -83,7 +83,7 @@ class MsrsRequest(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"msrs": [{"index": "0x3a", "value": "0x5"}, *_HYPERV]}))
 
-    msrs: list[MsrWrite] = Field(min_length=1, max_length=256)
+    msrs: list[MsrWrite] = Field(min_length=1, max_length=256, description="The writes, in order.")
     by: Literal["host", "guest"] = Field("host", description="KVM_SET_MSRS, or WRMSR in the guest.")
 
 

@@ -30,7 +30,7 @@ from service.api.nested.nested_state import VcpuId
 from service.http.wire_types import Document, Hex32, Hex64, examples
 from service.problems import InvalidDocument
 
-routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
+routes = router("vcpus", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
 
 _LEAF = {
     "function": "0x40000001",
@@ -46,13 +46,13 @@ _LEAF = {
 class CpuidEntryRequest(Document):
     """One leaf, struct kvm_cpuid_entry2."""
 
-    function: Hex32
-    index: Hex32 = 0
+    function: Hex32 = Field(description="Leaf: EAX at CPUID.")
+    index: Hex32 = Field(0, description="Sub-leaf: ECX at CPUID.")
     flags: Hex32 = Field(0, description="Bit 0: the index matters.")
-    eax: Hex32 = 0
-    ebx: Hex32 = 0
-    ecx: Hex32 = 0
-    edx: Hex32 = 0
+    eax: Hex32 = Field(0, description="What CPUID leaves in EAX.")
+    ebx: Hex32 = Field(0, description="What CPUID leaves in EBX.")
+    ecx: Hex32 = Field(0, description="What CPUID leaves in ECX.")
+    edx: Hex32 = Field(0, description="What CPUID leaves in EDX.")
 
 
 class CpuidEntryReply(CpuidEntryRequest):
@@ -68,7 +68,7 @@ class CpuidRequest(Document):
         )
     )
 
-    entries: list[CpuidEntryRequest] = Field(max_length=256)
+    entries: list[CpuidEntryRequest] = Field(max_length=256, description="The leaves; others read as 0.")
 
 
 class Cpuid(Document):
@@ -85,7 +85,7 @@ class HypervCpuid(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"entries": [_LEAF]}))
 
-    entries: list[CpuidEntryReply]
+    entries: list[CpuidEntryReply] = Field(description="By leaf.")
 
 
 class SmmState(Document):
@@ -93,7 +93,7 @@ class SmmState(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"smm": False}))
 
-    smm: bool
+    smm: bool = Field(description="Whether the vCPU is in it.")
 
 
 class VmxRequest(Document):
@@ -101,7 +101,9 @@ class VmxRequest(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"instruction": "vmptrld", "address": "0x2000"}))
 
-    instruction: Literal["vmxon", "vmxoff", "vmclear", "vmptrld", "vmptrst", "vmlaunch", "vmresume"]
+    instruction: Literal["vmxon", "vmxoff", "vmclear", "vmptrld", "vmptrst", "vmlaunch", "vmresume"] = Field(
+        description="Which one."
+    )
     address: Hex64 | None = Field(None, description="Guest-physical operand of vmxon, vmclear and vmptrld.")
 
 
@@ -138,10 +140,10 @@ class VmxOutcome(Document):
             "instruction again. `internal-error`, `shutdown`: the run ends."
         )
     )
-    vm_instruction_error: int | None
+    vm_instruction_error: int | None = Field(description="VM-instruction error, of VMfailValid.")
     check: str | None = Field(description="The VM-entry check, or the rule, that decided.")
-    exit_reason: Hex64 | None
-    exit_qualification: Hex64 | None
+    exit_reason: Hex64 | None = Field(description="Of a VM entry that ended at once.")
+    exit_qualification: Hex64 | None = Field(description="The same.")
     value: Hex64 | None = Field(description="What VMPTRST stores.")
 
 

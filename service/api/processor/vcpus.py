@@ -31,7 +31,7 @@ from service.http.negotiation import JSON
 from service.http.wire_types import Document, Hex64, Word, examples
 from service.runtime.offload import maybe_in_thread
 
-routes = router("vCPUs", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
+routes = router("vcpus", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="write")
 
 VcpuId = Annotated[int, Path(alias="n", ge=0, description="KVM vCPU id.", examples=[0])]
 # Entries of a translation cache; more are rendered off the event loop.
@@ -127,7 +127,7 @@ class EntryOutcome(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"result": "VMfail", "vm_instruction_error": 7}))
 
-    result: Literal["VMsucceed", "VMfail"]
+    result: Literal["VMsucceed", "VMfail"] = Field(description="How the instruction ended.")
     vm_instruction_error: int | None = Field(description="7: invalid control fields. Null after VMsucceed.")
 
 
@@ -140,9 +140,9 @@ class InstructionOutcome(Document):
         )
     )
 
-    result: Literal["VMsucceed", "VMfail", "exception", "vm-exit"]
+    result: Literal["VMsucceed", "VMfail", "exception", "vm-exit"] = Field(description="How it ended.")
     vm_instruction_error: int | None = Field(description="28: invalid operand.")
-    exception: Literal["#UD", "#GP(0)"] | None
+    exception: Literal["#UD", "#GP(0)"] | None = Field(description="What it raised.")
     exit_reason: int | None = Field(description="50 INVEPT, 53 INVVPID: it was executed in non-root operation.")
 
 
@@ -190,8 +190,8 @@ class TlbEntry(Document):
     page_bits: int = Field(description="Log2 of the size of the guest's page.")
     readable: bool = Field(description="Rights: the AND of all EPT entries used.")
     writable: bool = Field(description="False where sub-pages decide.")
-    executable: bool
-    user_executable: bool
+    executable: bool = Field(description="In supervisor mode.")
+    user_executable: bool = Field(description="In user mode.")
     ept_level: int = Field(description="Level of the EPT leaf; 0 without EPT.")
     leaf: Hex64 = Field(description="The EPT leaf as it was.")
     spp_vector: Hex64 | None = Field(description="The SPPL1E as it was; null if none was read.")

@@ -22,7 +22,7 @@ from service.api.common import (
     router,
     vm_tag,
 )
-from service.http.wire_types import Document, Hex32, Hex64, Rights, examples
+from service.http.wire_types import Document, Hex32, Hex64, PageNumber, Rights, examples
 from service.problems import InvalidDocument, showable
 from service.runtime.changes import pages_set
 from service.runtime.offload import maybe_in_thread
@@ -46,8 +46,8 @@ class PageAccessEntry(Document):
 
     model_config = ConfigDict(json_schema_extra=examples(_ENTRY))
 
-    gfn: Hex64
-    access: Rights | None = None
+    gfn: PageNumber
+    access: Rights | None = Field(None, description="Rights: letters out of `rwx`, or the sum of 1, 2 and 4.")
     write_bitmap: Hex32 | None = Field(None, description="Bit s: bytes 128 s to 128 s + 127 may be written.")
 
 
@@ -59,24 +59,26 @@ class PageAccessPatch(Document):
     mode: Literal["atomic", "apply-all", "stop-at-first"] = Field(
         "atomic", description="What happens to the others when an entry is refused: none, all, or those before it."
     )
-    entries: list[PageAccessEntry] = Field(min_length=1, max_length=MAX_ENTRIES)
+    entries: list[PageAccessEntry] = Field(
+        min_length=1, max_length=MAX_ENTRIES, description="What pages are to have, in order."
+    )
 
 
 class EntryFault(Document):
     """Why an entry was refused."""
 
-    field: str
-    value: Any
-    rule: str
-    errno: str
+    field: str = Field(description="Dotted name of the offending member.")
+    value: Any = Field(description="The offending value.")
+    rule: str = Field(description="What would have been accepted.")
+    errno: str = Field(description="Name of the error that KVM gives.")
 
 
 class PageAccessResult(Document):
     """What became of an entry."""
 
-    gfn: Hex64
-    result: Literal["applied", "refused", "not-tried"]
-    error: EntryFault | None
+    gfn: PageNumber
+    result: Literal["applied", "refused", "not-tried"] = Field(description="What became of it.")
+    error: EntryFault | None = Field(description="Why it was refused.")
 
     @classmethod
     def of(cls, found: EntryResult) -> PageAccessResult:
@@ -97,7 +99,7 @@ class PageAccessResults(Document):
         )
     )
 
-    results: list[PageAccessResult]
+    results: list[PageAccessResult] = Field(description="In the order of the entries.")
 
 
 class PageAccess(Document):
@@ -105,9 +107,9 @@ class PageAccess(Document):
 
     model_config = ConfigDict(json_schema_extra=examples(_ENTRY))
 
-    gfn: Hex64
-    access: str = Field(pattern="^[r-][w-][x-]$")
-    write_bitmap: Hex32
+    gfn: PageNumber
+    access: str = Field(pattern="^[r-][w-][x-]$", description="Rights of the page: letters, `-` for what is lacking.")
+    write_bitmap: Hex32 = Field(description="Write permission of its sub-pages: bit 0 is the first.")
 
     @classmethod
     def of(cls, found: PageRights) -> PageAccess:
@@ -119,7 +121,7 @@ class PageAccessWindow(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"pages": [_ENTRY]}))
 
-    pages: list[PageAccess]
+    pages: list[PageAccess] = Field(description="By GFN.")
 
 
 def _fault(error: EngineError | None) -> EntryFault | None:

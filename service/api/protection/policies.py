@@ -54,7 +54,7 @@ class ObjectRequest(Document):
 
     name: str = Field(min_length=1, max_length=256, description="Unique in the protection.")
     gpa: Hex64 | None = Field(None, description="Address of its first byte. Required, until `gva` or `symbol` will do.")
-    size: Hex64
+    size: Hex64 = Field(description="In bytes.")
     granularity: Granularity = Field("subpage", description="Outward to what it is rounded: 128 bytes, or 4 KiB.")
     gva: _Gva = Field(None, description=GVA)
     symbol: str | None = Field(None, max_length=256, description="Reserved: 422 not-yet-supported.")
@@ -69,7 +69,9 @@ class ProtectionRequest(Document):
     name: str = Field(min_length=1, max_length=128, pattern=_NAME, description="Unique in the VM; part of the URL.")
     about: str | None = Field(None, max_length=_ABOUT, description=ABOUT)
     subpage_bytes: int = Field(128, ge=128, le=128, description="The size of what a bit in `pages` stands for.")
-    objects: list[ObjectRequest] = Field(default_factory=list, max_length=MAX_OBJECTS)
+    objects: list[ObjectRequest] = Field(
+        default_factory=list, max_length=MAX_OBJECTS, description="Byte ranges to protect."
+    )
     pages: list[_Range] = Field(
         default_factory=list,
         max_length=MAX_RANGES,

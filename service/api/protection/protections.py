@@ -57,9 +57,9 @@ _REPLY = {
 class ObjectRange(Document):
     """A protected byte range, as given."""
 
-    name: str
-    gpa: Hex64
-    size: int
+    name: str = Field(description="Name of the object.")
+    gpa: Hex64 = Field(description="Guest-physical address of its first byte.")
+    size: int = Field(description="In bytes.")
     granularity: Granularity = Field(description="Outward to what it is rounded: 128 bytes, or 4 KiB.")
     gva: Hex64 | None = Field(description=GVA)
     about: str | None = Field(description=ABOUT)
@@ -70,9 +70,9 @@ class Protection(Document):
 
     model_config = ConfigDict(json_schema_extra=examples(_REPLY))
 
-    name: str
+    name: str = Field(description="Name of the protection.")
     about: str | None = Field(description=ABOUT)
-    objects: list[ObjectRange]
+    objects: list[ObjectRange] = Field(description="Its objects, as given.")
     pages: int = Field(description="Distinct pages with a protected sub-page.")
     subpages: int = Field(description="Distinct protected sub-pages.")
     page_ranges: list[Annotated[tuple[Hex64, int, Hex32], Field(json_schema_extra=RANGE_ITEMS)]] = Field(
@@ -101,7 +101,7 @@ class ProtectionPage(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"protections": [_REPLY], "next": None}))
 
-    protections: list[Protection]
+    protections: list[Protection] = Field(description="In order of creation.")
     next: str | None = Field(description="URL of the next page; null on the last.")
 
 

@@ -21,7 +21,7 @@ from service.api.common import (
 from service.api.machines.vm_capabilities import switch_spp
 from service.http.wire_types import Document, examples
 
-routes = router("SPP", "/v1/vms/{vm}/spp", reads="read", writes="write")
+routes = router("spp", "/v1/vms/{vm}/spp", reads="read", writes="write")
 
 
 class SppRequest(Document):
@@ -29,7 +29,7 @@ class SppRequest(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"active": True}))
 
-    active: bool
+    active: bool = Field(description="True; it cannot be switched off.")
 
 
 class Spp(Document):

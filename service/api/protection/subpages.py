@@ -35,13 +35,13 @@ from service.http import bitmaps, conditional
 from service.http.json_bodies import INLINE_BYTES, parsed
 from service.http.negotiation import JSON, OCTETS, content_type, preferred
 from service.http.route import parse_query, query_parameters, reads_query
-from service.http.wire_types import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, PageNumber, examples
 from service.problems import InvalidDocument
 from service.runtime.changes import subpages_set
 from service.runtime.offload import maybe_in_thread
 from service.settings import Settings
 
-routes = router("sub-pages", "/v1/vms/{vm}/subpages", reads="read", writes="write")
+routes = router("subpages", "/v1/vms/{vm}/subpages", reads="read", writes="write")
 
 Layer = Literal["effective", "set", "protected", "granted"]
 Gfn = Annotated[
@@ -75,8 +75,8 @@ class SubpageWindow(Document):
 
     model_config = ConfigDict(json_schema_extra=examples(_WINDOW))
 
-    gfn: Hex64
-    npages: int
+    gfn: PageNumber
+    npages: int = Field(description="Number of pages.")
     access: list[Hex32] = Field(description="One bitmap for each page.")
 
 
@@ -95,8 +95,8 @@ class SubpageWindowRequest(Document):
 class SubpageRangeRequest(Document):
     """New bitmaps for one run of pages."""
 
-    gfn: Hex64
-    npages: Hex64 = 1
+    gfn: PageNumber
+    npages: Hex64 = Field(1, description="Number of pages.")
     access: Any = Field(
         description="One bitmap for all pages, or a list with one for each.",
         json_schema_extra={
@@ -124,7 +124,9 @@ class SubpagePatch(Document):
         }
     )
 
-    ranges: Annotated[list[SubpageRangeRequest], FailFast()] = Field(min_length=1, max_length=_MOST_RANGES)
+    ranges: Annotated[list[SubpageRangeRequest], FailFast()] = Field(
+        min_length=1, max_length=_MOST_RANGES, description="The runs; the last one counts where they overlap."
+    )
 
 
 def _check_window(gfn: int, npages: int, limit: int, prefix: str = "") -> None:

@@ -159,8 +159,8 @@ class Walk(Document):
 
     model_config = ConfigDict(json_schema_extra=examples(_REPLY))
 
-    gpa: Hex64
-    size: int
+    gpa: Hex64 = Field(description="Guest-physical address.")
+    size: int = Field(description="In bytes.")
     access: Access = Field(description="0 read, 1 write, 2 execute.")
     kind: Kind = Field(description="0 data, 1 read-modify-write, 2 paging read, 3 paging A/D update, 4 shadow stack.")
     outcome: str = Field(
@@ -171,12 +171,12 @@ class Walk(Document):
     )
     sentence: str = Field(description="The reason in words, and what KVM does about it; not part of the contract.")
     reason: int | None = Field(description="Basic exit reason; null when no exit follows.")
-    qualification: Hex64 | None
+    qualification: Hex64 | None = Field(description="Exit qualification; null where nothing exits.")
     exit_gpa: Hex64 | None = Field(description="Guest-physical address that the exit would report.")
     subpages: Hex32 = Field(description="Sub-pages touched.")
     denied: Hex32 = Field(description="Those among them that refuse the access.")
-    ept: list[WalkEntry]
-    sppt: list[WalkEntry]
+    ept: list[WalkEntry] = Field(description="The entries read, from the root.")
+    sppt: list[WalkEntry] = Field(description="The entries read, from the root.")
     then: WalkEnding = Field(description="How the access ends: the answer to whether it would be refused.")
 
 

@@ -66,7 +66,7 @@ class SppProfile(Document):
     """The numbers that one KVM gives to sub-page write permission."""
 
     series: str = Field(description="Version of the patch series.")
-    enable_call: str
+    enable_call: str = Field(description="The ioctl that enables it.")
     capability: int | None = Field(description="Number of KVM_CAP_X86_SPP; null where there is none.")
     check_extension: int = Field(description="What KVM_CHECK_EXTENSION says about it.")
     max_pages: int = Field(description="Pages of one GET or SET through the ABI.")
@@ -77,12 +77,12 @@ class SppCapability(Document):
     """Where the processor says and is told that it has sub-page write permission, and what each profile calls it."""
 
     msr: str = Field(description="IA32_VMX_PROCBASED_CTLS2.")
-    msr_bit: int
+    msr_bit: int = Field(description="The bit of it that says whether there is SPP.")
     secondary_control: str = Field(description="Secondary processor-based control 23.")
     vmcs_field: str = Field(description="SPPT pointer.")
-    ept_leaf_bit: int
-    subpage_bytes: int
-    profiles: dict[str, SppProfile]
+    ept_leaf_bit: int = Field(description="Bit of an EPT leaf that hands writes to the SPPT.")
+    subpage_bytes: int = Field(description="Size of a sub-page.")
+    profiles: dict[str, SppProfile] = Field(description="By the name of the profile.")
 
 
 class Capabilities(Document):
@@ -90,18 +90,18 @@ class Capabilities(Document):
 
     model_config = ConfigDict(json_schema_extra=examples(_REPLY))
 
-    version: str
-    profiles: list[str]
-    translation_caches: list[str]
-    trace_content_types: list[str]
+    version: str = Field(description="Of the service.")
+    profiles: list[str] = Field(description="KVMs that a VM can have.")
+    translation_caches: list[str] = Field(description="Values of `translation_cache`.")
+    trace_content_types: list[str] = Field(description="Media types of traces.")
     record_formats: list[str] = Field(description="Values of `record` for packed bodies.")
     columns: list[str] = Field(description="Trace columns with a meaning.")
     reserved_columns: list[str] = Field(description="Trace columns that are refused until they work: none.")
-    on_violation: list[str]
+    on_violation: list[str] = Field(description="Values of `on_violation`.")
     exit_reasons: dict[str, str] = Field(description="Basic exit reasons by number.")
-    resolutions: list[str]
-    limits: dict[str, int]
-    spp: SppCapability
+    resolutions: list[str] = Field(description="Values of `resolution` in exit records.")
+    limits: dict[str, int] = Field(description="Settings that bound requests, by name.")
+    spp: SppCapability = Field(description="Sub-page write permission in the processor and in KVM.")
 
 
 def _spp() -> SppCapability:

@@ -22,7 +22,7 @@ class Alive(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"status": "alive"}))
 
-    status: Literal["alive"]
+    status: Literal["alive"] = Field(description="Always `alive`.")
 
 
 class Ready(Document):
@@ -30,7 +30,7 @@ class Ready(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"status": "ready"}))
 
-    status: Literal["ready"]
+    status: Literal["ready"] = Field(description="Always `ready`.")
 
 
 class Release(Document):
@@ -40,10 +40,10 @@ class Release(Document):
         json_schema_extra=examples({"name": "subpage", "version": __version__, "api": "v1", "python": "3.11.7"})
     )
 
-    name: Literal["subpage"]
-    version: str
+    name: Literal["subpage"] = Field(description="Of the product.")
+    version: str = Field(description="Of the release.")
     api: str = Field(description="Version in the path.")
-    python: str
+    python: str = Field(description="Of the interpreter.")
 
 
 @routes.get(

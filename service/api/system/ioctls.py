@@ -74,7 +74,9 @@ class IoctlRequest(Document):
     )
     arg: Hex64 = Field(0, description="A scalar argument, or a pointer into `memory`; 0 is NULL.")
     read_only: bool = Field(False, description="Copying out faults (EFAULT).")
-    memory: list[MemorySegment] = Field(default_factory=list, max_length=64)
+    memory: list[MemorySegment] = Field(
+        default_factory=list, max_length=64, description="The caller's memory that the argument points to."
+    )
     host: HostRequest | None = Field(
         None, description="The host under /dev/kvm, the default one unless given; for calls to the system only."
     )
@@ -91,7 +93,7 @@ class IoctlReply(Document):
     returns: int = Field(alias="return", description="What ioctl(2) returns: -1, or what the call has to say.")
     errno: str | None = Field(description="Name of errno when it is -1.")
     data: str | None = Field(description="The bytes at the argument; null when none were given.")
-    memory: list[MemorySegment]
+    memory: list[MemorySegment] = Field(description="The caller's memory as the call left it.")
     vm: str = Field("", description="Id of the VM that KVM_CREATE_VM made; with that call only.")
 
     @classmethod

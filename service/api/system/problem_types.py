@@ -30,11 +30,11 @@ class ProblemType(Document):
 
     model_config = ConfigDict(json_schema_extra=examples(_REPLY))
 
-    type: str
-    code: str
+    type: str = Field(description="Relative URI of this entry.")
+    code: str = Field(description="Slug, as in `code` of a problem.")
     status: int = Field(description="The HTTP status it comes with.")
-    title: str
-    about: str
+    title: str = Field(description="Its name.")
+    about: str = Field(description="What it means.")
 
     @classmethod
     def of(cls, problem: problems.ProblemType) -> ProblemType:
@@ -46,7 +46,7 @@ class ProblemTypes(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"problems": [_REPLY]}))
 
-    problems: list[ProblemType]
+    problems: list[ProblemType] = Field(description="By status.")
 
 
 @routes.get(

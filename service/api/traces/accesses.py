@@ -130,7 +130,7 @@ class SingleAccess(Document):
 class SppRun(Document):
     """The `spp` member of struct kvm_run."""
 
-    addr: Hex64
+    addr: Hex64 = Field(description="Guest-physical address.")
     insn_len: int | None = Field(
         description="Length of the instruction, 0 where it is not known; null in `kvm-2019`, which does not report it."
     )
@@ -139,10 +139,10 @@ class SppRun(Document):
 class Run(Document):
     """What KVM_RUN hands to user space."""
 
-    exit_reason: int
-    name: str
-    spp: SppRun | None
-    hw_exit_reason: int | None
+    exit_reason: int = Field(description="`exit_reason` of struct kvm_run.")
+    name: str = Field(description="Name of KVM's constant.")
+    spp: SppRun | None = Field(description="Of KVM_EXIT_SPP.")
+    hw_exit_reason: int | None = Field(description="Exit reason of the processor, where KVM tells it.")
     rip_advanced: bool = Field(description="Whether the guest is past the instruction when user space sees the exit.")
     errno: str | None = Field(description="Where KVM_RUN itself fails; the rest is then what it was before.")
 

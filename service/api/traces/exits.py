@@ -33,7 +33,7 @@ from service.api.common import (
 )
 from service.http import cursors
 from service.http.negotiation import ARROW, JSON, NDJSON, preferred
-from service.http.wire_types import Document, Hex32, Hex64, examples
+from service.http.wire_types import Document, Hex32, Hex64, PageNumber, examples
 from service.runtime.offload import maybe_in_thread
 
 routes = router("traces", "/v1/vms/{vm}/traces/{trace}/exits", reads="read")
@@ -75,7 +75,7 @@ class ExitRecord(Document):
     model_config = ConfigDict(extra="allow", json_schema_extra=examples(EXAMPLE_EXIT))
 
     index: int = Field(description="Position of the access in the trace.")
-    vcpu: int
+    vcpu: int = Field(description="KVM vCPU id.")
     reason: int = Field(
         description=(
             "Basic exit reason: 48, 49, 62, 66; 0 for an access without one of these, listed because it is `stale`, or "
@@ -83,12 +83,12 @@ class ExitRecord(Document):
         )
     )
     name: str = Field(description="Name of the reason.")
-    qualification: Hex64
+    qualification: Hex64 = Field(description="Exit qualification.")
     gpa: Hex64 = Field(description="Guest-physical address that the exit reports.")
     gva: Hex64 | None = Field(description="Guest-linear address of the access; null where the trace has none.")
     size: int = Field(description="Bytes of the whole access.")
     access: int = Field(description="0 read, 1 write, 2 execute.")
-    gfn: Hex64
+    gfn: PageNumber
     subpages: Hex32 = Field(description="Sub-pages of the page that the access touches.")
     denied: Hex32 = Field(description="Those among them that refuse it.")
     objects: list[str] = Field(description="Protected objects one of whose sub-pages the access touches.")
@@ -105,7 +105,7 @@ class ExitPage(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"exit_records": [EXAMPLE_EXIT], "next": None}))
 
-    exit_records: list[ExitRecord]
+    exit_records: list[ExitRecord] = Field(description="In the order of the trace.")
     next: str | None = Field(description="URL of the next page; null on the last.")
 
 

@@ -70,14 +70,14 @@ class Job(Document):
 
     model_config = ConfigDict(json_schema_extra=examples(_EXAMPLE))
 
-    id: str
+    id: str = Field(description="Id of the job.")
     state: State = Field(
         description=(
             "`queued` waits for its turn or its VM; `running`; `succeeded` committed; `failed`, see `error`; "
             "`cancelled` by a client; `interrupted` by the end of the service. Only `succeeded` changed the VM."
         )
     )
-    vm: str
+    vm: str = Field(description="Id of the VM.")
     records_done: int = Field(description="Accesses replayed so far.")
     rate: float | None = Field(description="Accesses a second.")
     eta: float | None = Field(description="Seconds to its end, where that can be told.")
@@ -93,7 +93,7 @@ class JobPage(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"jobs": [_EXAMPLE], "next": None}))
 
-    jobs: list[Job]
+    jobs: list[Job] = Field(description="Oldest first.")
     next: str | None = Field(description="URL of the next page; null on the last.")
 
 

@@ -155,7 +155,9 @@ class TraceBody(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"accesses": [_ACCESS, _SECOND]}))
 
-    accesses: list[AccessRecord | OperationRecord]
+    accesses: list[AccessRecord | OperationRecord] = Field(
+        description="The records, in the order in which they happened."
+    )
 
 
 class ObjectHits(Document):
@@ -172,10 +174,10 @@ class ExitCounts(Document):
 
     model_config = ConfigDict(extra="allow")
 
-    ept_violation: int
-    ept_misconfiguration: int
-    spp_miss: int
-    spp_misconfiguration: int
+    ept_violation: int = Field(description="Exits with reason 48.")
+    ept_misconfiguration: int = Field(description="Exits with reason 49.")
+    spp_miss: int = Field(description="Exits with reason 66, bit 11 of the qualification set.")
+    spp_misconfiguration: int = Field(description="Exits with reason 66, bit 11 of the qualification clear.")
 
 
 class TraceSummary(TranslationTotals):
@@ -183,18 +185,18 @@ class TraceSummary(TranslationTotals):
 
     model_config = ConfigDict(json_schema_extra=examples(_SUMMARY))
 
-    id: str
-    vm: str
+    id: str = Field(description="Id of the trace.")
+    vm: str = Field(description="Id of the VM.")
     created: str = Field(description="RFC 3339, UTC.", json_schema_extra={"format": "date-time"})
-    on_violation: str
-    start: int
+    on_violation: str = Field(description="What became of refused writes.")
+    start: int = Field(description="Records before this one were skipped.")
     records: int = Field(description="Accesses replayed, those before `start` not counted.")
     writes: int = Field(description="Writes among them.")
     violations: int = Field(description="Accesses that sub-page protection refused.")
     page_granular_violations: int = Field(
         description="Writes that plain EPT write protection of the same pages would have refused."
     )
-    by_object: dict[str, ObjectHits]
+    by_object: dict[str, ObjectHits] = Field(description="By the name of the object.")
     mmio: int = Field(description="Accesses outside of every memory slot.")
     unenforced_writes: int = Field(
         description=(
@@ -202,12 +204,12 @@ class TraceSummary(TranslationTotals):
             "KVM emulates."
         )
     )
-    exits: ExitCounts
+    exits: ExitCounts = Field(description="By kind.")
     exit_records_dropped: int = Field(description="Exit records beyond `max_exit_records`; totals count them.")
     stopped_at: int | None = Field(
         description="With `on_violation=stop`, or the answer `stop`: the access that ended it; resume with `start`."
     )
-    ignored_columns: list[str]
+    ignored_columns: list[str] = Field(description="Columns that say nothing here.")
     seconds: float = Field(description="From the start of the replay to the publication of its effects.")
 
 
@@ -216,7 +218,7 @@ class TraceResult(TraceSummary, TranslationRecords):
 
     model_config = ConfigDict(json_schema_extra=examples(_RESULT))
 
-    exit_records: list[ExitRecord]
+    exit_records: list[ExitRecord] = Field(description="The first of them; the rest by `exits`.")
     next: str | None = Field(description="URL of the exit records after these; null if there are none.")
 
 
@@ -225,7 +227,7 @@ class TracePage(Document):
 
     model_config = ConfigDict(json_schema_extra=examples({"traces": [_SUMMARY], "next": None}))
 
-    traces: list[TraceSummary]
+    traces: list[TraceSummary] = Field(description="Oldest first.")
     next: str | None = Field(description="URL of the next page; null on the last.")
 
 

@@ -88,9 +88,9 @@ class OperationRecord(Document):
 class OperationCounts(Document):
     """Operations of a trace that were executed."""
 
-    hypercall: int
-    mov_cr3: int
-    invlpg: int
+    hypercall: int = Field(description="Hypercalls.")
+    mov_cr3: int = Field(description="MOVs to CR3.")
+    invlpg: int = Field(description="INVLPGs.")
 
 
 class TranslationTotals(Document):
@@ -107,9 +107,9 @@ class TranslationTotals(Document):
 class MissedBy(Document):
     """The operation that came nearest to removing a translation."""
 
-    index: int
-    op: Literal["hypercall", "mov-cr3", "invlpg"]
-    why: Literal[MISSES]  # type: ignore[valid-type]
+    index: int = Field(description="Its position in the trace.")
+    op: Literal["hypercall", "mov-cr3", "invlpg"] = Field(description="What it was.")
+    why: Literal[MISSES] = Field(description="Why the translation stayed.")  # type: ignore[valid-type]
     flushed: list[int] = Field(description="VP indices that the flush reached.")
     status: Hex64 | None = Field(description="Of a hypercall that has one.")
 
@@ -120,18 +120,18 @@ class StaleRecord(Document):
     model_config = ConfigDict(json_schema_extra=examples(EXAMPLE_STALE))
 
     index: int = Field(description="Position of the access in the trace.")
-    vcpu: int
-    vp_index: int
-    gva: Hex64
+    vcpu: int = Field(description="KVM vCPU id.")
+    vp_index: int = Field(description="Hyper-V VP index.")
+    gva: Hex64 = Field(description="Linear address.")
     address_space: Hex64 = Field(description="Page tables: CR3 without PCID.")
-    size: int
+    size: int = Field(description="In bytes.")
     access: int = Field(description="0 read, 1 write, 2 execute.")
     gpa: Hex64 = Field(description="As recorded.")
     cached_gpa: Hex64 = Field(description="As the translation has it; the access took place there.")
     cached_at: int | None = Field(description="The record that made the translation; null: it was there before.")
     changed_after: int | None = Field(description="The last record, of any vCPU, that had the old page; null: none.")
     missed_by: MissedBy | None = Field(description="Null: nothing came near.")
-    explanation: str
+    explanation: str = Field(description="The same in a sentence.")
 
 
 class PerformedRecord(Document):
@@ -139,14 +139,16 @@ class PerformedRecord(Document):
 
     model_config = ConfigDict(json_schema_extra=examples(EXAMPLE_OPERATION))
 
-    index: int
-    vcpu: int
-    op: Literal["hypercall", "mov-cr3", "invlpg"]
+    index: int = Field(description="Position in the trace.")
+    vcpu: int = Field(description="KVM vCPU id.")
+    op: Literal["hypercall", "mov-cr3", "invlpg"] = Field(description="What it is.")
     operand: Hex64 = Field(description="The input value of a hypercall, the operand of MOV to CR3, the linear address.")
     call: str | None = Field(description="Name of a hypercall that flushes.")
-    outcome: Literal["completed", "exception", "intercepted", "suspended", "reflected", "native", "exit"]
+    outcome: Literal["completed", "exception", "intercepted", "suspended", "reflected", "native", "exit"] = Field(
+        description="How it ended."
+    )
     status: Hex64 | None = Field(description="Of a hypercall that has one; one that is refused flushes nothing.")
-    status_name: str | None
+    status_name: str | None = Field(description="The status as the TLFS has it.")
     targeted: list[int] = Field(description="VP indices that it was for.")
     flushed: list[int] = Field(description="VP indices that have done it.")
     dropped: int = Field(description="Translations that went.")

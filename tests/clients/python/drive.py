@@ -16,7 +16,7 @@ from subpage_client import AuthenticatedClient
 from subpage_client.api.guest_memory import read_memory
 from subpage_client.api.protections import create_protection, list_protections
 from subpage_client.api.traces import create_trace, get_exits, get_trace
-from subpage_client.api.v_ms import create_vm, delete_vm, get_vm
+from subpage_client.api.vms import create_vm, delete_vm, get_vm
 from subpage_client.models import (
     AccessRecord,
     CreateTraceOnViolation,
@@ -27,8 +27,8 @@ from subpage_client.models import (
     OperationRecord,
     Problem,
     Protection,
+    ProtectionPage,
     ProtectionRequest,
-    ProtectionsDocument,
     TraceBody,
     TraceResult,
     Vm,
@@ -55,7 +55,7 @@ def main(url: str, token: str) -> dict[str, int]:
         again = create_protection.sync(vm, client=client, body=wanted)
         assert isinstance(again, Problem) and again.status == 409
         listed = list_protections.sync(vm, client=client)
-        assert isinstance(listed, ProtectionsDocument) and [item.name for item in listed.protections] == ["kernel"]
+        assert isinstance(listed, ProtectionPage) and [item.name for item in listed.protections] == ["kernel"]
 
         # Into the object, beside it in the same 128 bytes, elsewhere in its page, and into another page.
         gpas = [TABLE, TABLE - 0x40, TABLE - 0x300, 0x1000]

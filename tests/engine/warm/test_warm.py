@@ -65,7 +65,7 @@ from pathlib import Path
 from engine.warm.kernels import kernels
 from engine.warm.whole import load_kernels
 from service import demo
-from service.api.policies import ProtectionRequest
+from service.api.protection.policies import ProtectionRequest
 from service.settings import Settings
 from tests.support.server import running
 from tests.support.bodies import FORMATS, table

@@ -181,7 +181,7 @@ _PROGRAM = """
 import sys, time
 from contextlib import suppress
 from engine.trace.readers.rows import _BYTES_TEXT, _HEX_TEXTS, _INTEGER_TEXT
-from service.api.events import _kinds
+from service.api.events.events import _kinds
 from service.app import create_app
 from service.http.compression import coding_for
 from service.http.conditional import _named

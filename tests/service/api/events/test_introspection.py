@@ -432,13 +432,13 @@ def test_messages_that_end_it(message: bytes | str, code: int, service: Running,
 
 
 def test_whoever_does_not_attach_is_sent_away(service: Running, guest: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.api.events.events.introspection._ATTACH_SECONDS", 0.05)
+    monkeypatch.setattr("service.api.events.introspection._ATTACH_SECONDS", 0.05)
     with tool(service, guest, attach=False) as watcher:
         assert watcher.closed() == (1008, "attach comes first, within 10 seconds")
 
 
 def test_whoever_does_not_read_is_sent_away(service: Running, guest: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.api.events.events.introspection._OUTBOX", 0)
+    monkeypatch.setattr("service.api.events.introspection._OUTBOX", 0)
     with tool(service, guest, attach=False) as watcher:
         watcher.send(type="ping")
         assert watcher.closed() == (1008, "messages are not read")
