@@ -47,7 +47,7 @@ def test_every_room_is_in_the_tree(house: str) -> None:
     assert rooms(house) - set(tree()) == set()
 
 
-@pytest.mark.parametrize(("place", "names"), STOPS, ids=[f"{place}:{number}" for number, (place, _) in enumerate(STOPS)])
+@pytest.mark.parametrize(("place", "names"), STOPS, ids=[f"{at}-{place}" for at, (place, _) in enumerate(STOPS)])
 def test_functions_on_the_way_are_there(place: str, names: str) -> None:
     defined = {
         node.name
