@@ -30,16 +30,12 @@ def called(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
-def test_main_job(tmp_path: Path) -> None:
-    for name in ("package.json", "tsconfig.json", "drive.ts"):
+def test_main_job(tmp_path: Path, parquet: Path) -> None:
+    for name in ("package.json", "tsconfig.json", "generate.mjs", "node.d.ts", "drive.ts"):
         shutil.copy(HERE / name, tmp_path)
     (tmp_path / "node_modules").symlink_to(MODULES)
-    # Defaults of requests are for the service to fill in; in replies every member is required anyway.
-    called(
-        *(MODULES / ".bin" / "openapi-typescript", CONTRACT, "--default-non-nullable=false", "-o", "subpage.d.ts"),
-        cwd=tmp_path,
-    )
+    called(str(NODE), "generate.mjs", CONTRACT, "subpage.d.ts", cwd=tmp_path)
     called(MODULES / ".bin" / "tsc", "-p", ".", cwd=tmp_path)
     with running(Settings(warm_up=False, token=TOKEN)) as service:  # type: ignore[arg-type]
-        said = called(str(NODE), "out/drive.js", service.url, TOKEN, cwd=tmp_path)
+        said = called(str(NODE), "out/drive.js", service.url, TOKEN, parquet, cwd=tmp_path)
     assert json.loads(said) == {"records": 4, "violations": 2, "page": 3}

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from engine.trace.results import ExitColumns
 from service.api.common import (
+    BINARY,
     EXAMPLE_TRACE,
     EXAMPLE_VM,
     Cursor,
@@ -185,7 +186,7 @@ _EXAMPLE_ITEM = Item(4713, "violation", msgspec.json.encode(_EXAMPLE))
                 "model": EventPage,
                 "description": "Events.",
                 "content": {
-                    NDJSON: {"schema": {"type": "string"}, "example": _EXAMPLE_ITEM.data.decode() + "\n"},
+                    NDJSON: {**BINARY, "example": _EXAMPLE_ITEM.data.decode() + "\n"},
                     SSE: {"schema": {"type": "string"}, "example": sse([_EXAMPLE_ITEM]).decode()},
                 },
                 "headers": headers("Vary"),

@@ -186,7 +186,7 @@ def exits_url(vm_id: str, trace_id: str, position: int, limit: int | None) -> st
                 "description": "Exit records.",
                 "content": {
                     NDJSON: {
-                        "schema": {"type": "string"},
+                        **BINARY,
                         "example": msgspec.json.encode(EXAMPLE_EXIT).decode() + "\n",
                     },
                     ARROW: BINARY,

@@ -319,7 +319,7 @@ def carried_columns(carry: str | None) -> tuple[str, ...]:
             "required": True,
             "content": {
                 JSON: {"schema": {"$ref": "#/components/schemas/TraceBody"}},
-                NDJSON: {"schema": {"type": "string"}, "example": '{"gpa": "0x2a5c6a0", "size": 8}\n{"gpa": 4096}\n'},
+                NDJSON: {**BINARY, "example": '{"gpa": "0x2a5c6a0", "size": 8}\n{"gpa": 4096}\n'},
                 ARROW: BINARY,
                 PARQUET: BINARY,
                 OCTETS: BINARY,

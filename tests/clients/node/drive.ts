@@ -1,13 +1,12 @@
 // The main job with generated types: a machine, an object to protect, a trace, what would have exited.
 //
-//     node out/drive.js URL TOKEN
+//     node out/drive.js URL TOKEN TRACE.parquet
 //
-// Throws at what it does not expect and prints the figures as JSON.
+// The file has the trace that is sent as JSON. Throws at what it does not expect and prints the figures as JSON.
 
 import createClient from "openapi-fetch";
+import { readFile } from "node:fs/promises";
 import type { components, paths } from "./subpage";
-
-declare const process: { argv: string[] };
 
 type Exit = components["schemas"]["ExitRecord"];
 
@@ -17,7 +16,7 @@ function expect(truth: boolean, what: unknown): asserts truth {
   if (!truth) throw new Error(JSON.stringify(what));
 }
 
-async function main(baseUrl: string, token: string): Promise<Record<string, number>> {
+async function main(baseUrl: string, token: string, parquet: string): Promise<Record<string, number>> {
   const client = createClient<paths>({ baseUrl, headers: { Authorization: `Bearer ${token}` } });
 
   const made = await client.POST("/v1/vms", {
@@ -51,6 +50,22 @@ async function main(baseUrl: string, token: string): Promise<Record<string, numb
   const records: Exit[] = exits.data.exit_records;
   expect(records.length === 2 && records[0]?.gpa === "0x2000360" && records[0].gva === null, records);
 
+  const columns = await client.POST("/v1/vms/{vm}/traces", {
+    params: { path },
+    headers: { "Content-Type": "application/vnd.apache.parquet" },
+    body: new Blob([await readFile(parquet)]),
+    bodySerializer: (body) => body,
+  });
+  expect(columns.data !== undefined && "by_object" in columns.data, columns.error ?? columns.data);
+  expect(columns.data.violations === result.violations && columns.data.records === result.records, columns.data);
+
+  const stream = await client.GET("/v1/vms/{vm}/traces/{trace}/exits", {
+    params: { path: { ...path, trace: columns.data.id } },
+    headers: { Accept: "application/vnd.apache.arrow.stream" },
+    parseAs: "blob",
+  });
+  expect(stream.data instanceof Blob && stream.data.size > 0, stream.error);
+
   const deleted = await client.DELETE("/v1/vms/{vm}", { params: { path } });
   expect(deleted.response.status === 204, deleted.error);
   const gone = await client.GET("/v1/vms/{vm}", { params: { path } });
@@ -58,5 +73,5 @@ async function main(baseUrl: string, token: string): Promise<Record<string, numb
   return { records: result.records, violations: result.violations, page: result.page_granular_violations };
 }
 
-const [url = "", token = ""] = process.argv.slice(2);
-console.log(JSON.stringify(await main(url, token)));
+const [url = "", token = "", parquet = ""] = process.argv.slice(2);
+console.log(JSON.stringify(await main(url, token, parquet)));

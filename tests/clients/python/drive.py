@@ -1,8 +1,9 @@
 """The main job with the generated client: a machine, an object to protect, a trace, what would have exited.
 
-    python drive.py URL TOKEN
+    python drive.py URL TOKEN TRACE.parquet
 
-Asserts what it expects and prints the figures as JSON. Only the client's own types are used: mypy checks the contract.
+The file has the trace that is sent as JSON too. Asserts what it expects and prints the figures as JSON. Only the
+client's own types are used: mypy checks the contract.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import io
 import json
 import struct
 import sys
+from pathlib import Path
 
 from subpage_client import AuthenticatedClient
 from subpage_client.api.guest_memory import read_memory
@@ -39,7 +41,7 @@ from subpage_client.types import File
 TABLE, TABLE_SIZE = 0x2000360, 3616
 
 
-def main(url: str, token: str) -> dict[str, int]:
+def main(url: str, token: str, parquet: str) -> dict[str, int]:
     with AuthenticatedClient(base_url=url, token=token, raise_on_unexpected_status=True) as client:
         slot = NumberedSlotRequest(slot=0, gpa=0, size="0x40000000")
         made = create_vm.sync(client=client, body=VmRequest(name="generated", vcpus=2, spp=True, memory_slots=[slot]))
@@ -85,6 +87,14 @@ def main(url: str, token: str) -> dict[str, int]:
         assert isinstance(packed, TraceResult) and packed.stopped_at == 2, packed
         kept = get_trace.sync(vm, packed.id, client=client)
         assert kept == packed
+
+        # The same as a file of columns.
+        with Path(parquet).open("rb") as file:
+            columns = create_trace.sync(
+                vm, client=client, body=File(payload=file, mime_type="application/vnd.apache.parquet")
+            )
+        assert isinstance(columns, TraceResult) and columns.by_object == result.by_object, columns
+        assert (columns.records, columns.violations) == (result.records, result.violations)
 
         content = read_memory.sync(vm, client=client, gpa=hex(TABLE), size=16)
         assert isinstance(content, File) and content.payload.read() == bytes(16)
