@@ -14,7 +14,7 @@ class Ram:
         self, pages: Collection[int] = range(0, 0x20000, PAGE), *, words: Mapping[int, int] | None = None
     ) -> None:
         self.pages = frozenset(pages)
-        self.bytes = bytearray(max(pages) + PAGE)
+        self.bytes = bytearray(max(pages, default=0) + PAGE)
         for gpa, word in (words or {}).items():
             self.put(gpa, word, 4)
 

@@ -24,7 +24,7 @@ class Call(abi.Call):
     vcpu: Vcpu | None = None
     host: VcpuHost = field(default_factory=VcpuHost)
     profile: str = "kvm-2019"
-    guest: Any = field(default_factory=lambda: Ram(0))
+    guest: Any = field(default_factory=lambda: Ram(()))
 
 
 class InPlace(NestedOperations):
