@@ -68,7 +68,7 @@ MUTANTS: tuple[Mutant, ...] = tuple(mutant for package in PACKAGES for mutant in
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("engine", "service", "openapi", "tests", "pyproject.toml")
-LEFT_OUT = shutil.ignore_patterns("__pycache__", ".hypothesis", "traces", "mutants", "conformance")
+LEFT_OUT = shutil.ignore_patterns("__pycache__", ".hypothesis", "*.parquet", "mutants", "conformance")
 PYTEST = (
     *("-m", "pytest", "-x", "-q", "--tb=line", "--no-header", "--hypothesis-profile=ci"),
     *("-p", "_hypothesis_pytestplugin", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=0"),
