@@ -88,15 +88,12 @@ class MachineState:
     def publish(self, change: Change) -> None:
         """Make a change the current state."""
         try:
-            self.store.publish(change)
             same = change.protections is self.current.protections
+            # Before anything is published: there may be too many.
+            targets = self.current.targets if same else targets_of_all(change.protections)
+            self.store.publish(change)
             self.current = State(
-                change.config,
-                self.store.published,
-                change.slots,
-                change.protections,
-                self.current.targets if same else targets_of_all(change.protections),
-                change.nested,
+                change.config, self.store.published, change.slots, change.protections, targets, change.nested
             )
         except BaseException:
             self.store.abandon(change)

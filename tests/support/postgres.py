@@ -55,7 +55,7 @@ class Cluster:
     def start(self) -> None:
         options = f"-c port={self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c max_connections=50"
         log = str(self._folder / "log")
-        self._run("pg_ctl", "start", "--wait", "--silent", "--log", log, "--options", options)
+        self._run("pg_ctl", "start", "--wait", "--timeout", "240", "--silent", "--log", log, "--options", options)
 
     def stop(self, mode: str = "fast") -> None:
         self._run("pg_ctl", "stop", "--wait", "--silent", "--mode", mode)

@@ -64,7 +64,7 @@ import json
 from pathlib import Path
 from engine.warm.kernels import kernels
 from engine.warm.whole import load_kernels
-from service import demo
+from service.cli import demo
 from service.api.protection.policies import ProtectionRequest
 from service.settings import Settings
 from tests.support.server import running
