@@ -96,7 +96,7 @@ def test_the_docs_page_needs_no_internet(client: ContractClient) -> None:
     page = client.get("/docs")
     assert page.status_code == 200
     linked = re.findall(r'(?:src|href)="([^"]+)"', page.text)
-    assert len(linked) == 4 and all(url.startswith("/static/") for url in linked)
+    assert len(linked) == 5 and all(url.startswith("/static/") for url in linked)
     # No script and no style within the page, so that its policy needs to allow none.
     policy = page.headers["Content-Security-Policy"]
     assert "unsafe" not in policy and "default-src 'self'" in policy

@@ -83,7 +83,7 @@ class SubpageWindow(Document):
 class SubpageWindowRequest(Document):
     """New bitmaps for the run of pages that the URL names."""
 
-    model_config = ConfigDict(json_schema_extra=examples({"access": ["0xffffffff", "0x8001ffff"]}))
+    model_config = ConfigDict(json_schema_extra=examples({"access": ["0x8001ffff"]}))
 
     access: list[Any] = Field(
         max_length=MOST_PAGES,
@@ -199,10 +199,7 @@ def _parse_window(media: str, content: bytes, npages: int, settings: Settings) -
     "",
     operation_id="putSubpages",
     summary="Set the permissions of a run of pages",
-    description=(
-        "Replaces the SET bitmaps of the window, all or nothing. It never lifts a protection; it ends grants. The body "
-        "of the example is for `npages=2`."
-    ),
+    description="Replaces the SET bitmaps of the window, all or nothing. It never lifts a protection; it ends grants.",
     status_code=204,
     openapi_extra={
         "requestBody": {

@@ -26,7 +26,6 @@ MACHINES: dict[str, dict[str, Any]] = {
 }
 # Calls about a page that is protected and was touched: that of the path's own example.
 TOUCHED = ("putEptEntry", "putSpptEntry")
-QUERIES = {"putSubpages": "npages=2"}
 
 
 def examples() -> Iterator[tuple[str, str, str, Any]]:
@@ -69,8 +68,6 @@ def run(client: ContractClient, vm: str, name: str) -> list[Any]:
     replies = []
     for method, path, body in found:
         url = address(method, path, vm)
-        if name in QUERIES:
-            url += ("&" if "?" in url else "?") + QUERIES[name]
         reply = client.request(method.upper(), url, json=body)
         assert 200 <= reply.status_code < 300, (name, body, reply.text)
         replies.append(reply)
