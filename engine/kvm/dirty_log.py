@@ -9,18 +9,9 @@ from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import radix
-from engine.cpu.frames import (
-    FIRST_VCPU_FRAME,
-    TOP_FREE,
-    TOP_SPARE,
-    ample,
-    read_entry,
-    read_word,
-    write_entry,
-    write_word,
-)
+from engine.cpu.frames import FIRST_VCPU_FRAME, TOP_FREE, TOP_SPARE, ample, read_word, write_word
 from engine.cpu.page_log import INDEX_MASK, LOG_ENTRIES
-from engine.cpu.physical import find_slot
+from engine.cpu.physical_memory import find_slot, read_entry, write_entry
 from engine.jit import kernel
 from engine.kvm import mapping, tracking
 from engine.kvm import registers as reg

@@ -9,8 +9,8 @@ from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import exits
 from engine.cpu import ept
-from engine.cpu.frames import CAP_RESERVE, FIRST_VCPU_FRAME, read_word, write_entry, write_word
-from engine.cpu.physical import find_slot
+from engine.cpu.frames import CAP_RESERVE, FIRST_VCPU_FRAME, read_word, write_word
+from engine.cpu.physical_memory import find_slot, write_entry
 from engine.jit import kernel
 from engine.kvm import choices, dirty_log, layers, mapping, page_rights, sppt_tables, tracking, write_protection
 from engine.kvm import registers as reg

@@ -8,7 +8,7 @@ import numpy as np
 
 from engine.cpu import fastpath
 from engine.cpu.frames import ample
-from engine.cpu.physical import find_slot
+from engine.cpu.physical_memory import find_slot
 from engine.jit import kernel
 from engine.kvm import ept_tables, host_state, mapping, regions, sppt_tables
 

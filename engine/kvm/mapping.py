@@ -10,14 +10,8 @@ import numpy as np
 from engine.arch import ept as bits
 from engine.arch import sppt as sp
 from engine.cpu import ept, fastpath, tlb
-from engine.cpu.frames import (
-    STATE_FRAME,
-    read_entry,
-    read_word,
-    write_entry,
-    write_word,
-)
-from engine.cpu.physical import find_slot
+from engine.cpu.frames import STATE_FRAME, read_word, write_word
+from engine.cpu.physical_memory import find_slot, read_entry, write_entry
 from engine.jit import kernel
 from engine.kvm import (
     choices,

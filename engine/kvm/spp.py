@@ -12,7 +12,7 @@ from engine.cpu.frames import (
     read_word,
     write_word,
 )
-from engine.cpu.physical import find_slot
+from engine.cpu.physical_memory import find_slot
 from engine.jit import kernel
 from engine.kvm import layers, mapping, regions, sppt_tables
 from engine.kvm import registers as reg

@@ -19,15 +19,12 @@ from engine.cpu.frames import (
     Machine,
     address_of,
     blank,
-    frame_at,
     free_frame,
     new_frame,
-    read_entry,
     read_word,
-    write_entry,
     write_word,
 )
-from engine.cpu.physical import find_slot
+from engine.cpu.physical_memory import find_slot, frame_at, read_entry, write_entry
 from engine.jit import kernel
 from engine.kvm import tracking
 from engine.kvm.registers import SPPT_TREES

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engine.arch import controls as ctl
 from engine.arch import ept
-from engine.cpu import frames
+from engine.cpu import frames, physical_memory
 from engine.cpu.page_log import INDEX_MASK, LOG_ENTRIES
 from engine.errors import Conflict, Unsupported
 from engine.kvm import dirty_log, tracking
@@ -47,7 +47,7 @@ def use_buffers(draft: Draft, config: VmConfig, method: str) -> None:
     for frame in _vcpu_frames(config):
         secondary = int(frames.read_word(machine, frame, ctl.V_SECONDARY))
         if uses:
-            buffer = int(frames.frame_at(machine, frames.read_word(machine, frame, ctl.V_PML_ADDRESS)))
+            buffer = int(physical_memory.frame_at(machine, frames.read_word(machine, frame, ctl.V_PML_ADDRESS)))
             if buffer >= 0:
                 frames.free_frame(machine, buffer)
             address, secondary = 0, secondary & ~ctl.SECONDARY_PML
@@ -66,7 +66,7 @@ def buffered_pages(machine: frames.Machine, config: VmConfig, slots: SlotMap) ->
         for frame in _vcpu_frames(config):
             table = int(frames.read_word(machine, frame, ctl.V_PML_ADDRESS))
             first = (int(frames.read_word(machine, frame, ctl.V_PML_INDEX)) + 1) & INDEX_MASK
-            entries = (int(frames.read_entry(machine, table, n)) for n in range(first, LOG_ENTRIES))
+            entries = (int(physical_memory.read_entry(machine, table, n)) for n in range(first, LOG_ENTRIES))
             found += ((entry & ept.ADDRESS) >> 12 for entry in entries)
     gfns = np.array(found, dtype=np.int64)
     held: NDArray[np.int64] = gfns[np.array([slots.holding(gfn) is not None for gfn in found], dtype=bool)]

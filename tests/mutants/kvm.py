@@ -8,7 +8,7 @@ from .paths import FAULT, LAYERS, MAPPING, REPLAY, SLOTS, SPPT, named
 LAYERS_PY = "engine/kvm/layers.py"
 SPP_PY = "engine/kvm/spp.py"
 PROTECTIONS_PY = "engine/kvm/protections.py"
-PHYSICAL_PY = "engine/cpu/physical.py"
+PHYSICAL_PY = "engine/cpu/physical_memory.py"
 SLOTS_PY = "engine/kvm/slots.py"
 SPPT_PY = "engine/kvm/sppt_tables.py"
 MAPPING_PY = "engine/kvm/mapping.py"
