@@ -5,7 +5,7 @@ from engine.cpu import access_rights, sppt
 from engine.cpu.physical_memory import find_slot
 from engine.jit import kernel
 from engine.kvm import layers, page_rights
-from engine.kvm.spp import refresh
+from engine.kvm.spp_set import refresh
 
 
 @kernel

@@ -12,7 +12,7 @@ from engine.jit import kernel
 from engine.kvm import layers
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
-from engine.kvm.fault import block_nmis, count_exit, handle_exit
+from engine.kvm.exit_handling import block_nmis, count_exit, handle_exit
 
 # Entries that a read or a fetch leaves as they are.
 SETTLED = bits.READ | bits.EXECUTE | bits.ACCESSED

@@ -19,7 +19,7 @@ from engine.cpu.frames import Machine
 from engine.kvm import layers, run
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
-from engine.kvm.fault import block_nmis, count_exit, handle_exit
+from engine.kvm.exit_handling import block_nmis, count_exit, handle_exit
 from engine.kvm.grants import grant_touched
 from engine.kvm.slots import is_mmio
 from engine.state.frame_store import Draft

@@ -14,7 +14,7 @@ from engine.cpu import access_rights, ept, fastpath, sppt
 from engine.cpu.frames import FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
 from engine.cpu.physical_memory import find_slot
 from engine.jit import kernel, stands_alone
-from engine.kvm import emulator, fault, layers, run, tracking
+from engine.kvm import dirty_marking, emulator, exit_handling, layers, run
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.grants import grant_touched
@@ -78,8 +78,8 @@ def passes_unenforced(m, vcpu, gpa, size):
 @kernel
 def note_landing(m, gpa, size):
     """Tell the dirty logs of a write that lands by the caller's choice, if all of it is in writable memory."""
-    if tracking.mode(m) and writable_bytes(m, gpa, size):
-        tracking.note_host_write(m, gpa, size)
+    if dirty_marking.mode(m) and writable_bytes(m, gpa, size):
+        dirty_marking.note_host_write(m, gpa, size)
 
 
 @kernel
@@ -128,7 +128,7 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if plain else (0, 0)
     if q:
         ending, reason, at = res.VIOLATION, exits.EPT_VIOLATION, gpa
-        fault.count_exit(tally, reason, q)
+        exit_handling.count_exit(tally, reason, q)
     elif source == acc.GUEST and not ept.mode_of(m, vcpu) & ept.MODE_EPT:
         return run_without_ept(m, gpa, word, index, gva, list_all, log, used, tally)
     else:

@@ -9,7 +9,7 @@ from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import exits as arch_exits
 from engine.cpu import frames, physical_memory
-from engine.kvm import fault, mapping, sppt_tables, write_protection
+from engine.kvm import exit_handling, mapping, sppt_tables, write_protection
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.slots import SlotSpec
@@ -264,7 +264,7 @@ EXIT_KINDS = [
 @pytest.mark.parametrize(("reason", "qualification", "counter"), EXIT_KINDS)
 def test_exits_are_counted_by_kind(reason: int, qualification: int, counter: int) -> None:
     tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
-    fault.count_exit(tally, reason, qualification)
+    exit_handling.count_exit(tally, reason, qualification)
     assert np.flatnonzero(tally).tolist() == [counter]
 
 
