@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.arch import ept
 from engine.arch.words import positions
 from engine.jit import kernel, short_kernel
 
@@ -177,41 +176,3 @@ def blank(m, frame):
 def address_of(m, frame):
     """Host-physical address of a frame."""
     return m.caps[CAP_ARENA] + (frame << 12)
-
-
-@kernel
-def frame_at(m, address):
-    """Frame at a host-physical address, -1 where no table memory is.
-
-    Registers, bitmap layers and guest pages are kept in frames too, but an entry that a client made cannot lead there.
-    """
-    frame = (address - m.caps[CAP_ARENA]) >> 12
-    if frame < 0 or frame >= m.row_of.shape[0] or m.row_of[frame] < 0:
-        return -1
-    kind = m.kind[frame]
-    if kind != EPT and kind != SPPT and kind != CLIENT:
-        return -1
-    return frame
-
-
-@kernel
-def read_entry(m, table, index):
-    """Entry of a table by host-physical address; absent memory reads as all ones."""
-    frame = frame_at(m, table)
-    if frame < 0:
-        return -1
-    return m.rows[m.row_of[frame], index]
-
-
-@kernel
-def write_entry(m, table, index, word):
-    """Store an entry of a table by host-physical address; a store to absent memory is lost."""
-    frame = frame_at(m, table)
-    if frame >= 0:
-        write_word(m, frame, index, word)
-
-
-@kernel
-def table_of(entry):
-    """Address bits of an entry."""
-    return entry & ept.ADDRESS

@@ -13,7 +13,7 @@ from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import exceptions, exits
 from engine.arch import paging as guest
-from engine.cpu import access_check, ept, guest_memory, mmu, tlb
+from engine.cpu import access_check, ept, exit_qualification, guest_memory, mmu, tlb
 from engine.cpu.frames import CAP_RESERVED_ADDRESS, FIRST_VCPU_FRAME
 from engine.jit import kernel
 
@@ -164,7 +164,7 @@ def touch(m, vcpu, slot, size, how, doing, trail):
         return reason, q, source
     mode = ept.mode_of(m, vcpu)
     if not mmu.log_fits(m, vcpu, mode, slot, size, how, source, trail):
-        return exits.PML_FULL, access_check.nmi_unblocking(how), source
+        return exits.PML_FULL, exit_qualification.nmi_unblocking(how), source
     mmu.finish(m, vcpu, mode, slot, how, source, trail)
     return exits.NONE, 0, source
 

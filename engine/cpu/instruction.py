@@ -13,7 +13,7 @@ import numpy as np
 from engine.arch import access as acc
 from engine.arch import exceptions, exits
 from engine.arch import paging as guest
-from engine.cpu import access_check, ept, guest_paging, mmu, page_log, tlb, ve
+from engine.cpu import access_check, access_rights, ept, exit_qualification, guest_paging, mmu, page_log, tlb, ve
 from engine.cpu.frames import Machine, Words
 from engine.jit import kernel
 
@@ -188,7 +188,7 @@ def attempt(m, vcpu, linear, size, how, trail, steps, pages):
         at = effective(m, vcpu, linear + done)
         if not canonical(m, vcpu, at):
             return -exceptions.GENERAL_PROTECTION, 0, 0, at, 0, stale, count
-        part = access_check.page_part(at, at + size - done)
+        part = access_rights.page_part(at, at + size - done)
         reason, value, gpa, denied, misled = page(m, vcpu, at, part, how, trail, steps, pages, count)
         stale = stale or misled
         if reason == exits.EPT_VIOLATION:
@@ -202,7 +202,7 @@ def attempt(m, vcpu, linear, size, how, trail, steps, pages):
         count += 1
         done += part
     if not log_fits(m, vcpu, pages, count, trail):
-        return exits.PML_FULL, access_check.nmi_unblocking(how), pages[0, P_GPA], linear, 0, stale, count
+        return exits.PML_FULL, exit_qualification.nmi_unblocking(how), pages[0, P_GPA], linear, 0, stale, count
     finish(m, vcpu, pages, count, trail)
     return exits.NONE, 0, pages[0, P_GPA], linear, 0, stale, count
 

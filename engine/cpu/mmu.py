@@ -9,7 +9,7 @@ sub-page permissions decide. Otherwise the processor walks, as if there were no 
 
 from engine.arch import access as acc
 from engine.arch import ept as bits
-from engine.cpu import access_check, ept, page_log, tlb
+from engine.cpu import access_check, access_rights, ept, page_log, tlb
 from engine.jit import kernel
 
 # How an access was decided: by a walk, by an entry, by an entry that a walk would contradict.
@@ -21,7 +21,7 @@ STALE = 2
 @kernel
 def serves(m, row, how, mode):
     """Whether an entry can serve an access without a walk."""
-    writes = access_check.wants(how, mode) & bits.WRITE != 0
+    writes = access_rights.wants(how, mode) & bits.WRITE != 0
     if not writes:
         return True
     leaf = m.tlb[row, tlb.E_LEAF]
@@ -88,10 +88,10 @@ def log_fits(m, vcpu, mode, gpa, size, how, source, trail):
     if not page_log.on(mode):
         return True
     index = page_log.index_of(m, vcpu)
-    one_page = access_check.page_part(gpa, gpa + size) == size
+    one_page = access_rights.page_part(gpa, gpa + size) == size
     at = gpa
     while at < gpa + size:
-        part = access_check.page_part(at, gpa + size)
+        part = access_rights.page_part(at, gpa + size)
         if not one_page:
             _, _, _, source = check(m, vcpu, at, part, how, trail)
         if source == WALKED:

@@ -9,7 +9,7 @@ An access over several pages sets no flag and logs nothing unless there is room 
 
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
-from engine.cpu import access_check, ept, physical
+from engine.cpu import access_check, access_rights, ept, physical_memory
 from engine.cpu.frames import FIRST_VCPU_FRAME, read_word, write_word
 from engine.jit import kernel
 
@@ -29,7 +29,7 @@ def on(mode):
 def demand(how, mode, trail):
     """What an allowed access must set along the walk in ``trail``: (any flag, the dirty flag)."""
     count = trail[ept.TRAIL_COUNTS, 0]
-    dirty = access_check.wants(how, mode) & bits.WRITE != 0 and not trail[count - 1, 3] & bits.DIRTY
+    dirty = access_rights.wants(how, mode) & bits.WRITE != 0 and not trail[count - 1, 3] & bits.DIRTY
     flags = dirty
     for row in range(count):
         flags = flags or not trail[row, 3] & bits.ACCESSED
@@ -65,6 +65,6 @@ def commit(m, vcpu, mode, gpa, how, trail):
             frame = FIRST_VCPU_FRAME + vcpu
             index = index_of(m, vcpu)
             log = read_word(m, frame, ctl.V_PML_ADDRESS) & bits.ADDRESS
-            physical.write(m, log, index, gpa & ~PAGE_OFFSET)
+            physical_memory.write(m, log, index, gpa & ~PAGE_OFFSET)
             write_word(m, frame, ctl.V_PML_INDEX, (index - 1) & INDEX_MASK)
     return access_check.set_flags(m, mode, how, trail)

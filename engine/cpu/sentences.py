@@ -12,7 +12,7 @@ from engine.arch import access as acc
 from engine.arch import ept as bits
 from engine.arch import exits, sppt
 from engine.arch.words import signed
-from engine.cpu import access_check, ept
+from engine.cpu import access_rights, ept
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _allowed(walked: tuple[ReadEntry, ...], vectors: tuple[ReadEntry, ...], how:
     if vectors:
         return f"allowed: every touched sub-page is 1 in {_place(vectors[-1])}, though EPT write permission is 0"
     last = walked[-1]
-    if access_check.is_paging(how) and _wants_write(how, mode) and not all(entry.raw & bits.WRITE for entry in walked):
+    if access_rights.is_paging(how) and _wants_write(how, mode) and not all(entry.raw & bits.WRITE for entry in walked):
         return f"allowed: {_place(last)} has paging-write access, though EPT write permission is 0"
     return f"allowed: every EPT entry used permits {_name(how, mode)}"
 
@@ -87,7 +87,7 @@ def _name(how: int, mode: int) -> str:
 
 
 def _wants_write(how: int, mode: int) -> bool:
-    return bool(access_check.wants(how, mode) & bits.WRITE)
+    return bool(access_rights.wants(how, mode) & bits.WRITE)
 
 
 def _refuses(entry: ReadEntry, last: ReadEntry, how: int, mode: int) -> bool:
@@ -96,10 +96,10 @@ def _refuses(entry: ReadEntry, last: ReadEntry, how: int, mode: int) -> bool:
     Paging-write access of the leaf needs no word here: where it is not enough, an entry above is to blame.
     """
     leaf = entry is last
-    if access_check.supervisor_shadow_stack(how, mode):
+    if access_rights.supervisor_shadow_stack(how, mode):
         right = bits.SUPERVISOR_SHADOW_STACK if leaf else bits.WRITE
         return not entry.raw & bits.READ or not entry.raw & right
-    wanted = int(access_check.wants(how, mode))
+    wanted = int(access_rights.wants(how, mode))
     if wanted & bits.EXECUTE and mode & ept.MODE_MBEC and how >> acc.LINEAR_SHIFT & acc.LINEAR_USER:
         wanted = bits.USER_EXECUTE
     return bool(wanted & ~entry.raw)

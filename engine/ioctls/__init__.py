@@ -13,17 +13,30 @@ from engine.ioctls import (
     msrs,
     nested_state,
     registers,
+    spp_enabling,
     subpages,
     system,
     vcpus,
 )
 from engine.ioctls.registry import Ioctl, Registry, Target
-from engine.ioctls.spp_capability import CAP_X86_SPP
+from engine.ioctls.spp_enabling import CAP_X86_SPP
 from engine.ioctls.system import NewMachine
 from engine.ioctls.vcpus import as_created
 from engine.machine import VirtualMachine
 
-_MODULES = (system, capabilities, memory_slots, dirty_log, subpages, vcpus, registers, cpuid, msrs, nested_state)
+_MODULES = (
+    system,
+    capabilities,
+    memory_slots,
+    dirty_log,
+    spp_enabling,
+    subpages,
+    vcpus,
+    registers,
+    cpuid,
+    msrs,
+    nested_state,
+)
 IOCTLS = Registry(row for module in _MODULES for row in module.ROWS)
 
 

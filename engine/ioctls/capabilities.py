@@ -15,7 +15,7 @@ from engine.ioctls import (
     msrs,
     nested_state,
     registers,
-    spp_capability,
+    spp_enabling,
     vcpus,
 )
 from engine.ioctls.registry import EnableCap, Ioctl, Target
@@ -24,7 +24,7 @@ from engine.ioctls.registry import EnableCap, Ioctl, Target
 Checked = Mapping[int, Callable[[Target], int]]
 CHECKED: tuple[Checked, ...] = (
     memory_capabilities.CHECKED,
-    spp_capability.CHECKED,
+    spp_enabling.CHECKED,
     vcpus.CHECKED,
     registers.CHECKED,
     cpuid.CHECKED,
@@ -35,7 +35,7 @@ CHECKED: tuple[Checked, ...] = (
 
 # Level and number to what KVM_ENABLE_CAP does.
 Enabled = Mapping[tuple[str, int], Callable[[Target, EnableCap], Reply]]
-ENABLED: tuple[Enabled, ...] = (spp_capability.ENABLED, nested_state.ENABLED, hyperv_capabilities.ENABLED)
+ENABLED: tuple[Enabled, ...] = (spp_enabling.ENABLED, nested_state.ENABLED, hyperv_capabilities.ENABLED)
 
 
 def check_extension(target: Target, call: Call) -> Reply:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.cpu import frames
-from engine.kvm import partial_set, spp
+from engine.kvm import layers, partial_set, spp_set
 from engine.kvm.slots import first_page_without_slot
 from engine.machine import VirtualMachine
 from engine.state.kvm_versions import kvm_version
@@ -34,7 +34,7 @@ class SubpageCalls:
         snapshot = state.snapshot
         maps = np.empty(_pages_with_slot(snapshot.machine, gfn, npages), dtype=np.uint32)
         if len(maps):
-            spp.read_maps(snapshot.machine, gfn, 0, maps)
+            layers.read_maps(snapshot.machine, gfn, 0, maps)
         return maps
 
     def set(self, gfn: int, access: Words) -> int | None:
@@ -54,7 +54,7 @@ class SubpageCalls:
                 trail = new_trail()
                 if before and not whole and self._abi.hole_after_mapped_returns_zero:
                     returns = 0 if partial_set.any_mapped(draft.machine, gfn, before, trail) else None
-                run_all(draft, before, lambda start: spp.set_maps(draft.machine, gfn, done, start, trail))
+                run_all(draft, before, lambda start: spp_set.set_maps(draft.machine, gfn, done, start, trail))
             else:
                 if gfn < END:
                     partial_set.invalidate_regions(draft.machine, gfn, min(len(access), END - gfn))

@@ -1,4 +1,4 @@
-"""KVM_INIT_SPP, KVM_SUBPAGES_GET_ACCESS and KVM_SUBPAGES_SET_ACCESS, byte for byte (kvm-spp 1.3, 2.1 to 2.3).
+"""KVM_SUBPAGES_GET_ACCESS and KVM_SUBPAGES_SET_ACCESS, byte for byte (kvm-spp 1.3, 2.2, 2.3).
 
 struct kvm_subpage of 2019 is u64 base_gfn, u64 npages, u32 access_map[64], and is copied whole. Later it is u64
 gfn_base, u32 npages, u32 flags, u32 access_map[]: the header is read first, then header and maps. Both headers are
@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from engine.abi import VM, Call, Reply, failed
 from engine.ioctls.partial_set import SubpageCalls
 from engine.ioctls.registry import Ioctl, Target
-from engine.ioctls.spp_capability import enable
 from engine.kvm.enabling import not_enabled
-from engine.state.kvm_versions import ONLY_2019, SubpageRows, kvm_version
+from engine.state.kvm_versions import SubpageRows, kvm_version
 
 HEADER = 16
 
@@ -35,11 +34,6 @@ class Subpage:
         """The structure with the first maps replaced."""
         self.raw[HEADER : HEADER + 4 * len(maps)] = maps.astype("<u4").tobytes()
         return bytes(self.raw)
-
-
-def init_spp(target: Target, _: Call) -> Reply:
-    """KVM_INIT_SPP; the argument is ignored."""
-    return enable(target)
 
 
 def get_access(target: Target, call: Call) -> Reply:
@@ -109,7 +103,6 @@ def _subpage(gfn: int, npages: int, raw: bytes) -> Subpage:
 
 
 ROWS = (
-    Ioctl("KVM_INIT_SPP", VM, init_spp, profiles=ONLY_2019),
     Ioctl("KVM_SUBPAGES_GET_ACCESS", VM, get_access, changes=False, allocates=True),
     Ioctl("KVM_SUBPAGES_SET_ACCESS", VM, set_access),
 )

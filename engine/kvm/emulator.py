@@ -10,10 +10,10 @@ import numpy as np
 from engine.arch import access as acc
 from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS
-from engine.cpu import access_check, sppt
-from engine.cpu.physical import find_slot
+from engine.cpu import access_rights, sppt
+from engine.cpu.physical_memory import find_slot
 from engine.jit import kernel
-from engine.kvm import choices, layers, tracking
+from engine.kvm import choices, dirty_marking, layers
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.choices import KVM_EMULATOR_CHECKS
@@ -59,7 +59,7 @@ def execute(m, source, gpa, size, access, tally):
         tally[reg.EMULATED] += access == acc.WRITE
     at = gpa
     while at < gpa + size:
-        part = access_check.page_part(at, gpa + size)
+        part = access_rights.page_part(at, gpa + size)
         ending, denied = refused(m, source, access, at, part)
         if ending == res.VIOLATION:
             return ending, exits.EPT_VIOLATION, SYNTHETIC, denied, at
@@ -67,5 +67,5 @@ def execute(m, source, gpa, size, access, tally):
             return ending, NO_EXIT, 0, 0, at
         at += part
     if access == acc.WRITE:
-        tracking.note_host_write(m, gpa, size)
+        dirty_marking.note_host_write(m, gpa, size)
     return res.COMPLETED, NO_EXIT, 0, 0, gpa

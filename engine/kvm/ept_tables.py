@@ -8,20 +8,8 @@ import numpy as np
 
 from engine.arch import ept as bits
 from engine.cpu import ept
-from engine.cpu.frames import (
-    EPT,
-    STATE_FRAME,
-    WORDS,
-    address_of,
-    blank,
-    frame_at,
-    free_frame,
-    new_frame,
-    read_entry,
-    read_word,
-    write_entry,
-    write_word,
-)
+from engine.cpu.frames import EPT, STATE_FRAME, WORDS, address_of, blank, free_frame, new_frame, read_word, write_word
+from engine.cpu.physical_memory import frame_at, read_entry, write_entry
 from engine.jit import kernel
 from engine.kvm.registers import EPT_LEVELS, ROOT_EPT
 

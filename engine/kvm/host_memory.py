@@ -8,9 +8,9 @@ import numpy as np
 
 from engine.cpu import fastpath
 from engine.cpu.frames import ample
-from engine.cpu.physical import find_slot
+from engine.cpu.physical_memory import find_slot
 from engine.jit import kernel
-from engine.kvm import ept_tables, host_state, mapping, regions, sppt_tables
+from engine.kvm import ept_tables, host_state, large_pages, mapping, regions, sppt_tables
 
 # In the order of their numbers. The first three do nothing where nothing is mapped.
 EVENTS = (
@@ -55,7 +55,7 @@ def change_page(m, event, gfn, trail):
 def make_small(m, gfn, trail):
     """Split the host page of a page if it is a larger one; returns whether a leaf went."""
     slot = find_slot(m, gfn)
-    level = host_state.level_of(m, gfn, slot)
+    level = large_pages.level_of(m, gfn, slot)
     if level == 1:
         return False
     regions.mark(m, gfn, 2, regions.SPLIT)
@@ -68,7 +68,7 @@ def make_small(m, gfn, trail):
 def make_large(m, gfn, trail):
     """Put a 2-MByte region that is in one slot in one host page; returns whether leaves went."""
     slot = find_slot(m, gfn)
-    if host_state.level_of(m, gfn, slot) > 1 or not host_state.fits(m, gfn, slot, 2):
+    if large_pages.level_of(m, gfn, slot) > 1 or not large_pages.fits(m, gfn, slot, 2):
         return False
     regions.mark(m, gfn, 2, regions.COLLAPSED)
     first = gfn & ~(REGION - 1)

@@ -8,12 +8,10 @@ The word of a page (``cpu.radix``): bits 51:12 its host frame, 0 where that is t
 
 from engine.arch import ept as bits
 from engine.cpu import radix
-from engine.cpu.frames import CAP_ARENA, CAP_EPT_VPID, STATE_FRAME, read_word, write_word
-from engine.cpu.physical import SLOT_GFN, SLOT_PAGES, find_slot
+from engine.cpu.frames import CAP_ARENA, STATE_FRAME, read_word, write_word
+from engine.cpu.physical_memory import SLOT_GFN, find_slot
 from engine.jit import kernel
-from engine.kvm import regions
 from engine.kvm.registers import NEXT_HOST_FRAME, ROOT_HOST
-from engine.kvm.slots import SLOT_LEVEL
 
 READ_ONLY = 1
 
@@ -56,30 +54,3 @@ def renew(m, gfn, flags):
 def forget(m, gfn):
     """The page is backed as a new slot's page is."""
     radix.clear(m, ROOT_HOST, gfn)
-
-
-@kernel
-def level_of(m, gfn, slot):
-    """Level of the largest leaf that the host page, its slot and the processor allow for a page."""
-    level = m.slots[slot, SLOT_LEVEL]
-    if level == 3 and (not fits(m, gfn, slot, 3) or regions.word(m, gfn, 3) & regions.SPLIT):
-        level = 2
-    small = regions.word(m, gfn, 2)
-    if small & regions.SPLIT:
-        return 1
-    if small & regions.COLLAPSED:
-        level = max(level, 2)
-    if level == 3 and not m.caps[CAP_EPT_VPID] & bits.CAP_1G:
-        level = 2
-    if level == 2 and not (fits(m, gfn, slot, 2) and m.caps[CAP_EPT_VPID] & bits.CAP_2M):
-        level = 1
-    return level
-
-
-@kernel
-def fits(m, gfn, slot, level):
-    """Whether the whole region of a page is in its slot."""
-    pages = 1 << 9 * (level - 1)
-    first = gfn & ~(pages - 1)
-    begin = m.slots[slot, SLOT_GFN]
-    return begin <= first and first + pages <= begin + m.slots[slot, SLOT_PAGES]

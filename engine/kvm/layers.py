@@ -10,11 +10,14 @@ import numpy as np
 
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import sppt
-from engine.cpu.access_check import page_part
+from engine.cpu.access_rights import page_part
 from engine.cpu.radix import read, write
 from engine.jit import kernel
 from engine.kvm import regions
 from engine.kvm.registers import ROOT_GRANTED, ROOT_POLICY
+
+# Layers of a page's map
+LAYER_NAMES = ("effective", "set", "protected", "granted")
 
 NOTHING = np.int64(0)
 
@@ -84,3 +87,20 @@ def store_set(m, gfn, access):
     """SET one page: what it denies is replaced, what protections cover stays, and the grants end."""
     before = of_page(m, gfn)
     store(m, gfn, before, ~access & FULL_ACCESS, before[1], NOTHING)
+
+
+@kernel
+def read_maps(m, gfn, layer, out):
+    """Fill ``out`` (uint32) with one layer of the maps of consecutive pages.
+
+    ``effective`` and ``set``: bit 1 = may be written; ``protected`` and ``granted``: bit 1 = covered, lifted.
+    """
+    for i in range(out.shape[0]):
+        if layer == 0:
+            out[i] = effective(m, gfn + i)
+        elif layer == 1:
+            out[i] = ~denied_by_set(m, gfn + i) & FULL_ACCESS
+        elif layer == 2:
+            out[i] = protected(m, gfn + i)
+        else:
+            out[i] = granted(m, gfn + i)

@@ -10,28 +10,23 @@ import numpy as np
 from engine.arch import ept as bits
 from engine.arch import sppt as sp
 from engine.cpu import ept, fastpath, tlb
-from engine.cpu.frames import (
-    STATE_FRAME,
-    read_entry,
-    read_word,
-    write_entry,
-    write_word,
-)
-from engine.cpu.physical import find_slot
+from engine.cpu.frames import STATE_FRAME, read_word, write_word
+from engine.cpu.physical_memory import read_entry, write_entry
 from engine.jit import kernel
 from engine.kvm import (
     choices,
+    dirty_marking,
     ept_tables,
     host_state,
     layers,
     page_rights,
     regions,
     sppt_tables,
-    tracking,
     write_protection,
 )
 from engine.kvm import registers as reg
-from engine.kvm.choices import KVM_FILL_IN_SET, KVM_FORCE_SMALL, KVM_SAVED_BIT, KVM_SET_ZAPS
+from engine.kvm.choices import KVM_FILL_IN_SET, KVM_SAVED_BIT
+from engine.kvm.large_pages import level_for
 from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY
 from engine.kvm.write_protection import HOST_WRITEABLE, LOCKLESS_WRITABLE
 
@@ -87,24 +82,6 @@ def nothing_mapped(m, gfn, trail):
 
 
 @kernel
-def level_for(m, gfn, slot):
-    """Level of the leaf KVM maps a page by; later series keep leaves small where a page in them is protected.
-
-    Leaves are small in any series where writes are tracked, and where page access is restricted.
-    """
-    level = host_state.level_of(m, gfn, slot)
-    if level > 1 and (tracking.watched(m, slot) or page_rights.restricted(m, gfn, 2)):
-        return 1
-    if level == 3 and page_rights.restricted(m, gfn, 3):
-        level = 2
-    if level == 1 or not choices.chooses(m, KVM_FORCE_SMALL):
-        return level
-    if regions.protected(m, gfn, 2):
-        return 1
-    return 2 if level == 3 and regions.protected(m, gfn, 3) else level
-
-
-@kernel
 def leaf_for(m, gfn, slot, mask, level):
     """The leaf entry KVM makes for a page with an effective map; a writable one is born dirty.
 
@@ -123,10 +100,10 @@ def leaf_for(m, gfn, slot, mask, level):
     if gone & bits.READ:
         return entry
     if mask != sp.FULL_ACCESS and level == 1:
-        return entry | (write_protection.saved_bit(m) if tracking.saved(m, gfn, slot, mask) else bits.SPP)
-    if tracking.unseen(m, gfn, slot, mask):
-        return entry | bits.SPP if tracking.mode(m) & tracking.TRACK_SUBPAGES else entry
-    return entry | bits.WRITE | (NOTHING if tracking.flag_waits(m, gfn, slot) else bits.DIRTY)
+        return entry | (write_protection.saved_bit(m) if dirty_marking.saved(m, gfn, slot, mask) else bits.SPP)
+    if dirty_marking.unseen(m, gfn, slot, mask):
+        return entry | bits.SPP if dirty_marking.mode(m) & dirty_marking.TRACK_SUBPAGES else entry
+    return entry | bits.WRITE | (NOTHING if dirty_marking.flag_waits(m, gfn, slot) else bits.DIRTY)
 
 
 @kernel
@@ -153,7 +130,7 @@ def map_page(m, gfn, slot, write):
     done = MAP_WRITABLE
     if level == 1 and entry & (bits.SPP | write_protection.saved_bit(m)):
         done = MAP_ARMED
-        mask = tracking.permitted(m, gfn, slot)
+        mask = dirty_marking.permitted(m, gfn, slot)
         if choices.chooses(m, KVM_FILL_IN_SET):
             sppt_tables.fill_vectors(m, gfn, mask)
         elif sppt_tables.stale_vector(m, gfn, mask):
@@ -199,24 +176,9 @@ def unmap_page(m, gfn, trail):
 
 
 @kernel
-def refresh_page(m, gfn, trail):
-    """Bring EPT and SPPT in line with a page's map after it changed; an unmapped page waits for its first touch.
-
-    Later series drop the mapping, whatever its size, and the next access makes it anew. The first one arms and disarms
-    in place; it does not see a page that a larger leaf maps.
-    """
-    if choices.chooses(m, KVM_SET_ZAPS):
-        invalidate_region(m, gfn)
-        unmap_page(m, gfn, trail)
-    else:
-        rearm(m, gfn, trail)
-    spare_region(m, gfn)
-
-
-@kernel
 def spare_region(m, gfn):
     """Free the vectors of a region in which no page is armed for a policy, nor for the log of sub-pages."""
-    if not regions.protected(m, gfn, 2) and not tracking.mode(m) & tracking.TRACK_SUBPAGES:
+    if not regions.protected(m, gfn, 2) and not dirty_marking.mode(m) & dirty_marking.TRACK_SUBPAGES:
         sppt_tables.free_region(m, gfn)
 
 
@@ -230,10 +192,10 @@ def watch_page(m, gfn, slot, trail):
     if not found or level != 1 or entry & LOCKLESS_WRITABLE != LOCKLESS_WRITABLE:
         return
     fresh = leaf_for(m, gfn, slot, layers.effective(m, gfn), level)
-    if not tracking.flag_waits(m, gfn, slot):
+    if not dirty_marking.flag_waits(m, gfn, slot):
         fresh |= entry & bits.DIRTY
     if fresh & (bits.SPP | write_protection.saved_bit(m)):
-        mask = tracking.permitted(m, gfn, slot)
+        mask = dirty_marking.permitted(m, gfn, slot)
         if choices.chooses(m, KVM_FILL_IN_SET) or sppt_tables.stale_vector(m, gfn, mask):
             sppt_tables.fill_vectors(m, gfn, mask)
     if write_protection.tracked(m, entry) or not entry & bits.ACCESSED:
@@ -251,30 +213,6 @@ def drop_region(m, gfn):
     regions.mark(m, gfn, 3, NOTHING)
     if not regions.protected(m, gfn, 2):
         sppt_tables.free_region(m, gfn)
-
-
-@kernel
-def rearm(m, gfn, trail):
-    """Arm or disarm the leaf of a page in place; an aged one is disarmed without the rights it has not."""
-    found, level, table, index, entry = find_leaf(m, gfn, trail)
-    if not found or level != 1 or entry & LOCKLESS_WRITABLE != LOCKLESS_WRITABLE:
-        return
-    if page_rights.lacking(m, gfn) & bits.READ:
-        return
-    slot = find_slot(m, gfn)
-    if slot >= 0 and tracking.watched(m, slot):
-        watch_page(m, gfn, slot, trail)
-        return
-    mask = layers.effective(m, gfn)
-    if mask != sp.FULL_ACCESS:
-        sppt_tables.fill_vectors(m, gfn, mask)
-        fresh = entry & ~bits.WRITE | bits.SPP
-    else:
-        fresh = entry & ~bits.SPP
-        if not write_protection.tracked(m, entry):
-            fresh |= bits.WRITE | bits.DIRTY
-    write_entry(m, table, index, fresh)
-    forget(m, gfn, level)
 
 
 @kernel

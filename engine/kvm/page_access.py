@@ -8,7 +8,7 @@ from engine.arch import ept as bits
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu.frames import ample
 from engine.jit import kernel
-from engine.kvm import layers, mapping, page_rights, spp
+from engine.kvm import layers, mapping, page_rights, spp_set
 
 # A row of a batch
 ROW_GFN = 0
@@ -47,5 +47,5 @@ def store_rights(m, rows, start, trail):
         gfn = rows[i, ROW_GFN]
         mapping.unmap_page(m, gfn, trail)
         page_rights.store(m, gfn, bits.RIGHTS & ~rows[i, ROW_RIGHTS])
-        spp.set_map(m, gfn, rows[i, ROW_MAP], trail)
+        spp_set.set_map(m, gfn, rows[i, ROW_MAP], trail)
     return rows.shape[0]

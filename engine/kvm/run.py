@@ -6,13 +6,13 @@ An access is split at page ends, low page first; nothing lands and no flag is se
 from engine.arch import access as acc
 from engine.arch import ept as bits
 from engine.arch import exits
-from engine.cpu import access_check, ept, fastpath, mmu, page_log, sppt, tlb, ve
+from engine.cpu import access_check, access_rights, ept, exit_qualification, fastpath, mmu, page_log, sppt, tlb, ve
 from engine.cpu.frames import CAP_FAST_PATH
 from engine.jit import kernel
 from engine.kvm import layers
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
-from engine.kvm.fault import block_nmis, count_exit, handle_exit
+from engine.kvm.exit_handling import block_nmis, count_exit, handle_exit
 
 # Entries that a read or a fetch leaves as they are.
 SETTLED = bits.READ | bits.EXECUTE | bits.ACCESSED
@@ -54,10 +54,10 @@ def settle(m, vcpu, mode, gpa, size, how, source, trail):
 
     ``source`` says how its last page was decided (see ``cpu.mmu``).
     """
-    one_page = access_check.page_part(gpa, gpa + size) == size
+    one_page = access_rights.page_part(gpa, gpa + size) == size
     at = gpa
     while at < gpa + size:
-        part = access_check.page_part(at, gpa + size)
+        part = access_rights.page_part(at, gpa + size)
         if not one_page:
             _, _, _, source = mmu.check(m, vcpu, at, part, how, trail)
         if tlb.modelled(m) or page_log.on(mode):
@@ -129,9 +129,9 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
             if not page_log.on(mode) or mmu.log_fits(m, vcpu, mode, gpa, size, how, source, trail):
                 break
             at = gpa
-            reason, qualification, denied = exits.PML_FULL, access_check.nmi_unblocking(how), 0
+            reason, qualification, denied = exits.PML_FULL, exit_qualification.nmi_unblocking(how), 0
         else:
-            part = access_check.page_part(at, gpa + size)
+            part = access_rights.page_part(at, gpa + size)
             reason, qualification, denied = access_check.check(m, vcpu, at, part, how, trail)
             if tlb.modelled(m):
                 reason, qualification, denied, source = mmu.through_cache(

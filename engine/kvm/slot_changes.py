@@ -11,7 +11,7 @@ from engine.cpu.frames import ample
 from engine.cpu.guest_memory import ROOT_MEMORY
 from engine.errors import InvalidValue
 from engine.jit import kernel
-from engine.kvm import host_state, layers, mapping, memory, page_rights, regions, tracking
+from engine.kvm import dirty_marking, host_state, layers, mapping, memory, page_rights, regions
 from engine.kvm.registers import ROOT_GRANTED, ROOT_HOST, ROOT_POLICY
 from engine.kvm.slots import SlotSpec
 
@@ -49,7 +49,7 @@ def region_is_empty(m, gfn, trail):
         return False
     if radix.leaf_of(m, ROOT_HOST, gfn) or regions.word(m, gfn, 2):
         return False
-    if tracking.anything_noted(m, gfn) or page_rights.restricted(m, gfn, 2):
+    if dirty_marking.anything_noted(m, gfn) or page_rights.restricted(m, gfn, 2):
         return False
     return mapping.nothing_mapped(m, gfn, trail)
 
@@ -71,9 +71,9 @@ def drop_pages(m, gfn, pages, start, trail):
             continue
         while at < stop:
             mapping.unmap_page(m, at, trail)
-            layers.store_set(m, at, tracking.EVERYTHING)
+            layers.store_set(m, at, dirty_marking.EVERYTHING)
             memory.drop_page(m, at)
-            tracking.forget_page(m, at)
+            dirty_marking.forget_page(m, at)
             page_rights.store(m, at, NOTHING)
             host_state.forget(m, at)
             at += 1
@@ -98,8 +98,8 @@ def lift_pages(m, gfn, pages, out, trail):
         while at < stop:
             denied, _, lifted = layers.of_page(m, at)
             content = radix.read(m, ROOT_MEMORY, at)
-            written = tracking.written(m, at)
-            logged = tracking.logged(m, at)
+            written = dirty_marking.written(m, at)
+            logged = dirty_marking.logged(m, at)
             rights = page_rights.read(m, at)
             if denied or lifted or content or written or logged or rights:
                 if found < out.shape[0]:
@@ -138,8 +138,8 @@ def place_pages(m, gfn, moved, start):
         before = layers.of_page(m, at)
         layers.store(m, at, before, moved[i, PAGE_DENIED], before[1], moved[i, PAGE_GRANTED] & before[1])
         radix.write(m, ROOT_MEMORY, at, moved[i, PAGE_CONTENT])
-        if tracking.mode(m):
-            tracking.store_written(m, at, moved[i, PAGE_WRITTEN])
-            tracking.store_logged(m, at, moved[i, PAGE_LOGGED])
+        if dirty_marking.mode(m):
+            dirty_marking.store_written(m, at, moved[i, PAGE_WRITTEN])
+            dirty_marking.store_logged(m, at, moved[i, PAGE_LOGGED])
         page_rights.store(m, at, moved[i, PAGE_RIGHTS])
     return moved.shape[0]

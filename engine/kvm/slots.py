@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.cpu.frames import Machine
-from engine.cpu.physical import SLOT_GFN, SLOT_PAGES, find_slot
+from engine.cpu.physical_memory import SLOT_GFN, SLOT_PAGES, find_slot
 from engine.errors import InvalidValue
 from engine.jit import kernel, short_kernel
 from engine.kvm.abi_limits import ADDRESS_SPACES

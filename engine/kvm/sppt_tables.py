@@ -6,68 +6,24 @@ which fills the tree of the vCPU that missed. Tables return to the free list whe
 
 import numpy as np
 
-from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import sppt as sp
 from engine.cpu import ept, sppt
 from engine.cpu.frames import (
-    CAP_SPPT_TREES,
-    FIRST_VCPU_FRAME,
     SPPT,
-    STATE_FRAME,
     WORDS,
-    Machine,
     address_of,
     blank,
-    frame_at,
     free_frame,
     new_frame,
-    read_entry,
-    read_word,
-    write_entry,
     write_word,
 )
-from engine.cpu.physical import find_slot
+from engine.cpu.physical_memory import frame_at, read_entry, write_entry
 from engine.jit import kernel
-from engine.kvm import tracking
-from engine.kvm.registers import SPPT_TREES
+from engine.kvm.sppt_roots import is_root, root_frame, trees
 
 NOTHING = np.int64(0)
 ROOT_LEVEL = 4
-
-
-@kernel
-def trees(m):
-    """How many SPPTs there are."""
-    return read_word(m, STATE_FRAME, SPPT_TREES)
-
-
-@kernel
-def tree_of(m, vcpu):
-    """The SPPT of a vCPU."""
-    return vcpu if trees(m) > 1 else 0
-
-
-@kernel
-def root_frame(m, tree):
-    """Frame of the root of a tree: it is in the record of its first vCPU."""
-    return read_word(m, FIRST_VCPU_FRAME + tree, ctl.V_SPPT_ROOT)
-
-
-@kernel
-def make_roots(m):
-    """Empty roots, one for each vCPU or one for the VM: whoever walks, walks a table from now on."""
-    for tree in range(m.caps[CAP_SPPT_TREES]):
-        write_word(m, FIRST_VCPU_FRAME + tree, ctl.V_SPPT_ROOT, new_frame(m, SPPT))
-    write_word(m, STATE_FRAME, SPPT_TREES, m.caps[CAP_SPPT_TREES])
-
-
-def load_roots(m: Machine, vcpus: int) -> None:
-    """Load SPPTP into every vCPU, those that are still to come too; later series switch the control on only now."""
-    for position in range(vcpus):
-        frame = FIRST_VCPU_FRAME + position
-        write_word(m, frame, ctl.V_SPPTP, address_of(m, root_frame(m, tree_of(m, position))))
-        write_word(m, frame, ctl.V_SECONDARY, int(read_word(m, frame, ctl.V_SECONDARY)) | ctl.SECONDARY_SPP)
 
 
 @kernel
@@ -101,21 +57,6 @@ def fill_vectors(m, gfn, mask):
     """Write the SPPL1E of one page in every tree."""
     for tree in range(trees(m)):
         fill_vector(m, tree, gfn, mask)
-
-
-@kernel
-def fill_region(m, tree, gfn):
-    """Fill the SPPL1 table of a 2-MByte region: every protected page that has a slot.
-
-    The region becomes valid even when nothing in it is protected, or the guest would miss for ever.
-    """
-    vector_table(m, tree, gfn << 12)
-    first = gfn & ~(sp.REGION_PAGES - 1)
-    for page in range(first, first + sp.REGION_PAGES):
-        slot = find_slot(m, page)
-        mask = tracking.permitted(m, page, slot) if slot >= 0 else sp.FULL_ACCESS
-        if mask != sp.FULL_ACCESS:
-            fill_vector(m, tree, page, mask)
 
 
 @kernel
@@ -193,12 +134,3 @@ def free_all(m):
     for frame in range(m.row_of.shape[0]):
         if m.kind[frame] == SPPT and not is_root(m, frame):
             free_frame(m, frame)
-
-
-@kernel
-def is_root(m, frame):
-    """Whether a frame is the root of a tree."""
-    tree = 0
-    while tree < trees(m) and root_frame(m, tree) != frame:
-        tree += 1
-    return tree < trees(m)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from engine.cpu import frames
 from engine.errors import Conflict, InvalidValue, NotEnabled, NotFound
-from engine.kvm import dirty_log, tracking
+from engine.kvm import dirty_harvest, dirty_marking
 from engine.kvm import registers as reg
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import key_of
@@ -24,7 +24,7 @@ METHODS = ("write-protect", "pml")
 SUBPAGE_BYTES = 128
 PAGE_BYTES = 4096
 
-_LEVELS = {"off": 0, "page": tracking.TRACK_PAGES, "subpage": tracking.TRACK_SUBPAGES}
+_LEVELS = {"off": 0, "page": dirty_marking.TRACK_PAGES, "subpage": dirty_marking.TRACK_SUBPAGES}
 _HARVESTS = reg.COUNTERS_AT + reg.DIRTY_HARVESTS
 _LOWER = np.int64(0xFFFF_FFFF)
 _UPPER = ~_LOWER
@@ -74,7 +74,7 @@ class Harvest(WrittenPages):
 
 
 class DirtyOperations(Operations):
-    """The dirty logs of one machine; ``kvm.tracking`` tells what they are."""
+    """The dirty logs of one machine; ``kvm.dirty_marking`` tells what they are."""
 
     @property
     def _end(self) -> int:
@@ -86,8 +86,8 @@ class DirtyOperations(Operations):
         """What is tracked, and how."""
         snapshot = self._published
         mode = register(snapshot.machine, reg.DIRTY_MODE)
-        level = next(name for name, bit in _LEVELS.items() if mode & tracking.TRACKED == bit)
-        return Tracking(level, METHODS[bool(mode & tracking.BY_PML)])
+        level = next(name for name, bit in _LEVELS.items() if mode & dirty_marking.TRACKED == bit)
+        return Tracking(level, METHODS[bool(mode & dirty_marking.BY_PML)])
 
     def pages(self, gfn: int = 0, npages: int | None = None) -> DirtyPages:
         """What is dirty in a range, or everywhere; changes nothing. Pages without a slot are never dirty."""
@@ -100,13 +100,13 @@ class DirtyOperations(Operations):
             )
         now = self._state.current
         machine, slots = now.snapshot.machine, now.slots
-        gfns, masks = _collect(machine, gfn, end, dirty_log.SINCE_HARVEST)
+        gfns, masks = _collect(machine, gfn, end, dirty_harvest.SINCE_HARVEST)
         logged = _collect_logged(machine, gfn, end)
         buffered = np.unique(buffered_pages(machine, self._config, slots))
         buffered = buffered[(buffered >= gfn) & (buffered < end)]
         mode = register(machine, reg.DIRTY_MODE)
         logged = np.union1d(logged, buffered[_in_logged_slot(slots, buffered)])
-        whole = buffered if mode & tracking.TRACK_PAGES else buffered[:0]
+        whole = buffered if mode & dirty_marking.TRACK_PAGES else buffered[:0]
         every = np.union1d(np.union1d(gfns, whole), logged)
         maps = np.zeros(len(every), dtype=np.uint32)
         maps[np.searchsorted(every, gfns)] = masks
@@ -149,13 +149,13 @@ class DirtyOperations(Operations):
                 )
             empty_buffers(draft, self._config)
             use_buffers(draft, self._config, method)
-            mode = register(draft.machine, reg.DIRTY_MODE) & tracking.SLOT_LOGS
-            mode |= _LEVELS[level] | (tracking.BY_PML if method == "pml" else 0)
+            mode = register(draft.machine, reg.DIRTY_MODE) & dirty_marking.SLOT_LOGS
+            mode |= _LEVELS[level] | (dirty_marking.BY_PML if method == "pml" else 0)
             store_register(draft.machine, reg.DIRTY_MODE, mode)
             if level == "off":
                 self._clear(draft, _UPPER)
             if level == "page":
-                run_all(draft, self._end, lambda at: dirty_log.widen_written(draft.machine, at, self._end))
+                run_all(draft, self._end, lambda at: dirty_harvest.widen_written(draft.machine, at, self._end))
             for spec in self._state.current.slots.values():
                 watch_slot(draft, spec)
         return Tracking(level, method)
@@ -179,7 +179,7 @@ class DirtyOperations(Operations):
         with self._state.change() as draft:
             empty_buffers(draft, self._config)
             trail = new_trail()
-            run_all(draft, self._end, lambda at: dirty_log.take_harvest(draft.machine, at, self._end, trail))
+            run_all(draft, self._end, lambda at: dirty_harvest.take_harvest(draft.machine, at, self._end, trail))
             store_register(draft.machine, reg.HARVESTS, register(draft.machine, reg.HARVESTS) + 1)
             store_register(draft.machine, np.int64(_HARVESTS), register(draft.machine, np.int64(_HARVESTS)) + 1)
             taken = self._outstanding(draft.machine)
@@ -207,7 +207,7 @@ class DirtyOperations(Operations):
         spec = self._state.current.slots.get(key_of(slot, address_space))
         if spec is None or not spec.log_dirty:
             raise NotFound("must be a slot with log_dirty", field="slot", value=slot)
-        out = np.zeros((spec.pages + tracking.LOG_MASK) >> tracking.LOG_SHIFT, dtype=np.int64)
+        out = np.zeros((spec.pages + dirty_marking.LOG_MASK) >> dirty_marking.LOG_SHIFT, dtype=np.int64)
         if spec.address_space:
             return out.tobytes()
         with self._state.change() as draft:
@@ -216,7 +216,7 @@ class DirtyOperations(Operations):
             run_all(
                 draft,
                 spec.pages,
-                lambda at: dirty_log.take_log(draft.machine, spec.gfn, at, spec.pages, out, trail),
+                lambda at: dirty_harvest.take_log(draft.machine, spec.gfn, at, spec.pages, out, trail),
             )
         return out.tobytes()
 
@@ -226,11 +226,11 @@ class DirtyOperations(Operations):
         number = register(machine, reg.HARVESTS)
         if number == register(machine, reg.ACKNOWLEDGED):
             return None
-        gfns, masks = _collect(machine, 0, self._end, dirty_log.OUTSTANDING)
+        gfns, masks = _collect(machine, 0, self._end, dirty_harvest.OUTSTANDING)
         return Harvest(gfns, masks.astype(np.uint32), number)
 
     def _clear(self, draft: Draft, kept: np.int64) -> None:
-        run_all(draft, self._end, lambda at: dirty_log.clear_written(draft.machine, at, self._end, kept))
+        run_all(draft, self._end, lambda at: dirty_harvest.clear_written(draft.machine, at, self._end, kept))
 
 
 def _in_logged_slot(slots: SlotMap, gfns: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -242,13 +242,13 @@ def _collect(
     machine: frames.Machine, gfn: int, end: int, half: np.int64
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     gfns, masks = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    while (found := int(dirty_log.collect(machine, gfn, end, half, gfns, masks))) > len(gfns):
+    while (found := int(dirty_harvest.collect(machine, gfn, end, half, gfns, masks))) > len(gfns):
         gfns, masks = np.zeros(found, dtype=np.int64), np.zeros(found, dtype=np.int64)
     return gfns, masks
 
 
 def _collect_logged(machine: frames.Machine, gfn: int, end: int) -> NDArray[np.int64]:
     gfns = np.zeros(0, dtype=np.int64)
-    while (found := int(dirty_log.collect_logged(machine, gfn, end, gfns))) > len(gfns):
+    while (found := int(dirty_harvest.collect_logged(machine, gfn, end, gfns))) > len(gfns):
         gfns = np.zeros(found, dtype=np.int64)
     return gfns

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.errors import InvalidValue
-from engine.kvm import memory, tracking
+from engine.kvm import dirty_marking, memory
 from engine.kvm.slots import check_pages
 from engine.machine.state import Operations, State
 from engine.state.frame_store import Draft
@@ -41,7 +41,7 @@ def store_bytes(draft: Draft, gpa: int, data: bytes) -> None:
 def _log(draft: Draft, gpa: int, size: int) -> None:
     def note(done: int) -> int:
         begin = done * _LOGGED_AT_ONCE
-        tracking.note_host_write(draft.machine, gpa + begin, min(_LOGGED_AT_ONCE, size - begin))
+        dirty_marking.note_host_write(draft.machine, gpa + begin, min(_LOGGED_AT_ONCE, size - begin))
         return done + 1
 
     run_all(draft, -(-size // _LOGGED_AT_ONCE), note)

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from engine.arch import controls as ctl
 from engine.arch import ept
-from engine.cpu import frames
+from engine.cpu import frames, physical_memory
 from engine.cpu.page_log import INDEX_MASK, LOG_ENTRIES
 from engine.errors import Conflict, Unsupported
-from engine.kvm import dirty_log, tracking
+from engine.kvm import dirty_harvest, dirty_marking
 from engine.kvm import registers as reg
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec
@@ -24,20 +24,20 @@ from engine.state.retry import new_trail, run_all
 
 def empty_buffers(draft: Draft, config: VmConfig, slots: SlotMap | None = None) -> None:
     """Take note of what the processors logged; ``slots`` are those it was logged under, if they are about to change."""
-    if not register(draft.machine, reg.DIRTY_MODE) & tracking.BY_PML:
+    if not register(draft.machine, reg.DIRTY_MODE) & dirty_marking.BY_PML:
         return
     after = draft.machine.slots
     if slots is not None:
         draft.machine = draft.machine._replace(slots=slots.table)
     for position in range(config.vcpu_records):
         draft.ensure(20 * LOG_ENTRIES)
-        dirty_log.empty_buffer(draft.machine, position, np.int64(0))
+        dirty_harvest.empty_buffer(draft.machine, position, np.int64(0))
     draft.machine = draft.machine._replace(slots=after)
 
 
 def use_buffers(draft: Draft, config: VmConfig, method: str) -> None:
     """Give every vCPU a page-modification log, or take it away. Raises Unsupported, Conflict."""
-    uses = bool(register(draft.machine, reg.DIRTY_MODE) & tracking.BY_PML)
+    uses = bool(register(draft.machine, reg.DIRTY_MODE) & dirty_marking.BY_PML)
     if uses == (method == "pml"):
         return
     if not uses:
@@ -47,7 +47,7 @@ def use_buffers(draft: Draft, config: VmConfig, method: str) -> None:
     for frame in _vcpu_frames(config):
         secondary = int(frames.read_word(machine, frame, ctl.V_SECONDARY))
         if uses:
-            buffer = int(frames.frame_at(machine, frames.read_word(machine, frame, ctl.V_PML_ADDRESS)))
+            buffer = int(physical_memory.frame_at(machine, frames.read_word(machine, frame, ctl.V_PML_ADDRESS)))
             if buffer >= 0:
                 frames.free_frame(machine, buffer)
             address, secondary = 0, secondary & ~ctl.SECONDARY_PML
@@ -62,11 +62,11 @@ def use_buffers(draft: Draft, config: VmConfig, method: str) -> None:
 def buffered_pages(machine: frames.Machine, config: VmConfig, slots: SlotMap) -> NDArray[np.int64]:
     """GFNs in the page-modification logs that no log has taken note of yet, in slots."""
     found: list[int] = []
-    if register(machine, reg.DIRTY_MODE) & tracking.BY_PML:
+    if register(machine, reg.DIRTY_MODE) & dirty_marking.BY_PML:
         for frame in _vcpu_frames(config):
             table = int(frames.read_word(machine, frame, ctl.V_PML_ADDRESS))
             first = (int(frames.read_word(machine, frame, ctl.V_PML_INDEX)) + 1) & INDEX_MASK
-            entries = (int(frames.read_entry(machine, table, n)) for n in range(first, LOG_ENTRIES))
+            entries = (int(physical_memory.read_entry(machine, table, n)) for n in range(first, LOG_ENTRIES))
             found += ((entry & ept.ADDRESS) >> 12 for entry in entries)
     gfns = np.array(found, dtype=np.int64)
     held: NDArray[np.int64] = gfns[np.array([slots.holding(gfn) is not None for gfn in found], dtype=bool)]
@@ -83,17 +83,17 @@ def slot_changed(draft: Draft, slots: SlotMap, old: SlotSpec | None, new: SlotSp
     if had == new.log_dirty or new.address_space:
         return
     if had:
-        out = np.zeros((new.pages + tracking.LOG_MASK) >> tracking.LOG_SHIFT, dtype=np.int64)
+        out = np.zeros((new.pages + dirty_marking.LOG_MASK) >> dirty_marking.LOG_SHIFT, dtype=np.int64)
         trail = new_trail()
-        run_all(draft, new.pages, lambda at: dirty_log.take_log(draft.machine, new.gfn, at, new.pages, out, trail))
+        run_all(draft, new.pages, lambda at: dirty_harvest.take_log(draft.machine, new.gfn, at, new.pages, out, trail))
     watch_slot(draft, new)
 
 
 def note_slots(draft: Draft, slots: SlotMap) -> None:
     """Note whether a slot has KVM's log."""
-    mode = register(draft.machine, reg.DIRTY_MODE) & ~tracking.SLOT_LOGS
+    mode = register(draft.machine, reg.DIRTY_MODE) & ~dirty_marking.SLOT_LOGS
     if slots.logged:
-        mode |= tracking.SLOT_LOGS
+        mode |= dirty_marking.SLOT_LOGS
     store_register(draft.machine, reg.DIRTY_MODE, mode)
 
 
@@ -101,7 +101,9 @@ def watch_slot(draft: Draft, spec: SlotSpec) -> None:
     """Bring the mapped pages of a slot in line with what is tracked."""
     trail = new_trail()
     if not spec.address_space:
-        run_all(draft, spec.pages, lambda at: dirty_log.watch_mapped(draft.machine, spec.gfn, at, spec.pages, trail))
+        run_all(
+            draft, spec.pages, lambda at: dirty_harvest.watch_mapped(draft.machine, spec.gfn, at, spec.pages, trail)
+        )
 
 
 def register(machine: frames.Machine, position: np.int64) -> int:

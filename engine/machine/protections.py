@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from engine.errors import Conflict, NotEnabled, NotFound
-from engine.kvm import enabling, protections, spp
+from engine.kvm import enabling, protections, spp_set
 from engine.kvm import registers as reg
 from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
 from engine.kvm.slots import check_pages
@@ -75,4 +75,4 @@ class Protections(Operations):
         trail = new_trail()
         with self._state.change(since=since) as change:
             change.protections = left
-            run_all(change, len(gfns), lambda start: spp.cover(change.machine, gfns, masks, start, trail))
+            run_all(change, len(gfns), lambda start: spp_set.cover(change.machine, gfns, masks, start, trail))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engine.cpu import frames
 from engine.errors import InvalidValue
-from engine.kvm import enabling, spp, sppt_tables
+from engine.kvm import enabling, layers, spp_set, sppt_roots
 from engine.kvm import registers as reg
 from engine.kvm.slots import check_pages
 from engine.machine.fault_injection import Allocations
@@ -51,8 +51,8 @@ class Subpages(Operations):
 
     def read(self, gfn: int, npages: int, layer: str = "effective") -> NDArray[np.uint32]:
         """Maps of consecutive pages, uint32[npages] (KVM_SUBPAGES_GET_ACCESS); ``layer`` is one of LAYER_NAMES."""
-        if layer not in spp.LAYER_NAMES:
-            raise InvalidValue(f"layer is one of {', '.join(spp.LAYER_NAMES)}", field="layer", value=layer)
+        if layer not in layers.LAYER_NAMES:
+            raise InvalidValue(f"layer is one of {', '.join(layers.LAYER_NAMES)}", field="layer", value=layer)
         now = self._state.current
         machine = now.snapshot.machine
         self.check_active()
@@ -60,7 +60,7 @@ class Subpages(Operations):
             raise InvalidValue(f"npages is 1 to {MAX_WINDOW}", field="npages", value=npages)
         check_pages(machine, now.config.maxphyaddr, gfn, npages, "gfn")
         maps = np.empty(npages, dtype=np.uint32)
-        spp.read_maps(machine, gfn, spp.LAYER_NAMES.index(layer), maps)
+        layers.read_maps(machine, gfn, layers.LAYER_NAMES.index(layer), maps)
         return maps
 
     def enable(self) -> None:
@@ -71,8 +71,8 @@ class Subpages(Operations):
             Allocations(self._state).take(len(now.slots))
             with self._state.change() as change:
                 change.ensure(change.config.vcpu_records)
-                spp.enable(change.machine)
-                sppt_tables.load_roots(change.machine, change.config.vcpu_records)
+                sppt_roots.enable(change.machine)
+                sppt_roots.load_roots(change.machine, change.config.vcpu_records)
 
     def set(self, ranges: Sequence[SubpageRange]) -> None:
         """KVM_SUBPAGES_SET_ACCESS over any number of ranges, in order, all or nothing."""
@@ -106,4 +106,4 @@ def _set_range(draft: Draft, item: SubpageRange) -> None:
             # A copy: an array over bytes that may not be written would be another signature, compiled at that moment.
             maps = np.array(item.access[begin : begin + count], dtype=np.uint32)
         first = item.gfn + begin
-        run_all(draft, count, lambda start: spp.set_maps(draft.machine, first, maps, start, trail))  # noqa: B023
+        run_all(draft, count, lambda start: spp_set.set_maps(draft.machine, first, maps, start, trail))  # noqa: B023

@@ -18,7 +18,7 @@ from engine.cpu.frames import FIRST_VCPU_FRAME, Machine, write_word
 from engine.errors import InvalidValue, TraceError
 from engine.hyperv.caller import Caller
 from engine.kvm import resolutions as res
-from engine.kvm.fault import count_exit, handle_exit
+from engine.kvm.exit_handling import count_exit, handle_exit
 from engine.kvm.run import MAX_EXITS
 from engine.machine.hypercalls import HypercallRequest, execute_hypercall
 from engine.machine.hyperv_vps import enter

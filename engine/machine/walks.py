@@ -13,7 +13,7 @@ import numpy as np
 from engine.arch.exits import name_of
 from engine.cpu.explain import Explanation
 from engine.cpu.frames import Machine
-from engine.cpu.physical import find_slot
+from engine.cpu.physical_memory import find_slot
 from engine.errors import EngineError
 from engine.kvm import page_access, page_rights
 from engine.kvm import resolutions as res

@@ -15,9 +15,9 @@ from engine.arch.words import unsigned
 from engine.cpu import ept
 from engine.cpu.frames import FRAME_SIZE, Machine
 from engine.errors import InvalidValue, TraceError
+from engine.kvm import dirty_marking
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
-from engine.kvm import tracking
 from engine.kvm.slots import first_page_without_slot, writable_bytes
 from engine.kvm.user_exits import UserExit, user_exit
 from engine.state.config import VmConfig
@@ -69,7 +69,7 @@ def _note_written(draft: Draft, found: Execution, position: int) -> None:
         return
     for gpa, size in found.places:
         draft.ensure()
-        tracking.note_host_write(draft.machine, gpa, size)
+        dirty_marking.note_host_write(draft.machine, gpa, size)
 
 
 def _is_memory(m: Machine, gpa: int, size: int, *, allowed: bool) -> bool:

@@ -24,7 +24,7 @@ from engine.kvm import run
 from engine.kvm.grants import grant_touched
 from engine.state.config import choices
 from engine.state.frame_store import Draft
-from engine.trace import objects, replay
+from engine.trace import objects, record_checks, replay
 from engine.trace.choices import ANSWERS, ASK
 from engine.trace.columns import TraceChunk
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult
@@ -206,7 +206,7 @@ class InteractiveReplay(Replay):
                 self._draft.ensure()
             elif status == replay.LOG_FULL:
                 self._drain(chunk if self._options.carry else None, place.base)
-            elif status == replay.DONE:
+            elif status == record_checks.DONE:
                 return int(self._used[0]) > listed
             else:
                 self._refuse_in(chunk, status, words, 0, place.record)

@@ -10,29 +10,21 @@ from engine.arch import access as acc
 from engine.arch import exits
 from engine.arch.controls import V_GUEST_MODE
 from engine.arch.sppt import FULL_ACCESS
-from engine.cpu import access_check, ept, fastpath, sppt
-from engine.cpu.frames import CAP_VCPUS, FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
-from engine.cpu.physical import find_slot
+from engine.cpu import access_rights, ept, fastpath, sppt
+from engine.cpu.frames import FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
+from engine.cpu.physical_memory import find_slot
 from engine.jit import kernel, stands_alone
-from engine.kvm import emulator, fault, layers, run, tracking
+from engine.kvm import dirty_marking, emulator, exit_handling, layers, run
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.grants import grant_touched
 from engine.kvm.slots import is_mmio, writable_bytes
+from engine.trace.record_checks import DONE, describe, refusal
 
-# Why the loop came back
-DONE = 0
+# Why the loop came back, beside DONE and what is wrong with a record
 NEED_FRAMES = 1
 LOG_FULL = 2
 STOPPED = 3
-BAD_SIZE = 4
-BAD_ACCESS = 5
-BAD_VCPU = 6
-BAD_ADDRESS = 7
-BAD_RESERVED = 8
-BAD_KIND = 9
-BAD_LINEAR = 10
-BAD_SOURCE = 11
 
 # What becomes of a write that is refused
 SKIP = 0
@@ -46,7 +38,6 @@ OPTION_LIST_ALL = 1
 OPTION_CIRCUMSTANCES = 3  # bits of ``how`` that records do not hold
 OPTION_KINDS = 2  # records may say what kind of access they are; else those bits are zeros
 
-GPA_LIMIT = 1 << 52
 NO_GVA = np.int64(0)
 ONE = np.uint64(1)
 CACHE_MASK = np.uint64(fastpath.CACHE_MASK)
@@ -55,39 +46,6 @@ PAGES = np.uint64(fastpath.PAGES)
 # Word 1 without the instruction length; nothing but a report to user space depends on that.
 BUT_LENGTH = ~(acc.RECORD_LENGTH_MASK << acc.RECORD_LENGTH_SHIFT)
 WHOLE = -1
-
-
-@kernel
-def describe(word):
-    """The access of a record as the kernels name it."""
-    kind = (word >> acc.RECORD_KIND_SHIFT) & 7
-    linear = (word >> acc.RECORD_LINEAR_SHIFT) & acc.LINEAR_BITS
-    return (word >> 16) & acc.ACCESS_MASK | kind << acc.KIND_SHIFT | (linear ^ acc.LINEAR_VALID) << acc.LINEAR_SHIFT
-
-
-@kernel
-def refusal(m, gpa, word, kinds):
-    """Why a record is no access at all, DONE if it is one."""
-    size = word & 0xFFFF
-    if size == 0:
-        return BAD_SIZE
-    if (word >> 16) & 0xFF > acc.EXECUTE:
-        return BAD_ACCESS
-    if (word >> 24) & 0xFF or (word >> 48) & 0xFFFF:
-        if not kinds or word & acc.RECORD_FREE:
-            return BAD_RESERVED
-        if not access_check.possible_kind(describe(word)):
-            return BAD_KIND
-        if not access_check.possible_linear(describe(word)):
-            return BAD_LINEAR
-        if not access_check.fits_source(word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK, describe(word)):
-            return BAD_SOURCE
-    vcpu = (word >> 32) & 0xFFFF
-    if vcpu >= m.caps[CAP_VCPUS] or m.vcpu_of_id[vcpu] < 0:
-        return BAD_VCPU
-    if gpa < 0 or gpa > GPA_LIMIT - size:
-        return BAD_ADDRESS
-    return DONE
 
 
 @kernel
@@ -110,7 +68,7 @@ def passes_unenforced(m, vcpu, gpa, size):
         return False
     at = gpa
     while at < gpa + size:
-        part = access_check.page_part(at, gpa + size)
+        part = access_rights.page_part(at, gpa + size)
         if sppt.touched(at, part) & ~layers.effective(m, at >> 12):
             return True
         at += part
@@ -120,8 +78,8 @@ def passes_unenforced(m, vcpu, gpa, size):
 @kernel
 def note_landing(m, gpa, size):
     """Tell the dirty logs of a write that lands by the caller's choice, if all of it is in writable memory."""
-    if tracking.mode(m) and writable_bytes(m, gpa, size):
-        tracking.note_host_write(m, gpa, size)
+    if dirty_marking.mode(m) and writable_bytes(m, gpa, size):
+        dirty_marking.note_host_write(m, gpa, size)
 
 
 @kernel
@@ -170,7 +128,7 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if plain else (0, 0)
     if q:
         ending, reason, at = res.VIOLATION, exits.EPT_VIOLATION, gpa
-        fault.count_exit(tally, reason, q)
+        exit_handling.count_exit(tally, reason, q)
     elif source == acc.GUEST and not ept.mode_of(m, vcpu) & ept.MODE_EPT:
         return run_without_ept(m, gpa, word, index, gva, list_all, log, used, tally)
     else:

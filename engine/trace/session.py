@@ -15,7 +15,7 @@ from engine.kvm import registers as reg
 from engine.kvm import run
 from engine.state.config import choices
 from engine.state.frame_store import Draft
-from engine.trace import objects, replay
+from engine.trace import objects, record_checks, replay
 from engine.trace.choices import ASK, INCLUDE, ON_VIOLATION
 from engine.trace.columns import TraceChunk
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult, columns_of_log, join
@@ -33,14 +33,14 @@ _DOES: dict[str, int] = {
 }
 
 REFUSALS = {
-    replay.BAD_SIZE: ("size", "must be at least one byte"),
-    replay.BAD_ACCESS: ("access", "must be 0 read, 1 write or 2 execute"),
-    replay.BAD_VCPU: ("vcpu", "must be the id of a vCPU of this machine"),
-    replay.BAD_ADDRESS: ("gpa", "must keep the access at or below guest-physical address 2^52"),
-    replay.BAD_RESERVED: ("record", "must have zeros in its reserved bytes"),
-    replay.BAD_KIND: ("kind", acc.KIND_RULE),
-    replay.BAD_SOURCE: ("source", acc.SOURCE_RULE),
-    replay.BAD_LINEAR: ("linear", acc.LINEAR_RULE),
+    record_checks.BAD_SIZE: ("size", "must be at least one byte"),
+    record_checks.BAD_ACCESS: ("access", "must be 0 read, 1 write or 2 execute"),
+    record_checks.BAD_VCPU: ("vcpu", "must be the id of a vCPU of this machine"),
+    record_checks.BAD_ADDRESS: ("gpa", "must keep the access at or below guest-physical address 2^52"),
+    record_checks.BAD_RESERVED: ("record", "must have zeros in its reserved bytes"),
+    record_checks.BAD_KIND: ("kind", acc.KIND_RULE),
+    record_checks.BAD_SOURCE: ("source", acc.SOURCE_RULE),
+    record_checks.BAD_LINEAR: ("linear", acc.LINEAR_RULE),
 }
 
 
@@ -145,7 +145,7 @@ class Replay:
             elif status == replay.STOPPED:
                 self._stop(chunk, base, position)
                 return False
-            elif status != replay.DONE:
+            elif status != record_checks.DONE:
                 self._refuse_in(chunk, status, words, position, base)
         self._end_chunk(chunk, base)
         return True

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.arch import access as acc
-from engine.cpu import access_check
 from engine.errors import InvalidValue
 from engine.kvm.user_exits import UserExit
 from engine.state.config import VmConfig, choices
+from engine.trace import record_checks
 from engine.trace.choices import ON_VIOLATION
-from engine.trace.replay import GPA_LIMIT
+from engine.trace.record_checks import GPA_LIMIT
 from engine.trace.results import ExitColumns
 
 MAX_SIZE = 0xFFFF
@@ -76,16 +76,16 @@ class AccessRequest:
                 value=self.circumstances,
             )
         how = np.int64(self.how)
-        if not access_check.possible_kind(how):
+        if not record_checks.possible_kind(how):
             raise InvalidValue(acc.KIND_RULE, field="kind", value=acc.KIND_NAMES[self.kind])
-        if not access_check.possible_linear(how):
+        if not record_checks.possible_linear(how):
             raise InvalidValue(acc.LINEAR_RULE, field="linear", value=self.linear)
         self._validate_source()
 
     def _validate_source(self) -> None:
         if not 0 <= self.source < len(acc.SOURCE_NAMES):
             raise InvalidValue(f"must be 0 to {len(acc.SOURCE_NAMES) - 1}", field="source", value=self.source)
-        if not access_check.fits_source(np.int64(self.source), np.int64(self.how)):
+        if not record_checks.fits_source(np.int64(self.source), np.int64(self.how)):
             raise InvalidValue(acc.SOURCE_RULE, field="source", value=acc.SOURCE_NAMES[self.source])
         if self.source != acc.GUEST and self.gpa is None:
             raise InvalidValue("must be given: an access of KVM or the host is by gpa", field="gpa", value=None)

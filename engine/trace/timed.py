@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engine.errors import TraceError
 from engine.state.frame_store import Draft
-from engine.trace import objects, replay, translated
+from engine.trace import objects, record_checks, translated
 from engine.trace.columns import TraceChunk
 from engine.trace.operations import NO_SPACE, Operation
 from engine.trace.results import TraceResult
@@ -76,7 +76,7 @@ class TimedReplay(Replay):
         stop = int(beside.at[following]) if following < len(beside.at) else len(chunk.records)
         if stop == position:
             self._perform(chunk, beside.items[following], base + position)
-            return replay.DONE, position + 1
+            return record_checks.DONE, position + 1
         part = chunk.records[position:stop]
         self._enter_guest(TraceChunk(part, None, {}))
         status, position = translated.replay(
@@ -97,7 +97,7 @@ class TimedReplay(Replay):
             self._count,
         )
         self._explain()
-        return replay.DONE if status == translated.FOUND_FULL else int(status), int(position)
+        return record_checks.DONE if status == translated.FOUND_FULL else int(status), int(position)
 
     def _check_modelled(self, chunk: TraceChunk, position: int, base: int) -> None:
         if len(self._uses) or chunk.operations is None:

@@ -11,12 +11,13 @@ from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import paging as guest
 from engine.arch.words import positions
-from engine.cpu import access_check, ept, tlb
+from engine.cpu import access_rights, ept, tlb
 from engine.cpu.frames import CAP_RESERVED_ADDRESS, FIRST_VCPU_FRAME, ample, read_word, write_word
 from engine.jit import kernel
 from engine.kvm import registers as reg
 from engine.kvm import run
 from engine.kvm.slots import is_mmio
+from engine.trace import record_checks
 from engine.trace import replay as plain
 
 # Why the loop came back, beside the reasons of ``trace.replay``
@@ -47,9 +48,9 @@ MOST_PAGES = 18
 @kernel
 def goes_by_linear_address(word):
     """Whether the processor translates the access of a record: one of the guest's, not to a paging structure."""
-    how = plain.describe(word)
+    how = record_checks.describe(word)
     mine = word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK == acc.GUEST
-    return mine and how & acc.LINEAR_VALID << acc.LINEAR_SHIFT != 0 and not access_check.is_paging(how)
+    return mine and how & acc.LINEAR_VALID << acc.LINEAR_SHIFT != 0 and not access_rights.is_paging(how)
 
 
 @kernel
@@ -127,7 +128,7 @@ def translate(m, vcpu, gva, gpa, size, index, word, uses, found, count):
     apart = False
     done = 0
     while done < size:
-        part = access_check.page_part(gpa + done, gpa + size)
+        part = access_rights.page_part(gpa + done, gpa + size)
         frame = (gpa + done) >> 12
         page = (gva + done) >> 12
         agree(m, vcpu, kind, page, frame, index, uses)
@@ -146,7 +147,7 @@ def translate(m, vcpu, gva, gpa, size, index, word, uses, found, count):
 @kernel
 def facts_of(m, vcpu, word):
     """What a record tells of its page, as in ``tlb.E_FACTS``: a small one that is writable, dirty and not global."""
-    told = plain.describe(word) >> acc.LINEAR_SHIFT & acc.LINEAR_BITS | acc.LINEAR_WRITABLE
+    told = record_checks.describe(word) >> acc.LINEAR_SHIFT & acc.LINEAR_BITS | acc.LINEAR_WRITABLE
     if read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_CPL) == 3:
         told |= acc.LINEAR_USER
     rights = tlb.GUEST_DIRTY | tlb.GUEST_UPPER_WRITABLE | tlb.GUEST_LEAF_WRITABLE
@@ -196,15 +197,15 @@ def run_translated(m, vcpu, gva, gpa, word, index, options, trail, log, used, ta
     done = 0
     while done < size:
         keep(m, vcpu, gva + done, at + done, index, word, trail, uses)
-        done += access_check.page_part(at + done, at + size)
+        done += access_rights.page_part(at + done, at + size)
     return status
 
 
 @kernel
 def run_record(m, gpa, word, index, gva, has_gva, space, options, trail, log, used, tally, uses, found, count):
     """Run one record; the frames at hand suffice. Returns as ``trace.replay.run_record`` does."""
-    bad = plain.refusal(m, gpa, word, options[plain.OPTION_KINDS])
-    if bad != plain.DONE:
+    bad = record_checks.refusal(m, gpa, word, options[plain.OPTION_KINDS])
+    if bad != record_checks.DONE:
         return bad
     if space != NO_SPACE and not fits_space(m, space):
         return BAD_SPACE
@@ -226,7 +227,7 @@ def replay(m, words, gvas, spaces, start, stop, base, options, trail, log, used,
 
     As ``trace.replay.replay``; ``spaces`` is int64[n] or empty. FOUND_FULL asks the caller to take what was found.
     """
-    status = plain.DONE
+    status = record_checks.DONE
     i = start
     while i < stop:
         if not ample(m):
@@ -245,7 +246,7 @@ def replay(m, words, gvas, spaces, start, stop, base, options, trail, log, used,
         status = run_record(
             m, gpa, word, base + i, gva, has_gva, space, options, trail, log, used, tally, uses, found, count
         )
-        if status != plain.DONE:
+        if status != record_checks.DONE:
             break
         i += 1
     tally[reg.RECORDS] += i - start

@@ -18,7 +18,7 @@ from engine.hyperv import nested_paging
 from engine.hyperv.encode import CallFields
 from engine.hyperv.execution import drop_nested
 from engine.ioctls.partial_set import SubpageCalls
-from engine.kvm import fault, mapping, spp, sppt_tables
+from engine.kvm import exit_handling, mapping, spp_set, sppt_roots
 from engine.kvm.grants import grant_touched
 from engine.kvm.guest_memory import GuestMemory
 from engine.kvm.protections import ProtectedObject
@@ -64,7 +64,7 @@ def _deep() -> None:
     """What a replay calls deep inside and is long to compile: the share of a second process."""
     trail, tally = np.zeros((TRAIL_ROWS, 4), dtype=np.int64), np.zeros(1, dtype=np.int64)
     with _machine().state.change() as draft:
-        fault.handle_exit(draft.machine, 0, 0, 0, 0, 0, trail, tally)  # no reason: an internal error
+        exit_handling.handle_exit(draft.machine, 0, 0, 0, 0, 0, trail, tally)  # no reason: an internal error
         grant_touched(draft.machine, 0x4010, 8, trail)
 
 
@@ -213,15 +213,15 @@ FIRST_KERNELS = (
     frames.write_word,
     mapping.ept_pointer,
     first_page_without_slot,
-    spp.cover,
-    spp.enable,
-    sppt_tables.root_frame,
-    sppt_tables.tree_of,
+    spp_set.cover,
+    sppt_roots.enable,
+    sppt_roots.root_frame,
+    sppt_roots.tree_of,
     attribute,
     fill_objects,
     replay,
     split_log,
-    fault.handle_exit,
+    exit_handling.handle_exit,
     grant_touched,
 )
 

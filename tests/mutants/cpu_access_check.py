@@ -5,12 +5,15 @@ from __future__ import annotations
 from .mutant import Mutant
 from .paths import ACCESS_CHECK, DERIVED, full, named, plain
 
+ACCESS_RIGHTS_PY = "engine/cpu/access_rights.py"
+SPP_ELIGIBILITY_PY = "engine/cpu/spp_eligibility.py"
+EXIT_QUALIFICATION_PY = "engine/cpu/exit_qualification.py"
 ACCESS_CHECK_PY = "engine/cpu/access_check.py"
 
 MUTANTS = (
     Mutant(
         "rights-user-execute",
-        ACCESS_CHECK_PY,
+        ACCESS_RIGHTS_PY,
         "right = bits.USER_EXECUTE if mode & ept.MODE_MBEC and user else bits.EXECUTE",
         "right = bits.USER_EXECUTE if mode & ept.MODE_MBEC else bits.EXECUTE",
         "29.3.3.2: bit 10 decides about user-mode linear addresses only",
@@ -18,7 +21,7 @@ MUTANTS = (
     ),
     Mutant(
         "rights-paging-write-upper",
-        ACCESS_CHECK_PY,
+        ACCESS_RIGHTS_PY,
         "return paging_write and leaf & bits.PAGING_WRITE != 0 and upper != 0",
         "return paging_write and leaf & bits.PAGING_WRITE != 0",
         "29.3.3.2: bit 58 stands in for the write bit of the leaf only",
@@ -26,7 +29,7 @@ MUTANTS = (
     ),
     Mutant(
         "rights-paging-write-any",
-        ACCESS_CHECK_PY,
+        ACCESS_RIGHTS_PY,
         "paging_write = is_paging(how) and mode & ept.MODE_PAGING_WRITE != 0",
         "paging_write = mode & ept.MODE_PAGING_WRITE != 0",
         "29.3.3.2: bit 58 is for guest paging-structure accesses",
@@ -34,7 +37,7 @@ MUTANTS = (
     ),
     Mutant(
         "rights-shadow-stack-leaf",
-        ACCESS_CHECK_PY,
+        ACCESS_RIGHTS_PY,
         "return rights & bits.READ != 0 and upper != 0 and leaf & bits.SUPERVISOR_SHADOW_STACK != 0",
         "return rights & bits.READ != 0 and upper != 0",
         "29.3.3.2: supervisor shadow stacks need bit 60 of the leaf",
@@ -42,7 +45,7 @@ MUTANTS = (
     ),
     Mutant(
         "rights-shadow-stack-user",
-        ACCESS_CHECK_PY,
+        ACCESS_RIGHTS_PY,
         "return kind == acc.SHADOW_STACK and mode & ept.MODE_SHADOW_STACK != 0 and user == 0",
         "return kind == acc.SHADOW_STACK and mode & ept.MODE_SHADOW_STACK != 0",
         "29.3.3.2: EPTP[7] is about supervisor shadow stacks",
@@ -50,7 +53,7 @@ MUTANTS = (
     ),
     Mutant(
         "rights-walk-read-writes",
-        ACCESS_CHECK_PY,
+        ACCESS_RIGHTS_PY,
         "if kind == acc.PAGING_UPDATE or (kind == acc.PAGING_READ and mode & ept.MODE_ACCESSED_DIRTY and translated):",
         "if kind == acc.PAGING_UPDATE:",
         "29.3.3.2: with EPTP[6], reads of guest paging structures count as writes",
@@ -58,7 +61,7 @@ MUTANTS = (
     ),
     Mutant(
         "rights-pdpte-load",
-        ACCESS_CHECK_PY,
+        ACCESS_RIGHTS_PY,
         "if kind == acc.PAGING_UPDATE or (kind == acc.PAGING_READ and mode & ept.MODE_ACCESSED_DIRTY and translated):",
         "if kind == acc.PAGING_UPDATE or (kind == acc.PAGING_READ and mode & ept.MODE_ACCESSED_DIRTY):",
         "29.3.3.2: loads of PDPTEs are never writes",
@@ -66,7 +69,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-write-of-leaf",
-        ACCESS_CHECK_PY,
+        SPP_ELIGIBILITY_PY,
         "if not mode & ept.MODE_SPP or not wanted & bits.WRITE or rights & bits.WRITE or how & acc.SPP_EXEMPT:",
         "if not mode & ept.MODE_SPP or not wanted & bits.WRITE or leaf & bits.WRITE or how & acc.SPP_EXEMPT:",
         "29.3.4.1: write may be missing at any level",
@@ -74,7 +77,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-exempt",
-        ACCESS_CHECK_PY,
+        SPP_ELIGIBILITY_PY,
         "if not mode & ept.MODE_SPP or not wanted & bits.WRITE or rights & bits.WRITE or how & acc.SPP_EXEMPT:",
         "if not mode & ept.MODE_SPP or not wanted & bits.WRITE or rights & bits.WRITE:",
         "29.3.4.1: never in a transactional region",
@@ -82,7 +85,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-control",
-        ACCESS_CHECK_PY,
+        SPP_ELIGIBILITY_PY,
         "if not mode & ept.MODE_SPP or not wanted & bits.WRITE or rights & bits.WRITE or how & acc.SPP_EXEMPT:",
         "if not wanted & bits.WRITE or rights & bits.WRITE or how & acc.SPP_EXEMPT:",
         "29.3.4.1: bit 61 means nothing without the control",
@@ -90,7 +93,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-large-page",
-        ACCESS_CHECK_PY,
+        SPP_ELIGIBILITY_PY,
         "if level != 1 or not leaf & bits.SPP or is_paging(how) or supervisor_shadow_stack(how, mode):",
         "if level > 2 or not leaf & bits.SPP or is_paging(how) or supervisor_shadow_stack(how, mode):",
         "29.3.4.1: 4-KByte pages only",
@@ -98,7 +101,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-bit-61",
-        ACCESS_CHECK_PY,
+        SPP_ELIGIBILITY_PY,
         "if level != 1 or not leaf & bits.SPP or is_paging(how) or supervisor_shadow_stack(how, mode):",
         "if level != 1 or is_paging(how) or supervisor_shadow_stack(how, mode):",
         "29.3.4.1: the leaf needs bit 61",
@@ -106,7 +109,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-paging",
-        ACCESS_CHECK_PY,
+        SPP_ELIGIBILITY_PY,
         "if level != 1 or not leaf & bits.SPP or is_paging(how) or supervisor_shadow_stack(how, mode):",
         "if level != 1 or not leaf & bits.SPP or supervisor_shadow_stack(how, mode):",
         "29.3.4.1: never for guest paging-structure accesses",
@@ -114,7 +117,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-shadow-stack",
-        ACCESS_CHECK_PY,
+        SPP_ELIGIBILITY_PY,
         "if level != 1 or not leaf & bits.SPP or is_paging(how) or supervisor_shadow_stack(how, mode):",
         "if level != 1 or not leaf & bits.SPP or is_paging(how):",
         "29.3.4.1: never for supervisor shadow stacks under EPTP[7]",
@@ -122,7 +125,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-execute-only",
-        ACCESS_CHECK_PY,
+        SPP_ELIGIBILITY_PY,
         "return rights & bits.READ != 0 or m.caps[CAP_SPP_EXECUTE_ONLY] != 0",
         "return True",
         "29.3.4.1: a page that cannot be read is not eligible, but for the switch",
@@ -130,7 +133,7 @@ MUTANTS = (
     ),
     Mutant(
         "spp-modify-needs-read",
-        ACCESS_CHECK_PY,
+        SPP_ELIGIBILITY_PY,
         "if wanted & bits.READ and not rights & bits.READ:",
         "if wanted & bits.READ and not leaf & bits.RIGHTS:",
         "29.3.4.1: write must be all that is missing",
@@ -147,7 +150,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-rights-of-leaf",
-        ACCESS_CHECK_PY,
+        EXIT_QUALIFICATION_PY,
         "q |= (rights & bits.RIGHTS) << exits.Q_RIGHTS_SHIFT",
         "q |= (leaf & bits.RIGHTS) << exits.Q_RIGHTS_SHIFT",
         "table 28-7: bits 5:3 are the AND over all entries",
@@ -155,7 +158,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-user-execute",
-        ACCESS_CHECK_PY,
+        EXIT_QUALIFICATION_PY,
         "if mode & ept.MODE_MBEC and rights & bits.USER_EXECUTE:",
         "if rights & bits.USER_EXECUTE:",
         "table 28-7: bit 6 is 0 without MBEC",
@@ -163,7 +166,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-final",
-        ACCESS_CHECK_PY,
+        EXIT_QUALIFICATION_PY,
         "if is_paging(how):",
         "if is_paging(how) and how & acc.ACCESS_MASK == acc.WRITE:",
         "table 28-7: bit 8 is 0 for a guest paging-structure access",
@@ -172,7 +175,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-linear-valid",
-        ACCESS_CHECK_PY,
+        EXIT_QUALIFICATION_PY,
         "if not linear & acc.LINEAR_VALID:",
         "if how & acc.SPP_EXEMPT:",
         "table 28-7: bit 7 is 0 for a load of PDPTEs",
@@ -180,7 +183,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-advanced",
-        ACCESS_CHECK_PY,
+        EXIT_QUALIFICATION_PY,
         "if m.caps[CAP_EPT_VPID] & bits.CAP_ADVANCED_EXIT:",
         "if m.caps[CAP_EPT_VPID] & bits.CAP_SHADOW_STACK == 0:",
         "table 28-7: bits 11:9 need IA32_VMX_EPT_VPID_CAP[22]",
@@ -188,7 +191,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-supervisor-shadow-stack",
-        ACCESS_CHECK_PY,
+        EXIT_QUALIFICATION_PY,
         "if mode & ept.MODE_SHADOW_STACK and leaf & bits.SUPERVISOR_SHADOW_STACK:",
         "if mode & ept.MODE_SHADOW_STACK:",
         "table 28-7: bit 14 is bit 60 of the leaf",
@@ -204,7 +207,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-verification-leaf",
-        ACCESS_CHECK_PY,
+        ACCESS_RIGHTS_PY,
         "return unverified and leaf & bits.VERIFY_PAGING != 0 and not is_paging(how)",
         "return unverified and not is_paging(how)",
         "29.3.3.2: verification is for pages with bit 57",
@@ -220,7 +223,7 @@ MUTANTS = (
     ),
     Mutant(
         "q-modify-reads",
-        ACCESS_CHECK_PY,
+        EXIT_QUALIFICATION_PY,
         "if kind == acc.READ_MODIFY_WRITE and not m.caps[CAP_RMW_READS]:",
         "if kind == acc.READ_MODIFY_WRITE:",
         "table 28-7: bit 0 of a read-modify-write is the processor's choice, here a switch",

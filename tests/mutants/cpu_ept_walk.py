@@ -5,8 +5,8 @@ from __future__ import annotations
 from .mutant import Mutant
 from .paths import ACCESS_CHECK, DERIVED, LOG, named, plain
 
+PHYSICAL_MEMORY_PY = "engine/cpu/physical_memory.py"
 EPT_PY = "engine/cpu/ept.py"
-FRAMES_PY = "engine/cpu/frames.py"
 
 MUTANTS = (
     Mutant(
@@ -163,7 +163,7 @@ MUTANTS = (
     ),
     Mutant(
         "frames-absent-memory",
-        FRAMES_PY,
+        PHYSICAL_MEMORY_PY,
         "return -1",
         "return 0",
         "absent memory reads as all ones",

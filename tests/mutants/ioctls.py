@@ -5,6 +5,7 @@ from __future__ import annotations
 from .mutant import Mutant
 from .paths import named
 
+DIRTY_LOG_PY = "engine/ioctls/dirty_log.py"
 ROUTE = "tests/service/api/system"
 SPP, SLOTS = f"{ROUTE}/test_ioctls_spp.py", f"{ROUTE}/test_ioctls_slots.py"
 VCPUS, DIRTY = f"{ROUTE}/test_ioctls_vcpus.py", f"{ROUTE}/test_ioctls_dirty_log.py"
@@ -120,15 +121,15 @@ MUTANTS = (
     Mutant(
         "vcpu-late-without-sppt",
         "engine/machine/subpages.py",
-        "sppt_tables.load_roots(change.machine, change.config.vcpu_records)",
-        "sppt_tables.load_roots(change.machine, len(change.config.vcpus))",
+        "sppt_roots.load_roots(change.machine, change.config.vcpu_records)",
+        "sppt_roots.load_roots(change.machine, len(change.config.vcpus))",
         "a vCPU made after SPP came on has the SPPT of its siblings",
         named(VCPUS, "a_vcpu_made_after_spp_obeys_it"),
         function="enable",
     ),
     Mutant(
         "dirty-log-number",
-        "engine/ioctls/dirty_log.py",
+        DIRTY_LOG_PY,
         "if number >= kvm_version(target.profile).limits.user_slots or space >= ADDRESS_SPACES:",
         "if space >= ADDRESS_SPACES:",
         "a slot number that cannot be is EINVAL, not ENOENT",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from .mutant import Mutant
 from .paths import COLUMNS, KINDS, PROCESSOR, RAW_TABLES, named
 
+RECORD_CHECKS_PY = "engine/trace/record_checks.py"
+
 MUTANTS = (
     Mutant(
         "kind-untranslated-update",
@@ -56,7 +58,7 @@ MUTANTS = (
     ),
     Mutant(
         "kind-in-packed",
-        "engine/trace/replay.py",
+        RECORD_CHECKS_PY,
         "if not kinds or word & acc.RECORD_FREE:",
         "if word & acc.RECORD_FREE:",
         "byte 3 of a packed record is zero",
@@ -64,7 +66,7 @@ MUTANTS = (
     ),
     Mutant(
         "kind-free-bit",
-        "engine/trace/replay.py",
+        RECORD_CHECKS_PY,
         "if not kinds or word & acc.RECORD_FREE:",
         "if not kinds:",
         "bits that mean nothing yet are zero",
@@ -72,7 +74,7 @@ MUTANTS = (
     ),
     Mutant(
         "kind-impossible",
-        "engine/cpu/access_check.py",
+        RECORD_CHECKS_PY,
         "return acc.POSSIBLE >> (4 * kind + (how & acc.ACCESS_MASK)) & 1 != 0",
         "return kind <= acc.SHADOW_STACK",
         "an access is one that its kind can be",
@@ -137,7 +139,7 @@ MUTANTS = (
     ),
     Mutant(
         "physical-guest-memory",
-        "engine/cpu/physical.py",
+        "engine/cpu/physical_memory.py",
         "return guest_memory.read_word(m, page + 8 * index)",
         "return -1",
         "guest RAM is at the HPA that equals its GPA",
@@ -145,7 +147,7 @@ MUTANTS = (
     ),
     Mutant(
         "physical-word",
-        "engine/cpu/physical.py",
+        "engine/cpu/physical_memory.py",
         "guest_memory.write_word(m, page + 8 * index, word)",
         "guest_memory.write_word(m, page, word)",
         "table 26-1: each word of the area has its place",

@@ -5,14 +5,16 @@ from __future__ import annotations
 from .mutant import Mutant
 from .paths import FAULT, LAYERS, MAPPING, REPLAY, SLOTS, SPPT, named
 
+SPP_SET_PY = "engine/kvm/spp_set.py"
+EPT_VIOLATION_PY = "engine/kvm/ept_violation.py"
+SPP_MISS_PY = "engine/kvm/spp_miss.py"
+EXIT_HANDLING_PY = "engine/kvm/exit_handling.py"
 LAYERS_PY = "engine/kvm/layers.py"
-SPP_PY = "engine/kvm/spp.py"
 PROTECTIONS_PY = "engine/kvm/protections.py"
-PHYSICAL_PY = "engine/cpu/physical.py"
+PHYSICAL_PY = "engine/cpu/physical_memory.py"
 SLOTS_PY = "engine/kvm/slots.py"
 SPPT_PY = "engine/kvm/sppt_tables.py"
 MAPPING_PY = "engine/kvm/mapping.py"
-FAULT_PY = "engine/kvm/fault.py"
 RUN_PY = "engine/kvm/run.py"
 
 MUTANTS = (
@@ -42,7 +44,7 @@ MUTANTS = (
     ),
     Mutant(
         "layers-unprotect-keeps-grant",
-        SPP_PY,
+        SPP_SET_PY,
         "layers.store(m, gfn, before, before[0], masks[i], before[2] & masks[i])",
         "layers.store(m, gfn, before, before[0], masks[i], before[2])",
         "a grant ends with the protection",
@@ -50,7 +52,7 @@ MUTANTS = (
     ),
     Mutant(
         "layers-protect-lifts-set",
-        SPP_PY,
+        SPP_SET_PY,
         "layers.store(m, gfn, before, before[0], masks[i], before[2] & masks[i])",
         "layers.store(m, gfn, before, np.int64(0), masks[i], before[2] & masks[i])",
         "a protection never lifts a SET",
@@ -99,7 +101,7 @@ MUTANTS = (
     Mutant(
         "mapping-arm-bit",
         MAPPING_PY,
-        "return entry | (write_protection.saved_bit(m) if tracking.saved(m, gfn, slot, mask) else bits.SPP)",
+        "return entry | (write_protection.saved_bit(m) if dirty_marking.saved(m, gfn, slot, mask) else bits.SPP)",
         "return entry",
         "kvm-spp 3.4: a page whose map is not full is armed",
         named(FAULT, "first_touch_arms_a_page_whose_map_is_not_full"),
@@ -116,7 +118,7 @@ MUTANTS = (
     Mutant(
         "mapping-born-clean",
         MAPPING_PY,
-        "return entry | bits.WRITE | (NOTHING if tracking.flag_waits(m, gfn, slot) else bits.DIRTY)",
+        "return entry | bits.WRITE | (NOTHING if dirty_marking.flag_waits(m, gfn, slot) else bits.DIRTY)",
         "return entry | bits.WRITE",
         "kvm-spp 3.4: a writable leaf is born dirty",
         named(FAULT, "first_touch_maps_a_full_page_writable"),
@@ -140,7 +142,7 @@ MUTANTS = (
     ),
     Mutant(
         "mapping-refresh-skips",
-        MAPPING_PY,
+        SPP_SET_PY,
         "if not found or level != 1 or entry & LOCKLESS_WRITABLE != LOCKLESS_WRITABLE:",
         "if not found or level != 1 or not entry & bits.SPP:",
         "kvm-spp 2.3: SET brings the leaf of a mapped page in line",
@@ -157,7 +159,7 @@ MUTANTS = (
     ),
     Mutant(
         "fault-violation-any",
-        FAULT_PY,
+        EPT_VIOLATION_PY,
         "if write and level == 1 and entry & bits.SPP and lockless:",
         "if level == 1 and entry & bits.SPP and lockless:",
         "kvm-spp 3.3: only a write is a sub-page violation",
@@ -165,7 +167,7 @@ MUTANTS = (
     ),
     Mutant(
         "fault-read-only",
-        FAULT_PY,
+        EPT_VIOLATION_PY,
         "if write and read_only:",
         "if write and read_only and slot > 0:",
         "kvm-spp 3.3: a write to a read-only slot is MMIO",
@@ -173,7 +175,7 @@ MUTANTS = (
     ),
     Mutant(
         "fault-miss-profile",
-        FAULT_PY,
+        SPP_MISS_PY,
         "if choices.chooses(m, KVM_FILL_REGION):",
         "if not choices.chooses(m, KVM_FILL_REGION):",
         "kvm-spp 3.3: 2019 fills one page, later series the region",
@@ -181,7 +183,7 @@ MUTANTS = (
     ),
     Mutant(
         "fault-region-start",
-        SPPT_PY,
+        SPP_MISS_PY,
         "first = gfn & ~(sp.REGION_PAGES - 1)",
         "first = gfn",
         "kvm-spp 3.3: a region begins at a multiple of 2 MiB",
@@ -189,7 +191,7 @@ MUTANTS = (
     ),
     Mutant(
         "fault-count-miss",
-        FAULT_PY,
+        EXIT_HANDLING_PY,
         "elif qualification & exits.Q_SPP_MISS:",
         "elif not qualification & exits.Q_SPP_MISS:",
         "28.2.1: bit 11 of the qualification is a miss",
@@ -197,7 +199,7 @@ MUTANTS = (
     ),
     Mutant(
         "fault-log-emptied",
-        "engine/kvm/dirty_log.py",
+        "engine/kvm/dirty_harvest.py",
         "LAST_LOG_ENTRY = np.int64(LOG_ENTRIES - 1)",
         "LAST_LOG_ENTRY = np.int64(LOG_ENTRIES)",
         "29.3.6: an empty log begins at entry 511",

@@ -5,12 +5,11 @@ from __future__ import annotations
 from .mutant import Mutant
 from .paths import DIRTY, KINDS, PAGE_ACCESS, named
 
-TRACKING_PY = "engine/kvm/tracking.py"
-DIRTY_LOG_PY = "engine/kvm/dirty_log.py"
-DIRTY_PY = "engine/machine/dirty.py"
+LARGE_PAGES_PY = "engine/kvm/large_pages.py"
+TRACKING_PY = "engine/kvm/dirty_marking.py"
+DIRTY_LOG_PY = "engine/kvm/dirty_harvest.py"
 MAPPING_PY = "engine/kvm/mapping.py"
 RUN_PY = "engine/kvm/run.py"
-REPLAY_PY = "engine/trace/replay.py"
 RIGHTS_PY = "engine/kvm/page_rights.py"
 ACCESS_PY = "engine/machine/page_access.py"
 
@@ -83,7 +82,7 @@ MUTANTS = (
     Mutant(
         "dirty-flag-kept",
         MAPPING_PY,
-        "if not tracking.flag_waits(m, gfn, slot):",
+        "if not dirty_marking.flag_waits(m, gfn, slot):",
         "if True:",
         "the processor logs a page whose dirty flag begins at 0",
         named(DIRTY, "a_dirty_flag_begins_at_0_and_pages_are_logged_once"),
@@ -98,17 +97,17 @@ MUTANTS = (
     ),
     Mutant(
         "dirty-large-pages",
-        MAPPING_PY,
-        "if level > 1 and (tracking.watched(m, slot) or page_rights.restricted(m, gfn, 2)):",
+        LARGE_PAGES_PY,
+        "if level > 1 and (dirty_marking.watched(m, slot) or page_rights.restricted(m, gfn, 2)):",
         "if level > 1 and page_rights.restricted(m, gfn, 2):",
         "tracked pages are mapped at 4 KBytes",
         named(DIRTY, "tracked_pages_are_small"),
     ),
     Mutant(
         "access-large-pages",
-        MAPPING_PY,
-        "if level > 1 and (tracking.watched(m, slot) or page_rights.restricted(m, gfn, 2)):",
-        "if level > 1 and tracking.watched(m, slot):",
+        LARGE_PAGES_PY,
+        "if level > 1 and (dirty_marking.watched(m, slot) or page_rights.restricted(m, gfn, 2)):",
+        "if level > 1 and dirty_marking.watched(m, slot):",
         "a restricted page is mapped at 4 KBytes",
         named(PAGE_ACCESS, "a_restricted_page_is_mapped_small_and_comes_back_from_disk"),
     ),

@@ -5,8 +5,11 @@ from __future__ import annotations
 from .mutant import Mutant
 from .paths import EMULATOR, FAULT, HOST_MEMORY, MAPPING, PROFILES, named
 
+LARGE_PAGES_PY = "engine/kvm/large_pages.py"
+EPT_VIOLATION_PY = "engine/kvm/ept_violation.py"
+SPP_MISS_PY = "engine/kvm/spp_miss.py"
+EXIT_HANDLING_PY = "engine/kvm/exit_handling.py"
 MAPPING_PY = "engine/kvm/mapping.py"
-FAULT_PY = "engine/kvm/fault.py"
 REGIONS_PY = "engine/kvm/regions.py"
 HOST_PY = "engine/kvm/host_state.py"
 EPT_PY = "engine/kvm/ept_tables.py"
@@ -16,7 +19,7 @@ EVENTS_PY = "engine/kvm/host_memory.py"
 MUTANTS = (
     Mutant(
         "level-ignores-region",
-        MAPPING_PY,
+        LARGE_PAGES_PY,
         "if regions.protected(m, gfn, 2):",
         "if regions.protected(m, gfn, 3):",
         "kvm-spp 3.4: 4-KByte leaves in a 2-MByte region with a protected page, and not beyond it",
@@ -24,7 +27,7 @@ MUTANTS = (
     ),
     Mutant(
         "level-forced-in-2019",
-        MAPPING_PY,
+        LARGE_PAGES_PY,
         "if level == 1 or not choices.chooses(m, KVM_FORCE_SMALL):",
         "if level == 1:",
         "kvm-spp 8.2: version 4 maps large pages whatever the bitmaps say",
@@ -32,7 +35,7 @@ MUTANTS = (
     ),
     Mutant(
         "level-outside-slot",
-        HOST_PY,
+        LARGE_PAGES_PY,
         "return begin <= first and first + pages <= begin + m.slots[slot, SLOT_PAGES]",
         "return first + pages <= begin + m.slots[slot, SLOT_PAGES]",
         "a large leaf is inside of its slot",
@@ -64,7 +67,7 @@ MUTANTS = (
     ),
     Mutant(
         "aged-armed-restored-in-2019",
-        FAULT_PY,
+        EPT_VIOLATION_PY,
         "return res.VIOLATION",
         "return res.INTERNAL_ERROR",
         "kvm-spp 3.3: in version 4 bit 61 of an aged page makes any write a violation",
@@ -137,7 +140,7 @@ MUTANTS = (
     ),
     Mutant(
         "miss-without-slot-fails",
-        FAULT_PY,
+        SPP_MISS_PY,
         "if not has_slot and choices.chooses(m, KVM_MISS_NEEDS_SLOT):",
         "if not has_slot:",
         "kvm-spp 4: later series leave pages without a slot out",
@@ -145,7 +148,7 @@ MUTANTS = (
     ),
     Mutant(
         "nmi-not-blocked",
-        FAULT_PY,
+        EXIT_HANDLING_PY,
         "if qualification & exits.Q_NMI_UNBLOCKING and not how & acc.DELIVERY:",
         "if qualification & exits.Q_NMI_UNBLOCKING and how & acc.DELIVERY:",
         "kvm-spp 4: blocking by NMI comes back, but for exits in the delivery of an event",

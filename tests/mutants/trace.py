@@ -5,6 +5,7 @@ from __future__ import annotations
 from .mutant import Mutant
 from .paths import OBJECTS, REPLAY, named
 
+RECORD_CHECKS_PY = "engine/trace/record_checks.py"
 REPLAY_PY = "engine/trace/replay.py"
 SESSION_PY = "engine/trace/session.py"
 OBJECTS_PY = "engine/trace/objects.py"
@@ -37,7 +38,7 @@ MUTANTS = (
     ),
     Mutant(
         "replay-reserved-half",
-        REPLAY_PY,
+        RECORD_CHECKS_PY,
         "if (word >> 24) & 0xFF or (word >> 48) & 0xFFFF:",
         "if (word >> 24) & 0xFF:",
         "the reserved bytes of a record are zero",
@@ -45,7 +46,7 @@ MUTANTS = (
     ),
     Mutant(
         "replay-unknown-vcpu",
-        REPLAY_PY,
+        RECORD_CHECKS_PY,
         "if vcpu >= m.caps[CAP_VCPUS] or m.vcpu_of_id[vcpu] < 0:",
         "if vcpu >= m.caps[CAP_VCPUS]:",
         "must be the id of a vCPU of this machine",

@@ -15,7 +15,7 @@ from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.words import signed, unsigned
-from engine.cpu import entry, frames, guest_memory, instruction, tlb
+from engine.cpu import entry, frames, guest_memory, instruction, physical_memory, tlb
 from engine.state.config import EPT_VPID_CAP, PROCBASED_CTLS2
 
 PAGE = 0x1000
@@ -108,11 +108,11 @@ class Processor:
 
     def poke(self, address: int, value: int) -> None:
         """Store a table entry by host-physical address."""
-        frames.write_entry(self.m, np.int64(address & -PAGE), np.int64(address % PAGE // 8), signed(value))
+        physical_memory.write_entry(self.m, np.int64(address & -PAGE), np.int64(address % PAGE // 8), signed(value))
 
     def peek(self, address: int) -> int:
         """A table entry by host-physical address."""
-        return unsigned(frames.read_entry(self.m, np.int64(address & -PAGE), np.int64(address % PAGE // 8)))
+        return unsigned(physical_memory.read_entry(self.m, np.int64(address & -PAGE), np.int64(address % PAGE // 8)))
 
     def guest(self, gpa: int, value: int) -> None:
         """Store a word of guest memory."""

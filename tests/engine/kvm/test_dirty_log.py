@@ -9,8 +9,8 @@ import pytest
 
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
-from engine.cpu import frames, radix
-from engine.kvm import dirty_log, tracking
+from engine.cpu import frames, physical_memory, radix
+from engine.kvm import dirty_harvest, dirty_marking
 from engine.kvm import registers as reg
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
@@ -205,12 +205,12 @@ def test_a_log_that_frames_do_not_suffice_for_is_emptied_in_part() -> None:
         frame = int(frames.FIRST_VCPU_FRAME)
         table = int(frames.read_word(m, frame, ctl.V_PML_ADDRESS))
         for position in range(512):
-            frames.write_entry(m, table, position, np.int64((position % 40) << 30))
+            physical_memory.write_entry(m, table, position, np.int64((position % 40) << 30))
         frames.write_word(m, frame, ctl.V_PML_INDEX, np.int64(0xFFFF))
-        dirty_log.empty_buffer(m, 0, np.int64(1 << 40))
+        dirty_harvest.empty_buffer(m, 0, np.int64(1 << 40))
         assert frames.read_word(m, frame, ctl.V_PML_INDEX) == 0
-        assert tracking.written(m, 0) == FULL and tracking.written(m, 1 << 18) == 0
-        dirty_log.empty_buffer(m, 0, np.int64(0))
+        assert dirty_marking.written(m, 0) == FULL and dirty_marking.written(m, 1 << 18) == 0
+        dirty_harvest.empty_buffer(m, 0, np.int64(0))
         assert frames.read_word(m, frame, ctl.V_PML_INDEX) == 511
     assert sorted(written(vm)) == [n << 18 for n in range(40)]
 

@@ -8,8 +8,8 @@ import pytest
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import exits as arch_exits
-from engine.cpu import frames
-from engine.kvm import fault, mapping, sppt_tables, write_protection
+from engine.cpu import frames, physical_memory
+from engine.kvm import exit_handling, mapping, sppt_tables, write_protection
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.slots import SlotSpec
@@ -142,7 +142,7 @@ def put_upper_entry(vm: VirtualMachine, level: int, entry: int) -> None:
         mapping.find_leaf(m, 5, trail)
         row = trail[4 - level]
         assert row[0] == level
-        frames.write_entry(m, row[1], row[2], np.int64(entry))
+        physical_memory.write_entry(m, row[1], row[2], np.int64(entry))
 
     edit(vm, write)
 
@@ -186,7 +186,7 @@ def test_misconfigured_vector_is_an_internal_error() -> None:
     access(vm, 0x5000)
 
     def spoil(m: frames.Machine) -> None:
-        frames.write_entry(m, sppt_tables.vector_table(m, 0, 5 << 12), 5, np.int64(2))
+        physical_memory.write_entry(m, sppt_tables.vector_table(m, 0, 5 << 12), 5, np.int64(2))
 
     edit(vm, spoil)
     assert access(vm, 0x5000) == ["internal-error"]
@@ -264,7 +264,7 @@ EXIT_KINDS = [
 @pytest.mark.parametrize(("reason", "qualification", "counter"), EXIT_KINDS)
 def test_exits_are_counted_by_kind(reason: int, qualification: int, counter: int) -> None:
     tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
-    fault.count_exit(tally, reason, qualification)
+    exit_handling.count_exit(tally, reason, qualification)
     assert np.flatnonzero(tally).tolist() == [counter]
 
 
@@ -284,7 +284,7 @@ def test_full_log_is_emptied_and_the_access_goes_on() -> None:
     m = vm.state.current.snapshot.machine
     assert frames.read_word(m, frames.FIRST_VCPU_FRAME, ctl.V_PML_INDEX) == 510
     table = frames.read_word(m, frames.FIRST_VCPU_FRAME, ctl.V_PML_ADDRESS)
-    assert frames.read_entry(m, table, 511) == 0x5000
+    assert physical_memory.read_entry(m, table, 511) == 0x5000
 
 
 # ---- SET on a page that is mapped

@@ -10,7 +10,7 @@ import pytest
 
 from engine.cpu import frames, radix
 from engine.errors import InvalidValue, LimitExceeded
-from engine.kvm import layers, protections, spp, sppt_tables
+from engine.kvm import layers, protections, spp_set, sppt_roots
 from engine.kvm import registers as reg
 from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
 from tests.engine.builders import FULL, bare_draft, machine, maps, new_trail, protect, replay, set_map, unchanged
@@ -93,13 +93,13 @@ def test_effective_of_whole_words(denied: int, covered: int, lifted: int, effect
     assert int(layers.granted(m, gfn)) == lifted
     out = np.zeros(1, dtype=np.uint32)
     for layer, word in enumerate((effective, ~denied & FULL, covered, lifted)):
-        spp.read_maps(m, 77, layer, out)
-        assert int(out[0]) == word, spp.LAYER_NAMES[layer]
+        layers.read_maps(m, 77, layer, out)
+        assert int(out[0]) == word, layers.LAYER_NAMES[layer]
 
 
 def test_new_page_has_full_access_in_every_layer() -> None:
     vm = machine()
-    assert [maps(vm, 7, layer=layer) for layer in spp.LAYER_NAMES] == [[FULL], [FULL], [0], [0]]
+    assert [maps(vm, 7, layer=layer) for layer in layers.LAYER_NAMES] == [[FULL], [FULL], [0], [0]]
 
 
 # ---- lives of the layers, on a machine
@@ -213,24 +213,24 @@ def test_kernels_stop_where_frames_run_out_and_go_on_from_there() -> None:
     masks = np.full(4, 1, dtype=np.int64)
     m = draft.machine
     m.top[frames.TOP_FREE] = frames.RESERVE + 2
-    assert spp.cover(m, gfns, masks, 0, new_trail()) == 1, "one page takes five frames"
+    assert spp_set.cover(m, gfns, masks, 0, new_trail()) == 1, "one page takes five frames"
     draft.ensure()
-    assert spp.cover(draft.machine, gfns, masks, 1, new_trail()) == 4
+    assert spp_set.cover(draft.machine, gfns, masks, 1, new_trail()) == 4
     m = draft.machine
     assert all(int(layers.protected(m, gfn)) == 1 for gfn in gfns)
     access = np.zeros(2, dtype=np.uint32)
     m.top[frames.TOP_FREE] = frames.RESERVE - 1
-    assert spp.set_maps(m, 5 << 20, access, 0, new_trail()) == 0
+    assert spp_set.set_maps(m, 5 << 20, access, 0, new_trail()) == 0
     draft.ensure()
-    assert spp.set_maps(draft.machine, 5 << 20, access, 0, new_trail()) == 2
+    assert spp_set.set_maps(draft.machine, 5 << 20, access, 0, new_trail()) == 2
 
 
 def test_enabling_twice_makes_one_root() -> None:
     m = bare_draft().machine
-    assert spp.enable(m)
-    root = int(sppt_tables.root_frame(m, 0))
-    assert not spp.enable(m)
-    assert int(sppt_tables.root_frame(m, 0)) == root
+    assert sppt_roots.enable(m)
+    root = int(sppt_roots.root_frame(m, 0))
+    assert not sppt_roots.enable(m)
+    assert int(sppt_roots.root_frame(m, 0)) == root
 
 
 def test_objects_of_whole_pages_and_pages_without_a_name() -> None:

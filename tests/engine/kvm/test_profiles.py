@@ -16,7 +16,7 @@ from engine.arch import ept as bits
 from engine.arch import exits as arch_exits
 from engine.cpu import frames
 from engine.errors import Conflict, InvalidValue, Unsupported
-from engine.kvm import choices, fault, mapping, run
+from engine.kvm import choices, exit_handling, mapping, run
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
 from engine.kvm.slots import SlotSpec
@@ -341,12 +341,12 @@ def test_nmis_that_iret_had_unblocked_are_blocked_again(circumstances: int, bloc
     vm = machine(vcpus=(0, 1))
 
     def handle(m: frames.Machine) -> None:
-        fault.block_nmis(m, np.int64(1), np.int64(circumstances), np.int64(arch_exits.Q_NMI_UNBLOCKING | 0x182))
+        exit_handling.block_nmis(m, np.int64(1), np.int64(circumstances), np.int64(arch_exits.Q_NMI_UNBLOCKING | 0x182))
 
     edit(vm, handle)
     assert vm.vcpus.vmcs(1)["interruptibility"] == (8 if blocked else 0)
     assert vm.vcpus.vmcs(0)["interruptibility"] == 0
-    edit(vm, lambda m: fault.block_nmis(m, np.int64(0), np.int64(0), np.int64(0x182)))
+    edit(vm, lambda m: exit_handling.block_nmis(m, np.int64(0), np.int64(0), np.int64(0x182)))
     assert vm.vcpus.vmcs(0)["interruptibility"] == 0
 
 

@@ -12,7 +12,7 @@ import pytest
 from engine.cpu import explain as explain_module
 from engine.cpu.frames import RESERVE
 from engine.errors import Busy, Conflict, EngineError, InvalidValue, LimitExceeded, NotEnabled, NotFound
-from engine.kvm import memory, slot_changes, spp
+from engine.kvm import layers, memory, slot_changes, spp_set
 from engine.kvm import protections as protections_module
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
@@ -303,14 +303,14 @@ def test_unknown_layer() -> None:
 
 def test_failure_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     vm = machine()
-    kernel = spp.set_maps
+    kernel = spp_set.set_maps
 
     def fail_on_second(m: Any, gfn: int, *rest: Any) -> int:
         if gfn == 6:
             raise RuntimeError("power cut")
         return int(kernel(m, gfn, *rest))
 
-    monkeypatch.setattr(spp, "set_maps", fail_on_second)
+    monkeypatch.setattr(spp_set, "set_maps", fail_on_second)
     with unchanged(vm), pytest.raises(RuntimeError, match="power cut"):
         vm.set_subpages([SubpageRange(5, 1, 0), SubpageRange(6, 1, 0)])
     monkeypatch.undo()
@@ -800,7 +800,7 @@ def overtaken(vm: VirtualMachine, monkeypatch: pytest.MonkeyPatch, where: Any, n
 def test_overtaken_get_answers_from_the_state_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
     vm = machine()
     set_map(vm, 1, 0x1234)
-    overtaken(vm, monkeypatch, spp, "read_maps")
+    overtaken(vm, monkeypatch, layers, "read_maps")
     assert maps(vm, 1) == [0x1234]
     assert maps(vm, 1) == [7]
 

@@ -9,20 +9,11 @@ from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import radix
-from engine.cpu.frames import (
-    FIRST_VCPU_FRAME,
-    TOP_FREE,
-    TOP_SPARE,
-    ample,
-    read_entry,
-    read_word,
-    write_entry,
-    write_word,
-)
+from engine.cpu.frames import FIRST_VCPU_FRAME, TOP_FREE, TOP_SPARE, ample, read_word, write_word
 from engine.cpu.page_log import INDEX_MASK, LOG_ENTRIES
-from engine.cpu.physical import find_slot
+from engine.cpu.physical_memory import find_slot, read_entry, write_entry
 from engine.jit import kernel
-from engine.kvm import mapping, tracking
+from engine.kvm import dirty_marking, mapping
 from engine.kvm import registers as reg
 
 LAST_LOG_ENTRY = np.int64(LOG_ENTRIES - 1)
@@ -31,7 +22,7 @@ LEAF_PAGES = 512
 
 # Which half of a word of the written map ``collect`` reads.
 SINCE_HARVEST = np.int64(0)
-OUTSTANDING = np.int64(tracking.HARVESTED_SHIFT)
+OUTSTANDING = np.int64(dirty_marking.HARVESTED_SHIFT)
 
 
 @kernel
@@ -42,7 +33,7 @@ def empty_buffer(m, vcpu, kept):
     stay in the log, which has room for others then; one at least is noted.
     """
     frame = FIRST_VCPU_FRAME + vcpu
-    if not tracking.mode(m) & tracking.BY_PML:
+    if not dirty_marking.mode(m) & dirty_marking.BY_PML:
         write_word(m, frame, ctl.V_PML_INDEX, LAST_LOG_ENTRY)
         return
     table = read_word(m, frame, ctl.V_PML_ADDRESS) & bits.ADDRESS
@@ -51,7 +42,7 @@ def empty_buffer(m, vcpu, kept):
         gfn = (read_entry(m, table, position) & bits.ADDRESS) >> 12
         slot = find_slot(m, gfn)
         if slot >= 0:
-            tracking.note_page(m, gfn, slot)
+            dirty_marking.note_page(m, gfn, slot)
         position += 1
         if min(m.top[TOP_FREE], m.top[TOP_SPARE]) <= kept:
             break
@@ -78,9 +69,9 @@ def take_harvest(m, start, end, trail):
         while at < stop:
             if not ample(m):
                 return at
-            mask = tracking.written(m, at)
+            mask = dirty_marking.written(m, at)
             if mask:
-                radix.write(m, reg.ROOT_WRITTEN, at, mask << tracking.HARVESTED_SHIFT)
+                radix.write(m, reg.ROOT_WRITTEN, at, mask << dirty_marking.HARVESTED_SHIFT)
                 watch_again(m, at, trail)
             at += 1
 
@@ -113,8 +104,8 @@ def widen_written(m, start, end):
             return at
         stop = min(end, (at | (LEAF_PAGES - 1)) + 1)
         while at < stop:
-            if tracking.written(m, at):
-                tracking.store_written(m, at, tracking.EVERYTHING)
+            if dirty_marking.written(m, at):
+                dirty_marking.store_written(m, at, dirty_marking.EVERYTHING)
             at += 1
 
 
@@ -128,10 +119,10 @@ def take_log(m, gfn, start, pages, out, trail):
     end = gfn + pages
     while at < end:
         group = radix.next_leaf(
-            m, reg.ROOT_LOG, at >> tracking.LOG_SHIFT, (end + tracking.LOG_MASK) >> tracking.LOG_SHIFT
+            m, reg.ROOT_LOG, at >> dirty_marking.LOG_SHIFT, (end + dirty_marking.LOG_MASK) >> dirty_marking.LOG_SHIFT
         )
-        at = max(at, group << tracking.LOG_SHIFT)
-        stop = min(end, (group + 1) << tracking.LOG_SHIFT)
+        at = max(at, group << dirty_marking.LOG_SHIFT)
+        stop = min(end, (group + 1) << dirty_marking.LOG_SHIFT)
         if at >= end:
             break
         if not ample(m):
@@ -140,10 +131,10 @@ def take_log(m, gfn, start, pages, out, trail):
             at = stop
             continue
         while at < stop:
-            if tracking.logged(m, at):
+            if dirty_marking.logged(m, at):
                 number = at - gfn
-                out[number >> tracking.LOG_SHIFT] |= tracking.ONE << (number & tracking.LOG_MASK)
-                tracking.store_logged(m, at, NOTHING)
+                out[number >> dirty_marking.LOG_SHIFT] |= dirty_marking.ONE << (number & dirty_marking.LOG_MASK)
+                dirty_marking.store_logged(m, at, NOTHING)
                 watch_again(m, at, trail)
             at += 1
     return pages
@@ -173,15 +164,17 @@ def collect(m, gfn, end, half, gfns, masks):
 def collect_logged(m, gfn, end, gfns):
     """Pages that KVM's log has: fills ``gfns``, int64, and counts them all."""
     found = 0
-    group = gfn >> tracking.LOG_SHIFT
-    last = (end + tracking.LOG_MASK) >> tracking.LOG_SHIFT
+    group = gfn >> dirty_marking.LOG_SHIFT
+    last = (end + dirty_marking.LOG_MASK) >> dirty_marking.LOG_SHIFT
     while True:
         group = radix.next_leaf(m, reg.ROOT_LOG, group, last)
         if group >= last:
             return found
         if radix.read(m, reg.ROOT_LOG, group) != 0:
-            for at in range(max(gfn, group << tracking.LOG_SHIFT), min(end, (group + 1) << tracking.LOG_SHIFT)):
-                if tracking.logged(m, at):
+            for at in range(
+                max(gfn, group << dirty_marking.LOG_SHIFT), min(end, (group + 1) << dirty_marking.LOG_SHIFT)
+            ):
+                if dirty_marking.logged(m, at):
                     if found < gfns.shape[0]:
                         gfns[found] = at
                     found += 1
@@ -206,7 +199,7 @@ def watch_mapped(m, gfn, start, pages, trail):
             continue
         if level > 1:
             slot = find_slot(m, at)
-            if slot >= 0 and tracking.watched(m, slot):
+            if slot >= 0 and dirty_marking.watched(m, slot):
                 write_entry(m, table, index, NOTHING)
                 mapping.forget(m, at, level)
             at = ((at >> (9 * (level - 1))) + 1) << (9 * (level - 1))

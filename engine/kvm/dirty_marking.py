@@ -15,9 +15,9 @@ import numpy as np
 
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import radix, sppt
-from engine.cpu.access_check import page_part
+from engine.cpu.access_rights import page_part
 from engine.cpu.frames import CAP_KVM, STATE_FRAME, read_word
-from engine.cpu.physical import find_slot
+from engine.cpu.physical_memory import find_slot
 from engine.jit import kernel
 from engine.kvm import layers
 from engine.kvm import registers as reg
