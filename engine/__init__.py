@@ -24,6 +24,7 @@ _KERNEL_SOURCES = (
     "kvm",
     "trace/__init__.py",
     "trace/objects.py",
+    "trace/record_checks.py",
     "trace/replay.py",
     "trace/results.py",
     "trace/translated.py",
