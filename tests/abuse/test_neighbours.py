@@ -130,8 +130,14 @@ def test_jobs_and_their_bodies(tenants: Begin) -> None:
     slow = SlowReplays(service, red)
     for _ in range(8):
         slow.begin(theirs, "record=gpa8", "application/octet-stream", _RECORDS, "Prefer: respond-async\r\n")
-    until(lambda: red.post(f"{theirs}/traces?record=gpa8", content=_RECORDS, headers=later).status_code == 429)
-    refused(red.post(f"{theirs}/traces?record=gpa8", content=_RECORDS, headers=later), "max_queued_jobs")
+    replies = []
+
+    def no_place_is_left() -> bool:
+        replies.append(red.post(f"{theirs}/traces?record=gpa8", content=_RECORDS, headers=later))
+        return bool(replies[-1].status_code == 429)
+
+    until(no_place_is_left)
+    refused(replies[-1], "max_queued_jobs")
     reply = blue.post(f"{mine}/traces?record=gpa8", content=_RECORDS * (size // 512), headers=later)
     assert reply.status_code == 202
     slow.close()
