@@ -95,6 +95,11 @@ def tagged_reply(model: type[BaseModel], about: str) -> dict[int | str, dict[str
     }
 
 
+def changed_reply(model: type[BaseModel], about: str) -> dict[int | str, dict[str, Any]]:
+    """What a change answers that ends in ``tagged``: the document as it is now, with its tag."""
+    return {200: {"model": model, "description": about, "headers": headers("ETag")}}
+
+
 def octets_reply(model: type[BaseModel], about: str) -> dict[int | str, dict[str, Any]]:
     """As ``tagged_reply``, of a read that is JSON or bytes as the client asks."""
     told = headers("ETag", "Vary")

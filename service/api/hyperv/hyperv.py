@@ -18,12 +18,12 @@ from service.api.common import (
     GUARDED_CHANGE,
     VmId,
     changed,
+    changed_reply,
     changing,
     documented,
     encode,
     find,
     guard,
-    headers,
     json_response,
     octets_reply,
     router,
@@ -263,9 +263,7 @@ async def get_activity(request: Request, vm: VmId, n: VcpuId) -> Response:
     operation_id="putActivity",
     summary="Halt a vCPU, or let it run",
     description="A flush does not wake a halted vCPU: it is queued, and done before the vCPU runs.",
-    responses=documented(
-        {200: {"model": VcpuActivity, "description": "What it does now.", "headers": headers("ETag")}}, *GUARDED_CHANGE
-    ),
+    responses=documented(changed_reply(VcpuActivity, "What it does now."), *GUARDED_CHANGE),
 )
 async def put_activity(request: Request, vm: VmId, n: VcpuId, body: VcpuActivity) -> Response:
     return await changed(
@@ -295,9 +293,7 @@ async def get_tlb_lock(request: Request, vm: VmId, n: VcpuId) -> Response:
     operation_id="putTlbLock",
     summary="Lock the TLB of a vCPU, or release it",
     description="A call that was suspended by the lock is made again after its release.",
-    responses=documented(
-        {200: {"model": TlbLock, "description": "The lock now.", "headers": headers("ETag")}}, *GUARDED_CHANGE
-    ),
+    responses=documented(changed_reply(TlbLock, "The lock now."), *GUARDED_CHANGE),
 )
 async def put_tlb_lock(request: Request, vm: VmId, n: VcpuId, body: TlbLock) -> Response:
     return await changed(
@@ -350,9 +346,7 @@ async def get_vp_assist_page(
             "content": {JSON: {"schema": {"$ref": "#/components/schemas/VpAssistFields"}}, OCTETS: BINARY},
         }
     },
-    responses=documented(
-        {200: {"model": VpAssistPage, "description": "The page now.", "headers": headers("ETag")}}, *GUARDED_CHANGE
-    ),
+    responses=documented(changed_reply(VpAssistPage, "The page now."), *GUARDED_CHANGE),
 )
 async def put_vp_assist_page(request: Request, vm: VmId, n: VcpuId) -> Response:
     entry = find(request, vm)

@@ -16,9 +16,9 @@ from service.api.common import (
     GUARDED_CHANGE,
     VmId,
     changed,
+    changed_reply,
     documented,
     find,
-    headers,
     router,
     tagged,
     tagged_reply,
@@ -104,7 +104,7 @@ async def get_vm_capability(request: Request, vm: VmId, cap: CapabilityName) -> 
         "`/v1/vms/{vm}/spp` is the same switch."
     ),
     responses=documented(
-        {200: {"model": VmCapability, "description": "The capability now.", "headers": headers("ETag")}},
+        changed_reply(VmCapability, "The capability now."),
         *GUARDED_CHANGE,
         "conflict",
         "unsupported",

@@ -19,9 +19,9 @@ from service.api.common import (
     GUARDED_CHANGE,
     VmId,
     changed,
+    changed_reply,
     documented,
     find,
-    headers,
     router,
     tagged,
     tagged_reply,
@@ -248,9 +248,7 @@ async def get_evmcs(request: Request, vm: VmId, n: VcpuId) -> Response:
         "KVM_ENABLE_CAP(163). Idempotent, and for good. VMX and Hyper-V need not be in the CPUID. Where the kernel has "
         "no hook for it the problem's `errno` is ENOTTY, ENODEV or EINVAL, as the kernel's."
     ),
-    responses=documented(
-        {200: {"model": Evmcs, "description": "The state now.", "headers": headers("ETag")}}, *_CHANGE
-    ),
+    responses=documented(changed_reply(Evmcs, "The state now."), *_CHANGE),
 )
 async def put_evmcs(request: Request, vm: VmId, n: VcpuId, body: EnableRequest) -> Response:
     row = _capability(str(CAP_HYPERV_ENLIGHTENED_VMCS))
@@ -283,9 +281,7 @@ async def get_vcpu_capability(request: Request, vm: VmId, n: VcpuId, cap: Capabi
         "problem's `errno` is its own: ENOTTY, ENODEV, EINVAL or ENOMEM. A guest whose flushes Hyper-V serves must not "
         "see KVM in its CPUID: Hyper-V takes a KVM hypercall for its own; `result.hides_kvm` tells."
     ),
-    responses=documented(
-        {200: {"model": VcpuCapability, "description": "The capability now.", "headers": headers("ETag")}}, *_CHANGE
-    ),
+    responses=documented(changed_reply(VcpuCapability, "The capability now."), *_CHANGE),
 )
 async def put_vcpu_capability(
     request: Request, vm: VmId, n: VcpuId, cap: CapabilityName, body: EnableRequest

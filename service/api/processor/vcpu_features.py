@@ -17,10 +17,10 @@ from service.api.common import (
     GUARDED_CHANGE,
     VmId,
     changed,
+    changed_reply,
     changing,
     documented,
     find,
-    headers,
     json_response,
     router,
     tagged,
@@ -186,9 +186,7 @@ async def get_cpuid(request: Request, vm: VmId, n: VcpuId) -> Response:
         "without it), Hyper-V is leaf 0x40000001 with EAX 0x31237648: the example has both. What the kernel refuses "
         "changes nothing here."
     ),
-    responses=documented(
-        {200: {"model": Cpuid, "description": "The leaves now.", "headers": headers("ETag")}}, *GUARDED_CHANGE
-    ),
+    responses=documented(changed_reply(Cpuid, "The leaves now."), *GUARDED_CHANGE),
 )
 async def put_cpuid(request: Request, vm: VmId, n: VcpuId, body: CpuidRequest) -> Response:
     leaves = [CpuidEntry(**leaf.model_dump()) for leaf in body.entries]
@@ -232,9 +230,7 @@ async def get_smm(request: Request, vm: VmId, n: VcpuId) -> Response:
     operation_id="putSmm",
     summary="Put a vCPU into system-management mode, or take it out",
     description="smi.smm of KVM_SET_VCPU_EVENTS. In `kvm-latest` a change leaves nested mode.",
-    responses=documented(
-        {200: {"model": SmmState, "description": "The mode now.", "headers": headers("ETag")}}, *GUARDED_CHANGE
-    ),
+    responses=documented(changed_reply(SmmState, "The mode now."), *GUARDED_CHANGE),
 )
 async def put_smm(request: Request, vm: VmId, n: VcpuId, body: SmmState) -> Response:
     return await changed(

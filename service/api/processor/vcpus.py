@@ -17,11 +17,11 @@ from service.api.common import (
     CHANGE,
     VmId,
     changed,
+    changed_reply,
     changing,
     documented,
     encode,
     find,
-    headers,
     json_response,
     router,
     tagged,
@@ -263,7 +263,7 @@ async def get_vmcs(request: Request, vm: VmId, n: VcpuId) -> Response:
         "Nothing is flushed."
     ),
     responses=documented(
-        {200: {"model": Vmcs, "description": "Every field as it is now.", "headers": headers("ETag")}},
+        changed_reply(Vmcs, "Every field as it is now."),
         *_CHANGE,
         "precondition-failed",
         "precondition-required",

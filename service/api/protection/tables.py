@@ -15,11 +15,11 @@ from engine.machine.tables import TableEntry, TableOperations
 from service.api.common import (
     GUARDED_CHANGE,
     VmId,
+    changed_reply,
     changing,
     documented,
     find,
     guard,
-    headers,
     json_response,
     router,
     tag_of,
@@ -116,7 +116,7 @@ def _entry_routes(structure: Structure) -> None:
         summary=f"Store an {structure.title} entry",
         description=_ABOUT_PUT + _ABOUT,
         responses=documented(
-            {200: {"model": structure.model, "description": "The entry as stored.", "headers": headers("ETag")}},
+            changed_reply(structure.model, "The entry as stored."),
             *GUARDED_CHANGE,
         ),
     )
