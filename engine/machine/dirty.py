@@ -13,8 +13,8 @@ from engine.kvm import dirty_harvest, dirty_marking
 from engine.kvm import registers as reg
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import key_of
-from engine.machine.page_logs import buffered_pages, empty_buffers, register, store_register, use_buffers, watch_slot
-from engine.machine.state import Operations
+from engine.machine.page_logs import buffered_pages, empty_buffers, store_register, use_buffers, watch_slot
+from engine.machine.state import Operations, register
 from engine.state.config import choices
 from engine.state.frame_store import Draft
 from engine.state.retry import new_trail, run_all

@@ -8,7 +8,6 @@ from typing import Any
 
 from engine.cpu import frames
 from engine.errors import InvalidValue
-from engine.kvm import registers as reg
 from engine.kvm.protection_head import protection_from_head, protection_to_head
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec
@@ -34,14 +33,13 @@ def head_text(state: State) -> str:
 
 def _head_of_others(state: State) -> dict[str, Any]:
     """The head without the slots."""
-    active, failing = bool(state.register(int(reg.SPP_ACTIVE))), state.register(int(reg.FAIL_ALLOCATION)) or None
     return {
         "format": HEAD_FORMAT,
         "config": config_to_head(state.config),
         "protections": [protection_to_head(p) for p in state.protections.values()],
         "nested": states_to_head(state.config, state.nested),
         "frames": len(state.snapshot.machine.row_of),
-        "outline": summary_to_head(spp_active=active, failing=failing),
+        "outline": summary_to_head(spp_active=state.spp_active, failing=state.failing),
     }
 
 

@@ -18,7 +18,7 @@ class Allocations(Operations):
     @property
     def failing(self) -> int | None:
         """Which allocation from now fails, 1 the next; None when none does."""
-        return self._state.current.register(int(reg.FAIL_ALLOCATION)) or None
+        return self._state.current.failing
 
     def take(self, count: int = 1) -> None:
         """Make allocations. Raises OutOfMemory when one of them is to fail; that is noted, and a retry succeeds."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.cpu.ept import TRAIL_ROWS
 from engine.cpu.frames import EPT, SPPT, Machine
 from engine.errors import InvalidValue
 from engine.kvm.host_memory import EVENTS, WHOLE, change_everything, change_range
@@ -14,6 +13,7 @@ from engine.kvm.slots import check_pages
 from engine.machine.state import Operations
 from engine.state.config import choices
 from engine.state.frame_store import Draft
+from engine.state.retry import new_trail, run_all
 
 MAX_PAGES = 1 << 20
 
@@ -60,12 +60,10 @@ class HostMemoryOperations(Operations):
 
 
 def _run(draft: Draft, event: int, gfn: int, npages: int) -> int:
-    trail = np.zeros((TRAIL_ROWS, 4), dtype=np.int64)
+    trail = new_trail()
     changed = np.zeros(1, dtype=np.int64)
-    done = 0
-    while done < npages:
-        draft.ensure()
-        done = int(change_range(draft.machine, np.int64(event), gfn, npages, done, changed, trail))
+    number = np.int64(event)
+    run_all(draft, npages, lambda done: change_range(draft.machine, number, gfn, npages, done, changed, trail))
     return int(changed[0])
 
 

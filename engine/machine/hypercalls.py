@@ -116,7 +116,6 @@ class Hypercalls(Operations):
 def execute_hypercall(change: Change, vcpu: int, request: HypercallRequest) -> HypercallReport:
     """VMCALL or VMMCALL on a vCPU, as a part of ``change``. Raises as ``Hypercalls.hypercall`` does."""
     position = change.config.vcpu_position(vcpu)
-    request.registers.validate()
     whole = open_vcpu(change.config, change.nested, change.machine, vcpu)
     caller = _caller(request, whole)
     caller.validate()

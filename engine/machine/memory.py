@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from engine.errors import InvalidValue
 from engine.kvm import dirty_marking, memory
+from engine.kvm.guest_memory import store_bytes
 from engine.kvm.slots import check_pages
 from engine.machine.state import Operations, State
 from engine.state.frame_store import Draft
@@ -30,12 +29,6 @@ class Memory(Operations):
         with self._state.change(since=now) as change:
             store_bytes(change, gpa, data)
             _log(change, gpa, len(data))
-
-
-def store_bytes(draft: Draft, gpa: int, data: bytes) -> None:
-    """Store bytes in pages that have slots; no log is told."""
-    array = np.frombuffer(data, dtype=np.uint8)
-    run_all(draft, len(array), lambda done: done + memory.write_page(draft.machine, gpa + done, array[done:]))
 
 
 def _log(draft: Draft, gpa: int, size: int) -> None:

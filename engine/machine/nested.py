@@ -17,7 +17,6 @@ from engine.arch import vmx_msrs
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.nested_state import NO_ADDRESS
 from engine.errors import InvalidValue, Unsupported
-from engine.kvm import registers as reg
 from engine.kvm.guest_memory import GuestMemory
 from engine.machine.nested_states import (
     PARTITION_MSRS,
@@ -103,7 +102,7 @@ class NestedOperations(Operations):
     def host(self) -> VcpuHost:
         """The host as nesting sees it."""
         now = self._state.current
-        return vcpu_host(now.config, spp_active=bool(now.register(int(reg.SPP_ACTIVE))))
+        return vcpu_host(now.config, spp_active=now.spp_active)
 
     @property
     def lapic_in_kernel(self) -> bool:

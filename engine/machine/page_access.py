@@ -18,16 +18,15 @@ from numpy.typing import NDArray
 
 from engine.arch import ept
 from engine.arch.sppt import FULL_ACCESS
-from engine.cpu.ept import TRAIL_ROWS
 from engine.cpu.frames import Machine
 from engine.errors import EngineError, InvalidValue
 from engine.kvm import page_access as kernels
-from engine.kvm import registers as reg
 from engine.kvm.enabling import not_enabled
 from engine.kvm.slots import check_pages
 from engine.machine.state import Operations
 from engine.state.config import choices
 from engine.state.frame_store import Draft
+from engine.state.retry import new_trail
 
 MODES = ("atomic", "apply-all", "stop-at-first")
 
@@ -104,7 +103,7 @@ class AccessOperations(Operations):
         return results
 
     def _check(self, count: int, field: str) -> None:
-        if not self._state.current.register(int(reg.SPP_ACTIVE)):
+        if not self._state.current.spp_active:
             raise not_enabled()
         if not 1 <= count <= MAX_ENTRIES:
             raise InvalidValue(f"a batch has 1 to {MAX_ENTRIES} entries", field=field, value=count)
@@ -119,7 +118,7 @@ class AccessOperations(Operations):
         kernels.read_rights(draft.machine, np.array([entry.gfn], dtype=np.int64), known)
         rights, bitmap = self._paired(entry, int(known[0, kernels.ROW_RIGHTS]), int(known[0, kernels.ROW_MAP]))
         row = np.array([[entry.gfn, rights, bitmap]], dtype=np.int64)
-        kernels.store_rights(draft.machine, row, 0, np.zeros((TRAIL_ROWS, 4), dtype=np.int64))
+        kernels.store_rights(draft.machine, row, 0, new_trail())
 
     def _paired(self, entry: AccessChange, rights: int, bitmap: int) -> tuple[int, int]:
         """Rights and bitmap that an entry means on a page that has these."""

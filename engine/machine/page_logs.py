@@ -17,6 +17,7 @@ from engine.kvm import dirty_harvest, dirty_marking
 from engine.kvm import registers as reg
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec
+from engine.machine.state import register
 from engine.state.config import VmConfig
 from engine.state.frame_store import Draft
 from engine.state.retry import new_trail, run_all
@@ -104,11 +105,6 @@ def watch_slot(draft: Draft, spec: SlotSpec) -> None:
         run_all(
             draft, spec.pages, lambda at: dirty_harvest.watch_mapped(draft.machine, spec.gfn, at, spec.pages, trail)
         )
-
-
-def register(machine: frames.Machine, position: np.int64) -> int:
-    """A word of the state frame."""
-    return int(machine.rows[machine.row_of[frames.STATE_FRAME], position])
 
 
 def store_register(machine: frames.Machine, position: np.int64, word: int) -> None:

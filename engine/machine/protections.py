@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from engine.errors import Conflict, NotEnabled, NotFound
 from engine.kvm import enabling, protections, spp_set
-from engine.kvm import registers as reg
 from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
 from engine.kvm.slots import check_pages
 from engine.machine.state import Operations, State
@@ -55,7 +54,7 @@ class Protections(Operations):
         self._recover(now, gone, {k: v for k, v in now.protections.items() if k != name})
 
     def _check_active(self, protection: Protection) -> None:
-        if self._state.current.register(int(reg.SPP_ACTIVE)):
+        if self._state.current.spp_active:
             return
         whole = next((at for at, item in enumerate(protection.objects) if item.granularity == "page"), None)
         if whole is not None:

@@ -11,9 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from engine.cpu import frames
 from engine.cpu.frames import Machine
 from engine.errors import Busy
+from engine.kvm import registers as reg
 from engine.kvm.protections import Protection
 from engine.kvm.slot_map import SlotMap
 from engine.machine.fast_path import fast_path_serves
@@ -35,10 +38,15 @@ class State:
     targets: Targets = field(default_factory=lambda: targets_of(()))
     nested: NestedStates = field(default_factory=NestedStates)
 
-    def register(self, position: int) -> int:
-        """A word of the state frame, by its number in ``kvm.registers``."""
-        machine = self.snapshot.machine
-        return int(machine.rows[machine.row_of[frames.STATE_FRAME], position])
+    @property
+    def spp_active(self) -> bool:
+        """Whether sub-page protection is on."""
+        return bool(register(self.snapshot.machine, reg.SPP_ACTIVE))
+
+    @property
+    def failing(self) -> int | None:
+        """Which allocation of the host fails from now, 1 the next; None when none does."""
+        return register(self.snapshot.machine, reg.FAIL_ALLOCATION) or None
 
 
 class Change(Draft):
@@ -141,6 +149,11 @@ class Operations:
     @property
     def _published(self) -> Snapshot:
         return self._state.current.snapshot
+
+
+def register(machine: Machine, position: np.int64) -> int:
+    """A word of the state frame, by its number in ``kvm.registers``."""
+    return int(machine.rows[machine.row_of[frames.STATE_FRAME], position])
 
 
 def targets_of_all(protections: Mapping[str, Protection]) -> Targets:

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from engine.cpu import frames
 from engine.errors import InvalidValue
 from engine.kvm import enabling, layers, spp_set, sppt_roots
-from engine.kvm import registers as reg
 from engine.kvm.slots import check_pages
 from engine.machine.fault_injection import Allocations
 from engine.machine.nested import nested_in_use
-from engine.machine.state import Operations
+from engine.machine.state import Operations, State
 from engine.state.frame_store import Draft
 from engine.state.retry import new_trail, run_all
 
@@ -42,12 +41,7 @@ class Subpages(Operations):
     @property
     def active(self) -> bool:
         """Whether sub-page protection is on."""
-        return bool(self._state.current.register(int(reg.SPP_ACTIVE)))
-
-    def check_active(self) -> None:
-        """Raises NotEnabled while it is off."""
-        if not self.active:
-            raise enabling.not_enabled()
+        return self._state.current.spp_active
 
     def read(self, gfn: int, npages: int, layer: str = "effective") -> NDArray[np.uint32]:
         """Maps of consecutive pages, uint32[npages] (KVM_SUBPAGES_GET_ACCESS); ``layer`` is one of LAYER_NAMES."""
@@ -55,7 +49,7 @@ class Subpages(Operations):
             raise InvalidValue(f"layer is one of {', '.join(layers.LAYER_NAMES)}", field="layer", value=layer)
         now = self._state.current
         machine = now.snapshot.machine
-        self.check_active()
+        _check_active(now)
         if not 1 <= npages <= MAX_WINDOW:
             raise InvalidValue(f"npages is 1 to {MAX_WINDOW}", field="npages", value=npages)
         check_pages(machine, now.config.maxphyaddr, gfn, npages, "gfn")
@@ -67,7 +61,7 @@ class Subpages(Operations):
         """KVM_INIT_SPP: switch sub-page protection on; a second time does nothing."""
         now = self._state.current
         enabling.check(now.config, nested_in_use(now.nested))
-        if not self.active:
+        if not now.spp_active:
             Allocations(self._state).take(len(now.slots))
             with self._state.change() as change:
                 change.ensure(change.config.vcpu_records)
@@ -77,12 +71,17 @@ class Subpages(Operations):
     def set(self, ranges: Sequence[SubpageRange]) -> None:
         """KVM_SUBPAGES_SET_ACCESS over any number of ranges, in order, all or nothing."""
         now = self._state.current
-        self.check_active()
+        _check_active(now)
         for item in ranges:
             _check_range(now.snapshot.machine, now.config.maxphyaddr, item)
         with self._state.change(since=now) as change:
             for item in ranges:
                 _set_range(change, item)
+
+
+def _check_active(now: State) -> None:
+    if not now.spp_active:
+        raise enabling.not_enabled()
 
 
 def _check_range(machine: frames.Machine, width: int, item: SubpageRange) -> None:

@@ -20,6 +20,7 @@ from engine.cpu.sentences import ReadEntry
 from engine.errors import InvalidValue
 from engine.kvm import registers as reg
 from engine.machine.state import Operations
+from engine.state.retry import new_trail
 
 TableEntry = ReadEntry
 
@@ -69,7 +70,7 @@ class TableOperations(Operations):
 
     def _read(self, structure: _Structure, level: int, gpa: int) -> TableEntry:
         snapshot = self._published
-        entries = self._entries(snapshot.machine, structure, level, gpa, _new_trail())
+        entries = self._entries(snapshot.machine, structure, level, gpa, new_trail())
         return entries[_place_of(entries, level)]
 
     def _write(self, structure: _Structure, level: int, gpa: int, raw: int) -> TableEntry:
@@ -77,7 +78,7 @@ class TableOperations(Operations):
             raise InvalidValue("an entry has 64 bits", field="raw", value=raw)
         with self._state.change() as draft:
             machine = draft.machine
-            trail = _new_trail()
+            trail = new_trail()
             entries = self._entries(machine, structure, level, gpa, trail)
             place = _place_of(entries, level)
             entry = entries[place]
@@ -120,10 +121,6 @@ class TableOperations(Operations):
 
 def _place_of(entries: tuple[TableEntry, ...], level: int) -> int:
     return entries[0].level - level
-
-
-def _new_trail() -> Trail:
-    return np.zeros((ept.TRAIL_ROWS, 4), dtype=np.int64)
 
 
 def _eptp(machine: frames.Machine) -> int:

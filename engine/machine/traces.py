@@ -10,9 +10,9 @@ from engine.cpu import explain, frames
 from engine.errors import LimitExceeded
 from engine.kvm import memory
 from engine.kvm import registers as reg
+from engine.kvm.guest_memory import store_bytes
 from engine.machine import walks
 from engine.machine.hyperv_vps import Runs, enter, leave
-from engine.machine.memory import store_bytes
 from engine.machine.state import Change, Operations
 from engine.machine.trace_operations import TraceOperations
 from engine.trace.choices import ASK

@@ -51,13 +51,12 @@ class VirtualMachine:
     def __init__(self, state: MachineState) -> None:
         self.state = state
         self._saved: Snapshot | None = None
-        self._slots = SlotOperations(state)
         self._subpages = Subpages(state)
         self._protections = Protections(state)
         self._memory = Memory(state)
         self._traces = Traces(state)
         # Memory slots: made, moved, changed, deleted.
-        self.memory_slots = self._slots
+        self.memory_slots = SlotOperations(state)
         # Read, write and execute of whole pages, paired with the write bitmap.
         self.page_access = AccessOperations(state)
         # What was written: looked at, harvested, read as KVM's log.
@@ -127,15 +126,15 @@ class VirtualMachine:
 
     def slots(self) -> tuple[SlotSpec, ...]:
         """Memory slots in order of their number, those of address space 1 last."""
-        return self._slots.all()
+        return self.memory_slots.all()
 
     def set_slot(self, spec: SlotSpec) -> None:
         """KVM_SET_USER_MEMORY_REGION: a new slot, or a known one moved or changed."""
-        self._slots.set(spec)
+        self.memory_slots.set(spec)
 
     def delete_slot(self, slot: int) -> None:
         """Delete a memory slot with its SET maps and contents. Raises NotFound."""
-        self._slots.delete(slot)
+        self.memory_slots.delete(slot)
 
     def create_vcpu(self, vcpu: int) -> None:
         """KVM_CREATE_VCPU. Raises InvalidValue for an id that cannot be, that is taken (EEXIST), or without room."""
