@@ -19,6 +19,7 @@ from engine.trace.readers.rows import RowConverter
 MAX_LINE_BYTES = 1 << 20  # of one record
 BLOCK_BYTES = 1 << 18  # read at a time
 MAX_HEAD_BYTES = 2 * BLOCK_BYTES  # up to the first record, and read at first
+MAX_DEPTH = 16  # of what is in a record, itself included; a record of the format has at most 3
 
 _HEAD = re.compile(rb'[ \t\r\n]*+\{[ \t\r\n]*+("(?:[^"\\]|\\.)*+")[ \t\r\n]*+:[ \t\r\n]*+\[', re.DOTALL)
 _END = re.compile(rb"\][ \t\r\n]*+\}[ \t\r\n]*+\Z")
@@ -55,7 +56,7 @@ class DocumentRows:
         text, ended = self._head()
         first = True
         while True:
-            split = _split(text, ended)
+            split = _split(text, ended, self._converter.done)
             if split.closed and not first and not split.rows:
                 raise MalformedBody("the body is not JSON: a comma has no record after it", index=self._converter.done)
             if split.rows:
@@ -105,8 +106,11 @@ class DocumentRows:
             raise TraceError("the body has the field accesses once", field="accesses")
 
 
-def _split(text: bytes, ended: bool) -> _Split:
-    """Where the records of a text end, found by where one seems to and by decoding what is before it."""
+def _split(text: bytes, ended: bool, done: int) -> _Split:
+    """Where the records of a text end, found by where one seems to and by decoding what is before it.
+
+    There were ``done`` records before it. Raises MalformedBody where one is nested too deep.
+    """
     if ended:
         end = _END.search(text, max(0, text.rfind(b"]")))
         at, closed = (end.start() if end else -1), True
@@ -117,10 +121,10 @@ def _split(text: bytes, ended: bool) -> _Split:
             return _Split(_list.decode(b"[" + text[:at] + b"]"), at + 1, closed)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             pass
-    return _scanned(text)
+    return _scanned(text, done)
 
 
-def _scanned(text: bytes) -> _Split:
+def _scanned(text: bytes, done: int) -> _Split:
     """The same by looking at each bracket. What is between two commas is a record, whatever it is."""
     rows: list[bytes] = []
     start = depth = 0
@@ -131,6 +135,9 @@ def _scanned(text: bytes) -> _Split:
                 break
         elif mark in b"[{":
             depth += 1
+            if depth > MAX_DEPTH:
+                rule = f"the body is not JSON of records: one is nested more than {MAX_DEPTH} deep"
+                raise MalformedBody(rule, index=done + len(rows))
         elif mark == b"," and not depth:
             rows.append(text[start : token.start()])
             start = token.end()

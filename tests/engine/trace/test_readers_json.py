@@ -305,6 +305,22 @@ def test_ndjson_long_lines(read):
         assert caught.value.index == 2 and not isinstance(caught.value, MalformedBody)
 
 
+@pytest.mark.parametrize("nest", [b"[", b'{"gpa":'])
+def test_a_record_that_nests_without_end_is_not_read_on(read, nest):
+    class Endless:
+        given = 0
+
+        def read(self, size=-1, /):
+            self.given += 1
+            return b'{"accesses": [{"gpa": 1}, ' + nest * 4_096 if self.given == 1 else nest * 4_096
+
+    source = Endless()
+    with pytest.raises(MalformedBody, match="nested more than 16 deep") as caught:
+        read("json", source)
+    assert caught.value.index == 1
+    assert source.given * 4_096 * len(nest) <= 4 * BLOCK_BYTES
+
+
 def test_ndjson_is_read_while_it_arrives():
     class Endless:
         def __init__(self):
