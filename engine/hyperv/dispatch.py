@@ -99,7 +99,7 @@ def _serve(caller: Caller, at: HypercallContext, scope: Scope, blank: Outcome) -
 def _read(caller: Caller, at: HypercallContext, policy: str) -> Reading:
     if policy == "tlfs":
         return tlfs_rules.read(caller, at.privileges, at.memory, at.environment, at.translate)
-    return kvm_rules.read(caller, at.privileges, at.memory, at.facts.linear_width, at.translate)
+    return kvm_rules.read(caller, at.privileges, at.memory, at.facts.lists, at.translate)
 
 
 def _execute(caller: Caller, at: HypercallContext, scope: Scope, flush: Flush | SecondLevelFlush) -> list[Effect]:

@@ -10,19 +10,21 @@ All three leave nothing behind that is required, but for what a target that is n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.arch import controls as ctl
 from engine.arch.hypercall import EVERYTHING
-from engine.arch.paging import canonical
 from engine.arch.words import signed
 from engine.cpu import frames, tlb, tlb_select
 from engine.cpu.frames import Machine
 from engine.hyperv import notes, queues, ranges
+from engine.hyperv.ranges import KvmLists
 from engine.hyperv.request import Flush, SecondLevelFlush, no_ranges
+from engine.state.config import VmConfig
+from engine.state.kvm_versions import kvm_version
 
 Marks = NDArray[np.int64]
 
@@ -62,11 +64,20 @@ class Scope:
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts about the machine: the way it executes flushes, width of linear addresses, nested paging."""
+    """Facts about the machine: the way it executes flushes, how KVM reads its queue of ranges, nested paging."""
 
     execution: str = "exact"
-    linear_width: int = 48
+    lists: KvmLists = field(default_factory=KvmLists)
     ept: bool = True
+
+    @classmethod
+    def of(cls, config: VmConfig, width: int) -> Facts:
+        """Those of a machine whose host has linear addresses of ``width`` bits.
+
+        Under the specification ranges are read by their pages in every profile: the queue is then only a way.
+        """
+        by_page = config.flush_policy == "tlfs" or kvm_version(config.profile).hyperv.flushes_each_page
+        return cls(config.executes_flushes, KvmLists(width, by_page), config.host.ept)
 
 
 @dataclass(frozen=True)
@@ -184,9 +195,9 @@ def service(m: Machine, vcpu: int, in_nested: bool, facts: Facts) -> int:
             done += 1
             _drop(m, vcpu, None)
             break
-        if canonical(word, facts.linear_width):
+        if facts.lists.reads(word):
             done += 1
-            _drop(m, vcpu, ranges.simple((word,), facts.linear_width))
+            _drop(m, vcpu, facts.lists.covered((word,)))
     notes.count(m, vcpu, ctl.V_HV_FLUSHES, done)
     return done
 

@@ -1,4 +1,4 @@
-"""The flush that a hypercall asks for, as KVM reads it (Linux 6.16).
+"""The flush that a hypercall asks for, as KVM reads it (Linux 7.1, and the same in 6.16 but for ``ranges.KvmLists``).
 
 It checks less than the specification does, in this order, and knows two statuses besides success. It never looks at
 flags other than ALL_PROCESSORS (and at that only where processors come as a mask), nor at the address space: every
@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.arch import hypercall as hv
-from engine.hyperv import ranges, vp_sets
+from engine.hyperv import vp_sets
 from engine.hyperv.block import Block
 from engine.hyperv.caller import Caller
 from engine.hyperv.privileges import Privileges
+from engine.hyperv.ranges import KvmLists
 from engine.hyperv.request import Flush, Reading, Refused, Undefined
 from engine.hyperv.vp_sets import VpBits
 from engine.kvm.guest_memory import ReadsMemory
@@ -29,9 +30,9 @@ Translate = Callable[[int], int | None]
 
 
 def read(
-    caller: Caller, privileges: Privileges, memory: ReadsMemory, width: int, translate: Translate | None = None
+    caller: Caller, privileges: Privileges, memory: ReadsMemory, lists: KvmLists, translate: Translate | None = None
 ) -> Reading:
-    """Which flush a call is. ``width`` is that of linear addresses.
+    """Which flush a call is. ``lists`` is how ranges are read.
 
     ``translate`` is given for a nested guest with nested paging: it turns the GPA of the block, and only that, into one
     of the guest hypervisor; what follows is read from there on.
@@ -51,9 +52,9 @@ def read(
     if not _shape_fits(call, control):
         return _INVALID
     if control.fast:
-        return _parse(call, control, Block(None, 0, caller.fast_words), width)
+        return _parse(call, control, Block(None, 0, caller.fast_words), lists)
     gpa = caller.input_gpa if translate is None else translate(caller.input_gpa)
-    return _INVALID if gpa is None else _parse(call, control, Block(memory, gpa), width)
+    return _INVALID if gpa is None else _parse(call, control, Block(memory, gpa), lists)
 
 
 def _shape_fits(call: hv.Call, control: hv.Control) -> bool:
@@ -64,7 +65,7 @@ def _shape_fits(call: hv.Call, control: hv.Control) -> bool:
     return control.reps == 0 and control.start == 0
 
 
-def _parse(call: hv.Call, control: hv.Control, block: Block, width: int) -> Reading:
+def _parse(call: hv.Call, control: hv.Control, block: Block, lists: KvmLists) -> Reading:
     header = block.read(0, call.header)
     if header is None:
         return _INVALID
@@ -73,13 +74,13 @@ def _parse(call: hv.Call, control: hv.Control, block: Block, width: int) -> Read
         return _INVALID
     everyone, vps = chosen
     if not everyone and call.sparse and not control.variable:
-        return _flush(control, everyone, vps, None, width)
+        return _flush(control, everyone, vps, None, lists)
     words = None
     if call.rep and control.reps <= LONGEST_LIST:
         words = block.read(call.header + control.variable, control.reps)
         if words is None:
             return _INVALID
-    return _flush(control, everyone, vps, words, width)
+    return _flush(control, everyone, vps, words, lists)
 
 
 def _mask(header: tuple[int, ...]) -> tuple[bool, VpBits]:
@@ -100,7 +101,7 @@ def _sparse_set(control: hv.Control, header: tuple[int, ...], block: Block) -> t
     return None if banks is None else (False, vp_sets.of_banks(mask, banks))
 
 
-def _flush(control: hv.Control, everyone: bool, vps: VpBits, words: tuple[int, ...] | None, width: int) -> Flush:
+def _flush(control: hv.Control, everyone: bool, vps: VpBits, words: tuple[int, ...] | None, lists: KvmLists) -> Flush:
     return Flush(
         code=control.code,
         reps=control.reps,
@@ -108,6 +109,6 @@ def _flush(control: hv.Control, everyone: bool, vps: VpBits, words: tuple[int, .
         globals_stay=False,
         everyone=everyone,
         vps=vps,
-        covered=None if words is None else ranges.simple(words, width),
+        covered=None if words is None else lists.covered(words),
         words=words,
     )

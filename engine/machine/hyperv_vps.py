@@ -30,7 +30,7 @@ def hyperv_host(config: VmConfig) -> l0_hyperv.HypervHost | None:
 
 def facts_of(config: VmConfig, width: int = _LA48) -> Facts:
     """How the machine executes flushes."""
-    return Facts(config.executes_flushes, width, config.host.ept)
+    return Facts.of(config, width)
 
 
 def linear_width(whole: Vcpu) -> int:

@@ -91,7 +91,7 @@ class SubpageRows(Column):
 
 
 class LimitRows(Column):
-    """Memory slots and vCPUs (``kvm``, ``ioctls``): include/asm/kvm_host.h of Linux 5.3 and of 6.16."""
+    """Memory slots and vCPUs (``kvm``, ``ioctls``): include/asm/kvm_host.h of Linux 5.3 and 7.1."""
 
     user_slots = Row(509, 32764)  # of one address space
     soft_vcpus = Row(240, 1024)  # how many are recommended
@@ -159,11 +159,15 @@ class EntryRows(Column):
 
 
 class HypervRows(Column):
-    """Hyper-V as KVM offers it, and KVM as Hyper-V's guest (``vcpu``, ``hyperv``): Linux 5.3 and 6.16."""
+    """Hyper-V as KVM offers it, and KVM as Hyper-V's guest (``vcpu``, ``hyperv``): Linux 5.3 and 7.1.
+
+    Flushes of ``kvm-2019`` are those of Linux 6.16: 5.3 flushes everything for a list, and serves no nested guest.
+    """
 
     leaves = Row(leaves_2019, leaves_latest)  # that KVM_GET_SUPPORTED_HV_CPUID lists
     leaves_without_vcpu = Row(False, True)  # that ioctl on the system device
     enforces_cpuid = Row(False, True)  # KVM_CAP_HYPERV_ENFORCE_CPUID
+    flushes_each_page = Row(False, True)  # of a range of a flush list, or by its first address: 7.1 and 6.16
     flushes_on_svm = Row(False, True)  # on AMD, too, KVM asks Hyper-V to serve its guests' flushes
 
 

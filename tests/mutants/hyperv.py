@@ -13,6 +13,9 @@ DIRECT_PY = "engine/hyperv/direct.py"
 RANGES_PY = "engine/hyperv/ranges.py"
 SELECT_PY = "engine/cpu/tlb_select.py"
 VECTORS = f"{HYPERV}/test_hypercall_vectors.py"
+LISTS = f"{HYPERV}/test_list_ranges.py"
+# The page before the upper half of 48-bit addresses, and one more.
+ACROSS = "0xffff7ffffffff001-48"
 
 MUTANTS = (
     Mutant(
@@ -21,7 +24,7 @@ MUTANTS = (
         "everyone = bool(header[1] & hv.ALL_PROCESSORS) or header[2] == 0",
         "everyone = bool(header[1] & hv.ALL_PROCESSORS)",
         "Linux 6.16: an empty processor mask means everyone",
-        (f"{VECTORS}::test_as_kvm_reads_it[S07]",),
+        (f"{VECTORS}::test_as_kvm_reads_it[S07-kvm-2019]",),
     ),
     Mutant(
         "hyperv-long-list",
@@ -29,7 +32,7 @@ MUTANTS = (
         "if call.rep and control.reps <= LONGEST_LIST:",
         "if call.rep:",
         "Linux 6.16: a list of more than 15 is not read",
-        (f"{VECTORS}::test_as_kvm_reads_it[F06]",),
+        (f"{VECTORS}::test_as_kvm_reads_it[F06-kvm-2019]",),
     ),
     Mutant(
         "hyperv-nested-reserved",
@@ -37,7 +40,7 @@ MUTANTS = (
         "if control.value & hv.RESERVED_WITH_NESTED:",
         "if control.value & hv.RESERVED:",
         "Linux 6.16: bit 31 of the input value is reserved",
-        (f"{VECTORS}::test_as_kvm_reads_it[S17]",),
+        (f"{VECTORS}::test_as_kvm_reads_it[S17-kvm-2019]",),
     ),
     Mutant(
         "hyperv-page-crossing",
@@ -70,6 +73,46 @@ MUTANTS = (
         "bits = hv.LARGE_BITS",
         "Ranges of 1-GiB pages have bit 12 set",
         named(f"{HYPERV}/test_second_level.py", "vectors"),
+    ),
+    Mutant(
+        "hyperv-hole-of-a-range",
+        RANGES_PY,
+        "first, last = max(first, ~highest), min(last, highest)",
+        "first, last = first if first >= ~highest else last + 1, last",
+        "TLFS: addresses beyond the GVA space are ignored, not ranges",
+        (f"{LISTS}::test_by_the_specification[{ACROSS}-kvm-2019]",),
+    ),
+    Mutant(
+        "hyperv-range-wraps",
+        RANGES_PY,
+        "if first < 0 and not wraps:",
+        "if first < 0:",
+        "Linux: the pages of a range follow each other modulo 2^64",
+        (f"{LISTS}::test_as_kvm_reads_it[0xfffffffffffffffe-48-kvm-latest]",),
+    ),
+    Mutant(
+        "hyperv-first-address",
+        RANGES_PY,
+        "return self.by_page or canonical(word, self.width)",
+        "return True",
+        "Linux 6.16: a range goes by its first address",
+        (f"{LISTS}::test_as_kvm_reads_it[{ACROSS}-kvm-2019]",),
+    ),
+    Mutant(
+        "hyperv-each-page",
+        "engine/state/kvm_versions.py",
+        "flushes_each_page = Row(False, True)  # of a range of a flush list, or by its first address: 7.1 and 6.16",
+        "flushes_each_page = Row(False, False)  # of a range of a flush list, or by its first address: 7.1 and 6.16",
+        "Linux 7.1: each page of a range is looked at",
+        (f"{LISTS}::test_as_kvm_reads_it[{ACROSS}-kvm-latest]",),
+    ),
+    Mutant(
+        "hyperv-each-page-by-the-specification",
+        EXECUTION_PY,
+        'by_page = config.flush_policy == "tlfs" or kvm_version(config.profile).hyperv.flushes_each_page',
+        "by_page = kvm_version(config.profile).hyperv.flushes_each_page",
+        "TLFS: whatever carries a flush out leaves nothing that is required",
+        (f"{LISTS}::test_by_the_specification[{ACROSS}-kvm-2019]",),
     ),
     Mutant(
         "hyperv-queue-place",

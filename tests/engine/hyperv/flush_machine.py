@@ -9,6 +9,7 @@ from typing import Any
 from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import hyperv_cpuid as leaves
+from engine.arch.paging import LINEAR_48
 from engine.arch.words import signed
 from engine.cpu import frames, tlb
 from engine.hyperv import dispatch, queues
@@ -19,6 +20,7 @@ from engine.hyperv.outcome import Outcome
 from engine.hyperv.privileges import Privileges
 from engine.hyperv.tlfs_rules import Environment
 from engine.state.config import VcpuConfig, VmConfig
+from engine.state.kvm_versions import KVM_2019
 from tests.engine.builders import bare_draft, new_trail
 from tests.engine.ram import Ram
 
@@ -49,10 +51,22 @@ PRIVILEGES = Privileges(
 
 
 class FlushMachine:
-    """State S0 of the vectors. ``call`` executes a hypercall of VP 0 on it."""
+    """State S0 of the vectors on a host with linear addresses of ``width`` bits.
 
-    def __init__(self, policy: str = "kvm", execution: str | None = None, **changes: Any) -> None:
+    ``call`` executes a hypercall of VP 0 on it.
+    """
+
+    def __init__(
+        self,
+        policy: str = "kvm",
+        execution: str | None = None,
+        *,
+        profile: str = KVM_2019,
+        width: int = LINEAR_48,
+        **changes: Any,
+    ) -> None:
         config = VmConfig(
+            profile=profile,
             vcpus=tuple(VcpuConfig(i, vp_index) for i, vp_index in enumerate(VP_INDICES)),
             translation_cache="model",
             flush_policy=policy,
@@ -69,8 +83,8 @@ class FlushMachine:
             privileges=PRIVILEGES,
             vps=self.vps,
             policy=policy,
-            environment=Environment(),
-            facts=Facts(config.executes_flushes),
+            environment=Environment(width),
+            facts=Facts.of(config, width),
         )
         self.context = replace(self.context, **changes)
         for vp in self.vps:

@@ -58,10 +58,12 @@ def members(mask: int, banks: list[int]) -> set[int]:
 
 
 def touched(first: int, pages: int, bits: int, linear: int) -> bool:
-    """Whether bytes from ``first`` on, a number of pages, and the page of a translation have one in common."""
-    size = SIZES[bits]
-    last = min(first + pages * PAGE, WORD if first >> 47 else WORD // 2)
-    return first < linear + size and linear < last
+    """Whether bytes from ``first`` on, a number of pages, and the page of a translation have one in common.
+
+    Bytes beyond 2^64 are those from 0 on. Those that are no linear address are in no translation.
+    """
+    size, end = SIZES[bits], first + pages * PAGE
+    return any(first < at + size and at < end for at in (linear, linear + WORD))
 
 
 def canonical(address: int) -> bool:
@@ -69,7 +71,12 @@ def canonical(address: int) -> bool:
 
 
 def simple(words: list[int]) -> list[tuple[int, int]]:
-    return [(word & ~0xFFF, (word & 0xFFF) + 1) for word in words if canonical(word)]
+    return [(word & ~0xFFF, (word & 0xFFF) + 1) for word in words]
+
+
+def within(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Without what lies beyond 2^64."""
+    return [(first, min(pages, (WORD - first) // PAGE)) for first, pages in ranges]
 
 
 def extended(words: list[int]) -> list[tuple[int, int]]:
@@ -78,8 +85,7 @@ def extended(words: list[int]) -> list[tuple[int, int]]:
         base, pages = word & ~0xFFF, (word & 0x7FF) + 1
         if word >> 11 & 1:
             base, pages = word & ~0x1FFFFF, pages * (1 << 18 if word >> 12 & 1 else 1 << 9)
-        if canonical(base):
-            found.append((base, pages))
+        found.append((base, pages))
     return found
 
 
@@ -91,8 +97,11 @@ def covered(ranges: list[tuple[int, int]]) -> frozenset[str]:
     )
 
 
-def kvm(control: int, read: Reader) -> Answer:
-    """Linux 6.16, in its order; the caller may call and CPUID is not enforced."""
+def kvm(control: int, read: Reader, *, each_page: bool) -> Answer:
+    """Linux in its order; the caller may call and CPUID is not enforced.
+
+    A range goes by each of its pages (7.1), or whole by its first address (6.16).
+    """
     c = parts(control)
     everything, everyone = frozenset(ENTRIES), frozenset(VP_INDICES)
     if c.reserved or c.nested:
@@ -126,7 +135,7 @@ def kvm(control: int, read: Reader) -> Answer:
         words = read((4 if ex else 3) + c.var, c.reps)
         if words is None:
             return Answer(3)
-        entries = everything if WORD - 1 in words else covered(simple(words))
+        entries = everything if WORD - 1 in words else covered(simple([w for w in words if each_page or canonical(w)]))
     return Answer(0, c.reps, vps, entries if vps else frozenset())
 
 
@@ -169,7 +178,7 @@ def tlfs(control: int, read: Reader, gpa: int, *, memory: Callable[[int, int], b
     entries = frozenset(ENTRIES)
     if rep:
         listed = block[words - c.reps + c.start :]
-        entries = covered(extended(listed) if flags & 8 else simple(listed))
+        entries = covered(within(extended(listed) if flags & 8 else simple(listed)))
     held = {
         name
         for name, (own, _, _, is_global) in ENTRIES.items()

@@ -8,6 +8,7 @@ import pytest
 
 from engine.hyperv.caller import Caller
 from engine.hyperv.outcome import Outcome
+from engine.state.kvm_versions import PROFILES
 from tests.engine.hyperv.vectors import LONG, ROWS, Expected, expected
 
 from .flush_machine import ALL, INPUT, FlushMachine, names
@@ -43,10 +44,11 @@ def check(done: Outcome, machine: FlushMachine, want: Expected, *, exactly: bool
             assert effect.flushes == want.statistic
 
 
+@pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize(("name", "control", "text", "tlfs", "kvm"), ROWS, ids=[row[0] for row in ROWS])
-def test_as_kvm_reads_it(name: str, control: str, text: str, tlfs: str, kvm: str) -> None:
-    machine = FlushMachine("kvm")
-    check(made(machine, name, control, text), machine, expected(kvm), exactly=True)
+def test_as_kvm_reads_it(name: str, control: str, text: str, tlfs: str, kvm: str, profile: str) -> None:
+    machine = FlushMachine("kvm", profile=profile)
+    check(made(machine, name, control, text), machine, expected(kvm, profile), exactly=True)
 
 
 @pytest.mark.parametrize("execution", ["exact", "kvm", "paranoid"])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from engine.arch import hypercall as hv
 from engine.hyperv.caller import Caller
+from engine.state.kvm_versions import KVM_LATEST, PROFILES
 from tests.engine.hyperv.drawn_calls import ADDRESSES, calls
 
 from . import oracle
@@ -38,7 +39,7 @@ class Run:
         first, second, *rest = self.registers
         xmm = tuple(low | high << 64 for low, high in zip(rest[::2], rest[1::2], strict=True))
         if policy == "kvm":
-            self.answer = oracle.kvm(control, self.read)
+            self.answer = oracle.kvm(control, self.read, each_page=options.get("profile") == KVM_LATEST)
         else:
             self.answer = oracle.tlfs(control, self.read, gpa, memory=self.readable)
         before = self.machine.state()
@@ -74,9 +75,9 @@ class Run:
 
 
 @SLOW
-@given(calls(), places)
-def test_as_kvm(call: tuple[int, list[int]], gpa: int) -> None:
-    run = Run("kvm", *call, gpa)
+@given(calls(), places, st.sampled_from(PROFILES))
+def test_as_kvm(call: tuple[int, list[int]], gpa: int, profile: str) -> None:
+    run = Run("kvm", *call, gpa, profile=profile)
     run.check()
     assert run.gone() == run.answered()
 
