@@ -2,7 +2,6 @@
 
 from engine.arch import ept as bits
 from engine.arch import exceptions
-from engine.arch.paging import LINEAR_48
 from engine.cpu import tlb
 from engine.cpu.entry import eptp_valid
 from engine.cpu.frames import CAP_EPT_VPID
@@ -80,11 +79,11 @@ def invvpid_supported(capabilities, kind):
 
 
 @kernel
-def invvpid(m, vcpu, place, cpl, kind, context, linear):
+def invvpid(m, vcpu, place, cpl, kind, context, linear, width):
     """INVVPID by a vCPU's processor; returns (outcome, number).
 
     ``context`` and ``linear`` are the two halves of the descriptor: the VPID with 48 bits that must be 0, and the
-    linear address, which only the individual-address type looks at.
+    linear address, which only the individual-address type looks at: it must be canonical in ``width`` bits.
     """
     capabilities = m.caps[CAP_EPT_VPID]
     outcome, number = refusal(place, cpl, capabilities & bits.CAP_INVVPID != 0, EXIT_INVVPID)
@@ -95,7 +94,7 @@ def invvpid(m, vcpu, place, cpl, kind, context, linear):
     if kind == INVVPID_ALL:
         tlb.remove_vpid(m, vcpu, tlb.EVERY, tlb.GLOBALS_TOO)
         return SUCCEEDED, 0
-    if context == 0 or (kind == INVVPID_ADDRESS and not canonical(linear, LINEAR_48)):
+    if context == 0 or (kind == INVVPID_ADDRESS and not canonical(linear, width)):
         return FAILED, INVALID_OPERAND
     if kind == INVVPID_ADDRESS:
         tlb.remove_address(m, vcpu, context, tlb.EVERY, linear)

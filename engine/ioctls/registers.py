@@ -11,6 +11,7 @@ from types import MappingProxyType
 from engine.abi import Call, Reply, failed
 from engine.arch import kvm_vcpu_structs as abi
 from engine.arch import vmx_msrs as vmx
+from engine.arch.paging import CR4_LA57
 from engine.ioctls.registry import Ioctl, Target
 from engine.ioctls.vcpu_rows import changing, done, reading
 from engine.kvm.guest_memory import GuestMemory
@@ -183,6 +184,9 @@ def _sregs_valid(vcpu: Vcpu, given: dict[str, int], cs_long: bool) -> bool:
         if vcpu.kvm.vcpu.strict_sregs and given["cr3"] >> vcpu.maxphyaddr:
             return False
     elif efer & vmx.EFER_LMA or cs_long:
+        return False
+    # Linux 5.3 looks at this bit from 5.3.6 on (3ca94192278c).
+    if cr4 & CR4_LA57 and not cpuid_facts.has_la57(vcpu.cpuid):
         return False
     if not vcpu.kvm.vcpu.strict_sregs:
         return True

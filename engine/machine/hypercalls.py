@@ -19,13 +19,14 @@ from engine.hyperv import dispatch, l0_hyperv, modes, nested_paging, notes
 from engine.hyperv.caller import LOW, Caller
 from engine.hyperv.dispatch import HypercallContext
 from engine.hyperv.encode import CallFields
-from engine.hyperv.execution import Effect
+from engine.hyperv.execution import Effect, Facts
 from engine.hyperv.exits import exit_to_l1, finish_in_guest, rip_of
 from engine.hyperv.outcome import Outcome
 from engine.hyperv.privileges import Privileges
 from engine.hyperv.tlfs_rules import Environment
 from engine.kvm.guest_memory import GuestMemory
-from engine.machine.hyperv_vps import enter, facts_of, hyperv_host, leave, linear_width, nested_guest_of, vps_of
+from engine.machine.hyperv_vps import enter, hyperv_host, leave, nested_guest_of, vps_of
+from engine.machine.linear_width import host_width
 from engine.machine.nested_states import close_vcpu, open_vcpu
 from engine.machine.state import Change, Operations
 from engine.machine.vcpus import CachedTranslation, translation_of
@@ -175,6 +176,7 @@ def _context(change: Change, whole: Vcpu, position: int, ram: GuestMemory) -> Hy
     vps = vps_of(config, m, change.nested)
     vps[position] = replace(vps[position], running=True)
     nested = modes.in_nested_guest(whole)
+    width = host_width(config, m, change.nested)
     return HypercallContext(
         machine=m,
         memory=ram,
@@ -182,8 +184,8 @@ def _context(change: Change, whole: Vcpu, position: int, ram: GuestMemory) -> Hy
         privileges=privileges,
         vps=vps,
         policy=config.flush_policy,
-        environment=Environment(linear_width(whole), config.maxphyaddr, whole.host.nested),
-        facts=facts_of(config, linear_width(whole)),
+        environment=Environment(width, config.maxphyaddr, whole.host.nested),
+        facts=Facts.of(config, width),
         guest=nested_guest_of(whole, ram) if nested else None,
         translate=(lambda gpa: nested_paging.translate(whole, ram, gpa)) if nested_paging.in_use(whole) else None,
         locked=frozenset(

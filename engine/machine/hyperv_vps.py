@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from engine.arch import controls as ctl
-from engine.arch import paging
 from engine.arch.hyperv_pages import DIRECT_HYPERCALL
 from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME, Machine
@@ -13,6 +12,7 @@ from engine.hyperv import execution, l0_hyperv, modes, nested_paging, notes, que
 from engine.hyperv.direct import NestedGuest
 from engine.hyperv.execution import Facts, Vp
 from engine.kvm.guest_memory import GuestMemory
+from engine.machine.linear_width import host_width
 from engine.machine.nested_states import NestedStates, first_identity
 from engine.machine.state import Change
 from engine.nested.enlightened import asks_for_direct_flush
@@ -20,21 +20,10 @@ from engine.state.config import VmConfig
 from engine.trace.columns import TraceChunk
 from engine.vcpu.vcpu import Vcpu
 
-_LA57, _LA48 = 57, 48
-
 
 def hyperv_host(config: VmConfig) -> l0_hyperv.HypervHost | None:
     """The Hyper-V under KVM, None where there is none."""
     return l0_hyperv.HypervHost.under(config)
-
-
-def facts_of(config: VmConfig, width: int = _LA48) -> Facts:
-    """How the machine executes flushes."""
-    return Facts.of(config, width)
-
-
-def linear_width(whole: Vcpu) -> int:
-    return _LA57 if whole.registers["cr4"] & paging.CR4_LA57 else _LA48
 
 
 def vps_of(config: VmConfig, m: Machine, states: NestedStates) -> list[Vp]:
@@ -91,9 +80,9 @@ def enter(change: Change, vcpu: int) -> None:
         change.ensure()
         m = change.machine
         frame = FIRST_VCPU_FRAME + position
-        wide = bool(int(frames.read_word(m, frame, ctl.V_CR4)) & paging.CR4_LA57)
         nested = bool(frames.read_word(m, frame, ctl.V_GUEST_MODE))
-        execution.service(m, position, nested, facts_of(change.config, _LA57 if wide else _LA48))
+        width = host_width(change.config, m, change.nested)
+        execution.service(m, position, nested, Facts.of(change.config, width))
 
 
 def leave(change: Change, vcpu: int) -> None:

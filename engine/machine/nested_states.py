@@ -104,8 +104,7 @@ def _capabilities(config: VmConfig) -> dict[str, int]:
 
 def first_identity(own: VcpuConfig) -> tuple[int, tuple[CpuidEntry, ...]]:
     """VP index and CPUID of a vCPU that nobody has touched."""
-    leaves = (leaf if isinstance(leaf, CpuidEntry) else CpuidEntry(**leaf) for leaf in own.cpuid)
-    return own.id if own.vp_index is None else own.vp_index, tuple(leaves)
+    return own.id if own.vp_index is None else own.vp_index, own.leaves
 
 
 def fresh_vcpu(config: VmConfig, vcpu_id: int) -> Vcpu:

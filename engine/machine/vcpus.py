@@ -11,11 +11,15 @@ from numpy.typing import NDArray
 
 from engine.arch import controls as ctl
 from engine.arch import ept, exceptions
+from engine.arch.paging import CR4_LA57
 from engine.arch.vmcs_fields import FIELDS
 from engine.arch.words import signed, unsigned
 from engine.cpu import entry, frames, invalidate, tlb
 from engine.errors import InvalidValue, Unsupported
-from engine.machine.state import Operations
+from engine.machine.linear_width import invvpid_width
+from engine.machine.nested_states import record_of
+from engine.machine.state import Change, Operations
+from engine.vcpu.cpuid import has_la57
 
 # Where INVEPT and INVVPID are executed, by position as ``cpu.invalidate`` numbers it.
 PLACES = ("root", "outside", "non-root", "wrong-mode")
@@ -96,7 +100,10 @@ class VcpuOperations(Operations):
         return {name: unsigned(row[field.word]) for name, field in FIELDS.items()}
 
     def set_vmcs(self, vcpu: int, fields: Mapping[str, int]) -> None:
-        """Replace the fields given, all or none. Any value that fits is stored; VM entry is what checks it."""
+        """Replace the fields given, all or none. Any value that fits is stored; VM entry is what checks it.
+
+        But for CR4.LA57: a vCPU whose CPUID does not have it is refused it. One that was given no CPUID is not.
+        """
         frame = self._frame(vcpu)
         for name, value in fields.items():
             if name not in FIELDS:
@@ -105,6 +112,10 @@ class VcpuOperations(Operations):
             if not 0 <= value < 1 << bits:
                 raise InvalidValue(f"{name} has {bits} bits", field=name, value=value)
         with self._state.change() as draft:
+            cpuid = record_of(draft.config, draft.nested, vcpu).cpuid
+            if fields.get("cr4", 0) & CR4_LA57 and cpuid and not has_la57(cpuid):
+                rule = "LA57 (bit 12) needs the vCPU's CPUID.7:ECX bit 16"
+                raise InvalidValue(rule, field="cr4", value=fields["cr4"])
             for name, value in fields.items():
                 frames.write_word(draft.machine, frame, FIELDS[name].word, signed(value))
 
@@ -120,8 +131,8 @@ class VcpuOperations(Operations):
 
     def invept(self, vcpu: int, kind: int, eptp: int, *, place: str = "root", cpl: int = 0) -> InstructionResult:
         """INVEPT on the processor of a vCPU; ``place`` is one of PLACES, ``kind`` the type (64 bits)."""
-        with self._instruction(vcpu, place, cpl, {"type": kind, "eptp": eptp}) as (machine, position, where):
-            outcome, number = invalidate.invept(machine, position, where, cpl, signed(kind), signed(eptp))
+        with self._instruction(vcpu, place, cpl, {"type": kind, "eptp": eptp}) as (draft, position, where):
+            outcome, number = invalidate.invept(draft.machine, position, where, cpl, signed(kind), signed(eptp))
         return _result(int(outcome), int(number))
 
     def invvpid(
@@ -129,9 +140,10 @@ class VcpuOperations(Operations):
     ) -> InstructionResult:
         """INVVPID on the processor of a vCPU; ``descriptor`` is its first half: the VPID and 48 reserved bits."""
         given = {"type": kind, "descriptor": descriptor, "linear_address": linear_address}
-        with self._instruction(vcpu, place, cpl, given) as (machine, position, where):
+        with self._instruction(vcpu, place, cpl, given) as (draft, position, where):
+            width = invvpid_width(draft.config, draft.machine, draft.nested, position)
             outcome, number = invalidate.invvpid(
-                machine, position, where, cpl, signed(kind), signed(descriptor), signed(linear_address)
+                draft.machine, position, where, cpl, signed(kind), signed(descriptor), signed(linear_address), width
             )
         return _result(int(outcome), int(number))
 
@@ -168,7 +180,7 @@ class VcpuOperations(Operations):
     @contextmanager
     def _instruction(
         self, vcpu: int, place: str, cpl: int, operands: Mapping[str, int]
-    ) -> Iterator[tuple[frames.Machine, int, int]]:
+    ) -> Iterator[tuple[Change, int, int]]:
         position = self._frame(vcpu) - int(frames.FIRST_VCPU_FRAME)
         if place not in PLACES:
             raise InvalidValue(f"place is one of {', '.join(PLACES)}", field="place", value=place)
@@ -178,7 +190,7 @@ class VcpuOperations(Operations):
             if not 0 <= value < 1 << 64:
                 raise InvalidValue(f"{name} has 64 bits", field=name, value=value)
         with self._state.change() as draft:
-            yield draft.machine, position, PLACES.index(place)
+            yield draft, position, PLACES.index(place)
 
 
 def _result(outcome: int, number: int) -> InstructionResult:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 from engine.arch import controls as ctl
 from engine.arch import ept
+from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.vmx_msrs import MSR_BY_NAME
 from engine.errors import InvalidValue, NotFound
 from engine.state.kvm_versions import KVM_2019, PROFILES
@@ -53,6 +55,11 @@ class VcpuConfig:
     id: int
     vp_index: int | None = None
     cpuid: tuple[Any, ...] = ()
+
+    @cached_property
+    def leaves(self) -> tuple[CpuidEntry, ...]:
+        """``cpuid``, whose leaves may be mappings."""
+        return tuple(leaf if isinstance(leaf, CpuidEntry) else CpuidEntry(**leaf) for leaf in self.cpuid)
 
 
 @dataclass(frozen=True)

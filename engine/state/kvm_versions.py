@@ -109,6 +109,7 @@ class VcpuRows(Column):
     reports_cpuid_count = Row(False, True)  # KVM_GET_CPUID2 says how many leaves there are
     # KVM_SET_SREGS looks at CR0, CR3 and reserved bits of CR4, and keeps the rights of an unusable segment.
     strict_sregs = Row(False, True)
+    invvpid_by_host = Row(False, True)  # its address has the host's width, or that of CR4.LA57
     # The capability MSRs of a guest hypervisor; host writes are measured against the vCPU's own values, or the host's.
     vmx_controls = Row(vmx.CONTROLS_2019, vmx.CONTROLS_LATEST)
     vmx_values = Row(vmx.VALUES_2019, vmx.VALUES_LATEST)

@@ -12,6 +12,7 @@ from engine.errors import InvalidValue
 
 ECX1_VMX = 1 << 5
 ECX8_SVM = 1 << 2
+ECX7_LA57 = 1 << 16
 EDX8_NX = 1 << 20
 EDX8_LONG_MODE = 1 << 29
 
@@ -58,6 +59,12 @@ def features_ecx(entries: Iterable[CpuidEntry]) -> int:
 def has_vmx(entries: Iterable[CpuidEntry]) -> bool:
     """CPUID.1:ECX bit 5."""
     return bool(features_ecx(entries) & ECX1_VMX)
+
+
+def has_la57(entries: Iterable[CpuidEntry]) -> bool:
+    """CPUID.7:ECX bit 16: linear addresses of 57 bits, once CR4.LA57 is set."""
+    leaf = find_leaf(entries, 7)
+    return leaf is not None and bool(leaf.ecx & ECX7_LA57)
 
 
 def has_hyperv(entries: Iterable[CpuidEntry]) -> bool:

@@ -124,7 +124,7 @@ MUTANTS = (
     Mutant(
         "invvpid-canonical",
         INVALIDATE_PY,
-        "if context == 0 or (kind == INVVPID_ADDRESS and not canonical(linear, LINEAR_48)):",
+        "if context == 0 or (kind == INVVPID_ADDRESS and not canonical(linear, width)):",
         "if context == 0:",
         "INVVPID: type 0 needs a canonical address",
         named(ENTRY, "operands"),
@@ -132,7 +132,7 @@ MUTANTS = (
     Mutant(
         "invvpid-vpid-0",
         INVALIDATE_PY,
-        "if context == 0 or (kind == INVVPID_ADDRESS and not canonical(linear, LINEAR_48)):",
+        "if context == 0 or (kind == INVVPID_ADDRESS and not canonical(linear, width)):",
         "if kind == INVVPID_ADDRESS and not canonical(linear):",
         "INVVPID: VPID 0 is refused by types 0, 1 and 3",
         named(ENTRY, "operands"),

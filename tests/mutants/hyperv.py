@@ -11,6 +11,7 @@ QUEUES_PY = "engine/hyperv/queues.py"
 EXECUTION_PY = "engine/hyperv/execution.py"
 DIRECT_PY = "engine/hyperv/direct.py"
 RANGES_PY = "engine/hyperv/ranges.py"
+LINEAR_WIDTH_PY = "engine/machine/linear_width.py"
 SELECT_PY = "engine/cpu/tlb_select.py"
 VECTORS = f"{HYPERV}/test_hypercall_vectors.py"
 LISTS = f"{HYPERV}/test_list_ranges.py"
@@ -23,7 +24,7 @@ MUTANTS = (
         KVM_RULES,
         "everyone = bool(header[1] & hv.ALL_PROCESSORS) or header[2] == 0",
         "everyone = bool(header[1] & hv.ALL_PROCESSORS)",
-        "Linux 6.16: an empty processor mask means everyone",
+        "Linux 7.1: an empty processor mask means everyone",
         (f"{VECTORS}::test_as_kvm_reads_it[S07-kvm-2019]",),
     ),
     Mutant(
@@ -31,7 +32,7 @@ MUTANTS = (
         KVM_RULES,
         "if call.rep and control.reps <= LONGEST_LIST:",
         "if call.rep:",
-        "Linux 6.16: a list of more than 15 is not read",
+        "Linux 7.1: a list of more than 15 is not read",
         (f"{VECTORS}::test_as_kvm_reads_it[F06-kvm-2019]",),
     ),
     Mutant(
@@ -39,7 +40,7 @@ MUTANTS = (
         KVM_RULES,
         "if control.value & hv.RESERVED_WITH_NESTED:",
         "if control.value & hv.RESERVED:",
-        "Linux 6.16: bit 31 of the input value is reserved",
+        "Linux 7.1: bit 31 of the input value is reserved",
         (f"{VECTORS}::test_as_kvm_reads_it[S17-kvm-2019]",),
     ),
     Mutant(
@@ -107,6 +108,38 @@ MUTANTS = (
         (f"{LISTS}::test_as_kvm_reads_it[{ACROSS}-kvm-latest]",),
     ),
     Mutant(
+        "hyperv-width-of-the-host",
+        LINEAR_WIDTH_PY,
+        "return LINEAR_57 if _host_has_la57(config, m, states) else LINEAR_48",
+        "return LINEAR_48",
+        "Linux: addresses of a flush list are held to the host's width",
+        named(f"{MACHINE}/test_linear_width.py", "a_list_goes_by_the_width_of_the_host"),
+    ),
+    Mutant(
+        "invvpid-width-of-7.1",
+        "engine/state/kvm_versions.py",
+        "invvpid_by_host = Row(False, True)  # its address has the host's width, or that of CR4.LA57",
+        "invvpid_by_host = Row(False, False)  # its address has the host's width, or that of CR4.LA57",
+        "Linux 7.1: INVVPID holds its address to the host's width",
+        named(f"{MACHINE}/test_linear_width.py", "invvpid_goes_by_cr4_or_the_host"),
+    ),
+    Mutant(
+        "invvpid-width-of-5.3",
+        LINEAR_WIDTH_PY,
+        "return LINEAR_57 if _wide(config, m)[position] else LINEAR_48",
+        "return LINEAR_48",
+        "Linux 5.3: INVVPID holds its address to the width of CR4.LA57",
+        named(f"{MACHINE}/test_linear_width.py", "invvpid_goes_by_cr4_or_the_host"),
+    ),
+    Mutant(
+        "la57-without-cpuid",
+        "engine/ioctls/registers.py",
+        "if cr4 & CR4_LA57 and not cpuid_facts.has_la57(vcpu.cpuid):",
+        "if False:",
+        "Linux 5.3.6: KVM_SET_SREGS refuses CR4.LA57 without its CPUID bit",
+        named("tests/engine/ioctls/test_register_ioctls.py", "sregs_that_cannot_be_together"),
+    ),
+    Mutant(
         "hyperv-each-page-by-the-specification",
         EXECUTION_PY,
         'by_page = config.flush_policy == "tlfs" or kvm_version(config.profile).hyperv.flushes_each_page',
@@ -119,7 +152,7 @@ MUTANTS = (
         QUEUES_PY,
         "wanted = words if words is not None and 0 < len(words) < PLACES - count else (EVERYTHING,)",
         "wanted = words if words is not None and 0 < len(words) <= PLACES - count else (EVERYTHING,)",
-        "Linux 6.16: one place of a queue is kept for everything",
+        "Linux 7.1: one place of a queue is kept for everything",
         named(f"{HYPERV}/test_queues.py", "sequences"),
     ),
     Mutant(
@@ -127,7 +160,7 @@ MUTANTS = (
         EXECUTION_PY,
         "which = queues.NESTED_QUEUE if in_nested else queues.OWN_QUEUE",
         "which = queues.OWN_QUEUE",
-        "Linux 6.16: a vCPU does the queue of its mode",
+        "Linux 7.1: a vCPU does the queue of its mode",
         named(f"{HYPERV}/test_queues.py", "each_mode_has_its_queue"),
         function="service",
     ),
@@ -200,7 +233,7 @@ MUTANTS = (
         "engine/vcpu/msrs.py",
         "return leaf is None or not leaf.eax & _NEEDED[number]",
         "return leaf is None",
-        "Linux 6.16: each MSR needs its bit of CPUID 0x40000003.EAX where CPUID is enforced",
+        "Linux 7.1: each MSR needs its bit of CPUID 0x40000003.EAX where CPUID is enforced",
         named("tests/service/api/hyperv/test_hypercalls.py", "msrs_are_kept_from_a_guest_whose_cpuid_has_them_not"),
     ),
     Mutant(

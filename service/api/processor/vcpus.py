@@ -62,7 +62,7 @@ class _VmcsBase(Document):
 
 
 class _VmcsUpdateBase(Document):
-    """Fields to be replaced; the others stay. Whatever fits is stored: VM entry is what checks it."""
+    """Fields to be replaced; the others stay."""
 
     model_config = ConfigDict(json_schema_extra=examples({"eptp": "0x20000000205e", "pml_index": 511}))
 
@@ -259,8 +259,8 @@ async def get_vmcs(request: Request, vm: VmId, n: VcpuId) -> Response:
     operation_id="putVmcs",
     summary="Replace fields of a VMCS",
     description=(
-        "Fields that are not given stay. Any value that fits is stored, as VMWRITE does; VM entry is what checks it. "
-        "Nothing is flushed."
+        "Fields that are not given stay. Any value that fits is stored, as VMWRITE does, but CR4.LA57 where the vCPU "
+        "has a CPUID without it; VM entry is what checks it. Nothing is flushed."
     ),
     responses=documented(
         changed_reply(Vmcs, "Every field as it is now."),

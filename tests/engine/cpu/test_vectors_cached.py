@@ -204,7 +204,7 @@ def invept(kind: int, eptp: str) -> Callable[[Processor], object]:
 
 def invvpid(kind: int, vpid: int, linear: int = LINEAR) -> Callable[[Processor], object]:
     return lambda p: invalidate.invvpid(
-        p.m, VCPU, invalidate.ROOT, 0, np.int64(kind), np.int64(vpid), np.int64(signed(linear))
+        p.m, VCPU, invalidate.ROOT, 0, np.int64(kind), np.int64(vpid), np.int64(signed(linear)), 48
     )
 
 

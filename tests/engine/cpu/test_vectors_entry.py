@@ -9,6 +9,7 @@ import pytest
 
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
+from engine.arch.paging import LINEAR_48
 from engine.arch.words import signed
 from engine.cpu import frames, invalidate
 from engine.machine import VirtualMachine
@@ -103,9 +104,13 @@ def test_a_host_without_spp_does_not_allow_the_control() -> None:
     assert not m.caps[frames.CAP_SECONDARY_ALLOWED] & ctl.SECONDARY_SPP
 
 
+def invvpid(m: Any, vcpu: int, place: int, cpl: int, *operands: Any, width: int = LINEAR_48) -> Any:
+    return invalidate.invvpid(m, vcpu, place, cpl, *operands, width)
+
+
 OPERANDS = [
     *((row[0], invalidate.invept, *row[1:]) for row in tables.INVEPT),
-    *((row[0], invalidate.invvpid, *row[1:]) for row in tables.INVVPID),
+    *((row[0], invvpid, *row[1:]) for row in tables.INVVPID),
 ]
 
 
@@ -121,16 +126,32 @@ def test_operands(instruction: Any, kind: int, descriptor: tuple[int, ...], erro
 
 
 @pytest.mark.parametrize(
+    ("linear", "narrow", "wide"),
+    [
+        (1 << 47, invalidate.FAILED, invalidate.SUCCEEDED),
+        (0xFFFF_7FFF_FFFF_F000, invalidate.FAILED, invalidate.SUCCEEDED),
+        (0xFFFF_8000_0000_0000, invalidate.SUCCEEDED, invalidate.SUCCEEDED),
+        (1 << 56, invalidate.FAILED, invalidate.FAILED),
+        (0xFEFF_FFFF_FFFF_F000, invalidate.FAILED, invalidate.FAILED),
+    ],
+)
+def test_an_address_is_canonical_in_a_width(linear: int, narrow: int, wide: int) -> None:
+    for width, outcome in ((48, narrow), (57, wide)):
+        operands = (np.int64(0), np.int64(1), np.int64(signed(linear)))
+        assert invvpid(Processor().m, VCPU, invalidate.ROOT, 0, *operands, width=width)[0] == outcome
+
+
+@pytest.mark.parametrize(
     ("cap", "instruction", "kind", "expected"),
     [
         (bits.CAP_INVEPT, invalidate.invept, 2, (invalidate.EXCEPTION, 6)),
         (bits.CAP_INVEPT_SINGLE, invalidate.invept, 1, (invalidate.FAILED, 28)),
         (bits.CAP_INVEPT_ALL, invalidate.invept, 2, (invalidate.FAILED, 28)),
-        (bits.CAP_INVVPID, invalidate.invvpid, 2, (invalidate.EXCEPTION, 6)),
-        (bits.CAP_INVVPID_ADDRESS, invalidate.invvpid, 0, (invalidate.FAILED, 28)),
-        (bits.CAP_INVVPID_SINGLE, invalidate.invvpid, 1, (invalidate.FAILED, 28)),
-        (bits.CAP_INVVPID_ALL, invalidate.invvpid, 2, (invalidate.FAILED, 28)),
-        (bits.CAP_INVVPID_RETAIN_GLOBALS, invalidate.invvpid, 3, (invalidate.FAILED, 28)),
+        (bits.CAP_INVVPID, invvpid, 2, (invalidate.EXCEPTION, 6)),
+        (bits.CAP_INVVPID_ADDRESS, invvpid, 0, (invalidate.FAILED, 28)),
+        (bits.CAP_INVVPID_SINGLE, invvpid, 1, (invalidate.FAILED, 28)),
+        (bits.CAP_INVVPID_ALL, invvpid, 2, (invalidate.FAILED, 28)),
+        (bits.CAP_INVVPID_RETAIN_GLOBALS, invvpid, 3, (invalidate.FAILED, 28)),
     ],
 )
 def test_types_need_their_capability(cap: int, instruction: Any, kind: int, expected: tuple[int, int]) -> None:
@@ -157,6 +178,6 @@ def test_place_and_privilege_come_before_operands(place: int, cpl: int, expected
     kind, zero = np.int64(9), np.int64(0)
     for result, reason in (
         (invalidate.invept(p.m, VCPU, place, cpl, kind, zero), 50),
-        (invalidate.invvpid(p.m, VCPU, place, cpl, kind, zero, zero), 53),
+        (invvpid(p.m, VCPU, place, cpl, kind, zero, zero), 53),
     ):
         assert result == (expected[0], reason if expected[1] is None else expected[1])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from engine.abi import Reply, UserBuffer
+from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.kvm_vcpu_structs import EVENTS, REGS, SREGS
 from engine.arch.vmx_msrs import EFER_SVME
 from engine.vcpu.cpuid import supported_cpuid
@@ -73,6 +74,7 @@ def test_sregs_come_back(era: str) -> None:
         ({"cr0": 0x2000_0000}, False, True),
         ({"cr0": 0x8000_0000}, False, True),
         ({"cr4": 1 << 15}, False, True),
+        ({"cr4": 1 << 12}, True, True),
         ({**LONG_MODE, "cr3": 1 << 39}, False, True),
         (LONG_MODE, False, False),
     ],
@@ -85,6 +87,14 @@ def test_sregs_that_cannot_be_together(changes: dict[str, int], both: bool, late
         refused = both if era == "kvm-2019" else latest
         assert reply.errno == ("EINVAL" if refused else None), era
         assert not refused or vcpu.to_head() == before
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_la57_needs_its_feature(era: str) -> None:
+    vcpu = make_vcpu(era, cpuid=(CpuidEntry(7, flags=1, ecx=1 << 16),))
+    raw = sregs(vcpu, cr4=1 << 12)
+    assert call(vcpu, "KVM_SET_SREGS", raw)[0] == Reply(0)
+    assert sregs(vcpu) == raw
 
 
 def test_osxsave_needs_xsave_and_x2apic_its_feature() -> None:

@@ -31,7 +31,7 @@ class FlushVm:
         self._next_table = _FIRST_TABLE
         self._tables: dict[tuple[int, int, int], int] = {}
         for entry in ENTRIES.values():
-            self._map(*entry)
+            self.map_page(*entry)
         for vcpu in range(len(VP_INDICES)):
             self.put(f"vcpus/{vcpu}/vmcs", cr4=hex(CR4 | _PCIDE))
 
@@ -46,7 +46,7 @@ class FlushVm:
         assert reply.status_code in (204, 422), reply.text
         return reply.status_code == 204
 
-    def _map(self, space: int, linear: int, bits: int, is_global: bool) -> None:
+    def map_page(self, space: int, linear: int, bits: int, is_global: bool) -> None:
         table = space
         for shift in range(39, bits, -9):
             index = linear >> shift & 511
