@@ -2,7 +2,7 @@
 
 The VP assist page has one right layout. Two wrong ones were in kernels or patches of 2019; they are here to read what
 such a kernel wrote, and nothing writes them.
-Source: Microsoft TLFS, nested virtualization; Linux v5.3 before and after the layout fix; Linux 6.16.
+Source: Microsoft TLFS, nested virtualization; Linux v5.3 before and after the layout fix; Linux 7.1.
 """
 
 from __future__ import annotations

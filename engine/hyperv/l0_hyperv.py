@@ -2,7 +2,7 @@
 
 Each vCPU has an enlightened VMCS, or on AMD a VMCB, and runs on a CPU of its own, which has a VP assist page: both are
 pages of the host and are kept as such. One partition assist page, always zero, serves the whole machine. Source: Linux
-5.4, vmx.c and the series that brought KVM_CAP_HYPERV_DIRECT_TLBFLUSH; Linux 6.16, svm_onhyperv.c.
+5.4, vmx.c and the series that brought KVM_CAP_HYPERV_DIRECT_TLBFLUSH; Linux 7.1, svm_onhyperv.c.
 
 Kept as that KVM has it: with VMX enabling does not clear the clean bit of what it changes, and a vCPU's VP id is stored
 after its first exit only; with SVM it does, and the id is there before VMRUN. The Hyper-V here looks at these fields at

@@ -1,7 +1,7 @@
 """KVM's queues of ranges to flush: two for each vCPU, for itself and for the nested guest it runs, 16 places each.
 
 A range is queued as the word of the list it came in. The word of all ones stands for everything; a request for the
-4,096 pages from the last one looks the same and flushes everything too. Source: Linux 6.16, kvm_hv_flush_tlb and
+4,096 pages from the last one looks the same and flushes everything too. Source: Linux 7.1, kvm_hv_flush_tlb and
 kvm_hv_vcpu_flush_tlb.
 """
 
