@@ -10,8 +10,10 @@ CONTROL_REGISTERS_PY = "engine/vcpu/control_registers.py"
 CPUID_PY = "engine/vcpu/runtime_cpuid.py"
 MSRS_PY = "engine/vcpu/msrs.py"
 SREGS_PY = "engine/ioctls/registers.py"
+HYPERV_PY = "engine/machine/hyperv.py"
 
 REGISTER_IOCTLS = "tests/engine/ioctls/test_register_ioctls.py"
+HYPERCALLS = "tests/engine/machine/test_hypercall_operations.py"
 RUNTIME_CPUID = "tests/engine/vcpu/test_runtime_cpuid.py"
 
 MUTANTS = (
@@ -86,5 +88,13 @@ MUTANTS = (
         "if number == 0 and not host:",
         "a guest's write of the revision does nothing",
         named(REGISTER_IOCTLS, "microcode_revision"),
+    ),
+    Mutant(
+        "vcpu-enforced-in-2019",
+        HYPERV_PY,
+        "if not self.enforcement_available():",
+        "if not enforced:",
+        "5.3 has no KVM_CAP_HYPERV_ENFORCE_CPUID",
+        named(HYPERCALLS, "2019_has_no_enforcement_of_cpuid"),
     ),
 )
