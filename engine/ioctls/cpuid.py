@@ -17,6 +17,7 @@ from engine.nested.operations import set_cpuid
 from engine.state.kvm_versions import kvm_version
 from engine.vcpu.cpuid import supported_cpuid
 from engine.vcpu.hv_cpuid import supported_hv_cpuid, system_hv_cpuid
+from engine.vcpu.runtime_cpuid import current_cpuid
 from engine.vcpu.vcpu import Vcpu
 
 CAP_EXT_CPUID = 7
@@ -54,8 +55,8 @@ def set_cpuid2(vcpu: Vcpu, _: GuestMemory, call: Call) -> Reply:
 
 
 def get_cpuid2(vcpu: Vcpu, _: GuestMemory, call: Call) -> Reply:
-    """KVM_GET_CPUID2; only today's kernel stores the count."""
-    return _list(call, vcpu.cpuid, stores_count=vcpu.kvm.vcpu.reports_cpuid_count)
+    """KVM_GET_CPUID2: what was set, by the state of now; only today's kernel stores the count."""
+    return _list(call, current_cpuid(vcpu), stores_count=vcpu.kvm.vcpu.reports_cpuid_count)
 
 
 def _list(call: Call, entries: Sequence[CpuidEntry], *, stores_count: bool = True) -> Reply:

@@ -17,7 +17,7 @@ from engine.ioctls.registry import Ioctl, Target
 from engine.ioctls.vcpu_rows import changing, host_of, reading
 from engine.kvm.guest_memory import GuestMemory
 from engine.nested.operations import set_msr
-from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX
+from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX, K7_HWCR
 from engine.vcpu.msrs import read_msr
 from engine.vcpu.vcpu import Vcpu, VcpuHost
 
@@ -29,6 +29,7 @@ SAVED_MSRS = (
     *(0x10, 0x277, 0xC001_0117, vmx.IA32_FEATURE_CONTROL, 0xC000_0103, 0xD90, 0x1A0, 0x3B, 0x6E0, 0x179, 0x17A, 0x9E),
     *(0x11, 0x12, 0x4B56_4D00, 0x4B56_4D01, 0x4B56_4D02, 0x4B56_4D03, 0x4B56_4D04),
     *(HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_INDEX, 0x4000_0003, 0x4000_0020, 0x4000_0021, HV_VP_ASSIST_PAGE),
+    K7_HWCR,
 )
 # Known besides: EFER and other registers, MTRRs, machine check, microcode, what needs no carrying.
 _FURTHER_MSRS = frozenset(

@@ -17,8 +17,9 @@ from engine.ioctls.vcpu_rows import changing, done, reading
 from engine.kvm.guest_memory import GuestMemory
 from engine.nested.operations import set_smm
 from engine.vcpu import cpuid as cpuid_facts
-from engine.vcpu.msrs import APIC_BASE, read_msr
-from engine.vcpu.registers import CR0_PE, CR0_PG, CR4_PAE, SEGMENTS, TABLES
+from engine.vcpu.apic_base import APIC_BASE, apic_base, takes_apic_base
+from engine.vcpu.control_registers import vmx_allows_cr4
+from engine.vcpu.registers import CR0_PE, CR0_PG, CR4_OSXSAVE, CR4_PAE, SEGMENTS, TABLES
 from engine.vcpu.vcpu import Vcpu
 
 CAP_MP_STATE = 14
@@ -26,12 +27,8 @@ CAP_VCPU_EVENTS = 41
 
 _RFLAGS_FIXED = 0x2
 _CR0_CD, _CR0_NW = 1 << 30, 1 << 29
-_CR4_OSXSAVE = 1 << 18
-_ECX1_XSAVE, _ECX1_X2APIC = 1 << 26, 1 << 21
 # CR4 bits that every guest may set: VME to OSXMMEXCPT.
 _CR4_BASIC = 0x7FF
-_APIC_RESERVED = 0x2FF
-_X2APIC = 1 << 10
 _STI, _MOV_SS = 1 << 0, 1 << 1
 _SOFT_EXCEPTIONS = (3, 4)
 _NMI_VECTOR = 2
@@ -83,17 +80,23 @@ def sregs_bytes(vcpu: Vcpu) -> bytes:
             abi.SREGS.put(raw, f"{name}_{part}", registers[f"{name}_{part}"])
     for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "ia32_efer"):
         abi.SREGS.put(raw, name, registers.get(name, 0))
-    abi.SREGS.put(raw, "apic_base", read_msr(vcpu, APIC_BASE, host=True) or 0)
+    abi.SREGS.put(raw, "apic_base", apic_base(vcpu))
     return bytes(raw)
 
 
 def set_sregs(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
-    """KVM_SET_SREGS. Nothing is taken when the values cannot be together."""
+    """KVM_SET_SREGS. Nothing is taken when the values cannot be together.
+
+    A CR4 that VMX does not allow is one of these today. In 2019 the old CR4 stays, whole, and all the rest is taken.
+    """
     given = {name: abi.SREGS.get(raw, name) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "ia32_efer", "apic_base")}
-    if not _sregs_valid(vcpu, given, bool(abi.SREGS.get(raw, "cs_l"))) or not _apic_valid(vcpu, given["apic_base"]):
+    apic = given.pop("apic_base")
+    if not _sregs_valid(vcpu, given, bool(abi.SREGS.get(raw, "cs_l"))) or not takes_apic_base(vcpu, apic, host=True):
         return "EINVAL"
-    vcpu.msrs[APIC_BASE] = given.pop("apic_base")
+    vcpu.msrs[APIC_BASE] = apic
     lost_svm = vcpu.registers["ia32_efer"] & vmx.EFER_SVME and not given["ia32_efer"] & vmx.EFER_SVME
+    if not vmx_allows_cr4(vcpu, given["cr4"]):
+        del given["cr4"]
     vcpu.registers.update(given)
     for name in SEGMENTS:
         for part in ("base", "limit", "selector"):
@@ -176,7 +179,7 @@ def set_mp_state(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
 def _sregs_valid(vcpu: Vcpu, given: dict[str, int], cs_long: bool) -> bool:
     cr0, cr4, efer = given["cr0"], given["cr4"], given["ia32_efer"]
     features = cpuid_facts.features_ecx(vcpu.cpuid)
-    if cr4 & _CR4_OSXSAVE and not features & _ECX1_XSAVE:
+    if cr4 & CR4_OSXSAVE and not features & cpuid_facts.ECX1_XSAVE:
         return False
     if efer & vmx.EFER_LME and cr0 & CR0_PG:
         if not cr4 & CR4_PAE or not efer & vmx.EFER_LMA:
@@ -191,13 +194,7 @@ def _sregs_valid(vcpu: Vcpu, given: dict[str, int], cs_long: bool) -> bool:
     if not vcpu.kvm.vcpu.strict_sregs:
         return True
     cr0_valid = not (cr0 >> 32 or cr0 & (_CR0_CD | _CR0_NW) == _CR0_NW or cr0 & (CR0_PG | CR0_PE) == CR0_PG)
-    return cr0_valid and not cr4 & ~(_CR4_BASIC | cpuid_facts.cr4_allowed(vcpu.cpuid))
-
-
-def _apic_valid(vcpu: Vcpu, base: int) -> bool:
-    if base >> vcpu.maxphyaddr or base & _APIC_RESERVED:
-        return False
-    return not base & _X2APIC or bool(cpuid_facts.features_ecx(vcpu.cpuid) & _ECX1_X2APIC)
+    return cr0_valid and vmx_allows_cr4(vcpu, cr4) and not cr4 & ~(_CR4_BASIC | cpuid_facts.cr4_allowed(vcpu.cpuid))
 
 
 def _access_rights(vcpu: Vcpu, raw: bytes, name: str) -> int:

@@ -13,6 +13,9 @@ from engine.machine.hypercalls import Hypercalls
 from engine.machine.hyperv_pages import SharedPages
 from engine.machine.hyperv_vps import enter, hyperv_host
 from engine.machine.nested_states import open_vcpu
+from engine.state.kvm_versions import kvm_version
+
+CAP_ENFORCE_CPUID = 199
 
 ACTIVITIES = ("running", "halted")
 
@@ -103,6 +106,10 @@ class HypervOperations(Hypercalls, SharedPages):
         hides = not open_vcpu(self._config, states, snapshot.machine, vcpu).shows_kvm
         return {**{name: hex(value) for name, value in fields.items()}, "hides_kvm": hex(hides)}
 
+    def enforcement_available(self) -> bool:
+        """KVM_CHECK_EXTENSION(199): Linux 5.14 and later have it."""
+        return kvm_version(self._config.profile).hyperv.enforces_cpuid
+
     def enforces_cpuid(self, vcpu: int) -> bool:
         """Whether KVM_CAP_HYPERV_ENFORCE_CPUID is enabled on the vCPU."""
         return self._flag(vcpu, notes.ENFORCE_CPUID)
@@ -122,8 +129,15 @@ class HypervOperations(Hypercalls, SharedPages):
                 )
 
     def enforce_cpuid(self, vcpu: int, enforced: bool) -> None:
-        """KVM_ENABLE_CAP(199): whether hypercalls need what CPUID says."""
+        """KVM_ENABLE_CAP(199): whether hypercalls need what CPUID says. Raises Unsupported where there is no such."""
         position = self._config.vcpu_position(vcpu)
+        if not self.enforcement_available():
+            raise Unsupported(
+                "must be offered: KVM has KVM_CAP_HYPERV_ENFORCE_CPUID from Linux 5.14 on, kvm-2019 is older",
+                field="capability",
+                value=CAP_ENFORCE_CPUID,
+                errno="EINVAL",
+            )
         with self._state.change() as draft:
             notes.set_flag(draft.machine, position, notes.ENFORCE_CPUID, enforced)
 

@@ -33,6 +33,7 @@ from engine.vcpu.cpuid import supported_cpuid
 from engine.vcpu.hv_cpuid import evmcs_version, supported_hv_cpuid
 from engine.vcpu.msr_numbers import NAMES as HYPERV_MSR_NAMES
 from engine.vcpu.msrs import REGISTER_MSR_NAMES, read_msr, write_msr
+from engine.vcpu.runtime_cpuid import current_cpuid
 from engine.vcpu.vcpu import Vcpu, VcpuHost
 
 MSR_NAMES = {
@@ -148,6 +149,10 @@ class NestedOperations(Operations):
         """KVM_GET_SUPPORTED_CPUID."""
         host = self.host()
         return supported_cpuid(host.vendor, host.nested, host.maxphyaddr)
+
+    def cpuid(self, vcpu: int) -> tuple[CpuidEntry, ...]:
+        """KVM_GET_CPUID2: the leaves that were set, with what follows CR4, XCR0 and the local APIC as it is now."""
+        return current_cpuid(self.vcpu(vcpu))
 
     def hyperv_cpuid(self, vcpu: int) -> list[CpuidEntry]:
         """KVM_GET_SUPPORTED_HV_CPUID on the vCPU."""

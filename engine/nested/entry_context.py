@@ -12,6 +12,7 @@ from engine.arch.vmcs12 import REVISION_MASK, SHADOW_INDICATOR, VMCS12_REVISION,
 from engine.kvm.guest_memory import GuestMemory
 from engine.state.kvm_versions import PROFILES, ProfileName
 from engine.vcpu import cpuid as cpuid_facts
+from engine.vcpu.control_registers import respects_fixed_bits
 from engine.vcpu.registers import active_secondary
 from engine.vcpu.vcpu import Vcpu
 
@@ -56,12 +57,7 @@ class EntryContext:
 
     def cr_valid(self, register: str, value: int, relaxed: int = 0) -> bool:
         """CR0 or CR4 respects the fixed bits; ``relaxed`` bits need not be set."""
-        if register == "cr0":
-            fixed1 = self.capabilities.values["cr0_fixed1"]
-        else:
-            fixed1 = cpuid_facts.cr4_allowed(self.vcpu.cpuid)
-        fixed0 = self.capabilities.values[f"{register}_fixed0"] & ~relaxed
-        return (value & fixed1 | fixed0) == value
+        return respects_fixed_bits(self.vcpu, register, value, relaxed)
 
     def efer_valid(self, value: int) -> bool:
         """No reserved bit of EFER: SCE, and LME, LMA, NX where the guest CPUID has them."""

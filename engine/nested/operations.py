@@ -9,6 +9,7 @@ from engine.arch.vmx_msrs import IA32_FEATURE_CONTROL
 from engine.kvm.guest_memory import GuestMemory
 from engine.nested.transitions import leave_nested, map_pending, synchronise
 from engine.vcpu.msrs import write_msr
+from engine.vcpu.runtime_cpuid import current_cpuid, with_state
 from engine.vcpu.vcpu import Vcpu
 
 _LINEAR_WIDTHS = (0, 48, 57)
@@ -26,10 +27,11 @@ def set_cpuid(vcpu: Vcpu, entries: tuple[CpuidEntry, ...]) -> str | None:
     """KVM_SET_CPUID2. None, or the errno.
 
     Today's kernel refuses new contents once the vCPU has run and while it is in L2; in 2019 it takes them any time.
+    What follows the state of the vCPU is no content.
     Linear addresses must be 48 or 57 bits wide, or of no stated width.
     """
     frozen = vcpu.kvm.vcpu.cpuid_freezes and (vcpu.has_run or vcpu.vmx.guest_mode or vcpu.svm.guest_mode)
-    if frozen and entries != vcpu.cpuid:
+    if frozen and with_state(vcpu, entries) != current_cpuid(vcpu):
         return "EINVAL"
     leaf = find_leaf(entries, 0x8000_0008)
     refused = leaf is not None and leaf.eax >> 8 & 0xFF not in _LINEAR_WIDTHS

@@ -110,6 +110,12 @@ class VcpuRows(Column):
     # KVM_SET_SREGS looks at CR0, CR3 and reserved bits of CR4, and keeps the rights of an unusable segment.
     strict_sregs = Row(False, True)
     invvpid_by_host = Row(False, True)  # its address has the host's width, or that of CR4.LA57
+    runtime_cpuid_needs_leaf_1 = Row(True, False)  # without it no leaf follows CR4, XCR0 and the APIC
+    takes_same_apic_base = Row(False, True)  # a write that changes nothing is not looked at
+    # Bits of IA32_FEATURE_CONTROL that the host may set whatever the guest CPUID has.
+    feature_control_of_host = Row(vmx.FEATURE_CONTROL_LOCKED, vmx.FEATURE_CONTROL_ALL)
+    hwcr_bits = Row(1 << 18, 1 << 18 | 1 << 24)  # of MSR 0xC0010015: McStatusWrEn; TscFreqSel
+    hwcr_clears = Row(False, True)  # a write of 0 to it is stored
     # The capability MSRs of a guest hypervisor; host writes are measured against the vCPU's own values, or the host's.
     vmx_controls = Row(vmx.CONTROLS_2019, vmx.CONTROLS_LATEST)
     vmx_values = Row(vmx.VALUES_2019, vmx.VALUES_LATEST)

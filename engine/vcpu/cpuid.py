@@ -11,6 +11,8 @@ from engine.arch.struct_layout import parse_integer
 from engine.errors import InvalidValue
 
 ECX1_VMX = 1 << 5
+ECX1_X2APIC = 1 << 21
+ECX1_XSAVE = 1 << 26
 ECX8_SVM = 1 << 2
 ECX7_LA57 = 1 << 16
 EDX8_NX = 1 << 20

@@ -1,4 +1,4 @@
-"""Numbers of the Hyper-V MSRs that a vCPU has to know for nesting. Source: Microsoft TLFS."""
+"""Numbers of the MSRs that a vCPU has rules for: those of Hyper-V (Microsoft TLFS), and AMD's HWCR."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ HV_GUEST_OS_ID = 0x4000_0000
 HV_HYPERCALL = 0x4000_0001
 HV_VP_INDEX = 0x4000_0002
 HV_VP_ASSIST_PAGE = 0x4000_0073
+
+K7_HWCR = 0xC001_0015
 
 NAMES = {
     HV_GUEST_OS_ID: "HV_X64_MSR_GUEST_OS_ID",

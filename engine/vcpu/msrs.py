@@ -1,6 +1,7 @@
 """Reading and writing MSRs of a vCPU, one by one and by the lists of a VM entry or exit.
 
-The MSRs that nesting acts on are handled here: EFER, FEATURE_CONTROL, the VMX capability MSRs and four of Hyper-V's.
+The MSRs with rules are handled here: EFER, FEATURE_CONTROL, the VMX capability MSRs, four of Hyper-V's, APIC_BASE,
+the microcode revision and HWCR.
 Any other number is stored as it is, so that MSR lists and restores of a whole vCPU find their values again.
 GUEST_OS_ID and HYPERCALL belong to the partition; a caller with several vCPUs writes them to each.
 """
@@ -12,17 +13,18 @@ from engine.arch import vmx_msrs as vmx
 from engine.arch.hyperv_cpuid import find_leaf
 from engine.kvm.guest_memory import GuestMemory
 from engine.vcpu import cpuid as cpuid_facts
-from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX
+from engine.vcpu.apic_base import APIC_BASE, apic_base, in_x2apic_mode, takes_apic_base
+from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX, K7_HWCR
 from engine.vcpu.vcpu import Vcpu
 from engine.vcpu.vmx_capabilities import CR4_FIXED1
 
-APIC_BASE = 0x1B
-_X2APIC_ENABLED = 1 << 10
-_APIC_FIRST = 0xFEE0_0800
-_APIC_BOOT = 0x100
 _FS_BASE, _GS_BASE = 0xC000_0100, 0xC000_0101
 _SMM_MONITOR_CTL, _SMBASE = 0x9B, 0x9E
-_MICROCODE = frozenset({0x79, 0x8B})
+_MICROCODE_REVISION = 0x8B
+_MICROCODE = frozenset({0x79, _MICROCODE_REVISION})
+_FIRST_REVISION = {"intel": 1 << 32, "amd": 0x0100_0065}
+# Bits of HWCR that are dropped: TLB cache and flush filter disable, IGNNE emulation.
+_HWCR_DROPPED = 1 << 3 | 1 << 6 | 1 << 8
 # Registers that are also MSRs.
 _REGISTER_MSRS = {
     vmx.EFER: "ia32_efer",
@@ -69,8 +71,10 @@ def read_msr(vcpu: Vcpu, number: int, host: bool) -> int | None:
         return None
     if number == HV_VP_INDEX:
         return vcpu.vp_index
-    if number == APIC_BASE and number not in vcpu.msrs:
-        return _APIC_FIRST if vcpu.vcpu_id else _APIC_FIRST | _APIC_BOOT
+    if number == APIC_BASE:
+        return apic_base(vcpu)
+    if number == _MICROCODE_REVISION:
+        return vcpu.msrs.get(number, _FIRST_REVISION[vcpu.host.vendor])
     return vcpu.msrs.get(number, 0)
 
 
@@ -83,6 +87,12 @@ def write_msr(vcpu: Vcpu, memory: GuestMemory, number: int, value: int, host: bo
         return host and _write_capability(vcpu, number, value)
     if number == vmx.IA32_FEATURE_CONTROL:
         return _write_feature_control(vcpu, value, host)
+    if number == K7_HWCR:
+        return _write_hwcr(vcpu, value)
+    if number == _MICROCODE_REVISION and not host:
+        return True
+    if number == APIC_BASE and not takes_apic_base(vcpu, value, host):
+        return False
     if not host and _withheld(vcpu, number):
         return False
     if number == HV_VP_INDEX:
@@ -145,8 +155,7 @@ def _entry(raw: bytes) -> tuple[int, int, int]:
 
 
 def _never_listed(vcpu: Vcpu, number: int) -> bool:
-    x2apic = number >> 8 == 8 and vcpu.msrs.get(APIC_BASE, 0) & _X2APIC_ENABLED
-    return bool(x2apic) or number in _MICROCODE
+    return (number >> 8 == 8 and in_x2apic_mode(vcpu)) or number in _MICROCODE
 
 
 def _read_capability(vcpu: Vcpu, number: int, host: bool) -> int | None:
@@ -172,10 +181,22 @@ def _write_feature_control(vcpu: Vcpu, value: int, host: bool) -> bool:
     allowed = vmx.FEATURE_CONTROL_LOCKED
     if vcpu.vmx_allowed:
         allowed |= vmx.FEATURE_CONTROL_VMXON_IN_SMX | vmx.FEATURE_CONTROL_VMXON
+    if host:
+        allowed |= vcpu.kvm.vcpu.feature_control_of_host
     locked = vcpu.msrs.get(vmx.IA32_FEATURE_CONTROL, 0) & vmx.FEATURE_CONTROL_LOCKED
     if value & ~allowed or (locked and not host):
         return False
     vcpu.msrs[vmx.IA32_FEATURE_CONTROL] = value
+    return True
+
+
+def _write_hwcr(vcpu: Vcpu, value: int) -> bool:
+    """HWCR takes the bits that KVM knows. In 2019 a write of none of them leaves the register as it was."""
+    value &= ~_HWCR_DROPPED
+    if value & ~vcpu.kvm.vcpu.hwcr_bits:
+        return False
+    if value or vcpu.kvm.vcpu.hwcr_clears:
+        vcpu.msrs[K7_HWCR] = value
     return True
 
 

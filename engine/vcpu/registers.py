@@ -19,6 +19,9 @@ _UNUSABLE = 0x1_0000
 CR0_PE = 1 << 0
 CR0_PG = 1 << 31
 CR4_PAE = 1 << 5
+CR4_VMXE = 1 << 13
+CR4_OSXSAVE = 1 << 18
+CR4_PKE = 1 << 22
 
 # Copied as they are, in both directions.
 PLAIN = (

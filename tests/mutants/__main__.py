@@ -40,6 +40,7 @@ from . import (
     store,
     trace,
     translations,
+    vcpu,
 )
 from .mutant import Mutant, NotFound
 
@@ -59,6 +60,7 @@ PACKAGES = (
     kvm_dirty,
     hyperv,
     nested,
+    vcpu,
     trace,
     interactive,
     translations,

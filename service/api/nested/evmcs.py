@@ -149,7 +149,7 @@ CAPABILITIES: tuple[PerVcpu, ...] = (
     PerVcpu(
         CAP_HYPERV_ENFORCE_CPUID,
         "hyperv-enforce-cpuid",
-        lambda machine: 1,
+        lambda machine: int(machine.hyperv.enforcement_available()),
         lambda machine, n: machine.hyperv.enforces_cpuid(n),
         lambda machine, n: {},
         lambda machine, n: machine.hyperv.enforce_cpuid(n, True),
@@ -220,10 +220,10 @@ def _evmcs(machine: VirtualMachine, n: int) -> dict[str, Any]:
 def _enable(row: PerVcpu, machine: VirtualMachine, n: int, wanted: bool) -> None:
     if wanted:
         row.enable(machine, n)
-    elif row.disable is not None:
-        row.disable(machine, n)
     elif row.enabled(machine, n):
-        raise Conflict("must be true: it cannot be switched off again", field="enabled", value=False)
+        if row.disable is None:
+            raise Conflict("must be true: it cannot be switched off again", field="enabled", value=False)
+        row.disable(machine, n)
 
 
 @routes.get(

@@ -154,7 +154,7 @@ def leaf_json(entry: CpuidEntry) -> dict[str, str]:
 
 def _cpuid(machine: VirtualMachine, n: int) -> dict[str, Any]:
     return {
-        "entries": [leaf_json(entry) for entry in machine.nested.vcpu(n).cpuid],
+        "entries": [leaf_json(entry) for entry in machine.nested.cpuid(n)],
         "supported": [leaf_json(entry) for entry in machine.nested.supported_cpuid()],
     }
 

@@ -12,9 +12,10 @@ from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.kvm_vcpu_structs import EVENTS, REGS, SREGS
 from engine.arch.vmx_msrs import EFER_SVME
 from engine.vcpu.cpuid import supported_cpuid
+from engine.vcpu.msrs import read_msr, write_msr
 from engine.vcpu.vcpu import Vcpu, VcpuHost
 from tests.engine.ioctls.bare_vcpu import Call, ioctl
-from tests.engine.nested.support import ERAS, GM, blob, do_set, make_vcpu
+from tests.engine.nested.support import ERAS, GM, blob, do_set, make_vcpu, vmx_cpuid
 from tests.engine.ram import Ram
 
 LONG_MODE = {"cr0": 0x8000_0031, "cr4": 0x20, "ia32_efer": 0xD00}
@@ -70,6 +71,10 @@ def test_sregs_come_back(era: str) -> None:
         ({"cs_l": 1}, True, True),
         ({"apic_base": 0xFEE0_0801}, True, True),
         ({"apic_base": 1 << 39}, True, True),
+        ({"apic_base": 0x400}, True, True),
+        ({"apic_base": 0xFEE0_0500}, True, True),
+        ({"apic_base": 0}, False, False),
+        ({"apic_base": 0xFEE0_0D00}, False, False),
         ({"cr0": 1 << 32}, False, True),
         ({"cr0": 0x2000_0000}, False, True),
         ({"cr0": 0x8000_0000}, False, True),
@@ -102,6 +107,52 @@ def test_osxsave_needs_xsave_and_x2apic_its_feature() -> None:
         bare = make_vcpu(era, cpuid=())
         assert call(bare, "KVM_SET_SREGS", sregs(bare, cr4=1 << 18))[0].errno == "EINVAL"
         assert call(bare, "KVM_SET_SREGS", sregs(bare, apic_base=0xFEE0_0C00))[0].errno == "EINVAL"
+
+
+def test_an_apic_base_that_stays_is_not_looked_at_today() -> None:
+    for era in ERAS:
+        vcpu = make_vcpu(era)
+        assert call(vcpu, "KVM_SET_SREGS", sregs(vcpu, apic_base=0xFEE0_0D00))[0] == Reply(0)
+        vcpu.cpuid = ()
+        again = call(vcpu, "KVM_SET_SREGS", sregs(vcpu))[0]
+        assert again == (Reply(-1, "EINVAL") if era == "kvm-2019" else Reply(0))
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        {"cpuid": ()},
+        {"cpuid": vmx_cpuid(vmx=False)},
+        {"host": VcpuHost(nested=False, maxphyaddr=39)},
+        {"host": VcpuHost(vendor="amd", maxphyaddr=39)},
+        {"smm": True},
+    ],
+)
+def test_a_cr4_that_vmx_does_not_allow(why: dict[str, Any]) -> None:
+    """5.3 drops all of CR4 and takes the rest; 7.1 takes nothing."""
+    for era in ERAS:
+        vcpu = make_vcpu(era, **why)
+        vcpu.registers["cr4"] = 0x620
+        before = vcpu.to_head()
+        changes = {"cr0": 0x31, "cr2": 7, "cr4": 0x2660, "fs_base": 9, "apic_base": 0xFEE0_0800}
+        reply = call(vcpu, "KVM_SET_SREGS", sregs(vcpu, **changes))[0]
+        told = sregs(vcpu)
+        seen = {name: SREGS.get(told, name) for name in changes}
+        if era == "kvm-2019":
+            assert (reply, seen) == (Reply(0), {**changes, "cr4": 0x620})
+        else:
+            assert (reply, vcpu.to_head()) == (Reply(-1, "EINVAL"), before)
+
+
+def test_vmx_operation_fixes_cr4() -> None:
+    for era in ERAS:
+        vcpu = make_vcpu(era)
+        assert call(vcpu, "KVM_SET_SREGS", sregs(vcpu, cr4=0x2020))[0] == Reply(0)
+        assert do_set(vcpu, Ram(), blob()).returns == 0
+        reply = call(vcpu, "KVM_SET_SREGS", sregs(vcpu, cr4=0x20, cr2=5))[0]
+        assert reply == (Reply(0) if era == "kvm-2019" else Reply(-1, "EINVAL"))
+        assert (vcpu.registers["cr4"], vcpu.registers["cr2"]) == (0x2020, 5 if era == "kvm-2019" else 0)
+        assert call(vcpu, "KVM_SET_SREGS", sregs(vcpu, cr4=0x2000))[0] == Reply(0)
 
 
 def test_svm_ends_with_svme() -> None:
@@ -176,8 +227,78 @@ def test_msrs_stop_at_the_first_that_is_not_known(era: str) -> None:
     assert not vcpu.vmx.vmxon
 
 
+def set_msr(vcpu: Vcpu, number: int, value: int) -> int:
+    return call(vcpu, "KVM_SET_MSRS", struct.pack("<IIIIQ", 1, 0, number, 0, value))[0].returns
+
+
+def get_msr(vcpu: Vcpu, number: int) -> int:
+    reply, told = call(vcpu, "KVM_GET_MSRS", struct.pack("<IIIIQ", 1, 0, number, 0, 0))
+    assert reply == Reply(1)
+    return int.from_bytes(told[16:], "little")
+
+
+@pytest.mark.parametrize("value", [1, 5, 7, 0x16_0007, 0x2_0000, 8, 1 << 19, 1 << 32])
+def test_feature_control_without_vmx(value: int) -> None:
+    """5.3 goes by the guest's CPUID, 7.1 takes from the host what KVM knows; a guest must have VMX in both."""
+    for era in ERAS:
+        vcpu = make_vcpu(era, vmx=False)
+        taken = value == 1 if era == "kvm-2019" else not value & ~0x16_0007
+        assert set_msr(vcpu, 0x3A, value) == taken
+        assert get_msr(vcpu, 0x3A) == (value if taken else 0)
+        guest = make_vcpu(era, vmx=False)
+        assert write_msr(guest, Ram(), 0x3A, value, host=False) == (value == 1)
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_microcode_revision(era: str) -> None:
+    amd = VcpuHost(vendor="amd")
+    assert get_msr(make_vcpu(era, host=amd), 0x8B) == 0x0100_0065
+    vcpu = make_vcpu(era)
+    assert get_msr(vcpu, 0x8B) == 1 << 32
+    assert write_msr(vcpu, Ram(), 0x8B, 0, host=False)
+    assert get_msr(vcpu, 0x8B) == 1 << 32
+    assert set_msr(vcpu, 0x8B, 3 << 32) == 1
+    assert get_msr(vcpu, 0x8B) == read_msr(vcpu, 0x8B, host=False) == 3 << 32
+
+
+@pytest.mark.parametrize(
+    ("value", "of_2019", "latest"),
+    [
+        (0, 1 << 18, 0),
+        (0x148, 1 << 18, 0),
+        (1 << 18 | 0x8, 1 << 18, 1 << 18),
+        (1 << 24, None, 1 << 24),
+        (1 << 18 | 1 << 24, None, 1 << 18 | 1 << 24),
+        (0x10, None, None),
+        (1 << 35, None, None),
+    ],
+)
+def test_hwcr(value: int, of_2019: int | None, latest: int | None) -> None:
+    for era, kept in zip(ERAS, (of_2019, latest), strict=True):
+        vcpu = make_vcpu(era)
+        assert get_msr(vcpu, 0xC001_0015) == 0
+        assert set_msr(vcpu, 0xC001_0015, 1 << 18) == 1
+        assert set_msr(vcpu, 0xC001_0015, value) == (kept is not None)
+        assert get_msr(vcpu, 0xC001_0015) == (1 << 18 if kept is None else kept)
+
+
+def test_apic_base_as_an_msr() -> None:
+    for era in ERAS:
+        vcpu = make_vcpu(era)
+        for value in (0x400, 0xFEE0_0802, 1 << 39):
+            assert set_msr(vcpu, 0x1B, value) == 0
+        on, off, x2apic = 0xFEE0_0900, 0xFEE0_0100, 0xFEE0_0D00
+
+        def guest(value: int, vcpu: Vcpu = vcpu) -> bool:
+            return write_msr(vcpu, Ram(), 0x1B, value, host=False)
+
+        assert guest(x2apic) and not guest(on) and guest(off) and not guest(x2apic) and guest(on) and guest(x2apic)
+        assert set_msr(vcpu, 0x1B, on) == set_msr(vcpu, 0x1B, off) == set_msr(vcpu, 0x1B, x2apic) == 1
+        assert get_msr(vcpu, 0x1B) == x2apic
+
+
 def test_feature_msrs_follow_the_host() -> None:
-    names = {"KVM_GET_MSR_FEATURE_INDEX_LIST": (20, 2), "KVM_GET_MSR_INDEX_LIST": (34, 34)}
+    names = {"KVM_GET_MSR_FEATURE_INDEX_LIST": (20, 2), "KVM_GET_MSR_INDEX_LIST": (35, 35)}
     for name, counts in names.items():
         for host, count in zip((VcpuHost(), VcpuHost(nested=False)), counts, strict=True):
             reply, told = call(None, name, bytes(4 + 4 * 60)[:4] + bytes(240), host=host)

@@ -131,13 +131,22 @@ def test_input_needs_memory_and_goes_nowhere_for_a_fast_call() -> None:
 
 
 def test_cpuid_is_enforced_on_demand() -> None:
-    vm = hyperv_guest(cpuid=())
+    vm = hyperv_guest(cpuid=(), profile="kvm-latest")
     assert call(vm, 0, words(0, 3, 0), rcx=2).outcome.outcome == "native"
     vm.nested.set_cpuid(0, CPUID[:2])
     assert call(vm, 0, words(0, 3, 0), rcx=2).outcome.result == 0
     vm.hyperv.enforce_cpuid(0, True)
     assert vm.hyperv.enforces_cpuid(0)
     assert call(vm, 0, words(0, 3, 0), rcx=2).outcome.result == 6
+
+
+def test_2019_has_no_enforcement_of_cpuid() -> None:
+    vm = hyperv_guest(profile="kvm-2019")
+    for enforced in (True, False):
+        with pytest.raises(Unsupported) as caught:
+            vm.hyperv.enforce_cpuid(0, enforced)
+        assert caught.value.errno == "EINVAL"
+    assert not vm.hyperv.enforcement_available() and not vm.hyperv.enforces_cpuid(0)
 
 
 # KVM on Hyper-V

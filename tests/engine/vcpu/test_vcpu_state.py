@@ -85,7 +85,7 @@ def test_msrs(era: str) -> None:
     assert not write_msr(vcpu, ram, 0x480, 0, host=False)
     assert write_msr(vcpu, ram, 0x3A, 5, host=False)
     assert not write_msr(vcpu, ram, 0x3A, 5, host=False)
-    assert not set_msr(vcpu, ram, 0x3A, 1 << 20)
+    assert not set_msr(vcpu, ram, 0x3A, 1 << 21)
     assert set_msr(vcpu, ram, 0x40000002, 7)
     assert read_msr(vcpu, 0x40000002, host=False) == 7
     assert not write_msr(vcpu, ram, 0x40000002, 7, host=False)

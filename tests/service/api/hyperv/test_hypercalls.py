@@ -17,6 +17,7 @@ from tests.engine.nested.svm import svm_blob
 from tests.service.api.hyperv.svm_guest import svm_vm
 from tests.support.guests import RAW, leaves
 from tests.support.http import OCTETS, access, store
+from tests.support.ioctls import enable_cap, ioctl
 
 MakeVm = Callable[..., str]
 W1, W2 = 1, 2
@@ -170,7 +171,7 @@ def test_what_is_no_hypercall(client: ContractClient, make_vm: MakeVm, body: dic
 
 def test_hyperv_features(client: ContractClient, make_vm: MakeVm) -> None:
     """The stages with flush calls; the page that the block is read from is all zero."""
-    vm = make_vm(spp=False, vcpus=[{"id": 0, "cpuid": []}])
+    vm = make_vm(profile="kvm-latest", spp=False, vcpus=[{"id": 0, "cpuid": []}])
     url = f"{vm}/vcpus/0"
     assert put(client, f"{url}/capabilities/hyperv-enforce-cpuid", enabled=True)["enabled"]
     entries = [{"function": "0x40000001", "eax": "0x31237648"}, {"function": "0x40000003", "eax": "0x20"}]
@@ -194,6 +195,19 @@ def test_hyperv_features(client: ContractClient, make_vm: MakeVm) -> None:
         else:
             assert done["result"]["status"] == hex(status)
     assert not put(client, f"{url}/capabilities/199", enabled=False)["enabled"]
+
+
+def test_2019_does_not_enforce_cpuid(client: ContractClient, make_vm: MakeVm) -> None:
+    """KVM_CAP_HYPERV_ENFORCE_CPUID came with 5.14: not there, whichever way it is asked for."""
+    url = f"{make_vm(profile='kvm-2019', spp=False)}/vcpus/0"
+    for name in ("199", "hyperv-enforce-cpuid"):
+        told = client.get(f"{url}/capabilities/{name}").json()
+        assert (told["available"], told["enabled"]) == (0, False)
+        refused = client.put(f"{url}/capabilities/{name}", json={"enabled": True})
+        assert (refused.status_code, refused.json()["code"], refused.json()["errno"]) == (409, "unsupported", "EINVAL")
+        assert not put(client, f"{url}/capabilities/{name}", enabled=False)["enabled"]
+    assert ioctl(client, url, "KVM_ENABLE_CAP", enable_cap(199, 0, 1)).errno == "EINVAL"
+    assert not client.get(f"{url}/capabilities/199").json()["enabled"]
 
 
 def test_queues_locks_and_activity(client: ContractClient, make_vm: MakeVm) -> None:
@@ -494,7 +508,7 @@ def test_the_hypercall_page_has_the_instruction_of_the_processor(
 
 
 def test_msrs_are_kept_from_a_guest_whose_cpuid_has_them_not(client: ContractClient, make_vm: MakeVm) -> None:
-    vm = make_vm(spp=False, vcpus=[{"id": 0, "cpuid": []}])
+    vm = make_vm(profile="kvm-latest", spp=False, vcpus=[{"id": 0, "cpuid": []}])
     url = f"{vm}/vcpus/0"
     writes = {0x40000000: (5, guests.OS_ID), 0x40000001: (5, 0), 0x40000073: (4, 0x9001)}
 

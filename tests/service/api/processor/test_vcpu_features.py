@@ -34,6 +34,11 @@ def write(client: ContractClient, vcpu: str, *writes: tuple[int | str, int], by:
 # ---- CPUID
 
 
+def with_xcr0_of_reset(leaf: dict[str, str]) -> dict[str, str]:
+    """A leaf as the guest has it: the XSAVE area of leaf 0xD is that of the components that are on."""
+    return {**leaf, "ebx": "0x240"} if leaf["function"] == "0xd" else leaf
+
+
 def test_cpuid_is_nothing_until_it_is_set(client: ContractClient, make_vm: MakeVm) -> None:
     vm = make_vm(spp=False)
     url = f"{vm}/vcpus/0/cpuid"
@@ -42,7 +47,7 @@ def test_cpuid_is_nothing_until_it_is_set(client: ContractClient, make_vm: MakeV
     supported = first.json()["supported"]
     assert next(leaf for leaf in supported if leaf["function"] == "0x1")["ecx"] == "0xf6fa3223"
     changed = client.put(url, json={"entries": supported})
-    assert changed.json()["entries"] == supported
+    assert changed.json()["entries"] == [with_xcr0_of_reset(leaf) for leaf in supported]
     assert changed.headers["ETag"] == client.get(url).headers["ETag"] != first.headers["ETag"]
     assert client.get(url, headers={"If-None-Match": changed.headers["ETag"]}).status_code == 304
     assert client.put(url, json={"entries": []}, headers={"If-Match": first.headers["ETag"]}).status_code == 412
@@ -53,10 +58,27 @@ def test_cpuid_is_nothing_until_it_is_set(client: ContractClient, make_vm: MakeV
 def test_cpuid_of_the_creation(client: ContractClient, make_vm: MakeVm) -> None:
     vm = make_vm(spp=False, vcpus=[{"id": 3, "vp_index": 9, "cpuid": leaves(vmx_cpuid())}])
     entries = client.get(f"{vm}/vcpus/3/cpuid").json()["entries"]
-    assert [{name: int(value, 16) for name, value in leaf.items()} for leaf in entries] == leaves(vmx_cpuid())
+    given = [{name: hex(value) for name, value in leaf.items()} for leaf in leaves(vmx_cpuid())]
+    assert entries == [with_xcr0_of_reset(leaf) for leaf in given]
     assert msr(client, f"{vm}/vcpus/3", "0x40000002")["host"] == "0x9"
     assert write(client, f"{vm}/vcpus/3", ("0x40000002", 4))["result"] == "ok"
     assert client.get(vm).json()["vcpus"][0]["vp_index"] == 4
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_cpuid_follows_the_state(client: ContractClient, make_vm: MakeVm, era: str) -> None:
+    vcpu = make_nested(client, make_vm, era)
+
+    def shown() -> tuple[int, int, int]:
+        entries = client.get(f"{vcpu}/cpuid").json()["entries"]
+        words = {leaf["function"]: (int(leaf["ecx"], 16), int(leaf["edx"], 16)) for leaf in entries}
+        return words["0x1"][0] & 1 << 27, words["0x1"][1] & 1 << 9, words["0x7"][0] & 1 << 4
+
+    assert shown() == (0, 1 << 9, 0)
+    assert client.put(f"{vcpu}/vmcs", json={"cr4": hex(0x2660 | 1 << 18 | 1 << 22)}).status_code == 200
+    assert write(client, vcpu, ("0x1b", 0x400))["result"] == "refused"
+    assert write(client, vcpu, ("0x1b", 0xFEE0_0100))["result"] == "ok"
+    assert shown() == (1 << 27, 0, 1 << 4)
 
 
 @pytest.mark.parametrize("era", ERAS)

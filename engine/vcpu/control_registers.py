@@ -1,0 +1,25 @@
+"""What VMX allows of CR0 and CR4: bits that are fixed in VMX operation, and who may set CR4.VMXE.
+
+Source: SDM vol. 3, "VMX-Fixed Bits in CR0" and "… CR4"; vmx_set_cr4 of Linux 5.3, vmx_is_valid_cr4 of 7.1.
+"""
+
+from __future__ import annotations
+
+from engine.vcpu import cpuid as cpuid_facts
+from engine.vcpu.registers import CR4_VMXE
+from engine.vcpu.vcpu import Vcpu
+
+
+def respects_fixed_bits(vcpu: Vcpu, register: str, value: int, relaxed: int = 0) -> bool:
+    """``register``, cr0 or cr4, has the fixed bits as they must be; ``relaxed`` bits need not be set."""
+    own = vcpu.capabilities.values
+    fixed1 = own["cr0_fixed1"] if register == "cr0" else cpuid_facts.cr4_allowed(vcpu.cpuid)
+    fixed0 = own[f"{register}_fixed0"] & ~relaxed
+    return (value & fixed1 | fixed0) == value
+
+
+def vmx_allows_cr4(vcpu: Vcpu, value: int) -> bool:
+    """VMXE only with VMX in the guest CPUID and outside of SMM; the fixed bits while the vCPU is in VMX operation."""
+    if value & CR4_VMXE and (not vcpu.vmx_allowed or vcpu.smm):
+        return False
+    return not vcpu.vmx.vmxon or respects_fixed_bits(vcpu, "cr4", value)
