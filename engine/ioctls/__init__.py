@@ -17,6 +17,7 @@ from engine.ioctls import (
     subpages,
     system,
     vcpus,
+    vm_settings,
 )
 from engine.ioctls.registry import Ioctl, Registry, Target
 from engine.ioctls.spp_enabling import CAP_X86_SPP
@@ -36,6 +37,7 @@ _MODULES = (
     cpuid,
     msrs,
     nested_state,
+    vm_settings,
 )
 IOCTLS = Registry(row for module in _MODULES for row in module.ROWS)
 

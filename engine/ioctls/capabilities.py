@@ -17,6 +17,7 @@ from engine.ioctls import (
     registers,
     spp_enabling,
     vcpus,
+    vm_settings,
 )
 from engine.ioctls.registry import EnableCap, Ioctl, Target
 
@@ -31,11 +32,17 @@ CHECKED: tuple[Checked, ...] = (
     msrs.CHECKED,
     nested_state.CHECKED,
     hyperv_capabilities.CHECKED,
+    vm_settings.CHECKED,
 )
 
 # Level and number to what KVM_ENABLE_CAP does.
 Enabled = Mapping[tuple[str, int], Callable[[Target, EnableCap], Reply]]
-ENABLED: tuple[Enabled, ...] = (spp_enabling.ENABLED, nested_state.ENABLED, hyperv_capabilities.ENABLED)
+ENABLED: tuple[Enabled, ...] = (
+    spp_enabling.ENABLED,
+    nested_state.ENABLED,
+    hyperv_capabilities.ENABLED,
+    vm_settings.ENABLED,
+)
 
 
 def check_extension(target: Target, call: Call) -> Reply:

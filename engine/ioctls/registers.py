@@ -36,6 +36,7 @@ _NMI_VECTOR = 2
 # Events that are kept as they were set.
 _KEPT_EVENTS = (
     *("exception_injected", "exception_nr", "exception_has_error_code", "exception_error_code"),
+    *("exception_pending", "exception_has_payload", "exception_payload"),
     *("interrupt_injected", "interrupt_nr", "interrupt_soft", "nmi_injected", "nmi_masked"),
 )
 _MP_NAMES = {
@@ -113,30 +114,45 @@ def set_sregs(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
 
 
 def events_bytes(vcpu: Vcpu) -> bytes:
-    """struct kvm_vcpu_events. Software exceptions are not reported: their length is not known."""
+    """struct kvm_vcpu_events. Software exceptions are not reported: their length is not known.
+
+    A pending exception passes for an injected one, too, unless KVM_CAP_EXCEPTION_PAYLOAD tells the two apart.
+    """
     raw = bytearray(abi.EVENTS.size)
     for name in (*_KEPT_EVENTS, "nmi_pending", "smi_pending", "smi_smm_inside_nmi", "smi_latched_init"):
         abi.EVENTS.put(raw, name, vcpu.registers.get(name, 0))
     if vcpu.registers.get("exception_nr", 0) in _SOFT_EXCEPTIONS:
         abi.EVENTS.put(raw, "exception_injected", 0)
+        abi.EVENTS.put(raw, "exception_pending", 0)
+    elif vcpu.registers.get("exception_pending", 0) and not vcpu.exception_payload:
+        abi.EVENTS.put(raw, "exception_injected", 1)
     blocking = vcpu.registers["interruptibility_info"]
     shadow = (abi.SHADOW_MOV_SS if vcpu.mov_ss_blocking else 0) | (abi.SHADOW_STI if blocking & _STI else 0)
     abi.EVENTS.put(raw, "interrupt_shadow", shadow)
     abi.EVENTS.put(raw, "smi_smm", vcpu.smm)
-    abi.EVENTS.put(raw, "flags", abi.EVENT_NMI_PENDING | abi.EVENT_SHADOW | abi.EVENT_SMM)
+    payload = abi.EVENT_PAYLOAD if vcpu.exception_payload else 0
+    abi.EVENTS.put(raw, "flags", abi.EVENT_NMI_PENDING | abi.EVENT_SHADOW | abi.EVENT_SMM | payload)
     return bytes(raw)
 
 
 def set_events(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
-    """KVM_SET_VCPU_EVENTS. Payloads and triple faults need capabilities that nobody has enabled."""
+    """KVM_SET_VCPU_EVENTS. Payloads need KVM_CAP_EXCEPTION_PAYLOAD, triple faults a capability that nobody has enabled.
+
+    Where payloads are given an exception is pending, with one perhaps, or injected; where they are not it is injected.
+    """
+    flags = abi.EVENTS.get(raw, "flags")
+    payload = abi.EVENT_PAYLOAD if vcpu.exception_payload else 0
+    if flags & ~(abi.EVENT_NMI_PENDING | abi.EVENT_SIPI_VECTOR | abi.EVENT_SHADOW | abi.EVENT_SMM | payload):
+        return "EINVAL"
+    dropped = {"exception_pending", "exception_has_payload"}
+    if flags & abi.EVENT_PAYLOAD:
+        dropped = {"exception_injected"} if abi.EVENTS.get(raw, "exception_pending") else {"exception_has_payload"}
 
     def given(name: str) -> int:
-        return abi.EVENTS.get(raw, name)
+        return 0 if name in dropped else abi.EVENTS.get(raw, name)
 
-    flags = given("flags")
-    if flags & ~(abi.EVENT_NMI_PENDING | abi.EVENT_SIPI_VECTOR | abi.EVENT_SHADOW | abi.EVENT_SMM):
-        return "EINVAL"
-    if given("exception_injected") and (given("exception_nr") > 31 or given("exception_nr") == _NMI_VECTOR):
+    excepted = given("exception_injected") or given("exception_pending")
+    if excepted and (given("exception_nr") > 31 or given("exception_nr") == _NMI_VECTOR):
         return "EINVAL"
     entering = given("smi_smm") or given("smi_pending")
     if flags & abi.EVENT_SMM and entering and vcpu.mp_state == _MP_NAMES[abi.MP_INIT_RECEIVED]:

@@ -21,6 +21,7 @@ from engine.kvm.guest_memory import GuestMemory
 from engine.machine.nested_states import (
     PARTITION_MSRS,
     NestedStates,
+    VmSettings,
     close_vcpu,
     first_identity,
     open_vcpu,
@@ -109,6 +110,11 @@ class NestedOperations(Operations):
     def lapic_in_kernel(self) -> bool:
         """Whether the vCPUs have their local APIC in the kernel."""
         return self._state.current.nested.lapic_in_kernel
+
+    @property
+    def settings(self) -> VmSettings:
+        """What user space chose for all vCPUs."""
+        return self._state.current.nested.settings
 
     def vcpu(self, vcpu: int) -> Vcpu:
         """The vCPU as it is: a copy, which may be used up. Its methods and ``engine.nested`` answer the rest."""
@@ -274,6 +280,11 @@ class NestedOperations(Operations):
             kept = {number: value for number, value in whole.msrs.items() if number in PARTITION_MSRS}
             new = Vcpu(profile=whole.profile, host=whole.host, vcpu_id=vcpu, vp_index=place, msrs=kept)
             vars(whole).update(vars(new))
+
+    def choose(self, **settings: Any) -> None:
+        """Choose some of the settings of all vCPUs; the others stay."""
+        with self._state.change() as change:
+            change.nested = replace(change.nested, settings=replace(change.nested.settings, **settings))
 
     def set_lapic_in_kernel(self, present: bool) -> None:
         """Whether the vCPUs have their local APIC in the kernel (KVM_CREATE_IRQCHIP before them)."""

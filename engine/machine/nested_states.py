@@ -9,7 +9,7 @@ belong to the partition and are kept once for all vCPUs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -64,12 +64,25 @@ _EPT_CAP_OF_HOST = vmx.EPT_WALK_5 | vmx.EPT_ACCESSED_DIRTY | 0x1
 
 
 @dataclass(frozen=True)
+class VmSettings:
+    """What user space chose for all vCPUs: KVM_CAP_EXCEPTION_PAYLOAD, KVM_SET_BOOT_CPU_ID, KVM_CAP_MAX_VCPU_ID.
+
+    ``vcpu_ids``: ids of vCPUs are below it; 0 while nothing was chosen.
+    """
+
+    exception_payload: bool = False
+    boot_vcpu: int = 0
+    vcpu_ids: int = 0
+
+
+@dataclass(frozen=True)
 class NestedStates:
     """What a machine keeps beside its frames. ``vcpus``: those touched, by KVM id; none is ever changed."""
 
     vcpus: Mapping[int, Vcpu] = field(default_factory=dict)
     partition: Mapping[int, int] = field(default_factory=dict)
     lapic_in_kernel: bool = True
+    settings: VmSettings = VmSettings()
 
 
 def vcpu_host(config: VmConfig, *, spp_active: bool) -> VcpuHost:
@@ -133,6 +146,8 @@ def open_vcpu(config: VmConfig, states: NestedStates, machine: frames.Machine, v
     vcpu.host = vcpu_host(config, spp_active=bool(frames.read_word(machine, frames.STATE_FRAME, reg.SPP_ACTIVE)))
     vcpu.fail_allocation = int(frames.read_word(machine, frames.STATE_FRAME, reg.FAIL_ALLOCATION)) == 1
     vcpu.lapic_in_kernel = states.lapic_in_kernel
+    vcpu.exception_payload = states.settings.exception_payload
+    vcpu.boot_vcpu = states.settings.boot_vcpu
     vcpu.enforces_cpuid = notes.flag(machine, int(machine.vcpu_of_id[vcpu_id]), notes.ENFORCE_CPUID)
     vcpu.msrs.update(states.partition)
     frame = _frame_of(machine, vcpu_id)
@@ -175,6 +190,8 @@ def close_vcpu(draft: Draft, states: NestedStates, vcpu: Vcpu) -> NestedStates:
         vmx=replace(vcpu.vmx, vmcs12=bytearray(), shadow=bytearray()),
         svm=replace(vcpu.svm, vmcb12=bytearray()),
         lapic_in_kernel=True,
+        exception_payload=False,
+        boot_vcpu=0,
         enforces_cpuid=False,
         mov_ss_blocking=False,
         fail_allocation=False,
@@ -184,6 +201,7 @@ def close_vcpu(draft: Draft, states: NestedStates, vcpu: Vcpu) -> NestedStates:
         vcpus={**states.vcpus, vcpu.vcpu_id: kept},
         partition={number: vcpu.msrs[number] for number in PARTITION_MSRS if number in vcpu.msrs},
         lapic_in_kernel=states.lapic_in_kernel,
+        settings=states.settings,
     )
 
 
@@ -194,10 +212,12 @@ def states_to_head(config: VmConfig, states: NestedStates) -> dict[str, Any]:
         difference = _difference(_plain(vcpu), _plain(fresh_vcpu(config, vcpu_id)))
         if difference:
             changed[str(vcpu_id)] = _to_text(difference)
+    chosen = _difference(asdict(states.settings), asdict(VmSettings()))
     return {
         "vcpus": changed,
         "partition": _to_text({str(number): value for number, value in states.partition.items()}),
         "lapic_in_kernel": states.lapic_in_kernel,
+        **({"settings": _to_text(chosen)} if chosen else {}),
     }
 
 
@@ -218,6 +238,7 @@ def states_from_head(config: VmConfig, head: Mapping[str, Any]) -> NestedStates:
         vcpus=vcpus,
         partition={int(number): value for number, value in _from_text(head.get("partition", {})).items()},
         lapic_in_kernel=head.get("lapic_in_kernel", True),
+        settings=VmSettings(**_from_text(head.get("settings", {}))),
     )
 
 

@@ -97,6 +97,8 @@ class LimitRows(Column):
     soft_vcpus = Row(240, 1024)  # how many are recommended
     vcpus = Row(288, 1024)  # of a machine
     vcpu_ids = Row(1023, 4096)  # to choose from
+    vcpu_ids_chosen = Row(False, True)  # KVM_CAP_MAX_VCPU_ID can be enabled, with a lower limit
+    checks_boot_vcpu = Row(False, True)  # KVM_SET_BOOT_CPU_ID wants an id that there can be
     tells_room = Row(False, True)  # KVM_CAP_MAX_VCPUS of a VM says what that VM has room for
 
 

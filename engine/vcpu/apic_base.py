@@ -17,8 +17,8 @@ _RESERVED = 0x2FF
 
 
 def apic_base(vcpu: Vcpu) -> int:
-    """The value, after RESET at first: enabled at its usual place, with the flag of the boot processor on vCPU 0."""
-    return vcpu.msrs.get(APIC_BASE, _FIRST if vcpu.vcpu_id else _FIRST | _BOOT)
+    """The value, after RESET at first: enabled at its usual place, with a flag on the boot processor."""
+    return vcpu.msrs.get(APIC_BASE, _FIRST | _BOOT if vcpu.vcpu_id == vcpu.boot_vcpu else _FIRST)
 
 
 def in_x2apic_mode(vcpu: Vcpu) -> bool:

@@ -135,10 +135,10 @@ class SvmState:
 class Vcpu:
     """One vCPU. ``registers`` are the live ones (L2's while in L2); ``msrs`` those that no other field owns.
 
-    ``has_run``: KVM_RUN was called. ``enforces_cpuid`` is KVM_CAP_HYPERV_ENFORCE_CPUID, filled in by who opens the
-    vCPU. ``mov_ss_blocking`` is the interrupt shadow of MOV SS. ``fail_allocation`` makes
-    the next entry into VMX operation run out of memory, once; ``allocations`` counts such entries. ``tsc`` stands
-    still unless the caller moves it.
+    ``has_run``: KVM_RUN was called. ``enforces_cpuid`` is KVM_CAP_HYPERV_ENFORCE_CPUID, ``exception_payload`` is
+    KVM_CAP_EXCEPTION_PAYLOAD, ``boot_vcpu`` the id of the boot processor: filled in by who opens the vCPU.
+    ``mov_ss_blocking`` is the interrupt shadow of MOV SS. ``fail_allocation`` makes the next entry into VMX operation
+    run out of memory, once; ``allocations`` counts such entries. ``tsc`` stands still unless the caller moves it.
     """
 
     profile: str = KVM_2019
@@ -147,6 +147,8 @@ class Vcpu:
     vp_index: int = 0
     cpuid: tuple[CpuidEntry, ...] = ()
     lapic_in_kernel: bool = True
+    exception_payload: bool = False
+    boot_vcpu: int = 0
     enforces_cpuid: bool = False
     smm: bool = False
     has_run: bool = False

@@ -10,10 +10,13 @@ CONTROL_REGISTERS_PY = "engine/vcpu/control_registers.py"
 CPUID_PY = "engine/vcpu/runtime_cpuid.py"
 MSRS_PY = "engine/vcpu/msrs.py"
 SREGS_PY = "engine/ioctls/registers.py"
+SETTINGS_PY = "engine/ioctls/vm_settings.py"
+STATES_PY = "engine/machine/nested_states.py"
 HYPERV_PY = "engine/machine/hyperv.py"
 
 REGISTER_IOCTLS = "tests/engine/ioctls/test_register_ioctls.py"
 HYPERCALLS = "tests/engine/machine/test_hypercall_operations.py"
+VM_SETTINGS = "tests/engine/ioctls/test_vm_settings.py"
 RUNTIME_CPUID = "tests/engine/vcpu/test_runtime_cpuid.py"
 
 MUTANTS = (
@@ -96,5 +99,29 @@ MUTANTS = (
         "if not enforced:",
         "5.3 has no KVM_CAP_HYPERV_ENFORCE_CPUID",
         named(HYPERCALLS, "2019_has_no_enforcement_of_cpuid"),
+    ),
+    Mutant(
+        "vcpu-ids-chosen-twice",
+        SETTINGS_PY,
+        "if vcpu_ids(target):",
+        "if target.vm.config.vcpus:",
+        "the limit of vCPU ids is chosen once",
+        named(VM_SETTINGS, "the_limit_of_ids_is_chosen_once_and_first"),
+    ),
+    Mutant(
+        "vcpu-pending-beside-injected",
+        SREGS_PY,
+        'elif vcpu.registers.get("exception_pending", 0) and not vcpu.exception_payload:',
+        'elif vcpu.registers.get("exception_pending", 0):',
+        "with payloads a pending exception is not an injected one",
+        named(VM_SETTINGS, "payloads_of_exceptions"),
+    ),
+    Mutant(
+        "vcpu-settings-forgotten",
+        STATES_PY,
+        'settings=VmSettings(**_from_text(head.get("settings", {}))),',
+        "settings=VmSettings(),",
+        "what was chosen for a VM is durable",
+        named(VM_SETTINGS, "payloads_of_exceptions", "the_boot_processor"),
     ),
 )
