@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.arch import access as acc
 from engine.arch import ept as bits
 from engine.cpu import fastpath
 from engine.errors import InvalidValue, TraceError
@@ -266,14 +267,21 @@ def test_start_skips_records_and_keeps_indices(vm: VirtualMachine, start: int) -
         assert exits(result, "index") == [(i,) for i in range(start, 6)]
 
 
+@pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("on_violation", ["skip", "allow", "grant"])
-def test_internal_errors_are_listed_and_passed_over(on_violation: str) -> None:
-    vm = machine()
+@pytest.mark.parametrize(
+    ("circumstances", "endings"),
+    [(0, (res.RUN_FAILED, res.RUN_FAILED)), (acc.DELIVERY, (res.INTERNAL_ERROR, res.RUN_FAILED))],
+)
+def test_what_ends_kvm_run_is_listed_and_passed_over(
+    profile: str, on_violation: str, circumstances: int, endings: tuple[int, int]
+) -> None:
+    vm = machine(profile)
     replay(vm, [OPEN])
     store_leaf(vm, OPEN >> 12, lambda _: bits.WRITE)
-    result = replay(vm, [OPEN, 0x1000], on_violation=on_violation)
+    result = replay(vm, [OPEN, 0x1000], on_violation=on_violation, circumstances=circumstances)
     assert (result.records, result.violations, result.exits["ept_misconfiguration"]) == (2, 0, 1)
-    assert exits(result, "index", "reason", "resolution") == [(0, 49, res.INTERNAL_ERROR)]
+    assert exits(result, "index", "reason", "resolution") == [(0, 49, endings[PROFILES.index(profile)])]
     assert replay(vm, [OPEN, 0x1000], on_violation="stop").stopped_at == 0
 
 
