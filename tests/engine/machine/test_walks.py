@@ -184,9 +184,9 @@ def test_closed_for_the_dirty_log() -> None:
 def test_limit_is_told_and_not_raised() -> None:
     vm = VirtualMachine.create(VmConfig(max_table_frames=600), [SlotSpec(0, 0, 1 << 44)])
     with vm.replay(ReplayOptions()) as run:
-        run.feed(chunk([i << 30 for i in range(310)]))
+        run.feed(chunk([i << 30 for i in range(290)]))
         run.finish()
-    untouched = (gpa << 30 for gpa in range(310, 400))
+    untouched = (gpa << 30 for gpa in range(290, 400))
     refused = next(gpa for gpa in untouched if vm.walk(gpa).then.resolution == "limit-exceeded" or touch(vm, gpa))
     with pytest.raises(LimitExceeded):
         vm.access(AccessRequest(refused))
