@@ -19,6 +19,8 @@ KVM_FORCE_SMALL = 1 << 3
 KVM_SET_ZAPS = 1 << 4
 KVM_MISS_NEEDS_SLOT = 1 << 5
 KVM_EMULATOR_CHECKS = 1 << 6
+KVM_MARKS_SPECIAL = 1 << 7
+KVM_REFUSES_DELIVERY = 1 << 8
 
 BITS: Mapping[str, int] = MappingProxyType(
     {
@@ -29,6 +31,8 @@ BITS: Mapping[str, int] = MappingProxyType(
         "set_zaps": KVM_SET_ZAPS,
         "miss_needs_slot": KVM_MISS_NEEDS_SLOT,
         "emulator_checks": KVM_EMULATOR_CHECKS,
+        "marks_special": KVM_MARKS_SPECIAL,
+        "refuses_delivery": KVM_REFUSES_DELIVERY,
     }
 )
 

@@ -1,7 +1,7 @@
 """Exit handling: which VM exits KVM handles by itself, and how each is counted (kvm-spp 4).
 
-EPT violations are in ``ept_violation``, SPP misses in ``spp_miss``. A full page-modification log is emptied; what is
-left is an internal error.
+EPT violations are in ``ept_violation``, misconfigurations in ``ept_misconfiguration``, SPP misses in ``spp_miss``. A
+full page-modification log is emptied; an SPPT misconfiguration is an internal error.
 """
 
 from engine.arch import access as acc
@@ -12,6 +12,7 @@ from engine.jit import kernel
 from engine.kvm import dirty_harvest
 from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
+from engine.kvm.ept_misconfiguration import handle_misconfiguration
 from engine.kvm.ept_violation import handle_violation
 from engine.kvm.spp_miss import handle_miss
 
@@ -50,12 +51,14 @@ def empty_log(m, vcpu):
 
 
 @kernel
-def handle_exit(m, vcpu, gpa, reason, qualification, denied, trail, tally):
+def handle_exit(m, vcpu, gpa, how, reason, qualification, denied, trail, tally):
     """Handle one VM exit; returns a resolution. ``denied`` is what the SPPT refused of the sub-pages touched."""
     if reason == exits.EPT_VIOLATION:
         return handle_violation(m, gpa, qualification, denied, trail, tally)
     if reason == exits.SPP_EVENT and qualification & exits.Q_SPP_MISS:
         return handle_miss(m, vcpu, gpa, tally)
+    if reason == exits.EPT_MISCONFIGURATION:
+        return handle_misconfiguration(m, how, trail)
     if reason == exits.PML_FULL:
         return empty_log(m, vcpu)
     return res.INTERNAL_ERROR

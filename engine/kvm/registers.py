@@ -22,6 +22,9 @@ ROOT_WRITTEN, ROOT_LOG, ROOT_ACCESS, DIRTY_MODE, HARVESTS, ACKNOWLEDGED = positi
 # The frame of the partition assist page that KVM shares with a Hyper-V below it, 0 for none.
 (PARTITION_ASSIST,) = positions(1, 49)
 
+# The record at which a replay stopped last, and the two words of it; the second of them is 0 where none did.
+STOPPED_AT, STOPPED_GPA, STOPPED_WORD = positions(3, 50)
+
 COUNTERS_AT = 64
 COUNTERS = (
     "records",

@@ -148,7 +148,7 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
                 return res.EXCEPTION | stale, reason, qualification, denied, at
         count_exit(tally, reason, qualification)
         block_nmis(m, vcpu, how, qualification)
-        resolution = handle_exit(m, vcpu, at, reason, qualification, denied, trail, tally)
+        resolution = handle_exit(m, vcpu, at, how, reason, qualification, denied, trail, tally)
         if resolution == res.VIOLATION:
             denied = refused_by_policy(m, at, denied)
         count += 1

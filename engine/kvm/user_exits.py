@@ -10,6 +10,7 @@ from engine.state.kvm_versions import kvm_version
 
 KVM_EXIT_UNKNOWN = 0
 KVM_EXIT_MMIO = 6
+KVM_EXIT_INTERNAL_ERROR = 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +18,9 @@ class UserExit:
     """What KVM_RUN returns with.
 
     ``spp_addr`` is the faulting GPA of KVM_EXIT_SPP and ``insn_len`` the length of the store's instruction, None where
-    the profile has no such member; ``hw_exit_reason`` is that of KVM_EXIT_UNKNOWN. With ``errno`` KVM_RUN itself fails,
-    and the rest of struct kvm_run is what it was.
+    the profile has no such member; ``hw_exit_reason`` is that of KVM_EXIT_UNKNOWN. The suberror of
+    KVM_EXIT_INTERNAL_ERROR is 3, KVM_INTERNAL_ERROR_DELIVERY_EV. With ``errno`` KVM_RUN itself fails, and the rest of
+    struct kvm_run is what it was.
     """
 
     exit_reason: int
@@ -45,8 +47,15 @@ def user_exit(
         return UserExit(row.exit_spp, "KVM_EXIT_SPP", row.skips_instruction, spp_addr=gpa, insn_len=length)
     if resolution == res.MMIO:
         return UserExit(KVM_EXIT_MMIO, "KVM_EXIT_MMIO", True)
+    if resolution == res.INTERNAL_ERROR and reason == exits.EPT_MISCONFIGURATION:
+        return UserExit(KVM_EXIT_INTERNAL_ERROR, "KVM_EXIT_INTERNAL_ERROR", False)
     if resolution == res.INTERNAL_ERROR:
         return UserExit(KVM_EXIT_UNKNOWN, "KVM_EXIT_UNKNOWN", False, hw_exit_reason=reason)
     if resolution == res.RUN_FAILED:
-        return UserExit(KVM_EXIT_UNKNOWN, "KVM_EXIT_UNKNOWN", False, errno="EFAULT")
+        return UserExit(KVM_EXIT_UNKNOWN, "KVM_EXIT_UNKNOWN", False, errno=run_errno(reason))
     return None
+
+
+def run_errno(reason: int) -> str:
+    """Why KVM_RUN fails: an EPT entry that KVM did not make, or an SPPT miss of a page without a slot."""
+    return "EINVAL" if reason == exits.EPT_MISCONFIGURATION else "EFAULT"

@@ -10,13 +10,14 @@ from engine.cpu import frames
 from engine.kvm import registers as reg
 from engine.state.config import VmConfig
 
-# What the fast path, which does not know vCPUs apart, takes to be the same for all of them.
+# What the fast path, which does not know vCPUs apart, takes to be the same for all of them. Whether pages are logged is
+# among it, where they are is not: what the fast path serves has its accessed and dirty flags set, in tables that all
+# vCPUs share, and is logged by none (SDM vol. 3C, 29.3.6).
 _SHARED = (
     ctl.V_EPTP,
     ctl.V_PRIMARY,
     ctl.V_SECONDARY,
     ctl.V_TERTIARY,
-    ctl.V_PML_ADDRESS,
     ctl.V_VE_ADDRESS,
     ctl.V_CR0,
 )

@@ -111,7 +111,8 @@ class TraceOperations:
             if reason <= exits.NONE:
                 break
             count_exit(tally, reason, value)
-            if handle_exit(m, position, np.int64(gpa), reason, value, 0, trail, tally) > res.LAST_INTERNAL:
+            how, at = control_registers.LOAD_PDPTE, np.int64(gpa)
+            if handle_exit(m, position, at, how, reason, value, 0, trail, tally) > res.LAST_INTERNAL:
                 break
         outcome = "completed" if reason == exits.NONE else "exception" if reason < exits.NONE else "exit"
         keeps = outcome == "completed" and bool(operand & guest.CR3_KEEP)

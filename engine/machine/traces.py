@@ -59,6 +59,7 @@ class Traces(Operations):
         def publish(done: Replay) -> None:
             try:
                 _count(change, done.uncounted())
+                _note_stop(change, done.stop)
                 runs.finish()
             except BaseException:
                 self._state.abandon(change)
@@ -94,6 +95,13 @@ class Traces(Operations):
         position = self._config.vcpu_position(request.vcpu)
         assert request.gpa is not None, "what is explained is an access by GPA"
         return explain.explain(self._published.machine, position, request.gpa, request.size, request.how)
+
+
+def _note_stop(change: Change, stop: tuple[int, int, int]) -> None:
+    """Keep the record at which a replay stopped, for the one that goes on there."""
+    machine = change.machine
+    row = frames.own(machine, frames.STATE_FRAME)
+    machine.rows[row, reg.STOPPED_AT : reg.STOPPED_WORD + 1] = stop
 
 
 def _count(change: Change, tally: NDArray[np.int64]) -> None:

@@ -251,11 +251,8 @@ class VirtualMachine:
     # Lines of states
 
     def bound_frames(self, most: int) -> None:
-        """Refuse, from now on, to grow when more than ``most`` frames are in use: LimitExceeded, nothing is changed.
-
-        Growth is by halves, so that one change may end beyond it; whoever must not have that looks at
-        ``frames_in_use`` before keeping the change.
-        """
+        """Refuse, from now on, changes that end with more than ``most`` frames in use, unless they were in use before:
+        LimitExceeded, nothing is changed."""
         self.state.store.limit = most
 
     def successor(self) -> VirtualMachine:

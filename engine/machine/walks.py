@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from engine.arch.exits import name_of
+from engine.arch.exits import EPT_MISCONFIGURATION, name_of
 from engine.cpu.explain import Explanation
 from engine.cpu.frames import Machine
 from engine.cpu.physical_memory import find_slot
@@ -84,7 +84,9 @@ def _sentence(m: Machine, result: AccessResult, after: Explanation) -> str:
         return _completed(result, after)
     last = {name: int(result.exits.column(name)[-1]) for name in ("reason", "gpa")}
     if resolution == res.MMIO:
-        return _mmio(m, last["gpa"] >> 12)
+        return _mmio(m, last["gpa"] >> 12, last["reason"])
+    if resolution == res.RUN_FAILED and last["reason"] == EPT_MISCONFIGURATION:
+        return f"KVM_RUN fails with EINVAL, for KVM has made no such entry: {after.sentence}"
     if resolution == res.RUN_FAILED:
         return (
             f"KVM_RUN fails with EFAULT: no memory slot holds GFN {last['gpa'] >> 12:#x}, so KVM has no bitmap for it"
@@ -93,7 +95,8 @@ def _sentence(m: Machine, result: AccessResult, after: Explanation) -> str:
         return f"the guest takes a {result.exception} instead of the exit: {after.sentence}"
     if resolution == res.INTERNAL_ERROR:
         name = name_of(last["reason"])
-        return f"KVM cannot handle the exit ({name}) and gives up with KVM_EXIT_UNKNOWN: {after.sentence}"
+        told = "KVM_EXIT_INTERNAL_ERROR" if last["reason"] == EPT_MISCONFIGURATION else "KVM_EXIT_UNKNOWN"
+        return f"KVM cannot handle the exit ({name}) and gives up with {told}: {after.sentence}"
     return _violation(m, last["gpa"] >> 12, after)
 
 
@@ -103,7 +106,9 @@ def _completed(result: AccessResult, after: Explanation) -> str:
     return after.sentence
 
 
-def _mmio(m: Machine, gfn: int) -> str:
+def _mmio(m: Machine, gfn: int, reason: int) -> str:
+    if reason == EPT_MISCONFIGURATION:
+        return f"MMIO: the entry of GFN {gfn:#x} is one with which KVM marks MMIO; the access goes to user space"
     position = int(find_slot(m, gfn))
     if position < 0:
         return f"MMIO: no memory slot holds GFN {gfn:#x}; the access goes to user space"

@@ -119,7 +119,8 @@ class FrameStore:
             self.spare = np.concatenate([self.spare, *freed])
 
     def publish(self, draft: Draft) -> None:
-        """Make a draft the published state."""
+        """Make a draft the published state. Raises LimitExceeded if it has more frames than the machine may have."""
+        draft.check()
         before = self.published
         old = before.machine.row_of
         replaced = np.empty(len(old), dtype=np.int64)
@@ -167,6 +168,8 @@ class Draft:
         base = store.published.machine
         self.store = store
         self.base = base
+        # A machine that is beyond its limit already may change and shrink.
+        self._most = max(store.limit, _used(base))
         self.machine = base._replace(
             row_of=_copy(base.row_of),
             fresh=_copy(base.fresh),
@@ -182,7 +185,11 @@ class Draft:
         self.ensure()
 
     def ensure(self, more: int = 0) -> None:
-        """Grow until one access, and ``more`` frames, can be served. Raises LimitExceeded at the machine's limit."""
+        """Grow until one access, and ``more`` frames, can be served. Raises LimitExceeded beyond the machine's limit.
+
+        Kernels come back here when what is left is less than that, and so many frames they can be beyond it meanwhile.
+        """
+        self.check()
         m = self.machine
         frames_needed = int(m.caps[CAP_RESERVE]) + more
         if m.top[TOP_FREE] < frames_needed:
@@ -190,15 +197,17 @@ class Draft:
         if m.top[TOP_SPARE] < frames_needed:
             self._grow_rows(frames_needed)
 
+    def check(self) -> None:
+        """Raise LimitExceeded if more frames are in use than the machine may have."""
+        used = _used(self.machine)
+        if used > self._most:
+            rule = f"a machine has {self.store.limit} table frames at most"
+            raise LimitExceeded(rule, field="max_table_frames", value=used)
+
     def _grow_frames(self, needed: int) -> None:
         m = self.machine
         have = len(m.row_of)
-        used = have - int(m.top[TOP_FREE])
-        if used > self.store.limit:
-            raise LimitExceeded(
-                f"a machine has {self.store.limit} table frames at most", field="max_table_frames", value=used
-            )
-        total = max(FIRST_FRAMES, have + max(needed, have // 2))
+        total = max(FIRST_FRAMES, min(have + max(needed, have // 2), self._most + needed))
         added = np.arange(total - 1, have - 1, -1, dtype=np.int64)
         free = np.zeros(total, dtype=np.int64)
         height = int(m.top[TOP_FREE])
@@ -244,6 +253,11 @@ class Draft:
         differs = np.ones(len(now), dtype=bool)
         differs[: len(self.base.row_of)] = now[: len(self.base.row_of)] != self.base.row_of
         return np.flatnonzero(differs & (now >= 0))
+
+
+def _used(machine: Machine) -> int:
+    """Frames in use."""
+    return len(machine.row_of) - int(machine.top[TOP_FREE])
 
 
 def _copy(array: NDArray[T]) -> NDArray[T]:

@@ -84,6 +84,8 @@ class SubpageRows(Column):
     saved_bit = Row(False, True)  # bit 61 is put aside while KVM itself forbids writes
     saved_shift = Row(52, 54)  # where access tracking keeps read; the SPP bit is above it, execute above that
     emulator_checks = Row(False, True)  # writes that KVM emulates obey sub-page permissions
+    marks_special = Row(True, False)  # an EPT entry that marks MMIO has bit 62; or it has neither bit 63 nor bit 11
+    refuses_delivery = Row(True, False)  # an EPT misconfiguration while an event is delivered is an internal error
 
     exit_spp = Row(28, 29)  # KVM_EXIT_SPP
     skips_instruction = Row(True, False)  # the guest is past the store when user space sees the exit

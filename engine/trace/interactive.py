@@ -28,7 +28,7 @@ from engine.trace import objects, record_checks, replay
 from engine.trace.choices import ANSWERS, ASK
 from engine.trace.columns import TraceChunk
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult
-from engine.trace.session import Replay, ReplayOptions, frozen
+from engine.trace.session import COUNTED_ONCE, Replay, ReplayOptions, frozen
 
 # Exit records find their objects by address. Where the objects change during a replay, the bits above an address
 # (52 and up) number the set of objects that counted when the exit happened.
@@ -129,8 +129,7 @@ class InteractiveReplay(Replay):
         assert place is not None
         if action == "stop":
             self._place = None
-            self.stopped_at = place.record
-            self._end_chunk(place.chunk, place.base)
+            super()._stop(*place)
             return False
         if action == "retry":
             # The guest runs the instruction again: what exits again counts again, for objects as in the totals.
@@ -174,7 +173,7 @@ class InteractiveReplay(Replay):
         self.attempted = True
         before = self.tally.copy()
         listed = self._run_one(place)
-        for counter in (reg.VIOLATIONS, reg.PAGE_GRANULAR, reg.STALE_ACCESSES):
+        for counter in COUNTED_ONCE:
             self.tally[counter] = before[counter]
         ending = self._ending() if listed else res.COMPLETED
         hidden = not self._words[replay.OPTION_LIST_ALL] and ending in (res.VIOLATION, res.INTERNAL_ERROR)

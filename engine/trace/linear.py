@@ -81,7 +81,7 @@ def run_linear(
         guarded = guarded or bool(in_protected_page(m, gpa, part))
         count_exit(tally, reason, value)
         block_nmis(m, position, how, value)
-        resolution = int(handle_exit(m, position, gpa, reason, value, denied, trail, tally))
+        resolution = int(handle_exit(m, position, gpa, how, reason, value, denied, trail, tally))
         tlb.transition(m, position)
         if resolution <= res.LAST_INTERNAL and used[0] >= run.MAX_EXITS:
             resolution = res.INTERNAL_ERROR

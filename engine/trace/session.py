@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from engine.arch import access as acc
 from engine.cpu.ept import TRAIL_ROWS
+from engine.cpu.frames import STATE_FRAME, Machine
 from engine.errors import InvalidValue, TraceError
 from engine.kvm import registers as reg
 from engine.kvm import run
@@ -32,6 +33,9 @@ _DOES: dict[str, int] = {
     ASK: replay.STOP,
 }
 
+# What is counted once of a record that runs again because it was refused.
+COUNTED_ONCE = (reg.VIOLATIONS, reg.PAGE_GRANULAR, reg.STALE_ACCESSES)
+
 REFUSALS = {
     record_checks.BAD_SIZE: ("size", "must be at least one byte"),
     record_checks.BAD_ACCESS: ("access", "must be 0 read, 1 write or 2 execute"),
@@ -51,7 +55,7 @@ class ReplayOptions:
     ``on_violation`` skip, stop, allow, grant or ask; ``start`` the first record to run (indices stay absolute);
     ``include`` which exits are listed, violations or all; ``max_exit_records`` how many are kept; ``carry`` trace
     columns that go into the exit records; ``circumstances`` (bits of ``arch.access.CIRCUMSTANCES``) those of every
-    access.
+    access. With ``goes_on`` record 0 may be the one at which the machine stopped, as any other ``start`` may.
     """
 
     on_violation: str = "skip"
@@ -60,6 +64,7 @@ class ReplayOptions:
     max_exit_records: int = 10_000_000
     carry: tuple[str, ...] = ()
     circumstances: int = 0
+    goes_on: bool = False
 
     def validate(self) -> None:
         choices(self.on_violation, ON_VIOLATION, "on_violation")
@@ -98,9 +103,12 @@ class Replay:
         self._kept = 0
         self._dropped = 0
         self._next = 0
+        self._again = _stop_of(draft.machine) if options.goes_on or options.start else None
         self._has_gva = False
         self.tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
         self.stopped_at: int | None = None
+        # The index of that record, and its words.
+        self.stop = (0, 0, 0)
 
     def _aim(self, targets: objects.Targets) -> None:
         """Count violations for these objects from here on."""
@@ -130,13 +138,29 @@ class Replay:
         base = self._next
         self._next = base + count
         position = max(0, min(count, self._options.start - base))
+        if position < count and self._again is not None:
+            again, self._again = self._again, None
+            if again == _identity(chunk, base, position):
+                if not self._run_again(chunk, base, position):
+                    return False
+                position += 1
         return self._run(chunk, base, position)
 
-    def _run(self, chunk: TraceChunk, base: int, position: int) -> bool:
-        """Replay a chunk, whose first record has index ``base``, from a position on. False: the replay stopped."""
-        words = frozen(chunk.records.reshape(-1))
+    def _run_again(self, chunk: TraceChunk, base: int, position: int) -> bool:
+        """Run the record at which an earlier replay stopped, and which that one counted as a violation."""
+        before = self.tally.copy()
+        self._seen.fill(base + position)
+        self._touched.fill(base + position)
+        going = self._run(chunk, base, position, position + 1)
+        for counter in COUNTED_ONCE:
+            self.tally[counter] = before[counter]
+        return going
+
+    def _run(self, chunk: TraceChunk, base: int, position: int, end: int | None = None) -> bool:
+        """Replay a chunk, whose first record has index ``base``, from a position up to an end. False: it stopped."""
+        words = frozen(chunk.records[:end].reshape(-1))
         gvas = self._no_gva if chunk.gva is None else frozen(chunk.gva)
-        while position < len(chunk.records):
+        while position < len(words) // 2:
             status, position = self._enter(chunk, words, gvas, position, base)
             if status == replay.NEED_FRAMES:
                 self._draft.ensure()
@@ -152,7 +176,8 @@ class Replay:
 
     def _stop(self, chunk: TraceChunk, base: int, position: int) -> None:
         """The replay ends at a record of a chunk, which has not been run to its end."""
-        self.stopped_at = base + position
+        self.stop = _identity(chunk, base, position)
+        self.stopped_at = self.stop[0]
         self._end_chunk(chunk, base)
 
     def _end_chunk(self, chunk: TraceChunk, base: int) -> None:
@@ -251,6 +276,18 @@ def frozen(words: NDArray[np.uint64]) -> NDArray[np.int64]:
     view = words.view(np.int64)
     view.flags.writeable = False
     return view
+
+
+def _identity(chunk: TraceChunk, base: int, position: int) -> tuple[int, int, int]:
+    """Index and words of a record."""
+    gpa, word = chunk.records[position].view(np.int64).tolist()
+    return base + position, gpa, word
+
+
+def _stop_of(m: Machine) -> tuple[int, int, int]:
+    """Where the machine stopped: index and words of the record. No record is without a size."""
+    index, gpa, word = m.rows[m.row_of[STATE_FRAME], reg.STOPPED_AT : reg.STOPPED_WORD + 1].tolist()
+    return index, gpa, word
 
 
 class ReplayTransaction:

@@ -73,7 +73,8 @@ class TimedReplay(Replay):
             return super()._enter(chunk, words, gvas, position, base)
         self._check_modelled(chunk, position, base)
         following = int(np.searchsorted(beside.at, position))
-        stop = int(beside.at[following]) if following < len(beside.at) else len(chunk.records)
+        end = len(words) // 2
+        stop = min(int(beside.at[following]), end) if following < len(beside.at) else end
         if stop == position:
             self._perform(chunk, beside.items[following], base + position)
             return record_checks.DONE, position + 1

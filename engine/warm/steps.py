@@ -64,7 +64,7 @@ def _deep() -> None:
     """What a replay calls deep inside and is long to compile: the share of a second process."""
     trail, tally = np.zeros((TRAIL_ROWS, 4), dtype=np.int64), np.zeros(1, dtype=np.int64)
     with _machine().state.change() as draft:
-        exit_handling.handle_exit(draft.machine, 0, 0, 0, 0, 0, trail, tally)  # no reason: an internal error
+        exit_handling.handle_exit(draft.machine, 0, 0, 0, 0, 0, 0, trail, tally)  # no reason: an internal error
         grant_touched(draft.machine, 0x4010, 8, trail)
 
 

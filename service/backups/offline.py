@@ -20,6 +20,11 @@ from service.storage.migrate import NewerSchema, migrate, stored_revision
 from service.storage.schema import REVISION
 from service.storage.urls import MEMORY, SQLITE, StoreUrl
 
+# What a backup leaves, and a restore does not bring (ADR 9).
+LEFT = (
+    "not in a backup: jobs, and the answers kept for Idempotency-Key; both are about requests to the store they came to"
+)
+
 
 class OfflineError(Failure):
     """The store or the file cannot be used."""

@@ -153,6 +153,7 @@ def backup(
 
     count = offline.backup(_store_url(context, store), file, vm)
     typer.echo(f"{count} VMs written to {file}")
+    typer.echo(offline.LEFT)
 
 
 @app.command(cls=Command)
@@ -169,6 +170,7 @@ def restore(
 
     ids = offline.restore(_store_url(context, store), file, vm, replace=replace)
     typer.echo(f"{len(ids)} VMs restored")
+    typer.echo(offline.LEFT)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
-from engine.errors import Busy, EngineError, InvalidValue
+from engine.errors import Busy, EngineError, InvalidValue, LimitExceeded
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.machine.summary import Summary
@@ -184,6 +184,8 @@ class Registry:
             entry = self._entry(f"vm_{secrets.token_hex(8)}", self._sequence, now, 1, tenant)
             log, next_event = entry.events.coming([created(machine)])
             await self.repository.create(entry.record(next_event=next_event), machine, log, hooks)
+        except LimitExceeded as error:
+            raise room.named(error) from error
         finally:
             self._places.count(tenant, -1)
             room.settle(0)  # from here on the entry counts it

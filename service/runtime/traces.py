@@ -28,7 +28,7 @@ NO_RECORDS = ExitColumns(
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """What the client asked for; see the query parameters of the call."""
+    """What the client asked for; see the query parameters of the call. ``goes_on``: it named a ``start``."""
 
     format: str
     record: str | None
@@ -37,6 +37,7 @@ class TraceRequest:
     include: str
     start: int
     max_exit_records: int
+    goes_on: bool = False
 
     def options(self) -> ReplayOptions:
         return ReplayOptions(
@@ -45,6 +46,7 @@ class TraceRequest:
             include=self.include,
             max_exit_records=self.max_exit_records,
             carry=self.carry,
+            goes_on=self.goes_on,
         )
 
 

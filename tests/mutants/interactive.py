@@ -20,8 +20,8 @@ MUTANTS = (
     Mutant(
         "interactive-second-violation",
         INTERACTIVE_PY,
-        "for counter in (reg.VIOLATIONS, reg.PAGE_GRANULAR, reg.STALE_ACCESSES):",
-        "for counter in (reg.VIOLATIONS, reg.STALE_ACCESSES):",
+        "for counter in COUNTED_ONCE:",
+        "for counter in COUNTED_ONCE[::2]:",
         "a granted access counts once for page granularity",
         named(INTERACTIVE, "always_the_same_answer"),
     ),

@@ -15,6 +15,14 @@ ACCESS_PY = "engine/machine/page_access.py"
 
 MUTANTS = (
     Mutant(
+        "logging-of-some-vcpus-by-the-fast-path",
+        "engine/machine/fast_path.py",
+        "ctl.V_SECONDARY,",
+        "ctl.V_PRIMARY,",
+        "SDM 29.3.6: what one vCPU logs and another does not is no matter for one answer",
+        named(DIRTY, "logs_of_several_vcpus_leave_the_fast_path_on"),
+    ),
+    Mutant(
         "dirty-linear-by-choice",
         "engine/trace/execution.py",
         "_note_written(draft, found, config.vcpu_position(request.vcpu))",

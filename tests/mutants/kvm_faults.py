@@ -9,6 +9,7 @@ LARGE_PAGES_PY = "engine/kvm/large_pages.py"
 EPT_VIOLATION_PY = "engine/kvm/ept_violation.py"
 SPP_MISS_PY = "engine/kvm/spp_miss.py"
 EXIT_HANDLING_PY = "engine/kvm/exit_handling.py"
+MISCONFIGURATION_PY = "engine/kvm/ept_misconfiguration.py"
 MAPPING_PY = "engine/kvm/mapping.py"
 REGIONS_PY = "engine/kvm/regions.py"
 HOST_PY = "engine/kvm/host_state.py"
@@ -73,6 +74,38 @@ MUTANTS = (
         "kvm-spp 3.3: in version 4 bit 61 of an aged page makes any write a violation",
         named(MAPPING, "2019_takes_any_write_to_an_aged_armed_page_for_a_violation"),
         function="fast_fault",
+    ),
+    Mutant(
+        "mmio-mark-by-the-other-bits",
+        MISCONFIGURATION_PY,
+        "if choices.chooses(m, KVM_MARKS_SPECIAL):",
+        "if not choices.chooses(m, KVM_MARKS_SPECIAL):",
+        "second reading 1: in 5.3 an MMIO entry has bit 62",
+        named(FAULT, "entry_that_marks_mmio_goes_to_user_space"),
+    ),
+    Mutant(
+        "mmio-mark-by-bit-63-alone",
+        MISCONFIGURATION_PY,
+        "return entry & (bits.SUPPRESS_VE | MMU_PRESENT) == 0",
+        "return entry & bits.SUPPRESS_VE == 0",
+        "second reading 1: in 7.1 an MMIO entry has bits 63 and 11 clear",
+        named(FAULT, "entry_that_marks_mmio_goes_to_user_space"),
+    ),
+    Mutant(
+        "misconfiguration-of-a-delivery-looked-at",
+        MISCONFIGURATION_PY,
+        "if how & acc.DELIVERY and choices.chooses(m, KVM_REFUSES_DELIVERY):",
+        "if False:",
+        "second reading 1: in 5.3 an event that was being delivered comes first",
+        named(FAULT, "misconfiguration_while_an_event_is_delivered"),
+    ),
+    Mutant(
+        "misconfiguration-an-internal-error",
+        MISCONFIGURATION_PY,
+        "return res.MMIO if marks_mmio(m, entry) else res.RUN_FAILED",
+        "return res.MMIO if marks_mmio(m, entry) else res.INTERNAL_ERROR",
+        "second reading 1: KVM_RUN fails with EINVAL",
+        named(FAULT, "misconfigured_entry_fails_kvm_run"),
     ),
     Mutant(
         "age-takes-rights-always",

@@ -368,7 +368,8 @@ async def create_trace(
     kept = settings.max_exit_records if max_exit_records is None else max_exit_records
     if kept > settings.max_exit_records:
         raise InvalidDocument(f"must be at most {settings.max_exit_records}", field="max_exit_records", value=kept)
-    wanted = TraceRequest(FORMATS[media], record, carried_columns(carry), on_violation, include, start, kept)
+    goes_on = "start" in request.query_params
+    wanted = TraceRequest(FORMATS[media], record, carried_columns(carry), on_violation, include, start, kept, goes_on)
     asker = asker_of(request, entry, traced=True) if on_violation == ASK else None
     wishes = wanted_async(request) if asker is None else None
     if wishes is not None:

@@ -13,7 +13,7 @@ from engine.cpu import frames, physical_memory, radix
 from engine.kvm import dirty_harvest, dirty_marking
 from engine.kvm import registers as reg
 from engine.kvm.slots import SlotSpec
-from engine.machine import VirtualMachine
+from engine.machine import VirtualMachine, state
 from tests.engine.builders import (
     FULL,
     MIB,
@@ -30,6 +30,7 @@ from tests.engine.builders import (
     round_trip,
     set_map,
     spread,
+    totals,
     unchanged,
     vector,
 )
@@ -194,6 +195,49 @@ def test_a_dirty_flag_begins_at_0_and_pages_are_logged_once() -> None:
     assert not leaf(vm, 2) & bits.DIRTY
     vm.dirty.track("off")
     assert vm.counters()["frames_client"] == 0
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("level", ["page", "subpage"])
+def test_logs_of_several_vcpus_are_exact_by_the_fast_path(
+    profile: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each vCPU has a log of its own, some of them full soon; without the fast path everything comes to the same."""
+    rng = np.random.default_rng(5)
+    vcpus = (0, 3, 700)
+    rows = [
+        (int(rng.integers(24)) * PAGE + int(rng.integers(500)) * 8, 8, int(rng.integers(2)), int(rng.choice(vcpus)))
+        for _ in range(240)
+    ]
+
+    def run() -> tuple[object, ...]:
+        vm = machine(profile, vcpus=vcpus)
+        set_map(vm, 3, 0xFF0F)
+        vm.dirty.track(level, "pml")
+        for vcpu in vcpus:
+            vm.vcpus.set_vmcs(vcpu, {"pml_index": 4})
+        found: list[object] = []
+        for part in (rows[:120], rows[120:]):
+            found += [totals(replay(vm, part)), vm.counters(), picture(vm), harvest(vm)]
+        return tuple(found)
+
+    with machine(profile, vcpus=vcpus).state.change() as change:
+        assert change.machine.caps[frames.CAP_FAST_PATH]
+    fast = run()
+    monkeypatch.setattr(state, "fast_path_serves", lambda *_: False)
+    assert run() == fast
+    assert fast[0]["exits"]["ept_violation"] and fast[1]["exits_pml_full"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_logs_of_several_vcpus_leave_the_fast_path_on(profile: str) -> None:
+    vm = machine(profile, vcpus=(0, 3))
+    vm.dirty.track("page", "pml")
+    with vm.state.change() as change:
+        assert change.machine.caps[frames.CAP_FAST_PATH]
+    vm.vcpus.set_vmcs(3, {"secondary_controls": vm.vcpus.vmcs(3)["secondary_controls"] & ~int(ctl.SECONDARY_PML)})
+    with vm.state.change() as change:
+        assert not change.machine.caps[frames.CAP_FAST_PATH]
 
 
 def test_a_log_that_frames_do_not_suffice_for_is_emptied_in_part() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import exits as arch_exits
@@ -20,6 +21,7 @@ from tests.engine.builders import (
     EXECUTE,
     FULL,
     MIB,
+    PROFILES,
     READ,
     WRITE,
     access,
@@ -159,25 +161,78 @@ def test_larger_page_in_the_way_makes_room_for_a_table() -> None:
     assert vm.counters()["faults_split"] == 1
 
 
-def test_path_that_leaves_table_memory_is_an_internal_error() -> None:
+def test_path_that_leaves_table_memory_fails_kvm_run() -> None:
     vm = machine()
     access(vm, 0x5000)
     put_upper_entry(vm, 3, bits.RIGHTS | 0x7000)
     before = vm.counters()["frames_ept"]
     result = vm.access(AccessRequest(0x5000))
-    assert result.resolution == "internal-error"
+    assert result.resolution == "run-failed" and result.run is not None and result.run.errno == "EINVAL"
     assert vm.counters()["frames_ept"] == before
 
 
-def test_misconfigured_entry_is_an_internal_error() -> None:
-    vm = machine()
+# Write and execute without read: with bits 62, 63 and 11, a mark of MMIO in the one series, the other, or none.
+MARK = bits.WRITE | bits.EXECUTE
+SPECIAL, SUPPRESS_VE, PRESENT = 1 << 62, bits.SUPPRESS_VE, 1 << 11
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("kind", [READ, WRITE, EXECUTE])
+@pytest.mark.parametrize("leaf_of", [bits.WRITE, 0x5037 | 1 << 51, 0x5037 | 1 << 51 | PRESENT, MARK | PRESENT, 0x501F])
+def test_misconfigured_entry_fails_kvm_run(profile: str, kind: int, leaf_of: int) -> None:
+    """Second reading 1: EINVAL in both series; what 7.1 would try for ever (bit 11 clear) is no exception here."""
+    vm = machine(profile, maxphyaddr=40)
     access(vm, 0x5000)
-    store_leaf(vm, 5, lambda entry: bits.WRITE)
-    result = vm.access(AccessRequest(0x5000))
-    assert (result.resolution, result.exits.column("reason").tolist()) == ("internal-error", [49])
+    store_leaf(vm, 5, lambda entry: leaf_of)
+    result = vm.access(AccessRequest(0x5000, access=kind))
+    assert (result.resolution, result.exits.column("reason").tolist()) == ("run-failed", [49])
     assert result.run is not None
-    assert (result.run.exit_reason, result.run.name, result.run.hw_exit_reason) == (0, "KVM_EXIT_UNKNOWN", 49)
+    assert (result.run.errno, result.run.hw_exit_reason, result.run.rip_advanced) == ("EINVAL", None, False)
     assert vm.counters()["exits_ept_misconfiguration"] == 1
+    assert (vm.counters()["mmio"], vm.counters()["violations"]) == (0, 0)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("entry", "marks"),
+    [
+        (MARK, ("kvm-latest",)),
+        (MARK | SPECIAL, ("kvm-2019", "kvm-latest")),
+        (MARK | SUPPRESS_VE, ()),
+        (MARK | SUPPRESS_VE | SPECIAL, ("kvm-2019",)),
+        (MARK | PRESENT | SPECIAL, ("kvm-2019",)),
+        (MARK | 0x5000, ("kvm-latest",)),
+        (bits.WRITE | SPECIAL, ()),
+    ],
+)
+def test_entry_that_marks_mmio_goes_to_user_space(profile: str, level: int, entry: int, marks: tuple[str, ...]) -> None:
+    vm = machine(profile)
+    access(vm, 0x5000)
+    vm.tables.set_ept_entry(level, 0x5000, entry & (1 << 64) - 1)
+    result = vm.access(AccessRequest(0x5000))
+    assert result.resolution == ("mmio" if profile in marks else "run-failed")
+    assert result.run is not None and result.run.errno == (None if profile in marks else "EINVAL")
+    assert (vm.counters()["mmio"], vm.counters()["exits_ept_misconfiguration"]) == (profile in marks, 1)
+
+
+@pytest.mark.parametrize(
+    ("profile", "ending", "told"),
+    [
+        ("kvm-2019", "internal-error", (17, "KVM_EXIT_INTERNAL_ERROR", None, None)),
+        ("kvm-latest", "mmio", (6, "KVM_EXIT_MMIO", None, None)),
+    ],
+)
+def test_misconfiguration_while_an_event_is_delivered(
+    profile: str, ending: str, told: tuple[int, str, int | None, str | None]
+) -> None:
+    """5.3 does not look at the entry; 7.1 would try for ever, and does here what it does otherwise."""
+    vm = machine(profile)
+    access(vm, 0x5000)
+    store_leaf(vm, 5, lambda entry: MARK | SPECIAL)
+    result = vm.access(AccessRequest(0x5000, circumstances=acc.DELIVERY))
+    assert result.resolution == ending and result.run is not None
+    assert (result.run.exit_reason, result.run.name, result.run.hw_exit_reason, result.run.errno) == told
 
 
 def test_misconfigured_vector_is_an_internal_error() -> None:

@@ -72,7 +72,7 @@ def test_kernels_read_the_row() -> None:
         m = machine(name).state.current.snapshot.machine
         assert m.caps[frames.CAP_KVM] == choices.caps(row(name))
         assert m.caps[frames.CAP_SAVED_SHIFT] == row(name).saved_shift
-    assert (choices.caps(SERIES_4), choices.caps(SERIES_12)) == (0b010_0001, 0b101_1110)
+    assert (choices.caps(SERIES_4), choices.caps(SERIES_12)) == (0b1_1010_0001, 0b0_0101_1110)
 
 
 # ---- rows of the ABI

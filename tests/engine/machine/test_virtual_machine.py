@@ -842,6 +842,40 @@ def test_limit_on_frames_is_an_error_that_changes_nothing() -> None:
     assert picture(vm) == before
     assert vm.read_memory(0, 1) == b"x"
     assert_sound(vm)
+    assert 100 - 6 < vm.frames_in_use <= 100, "a path of the memory tree is five frames"
+    vm.write_memory(0, b"y")
+    assert vm.read_memory(0, 1) == b"y"
+
+
+GROWING: dict[str, Callable[[VirtualMachine, int], object]] = {
+    "set": lambda vm, gpa: set_map(vm, gpa >> 12, 0),
+    "access": lambda vm, gpa: vm.access(AccessRequest(gpa, access=READ)),
+    "replay": lambda vm, gpa: replay(vm, [gpa + (page << 12) for page in range(4)]),
+    "table": lambda vm, gpa: vm.tables.new_frame(),
+    "memory": lambda vm, gpa: vm.write_memory(gpa, bytes([1])),
+}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("way", GROWING)
+def test_limit_on_frames_is_that_of_what_is_published(profile: str, way: str) -> None:
+    """And a machine that is beyond a new limit may change and shrink."""
+    vm = machine(profile, slots=[SlotSpec(0, 0, 1 << 28)], max_table_frames=60)
+
+    def grow() -> None:
+        for page in range(100):
+            GROWING[way](vm, page << 21)
+            assert vm.frames_in_use <= 60
+
+    with pytest.raises(LimitExceeded, match="60 table frames at most"):
+        grow()
+    assert_sound(vm)
+    vm.bound_frames(10)
+    used = vm.frames_in_use
+    with pytest.raises(LimitExceeded, match="10 table frames at most"):
+        vm.write_memory(0x7F << 21, b"x")
+    vm.delete_slot(0)
+    assert vm.frames_in_use <= used
 
 
 def test_limit_during_a_replay_leaves_the_machine_as_it_was() -> None:

@@ -115,14 +115,42 @@ def test_miss_of_an_armed_page_is_filled() -> None:
     assert walk.then.resolution == "violation"
 
 
-def test_misconfiguration_ends_in_an_internal_error() -> None:
-    vm = guest()
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize(
+    ("entry", "circumstances", "sentences"),
+    [
+        (2, 0, ("KVM_RUN fails with EINVAL, for KVM has made no such entry: EPT misconfiguration: ",) * 2),
+        (
+            6 | 1 << 62,
+            0,
+            (f"MMIO: the entry of GFN {OBJECT >> 12:#x} is one with which KVM marks MMIO; the access ",) * 2,
+        ),
+        (
+            2,
+            acc.DELIVERY,
+            (
+                "KVM cannot handle the exit (EPT misconfiguration) and gives up with KVM_EXIT_INTERNAL_ERROR: EPT mis",
+                "KVM_RUN fails with EINVAL, for KVM has made no such entry: EPT misconfiguration: ",
+            ),
+        ),
+    ],
+)
+def test_misconfiguration(profile: str, entry: int, circumstances: int, sentences: tuple[str, str]) -> None:
+    vm = guest(profile)
     vm.access(AccessRequest(OBJECT))
-    vm.tables.set_ept_entry(1, OBJECT, 2)
-    walk = foretold(vm, OBJECT)
+    vm.tables.set_ept_entry(1, OBJECT, entry)
+    walk = foretold(vm, OBJECT, circumstances=circumstances)
     assert walk.outcome == "ept_misconfiguration" and "tries again" not in walk.sentence
-    assert walk.then.sentence.startswith(
-        "KVM cannot handle the exit (EPT misconfiguration) and gives up with KVM_EXIT_UNKNOWN: EPT misconfiguration: "
+    assert walk.then.sentence.startswith(sentences[PROFILES.index(profile)])
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_sppt_misconfiguration_ends_in_an_internal_error(profile: str) -> None:
+    vm = guest(profile)
+    vm.access(AccessRequest(OBJECT))
+    vm.tables.set_sppt_entry(1, OBJECT, 2)
+    assert foretold(vm, OBJECT).then.sentence.startswith(
+        "KVM cannot handle the exit (SPP-related event) and gives up with KVM_EXIT_UNKNOWN: "
     )
 
 
@@ -156,9 +184,9 @@ def test_closed_for_the_dirty_log() -> None:
 def test_limit_is_told_and_not_raised() -> None:
     vm = VirtualMachine.create(VmConfig(max_table_frames=600), [SlotSpec(0, 0, 1 << 44)])
     with vm.replay(ReplayOptions()) as run:
-        run.feed(chunk([i << 30 for i in range(310)]))
+        run.feed(chunk([i << 30 for i in range(290)]))
         run.finish()
-    untouched = (gpa << 30 for gpa in range(310, 400))
+    untouched = (gpa << 30 for gpa in range(290, 400))
     refused = next(gpa for gpa in untouched if vm.walk(gpa).then.resolution == "limit-exceeded" or touch(vm, gpa))
     with pytest.raises(LimitExceeded):
         vm.access(AccessRequest(refused))

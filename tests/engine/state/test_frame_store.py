@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from engine.cpu import frames
-from engine.errors import Busy, InvalidValue
+from engine.errors import Busy, InvalidValue, LimitExceeded
 from engine.kvm import memory
 from engine.kvm.protections import ProtectedObject, ProtectedPages
 from engine.kvm.slots import SlotSpec, slot_table
@@ -323,6 +323,25 @@ def test_machine_with_the_model_switch_uses_no_fast_path_and_counts_the_same() -
         results.append(replay(vm, rows * 20))
     assert results[0].exits == results[1].exits
     assert results[0].violations == results[1].violations == 20
+
+
+def test_change_is_beyond_the_limit_by_one_access_at_most() -> None:
+    vm = machine(max_table_frames=5000)
+    draft = vm.state.open()
+
+    def fill() -> None:
+        while True:
+            draft.ensure()
+            while frames.ample(draft.machine):
+                frames.new_frame(draft.machine, frames.CLIENT)
+
+    with pytest.raises(LimitExceeded):
+        fill()
+    have, reserve = len(draft.machine.row_of), int(draft.machine.caps[frames.CAP_RESERVE])
+    assert have <= 5000 + reserve
+    assert have - int(draft.machine.top[frames.TOP_FREE]) == 5001
+    vm.state.abandon(draft)
+    assert vm.frames_in_use < 10
 
 
 # ---- successors: a change that is shown only when it is kept

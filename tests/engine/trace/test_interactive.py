@@ -123,6 +123,25 @@ def test_always_the_same_answer(profile: str, include: str, action: str, cache: 
     assert_sound(asked)
 
 
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("first", ["ask", "stop"])
+@pytest.mark.parametrize("then", ["ask", "skip"])
+def test_going_on_after_a_stop_counts_its_violation_once(profile: str, first: str, then: str) -> None:
+    def run(vm: VirtualMachine, on_violation: str, action: str, **options: Any) -> TraceResult:
+        if on_violation == "ask":
+            return ask(vm, always(action), ROWS, **options)
+        return replay(vm, ROWS, on_violation=on_violation, **options)
+
+    whole, vm = make(profile), make(profile)
+    known = run(whole, "skip", "skip")
+    before = run(vm, first, "stop")
+    assert before.stopped_at == 1 and before.violations == 1
+    after = run(vm, then, "skip", start=1)
+    for name in ("records", "writes", "violations", "page_granular_violations", "mmio"):
+        assert getattr(before, name) + getattr(after, name) == getattr(known, name), name
+    assert vm.counters()["violations"] == whole.counters()["violations"]
+
+
 @pytest.mark.parametrize("action", ["skip", "allow", "grant"])
 def test_dirty_logs_are_told_as_by_a_replay(action: str) -> None:
     plain, asked = make(), make()

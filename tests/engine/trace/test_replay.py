@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.arch import access as acc
 from engine.arch import ept as bits
 from engine.cpu import fastpath
 from engine.errors import InvalidValue, TraceError
 from engine.kvm import resolutions as res
+from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.trace import session
+from engine.trace.results import TraceResult
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest
 from tests.engine.builders import (
@@ -36,6 +39,7 @@ from tests.engine.builders import (
     refused,
     replay,
     resolutions,
+    round_trip,
     set_map,
     store_leaf,
     totals,
@@ -242,7 +246,7 @@ def test_stop_ends_at_the_record_and_start_goes_on_from_it(vm: VirtualMachine) -
     second = replay(vm, rows, on_violation="stop", start=1)
     assert (second.stopped_at, second.records, exits(second, "index")) == (3, 2, [(3,)])
     last = replay(vm, rows, on_violation="skip", start=3)
-    assert (last.stopped_at, last.records, last.violations) == (None, 2, 1)
+    assert (last.stopped_at, last.records, last.violations) == (None, 2, 0), "counted where it stopped"
 
 
 def test_stop_takes_no_more_chunks(vm: VirtualMachine) -> None:
@@ -257,6 +261,80 @@ def test_stop_takes_no_more_chunks(vm: VirtualMachine) -> None:
     assert vm.counters()["records"] == 2, "what came before is published"
 
 
+# ---- going on where a replay stopped
+
+
+def over(*results: TraceResult) -> dict[str, Any]:
+    """The totals of several results, added up."""
+    hits = {
+        name: (
+            sum(result.by_object[name].violations for result in results),
+            sum(result.by_object[name].collateral for result in results),
+        )
+        for name in results[0].by_object
+    }
+    names = ("records", "writes", "violations", "page_granular_violations", "mmio")
+    return {name: sum(getattr(result, name) for result in results) for name in names} | {"by_object": hits}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("stop", [0, 2])
+@pytest.mark.parametrize("on_violation", ["skip", "allow", "grant"])
+@pytest.mark.parametrize("size", [8, 0x300])
+def test_stopping_violation_counts_once_over_the_results(profile: str, stop: int, on_violation: str, size: int) -> None:
+    rows = [OPEN, OPEN + 8, (SHUT, size), (SHUT, size), OPEN, SHUT][2 - stop :]
+    whole, vm = protected_guest(profile), protected_guest(profile)
+    expected = over(replay(whole, rows, on_violation=on_violation))
+    first = replay(vm, rows, on_violation="stop")
+    assert (first.stopped_at, first.violations, first.records) == (stop, 1, stop)
+    again = replay(vm, rows, on_violation="stop", start=stop, goes_on=True)
+    assert (again.stopped_at, again.violations, again.page_granular_violations, len(again.exit_columns)) == (
+        stop,
+        0,
+        0,
+        1,
+    )
+    vm = round_trip(vm)
+    last = replay(vm, rows, on_violation=on_violation, start=stop, goes_on=True)
+    assert over(first, again, last) == expected
+    assert vm.counters()["violations"] == whole.counters()["violations"]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_sub_page_that_was_opened_meanwhile_is_no_second_violation(profile: str) -> None:
+    rows = [OPEN, SHUT, OPEN]
+    vm = machine(profile)
+    set_map(vm, 5, 0xF)
+    first = replay(vm, rows, on_violation="stop")
+    set_map(vm, 5, 0x1F)
+    last = replay(vm, rows, on_violation="stop", start=1)
+    assert (first.violations, last.violations, last.records, last.page_granular_violations) == (1, 0, 2, 0)
+    assert over(first, last)["page_granular_violations"] == 1
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_only_the_very_record_that_stopped_goes_on(profile: str) -> None:
+    rows = [SHUT, SHUT, OPEN]
+
+    def stopped() -> VirtualMachine:
+        vm = protected_guest(profile)
+        replay(vm, rows, on_violation="stop")
+        return vm
+
+    assert replay(stopped(), rows).violations == 2, "from the beginning: another run of the trace"
+    assert replay(stopped(), rows, start=1).violations == 1, "another record"
+    assert replay(stopped(), [(SHUT, 4), *rows[1:]], goes_on=True).violations == 2, "another access"
+    between = stopped()
+    replay(between, [OPEN])
+    assert replay(between, rows, goes_on=True).violations == 2, "another replay came between"
+
+
+def protected_guest(profile: str) -> VirtualMachine:
+    vm = machine(profile)
+    vm.protect("it", [ProtectedObject("mine", SHUT, 8), ProtectedObject("neighbour", SHUT + 16, 8)])
+    return vm
+
+
 @pytest.mark.parametrize("start", [0, 1, 4, 5, 6, 100])
 def test_start_skips_records_and_keeps_indices(vm: VirtualMachine, start: int) -> None:
     rows = [SHUT] * 6
@@ -266,14 +344,21 @@ def test_start_skips_records_and_keeps_indices(vm: VirtualMachine, start: int) -
         assert exits(result, "index") == [(i,) for i in range(start, 6)]
 
 
+@pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("on_violation", ["skip", "allow", "grant"])
-def test_internal_errors_are_listed_and_passed_over(on_violation: str) -> None:
-    vm = machine()
+@pytest.mark.parametrize(
+    ("circumstances", "endings"),
+    [(0, (res.RUN_FAILED, res.RUN_FAILED)), (acc.DELIVERY, (res.INTERNAL_ERROR, res.RUN_FAILED))],
+)
+def test_what_ends_kvm_run_is_listed_and_passed_over(
+    profile: str, on_violation: str, circumstances: int, endings: tuple[int, int]
+) -> None:
+    vm = machine(profile)
     replay(vm, [OPEN])
     store_leaf(vm, OPEN >> 12, lambda _: bits.WRITE)
-    result = replay(vm, [OPEN, 0x1000], on_violation=on_violation)
+    result = replay(vm, [OPEN, 0x1000], on_violation=on_violation, circumstances=circumstances)
     assert (result.records, result.violations, result.exits["ept_misconfiguration"]) == (2, 0, 1)
-    assert exits(result, "index", "reason", "resolution") == [(0, 49, res.INTERNAL_ERROR)]
+    assert exits(result, "index", "reason", "resolution") == [(0, 49, endings[PROFILES.index(profile)])]
     assert replay(vm, [OPEN, 0x1000], on_violation="stop").stopped_at == 0
 
 

@@ -106,12 +106,17 @@ def test_joining() -> None:
 
 @pytest.mark.parametrize("resolution", RESOLUTION_NAMES)
 @pytest.mark.parametrize(("profile", "number", "advanced"), [("kvm-2019", 28, True), ("kvm-latest", 29, False)])
-def test_what_user_space_sees(resolution: str, profile: str, number: int, advanced: bool) -> None:
-    seen = user_exit(RESOLUTION_NAMES.index(resolution), 66, 0x5200, profile)
+@pytest.mark.parametrize(("reason", "errno"), [(66, "EFAULT"), (49, "EINVAL")])
+def test_what_user_space_sees(
+    resolution: str, profile: str, number: int, advanced: bool, reason: int, errno: str
+) -> None:
+    seen = user_exit(RESOLUTION_NAMES.index(resolution), reason, 0x5200, profile)
     wanted = {
         "violation": (number, "KVM_EXIT_SPP", advanced, 0x5200, None),
         "mmio": (6, "KVM_EXIT_MMIO", True, None, None),
-        "internal-error": (0, "KVM_EXIT_UNKNOWN", False, None, 66),
+        "internal-error": (0, "KVM_EXIT_UNKNOWN", False, None, 66)
+        if reason == 66
+        else (17, "KVM_EXIT_INTERNAL_ERROR", False, None, None),
         "run-failed": (0, "KVM_EXIT_UNKNOWN", False, None, None),
     }.get(resolution)
     if wanted is None:
@@ -119,4 +124,4 @@ def test_what_user_space_sees(resolution: str, profile: str, number: int, advanc
         return
     assert seen is not None
     assert (seen.exit_reason, seen.name, seen.rip_advanced, seen.spp_addr, seen.hw_exit_reason) == wanted
-    assert seen.errno == ("EFAULT" if resolution == "run-failed" else None)
+    assert seen.errno == (errno if resolution == "run-failed" else None)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from service.backups.files import FORMAT, MAGIC
+from service.backups.offline import LEFT
 from tests.support.http import new_vm, set_map
 from tests.support.stores import command, picture, rows_in, run_sql, section, serving
 
@@ -34,8 +35,10 @@ def test_all_of_a_store_goes_to_another_kind_of_store(
         before = [picture(service.client, vm), picture(service.client, other)]
         done = command("backup", file, "--store", url)
         assert done.exit_code == 0 and "2 VMs written" in done.output, "also while a service owns the store"
+        assert done.output.splitlines()[-1] == LEFT and "jobs" in LEFT and "Idempotency-Key" in LEFT
     done = command("restore", file, "--store", store_url)
     assert done.exit_code == 0 and "2 VMs restored" in done.output, done.output
+    assert done.output.splitlines()[-1] == LEFT
     with serving(store_url) as service:
         after = [picture(service.client, vm), picture(service.client, other)]
         for now, then in zip(after, before, strict=True):

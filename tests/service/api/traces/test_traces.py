@@ -132,6 +132,17 @@ def test_stop_and_resume(guarded: str, client: ContractClient) -> None:
     assert indices == HITS
 
 
+def test_results_before_and_after_a_stop_add_up(guarded: str, client: ContractClient) -> None:
+    """Also where the record that stopped is the first one: naming a start says that the replay goes on."""
+    rows = MIXED[HITS[0] :]
+    stopped = replayed(client, guarded, bodies.ndjson(rows), "on_violation=stop")
+    assert (stopped["stopped_at"], stopped["violations"]) == (0, 1)
+    rest = replayed(client, guarded, bodies.ndjson(rows), "start=0")
+    assert (rest["records"], rest["violations"], len(rest["exit_records"])) == (len(rows), len(HITS) - 1, len(HITS))
+    again = replayed(client, guarded, bodies.ndjson(rows))
+    assert again["violations"] == len(HITS), "another run of the trace"
+
+
 def test_start_keeps_indices(guarded: str, client: ContractClient) -> None:
     result = replayed(client, guarded, bodies.parquet(MIXED), "start=4")
     assert result["records"] == 5 and result["start"] == 4
