@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from functools import cache
+from typing import Any
 
 from engine.abi import Call as AbiCall
 from engine.abi import UserBuffer, UserMemory
@@ -14,7 +16,7 @@ from engine.state.config import HostConfig, VmConfig
 from engine.trace.single import AccessRequest
 from tests.differential.calls import WIDTH, Answer, Call, World
 
-_HYPERV = {
+_HYPERV: dict[str, dict[str, Any] | None] = {
     "": None,
     "direct": {},
     "plain": {"cpuid": [{"function": 0x4000_000A, "eax": 0x8_0101}]},
@@ -22,29 +24,33 @@ _HYPERV = {
 }
 
 
+@cache
+def _made(world: World) -> VirtualMachine:
+    """A machine with one vCPU, made as KVM_CREATE_VM and KVM_CREATE_VCPU make them; it is only copied."""
+    host = HostConfig(
+        vendor=world.vendor,
+        ept=world.ept,
+        spp=world.spp,
+        nested=world.nested,
+        hyperv=_HYPERV[world.hyperv],
+        fail_allocation=world.fail_allocation,
+    )
+    config = VmConfig(profile=world.profile, vcpus=(), vcpu_room=1, maxphyaddr=WIDTH, host=host)
+    machine = VirtualMachine.create(config, [], spp=False)
+    as_created(machine)
+    for name in ("KVM_CREATE_IRQCHIP",) * world.irqchip + ("KVM_CREATE_VCPU",):
+        reply = IOCTLS.perform(Target(world.profile, host, machine), AbiCall(name, "vm"))
+        assert reply.errno is None, (name, reply)
+    return machine
+
+
 class Facade:
-    """One machine with one vCPU, made as KVM_CREATE_VM and KVM_CREATE_VCPU make them."""
+    """One machine with one vCPU."""
 
     def __init__(self, world: World) -> None:
-        host = HostConfig(
-            vendor=world.vendor,
-            ept=world.ept,
-            spp=world.spp,
-            nested=world.nested,
-            hyperv=_HYPERV[world.hyperv],
-            fail_allocation=world.fail_allocation,
-        )
-        config = VmConfig(profile=world.profile, vcpus=(), vcpu_room=1, maxphyaddr=WIDTH, host=host)
-        self.machine = VirtualMachine.create(config, [], spp=False)
-        as_created(self.machine)
-        self.target = Target(world.profile, host, self.machine, 0)
-        if world.irqchip:
-            self._make("KVM_CREATE_IRQCHIP")
-        self._make("KVM_CREATE_VCPU")
-
-    def _make(self, name: str) -> None:
-        reply = IOCTLS.perform(self.target, AbiCall(name, "vm"))
-        assert reply.errno is None, (name, reply)
+        made = _made(world)
+        self.machine = VirtualMachine(made.state.twin())
+        self.target = Target(world.profile, made.config.host, self.machine, 0)
 
     def answer(self, call: Call) -> Answer:
         """Make the call."""

@@ -12,6 +12,12 @@ from tests.differential.calls import PAGE, PROFILES, Call, Sequence, World
 SUBJECTS = ("subpages", "flush", "nested", "all")
 Maker = Callable[[], Call]
 RAM = struct.pack("<IIQQQ", 0, 0, 0, 16 * PAGE, 0x7F00_0000_0000)
+# What a call has left is looked at more often than not.
+LOOKED_AT = {
+    "KVM_SET_NESTED_STATE": Call("KVM_GET_NESTED_STATE", "vcpu", bytes(4) + (8320).to_bytes(4, "little") + b"\xee" * 8440),
+    "KVM_SET_SREGS": Call("KVM_GET_SREGS", "vcpu", b"\xee" * 312),
+    "KVM_SET_CPUID2": Call("KVM_GET_CPUID2", "vcpu", struct.pack("<II", 9, 0) + b"\xee" * 360),
+}
 INIT = struct.pack("<IIQ", 182, 0, 0).ljust(104, b"\0")
 
 
@@ -23,7 +29,10 @@ def drawn(seed: int, index: int) -> tuple[World, Sequence]:
     world = _world(rng, profile, subject)
     calls: list[Call] = list(_start(rng, world, subject))
     makers = _makers(rng, world, subject)
-    calls += [rng.choice(makers)() for _ in range(rng.randint(3, 14))]
+    for _ in range(rng.randint(3, 11)):
+        calls.append(rng.choice(makers)())
+        if calls[-1].name in LOOKED_AT and rng.random() < 0.6:
+            calls.append(LOOKED_AT[calls[-1].name])
     return world, tuple(calls)
 
 
@@ -51,12 +60,12 @@ def _start(rng: random.Random, world: World, subject: str) -> Sequence:
     memory = Call("KVM_SET_USER_MEMORY_REGION", "vm", RAM)
     if subject == "subpages":
         on = Call("KVM_ENABLE_CAP", "vm", INIT) if world.latest else Call("KVM_INIT_SPP", "vm")
-        return (memory, on) if rng.random() < 0.85 else ()
+        return (memory, on) if rng.random() < 0.92 else ()
     if subject == "flush" or not world.intel:
         return ()
     linked = Call("POKE", "", made.shadow_vmcs12(rng), arg=made.LINKED)
     start: Sequence = (memory, linked) if subject == "nested" else (memory,)
-    if rng.random() < 0.85:
+    if rng.random() < 0.95:
         start += (made.set_cpuid(rng),)
     if rng.random() < 0.4:
         start += (made.enable_cap(rng, "vcpu", 163),)
