@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 PAGE = 4096
 PROFILES = ("kvm-2019", "kvm-latest")
-# What a page before and behind guest memory cannot hold.
+# MAXPHYADDR of the host.
 WIDTH = 46
 
 
 @dataclass(frozen=True)
 class World:
-    """A kernel, and the host below it; ``hyperv`` is empty, "direct" (with direct flush), "plain" or "full" (no memory)."""
+    """A kernel and the host below it.
+
+    ``hyperv`` is empty, or how the Hyper-V below KVM does direct flush: "direct", "plain" (not at all), or "full" (it
+    has no memory for it).
+    """
 
     profile: str = "kvm-2019"
     vendor: str = "intel"
@@ -75,8 +79,3 @@ class Answer:
 
 
 Sequence = tuple[Call, ...]
-
-
-def with_unsaid(answer: Answer, other: Answer) -> Answer:
-    """The answer, with no opinion of what the other has none of."""
-    return replace(answer, unsaid=other.unsaid)

@@ -13,8 +13,8 @@ from tests.differential.memory_model import MemoryModel
 from tests.differential.user_memory import Failed, User
 
 NESTED_STATE, ENLIGHTENED_VMCS, DIRECT_FLUSH, ENFORCE_CPUID, SPP = 157, 163, 175, 199, 182
-# The same in every world, (5.3, 7.1): slots, read-only memory, address spaces, TLB flush, HYPERV_CPUID, its system form,
-# ENFORCE_CPUID, and what numbers of others say: 174 is of Arm, 176 of PowerPC, 179 of s390.
+# What each kernel says on every host: slots, read-only memory, address spaces, TLB flush, HYPERV_CPUID, its system
+# form, ENFORCE_CPUID; 174, 176 and 179 are numbers of Arm, PowerPC and s390.
 ALWAYS = {
     10: (509, 32764),
     81: (1, 1),

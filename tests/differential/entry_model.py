@@ -14,7 +14,14 @@ from tests.differential.vmcs12_layout import NONE, REVISION, Vmcs12
 
 MEMORY_TYPES = {0, 1, 4, 5, 6, 7}
 # May-be-1 halves of what an enlightened VMCS has fields for (7.1).
-EVMCS_MASKS = {"pin": 0x3F, "proc": 0xFFF9_FFFE, "sec": 0xC519_98FE, "exit": 0x03BF_FFFF, "entry": 0x7_F3FF, "vmfunc": 0}
+EVMCS_MASKS = {
+    "pin": 0x3F,
+    "proc": 0xFFF9_FFFE,
+    "sec": 0xC519_98FE,
+    "exit": 0x03BF_FFFF,
+    "entry": 0x7_F3FF,
+    "vmfunc": 0,
+}
 # Bits that 5.3 takes from a vCPU's capabilities when the enlightened VMCS is enabled.
 TAKEN = {"pin": 0xC0, "sec": 0x0202_6701, "exit": 0x1000, "entry": 0x2000, "vmfunc": 1}
 WITH_ERROR_CODE = {8, 10, 11, 12, 13, 14, 17}
@@ -133,7 +140,9 @@ class Entry:
             return True
         if self._latest and count > 512 * ((self.caps.misc >> 25 & 7) + 1):
             return False
-        return address % 16 == 0 and not address >> self.vcpu.width and not (address + 16 * count - 1) >> self.vcpu.width
+        return (
+            address % 16 == 0 and not address >> self.vcpu.width and not (address + 16 * count - 1) >> self.vcpu.width
+        )
 
     def _events(self) -> Iterator[bool]:
         v = self.vmcs

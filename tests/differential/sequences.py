@@ -14,7 +14,9 @@ Maker = Callable[[], Call]
 RAM = struct.pack("<IIQQQ", 0, 0, 0, 16 * PAGE, 0x7F00_0000_0000)
 # What a call has left is looked at more often than not.
 LOOKED_AT = {
-    "KVM_SET_NESTED_STATE": Call("KVM_GET_NESTED_STATE", "vcpu", bytes(4) + (8320).to_bytes(4, "little") + b"\xee" * 8440),
+    "KVM_SET_NESTED_STATE": Call(
+        "KVM_GET_NESTED_STATE", "vcpu", bytes(4) + (8320).to_bytes(4, "little") + b"\xee" * 8440
+    ),
     "KVM_SET_SREGS": Call("KVM_GET_SREGS", "vcpu", b"\xee" * 312),
     "KVM_SET_CPUID2": Call("KVM_GET_CPUID2", "vcpu", struct.pack("<II", 9, 0) + b"\xee" * 360),
 }
@@ -88,9 +90,11 @@ def _makers(rng: random.Random, world: World, subject: str) -> list[Maker]:
         lambda: made.enable_cap(rng, "vm", rng.choice((163, 175, 199, 182, 0xFFFF))),
         lambda: made.get_table(rng, "KVM_GET_SUPPORTED_HV_CPUID", "vcpu", 10 if latest else 7),
         lambda: made.get_table(rng, "KVM_GET_SUPPORTED_HV_CPUID", "system", 10),
-        lambda: Call(rng.choice(("KVM_SET_NESTED_STATE", "KVM_INIT_SPP")), rng.choice(("system", "vm", "vcpu")), bytes(8))
-        if subject == "flush" and rng.random() < 0.2
-        else made.check_extension(rng),
+        lambda: (
+            Call(rng.choice(("KVM_SET_NESTED_STATE", "KVM_INIT_SPP")), rng.choice(("system", "vm", "vcpu")), bytes(8))
+            if subject == "flush" and rng.random() < 0.2
+            else made.check_extension(rng)
+        ),
     ]
     nested: list[Maker] = [
         *[lambda: made.nested_state(rng)] * 5,

@@ -100,17 +100,26 @@ CHANGES: dict[str, tuple[int, ...]] = {
     **{f"host_{name}_base": BASES for name in ("fs", "gs", "tr", "gdtr", "idtr")},
     "host_sysenter_esp": BASES,
     "host_sysenter_eip": BASES,
-    **{
-        name: ADDRESSES
-        for name in ("io_bitmap_a", "io_bitmap_b", "msr_bitmap", "virtual_apic", "apic_access", "posted_desc")
-    },
-    **{name: ADDRESSES for name in ("vmread_bitmap", "vmwrite_bitmap", "eptp_list", "pml")},
+    **dict.fromkeys(("io_bitmap_a", "io_bitmap_b", "msr_bitmap", "virtual_apic", "apic_access"), ADDRESSES),
+    **dict.fromkeys(("posted_desc", "vmread_bitmap", "vmwrite_bitmap", "eptp_list", "pml"), ADDRESSES),
     **{f"{name}_addr": ADDRESSES for name in ("exit_load", "exit_store", "entry_load")},
     **{f"{name}_count": MSR_LIST for name in ("exit_load", "exit_store", "entry_load")},
 }
 assert CHANGES.keys() <= FIELDS.keys()
 # What is about several fields at once, or has an outcome of its own.
-COMPOUND = ("guest_cr3", "guest_cr3", "guest_cr4", "guest_efer", "link", "sec", "proc", "exit", "entry", "event", "activity")
+COMPOUND = (
+    "guest_cr3",
+    "guest_cr3",
+    "guest_cr4",
+    "guest_efer",
+    "link",
+    "sec",
+    "proc",
+    "exit",
+    "entry",
+    "event",
+    "activity",
+)
 
 
 def vmcs12(rng: random.Random) -> bytes:
@@ -145,7 +154,9 @@ def nested_state(rng: random.Random) -> Call:
         current, flags = NONE, rng.choice((0, 0, 4))
     if flags & 4 and rng.random() < 0.5:
         current = NONE
-    size = rng.choice((4224, 8320, 8320, _often(rng, 4224, 0, 127, 128, 128, 1125, 1126, 4223, 5221, 5222, 0xFFFF_FFFF)))
+    size = rng.choice(
+        (4224, 8320, 8320, _often(rng, 4224, 0, 127, 128, 128, 1125, 1126, 4223, 5221, 5222, 0xFFFF_FFFF))
+    )
     smm = _often(rng, 0, 1, 2, 3, 4, 0xFFFC)
     kind = _often(rng, 0, 1, 2) if rng.random() < 0.3 else 0
     header = struct.pack("<HHI", flags, kind, size)
@@ -175,7 +186,7 @@ def cpuid_table(rng: random.Random) -> list[tuple[int, ...]]:
         return []
     ecx = VMX * (rng.random() < 0.85) | X2APIC * (rng.random() < 0.5) | XSAVE * (rng.random() < 0.6)
     ecx |= PCID * (rng.random() < 0.5) | (1 << 27) * (rng.random() < 0.1)
-    rows = [
+    rows: list[tuple[int, ...]] = [
         (0, 0, 0, 0x16, 0x756E_6547, 0x6C65_746E, 0x4965_6E69),
         (1, 0, 0, 0x5_0654, 0x800, ecx, 0x0FA8_FBFF),
         (7, 0, 1, 0, 0x0010_0081 * (rng.random() < 0.5), 0xC * (rng.random() < 0.6), 0),
@@ -213,20 +224,33 @@ FLAT = struct.pack("<QIH8B2x", 0, 0xFFFF_FFFF, 8, 0xB, 1, 0, 1, 1, 0, 1, 0)[:24]
 
 
 def set_sregs(rng: random.Random, latest: bool) -> Call:
-    """KVM_SET_SREGS; CR4.LA57 for 7.1 alone (see the guide of this room)."""
+    """KVM_SET_SREGS; CR4.LA57 for 7.1 alone, because 5.3 takes it from the host without looking at CPUID."""
     cr0 = rng.choice((0x6000_0010, 0x8000_0021, 0x8000_0031, 0x21, 0x8000_0020, 0x2000_0021, 0x1_0000_0021, 0))
     cr4 = rng.choice((0, 0x20, 0x2000, 0x2020, 0x2660, 0x2660, 1 << 18, 1 << 22, 0x2000 | 5 << 18, 1 << 17, 1 << 14))
     cr4 |= rng.choice((0, 0, 0, 1 << 15, 1 << 32, 1 << 12 if latest else 1 << 11, 1 << 20))
     efer = rng.choice((0, 0, 0, 0x500, 0xD01, 0x100, 0x400))
-    apic = 0xFEE0_0900 if rng.random() < 0.7 else rng.choice(
-        (0xFEE0_0000, 0xFEE0_0C00, 0xFEE0_0400, 0xFEE0_0801, 0xFEE0_0A00, 1 << NARROW | 0x800, 1 << WIDTH | 0x800, 0)
+    apic = (
+        0xFEE0_0900
+        if rng.random() < 0.7
+        else rng.choice(
+            (
+                0xFEE0_0000,
+                0xFEE0_0C00,
+                0xFEE0_0400,
+                0xFEE0_0801,
+                0xFEE0_0A00,
+                1 << NARROW | 0x800,
+                1 << WIDTH | 0x800,
+                0,
+            )
+        )
     )
     if efer & 0x400 and rng.random() < 0.8:
         cr0, cr4 = 0x8000_0031, cr4 | 0x20
     cr3 = rng.choice((0, 0x1000, 1 << NARROW, 1 << 60))
     control = (cr0, rng.choice((0, 7)), cr3, cr4, rng.choice((0, 5, 15, 16)), efer, apic)
     segments = bytearray(FLAT * 8 + bytes(32))
-    segments[20] = rng.random() < 0.05
+    segments[19] = rng.random() < 0.05
     raw = bytes(segments) + struct.pack("<7Q", *control) + bytes(32)
     return Call("KVM_SET_SREGS", "vcpu", raw[: _often(rng, 312, 0, 311)] if rng.random() < 0.2 else raw)
 
@@ -243,7 +267,7 @@ FEATURE_CONTROLS = (0, 0, 1, 5, 7, 0x16_0007, 8, 1 << 20, 1 << 63)
 
 
 def msrs(rng: random.Random, name: str) -> Call:
-    """KVM_GET_MSRS or KVM_SET_MSRS of IA32_FEATURE_CONTROL, of pin-based controls, and of a number that nobody knows."""
+    """KVM_GET_MSRS or KVM_SET_MSRS of IA32_FEATURE_CONTROL, pin-based controls, and a number that nobody knows."""
     known = (0x3A,) if name == "KVM_SET_MSRS" else (0x3A, 0x3A, 0x48D, 0x481)
     rows = [(rng.choice((*known, *known, 0xDEAD)), 0, rng.choice(FEATURE_CONTROLS)) for _ in range(rng.randint(0, 3))]
     count = _often(rng, len(rows), len(rows) + 1, 256, 0xFFFF_FFFF) if rng.random() < 0.3 else len(rows)
@@ -267,7 +291,9 @@ def enable_cap(rng: random.Random, level: str, number: int) -> Call:
     pointer = rng.choice((0x7000, 0x7000, 0x7000, 0x7002, 0x7003, 0))
     raw = struct.pack("<IIQ", number, _often(rng, 0, 1, 1 << 31), pointer).ljust(104, b"\0")
     segment = (0x7000, b"\xee" * 4) if rng.random() < 0.95 else None
-    return Call("KVM_ENABLE_CAP", level, raw[: _often(rng, 104, 103, 0)] if rng.random() < 0.2 else raw, segment=segment)
+    return Call(
+        "KVM_ENABLE_CAP", level, raw[: _often(rng, 104, 103, 0)] if rng.random() < 0.2 else raw, segment=segment
+    )
 
 
 # ---- memory
@@ -281,7 +307,9 @@ def region(rng: random.Random, latest: bool) -> Call:
     """KVM_SET_USER_MEMORY_REGION: slots near each other."""
     slot = _often(rng, rng.choice((0, 1, 2, 0x1_0000)), 508, 509, 32763, 32764, 0xFFFF, 0x2_0000, 0x1_0000 | 508)
     flags = _often(rng, rng.choice((0, 0, 0, 1, 2)), 3, 4, 8, 1 << 31)
-    gpa = PAGE * _often(rng, rng.choice((0, 8, 0x10, 0x18, 0x20)), (1 << WIDTH - 12) - 8, 1 << WIDTH - 12, (1 << 52) - 8)
+    gpa = PAGE * _often(
+        rng, rng.choice((0, 8, 0x10, 0x18, 0x20)), (1 << WIDTH - 12) - 8, 1 << WIDTH - 12, (1 << 52) - 8
+    )
     size = PAGE * _often(rng, rng.choice((0, 8, 8, 0x10)), 1, 0x200, 1 << 31, (1 << 52) - 1)
     if rng.random() < 0.05:
         gpa, size = gpa + rng.choice((0, 1, 0x800)), size + rng.choice((0, 1, 0xFFF))

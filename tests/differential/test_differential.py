@@ -71,9 +71,7 @@ SETTLED: dict[str, tuple[World, Sequence]] = {
     "a vmcs12 that a CPUID without VMX hides from the header is copied out all the same": (
         World("kvm-latest"),
         (
-            Call(
-                "KVM_SET_CPUID2", "vcpu", struct.pack("<II", 1, 0) + struct.pack("<7I12x", 1, 0, 0, 0, 0, 1 << 5, 0)
-            ),
+            Call("KVM_SET_CPUID2", "vcpu", struct.pack("<II", 1, 0) + struct.pack("<7I12x", 1, 0, 0, 0, 0, 1 << 5, 0)),
             Call(
                 "KVM_SET_NESTED_STATE",
                 "vcpu",

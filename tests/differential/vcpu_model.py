@@ -113,7 +113,7 @@ class VcpuModel:
 
     def _runtime(self, entries: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """Entries with the bits that follow registers; in 5.3 a change of CR4 by VM entry and exit is not followed."""
-        told = []
+        told: list[tuple[int, ...]] = []
         cr4 = self.cr4 if self.world.latest else self.shown_cr4
         for function, index, flags, eax, ebx, ecx, edx in entries:
             if function == 1:
@@ -146,7 +146,7 @@ class VcpuModel:
         """KVM_SET_SREGS. ``guest_cr0_fixed`` are the bits that CR0 of an L2 needs, where one runs."""
         raw = user.read(0, SREGS_SIZE)
         cr0, cr2, cr3, cr4, cr8, efer, apic_base = struct.unpack_from("<7Q", raw, CONTROL)
-        long_code = raw[20]
+        long_code = raw[19]
         if not self.world.latest and cr4 & OSXSAVE and not self.has(1, "ecx", 26):
             raise Failed("EINVAL")
         if efer & LME and cr0 & PG:
@@ -155,7 +155,9 @@ class VcpuModel:
                 raise Failed("EINVAL")
         elif efer & LMA or long_code:
             raise Failed("EINVAL")
-        if self.world.latest and not (self._cr4_of_today(cr4, vmxon) and self._cr0_of_today(cr0, vmxon, guest_cr0_fixed)):
+        if self.world.latest and not (
+            self._cr4_of_today(cr4, vmxon) and self._cr0_of_today(cr0, vmxon, guest_cr0_fixed)
+        ):
             raise Failed("EINVAL")
         reserved = 0x2FF | (0 if self.has(1, "ecx", 21) else X2APIC)
         if apic_base >> self.width or apic_base & reserved or apic_base & (APIC | X2APIC) == X2APIC:
