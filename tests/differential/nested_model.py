@@ -20,11 +20,15 @@ SMM_GUEST, SMM_VMXON = 1, 2
 HEADER = 128
 SHADOW_AT = HEADER + PAGE
 DEADLINE = (32, 8)
+IA32E = 1 << 9
 PREEMPTION_TIMER = 0x40
 SAVE_PREEMPTION_TIMER = 1 << 22
 # Guest state that GET in L2 reads back from the processor and that no model can know without one: pending debug
 # exceptions, interruptibility, linear address, DR7 and what the "save" controls add, PDPTEs, CR3, interrupt status.
 LIVE = ((184, 24), (216, 32), (248, 8), (416, 8), (432, 8), (528, 8), (560, 8), (912, 4), (928, 4), (980, 2))
+
+# Segments and descriptor tables, which KVM_SET_SREGS sets in L2 and of which the model says nothing.
+SEGMENTS = ((448, 80), (840, 72), (964, 16))
 
 Unsaid = tuple[tuple[int, int], ...]
 
@@ -76,14 +80,21 @@ class NestedModel:
         vmcs = Vmcs12(bytes(self.vmcs.raw))
         unsaid: Unsaid = ()
         if self.in_guest:
-            vmcs["activity"] = 0
-            unsaid = tuple((HEADER + start, length) for start, length in LIVE)
+            self._refresh(vmcs)
+            live = LIVE + SEGMENTS * self.vcpu.segments_set
+            unsaid = tuple((HEADER + start, length) for start, length in live)
             if self.deadline is None and header[28]:
                 unsaid = (*unsaid, DEADLINE)
         user.write(HEADER, bytes(vmcs.raw))
         if self.vmcs.shadows:
             user.write(SHADOW_AT, bytes(self.shadow))
         return 0, unsaid
+
+    def _refresh(self, vmcs: Vmcs12) -> None:
+        """The registers of L2 as they are now: no bit of CR0 or CR4 is L1's, and nothing has run."""
+        vmcs["activity"] = 0
+        vmcs["guest_cr0"], vmcs["guest_cr4"] = self.vcpu.cr0, self.vcpu.cr4
+        vmcs["entry"] = vmcs["entry"] & ~IA32E | IA32E * bool(self.vcpu.efer & LMA)
 
     def _get_svm(self, user: User, room: int) -> int:
         if room < HEADER:
@@ -207,7 +218,7 @@ class NestedModel:
         if not self._enter():
             self.run_pending = False
             return 2 if self.latest else 1
-        self.in_guest = True
+        self.in_guest, self.vcpu.segments_set = True, False
         return 0
 
     def _enter(self) -> bool:

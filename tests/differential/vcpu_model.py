@@ -54,7 +54,7 @@ class VcpuModel:
         self.efer, self.apic_base = 0, 0xFEE0_0900
         self.shown_cr4 = 0
         self.feature_control = 0
-        self.smm = False
+        self.smm = self.segments_set = False
 
     # ---- CPUID
 
@@ -169,6 +169,7 @@ class VcpuModel:
             self.cr8 = cr8
         asked = self.cr4 ^ cr4
         self.load_cr4(cr4, vmxon)
+        self.segments_set = True
         if asked & (OSXSAVE | PKE):
             self.shown_cr4 = self.cr4
         return 0
