@@ -12,6 +12,7 @@ REPLAY_PY = "engine/trace/replay.py"
 
 SUMMARY_PY = "engine/machine/summary.py"
 SUMMARY = "tests/engine/machine/test_summary.py"
+LIMITS = "tests/engine/machine/test_virtual_machine.py"
 
 MUTANTS = (
     Mutant(
@@ -29,6 +30,22 @@ MUTANTS = (
         "first_identity(item)",
         "a list shows the CPUID that a vCPU was given since",
         named(SUMMARY, "the_head_has_it"),
+    ),
+    Mutant(
+        "store-publishes-beyond-the-limit",
+        STORE_PY,
+        "draft.check()",
+        "pass",
+        "no more frames than the limit are ever published",
+        named(LIMITS, "limit_on_frames_is_that_of_what_is_published"),
+    ),
+    Mutant(
+        "store-grows-beyond-the-limit",
+        STORE_PY,
+        "total = max(FIRST_FRAMES, min(have + max(needed, have // 2), self._most + needed))",
+        "total = max(FIRST_FRAMES, have + max(needed, have // 2))",
+        "a change is beyond the limit by what one access needs at most",
+        named(STORE, "change_is_beyond_the_limit_by_one_access_at_most"),
     ),
     Mutant(
         "store-reused-rows",

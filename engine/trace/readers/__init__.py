@@ -12,6 +12,7 @@ from typing import Any
 from engine.errors import InvalidValue
 from engine.trace.choices import FORMATS
 from engine.trace.columns import check_carry
+from engine.trace.readers.arrow import ArrowReader
 from engine.trace.readers.base import Source, TraceReader
 from engine.trace.readers.budget import DEFAULT_MEMORY, Budget
 from engine.trace.readers.json_bodies import JsonReader, NdjsonReader
@@ -20,14 +21,8 @@ from engine.trace.readers.packed import RECORD_BYTES, PackedReader
 __all__ = ["DEFAULT_MEMORY", "RECORD_BYTES", "Budget", "Source", "TraceReader", "open_trace", "row_count"]
 
 
-def _arrow(source: Source, carry: Sequence[str], budget: Budget) -> TraceReader:
-    from engine.trace.readers.arrow import ArrowReader  # noqa: PLC0415 - Arrow is 25 MB: for those who send it
-
-    return ArrowReader(source, carry, budget)
-
-
 def _parquet(source: Source, carry: Sequence[str], budget: Budget) -> TraceReader:
-    from engine.trace.readers.parquet import ParquetReader  # noqa: PLC0415 - the same
+    from engine.trace.readers.parquet import ParquetReader  # noqa: PLC0415 - the Arrow library is 33 MB
 
     return ParquetReader(source, carry, budget)
 
@@ -41,7 +36,7 @@ def row_count(source: Any, memory: int | Budget) -> int:
 
 _ROWS: Mapping[str, Callable[[Source, Sequence[str]], TraceReader]] = {"json": JsonReader, "ndjson": NdjsonReader}
 _COLUMNS: Mapping[str, Callable[[Source, Sequence[str], Budget], TraceReader]] = {
-    "arrow": _arrow,
+    "arrow": ArrowReader,
     "parquet": _parquet,
 }
 

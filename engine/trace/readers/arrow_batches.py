@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from engine.errors import TraceError
 from engine.trace.readers.arrow_frames import Body, Message, Messages, size_of
@@ -177,6 +176,8 @@ def _codec(batch: Table) -> str | None:
 
 def _inflate(name: str, data: Bytes, target: Bytes, codec: str) -> None:
     """Fill ``target`` with what ``data`` decompresses to. Its pages are touched as that comes."""
+    import pyarrow as pa  # noqa: PLC0415 - 33 MB, which a stream that is not compressed does without
+
     try:
         with pa.CompressedInputStream(pa.BufferReader(pa.py_buffer(data)), codec) as stream:
             stored = stream.readinto(target.data)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import random
 import struct
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -337,6 +340,39 @@ def test_offsets_that_are_out_of_order(read, offsets):
     assert body.count(struct.pack("<4q", 0, 3, 5, 8)) == 1
     with pytest.raises(TraceError, match="offsets"):
         read("arrow", body.replace(struct.pack("<4q", 0, 3, 5, 8), struct.pack("<4q", *offsets)))
+
+
+@pytest.mark.parametrize("codec", [None, "lz4", "zstd"])
+def test_a_body_that_was_read_keeps_no_memory(codec):
+    body = stream(table(2_000), table(2_000), compression=codec)
+
+    def kept_by(bodies):
+        for _ in range(bodies):
+            for _ in open_trace("arrow", io.BytesIO(body)):
+                pass
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0], pa.total_allocated_bytes()
+
+    tracemalloc.start()
+    try:
+        kept_by(20)
+        before, after = kept_by(5), kept_by(100)
+    finally:
+        tracemalloc.stop()
+    assert after[0] - before[0] < 100 * 64 and after[1] == before[1]
+
+
+def test_a_stream_that_is_not_compressed_does_without_the_library():
+    script = (
+        "import io, sys\n"
+        "from engine.trace.readers import open_trace\n"
+        "records = sum(len(chunk.records) for chunk in open_trace('arrow', io.BytesIO(sys.stdin.buffer.read())))\n"
+        "print(records, 'pyarrow' in sys.modules)\n"
+    )
+    for codec, loaded in ((None, False), ("zstd", True)):
+        body = stream(table(100), compression=codec)
+        run = subprocess.run([sys.executable, "-c", script], input=body, capture_output=True, check=True, timeout=120)
+        assert run.stdout.decode().split() == ["100", str(loaded)]
 
 
 def test_chunks_are_replayed_while_the_stream_arrives():

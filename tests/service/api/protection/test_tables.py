@@ -65,7 +65,8 @@ def test_an_entry_of_kvms_own_tables(narrow: str, client: ContractClient) -> Non
     put(client, narrow, "ept", 1, PAGE, PAGE | 0x37 | 1 << 40)
     assert client.get(f"{narrow}/walk?gpa={PAGE:#x}").json()["outcome"] == "ept_misconfiguration"
     run = client.post(f"{narrow}/accesses", json={"gpa": hex(PAGE)}).json()
-    assert not run["allowed"] and run["exits"][-1]["reason"] == 49 and run["resolution"] == "internal-error"
+    assert not run["allowed"] and run["exits"][-1]["reason"] == 49 and run["resolution"] == "run-failed"
+    assert run["run"]["errno"] == "EINVAL"
 
 
 def test_a_table_outside_table_memory(narrow: str, client: ContractClient) -> None:
