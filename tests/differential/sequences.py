@@ -62,7 +62,8 @@ def _start(rng: random.Random, world: World, subject: str) -> Sequence:
     memory = Call("KVM_SET_USER_MEMORY_REGION", "vm", RAM)
     if subject == "subpages":
         on = Call("KVM_ENABLE_CAP", "vm", INIT) if world.latest else Call("KVM_INIT_SPP", "vm")
-        return (memory, on) if rng.random() < 0.92 else ()
+        touched = [made.touch(rng) for _ in range(rng.choice((0, 0, 1, 3)))]
+        return (memory, on, *touched) if rng.random() < 0.92 else ()
     if subject == "flush" or not world.intel:
         return ()
     linked = Call("POKE", "", made.shadow_vmcs12(rng), arg=made.LINKED)

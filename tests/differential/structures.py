@@ -321,7 +321,7 @@ def region(rng: random.Random, latest: bool) -> Call:
 def subpages(rng: random.Random, latest: bool) -> Call:
     """KVM_SUBPAGES_GET_ACCESS or KVM_SUBPAGES_SET_ACCESS."""
     name = rng.choice(("KVM_SUBPAGES_GET_ACCESS", "KVM_SUBPAGES_SET_ACCESS"))
-    gfn = _often(rng, rng.choice((0, 1, 3, 7, 8, 12, 15, 0x1F)), *GFNS)
+    gfn = _often(rng, rng.choice((0, 1, 3, 7, 8, 11, 12, 14, 15, 0x1F)), *GFNS)
     npages = _often(rng, rng.choice((1, 1, 2, 3, 4, 5, 8, 9)), 0, 16, 63, 64, 65, 511, 512, 513, 0xFFFF_FFFF)
     maps = [rng.choice(MAPS) for _ in range(min(npages, 513))]
     if latest:
@@ -336,4 +336,4 @@ def subpages(rng: random.Random, latest: bool) -> Call:
 
 def touch(rng: random.Random) -> Call:
     """The guest reads from a page."""
-    return Call("TOUCH", "", arg=PAGE * rng.choice((0, 1, 7, 8, 0xF, 0x10, 0x17, 0x1F, 0x20)))
+    return Call("TOUCH", "", arg=PAGE * rng.choice((0, 1, 7, 8, 12, 13, 14, 15, 15, 0x10, 0x17, 0x1F, 0x20)))
