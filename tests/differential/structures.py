@@ -145,6 +145,9 @@ def _often(rng: random.Random, usual: int, *others: int) -> int:
     return rng.choice(others) if rng.random() < 0.07 else usual
 
 
+SIZES = (0, 127, 128, 128, 1125, 1125, 1126, 1126, 4223, 5221, 5222, 0xFFFF_FFFF)
+
+
 def nested_state(rng: random.Random) -> Call:
     """KVM_SET_NESTED_STATE."""
     flags = rng.choice((0, 0, 1, 1, 1, 1, 3, 3, 4, 5, _often(rng, 0, 2, 7, 8, 9, 0xF, 0x10, 0x100, 0x101, 0x8000)))
@@ -154,9 +157,7 @@ def nested_state(rng: random.Random) -> Call:
         current, flags = NONE, rng.choice((0, 0, 4))
     if flags & 4 and rng.random() < 0.5:
         current = NONE
-    size = rng.choice(
-        (4224, 8320, 8320, _often(rng, 4224, 0, 127, 128, 128, 1125, 1126, 4223, 5221, 5222, 0xFFFF_FFFF))
-    )
+    size = rng.choice(SIZES) if rng.random() < 0.15 else rng.choice((4224, 8320, 8320))
     smm = _often(rng, 0, 1, 2, 3, 4, 0xFFFC)
     kind = _often(rng, 0, 1, 2) if rng.random() < 0.3 else 0
     header = struct.pack("<HHI", flags, kind, size)
