@@ -60,13 +60,14 @@ def _world(rng: random.Random, profile: str, subject: str) -> World:
 def _start(rng: random.Random, world: World, subject: str) -> Sequence:
     """What most sequences begin with, so that the rest meets something."""
     memory = Call("KVM_SET_USER_MEMORY_REGION", "vm", RAM)
+    on = Call("KVM_ENABLE_CAP", "vm", INIT) if world.latest else Call("KVM_INIT_SPP", "vm")
     if subject == "subpages":
-        on = Call("KVM_ENABLE_CAP", "vm", INIT) if world.latest else Call("KVM_INIT_SPP", "vm")
-        return (memory, on) if rng.random() < 0.92 else ()
+        touched = [made.touch(rng) for _ in range(rng.choice((0, 0, 1, 3)))]
+        return (memory, on, *touched) if rng.random() < 0.92 else ()
     if subject == "flush" or not world.intel:
         return ()
     linked = Call("POKE", "", made.shadow_vmcs12(rng), arg=made.LINKED)
-    start: Sequence = (memory, linked) if subject == "nested" else (memory,)
+    start: Sequence = (memory, linked) if subject == "nested" else (memory, on) if rng.random() < 0.6 else (memory,)
     if rng.random() < 0.95:
         start += (made.set_cpuid(rng),)
     if rng.random() < 0.4:

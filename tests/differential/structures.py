@@ -145,6 +145,9 @@ def _often(rng: random.Random, usual: int, *others: int) -> int:
     return rng.choice(others) if rng.random() < 0.07 else usual
 
 
+SIZES = (0, 127, 128, 128, 1125, 1125, 1126, 1126, 4223, 5221, 5222, 0xFFFF_FFFF)
+
+
 def nested_state(rng: random.Random) -> Call:
     """KVM_SET_NESTED_STATE."""
     flags = rng.choice((0, 0, 1, 1, 1, 1, 3, 3, 4, 5, _often(rng, 0, 2, 7, 8, 9, 0xF, 0x10, 0x100, 0x101, 0x8000)))
@@ -154,9 +157,7 @@ def nested_state(rng: random.Random) -> Call:
         current, flags = NONE, rng.choice((0, 0, 4))
     if flags & 4 and rng.random() < 0.5:
         current = NONE
-    size = rng.choice(
-        (4224, 8320, 8320, _often(rng, 4224, 0, 127, 128, 128, 1125, 1126, 4223, 5221, 5222, 0xFFFF_FFFF))
-    )
+    size = rng.choice(SIZES) if rng.random() < 0.15 else rng.choice((4224, 8320, 8320))
     smm = _often(rng, 0, 1, 2, 3, 4, 0xFFFC)
     kind = _often(rng, 0, 1, 2) if rng.random() < 0.3 else 0
     header = struct.pack("<HHI", flags, kind, size)
@@ -321,7 +322,7 @@ def region(rng: random.Random, latest: bool) -> Call:
 def subpages(rng: random.Random, latest: bool) -> Call:
     """KVM_SUBPAGES_GET_ACCESS or KVM_SUBPAGES_SET_ACCESS."""
     name = rng.choice(("KVM_SUBPAGES_GET_ACCESS", "KVM_SUBPAGES_SET_ACCESS"))
-    gfn = _often(rng, rng.choice((0, 1, 3, 7, 8, 12, 15, 0x1F)), *GFNS)
+    gfn = _often(rng, rng.choice((0, 1, 3, 7, 8, 11, 12, 14, 15, 0x1F)), *GFNS)
     npages = _often(rng, rng.choice((1, 1, 2, 3, 4, 5, 8, 9)), 0, 16, 63, 64, 65, 511, 512, 513, 0xFFFF_FFFF)
     maps = [rng.choice(MAPS) for _ in range(min(npages, 513))]
     if latest:
@@ -336,4 +337,4 @@ def subpages(rng: random.Random, latest: bool) -> Call:
 
 def touch(rng: random.Random) -> Call:
     """The guest reads from a page."""
-    return Call("TOUCH", "", arg=PAGE * rng.choice((0, 1, 7, 8, 0xF, 0x10, 0x17, 0x1F, 0x20)))
+    return Call("TOUCH", "", arg=PAGE * rng.choice((0, 1, 7, 8, 12, 13, 14, 15, 15, 0x10, 0x17, 0x1F, 0x20)))
