@@ -34,9 +34,7 @@ def create_irqchip(target: Target, _: Call) -> Reply:
 
 def create_vcpu(target: Target, call: Call) -> Reply:
     """The id is the argument. Answers with a descriptor; EINVAL for an id too high or no room, EEXIST for one taken."""
-    vcpu = call.arg & 0xFFFF_FFFF
-    target.vm.create_vcpu(vcpu)
-    target.vm.nested.reset(vcpu)
+    target.vm.create_vcpu(call.arg & 0xFFFF_FFFF)
     return Reply(FIRST_DESCRIPTOR + len(target.vm.config.vcpus) - 1)
 
 

@@ -116,9 +116,7 @@ class Runs:
     def __call__(self, chunk: TraceChunk) -> None:
         """A chunk is about to be replayed."""
         m = self._change.machine
-        if not self._on_hyperv and not any(
-            queues.requested(m.queues, at) for at in range(len(self._change.config.vcpus))
-        ):
+        if not self._on_hyperv and not queues.any_requested(m.queues):
             return
         vcpus = {int(vcpu) for vcpu in np.unique(chunk.records[:, 1] >> np.uint64(32) & np.uint64(0xFFFF))}
         known = {vcpu for vcpu in vcpus if vcpu < len(m.vcpu_of_id) and m.vcpu_of_id[vcpu] >= 0}

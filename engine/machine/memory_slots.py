@@ -52,7 +52,7 @@ class SlotOperations(Operations):
         spec.validate_width(self._config.maxphyaddr)
         with self._state.change(since=state, slots=slots) as draft:
             if known is not None:
-                page_logs.empty_buffers(draft, self._config, state.slots)
+                page_logs.empty_buffers(draft, state.slots)
             if known is not None and not spec.address_space and known.gpa != spec.gpa:
                 _move(draft, known, spec)
             page_logs.slot_changed(draft, slots, known, spec)
@@ -67,7 +67,7 @@ class SlotOperations(Operations):
         slots = state.slots.without(key)
         with self._state.change(since=state, slots=slots) as draft:
             if not address_space:
-                page_logs.empty_buffers(draft, self._config, state.slots)
+                page_logs.empty_buffers(draft, state.slots)
                 _drop(draft, spec)
             page_logs.note_slots(draft, slots)
 

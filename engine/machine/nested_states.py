@@ -58,18 +58,23 @@ _SEGMENTS = {
     "cs_ar_bytes": _CODE_64,
     "ldtr_ar_bytes": _UNUSABLE,
 }
-_FIRST_REGISTERS = {**RESET_REGISTERS, **_SEGMENTS, **dict.fromkeys(SHARED_REGISTERS, 0)}
+_AFTER_RESET = {**RESET_REGISTERS, **dict.fromkeys(SHARED_REGISTERS, 0)}
+_FIRST_REGISTERS = {**_AFTER_RESET, **_SEGMENTS}
 
 _EPT_CAP_OF_HOST = vmx.EPT_WALK_5 | vmx.EPT_ACCESSED_DIRTY | 0x1
 
 
 @dataclass(frozen=True)
 class NestedStates:
-    """What a machine keeps beside its frames. ``vcpus``: those touched, by KVM id; none is ever changed."""
+    """What a machine keeps beside its frames. ``vcpus``: those touched, by KVM id; none is ever changed.
+
+    ``heads`` remembers what ``states_to_head`` made of them.
+    """
 
     vcpus: Mapping[int, Vcpu] = field(default_factory=dict)
     partition: Mapping[int, int] = field(default_factory=dict)
     lapic_in_kernel: bool = True
+    heads: dict[int, dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
 
 def vcpu_host(config: VmConfig, *, spp_active: bool) -> VcpuHost:
@@ -110,14 +115,15 @@ def first_identity(own: VcpuConfig) -> tuple[int, tuple[CpuidEntry, ...]]:
 
 def fresh_vcpu(config: VmConfig, vcpu_id: int) -> Vcpu:
     """A vCPU that nobody has touched, without pages. CPUID is what the VM was created with, possibly nothing."""
-    vp_index, cpuid = first_identity(config.vcpus[config.vcpu_position(vcpu_id)])
+    own = config.vcpus[config.vcpu_position(vcpu_id)]
+    vp_index, cpuid = first_identity(own)
     return Vcpu(
         profile=config.profile,
         host=vcpu_host(config, spp_active=False),
         vcpu_id=vcpu_id,
         vp_index=vp_index,
         cpuid=cpuid,
-        registers=dict(_FIRST_REGISTERS),
+        registers=dict(_AFTER_RESET if own.reset else _FIRST_REGISTERS),
         vmx=VmxState(vmcs12=bytearray(), shadow=bytearray()),
         svm=SvmState(vmcb12=bytearray()),
     )
@@ -185,6 +191,7 @@ def close_vcpu(draft: Draft, states: NestedStates, vcpu: Vcpu) -> NestedStates:
         vcpus={**states.vcpus, vcpu.vcpu_id: kept},
         partition={number: vcpu.msrs[number] for number in PARTITION_MSRS if number in vcpu.msrs},
         lapic_in_kernel=states.lapic_in_kernel,
+        heads={number: head for number, head in states.heads.items() if number != vcpu.vcpu_id},
     )
 
 
@@ -192,9 +199,10 @@ def states_to_head(config: VmConfig, states: NestedStates) -> dict[str, Any]:
     """JSON form. A vCPU is written as far as it differs from a fresh one; numbers are hex strings."""
     changed = {}
     for vcpu_id, vcpu in sorted(states.vcpus.items()):
-        difference = _difference(_plain(vcpu), _plain(fresh_vcpu(config, vcpu_id)))
-        if difference:
-            changed[str(vcpu_id)] = _to_text(difference)
+        if vcpu_id not in states.heads:
+            states.heads[vcpu_id] = _to_text(_difference(_plain(vcpu), _plain(fresh_vcpu(config, vcpu_id))))
+        if states.heads[vcpu_id]:
+            changed[str(vcpu_id)] = states.heads[vcpu_id]
     return {
         "vcpus": changed,
         "partition": _to_text({str(number): value for number, value in states.partition.items()}),

@@ -65,8 +65,9 @@ class FrameStore:
             )
         )
 
-    def adopt(self, blocks: Mapping[int, tuple[int, bytes]], total: int) -> None:
-        """Take over frames from their durable form: frame number to (kind, 4096 bytes); ``total`` frames in all."""
+    def adopt(self, blocks: Mapping[int, tuple[int, bytes]], total: int, places: range = range(0)) -> None:
+        """Take over frames from their durable form: frame number to (kind, 4096 bytes); ``total`` frames in all, of
+        which ``places`` are kept (see ``Draft.keep_places``)."""
         rows = np.zeros((max(len(blocks), 1), WORDS), dtype=np.int64)
         row_of = np.full(total, -1, dtype=np.int64)
         kind = np.full(total, FREE, dtype=np.uint8)
@@ -74,7 +75,9 @@ class FrameStore:
             rows[row] = np.frombuffer(data, dtype=np.int64)
             row_of[frame] = row
             kind[frame] = frame_kind
-        free = np.flatnonzero(row_of < 0)[::-1].astype(np.int64)
+        idle = row_of < 0
+        idle[places.start : places.stop] = False
+        free = np.flatnonzero(idle)[::-1].astype(np.int64)
         stack = np.zeros(total, dtype=np.int64)
         stack[: len(free)] = free
         self.spare = np.zeros(0, dtype=np.int64)
@@ -190,10 +193,17 @@ class Draft:
         if m.top[TOP_SPARE] < frames_needed:
             self._grow_rows(frames_needed)
 
+    def keep_places(self, count: int) -> None:
+        """Keep the numbers of the next frames for what comes later: they are not free from now on, and not in use."""
+        needed = int(self.machine.caps[CAP_RESERVE]) + count
+        if self.machine.top[TOP_FREE] < needed:
+            self._grow_frames(needed)
+        self.machine.top[TOP_FREE] -= count
+
     def _grow_frames(self, needed: int) -> None:
         m = self.machine
         have = len(m.row_of)
-        used = have - int(m.top[TOP_FREE])
+        used = frames.in_use(m)
         if used > self.store.limit:
             raise LimitExceeded(
                 f"a machine has {self.store.limit} table frames at most", field="max_table_frames", value=used
