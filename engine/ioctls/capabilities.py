@@ -12,10 +12,13 @@ from engine.ioctls import (
     cpuid,
     hyperv_capabilities,
     memory_capabilities,
+    mmu_pages,
+    mp_state,
     msrs,
     nested_state,
     registers,
     spp_enabling,
+    vcpu_areas,
     vcpus,
 )
 from engine.ioctls.registry import EnableCap, Ioctl, Target
@@ -27,6 +30,9 @@ CHECKED: tuple[Checked, ...] = (
     spp_enabling.CHECKED,
     vcpus.CHECKED,
     registers.CHECKED,
+    mp_state.CHECKED,
+    vcpu_areas.CHECKED,
+    mmu_pages.CHECKED,
     cpuid.CHECKED,
     msrs.CHECKED,
     nested_state.CHECKED,

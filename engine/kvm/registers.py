@@ -22,6 +22,9 @@ ROOT_WRITTEN, ROOT_LOG, ROOT_ACCESS, DIRTY_MODE, HARVESTS, ACKNOWLEDGED = positi
 # The frame of the partition assist page that KVM shares with a Hyper-V below it, 0 for none.
 (PARTITION_ASSIST,) = positions(1, 49)
 
+# How many pages user space lets the MMU keep (KVM_SET_NR_MMU_PAGES), 0 before it says so.
+(MMU_PAGES,) = positions(1, 50)
+
 COUNTERS_AT = 64
 COUNTERS = (
     "records",

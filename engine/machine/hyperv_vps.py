@@ -13,7 +13,7 @@ from engine.hyperv import execution, l0_hyperv, modes, nested_paging, notes, que
 from engine.hyperv.direct import NestedGuest
 from engine.hyperv.execution import Facts, Vp
 from engine.kvm.guest_memory import GuestMemory
-from engine.machine.nested_states import NestedStates, first_identity
+from engine.machine.nested_states import NestedStates, first_identity, first_mp_state
 from engine.machine.state import Change
 from engine.nested.enlightened import asks_for_direct_flush
 from engine.state.config import VmConfig
@@ -43,7 +43,8 @@ def vps_of(config: VmConfig, m: Machine, states: NestedStates) -> list[Vp]:
         record = states.vcpus.get(item.id)
         halted = notes.flag(m, position, notes.HALTED)
         if record is None:
-            vp = Vp(position, item.id, first_identity(item)[0], running=not halted, nested_ids=(0, 0))
+            runs = first_mp_state(item, lapic_in_kernel=states.lapic_in_kernel) == "runnable"
+            vp = Vp(position, item.id, first_identity(item)[0], running=runs and not halted, nested_ids=(0, 0))
         else:
             lower = modes.lower_of(record)
             vp = Vp(

@@ -261,7 +261,7 @@ class NestedOperations(Operations):
     def set_lapic_in_kernel(self, present: bool) -> None:
         """Whether the vCPUs have their local APIC in the kernel (KVM_CREATE_IRQCHIP before them)."""
         with self._state.change() as change:
-            change.nested = replace(change.nested, lapic_in_kernel=present)
+            change.nested = replace(change.nested, lapic_in_kernel=present, heads={})
 
 
 def nested_in_use(states: NestedStates) -> bool:

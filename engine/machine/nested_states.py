@@ -22,6 +22,7 @@ from engine.cpu import frames
 from engine.hyperv import modes, notes
 from engine.kvm import registers as reg
 from engine.kvm.guest_memory import GuestMemory
+from engine.machine import vcpu_areas
 from engine.state.config import NESTED_CAPABILITIES, VcpuConfig, VmConfig
 from engine.state.frame_store import Draft
 from engine.state.kvm_versions import kvm_version
@@ -113,7 +114,12 @@ def first_identity(own: VcpuConfig) -> tuple[int, tuple[CpuidEntry, ...]]:
     return own.id if own.vp_index is None else own.vp_index, tuple(leaves)
 
 
-def fresh_vcpu(config: VmConfig, vcpu_id: int) -> Vcpu:
+def first_mp_state(own: VcpuConfig, *, lapic_in_kernel: bool) -> str:
+    """What a vCPU that nobody has touched does: after RESET all but the bootstrap processor wait, if they can."""
+    return "uninitialized" if own.reset and lapic_in_kernel and own.id else "runnable"
+
+
+def fresh_vcpu(config: VmConfig, vcpu_id: int, *, lapic_in_kernel: bool) -> Vcpu:
     """A vCPU that nobody has touched, without pages. CPUID is what the VM was created with, possibly nothing."""
     own = config.vcpus[config.vcpu_position(vcpu_id)]
     vp_index, cpuid = first_identity(own)
@@ -123,6 +129,7 @@ def fresh_vcpu(config: VmConfig, vcpu_id: int) -> Vcpu:
         vcpu_id=vcpu_id,
         vp_index=vp_index,
         cpuid=cpuid,
+        mp_state=first_mp_state(own, lapic_in_kernel=lapic_in_kernel),
         registers=dict(_AFTER_RESET if own.reset else _FIRST_REGISTERS),
         vmx=VmxState(vmcs12=bytearray(), shadow=bytearray()),
         svm=SvmState(vmcb12=bytearray()),
@@ -131,7 +138,7 @@ def fresh_vcpu(config: VmConfig, vcpu_id: int) -> Vcpu:
 
 def record_of(config: VmConfig, states: NestedStates, vcpu_id: int) -> Vcpu:
     """What is kept of a vCPU beside the frames: no pages, no shared registers, no partition MSRs. Not to be changed."""
-    return states.vcpus.get(vcpu_id) or fresh_vcpu(config, vcpu_id)
+    return states.vcpus.get(vcpu_id) or fresh_vcpu(config, vcpu_id, lapic_in_kernel=states.lapic_in_kernel)
 
 
 def open_vcpu(config: VmConfig, states: NestedStates, machine: frames.Machine, vcpu_id: int) -> Vcpu:
@@ -148,6 +155,7 @@ def open_vcpu(config: VmConfig, states: NestedStates, machine: frames.Machine, v
         vcpu.registers[name] = unsigned(words[word])
     vcpu.registers["ss_ar_bytes"] = vcpu.registers["ss_ar_bytes"] & ~_DPL | int(words[ctl.V_CPL]) << 5
     vcpu.mov_ss_blocking = bool(vcpu.registers["interruptibility_info"] & _BLOCKING_BY_MOV_SS)
+    vcpu_areas.take(vcpu, words)
     vcpu.vmx.vmcs12, vcpu.vmx.shadow, vcpu.svm.vmcb12 = (
         _read_page(machine, int(words[word])) for word in (ctl.V_VMCS12, ctl.V_SHADOW_VMCS12, ctl.V_VMCB12)
     )
@@ -165,6 +173,7 @@ def close_vcpu(draft: Draft, states: NestedStates, vcpu: Vcpu) -> NestedStates:
     frames.write_word(draft.machine, frame, ctl.V_CPL, (vcpu.registers["ss_ar_bytes"] & _DPL) >> 5)
     frames.write_word(draft.machine, frame, ctl.V_GUEST_MODE, int(vcpu.vmx.guest_mode or vcpu.svm.guest_mode))
     draft.ensure()
+    vcpu_areas.put(draft.machine, frame, vcpu)
     for word, page in (
         (ctl.V_VMCS12, vcpu.vmx.vmcs12),
         (ctl.V_SHADOW_VMCS12, vcpu.vmx.shadow),
@@ -182,6 +191,9 @@ def close_vcpu(draft: Draft, states: NestedStates, vcpu: Vcpu) -> NestedStates:
         vmx=replace(vcpu.vmx, vmcs12=bytearray(), shadow=bytearray()),
         svm=replace(vcpu.svm, vmcb12=bytearray()),
         lapic_in_kernel=True,
+        lapic=b"",
+        lapic_x2apic=False,
+        xsave=b"",
         enforces_cpuid=False,
         mov_ss_blocking=False,
         fail_allocation=False,
@@ -200,7 +212,8 @@ def states_to_head(config: VmConfig, states: NestedStates) -> dict[str, Any]:
     changed = {}
     for vcpu_id, vcpu in sorted(states.vcpus.items()):
         if vcpu_id not in states.heads:
-            states.heads[vcpu_id] = _to_text(_difference(_plain(vcpu), _plain(fresh_vcpu(config, vcpu_id))))
+            fresh = fresh_vcpu(config, vcpu_id, lapic_in_kernel=states.lapic_in_kernel)
+            states.heads[vcpu_id] = _to_text(_difference(_plain(vcpu), _plain(fresh)))
         if states.heads[vcpu_id]:
             changed[str(vcpu_id)] = states.heads[vcpu_id]
     return {
@@ -212,9 +225,9 @@ def states_to_head(config: VmConfig, states: NestedStates) -> dict[str, Any]:
 
 def states_from_head(config: VmConfig, head: Mapping[str, Any]) -> NestedStates:
     """The inverse of ``states_to_head``; a head without anything is a machine whose vCPUs are fresh."""
-    vcpus = {}
+    vcpus, lapic = {}, head.get("lapic_in_kernel", True)
     for text, difference in head.get("vcpus", {}).items():
-        fresh = fresh_vcpu(config, int(text))
+        fresh = fresh_vcpu(config, int(text), lapic_in_kernel=lapic)
         whole = _merged(_plain(fresh), _from_text(difference))
         kept = Vcpu.from_head({**whole, "host": fresh.to_head()["host"]})
         vcpus[int(text)] = replace(
@@ -226,7 +239,7 @@ def states_from_head(config: VmConfig, head: Mapping[str, Any]) -> NestedStates:
     return NestedStates(
         vcpus=vcpus,
         partition={int(number): value for number, value in _from_text(head.get("partition", {})).items()},
-        lapic_in_kernel=head.get("lapic_in_kernel", True),
+        lapic_in_kernel=lapic,
     )
 
 
