@@ -32,8 +32,14 @@ def config_text(config: VmConfig) -> str:
 
 def _vcpu_to_head(vcpu: VcpuConfig) -> dict[str, Any]:
     """What of it is not as if nothing had been given."""
-    usual = VcpuConfig(vcpu.id)
-    return {"id": vcpu.id} | {name: item for name, item in asdict(vcpu).items() if item != getattr(usual, name)}
+    head: dict[str, Any] = {"id": vcpu.id}
+    if vcpu.vp_index is not None:
+        head["vp_index"] = vcpu.vp_index
+    if vcpu.cpuid:
+        head["cpuid"] = asdict(vcpu)["cpuid"]
+    if vcpu.reset:
+        head["reset"] = True
+    return head
 
 
 def config_from_head(values: Mapping[str, Any]) -> VmConfig:

@@ -78,8 +78,9 @@ def test_a_tree_that_comes_late_says_the_same() -> None:
     vm = machine("kvm-2019", vcpus=(), vcpu_room=2)
     protect(vm, "text", (0x3000, 256))
     vm.create_vcpu(0)
+    assert access(vm, 0x3000)[-1] == "violation"
     vm.create_vcpu(1)
-    assert vector(vm, 3, tree=1) == vector(vm, 3) is not None
+    assert vector(vm, 3) is not None and vector(vm, 3, tree=1) == vector(vm, 3)
 
 
 def test_an_own_tree_is_one_that_the_fast_path_knows() -> None:
