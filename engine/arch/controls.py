@@ -76,5 +76,10 @@ NESTED_RUNS = 1
 NESTED_VP_SHIFT = 32
 NESTED_VP_MASK = 0xFFFF_FFFF
 
+# What was stored of the local APIC (128 words) and in the format of XSAVE (104 words), and a word that says which of
+# them was; ``machine.vcpu_areas`` reads and writes them.
+V_AREAS, V_LAPIC = positions(2, 127)
+(V_XSAVE,) = positions(1, 256)
+
 # The last words of the record: the frames that hold the vCPU's nested pages, 0 for a page of zeros.
 V_VMCS12, V_SHADOW_VMCS12, V_VMCB12 = positions(3, 509)

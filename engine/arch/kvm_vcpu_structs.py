@@ -109,5 +109,47 @@ MSR_ENTRY = 16
 MAX_MSRS = 256
 
 MP_RUNNABLE, MP_UNINITIALIZED, MP_INIT_RECEIVED, MP_HALTED, MP_SIPI_RECEIVED = range(5)
+MP_AP_RESET_HOLD = 9
+
+DEBUGREGS = Layout(
+    "debugregs",
+    128,
+    [*(Field(name, 8 * at, 8) for at, name in enumerate(("dr0", "dr1", "dr2", "dr3", "dr6", "dr7", "flags")))],
+)
+
+# struct kvm_xcrs: u32 nr_xcrs, u32 flags, 16 entries of u32 xcr, u32 reserved, u64 value, then padding.
+XCRS_SIZE = 392
+XCRS_HEADER = 8
+XCR_ENTRY = 16
+MAX_XCRS = 16
+
+# struct kvm_xsave: the uncompacted format of XSAVE (SDM vol. 1, 13.4) in 4096 bytes.
+XSAVE_SIZE = 4096
+
+# struct kvm_lapic_state: the first kilobyte of the APIC's page.
+LAPIC_SIZE = 1024
+
+# struct kvm_run, which user space maps, as far as it says something without guest code; then struct kvm_sync_regs.
+RUN_SYNC_AT = 304
+RUN = Layout(
+    "run",
+    RUN_SYNC_AT,
+    [
+        Field("request_interrupt_window", 0, 1),
+        Field("immediate_exit", 1, 1),
+        Field("exit_reason", 8, 4),
+        Field("ready_for_interrupt_injection", 12, 1),
+        Field("if_flag", 13, 1),
+        Field("flags", 14, 2),
+        Field("cr8", 16, 8),
+        Field("apic_base", 24, 8),
+        Field("hardware_entry_failure_reason", 32, 8),
+        Field("cpu", 40, 4),
+        Field("kvm_valid_regs", 288, 8),
+        Field("kvm_dirty_regs", 296, 8),
+    ],
+)
+RUN_SMM, RUN_GUEST_MODE = 1 << 0, 1 << 2
+SYNC_REGS, SYNC_SREGS, SYNC_EVENTS = 1 << 0, 1 << 1, 1 << 2
 
 VCPU_MMAP_SIZE = 3 * 4096  # struct kvm_run, port data, coalesced MMIO

@@ -22,7 +22,7 @@ FRAME_SIZE = 4096
 FREE, STATE, VCPU, EPT, SPPT, LAYER, MEMORY, CLIENT, NESTED = positions(9)
 KIND_NAMES = ("free", "state", "vcpu", "ept", "sppt", "layer", "memory", "client", "nested")
 
-# Frame 0 holds the machine's registers; frame 1 + k the record of the k-th vCPU.
+# Frame 0 holds the machine's registers; frame 1 + k the record of the k-th vCPU, or the place kept for it.
 STATE_FRAME, FIRST_VCPU_FRAME = positions(2)
 
 # Positions in Machine.top
@@ -49,6 +49,7 @@ CAP_SECONDARY_ALLOWED = 9
 CAP_TERTIARY_ALLOWED = 10
 CAP_RESERVE = 11  # frames and rows that one access can need at most
 CAP_SPPT_TREES = 12  # how many SPPTs there are when SPP is on
+CAP_PLACES = 13  # frames that are kept for records of vCPUs still to come: neither free nor in use
 CAPS = 16
 
 # A queue of flushes: how many, whether its vCPU was told, and up to 16 of them.
@@ -64,8 +65,8 @@ class Machine(NamedTuple):
     ``kind`` uint8[frames]; ``free`` and ``spare`` int64 stacks of frames and rows with heights in ``top``;
     ``caps`` int64[CAPS]; ``vcpu_of_id`` int64 (vCPU id to position, -1: none); ``slots`` int64[n, SLOT_WORDS] sorted
     by base GFN; ``cache`` int64[CACHE_WORDS], the fast path; ``tlb`` the translation cache, without rows where none
-    is modelled (see ``cpu.tlb``); ``queues`` int64[vCPUs, 2, QUEUE_WORDS], flushes that vCPUs have not yet done (see
-    ``hyperv.queues``): volatile like the cache.
+    is modelled (see ``cpu.tlb``); ``queues`` int64[records of vCPUs, 2, QUEUE_WORDS], flushes that vCPUs have not yet
+    done (see ``hyperv.queues``): volatile like the cache.
     """
 
     rows: Words
@@ -125,6 +126,14 @@ def new_frame(m, kind):
     return frame
 
 
+def place_frame(m: Machine, frame: int, kind: np.int64) -> None:
+    """A zeroed frame at a number that was kept for it."""
+    m.top[TOP_SPARE] -= 1
+    row = m.spare[m.top[TOP_SPARE]]
+    m.rows[row] = 0
+    m.row_of[frame], m.fresh[frame], m.kind[frame] = row, 1, kind
+
+
 @kernel
 def free_frame(m, frame):
     """Return a frame to the free list."""
@@ -170,6 +179,16 @@ def blank(m, frame):
     while last >= 0 and m.rows[row, last] == 0:
         last -= 1
     return last < 0
+
+
+def records(m: Machine) -> int:
+    """How many records of vCPUs there are: one for each vCPU, the first in any case."""
+    return len(m.queues)
+
+
+def in_use(m: Machine) -> int:
+    """How many frames there are that hold something."""
+    return len(m.row_of) - int(m.top[TOP_FREE]) - int(m.caps[CAP_PLACES])
 
 
 @kernel

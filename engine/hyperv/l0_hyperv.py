@@ -11,7 +11,7 @@ each entry, whatever the clean bits say.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,9 +124,9 @@ class HypervHost:
         return ENLIGHTENED_VMCB if self.svm else EVMCS
 
 
-def build(m: Machine, vcpus: int, host: HypervHost) -> None:
-    """The host's pages of a new machine: an enlightened VMCS or VMCB and a VP assist page for each vCPU."""
-    for position in range(vcpus):
+def build(m: Machine, vcpus: Iterable[int], host: HypervHost) -> None:
+    """The host's pages of new vCPUs, by position: an enlightened VMCS or VMCB and a VP assist page each."""
+    for position in vcpus:
         for word in (ctl.V_HV_EVMCS, ctl.V_HV_ASSIST):
             frames.write_word(m, FIRST_VCPU_FRAME + position, word, frames.new_frame(m, frames.NESTED))
         load(m, position, host)

@@ -47,6 +47,11 @@ def requested(queues: Words, vcpu: int) -> bool:
     return bool(queues[vcpu, OWN_QUEUE, _REQUEST])
 
 
+def any_requested(queues: Words) -> bool:
+    """Whether any vCPU was told to."""
+    return bool(queues[:, OWN_QUEUE, _REQUEST].any())
+
+
 def acknowledge(queues: Words, vcpu: int) -> None:
     """It looks."""
     queues[vcpu, OWN_QUEUE, _REQUEST] = 0

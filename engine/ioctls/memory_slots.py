@@ -1,7 +1,7 @@
-"""KVM_SET_USER_MEMORY_REGION (virt/kvm/kvm_main.c, the order of tests included).
+"""KVM_SET_USER_MEMORY_REGION and its second form (virt/kvm/kvm_main.c, the order of tests included).
 
 struct kvm_userspace_memory_region is 32 bytes: u32 slot (address space in bits 31:16), u32 flags, u64
-guest_phys_addr, u64 memory_size, u64 userspace_addr.
+guest_phys_addr, u64 memory_size, u64 userspace_addr. KVM_SET_USER_MEMORY_REGION2 of today begins alike and has 160.
 """
 
 from __future__ import annotations
@@ -12,21 +12,31 @@ from engine.abi import VM, Call, Reply, failed
 from engine.ioctls.registry import Ioctl, Target
 from engine.kvm.abi_limits import ADDRESS_SPACES, MAX_SLOT_PAGES, USER_TOP
 from engine.kvm.slots import PAGE_SHIFT, PAGE_SIZE, SLOT_LOG_DIRTY, SLOT_READ_ONLY, SlotSpec
-from engine.state.kvm_versions import kvm_version
+from engine.state.kvm_versions import ONLY_LATEST, kvm_version
 
 REGION = struct.Struct("<IIQQQ")
+REGION2_SIZE = 160
 FLAGS = SLOT_LOG_DIRTY | SLOT_READ_ONLY
 
 
 def set_user_memory_region(target: Target, call: Call) -> Reply:
+    """struct kvm_userspace_memory_region."""
+    return _set(target, call.user.copy_from(0, REGION.size))
+
+
+def set_user_memory_region2(target: Target, call: Call) -> Reply:
+    """The same with room for a guest_memfd, of which there is none: KVM_MEM_GUEST_MEMFD is EINVAL, the rest ignored."""
+    return _set(target, call.user.copy_from(0, REGION2_SIZE))
+
+
+def _set(target: Target, raw: bytes | None) -> Reply:
     """Size 0 deletes; a known slot may move or change its logging, and keeps its size, host address and read-only flag.
 
     EFAULT for what cannot be read, EEXIST for an overlap within the address space, EINVAL for everything else.
     """
-    raw = call.user.copy_from(0, REGION.size)
     if raw is None:
         return failed("EFAULT")
-    slot, flags, gpa, size, address = REGION.unpack(raw)
+    slot, flags, gpa, size, address = REGION.unpack_from(raw)
     number, space = slot & 0xFFFF, slot >> 16
     if number >= kvm_version(target.profile).limits.user_slots or space >= ADDRESS_SPACES or flags & ~FLAGS:
         return failed("EINVAL")
@@ -56,4 +66,7 @@ def set_user_memory_region(target: Target, call: Call) -> Reply:
     return Reply(0)
 
 
-ROWS = (Ioctl("KVM_SET_USER_MEMORY_REGION", VM, set_user_memory_region),)
+ROWS = (
+    Ioctl("KVM_SET_USER_MEMORY_REGION", VM, set_user_memory_region),
+    Ioctl("KVM_SET_USER_MEMORY_REGION2", VM, set_user_memory_region2, profiles=ONLY_LATEST),
+)

@@ -1,4 +1,4 @@
-"""KVM_GET and KVM_SET of REGS, SREGS, VCPU_EVENTS and MP_STATE: registers and events of a vCPU.
+"""KVM_GET and KVM_SET of REGS, SREGS and VCPU_EVENTS: registers and events of a vCPU.
 
 Each ``…_bytes`` gives the structure of a GET; each ``set_…`` takes that of a SET and returns None or the errno.
 """
@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from engine.abi import Call, Reply, failed
 from engine.arch import kvm_vcpu_structs as abi
 from engine.arch import vmx_msrs as vmx
 from engine.arch.paging import CR4_LA57
-from engine.ioctls.registry import Ioctl, Target
-from engine.ioctls.vcpu_rows import changing, done, reading
+from engine.ioctls.registry import Target
+from engine.ioctls.vcpu_rows import getting, setting
 from engine.kvm.guest_memory import GuestMemory
 from engine.nested.operations import set_smm
 from engine.vcpu import cpuid as cpuid_facts
@@ -22,7 +21,6 @@ from engine.vcpu.control_registers import vmx_allows_cr4
 from engine.vcpu.registers import CR0_PE, CR0_PG, CR4_OSXSAVE, CR4_PAE, SEGMENTS, TABLES
 from engine.vcpu.vcpu import Vcpu
 
-CAP_MP_STATE = 14
 CAP_VCPU_EVENTS = 41
 
 _RFLAGS_FIXED = 0x2
@@ -39,13 +37,6 @@ _KEPT_EVENTS = (
     *("exception_pending", "exception_has_payload", "exception_payload"),
     *("interrupt_injected", "interrupt_nr", "interrupt_soft", "nmi_injected", "nmi_masked"),
 )
-_MP_NAMES = {
-    abi.MP_RUNNABLE: "runnable",
-    abi.MP_UNINITIALIZED: "uninitialized",
-    abi.MP_INIT_RECEIVED: "wait-for-sipi",
-    abi.MP_HALTED: "halted",
-    abi.MP_SIPI_RECEIVED: "sipi-received",
-}
 
 
 def regs_bytes(vcpu: Vcpu) -> bytes:
@@ -155,10 +146,13 @@ def set_events(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
     if excepted and (given("exception_nr") > 31 or given("exception_nr") == _NMI_VECTOR):
         return "EINVAL"
     entering = given("smi_smm") or given("smi_pending")
-    if flags & abi.EVENT_SMM and entering and vcpu.mp_state == _MP_NAMES[abi.MP_INIT_RECEIVED]:
+    excluded = vcpu.kvm.vcpu.smm_excludes_waiting and vcpu.mp_state == "wait-for-sipi"
+    if flags & abi.EVENT_SMM and entering and excluded:
         return "EINVAL"
     for name in _KEPT_EVENTS:
         vcpu.registers[name] = given(name)
+    if flags & abi.EVENT_SIPI_VECTOR and vcpu.lapic_in_kernel:
+        vcpu.registers["sipi_vector"] = given("sipi_vector") & 0xFF
     if flags & abi.EVENT_NMI_PENDING:
         vcpu.registers["nmi_pending"] = given("nmi_pending")
     if flags & abi.EVENT_SHADOW:
@@ -171,24 +165,6 @@ def set_events(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
         set_smm(vcpu, memory, bool(given("smi_smm")))
         for name in ("smi_pending", "smi_smm_inside_nmi", "smi_latched_init"):
             vcpu.registers[name] = given(name)
-    return None
-
-
-def mp_state_bytes(vcpu: Vcpu) -> bytes:
-    """struct kvm_mp_state."""
-    number = next(number for number, name in _MP_NAMES.items() if name == vcpu.mp_state)
-    return number.to_bytes(4, "little")
-
-
-def set_mp_state(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
-    """KVM_SET_MP_STATE: without a local APIC in the kernel a vCPU is runnable and nothing else."""
-    number = int.from_bytes(raw, "little")
-    if number not in _MP_NAMES or (not vcpu.lapic_in_kernel and number != abi.MP_RUNNABLE):
-        return "EINVAL"
-    waiting = number in (abi.MP_INIT_RECEIVED, abi.MP_SIPI_RECEIVED)
-    if waiting and (vcpu.smm or vcpu.registers.get("smi_pending", 0)):
-        return "EINVAL"
-    vcpu.mp_state = _MP_NAMES[number]
     return None
 
 
@@ -222,31 +198,13 @@ def _access_rights(vcpu: Vcpu, raw: bytes, name: str) -> int:
     return rights
 
 
-def _rows(
-    name: str,
-    size: int,
-    get: Callable[[Vcpu], bytes],
-    put: Callable[[Vcpu, GuestMemory, bytes], str | None],
-) -> tuple[Ioctl, Ioctl]:
-    """KVM_GET and KVM_SET of a structure of ``size`` bytes."""
-
-    def copy_out(vcpu: Vcpu, _: GuestMemory, call: Call) -> Reply:
-        return Reply(0) if call.user.copy_to(0, get(vcpu)) else failed("EFAULT")
-
-    def copy_in(vcpu: Vcpu, memory: GuestMemory, call: Call) -> Reply:
-        raw = call.user.copy_from(0, size)
-        return done("EFAULT" if raw is None else put(vcpu, memory, raw))
-
-    return reading(f"KVM_GET_{name}", copy_out), changing(f"KVM_SET_{name}", copy_in)
-
-
-CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType(
-    {CAP_MP_STATE: lambda _: 1, CAP_VCPU_EVENTS: lambda _: 1}
-)
+CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType({CAP_VCPU_EVENTS: lambda _: 1})
 
 ROWS = (
-    *_rows("REGS", abi.REGS.size, regs_bytes, set_regs),
-    *_rows("SREGS", abi.SREGS.size, sregs_bytes, set_sregs),
-    *_rows("VCPU_EVENTS", abi.EVENTS.size, events_bytes, set_events),
-    *_rows("MP_STATE", 4, mp_state_bytes, set_mp_state),
+    getting("REGS", regs_bytes),
+    setting("REGS", abi.REGS.size, set_regs),
+    getting("SREGS", sregs_bytes),
+    setting("SREGS", abi.SREGS.size, set_sregs),
+    getting("VCPU_EVENTS", events_bytes),
+    setting("VCPU_EVENTS", abi.EVENTS.size, set_events),
 )

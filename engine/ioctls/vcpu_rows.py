@@ -36,6 +36,40 @@ def changing(name: str, handler: Handler) -> Ioctl:
     return Ioctl(name, VCPU, perform)
 
 
+Get = Callable[[Vcpu], bytes]
+Put = Callable[[Vcpu, GuestMemory, bytes], str | None]
+Refusal = Callable[[Vcpu], str | None]
+
+
+def _never(_: Vcpu) -> None:
+    return None
+
+
+def getting(name: str, get: Get, refusal: Refusal = _never) -> Ioctl:
+    """KVM_GET of a structure; ``refusal`` is the errno of a vCPU that has none."""
+
+    def copy_out(vcpu: Vcpu, _: GuestMemory, call: Call) -> Reply:
+        errno = refusal(vcpu)
+        if errno is not None:
+            return failed(errno)
+        return Reply(0) if call.user.copy_to(0, get(vcpu)) else failed("EFAULT")
+
+    return reading(f"KVM_GET_{name}", copy_out)
+
+
+def setting(name: str, size: int, put: Put, refusal: Refusal = _never) -> Ioctl:
+    """KVM_SET of a structure of ``size`` bytes."""
+
+    def copy_in(vcpu: Vcpu, memory: GuestMemory, call: Call) -> Reply:
+        errno = refusal(vcpu)
+        if errno is not None:
+            return failed(errno)
+        raw = call.user.copy_from(0, size)
+        return done("EFAULT" if raw is None else put(vcpu, memory, raw))
+
+    return changing(f"KVM_SET_{name}", copy_in)
+
+
 def host_of(target: Target) -> VcpuHost:
     """The host that a call at the system or VM level asks about."""
     if target.machine is not None:

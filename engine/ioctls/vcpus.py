@@ -38,7 +38,6 @@ def create_vcpu(target: Target, call: Call) -> Reply:
     if chosen and vcpu >= chosen:
         return failed("EINVAL")
     target.vm.create_vcpu(vcpu)
-    target.vm.nested.reset(vcpu)
     return Reply(FIRST_DESCRIPTOR + len(target.vm.config.vcpus) - 1)
 
 

@@ -24,6 +24,8 @@ ROOT_WRITTEN, ROOT_LOG, ROOT_ACCESS, DIRTY_MODE, HARVESTS, ACKNOWLEDGED = positi
 
 # The record at which a replay stopped last, and the two words of it; the second of them is 0 where none did.
 STOPPED_AT, STOPPED_GPA, STOPPED_WORD = positions(3, 50)
+# How many pages user space lets the MMU keep (KVM_SET_NR_MMU_PAGES), 0 before it says so.
+(MMU_PAGES,) = positions(1, 53)
 
 COUNTERS_AT = 64
 COUNTERS = (

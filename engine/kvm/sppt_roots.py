@@ -46,12 +46,11 @@ def make_roots(m):
     write_word(m, STATE_FRAME, SPPT_TREES, m.caps[CAP_SPPT_TREES])
 
 
-def load_roots(m: Machine, vcpus: int) -> None:
-    """Load SPPTP into every vCPU, those that are still to come too; later series switch the control on only now."""
-    for position in range(vcpus):
-        frame = FIRST_VCPU_FRAME + position
-        write_word(m, frame, ctl.V_SPPTP, address_of(m, root_frame(m, tree_of(m, position))))
-        write_word(m, frame, ctl.V_SECONDARY, int(read_word(m, frame, ctl.V_SECONDARY)) | ctl.SECONDARY_SPP)
+def load_root(m: Machine, vcpu: int) -> None:
+    """Load SPPTP into a vCPU; later series switch the control on only now."""
+    frame = FIRST_VCPU_FRAME + vcpu
+    write_word(m, frame, ctl.V_SPPTP, address_of(m, root_frame(m, tree_of(m, vcpu))))
+    write_word(m, frame, ctl.V_SECONDARY, int(read_word(m, frame, ctl.V_SECONDARY)) | ctl.SECONDARY_SPP)
 
 
 @kernel

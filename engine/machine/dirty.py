@@ -102,7 +102,7 @@ class DirtyOperations(Operations):
         machine, slots = now.snapshot.machine, now.slots
         gfns, masks = _collect(machine, gfn, end, dirty_harvest.SINCE_HARVEST)
         logged = _collect_logged(machine, gfn, end)
-        buffered = np.unique(buffered_pages(machine, self._config, slots))
+        buffered = np.unique(buffered_pages(machine, slots))
         buffered = buffered[(buffered >= gfn) & (buffered < end)]
         mode = register(machine, reg.DIRTY_MODE)
         logged = np.union1d(logged, buffered[_in_logged_slot(slots, buffered)])
@@ -147,7 +147,7 @@ class DirtyOperations(Operations):
                     field="tracking",
                     value=level,
                 )
-            empty_buffers(draft, self._config)
+            empty_buffers(draft)
             use_buffers(draft, self._config, method)
             mode = register(draft.machine, reg.DIRTY_MODE) & dirty_marking.SLOT_LOGS
             mode |= _LEVELS[level] | (dirty_marking.BY_PML if method == "pml" else 0)
@@ -177,7 +177,7 @@ class DirtyOperations(Operations):
                 errno="ENOENT",
             )
         with self._state.change() as draft:
-            empty_buffers(draft, self._config)
+            empty_buffers(draft)
             trail = new_trail()
             run_all(draft, self._end, lambda at: dirty_harvest.take_harvest(draft.machine, at, self._end, trail))
             store_register(draft.machine, reg.HARVESTS, register(draft.machine, reg.HARVESTS) + 1)
@@ -211,7 +211,7 @@ class DirtyOperations(Operations):
         if spec.address_space:
             return out.tobytes()
         with self._state.change() as draft:
-            empty_buffers(draft, self._config)
+            empty_buffers(draft)
             trail = new_trail()
             run_all(
                 draft,

@@ -16,26 +16,29 @@ from engine.machine.nested_states import states_from_head, states_to_head
 from engine.machine.state import MachineState, State, targets_of_all
 from engine.machine.summary import summary_to_head
 from engine.state.frame_store import Snapshot, blocks_of
-from engine.state.head import config_from_head, config_to_head
+from engine.state.head import config_from_head, config_text, config_to_head
 
-HEAD_FORMAT = 1
+# Format 1 had a record for each vCPU that a machine has room for; otherwise the two are alike.
+HEAD_FORMAT = 2
+_READ = (1, HEAD_FORMAT)
 
 
 def head_of(state: State) -> dict[str, Any]:
     """The small part, as JSON: configuration, slots, protections, number of frames."""
-    return {**_head_of_others(state), "slots": json.loads(state.slots.json)}
+    config = config_to_head(state.config)
+    return {**_head_of_others(state), "config": config, "slots": json.loads(state.slots.json)}
 
 
 def head_text(state: State) -> str:
-    """The head as text. A machine may have thousands of slots: the text of each is kept, not made again."""
-    return f'{{"slots": {state.slots.json}, {json.dumps(_head_of_others(state))[1:]}'
+    """The head as text. A machine may have thousands of slots and vCPUs: their text is kept, not made again."""
+    others = json.dumps(_head_of_others(state))[1:]
+    return f'{{"slots": {state.slots.json}, "config": {config_text(state.config)}, {others}'
 
 
 def _head_of_others(state: State) -> dict[str, Any]:
-    """The head without the slots."""
+    """The head without the slots and the configuration."""
     return {
         "format": HEAD_FORMAT,
-        "config": config_to_head(state.config),
         "protections": [protection_to_head(p) for p in state.protections.values()],
         "nested": states_to_head(state.config, state.nested),
         "frames": len(state.snapshot.machine.row_of),
@@ -56,13 +59,17 @@ def blocks_between(snapshot: Snapshot, earlier: Snapshot | None) -> Iterator[tup
 
 def restored(head: Mapping[str, Any], blocks: Mapping[tuple[str, int], bytes]) -> MachineState:
     """The state that ``head`` and all its blocks describe; ``blocks`` maps (array, block) to 4096 bytes."""
-    if head["format"] != HEAD_FORMAT:
-        raise InvalidValue(f"this release reads format {HEAD_FORMAT}", field="format", value=head["format"])
+    if head["format"] not in _READ:
+        raise InvalidValue(f"this release reads formats up to {HEAD_FORMAT}", field="format", value=head["format"])
     config = config_from_head(head["config"])
-    store = creation.new_store(config)
+    records = sum(array == frames.KIND_NAMES[frames.VCPU] for array, _ in blocks)
+    store = creation.new_store(config, records)
+    first = int(frames.FIRST_VCPU_FRAME)
     kinds = {name: kind for kind, name in enumerate(frames.KIND_NAMES)}
     store.adopt(
-        {block: (kinds[array], data) for (array, block), data in blocks.items() if array != "free"}, head["frames"]
+        {block: (kinds[array], data) for (array, block), data in blocks.items() if array != "free"},
+        head["frames"],
+        range(first + records, first + config.vcpu_records),
     )
     known = {item.name: item for item in map(protection_from_head, head["protections"])}
     state = MachineState(

@@ -13,7 +13,7 @@ from engine.hyperv.direct import NestedGuest
 from engine.hyperv.execution import Facts, Vp
 from engine.kvm.guest_memory import GuestMemory
 from engine.machine.linear_width import host_width
-from engine.machine.nested_states import NestedStates, first_identity
+from engine.machine.nested_states import NestedStates, first_identity, first_mp_state
 from engine.machine.state import Change
 from engine.nested.enlightened import asks_for_direct_flush
 from engine.state.config import VmConfig
@@ -32,7 +32,8 @@ def vps_of(config: VmConfig, m: Machine, states: NestedStates) -> list[Vp]:
         record = states.vcpus.get(item.id)
         halted = notes.flag(m, position, notes.HALTED)
         if record is None:
-            vp = Vp(position, item.id, first_identity(item)[0], running=not halted, nested_ids=(0, 0))
+            runs = first_mp_state(item, states) == "runnable"
+            vp = Vp(position, item.id, first_identity(item)[0], running=runs and not halted, nested_ids=(0, 0))
         else:
             lower = modes.lower_of(record)
             vp = Vp(
@@ -105,9 +106,7 @@ class Runs:
     def __call__(self, chunk: TraceChunk) -> None:
         """A chunk is about to be replayed."""
         m = self._change.machine
-        if not self._on_hyperv and not any(
-            queues.requested(m.queues, at) for at in range(len(self._change.config.vcpus))
-        ):
+        if not self._on_hyperv and not queues.any_requested(m.queues):
             return
         vcpus = {int(vcpu) for vcpu in np.unique(chunk.records[:, 1] >> np.uint64(32) & np.uint64(0xFFFF))}
         known = {vcpu for vcpu in vcpus if vcpu < len(m.vcpu_of_id) and m.vcpu_of_id[vcpu] >= 0}

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from engine.arch.words import signed, unsigned
 from engine.errors import NotFound
+from engine.kvm import registers as reg
 from engine.kvm import slot_changes
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec, key_of
 from engine.machine import page_logs
-from engine.machine.state import Operations
+from engine.machine.state import Operations, register
 from engine.state.frame_store import Draft
 from engine.state.kvm_versions import kvm_version
 from engine.state.retry import new_trail, run_all
@@ -35,6 +37,16 @@ class SlotOperations(Operations):
         """The slot of that number, if there is one."""
         return self._state.current.slots.get(key_of(slot, address_space))
 
+    @property
+    def wanted_mmu_pages(self) -> int:
+        """What ``want_mmu_pages`` was told last, 0 before."""
+        return unsigned(register(self._published.machine, reg.MMU_PAGES))
+
+    def want_mmu_pages(self, count: int) -> None:
+        """KVM_SET_NR_MMU_PAGES: how many pages user space lets the MMU keep, 64 bits. It is kept and nothing more."""
+        with self._state.change() as draft:
+            page_logs.store_register(draft.machine, reg.MMU_PAGES, signed(count))
+
     def set(self, spec: SlotSpec) -> None:
         """Make a slot, move a known one, or change whether its writes are logged.
 
@@ -52,7 +64,7 @@ class SlotOperations(Operations):
         spec.validate_width(self._config.maxphyaddr)
         with self._state.change(since=state, slots=slots) as draft:
             if known is not None:
-                page_logs.empty_buffers(draft, self._config, state.slots)
+                page_logs.empty_buffers(draft, state.slots)
             if known is not None and not spec.address_space and known.gpa != spec.gpa:
                 _move(draft, known, spec)
             page_logs.slot_changed(draft, slots, known, spec)
@@ -67,7 +79,7 @@ class SlotOperations(Operations):
         slots = state.slots.without(key)
         with self._state.change(since=state, slots=slots) as draft:
             if not address_space:
-                page_logs.empty_buffers(draft, self._config, state.slots)
+                page_logs.empty_buffers(draft, state.slots)
                 _drop(draft, spec)
             page_logs.note_slots(draft, slots)
 

@@ -19,7 +19,6 @@ from engine.arch.nested_state import NO_ADDRESS
 from engine.errors import InvalidValue, Unsupported
 from engine.kvm.guest_memory import GuestMemory
 from engine.machine.nested_states import (
-    PARTITION_MSRS,
     NestedStates,
     VmSettings,
     close_vcpu,
@@ -270,26 +269,15 @@ class NestedOperations(Operations):
         with self.change(vcpu) as (whole, ram):
             return nested.prepare_run(whole, ram)
 
-    def reset(self, vcpu: int) -> None:
-        """Make the vCPU what KVM_CREATE_VCPU makes: registers after RESET, no CPUID, nothing enabled.
-
-        Its VP index is its place among the vCPUs.
-        """
-        with self.change(vcpu) as (whole, _):
-            place = self._config.vcpu_position(vcpu)
-            kept = {number: value for number, value in whole.msrs.items() if number in PARTITION_MSRS}
-            new = Vcpu(profile=whole.profile, host=whole.host, vcpu_id=vcpu, vp_index=place, msrs=kept)
-            vars(whole).update(vars(new))
-
     def choose(self, **settings: Any) -> None:
         """Choose some of the settings of all vCPUs; the others stay."""
         with self._state.change() as change:
-            change.nested = replace(change.nested, settings=replace(change.nested.settings, **settings))
+            change.nested = replace(change.nested, settings=replace(change.nested.settings, **settings), heads={})
 
     def set_lapic_in_kernel(self, present: bool) -> None:
         """Whether the vCPUs have their local APIC in the kernel (KVM_CREATE_IRQCHIP before them)."""
         with self._state.change() as change:
-            change.nested = replace(change.nested, lapic_in_kernel=present)
+            change.nested = replace(change.nested, lapic_in_kernel=present, heads={})
 
 
 def nested_in_use(states: NestedStates) -> bool:

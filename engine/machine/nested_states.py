@@ -22,6 +22,7 @@ from engine.cpu import frames
 from engine.hyperv import modes, notes
 from engine.kvm import registers as reg
 from engine.kvm.guest_memory import GuestMemory
+from engine.machine import vcpu_areas
 from engine.state.config import NESTED_CAPABILITIES, VcpuConfig, VmConfig
 from engine.state.frame_store import Draft
 from engine.state.kvm_versions import kvm_version
@@ -58,7 +59,8 @@ _SEGMENTS = {
     "cs_ar_bytes": _CODE_64,
     "ldtr_ar_bytes": _UNUSABLE,
 }
-_FIRST_REGISTERS = {**RESET_REGISTERS, **_SEGMENTS, **dict.fromkeys(SHARED_REGISTERS, 0)}
+_AFTER_RESET = {**RESET_REGISTERS, **dict.fromkeys(SHARED_REGISTERS, 0)}
+_FIRST_REGISTERS = {**_AFTER_RESET, **_SEGMENTS}
 
 _EPT_CAP_OF_HOST = vmx.EPT_WALK_5 | vmx.EPT_ACCESSED_DIRTY | 0x1
 
@@ -77,12 +79,16 @@ class VmSettings:
 
 @dataclass(frozen=True)
 class NestedStates:
-    """What a machine keeps beside its frames. ``vcpus``: those touched, by KVM id; none is ever changed."""
+    """What a machine keeps beside its frames. ``vcpus``: those touched, by KVM id; none is ever changed.
+
+    ``heads`` remembers what ``states_to_head`` made of them.
+    """
 
     vcpus: Mapping[int, Vcpu] = field(default_factory=dict)
     partition: Mapping[int, int] = field(default_factory=dict)
     lapic_in_kernel: bool = True
     settings: VmSettings = VmSettings()
+    heads: dict[int, dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
 
 def vcpu_host(config: VmConfig, *, spp_active: bool) -> VcpuHost:
@@ -120,16 +126,24 @@ def first_identity(own: VcpuConfig) -> tuple[int, tuple[CpuidEntry, ...]]:
     return own.id if own.vp_index is None else own.vp_index, own.leaves
 
 
-def fresh_vcpu(config: VmConfig, vcpu_id: int) -> Vcpu:
+def first_mp_state(own: VcpuConfig, states: NestedStates) -> str:
+    """What a vCPU that nobody has touched does: after RESET all but the bootstrap processor wait, if they can."""
+    waits = own.reset and states.lapic_in_kernel and own.id != states.settings.boot_vcpu
+    return "uninitialized" if waits else "runnable"
+
+
+def fresh_vcpu(config: VmConfig, vcpu_id: int, states: NestedStates) -> Vcpu:
     """A vCPU that nobody has touched, without pages. CPUID is what the VM was created with, possibly nothing."""
-    vp_index, cpuid = first_identity(config.vcpus[config.vcpu_position(vcpu_id)])
+    own = config.vcpus[config.vcpu_position(vcpu_id)]
+    vp_index, cpuid = first_identity(own)
     return Vcpu(
         profile=config.profile,
         host=vcpu_host(config, spp_active=False),
         vcpu_id=vcpu_id,
         vp_index=vp_index,
         cpuid=cpuid,
-        registers=dict(_FIRST_REGISTERS),
+        mp_state=first_mp_state(own, states),
+        registers=dict(_AFTER_RESET if own.reset else _FIRST_REGISTERS),
         vmx=VmxState(vmcs12=bytearray(), shadow=bytearray()),
         svm=SvmState(vmcb12=bytearray()),
     )
@@ -137,7 +151,7 @@ def fresh_vcpu(config: VmConfig, vcpu_id: int) -> Vcpu:
 
 def record_of(config: VmConfig, states: NestedStates, vcpu_id: int) -> Vcpu:
     """What is kept of a vCPU beside the frames: no pages, no shared registers, no partition MSRs. Not to be changed."""
-    return states.vcpus.get(vcpu_id) or fresh_vcpu(config, vcpu_id)
+    return states.vcpus.get(vcpu_id) or fresh_vcpu(config, vcpu_id, states)
 
 
 def open_vcpu(config: VmConfig, states: NestedStates, machine: frames.Machine, vcpu_id: int) -> Vcpu:
@@ -156,6 +170,7 @@ def open_vcpu(config: VmConfig, states: NestedStates, machine: frames.Machine, v
         vcpu.registers[name] = unsigned(words[word])
     vcpu.registers["ss_ar_bytes"] = vcpu.registers["ss_ar_bytes"] & ~_DPL | int(words[ctl.V_CPL]) << 5
     vcpu.mov_ss_blocking = bool(vcpu.registers["interruptibility_info"] & _BLOCKING_BY_MOV_SS)
+    vcpu_areas.take(vcpu, words)
     vcpu.vmx.vmcs12, vcpu.vmx.shadow, vcpu.svm.vmcb12 = (
         _read_page(machine, int(words[word])) for word in (ctl.V_VMCS12, ctl.V_SHADOW_VMCS12, ctl.V_VMCB12)
     )
@@ -173,6 +188,7 @@ def close_vcpu(draft: Draft, states: NestedStates, vcpu: Vcpu) -> NestedStates:
     frames.write_word(draft.machine, frame, ctl.V_CPL, (vcpu.registers["ss_ar_bytes"] & _DPL) >> 5)
     frames.write_word(draft.machine, frame, ctl.V_GUEST_MODE, int(vcpu.vmx.guest_mode or vcpu.svm.guest_mode))
     draft.ensure()
+    vcpu_areas.put(draft.machine, frame, vcpu)
     for word, page in (
         (ctl.V_VMCS12, vcpu.vmx.vmcs12),
         (ctl.V_SHADOW_VMCS12, vcpu.vmx.shadow),
@@ -192,6 +208,9 @@ def close_vcpu(draft: Draft, states: NestedStates, vcpu: Vcpu) -> NestedStates:
         lapic_in_kernel=True,
         exception_payload=False,
         boot_vcpu=0,
+        lapic=b"",
+        lapic_x2apic=False,
+        xsave=b"",
         enforces_cpuid=False,
         mov_ss_blocking=False,
         fail_allocation=False,
@@ -202,6 +221,7 @@ def close_vcpu(draft: Draft, states: NestedStates, vcpu: Vcpu) -> NestedStates:
         partition={number: vcpu.msrs[number] for number in PARTITION_MSRS if number in vcpu.msrs},
         lapic_in_kernel=states.lapic_in_kernel,
         settings=states.settings,
+        heads={number: head for number, head in states.heads.items() if number != vcpu.vcpu_id},
     )
 
 
@@ -209,9 +229,11 @@ def states_to_head(config: VmConfig, states: NestedStates) -> dict[str, Any]:
     """JSON form. A vCPU is written as far as it differs from a fresh one; numbers are hex strings."""
     changed = {}
     for vcpu_id, vcpu in sorted(states.vcpus.items()):
-        difference = _difference(_plain(vcpu), _plain(fresh_vcpu(config, vcpu_id)))
-        if difference:
-            changed[str(vcpu_id)] = _to_text(difference)
+        if vcpu_id not in states.heads:
+            fresh = fresh_vcpu(config, vcpu_id, states)
+            states.heads[vcpu_id] = _to_text(_difference(_plain(vcpu), _plain(fresh)))
+        if states.heads[vcpu_id]:
+            changed[str(vcpu_id)] = states.heads[vcpu_id]
     chosen = _difference(asdict(states.settings), asdict(VmSettings()))
     return {
         "vcpus": changed,
@@ -223,9 +245,14 @@ def states_to_head(config: VmConfig, states: NestedStates) -> dict[str, Any]:
 
 def states_from_head(config: VmConfig, head: Mapping[str, Any]) -> NestedStates:
     """The inverse of ``states_to_head``; a head without anything is a machine whose vCPUs are fresh."""
+    empty = NestedStates(
+        partition={int(number): value for number, value in _from_text(head.get("partition", {})).items()},
+        lapic_in_kernel=head.get("lapic_in_kernel", True),
+        settings=VmSettings(**_from_text(head.get("settings", {}))),
+    )
     vcpus = {}
     for text, difference in head.get("vcpus", {}).items():
-        fresh = fresh_vcpu(config, int(text))
+        fresh = fresh_vcpu(config, int(text), empty)
         whole = _merged(_plain(fresh), _from_text(difference))
         kept = Vcpu.from_head({**whole, "host": fresh.to_head()["host"]})
         vcpus[int(text)] = replace(
@@ -234,12 +261,7 @@ def states_from_head(config: VmConfig, head: Mapping[str, Any]) -> NestedStates:
             vmx=replace(kept.vmx, vmcs12=bytearray(), shadow=bytearray()),
             svm=replace(kept.svm, vmcb12=bytearray()),
         )
-    return NestedStates(
-        vcpus=vcpus,
-        partition={int(number): value for number, value in _from_text(head.get("partition", {})).items()},
-        lapic_in_kernel=head.get("lapic_in_kernel", True),
-        settings=VmSettings(**_from_text(head.get("settings", {}))),
-    )
+    return replace(empty, vcpus=vcpus)
 
 
 def _frame_of(machine: frames.Machine, vcpu_id: int) -> int:

@@ -23,14 +23,14 @@ from engine.state.frame_store import Draft
 from engine.state.retry import new_trail, run_all
 
 
-def empty_buffers(draft: Draft, config: VmConfig, slots: SlotMap | None = None) -> None:
+def empty_buffers(draft: Draft, slots: SlotMap | None = None) -> None:
     """Take note of what the processors logged; ``slots`` are those it was logged under, if they are about to change."""
     if not register(draft.machine, reg.DIRTY_MODE) & dirty_marking.BY_PML:
         return
     after = draft.machine.slots
     if slots is not None:
         draft.machine = draft.machine._replace(slots=slots.table)
-    for position in range(config.vcpu_records):
+    for position in range(frames.records(draft.machine)):
         draft.ensure(20 * LOG_ENTRIES)
         dirty_harvest.empty_buffer(draft.machine, position, np.int64(0))
     draft.machine = draft.machine._replace(slots=after)
@@ -43,28 +43,44 @@ def use_buffers(draft: Draft, config: VmConfig, method: str) -> None:
         return
     if not uses:
         _check_page_log(draft.machine, config)
-    draft.ensure(config.vcpu_records)
+    draft.ensure(frames.records(draft.machine))
     machine = draft.machine
-    for frame in _vcpu_frames(config):
-        secondary = int(frames.read_word(machine, frame, ctl.V_SECONDARY))
+    for frame in _vcpu_frames(machine):
         if uses:
-            buffer = int(physical_memory.frame_at(machine, frames.read_word(machine, frame, ctl.V_PML_ADDRESS)))
-            if buffer >= 0:
-                frames.free_frame(machine, buffer)
-            address, secondary = 0, secondary & ~ctl.SECONDARY_PML
+            _take_buffer(machine, frame)
         else:
-            address = int(frames.address_of(machine, frames.new_frame(machine, frames.CLIENT)))
-            secondary |= ctl.SECONDARY_PML
-        frames.write_word(machine, frame, ctl.V_PML_ADDRESS, address)
-        frames.write_word(machine, frame, ctl.V_PML_INDEX, LOG_ENTRIES - 1)
-        frames.write_word(machine, frame, ctl.V_SECONDARY, secondary)
+            _give_buffer(machine, frame)
 
 
-def buffered_pages(machine: frames.Machine, config: VmConfig, slots: SlotMap) -> NDArray[np.int64]:
+def follow_siblings(machine: frames.Machine, position: int) -> None:
+    """Give a vCPU that was just made a page-modification log where the others have one."""
+    if register(machine, reg.DIRTY_MODE) & dirty_marking.BY_PML:
+        _give_buffer(machine, int(frames.FIRST_VCPU_FRAME) + position)
+
+
+def _give_buffer(machine: frames.Machine, frame: int) -> None:
+    address = int(frames.address_of(machine, frames.new_frame(machine, frames.CLIENT)))
+    _set_buffer(machine, frame, address, int(frames.read_word(machine, frame, ctl.V_SECONDARY)) | ctl.SECONDARY_PML)
+
+
+def _take_buffer(machine: frames.Machine, frame: int) -> None:
+    buffer = int(physical_memory.frame_at(machine, frames.read_word(machine, frame, ctl.V_PML_ADDRESS)))
+    if buffer >= 0:
+        frames.free_frame(machine, buffer)
+    _set_buffer(machine, frame, 0, int(frames.read_word(machine, frame, ctl.V_SECONDARY)) & ~ctl.SECONDARY_PML)
+
+
+def _set_buffer(machine: frames.Machine, frame: int, address: int, secondary: int) -> None:
+    frames.write_word(machine, frame, ctl.V_PML_ADDRESS, address)
+    frames.write_word(machine, frame, ctl.V_PML_INDEX, LOG_ENTRIES - 1)
+    frames.write_word(machine, frame, ctl.V_SECONDARY, secondary)
+
+
+def buffered_pages(machine: frames.Machine, slots: SlotMap) -> NDArray[np.int64]:
     """GFNs in the page-modification logs that no log has taken note of yet, in slots."""
     found: list[int] = []
     if register(machine, reg.DIRTY_MODE) & dirty_marking.BY_PML:
-        for frame in _vcpu_frames(config):
+        for frame in _vcpu_frames(machine):
             table = int(frames.read_word(machine, frame, ctl.V_PML_ADDRESS))
             first = (int(frames.read_word(machine, frame, ctl.V_PML_INDEX)) + 1) & INDEX_MASK
             entries = (int(physical_memory.read_entry(machine, table, n)) for n in range(first, LOG_ENTRIES))
@@ -121,7 +137,7 @@ def _check_page_log(machine: frames.Machine, config: VmConfig) -> None:
             field="method",
             value="pml",
         )
-    for frame in _vcpu_frames(config):
+    for frame in _vcpu_frames(machine):
         if int(frames.read_word(machine, frame, ctl.V_SECONDARY)) & ctl.SECONDARY_PML:
             raise Conflict(
                 "must be write-protect: the page-modification log of a vCPU is in use, its VMCS was written",
@@ -130,6 +146,6 @@ def _check_page_log(machine: frames.Machine, config: VmConfig) -> None:
             )
 
 
-def _vcpu_frames(config: VmConfig) -> range:
+def _vcpu_frames(machine: frames.Machine) -> range:
     first = int(frames.FIRST_VCPU_FRAME)
-    return range(first, first + config.vcpu_records)
+    return range(first, first + frames.records(machine))

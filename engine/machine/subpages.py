@@ -64,9 +64,11 @@ class Subpages(Operations):
         if not now.spp_active:
             Allocations(self._state).take(len(now.slots))
             with self._state.change() as change:
-                change.ensure(change.config.vcpu_records)
+                records = frames.records(change.machine)
+                change.ensure(records)
                 sppt_roots.enable(change.machine)
-                sppt_roots.load_roots(change.machine, change.config.vcpu_records)
+                for position in range(records):
+                    sppt_roots.load_root(change.machine, position)
 
     def set(self, ranges: Sequence[SubpageRange]) -> None:
         """KVM_SUBPAGES_SET_ACCESS over any number of ranges, in order, all or nothing."""

@@ -13,7 +13,7 @@ from engine.cpu import frames
 from engine.kvm import registers as reg
 from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
 from engine.kvm.slots import SlotSpec
-from engine.machine import creation, durable, walks
+from engine.machine import creation, durable, vcpu_records, walks
 from engine.machine.dirty import DirtyOperations
 from engine.machine.fault_injection import Allocations
 from engine.machine.host_memory import HostMemoryOperations
@@ -107,9 +107,7 @@ class VirtualMachine:
     @property
     def frames_in_use(self) -> int:
         """4 KiB frames in use: tables, guest memory, bitmaps and what else is kept in frames. In constant time."""
-        now = self.state.current
-        machine = now.snapshot.machine
-        return len(machine.row_of) - int(machine.top[frames.TOP_FREE])
+        return frames.in_use(self.state.current.snapshot.machine)
 
     def counters(self) -> dict[str, int]:
         """Totals since creation, by the names in ``kvm.registers``, and frames and bytes in use."""
@@ -137,11 +135,14 @@ class VirtualMachine:
         self.memory_slots.delete(slot)
 
     def create_vcpu(self, vcpu: int) -> None:
-        """KVM_CREATE_VCPU. Raises InvalidValue for an id that cannot be, that is taken (EEXIST), or without room."""
+        """KVM_CREATE_VCPU. Raises InvalidValue for an id that cannot be, that is taken (EEXIST), or without room.
+
+        Its registers are those after RESET, it has no CPUID, and its VP index is its place among the vCPUs.
+        """
         now = self.state.current
         grown = creation.with_vcpu(now.config, vcpu)
         with self.state.change(since=now) as change:
-            creation.admit_vcpus(change, grown)
+            vcpu_records.admit(change, grown)
             change.config = grown
 
     # Guest memory

@@ -50,11 +50,15 @@ NESTED_CAPABILITIES = tuple(name for name in MSR_BY_NAME if name not in {f"IA32_
 
 @dataclass(frozen=True)
 class VcpuConfig:
-    """One vCPU: its KVM id, its Hyper-V VP index (the id unless given) and its CPUID leaves."""
+    """One vCPU: its KVM id, its Hyper-V VP index (the id unless given) and its CPUID leaves.
+
+    ``reset``: it began as KVM_CREATE_VCPU makes one, with the registers after RESET.
+    """
 
     id: int
     vp_index: int | None = None
     cpuid: tuple[Any, ...] = ()
+    reset: bool = False
 
     @cached_property
     def leaves(self) -> tuple[CpuidEntry, ...]:
@@ -124,7 +128,7 @@ class VmConfig:
 
     @property
     def vcpu_records(self) -> int:
-        """How many vCPUs the machine keeps a record for, those that are still to come included; at least one."""
+        """How many vCPUs the machine keeps a place for, those that are still to come included; at least one."""
         return max(len(self.vcpus), self.vcpu_room)
 
     def vcpu_position(self, vcpu: int) -> int:

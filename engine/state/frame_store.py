@@ -65,8 +65,9 @@ class FrameStore:
             )
         )
 
-    def adopt(self, blocks: Mapping[int, tuple[int, bytes]], total: int) -> None:
-        """Take over frames from their durable form: frame number to (kind, 4096 bytes); ``total`` frames in all."""
+    def adopt(self, blocks: Mapping[int, tuple[int, bytes]], total: int, places: range = range(0)) -> None:
+        """Take over frames from their durable form: frame number to (kind, 4096 bytes); ``total`` frames in all, of
+        which ``places`` are kept (see ``Draft.keep_places``)."""
         rows = np.zeros((max(len(blocks), 1), WORDS), dtype=np.int64)
         row_of = np.full(total, -1, dtype=np.int64)
         kind = np.full(total, FREE, dtype=np.uint8)
@@ -74,7 +75,9 @@ class FrameStore:
             rows[row] = np.frombuffer(data, dtype=np.int64)
             row_of[frame] = row
             kind[frame] = frame_kind
-        free = np.flatnonzero(row_of < 0)[::-1].astype(np.int64)
+        idle = row_of < 0
+        idle[places.start : places.stop] = False
+        free = np.flatnonzero(idle)[::-1].astype(np.int64)
         stack = np.zeros(total, dtype=np.int64)
         stack[: len(free)] = free
         self.spare = np.zeros(0, dtype=np.int64)
@@ -169,7 +172,7 @@ class Draft:
         self.store = store
         self.base = base
         # A machine that is beyond its limit already may change and shrink.
-        self._most = max(store.limit, _used(base))
+        self._most = max(store.limit, frames.in_use(base))
         self.machine = base._replace(
             row_of=_copy(base.row_of),
             fresh=_copy(base.fresh),
@@ -199,15 +202,23 @@ class Draft:
 
     def check(self) -> None:
         """Raise LimitExceeded if more frames are in use than the machine may have."""
-        used = _used(self.machine)
+        used = frames.in_use(self.machine)
         if used > self._most:
             rule = f"a machine has {self.store.limit} table frames at most"
             raise LimitExceeded(rule, field="max_table_frames", value=used)
 
+    def keep_places(self, count: int) -> None:
+        """Keep the numbers of the next frames for what comes later: they are not free from now on, and not in use."""
+        needed = int(self.machine.caps[CAP_RESERVE]) + count
+        if self.machine.top[TOP_FREE] < needed:
+            self._grow_frames(needed)
+        self.machine.top[TOP_FREE] -= count
+
     def _grow_frames(self, needed: int) -> None:
         m = self.machine
         have = len(m.row_of)
-        total = max(FIRST_FRAMES, min(have + max(needed, have // 2), self._most + needed))
+        most = self._most + int(m.caps[frames.CAP_PLACES]) + needed
+        total = max(FIRST_FRAMES, min(have + max(needed, have // 2), most))
         added = np.arange(total - 1, have - 1, -1, dtype=np.int64)
         free = np.zeros(total, dtype=np.int64)
         height = int(m.top[TOP_FREE])
@@ -253,11 +264,6 @@ class Draft:
         differs = np.ones(len(now), dtype=bool)
         differs[: len(self.base.row_of)] = now[: len(self.base.row_of)] != self.base.row_of
         return np.flatnonzero(differs & (now >= 0))
-
-
-def _used(machine: Machine) -> int:
-    """Frames in use."""
-    return len(machine.row_of) - int(machine.top[TOP_FREE])
 
 
 def _copy(array: NDArray[T]) -> NDArray[T]:

@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from engine.state.config import HostConfig, VcpuConfig, VmConfig
 
+_TEXT = "_text"
+
 
 def config_to_head(config: VmConfig) -> dict[str, Any]:
     """A configuration as JSON-able values; capability words as hex strings, which survive any JSON reader."""
-    values = asdict(config)
+    values = asdict(replace(config, vcpus=()))
+    values["vcpus"] = [_vcpu_to_head(vcpu) for vcpu in config.vcpus]
     host = values["host"]
     host["vmx_capabilities"] = {name: hex(word) for name, word in config.host.vmx_capabilities.items()}
     return values
+
+
+def config_text(config: VmConfig) -> str:
+    """The same as text, made once: a machine may have a thousand vCPUs."""
+    kept: dict[str, Any] = vars(config)
+    if _TEXT not in kept:
+        kept[_TEXT] = json.dumps(config_to_head(config))
+    text: str = kept[_TEXT]
+    return text
+
+
+def _vcpu_to_head(vcpu: VcpuConfig) -> dict[str, Any]:
+    """What of it is not as if nothing had been given."""
+    head: dict[str, Any] = {"id": vcpu.id}
+    if vcpu.vp_index is not None:
+        head["vp_index"] = vcpu.vp_index
+    if vcpu.cpuid:
+        head["cpuid"] = asdict(vcpu)["cpuid"]
+    if vcpu.reset:
+        head["reset"] = True
+    return head
 
 
 def config_from_head(values: Mapping[str, Any]) -> VmConfig:
     """The configuration that ``config_to_head`` wrote."""
     host = dict(values["host"])
     host["vmx_capabilities"] = {name: int(word, 16) for name, word in host["vmx_capabilities"].items()}
-    vcpus = tuple(VcpuConfig(v["id"], v["vp_index"], tuple(v["cpuid"])) for v in values["vcpus"])
+    vcpus = tuple(VcpuConfig(**{**v, "cpuid": tuple(v.get("cpuid", ()))}) for v in values["vcpus"])
     return VmConfig(**{**values, "host": HostConfig(**host), "vcpus": vcpus})

@@ -124,6 +124,13 @@ class VcpuRows(Column):
     vmx_controls = Row(vmx.CONTROLS_2019, vmx.CONTROLS_LATEST)
     vmx_values = Row(vmx.VALUES_2019, vmx.VALUES_LATEST)
     capabilities_only_shrink = Row(True, False)
+    xsave_normalised = Row(False, True)  # KVM_GET_XSAVE shows components that are not present as initial
+    x2apic_id_fixed = Row(False, True)  # KVM_SET_LAPIC ignores the id in x2APIC mode
+    x2apic_command_is_one = Row(False, True)  # the command register has 64 bits in x2APIC mode, on Intel
+    lapic_timer_reported = Row(False, True)  # KVM_GET_LAPIC says what is left of the timer's count
+    run_tells_guest_mode = Row(False, True)  # KVM_RUN says in the run page whether the vCPU is in L2
+    mp_states_known = Row(False, True)  # KVM_SET_MP_STATE refuses a number that is none
+    smm_excludes_waiting = Row(True, False)  # who is in SMM cannot be made to wait for a SIPI, or is refused to run
 
 
 class NestedRows(Column):

@@ -139,6 +139,8 @@ class Vcpu:
     KVM_CAP_EXCEPTION_PAYLOAD, ``boot_vcpu`` the id of the boot processor: filled in by who opens the vCPU.
     ``mov_ss_blocking`` is the interrupt shadow of MOV SS. ``fail_allocation`` makes the next entry into VMX operation
     run out of memory, once; ``allocations`` counts such entries. ``tsc`` stands still unless the caller moves it.
+    ``lapic`` and ``xsave`` are what was stored of the local APIC, ``lapic_x2apic`` in x2APIC mode, and of the extended
+    state; nothing until then (see ``vcpu.lapic``, ``vcpu.extended_state``).
     """
 
     profile: str = KVM_2019
@@ -164,6 +166,9 @@ class Vcpu:
     capabilities: VmxCapabilities = field(default_factory=VmxCapabilities)
     vmx: VmxState = field(default_factory=VmxState)
     svm: SvmState = field(default_factory=SvmState)
+    lapic: bytes = b""
+    lapic_x2apic: bool = False
+    xsave: bytes = b""
 
     def __post_init__(self) -> None:
         kvm_version(self.profile)

@@ -175,7 +175,9 @@ def assert_sound(vm: VirtualMachine) -> None:
     assert len(np.unique(spare)) == len(spare)
     assert not np.intersect1d(used, spare).size, "a row in use is spare"
     free = m.free[: int(m.top[frames.TOP_FREE])]
-    assert sorted(free) == np.flatnonzero(m.row_of < 0).tolist()
+    places = range(1 + frames.records(m), 1 + vm.config.vcpu_records)
+    assert len(places) == m.caps[frames.CAP_PLACES]
+    assert sorted([*free, *places]) == np.flatnonzero(m.row_of < 0).tolist()
     assert ((m.kind == frames.FREE) == (m.row_of < 0)).all()
     assert not m.fresh.any()
 

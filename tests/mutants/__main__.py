@@ -22,6 +22,7 @@ from queue import SimpleQueue
 
 from . import (
     arch,
+    areas,
     cpu_access_check,
     cpu_cache,
     cpu_controls,
@@ -57,6 +58,7 @@ PACKAGES = (
     kvm,
     kvm_faults,
     ioctls,
+    areas,
     kvm_dirty,
     hyperv,
     nested,

@@ -12,6 +12,7 @@ VCPUS, DIRTY = f"{ROUTE}/test_ioctls_vcpus.py", f"{ROUTE}/test_ioctls_dirty_log.
 MEMORY = "tests/engine/abi/test_user_memory.py"
 REGISTRY = "tests/engine/ioctls/test_ioctl_registry.py"
 DURABLE = "tests/engine/ioctls/test_durable_changes.py"
+RECORDS_PY, RECORDS = "engine/machine/vcpu_records.py", "tests/engine/machine/test_vcpu_records.py"
 
 MUTANTS = (
     Mutant(
@@ -120,12 +121,35 @@ MUTANTS = (
     ),
     Mutant(
         "vcpu-late-without-sppt",
-        "engine/machine/subpages.py",
-        "sppt_roots.load_roots(change.machine, change.config.vcpu_records)",
-        "sppt_roots.load_roots(change.machine, len(change.config.vcpus))",
+        RECORDS_PY,
+        "sppt_roots.load_root(draft.machine, position)",
+        "pass",
         "a vCPU made after SPP came on has the SPPT of its siblings",
-        named(VCPUS, "a_vcpu_made_after_spp_obeys_it"),
-        function="enable",
+        named(RECORDS, "one_that_comes_late_has_what_its_siblings_have"),
+    ),
+    Mutant(
+        "vcpu-late-tree-empty",
+        RECORDS_PY,
+        "draft.machine.rows[draft.machine.row_of[twin]] = words",
+        "pass",
+        "the tree of a late vCPU says what those of its siblings say",
+        named(RECORDS, "a_tree_that_comes_late_says_the_same"),
+    ),
+    Mutant(
+        "vcpu-late-without-page-log",
+        RECORDS_PY,
+        "page_logs.follow_siblings(draft.machine, position)",
+        "pass",
+        "a vCPU made while pages are tracked by PML has a log of its own",
+        named(RECORDS, "one_that_comes_late_has_what_its_siblings_have"),
+    ),
+    Mutant(
+        "vcpu-places-given-away",
+        "engine/state/frame_store.py",
+        "idle[places.start : places.stop] = False",
+        "pass",
+        "a machine that was read back gives nobody the frames of vCPUs to come",
+        named(RECORDS, "places_are_not_given_away"),
     ),
     Mutant(
         "dirty-log-number",

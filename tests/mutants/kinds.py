@@ -180,7 +180,7 @@ MUTANTS = (
     ),
     Mutant(
         "no-ept-birth",
-        "engine/machine/creation.py",
+        "engine/machine/vcpu_records.py",
         "if config.host.ept:",
         "if config.host.vendor:",
         "a host without EPT has it off",

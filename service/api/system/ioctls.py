@@ -16,6 +16,7 @@ from engine.abi import SYSTEM, VCPU, VM, Call, Reply, UserBuffer, UserMemory
 from engine.errors import NotFound
 from engine.ioctls import IOCTLS, NewMachine, Target, as_created
 from engine.state.config import HostConfig, VmConfig
+from engine.state.kvm_versions import kvm_version
 from service.api.common import (
     BINARY,
     VmId,
@@ -41,7 +42,6 @@ routes = router("ioctls", "/v1", reads="read", writes="write")
 
 _HEX = r"^([0-9a-fA-F]{2})*$"
 _FIRST_DESCRIPTOR = 3
-_ROOM = 16
 _SET_FULL = "0020000000000000" + "01000000" + "00000000" + "ffffffff"
 _REQUEST = {"data": _SET_FULL}
 _REPLY: dict[str, Any] = {"return": 1, "errno": None, "data": _SET_FULL, "memory": []}
@@ -81,7 +81,7 @@ class IoctlRequest(Document):
         None, description="The host under /dev/kvm, the default one unless given; for calls to the system only."
     )
     max_vcpus: int | None = Field(
-        None, ge=1, le=1024, description=f"KVM_CREATE_VM: room for KVM_CREATE_VCPU, {_ROOM} unless given."
+        None, ge=1, le=1024, description="KVM_CREATE_VM: room for KVM_CREATE_VCPU; null: KVM_CAP_MAX_VCPUS."
     )
 
 
@@ -157,7 +157,7 @@ class _Incoming:
     call: Call
     media: str
     host: HostConfig = field(default_factory=HostConfig)
-    max_vcpus: int = _ROOM
+    max_vcpus: int | None = None
 
     def answer(self, reply: Reply, vm: str | None = None) -> Response:
         """The call's answer, with the caller's memory as the call left it."""
@@ -201,7 +201,7 @@ async def _incoming(request: Request, level: str, name: str, arg: int | None) ->
         user = memory.buffer(body.arg)
     host = body.host or HostRequest()
     call = Call(name, level, user, body.arg, memory)
-    return _Incoming(call, preferred(request, (JSON, OCTETS)), host.config(), body.max_vcpus or _ROOM)
+    return _Incoming(call, preferred(request, (JSON, OCTETS)), host.config(), body.max_vcpus)
 
 
 def _segments(body: IoctlRequest) -> list[tuple[int, bytearray]]:
@@ -236,7 +236,7 @@ async def call_system_ioctl(
     config = VmConfig(
         profile=profile,
         vcpus=(),
-        vcpu_room=incoming.max_vcpus,
+        vcpu_room=incoming.max_vcpus or kvm_version(profile).limits.vcpus,
         host=incoming.host,
         max_table_frames=settings_of(request).max_table_frames,
     )

@@ -201,21 +201,6 @@ def test_events(era: str) -> None:
 
 
 @pytest.mark.parametrize("era", ERAS)
-def test_smm_and_mp_state_exclude_each_other(era: str) -> None:
-    vcpu = make_vcpu(era)
-    waiting, smm = struct.pack("<I", 2), bytearray(64)
-    assert call(vcpu, "KVM_SET_MP_STATE", waiting)[0] == Reply(0)
-    EVENTS.put(smm, "flags", 8)
-    EVENTS.put(smm, "smi_smm", 1)
-    assert call(vcpu, "KVM_SET_VCPU_EVENTS", bytes(smm))[0].errno == "EINVAL"
-    assert call(vcpu, "KVM_SET_MP_STATE", bytes(4))[0] == Reply(0)
-    assert call(vcpu, "KVM_SET_VCPU_EVENTS", bytes(smm))[0] == Reply(0)
-    assert call(vcpu, "KVM_SET_MP_STATE", waiting)[0].errno == "EINVAL"
-    vcpu.lapic_in_kernel = False
-    assert call(vcpu, "KVM_SET_MP_STATE", struct.pack("<I", 3))[0].errno == "EINVAL"
-
-
-@pytest.mark.parametrize("era", ERAS)
 def test_msrs_stop_at_the_first_that_is_not_known(era: str) -> None:
     vcpu = make_vcpu(era)
     raw = struct.pack("<II", 3, 0) + b"".join(struct.pack("<IIQ", n, 0, 5) for n in (0x3A, 0xDEAD, 0x10))

@@ -279,7 +279,7 @@ def test_restored_machine_gives_everything_once_more() -> None:
 def test_other_format_is_refused() -> None:
     vm = machine()
     head = {**vm.head(), "format": 99}
-    with pytest.raises(InvalidValue, match="this release reads format 1") as caught:
+    with pytest.raises(InvalidValue, match="this release reads formats up to 2") as caught:
         VirtualMachine.restore(head, {})
     assert (caught.value.field, caught.value.value) == ("format", 99)
 

@@ -75,6 +75,23 @@ def test_room(client: ContractClient, create_vm: Callable[..., str], make_vm: Ma
     assert client.post("/v1/ioctls/KVM_CREATE_VM", json={"max_vcpus": 0}).status_code == 422
 
 
+@pytest.mark.parametrize(("profile", "most"), list(zip(PROFILES, (288, 1024), strict=True)))
+def test_as_many_as_the_capability_says(
+    client: ContractClient, create_vm: Callable[..., str], profile: str, most: int
+) -> None:
+    url = create_vm(profile)
+    assert ioctl(client, url, "KVM_CHECK_EXTENSION", arg=66).returns == most
+
+    def memory() -> int:
+        return int(client.get(f"{url}/counters").json()["counters"]["memory_bytes"])
+
+    before = memory()
+    assert [ioctl(client, url, "KVM_CREATE_VCPU", arg=vcpu).errno for vcpu in range(20)] == [None] * 20
+    assert client.get(f"{url}/counters").json()["counters"]["memory_bytes"] - before == 19 * 4096, (
+        "the first record was there"
+    )
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_a_vcpu_made_after_spp_obeys_it(client: ContractClient, create_vm: Callable[..., str], profile: str) -> None:
     """In 2019 hardware would walk physical address 0 for it; here it gets what its siblings have."""
