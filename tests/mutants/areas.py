@@ -128,8 +128,8 @@ MUTANTS = (
     Mutant(
         "vcpu-waits-for-nothing",
         "engine/machine/nested_states.py",
-        'return "uninitialized" if own.reset and lapic_in_kernel and own.id else "runnable"',
-        'return "runnable"',
+        "waits = own.reset and states.lapic_in_kernel and own.id != states.settings.boot_vcpu",
+        "waits = False",
         "a further vCPU is not initialised",
         named(MP, "a_further_vcpu_is_not_initialised"),
     ),

@@ -42,7 +42,7 @@ MUTANTS = (
     Mutant(
         "store-grows-beyond-the-limit",
         STORE_PY,
-        "total = max(FIRST_FRAMES, min(have + max(needed, have // 2), self._most + needed))",
+        "total = max(FIRST_FRAMES, min(have + max(needed, have // 2), most))",
         "total = max(FIRST_FRAMES, have + max(needed, have // 2))",
         "a change is beyond the limit by what one access needs at most",
         named(STORE, "change_is_beyond_the_limit_by_one_access_at_most"),
