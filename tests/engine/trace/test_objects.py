@@ -138,14 +138,14 @@ def test_violation_of_a_set_counts_for_the_objects_it_touches_only() -> None:
     assert result.exit_columns.objects() == [[]]
 
 
-def test_internal_errors_count_for_no_object() -> None:
+def test_runs_that_fail_count_for_no_object() -> None:
     vm = machine()
     vm.protect("p", [ProtectedObject("a", 0x1000, 8)])
     replay(vm, [0x1000])
     store_leaf(vm, 1, lambda _: 2)
     result = replay(vm, [0x1000])
     assert result.by_object["a"].violations == 0
-    assert result.exit_columns.resolution_names() == ["internal-error"]
+    assert result.exit_columns.resolution_names() == ["run-failed"]
 
 
 def test_an_object_of_whole_pages_counts_for_all_of_them() -> None:
