@@ -138,7 +138,7 @@ def test_violation_of_a_set_counts_for_the_objects_it_touches_only() -> None:
     assert result.exit_columns.objects() == [[]]
 
 
-def test_failed_runs_count_for_no_object() -> None:
+def test_runs_that_fail_count_for_no_object() -> None:
     vm = machine()
     vm.protect("p", [ProtectedObject("a", 0x1000, 8)])
     replay(vm, [0x1000])
