@@ -7,6 +7,7 @@ SEEDS  = 1
 OPS    = 200000
 SEED   = 1
 ROUNDS = 200
+SEQUENCES = 100000
 MINUTES = 20
 COUNT  = 1000000
 SECONDS = 30
@@ -43,7 +44,7 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # all targets share one environment
-.PHONY: help demo examples serve warm test coverage soak kill-test fault-test load-test abuse-test image-test install-test mutants conformance lint format openapi contract contract-tools api-fuzz bench lock clean
+.PHONY: help demo examples serve warm test coverage soak kill-test fault-test load-test abuse-test image-test install-test mutants conformance differential lint format openapi contract contract-tools api-fuzz bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -103,6 +104,9 @@ mutants: $(DEVELOPED) ## Put faults into engine/ one at a time; the tests must n
 
 conformance: $(DEVELOPED) $(WARMED) ## Compare the engine with Bochs, SEEDS runs of thousands of accesses (needs bochs, gcc, nasm)
 	SEED=1 SEEDS=$(SEEDS) $(BIN)/python -m pytest tests/conformance -o faulthandler_timeout=0 -p no:cacheprovider $(ARGS)
+
+differential: $(DEVELOPED) $(WARMED) ## Ask SEQUENCES random ioctl sequences from SEED of the engine and of a second model of the kernels
+	@$(BIN)/python -m tests.differential --count $(SEQUENCES) --seed $(SEED) $(ARGS)
 
 lint: $(DEVELOPED) ## ruff, formatting, mypy --strict, the arrows between the packages, and the contract
 	$(BIN)/ruff check .
