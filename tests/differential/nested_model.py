@@ -87,7 +87,9 @@ class NestedModel:
                 unsaid = (*unsaid, DEADLINE)
         user.write(HEADER, bytes(vmcs.raw))
         if self.vmcs.shadows:
-            user.write(SHADOW_AT, bytes(self.shadow))
+            # In L1 that is beyond the size that the header tells: by docs/nested-state.md as far as the buffer reaches.
+            reach = PAGE if self.in_guest else len(user.reach(SHADOW_AT, PAGE))
+            user.write(SHADOW_AT, bytes(self.shadow[:reach]))
         return 0, unsaid
 
     def _refresh(self, vmcs: Vmcs12) -> None:
