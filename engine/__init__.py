@@ -23,7 +23,7 @@ _KERNEL_SOURCES = (
     "jit.py",
     "kvm",
     "trace/__init__.py",
-    "trace/objects.py",
+    "trace/object_hits.py",
     "trace/record_checks.py",
     "trace/replay.py",
     "trace/results.py",

@@ -10,7 +10,7 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from engine.trace.choices import DefaultAnswer
+from engine.trace.option_names import DefaultAnswer
 from service.platform.failures import FileError, read_document
 from service.storage.urls import StoreUrl, default_store
 

@@ -20,7 +20,7 @@ from engine.cpu import ept, sppt
 from engine.cpu.access_rights import permitted, refused_by_verification, wants
 from engine.cpu.exit_qualification import circumstances, violation_qualification
 from engine.cpu.frames import FIRST_VCPU_FRAME, read_word
-from engine.cpu.physical_memory import write_entry
+from engine.cpu.host_physical_memory import write_entry
 from engine.cpu.spp_eligibility import eligible
 from engine.jit import kernel
 

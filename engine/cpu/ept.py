@@ -7,7 +7,7 @@ are looked at only when the whole walk is done (29.3.3.3). The walk believes not
 from engine.arch import controls as ctl
 from engine.arch import ept
 from engine.cpu.frames import CAP_EPT_VPID, CAP_RESERVED_ADDRESS, FIRST_VCPU_FRAME
-from engine.cpu.physical_memory import read_entry
+from engine.cpu.host_physical_memory import read_entry
 from engine.jit import kernel
 
 # Outcomes of a walk, and what an entry can be: COMPLETE is one that maps the page.

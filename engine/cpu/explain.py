@@ -17,7 +17,7 @@ from engine.arch.access import ACCESS_MASK, ACCESS_NAMES, KIND_MASK, KIND_NAMES,
 from engine.arch.words import signed, unsigned
 from engine.cpu import access_check, ept
 from engine.cpu.frames import CAP_EPT_VPID, CAP_RESERVED_ADDRESS, Machine
-from engine.cpu.physical_memory import frame_at
+from engine.cpu.host_physical_memory import frame_at
 from engine.cpu.sentences import ReadEntry, Verdict, sentence_on
 from engine.cpu.sppt import HIGH
 

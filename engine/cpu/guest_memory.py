@@ -10,7 +10,7 @@ from engine.cpu import radix
 from engine.cpu.frames import MEMORY, new_frame, own
 from engine.jit import kernel
 
-# The word of the state frame that holds the tree's root; the hypervisor's words are in ``kvm.registers``.
+# The word of the state frame that holds the tree's root; the hypervisor's words are in ``kvm.state_frame``.
 ROOT_MEMORY = np.int64(4)
 
 OFFSET = 0xFFF

@@ -13,7 +13,7 @@ from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import exceptions, exits
 from engine.arch import paging as guest
-from engine.cpu import access_check, ept, exit_qualification, guest_memory, mmu, tlb
+from engine.cpu import access_check, cached_check, ept, exit_qualification, guest_memory, tlb
 from engine.cpu.frames import CAP_RESERVED_ADDRESS, FIRST_VCPU_FRAME
 from engine.jit import kernel
 
@@ -157,15 +157,15 @@ def touch(m, vcpu, slot, size, how, doing, trail):
     """One access to a guest entry; returns (reason, qualification, source). Executed, it leaves EPT flags behind."""
     if doing & FRESH:
         reason, q, _ = access_check.check(m, vcpu, slot, size, how, trail)
-        source = mmu.WALKED
+        source = cached_check.WALKED
     else:
-        reason, q, _, source = mmu.check(m, vcpu, slot, size, how, trail)
+        reason, q, _, source = cached_check.check(m, vcpu, slot, size, how, trail)
     if reason != exits.NONE or not doing & EXECUTE:
         return reason, q, source
     mode = ept.mode_of(m, vcpu)
-    if not mmu.log_fits(m, vcpu, mode, slot, size, how, source, trail):
+    if not cached_check.log_fits(m, vcpu, mode, slot, size, how, source, trail):
         return exits.PML_FULL, exit_qualification.nmi_unblocking(how), source
-    mmu.finish(m, vcpu, mode, slot, how, source, trail)
+    cached_check.finish(m, vcpu, mode, slot, how, source, trail)
     return exits.NONE, 0, source
 
 
@@ -194,7 +194,7 @@ def update(m, vcpu, how, doing, trail, steps):
     Returns (reason, qualification, GPA, source); with LOOK it says what would happen.
     """
     top, bottom = steps[0, 0], steps[0, 1]
-    found = mmu.WALKED
+    found = cached_check.WALKED
     for level in range(top, bottom - 1, -1):
         slot = steps[level, 1]
         size = steps[level, 2]
@@ -226,7 +226,7 @@ def walk(m, vcpu, linear, how, doing, trail, steps):
     paging = mode_of(m, vcpu)
     mode = ept.mode_of(m, vcpu)
     if paging == OFF:
-        return exits.NONE, 0, linear & LOW_32, UNPAGED | 12 << tlb.GUEST_SIZE_AT, mmu.WALKED
+        return exits.NONE, 0, linear & LOW_32, UNPAGED | 12 << tlb.GUEST_SIZE_AT, cached_check.WALKED
     size = 4 if paging == BITS_32 else 8
     index_bits = 10 if paging == BITS_32 else 9
     table = m.rows[row, ctl.V_CR3] & guest.ADDRESS
@@ -234,11 +234,11 @@ def walk(m, vcpu, linear, how, doing, trail, steps):
     if paging == PAE:
         entry = m.rows[row, ctl.V_PDPTE0 + (linear >> 30 & 3)]
         if not entry & guest.PRESENT:
-            return -exceptions.PAGE_FAULT, error_code(m, vcpu, how, 0), 0, 0, mmu.WALKED
+            return -exceptions.PAGE_FAULT, error_code(m, vcpu, how, 0), 0, 0, cached_check.WALKED
         table = entry & guest.ADDRESS
         level = 2
     facts = UNPAGED | tlb.GUEST_UPPER_WRITABLE
-    found = mmu.WALKED
+    found = cached_check.WALKED
     steps[0, 0] = level
     while True:
         index = linear >> (12 + index_bits * (level - 1)) & ((1 << index_bits) - 1)

@@ -13,7 +13,17 @@ import numpy as np
 from engine.arch import access as acc
 from engine.arch import exceptions, exits
 from engine.arch import paging as guest
-from engine.cpu import access_check, access_rights, ept, exit_qualification, guest_paging, mmu, page_log, tlb, ve
+from engine.cpu import (
+    access_check,
+    access_rights,
+    cached_check,
+    ept,
+    exit_qualification,
+    guest_paging,
+    page_log,
+    tlb,
+    ve,
+)
 from engine.cpu.frames import Machine, Words
 from engine.jit import kernel
 
@@ -70,7 +80,7 @@ def by_entry(m, vcpu, row, linear, size, how, mode, trail):
     how |= tlb.linear_bits(facts)
     if not mode & ept.MODE_EPT:
         return exits.NONE, NO_ERROR, gpa, how, NO_ERROR
-    reason, q, denied = mmu.judge_entry(m, vcpu, row, gpa, size, how, mode, trail)
+    reason, q, denied = cached_check.judge_entry(m, vcpu, row, gpa, size, how, mode, trail)
     return reason, q, gpa, how, denied
 
 
@@ -83,12 +93,12 @@ def by_walk(m, vcpu, linear, size, how, doing, trail, steps):
     """
     reason, value, gpa, facts, source = guest_paging.walk(m, vcpu, linear, how, doing, trail, steps)
     if reason != exits.NONE:
-        return reason, value, gpa, how, 0, facts, source, mmu.WALKED
+        return reason, value, gpa, how, 0, facts, source, cached_check.WALKED
     how |= tlb.linear_bits(facts)
     if doing & guest_paging.FRESH:
         reason, q, denied = access_check.check(m, vcpu, gpa, size, how, trail)
-        return reason, q, gpa, how, denied, facts, source, mmu.WALKED
-    reason, q, denied, final = mmu.check(m, vcpu, gpa, size, how, trail)
+        return reason, q, gpa, how, denied, facts, source, cached_check.WALKED
+    reason, q, denied, final = cached_check.check(m, vcpu, gpa, size, how, trail)
     return reason, q, gpa, how, denied, facts, max(source, final), final
 
 
@@ -98,7 +108,7 @@ def entry_for(m, vcpu, linear, how, mode):
     if not tlb.modelled(m):
         return tlb.MISSING
     row = tlb.find(m, vcpu, tlb.COMBINED if mode & ept.MODE_EPT else tlb.LINEAR, linear >> 12)
-    if row == tlb.MISSING or not mmu.serves(m, row, how, mode):
+    if row == tlb.MISSING or not cached_check.serves(m, row, how, mode):
         return tlb.MISSING
     if guest_paging.writes(how) and not m.tlb[row, tlb.E_FACTS] & tlb.GUEST_DIRTY:
         return tlb.MISSING
@@ -121,14 +131,14 @@ def page(m, vcpu, linear, size, how, trail, steps, pages, at):
         pages[at, P_FACTS] = facts
         pages[at, P_SOURCE] = final
         pages[at, P_REMEMBERED] = 0
-        stale = source == mmu.STALE
+        stale = source == cached_check.STALE
     else:
         real_reason, real_value, real_gpa, _, real_denied, _, _, _ = by_walk(
             m, vcpu, linear, size, how, guest_paging.FRESH, trail, steps
         )
         reason, value, gpa, how, denied = by_entry(m, vcpu, row, linear, size, how, mode, trail)
         stale = reason != real_reason or value != real_value or gpa != real_gpa or denied != real_denied
-        pages[at, P_SOURCE] = mmu.CACHED
+        pages[at, P_SOURCE] = cached_check.CACHED
         pages[at, P_REMEMBERED] = 1
         if reason < 0:
             tlb.drop(m, row)
@@ -148,7 +158,7 @@ def log_fits(m, vcpu, pages, count, trail):
         return True
     index = page_log.index_of(m, vcpu)
     for at in range(count):
-        if pages[at, P_SOURCE] == mmu.WALKED:
+        if pages[at, P_SOURCE] == cached_check.WALKED:
             access_check.check(m, vcpu, pages[at, P_GPA], pages[at, P_SIZE], pages[at, P_HOW], trail)
             room, index = page_log.take(pages[at, P_HOW], mode, index, trail)
             if not room:
@@ -164,9 +174,9 @@ def finish(m, vcpu, pages, count, trail):
         how = pages[at, P_HOW]
         gpa = pages[at, P_GPA]
         linear = pages[at, P_LINEAR]
-        if pages[at, P_SOURCE] == mmu.WALKED:
+        if pages[at, P_SOURCE] == cached_check.WALKED:
             access_check.check(m, vcpu, gpa, pages[at, P_SIZE], how, trail)
-            mmu.finish(m, vcpu, mode, gpa, how, mmu.WALKED, trail)
+            cached_check.finish(m, vcpu, mode, gpa, how, cached_check.WALKED, trail)
             if tlb.modelled(m):
                 tlb.remember(m, vcpu, pages[at, P_KIND], linear >> 12, gpa >> 12, pages[at, P_FACTS], trail)
         elif not pages[at, P_REMEMBERED]:

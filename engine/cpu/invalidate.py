@@ -3,7 +3,7 @@
 from engine.arch import ept as bits
 from engine.arch import exceptions
 from engine.cpu import tlb
-from engine.cpu.entry import eptp_valid
+from engine.cpu.control_checks import eptp_valid
 from engine.cpu.frames import CAP_EPT_VPID
 from engine.cpu.guest_paging import canonical
 from engine.jit import kernel

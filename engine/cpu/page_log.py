@@ -9,7 +9,7 @@ An access over several pages sets no flag and logs nothing unless there is room 
 
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
-from engine.cpu import access_check, access_rights, ept, physical_memory
+from engine.cpu import access_check, access_rights, ept, host_physical_memory
 from engine.cpu.frames import FIRST_VCPU_FRAME, read_word, write_word
 from engine.jit import kernel
 
@@ -57,7 +57,7 @@ def take(how, mode, index, trail):
 def commit(m, vcpu, mode, gpa, how, trail):
     """Log and flag the page whose walk ``trail`` holds; returns whether its leaf is now dirty.
 
-    ``mode`` is the vCPU's mode word. An entry of a log that is not there is lost (see ``cpu.physical``).
+    ``mode`` is the vCPU's mode word. An entry of a log that is not there is lost (see ``cpu.host_physical_memory``).
     """
     if on(mode):
         _, dirty = demand(how, mode, trail)
@@ -65,6 +65,6 @@ def commit(m, vcpu, mode, gpa, how, trail):
             frame = FIRST_VCPU_FRAME + vcpu
             index = index_of(m, vcpu)
             log = read_word(m, frame, ctl.V_PML_ADDRESS) & bits.ADDRESS
-            physical_memory.write(m, log, index, gpa & ~PAGE_OFFSET)
+            host_physical_memory.write(m, log, index, gpa & ~PAGE_OFFSET)
             write_word(m, frame, ctl.V_PML_INDEX, (index - 1) & INDEX_MASK)
     return access_check.set_flags(m, mode, how, trail)

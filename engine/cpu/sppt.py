@@ -3,7 +3,7 @@
 from engine.arch import ept, sppt
 from engine.cpu.ept import TRAIL_COUNTS, TRAIL_SPPT, index_of
 from engine.cpu.frames import CAP_RESERVED_ADDRESS
-from engine.cpu.physical_memory import read_entry
+from engine.cpu.host_physical_memory import read_entry
 from engine.jit import kernel
 
 # Outcomes

@@ -12,7 +12,7 @@ from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import exceptions, exits, ve_area
 from engine.arch import paging as guest
-from engine.cpu import ept, physical_memory
+from engine.cpu import ept, host_physical_memory
 from engine.cpu.frames import FIRST_VCPU_FRAME, read_word
 from engine.jit import kernel
 
@@ -36,7 +36,7 @@ def convertible(m, vcpu, how, trail):
         return False
     if not read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_CR0) & guest.CR0_PE:
         return False
-    return physical_memory.read(m, area_of(m, vcpu), ve_area.WORD_REASON) & ve_area.BUSY == 0
+    return host_physical_memory.read(m, area_of(m, vcpu), ve_area.WORD_REASON) & ve_area.BUSY == 0
 
 
 @kernel
@@ -44,12 +44,12 @@ def record(m, vcpu, qualification, gla, gpa):
     """Fill the information area."""
     area = area_of(m, vcpu)
     index = read_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_EPTP_INDEX) & ve_area.EPTP_INDEX
-    rest = physical_memory.read(m, area, ve_area.WORD_EPTP_INDEX) & ~ve_area.EPTP_INDEX
-    physical_memory.write(m, area, ve_area.WORD_REASON, exits.EPT_VIOLATION | ve_area.BUSY)
-    physical_memory.write(m, area, ve_area.WORD_QUALIFICATION, qualification)
-    physical_memory.write(m, area, ve_area.WORD_LINEAR, gla)
-    physical_memory.write(m, area, ve_area.WORD_PHYSICAL, gpa)
-    physical_memory.write(m, area, ve_area.WORD_EPTP_INDEX, rest | index)
+    rest = host_physical_memory.read(m, area, ve_area.WORD_EPTP_INDEX) & ~ve_area.EPTP_INDEX
+    host_physical_memory.write(m, area, ve_area.WORD_REASON, exits.EPT_VIOLATION | ve_area.BUSY)
+    host_physical_memory.write(m, area, ve_area.WORD_QUALIFICATION, qualification)
+    host_physical_memory.write(m, area, ve_area.WORD_LINEAR, gla)
+    host_physical_memory.write(m, area, ve_area.WORD_PHYSICAL, gpa)
+    host_physical_memory.write(m, area, ve_area.WORD_EPTP_INDEX, rest | index)
 
 
 @kernel

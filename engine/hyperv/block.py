@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.arch.hypercall import WORD_BYTES
-from engine.kvm.guest_memory import ReadsMemory
+from engine.kvm.memory_views import ReadsMemory
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field, replace
 
 from engine.arch import hypercall as hv
 from engine.cpu.frames import Machine
-from engine.hyperv import direct, execution, kvm_rules, tlfs_rules
+from engine.hyperv import flush_execution, kvm_rules, l2_hypercalls, tlfs_rules
 from engine.hyperv.caller import Caller
-from engine.hyperv.execution import Effect, Facts, Marks, Scope, Vp
+from engine.hyperv.flush_execution import Effect, Facts, Marks, Scope, Vp
+from engine.hyperv.flush_or_refusal import Flush, Intercepted, Reading, Refused, SecondLevelFlush, Undefined
 from engine.hyperv.kvm_rules import Translate
 from engine.hyperv.outcome import Outcome
 from engine.hyperv.privileges import Privileges
-from engine.hyperv.request import Flush, Intercepted, Reading, Refused, SecondLevelFlush, Undefined
 from engine.hyperv.tlfs_rules import Environment
-from engine.kvm.guest_memory import ReadsMemory
+from engine.kvm.memory_views import ReadsMemory
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class HypercallContext:
     policy: str = "kvm"
     environment: Environment = field(default_factory=Environment)
     facts: Facts = field(default_factory=Facts)
-    guest: direct.NestedGuest | None = None
+    guest: l2_hypercalls.NestedGuest | None = None
     translate: Translate | None = None
     locked: frozenset[int] = frozenset()
     l0: str = "kvm"
@@ -51,10 +51,10 @@ def hypercall(caller: Caller, at: HypercallContext) -> Outcome:
     blank = Outcome(at.l0, 1 if at.guest is None else 2, "completed", caller.control)
     if at.guest is None:
         return _own(caller, at, blank)
-    route = direct.route(caller, at.privileges, at.guest)
+    route = l2_hypercalls.route(caller, at.privileges, at.guest)
     blank = replace(blank, row=route.row)
     if not route.served:
-        to_l1 = direct.reflected(at.guest)
+        to_l1 = l2_hypercalls.reflected(at.guest)
         if to_l1 is not None:
             return replace(blank, outcome="reflected", exit=to_l1)
     if not at.privileges.enabled and at.policy == "kvm" and route.row != "D6":
@@ -104,8 +104,8 @@ def _read(caller: Caller, at: HypercallContext, policy: str) -> Reading:
 
 def _execute(caller: Caller, at: HypercallContext, scope: Scope, flush: Flush | SecondLevelFlush) -> list[Effect]:
     if isinstance(flush, SecondLevelFlush):
-        return execution.execute_second_level(at.machine, flush, at.vps, at.facts)
-    return execution.execute(at.machine, flush, scope, at.vps, at.facts, _rule(caller, at, scope))
+        return flush_execution.execute_second_level(at.machine, flush, at.vps, at.facts)
+    return flush_execution.execute(at.machine, flush, scope, at.vps, at.facts, _rule(caller, at, scope))
 
 
 def _rule(caller: Caller, at: HypercallContext, scope: Scope) -> Marks | None:
@@ -113,11 +113,11 @@ def _rule(caller: Caller, at: HypercallContext, scope: Scope) -> Marks | None:
     if at.policy == "tlfs":
         return None
     reading = _read(caller, at, "tlfs")
-    return execution.required(at.machine, reading, scope, at.vps) if isinstance(reading, Flush) else None
+    return flush_execution.required(at.machine, reading, scope, at.vps) if isinstance(reading, Flush) else None
 
 
 def _holders(flush: Flush | SecondLevelFlush, scope: Scope, at: HypercallContext) -> tuple[int, ...]:
-    sent = execution.targets(flush, scope, at.vps) if isinstance(flush, Flush) else at.vps
+    sent = flush_execution.targets(flush, scope, at.vps) if isinstance(flush, Flush) else at.vps
     return tuple(vp.vcpu for vp in sent if vp.position in at.locked)
 
 
@@ -138,7 +138,7 @@ def _after_flush(at: HypercallContext, done: Outcome) -> Outcome:
         return _unreadable(done)
     if not any(page):
         return replace(done, row="D10")
-    return replace(done, row="D11", exit=direct.after_flush(at.guest))
+    return replace(done, row="D11", exit=l2_hypercalls.after_flush(at.guest))
 
 
 def _unreadable(done: Outcome) -> Outcome:

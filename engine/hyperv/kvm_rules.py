@@ -13,11 +13,11 @@ from engine.arch import hypercall as hv
 from engine.hyperv import vp_sets
 from engine.hyperv.block import Block
 from engine.hyperv.caller import Caller
+from engine.hyperv.flush_or_refusal import Flush, Reading, Refused, Undefined
+from engine.hyperv.flush_ranges import KvmLists
 from engine.hyperv.privileges import Privileges
-from engine.hyperv.ranges import KvmLists
-from engine.hyperv.request import Flush, Reading, Refused, Undefined
 from engine.hyperv.vp_sets import VpBits
-from engine.kvm.guest_memory import ReadsMemory
+from engine.kvm.memory_views import ReadsMemory
 
 # Longer lists are not read: they flush everything. One place of a queue of 16 is kept for that.
 LONGEST_LIST = 15

@@ -13,9 +13,9 @@ from engine.arch.hyperv_pages import VMCB_ENLIGHTENMENTS, VMCB_ENLIGHTENMENTS_AT
 from engine.arch.words import signed
 from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME, Machine
-from engine.hyperv import execution, nested_paging, queues
+from engine.hyperv import flush_execution, nested_paging, queues
 from engine.hyperv.privileges import Privileges
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_VP_ASSIST_PAGE
 from engine.vcpu.vcpu import Enlightenment, Vcpu
 
@@ -43,7 +43,7 @@ def follow(m: Machine, frame: int, before: Vcpu | None, after: Vcpu, memory: Gue
     position = frame - int(FIRST_VCPU_FRAME)
     lower, old = lower_of(after), Enlightenment() if before is None else lower_of(before)
     if (lower.vm_id, lower.vp_id) != (old.vm_id, old.vp_id):
-        execution.drop_nested(m, position)
+        flush_execution.drop_nested(m, position)
     nested = in_nested_guest(after)
     tag = lower.vp_id << ctl.NESTED_VP_SHIFT | ctl.NESTED_RUNS if nested else 0
     frames.write_word(m, frame, ctl.V_NESTED, signed(tag))

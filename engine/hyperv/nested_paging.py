@@ -25,7 +25,7 @@ from engine.arch.hyperv_pages import (
 from engine.arch.vmcs12 import get
 from engine.arch.words import signed
 from engine.cpu import ept, guest_paging
-from engine.kvm.guest_memory import ReadsMemory
+from engine.kvm.memory_views import ReadsMemory
 from engine.vcpu.registers import active_secondary
 from engine.vcpu.vcpu import Vcpu
 

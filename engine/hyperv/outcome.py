@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from engine.arch import hypercall as hv
-from engine.hyperv.direct import Exit
-from engine.hyperv.execution import Effect
-from engine.hyperv.request import Flush, SecondLevelFlush
+from engine.hyperv.flush_execution import Effect
+from engine.hyperv.flush_or_refusal import Flush, SecondLevelFlush
+from engine.hyperv.l2_hypercalls import Exit
 
 # ``completed``: the result is in the registers and RIP past the instruction. ``exception``: #UD. ``intercepted``: the
 # parent gets a message about memory. ``suspended``: a TLB lock holds the caller at the instruction. ``reflected``: a VM

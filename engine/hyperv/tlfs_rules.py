@@ -11,12 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.arch import hypercall as hv
-from engine.hyperv import ranges, vp_sets
+from engine.hyperv import flush_ranges, vp_sets
 from engine.hyperv.block import Block
 from engine.hyperv.caller import Caller
-from engine.hyperv.kvm_rules import Translate
-from engine.hyperv.privileges import Privileges
-from engine.hyperv.request import (
+from engine.hyperv.flush_or_refusal import (
     Flush,
     Intercepted,
     Reading,
@@ -24,8 +22,10 @@ from engine.hyperv.request import (
     SecondLevelFlush,
     Undefined,
 )
+from engine.hyperv.kvm_rules import Translate
+from engine.hyperv.privileges import Privileges
 from engine.hyperv.vp_sets import VpBits
-from engine.kvm.guest_memory import ReadsMemory
+from engine.kvm.memory_views import ReadsMemory
 
 _FLAGS = hv.ALL_PROCESSORS | hv.ALL_SPACES | hv.NON_GLOBAL_ONLY | hv.EXTENDED_RANGES
 _INPUT = Refused(hv.Status.INVALID_HYPERCALL_INPUT)
@@ -116,7 +116,7 @@ def _virtual(
     covered = words = None
     if call.rep:
         words = block[call.header + control.variable + control.start :]
-        decode = ranges.extended if flags & hv.EXTENDED_RANGES else ranges.simple
+        decode = flush_ranges.extended if flags & hv.EXTENDED_RANGES else flush_ranges.simple
         covered = decode(words, environment.linear_width)
     return Flush(
         code=control.code,
@@ -153,5 +153,5 @@ def _second_level(control: hv.Control, block: tuple[int, ...], environment: Envi
     space, flags = block[0], block[1]
     if flags or space >> environment.physical_width:
         return _PARAMETER
-    covered = ranges.guest_physical(block[2 + control.start :]) if control.reps else None
+    covered = flush_ranges.guest_physical(block[2 + control.start :]) if control.reps else None
     return SecondLevelFlush(control.code, control.reps, space & _SLAT_ROOT, covered)

@@ -12,9 +12,9 @@ from engine.abi import SYSTEM, Call, Reply, failed
 from engine.arch.hyperv_cpuid import ENTRY_SIZE, HEADER_SIZE, CpuidEntry, pack_entry, unpack_entries
 from engine.ioctls.registry import Ioctl, Target
 from engine.ioctls.vcpu_rows import changing, done, host_of, reading
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.nested.operations import set_cpuid
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 from engine.vcpu.cpuid import supported_cpuid
 from engine.vcpu.hv_cpuid import supported_hv_cpuid, system_hv_cpuid
 from engine.vcpu.runtime_cpuid import current_cpuid

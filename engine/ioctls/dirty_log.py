@@ -11,7 +11,7 @@ import struct
 from engine.abi import VM, Call, Reply, failed
 from engine.ioctls.registry import Ioctl, Target
 from engine.kvm.abi_limits import ADDRESS_SPACES
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 
 LOG = struct.Struct("<IIQ")
 

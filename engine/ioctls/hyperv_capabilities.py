@@ -11,7 +11,7 @@ from engine.ioctls.registry import EnableCap, Target
 from engine.machine.hyperv import CAP_ENFORCE_CPUID
 from engine.machine.hyperv_vps import hyperv_host
 from engine.state.config import VmConfig
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 
 CAP_HYPERV_TLBFLUSH = 155
 CAP_HYPERV_DIRECT_TLBFLUSH = 175

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from engine.ioctls.registry import Target
 from engine.kvm.abi_limits import ADDRESS_SPACES
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 
 CAP_USER_MEMORY = 3
 CAP_NR_VCPUS = 9

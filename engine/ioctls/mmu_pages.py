@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from engine.abi import VM, Call, Reply, failed
 from engine.ioctls.registry import Ioctl, Target
-from engine.state.kvm_versions import ONLY_2019
+from engine.state.profiles import ONLY_2019
 
 CAP_MMU_SHADOW_CACHE_CONTROL = 2
 FEWEST = 64

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from engine.arch import kvm_vcpu_structs as abi
 from engine.ioctls.registry import Target
 from engine.ioctls.vcpu_rows import getting, setting
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.vcpu.vcpu import Vcpu
 
 CAP_MP_STATE = 14

@@ -15,7 +15,7 @@ from engine.arch import vmx_msrs as vmx
 from engine.arch.kvm_vcpu_structs import MAX_MSRS, MSR_ENTRY, MSRS_HEADER
 from engine.ioctls.registry import Ioctl, Target
 from engine.ioctls.vcpu_rows import changing, host_of, reading
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.nested.operations import set_msr
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX, K7_HWCR
 from engine.vcpu.msrs import read_msr

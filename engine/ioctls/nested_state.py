@@ -8,7 +8,7 @@ from types import MappingProxyType
 from engine.abi import VCPU, Call, Reply, failed
 from engine.ioctls.registry import EnableCap, Target
 from engine.ioctls.vcpu_rows import changing, host_of
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.nested.enlightened import CAP_HYPERV_ENLIGHTENED_VMCS, offers_evmcs
 from engine.nested.get_state import get_nested_state, max_state_size
 from engine.nested.set_state import set_nested_state

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.cpu import frames
-from engine.kvm import layers, partial_set, spp_set
+from engine.kvm import bitmaps, partial_set, spp_set
 from engine.kvm.slots import first_page_without_slot
 from engine.machine import VirtualMachine
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 from engine.state.retry import new_trail, run_all
 
 # The first page number that no slot can have, and that a kernel's 64-bit arithmetic still holds.
@@ -34,7 +34,7 @@ class SubpageCalls:
         snapshot = state.snapshot
         maps = np.empty(_pages_with_slot(snapshot.machine, gfn, npages), dtype=np.uint32)
         if len(maps):
-            layers.read_maps(snapshot.machine, gfn, 0, maps)
+            bitmaps.read_maps(snapshot.machine, gfn, 0, maps)
         return maps
 
     def set(self, gfn: int, access: Words) -> int | None:

@@ -13,7 +13,7 @@ from engine.arch import vmx_msrs as vmx
 from engine.arch.paging import CR4_LA57
 from engine.ioctls.registry import Target
 from engine.ioctls.vcpu_rows import getting, setting
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.nested.operations import set_smm
 from engine.vcpu import cpuid as cpuid_facts
 from engine.vcpu.apic_base import APIC_BASE, apic_base, takes_apic_base

@@ -12,7 +12,7 @@ from engine.abi import LEVELS, Call, Reply, UserMemory, failed, wrong_level
 from engine.errors import Busy, EngineError
 from engine.machine import VirtualMachine
 from engine.state.config import HostConfig
-from engine.state.kvm_versions import PROFILES, ProfileName
+from engine.state.profiles import PROFILES, ProfileName
 
 
 @dataclass(frozen=True)

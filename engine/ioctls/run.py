@@ -18,7 +18,7 @@ from engine.abi import Call, Reply, UserBuffer, failed
 from engine.arch import kvm_vcpu_structs as abi
 from engine.ioctls.registers import events_bytes, regs_bytes, set_events, set_regs, set_sregs, sregs_bytes
 from engine.ioctls.vcpu_rows import changing
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.nested.operations import prepare_run
 from engine.vcpu.apic_base import APIC_BASE
 from engine.vcpu.msrs import read_msr

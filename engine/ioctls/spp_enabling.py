@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from engine.abi import VM, Call, Reply, failed
 from engine.ioctls.registry import EnableCap, Ioctl, Target
-from engine.state.kvm_versions import ONLY_2019, kvm_version
+from engine.state.profiles import ONLY_2019, kvm_version
 
 CAP_X86_SPP = 182
 

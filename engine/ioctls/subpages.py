@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from engine.abi import VM, Call, Reply, failed
 from engine.ioctls.partial_set import SubpageCalls
 from engine.ioctls.registry import Ioctl, Target
-from engine.kvm.enabling import not_enabled
-from engine.state.kvm_versions import SubpageRows, kvm_version
+from engine.kvm.enabling_checks import not_enabled
+from engine.state.profiles import SubpageRows, kvm_version
 
 HEADER = 16
 

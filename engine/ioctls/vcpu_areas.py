@@ -13,8 +13,8 @@ from types import MappingProxyType
 from engine.arch import kvm_vcpu_structs as abi
 from engine.ioctls.registry import Target
 from engine.ioctls.vcpu_rows import getting, setting
-from engine.kvm.guest_memory import GuestMemory
-from engine.state.kvm_versions import ONLY_LATEST
+from engine.kvm.memory_views import GuestMemory
+from engine.state.profiles import ONLY_LATEST
 from engine.vcpu import extended_state, lapic
 from engine.vcpu.registers import DR7_FIXED
 from engine.vcpu.vcpu import Vcpu

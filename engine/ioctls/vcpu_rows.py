@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from engine.abi import VCPU, Call, Reply, failed
 from engine.ioctls.registry import Ioctl, Target
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.machine.nested_states import vcpu_host
 from engine.state.config import VmConfig
 from engine.vcpu.vcpu import Vcpu, VcpuHost

@@ -12,8 +12,8 @@ from engine.abi import VM, Call, Reply, failed
 from engine.ioctls.memory_capabilities import CAP_MAX_VCPU_ID
 from engine.ioctls.registry import EnableCap, Ioctl, Target
 from engine.ioctls.vcpu_rows import reading
-from engine.kvm.guest_memory import GuestMemory
-from engine.state.kvm_versions import KVM_2019, ONLY_LATEST, kvm_version
+from engine.kvm.memory_views import GuestMemory
+from engine.state.profiles import KVM_2019, ONLY_LATEST, kvm_version
 from engine.vcpu.vcpu import Vcpu
 
 CAP_SET_BOOT_CPU_ID = 34

@@ -1,4 +1,4 @@
-"""What the binary ABI of every kernel allows; what differs is ``LimitRows`` of ``engine.state.kvm_versions``."""
+"""What the binary ABI of every kernel allows; what differs is ``LimitRows`` of ``engine.state.profiles``."""
 
 from __future__ import annotations
 

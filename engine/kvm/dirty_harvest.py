@@ -10,11 +10,11 @@ from engine.arch import ept as bits
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import radix
 from engine.cpu.frames import FIRST_VCPU_FRAME, TOP_FREE, TOP_SPARE, ample, read_word, write_word
+from engine.cpu.host_physical_memory import find_slot, read_entry, write_entry
 from engine.cpu.page_log import INDEX_MASK, LOG_ENTRIES
-from engine.cpu.physical_memory import find_slot, read_entry, write_entry
 from engine.jit import kernel
 from engine.kvm import dirty_marking, mapping
-from engine.kvm import registers as reg
+from engine.kvm import state_frame as reg
 
 LAST_LOG_ENTRY = np.int64(LOG_ENTRIES - 1)
 NOTHING = np.int64(0)

@@ -17,11 +17,11 @@ from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import radix, sppt
 from engine.cpu.access_rights import page_part
 from engine.cpu.frames import CAP_KVM, STATE_FRAME, read_word
-from engine.cpu.physical_memory import find_slot
+from engine.cpu.host_physical_memory import find_slot
 from engine.jit import kernel
-from engine.kvm import layers
-from engine.kvm import registers as reg
-from engine.kvm.choices import KVM_SAVED_BIT
+from engine.kvm import bitmaps
+from engine.kvm import state_frame as reg
+from engine.kvm.choice_bits import KVM_SAVED_BIT
 from engine.kvm.slots import SLOT_FLAGS, SLOT_LOG_DIRTY
 
 # Bits of register DIRTY_MODE: what the written map is kept of, how whole pages are watched, whether a slot has a log.
@@ -122,7 +122,7 @@ def unseen(m, gfn, slot, mask):
 @kernel
 def permitted(m, gfn, slot):
     """Sub-pages that the hardware may write by itself: allowed, and nothing is left to note about them."""
-    mask = layers.effective(m, gfn)
+    mask = bitmaps.effective(m, gfn)
     return mask & ~unseen(m, gfn, slot, mask)
 
 

@@ -11,12 +11,12 @@ from engine.arch import access as acc
 from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import access_rights, sppt
-from engine.cpu.physical_memory import find_slot
+from engine.cpu.host_physical_memory import find_slot
 from engine.jit import kernel
-from engine.kvm import choices, dirty_marking, layers
-from engine.kvm import registers as reg
+from engine.kvm import bitmaps, choice_bits, dirty_marking
 from engine.kvm import resolutions as res
-from engine.kvm.choices import KVM_EMULATOR_CHECKS
+from engine.kvm import state_frame as reg
+from engine.kvm.choice_bits import KVM_EMULATOR_CHECKS
 from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY
 
 NO_EXIT = np.int64(exits.NONE)
@@ -28,7 +28,7 @@ SYNTHETIC = exits.Q_WRITE | 1 << exits.Q_RIGHTS_SHIFT | 4 << exits.Q_RIGHTS_SHIF
 @kernel
 def obeys(m, source):
     """Whether writes from a source obey sub-page permissions."""
-    return source == acc.GUEST or (source == acc.EMULATED and choices.chooses(m, KVM_EMULATOR_CHECKS))
+    return source == acc.GUEST or (source == acc.EMULATED and choice_bits.chooses(m, KVM_EMULATOR_CHECKS))
 
 
 @kernel
@@ -41,7 +41,7 @@ def refused(m, source, access, at, size):
         return res.COMPLETED, 0
     if m.slots[slot, SLOT_FLAGS] & SLOT_READ_ONLY:
         return res.MMIO, 0
-    denied = sppt.touched(at, size) & ~layers.effective(m, at >> 12) & FULL_ACCESS
+    denied = sppt.touched(at, size) & ~bitmaps.effective(m, at >> 12) & FULL_ACCESS
     if denied and obeys(m, source):
         return res.VIOLATION, denied
     return res.COMPLETED, 0

@@ -9,9 +9,9 @@ import numpy as np
 from engine.arch import ept as bits
 from engine.cpu import ept
 from engine.cpu.frames import EPT, STATE_FRAME, WORDS, address_of, blank, free_frame, new_frame, read_word, write_word
-from engine.cpu.physical_memory import frame_at, read_entry, write_entry
+from engine.cpu.host_physical_memory import frame_at, read_entry, write_entry
 from engine.jit import kernel
-from engine.kvm.registers import EPT_LEVELS, ROOT_EPT
+from engine.kvm.state_frame import EPT_LEVELS, ROOT_EPT
 
 NOTHING = np.int64(0)
 TABLE = bits.READ | bits.WRITE | bits.EXECUTE | bits.ACCESSED

@@ -7,11 +7,11 @@ full is armed in the same step: write permission off, bit 61 on.
 from engine.arch import ept as bits
 from engine.arch import exits
 from engine.cpu import ept
-from engine.cpu.physical_memory import find_slot, write_entry
+from engine.cpu.host_physical_memory import find_slot, write_entry
 from engine.jit import kernel
-from engine.kvm import dirty_marking, layers, mapping, page_rights, write_protection
-from engine.kvm import registers as reg
+from engine.kvm import bitmaps, dirty_marking, kvmi_rights, mapping, write_protection
 from engine.kvm import resolutions as res
+from engine.kvm import state_frame as reg
 from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY
 from engine.kvm.write_protection import LOCKLESS_WRITABLE
 
@@ -20,7 +20,7 @@ from engine.kvm.write_protection import LOCKLESS_WRITABLE
 def map_and_arm(m, gfn, slot, write, tally):
     """First touch of a page, or a leaf that lost a right it should have."""
     if write:
-        dirty_marking.note_fault(m, gfn, slot, layers.effective(m, gfn))
+        dirty_marking.note_fault(m, gfn, slot, bitmaps.effective(m, gfn))
     made = mapping.map_page(m, gfn, slot, write)
     if made == mapping.MAP_FAILED:
         return res.INTERNAL_ERROR
@@ -43,7 +43,7 @@ def fast_fault(m, gfn, slot, write, denied, trail, tally):
     last = trail[ept.TRAIL_COUNTS, 0] - 1
     level = trail[last, 0]
     entry = trail[last, 3]
-    mask = layers.effective(m, gfn)
+    mask = bitmaps.effective(m, gfn)
     lockless = entry & LOCKLESS_WRITABLE == LOCKLESS_WRITABLE
     if write and level == 1 and entry & bits.SPP and lockless:
         if not dirty_marking.note_refused(m, gfn, slot, mask, denied):
@@ -71,7 +71,7 @@ def handle_violation(m, gpa, qualification, denied, trail, tally):
     write = qualification & exits.Q_WRITE != 0
     if write and read_only:
         return res.MMIO
-    if page_rights.refuses(m, gfn, qualification):
+    if kvmi_rights.refuses(m, gfn, qualification):
         return res.VIOLATION
     if trail[ept.TRAIL_COUNTS, 0] == 0:
         return res.INTERNAL_ERROR  # wider than the walk translates: no leaf can be made for it

@@ -10,8 +10,8 @@ from engine.arch import exits
 from engine.cpu.frames import CAP_RESERVE, FIRST_VCPU_FRAME, read_word, write_word
 from engine.jit import kernel
 from engine.kvm import dirty_harvest
-from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
+from engine.kvm import state_frame as reg
 from engine.kvm.ept_misconfiguration import handle_misconfiguration
 from engine.kvm.ept_violation import handle_violation
 from engine.kvm.spp_miss import handle_miss

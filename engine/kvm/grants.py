@@ -2,18 +2,18 @@
 
 from engine.arch import ept as bits
 from engine.cpu import access_rights, sppt
-from engine.cpu.physical_memory import find_slot
+from engine.cpu.host_physical_memory import find_slot
 from engine.jit import kernel
-from engine.kvm import layers, page_rights
+from engine.kvm import bitmaps, kvmi_rights
 from engine.kvm.spp_set import refresh
 
 
 @kernel
 def grant(m, gfn, mask, trail):
     """Open sub-pages: lift a protection from them, and set them where SET denied them."""
-    before = layers.of_page(m, gfn)
+    before = bitmaps.of_page(m, gfn)
     denied, covered, lifted = before
-    layers.store(m, gfn, before, denied & ~mask, covered, lifted | (mask & covered))
+    bitmaps.store(m, gfn, before, denied & ~mask, covered, lifted | (mask & covered))
     refresh(m, gfn, trail)
 
 
@@ -22,12 +22,12 @@ def grant_touched(m, gpa, size, trail):
     """Open every refused sub-page that an access touches; returns whether there was one."""
     opened = False
     for gfn in range(gpa >> 12, ((gpa + size - 1) >> 12) + 1):
-        if page_rights.lacking(m, gfn) & bits.READ:
+        if kvmi_rights.lacking(m, gfn) & bits.READ:
             return False  # no sub-page of it is eligible
     at = gpa
     while at < gpa + size:
         part = access_rights.page_part(at, gpa + size)
-        refused = sppt.touched(at, part) & ~layers.effective(m, at >> 12)
+        refused = sppt.touched(at, part) & ~bitmaps.effective(m, at >> 12)
         if refused and find_slot(m, at >> 12) >= 0:
             grant(m, at >> 12, refused, trail)
             opened = True

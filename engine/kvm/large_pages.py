@@ -2,10 +2,10 @@
 
 from engine.arch import ept as bits
 from engine.cpu.frames import CAP_EPT_VPID
-from engine.cpu.physical_memory import SLOT_GFN, SLOT_PAGES
+from engine.cpu.host_physical_memory import SLOT_GFN, SLOT_PAGES
 from engine.jit import kernel
-from engine.kvm import choices, dirty_marking, page_rights, regions
-from engine.kvm.choices import KVM_FORCE_SMALL
+from engine.kvm import choice_bits, dirty_marking, kvmi_rights, regions
+from engine.kvm.choice_bits import KVM_FORCE_SMALL
 from engine.kvm.slots import SLOT_LEVEL
 
 
@@ -43,11 +43,11 @@ def level_for(m, gfn, slot):
     Leaves are small in any series where writes are tracked, and where page access is restricted.
     """
     level = level_of(m, gfn, slot)
-    if level > 1 and (dirty_marking.watched(m, slot) or page_rights.restricted(m, gfn, 2)):
+    if level > 1 and (dirty_marking.watched(m, slot) or kvmi_rights.restricted(m, gfn, 2)):
         return 1
-    if level == 3 and page_rights.restricted(m, gfn, 3):
+    if level == 3 and kvmi_rights.restricted(m, gfn, 3):
         level = 2
-    if level == 1 or not choices.chooses(m, KVM_FORCE_SMALL):
+    if level == 1 or not choice_bits.chooses(m, KVM_FORCE_SMALL):
         return level
     if regions.protected(m, gfn, 2):
         return 1

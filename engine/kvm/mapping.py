@@ -11,21 +11,21 @@ from engine.arch import ept as bits
 from engine.arch import sppt as sp
 from engine.cpu import ept, fastpath, tlb
 from engine.cpu.frames import STATE_FRAME, read_word, write_word
-from engine.cpu.physical_memory import read_entry, write_entry
+from engine.cpu.host_physical_memory import read_entry, write_entry
 from engine.jit import kernel
 from engine.kvm import (
-    choices,
+    bitmaps,
+    choice_bits,
     dirty_marking,
     ept_tables,
-    host_state,
-    layers,
-    page_rights,
+    host_frames,
+    kvmi_rights,
     regions,
     sppt_tables,
     write_protection,
 )
-from engine.kvm import registers as reg
-from engine.kvm.choices import KVM_FILL_IN_SET, KVM_SAVED_BIT
+from engine.kvm import state_frame as reg
+from engine.kvm.choice_bits import KVM_FILL_IN_SET, KVM_SAVED_BIT
 from engine.kvm.large_pages import level_for
 from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY
 from engine.kvm.write_protection import HOST_WRITEABLE, LOCKLESS_WRITABLE
@@ -88,13 +88,13 @@ def leaf_for(m, gfn, slot, mask, level):
     Bit 61 is only for a page that its slot and the host let be written: sub-page permissions override neither. A page
     is armed, too, for the log of its sub-pages alone; one that is watched whole is write-protected.
     """
-    gone = page_rights.lacking(m, gfn) if level == 1 else NOTHING
+    gone = kvmi_rights.lacking(m, gfn) if level == 1 else NOTHING
     entry = PAGE_BASE & ~gone
     if level == 1:
-        entry |= host_state.address_of_page(m, gfn)
+        entry |= host_frames.address_of_page(m, gfn)
     else:
         entry |= gfn << 12 & -(1 << bits.LEVEL_SHIFT[level]) | bits.PAGE
-    if m.slots[slot, SLOT_FLAGS] & SLOT_READ_ONLY or (level == 1 and host_state.read_only(m, gfn)):
+    if m.slots[slot, SLOT_FLAGS] & SLOT_READ_ONLY or (level == 1 and host_frames.read_only(m, gfn)):
         return entry
     entry |= LOCKLESS_WRITABLE
     if gone & bits.READ:
@@ -113,13 +113,13 @@ def map_page(m, gfn, slot, write):
     A write to a host page that is shared read-only gets a copy of it first. A region with a larger leaf is armed
     nowhere, whatever the maps say: that is how the first series loses protection.
     """
-    if write and host_state.read_only(m, gfn):
-        host_state.renew(m, gfn, NOTHING)
+    if write and host_frames.read_only(m, gfn):
+        host_frames.renew(m, gfn, NOTHING)
     level = level_for(m, gfn, slot)
     table, split = ept_tables.table_for(m, gfn << 12, level)
     if table == 0:
         return MAP_FAILED
-    mask = layers.effective(m, gfn)
+    mask = bitmaps.effective(m, gfn)
     entry = leaf_for(m, gfn, slot, mask, level)
     index = ept.index_of(gfn << 12, level)
     old = read_entry(m, table, index)
@@ -131,7 +131,7 @@ def map_page(m, gfn, slot, write):
     if level == 1 and entry & (bits.SPP | write_protection.saved_bit(m)):
         done = MAP_ARMED
         mask = dirty_marking.permitted(m, gfn, slot)
-        if choices.chooses(m, KVM_FILL_IN_SET):
+        if choice_bits.chooses(m, KVM_FILL_IN_SET):
             sppt_tables.fill_vectors(m, gfn, mask)
         elif sppt_tables.stale_vector(m, gfn, mask):
             invalidate_region(m, gfn)
@@ -191,12 +191,12 @@ def watch_page(m, gfn, slot, trail):
     found, level, table, index, entry = find_leaf(m, gfn, trail)
     if not found or level != 1 or entry & LOCKLESS_WRITABLE != LOCKLESS_WRITABLE:
         return
-    fresh = leaf_for(m, gfn, slot, layers.effective(m, gfn), level)
+    fresh = leaf_for(m, gfn, slot, bitmaps.effective(m, gfn), level)
     if not dirty_marking.flag_waits(m, gfn, slot):
         fresh |= entry & bits.DIRTY
     if fresh & (bits.SPP | write_protection.saved_bit(m)):
         mask = dirty_marking.permitted(m, gfn, slot)
-        if choices.chooses(m, KVM_FILL_IN_SET) or sppt_tables.stale_vector(m, gfn, mask):
+        if choice_bits.chooses(m, KVM_FILL_IN_SET) or sppt_tables.stale_vector(m, gfn, mask):
             sppt_tables.fill_vectors(m, gfn, mask)
     if write_protection.tracked(m, entry) or not entry & bits.ACCESSED:
         fresh = write_protection.aged(m, fresh)
@@ -223,7 +223,7 @@ def write_protect(m, gfn, trail):
     its map allows go on without a fault (kvm-spp 5).
     """
     found, level, table, index, entry = find_leaf(m, gfn, trail)
-    if not found or (entry & bits.WRITE == 0 and not choices.chooses(m, KVM_SAVED_BIT)):
+    if not found or (entry & bits.WRITE == 0 and not choice_bits.chooses(m, KVM_SAVED_BIT)):
         return False
     return replace(m, gfn, level, table, index, entry, write_protection.put_aside(m, entry))
 
@@ -252,5 +252,5 @@ def make_read_only(m, gfn, trail):
     kept = write_protection.with_rights(m, entry) & ~(
         bits.ADDRESS | bits.WRITE | bits.SPP | write_protection.saved_bit(m) | HOST_WRITEABLE
     )
-    fresh = kept | host_state.address_of_page(m, gfn)
+    fresh = kept | host_frames.address_of_page(m, gfn)
     return replace(m, gfn, level, table, index, entry, write_protection.aged(m, fresh))

@@ -5,7 +5,7 @@ import numpy as np
 from engine.arch.sppt import REGION_PAGES
 from engine.cpu.frames import ample
 from engine.jit import kernel
-from engine.kvm import layers, mapping
+from engine.kvm import bitmaps, mapping
 
 
 @kernel
@@ -28,7 +28,7 @@ def store_maps(m, gfn, access, start):
     for i in range(start, access.shape[0]):
         if not ample(m):
             return i
-        layers.store_set(m, gfn + i, np.int64(access[i]))
+        bitmaps.store_set(m, gfn + i, np.int64(access[i]))
     return access.shape[0]
 
 

@@ -11,7 +11,7 @@ bit  33     the host backs it with a 2-MByte page where its slot says 4 KBytes
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu.radix import read, write
 from engine.jit import kernel
-from engine.kvm.registers import ROOT_REGIONS
+from engine.kvm.state_frame import ROOT_REGIONS
 
 PROTECTED = 0xFFFF_FFFF
 SPLIT = 1 << 32

@@ -11,9 +11,9 @@ from engine.cpu.frames import ample
 from engine.cpu.guest_memory import ROOT_MEMORY
 from engine.errors import InvalidValue
 from engine.jit import kernel
-from engine.kvm import dirty_marking, host_state, layers, mapping, memory, page_rights, regions
-from engine.kvm.registers import ROOT_GRANTED, ROOT_HOST, ROOT_POLICY
+from engine.kvm import bitmaps, dirty_marking, host_frames, kvmi_rights, mapping, page_contents, regions
 from engine.kvm.slots import SlotSpec
+from engine.kvm.state_frame import ROOT_GRANTED, ROOT_HOST, ROOT_POLICY
 
 REGION = 512
 NOTHING = np.int64(0)
@@ -49,7 +49,7 @@ def region_is_empty(m, gfn, trail):
         return False
     if radix.leaf_of(m, ROOT_HOST, gfn) or regions.word(m, gfn, 2):
         return False
-    if dirty_marking.anything_noted(m, gfn) or page_rights.restricted(m, gfn, 2):
+    if dirty_marking.anything_noted(m, gfn) or kvmi_rights.restricted(m, gfn, 2):
         return False
     return mapping.nothing_mapped(m, gfn, trail)
 
@@ -71,11 +71,11 @@ def drop_pages(m, gfn, pages, start, trail):
             continue
         while at < stop:
             mapping.unmap_page(m, at, trail)
-            layers.store_set(m, at, dirty_marking.EVERYTHING)
-            memory.drop_page(m, at)
+            bitmaps.store_set(m, at, dirty_marking.EVERYTHING)
+            page_contents.drop_page(m, at)
             dirty_marking.forget_page(m, at)
-            page_rights.store(m, at, NOTHING)
-            host_state.forget(m, at)
+            kvmi_rights.store(m, at, NOTHING)
+            host_frames.forget(m, at)
             at += 1
         mapping.drop_region(m, stop - 1)
     return pages
@@ -96,11 +96,11 @@ def lift_pages(m, gfn, pages, out, trail):
             at = stop
             continue
         while at < stop:
-            denied, _, lifted = layers.of_page(m, at)
+            denied, _, lifted = bitmaps.of_page(m, at)
             content = radix.read(m, ROOT_MEMORY, at)
             written = dirty_marking.written(m, at)
             logged = dirty_marking.logged(m, at)
-            rights = page_rights.read(m, at)
+            rights = kvmi_rights.read(m, at)
             if denied or lifted or content or written or logged or rights:
                 if found < out.shape[0]:
                     out[found, PAGE_OFFSET] = at - gfn
@@ -135,11 +135,11 @@ def place_pages(m, gfn, moved, start):
         if not ample(m):
             return i
         at = gfn + moved[i, PAGE_OFFSET]
-        before = layers.of_page(m, at)
-        layers.store(m, at, before, moved[i, PAGE_DENIED], before[1], moved[i, PAGE_GRANTED] & before[1])
+        before = bitmaps.of_page(m, at)
+        bitmaps.store(m, at, before, moved[i, PAGE_DENIED], before[1], moved[i, PAGE_GRANTED] & before[1])
         radix.write(m, ROOT_MEMORY, at, moved[i, PAGE_CONTENT])
         if dirty_marking.mode(m):
             dirty_marking.store_written(m, at, moved[i, PAGE_WRITTEN])
             dirty_marking.store_logged(m, at, moved[i, PAGE_LOGGED])
-        page_rights.store(m, at, moved[i, PAGE_RIGHTS])
+        kvmi_rights.store(m, at, moved[i, PAGE_RIGHTS])
     return moved.shape[0]

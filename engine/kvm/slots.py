@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.cpu.frames import Machine
-from engine.cpu.physical_memory import SLOT_GFN, SLOT_PAGES, find_slot
+from engine.cpu.host_physical_memory import SLOT_GFN, SLOT_PAGES, find_slot
 from engine.errors import InvalidValue
 from engine.jit import kernel, short_kernel
 from engine.kvm.abi_limits import ADDRESS_SPACES
@@ -18,7 +18,7 @@ PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 HOST_PAGE_SIZES = (1 << 12, 1 << 21, 1 << 30)
 
-# A row of Machine.slots; the first two words say where its pages are, which ``cpu.physical`` knows.
+# A row of Machine.slots; the first two words say where its pages are, which ``cpu.host_physical_memory`` knows.
 SLOT_FLAGS = 2
 SLOT_ID = 3
 SLOT_LEVEL = 4  # of the leaf that maps one of its host pages

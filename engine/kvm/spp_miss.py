@@ -1,12 +1,12 @@
 """What KVM does about an SPP miss: which vectors it fills, in which tree (kvm-spp 4)."""
 
 from engine.arch import sppt as sp
-from engine.cpu.physical_memory import find_slot
+from engine.cpu.host_physical_memory import find_slot
 from engine.jit import kernel
-from engine.kvm import choices, dirty_marking, sppt_roots, sppt_tables
-from engine.kvm import registers as reg
+from engine.kvm import choice_bits, dirty_marking, sppt_roots, sppt_tables
 from engine.kvm import resolutions as res
-from engine.kvm.choices import KVM_FILL_REGION, KVM_MISS_NEEDS_SLOT
+from engine.kvm import state_frame as reg
+from engine.kvm.choice_bits import KVM_FILL_REGION, KVM_MISS_NEEDS_SLOT
 
 
 @kernel
@@ -18,12 +18,12 @@ def handle_miss(m, vcpu, gpa, tally):
     gfn = gpa >> 12
     slot = find_slot(m, gfn)
     has_slot = slot >= 0
-    if not has_slot and choices.chooses(m, KVM_MISS_NEEDS_SLOT):
+    if not has_slot and choice_bits.chooses(m, KVM_MISS_NEEDS_SLOT):
         return res.RUN_FAILED
     if sppt_roots.trees(m) == 0:
         return res.INTERNAL_ERROR  # a client's SPPT, on a machine where KVM has none
     tree = sppt_roots.tree_of(m, vcpu)
-    if choices.chooses(m, KVM_FILL_REGION):
+    if choice_bits.chooses(m, KVM_FILL_REGION):
         fill_region(m, tree, gfn)
     if has_slot:
         sppt_tables.fill_vector(m, tree, gfn, dirty_marking.permitted(m, gfn, slot))

@@ -9,19 +9,19 @@ import numpy as np
 from engine.arch import ept as bits
 from engine.arch import sppt as sp
 from engine.cpu.frames import ample
-from engine.cpu.physical_memory import find_slot, write_entry
+from engine.cpu.host_physical_memory import find_slot, write_entry
 from engine.jit import kernel
 from engine.kvm import (
-    choices,
+    bitmaps,
+    choice_bits,
     dirty_marking,
-    layers,
+    kvmi_rights,
     mapping,
-    page_rights,
     regions,
     sppt_tables,
     write_protection,
 )
-from engine.kvm.choices import KVM_SET_ZAPS
+from engine.kvm.choice_bits import KVM_SET_ZAPS
 from engine.kvm.write_protection import LOCKLESS_WRITABLE
 
 
@@ -50,7 +50,7 @@ def set_maps(m, gfn, access, start, trail):
 @kernel
 def set_map(m, gfn, access, trail):
     """SET one page."""
-    layers.store_set(m, gfn, access)
+    bitmaps.store_set(m, gfn, access)
     refresh(m, gfn, trail)
 
 
@@ -64,8 +64,8 @@ def cover(m, gfns, masks, start, trail):
         if not ample(m):
             return i
         gfn = gfns[i]
-        before = layers.of_page(m, gfn)
-        layers.store(m, gfn, before, before[0], masks[i], before[2] & masks[i])
+        before = bitmaps.of_page(m, gfn)
+        bitmaps.store(m, gfn, before, before[0], masks[i], before[2] & masks[i])
         refresh(m, gfn, trail)
     return gfns.shape[0]
 
@@ -77,7 +77,7 @@ def refresh_page(m, gfn, trail):
     Later series drop the mapping, whatever its size, and the next access makes it anew. The first one arms and disarms
     in place; it does not see a page that a larger leaf maps.
     """
-    if choices.chooses(m, KVM_SET_ZAPS):
+    if choice_bits.chooses(m, KVM_SET_ZAPS):
         mapping.invalidate_region(m, gfn)
         mapping.unmap_page(m, gfn, trail)
     else:
@@ -91,13 +91,13 @@ def rearm(m, gfn, trail):
     found, level, table, index, entry = mapping.find_leaf(m, gfn, trail)
     if not found or level != 1 or entry & LOCKLESS_WRITABLE != LOCKLESS_WRITABLE:
         return
-    if page_rights.lacking(m, gfn) & bits.READ:
+    if kvmi_rights.lacking(m, gfn) & bits.READ:
         return
     slot = find_slot(m, gfn)
     if slot >= 0 and dirty_marking.watched(m, slot):
         mapping.watch_page(m, gfn, slot, trail)
         return
-    mask = layers.effective(m, gfn)
+    mask = bitmaps.effective(m, gfn)
     if mask != sp.FULL_ACCESS:
         sppt_tables.fill_vectors(m, gfn, mask)
         fresh = entry & ~bits.WRITE | bits.SPP

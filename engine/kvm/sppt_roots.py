@@ -16,8 +16,8 @@ from engine.cpu.frames import (
     write_word,
 )
 from engine.jit import kernel
-from engine.kvm import registers as reg
-from engine.kvm.registers import SPPT_TREES
+from engine.kvm import state_frame as reg
+from engine.kvm.state_frame import SPPT_TREES
 
 
 @kernel

@@ -18,7 +18,7 @@ from engine.cpu.frames import (
     new_frame,
     write_word,
 )
-from engine.cpu.physical_memory import frame_at, read_entry, write_entry
+from engine.cpu.host_physical_memory import frame_at, read_entry, write_entry
 from engine.jit import kernel
 from engine.kvm.sppt_roots import is_root, root_frame, trees
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from engine.arch import exits
 from engine.kvm import resolutions as res
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 
 KVM_EXIT_UNKNOWN = 0
 KVM_EXIT_MMIO = 6

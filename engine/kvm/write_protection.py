@@ -7,7 +7,7 @@ next write brings it back. Without accessed flags an aged leaf has no rights at 
 from engine.arch import ept as bits
 from engine.cpu.frames import CAP_EPT_VPID, CAP_SAVED_SHIFT
 from engine.jit import kernel
-from engine.kvm import choices
+from engine.kvm import choice_bits
 
 # Software bits of KVM's leaf entries: the host page may be written; KVM has no reason of its own to forbid it.
 HOST_WRITEABLE = 1 << 10
@@ -44,7 +44,7 @@ def with_rights(m, entry):
 @kernel
 def put_aside(m, entry):
     """A leaf that KVM itself forbids to write: bit 61 goes where the processor does not look."""
-    if entry & bits.SPP and choices.chooses(m, choices.KVM_SAVED_BIT):
+    if entry & bits.SPP and choice_bits.chooses(m, choice_bits.KVM_SAVED_BIT):
         entry = entry & ~bits.SPP | saved_bit(m)
     return entry & ~bits.WRITE
 
@@ -70,6 +70,6 @@ def restored(m, entry, level, write):
     fresh = with_rights(m, entry)
     if not write or level > 1 or entry & LOCKLESS_WRITABLE != LOCKLESS_WRITABLE:
         return fresh
-    if choices.chooses(m, choices.KVM_SAVED_BIT) and fresh & saved_bit(m):
+    if choice_bits.chooses(m, choice_bits.KVM_SAVED_BIT) and fresh & saved_bit(m):
         return fresh & ~saved_bit(m) | bits.SPP
     return fresh | bits.WRITE

@@ -9,13 +9,13 @@ import numpy as np
 from engine.arch.words import signed
 from engine.cpu import frames
 from engine.errors import InvalidValue
-from engine.hyperv import l0_hyperv
-from engine.kvm import choices
-from engine.kvm import registers as reg
+from engine.hyperv import kvm_on_hyperv
+from engine.kvm import choice_bits
+from engine.kvm import state_frame as reg
 from engine.machine import vcpu_records
 from engine.state.config import VcpuConfig, VmConfig
 from engine.state.frame_store import Draft, FrameStore
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 
 
 def new_store(config: VmConfig, records: int | None = None) -> FrameStore:
@@ -29,7 +29,7 @@ def new_store(config: VmConfig, records: int | None = None) -> FrameStore:
     caps[frames.CAP_SECONDARY_ALLOWED] = config.host.secondary_allowed
     caps[frames.CAP_TERTIARY_ALLOWED] = signed(config.host.capability("procbased_ctls3"))
     rows = kvm_version(config.profile).subpages
-    caps[frames.CAP_KVM] = choices.caps(rows)
+    caps[frames.CAP_KVM] = choice_bits.caps(rows)
     caps[frames.CAP_SAVED_SHIFT] = rows.saved_shift
     caps[frames.CAP_FAST_PATH] = config.translation_cache == "off"
     records = vcpu_records.wanted(config) if records is None else records
@@ -70,7 +70,7 @@ def build(draft: Draft, config: VmConfig) -> None:
     frames.write_word(m, frames.STATE_FRAME, reg.FAIL_ALLOCATION, config.host.fail_allocation or 0)
     for position in range(records):
         vcpu_records.fill(m, config, position)
-    below = l0_hyperv.HypervHost.under(config)
+    below = kvm_on_hyperv.HypervHost.under(config)
     if below is not None:
         draft.ensure(2 * records + frames.RESERVE)
-        l0_hyperv.build(draft.machine, range(records), below)
+        kvm_on_hyperv.build(draft.machine, range(records), below)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from engine.cpu import frames
 from engine.errors import Conflict, InvalidValue, NotEnabled, NotFound
 from engine.kvm import dirty_harvest, dirty_marking
-from engine.kvm import registers as reg
+from engine.kvm import state_frame as reg
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import key_of
 from engine.machine.page_logs import buffered_pages, empty_buffers, store_register, use_buffers, watch_slot

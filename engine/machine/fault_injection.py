@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from engine.cpu import frames
 from engine.errors import OutOfMemory
-from engine.kvm import registers as reg
+from engine.kvm import state_frame as reg
 from engine.machine.state import Operations
 
 

@@ -15,21 +15,21 @@ from engine.arch import controls as ctl
 from engine.arch import paging
 from engine.arch.hypercall import XMM_REGISTERS
 from engine.errors import InvalidValue
-from engine.hyperv import dispatch, l0_hyperv, modes, nested_paging, notes
+from engine.hyperv import dispatch, kvm_on_hyperv, modes, nested_paging, notes
 from engine.hyperv.caller import LOW, Caller
 from engine.hyperv.dispatch import HypercallContext
 from engine.hyperv.encode import CallFields
-from engine.hyperv.execution import Effect, Facts
-from engine.hyperv.exits import exit_to_l1, finish_in_guest, rip_of
+from engine.hyperv.flush_execution import Effect, Facts
+from engine.hyperv.hypercall_exits import exit_to_l1, finish_in_guest, rip_of
 from engine.hyperv.outcome import Outcome
 from engine.hyperv.privileges import Privileges
 from engine.hyperv.tlfs_rules import Environment
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.machine.hyperv_vps import enter, hyperv_host, leave, nested_guest_of, vps_of
 from engine.machine.linear_width import host_width
 from engine.machine.nested_states import close_vcpu, open_vcpu
 from engine.machine.state import Change, Operations
-from engine.machine.vcpus import CachedTranslation, translation_of
+from engine.machine.vcpu_operations import CachedTranslation, translation_of
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID
 from engine.vcpu.vcpu import Vcpu
 
@@ -56,7 +56,7 @@ class HypercallRequest:
 
 @dataclass(frozen=True)
 class VpEffect:
-    """What a flush did to one VP, by translation; see ``hyperv.execution.Effect``."""
+    """What a flush did to one VP, by translation; see ``hyperv.flush_execution.Effect``."""
 
     vcpu: int
     vp_index: int
@@ -153,12 +153,12 @@ def _dispatch(change: Change, whole: Vcpu, position: int, caller: Caller, ram: G
     host = hyperv_host(change.config)
     if host is None or own.guest is not None:
         return dispatch.hypercall(caller, own)
-    guests = [l0_hyperv.nested_guest(change.machine, vp.position, host) for vp in own.vps]
+    guests = [kvm_on_hyperv.nested_guest(change.machine, vp.position, host) for vp in own.vps]
     exact = change.config.flush_execution or "exact"
     below = replace(
         own,
         privileges=host.privileges,
-        partition_memory=l0_hyperv.HostPages(change.machine),
+        partition_memory=kvm_on_hyperv.HostPages(change.machine),
         vps=[replace(vp, nested_ids=(g.vm_id, g.vp_id)) for vp, g in zip(own.vps, guests, strict=True)],
         policy="tlfs",
         facts=replace(own.facts, execution="exact" if exact == "kvm" else exact),

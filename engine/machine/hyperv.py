@@ -8,12 +8,12 @@ from engine.arch import controls as ctl
 from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME
 from engine.errors import InvalidValue, Unsupported
-from engine.hyperv import execution, l0_hyperv, notes, queues
+from engine.hyperv import flush_execution, kvm_on_hyperv, notes, queues
 from engine.machine.hypercalls import Hypercalls
-from engine.machine.hyperv_pages import SharedPages
 from engine.machine.hyperv_vps import enter, hyperv_host
 from engine.machine.nested_states import open_vcpu
-from engine.state.kvm_versions import kvm_version
+from engine.machine.shared_pages import SharedPages
+from engine.state.profiles import kvm_version
 
 CAP_ENFORCE_CPUID = 199
 
@@ -55,7 +55,7 @@ class HypervOperations(Hypercalls, SharedPages):
         with self._state.change() as draft:
             if full:
                 nested = bool(frames.read_word(draft.machine, FIRST_VCPU_FRAME + position, ctl.V_GUEST_MODE))
-                execution.full_flush(draft.machine, position, nested)
+                flush_execution.full_flush(draft.machine, position, nested)
             enter(draft, vcpu)
         return self.flush_queue(vcpu)
 
@@ -119,12 +119,12 @@ class HypervOperations(Hypercalls, SharedPages):
         position = self._config.vcpu_position(vcpu)
         host = hyperv_host(self._config)
         with self._state.change() as draft:
-            errno = "ENOTTY" if host is None else l0_hyperv.enable_direct_flush(draft.machine, position, host)
+            errno = "ENOTTY" if host is None else kvm_on_hyperv.enable_direct_flush(draft.machine, position, host)
             if errno is not None:
                 raise Unsupported(
                     "must be offered: KVM has it on a Hyper-V that serves flushes of nested guests (host.hyperv)",
                     field="capability",
-                    value=l0_hyperv.CAP_DIRECT_FLUSH,
+                    value=kvm_on_hyperv.CAP_DIRECT_FLUSH,
                     errno=errno,
                 )
 

@@ -8,10 +8,10 @@ from engine.arch import controls as ctl
 from engine.arch.hyperv_pages import DIRECT_HYPERCALL
 from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME, Machine
-from engine.hyperv import execution, l0_hyperv, modes, nested_paging, notes, queues
-from engine.hyperv.direct import NestedGuest
-from engine.hyperv.execution import Facts, Vp
-from engine.kvm.guest_memory import GuestMemory
+from engine.hyperv import flush_execution, kvm_on_hyperv, modes, nested_paging, notes, queues
+from engine.hyperv.flush_execution import Facts, Vp
+from engine.hyperv.l2_hypercalls import NestedGuest
+from engine.kvm.memory_views import GuestMemory
 from engine.machine.linear_width import host_width
 from engine.machine.nested_states import NestedStates, first_identity, first_mp_state
 from engine.machine.state import Change
@@ -21,9 +21,9 @@ from engine.trace.columns import TraceChunk
 from engine.vcpu.vcpu import Vcpu
 
 
-def hyperv_host(config: VmConfig) -> l0_hyperv.HypervHost | None:
+def hyperv_host(config: VmConfig) -> kvm_on_hyperv.HypervHost | None:
     """The Hyper-V under KVM, None where there is none."""
-    return l0_hyperv.HypervHost.under(config)
+    return kvm_on_hyperv.HypervHost.under(config)
 
 
 def vps_of(config: VmConfig, m: Machine, states: NestedStates) -> list[Vp]:
@@ -76,14 +76,14 @@ def enter(change: Change, vcpu: int) -> None:
     if host is not None and position >= 0:
         change.ensure()
         m = change.machine
-        l0_hyperv.entering(m, position, _identity(change, vcpu), host)
+        kvm_on_hyperv.entering(m, position, _identity(change, vcpu), host)
     if position >= 0 and queues.requested(m.queues, position):
         change.ensure()
         m = change.machine
         frame = FIRST_VCPU_FRAME + position
         nested = bool(frames.read_word(m, frame, ctl.V_GUEST_MODE))
         width = host_width(change.config, m, change.nested)
-        execution.service(m, position, nested, Facts.of(change.config, width))
+        flush_execution.service(m, position, nested, Facts.of(change.config, width))
 
 
 def leave(change: Change, vcpu: int) -> None:
@@ -92,7 +92,7 @@ def leave(change: Change, vcpu: int) -> None:
     if host is not None:
         change.ensure()
         position = int(change.machine.vcpu_of_id[vcpu])
-        l0_hyperv.exited(change.machine, position, _identity(change, vcpu), host)
+        kvm_on_hyperv.exited(change.machine, position, _identity(change, vcpu), host)
 
 
 class Runs:

@@ -14,7 +14,7 @@ from engine.arch.paging import CR4_LA57, LINEAR_48, LINEAR_57
 from engine.cpu.frames import FIRST_VCPU_FRAME, Machine
 from engine.machine.nested_states import NestedStates, first_identity
 from engine.state.config import VmConfig
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 from engine.vcpu.cpuid import has_la57
 
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from engine.arch import hypercall as hv
 from engine.cpu import tlb, tlb_select
-from engine.hyperv.execution import Effect
+from engine.hyperv.flush_execution import Effect
+from engine.hyperv.flush_or_refusal import Flush
 from engine.hyperv.outcome import Outcome
-from engine.hyperv.request import Flush
 from engine.trace.operations import HYPERCALL, INVLPG, MOV_CR3, OP_NAMES
 from engine.trace.translations import MISSES, Miss
 

@@ -15,9 +15,9 @@ from engine import nested
 from engine.abi import UserBuffer
 from engine.arch import vmx_msrs
 from engine.arch.hyperv_cpuid import CpuidEntry
-from engine.arch.nested_state import NO_ADDRESS
+from engine.arch.kvm_nested_state import NO_ADDRESS
 from engine.errors import InvalidValue, Unsupported
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.machine.nested_states import (
     NestedStates,
     VmSettings,

@@ -20,12 +20,12 @@ from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.words import signed, unsigned
 from engine.cpu import frames
 from engine.hyperv import modes, notes
-from engine.kvm import registers as reg
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm import state_frame as reg
+from engine.kvm.memory_views import GuestMemory
 from engine.machine import vcpu_areas
 from engine.state.config import NESTED_CAPABILITIES, VcpuConfig, VmConfig
 from engine.state.frame_store import Draft
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL
 from engine.vcpu.registers import RESET_REGISTERS
 from engine.vcpu.vcpu import SvmState, Vcpu, VcpuHost, VmxState

@@ -20,8 +20,8 @@ from engine.arch import ept
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu.frames import Machine
 from engine.errors import EngineError, InvalidValue
-from engine.kvm import page_access as kernels
-from engine.kvm.enabling import not_enabled
+from engine.kvm import kvmi_page_access as kernels
+from engine.kvm.enabling_checks import not_enabled
 from engine.kvm.slots import check_pages
 from engine.machine.state import Operations
 from engine.state.config import choices

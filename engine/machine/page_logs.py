@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from engine.arch import controls as ctl
 from engine.arch import ept
-from engine.cpu import frames, physical_memory
+from engine.cpu import frames, host_physical_memory
 from engine.cpu.page_log import INDEX_MASK, LOG_ENTRIES
 from engine.errors import Conflict, Unsupported
 from engine.kvm import dirty_harvest, dirty_marking
-from engine.kvm import registers as reg
+from engine.kvm import state_frame as reg
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec
 from engine.machine.state import register
@@ -64,7 +64,7 @@ def _give_buffer(machine: frames.Machine, frame: int) -> None:
 
 
 def _take_buffer(machine: frames.Machine, frame: int) -> None:
-    buffer = int(physical_memory.frame_at(machine, frames.read_word(machine, frame, ctl.V_PML_ADDRESS)))
+    buffer = int(host_physical_memory.frame_at(machine, frames.read_word(machine, frame, ctl.V_PML_ADDRESS)))
     if buffer >= 0:
         frames.free_frame(machine, buffer)
     _set_buffer(machine, frame, 0, int(frames.read_word(machine, frame, ctl.V_SECONDARY)) & ~ctl.SECONDARY_PML)
@@ -83,7 +83,7 @@ def buffered_pages(machine: frames.Machine, slots: SlotMap) -> NDArray[np.int64]
         for frame in _vcpu_frames(machine):
             table = int(frames.read_word(machine, frame, ctl.V_PML_ADDRESS))
             first = (int(frames.read_word(machine, frame, ctl.V_PML_INDEX)) + 1) & INDEX_MASK
-            entries = (int(physical_memory.read_entry(machine, table, n)) for n in range(first, LOG_ENTRIES))
+            entries = (int(host_physical_memory.read_entry(machine, table, n)) for n in range(first, LOG_ENTRIES))
             found += ((entry & ept.ADDRESS) >> 12 for entry in entries)
     gfns = np.array(found, dtype=np.int64)
     held: NDArray[np.int64] = gfns[np.array([slots.holding(gfn) is not None for gfn in found], dtype=bool)]

@@ -16,14 +16,14 @@ import numpy as np
 from engine.cpu import frames
 from engine.cpu.frames import Machine
 from engine.errors import Busy
-from engine.kvm import registers as reg
+from engine.kvm import state_frame as reg
 from engine.kvm.protections import Protection
 from engine.kvm.slot_map import SlotMap
-from engine.machine.fast_path import fast_path_serves
+from engine.machine.fastpath_choice import fast_path_serves
 from engine.machine.nested_states import NestedStates
 from engine.state.config import VmConfig
 from engine.state.frame_store import Draft, FrameStore, Snapshot
-from engine.trace.objects import Targets, targets_of
+from engine.trace.object_hits import Targets, targets_of
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Operations:
 
 
 def register(machine: Machine, position: np.int64) -> int:
-    """A word of the state frame, by its number in ``kvm.registers``."""
+    """A word of the state frame, by its number in ``kvm.state_frame``."""
     return int(machine.rows[machine.row_of[frames.STATE_FRAME], position])
 
 

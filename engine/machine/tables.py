@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.words import signed
-from engine.cpu import ept, explain, frames, physical_memory, sppt
+from engine.cpu import ept, explain, frames, host_physical_memory, sppt
 from engine.cpu.sentences import ReadEntry
 from engine.errors import InvalidValue
-from engine.kvm import registers as reg
+from engine.kvm import state_frame as reg
 from engine.machine.state import Operations
 from engine.state.retry import new_trail
 
@@ -86,7 +86,7 @@ class TableOperations(Operations):
                 raise InvalidValue(
                     f"an entry is stored in table memory; there is none at {entry.table:#x}", field="level", value=level
                 )
-            physical_memory.write_entry(machine, entry.table, entry.index, signed(raw))
+            host_physical_memory.write_entry(machine, entry.table, entry.index, signed(raw))
             if structure is _SPPT:
                 frames.write_word(machine, frames.STATE_FRAME, reg.SPPT_EDITED, 1)
             trail[structure.first_row + place, 3] = signed(raw)

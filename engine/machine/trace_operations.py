@@ -19,7 +19,7 @@ from engine.errors import InvalidValue, TraceError
 from engine.hyperv.caller import Caller
 from engine.kvm import resolutions as res
 from engine.kvm.exit_handling import count_exit, handle_exit
-from engine.kvm.run import MAX_EXITS
+from engine.kvm.vcpu_run import MAX_EXITS
 from engine.machine.hypercalls import HypercallRequest, execute_hypercall
 from engine.machine.hyperv_vps import enter
 from engine.machine.missed_flushes import Done, Place, explanation, nearest, told

@@ -8,16 +8,16 @@ from numpy.typing import NDArray
 from engine.arch import access as acc
 from engine.cpu import explain, frames
 from engine.errors import LimitExceeded
-from engine.kvm import memory
-from engine.kvm import registers as reg
-from engine.kvm.guest_memory import store_bytes
+from engine.kvm import page_contents
+from engine.kvm import state_frame as reg
+from engine.kvm.memory_views import store_bytes
 from engine.machine import walks
 from engine.machine.hyperv_vps import Runs, enter, leave
 from engine.machine.state import Change, Operations
 from engine.machine.trace_operations import TraceOperations
-from engine.trace.choices import ASK
-from engine.trace.execution import Execute
+from engine.trace.access_execution import Execute
 from engine.trace.interactive import InteractiveReplay
+from engine.trace.option_names import ASK
 from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
 from engine.trace.single import AccessRequest, AccessResult
 from engine.trace.timed import TimedReplay
@@ -39,7 +39,7 @@ class Traces(Operations):
             _count(change, tally)
             leave(change, request.vcpu)
             if result.allowed and places and request.access == acc.READ:
-                return result.with_data(b"".join(memory.read_bytes(change.machine, *place) for place in places))
+                return result.with_data(b"".join(page_contents.read_bytes(change.machine, *place) for place in places))
         return result
 
     def replay(self, options: ReplayOptions, earlier: InteractiveReplay | None = None) -> ReplayTransaction:

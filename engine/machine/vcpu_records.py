@@ -14,15 +14,15 @@ from engine.arch import ept
 from engine.arch.words import signed
 from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME
-from engine.cpu.physical_memory import frame_at
-from engine.hyperv import l0_hyperv
+from engine.cpu.host_physical_memory import frame_at
+from engine.hyperv import kvm_on_hyperv
 from engine.kvm import mapping, sppt_roots, sppt_tables
-from engine.kvm import registers as reg
+from engine.kvm import state_frame as reg
 from engine.machine import page_logs
 from engine.machine.nested_states import SHARED_REGISTERS
 from engine.state.config import VmConfig
 from engine.state.frame_store import Draft
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 from engine.vcpu.registers import RESET_REGISTERS
 
 # A 64-bit guest with paging on, as the selftests leave one.
@@ -100,10 +100,10 @@ def _make(draft: Draft, config: VmConfig, position: int) -> None:
         if kvm_version(config.profile).subpages.sppt_per_vcpu:
             _add_tree(draft, position)
         sppt_roots.load_root(draft.machine, position)
-    below = l0_hyperv.HypervHost.under(config)
+    below = kvm_on_hyperv.HypervHost.under(config)
     draft.ensure()
     if below is not None:
-        l0_hyperv.build(draft.machine, range(position, position + 1), below)
+        kvm_on_hyperv.build(draft.machine, range(position, position + 1), below)
     page_logs.follow_siblings(draft.machine, position)
 
 

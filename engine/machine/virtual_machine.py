@@ -10,29 +10,29 @@ from numpy.typing import NDArray
 
 from engine.arch import access as acc
 from engine.cpu import frames
-from engine.kvm import registers as reg
+from engine.kvm import state_frame as reg
 from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
 from engine.kvm.slots import SlotSpec
 from engine.machine import creation, durable, vcpu_records, walks
 from engine.machine.dirty import DirtyOperations
 from engine.machine.fault_injection import Allocations
-from engine.machine.host_memory import HostMemoryOperations
+from engine.machine.host_memory_operations import HostMemoryOperations
 from engine.machine.hyperv import HypervOperations
 from engine.machine.hyperv_vps import hyperv_host
-from engine.machine.memory import Memory
-from engine.machine.memory_slots import SlotOperations
+from engine.machine.memory_operations import Memory
 from engine.machine.nested import NestedOperations
 from engine.machine.page_access import AccessOperations
-from engine.machine.protections import Protections
+from engine.machine.protection_operations import Protections
+from engine.machine.slot_operations import SlotOperations
 from engine.machine.state import MachineState, State
-from engine.machine.subpages import SubpageRange, Subpages
+from engine.machine.subpage_operations import SubpageRange, Subpages
 from engine.machine.summary import Summary
 from engine.machine.tables import TableOperations
 from engine.machine.traces import Traces
-from engine.machine.vcpus import VcpuOperations
+from engine.machine.vcpu_operations import VcpuOperations
 from engine.state.config import VmConfig
 from engine.state.frame_store import Snapshot
-from engine.trace.execution import Execute, execute
+from engine.trace.access_execution import Execute, execute
 from engine.trace.interactive import InteractiveReplay
 from engine.trace.session import ReplayOptions, ReplayTransaction
 from engine.trace.single import AccessRequest, AccessResult
@@ -110,7 +110,7 @@ class VirtualMachine:
         return frames.in_use(self.state.current.snapshot.machine)
 
     def counters(self) -> dict[str, int]:
-        """Totals since creation, by the names in ``kvm.registers``, and frames and bytes in use."""
+        """Totals since creation, by the names in ``kvm.state_frame``, and frames and bytes in use."""
         now = self.state.current
         machine = now.snapshot.machine
         words = machine.rows[machine.row_of[frames.STATE_FRAME]]

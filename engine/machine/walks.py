@@ -13,9 +13,9 @@ import numpy as np
 from engine.arch.exits import EPT_MISCONFIGURATION, name_of
 from engine.cpu.explain import Explanation
 from engine.cpu.frames import Machine
-from engine.cpu.physical_memory import find_slot
+from engine.cpu.host_physical_memory import find_slot
 from engine.errors import EngineError
-from engine.kvm import page_access, page_rights
+from engine.kvm import kvmi_page_access, kvmi_rights
 from engine.kvm import resolutions as res
 from engine.kvm.slots import SLOT_ID
 from engine.machine.page_access import text_of
@@ -117,9 +117,9 @@ def _mmio(m: Machine, gfn: int, reason: int) -> str:
 
 def _violation(m: Machine, gfn: int, after: Explanation) -> str:
     """A page that lacks read or execute is refused before KVM maps it; there is no entry to blame then."""
-    row = np.zeros((1, page_access.ROW_WORDS), dtype=np.int64)
-    page_access.read_rights(m, np.array([gfn], dtype=np.int64), row)
-    rights = int(row[0, page_access.ROW_RIGHTS])
-    if not after.denied and page_rights.KEPT & ~rights:
+    row = np.zeros((1, kvmi_page_access.ROW_WORDS), dtype=np.int64)
+    kvmi_page_access.read_rights(m, np.array([gfn], dtype=np.int64), row)
+    rights = int(row[0, kvmi_page_access.ROW_RIGHTS])
+    if not after.denied and kvmi_rights.KEPT & ~rights:
         return f"denied: the page access of GFN {gfn:#x} is {text_of(rights)}"
     return after.sentence

@@ -12,10 +12,10 @@ from typing import Literal
 
 from engine.arch.evmcs import CLEAN_ALL, CLEAN_BITS, EVMCS, EVMCS_SIZE, NESTED_FLUSH_HYPERCALL
 from engine.arch.hyperv_pages import VP_ASSIST
-from engine.arch.nested_state import NO_ADDRESS
+from engine.arch.kvm_nested_state import NO_ADDRESS
 from engine.arch.vmcs12 import EVMCS_VERSION, VMCS12, VMCS12_PAGE, VMCS12_REVISION, put
-from engine.kvm.guest_memory import GuestMemory
-from engine.state.kvm_versions import kvm_version
+from engine.kvm.memory_views import GuestMemory
+from engine.state.profiles import kvm_version
 from engine.vcpu.hv_cpuid import evmcs_version
 from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE
 from engine.vcpu.vcpu import EVMPTR_NONE, EVMPTR_PENDING, Vcpu, VcpuHost

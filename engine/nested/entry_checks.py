@@ -7,7 +7,7 @@ from functools import partial
 
 from engine.arch import vmx_msrs as vmx
 from engine.arch.vmcs12 import get
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.nested.entry_context import EntryCheck, EntryContext, ReadingContext
 from engine.nested.entry_controls import CONTROL_CHECKS, CONTROL_FIELDS
 from engine.nested.entry_state import GUEST_CHECKS, HOST_CHECKS

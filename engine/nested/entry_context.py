@@ -9,8 +9,8 @@ from typing import Any
 from engine.arch import vmx_msrs as vmx
 from engine.arch.hyperv_cpuid import find_leaf
 from engine.arch.vmcs12 import REVISION_MASK, SHADOW_INDICATOR, VMCS12_REVISION, get
-from engine.kvm.guest_memory import GuestMemory
-from engine.state.kvm_versions import PROFILES, ProfileName
+from engine.kvm.memory_views import GuestMemory
+from engine.state.profiles import PROFILES, ProfileName
 from engine.vcpu import cpuid as cpuid_facts
 from engine.vcpu.control_registers import respects_fixed_bits
 from engine.vcpu.registers import active_secondary

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from engine.arch import vmx_msrs as vmx
 from engine.nested.entry_context import EntryCheck, EntryContext
-from engine.state.kvm_versions import ONLY_LATEST
+from engine.state.profiles import ONLY_LATEST
 from engine.vcpu.msrs import longest_list
 
 _MSR_ENTRY_SIZE = 16

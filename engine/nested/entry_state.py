@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.arch import vmx_msrs as vmx
-from engine.arch.nested_state import NO_ADDRESS
+from engine.arch.kvm_nested_state import NO_ADDRESS
 from engine.arch.paging import canonical
 from engine.nested.entry_context import (
     EntryCheck,
@@ -18,7 +18,7 @@ from engine.nested.entry_context import (
     pat_valid,
     revision_matches,
 )
-from engine.state.kvm_versions import ONLY_LATEST
+from engine.state.profiles import ONLY_LATEST
 from engine.vcpu.registers import CR0_PE, CR0_PG, CR4_PAE
 
 _CR0_WP = 1 << 16

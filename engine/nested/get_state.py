@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.abi import UserBuffer
-from engine.arch import nested_state as abi
+from engine.arch import kvm_nested_state as abi
 from engine.arch import vmx_msrs as vmx
 from engine.arch.vmcs12 import VMCS12_PAGE, get
-from engine.kvm.guest_memory import GuestMemory, TrialMemory
+from engine.kvm.memory_views import GuestMemory, TrialMemory
 from engine.nested import enlightened, svm
 from engine.nested.transitions import refresh_vmcs12
 from engine.vcpu.registers import active_secondary

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from engine.arch.hyperv_cpuid import CpuidEntry, find_leaf
 from engine.arch.vmx_msrs import IA32_FEATURE_CONTROL
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.nested.transitions import leave_nested, map_pending, synchronise
 from engine.vcpu.msrs import write_msr
 from engine.vcpu.runtime_cpuid import current_cpuid, with_state

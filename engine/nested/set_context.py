@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from engine.abi import UserBuffer
-from engine.arch import nested_state as abi
+from engine.arch import kvm_nested_state as abi
 from engine.arch import vmx_msrs as vmx
 from engine.arch.vmcs12 import get
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.nested.verdict import CheckReport
 from engine.vcpu.registers import active_secondary
 from engine.vcpu.vcpu import Vcpu

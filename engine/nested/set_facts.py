@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from engine.arch import nested_state as abi
+from engine.arch import kvm_nested_state as abi
 from engine.arch.vmcs12 import VMCS12, VMCS12_REVISION, get
 from engine.nested.set_context import SetContext
 from engine.nested.verdict import Facts

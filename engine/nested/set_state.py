@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.abi import UserBuffer
-from engine.arch import nested_state as abi
+from engine.arch import kvm_nested_state as abi
 from engine.arch.vmcs12 import VMCS12, get
-from engine.kvm.guest_memory import GuestMemory, TrialMemory
+from engine.kvm.memory_views import GuestMemory, TrialMemory
 from engine.nested import svm
 from engine.nested.entry_checks import explain_checks, first_failure
 from engine.nested.entry_context import is_shadow, revision_matches
@@ -20,7 +20,7 @@ from engine.nested.set_context import SetContext
 from engine.nested.set_facts import facts_of
 from engine.nested.transitions import enter_guest, enter_operation, leave_nested
 from engine.nested.verdict import CheckReport, Facts, SetResult, Verdict
-from engine.state.kvm_versions import ONLY_2019, ONLY_LATEST, PROFILES, ProfileName
+from engine.state.profiles import ONLY_2019, ONLY_LATEST, PROFILES, ProfileName
 from engine.vcpu.vcpu import EVMPTR_PENDING, Vcpu
 
 _INTEL = ("intel",)

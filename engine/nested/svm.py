@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from engine.abi import UserBuffer
-from engine.arch import nested_state as abi
+from engine.arch import kvm_nested_state as abi
 from engine.arch.struct_layout import Field, Layout
 from engine.arch.vmx_msrs import EFER_LMA, EFER_LME, EFER_NX, EFER_SCE, EFER_SVME
 from engine.nested.verdict import CheckReport, Facts, Verdict, report_in_order

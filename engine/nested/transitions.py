@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from engine.arch import vmx_msrs as vmx_bits
-from engine.arch.nested_state import NO_ADDRESS
+from engine.arch.kvm_nested_state import NO_ADDRESS
 from engine.arch.vmcs12 import get, put
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.nested import enlightened
 from engine.nested.entry_checks import cr3_refusal
 from engine.vcpu.msrs import load_msr_list, store_msr_list

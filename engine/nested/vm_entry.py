@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.arch import vmx_msrs as vmx_bits
-from engine.arch.nested_state import NO_ADDRESS
+from engine.arch.kvm_nested_state import NO_ADDRESS
 from engine.arch.vmcs12 import VMCS12_PAGE, VMCS12_REVISION, get, put
 from engine.errors import Conflict
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.nested import enlightened
 from engine.nested.entry_checks import first_failure
 from engine.nested.entry_context import is_shadow, revision_matches

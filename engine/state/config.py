@@ -13,7 +13,7 @@ from engine.arch import ept
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.vmx_msrs import MSR_BY_NAME
 from engine.errors import InvalidValue, NotFound
-from engine.state.kvm_versions import KVM_2019, PROFILES
+from engine.state.profiles import KVM_2019, PROFILES
 
 TRANSLATION_CACHES = ("off", "model")
 VENDORS = ("intel", "amd")

@@ -18,15 +18,15 @@ from engine.arch import access as acc
 from engine.arch.sppt import SUBPAGE_SHIFT
 from engine.cpu.frames import Machine
 from engine.errors import LimitExceeded
-from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
-from engine.kvm import run
+from engine.kvm import state_frame as reg
+from engine.kvm import vcpu_run
 from engine.kvm.grants import grant_touched
 from engine.state.config import choices
 from engine.state.frame_store import Draft
-from engine.trace import objects, record_checks, replay
-from engine.trace.choices import ANSWERS, ASK
+from engine.trace import object_hits, record_checks, replay
 from engine.trace.columns import TraceChunk
+from engine.trace.option_names import ANSWERS, ASK
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult
 from engine.trace.session import COUNTED_ONCE, Replay, ReplayOptions, frozen
 
@@ -69,7 +69,7 @@ class InteractiveReplay(Replay):
         self,
         draft: Draft,
         options: ReplayOptions,
-        targets: objects.Targets,
+        targets: object_hits.Targets,
         before: Callable[[TraceChunk], None] | None = None,
     ) -> None:
         super().__init__(draft, options, targets, before)
@@ -106,7 +106,9 @@ class InteractiveReplay(Replay):
         self._counted[:] = self.tally
         return added
 
-    def go_on(self, draft: Draft, targets: objects.Targets, before: Callable[[TraceChunk], None] | None = None) -> None:
+    def go_on(
+        self, draft: Draft, targets: object_hits.Targets, before: Callable[[TraceChunk], None] | None = None
+    ) -> None:
         """The answer is coming: take on the machine as it is now."""
         assert self._place is not None
         # Drafts begin from what was published: the very same arrays unless somebody else changed something.
@@ -160,7 +162,7 @@ class InteractiveReplay(Replay):
 
     def _ending(self) -> int:
         """How the last exit of the log ended."""
-        return int(self._log[int(self._used[0]) - 1, run.EXIT_REASON]) >> 16 & 0xFF
+        return int(self._log[int(self._used[0]) - 1, vcpu_run.EXIT_REASON]) >> 16 & 0xFF
 
     def _grants(self, place: Place) -> bool:
         gpa, word = place.words
@@ -212,7 +214,7 @@ class InteractiveReplay(Replay):
 
     # Objects that come and go
 
-    def _take_objects(self, targets: objects.Targets, place: Place) -> None:
+    def _take_objects(self, targets: object_hits.Targets, place: Place) -> None:
         """From here on these objects count; what was counted for one by name goes on to count for it."""
         self._drain(place.chunk if self._options.carry else None, place.base)
         before, hits, seen, touched = self._by_object(), self._hits, self._seen, self._touched
@@ -229,7 +231,7 @@ class InteractiveReplay(Replay):
         self._gone = {name: hit for name, hit in before.items() if name not in targets.names}
         self._set = self._set_of(targets)
 
-    def _set_of(self, targets: objects.Targets) -> int:
+    def _set_of(self, targets: object_hits.Targets) -> int:
         for number, known in enumerate(self._sets):
             if known.names == targets.names and np.array_equal(known.index.ranges, targets.index.ranges):
                 return number
@@ -258,7 +260,7 @@ class InteractiveReplay(Replay):
         return replace(found, exit_columns=columns)
 
 
-def _united(sets: Sequence[objects.Targets]) -> tuple[objects.ObjectIndex, tuple[str, ...]]:
+def _united(sets: Sequence[object_hits.Targets]) -> tuple[object_hits.ObjectIndex, tuple[str, ...]]:
     """One index for several sets of objects, each at its number above the addresses, and the names of all."""
     names = tuple(dict.fromkeys(name for known in sets for name in known.names))
     position = {name: at for at, name in enumerate(names)}
@@ -269,4 +271,4 @@ def _united(sets: Sequence[objects.Targets]) -> tuple[objects.ObjectIndex, tuple
         ranges[:, 3:] += number << SET_SHIFT - SUBPAGE_SHIFT
         ranges[:, 2] = [position[known.names[at]] for at in ranges[:, 2].tolist()]
         parts.append(ranges)
-    return objects.index_of(np.concatenate(parts)), names
+    return object_hits.index_of(np.concatenate(parts)), names

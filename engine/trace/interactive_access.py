@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.cpu.ept import TRAIL_ROWS
-from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
+from engine.kvm import state_frame as reg
 from engine.kvm.grants import grant_touched
 from engine.state.config import VmConfig, choices
 from engine.state.frame_store import Draft
-from engine.trace.choices import ANSWERS
-from engine.trace.execution import (
+from engine.trace.access_execution import (
     Execution,
     by_linear_address,
     feed,
@@ -28,7 +27,8 @@ from engine.trace.execution import (
     settled,
 )
 from engine.trace.interactive import InteractiveReplay
-from engine.trace.objects import Targets
+from engine.trace.object_hits import Targets
+from engine.trace.option_names import ANSWERS
 from engine.trace.results import ExitColumns, join
 from engine.trace.single import AccessRequest, AccessResult
 

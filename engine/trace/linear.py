@@ -16,9 +16,9 @@ from engine.arch import exceptions, exits
 from engine.arch.words import signed
 from engine.cpu import access_rights, ept, guest_paging, instruction, tlb
 from engine.cpu.frames import Machine
-from engine.kvm import layers, run
-from engine.kvm import registers as reg
+from engine.kvm import bitmaps, vcpu_run
 from engine.kvm import resolutions as res
+from engine.kvm import state_frame as reg
 from engine.kvm.exit_handling import block_nmis, count_exit, handle_exit
 from engine.kvm.grants import grant_touched
 from engine.kvm.slots import is_mmio
@@ -62,7 +62,7 @@ def run_linear(
 ) -> Ending:
     """Run an access of ``size`` bytes at ``linear`` on the vCPU at a position, whose id is ``vcpu``."""
     trail, steps, pages = instruction.scratch()
-    log = np.zeros((2 * run.MAX_EXITS + 2, run.EXIT_WORDS), dtype=np.int64)
+    log = np.zeros((2 * vcpu_run.MAX_EXITS + 2, vcpu_run.EXIT_WORDS), dtype=np.int64)
     used = np.zeros(1, dtype=np.int64)
     start, length, access = np.int64(signed(linear)), np.int64(size), how & acc.ACCESS_MASK
     stale = granted = guarded = False
@@ -83,11 +83,11 @@ def run_linear(
         block_nmis(m, position, how, value)
         resolution = int(handle_exit(m, position, gpa, how, reason, value, denied, trail, tally))
         tlb.transition(m, position)
-        if resolution <= res.LAST_INTERNAL and used[0] >= run.MAX_EXITS:
+        if resolution <= res.LAST_INTERNAL and used[0] >= vcpu_run.MAX_EXITS:
             resolution = res.INTERNAL_ERROR
         word = part | access << 16 | vcpu << 32 | insn_len << acc.RECORD_LENGTH_SHIFT
         marked = resolution | (res.STALE if misled else 0)
-        run.log_exit(log, used, 0, gpa, word, signed(gla), reason, value, marked, denied, gpa)
+        vcpu_run.log_exit(log, used, 0, gpa, word, signed(gla), reason, value, marked, denied, gpa)
         if resolution <= res.LAST_INTERNAL:
             continue
         tally[reg.VIOLATIONS] += resolution == res.VIOLATION and not granted
@@ -100,11 +100,11 @@ def run_linear(
     if resolution == res.COMPLETED and _is_mmio_without_ept(draft.machine, position, pages[:count], access):
         resolution = res.MMIO
         word = size | access << 16 | vcpu << 32
-        run.log_exit(log, used, 0, gpa, word, signed(gla), reason, 0, resolution, 0, gpa)
+        vcpu_run.log_exit(log, used, 0, gpa, word, signed(gla), reason, 0, resolution, 0, gpa)
     if reason == -exceptions.VIRTUALIZATION:
         # No VM exit, but what the guest is told: listed as an access by GPA lists it.
         word = size | access << 16 | vcpu << 32
-        run.log_exit(log, used, 0, gpa, word, signed(gla), exits.EPT_VIOLATION, value, resolution, denied, gpa)
+        vcpu_run.log_exit(log, used, 0, gpa, word, signed(gla), exits.EPT_VIOLATION, value, resolution, denied, gpa)
     places: Places = ()
     if resolution == res.COMPLETED:
         places = tuple((int(row[instruction.P_GPA]), int(row[instruction.P_SIZE])) for row in pages[:count])
@@ -115,7 +115,7 @@ def run_linear(
         tally[reg.WRITES] += 1
         tally[reg.PAGE_GRANULAR] += guarded
         if resolution == res.COMPLETED:
-            tally[reg.UNENFORCED] += any(bool(layers.refuses(draft.machine, at, part)) for at, part in places)
+            tally[reg.UNENFORCED] += any(bool(bitmaps.refuses(draft.machine, at, part)) for at, part in places)
     tally[reg.RECORDS] += 1
     tally[reg.MMIO] += resolution == res.MMIO
     tally[reg.EXCEPTIONS] += resolution == res.EXCEPTION

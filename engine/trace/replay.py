@@ -12,11 +12,11 @@ from engine.arch.controls import V_GUEST_MODE
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import access_rights, ept, fastpath, sppt
 from engine.cpu.frames import FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
-from engine.cpu.physical_memory import find_slot
+from engine.cpu.host_physical_memory import find_slot
 from engine.jit import kernel, stands_alone
-from engine.kvm import dirty_marking, emulator, exit_handling, layers, run
-from engine.kvm import registers as reg
+from engine.kvm import bitmaps, dirty_marking, emulator, exit_handling, vcpu_run
 from engine.kvm import resolutions as res
+from engine.kvm import state_frame as reg
 from engine.kvm.grants import grant_touched
 from engine.kvm.slots import is_mmio, writable_bytes
 from engine.trace.record_checks import DONE, describe, refusal
@@ -54,7 +54,7 @@ def in_protected_page(m, gpa, size):
     if not read_word(m, STATE_FRAME, reg.SPP_ACTIVE):
         return False
     for gfn in range(gpa >> 12, ((gpa + size - 1) >> 12) + 1):
-        if layers.effective(m, gfn) != FULL_ACCESS and find_slot(m, gfn) >= 0:
+        if bitmaps.effective(m, gfn) != FULL_ACCESS and find_slot(m, gfn) >= 0:
             return True
     return False
 
@@ -69,7 +69,7 @@ def passes_unenforced(m, vcpu, gpa, size):
     at = gpa
     while at < gpa + size:
         part = access_rights.page_part(at, gpa + size)
-        if sppt.touched(at, part) & ~layers.effective(m, at >> 12):
+        if sppt.touched(at, part) & ~bitmaps.effective(m, at >> 12):
             return True
         at += part
     return False
@@ -93,7 +93,7 @@ def run_without_ept(m, gpa, word, index, gva, list_all, log, used, tally):
     if is_mmio(m, gpa, word & 0xFFFF, writes):
         tally[reg.MMIO] += 1
         if list_all:
-            run.log_exit(log, used, index, gpa, word, gva, exits.NONE, 0, res.MMIO, 0, gpa)
+            vcpu_run.log_exit(log, used, index, gpa, word, gva, exits.NONE, 0, res.MMIO, 0, gpa)
     elif writes:
         note_landing(m, gpa, word & 0xFFFF)
     return DONE
@@ -103,7 +103,7 @@ def run_without_ept(m, gpa, word, index, gva, list_all, log, used, tally):
 def attempt(m, source, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all):
     """Run an access by whoever makes it; returns as ``run.execute`` does."""
     if source == acc.GUEST:
-        return run.execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all)
+        return vcpu_run.execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all)
     return emulator.execute(m, source, gpa, word & 0xFFFF, how & acc.ACCESS_MASK, tally)
 
 
@@ -143,7 +143,7 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     if access != acc.WRITE:
         guarded = resolution == res.VIOLATION  # page access is of whole pages anyway
     if resolution == res.VIOLATION or resolution == res.INTERNAL_ERROR or resolution == res.RUN_FAILED:
-        run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
+        vcpu_run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
         if resolution == res.VIOLATION:
             tally[reg.VIOLATIONS] += 1
         if options[OPTION_ON_VIOLATION] == STOP:
@@ -159,15 +159,15 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
             )
             resolution = ending & ~res.STALE
             if list_all and (resolution == res.VIOLATION or resolution == res.INTERNAL_ERROR):
-                run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
+                vcpu_run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
     if resolution == res.MMIO or resolution == res.EXCEPTION:
         tally[reg.MMIO] += resolution == res.MMIO
         if list_all:
-            run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
+            vcpu_run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
     elif resolution == res.COMPLETED:
         if ending != resolution:
-            run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
-        tally[reg.UNENFORCED] += closed and layers.refuses(m, gpa, word & 0xFFFF)
+            vcpu_run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
+        tally[reg.UNENFORCED] += closed and bitmaps.refuses(m, gpa, word & 0xFFFF)
     tally[reg.PAGE_GRANULAR] += guarded
     tally[reg.WRITES] += access == acc.WRITE
     return DONE
@@ -254,7 +254,7 @@ def replay(m, words, gvas, start, base, options, trail, log, used, tally):
         if not ample(m):
             status = NEED_FRAMES
             break
-        if used[0] + 2 * run.MAX_EXITS + 2 > log.shape[0]:
+        if used[0] + 2 * vcpu_run.MAX_EXITS + 2 > log.shape[0]:
             status = LOG_FULL
             break
         gva = gvas[i] if gvas.shape[0] else NO_GVA

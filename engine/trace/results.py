@@ -15,9 +15,9 @@ from engine.arch import exits
 from engine.arch.access import ACCESS_NAMES
 from engine.cpu import sppt
 from engine.jit import kernel
-from engine.kvm import run
+from engine.kvm import vcpu_run
 from engine.kvm.resolutions import RESOLUTION_NAMES
-from engine.trace.objects import ObjectIndex, build_index, objects_of
+from engine.trace.object_hits import ObjectIndex, build_index, objects_of
 from engine.trace.translations import Translations
 
 # Name, dtype and meaning of the columns of an exit record, in the order in which they are shown.
@@ -118,25 +118,25 @@ def split_log(
 ) -> None:
     """Take the words of log rows apart into the columns of ``EXIT_COLUMNS`` and the first byte of each access."""
     for i in range(log.shape[0]):
-        word = log[i, run.EXIT_RECORD]
-        at = log[i, run.EXIT_AT]
-        end = min(log[i, run.EXIT_GPA] + (word & 0xFFFF), (at | 0xFFF) + 1)
-        index[i] = log[i, run.EXIT_INDEX]
+        word = log[i, vcpu_run.EXIT_RECORD]
+        at = log[i, vcpu_run.EXIT_AT]
+        end = min(log[i, vcpu_run.EXIT_GPA] + (word & 0xFFFF), (at | 0xFFF) + 1)
+        index[i] = log[i, vcpu_run.EXIT_INDEX]
         vcpu[i] = (word >> 32) & 0xFFFF
-        reason[i] = log[i, run.EXIT_REASON] & 0xFFFF
-        qualification[i] = log[i, run.EXIT_QUALIFICATION]
+        reason[i] = log[i, vcpu_run.EXIT_REASON] & 0xFFFF
+        qualification[i] = log[i, vcpu_run.EXIT_QUALIFICATION]
         gpa[i] = at
-        gva[i] = log[i, run.EXIT_GVA]
+        gva[i] = log[i, vcpu_run.EXIT_GVA]
         size[i] = word & 0xFFFF
         access[i] = (word >> 16) & 0xFF
         gfn[i] = at >> 12
         subpages[i] = sppt.touched(at, end - at)
-        denied[i] = log[i, run.EXIT_DENIED]
-        resolution[i] = (log[i, run.EXIT_REASON] >> 16) & 0xFF
-        stale[i] = log[i, run.EXIT_REASON] >> 24
+        denied[i] = log[i, vcpu_run.EXIT_DENIED]
+        resolution[i] = (log[i, vcpu_run.EXIT_REASON] >> 16) & 0xFF
+        stale[i] = log[i, vcpu_run.EXIT_REASON] >> 24
         source[i] = word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK
         insn_len[i] = word >> acc.RECORD_LENGTH_SHIFT & acc.RECORD_LENGTH_MASK
-        first[i] = log[i, run.EXIT_GPA]
+        first[i] = log[i, vcpu_run.EXIT_GPA]
 
 
 def columns_of_log(log: NDArray[np.int64]) -> tuple[dict[str, NDArray[Any]], NDArray[np.uint64]]:

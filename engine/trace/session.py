@@ -12,13 +12,13 @@ from engine.arch import access as acc
 from engine.cpu.ept import TRAIL_ROWS
 from engine.cpu.frames import STATE_FRAME, Machine
 from engine.errors import InvalidValue, TraceError
-from engine.kvm import registers as reg
-from engine.kvm import run
+from engine.kvm import state_frame as reg
+from engine.kvm import vcpu_run
 from engine.state.config import choices
 from engine.state.frame_store import Draft
-from engine.trace import objects, record_checks, replay
-from engine.trace.choices import ASK, INCLUDE, ON_VIOLATION
+from engine.trace import object_hits, record_checks, replay
 from engine.trace.columns import TraceChunk
+from engine.trace.option_names import ASK, INCLUDE, ON_VIOLATION
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult, columns_of_log, join
 
 # Rows of the exit buffer: drained into columns when full, so a replay's memory is its kept exits and this.
@@ -87,7 +87,7 @@ class Replay:
         self,
         draft: Draft,
         options: ReplayOptions,
-        targets: objects.Targets,
+        targets: object_hits.Targets,
         before: Callable[[TraceChunk], None] | None = None,
     ) -> None:
         self._draft = draft
@@ -96,7 +96,7 @@ class Replay:
         self._words = options.words()
         self._aim(targets)
         self._trail = np.zeros((TRAIL_ROWS, 4), dtype=np.int64)
-        self._log = np.zeros((LOG_ROWS, run.EXIT_WORDS), dtype=np.int64)
+        self._log = np.zeros((LOG_ROWS, vcpu_run.EXIT_WORDS), dtype=np.int64)
         self._used = np.zeros(1, dtype=np.int64)
         self._no_gva = frozen(np.zeros(0, dtype=np.uint64))
         self._parts: list[ExitColumns] = []
@@ -110,12 +110,12 @@ class Replay:
         # The index of that record, and its words.
         self.stop = (0, 0, 0)
 
-    def _aim(self, targets: objects.Targets) -> None:
+    def _aim(self, targets: object_hits.Targets) -> None:
         """Count violations for these objects from here on."""
         self._targets = targets
         names = len(targets.names)
-        self._hits = np.zeros((names, objects.HIT_WORDS), dtype=np.int64)
-        self._hits[:, objects.HIT_FIRST] = -1
+        self._hits = np.zeros((names, object_hits.HIT_WORDS), dtype=np.int64)
+        self._hits[:, object_hits.HIT_FIRST] = -1
         self._seen = np.full(names, -1, dtype=np.int64)
         self._touched = np.full(names, -1, dtype=np.int64)
 
@@ -221,7 +221,7 @@ class Replay:
         if count == 0:
             return
         self._used[0] = 0
-        objects.attribute(self._targets.index, self._log, count, self._hits, self._seen, self._touched)
+        object_hits.attribute(self._targets.index, self._log, count, self._hits, self._seen, self._touched)
         kept = min(count, self._options.max_exit_records - self._kept)
         self._dropped += count - kept
         if kept:
@@ -232,7 +232,7 @@ class Replay:
         columns, record_gpa = columns_of_log(log)
         carry = {}
         if chunk is not None:
-            at = log[:, run.EXIT_INDEX] - base
+            at = log[:, vcpu_run.EXIT_INDEX] - base
             carry = {name: np.array(chunk.carry[name][at]) for name in self._options.carry}
         return ExitColumns(columns, record_gpa, self._has_gva, carry, self._targets.index, self._targets.names)
 

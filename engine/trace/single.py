@@ -12,7 +12,7 @@ from engine.errors import InvalidValue
 from engine.kvm.user_exits import UserExit
 from engine.state.config import VmConfig, choices
 from engine.trace import record_checks
-from engine.trace.choices import ON_VIOLATION
+from engine.trace.option_names import ON_VIOLATION
 from engine.trace.record_checks import GPA_LIMIT
 from engine.trace.results import ExitColumns
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engine.errors import TraceError
 from engine.state.frame_store import Draft
-from engine.trace import objects, record_checks, translated
+from engine.trace import object_hits, record_checks, translated
 from engine.trace.columns import TraceChunk
 from engine.trace.operations import NO_SPACE, Operation
 from engine.trace.results import TraceResult
@@ -51,7 +51,7 @@ class TimedReplay(Replay):
         self,
         draft: Draft,
         options: ReplayOptions,
-        targets: objects.Targets,
+        targets: object_hits.Targets,
         before: Callable[[TraceChunk], None],
         performs: Performs,
     ) -> None:

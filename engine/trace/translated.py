@@ -14,8 +14,8 @@ from engine.arch.words import positions
 from engine.cpu import access_rights, ept, tlb
 from engine.cpu.frames import CAP_RESERVED_ADDRESS, FIRST_VCPU_FRAME, ample, read_word, write_word
 from engine.jit import kernel
-from engine.kvm import registers as reg
-from engine.kvm import run
+from engine.kvm import state_frame as reg
+from engine.kvm import vcpu_run
 from engine.kvm.slots import is_mmio
 from engine.trace import record_checks
 from engine.trace import replay as plain
@@ -233,7 +233,7 @@ def replay(m, words, gvas, spaces, start, stop, base, options, trail, log, used,
         if not ample(m):
             status = plain.NEED_FRAMES
             break
-        if used[0] + 2 * run.MAX_EXITS + 2 > log.shape[0]:
+        if used[0] + 2 * vcpu_run.MAX_EXITS + 2 > log.shape[0]:
             status = plain.LOG_FULL
             break
         if count[COUNT_USED] + MOST_PAGES > found.shape[0]:

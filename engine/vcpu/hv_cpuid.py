@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.arch.hyperv_cpuid import EVMCS_VERSIONS, CpuidEntry
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 from engine.vcpu.vcpu import Vcpu, VcpuHost
 
 

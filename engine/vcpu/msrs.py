@@ -11,7 +11,7 @@ from __future__ import annotations
 from engine.arch import hyperv_cpuid as leaves
 from engine.arch import vmx_msrs as vmx
 from engine.arch.hyperv_cpuid import find_leaf
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.vcpu import cpuid as cpuid_facts
 from engine.vcpu.apic_base import APIC_BASE, apic_base, in_x2apic_mode, takes_apic_base
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX, K7_HWCR

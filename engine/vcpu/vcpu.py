@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from engine.arch.hyperv_cpuid import CpuidEntry, find_leaf
-from engine.arch.nested_state import NO_ADDRESS
+from engine.arch.kvm_nested_state import NO_ADDRESS
 from engine.arch.vmcs12 import VMCS12_PAGE
 from engine.errors import InvalidValue
-from engine.state.kvm_versions import KVM_2019, KvmVersion, kvm_version
+from engine.state.profiles import KVM_2019, KvmVersion, kvm_version
 from engine.vcpu import cpuid as cpuid_facts
 from engine.vcpu.registers import RESET_REGISTERS
 from engine.vcpu.vmx_capabilities import VmxCapabilities

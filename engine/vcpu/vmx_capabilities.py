@@ -13,7 +13,7 @@ from typing import Any
 from engine.arch import vmx_msrs as vmx
 from engine.arch.vmx_msrs import MSR_BY_NAME, ControlValue
 from engine.errors import InvalidValue
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 
 # MSR number of the "true" register of each control; the secondary controls have only one.
 _CONTROL_MSR = {

@@ -16,21 +16,21 @@ from engine.cpu import frames
 from engine.cpu.ept import TRAIL_ROWS
 from engine.hyperv import nested_paging
 from engine.hyperv.encode import CallFields
-from engine.hyperv.execution import drop_nested
+from engine.hyperv.flush_execution import drop_nested
 from engine.ioctls.partial_set import SubpageCalls
 from engine.kvm import exit_handling, mapping, spp_set, sppt_roots
 from engine.kvm.grants import grant_touched
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec, first_page_without_slot
 from engine.machine import SubpageRange, VirtualMachine
 from engine.machine.hypercalls import HypercallRequest
 from engine.machine.page_access import AccessChange
 from engine.state.config import VcpuConfig, VmConfig
-from engine.state.kvm_versions import PROFILES
+from engine.state.profiles import PROFILES
 from engine.trace.columns import TraceChunk
 from engine.trace.interactive import InteractiveReplay
-from engine.trace.objects import attribute, fill_objects
+from engine.trace.object_hits import attribute, fill_objects
 from engine.trace.operations import INVLPG, MOV_CR3, Operation, Operations
 from engine.trace.replay import replay
 from engine.trace.results import split_log

@@ -16,7 +16,7 @@ from engine.arch.sppt import SUBPAGE_SHIFT
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.machine import VirtualMachine
 from engine.machine.summary import summary_from_head
-from engine.trace.objects import index_of
+from engine.trace.object_hits import index_of
 from engine.trace.results import EXIT_COLUMNS, ExitColumns
 from service.runtime.events import KINDS
 from service.runtime.trace_records import columns_of, trace_of

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from service.runtime.job import Job
 
 
-# Those of ``engine.trace.choices``, which are not imported for a help text; a test compares them.
+# Those of ``engine.trace.option_names``, which are not imported for a help text; a test compares them.
 
 
 class Format(StrEnum):

@@ -39,7 +39,7 @@ _TICK = timedelta(microseconds=1)
 
 
 def build(config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool) -> VirtualMachine:
-    """A machine with its slots; an error of a slot names its place in ``memory_slots``."""
+    """A machine with its slots; an error of a slot names its place in ``slot_operations``."""
     machine = VirtualMachine.create(config)
     for position, spec in enumerate(slots):
         try:

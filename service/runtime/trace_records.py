@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.trace.objects import ObjectIndex
+from engine.trace.object_hits import ObjectIndex
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult
 from service.runtime.traces import NO_RECORDS, PART, Trace, TraceRequest
 from service.runtime.translation_records import translations_of

@@ -2,7 +2,7 @@
 
 The machine is made of the engine's own frames, with the arena placed so that the frames of tables have the addresses
 that the tables have under Bochs: raw entries need no translation. Words outside tables are guest memory (GPA = HPA).
-``engine.cpu.entry`` checks the controls and ``engine.cpu.instruction`` makes the access.
+``engine.cpu.control_checks`` checks the controls and ``engine.cpu.instruction`` makes the access.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch.words import signed, unsigned
-from engine.cpu import entry, frames, instruction
-from engine.kvm import memory
+from engine.cpu import control_checks, frames, instruction
+from engine.kvm import page_contents
 
 from . import layout
 from .bochs import Processor
@@ -90,7 +90,7 @@ class EngineMachine:
         if page >= ARENA:
             row = m.row_of[(page - ARENA) // layout.PAGE]
         else:
-            row = memory.own_content_row(m, np.int64(page // layout.PAGE))
+            row = page_contents.own_content_row(m, np.int64(page // layout.PAGE))
         view: NDArray[np.int64] = m.rows[row]
         return view
 
@@ -108,7 +108,7 @@ class EngineMachine:
         words = vector.memory()
         self.store(words)
         self.set_vcpu({ctl.V_EPTP: vector.eptp, ctl.V_SPPTP: vector.spptp, ctl.V_SECONDARY: vector.secondary})
-        error = int(entry.vm_entry(self.machine, VCPU))
+        error = int(control_checks.vm_entry(self.machine, VCPU))
         outcome = Outcome(Event.ENTRY_FAILED, reason=error) if error else self.access(vector, words)
         self.store({address: self.base.get(address, 0) for address in words})
         return outcome

@@ -14,7 +14,7 @@ from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.words import unsigned
-from engine.cpu import frames, physical_memory
+from engine.cpu import frames, host_physical_memory
 from engine.cpu.ept import TRAIL_ROWS
 from engine.errors import EngineError
 from engine.kvm import mapping
@@ -254,7 +254,7 @@ def store_leaf(vm: VirtualMachine, gfn: int, change: Callable[[int], int]) -> No
     def write(m: frames.Machine) -> None:
         found, _, table, index, entry = mapping.find_leaf(m, gfn, new_trail())
         assert found
-        physical_memory.write_entry(m, table, index, np.int64(change(int(entry))))
+        host_physical_memory.write_entry(m, table, index, np.int64(change(int(entry))))
 
     edit(vm, write)
 
@@ -270,11 +270,11 @@ def vector(vm: VirtualMachine, gfn: int, tree: int = 0) -> int | None:
     record = m.rows[m.row_of[frames.FIRST_VCPU_FRAME + tree]]
     table = int(m.caps[frames.CAP_ARENA]) + (int(record[ctl.V_SPPT_ROOT]) << 12)
     for shift in (39, 30, 21):
-        entry = int(physical_memory.read_entry(m, table, (gfn << 12 >> shift) & 511))
+        entry = int(host_physical_memory.read_entry(m, table, (gfn << 12 >> shift) & 511))
         if not entry & 1:
             return None
         table = entry & bits.ADDRESS
-    return unsigned(int(physical_memory.read_entry(m, table, gfn & 511)))
+    return unsigned(int(host_physical_memory.read_entry(m, table, gfn & 511)))
 
 
 def access(vm: VirtualMachine, gpa: int, kind: int = WRITE, **options: Any) -> list[str]:

@@ -119,7 +119,7 @@ MUTANTS = (
     ),
     Mutant(
         "region2-of-2019",
-        "engine/ioctls/memory_slots.py",
+        "engine/ioctls/user_memory_region.py",
         'Ioctl("KVM_SET_USER_MEMORY_REGION2", VM, set_user_memory_region2, profiles=ONLY_LATEST),',
         'Ioctl("KVM_SET_USER_MEMORY_REGION2", VM, set_user_memory_region2),',
         "the kernel of 2019 does not know the second form",

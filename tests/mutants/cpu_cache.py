@@ -6,7 +6,7 @@ from .mutant import Mutant
 from .paths import CACHED, named
 
 TLB_PY = "engine/cpu/tlb.py"
-MMU_PY = "engine/cpu/mmu.py"
+MMU_PY = "engine/cpu/cached_check.py"
 INSTRUCTION_PY = "engine/cpu/instruction.py"
 
 MUTANTS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .mutant import Mutant
 from .paths import CACHED, ENTRY, named
 
-ENTRY_PY = "engine/cpu/entry.py"
+ENTRY_PY = "engine/cpu/control_checks.py"
 INVALIDATE_PY = "engine/cpu/invalidate.py"
 
 MUTANTS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .mutant import Mutant
 from .paths import ACCESS_CHECK, DERIVED, LOG, named, plain
 
-PHYSICAL_MEMORY_PY = "engine/cpu/physical_memory.py"
+PHYSICAL_MEMORY_PY = "engine/cpu/host_physical_memory.py"
 EPT_PY = "engine/cpu/ept.py"
 
 MUTANTS = (

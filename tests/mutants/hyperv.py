@@ -8,9 +8,9 @@ from .paths import HYPERV, MACHINE, named
 KVM_RULES = "engine/hyperv/kvm_rules.py"
 TLFS_RULES = "engine/hyperv/tlfs_rules.py"
 QUEUES_PY = "engine/hyperv/queues.py"
-EXECUTION_PY = "engine/hyperv/execution.py"
-DIRECT_PY = "engine/hyperv/direct.py"
-RANGES_PY = "engine/hyperv/ranges.py"
+EXECUTION_PY = "engine/hyperv/flush_execution.py"
+DIRECT_PY = "engine/hyperv/l2_hypercalls.py"
+RANGES_PY = "engine/hyperv/flush_ranges.py"
 LINEAR_WIDTH_PY = "engine/machine/linear_width.py"
 SELECT_PY = "engine/cpu/tlb_select.py"
 VECTORS = f"{HYPERV}/test_hypercall_vectors.py"
@@ -101,7 +101,7 @@ MUTANTS = (
     ),
     Mutant(
         "hyperv-each-page",
-        "engine/state/kvm_versions.py",
+        "engine/state/profiles.py",
         "flushes_each_page = Row(False, True)  # of a range of a flush list, or by its first address: 7.1 and 6.16",
         "flushes_each_page = Row(False, False)  # of a range of a flush list, or by its first address: 7.1 and 6.16",
         "Linux 7.1: each page of a range is looked at",
@@ -117,7 +117,7 @@ MUTANTS = (
     ),
     Mutant(
         "invvpid-width-of-7.1",
-        "engine/state/kvm_versions.py",
+        "engine/state/profiles.py",
         "invvpid_by_host = Row(False, True)  # its address has the host's width, or that of CR4.LA57",
         "invvpid_by_host = Row(False, False)  # its address has the host's width, or that of CR4.LA57",
         "Linux 7.1: INVVPID holds its address to the host's width",
@@ -186,7 +186,7 @@ MUTANTS = (
         "if nested == 0 or m.tlb[row, tlb.E_NESTED_VM] != vm:",
         "if nested == 0:",
         "TLFS: a direct flush is of the contexts of the caller's VM id",
-        named(f"{HYPERV}/test_direct.py", "nothing_required_is_left_of_other_contexts_either"),
+        named(f"{HYPERV}/test_l2_hypercalls.py", "nothing_required_is_left_of_other_contexts_either"),
     ),
     Mutant(
         "hyperv-lock-count",
@@ -194,7 +194,7 @@ MUTANTS = (
         "if not any(page):",
         "if True:",
         "TLFS: L1 is told after a flush while its TLB lock count is not 0",
-        named(f"{HYPERV}/test_direct.py", "the_lock_count_asks_for_an_exit_after_the_flush"),
+        named(f"{HYPERV}/test_l2_hypercalls.py", "the_lock_count_asks_for_an_exit_after_the_flush"),
     ),
     Mutant(
         "hyperv-direct-hypercall",
@@ -202,7 +202,7 @@ MUTANTS = (
         "if not guest.direct:",
         "if False:",
         "TLFS: L1 asks for direct hypercalls in its VP assist page",
-        named(f"{HYPERV}/test_direct.py", "reflected"),
+        named(f"{HYPERV}/test_l2_hypercalls.py", "reflected"),
     ),
     Mutant(
         "hyperv-clean-bit",
@@ -214,7 +214,7 @@ MUTANTS = (
     ),
     Mutant(
         "hyperv-late-vp-id",
-        "engine/hyperv/l0_hyperv.py",
+        "engine/hyperv/kvm_on_hyperv.py",
         '_put(m, vcpu, host, {"hv_vp_id": vp_index & 0xFFFF_FFFF, "hv_clean_fields": CLEAN_ALL})',
         '_put(m, vcpu, host, {"hv_clean_fields": CLEAN_ALL})',
         "Linux 5.4: the VP id is stored after each exit",
@@ -222,11 +222,11 @@ MUTANTS = (
     ),
     Mutant(
         "hyperv-direct-hypercall-taken-back",
-        "engine/hyperv/l0_hyperv.py",
+        "engine/hyperv/kvm_on_hyperv.py",
         'fields["control"] |= DIRECT_HYPERCALL if asks else 0',
         'fields["control"] = DIRECT_HYPERCALL if asks else 0',
         "Linux 5.4: loading an enlightened VMCS that does not ask leaves DirectHypercall as it is",
-        named(f"{HYPERV}/test_l0_hyperv.py", "loading_and_leaving_a_cpu"),
+        named(f"{HYPERV}/test_kvm_on_hyperv.py", "loading_and_leaving_a_cpu"),
     ),
     Mutant(
         "hyperv-msrs-enforced",
@@ -238,11 +238,11 @@ MUTANTS = (
     ),
     Mutant(
         "hyperv-amd-2019",
-        "engine/hyperv/l0_hyperv.py",
+        "engine/hyperv/kvm_on_hyperv.py",
         "able = self.ported if self.svm else self.evmcs",
         "able = self.svm or self.evmcs",
         "Linux 5.4: on AMD there is no direct flush",
-        named(f"{HYPERV}/test_l0_hyperv.py", "on_amd_kvm_asks_since_it_was_ported"),
+        named(f"{HYPERV}/test_kvm_on_hyperv.py", "on_amd_kvm_asks_since_it_was_ported"),
     ),
     Mutant(
         "hyperv-xmm-list",

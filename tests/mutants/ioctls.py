@@ -105,7 +105,7 @@ MUTANTS = (
     ),
     Mutant(
         "region-wraps",
-        "engine/ioctls/memory_slots.py",
+        "engine/ioctls/user_memory_region.py",
         "if (size | gpa | address) % PAGE_SIZE or address + size > USER_TOP or gpa + size >= 1 << 64:",
         "if (size | gpa) % PAGE_SIZE or gpa + size >= 1 << 64:",
         "the host address is on a page of user memory",

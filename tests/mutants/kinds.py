@@ -90,7 +90,7 @@ MUTANTS = (
     ),
     Mutant(
         "kind-remembers-refusal",
-        "engine/kvm/run.py",
+        "engine/kvm/vcpu_run.py",
         "if resolution == res.VIOLATION and denied and part == size and how == acc.PLAIN_WRITE:",
         "if resolution == res.VIOLATION and denied and part == size:",
         "only a plain write's refusal is remembered",
@@ -114,7 +114,7 @@ MUTANTS = (
     ),
     Mutant(
         "grant-not-tried",
-        "engine/trace/execution.py",
+        "engine/trace/access_execution.py",
         'retried = granted and last == res.VIOLATION and int((exits.column("resolution") == last).sum()) == 1',
         'retried = request.on_violation == "grant" and int((exits.column("resolution") == last).sum()) == 1',
         "an access that was not granted anything did not succeed",
@@ -139,7 +139,7 @@ MUTANTS = (
     ),
     Mutant(
         "physical-guest-memory",
-        "engine/cpu/physical_memory.py",
+        "engine/cpu/host_physical_memory.py",
         "return guest_memory.read_word(m, page + 8 * index)",
         "return -1",
         "guest RAM is at the HPA that equals its GPA",
@@ -147,7 +147,7 @@ MUTANTS = (
     ),
     Mutant(
         "physical-word",
-        "engine/cpu/physical_memory.py",
+        "engine/cpu/host_physical_memory.py",
         "guest_memory.write_word(m, page + 8 * index, word)",
         "guest_memory.write_word(m, page, word)",
         "table 26-1: each word of the area has its place",
@@ -155,7 +155,7 @@ MUTANTS = (
     ),
     Mutant(
         "no-memory-lands",
-        "engine/trace/execution.py",
+        "engine/trace/access_execution.py",
         "return int(first_page_without_slot(m, first, (gpa + size - 1) // FRAME_SIZE - first + 1)) < 0",
         "return True",
         "nothing lands where there is no memory",

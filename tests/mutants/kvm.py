@@ -9,13 +9,13 @@ SPP_SET_PY = "engine/kvm/spp_set.py"
 EPT_VIOLATION_PY = "engine/kvm/ept_violation.py"
 SPP_MISS_PY = "engine/kvm/spp_miss.py"
 EXIT_HANDLING_PY = "engine/kvm/exit_handling.py"
-LAYERS_PY = "engine/kvm/layers.py"
+LAYERS_PY = "engine/kvm/bitmaps.py"
 PROTECTIONS_PY = "engine/kvm/protections.py"
-PHYSICAL_PY = "engine/cpu/physical_memory.py"
+PHYSICAL_PY = "engine/cpu/host_physical_memory.py"
 SLOTS_PY = "engine/kvm/slots.py"
 SPPT_PY = "engine/kvm/sppt_tables.py"
 MAPPING_PY = "engine/kvm/mapping.py"
-RUN_PY = "engine/kvm/run.py"
+RUN_PY = "engine/kvm/vcpu_run.py"
 
 MUTANTS = (
     Mutant(
@@ -45,24 +45,24 @@ MUTANTS = (
     Mutant(
         "layers-unprotect-keeps-grant",
         SPP_SET_PY,
-        "layers.store(m, gfn, before, before[0], masks[i], before[2] & masks[i])",
-        "layers.store(m, gfn, before, before[0], masks[i], before[2])",
+        "bitmaps.store(m, gfn, before, before[0], masks[i], before[2] & masks[i])",
+        "bitmaps.store(m, gfn, before, before[0], masks[i], before[2])",
         "a grant ends with the protection",
         named(LAYERS, "grant_ends_with_the_protection"),
     ),
     Mutant(
         "layers-protect-lifts-set",
         SPP_SET_PY,
-        "layers.store(m, gfn, before, before[0], masks[i], before[2] & masks[i])",
-        "layers.store(m, gfn, before, np.int64(0), masks[i], before[2] & masks[i])",
+        "bitmaps.store(m, gfn, before, before[0], masks[i], before[2] & masks[i])",
+        "bitmaps.store(m, gfn, before, np.int64(0), masks[i], before[2] & masks[i])",
         "a protection never lifts a SET",
         named(LAYERS, "set_never_lifts_a_protection_and_a_protection_never_lifts_a_set"),
     ),
     Mutant(
         "layers-grant-leaves-set",
         "engine/kvm/grants.py",
-        "layers.store(m, gfn, before, denied & ~mask, covered, lifted | (mask & covered))",
-        "layers.store(m, gfn, before, denied, covered, lifted | (mask & covered))",
+        "bitmaps.store(m, gfn, before, denied & ~mask, covered, lifted | (mask & covered))",
+        "bitmaps.store(m, gfn, before, denied, covered, lifted | (mask & covered))",
         "a grant opens what SET denied",
         named(LAYERS, "grant_opens_what_was_refused_and_nothing_else"),
     ),
@@ -176,8 +176,8 @@ MUTANTS = (
     Mutant(
         "fault-miss-profile",
         SPP_MISS_PY,
-        "if choices.chooses(m, KVM_FILL_REGION):",
-        "if not choices.chooses(m, KVM_FILL_REGION):",
+        "if choice_bits.chooses(m, KVM_FILL_REGION):",
+        "if not choice_bits.chooses(m, KVM_FILL_REGION):",
         "kvm-spp 3.3: 2019 fills one page, later series the region",
         named(FAULT, "later_series_fill_the_whole_region_at_one_miss", "2019_miss_fills_the_page_that_missed"),
     ),

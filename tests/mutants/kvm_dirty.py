@@ -9,14 +9,14 @@ LARGE_PAGES_PY = "engine/kvm/large_pages.py"
 TRACKING_PY = "engine/kvm/dirty_marking.py"
 DIRTY_LOG_PY = "engine/kvm/dirty_harvest.py"
 MAPPING_PY = "engine/kvm/mapping.py"
-RUN_PY = "engine/kvm/run.py"
-RIGHTS_PY = "engine/kvm/page_rights.py"
+RUN_PY = "engine/kvm/vcpu_run.py"
+RIGHTS_PY = "engine/kvm/kvmi_rights.py"
 ACCESS_PY = "engine/machine/page_access.py"
 
 MUTANTS = (
     Mutant(
         "logging-of-some-vcpus-by-the-fast-path",
-        "engine/machine/fast_path.py",
+        "engine/machine/fastpath_choice.py",
         "ctl.V_SECONDARY,",
         "ctl.V_PRIMARY,",
         "SDM 29.3.6: what one vCPU logs and another does not is no matter for one answer",
@@ -24,7 +24,7 @@ MUTANTS = (
     ),
     Mutant(
         "dirty-linear-by-choice",
-        "engine/trace/execution.py",
+        "engine/trace/access_execution.py",
         "_note_written(draft, found, config.vcpu_position(request.vcpu))",
         "pass",
         "a write that lands by the caller's choice is dirty, by linear address too",
@@ -106,15 +106,15 @@ MUTANTS = (
     Mutant(
         "dirty-large-pages",
         LARGE_PAGES_PY,
-        "if level > 1 and (dirty_marking.watched(m, slot) or page_rights.restricted(m, gfn, 2)):",
-        "if level > 1 and page_rights.restricted(m, gfn, 2):",
+        "if level > 1 and (dirty_marking.watched(m, slot) or kvmi_rights.restricted(m, gfn, 2)):",
+        "if level > 1 and kvmi_rights.restricted(m, gfn, 2):",
         "tracked pages are mapped at 4 KBytes",
         named(DIRTY, "tracked_pages_are_small"),
     ),
     Mutant(
         "access-large-pages",
         LARGE_PAGES_PY,
-        "if level > 1 and (dirty_marking.watched(m, slot) or page_rights.restricted(m, gfn, 2)):",
+        "if level > 1 and (dirty_marking.watched(m, slot) or kvmi_rights.restricted(m, gfn, 2)):",
         "if level > 1 and dirty_marking.watched(m, slot):",
         "a restricted page is mapped at 4 KBytes",
         named(PAGE_ACCESS, "a_restricted_page_is_mapped_small_and_comes_back_from_disk"),

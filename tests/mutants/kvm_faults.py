@@ -12,10 +12,10 @@ EXIT_HANDLING_PY = "engine/kvm/exit_handling.py"
 MISCONFIGURATION_PY = "engine/kvm/ept_misconfiguration.py"
 MAPPING_PY = "engine/kvm/mapping.py"
 REGIONS_PY = "engine/kvm/regions.py"
-HOST_PY = "engine/kvm/host_state.py"
+HOST_PY = "engine/kvm/host_frames.py"
 EPT_PY = "engine/kvm/ept_tables.py"
 EMULATOR_PY = "engine/kvm/emulator.py"
-EVENTS_PY = "engine/kvm/host_memory.py"
+EVENTS_PY = "engine/kvm/host_memory_events.py"
 
 MUTANTS = (
     Mutant(
@@ -29,7 +29,7 @@ MUTANTS = (
     Mutant(
         "level-forced-in-2019",
         LARGE_PAGES_PY,
-        "if level == 1 or not choices.chooses(m, KVM_FORCE_SMALL):",
+        "if level == 1 or not choice_bits.chooses(m, KVM_FORCE_SMALL):",
         "if level == 1:",
         "kvm-spp 8.2: version 4 maps large pages whatever the bitmaps say",
         named(MAPPING, "2019_maps_a_large_page_over_protected_ones_and_says_which_writes_got_through"),
@@ -78,8 +78,8 @@ MUTANTS = (
     Mutant(
         "mmio-mark-by-the-other-bits",
         MISCONFIGURATION_PY,
-        "if choices.chooses(m, KVM_MARKS_SPECIAL):",
-        "if not choices.chooses(m, KVM_MARKS_SPECIAL):",
+        "if choice_bits.chooses(m, KVM_MARKS_SPECIAL):",
+        "if not choice_bits.chooses(m, KVM_MARKS_SPECIAL):",
         "second reading 1: in 5.3 an MMIO entry has bit 62",
         named(FAULT, "entry_that_marks_mmio_goes_to_user_space"),
     ),
@@ -94,7 +94,7 @@ MUTANTS = (
     Mutant(
         "misconfiguration-of-a-delivery-looked-at",
         MISCONFIGURATION_PY,
-        "if how & acc.DELIVERY and choices.chooses(m, KVM_REFUSES_DELIVERY):",
+        "if how & acc.DELIVERY and choice_bits.chooses(m, KVM_REFUSES_DELIVERY):",
         "if False:",
         "second reading 1: in 5.3 an event that was being delivered comes first",
         named(FAULT, "misconfiguration_while_an_event_is_delivered"),
@@ -126,8 +126,8 @@ MUTANTS = (
     Mutant(
         "no-copy-on-write",
         MAPPING_PY,
-        "if write and host_state.read_only(m, gfn):",
-        "if not write and host_state.read_only(m, gfn):",
+        "if write and host_frames.read_only(m, gfn):",
+        "if not write and host_frames.read_only(m, gfn):",
         "a write to a shared host page gets a copy",
         named(HOST_MEMORY, "remap_read_only_disarms_the_leaf_and_a_write_gets_a_copy"),
     ),
@@ -166,15 +166,15 @@ MUTANTS = (
     Mutant(
         "emulator-page-granular",
         EMULATOR_PY,
-        "denied = sppt.touched(at, size) & ~layers.effective(m, at >> 12) & FULL_ACCESS",
-        "denied = ~layers.effective(m, at >> 12) & FULL_ACCESS",
+        "denied = sppt.touched(at, size) & ~bitmaps.effective(m, at >> 12) & FULL_ACCESS",
+        "denied = ~bitmaps.effective(m, at >> 12) & FULL_ACCESS",
         "kvm-spp 3.5: an emulated write obeys sub-pages, not pages",
         named(EMULATOR, "emulated_write"),
     ),
     Mutant(
         "miss-without-slot-fails",
         SPP_MISS_PY,
-        "if not has_slot and choices.chooses(m, KVM_MISS_NEEDS_SLOT):",
+        "if not has_slot and choice_bits.chooses(m, KVM_MISS_NEEDS_SLOT):",
         "if not has_slot:",
         "kvm-spp 4: later series leave pages without a slot out",
         named(FAULT, "miss_of_a_page_without_a_slot"),

@@ -8,7 +8,7 @@ from .paths import OBJECTS, REPLAY, named
 RECORD_CHECKS_PY = "engine/trace/record_checks.py"
 REPLAY_PY = "engine/trace/replay.py"
 SESSION_PY = "engine/trace/session.py"
-OBJECTS_PY = "engine/trace/objects.py"
+OBJECTS_PY = "engine/trace/object_hits.py"
 
 MUTANTS = (
     Mutant(
@@ -31,8 +31,8 @@ MUTANTS = (
     Mutant(
         "replay-grant-whole-page",
         "engine/kvm/grants.py",
-        "refused = sppt.touched(at, part) & ~layers.effective(m, at >> 12)",
-        "refused = ~layers.effective(m, at >> 12)",
+        "refused = sppt.touched(at, part) & ~bitmaps.effective(m, at >> 12)",
+        "refused = ~bitmaps.effective(m, at >> 12)",
         "a grant opens the sub-pages that are touched, no more",
         named(REPLAY, "grant_opens_the_sub_page_once", "grant_opens_every_refused_sub_page_of_the_access"),
     ),

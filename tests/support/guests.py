@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx2
 
-from engine.arch import nested_state as abi
+from engine.arch import kvm_nested_state as abi
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.vcpu.vcpu import VcpuHost
 from tests.contract.client import ContractClient

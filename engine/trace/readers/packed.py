@@ -12,8 +12,8 @@ from types import MappingProxyType
 import numpy as np
 
 from engine.errors import InvalidValue, TraceError
-from engine.trace.choices import RECORD_FORMATS
 from engine.trace.columns import CHUNK_RECORDS, ChunkBuffer, TraceChunk
+from engine.trace.option_names import RECORD_FORMATS
 from engine.trace.readers.base import Source, TraceReader, read_into
 
 RECORD_BYTES: Mapping[str, int] = MappingProxyType({"gpa8": 8, "record16": 16})

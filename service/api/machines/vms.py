@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.state.config import HostConfig, VcpuConfig, VmConfig
-from engine.state.kvm_versions import ProfileName
+from engine.state.profiles import ProfileName
 from service.api.common import (
     EXAMPLE_VM,
     Cursor,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 
-from engine.arch import nested_state as abi
+from engine.arch import kvm_nested_state as abi
 from engine.arch.evmcs import EVMCS
 from engine.arch.struct_layout import PARTIAL, Layout, parse_integer
 from engine.arch.struct_layout import Field as LayoutField

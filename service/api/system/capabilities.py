@@ -13,9 +13,9 @@ from engine.arch.sppt import SUBPAGE_SIZE
 from engine.arch.vmx_msrs import MSR_BY_NAME
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.state.config import TRANSLATION_CACHES
-from engine.state.kvm_versions import PROFILES, kvm_version
-from engine.trace.choices import ON_VIOLATION, RECORD_FORMATS
+from engine.state.profiles import PROFILES, kvm_version
 from engine.trace.columns import COLUMNS
+from engine.trace.option_names import ON_VIOLATION, RECORD_FORMATS
 from service import __version__
 from service.api.common import (
     documented,

@@ -16,7 +16,7 @@ from engine.abi import SYSTEM, VCPU, VM, Call, Reply, UserBuffer, UserMemory
 from engine.errors import NotFound
 from engine.ioctls import IOCTLS, NewMachine, Target, as_created
 from engine.state.config import HostConfig, VmConfig
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 from service.api.common import (
     BINARY,
     VmId,

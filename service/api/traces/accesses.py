@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.arch.access import CIRCUMSTANCE_SHIFT, default_access
-from engine.trace.choices import ASK, OnViolation
+from engine.trace.option_names import ASK, OnViolation
 from engine.trace.single import AccessRequest, AccessResult
 from service.api.common import (
     CHANGE,

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.trace.choices import ASK, Format, Include, OnViolation, RecordFormat
+from engine.trace.option_names import ASK, Format, Include, OnViolation, RecordFormat
 from service.api.common import (
     BINARY,
     CHANGE,

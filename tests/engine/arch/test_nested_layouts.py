@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.arch import nested_state as abi
+from engine.arch import kvm_nested_state as abi
 from engine.arch.evmcs import (
     CLEAN_BITS,
     EVMCS,

@@ -15,7 +15,7 @@ from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.words import signed, unsigned
-from engine.cpu import entry, frames, guest_memory, instruction, physical_memory, tlb
+from engine.cpu import control_checks, frames, guest_memory, host_physical_memory, instruction, tlb
 from engine.state.config import EPT_VPID_CAP, PROCBASED_CTLS2
 
 PAGE = 0x1000
@@ -108,11 +108,15 @@ class Processor:
 
     def poke(self, address: int, value: int) -> None:
         """Store a table entry by host-physical address."""
-        physical_memory.write_entry(self.m, np.int64(address & -PAGE), np.int64(address % PAGE // 8), signed(value))
+        host_physical_memory.write_entry(
+            self.m, np.int64(address & -PAGE), np.int64(address % PAGE // 8), signed(value)
+        )
 
     def peek(self, address: int) -> int:
         """A table entry by host-physical address."""
-        return unsigned(physical_memory.read_entry(self.m, np.int64(address & -PAGE), np.int64(address % PAGE // 8)))
+        return unsigned(
+            host_physical_memory.read_entry(self.m, np.int64(address & -PAGE), np.int64(address % PAGE // 8))
+        )
 
     def guest(self, gpa: int, value: int) -> None:
         """Store a word of guest memory."""
@@ -172,7 +176,7 @@ class Processor:
 
     def enter(self) -> int:
         """VM-instruction error of VM entry."""
-        return int(entry.vm_entry(self.m, VCPU))
+        return int(control_checks.vm_entry(self.m, VCPU))
 
     def leaf(self, far: bool = False) -> int:
         """Address of the EPT PTE of the test page."""

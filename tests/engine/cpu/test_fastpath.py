@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.cpu import fastpath, frames
-from engine.kvm import registers as reg
+from engine.kvm import state_frame as reg
 from engine.trace.replay import BUT_LENGTH, WHOLE, serve
 from engine.trace.session import frozen
 from tests.engine.builders import FULL, READ, WRITE, bare_draft, records

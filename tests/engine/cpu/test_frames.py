@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.cpu import frames, physical_memory
+from engine.cpu import frames, host_physical_memory
 from engine.state.config import VmConfig
 from engine.state.frame_store import Draft
 from tests.engine.builders import bare_draft
@@ -63,7 +63,7 @@ def test_freed_frame_is_absent_and_the_next_to_be_used(draft: Draft) -> None:
     m = draft.machine
     frames.free_frame(m, np.int64(FRAME))
     assert m.row_of[FRAME] == -1 and m.kind[FRAME] == frames.FREE
-    assert physical_memory.frame_at(m, ARENA + (FRAME << 12)) == -1
+    assert host_physical_memory.frame_at(m, ARENA + (FRAME << 12)) == -1
     assert frames.new_frame(m, frames.MEMORY) == FRAME
     assert frames.read_word(m, FRAME, 7) == 0
 
@@ -80,21 +80,21 @@ ADDRESSES = [
 @pytest.mark.parametrize(("address", "frame"), [row[1:] for row in ADDRESSES], ids=[row[0] for row in ADDRESSES])
 def test_frame_at_an_address(draft: Draft, address: int, frame: int) -> None:
     m = draft.machine
-    assert physical_memory.frame_at(m, address) == frame
-    assert physical_memory.read_entry(m, address, 7) == (int(m.rows[m.row_of[frame], 7]) if frame >= 0 else -1)
+    assert host_physical_memory.frame_at(m, address) == frame
+    assert host_physical_memory.read_entry(m, address, 7) == (int(m.rows[m.row_of[frame], 7]) if frame >= 0 else -1)
 
 
 def test_store_to_absent_memory_is_lost(draft: Draft) -> None:
     m = draft.machine
     before = m.rows.copy()
-    physical_memory.write_entry(m, ARENA - 4096, 0, np.int64(1))
+    host_physical_memory.write_entry(m, ARENA - 4096, 0, np.int64(1))
     assert np.array_equal(m.rows, before)
-    physical_memory.write_entry(m, ARENA + (FRAME << 12), 0, np.int64(5))
-    assert physical_memory.read_entry(m, int(frames.address_of(m, FRAME)), 0) == 5
+    host_physical_memory.write_entry(m, ARENA + (FRAME << 12), 0, np.int64(5))
+    assert host_physical_memory.read_entry(m, int(frames.address_of(m, FRAME)), 0) == 5
 
 
 def test_table_of_an_entry_is_its_address_bits() -> None:
-    assert physical_memory.table_of(np.int64((1 << 61) | 0x12345_6FFF)) == 0x1_2345_6000
+    assert host_physical_memory.table_of(np.int64((1 << 61) | 0x12345_6FFF)) == 0x1_2345_6000
 
 
 def test_ample_needs_frames_and_rows(draft: Draft) -> None:

@@ -13,7 +13,7 @@ from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch.access import EXECUTE, READ, WRITE
 from engine.arch.words import signed
-from engine.cpu import control_registers, instruction, invalidate, mmu, tlb
+from engine.cpu import cached_check, control_registers, instruction, invalidate, tlb
 
 from . import vectors_tables as tables
 from .bench_machine import GUEST_PML4, LINEAR, VCPU, Processor
@@ -159,7 +159,7 @@ def populate() -> Processor:
 
     def add(kind: int, vpid: int, pcid: int, facts: int, at: np.int64) -> None:
         p.vcpu({ctl.V_VPID: vpid, ctl.V_CR3: p.control(ctl.V_CR3) & ~0xFFF | pcid})
-        mmu.check(p.m, VCPU, np.int64(LINEAR), np.int64(8), np.int64(acc.describe(READ)), trail)
+        cached_check.check(p.m, VCPU, np.int64(LINEAR), np.int64(8), np.int64(acc.describe(READ)), trail)
         tlb.remember(p.m, VCPU, kind, at, page, np.int64(facts | 12 << tlb.GUEST_SIZE_AT), trail)
 
     add(tlb.PHYSICAL, 1, 0, 1, page)
@@ -287,7 +287,7 @@ def test_tags_keep_address_spaces_apart() -> None:
 def test_a_full_set_replaces_in_turn() -> None:
     p = Processor(model=True)
     trail, _, _ = instruction.scratch()
-    mmu.check(p.m, VCPU, np.int64(LINEAR), np.int64(8), np.int64(acc.describe(READ)), trail)
+    cached_check.check(p.m, VCPU, np.int64(LINEAR), np.int64(8), np.int64(acc.describe(READ)), trail)
     same_set = [page for page in range(1 << 15) if tlb.first_way(0, np.int64(page)) == tlb.first_way(0, ZERO)]
     assert len(same_set) > 2 * tlb.WAYS
     for page in same_set:

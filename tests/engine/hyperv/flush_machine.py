@@ -15,12 +15,12 @@ from engine.cpu import frames, tlb
 from engine.hyperv import dispatch, queues
 from engine.hyperv.caller import Caller
 from engine.hyperv.dispatch import HypercallContext
-from engine.hyperv.execution import Facts, Vp
+from engine.hyperv.flush_execution import Facts, Vp
 from engine.hyperv.outcome import Outcome
 from engine.hyperv.privileges import Privileges
 from engine.hyperv.tlfs_rules import Environment
 from engine.state.config import VcpuConfig, VmConfig
-from engine.state.kvm_versions import KVM_2019
+from engine.state.profiles import KVM_2019
 from tests.engine.builders import bare_draft, new_trail
 from tests.engine.ram import Ram
 

@@ -8,7 +8,7 @@ import pytest
 
 from engine.hyperv.caller import Caller
 from engine.hyperv.outcome import Outcome
-from engine.state.kvm_versions import PROFILES
+from engine.state.profiles import PROFILES
 from tests.engine.hyperv.vectors import LONG, ROWS, Expected, expected
 
 from .flush_machine import ALL, INPUT, FlushMachine, names

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from engine.arch.words import unsigned
 from engine.cpu import tlb
-from engine.hyperv import execution, ranges
-from engine.hyperv.execution import Effect
-from engine.hyperv.ranges import KvmLists
-from engine.state.kvm_versions import KVM_2019, KVM_LATEST, PROFILES
+from engine.hyperv import flush_execution, flush_ranges
+from engine.hyperv.flush_execution import Effect
+from engine.hyperv.flush_ranges import KvmLists
+from engine.state.profiles import KVM_2019, KVM_LATEST, PROFILES
 
 from .flush_machine import FlushMachine, words
 
@@ -116,7 +116,7 @@ def test_what_a_sleeping_vp_does_later_is_the_same(profile: str, left: set[str],
     made.run_elsewhere(0)
     effect = call(made, 0xFFFF_7FFF_FFFF_F001, 0x0000_7FFF_FFFF_F000)
     assert effect.queued and names(effect.left) == {"high", "low"}
-    assert execution.service(made.m, 0, False, made.context.facts) == counts
+    assert flush_execution.service(made.m, 0, False, made.context.facts) == counts
     rows = made.m.tlb[(made.m.tlb[:, tlb.E_GENERATION] == made.m.tlb[0, tlb.GENERATION])][1:]
     assert names(rows) & {"high", "low"} == left
 
@@ -134,11 +134,11 @@ def test_all_ones_stays_everything_to_kvm(profile: str) -> None:
 def test_rows_are_runs_of_canonical_pages() -> None:
     edge = 1 << 35  # pages of each half of 48 bits
     across = 0xFFFF_7FFF_FFFF_F001
-    assert ranges.simple([across, 0xAAAA_AAAA_AAAA_A000], 48).tolist() == [[-edge, -edge]]
-    assert ranges.simple([across], 57).tolist() == [[-edge - 1, -edge]]
-    assert ranges.simple([0xFFFF_FFFF_FFFF_FFFE], 48).tolist() == [[-1, -1]]
+    assert flush_ranges.simple([across, 0xAAAA_AAAA_AAAA_A000], 48).tolist() == [[-edge, -edge]]
+    assert flush_ranges.simple([across], 57).tolist() == [[-edge - 1, -edge]]
+    assert flush_ranges.simple([0xFFFF_FFFF_FFFF_FFFE], 48).tolist() == [[-1, -1]]
     assert KvmLists().covered([0xFFFF_FFFF_FFFF_FFFE]).tolist() == [[-1, 0xFFD]]
     assert KvmLists(by_page=False).covered([across]).tolist() == []
     # a GiB that begins in the hole: what is left of it begins where linear addresses do
     hole = 0xFFFF_7FFF_E000_0000 | 1 << 11 | 1 << 12 | 1
-    assert ranges.extended([hole], 48).tolist() == [[-edge, -edge + (3 << 17) - 1]]
+    assert flush_ranges.extended([hole], 48).tolist() == [[-edge, -edge + (3 << 17) - 1]]

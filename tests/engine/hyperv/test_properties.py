@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.arch import hypercall as hv
-from engine.hyperv import execution
+from engine.hyperv import flush_execution
 from engine.hyperv.caller import Caller
 from engine.hyperv.outcome import Outcome
 
@@ -83,7 +83,7 @@ def test_what_stays_on_a_halted_vp_goes_before_it_runs(call: tuple[int, bytes], 
     done = machine.slow(*call)
     assert all(effect.queued for effect in done.effects if len(effect.left))
     for vp in machine.vps:
-        execution.service(machine.m, vp.position, False, machine.context.facts)
+        flush_execution.service(machine.m, vp.position, False, machine.context.facts)
         assert not set(machine.held(vp.position)) & set(required(done).get(vp.vp_index, ""))
 
 

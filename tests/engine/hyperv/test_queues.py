@@ -9,8 +9,8 @@ import pytest
 
 from engine.arch import controls as ctl
 from engine.arch.hypercall import EVERYTHING
-from engine.hyperv import execution, notes, queues
-from engine.hyperv.execution import Facts
+from engine.hyperv import flush_execution, notes, queues
+from engine.hyperv.flush_execution import Facts
 
 from .flush_machine import ALL, FlushMachine, words
 
@@ -53,18 +53,18 @@ def test_sequences(name: str, calls: tuple[int, ...], queued: list[int], statist
         list_call(machine, count) if count else space_call(machine)
     assert machine.queue(TARGET) == tuple(queued)
     assert machine.held(TARGET) == ALL
-    assert execution.service(machine.m, TARGET, False, KVM) == statistic
+    assert flush_execution.service(machine.m, TARGET, False, KVM) == statistic
     assert notes.statistic(machine.m, TARGET, ctl.V_HV_FLUSHES) == statistic
     assert machine.held(TARGET) == ("" if full else ALL)
     assert machine.queue(TARGET) == ()
-    assert execution.service(machine.m, TARGET, False, KVM) == 0
+    assert flush_execution.service(machine.m, TARGET, False, KVM) == 0
 
 
 def test_an_unrelated_full_flush_does_what_was_queued() -> None:  # Q05
     machine = asleep()
     list_call(machine, 3)
-    execution.full_flush(machine.m, TARGET, False)
-    assert execution.service(machine.m, TARGET, False, KVM) == 0
+    flush_execution.full_flush(machine.m, TARGET, False)
+    assert flush_execution.service(machine.m, TARGET, False, KVM) == 0
     assert notes.statistic(machine.m, TARGET, ctl.V_HV_FLUSHES) == 1
     assert machine.held(TARGET) == ""
 
@@ -72,11 +72,11 @@ def test_an_unrelated_full_flush_does_what_was_queued() -> None:  # Q05
 def test_each_mode_has_its_queue() -> None:  # Q06
     machine = asleep()
     queues.enqueue(machine.m.queues, TARGET, queues.NESTED_QUEUE, PAGES[:2])
-    assert execution.service(machine.m, TARGET, False, KVM) == 0
+    assert flush_execution.service(machine.m, TARGET, False, KVM) == 0
     assert machine.queue(TARGET, queues.NESTED_QUEUE) == tuple(PAGES[:2])
     # a transition asks again, because the request was used up by the other mode
     queues.request(machine.m.queues, TARGET)
-    assert execution.service(machine.m, TARGET, True, KVM) == 2
+    assert flush_execution.service(machine.m, TARGET, True, KVM) == 2
     assert machine.queue(TARGET, queues.NESTED_QUEUE) == ()
 
 

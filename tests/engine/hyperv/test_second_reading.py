@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.arch import hypercall as hv
 from engine.hyperv.caller import Caller
-from engine.state.kvm_versions import KVM_LATEST, PROFILES
+from engine.state.profiles import KVM_LATEST, PROFILES
 from tests.engine.hyperv.drawn_calls import ADDRESSES, calls
 
 from . import oracle

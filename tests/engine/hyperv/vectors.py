@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from engine.state.kvm_versions import KVM_2019, KVM_LATEST
+from engine.state.profiles import KVM_2019, KVM_LATEST
 from tests.engine.hyperv.flush_machine import ALL
 
 # (id, input value, input, tlfs, kvm)

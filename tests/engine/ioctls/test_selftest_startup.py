@@ -16,7 +16,7 @@ from engine.arch.kvm_vcpu_structs import DEBUGREGS, EVENTS, REGS, RUN, SREGS
 from engine.ioctls import IOCTLS, NewMachine, Target, as_created
 from engine.machine import VirtualMachine
 from engine.state.config import HostConfig, VmConfig
-from engine.state.kvm_versions import KVM_LATEST
+from engine.state.profiles import KVM_LATEST
 from tests.engine.builders import MIB, PROFILES, assert_sound, round_trip
 from tests.engine.nested.support import GM, MIN64, blob, vmcs12
 

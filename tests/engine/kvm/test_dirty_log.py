@@ -9,9 +9,9 @@ import pytest
 
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
-from engine.cpu import frames, physical_memory, radix
+from engine.cpu import frames, host_physical_memory, radix
 from engine.kvm import dirty_harvest, dirty_marking
-from engine.kvm import registers as reg
+from engine.kvm import state_frame as reg
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine, state
 from tests.engine.builders import (
@@ -249,7 +249,7 @@ def test_a_log_that_frames_do_not_suffice_for_is_emptied_in_part() -> None:
         frame = int(frames.FIRST_VCPU_FRAME)
         table = int(frames.read_word(m, frame, ctl.V_PML_ADDRESS))
         for position in range(512):
-            physical_memory.write_entry(m, table, position, np.int64((position % 40) << 30))
+            host_physical_memory.write_entry(m, table, position, np.int64((position % 40) << 30))
         frames.write_word(m, frame, ctl.V_PML_INDEX, np.int64(0xFFFF))
         dirty_harvest.empty_buffer(m, 0, np.int64(1 << 40))
         assert frames.read_word(m, frame, ctl.V_PML_INDEX) == 0

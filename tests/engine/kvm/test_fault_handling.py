@@ -9,10 +9,10 @@ from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import exits as arch_exits
-from engine.cpu import frames, physical_memory
+from engine.cpu import frames, host_physical_memory
 from engine.kvm import exit_handling, mapping, sppt_tables, write_protection
-from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
+from engine.kvm import state_frame as reg
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.state.config import HostConfig
@@ -144,7 +144,7 @@ def put_upper_entry(vm: VirtualMachine, level: int, entry: int) -> None:
         mapping.find_leaf(m, 5, trail)
         row = trail[4 - level]
         assert row[0] == level
-        physical_memory.write_entry(m, row[1], row[2], np.int64(entry))
+        host_physical_memory.write_entry(m, row[1], row[2], np.int64(entry))
 
     edit(vm, write)
 
@@ -241,7 +241,7 @@ def test_misconfigured_vector_is_an_internal_error() -> None:
     access(vm, 0x5000)
 
     def spoil(m: frames.Machine) -> None:
-        physical_memory.write_entry(m, sppt_tables.vector_table(m, 0, 5 << 12), 5, np.int64(2))
+        host_physical_memory.write_entry(m, sppt_tables.vector_table(m, 0, 5 << 12), 5, np.int64(2))
 
     edit(vm, spoil)
     assert access(vm, 0x5000) == ["internal-error"]
@@ -339,7 +339,7 @@ def test_full_log_is_emptied_and_the_access_goes_on() -> None:
     m = vm.state.current.snapshot.machine
     assert frames.read_word(m, frames.FIRST_VCPU_FRAME, ctl.V_PML_INDEX) == 510
     table = frames.read_word(m, frames.FIRST_VCPU_FRAME, ctl.V_PML_ADDRESS)
-    assert physical_memory.read_entry(m, table, 511) == 0x5000
+    assert host_physical_memory.read_entry(m, table, 511) == 0x5000
 
 
 # ---- SET on a page that is mapped

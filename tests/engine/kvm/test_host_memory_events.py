@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine.arch import ept as bits
 from engine.errors import InvalidValue
 from engine.kvm import mapping, write_protection
-from engine.kvm.host_memory import EVENTS
+from engine.kvm.host_memory_events import EVENTS
 from engine.kvm.slots import SlotSpec
 from engine.machine import SubpageRange, VirtualMachine
 from engine.state.config import HostConfig

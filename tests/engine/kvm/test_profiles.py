@@ -16,14 +16,14 @@ from engine.arch import ept as bits
 from engine.arch import exits as arch_exits
 from engine.cpu import frames
 from engine.errors import Conflict, InvalidValue, Unsupported
-from engine.kvm import choices, exit_handling, mapping, run
-from engine.kvm import registers as reg
+from engine.kvm import choice_bits, exit_handling, mapping, vcpu_run
 from engine.kvm import resolutions as res
+from engine.kvm import state_frame as reg
 from engine.kvm.slots import SlotSpec
 from engine.machine import SubpageRange
 from engine.state.config import HostConfig
-from engine.state.kvm_versions import KVM_2019, KVM_LATEST, Row, SubpageRows, kvm_version
-from engine.state.kvm_versions import PROFILES as NAMES
+from engine.state.profiles import KVM_2019, KVM_LATEST, Row, SubpageRows, kvm_version
+from engine.state.profiles import PROFILES as NAMES
 from engine.trace.single import AccessRequest
 from tests.engine.builders import (
     FULL,
@@ -70,9 +70,9 @@ def test_table_has_a_row_for_each_profile_and_every_choice_is_made() -> None:
 def test_kernels_read_the_row() -> None:
     for name in NAMES:
         m = machine(name).state.current.snapshot.machine
-        assert m.caps[frames.CAP_KVM] == choices.caps(row(name))
+        assert m.caps[frames.CAP_KVM] == choice_bits.caps(row(name))
         assert m.caps[frames.CAP_SAVED_SHIFT] == row(name).saved_shift
-    assert (choices.caps(SERIES_4), choices.caps(SERIES_12)) == (0b1_1010_0001, 0b0_0101_1110)
+    assert (choice_bits.caps(SERIES_4), choice_bits.caps(SERIES_12)) == (0b1_1010_0001, 0b0_0101_1110)
 
 
 # ---- rows of the ABI
@@ -357,11 +357,11 @@ def test_miss_that_iret_causes_blocks_nmis(profile: str) -> None:
 
     def iret(m: frames.Machine) -> None:
         trail = np.zeros((10, 4), dtype=np.int64)
-        log = np.zeros((64, run.EXIT_WORDS), dtype=np.int64)
+        log = np.zeros((64, vcpu_run.EXIT_WORDS), dtype=np.int64)
         tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
         how = acc.describe(acc.WRITE, circumstances=acc.NMI_UNBLOCKING)
         used = np.zeros(1, dtype=np.int64)
-        ending = run.execute(m, 0, 0x5000, 8 | 1 << 16, 0, 0, how, trail, log, used, tally, 1)
+        ending = vcpu_run.execute(m, 0, 0x5000, 8 | 1 << 16, 0, 0, how, trail, log, used, tally, 1)
         assert int(ending[0]) == res.COMPLETED
 
     edit(vm, iret)

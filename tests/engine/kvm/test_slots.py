@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.cpu.physical_memory import find_slot
+from engine.cpu.host_physical_memory import find_slot
 from engine.errors import InvalidValue
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec, first_page_without_slot, slot_table, writable_bytes

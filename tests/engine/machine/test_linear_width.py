@@ -10,9 +10,9 @@ from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.errors import InvalidValue
 from engine.machine import VirtualMachine
 from engine.machine.linear_width import host_width
-from engine.machine.vcpus import InstructionResult
+from engine.machine.vcpu_operations import InstructionResult
 from engine.state.config import VcpuConfig, VmConfig
-from engine.state.kvm_versions import KVM_2019, PROFILES
+from engine.state.profiles import KVM_2019, PROFILES
 from engine.trace.single import AccessRequest
 from tests.engine.builders import machine, round_trip, store_word
 from tests.engine.hyperv.flush_machine import words

@@ -15,7 +15,7 @@ from engine.machine import VirtualMachine
 from engine.state.config import HostConfig, VcpuConfig, VmConfig
 from engine.trace import translations
 from engine.trace.columns import TraceChunk
-from engine.trace.objects import targets_of
+from engine.trace.object_hits import targets_of
 from engine.trace.operations import Operations
 from engine.trace.session import Replay, ReplayOptions
 from engine.trace.single import AccessRequest

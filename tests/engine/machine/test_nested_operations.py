@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.arch import nested_state as abi
+from engine.arch import kvm_nested_state as abi
 from engine.arch.vmx_msrs import EFER, IA32_FEATURE_CONTROL, SEC_EPT, SEC_SHADOW_VMCS
 from engine.errors import Conflict, InvalidValue, NotFound, Unsupported
 from engine.ioctls import check_vm_extension

@@ -15,7 +15,7 @@ from engine.arch.vmcs_fields import FIELDS
 from engine.cpu import frames, tlb
 from engine.errors import EngineError, InvalidValue, NotFound, Unsupported
 from engine.machine import VirtualMachine
-from engine.machine.vcpus import InstructionResult
+from engine.machine.vcpu_operations import InstructionResult
 from engine.state.config import EPT_VPID_CAP, HostConfig
 from engine.trace.columns import TraceChunk
 from engine.trace.session import ReplayOptions

@@ -10,13 +10,13 @@ from engine.arch import controls as ctl
 from engine.arch.access import WRITE
 from engine.cpu import frames
 from engine.errors import InvalidValue
-from engine.kvm import registers as reg
 from engine.kvm import sppt_roots
+from engine.kvm import state_frame as reg
 from engine.machine import VirtualMachine
-from engine.machine.fast_path import fast_path_serves
+from engine.machine.fastpath_choice import fast_path_serves
 from engine.state.config import HostConfig, VcpuConfig
 from engine.state.frame_store import Draft
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 from tests.engine.builders import MIB, PROFILES, access, assert_sound, machine, protect, replay, round_trip, vector
 
 HYPERV = HostConfig(nested=False, hyperv={})

@@ -12,7 +12,7 @@ import pytest
 from engine.cpu import explain as explain_module
 from engine.cpu.frames import RESERVE
 from engine.errors import Busy, Conflict, EngineError, InvalidValue, LimitExceeded, NotEnabled, NotFound
-from engine.kvm import layers, memory, slot_changes, spp_set
+from engine.kvm import bitmaps, page_contents, slot_changes, spp_set
 from engine.kvm import protections as protections_module
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
@@ -251,7 +251,7 @@ def test_detaching_stops_where_rows_run_out_and_goes_on_from_there() -> None:
         assert slot_changes.drop_pages(m, 0, 4 * 512, 0, trail) == 0
         m.top[1] += height - RESERVE - 1
         assert slot_changes.detach_contents(m, 0, moved, 1) == 4
-        assert [int(memory.content_row(m, region << 9)) for region in range(4)] == [-1] * 4
+        assert [int(page_contents.content_row(m, region << 9)) for region in range(4)] == [-1] * 4
 
     edit(vm, detach)
 
@@ -266,7 +266,7 @@ def test_set_replaces_a_window() -> None:
 
 
 def test_set_of_more_pages_than_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.machine.subpages.SET_BATCH", 100)
+    monkeypatch.setattr("engine.machine.subpage_operations.SET_BATCH", 100)
     vm = machine()
     vm.set_subpages([SubpageRange(3, 250, np.arange(250, dtype=np.uint32)), SubpageRange(300, 201, 7)])
     assert maps(vm, 3, 250) == list(range(250))
@@ -800,7 +800,7 @@ def overtaken(vm: VirtualMachine, monkeypatch: pytest.MonkeyPatch, where: Any, n
 def test_overtaken_get_answers_from_the_state_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
     vm = machine()
     set_map(vm, 1, 0x1234)
-    overtaken(vm, monkeypatch, layers, "read_maps")
+    overtaken(vm, monkeypatch, bitmaps, "read_maps")
     assert maps(vm, 1) == [0x1234]
     assert maps(vm, 1) == [7]
 
@@ -808,7 +808,7 @@ def test_overtaken_get_answers_from_the_state_it_began_with(monkeypatch: pytest.
 def test_overtaken_memory_read_answers_from_the_state_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
     vm = machine()
     vm.write_memory(0x1000, b"original")
-    overtaken(vm, monkeypatch, memory, "read_bytes")
+    overtaken(vm, monkeypatch, page_contents, "read_bytes")
     assert vm.read_memory(0x1000, 8) == b"original"
     assert vm.read_memory(0x1000, 8) == b"\7" * 8
 

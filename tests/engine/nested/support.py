@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.abi import UserBuffer
-from engine.arch import nested_state as abi
+from engine.arch import kvm_nested_state as abi
 from engine.arch.hyperv_cpuid import INTERFACE_SIGNATURE, LEAF_INTERFACE, CpuidEntry
 from engine.arch.vmcs12 import VMCS12, VMCS12_REVISION
 from engine.nested import enable_evmcs, get_nested_state, set_nested_state

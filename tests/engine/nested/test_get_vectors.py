@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.abi import UserBuffer
-from engine.arch import nested_state as abi
+from engine.arch import kvm_nested_state as abi
 from engine.arch.vmcs12 import VMCS12, VMCS12_REVISION
 from engine.nested import (
     enable_evmcs,

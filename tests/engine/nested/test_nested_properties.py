@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.abi import UserBuffer
-from engine.arch import nested_state as abi
+from engine.arch import kvm_nested_state as abi
 from engine.arch.vmcs12 import VMCS12_REVISION
 from engine.nested import explain_nested_state, read_nested_state, steps_of, vm_entry
 from engine.vcpu.msr_numbers import HV_VP_ASSIST_PAGE

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from engine.arch import nested_state as abi
+from engine.arch import kvm_nested_state as abi
 from engine.arch.vmx_msrs import EFER, EFER_SVME
 from engine.nested import enable_evmcs, set_cpuid, set_msr
 from engine.vcpu.cpuid import ECX8_SVM, supported_cpuid

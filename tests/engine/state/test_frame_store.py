@@ -11,7 +11,7 @@ import pytest
 
 from engine.cpu import frames
 from engine.errors import Busy, InvalidValue, LimitExceeded
-from engine.kvm import memory
+from engine.kvm import page_contents
 from engine.kvm.protections import ProtectedObject, ProtectedPages
 from engine.kvm.slots import SlotSpec, slot_table
 from engine.machine import VirtualMachine
@@ -51,7 +51,7 @@ def test_state_that_a_reader_holds_never_changes() -> None:
         vm.access(AccessRequest(0x1000, on_violation="grant"))
     blocks = {frame: data for frame, _, data in blocks_of(held.snapshot.machine, None)}
     assert blocks == {frame: data for frame, (_, data) in then.items()}
-    assert memory.read_bytes(held.snapshot.machine, 0x1000, 4) == b"then"
+    assert page_contents.read_bytes(held.snapshot.machine, 0x1000, 4) == b"then"
     assert vm.read_memory(0x1000, 4) == b"\x13" * 4
     assert_sound(vm)
 
@@ -64,7 +64,7 @@ def test_state_that_a_reader_holds_survives_a_change_that_is_given_up() -> None:
         run.feed(chunk([i << 30 for i in range(900)]))
     for word in range(6):
         vm.write_memory(0x1000, bytes([word]) * 4)
-    assert memory.read_bytes(held.snapshot.machine, 0x1000, 4) == b"then"
+    assert page_contents.read_bytes(held.snapshot.machine, 0x1000, 4) == b"then"
     assert_sound(vm)
 
 
@@ -408,9 +408,9 @@ def test_a_state_held_from_before_survives_a_withdrawal() -> None:
         set_map(vm, 1, word)
         vm.write_memory(0x1000, bytes([word]) * 4)
         later.append(vm.state.current)  # so that no row comes back, and every spare one is taken
-    assert memory.read_bytes(held.snapshot.machine, 0x1000, 4) == b"then"
-    assert memory.read_bytes(late.snapshot.machine, 0x1000, 4) == b"gone"
-    assert [memory.read_bytes(state.snapshot.machine, 0x1000, 1)[0] for state in later] == list(range(60))
+    assert page_contents.read_bytes(held.snapshot.machine, 0x1000, 4) == b"then"
+    assert page_contents.read_bytes(late.snapshot.machine, 0x1000, 4) == b"gone"
+    assert [page_contents.read_bytes(state.snapshot.machine, 0x1000, 1)[0] for state in later] == list(range(60))
 
 
 def test_a_successor_that_grew_is_withdrawn() -> None:

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from engine.errors import InvalidValue, TraceError
-from engine.trace.choices import FORMATS
 from engine.trace.columns import CHUNK_RECORDS, COLUMNS, USABLE, MalformedBody
+from engine.trace.option_names import FORMATS
 from engine.trace.readers import open_trace
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from engine.arch import exits as arch_exits
 from engine.kvm import resolutions as res
-from engine.kvm import run
+from engine.kvm import vcpu_run
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.kvm.user_exits import user_exit
 from engine.trace.results import EXIT_COLUMNS, ExitColumns, columns_of_log, join
@@ -15,20 +15,20 @@ from engine.trace.results import EXIT_COLUMNS, ExitColumns, columns_of_log, join
 
 def log_row(**words: int) -> list[int]:
     """A row of the exit buffer: an 8-byte write at 0x5200 that is refused, unless told otherwise."""
-    row = [0] * run.EXIT_WORDS
-    row[run.EXIT_INDEX] = words.get("index", 7)
-    row[run.EXIT_GPA] = words.get("gpa", 0x5200)
-    row[run.EXIT_RECORD] = words.get("size", 8) | words.get("access", 1) << 16 | words.get("vcpu", 3) << 32
-    row[run.EXIT_GVA] = words.get("gva", -0x1000)
-    row[run.EXIT_QUALIFICATION] = words.get("qualification", 0x1AA)
-    row[run.EXIT_REASON] = words.get("reason", 48) | words.get("resolution", res.VIOLATION) << 16
-    row[run.EXIT_DENIED] = words.get("denied", 0x10)
-    row[run.EXIT_AT] = words.get("at", 0x5200)
+    row = [0] * vcpu_run.EXIT_WORDS
+    row[vcpu_run.EXIT_INDEX] = words.get("index", 7)
+    row[vcpu_run.EXIT_GPA] = words.get("gpa", 0x5200)
+    row[vcpu_run.EXIT_RECORD] = words.get("size", 8) | words.get("access", 1) << 16 | words.get("vcpu", 3) << 32
+    row[vcpu_run.EXIT_GVA] = words.get("gva", -0x1000)
+    row[vcpu_run.EXIT_QUALIFICATION] = words.get("qualification", 0x1AA)
+    row[vcpu_run.EXIT_REASON] = words.get("reason", 48) | words.get("resolution", res.VIOLATION) << 16
+    row[vcpu_run.EXIT_DENIED] = words.get("denied", 0x10)
+    row[vcpu_run.EXIT_AT] = words.get("at", 0x5200)
     return row
 
 
 def columns(*rows: list[int], has_gva: bool = True, **carry: np.ndarray) -> ExitColumns:
-    values, record_gpa = columns_of_log(np.array(rows, dtype=np.int64).reshape(-1, run.EXIT_WORDS))
+    values, record_gpa = columns_of_log(np.array(rows, dtype=np.int64).reshape(-1, vcpu_run.EXIT_WORDS))
     return ExitColumns(values, record_gpa, has_gva, carry)
 
 

@@ -10,7 +10,7 @@ from engine.abi import UserBuffer, UserMemory
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.vmcs12 import VMCS12
 from engine.errors import InvalidValue
-from engine.kvm.guest_memory import TrialMemory
+from engine.kvm.memory_views import TrialMemory
 from engine.machine import VirtualMachine
 from engine.nested import exit_to_l1, reset, set_cpuid, set_msr
 from engine.state.config import VmConfig

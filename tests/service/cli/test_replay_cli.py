@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from engine.trace import choices
+from engine.trace import option_names
 from service.cli import local, replay
 from service.cli.app import app
 from service.runtime.job import Job
@@ -188,7 +188,7 @@ def test_a_defect_is_not_hidden(policy: Path, write: Callable[[str], Path], monk
 
 def test_the_choices_are_those_of_the_engine() -> None:
     """The command line names them again, so that a help text does not load the engine."""
-    assert set(replay.Format) == set(choices.FORMATS)
-    assert set(replay.Record) == set(choices.RECORD_FORMATS)
-    assert set(replay.Include) == set(choices.INCLUDE)
-    assert set(replay.OnViolation) == set(choices.ON_VIOLATION) - {choices.ASK}
+    assert set(replay.Format) == set(option_names.FORMATS)
+    assert set(replay.Record) == set(option_names.RECORD_FORMATS)
+    assert set(replay.Include) == set(option_names.INCLUDE)
+    assert set(replay.OnViolation) == set(option_names.ON_VIOLATION) - {option_names.ASK}

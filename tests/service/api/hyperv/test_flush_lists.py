@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.state.kvm_versions import KVM_LATEST, PROFILES
+from engine.state.profiles import KVM_LATEST, PROFILES
 from tests.contract.client import ContractClient
 from tests.engine.hyperv.flush_machine import words
 from tests.engine.hyperv.guests import CPUID, CR4

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.arch import nested_state as abi
+from engine.arch import kvm_nested_state as abi
 from engine.arch.vmx_msrs import EFER, EFER_SVME
 from engine.nested import steps_of
 from engine.vcpu.cpuid import supported_cpuid

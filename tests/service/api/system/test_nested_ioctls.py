@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.arch import nested_state as abi
+from engine.arch import kvm_nested_state as abi
 from engine.arch.hyperv_cpuid import pack_entry, unpack_entries
 from engine.arch.kvm_vcpu_structs import EVENTS, REGS, SREGS
 from engine.arch.vmx_msrs import EFER_SVME

@@ -1,6 +1,6 @@
 """What a KVM does otherwise than the other, as compiled kernels read it: bits of ``Machine.caps[CAP_KVM]``.
 
-Each is a row of ``SubpageRows`` in ``engine.state.kvm_versions``, which says what it means; no kernel depends on that
+Each is a row of ``SubpageRows`` in ``engine.state.profiles``, which says what it means; no kernel depends on that
 table.
 """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from engine.errors import Conflict, NotEnabled, Unsupported
 from engine.state.config import HostConfig, VmConfig
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 
 
 def allows_nesting(config: VmConfig) -> bool:

@@ -16,15 +16,15 @@ from engine.cpu import ept
 from engine.cpu.frames import FRAME_SIZE, Machine
 from engine.errors import InvalidValue, TraceError
 from engine.kvm import dirty_marking
-from engine.kvm import registers as reg
 from engine.kvm import resolutions as res
+from engine.kvm import state_frame as reg
 from engine.kvm.slots import first_page_without_slot, writable_bytes
 from engine.kvm.user_exits import UserExit, user_exit
 from engine.state.config import VmConfig
 from engine.state.frame_store import Draft
 from engine.trace.columns import TraceChunk
 from engine.trace.linear import Ending, Places, run_linear
-from engine.trace.objects import Targets
+from engine.trace.object_hits import Targets
 from engine.trace.results import ExitColumns, TraceResult, columns_of_log
 from engine.trace.session import Replay, ReplayOptions
 from engine.trace.single import AccessRequest, AccessResult

@@ -8,7 +8,7 @@ from engine.arch import ept as bits
 from engine.arch import exits
 from engine.cpu import radix
 from engine.jit import kernel
-from engine.kvm.registers import ROOT_ACCESS
+from engine.kvm.state_frame import ROOT_ACCESS
 
 KEPT = bits.READ | bits.EXECUTE
 

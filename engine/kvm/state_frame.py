@@ -13,7 +13,8 @@ ROOT_EPT, SPPT_TREES, ROOT_POLICY, ROOT_GRANTED = positions(4)
 SPP_ACTIVE, EPT_LEVELS, ROOT_REGIONS, ROOT_HOST, NEXT_HOST_FRAME, SPPT_EDITED = positions(6, int(ROOT_MEMORY) + 1)
 
 # Dirty tracking (``kvm.dirty_marking``): the trees of written sub-pages and of KVM's log, what is tracked and how, the
-# last harvest and the last one that was acknowledged. ``ROOT_ACCESS`` is the tree of page access (``kvm.page_access``).
+# last harvest and the last one that was acknowledged. ``ROOT_ACCESS`` is the tree of page access
+# (``kvm.kvmi_rights``).
 ROOT_WRITTEN, ROOT_LOG, ROOT_ACCESS, DIRTY_MODE, HARVESTS, ACKNOWLEDGED = positions(6, 32)
 
 # Which allocation of the host from now fails; 0: none.

@@ -10,14 +10,14 @@ import numpy as np
 
 from engine.arch.words import signed, unsigned
 from engine.errors import NotFound
-from engine.kvm import registers as reg
 from engine.kvm import slot_changes
+from engine.kvm import state_frame as reg
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec, key_of
 from engine.machine import page_logs
 from engine.machine.state import Operations, register
 from engine.state.frame_store import Draft
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 from engine.state.retry import new_trail, run_all
 
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from engine.arch import controls as ctl
 from engine.cpu import frames
-from engine.kvm import registers as reg
+from engine.kvm import state_frame as reg
 from engine.state.config import VmConfig
 
 # What the fast path, which does not know vCPUs apart, takes to be the same for all of them. Whether pages are logged is

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from engine.arch import hypercall as hv
-from engine.hyperv import ranges, vp_sets
-from engine.hyperv.ranges import Ranges
+from engine.hyperv import flush_ranges, vp_sets
+from engine.hyperv.flush_ranges import Ranges
 from engine.hyperv.vp_sets import VpBits
 
 
@@ -83,4 +83,4 @@ Reading = Flush | SecondLevelFlush | Refused | Undefined | Intercepted
 
 def no_ranges() -> Ranges:
     """No range, where an array is needed."""
-    return ranges.none()
+    return flush_ranges.none()

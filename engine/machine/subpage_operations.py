@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engine.cpu import frames
 from engine.errors import InvalidValue
-from engine.kvm import enabling, layers, spp_set, sppt_roots
+from engine.kvm import bitmaps, enabling_checks, spp_set, sppt_roots
 from engine.kvm.slots import check_pages
 from engine.machine.fault_injection import Allocations
 from engine.machine.nested import nested_in_use
@@ -45,8 +45,8 @@ class Subpages(Operations):
 
     def read(self, gfn: int, npages: int, layer: str = "effective") -> NDArray[np.uint32]:
         """Maps of consecutive pages, uint32[npages] (KVM_SUBPAGES_GET_ACCESS); ``layer`` is one of LAYER_NAMES."""
-        if layer not in layers.LAYER_NAMES:
-            raise InvalidValue(f"layer is one of {', '.join(layers.LAYER_NAMES)}", field="layer", value=layer)
+        if layer not in bitmaps.LAYER_NAMES:
+            raise InvalidValue(f"layer is one of {', '.join(bitmaps.LAYER_NAMES)}", field="layer", value=layer)
         now = self._state.current
         machine = now.snapshot.machine
         _check_active(now)
@@ -54,13 +54,13 @@ class Subpages(Operations):
             raise InvalidValue(f"npages is 1 to {MAX_WINDOW}", field="npages", value=npages)
         check_pages(machine, now.config.maxphyaddr, gfn, npages, "gfn")
         maps = np.empty(npages, dtype=np.uint32)
-        layers.read_maps(machine, gfn, layers.LAYER_NAMES.index(layer), maps)
+        bitmaps.read_maps(machine, gfn, bitmaps.LAYER_NAMES.index(layer), maps)
         return maps
 
     def enable(self) -> None:
         """KVM_INIT_SPP: switch sub-page protection on; a second time does nothing."""
         now = self._state.current
-        enabling.check(now.config, nested_in_use(now.nested))
+        enabling_checks.check(now.config, nested_in_use(now.nested))
         if not now.spp_active:
             Allocations(self._state).take(len(now.slots))
             with self._state.change() as change:
@@ -83,7 +83,7 @@ class Subpages(Operations):
 
 def _check_active(now: State) -> None:
     if not now.spp_active:
-        raise enabling.not_enabled()
+        raise enabling_checks.not_enabled()
 
 
 def _check_range(machine: frames.Machine, width: int, item: SubpageRange) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from engine.arch import controls as ctl
 from engine.arch.hyperv_pages import PARTITION_ASSIST, VP_ASSIST_SIZE
 from engine.errors import InvalidValue, NotFound
-from engine.hyperv import l0_hyperv, modes
-from engine.hyperv.execution import Vp
-from engine.kvm.guest_memory import GuestMemory
+from engine.hyperv import kvm_on_hyperv, modes
+from engine.hyperv.flush_execution import Vp
+from engine.kvm.memory_views import GuestMemory
 from engine.machine.hyperv_vps import hyperv_host, nested_guest_of, vps_of
 from engine.machine.nested_states import NestedStates, open_vcpu
 from engine.machine.state import Operations
@@ -57,7 +57,7 @@ class SharedPages(Operations):
         snapshot = self._published
         if of_kvm:
             self._host()
-            return l0_hyperv.assist_page(snapshot.machine, position)
+            return kvm_on_hyperv.assist_page(snapshot.machine, position)
         page = GuestMemory(snapshot).read(self._assist_gpa(vcpu), VP_ASSIST_SIZE)
         if page is None:
             raise NotFound("must be one whose VP assist page is in guest memory", field="vcpu", value=vcpu)
@@ -76,25 +76,27 @@ class SharedPages(Operations):
         """What KVM, on Hyper-V, runs the vCPU by. Raises NotFound where it does not."""
         position = self._config.vcpu_position(vcpu)
         host, m = self._host(), self._published.machine
-        page = l0_hyperv.control_page(m, position, host)
+        page = kvm_on_hyperv.control_page(m, position, host)
         fields = {name: host.control.get(page, name) for name in ENLIGHTENED_FIELDS}
-        return KvmVmcs("vmcb" if host.svm else "evmcs", l0_hyperv.address(m, position, ctl.V_HV_EVMCS), page, fields)
+        return KvmVmcs(
+            "vmcb" if host.svm else "evmcs", kvm_on_hyperv.address(m, position, ctl.V_HV_EVMCS), page, fields
+        )
 
     def load_on_cpu(self, cpu: int, vcpu: int) -> None:
         """KVM, on Hyper-V, loads a vCPU on the CPU of another, or on its own; ``cpu`` is the id of whose CPU it is."""
         place, position = self._config.vcpu_position(cpu), self._config.vcpu_position(vcpu)
         host = self._host()
         with self._state.change() as draft:
-            l0_hyperv.load(draft.machine, place, host, position)
+            kvm_on_hyperv.load(draft.machine, place, host, position)
 
     def leave_cpu(self, cpu: int) -> None:
         """KVM leaves the CPU of a vCPU: the module goes, or virtualization is switched off."""
         place = self._config.vcpu_position(cpu)
         self._host()
         with self._state.change() as draft:
-            l0_hyperv.unload(draft.machine, place)
+            kvm_on_hyperv.unload(draft.machine, place)
 
-    def _host(self) -> l0_hyperv.HypervHost:
+    def _host(self) -> kvm_on_hyperv.HypervHost:
         host = hyperv_host(self._config)
         if host is None:
             raise NotFound(
@@ -110,15 +112,15 @@ class SharedPages(Operations):
         return [self._partition_vp(snapshot, states, vp, host) for vp in vps_of(self._config, snapshot.machine, states)]
 
     def _partition_vp(
-        self, snapshot: Snapshot, states: NestedStates, vp: Vp, host: l0_hyperv.HypervHost | None
+        self, snapshot: Snapshot, states: NestedStates, vp: Vp, host: kvm_on_hyperv.HypervHost | None
     ) -> PartitionVp:
-        memory: GuestMemory | l0_hyperv.HostPages = GuestMemory(snapshot)
+        memory: GuestMemory | kvm_on_hyperv.HostPages = GuestMemory(snapshot)
         if host is None:
             whole = open_vcpu(self._config, states, snapshot.machine, vp.vcpu)
             guest, running = nested_guest_of(whole, GuestMemory(snapshot)), modes.in_nested_guest(whole)
         else:
-            memory = l0_hyperv.HostPages(snapshot.machine)
-            guest, running = l0_hyperv.nested_guest(snapshot.machine, vp.position, host), vp.running
+            memory = kvm_on_hyperv.HostPages(snapshot.machine)
+            guest, running = kvm_on_hyperv.nested_guest(snapshot.machine, vp.position, host), vp.running
         page = memory.read(guest.assist_page, 4)
         return PartitionVp(
             vcpu=vp.vcpu,

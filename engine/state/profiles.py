@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Generic, Literal, Never, TypeVar
 
-from engine.arch import nested_state as blob
+from engine.arch import kvm_nested_state as blob
 from engine.arch import vmx_msrs as vmx
 from engine.arch.evmcs import EVMCS, EVMCS_FIELDS, EVMCS_FIELDS_PACKED, EVMCS_PACKED
 from engine.arch.hyperv_cpuid import leaves_2019, leaves_latest

@@ -12,7 +12,7 @@ from engine.abi import VM, Call, Reply, failed
 from engine.ioctls.registry import Ioctl, Target
 from engine.kvm.abi_limits import ADDRESS_SPACES, MAX_SLOT_PAGES, USER_TOP
 from engine.kvm.slots import PAGE_SHIFT, PAGE_SIZE, SLOT_LOG_DIRTY, SLOT_READ_ONLY, SlotSpec
-from engine.state.kvm_versions import ONLY_LATEST, kvm_version
+from engine.state.profiles import ONLY_LATEST, kvm_version
 
 REGION = struct.Struct("<IIQQQ")
 REGION2_SIZE = 160

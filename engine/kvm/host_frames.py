@@ -9,9 +9,9 @@ The word of a page (``cpu.radix``): bits 51:12 its host frame, 0 where that is t
 from engine.arch import ept as bits
 from engine.cpu import radix
 from engine.cpu.frames import CAP_ARENA, STATE_FRAME, read_word, write_word
-from engine.cpu.physical_memory import SLOT_GFN, find_slot
+from engine.cpu.host_physical_memory import SLOT_GFN, find_slot
 from engine.jit import kernel
-from engine.kvm.registers import NEXT_HOST_FRAME, ROOT_HOST
+from engine.kvm.state_frame import NEXT_HOST_FRAME, ROOT_HOST
 
 READ_ONLY = 1
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from engine.cpu.frames import FRAME_SIZE, Machine
-from engine.kvm import memory
+from engine.kvm import page_contents
 from engine.kvm.slots import first_page_without_slot, writable_bytes
 from engine.state.frame_store import Draft, Snapshot
 from engine.state.retry import run_all
@@ -35,7 +35,7 @@ class GuestMemory:
     def read(self, gpa: int, size: int) -> bytes | None:
         """``size`` bytes at ``gpa``, None where a page of them has no slot."""
         machine = self._state.machine
-        return memory.read_bytes(machine, gpa, size) if _backed(machine, gpa, size) else None
+        return page_contents.read_bytes(machine, gpa, size) if _backed(machine, gpa, size) else None
 
     def write(self, gpa: int, data: bytes) -> bool:
         """Store ``data`` at ``gpa``; False, storing nothing, where a page has no slot or only a read-only one."""
@@ -81,7 +81,7 @@ class TrialMemory(GuestMemory):
 def store_bytes(draft: Draft, gpa: int, data: bytes) -> None:
     """Store bytes in pages that have slots, whatever their permissions; no log is told."""
     array = np.frombuffer(data, dtype=np.uint8)
-    run_all(draft, len(array), lambda done: done + memory.write_page(draft.machine, gpa + done, array[done:]))
+    run_all(draft, len(array), lambda done: done + page_contents.write_page(draft.machine, gpa + done, array[done:]))
 
 
 def _backed(machine: Machine, gpa: int, size: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from engine.errors import Conflict, NotEnabled, NotFound
-from engine.kvm import enabling, protections, spp_set
+from engine.kvm import enabling_checks, protections, spp_set
 from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
 from engine.kvm.slots import check_pages
 from engine.machine.state import Operations, State
@@ -64,7 +64,7 @@ class Protections(Operations):
                 field=f"objects[{whole}].granularity",
                 value="page",
             )
-        raise enabling.not_enabled()
+        raise enabling_checks.not_enabled()
 
     def _recover(self, since: State, changed: Protection, left: Mapping[str, Protection]) -> None:
         """Store what ``left`` covers on the pages of a protection that came or went."""

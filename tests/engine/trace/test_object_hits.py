@@ -9,8 +9,8 @@ import pytest
 
 from engine.errors import LimitExceeded
 from engine.kvm.protections import ProtectedObject, ProtectedPages
-from engine.trace import objects
-from engine.trace.objects import Targets, objects_of, targets_of
+from engine.trace import object_hits
+from engine.trace.object_hits import Targets, objects_of, targets_of
 from tests.engine.builders import machine, maps, replay, set_map, store_leaf, unchanged
 
 
@@ -60,7 +60,7 @@ def test_answer_longer_than_its_first_guess() -> None:
 
 
 def test_ranges_piled_up_without_measure_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "MAX_MEMBERS", 10)
+    monkeypatch.setattr(object_hits, "MAX_MEMBERS", 10)
     ranges = [(f"o{i}", 0x1000 + 0x80 * i, 0x1000) for i in range(6)]
     with pytest.raises(LimitExceeded, match="share 10 pieces at most") as caught:
         targets(*ranges)
@@ -70,7 +70,7 @@ def test_ranges_piled_up_without_measure_are_refused(monkeypatch: pytest.MonkeyP
 def test_protection_that_piles_up_too_much_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     vm = machine()
     with unchanged(vm):
-        monkeypatch.setattr(objects, "MAX_MEMBERS", 10)
+        monkeypatch.setattr(object_hits, "MAX_MEMBERS", 10)
         with pytest.raises(LimitExceeded):
             vm.protect("p", [ProtectedObject(f"o{i}", 0x1000 + 0x80 * i, 0x1000) for i in range(6)])
         monkeypatch.undo()

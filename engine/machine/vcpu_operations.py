@@ -14,7 +14,7 @@ from engine.arch import ept, exceptions
 from engine.arch.paging import CR4_LA57
 from engine.arch.vmcs_fields import FIELDS
 from engine.arch.words import signed, unsigned
-from engine.cpu import entry, frames, invalidate, tlb
+from engine.cpu import control_checks, frames, invalidate, tlb
 from engine.errors import InvalidValue, Unsupported
 from engine.machine.linear_width import invvpid_width
 from engine.machine.nested_states import record_of
@@ -123,7 +123,7 @@ class VcpuOperations(Operations):
         """VM entry: the checks on the controls, and what entering removes from the translation cache."""
         position = self._frame(vcpu) - int(frames.FIRST_VCPU_FRAME)
         with self._state.change() as draft:
-            error = int(entry.vm_entry(draft.machine, position))
+            error = int(control_checks.vm_entry(draft.machine, position))
             if error:
                 return InstructionResult("VMfail", vm_instruction_error=error)
             tlb.transition(draft.machine, position)

@@ -10,8 +10,8 @@ import pytest
 
 from engine.cpu import frames, radix
 from engine.errors import InvalidValue, LimitExceeded
-from engine.kvm import layers, protections, spp_set, sppt_roots
-from engine.kvm import registers as reg
+from engine.kvm import bitmaps, protections, spp_set, sppt_roots
+from engine.kvm import state_frame as reg
 from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
 from tests.engine.builders import FULL, bare_draft, machine, maps, new_trail, protect, replay, set_map, unchanged
 
@@ -59,7 +59,7 @@ def test_word_can_be_taken_back() -> None:
 
 
 def store_layers(m: frames.Machine, gfn: np.int64, denied: int, covered: int, lifted: int) -> None:
-    layers.store(m, gfn, layers.of_page(m, gfn), np.int64(denied), np.int64(covered), np.int64(lifted))
+    bitmaps.store(m, gfn, bitmaps.of_page(m, gfn), np.int64(denied), np.int64(covered), np.int64(lifted))
 
 
 def test_effective_for_every_combination() -> None:
@@ -68,7 +68,7 @@ def test_effective_for_every_combination() -> None:
     allowed, covered, lifted = (sum(row[i] << s for s, row in enumerate(combinations)) for i in range(3))
     store_layers(m, np.int64(9), ~allowed & 0xFF, covered, lifted)
     wanted = sum((a and (not p or g)) << s for s, (a, p, g) in enumerate(combinations))
-    assert int(layers.effective(m, np.int64(9))) == FULL & ~0xFF | wanted
+    assert int(bitmaps.effective(m, np.int64(9))) == FULL & ~0xFF | wanted
 
 
 @pytest.mark.parametrize(
@@ -88,18 +88,18 @@ def test_effective_of_whole_words(denied: int, covered: int, lifted: int, effect
     m = bare_draft().machine
     gfn = np.int64(77)
     store_layers(m, gfn, denied, covered, lifted)
-    assert int(layers.effective(m, gfn)) == effective
-    assert (int(layers.denied_by_set(m, gfn)), int(layers.protected(m, gfn))) == (denied, covered)
-    assert int(layers.granted(m, gfn)) == lifted
+    assert int(bitmaps.effective(m, gfn)) == effective
+    assert (int(bitmaps.denied_by_set(m, gfn)), int(bitmaps.protected(m, gfn))) == (denied, covered)
+    assert int(bitmaps.granted(m, gfn)) == lifted
     out = np.zeros(1, dtype=np.uint32)
     for layer, word in enumerate((effective, ~denied & FULL, covered, lifted)):
-        layers.read_maps(m, 77, layer, out)
-        assert int(out[0]) == word, layers.LAYER_NAMES[layer]
+        bitmaps.read_maps(m, 77, layer, out)
+        assert int(out[0]) == word, bitmaps.LAYER_NAMES[layer]
 
 
 def test_new_page_has_full_access_in_every_layer() -> None:
     vm = machine()
-    assert [maps(vm, 7, layer=layer) for layer in layers.LAYER_NAMES] == [[FULL], [FULL], [0], [0]]
+    assert [maps(vm, 7, layer=layer) for layer in bitmaps.LAYER_NAMES] == [[FULL], [FULL], [0], [0]]
 
 
 # ---- lives of the layers, on a machine
@@ -217,7 +217,7 @@ def test_kernels_stop_where_frames_run_out_and_go_on_from_there() -> None:
     draft.ensure()
     assert spp_set.cover(draft.machine, gfns, masks, 1, new_trail()) == 4
     m = draft.machine
-    assert all(int(layers.protected(m, gfn)) == 1 for gfn in gfns)
+    assert all(int(bitmaps.protected(m, gfn)) == 1 for gfn in gfns)
     access = np.zeros(2, dtype=np.uint32)
     m.top[frames.TOP_FREE] = frames.RESERVE - 1
     assert spp_set.set_maps(m, 5 << 20, access, 0, new_trail()) == 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from engine.arch import hyperv_pages as pages
 from engine.arch.vmcs12 import put
-from engine.hyperv.direct import Exit
+from engine.hyperv.l2_hypercalls import Exit
 from engine.hyperv.outcome import Outcome
-from engine.kvm.guest_memory import GuestMemory
+from engine.kvm.memory_views import GuestMemory
 from engine.nested import transitions
 from engine.vcpu.vcpu import Vcpu
 

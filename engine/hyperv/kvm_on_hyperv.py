@@ -34,11 +34,11 @@ from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME, STATE_FRAME, Machine
 from engine.errors import InvalidValue
 from engine.hyperv import notes
-from engine.hyperv.direct import NestedGuest
+from engine.hyperv.l2_hypercalls import NestedGuest
 from engine.hyperv.privileges import Privileges
-from engine.kvm import registers as reg
+from engine.kvm import state_frame as reg
 from engine.state.config import VmConfig
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 from engine.vcpu.cpuid import entries_from_json
 
 CAP_DIRECT_FLUSH = 175

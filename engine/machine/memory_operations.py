@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from engine.errors import InvalidValue
-from engine.kvm import dirty_marking, memory
-from engine.kvm.guest_memory import store_bytes
+from engine.kvm import dirty_marking, page_contents
+from engine.kvm.memory_views import store_bytes
 from engine.kvm.slots import check_pages
 from engine.machine.state import Operations, State
 from engine.state.frame_store import Draft
@@ -20,7 +20,7 @@ class Memory(Operations):
         """Guest RAM contents, zero where nothing was written."""
         now = self._state.current
         _check(now, gpa, size, "size")
-        return memory.read_bytes(now.snapshot.machine, gpa, size)
+        return page_contents.read_bytes(now.snapshot.machine, gpa, size)
 
     def write(self, gpa: int, data: bytes) -> None:
         """Store bytes; the dirty logs are told."""

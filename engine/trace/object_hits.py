@@ -18,7 +18,7 @@ from engine.errors import LimitExceeded
 from engine.jit import kernel
 from engine.kvm.protections import ProtectedObject, covered_subpages
 from engine.kvm.resolutions import VIOLATION
-from engine.kvm.run import EXIT_GPA, EXIT_INDEX, EXIT_REASON, EXIT_RECORD
+from engine.kvm.vcpu_run import EXIT_GPA, EXIT_INDEX, EXIT_REASON, EXIT_RECORD
 
 # Ranges that lie on top of each other are stored once a piece; nesting thousands of them grows with the square.
 MAX_MEMBERS = 1 << 24

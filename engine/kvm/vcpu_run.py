@@ -6,12 +6,23 @@ An access is split at page ends, low page first; nothing lands and no flag is se
 from engine.arch import access as acc
 from engine.arch import ept as bits
 from engine.arch import exits
-from engine.cpu import access_check, access_rights, ept, exit_qualification, fastpath, mmu, page_log, sppt, tlb, ve
+from engine.cpu import (
+    access_check,
+    access_rights,
+    cached_check,
+    ept,
+    exit_qualification,
+    fastpath,
+    page_log,
+    sppt,
+    tlb,
+    ve,
+)
 from engine.cpu.frames import CAP_FAST_PATH
 from engine.jit import kernel
-from engine.kvm import layers
-from engine.kvm import registers as reg
+from engine.kvm import bitmaps
 from engine.kvm import resolutions as res
+from engine.kvm import state_frame as reg
 from engine.kvm.exit_handling import block_nmis, count_exit, handle_exit
 
 # Entries that a read or a fetch leaves as they are.
@@ -52,16 +63,16 @@ def log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution
 def settle(m, vcpu, mode, gpa, size, how, source, trail):
     """Leave behind what a successful access leaves: flags in the entries, and the page in the caches.
 
-    ``source`` says how its last page was decided (see ``cpu.mmu``).
+    ``source`` says how its last page was decided (see ``cpu.cached_check``).
     """
     one_page = access_rights.page_part(gpa, gpa + size) == size
     at = gpa
     while at < gpa + size:
         part = access_rights.page_part(at, gpa + size)
         if not one_page:
-            _, _, _, source = mmu.check(m, vcpu, at, part, how, trail)
+            _, _, _, source = cached_check.check(m, vcpu, at, part, how, trail)
         if tlb.modelled(m) or page_log.on(mode):
-            dirty = mmu.finish(m, vcpu, mode, at, how, source, trail)
+            dirty = cached_check.finish(m, vcpu, mode, at, how, source, trail)
         else:
             dirty = access_check.set_flags(m, mode, how, trail)
         if one_page:
@@ -80,7 +91,7 @@ def remember(m, gpa, dirty, trail):
     if rights & (bits.READ | bits.EXECUTE) != bits.READ | bits.EXECUTE:
         return
     writable = 0
-    mask = layers.effective(m, gpa >> 12)
+    mask = bitmaps.effective(m, gpa >> 12)
     if dirty and rights & bits.WRITE:
         writable = mask  # where that is not all, a write that goes through against the map is counted
     elif dirty and trail[ept.TRAIL_COUNTS, 1] == 4 and sppt.gather(trail[ept.TRAIL_SPPT + 3, 3]) == mask:
@@ -91,7 +102,7 @@ def remember(m, gpa, dirty, trail):
 @kernel
 def remember_denial(m, gpa, size, qualification, denied, trail):
     """Put a refusal in the fast path if the page's map alone explains it, and reads and fetches need nothing."""
-    mask = layers.effective(m, gpa >> 12)
+    mask = bitmaps.effective(m, gpa >> 12)
     if not m.caps[CAP_FAST_PATH] or denied != sppt.touched(gpa, size) & ~mask:
         return
     settled = SETTLED
@@ -104,7 +115,7 @@ def remember_denial(m, gpa, size, qualification, denied, trail):
 @kernel
 def refused_by_policy(m, at, denied):
     """Sub-pages that a policy refuses, out of those that an SPPT did: a dirty log closes sub-pages as well."""
-    refused = denied & ~layers.effective(m, at >> 12)
+    refused = denied & ~bitmaps.effective(m, at >> 12)
     return refused or denied
 
 
@@ -121,12 +132,12 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
     size = word & 0xFFFF
     count = 0
     at = gpa
-    source = mmu.WALKED
+    source = cached_check.WALKED
     stale = 0
     while True:
         if at == gpa + size:
             mode = ept.mode_of(m, vcpu)
-            if not page_log.on(mode) or mmu.log_fits(m, vcpu, mode, gpa, size, how, source, trail):
+            if not page_log.on(mode) or cached_check.log_fits(m, vcpu, mode, gpa, size, how, source, trail):
                 break
             at = gpa
             reason, qualification, denied = exits.PML_FULL, exit_qualification.nmi_unblocking(how), 0
@@ -134,10 +145,10 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
             part = access_rights.page_part(at, gpa + size)
             reason, qualification, denied = access_check.check(m, vcpu, at, part, how, trail)
             if tlb.modelled(m):
-                reason, qualification, denied, source = mmu.through_cache(
+                reason, qualification, denied, source = cached_check.through_cache(
                     m, vcpu, at, part, how, reason, qualification, denied, trail
                 )
-                stale |= res.STALE if source == mmu.STALE else 0
+                stale |= res.STALE if source == cached_check.STALE else 0
             if reason == exits.NONE:
                 at += part
                 continue

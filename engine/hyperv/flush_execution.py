@@ -20,11 +20,11 @@ from engine.arch.hypercall import EVERYTHING
 from engine.arch.words import signed
 from engine.cpu import frames, tlb, tlb_select
 from engine.cpu.frames import Machine
-from engine.hyperv import notes, queues, ranges
-from engine.hyperv.ranges import KvmLists
-from engine.hyperv.request import Flush, SecondLevelFlush, no_ranges
+from engine.hyperv import flush_ranges, notes, queues
+from engine.hyperv.flush_or_refusal import Flush, SecondLevelFlush, no_ranges
+from engine.hyperv.flush_ranges import KvmLists
 from engine.state.config import VmConfig
-from engine.state.kvm_versions import kvm_version
+from engine.state.profiles import kvm_version
 
 Marks = NDArray[np.int64]
 
@@ -217,7 +217,7 @@ def drop_nested(m: Machine, vcpu: int) -> None:
         tlb_select.remove(m, marks)
 
 
-def _drop(m: Machine, vcpu: int, covered: ranges.Ranges | None) -> None:
+def _drop(m: Machine, vcpu: int, covered: flush_ranges.Ranges | None) -> None:
     """INVVPID of the current VPID: its whole context, or address by address."""
     if not len(m.tlb):
         return

@@ -8,7 +8,7 @@ from engine.arch import ept as bits
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu.frames import ample
 from engine.jit import kernel
-from engine.kvm import layers, mapping, page_rights, spp_set
+from engine.kvm import bitmaps, kvmi_rights, mapping, spp_set
 
 # A row of a batch
 ROW_GFN = 0
@@ -20,8 +20,8 @@ ROW_WORDS = 3
 @kernel
 def rights_of(m, gfn):
     """Read, write and execute of a page, as bits of an EPT entry."""
-    rights = page_rights.KEPT & ~page_rights.lacking(m, gfn)
-    if layers.denied_by_set(m, gfn) == 0:
+    rights = kvmi_rights.KEPT & ~kvmi_rights.lacking(m, gfn)
+    if bitmaps.denied_by_set(m, gfn) == 0:
         rights |= bits.WRITE
     return rights
 
@@ -32,7 +32,7 @@ def read_rights(m, gfns, out):
     for i in range(gfns.shape[0]):
         out[i, ROW_GFN] = gfns[i]
         out[i, ROW_RIGHTS] = rights_of(m, gfns[i])
-        out[i, ROW_MAP] = ~layers.denied_by_set(m, gfns[i]) & FULL_ACCESS
+        out[i, ROW_MAP] = ~bitmaps.denied_by_set(m, gfns[i]) & FULL_ACCESS
 
 
 @kernel
@@ -46,6 +46,6 @@ def store_rights(m, rows, start, trail):
             return i
         gfn = rows[i, ROW_GFN]
         mapping.unmap_page(m, gfn, trail)
-        page_rights.store(m, gfn, bits.RIGHTS & ~rows[i, ROW_RIGHTS])
+        kvmi_rights.store(m, gfn, bits.RIGHTS & ~rows[i, ROW_RIGHTS])
         spp_set.set_map(m, gfn, rows[i, ROW_MAP], trail)
     return rows.shape[0]

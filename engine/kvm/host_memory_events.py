@@ -8,9 +8,9 @@ import numpy as np
 
 from engine.cpu import fastpath
 from engine.cpu.frames import ample
-from engine.cpu.physical_memory import find_slot
+from engine.cpu.host_physical_memory import find_slot
 from engine.jit import kernel
-from engine.kvm import ept_tables, host_state, large_pages, mapping, regions, sppt_tables
+from engine.kvm import ept_tables, host_frames, large_pages, mapping, regions, sppt_tables
 
 # In the order of their numbers. The first three do nothing where nothing is mapped.
 EVENTS = (
@@ -45,9 +45,9 @@ def change_page(m, event, gfn, trail):
         return mapping.unmap_page(m, gfn, trail)
     changed = make_small(m, gfn, trail)
     if event == READ_ONLY:
-        host_state.renew(m, gfn, host_state.READ_ONLY)
+        host_frames.renew(m, gfn, host_frames.READ_ONLY)
         return mapping.make_read_only(m, gfn, trail) or changed
-    host_state.renew(m, gfn, NOTHING)
+    host_frames.renew(m, gfn, NOTHING)
     return mapping.unmap_page(m, gfn, trail) or changed
 
 
@@ -74,7 +74,7 @@ def make_large(m, gfn, trail):
     first = gfn & ~(REGION - 1)
     changed = False
     for page in range(first, first + REGION):
-        host_state.forget(m, page)
+        host_frames.forget(m, page)
         changed = mapping.unmap_page(m, page, trail) or changed
     return changed
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from engine.cpu.frames import EPT, SPPT, Machine
 from engine.errors import InvalidValue
-from engine.kvm.host_memory import EVENTS, WHOLE, change_everything, change_range
+from engine.kvm.host_memory_events import EVENTS, WHOLE, change_everything, change_range
 from engine.kvm.slots import check_pages
 from engine.machine.state import Operations
 from engine.state.config import choices

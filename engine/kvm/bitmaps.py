@@ -14,7 +14,7 @@ from engine.cpu.access_rights import page_part
 from engine.cpu.radix import read, write
 from engine.jit import kernel
 from engine.kvm import regions
-from engine.kvm.registers import ROOT_GRANTED, ROOT_POLICY
+from engine.kvm.state_frame import ROOT_GRANTED, ROOT_POLICY
 
 # Layers of a page's map
 LAYER_NAMES = ("effective", "set", "protected", "granted")

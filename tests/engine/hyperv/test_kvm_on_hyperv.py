@@ -9,9 +9,9 @@ import pytest
 from engine.arch import controls as ctl
 from engine.arch.hyperv_pages import VMCB_ENLIGHTENMENTS, VP_ASSIST, read_assist, write_assist
 from engine.cpu import frames
-from engine.hyperv import l0_hyperv
-from engine.hyperv.direct import NestedGuest
-from engine.hyperv.l0_hyperv import HostPages, HypervHost
+from engine.hyperv import kvm_on_hyperv
+from engine.hyperv.kvm_on_hyperv import HostPages, HypervHost
+from engine.hyperv.l2_hypercalls import NestedGuest
 from engine.state.config import HostConfig, VcpuConfig, VmConfig
 from tests.engine.builders import bare_draft
 
@@ -53,33 +53,33 @@ def test_what_hyperv_reads_of_a_page_with_a_wrong_layout(written: str, text: str
 
 def test_loading_and_leaving_a_cpu() -> None:
     m, host = host_machine(2)
-    first, second = (l0_hyperv.address(m, vcpu, ctl.V_HV_EVMCS) for vcpu in (0, 1))
+    first, second = (kvm_on_hyperv.address(m, vcpu, ctl.V_HV_EVMCS) for vcpu in (0, 1))
     assert fields_of(m, 0) == (0, 1, first)
-    assert l0_hyperv.enable_direct_flush(m, 0, host) is None
+    assert kvm_on_hyperv.enable_direct_flush(m, 0, host) is None
     assert fields_of(m, 0) == (1, 1, first) and fields_of(m, 1) == (0, 1, second)
     # E10: another enlightened VMCS, which does not ask, takes nothing back
-    l0_hyperv.load(m, 0, host, 1)
+    kvm_on_hyperv.load(m, 0, host, 1)
     assert fields_of(m, 0) == (1, 1, second)
-    assert not l0_hyperv.nested_guest(m, 0, host).enlightened
-    l0_hyperv.load(m, 1, host, 0)
+    assert not kvm_on_hyperv.nested_guest(m, 0, host).enlightened
+    kvm_on_hyperv.load(m, 1, host, 0)
     assert fields_of(m, 1) == (1, 1, first)
-    l0_hyperv.unload(m, 0)  # E11
-    assert not any(l0_hyperv.assist_page(m, 0))
-    l0_hyperv.entering(m, 0, 7, host)
+    kvm_on_hyperv.unload(m, 0)  # E11
+    assert not any(kvm_on_hyperv.assist_page(m, 0))
+    kvm_on_hyperv.entering(m, 0, 7, host)
     assert fields_of(m, 0) == (1, 1, first)
 
 
 def fields_of(m: frames.Machine, cpu: int) -> tuple[int, ...]:
     """DirectHypercall, EnlightenVmEntry and CurrentNestedVmcs on the CPU of a vCPU."""
-    return tuple(read_assist(l0_hyperv.assist_page(m, cpu)).values())
+    return tuple(read_assist(kvm_on_hyperv.assist_page(m, cpu)).values())
 
 
 def test_without_the_enlightened_vmcs_no_assist_page_is_used() -> None:
     m, host = host_machine(host=HostConfig(hyperv={}, evmcs=False))
-    l0_hyperv.entering(m, 0, 7, host)
-    l0_hyperv.exited(m, 0, 7, host)
-    assert not any(l0_hyperv.assist_page(m, 0)) and not any(l0_hyperv.control_page(m, 0, host))
-    assert l0_hyperv.nested_guest(m, 0, host) == NestedGuest(enlightened=False)
+    kvm_on_hyperv.entering(m, 0, 7, host)
+    kvm_on_hyperv.exited(m, 0, 7, host)
+    assert not any(kvm_on_hyperv.assist_page(m, 0)) and not any(kvm_on_hyperv.control_page(m, 0, host))
+    assert kvm_on_hyperv.nested_guest(m, 0, host) == NestedGuest(enlightened=False)
 
 
 @pytest.mark.parametrize(
@@ -92,28 +92,28 @@ def test_on_amd_kvm_asks_since_it_was_ported(profile: str, bit: bool, available:
     assert host.direct_flush is available and not host.evmcs
     # every CPU from the start, and nothing of an enlightened VMCS
     assert fields_of(m, 0) == (int(available), 0, 0)
-    assert l0_hyperv.enable_direct_flush(m, 0, host) == (None if available else "ENOTTY")
-    guest = l0_hyperv.nested_guest(m, 0, host)
+    assert kvm_on_hyperv.enable_direct_flush(m, 0, host) == (None if available else "ENOTTY")
+    guest = kvm_on_hyperv.nested_guest(m, 0, host)
     assert (guest.svm, guest.asks, guest.direct) == (True, available, available)
 
 
 def test_a_vmcb_has_its_vp_id_before_it_runs() -> None:
     m, host = host_machine(profile="kvm-latest", host=HostConfig(vendor="amd", hyperv={}))
-    l0_hyperv.exited(m, 0, 7, host)
+    kvm_on_hyperv.exited(m, 0, 7, host)
     clean = 1 << 31
-    assert host.control.get(l0_hyperv.control_page(m, 0, host), "hv_clean_fields") == clean
-    l0_hyperv.enable_direct_flush(m, 0, host)
-    page = l0_hyperv.control_page(m, 0, host)
+    assert host.control.get(kvm_on_hyperv.control_page(m, 0, host), "hv_clean_fields") == clean
+    kvm_on_hyperv.enable_direct_flush(m, 0, host)
+    page = kvm_on_hyperv.control_page(m, 0, host)
     assert host.control.get(page, "hv_clean_fields") == 0 and page[0x3E0:0x3E8] == bytes([1, 0, 0, 0, 0, 0, 0, 0])
-    assert int.from_bytes(page[0x3E8:0x3F0], "little") == l0_hyperv.vm_id(m)
-    l0_hyperv.entering(m, 0, 7, host)
-    assert l0_hyperv.control_page(m, 0, host)[0x3E4] == 7
+    assert int.from_bytes(page[0x3E8:0x3F0], "little") == kvm_on_hyperv.vm_id(m)
+    kvm_on_hyperv.entering(m, 0, 7, host)
+    assert kvm_on_hyperv.control_page(m, 0, host)[0x3E4] == 7
 
 
 def test_hyperv_reads_the_pages_of_kvm_and_no_others() -> None:
     m, host = host_machine()
-    l0_hyperv.enable_direct_flush(m, 0, host)
-    page = l0_hyperv.nested_guest(m, 0, host).assist_page
+    kvm_on_hyperv.enable_direct_flush(m, 0, host)
+    page = kvm_on_hyperv.nested_guest(m, 0, host).assist_page
     memory = HostPages(m)
     assert memory.read(page, 4) == bytes(4)
     assert memory.read(page + 0xFFC, 8) is None

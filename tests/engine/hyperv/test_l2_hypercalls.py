@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from engine.arch import controls as ctl
 from engine.cpu import frames, tlb
-from engine.hyperv import execution
+from engine.hyperv import flush_execution
 from engine.hyperv.caller import Caller
-from engine.hyperv.direct import Exit, NestedGuest
-from engine.hyperv.execution import Vp
+from engine.hyperv.flush_execution import Vp
+from engine.hyperv.l2_hypercalls import Exit, NestedGuest
 from tests.engine.ram import Ram
 
 from .flush_machine import ENTRIES, PRIVILEGES, FlushMachine, names, words
@@ -213,7 +213,7 @@ def test_whoever_runs_keeps_nothing_that_is_required(
         for effect in done.effects:
             assert not len(effect.left) or (effect.queued and effect.vp.position in away)
         for vp in machine.vps:
-            execution.service(machine.m, vp.position, True, machine.context.facts)
+            flush_execution.service(machine.m, vp.position, True, machine.context.facts)
             assert not set(nested_of(machine, vp.position)) & set(required.get(vp.position, ""))
             assert way == "paranoid" or machine.held(vp.position) == "ABCDEFGH"
 
