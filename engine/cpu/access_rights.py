@@ -5,14 +5,6 @@ from engine.arch import ept as bits
 from engine.cpu import ept
 from engine.jit import kernel
 
-PAGE = 4096
-
-
-@kernel
-def page_part(at, end):
-    """Bytes of [at, end) that lie in the page of ``at``."""
-    return min(end - at, PAGE - (at & (PAGE - 1)))
-
 
 @kernel
 def is_paging(how):

@@ -80,29 +80,6 @@ def through_cache(m, vcpu, gpa, size, how, reason, q, denied, trail):
 
 
 @kernel
-def log_fits(m, vcpu, mode, gpa, size, how, source, trail):
-    """Whether the page-modification log has room for an access that every page of it allows.
-
-    ``trail`` and ``source`` are those of its last page; they still are those of the only page afterwards.
-    """
-    if not page_log.on(mode):
-        return True
-    index = page_log.index_of(m, vcpu)
-    one_page = access_rights.page_part(gpa, gpa + size) == size
-    at = gpa
-    while at < gpa + size:
-        part = access_rights.page_part(at, gpa + size)
-        if not one_page:
-            _, _, _, source = check(m, vcpu, at, part, how, trail)
-        if source == WALKED:
-            room, index = page_log.take(how, mode, index, trail)
-            if not room:
-                return False
-        at += part
-    return True
-
-
-@kernel
 def finish(m, vcpu, mode, gpa, how, source, trail):
     """Leave behind what an allowed access to a page leaves; returns whether its leaf is dirty.
 

@@ -13,7 +13,7 @@ from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch import exceptions, exits
 from engine.arch import paging as guest
-from engine.cpu import access_check, cached_check, ept, exit_qualification, guest_memory, tlb
+from engine.cpu import access_check, access_over_pages, cached_check, ept, exit_qualification, guest_memory, tlb
 from engine.cpu.frames import CAP_RESERVED_ADDRESS, FIRST_VCPU_FRAME
 from engine.jit import kernel
 
@@ -163,7 +163,7 @@ def touch(m, vcpu, slot, size, how, doing, trail):
     if reason != exits.NONE or not doing & EXECUTE:
         return reason, q, source
     mode = ept.mode_of(m, vcpu)
-    if not cached_check.log_fits(m, vcpu, mode, slot, size, how, source, trail):
+    if not access_over_pages.log_fits(m, vcpu, mode, slot, size, how, source, trail):
         return exits.PML_FULL, exit_qualification.nmi_unblocking(how), source
     cached_check.finish(m, vcpu, mode, slot, how, source, trail)
     return exits.NONE, 0, source

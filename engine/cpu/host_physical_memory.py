@@ -1,8 +1,8 @@
-"""Host-physical memory by address: what is there, and what is read and written where nothing is.
+"""Host-physical memory by address: where RAM and tables are, and what is read and written where nothing is.
 
-A table is a frame of table memory. What the processor itself writes, the page-modification log and the #VE information
-area, may be there or in guest RAM, which is at the HPA that equals its GPA (SDM vol. 3C, 26.5.7.2 and 29.3.6). Anywhere
-else there is no memory: it reads as all ones, and a store is lost.
+A table is a frame of table memory, the upper half of what MAXPHYADDR reaches. What the processor itself writes, the
+page-modification log and the #VE information area, may be there or in guest RAM, which is at the HPA that equals its
+GPA (SDM vol. 3C, 26.5.7.2 and 29.3.6). Anywhere else there is no memory: it reads as all ones, and a store is lost.
 """
 
 from engine.arch import ept
@@ -13,6 +13,11 @@ from engine.jit import kernel
 # The words of a row of Machine.slots that say where its pages are
 SLOT_GFN = 0
 SLOT_PAGES = 1
+
+
+def table_memory(width: int) -> int:
+    """Host-physical address of the first frame of tables; ``width`` is MAXPHYADDR. Easy to tell from guest RAM."""
+    return 1 << (width - 1)
 
 
 @kernel

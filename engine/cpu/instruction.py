@@ -15,7 +15,7 @@ from engine.arch import exceptions, exits
 from engine.arch import paging as guest
 from engine.cpu import (
     access_check,
-    access_rights,
+    access_over_pages,
     cached_check,
     ept,
     exit_qualification,
@@ -198,7 +198,7 @@ def attempt(m, vcpu, linear, size, how, trail, steps, pages):
         at = effective(m, vcpu, linear + done)
         if not canonical(m, vcpu, at):
             return -exceptions.GENERAL_PROTECTION, 0, 0, at, 0, stale, count
-        part = access_rights.page_part(at, at + size - done)
+        part = access_over_pages.page_part(at, at + size - done)
         reason, value, gpa, denied, misled = page(m, vcpu, at, part, how, trail, steps, pages, count)
         stale = stale or misled
         if reason == exits.EPT_VIOLATION:

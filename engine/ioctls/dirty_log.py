@@ -10,7 +10,7 @@ import struct
 
 from engine.abi import VM, Call, Reply, failed
 from engine.ioctls.registry import Ioctl, Target
-from engine.kvm.abi_limits import ADDRESS_SPACES
+from engine.kvm.slots import ADDRESS_SPACES
 from engine.state.profiles import kvm_version
 
 LOG = struct.Struct("<IIQ")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from engine.ioctls.registry import Target
-from engine.kvm.abi_limits import ADDRESS_SPACES
+from engine.kvm.slots import ADDRESS_SPACES
 from engine.state.profiles import kvm_version
 
 CAP_USER_MEMORY = 3

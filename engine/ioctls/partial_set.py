@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.cpu import frames
-from engine.kvm import bitmaps, partial_set, spp_set
+from engine.kvm import bitmaps, spp_set
 from engine.kvm.slots import first_page_without_slot
 from engine.machine import VirtualMachine
 from engine.state.profiles import kvm_version
@@ -53,12 +53,12 @@ class SubpageCalls:
             if whole or self._abi.set_with_hole == "applied":
                 trail = new_trail()
                 if before and not whole and self._abi.hole_after_mapped_returns_zero:
-                    returns = 0 if partial_set.any_mapped(draft.machine, gfn, before, trail) else None
+                    returns = 0 if spp_set.any_mapped(draft.machine, gfn, before, trail) else None
                 run_all(draft, before, lambda start: spp_set.set_maps(draft.machine, gfn, done, start, trail))
             else:
                 if gfn < END:
-                    partial_set.invalidate_regions(draft.machine, gfn, min(len(access), END - gfn))
-                run_all(draft, before, lambda start: partial_set.store_maps(draft.machine, gfn, done, start))
+                    spp_set.invalidate_regions(draft.machine, gfn, min(len(access), END - gfn))
+                run_all(draft, before, lambda start: spp_set.store_maps(draft.machine, gfn, done, start))
         return returns
 
 

@@ -10,8 +10,16 @@ import struct
 
 from engine.abi import VM, Call, Reply, failed
 from engine.ioctls.registry import Ioctl, Target
-from engine.kvm.abi_limits import ADDRESS_SPACES, MAX_SLOT_PAGES, USER_TOP
-from engine.kvm.slots import PAGE_SHIFT, PAGE_SIZE, SLOT_LOG_DIRTY, SLOT_READ_ONLY, SlotSpec
+from engine.kvm.slots import (
+    ADDRESS_SPACES,
+    MAX_SLOT_PAGES,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    SLOT_LOG_DIRTY,
+    SLOT_READ_ONLY,
+    USER_TOP,
+    SlotSpec,
+)
 from engine.state.profiles import ONLY_LATEST, kvm_version
 
 REGION = struct.Struct("<IIQQQ")

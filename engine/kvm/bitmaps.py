@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import sppt
-from engine.cpu.access_rights import page_part
+from engine.cpu.access_over_pages import page_part
 from engine.cpu.radix import read, write
 from engine.jit import kernel
 from engine.kvm import regions

@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import radix, sppt
-from engine.cpu.access_rights import page_part
+from engine.cpu.access_over_pages import page_part
 from engine.cpu.frames import CAP_KVM, STATE_FRAME, read_word
 from engine.cpu.host_physical_memory import find_slot
 from engine.jit import kernel

@@ -10,7 +10,7 @@ import numpy as np
 from engine.arch import access as acc
 from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS
-from engine.cpu import access_rights, sppt
+from engine.cpu import access_over_pages, sppt
 from engine.cpu.host_physical_memory import find_slot
 from engine.jit import kernel
 from engine.kvm import bitmaps, choice_bits, dirty_marking
@@ -59,7 +59,7 @@ def execute(m, source, gpa, size, access, tally):
         tally[reg.EMULATED] += access == acc.WRITE
     at = gpa
     while at < gpa + size:
-        part = access_rights.page_part(at, gpa + size)
+        part = access_over_pages.page_part(at, gpa + size)
         ending, denied = refused(m, source, access, at, part)
         if ending == res.VIOLATION:
             return ending, exits.EPT_VIOLATION, SYNTHETIC, denied, at

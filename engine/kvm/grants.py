@@ -1,7 +1,7 @@
 """Grants: sub-pages that an answer to a violation opens, for as long as their protection lives (kvm-spp 2.3)."""
 
 from engine.arch import ept as bits
-from engine.cpu import access_rights, sppt
+from engine.cpu import access_over_pages, sppt
 from engine.cpu.host_physical_memory import find_slot
 from engine.jit import kernel
 from engine.kvm import bitmaps, kvmi_rights
@@ -26,7 +26,7 @@ def grant_touched(m, gpa, size, trail):
             return False  # no sub-page of it is eligible
     at = gpa
     while at < gpa + size:
-        part = access_rights.page_part(at, gpa + size)
+        part = access_over_pages.page_part(at, gpa + size)
         refused = sppt.touched(at, part) & ~bitmaps.effective(m, at >> 12)
         if refused and find_slot(m, at >> 12) >= 0:
             grant(m, at >> 12, refused, trail)

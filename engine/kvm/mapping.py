@@ -14,6 +14,7 @@ from engine.cpu.frames import STATE_FRAME, read_word, write_word
 from engine.cpu.host_physical_memory import read_entry, write_entry
 from engine.jit import kernel
 from engine.kvm import (
+    access_tracking,
     bitmaps,
     choice_bits,
     dirty_marking,
@@ -65,7 +66,7 @@ def find_leaf(m, gfn, trail):
     if count == 0:
         return False, level, 0, 0, 0
     entry = trail[count - 1, 3]
-    if outcome != ept.COMPLETE and not write_protection.tracked(m, entry):
+    if outcome != ept.COMPLETE and not access_tracking.tracked(m, entry):
         return False, level, 0, 0, 0
     return True, level, trail[count - 1, 1], trail[count - 1, 2], entry
 
@@ -198,8 +199,8 @@ def watch_page(m, gfn, slot, trail):
         mask = dirty_marking.permitted(m, gfn, slot)
         if choice_bits.chooses(m, KVM_FILL_IN_SET) or sppt_tables.stale_vector(m, gfn, mask):
             sppt_tables.fill_vectors(m, gfn, mask)
-    if write_protection.tracked(m, entry) or not entry & bits.ACCESSED:
-        fresh = write_protection.aged(m, fresh)
+    if access_tracking.tracked(m, entry) or not entry & bits.ACCESSED:
+        fresh = access_tracking.aged(m, fresh)
     write_entry(m, table, index, fresh)
     forget(m, gfn, level)
     spare_region(m, gfn)
@@ -237,7 +238,7 @@ def age(m, gfn, trail):
     found, level, table, index, entry = find_leaf(m, gfn, trail)
     if not found:
         return False
-    return replace(m, gfn, level, table, index, entry, write_protection.aged(m, entry))
+    return replace(m, gfn, level, table, index, entry, access_tracking.aged(m, entry))
 
 
 @kernel
@@ -249,8 +250,8 @@ def make_read_only(m, gfn, trail):
     found, level, table, index, entry = find_leaf(m, gfn, trail)
     if not found or level != 1:
         return False
-    kept = write_protection.with_rights(m, entry) & ~(
+    kept = access_tracking.with_rights(m, entry) & ~(
         bits.ADDRESS | bits.WRITE | bits.SPP | write_protection.saved_bit(m) | HOST_WRITEABLE
     )
     fresh = kept | host_frames.address_of_page(m, gfn)
-    return replace(m, gfn, level, table, index, entry, write_protection.aged(m, fresh))
+    return replace(m, gfn, level, table, index, entry, access_tracking.aged(m, fresh))

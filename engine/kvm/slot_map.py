@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import InvalidValue
-from engine.kvm.abi_limits import ADDRESS_SPACES
-from engine.kvm.slots import SLOT_WORDS, SlotSpec, slot_row, slot_table
+from engine.kvm.slots import ADDRESS_SPACES, SLOT_WORDS, SlotSpec, slot_row, slot_table
 
 _NO_TABLE: NDArray[np.int64] = np.zeros((0, SLOT_WORDS), dtype=np.int64)
 

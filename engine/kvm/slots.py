@@ -1,4 +1,7 @@
-"""Memory slots: which guest-physical pages are RAM (KVM_SET_USER_MEMORY_REGION)."""
+"""Memory slots: which guest-physical pages are RAM (KVM_SET_USER_MEMORY_REGION).
+
+What kernels allow differently is ``LimitRows`` of ``engine.state.profiles``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from engine.cpu.frames import Machine
 from engine.cpu.host_physical_memory import SLOT_GFN, SLOT_PAGES, find_slot
 from engine.errors import InvalidValue
 from engine.jit import kernel, short_kernel
-from engine.kvm.abi_limits import ADDRESS_SPACES
+
+ADDRESS_SPACES = 2  # 0, and 1 for system-management mode
+MAX_SLOT_PAGES = (1 << 31) - 1  # KVM_MEM_MAX_NR_PAGES
+USER_TOP = (1 << 47) - 0x1000  # TASK_SIZE_MAX with four levels of paging
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
@@ -134,16 +140,6 @@ def slot_table(specs: Iterable[SlotSpec]) -> NDArray[np.int64]:
     """int64[n, SLOT_WORDS] of address space 0, sorted by base GFN, as kernels look it up."""
     rows = sorted(slot_row(spec) for spec in specs if spec.address_space == 0)
     return np.array(rows, dtype=np.int64).reshape(len(rows), SLOT_WORDS)
-
-
-@kernel
-def is_mmio(m, gpa, size, writes):
-    """Whether KVM emulates an access because of its slots alone: a page without one, or a write to a read-only one."""
-    for gfn in range(gpa >> PAGE_SHIFT, ((gpa + size - 1) >> PAGE_SHIFT) + 1):
-        position = find_slot(m, gfn)
-        if position < 0 or (writes and m.slots[position, SLOT_FLAGS] & SLOT_READ_ONLY):
-            return True
-    return False
 
 
 @kernel

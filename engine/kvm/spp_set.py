@@ -8,10 +8,12 @@ import numpy as np
 
 from engine.arch import ept as bits
 from engine.arch import sppt as sp
+from engine.arch.sppt import REGION_PAGES
 from engine.cpu.frames import ample
 from engine.cpu.host_physical_memory import find_slot, write_entry
 from engine.jit import kernel
 from engine.kvm import (
+    access_tracking,
     bitmaps,
     choice_bits,
     dirty_marking,
@@ -19,7 +21,6 @@ from engine.kvm import (
     mapping,
     regions,
     sppt_tables,
-    write_protection,
 )
 from engine.kvm.choice_bits import KVM_SET_ZAPS
 from engine.kvm.write_protection import LOCKLESS_WRITABLE
@@ -103,7 +104,41 @@ def rearm(m, gfn, trail):
         fresh = entry & ~bits.WRITE | bits.SPP
     else:
         fresh = entry & ~bits.SPP
-        if not write_protection.tracked(m, entry):
+        if not access_tracking.tracked(m, entry):
             fresh |= bits.WRITE | bits.DIRTY
     write_entry(m, table, index, fresh)
     mapping.forget(m, gfn, level)
+
+
+@kernel
+def any_mapped(m, gfn, pages, trail):
+    """Whether any page of a range has a 4-KByte mapping."""
+    for at in range(gfn, gfn + pages):
+        found, level, _, _, _ = mapping.find_leaf(m, at, trail)
+        if found and level == 1:
+            return True
+    return False
+
+
+@kernel
+def store_maps(m, gfn, access, start):
+    """Replace the SET maps of consecutive pages and end the grants on them; mappings stay as they are.
+
+    ``access`` uint32[n]; ``start`` is where to go on. Returns the number of pages done, less than all when frames ran
+    out.
+    """
+    for i in range(start, access.shape[0]):
+        if not ample(m):
+            return i
+        bitmaps.store_set(m, gfn + i, np.int64(access[i]))
+    return access.shape[0]
+
+
+@kernel
+def invalidate_regions(m, gfn, pages):
+    """Invalidate the SPPL2 entry of each 2-MByte region that a range touches."""
+    at = gfn & ~(REGION_PAGES - 1)
+    while at < gfn + pages:
+        mapping.invalidate_region(m, at)
+        at += REGION_PAGES
+    return 0

@@ -8,7 +8,7 @@ from engine.arch import ept as bits
 from engine.arch import exits
 from engine.cpu import (
     access_check,
-    access_rights,
+    access_over_pages,
     cached_check,
     ept,
     exit_qualification,
@@ -65,10 +65,10 @@ def settle(m, vcpu, mode, gpa, size, how, source, trail):
 
     ``source`` says how its last page was decided (see ``cpu.cached_check``).
     """
-    one_page = access_rights.page_part(gpa, gpa + size) == size
+    one_page = access_over_pages.page_part(gpa, gpa + size) == size
     at = gpa
     while at < gpa + size:
-        part = access_rights.page_part(at, gpa + size)
+        part = access_over_pages.page_part(at, gpa + size)
         if not one_page:
             _, _, _, source = cached_check.check(m, vcpu, at, part, how, trail)
         if tlb.modelled(m) or page_log.on(mode):
@@ -137,12 +137,12 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
     while True:
         if at == gpa + size:
             mode = ept.mode_of(m, vcpu)
-            if not page_log.on(mode) or cached_check.log_fits(m, vcpu, mode, gpa, size, how, source, trail):
+            if not page_log.on(mode) or access_over_pages.log_fits(m, vcpu, mode, gpa, size, how, source, trail):
                 break
             at = gpa
             reason, qualification, denied = exits.PML_FULL, exit_qualification.nmi_unblocking(how), 0
         else:
-            part = access_rights.page_part(at, gpa + size)
+            part = access_over_pages.page_part(at, gpa + size)
             reason, qualification, denied = access_check.check(m, vcpu, at, part, how, trail)
             if tlb.modelled(m):
                 reason, qualification, denied, source = cached_check.through_cache(

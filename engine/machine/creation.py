@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from engine.arch.words import signed
-from engine.cpu import frames
-from engine.errors import InvalidValue
+from engine.cpu import frames, host_physical_memory
 from engine.hyperv import kvm_on_hyperv
 from engine.kvm import choice_bits
 from engine.kvm import state_frame as reg
 from engine.machine import vcpu_records
-from engine.state.config import VcpuConfig, VmConfig
+from engine.state.config import VmConfig
 from engine.state.frame_store import Draft, FrameStore
 from engine.state.profiles import kvm_version
 
@@ -23,7 +20,7 @@ def new_store(config: VmConfig, records: int | None = None) -> FrameStore:
     ``config`` unless said otherwise."""
     width = config.maxphyaddr
     caps = np.zeros(frames.CAPS, dtype=np.int64)
-    caps[frames.CAP_ARENA] = 1 << (width - 1)
+    caps[frames.CAP_ARENA] = host_physical_memory.table_memory(width)
     caps[frames.CAP_RESERVED_ADDRESS] = ((1 << 52) - 1) & ~((1 << width) - 1)
     caps[frames.CAP_EPT_VPID] = signed(config.host.capability("ept_vpid_cap"))
     caps[frames.CAP_SECONDARY_ALLOWED] = config.host.secondary_allowed
@@ -37,22 +34,6 @@ def new_store(config: VmConfig, records: int | None = None) -> FrameStore:
     modelled = config.translation_cache == "model"
     ids = vcpu_records.positions(config)
     return FrameStore(caps, ids, config.max_table_frames, vcpus=records, modelled=modelled)
-
-
-def with_vcpu(config: VmConfig, vcpu: int) -> VmConfig:
-    """The configuration with one more vCPU; raises InvalidValue in the kernel's order."""
-    limits = kvm_version(config.profile).limits
-    if not 0 <= vcpu < limits.vcpu_ids or len(config.vcpus) >= limits.vcpus:
-        raise InvalidValue(f"a vCPU id is 0 to {limits.vcpu_ids - 1}", field="vcpu", value=vcpu)
-    if any(item.id == vcpu for item in config.vcpus):
-        raise InvalidValue("must be a new id: a vCPU has it already", field="vcpu", value=vcpu, errno="EEXIST")
-    if len(config.vcpus) >= config.vcpu_records:
-        raise InvalidValue(
-            f"must not be one too many: the machine has room for {config.vcpu_records} vCPUs", field="vcpu", value=vcpu
-        )
-    position = len(config.vcpus)
-    made = VcpuConfig(vcpu, None if position == vcpu else position, reset=True)
-    return replace(config, vcpus=(*config.vcpus, made))
 
 
 def build(draft: Draft, config: VmConfig) -> None:

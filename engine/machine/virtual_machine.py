@@ -13,7 +13,7 @@ from engine.cpu import frames
 from engine.kvm import state_frame as reg
 from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
 from engine.kvm.slots import SlotSpec
-from engine.machine import creation, durable, vcpu_records, walks
+from engine.machine import creation, durable, vcpu_ids, vcpu_records, walks
 from engine.machine.dirty import DirtyOperations
 from engine.machine.fault_injection import Allocations
 from engine.machine.host_memory_operations import HostMemoryOperations
@@ -140,7 +140,7 @@ class VirtualMachine:
         Its registers are those after RESET, it has no CPUID, and its VP index is its place among the vCPUs.
         """
         now = self.state.current
-        grown = creation.with_vcpu(now.config, vcpu)
+        grown = vcpu_ids.with_vcpu(now.config, vcpu)
         with self.state.change(since=now) as change:
             vcpu_records.admit(change, grown)
             change.config = grown

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 from engine.arch import controls as ctl
@@ -13,6 +12,7 @@ from engine.arch import ept
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.vmx_msrs import MSR_BY_NAME
 from engine.errors import InvalidValue, NotFound
+from engine.state.default_host import VMX_CAPABILITIES
 from engine.state.profiles import KVM_2019, PROFILES
 
 TRANSLATION_CACHES = ("off", "model")
@@ -27,21 +27,6 @@ _NAMED = 8
 
 MIN_MAXPHYADDR = 36
 MAX_MAXPHYADDR = 52
-
-# IA32_VMX_EPT_VPID_CAP of the default host: an Ice Lake server without advanced exit information, so that the
-# qualification has no more than the bits every part reports; ``host.vmx_capabilities`` changes it.
-EPT_VPID_CAP = 0x0000_0F01_0633_41C1
-assert EPT_VPID_CAP & ept.CAP_WALK_5
-
-# IA32_VMX_PROCBASED_CTLS2: its high half is the secondary controls that may be 1, all that such a server has, sub-page
-# write permissions (bit 23) among them. IA32_VMX_PROCBASED_CTLS3 is the tertiary controls that may be 1: it has none.
-PROCBASED_CTLS2 = 0x07DF_FFFF_0000_0000
-PROCBASED_CTLS3 = 0
-
-# Capabilities a host can be given by name, as raw MSR values.
-VMX_CAPABILITIES: Mapping[str, int] = MappingProxyType(
-    {"ept_vpid_cap": EPT_VPID_CAP, "procbased_ctls2": PROCBASED_CTLS2, "procbased_ctls3": PROCBASED_CTLS3}
-)
 
 # And what KVM reports to a guest hypervisor, by the name of the MSR; those that follow from others cannot be given.
 _DERIVED = ("PINBASED_CTLS", "PROCBASED_CTLS", "EXIT_CTLS", "ENTRY_CTLS", "CR4_FIXED1")

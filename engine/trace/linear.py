@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from engine.arch import access as acc
 from engine.arch import exceptions, exits
 from engine.arch.words import signed
-from engine.cpu import access_rights, ept, guest_paging, instruction, tlb
+from engine.cpu import access_over_pages, ept, guest_paging, instruction, tlb
 from engine.cpu.frames import Machine
 from engine.kvm import bitmaps, vcpu_run
 from engine.kvm import resolutions as res
 from engine.kvm import state_frame as reg
 from engine.kvm.exit_handling import block_nmis, count_exit, handle_exit
 from engine.kvm.grants import grant_touched
-from engine.kvm.slots import is_mmio
+from engine.kvm.shadow_paging import is_mmio
 from engine.state.frame_store import Draft
 from engine.trace.replay import in_protected_page
 
@@ -77,7 +77,7 @@ def run_linear(
             break
         structure = reason != exits.PML_FULL and pages[count, instruction.P_FACTS] == 0
         done = 0 if reason == exits.PML_FULL else int(pages[:count, instruction.P_SIZE].sum())
-        part = STRUCTURE_BYTES if structure else int(access_rights.page_part(gpa, gpa + size - done))
+        part = STRUCTURE_BYTES if structure else int(access_over_pages.page_part(gpa, gpa + size - done))
         guarded = guarded or bool(in_protected_page(m, gpa, part))
         count_exit(tally, reason, value)
         block_nmis(m, position, how, value)
@@ -138,7 +138,7 @@ def _translate(m: Machine, position: int, linear: int, size: int, how: int) -> P
     done = 0
     while done < size:
         at = np.int64(instruction.effective(m, position, np.int64(signed(linear + done))))
-        part = int(access_rights.page_part(at, at + size - done))
+        part = int(access_over_pages.page_part(at, at + size - done))
         doing = guest_paging.LOOK | guest_paging.FRESH
         reason, _, gpa, _, _ = guest_paging.walk(m, position, at, np.int64(how), doing, trail, steps)
         if reason != exits.NONE:

@@ -10,7 +10,7 @@ from engine.arch import access as acc
 from engine.arch import exits
 from engine.arch.controls import V_GUEST_MODE
 from engine.arch.sppt import FULL_ACCESS
-from engine.cpu import access_rights, ept, fastpath, sppt
+from engine.cpu import access_over_pages, ept, fastpath, sppt
 from engine.cpu.frames import FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
 from engine.cpu.host_physical_memory import find_slot
 from engine.jit import kernel, stands_alone
@@ -18,7 +18,8 @@ from engine.kvm import bitmaps, dirty_marking, emulator, exit_handling, vcpu_run
 from engine.kvm import resolutions as res
 from engine.kvm import state_frame as reg
 from engine.kvm.grants import grant_touched
-from engine.kvm.slots import is_mmio, writable_bytes
+from engine.kvm.shadow_paging import is_mmio
+from engine.kvm.slots import writable_bytes
 from engine.trace.record_checks import DONE, describe, refusal
 
 # Why the loop came back, beside DONE and what is wrong with a record
@@ -68,7 +69,7 @@ def passes_unenforced(m, vcpu, gpa, size):
         return False
     at = gpa
     while at < gpa + size:
-        part = access_rights.page_part(at, gpa + size)
+        part = access_over_pages.page_part(at, gpa + size)
         if sppt.touched(at, part) & ~bitmaps.effective(m, at >> 12):
             return True
         at += part

@@ -11,12 +11,12 @@ from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import paging as guest
 from engine.arch.words import positions
-from engine.cpu import access_rights, ept, tlb
+from engine.cpu import access_over_pages, access_rights, ept, tlb
 from engine.cpu.frames import CAP_RESERVED_ADDRESS, FIRST_VCPU_FRAME, ample, read_word, write_word
 from engine.jit import kernel
 from engine.kvm import state_frame as reg
 from engine.kvm import vcpu_run
-from engine.kvm.slots import is_mmio
+from engine.kvm.shadow_paging import is_mmio
 from engine.trace import record_checks
 from engine.trace import replay as plain
 
@@ -128,7 +128,7 @@ def translate(m, vcpu, gva, gpa, size, index, word, uses, found, count):
     apart = False
     done = 0
     while done < size:
-        part = access_rights.page_part(gpa + done, gpa + size)
+        part = access_over_pages.page_part(gpa + done, gpa + size)
         frame = (gpa + done) >> 12
         page = (gva + done) >> 12
         agree(m, vcpu, kind, page, frame, index, uses)
@@ -197,7 +197,7 @@ def run_translated(m, vcpu, gva, gpa, word, index, options, trail, log, used, ta
     done = 0
     while done < size:
         keep(m, vcpu, gva + done, at + done, index, word, trail, uses)
-        done += access_rights.page_part(at + done, at + size)
+        done += access_over_pages.page_part(at + done, at + size)
     return status
 
 

@@ -58,7 +58,7 @@ MUTANTS = (
     Mutant(
         "ioctl-set-fails-after-mapped",
         "engine/ioctls/partial_set.py",
-        "returns = 0 if partial_set.any_mapped(draft.machine, gfn, before, trail) else None",
+        "returns = 0 if spp_set.any_mapped(draft.machine, gfn, before, trail) else None",
         "returns = None",
         "in 2019 a SET over a hole returns 0 once a page was mapped",
         named(SPP, "old_set_over_a_hole_applies_the_pages_before"),
@@ -73,7 +73,7 @@ MUTANTS = (
     ),
     Mutant(
         "ioctl-set-keeps-regions",
-        "engine/kvm/partial_set.py",
+        "engine/kvm/spp_set.py",
         "mapping.invalidate_region(m, at)",
         "pass",
         "a later SET invalidates the regions of its range before anything can fail",
@@ -113,7 +113,7 @@ MUTANTS = (
     ),
     Mutant(
         "vcpu-taken-is-full",
-        "engine/machine/creation.py",
+        "engine/machine/vcpu_ids.py",
         'raise InvalidValue("must be a new id: a vCPU has it already", field="vcpu", value=vcpu, errno="EEXIST")',
         'raise InvalidValue("must be a new id: a vCPU has it already", field="vcpu", value=vcpu)',
         "an id that is taken is EEXIST",

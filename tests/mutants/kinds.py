@@ -172,7 +172,7 @@ MUTANTS = (
     ),
     Mutant(
         "no-ept-read-only",
-        "engine/kvm/slots.py",
+        "engine/kvm/shadow_paging.py",
         "if position < 0 or (writes and m.slots[position, SLOT_FLAGS] & SLOT_READ_ONLY):",
         "if position < 0:",
         "a write to a read-only slot is MMIO without EPT too",

@@ -159,7 +159,7 @@ MUTANTS = (
     ),
     Mutant(
         "fault-violation-any",
-        EPT_VIOLATION_PY,
+        "engine/kvm/fast_page_fault.py",
         "if write and level == 1 and entry & bits.SPP and lockless:",
         "if level == 1 and entry & bits.SPP and lockless:",
         "kvm-spp 3.3: only a write is a sub-page violation",

@@ -52,7 +52,7 @@ MUTANTS = (
     ),
     Mutant(
         "saved-bit-stays",
-        "engine/kvm/write_protection.py",
+        "engine/kvm/fast_page_fault.py",
         "return fresh & ~saved_bit(m) | bits.SPP",
         "return fresh | bits.SPP",
         "kvm-spp 3.4: the saved bit is moved back, not copied",
@@ -68,7 +68,7 @@ MUTANTS = (
     ),
     Mutant(
         "aged-armed-restored-in-2019",
-        EPT_VIOLATION_PY,
+        "engine/kvm/fast_page_fault.py",
         "return res.VIOLATION",
         "return res.INTERNAL_ERROR",
         "kvm-spp 3.3: in version 4 bit 61 of an aged page makes any write a violation",
@@ -109,7 +109,7 @@ MUTANTS = (
     ),
     Mutant(
         "age-takes-rights-always",
-        "engine/kvm/write_protection.py",
+        "engine/kvm/access_tracking.py",
         "if m.caps[CAP_EPT_VPID] & bits.CAP_ACCESSED_DIRTY:",
         "if False:",
         "with accessed flags aging clears the flag",

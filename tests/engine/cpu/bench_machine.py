@@ -16,7 +16,7 @@ from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.words import signed, unsigned
 from engine.cpu import control_checks, frames, guest_memory, host_physical_memory, instruction, tlb
-from engine.state.config import EPT_VPID_CAP, PROCBASED_CTLS2
+from engine.state.default_host import EPT_VPID_CAP, PROCBASED_CTLS2
 
 PAGE = 0x1000
 ARENA = 1 << 30

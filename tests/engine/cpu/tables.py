@@ -14,7 +14,7 @@ from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.words import unsigned
-from engine.cpu import access_check, access_rights, frames
+from engine.cpu import access_check, access_over_pages, frames
 from tests.engine.builders import new_trail
 from tests.engine.cpu.bench_machine import FAR, LINEAR, TABLES, Processor
 
@@ -140,7 +140,7 @@ class Tables:
         at = (self.gpa if gpa is None else gpa) + access.offset
         end = at + access.size
         while at < end:
-            part = int(access_rights.page_part(at, end))
+            part = int(access_over_pages.page_part(at, end))
             reason, qualification, denied = access_check.check(self.m, 0, at, part, access.how, self.trail)
             if reason:
                 return Outcome(int(reason), unsigned(int(qualification)), at, int(denied))

@@ -10,7 +10,7 @@ from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.access import EXECUTE, READ, WRITE
 from engine.cpu import access_check, control_registers, ept, instruction
-from engine.state.config import EPT_VPID_CAP
+from engine.state.default_host import EPT_VPID_CAP
 
 from .bench_machine import ADVANCED, GUEST_PML4, GUEST_PT, LINEAR, SHADOW_STACK, VCPU, Processor, without
 from .vectors import GUEST_PTE, set_up

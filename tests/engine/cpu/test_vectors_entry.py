@@ -13,7 +13,8 @@ from engine.arch.paging import LINEAR_48
 from engine.arch.words import signed
 from engine.cpu import frames, invalidate
 from engine.machine import VirtualMachine
-from engine.state.config import EPT_VPID_CAP, HostConfig, VmConfig
+from engine.state.config import HostConfig, VmConfig
+from engine.state.default_host import EPT_VPID_CAP
 
 from . import vectors_tables as tables
 from .bench_machine import SHADOW_STACK, VCPU, Processor, without

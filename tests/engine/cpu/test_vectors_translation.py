@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.state.config import EPT_VPID_CAP
+from engine.state.default_host import EPT_VPID_CAP
 
 from . import vectors_tables as tables
 from .bench_machine import ADVANCED, Processor

@@ -16,7 +16,8 @@ from engine.cpu import frames, tlb
 from engine.errors import EngineError, InvalidValue, NotFound, Unsupported
 from engine.machine import VirtualMachine
 from engine.machine.vcpu_operations import InstructionResult
-from engine.state.config import EPT_VPID_CAP, HostConfig
+from engine.state.config import HostConfig
+from engine.state.default_host import EPT_VPID_CAP
 from engine.trace.columns import TraceChunk
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest

@@ -15,7 +15,7 @@ from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch.vmcs_fields import FIELDS
 from engine.cpu.instruction import Access
-from engine.state.config import EPT_VPID_CAP
+from engine.state.default_host import EPT_VPID_CAP
 from tests.contract.client import ContractClient
 from tests.engine.cpu.bench_machine import (
     GUEST_PD,
