@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from engine.arch import hypercall as hv
 from engine.cpu.frames import Machine
-from engine.hyperv import flush_execution, kvm_rules, l2_hypercalls, tlfs_rules
+from engine.hyperv import flush_execution, kvm_rules, l2_hypercalls, tlb_locks, tlfs_rules
 from engine.hyperv.caller import Caller
 from engine.hyperv.flush_execution import Effect, Facts, Marks, Scope, Vp
 from engine.hyperv.flush_or_refusal import Flush, Intercepted, Reading, Refused, SecondLevelFlush, Undefined
@@ -90,7 +90,7 @@ def _serve(caller: Caller, at: HypercallContext, scope: Scope, blank: Outcome) -
     if isinstance(reading, Refused):
         return _completed(caller, blank, reading.result, ())
     blank = replace(blank, flush=reading)
-    waits_for = _holders(reading, scope, at)
+    waits_for = tlb_locks.holders(reading, scope, at.vps, at.locked)
     if waits_for:
         return replace(blank, outcome="suspended", waits_for=waits_for)
     return _completed(caller, blank, reading.result, tuple(_execute(caller, at, scope, reading)))
@@ -114,11 +114,6 @@ def _rule(caller: Caller, at: HypercallContext, scope: Scope) -> Marks | None:
         return None
     reading = _read(caller, at, "tlfs")
     return flush_execution.required(at.machine, reading, scope, at.vps) if isinstance(reading, Flush) else None
-
-
-def _holders(flush: Flush | SecondLevelFlush, scope: Scope, at: HypercallContext) -> tuple[int, ...]:
-    sent = flush_execution.targets(flush, scope, at.vps) if isinstance(flush, Flush) else at.vps
-    return tuple(vp.vcpu for vp in sent if vp.position in at.locked)
 
 
 def _completed(caller: Caller, blank: Outcome, result: int, effects: tuple[Effect, ...]) -> Outcome:

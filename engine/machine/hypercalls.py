@@ -15,7 +15,7 @@ from engine.arch import controls as ctl
 from engine.arch import paging
 from engine.arch.hypercall import XMM_REGISTERS
 from engine.errors import InvalidValue
-from engine.hyperv import dispatch, kvm_on_hyperv, modes, nested_paging, notes
+from engine.hyperv import dispatch, kvm_on_hyperv, modes, nested_paging, notes, tlb_locks
 from engine.hyperv.caller import LOW, Caller
 from engine.hyperv.dispatch import HypercallContext
 from engine.hyperv.encode import CallFields
@@ -188,9 +188,7 @@ def _context(change: Change, whole: Vcpu, position: int, ram: GuestMemory) -> Hy
         facts=Facts.of(config, width),
         guest=nested_guest_of(whole, ram) if nested else None,
         translate=(lambda gpa: nested_paging.translate(whole, ram, gpa)) if nested_paging.in_use(whole) else None,
-        locked=frozenset(
-            vp.position for vp in vps if vp.position != position and notes.flag(m, vp.position, notes.TLB_LOCKED)
-        ),
+        locked=tlb_locks.locked(m, vps, position),
     )
 
 
