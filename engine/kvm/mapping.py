@@ -8,7 +8,6 @@ Where the processor has no accessed flag, a page that was aged has no rights at 
 import numpy as np
 
 from engine.arch import ept as bits
-from engine.arch import sppt as sp
 from engine.cpu import ept, fastpath, tlb
 from engine.cpu.frames import STATE_FRAME, read_word, write_word
 from engine.cpu.host_physical_memory import read_entry, write_entry
@@ -20,20 +19,17 @@ from engine.kvm import (
     dirty_marking,
     ept_tables,
     host_frames,
-    kvmi_rights,
     regions,
     sppt_tables,
     write_protection,
 )
 from engine.kvm import state_frame as reg
 from engine.kvm.choice_bits import KVM_FILL_IN_SET, KVM_SAVED_BIT
+from engine.kvm.ept_leaf import NOTHING, leaf_for
 from engine.kvm.large_pages import level_for
-from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY
 from engine.kvm.write_protection import HOST_WRITEABLE, LOCKLESS_WRITABLE
 
-NOTHING = np.int64(0)
 NO_MODE = np.int64(0)
-PAGE_BASE = bits.READ | bits.EXECUTE | bits.ACCESSED | bits.IGNORE_PAT | bits.WRITE_BACK << bits.MEMORY_TYPE_SHIFT
 
 FLUSHES = reg.COUNTERS_AT + reg.TLB_FLUSHES
 
@@ -77,34 +73,6 @@ def nothing_mapped(m, gfn, trail):
     _, level, _, _ = ept.walk(m, ept_pointer(m), NO_MODE, gfn << 12, trail)
     count = trail[ept.TRAIL_COUNTS, 0]
     return count == 0 or (level > 1 and trail[count - 1, 3] == 0)
-
-
-# ---- mapping
-
-
-@kernel
-def leaf_for(m, gfn, slot, mask, level):
-    """The leaf entry KVM makes for a page with an effective map; a writable one is born dirty.
-
-    Bit 61 is only for a page that its slot and the host let be written: sub-page permissions override neither. A page
-    is armed, too, for the log of its sub-pages alone; one that is watched whole is write-protected.
-    """
-    gone = kvmi_rights.lacking(m, gfn) if level == 1 else NOTHING
-    entry = PAGE_BASE & ~gone
-    if level == 1:
-        entry |= host_frames.address_of_page(m, gfn)
-    else:
-        entry |= gfn << 12 & -(1 << bits.LEVEL_SHIFT[level]) | bits.PAGE
-    if m.slots[slot, SLOT_FLAGS] & SLOT_READ_ONLY or (level == 1 and host_frames.read_only(m, gfn)):
-        return entry
-    entry |= LOCKLESS_WRITABLE
-    if gone & bits.READ:
-        return entry
-    if mask != sp.FULL_ACCESS and level == 1:
-        return entry | (write_protection.saved_bit(m) if dirty_marking.saved(m, gfn, slot, mask) else bits.SPP)
-    if dirty_marking.unseen(m, gfn, slot, mask):
-        return entry | bits.SPP if dirty_marking.mode(m) & dirty_marking.TRACK_SUBPAGES else entry
-    return entry | bits.WRITE | (NOTHING if dirty_marking.flag_waits(m, gfn, slot) else bits.DIRTY)
 
 
 @kernel

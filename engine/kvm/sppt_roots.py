@@ -47,10 +47,8 @@ def make_roots(m):
 
 
 def load_root(m: Machine, vcpu: int) -> None:
-    """Load SPPTP into a vCPU; later series switch the control on only now."""
-    frame = FIRST_VCPU_FRAME + vcpu
-    write_word(m, frame, ctl.V_SPPTP, address_of(m, root_frame(m, tree_of(m, vcpu))))
-    write_word(m, frame, ctl.V_SECONDARY, int(read_word(m, frame, ctl.V_SECONDARY)) | ctl.SECONDARY_SPP)
+    """Load SPPTP into a vCPU."""
+    write_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_SPPTP, address_of(m, root_frame(m, tree_of(m, vcpu))))
 
 
 @kernel

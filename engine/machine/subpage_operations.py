@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engine.cpu import frames
 from engine.errors import InvalidValue
-from engine.kvm import bitmaps, enabling_checks, spp_set, sppt_roots
+from engine.kvm import bitmaps, enabling_checks, spp_control, spp_set, sppt_roots
 from engine.kvm.slots import check_pages
 from engine.machine.fault_injection import Allocations
 from engine.machine.nested import nested_in_use
@@ -68,7 +68,7 @@ class Subpages(Operations):
                 change.ensure(records)
                 sppt_roots.enable(change.machine)
                 for position in range(records):
-                    sppt_roots.load_root(change.machine, position)
+                    spp_control.enable(change.machine, position)
 
     def set(self, ranges: Sequence[SubpageRange]) -> None:
         """KVM_SUBPAGES_SET_ACCESS over any number of ranges, in order, all or nothing."""

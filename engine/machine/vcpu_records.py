@@ -16,7 +16,7 @@ from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME
 from engine.cpu.host_physical_memory import frame_at
 from engine.hyperv import kvm_on_hyperv
-from engine.kvm import mapping, sppt_roots, sppt_tables
+from engine.kvm import mapping, spp_control, sppt_roots, sppt_tables
 from engine.kvm import state_frame as reg
 from engine.machine import page_logs
 from engine.machine.nested_states import SHARED_REGISTERS
@@ -61,8 +61,7 @@ def fill(m: frames.Machine, config: VmConfig, position: int) -> None:
     secondary = ctl.SECONDARY_VPID
     if config.host.ept:
         secondary |= ctl.SECONDARY_EPT | ctl.SECONDARY_UNRESTRICTED
-    if config.host.supports_spp and kvm_version(config.profile).subpages.control_from_birth:
-        secondary |= ctl.SECONDARY_SPP
+    secondary |= spp_control.at_creation(config)
     first = {
         ctl.V_EPTP: eptp,
         ctl.V_PRIMARY: ctl.PRIMARY_SECONDARY,
@@ -99,7 +98,7 @@ def _make(draft: Draft, config: VmConfig, position: int) -> None:
     if trees:
         if kvm_version(config.profile).subpages.sppt_per_vcpu:
             _add_tree(draft, position)
-        sppt_roots.load_root(draft.machine, position)
+        spp_control.enable(draft.machine, position)
     below = kvm_on_hyperv.HypervHost.under(config)
     draft.ensure()
     if below is not None:

@@ -21,7 +21,7 @@ from engine.errors import LimitExceeded
 from engine.kvm import resolutions as res
 from engine.kvm import state_frame as reg
 from engine.kvm import vcpu_run
-from engine.kvm.grants import grant_touched
+from engine.kvm.granted_subpages import grant_touched
 from engine.state.config import choices
 from engine.state.frame_store import Draft
 from engine.trace import object_hits, record_checks, replay

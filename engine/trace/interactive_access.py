@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from engine.cpu.ept import TRAIL_ROWS
 from engine.kvm import resolutions as res
 from engine.kvm import state_frame as reg
-from engine.kvm.grants import grant_touched
+from engine.kvm.granted_subpages import grant_touched
 from engine.state.config import VmConfig, choices
 from engine.state.frame_store import Draft
 from engine.trace.access_execution import (

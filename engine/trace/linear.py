@@ -20,7 +20,7 @@ from engine.kvm import bitmaps, vcpu_run
 from engine.kvm import resolutions as res
 from engine.kvm import state_frame as reg
 from engine.kvm.exit_handling import block_nmis, count_exit, handle_exit
-from engine.kvm.grants import grant_touched
+from engine.kvm.granted_subpages import grant_touched
 from engine.kvm.shadow_paging import is_mmio
 from engine.state.frame_store import Draft
 from engine.trace.replay import in_protected_page

@@ -17,7 +17,7 @@ from engine.jit import kernel, stands_alone
 from engine.kvm import bitmaps, dirty_marking, emulator, exit_handling, vcpu_run
 from engine.kvm import resolutions as res
 from engine.kvm import state_frame as reg
-from engine.kvm.grants import grant_touched
+from engine.kvm.granted_subpages import grant_touched
 from engine.kvm.shadow_paging import is_mmio
 from engine.kvm.slots import writable_bytes
 from engine.trace.record_checks import DONE, describe, refusal

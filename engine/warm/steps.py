@@ -19,7 +19,7 @@ from engine.hyperv.encode import CallFields
 from engine.hyperv.flush_execution import drop_nested
 from engine.ioctls.partial_set import SubpageCalls
 from engine.kvm import exit_handling, mapping, spp_set, sppt_roots
-from engine.kvm.grants import grant_touched
+from engine.kvm.granted_subpages import grant_touched
 from engine.kvm.memory_views import GuestMemory
 from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec, first_page_without_slot

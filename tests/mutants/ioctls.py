@@ -122,7 +122,7 @@ MUTANTS = (
     Mutant(
         "vcpu-late-without-sppt",
         RECORDS_PY,
-        "sppt_roots.load_root(draft.machine, position)",
+        "spp_control.enable(draft.machine, position)",
         "pass",
         "a vCPU made after SPP came on has the SPPT of its siblings",
         named(RECORDS, "one_that_comes_late_has_what_its_siblings_have"),

@@ -14,6 +14,7 @@ PROTECTIONS_PY = "engine/kvm/protections.py"
 PHYSICAL_PY = "engine/cpu/host_physical_memory.py"
 SLOTS_PY = "engine/kvm/slots.py"
 SPPT_PY = "engine/kvm/sppt_tables.py"
+LEAF_PY = "engine/kvm/ept_leaf.py"
 MAPPING_PY = "engine/kvm/mapping.py"
 RUN_PY = "engine/kvm/vcpu_run.py"
 
@@ -60,7 +61,7 @@ MUTANTS = (
     ),
     Mutant(
         "layers-grant-leaves-set",
-        "engine/kvm/grants.py",
+        "engine/kvm/granted_subpages.py",
         "bitmaps.store(m, gfn, before, denied & ~mask, covered, lifted | (mask & covered))",
         "bitmaps.store(m, gfn, before, denied, covered, lifted | (mask & covered))",
         "a grant opens what SET denied",
@@ -100,7 +101,7 @@ MUTANTS = (
     ),
     Mutant(
         "mapping-arm-bit",
-        MAPPING_PY,
+        LEAF_PY,
         "return entry | (write_protection.saved_bit(m) if dirty_marking.saved(m, gfn, slot, mask) else bits.SPP)",
         "return entry",
         "kvm-spp 3.4: a page whose map is not full is armed",
@@ -108,7 +109,7 @@ MUTANTS = (
     ),
     Mutant(
         "mapping-arm-empty-only",
-        MAPPING_PY,
+        LEAF_PY,
         "if mask != sp.FULL_ACCESS and level == 1:",
         "if mask == 0 and level == 1:",
         "kvm-spp 3.4: one refused sub-page arms a page",
@@ -117,7 +118,7 @@ MUTANTS = (
     ),
     Mutant(
         "mapping-born-clean",
-        MAPPING_PY,
+        LEAF_PY,
         "return entry | bits.WRITE | (NOTHING if dirty_marking.flag_waits(m, gfn, slot) else bits.DIRTY)",
         "return entry | bits.WRITE",
         "kvm-spp 3.4: a writable leaf is born dirty",

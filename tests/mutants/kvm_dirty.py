@@ -137,7 +137,7 @@ MUTANTS = (
     ),
     Mutant(
         "access-grant",
-        "engine/kvm/grants.py",
+        "engine/kvm/granted_subpages.py",
         "return False  # no sub-page of it is eligible",
         "pass",
         "a grant does not open a page without read",

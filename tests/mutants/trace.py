@@ -30,7 +30,7 @@ MUTANTS = (
     ),
     Mutant(
         "replay-grant-whole-page",
-        "engine/kvm/grants.py",
+        "engine/kvm/granted_subpages.py",
         "refused = sppt.touched(at, part) & ~bitmaps.effective(m, at >> 12)",
         "refused = ~bitmaps.effective(m, at >> 12)",
         "a grant opens the sub-pages that are touched, no more",

@@ -1,4 +1,4 @@
-"""Grants: sub-pages that an answer to a violation opens, for as long as their protection lives (kvm-spp 2.3)."""
+"""Granted sub-pages: those that an answer to a violation opens, for as long as their protection lives (kvm-spp 2.3)."""
 
 from engine.arch import ept as bits
 from engine.cpu import access_over_pages, sppt
