@@ -10,14 +10,13 @@ from types import MappingProxyType
 
 from engine.arch import kvm_vcpu_structs as abi
 from engine.arch import vmx_msrs as vmx
-from engine.arch.paging import CR4_LA57
 from engine.ioctls.registry import Target
 from engine.ioctls.vcpu_rows import getting, setting
 from engine.kvm.memory_views import GuestMemory
 from engine.nested.operations import set_smm
 from engine.vcpu import cpuid as cpuid_facts
 from engine.vcpu.apic_base import APIC_BASE, apic_base, takes_apic_base
-from engine.vcpu.control_registers import vmx_allows_cr4
+from engine.vcpu.control_registers import cpuid_allows_cr4, vmx_allows_cr4
 from engine.vcpu.registers import CR0_PE, CR0_PG, CR4_OSXSAVE, CR4_PAE, SEGMENTS, TABLES
 from engine.vcpu.vcpu import Vcpu
 
@@ -180,8 +179,7 @@ def _sregs_valid(vcpu: Vcpu, given: dict[str, int], cs_long: bool) -> bool:
             return False
     elif efer & vmx.EFER_LMA or cs_long:
         return False
-    # Linux 5.3 looks at this bit from 5.3.6 on (3ca94192278c).
-    if cr4 & CR4_LA57 and not cpuid_facts.has_la57(vcpu.cpuid):
+    if not cpuid_allows_cr4(vcpu.cpuid, cr4):
         return False
     if not vcpu.kvm.vcpu.strict_sregs:
         return True

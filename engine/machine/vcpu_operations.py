@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from engine.arch import controls as ctl
 from engine.arch import ept, exceptions
-from engine.arch.paging import CR4_LA57
 from engine.arch.vmcs_fields import FIELDS
 from engine.arch.words import signed, unsigned
 from engine.cpu import control_checks, frames, invalidate, tlb
@@ -19,7 +18,7 @@ from engine.errors import InvalidValue, Unsupported
 from engine.machine.linear_width import invvpid_width
 from engine.machine.nested_states import record_of
 from engine.machine.state import Change, Operations
-from engine.vcpu.cpuid import has_la57
+from engine.vcpu.control_registers import vmcs_takes_cr4
 
 # Where INVEPT and INVVPID are executed, by position as ``cpu.invalidate`` numbers it.
 PLACES = ("root", "outside", "non-root", "wrong-mode")
@@ -102,7 +101,7 @@ class VcpuOperations(Operations):
     def set_vmcs(self, vcpu: int, fields: Mapping[str, int]) -> None:
         """Replace the fields given, all or none. Any value that fits is stored; VM entry is what checks it.
 
-        But for CR4.LA57: a vCPU whose CPUID does not have it is refused it. One that was given no CPUID is not.
+        CR4.LA57 is the exception: see ``vcpu.control_registers``.
         """
         frame = self._frame(vcpu)
         for name, value in fields.items():
@@ -113,7 +112,7 @@ class VcpuOperations(Operations):
                 raise InvalidValue(f"{name} has {bits} bits", field=name, value=value)
         with self._state.change() as draft:
             cpuid = record_of(draft.config, draft.nested, vcpu).cpuid
-            if fields.get("cr4", 0) & CR4_LA57 and cpuid and not has_la57(cpuid):
+            if not vmcs_takes_cr4(cpuid, fields.get("cr4", 0)):
                 rule = "LA57 (bit 12) needs the vCPU's CPUID.7:ECX bit 16"
                 raise InvalidValue(rule, field="cr4", value=fields["cr4"])
             for name, value in fields.items():

@@ -1,10 +1,14 @@
-"""What VMX allows of CR0 and CR4: bits that are fixed in VMX operation, and who may set CR4.VMXE.
+"""What VMX and CPUID allow of CR0 and CR4: bits that are fixed in VMX operation, who may set CR4.VMXE and CR4.LA57.
 
 Source: SDM vol. 3, "VMX-Fixed Bits in CR0" and "… CR4"; vmx_set_cr4 of Linux 5.3, vmx_is_valid_cr4 of 7.1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
+from engine.arch.hyperv_cpuid import CpuidEntry
+from engine.arch.paging import CR4_LA57
 from engine.vcpu import cpuid as cpuid_facts
 from engine.vcpu.registers import CR4_VMXE
 from engine.vcpu.vcpu import Vcpu
@@ -23,3 +27,13 @@ def vmx_allows_cr4(vcpu: Vcpu, value: int) -> bool:
     if value & CR4_VMXE and (not vcpu.vmx_allowed or vcpu.smm):
         return False
     return not vcpu.vmx.vmxon or respects_fixed_bits(vcpu, "cr4", value)
+
+
+def cpuid_allows_cr4(entries: Iterable[CpuidEntry], value: int) -> bool:
+    """LA57 only where the guest CPUID has it. Linux 5.3 looks at this bit from 5.3.6 on (3ca94192278c)."""
+    return not value & CR4_LA57 or cpuid_facts.has_la57(entries)
+
+
+def vmcs_takes_cr4(entries: Sequence[CpuidEntry], value: int) -> bool:
+    """The same of CR4 as a field that a client stores; a vCPU that was given no CPUID takes any value there."""
+    return not entries or cpuid_allows_cr4(entries, value)

@@ -133,9 +133,9 @@ MUTANTS = (
     ),
     Mutant(
         "la57-without-cpuid",
-        "engine/ioctls/registers.py",
-        "if cr4 & CR4_LA57 and not cpuid_facts.has_la57(vcpu.cpuid):",
-        "if False:",
+        "engine/vcpu/control_registers.py",
+        "return not value & CR4_LA57 or cpuid_facts.has_la57(entries)",
+        "return True",
         "Linux 5.3.6: KVM_SET_SREGS refuses CR4.LA57 without its CPUID bit",
         named("tests/engine/ioctls/test_register_ioctls.py", "sregs_that_cannot_be_together"),
     ),
