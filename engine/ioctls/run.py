@@ -20,8 +20,7 @@ from engine.ioctls.registers import events_bytes, regs_bytes, set_events, set_re
 from engine.ioctls.vcpu_rows import changing
 from engine.kvm.memory_views import GuestMemory
 from engine.nested.operations import prepare_run
-from engine.vcpu.apic_base import APIC_BASE
-from engine.vcpu.msrs import read_msr
+from engine.vcpu.apic_base import apic_base
 from engine.vcpu.vcpu import Vcpu
 
 EXIT_SHUTDOWN, EXIT_FAIL_ENTRY, EXIT_INTR, EXIT_INTERNAL_ERROR = 8, 9, 10, 17
@@ -140,7 +139,7 @@ def _note(vcpu: Vcpu, page: RunPage) -> None:
     page.put("if_flag", allowed)
     page.put("flags", (abi.RUN_SMM if vcpu.smm else 0) | (abi.RUN_GUEST_MODE if nested else 0))
     page.put("cr8", registers.get("cr8", 0))
-    page.put("apic_base", read_msr(vcpu, APIC_BASE, host=True) or 0)
+    page.put("apic_base", apic_base(vcpu))
     page.put("ready_for_interrupt_injection", vcpu.lapic_in_kernel or (allowed and not shadowed and not waiting))
 
 

@@ -20,6 +20,7 @@ from engine.kvm import mapping, spp_control, sppt_roots, sppt_tables
 from engine.kvm import state_frame as reg
 from engine.machine import page_logs
 from engine.machine.nested_states import SHARED_REGISTERS
+from engine.machine.state import register
 from engine.state.config import VmConfig
 from engine.state.frame_store import Draft
 from engine.state.profiles import kvm_version
@@ -94,8 +95,7 @@ def _make(draft: Draft, config: VmConfig, position: int) -> None:
     queue = np.zeros((1, *draft.machine.queues.shape[1:]), dtype=np.int64)
     draft.machine = draft.machine._replace(queues=np.concatenate([draft.machine.queues, queue]))
     fill(draft.machine, config, position)
-    trees = int(sppt_roots.trees(draft.machine))
-    if trees:
+    if register(draft.machine, reg.SPPT_TREES):
         if kvm_version(config.profile).subpages.sppt_per_vcpu:
             _add_tree(draft, position)
         spp_control.enable(draft.machine, position)

@@ -9,9 +9,8 @@ kvm_apic_set_state, kvm_apic_state_fixup, kvm_lapic_reset).
 from __future__ import annotations
 
 from engine.arch.kvm_vcpu_structs import LAPIC_SIZE
-from engine.vcpu.apic_base import APIC_BASE
+from engine.vcpu.apic_base import in_x2apic_mode
 from engine.vcpu.cpuid import features_ecx
-from engine.vcpu.msrs import read_msr
 from engine.vcpu.vcpu import Vcpu
 
 ID, VERSION, TASK_PRIORITY, PROCESSOR_PRIORITY = 0x20, 0x30, 0x80, 0xA0
@@ -23,13 +22,12 @@ INITIAL_COUNT, CURRENT_COUNT = 0x380, 0x390
 KVM_VERSION = 0x0005_0014  # six entries in the local vector table
 _MASKED, _EXTINT = 1 << 16, 0x700
 _TIMER_MODE, _PERIODIC, _TSC_DEADLINE = 0b11 << 17, 0b01 << 17, 0b10 << 17
-_X2APIC = 1 << 10
 _ECX1_TSC_DEADLINE = 1 << 24
 _PRIORITY_CLASS = 0xF0
 
 
-def at_reset(vcpu_id: int) -> bytearray:
-    """The registers after RESET; vCPU 0 is the bootstrap processor, whose LINT0 takes external interrupts."""
+def at_reset(vcpu_id: int, *, boots: bool) -> bytearray:
+    """The registers after RESET; LINT0 of the boot processor takes external interrupts."""
     page = bytearray(LAPIC_SIZE)
     _put(page, ID, (vcpu_id & 0xFF) << 24)
     _put(page, VERSION, KVM_VERSION)
@@ -37,15 +35,15 @@ def at_reset(vcpu_id: int) -> bytearray:
     _put(page, SPURIOUS, 0xFF)
     for entry in range(LVT_TIMER, LVT_ERROR + 1, 0x10):
         _put(page, entry, _MASKED)
-    if vcpu_id == 0:
+    if boots:
         _put(page, LVT_LINT0, _EXTINT)
     return page
 
 
 def state_bytes(vcpu: Vcpu) -> bytes:
     """struct kvm_lapic_state."""
-    page = bytearray(vcpu.lapic) if vcpu.lapic else at_reset(vcpu.vcpu_id)
-    own_mode, x2apic = bool(vcpu.lapic_x2apic), _in_x2apic(vcpu)
+    page = bytearray(vcpu.lapic) if vcpu.lapic else at_reset(vcpu.vcpu_id, boots=vcpu.vcpu_id == vcpu.boot_vcpu)
+    own_mode, x2apic = bool(vcpu.lapic_x2apic), in_x2apic_mode(vcpu)
     if own_mode != x2apic:
         _put(page, ID, vcpu.vcpu_id if x2apic else (vcpu.vcpu_id & 0xFF) << 24)
         if x2apic:
@@ -68,7 +66,7 @@ def state_bytes(vcpu: Vcpu) -> bytes:
 def set_state(vcpu: Vcpu, raw: bytes) -> None:
     """Take struct kvm_lapic_state; no value is refused while user space has not asked for x2APIC ids of 32 bits."""
     page = bytearray(raw)
-    x2apic = _in_x2apic(vcpu)
+    x2apic = in_x2apic_mode(vcpu)
     if x2apic:
         rules = vcpu.kvm.vcpu
         own = vcpu.vcpu_id if rules.x2apic_id_fixed else _get(page, ID) >> 24
@@ -83,10 +81,6 @@ def set_state(vcpu: Vcpu, raw: bytes) -> None:
         _put(page, INITIAL_COUNT, 0)
     vcpu.lapic, vcpu.lapic_x2apic = bytes(page), x2apic
     vcpu.registers["cr8"] = _get(page, TASK_PRIORITY) >> 4 & 0xF
-
-
-def _in_x2apic(vcpu: Vcpu) -> bool:
-    return bool((read_msr(vcpu, APIC_BASE, host=True) or 0) & _X2APIC)
 
 
 def _x2apic_destination(apic_id: int) -> int:

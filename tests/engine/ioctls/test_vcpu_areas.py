@@ -104,7 +104,9 @@ def test_an_apic_after_reset(profile: str) -> None:
         0xF0: 0xFF,
         **dict.fromkeys(range(0x320, 0x380, 0x10), 1 << 16),
     }
-    assert word(first, 0x350) == 0x700, "LINT0 of the bootstrap processor"
+    assert word(first, 0x350) == 0x700, "LINT0 of the boot processor"
+    vm.nested.choose(boot_vcpu=5)
+    assert [word(get(vm, "LAPIC", 1024, vcpu), 0x350) for vcpu in (0, 5)] == [1 << 16, 0x700]
 
 
 @pytest.mark.parametrize("profile", PROFILES)
