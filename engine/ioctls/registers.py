@@ -25,6 +25,7 @@ CAP_VCPU_EVENTS = 41
 
 _RFLAGS_FIXED = 0x2
 _CR0_CD, _CR0_NW = 1 << 30, 1 << 29
+_CR8_RESERVED = ~0xF
 # CR4 bits that every guest may set: VME to OSXMMEXCPT.
 _CR4_BASIC = 0x7FF
 _STI, _MOV_SS = 1 << 0, 1 << 1
@@ -80,6 +81,7 @@ def set_sregs(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
     """KVM_SET_SREGS. Nothing is taken when the values cannot be together.
 
     A CR4 that VMX does not allow is one of these today. In 2019 the old CR4 stays, whole, and all the rest is taken.
+    So does, in both, a CR8 above 15: what kvm_set_cr8 answers is ignored.
     """
     given = {name: abi.SREGS.get(raw, name) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "ia32_efer", "apic_base")}
     apic = given.pop("apic_base")
@@ -89,6 +91,8 @@ def set_sregs(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
     lost_svm = vcpu.registers["ia32_efer"] & vmx.EFER_SVME and not given["ia32_efer"] & vmx.EFER_SVME
     if not vmx_allows_cr4(vcpu, given["cr4"]):
         del given["cr4"]
+    if given["cr8"] & _CR8_RESERVED:
+        del given["cr8"]
     vcpu.registers.update(given)
     for name in SEGMENTS:
         for part in ("base", "limit", "selector"):

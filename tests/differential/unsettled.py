@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.differential.search import Difference
-from tests.differential.vcpu_model import CONTROL
 from tests.differential.vmcs12_layout import PAGE, USED
 
-CR8 = range(CONTROL + 32, CONTROL + 40)
 SECTIONS = (128, 128 + PAGE)
 
 
@@ -19,11 +17,6 @@ def _differing(found: Difference) -> list[int]:
     """Offsets of the bytes at the argument that differ."""
     (_, mine, _), (_, its, _) = found.engine.told(), found.model.told()
     return [at for at, (one, other) in enumerate(zip(mine or b"", its or b"", strict=False)) if one != other]
-
-
-def _reserved_bits_of_cr8(found: Difference) -> bool:
-    """KVM_SET_SREGS: a CR8 above 15 leaves the old one, and nobody hears of it (`x86.c`, kvm_set_cr8)."""
-    return found.call.name == "KVM_GET_SREGS" and all(at in CR8 for at in _differing(found))
 
 
 def _copy_that_faults_half_way(found: Difference) -> bool:
@@ -54,7 +47,6 @@ def _cpuid_after_vm_entry(found: Difference) -> bool:
 
 
 UNSETTLED: dict[str, Callable[[Difference], bool]] = {
-    "reserved bits of CR8": _reserved_bits_of_cr8,
     "a copy that faults half way": _copy_that_faults_half_way,
     "CR0 in VMX operation": _cr0_in_vmx_operation,
     "CPUID after a VM entry": _cpuid_after_vm_entry,

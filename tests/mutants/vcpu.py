@@ -53,6 +53,14 @@ MUTANTS = (
         named(REGISTER_IOCTLS, "a_cr4_that_vmx_does_not_allow"),
     ),
     Mutant(
+        "vcpu-cr8-cut",
+        SREGS_PY,
+        'del given["cr8"]',
+        'given["cr8"] &= 0xF',
+        "a CR8 above 15 leaves the old one",
+        named(REGISTER_IOCTLS, "a_cr8_above_15_leaves_the_old_one"),
+    ),
+    Mutant(
         "vcpu-cpuid-without-leaf-1",
         CPUID_PY,
         "if vcpu.kvm.vcpu.runtime_cpuid_needs_leaf_1 and find_leaf(entries, 1) is None:",

@@ -144,6 +144,16 @@ def test_a_cr4_that_vmx_does_not_allow(why: dict[str, Any]) -> None:
             assert (reply, vcpu.to_head()) == (Reply(-1, "EINVAL"), before)
 
 
+@pytest.mark.parametrize("era", ERAS)
+@pytest.mark.parametrize("cr8", [0, 15, 16, 0x105, 1 << 63])
+def test_a_cr8_above_15_leaves_the_old_one(era: str, cr8: int) -> None:
+    vcpu = make_vcpu(era)
+    assert call(vcpu, "KVM_SET_SREGS", sregs(vcpu, cr8=5))[0] == Reply(0)
+    assert call(vcpu, "KVM_SET_SREGS", sregs(vcpu, cr8=cr8, cr2=7))[0] == Reply(0)
+    told = sregs(vcpu)
+    assert (SREGS.get(told, "cr8"), SREGS.get(told, "cr2")) == (cr8 if cr8 <= 15 else 5, 7)
+
+
 def test_vmx_operation_fixes_cr4() -> None:
     for era in ERAS:
         vcpu = make_vcpu(era)
