@@ -26,13 +26,6 @@ def _copy_that_faults_half_way(found: Difference) -> bool:
     return found.call.name == "KVM_GET_NESTED_STATE" and faulting and min(_differing(found), default=0) >= SECTIONS[0]
 
 
-def _width_needs_the_highest_leaf(found: Difference) -> bool:
-    """MAXPHYADDR is 36 where leaf 0x80000000 does not lead to 0x80000008 (`cpuid.c`, cpuid_query_maxphyaddr)."""
-    tables = [call.data or b"" for call in found.calls if call.name == "KVM_SET_CPUID2"]
-    leaves = [{raw[at : at + 4] for at in range(8, len(raw), 40)} for raw in tables]
-    return any(b"\x08\0\0\x80" in table and b"\0\0\0\x80" not in table for table in leaves)
-
-
 def _cr0_in_vmx_operation(found: Difference) -> bool:
     """KVM_SET_SREGS in 7.1: CR0 needs its fixed bits under VMXON and in L2 (`vmx.c`, vmx_is_valid_cr0; since 6.5)."""
     in_operation = any(call.name == "KVM_SET_NESTED_STATE" for call in found.calls)
@@ -50,7 +43,6 @@ UNSETTLED: dict[str, Callable[[Difference], bool]] = {
     "a copy that faults half way": _copy_that_faults_half_way,
     "CR0 in VMX operation": _cr0_in_vmx_operation,
     "CPUID after a VM entry": _cpuid_after_vm_entry,
-    "the width needs the highest leaf": _width_needs_the_highest_leaf,
 }
 
 

@@ -8,6 +8,7 @@ from .paths import named
 APIC_BASE_PY = "engine/vcpu/apic_base.py"
 CONTROL_REGISTERS_PY = "engine/vcpu/control_registers.py"
 CPUID_PY = "engine/vcpu/runtime_cpuid.py"
+WIDTH_PY = "engine/vcpu/cpuid.py"
 MSRS_PY = "engine/vcpu/msrs.py"
 SREGS_PY = "engine/ioctls/registers.py"
 SETTINGS_PY = "engine/ioctls/vm_settings.py"
@@ -17,6 +18,7 @@ HYPERV_PY = "engine/machine/hyperv.py"
 REGISTER_IOCTLS = "tests/engine/ioctls/test_register_ioctls.py"
 HYPERCALLS = "tests/engine/machine/test_hypercall_operations.py"
 VM_SETTINGS = "tests/engine/ioctls/test_vm_settings.py"
+SET_VECTORS = "tests/engine/nested/test_set_vectors.py"
 RUNTIME_CPUID = "tests/engine/vcpu/test_runtime_cpuid.py"
 
 MUTANTS = (
@@ -67,6 +69,14 @@ MUTANTS = (
         "if find_leaf(entries, 1) is None:",
         "later kernels look at each leaf by itself",
         named(RUNTIME_CPUID, "2019_needs_leaf_1"),
+    ),
+    Mutant(
+        "vcpu-width-without-the-highest-leaf",
+        WIDTH_PY,
+        "if highest is None or highest.eax < 0x8000_0008:",
+        "if highest is not None and highest.eax < 0x8000_0008:",
+        "the width is 36 bits where leaf 0x80000000 is missing",
+        named(SET_VECTORS, "the_width_is_that_of_a_leaf_to_which_the_highest_leads"),
     ),
     Mutant(
         "vcpu-cpuid-keeps-osxsave",

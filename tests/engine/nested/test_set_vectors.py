@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.nested import set_msr
 from engine.vcpu.registers import RESET_REGISTERS
 from engine.vcpu.vcpu import Vcpu
@@ -196,3 +197,17 @@ def test_vmx_in_cpuid_is_what_allows() -> None:
     assert not vcpu.vmx_allowed
     assert make_vcpu("kvm-2019").vmx_allowed
     assert Vcpu().maxphyaddr == 36
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_the_width_is_that_of_a_leaf_to_which_the_highest_leads(era: str) -> None:
+    own = CpuidEntry(0x8000_0008, eax=39)
+    for highest, width in ((None, 36), (0x8000_0007, 36), (0x8000_0008, 39), (0x8000_001F, 39)):
+        rest = tuple(entry for entry in vmx_cpuid() if entry.function not in (0x8000_0000, 0x8000_0008))
+        told = () if highest is None else (CpuidEntry(0x8000_0000, eax=highest),)
+        vcpu = make_vcpu(era, cpuid=(*rest, *told, own))
+        assert vcpu.maxphyaddr == width
+        result = do_set(vcpu, Ram(), blob(vmxon=1 << 36))
+        assert result.errno == (None if width == 39 else "EINVAL")
+    bare = make_vcpu(era, cpuid=(CpuidEntry(0x8000_0000, eax=0x8000_0008),))
+    assert bare.maxphyaddr == 36
