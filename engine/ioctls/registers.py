@@ -17,7 +17,7 @@ from engine.kvm.memory_views import GuestMemory
 from engine.nested.operations import set_smm
 from engine.vcpu import cpuid as cpuid_facts
 from engine.vcpu.apic_base import APIC_BASE, apic_base, takes_apic_base
-from engine.vcpu.control_registers import vmx_allows_cr4
+from engine.vcpu.control_registers import vmx_allows_cr0, vmx_allows_cr4
 from engine.vcpu.registers import CR0_PE, CR0_PG, CR4_OSXSAVE, CR4_PAE, SEGMENTS, TABLES
 from engine.vcpu.vcpu import Vcpu
 
@@ -80,7 +80,8 @@ def sregs_bytes(vcpu: Vcpu) -> bytes:
 def set_sregs(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
     """KVM_SET_SREGS. Nothing is taken when the values cannot be together.
 
-    A CR4 that VMX does not allow is one of these today. In 2019 the old CR4 stays, whole, and all the rest is taken.
+    A CR0 or CR4 that VMX does not allow is one of these today. In 2019 any CR0 is taken; the old CR4 stays, whole, and
+    all the rest is taken.
     So does, in both, a CR8 above 15: what kvm_set_cr8 answers is ignored.
     """
     given = {name: abi.SREGS.get(raw, name) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "ia32_efer", "apic_base")}
@@ -190,7 +191,8 @@ def _sregs_valid(vcpu: Vcpu, given: dict[str, int], cs_long: bool) -> bool:
     if not vcpu.kvm.vcpu.strict_sregs:
         return True
     cr0_valid = not (cr0 >> 32 or cr0 & (_CR0_CD | _CR0_NW) == _CR0_NW or cr0 & (CR0_PG | CR0_PE) == CR0_PG)
-    return cr0_valid and vmx_allows_cr4(vcpu, cr4) and not cr4 & ~(_CR4_BASIC | cpuid_facts.cr4_allowed(vcpu.cpuid))
+    cr4_valid = not cr4 & ~(_CR4_BASIC | cpuid_facts.cr4_allowed(vcpu.cpuid))
+    return cr0_valid and cr4_valid and vmx_allows_cr0(vcpu, cr0) and vmx_allows_cr4(vcpu, cr4)
 
 
 def _access_rights(vcpu: Vcpu, raw: bytes, name: str) -> int:

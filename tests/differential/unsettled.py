@@ -26,13 +26,6 @@ def _copy_that_faults_half_way(found: Difference) -> bool:
     return found.call.name == "KVM_GET_NESTED_STATE" and faulting and min(_differing(found), default=0) >= SECTIONS[0]
 
 
-def _cr0_in_vmx_operation(found: Difference) -> bool:
-    """KVM_SET_SREGS in 7.1: CR0 needs its fixed bits under VMXON and in L2 (`vmx.c`, vmx_is_valid_cr0; since 6.5)."""
-    in_operation = any(call.name == "KVM_SET_NESTED_STATE" for call in found.calls)
-    refused = (found.engine.returns, found.model.errno) == (0, "EINVAL")
-    return found.world.latest and found.call.name == "KVM_SET_SREGS" and in_operation and refused
-
-
 def _cpuid_after_vm_entry(found: Difference) -> bool:
     """KVM_GET_CPUID2 in 5.3: CR4 of a VM entry or exit does not show (kvm_set_cr4 updates it, vmx_set_cr4 not)."""
     entered = any(call.name == "KVM_SET_NESTED_STATE" for call in found.calls)
@@ -41,7 +34,6 @@ def _cpuid_after_vm_entry(found: Difference) -> bool:
 
 UNSETTLED: dict[str, Callable[[Difference], bool]] = {
     "a copy that faults half way": _copy_that_faults_half_way,
-    "CR0 in VMX operation": _cr0_in_vmx_operation,
     "CPUID after a VM entry": _cpuid_after_vm_entry,
 }
 

@@ -55,6 +55,22 @@ MUTANTS = (
         named(REGISTER_IOCTLS, "a_cr4_that_vmx_does_not_allow"),
     ),
     Mutant(
+        "vcpu-cr0-of-l2-as-of-l1",
+        CONTROL_REGISTERS_PY,
+        "return guest_cr0_valid(vcpu, value)",
+        'return respects_fixed_bits(vcpu, "cr0", value)',
+        "an unrestricted L2 needs neither CR0.PE nor CR0.PG",
+        named(REGISTER_IOCTLS, "vmx_operation_fixes_cr0_today"),
+    ),
+    Mutant(
+        "vcpu-cr0-under-vmxon",
+        CONTROL_REGISTERS_PY,
+        'return not vcpu.vmx.vmxon or respects_fixed_bits(vcpu, "cr0", value)',
+        "return True",
+        "7.1 wants the fixed bits of CR0 under VMXON",
+        named(REGISTER_IOCTLS, "vmx_operation_fixes_cr0_today"),
+    ),
+    Mutant(
         "vcpu-cr8-cut",
         SREGS_PY,
         'del given["cr8"]',
