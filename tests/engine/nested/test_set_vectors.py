@@ -142,6 +142,21 @@ def test_missing_shadow_bytes_fault_and_forget_the_pending_run(era: str) -> None
     assert summary(vcpu, ram) == IN_L1
 
 
+@pytest.mark.parametrize("era", ERAS)
+@pytest.mark.parametrize("reach", [0, 1, 100, 997])
+def test_what_comes_before_a_fault_has_been_copied(era: str, reach: int) -> None:
+    """A vmcs12, and a shadow vmcs12, whose bytes end before they are whole: copy_from_user copies up to the fault."""
+    vcpu, ram = make_vcpu(era), Ram(words=RAM_SHADOW)
+    whole = vmcs12(SHADOWING, guest_rip=0x1234)
+    assert do_set(vcpu, ram, blob(data=whole[:reach])).label == "V16"
+    assert bytes(vcpu.vmx.vmcs12) == whole[:reach].ljust(4096, b"\0")
+    shadow = vmcs12(revision=SHADOW_WORD, guest_rip=0x77)
+    result = do_set(vcpu, ram, blob(flags=GM, size=8320, data=whole, shadow=shadow[:reach]))
+    assert result.label == "V20b shadow copy"
+    assert bytes(vcpu.vmx.vmcs12) == whole
+    assert bytes(vcpu.vmx.shadow) == shadow[:reach].ljust(4096, b"\0")
+
+
 def test_the_deadline_is_noted_before_the_shadow_header_is_judged_only_today() -> None:
     for era in ERAS:
         vcpu, ram = make_vcpu(era), Ram(words=RAM_SHADOW)
