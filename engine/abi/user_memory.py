@@ -28,6 +28,16 @@ class UserBuffer:
             return None
         return bytes(self.data[first : first + size])
 
+    def copy_into(self, target: bytearray, offset: int, size: int) -> bool:
+        """Copy ``size`` bytes from ``offset`` to the start of ``target``, as copy_from_user does.
+
+        False when that faults: what comes before the fault is copied all the same, and the rest of ``size`` is zeros.
+        """
+        first = self.base + offset
+        found = b"" if self.data is None else self.data[first : first + size]
+        target[:size] = found.ljust(size, b"\0")
+        return len(found) == size
+
     def copy_to(self, offset: int, data: bytes) -> bool:
         """Store ``data`` at ``offset``. False when that faults; what fits before the fault is stored all the same."""
         if self.data is None or self.read_only:

@@ -16,7 +16,7 @@ from engine.kvm.memory_views import GuestMemory
 from engine.nested.operations import set_smm
 from engine.vcpu import cpuid as cpuid_facts
 from engine.vcpu.apic_base import APIC_BASE, apic_base, takes_apic_base
-from engine.vcpu.control_registers import cpuid_allows_cr4, vmx_allows_cr4
+from engine.vcpu.control_registers import cpuid_allows_cr4, vmx_allows_cr0, vmx_allows_cr4
 from engine.vcpu.registers import CR0_PE, CR0_PG, CR4_OSXSAVE, CR4_PAE, SEGMENTS, TABLES
 from engine.vcpu.vcpu import Vcpu
 
@@ -24,6 +24,7 @@ CAP_VCPU_EVENTS = 41
 
 _RFLAGS_FIXED = 0x2
 _CR0_CD, _CR0_NW = 1 << 30, 1 << 29
+_CR8_RESERVED = ~0xF
 # CR4 bits that every guest may set: VME to OSXMMEXCPT.
 _CR4_BASIC = 0x7FF
 _STI, _MOV_SS = 1 << 0, 1 << 1
@@ -78,7 +79,9 @@ def sregs_bytes(vcpu: Vcpu) -> bytes:
 def set_sregs(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
     """KVM_SET_SREGS. Nothing is taken when the values cannot be together.
 
-    A CR4 that VMX does not allow is one of these today. In 2019 the old CR4 stays, whole, and all the rest is taken.
+    A CR0 or CR4 that VMX does not allow is one of these today. In 2019 any CR0 is taken; the old CR4 stays, whole, and
+    all the rest is taken.
+    So does, in both, a CR8 above 15: what kvm_set_cr8 answers is ignored.
     """
     given = {name: abi.SREGS.get(raw, name) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "ia32_efer", "apic_base")}
     apic = given.pop("apic_base")
@@ -88,6 +91,8 @@ def set_sregs(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:
     lost_svm = vcpu.registers["ia32_efer"] & vmx.EFER_SVME and not given["ia32_efer"] & vmx.EFER_SVME
     if not vmx_allows_cr4(vcpu, given["cr4"]):
         del given["cr4"]
+    if given["cr8"] & _CR8_RESERVED:
+        del given["cr8"]
     vcpu.registers.update(given)
     for name in SEGMENTS:
         for part in ("base", "limit", "selector"):
@@ -184,7 +189,8 @@ def _sregs_valid(vcpu: Vcpu, given: dict[str, int], cs_long: bool) -> bool:
     if not vcpu.kvm.vcpu.strict_sregs:
         return True
     cr0_valid = not (cr0 >> 32 or cr0 & (_CR0_CD | _CR0_NW) == _CR0_NW or cr0 & (CR0_PG | CR0_PE) == CR0_PG)
-    return cr0_valid and vmx_allows_cr4(vcpu, cr4) and not cr4 & ~(_CR4_BASIC | cpuid_facts.cr4_allowed(vcpu.cpuid))
+    cr4_valid = not cr4 & ~(_CR4_BASIC | cpuid_facts.cr4_allowed(vcpu.cpuid))
+    return cr0_valid and cr4_valid and vmx_allows_cr0(vcpu, cr0) and vmx_allows_cr4(vcpu, cr4)
 
 
 def _access_rights(vcpu: Vcpu, raw: bytes, name: str) -> int:

@@ -19,6 +19,7 @@ from engine.nested.entry_context import (
     revision_matches,
 )
 from engine.state.profiles import ONLY_LATEST
+from engine.vcpu.control_registers import guest_cr0_valid
 from engine.vcpu.registers import CR0_PE, CR0_PG, CR4_PAE
 
 _CR0_WP = 1 << 16
@@ -113,10 +114,7 @@ def _guest_cet(c: EntryContext) -> bool:
 
 
 def _guest_control_registers(c: EntryContext) -> bool:
-    offered = c.capabilities.controls["secondary"].may1
-    unrestricted = c.secondary & offered & vmx.SEC_UNRESTRICTED_GUEST
-    relaxed = CR0_PE | CR0_PG if unrestricted else 0
-    return not (c.cr_valid("cr0", c.get("guest_cr0"), relaxed) and c.cr_valid("cr4", c.get("guest_cr4")))
+    return not (guest_cr0_valid(c.vcpu, c.get("guest_cr0")) and c.cr_valid("cr4", c.get("guest_cr4")))
 
 
 def _guest_debug(c: EntryContext) -> bool:

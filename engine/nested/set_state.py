@@ -138,15 +138,8 @@ def _smm_state(c: SetContext) -> Verdict | None:
     return None
 
 
-def _copy_page(c: SetContext, offset: int, page: bytearray) -> bool:
-    data = c.user.copy_from(offset, VMCS12.size)
-    if data is not None:
-        page[: VMCS12.size] = data
-    return data is not None
-
-
 def _copy_vmcs12(c: SetContext) -> Verdict | None:
-    return None if _copy_page(c, abi.DATA_OFFSET, c.vcpu.vmx.vmcs12) else Verdict("EFAULT")
+    return None if c.user.copy_into(c.vcpu.vmx.vmcs12, abi.DATA_OFFSET, VMCS12.size) else Verdict("EFAULT")
 
 
 def _pending(c: SetContext) -> Verdict | None:
@@ -174,7 +167,7 @@ def _shadow_size(c: SetContext) -> Verdict | None:
 
 
 def _shadow_copy(c: SetContext) -> Verdict | None:
-    if not c.shadow_in_use or _copy_page(c, abi.SHADOW_OFFSET, c.vcpu.vmx.shadow):
+    if not c.shadow_in_use or c.user.copy_into(c.vcpu.vmx.shadow, abi.SHADOW_OFFSET, VMCS12.size):
         return None
     return Verdict("EFAULT", detail="shadow copy")
 

@@ -21,7 +21,7 @@ EDX8_LONG_MODE = 1 << 29
 # "KVMK", the first word of the signature.
 KVM_SIGNATURE_EBX = 0x4B4D_564B
 
-# Width that KVM assumes while leaf 0x80000008 is absent, as it is before any KVM_SET_CPUID2.
+# Width that KVM assumes while 0x80000000 does not lead to a leaf 0x80000008, as before any KVM_SET_CPUID2.
 DEFAULT_MAXPHYADDR = 36
 
 _ENTRY_FIELDS = tuple(field.name for field in fields(CpuidEntry))
@@ -82,9 +82,9 @@ def nested_ebx(entries: Iterable[CpuidEntry]) -> int:
 
 
 def maxphyaddr(entries: tuple[CpuidEntry, ...]) -> int:
-    """Width of a guest physical address in bits."""
+    """Width of a guest physical address in bits: of leaf 0x80000008 where 0x80000000 is there and reaches to it."""
     highest = find_leaf(entries, 0x8000_0000)
-    if highest is not None and highest.eax < 0x8000_0008:
+    if highest is None or highest.eax < 0x8000_0008:
         return DEFAULT_MAXPHYADDR
     leaf = find_leaf(entries, 0x8000_0008)
     return DEFAULT_MAXPHYADDR if leaf is None else leaf.eax & 0xFF

@@ -8,43 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.differential.search import Difference
-from tests.differential.vcpu_model import CONTROL
-from tests.differential.vmcs12_layout import PAGE, USED
-
-CR8 = range(CONTROL + 32, CONTROL + 40)
-SECTIONS = (128, 128 + PAGE)
-
-
-def _differing(found: Difference) -> list[int]:
-    """Offsets of the bytes at the argument that differ."""
-    (_, mine, _), (_, its, _) = found.engine.told(), found.model.told()
-    return [at for at, (one, other) in enumerate(zip(mine or b"", its or b"", strict=False)) if one != other]
-
-
-def _reserved_bits_of_cr8(found: Difference) -> bool:
-    """KVM_SET_SREGS: a CR8 above 15 leaves the old one, and nobody hears of it (`x86.c`, kvm_set_cr8)."""
-    return found.call.name == "KVM_GET_SREGS" and all(at in CR8 for at in _differing(found))
-
-
-def _copy_that_faults_half_way(found: Difference) -> bool:
-    """KVM_SET_NESTED_STATE, V16 and V20b: what comes before the fault has been copied (copy_from_user)."""
-    blobs = [call.data or b"" for call in found.calls if call.name == "KVM_SET_NESTED_STATE"]
-    faulting = any(start < len(blob) < start + USED for blob in blobs for start in SECTIONS)
-    return found.call.name == "KVM_GET_NESTED_STATE" and faulting and min(_differing(found), default=0) >= SECTIONS[0]
-
-
-def _width_needs_the_highest_leaf(found: Difference) -> bool:
-    """MAXPHYADDR is 36 where leaf 0x80000000 does not lead to 0x80000008 (`cpuid.c`, cpuid_query_maxphyaddr)."""
-    tables = [call.data or b"" for call in found.calls if call.name == "KVM_SET_CPUID2"]
-    leaves = [{raw[at : at + 4] for at in range(8, len(raw), 40)} for raw in tables]
-    return any(b"\x08\0\0\x80" in table and b"\0\0\0\x80" not in table for table in leaves)
-
-
-def _cr0_in_vmx_operation(found: Difference) -> bool:
-    """KVM_SET_SREGS in 7.1: CR0 needs its fixed bits under VMXON and in L2 (`vmx.c`, vmx_is_valid_cr0; since 6.5)."""
-    in_operation = any(call.name == "KVM_SET_NESTED_STATE" for call in found.calls)
-    refused = (found.engine.returns, found.model.errno) == (0, "EINVAL")
-    return found.world.latest and found.call.name == "KVM_SET_SREGS" and in_operation and refused
 
 
 def _cpuid_after_vm_entry(found: Difference) -> bool:
@@ -54,11 +17,7 @@ def _cpuid_after_vm_entry(found: Difference) -> bool:
 
 
 UNSETTLED: dict[str, Callable[[Difference], bool]] = {
-    "reserved bits of CR8": _reserved_bits_of_cr8,
-    "a copy that faults half way": _copy_that_faults_half_way,
-    "CR0 in VMX operation": _cr0_in_vmx_operation,
     "CPUID after a VM entry": _cpuid_after_vm_entry,
-    "the width needs the highest leaf": _width_needs_the_highest_leaf,
 }
 
 

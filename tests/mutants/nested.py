@@ -114,6 +114,14 @@ MUTANTS = (
         named(OPERATIONS, "partition_msrs_are_the_same_on_every_vcpu"),
     ),
     Mutant(
+        "nested-half-a-copy-is-none",
+        "engine/abi/user_memory.py",
+        'target[:size] = found.ljust(size, b"\\0")',
+        "target[:size] = found if len(found) == size else target[:size]",
+        "copy_from_user copies what comes before a fault (Linux, lib/usercopy.c)",
+        named(f"{NESTED}/test_set_vectors.py", "what_comes_before_a_fault_has_been_copied"),
+    ),
+    Mutant(
         "nested-cpl",
         STATES_PY,
         'frames.write_word(draft.machine, frame, ctl.V_CPL, (vcpu.registers["ss_ar_bytes"] & _DPL) >> 5)',

@@ -8,6 +8,7 @@ from .paths import named
 APIC_BASE_PY = "engine/vcpu/apic_base.py"
 CONTROL_REGISTERS_PY = "engine/vcpu/control_registers.py"
 CPUID_PY = "engine/vcpu/runtime_cpuid.py"
+WIDTH_PY = "engine/vcpu/cpuid.py"
 MSRS_PY = "engine/vcpu/msrs.py"
 SREGS_PY = "engine/ioctls/registers.py"
 SETTINGS_PY = "engine/ioctls/vm_settings.py"
@@ -17,6 +18,7 @@ HYPERV_PY = "engine/machine/hyperv.py"
 REGISTER_IOCTLS = "tests/engine/ioctls/test_register_ioctls.py"
 HYPERCALLS = "tests/engine/machine/test_hypercall_operations.py"
 VM_SETTINGS = "tests/engine/ioctls/test_vm_settings.py"
+SET_VECTORS = "tests/engine/nested/test_set_vectors.py"
 RUNTIME_CPUID = "tests/engine/vcpu/test_runtime_cpuid.py"
 
 MUTANTS = (
@@ -53,12 +55,44 @@ MUTANTS = (
         named(REGISTER_IOCTLS, "a_cr4_that_vmx_does_not_allow"),
     ),
     Mutant(
+        "vcpu-cr0-of-l2-as-of-l1",
+        CONTROL_REGISTERS_PY,
+        "return guest_cr0_valid(vcpu, value)",
+        'return respects_fixed_bits(vcpu, "cr0", value)',
+        "an unrestricted L2 needs neither CR0.PE nor CR0.PG",
+        named(REGISTER_IOCTLS, "vmx_operation_fixes_cr0_today"),
+    ),
+    Mutant(
+        "vcpu-cr0-under-vmxon",
+        CONTROL_REGISTERS_PY,
+        'return not vcpu.vmx.vmxon or respects_fixed_bits(vcpu, "cr0", value)',
+        "return True",
+        "7.1 wants the fixed bits of CR0 under VMXON",
+        named(REGISTER_IOCTLS, "vmx_operation_fixes_cr0_today"),
+    ),
+    Mutant(
+        "vcpu-cr8-cut",
+        SREGS_PY,
+        'del given["cr8"]',
+        'given["cr8"] &= 0xF',
+        "a CR8 above 15 leaves the old one",
+        named(REGISTER_IOCTLS, "a_cr8_above_15_leaves_the_old_one"),
+    ),
+    Mutant(
         "vcpu-cpuid-without-leaf-1",
         CPUID_PY,
         "if vcpu.kvm.vcpu.runtime_cpuid_needs_leaf_1 and find_leaf(entries, 1) is None:",
         "if find_leaf(entries, 1) is None:",
         "later kernels look at each leaf by itself",
         named(RUNTIME_CPUID, "2019_needs_leaf_1"),
+    ),
+    Mutant(
+        "vcpu-width-without-the-highest-leaf",
+        WIDTH_PY,
+        "if highest is None or highest.eax < 0x8000_0008:",
+        "if highest is not None and highest.eax < 0x8000_0008:",
+        "the width is 36 bits where leaf 0x80000000 is missing",
+        named(SET_VECTORS, "the_width_is_that_of_a_leaf_to_which_the_highest_leads"),
     ),
     Mutant(
         "vcpu-cpuid-keeps-osxsave",

@@ -15,7 +15,7 @@ from engine.vcpu.cpuid import supported_cpuid
 from engine.vcpu.msrs import read_msr, write_msr
 from engine.vcpu.vcpu import Vcpu, VcpuHost
 from tests.engine.ioctls.bare_vcpu import Call, ioctl
-from tests.engine.nested.support import ERAS, GM, blob, do_set, make_vcpu, vmx_cpuid
+from tests.engine.nested.support import ERAS, GM, MIN32, blob, do_set, make_vcpu, vmcs12, vmx_cpuid
 from tests.engine.ram import Ram
 
 LONG_MODE = {"cr0": 0x8000_0031, "cr4": 0x20, "ia32_efer": 0xD00}
@@ -144,6 +144,16 @@ def test_a_cr4_that_vmx_does_not_allow(why: dict[str, Any]) -> None:
             assert (reply, vcpu.to_head()) == (Reply(-1, "EINVAL"), before)
 
 
+@pytest.mark.parametrize("era", ERAS)
+@pytest.mark.parametrize("cr8", [0, 15, 16, 0x105, 1 << 63])
+def test_a_cr8_above_15_leaves_the_old_one(era: str, cr8: int) -> None:
+    vcpu = make_vcpu(era)
+    assert call(vcpu, "KVM_SET_SREGS", sregs(vcpu, cr8=5))[0] == Reply(0)
+    assert call(vcpu, "KVM_SET_SREGS", sregs(vcpu, cr8=cr8, cr2=7))[0] == Reply(0)
+    told = sregs(vcpu)
+    assert (SREGS.get(told, "cr8"), SREGS.get(told, "cr2")) == (cr8 if cr8 <= 15 else 5, 7)
+
+
 def test_vmx_operation_fixes_cr4() -> None:
     for era in ERAS:
         vcpu = make_vcpu(era)
@@ -153,6 +163,31 @@ def test_vmx_operation_fixes_cr4() -> None:
         assert reply == (Reply(0) if era == "kvm-2019" else Reply(-1, "EINVAL"))
         assert (vcpu.registers["cr4"], vcpu.registers["cr2"]) == (0x2020, 5 if era == "kvm-2019" else 0)
         assert call(vcpu, "KVM_SET_SREGS", sregs(vcpu, cr4=0x2000))[0] == Reply(0)
+
+
+@pytest.mark.parametrize("cr0", [0x8000_0021, 0x8000_0001, 0x8000_0020, 0x21, 0x20, 0x10])
+@pytest.mark.parametrize("where", ["L1", "SMM", "VMXON", "L2", "unrestricted L2", "unrestricted, not active"])
+def test_vmx_operation_fixes_cr0_today(where: str, cr0: int) -> None:
+    """PE, NE and PG; an unrestricted L2 needs NE alone. 5.3 takes any CR0."""
+    needed = {"L1": 0, "SMM": 0, "unrestricted L2": 0x20}.get(where, 0x8000_0021)
+    controls = {"secondary_vm_exec_control": 0x82 if where.startswith("unrestricted") else 0, "ept_pointer": 0x101E}
+    active = {"cpu_based_vm_exec_control": 0x8400_6172} if where == "unrestricted L2" else {}
+    for era in ERAS:
+        vcpu = make_vcpu(era, smm=where == "SMM")
+        vcpu.registers["cr4"] = 0x2000
+        if where != "L1":
+            l2 = {"flags": GM, "data": vmcs12(MIN32, **controls, **active)} if where not in ("SMM", "VMXON") else {}
+            asked = blob(smm=2) if where == "SMM" else blob(**l2)
+            assert do_set(vcpu, Ram(), asked).returns == 0
+            assert vcpu.vmx.guest_mode == bool(l2)
+        before = vcpu.to_head()
+        cr4 = 0 if where == "SMM" else 0x2000
+        reply = call(vcpu, "KVM_SET_SREGS", sregs(vcpu, cr0=cr0, cr2=5, cr4=cr4))[0]
+        legal = not (cr0 & 1 << 31 and not cr0 & 1)
+        if era == "kvm-2019" or (legal and cr0 & needed == needed):
+            assert (reply, vcpu.registers["cr0"], vcpu.registers["cr2"]) == (Reply(0), cr0, 5), era
+        else:
+            assert (reply, vcpu.to_head()) == (Reply(-1, "EINVAL"), before)
 
 
 def test_svm_ends_with_svme() -> None:

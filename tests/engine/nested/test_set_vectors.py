@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.nested import set_msr
 from engine.vcpu.registers import RESET_REGISTERS
 from engine.vcpu.vcpu import Vcpu
@@ -141,6 +142,21 @@ def test_missing_shadow_bytes_fault_and_forget_the_pending_run(era: str) -> None
     assert summary(vcpu, ram) == IN_L1
 
 
+@pytest.mark.parametrize("era", ERAS)
+@pytest.mark.parametrize("reach", [0, 1, 100, 997])
+def test_what_comes_before_a_fault_has_been_copied(era: str, reach: int) -> None:
+    """A vmcs12, and a shadow vmcs12, whose bytes end before they are whole: copy_from_user copies up to the fault."""
+    vcpu, ram = make_vcpu(era), Ram(words=RAM_SHADOW)
+    whole = vmcs12(SHADOWING, guest_rip=0x1234)
+    assert do_set(vcpu, ram, blob(data=whole[:reach])).label == "V16"
+    assert bytes(vcpu.vmx.vmcs12) == whole[:reach].ljust(4096, b"\0")
+    shadow = vmcs12(revision=SHADOW_WORD, guest_rip=0x77)
+    result = do_set(vcpu, ram, blob(flags=GM, size=8320, data=whole, shadow=shadow[:reach]))
+    assert result.label == "V20b shadow copy"
+    assert bytes(vcpu.vmx.vmcs12) == whole
+    assert bytes(vcpu.vmx.shadow) == shadow[:reach].ljust(4096, b"\0")
+
+
 def test_the_deadline_is_noted_before_the_shadow_header_is_judged_only_today() -> None:
     for era in ERAS:
         vcpu, ram = make_vcpu(era), Ram(words=RAM_SHADOW)
@@ -196,3 +212,17 @@ def test_vmx_in_cpuid_is_what_allows() -> None:
     assert not vcpu.vmx_allowed
     assert make_vcpu("kvm-2019").vmx_allowed
     assert Vcpu().maxphyaddr == 36
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_the_width_is_that_of_a_leaf_to_which_the_highest_leads(era: str) -> None:
+    own = CpuidEntry(0x8000_0008, eax=39)
+    for highest, width in ((None, 36), (0x8000_0007, 36), (0x8000_0008, 39), (0x8000_001F, 39)):
+        rest = tuple(entry for entry in vmx_cpuid() if entry.function not in (0x8000_0000, 0x8000_0008))
+        told = () if highest is None else (CpuidEntry(0x8000_0000, eax=highest),)
+        vcpu = make_vcpu(era, cpuid=(*rest, *told, own))
+        assert vcpu.maxphyaddr == width
+        result = do_set(vcpu, Ram(), blob(vmxon=1 << 36))
+        assert result.errno == (None if width == 39 else "EINVAL")
+    bare = make_vcpu(era, cpuid=(CpuidEntry(0x8000_0000, eax=0x8000_0008),))
+    assert bare.maxphyaddr == 36
