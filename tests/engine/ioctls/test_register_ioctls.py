@@ -162,7 +162,7 @@ def test_vmx_operation_fixes_cr4() -> None:
         reply = call(vcpu, "KVM_SET_SREGS", sregs(vcpu, cr4=0x20, cr2=5))[0]
         assert reply == (Reply(0) if era == "kvm-2019" else Reply(-1, "EINVAL"))
         assert (vcpu.registers["cr4"], vcpu.registers["cr2"]) == (0x2020, 5 if era == "kvm-2019" else 0)
-        assert call(vcpu, "KVM_SET_SREGS", sregs(vcpu, cr4=0x2000))[0] == Reply(0)
+        assert call(vcpu, "KVM_SET_SREGS", sregs(vcpu, cr0=0x8000_0021, cr4=0x2000))[0] == Reply(0)
 
 
 @pytest.mark.parametrize("cr0", [0x8000_0021, 0x8000_0001, 0x8000_0020, 0x21, 0x20, 0x10])
