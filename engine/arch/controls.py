@@ -77,7 +77,7 @@ NESTED_VP_SHIFT = 32
 NESTED_VP_MASK = 0xFFFF_FFFF
 
 # What was stored of the local APIC (128 words) and in the format of XSAVE (104 words), and a word that says which of
-# them was; ``machine.vcpu_areas`` reads and writes them.
+# them was; ``machine.record_areas`` reads and writes them.
 V_AREAS, V_LAPIC = positions(2, 127)
 (V_XSAVE,) = positions(1, 256)
 

@@ -66,8 +66,8 @@ class Ioctl:
     """One ioctl at one level.
 
     ``changes`` says whether it may change the machine, and so needs its writer; ``allocates`` that it makes a counted
-    allocation (``engine.allocations``) without changing anything else. A kernel that is not of ``profiles`` does not
-    know the ioctl, and answers as for one of another level.
+    allocation (``machine.fault_injection``) without changing anything else. A kernel that is not of ``profiles`` does
+    not know the ioctl, and answers as for one of another level.
     """
 
     name: str

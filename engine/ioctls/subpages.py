@@ -89,7 +89,7 @@ def _flexible(abi: SubpageRows, target: Target, call: Call) -> Subpage | Reply:
         return failed(abi.too_many_errno)
     if npages == 0:
         return _empty(abi)
-    target.vm.allocations.take()
+    target.vm.allocations.make_buffer()
     raw = call.user.copy_from(0, HEADER + 4 * npages)
     return failed("EFAULT") if raw is None else _subpage(gfn, npages, raw)
 

@@ -1,7 +1,7 @@
 """Memory that the host allocates for a machine, and the allocation that is made to fail (``host.fail_allocation``).
 
-Counted, in the order in which the kernel makes them: a bitmap for each slot when SPP comes on, and the buffer of each
-GET or SET through the binary ABI of ``kvm-latest``. One allocation fails, the n-th; those after it succeed.
+Counted, in the order in which the kernel makes them, is what has a method here, and the entry of a
+vCPU into VMX operation (``nested.set_state``). One allocation fails, the n-th; those after it succeed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ class Allocations(Operations):
         """Which allocation from now fails, 1 the next; None when none does."""
         return self._state.current.failing
 
-    def take(self, count: int = 1) -> None:
+    def make_bitmaps(self, slots: int) -> None:
+        """Those of KVM_INIT_SPP: a bitmap for each slot."""
+        self._make(slots)
+
+    def make_buffer(self) -> None:
+        """That of each GET or SET through the binary ABI of ``kvm-latest``."""
+        self._make(1)
+
+    def _make(self, count: int) -> None:
         """Make allocations. Raises OutOfMemory when one of them is to fail; that is noted, and a retry succeeds."""
         failing = self.failing
         if failing is None or not count:

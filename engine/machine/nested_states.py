@@ -22,7 +22,7 @@ from engine.cpu import frames
 from engine.hyperv import modes, notes
 from engine.kvm import state_frame as reg
 from engine.kvm.memory_views import GuestMemory
-from engine.machine import vcpu_areas
+from engine.machine import record_areas
 from engine.state.config import NESTED_CAPABILITIES, VcpuConfig, VmConfig
 from engine.state.frame_store import Draft
 from engine.state.profiles import kvm_version
@@ -170,7 +170,7 @@ def open_vcpu(config: VmConfig, states: NestedStates, machine: frames.Machine, v
         vcpu.registers[name] = unsigned(words[word])
     vcpu.registers["ss_ar_bytes"] = vcpu.registers["ss_ar_bytes"] & ~_DPL | int(words[ctl.V_CPL]) << 5
     vcpu.mov_ss_blocking = bool(vcpu.registers["interruptibility_info"] & _BLOCKING_BY_MOV_SS)
-    vcpu_areas.take(vcpu, words)
+    record_areas.take(vcpu, words)
     vcpu.vmx.vmcs12, vcpu.vmx.shadow, vcpu.svm.vmcb12 = (
         _read_page(machine, int(words[word])) for word in (ctl.V_VMCS12, ctl.V_SHADOW_VMCS12, ctl.V_VMCB12)
     )
@@ -188,7 +188,7 @@ def close_vcpu(draft: Draft, states: NestedStates, vcpu: Vcpu) -> NestedStates:
     frames.write_word(draft.machine, frame, ctl.V_CPL, (vcpu.registers["ss_ar_bytes"] & _DPL) >> 5)
     frames.write_word(draft.machine, frame, ctl.V_GUEST_MODE, int(vcpu.vmx.guest_mode or vcpu.svm.guest_mode))
     draft.ensure()
-    vcpu_areas.put(draft.machine, frame, vcpu)
+    record_areas.put(draft.machine, frame, vcpu)
     for word, page in (
         (ctl.V_VMCS12, vcpu.vmx.vmcs12),
         (ctl.V_SHADOW_VMCS12, vcpu.vmx.shadow),

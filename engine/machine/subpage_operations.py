@@ -62,7 +62,7 @@ class Subpages(Operations):
         now = self._state.current
         enabling_checks.check(now.config, nested_in_use(now.nested))
         if not now.spp_active:
-            Allocations(self._state).take(len(now.slots))
+            Allocations(self._state).make_bitmaps(len(now.slots))
             with self._state.change() as change:
                 records = frames.records(change.machine)
                 change.ensure(records)

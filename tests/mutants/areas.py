@@ -112,7 +112,7 @@ MUTANTS = (
     Mutant(
         "areas-not-kept",
         "engine/machine/nested_states.py",
-        "vcpu_areas.put(draft.machine, frame, vcpu)",
+        "record_areas.put(draft.machine, frame, vcpu)",
         "pass",
         "what was set is kept with the machine",
         named(AREAS, "an_apic_is_given_back"),

@@ -49,13 +49,13 @@ def test_slots(profile: str) -> None:
 
 def test_the_allocation_that_fails() -> None:
     vm = machine(spp=False, host=HostConfig(fail_allocation=3))
-    vm.allocations.take()
+    vm.allocations.make_buffer()
     assert again(vm).allocations.failing == vm.allocations.failing == 2
     with pytest.raises(OutOfMemory, match="made to fail") as caught:
-        vm.allocations.take(2)
+        vm.allocations.make_bitmaps(2)
     assert (caught.value.field, caught.value.errno) == ("host.fail_allocation", "ENOMEM")
     assert again(vm).allocations.failing is None
-    vm.allocations.take(100)
+    vm.allocations.make_bitmaps(100)
 
 
 def test_an_allocation_that_fails_later_lets_spp_come_on() -> None:
