@@ -11,7 +11,10 @@ from tests.differential.search import Difference
 
 
 def _cpuid_after_vm_entry(found: Difference) -> bool:
-    """KVM_GET_CPUID2 in 5.3: CR4 of a VM entry or exit does not show (kvm_set_cr4 updates it, vmx_set_cr4 not)."""
+    """KVM_GET_CPUID2 in 5.3: CR4 of a VM entry or exit does not show (kvm_set_cr4 updates it, vmx_set_cr4 not).
+
+    The engine keeps no CPUID of an earlier CR4; `docs/profiles.md` says so.
+    """
     entered = any(call.name == "KVM_SET_NESTED_STATE" for call in found.calls)
     return not found.world.latest and found.call.name == "KVM_GET_CPUID2" and entered
 

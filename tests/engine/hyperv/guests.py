@@ -28,7 +28,11 @@ CPUID = (
     CpuidEntry(0x40000004, eax=0x804),
     CpuidEntry(0x4000000A, eax=0xA0101),
 )
-VMX_CPUID = (CpuidEntry(1, ecx=1 << 5), CpuidEntry(0x80000008, eax=46 | 48 << 8))
+VMX_CPUID = (
+    CpuidEntry(1, ecx=1 << 5),
+    CpuidEntry(0x80000000, eax=0x80000008),
+    CpuidEntry(0x80000008, eax=46 | 48 << 8),
+)
 
 
 def hyperv_guest(

@@ -24,9 +24,13 @@ def table(level: int, levels: int = 4) -> int:
     return ROOT + 0x1000 * (levels - level)
 
 
+def cpuid_of(width: int) -> tuple[CpuidEntry, ...]:
+    return CpuidEntry(0x8000_0000, eax=0x8000_0008), CpuidEntry(0x8000_0008, eax=width)
+
+
 def ept_vcpu(*, levels: int = 4, capabilities: int = EPT_VPID, secondary: int = 2) -> Vcpu:
     vcpu = Vcpu(
-        cpuid=(CpuidEntry(0x8000_0008, eax=WIDTH),),
+        cpuid=cpuid_of(WIDTH),
         host=VcpuHost(vmx_capabilities={"IA32_VMX_EPT_VPID_CAP": capabilities}),
     )
     put(vcpu.vmx.vmcs12, "cpu_based_vm_exec_control", 1 << 31)
@@ -37,7 +41,7 @@ def ept_vcpu(*, levels: int = 4, capabilities: int = EPT_VPID, secondary: int = 
 
 
 def npt_vcpu() -> Vcpu:
-    vcpu = Vcpu(host=VcpuHost(vendor="amd"), cpuid=(CpuidEntry(0x8000_0008, eax=WIDTH),))
+    vcpu = Vcpu(host=VcpuHost(vendor="amd"), cpuid=cpuid_of(WIDTH))
     vcpu.svm.vmcb12[VMCB_CONTROL_NESTED_CR3 : VMCB_CONTROL_NESTED_CR3 + 8] = ROOT.to_bytes(8, "little")
     vcpu.svm.vmcb12[0x90] = 1
     vcpu.svm.guest_mode = True
@@ -119,7 +123,7 @@ def test_a_walk_of_five_levels() -> None:
 @pytest.mark.parametrize("width", [36, 52])
 def test_the_width_is_that_of_the_vcpus_cpuid(width: int) -> None:
     vcpu = ept_vcpu()
-    vcpu.cpuid = (CpuidEntry(0x8000_0008, eax=width),)
+    vcpu.cpuid = cpuid_of(width)
     ram = tables({1: FRAME | 1 << 40 | ALL})
     assert translate(vcpu, ram, GPA) == (FRAME | 1 << 40 | GPA if width == 52 else None)
 
