@@ -102,11 +102,15 @@ class Runs:
         self._change = change
         self._on_hyperv = change.config.host.hyperv is not None
         self._ran: set[int] = set()
+        self._quiet = False
 
     def __call__(self, chunk: TraceChunk) -> None:
         """A chunk is about to be replayed."""
         m = self._change.machine
-        if not self._on_hyperv and not queues.any_requested(m.queues):
+        # Looked for once, and after operations: nothing else of a trace queues a flush.
+        self._quiet = not self._on_hyperv and (self._quiet or not queues.any_requested(m.queues))
+        if self._quiet:
+            self._quiet = chunk.operations is None
             return
         vcpus = {int(vcpu) for vcpu in np.unique(chunk.records[:, 1] >> np.uint64(32) & np.uint64(0xFFFF))}
         known = {vcpu for vcpu in vcpus if vcpu < len(m.vcpu_of_id) and m.vcpu_of_id[vcpu] >= 0}

@@ -79,7 +79,7 @@ class TimedReplay(Replay):
             self._perform(chunk, beside.items[following], base + position)
             return record_checks.DONE, position + 1
         part = chunk.records[position:stop]
-        self._enter_guest(TraceChunk(part, None, {}))
+        self._enter_guest(TraceChunk(part, None, {}, operations=beside))
         status, position = translated.replay(
             self._draft.machine,
             words,
