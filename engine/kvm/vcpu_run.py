@@ -1,23 +1,12 @@
 """KVM_RUN for one memory access: the processor decides, KVM handles the exit, the guest tries again.
 
-An access is split at page ends, low page first; nothing lands and no flag is set unless every page allows it.
+What the processor does with an access over several pages is in ``cpu.access_over_pages``.
 """
 
 from engine.arch import access as acc
 from engine.arch import ept as bits
 from engine.arch import exits
-from engine.cpu import (
-    access_check,
-    access_over_pages,
-    cached_check,
-    ept,
-    exit_qualification,
-    fastpath,
-    page_log,
-    sppt,
-    tlb,
-    ve,
-)
+from engine.cpu import access_over_pages, ept, fastpath, sppt, tlb, ve
 from engine.cpu.frames import CAP_FAST_PATH
 from engine.jit import kernel
 from engine.kvm import bitmaps
@@ -57,27 +46,6 @@ def log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution
     log[row, EXIT_DENIED] = denied
     log[row, EXIT_AT] = at
     used[0] = row + 1
-
-
-@kernel
-def settle(m, vcpu, mode, gpa, size, how, source, trail):
-    """Leave behind what a successful access leaves: flags in the entries, and the page in the caches.
-
-    ``source`` says how its last page was decided (see ``cpu.cached_check``).
-    """
-    one_page = access_over_pages.page_part(gpa, gpa + size) == size
-    at = gpa
-    while at < gpa + size:
-        part = access_over_pages.page_part(at, gpa + size)
-        if not one_page:
-            _, _, _, source = cached_check.check(m, vcpu, at, part, how, trail)
-        if tlb.modelled(m) or page_log.on(mode):
-            dirty = cached_check.finish(m, vcpu, mode, at, how, source, trail)
-        else:
-            dirty = access_check.set_flags(m, mode, how, trail)
-        if one_page:
-            remember(m, gpa, dirty, trail)
-        at += part
 
 
 @kernel
@@ -130,33 +98,18 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
     the caller to list.
     """
     size = word & 0xFFFF
+    whole = access_over_pages.page_part(gpa, gpa + size) == size
     count = 0
-    at = gpa
-    source = cached_check.WALKED
-    stale = 0
     while True:
-        if at == gpa + size:
-            mode = ept.mode_of(m, vcpu)
-            if not page_log.on(mode) or access_over_pages.log_fits(m, vcpu, mode, gpa, size, how, source, trail):
-                break
-            at = gpa
-            reason, qualification, denied = exits.PML_FULL, exit_qualification.nmi_unblocking(how), 0
-        else:
-            part = access_over_pages.page_part(at, gpa + size)
-            reason, qualification, denied = access_check.check(m, vcpu, at, part, how, trail)
-            if tlb.modelled(m):
-                reason, qualification, denied, source = cached_check.through_cache(
-                    m, vcpu, at, part, how, reason, qualification, denied, trail
-                )
-                stale |= res.STALE if source == cached_check.STALE else 0
-            if reason == exits.NONE:
-                at += part
-                continue
-            if reason == exits.EPT_VIOLATION and tlb.modelled(m):
-                tlb.violated(m, vcpu, at, tlb.EVERY)
-            if reason == exits.EPT_VIOLATION and ve.convert(m, vcpu, how, qualification, gva + (at - gpa), at, trail):
-                tally[reg.EXCEPTIONS] += 1
-                return res.EXCEPTION | stale, reason, qualification, denied, at
+        reason, qualification, denied, at, source, misled = access_over_pages.decide(m, vcpu, gpa, size, how, trail)
+        stale = res.STALE if misled else 0
+        if reason == exits.NONE:
+            break
+        if reason == exits.EPT_VIOLATION and tlb.modelled(m):
+            tlb.violated(m, vcpu, at, tlb.EVERY)
+        if reason == exits.EPT_VIOLATION and ve.convert(m, vcpu, how, qualification, gva + (at - gpa), at, trail):
+            tally[reg.EXCEPTIONS] += 1
+            return res.EXCEPTION | stale, reason, qualification, denied, at
         count_exit(tally, reason, qualification)
         block_nmis(m, vcpu, how, qualification)
         resolution = handle_exit(m, vcpu, at, how, reason, qualification, denied, trail, tally)
@@ -164,14 +117,14 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
             denied = refused_by_policy(m, at, denied)
         count += 1
         tlb.transition(m, vcpu)
-        if resolution == res.VIOLATION and denied and part == size and how == acc.PLAIN_WRITE:
+        if resolution == res.VIOLATION and denied and whole and how == acc.PLAIN_WRITE:
             remember_denial(m, gpa, size, qualification, denied, trail)
         if resolution > res.LAST_INTERNAL or count == MAX_EXITS:
             ending = resolution if resolution > res.LAST_INTERNAL else res.INTERNAL_ERROR
             return ending | stale, reason, qualification, denied, at
         if list_all:
             log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution | stale, denied, at)
-        at = gpa
-        stale = 0
-    settle(m, vcpu, mode, gpa, size, how, source, trail)
+    dirty = access_over_pages.settle(m, vcpu, gpa, size, how, source, trail)
+    if whole:
+        remember(m, gpa, dirty, trail)
     return res.COMPLETED | stale, 0, 0, 0, gpa

@@ -91,8 +91,8 @@ MUTANTS = (
     Mutant(
         "kind-remembers-refusal",
         "engine/kvm/vcpu_run.py",
-        "if resolution == res.VIOLATION and denied and part == size and how == acc.PLAIN_WRITE:",
-        "if resolution == res.VIOLATION and denied and part == size:",
+        "if resolution == res.VIOLATION and denied and whole and how == acc.PLAIN_WRITE:",
+        "if resolution == res.VIOLATION and denied and whole:",
         "only a plain write's refusal is remembered",
         named(KINDS, "a_known_refusal_is_that_of_a_plain_write_alone"),
     ),
