@@ -71,7 +71,7 @@ MUTANTS = (
     Mutant(
         "timed-halted",
         TIMED_PY,
-        "self._enter_guest(TraceChunk(part, None, {}))",
+        "self._enter_guest(TraceChunk(part, None, {}, operations=beside))",
         "pass",
         "a vCPU does what is queued for it before it runs",
         named(TRACES, "a_halted_processor_flushes_before_it_runs"),
