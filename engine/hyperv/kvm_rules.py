@@ -1,4 +1,4 @@
-"""The flush that a hypercall asks for, as KVM reads it (Linux 7.1, and the same in 6.16 but for ``ranges.KvmLists``).
+"""The flush that a hypercall asks for, as KVM reads it: Linux 7.1, and 6.16 too but for ``flush_ranges.KvmLists``.
 
 It checks less than the specification does, in this order, and knows two statuses besides success. It never looks at
 flags other than ALL_PROCESSORS (and at that only where processors come as a mask), nor at the address space: every

@@ -125,7 +125,8 @@ def _run(vcpu: Vcpu, memory: GuestMemory, page: RunPage) -> Reply:
     else:
         page.put("exit_reason", EXIT_FAIL_ENTRY)
         page.put("hardware_entry_failure_reason", NO_GUEST_CODE)
-        page.put("cpu", vcpu.vcpu_id)
+        if vcpu.kvm.vcpu.run_tells_cpu:
+            page.put("cpu", vcpu.vcpu_id)
     return Reply(0)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from engine.arch import controls as ctl
 from engine.arch import paging
 from engine.arch.hypercall import XMM_REGISTERS
+from engine.cpu import frames
 from engine.errors import InvalidValue
 from engine.hyperv import dispatch, kvm_on_hyperv, modes, nested_paging, notes, tlb_locks
 from engine.hyperv.caller import LOW, Caller
@@ -122,8 +123,8 @@ def execute_hypercall(change: Change, vcpu: int, request: HypercallRequest) -> H
     caller.validate()
     ram = GuestMemory(change)
     _place_input(_input_of(request), caller, whole, ram)
-    change.ensure()
     enter(change, vcpu)
+    change.ensure(frames.records(change.machine))  # each VP that is flushed notes it in its record
     outcome = _dispatch(change, whole, position, caller, ram)
     before = rip_of(whole)
     after = finish_in_guest(whole, outcome)

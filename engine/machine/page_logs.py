@@ -43,7 +43,7 @@ def use_buffers(draft: Draft, config: VmConfig, method: str) -> None:
         return
     if not uses:
         _check_page_log(draft.machine, config)
-    draft.ensure(frames.records(draft.machine))
+    draft.ensure(2 * frames.records(draft.machine))  # the log, and the record that says where it is
     machine = draft.machine
     for frame in _vcpu_frames(machine):
         if uses:

@@ -65,7 +65,7 @@ class Subpages(Operations):
             Allocations(self._state).make_bitmaps(len(now.slots))
             with self._state.change() as change:
                 records = frames.records(change.machine)
-                change.ensure(records)
+                change.ensure(2 * records)
                 sppt_roots.enable(change.machine)
                 for position in range(records):
                     spp_control.enable(change.machine, position)

@@ -109,20 +109,25 @@ def _make(draft: Draft, config: VmConfig, position: int) -> None:
 def _add_tree(draft: Draft, position: int) -> None:
     """A tree that says what that of the first vCPU says."""
     root = int(sppt_roots.root_frame(draft.machine, 0))
-    twin = _copied(draft, root, int(sppt_tables.ROOT_LEVEL))
+    twin = _copied(draft, root, int(sppt_tables.ROOT_LEVEL), {})
     frames.write_word(draft.machine, FIRST_VCPU_FRAME + position, ctl.V_SPPT_ROOT, twin)
     frames.write_word(draft.machine, frames.STATE_FRAME, reg.SPPT_TREES, position + 1)
 
 
-def _copied(draft: Draft, frame: int, level: int) -> int:
-    """A copy of a table and of those of KVM below it."""
+def _copied(draft: Draft, frame: int, level: int, twins: dict[tuple[int, int], int]) -> int:
+    """A copy of a table at a level and of those of KVM below it; ``twins`` are the copies so far.
+
+    Entries of a client may lead to one table many times, and back to the root.
+    """
+    if (frame, level) in twins:
+        return twins[frame, level]
     draft.ensure()
-    twin = int(frames.new_frame(draft.machine, frames.SPPT))
+    twin = twins[frame, level] = int(frames.new_frame(draft.machine, frames.SPPT))
     words = draft.machine.rows[draft.machine.row_of[frame]].copy()
     for index in np.flatnonzero(words & ept.ADDRESS) if level > 1 else ():
         below = int(frame_at(draft.machine, words[index] & ept.ADDRESS))
         if below >= 0 and draft.machine.kind[below] == frames.SPPT:
-            address = int(frames.address_of(draft.machine, _copied(draft, below, level - 1)))
+            address = int(frames.address_of(draft.machine, _copied(draft, below, level - 1, twins)))
             words[index] = words[index] & ~np.int64(ept.ADDRESS) | address
     draft.machine.rows[draft.machine.row_of[twin]] = words
     return twin

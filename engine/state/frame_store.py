@@ -124,6 +124,7 @@ class FrameStore:
     def publish(self, draft: Draft) -> None:
         """Make a draft the published state. Raises LimitExceeded if it has more frames than the machine may have."""
         draft.check()
+        assert draft.machine.top.min() >= 0, "a change took more frames than it had asked for"
         before = self.published
         old = before.machine.row_of
         replaced = np.empty(len(old), dtype=np.int64)
@@ -160,7 +161,11 @@ class FrameStore:
         self.published = snapshot
 
     def abandon(self, draft: Draft) -> None:
-        """Forget a draft. It wrote in rows that are spare, or in rows of its own growth: nothing is to be undone."""
+        """Forget a draft. It wrote in rows that are spare, or in rows of its own growth: nothing is to be undone.
+
+        The traceback of what ended it may hold the draft for long. What it had grown to is given back now.
+        """
+        draft.machine = draft.base
 
 
 class Draft:

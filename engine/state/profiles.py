@@ -129,6 +129,7 @@ class VcpuRows(Column):
     x2apic_command_is_one = Row(False, True)  # the command register has 64 bits in x2APIC mode, on Intel
     lapic_timer_reported = Row(False, True)  # KVM_GET_LAPIC says what is left of the timer's count
     run_tells_guest_mode = Row(False, True)  # KVM_RUN says in the run page whether the vCPU is in L2
+    run_tells_cpu = Row(False, True)  # and, where an entry failed, on which processor
     mp_states_known = Row(False, True)  # KVM_SET_MP_STATE refuses a number that is none
     smm_excludes_waiting = Row(True, False)  # who is in SMM cannot be made to wait for a SIPI, or is refused to run
 

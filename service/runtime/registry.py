@@ -39,13 +39,15 @@ _TICK = timedelta(microseconds=1)
 
 
 def build(config: VmConfig, slots: Sequence[SlotSpec], *, spp: bool) -> VirtualMachine:
-    """A machine with its slots; an error of a slot names its place in ``slot_operations``."""
+    """A machine with its slots; an error of a slot names its place in ``memory_slots``."""
     machine = VirtualMachine.create(config)
     for position, spec in enumerate(slots):
         try:
             if spec.key in machine.memory_slots.known:
                 raise InvalidValue("must not occur twice", field="slot", value=spec.slot)
             machine.set_slot(spec)
+        except LimitExceeded:
+            raise  # the machine's own: it is not the slot that is wrong
         except EngineError as error:
             error.field = f"memory_slots[{position}].{error.field}"
             raise
@@ -185,7 +187,10 @@ class Registry:
             log, next_event = entry.events.coming([created(machine)])
             await self.repository.create(entry.record(next_event=next_event), machine, log, hooks)
         except LimitExceeded as error:
-            raise room.named(error) from error
+            refused = room.named(error)
+            if refused is error:
+                raise
+            raise refused from None
         finally:
             self._places.count(tenant, -1)
             room.settle(0)  # from here on the entry counts it

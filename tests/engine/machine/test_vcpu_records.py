@@ -12,12 +12,25 @@ from engine.cpu import frames
 from engine.errors import InvalidValue
 from engine.kvm import sppt_roots
 from engine.kvm import state_frame as reg
+from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.machine.fastpath_choice import fast_path_serves
 from engine.state.config import HostConfig, VcpuConfig
 from engine.state.frame_store import Draft
 from engine.state.profiles import kvm_version
-from tests.engine.builders import MIB, PROFILES, access, assert_sound, machine, protect, replay, round_trip, vector
+from tests.engine.builders import (
+    MIB,
+    PROFILES,
+    access,
+    assert_sound,
+    edit,
+    machine,
+    protect,
+    replay,
+    round_trip,
+    store_word,
+    vector,
+)
 
 HYPERV = HostConfig(nested=False, hyperv={})
 
@@ -146,3 +159,33 @@ def test_places_are_not_given_away() -> None:
     assert_sound(back)
     change = Draft(back.state.store, back.state.current.slots.table)
     assert int(frames.read_word(change.machine, frames.STATE_FRAME, reg.ROOT_EPT)) > 1024
+
+
+def with_few_spare_rows(vm: VirtualMachine, few: int) -> None:
+    """Write pages of memory until that many rows are spare, or the machine would grow."""
+    page = 0
+    while vm.state.current.snapshot.machine.top[frames.TOP_SPARE] >= few:
+        store_word(vm, page << 12, 1)
+        page += 1
+
+
+def test_logs_of_a_thousand_vcpus_have_a_frame_each() -> None:
+    """Each takes two rows, of which there may be few: it asks for them first."""
+    vm = machine("kvm-latest", slots=[SlotSpec(0, 0, 64 * MIB)], vcpus=range(1024), host=HostConfig(nested=False))
+    with_few_spare_rows(vm, 1700)
+    vm.dirty.track("page", "pml")
+    assert_sound(vm)
+
+
+def test_a_tree_whose_entries_lead_in_circles_is_copied_once() -> None:
+    vm = machine("kvm-2019", vcpus=(), vcpu_room=3, host=HostConfig(nested=False))
+    vm.create_vcpu(0)
+
+    def lead_back(m: frames.Machine) -> None:
+        root = int(sppt_roots.root_frame(m, 0))
+        m.rows[frames.own(m, root), 8:64] = int(frames.address_of(m, root)) | 1
+
+    edit(vm, lead_back)
+    before = vm.frames_in_use
+    vm.create_vcpu(1)
+    assert vm.frames_in_use - before < 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import weakref
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from tests.engine.builders import (
     PROFILES,
     Durable,
     assert_sound,
+    bare_draft,
     chunk,
     machine,
     maps,
@@ -443,3 +445,12 @@ def test_blocks_since_a_predecessor_give_the_successor() -> None:
         {(kind, block): data for block, (kind, data) in stored.items() if kind != "free"},
     )
     assert picture(copied) == picture(vm)
+
+
+def test_a_draft_that_is_given_up_holds_no_memory() -> None:
+    """The traceback of a refusal may live until the garbage collector comes by, with all that its frames name."""
+    draft = bare_draft()
+    draft.ensure(5000)
+    grown = weakref.ref(draft.machine.rows)
+    draft.store.abandon(draft)
+    assert grown() is None
