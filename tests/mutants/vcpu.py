@@ -129,7 +129,7 @@ MUTANTS = (
     Mutant(
         "vcpu-enforced-in-2019",
         HYPERV_PY,
-        "if not self.enforcement_available():",
+        "if enforced and not self.enforcement_available():",
         "if not enforced:",
         "5.3 has no KVM_CAP_HYPERV_ENFORCE_CPUID",
         named(HYPERCALLS, "2019_has_no_enforcement_of_cpuid"),
