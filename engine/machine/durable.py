@@ -11,12 +11,13 @@ from engine.errors import InvalidValue
 from engine.kvm.protection_head import protection_from_head, protection_to_head
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec
-from engine.machine import creation
+from engine.machine import creation, vcpu_records
 from engine.machine.nested_states import states_from_head, states_to_head
 from engine.machine.state import MachineState, State, targets_of_all
 from engine.machine.summary import summary_to_head
+from engine.state.config import VmConfig
 from engine.state.frame_store import Snapshot, blocks_of
-from engine.state.head import config_from_head, config_text, config_to_head
+from engine.state.head import config_from_head, config_head_today, config_text, config_to_head
 
 # Format 1 had a record for each vCPU that a machine has room for; otherwise the two are alike.
 HEAD_FORMAT = 2
@@ -57,20 +58,24 @@ def blocks_between(snapshot: Snapshot, earlier: Snapshot | None) -> Iterator[tup
         yield frames.KIND_NAMES[kind], frame, data
 
 
+def head_today(head: Mapping[str, Any]) -> dict[str, Any]:
+    """A head that ``restored`` takes, as this release would have written it, however early it was written."""
+    return {**head, "format": HEAD_FORMAT, "config": config_head_today(head["config"])}
+
+
 def restored(head: Mapping[str, Any], blocks: Mapping[tuple[str, int], bytes]) -> MachineState:
-    """The state that ``head`` and all its blocks describe; ``blocks`` maps (array, block) to 4096 bytes."""
-    if head["format"] not in _READ:
+    """The state that ``head`` and all its blocks describe; ``blocks`` maps (array, block) to 4096 bytes.
+
+    Raises InvalidValue for a format of later releases, and where the blocks are not those of such a machine.
+    """
+    if type(head["format"]) is not int or head["format"] not in _READ:
         raise InvalidValue(f"this release reads formats up to {HEAD_FORMAT}", field="format", value=head["format"])
     config = config_from_head(head["config"])
-    records = sum(array == frames.KIND_NAMES[frames.VCPU] for array, _ in blocks)
-    store = creation.new_store(config, records)
-    first = int(frames.FIRST_VCPU_FRAME)
     kinds = {name: kind for kind, name in enumerate(frames.KIND_NAMES)}
-    store.adopt(
-        {block: (kinds[array], data) for (array, block), data in blocks.items() if array != "free"},
-        head["frames"],
-        range(first + records, first + config.vcpu_records),
-    )
+    used = {block: (kinds[array], data) for (array, block), data in blocks.items() if array != "free"}
+    places = _places(config, {block: kind for block, (kind, _) in used.items()}, head["frames"])
+    store = creation.new_store(config, places.start - int(frames.FIRST_VCPU_FRAME))
+    store.adopt(used, head["frames"], places)
     known = {item.name: item for item in map(protection_from_head, head["protections"])}
     state = MachineState(
         store,
@@ -86,3 +91,20 @@ def restored(head: Mapping[str, Any], blocks: Mapping[tuple[str, int], bytes]) -
     with state.change():
         pass
     return state
+
+
+def _places(config: VmConfig, kinds: Mapping[int, int], total: int) -> range:
+    """Frames that are kept for vCPUs that may come, behind the records of those that are; kernels go to both without
+    looking. ``kinds`` are those of the frames in use, of ``total`` in all."""
+    first = int(frames.FIRST_VCPU_FRAME)
+    found = sorted(frame for frame, kind in kinds.items() if kind == frames.VCPU)
+    if len(found) < (least := vcpu_records.wanted(config)):
+        raise InvalidValue(f"this machine has {least} records of vCPUs or more", field="blocks", value=len(found))
+    places = range(first + len(found), first + config.vcpu_records)
+    if found[-1] != places.start - 1 or found[0] != first:
+        raise InvalidValue("records of vCPUs follow frame 0 without a gap", field="blocks", value=found)
+    if taken := [frame for frame in kinds if frame in places]:
+        raise InvalidValue("the place of a vCPU that may come is in use", field="blocks", value=min(taken))
+    if total < (least := max(places.start, places.stop)):
+        raise InvalidValue(f"this machine has {least} frames or more", field="frames", value=total)
+    return places

@@ -11,6 +11,9 @@ from engine.state.config import HostConfig, VcpuConfig, VmConfig
 
 _TEXT = "_text"
 
+# What a vCPU is as if nothing had been given, as releases before format 2 wrote it.
+_LEFT_OUT: tuple[tuple[str, Any], ...] = (("vp_index", None), ("cpuid", []))
+
 
 def config_to_head(config: VmConfig) -> dict[str, Any]:
     """A configuration as JSON-able values; capability words as hex strings, which survive any JSON reader."""
@@ -40,6 +43,15 @@ def _vcpu_to_head(vcpu: VcpuConfig) -> dict[str, Any]:
     if vcpu.reset:
         head["reset"] = True
     return head
+
+
+def config_head_today(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``config_to_head`` writes where an earlier release wrote ``values``, with every member of a vCPU."""
+    return {**values, "vcpus": [_without_defaults(vcpu) for vcpu in values["vcpus"]]}
+
+
+def _without_defaults(vcpu: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in vcpu.items() if (name, value) not in _LEFT_OUT}
 
 
 def config_from_head(values: Mapping[str, Any]) -> VmConfig:

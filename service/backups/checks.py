@@ -15,6 +15,7 @@ from engine.arch.access import ACCESS_NAMES
 from engine.arch.sppt import SUBPAGE_SHIFT
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.machine import VirtualMachine
+from engine.machine.durable import head_today
 from engine.machine.summary import summary_from_head
 from engine.trace.object_hits import index_of
 from engine.trace.results import EXIT_COLUMNS, ExitColumns
@@ -139,7 +140,7 @@ def columns_are_bounded(kind: str, data: bytes) -> None:
 
 
 def machine_of(record: VmRecord, blocks: Sequence[Block]) -> VirtualMachine:
-    """The machine, which reads back as what it was made of."""
+    """The machine, which reads back as what it was made of, in the form of today."""
     numbers = {block for _, block, _ in blocks}
     if len(numbers) != len(blocks):
         raise BadBackup(f"machine {record.id} of the backup has a block twice")
@@ -156,10 +157,10 @@ def machine_of(record: VmRecord, blocks: Sequence[Block]) -> VirtualMachine:
     try:
         machine = VirtualMachine.restore(head, {(kind, block): data for kind, block, data in blocks})
         summary_from_head(head)
-        made = json.loads(json.dumps(machine.head()))
+        given, made = head_today(head), json.loads(json.dumps(machine.head()))
     except Exception as error:  # whatever a hostile head makes of the engine, the file is at fault
         raise BadBackup(f"machine {record.id} of the backup cannot be read: {error!s:.300}") from error
-    if (place := _differs(head, made, "head")) is not None:
+    if (place := _differs(given, made, "head")) is not None:
         raise BadBackup(f"machine {record.id} of the backup cannot be read: {place} is not what a machine has")
     return machine
 
