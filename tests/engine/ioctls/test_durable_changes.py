@@ -15,7 +15,7 @@ from tests.engine.builders import MIB, PROFILES, machine, refused
 
 def again(vm: VirtualMachine) -> VirtualMachine:
     """The machine that its durable form describes."""
-    blocks = {(array, block): data for array, block, data in vm.changed_blocks()}
+    blocks = {(array, block): data for array, block, data in vm.blocks_since(None)}
     return VirtualMachine.restore(json.loads(json.dumps(vm.head())), blocks)
 
 
