@@ -126,8 +126,11 @@ class Entry:
                 self.traces.discard()
                 self.events.discard()
                 refused = self.room.named(error)
-                if refused is not error:
-                    raise refused from None
+                try:
+                    if refused is not error:
+                        raise refused from None
+                finally:
+                    del refused  # with its traceback it would be a circle, and hold the body of the request
                 raise
             if failed is not None:
                 raise failed

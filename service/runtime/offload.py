@@ -10,6 +10,9 @@ from typing import ParamSpec, TypeVar
 
 import anyio.to_thread
 
+from engine.errors import EngineError
+from service.problems import ServiceError
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -21,7 +24,12 @@ async def maybe_in_thread(small: bool, function: Callable[P, T], *args: P.args, 
     """
     if small:
         return function(*args, **kwargs)
-    return await anyio.to_thread.run_sync(functools.partial(function, *args, **kwargs))
+    try:
+        return await anyio.to_thread.run_sync(functools.partial(function, *args, **kwargs))
+    except (EngineError, ServiceError) as refused:
+        # Its traceback goes round in a circle through the thread's future, and would hold what the thread was given, a
+        # body of 64 MiB perhaps, until the garbage collector comes by.
+        raise refused.with_traceback(None) from refused.__cause__
 
 
 async def finished(future: Future[T]) -> T:
