@@ -131,7 +131,8 @@ class HypervOperations(Hypercalls, SharedPages):
     def enforce_cpuid(self, vcpu: int, enforced: bool) -> None:
         """KVM_ENABLE_CAP(199): whether hypercalls need what CPUID says. Raises Unsupported where there is no such."""
         position = self._config.vcpu_position(vcpu)
-        if enforced and not self.enforcement_available():
+        # What an earlier release let a machine of kvm-2019 have, it may give up.
+        if not self.enforcement_available() and (enforced or not self._flag(vcpu, notes.ENFORCE_CPUID)):
             raise Unsupported(
                 "must be offered: KVM has KVM_CAP_HYPERV_ENFORCE_CPUID from Linux 5.14 on, kvm-2019 is older",
                 field="capability",

@@ -129,8 +129,8 @@ MUTANTS = (
     Mutant(
         "vcpu-enforced-in-2019",
         HYPERV_PY,
-        "if enforced and not self.enforcement_available():",
-        "if not enforced:",
+        "if not self.enforcement_available() and (enforced or not self._flag(vcpu, notes.ENFORCE_CPUID)):",
+        "if False:",
         "5.3 has no KVM_CAP_HYPERV_ENFORCE_CPUID",
         named(HYPERCALLS, "2019_has_no_enforcement_of_cpuid"),
     ),
