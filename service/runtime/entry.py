@@ -125,12 +125,9 @@ class Entry:
                 before.withdraw(after)
                 self.traces.discard()
                 self.events.discard()
-                refused = self.room.named(error)
-                try:
-                    if refused is not error:
-                        raise refused from None
-                finally:
-                    del refused  # with its traceback it would be a circle, and hold the body of the request
+                # No variable keeps the new one: with its traceback it would be a circle, and hold the request's body.
+                if self.room.is_refusal(error):
+                    raise self.room.refusal() from None
                 raise
             if failed is not None:
                 raise failed

@@ -187,10 +187,9 @@ class Registry:
             log, next_event = entry.events.coming([created(machine)])
             await self.repository.create(entry.record(next_event=next_event), machine, log, hooks)
         except LimitExceeded as error:
-            refused = room.named(error)
-            if refused is error:
-                raise
-            raise refused from None
+            if room.is_refusal(error):
+                raise room.refusal() from None
+            raise
         finally:
             self._places.count(tenant, -1)
             room.settle(0)  # from here on the entry counts it

@@ -35,7 +35,7 @@ class Room:
         """Refuse what a change has made of the machine if that is too large. Raises ShareExceeded."""
         self._bound = self._limit()  # others may have grown meanwhile
         if machine.frames_in_use > self._bound:
-            raise self._refusal()
+            raise self.refusal()
 
     def _limit(self) -> int:
         shared = self._frames + max(0, self._memory.room(self._tenant)) // FRAME_BYTES
@@ -46,13 +46,12 @@ class Room:
         self._memory.count(self._tenant, (frames - self._frames) * FRAME_BYTES)
         self._frames = frames
 
-    def named(self, error: BaseException) -> BaseException:
-        """``error``, or in place of the engine's refusal to grow one that says whose limit that was."""
-        if isinstance(error, LimitExceeded) and not isinstance(error, ShareExceeded) and error.field == _OWN:
-            return self._refusal()
-        return error
+    def is_refusal(self, error: BaseException) -> bool:
+        """Whether it is the engine's refusal to grow, in whose place goes ``refusal``."""
+        return isinstance(error, LimitExceeded) and not isinstance(error, ShareExceeded) and error.field == _OWN
 
-    def _refusal(self) -> ShareExceeded:
+    def refusal(self) -> ShareExceeded:
+        """That the machine may not grow, and whose limit that is."""
         if self._bound < self._most:
             return self._memory.exceeded(self._tenant)
         rule = f"a VM has {self._most} frames of {FRAME_BYTES} bytes at most, tables, bitmaps and guest memory together"
