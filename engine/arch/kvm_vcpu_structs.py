@@ -151,5 +151,6 @@ RUN = Layout(
 )
 RUN_SMM, RUN_GUEST_MODE = 1 << 0, 1 << 2
 SYNC_REGS, SYNC_SREGS, SYNC_EVENTS = 1 << 0, 1 << 1, 1 << 2
+SYNC_ALL = SYNC_REGS | SYNC_SREGS | SYNC_EVENTS
 
 VCPU_MMAP_SIZE = 3 * 4096  # struct kvm_run, port data, coalesced MMIO

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from engine.abi import SYSTEM, Call, Reply, failed
 from engine.arch.hyperv_cpuid import ENTRY_SIZE, HEADER_SIZE, CpuidEntry, pack_entry, unpack_entries
-from engine.ioctls.registry import Ioctl, Target
+from engine.ioctls.registry import Ioctl, Target, offered
 from engine.ioctls.vcpu_rows import changing, done, host_of, reading
 from engine.kvm.memory_views import GuestMemory
 from engine.nested.operations import set_cpuid
@@ -73,8 +73,8 @@ def _list(call: Call, entries: Sequence[CpuidEntry], *, stores_count: bool = Tru
 
 CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType(
     {
-        CAP_EXT_CPUID: lambda _: 1,
-        CAP_HYPERV_CPUID: lambda _: 1,
+        CAP_EXT_CPUID: offered,
+        CAP_HYPERV_CPUID: offered,
         CAP_SYS_HYPERV_CPUID: lambda target: int(kvm_version(target.profile).hyperv.leaves_without_vcpu),
     }
 )

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from engine.abi import VCPU, Reply, failed
 from engine.errors import EngineError
-from engine.ioctls.registry import EnableCap, Target
+from engine.ioctls.registry import EnableCap, Target, offered
 from engine.machine.hyperv import CAP_ENFORCE_CPUID
 from engine.machine.hyperv_vps import hyperv_host
 from engine.state.config import VmConfig
@@ -15,7 +15,6 @@ from engine.state.profiles import kvm_version
 
 CAP_HYPERV_TLBFLUSH = 155
 CAP_HYPERV_DIRECT_TLBFLUSH = 175
-CAP_HYPERV_ENFORCE_CPUID = CAP_ENFORCE_CPUID
 
 
 def _direct_flush(target: Target) -> int:
@@ -43,11 +42,11 @@ def _enforce_cpuid(target: Target, wanted: EnableCap) -> Reply:
 
 CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType(
     {
-        CAP_HYPERV_TLBFLUSH: lambda _: 1,
+        CAP_HYPERV_TLBFLUSH: offered,
         CAP_HYPERV_DIRECT_TLBFLUSH: _direct_flush,
-        CAP_HYPERV_ENFORCE_CPUID: _enforces,
+        CAP_ENFORCE_CPUID: _enforces,
     }
 )
 ENABLED: Mapping[tuple[str, int], Callable[[Target, EnableCap], Reply]] = MappingProxyType(
-    {(VCPU, CAP_HYPERV_DIRECT_TLBFLUSH): _enable_direct_flush, (VCPU, CAP_HYPERV_ENFORCE_CPUID): _enforce_cpuid}
+    {(VCPU, CAP_HYPERV_DIRECT_TLBFLUSH): _enable_direct_flush, (VCPU, CAP_ENFORCE_CPUID): _enforce_cpuid}
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from engine.ioctls.registry import Target
+from engine.ioctls.registry import Target, offered
 from engine.kvm.slots import ADDRESS_SPACES
 from engine.state.profiles import kvm_version
 
@@ -33,24 +33,20 @@ def _most_vcpus(target: Target) -> int:
     return min(limits.vcpus, target.machine.config.vcpu_records)
 
 
-def _yes(_: Target) -> int:
-    return 1
-
-
 CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType(
     {
-        CAP_USER_MEMORY: _yes,
+        CAP_USER_MEMORY: offered,
         CAP_NR_VCPUS: lambda target: kvm_version(target.profile).limits.soft_vcpus,
         CAP_NR_MEMSLOTS: lambda target: kvm_version(target.profile).limits.user_slots,
-        CAP_SYNC_MMU: _yes,
-        CAP_DESTROY_MEMORY_REGION_WORKS: _yes,
-        CAP_JOIN_MEMORY_REGIONS_WORKS: _yes,
-        CAP_ENABLE_CAP: _yes,
+        CAP_SYNC_MMU: offered,
+        CAP_DESTROY_MEMORY_REGION_WORKS: offered,
+        CAP_JOIN_MEMORY_REGIONS_WORKS: offered,
+        CAP_ENABLE_CAP: offered,
         CAP_MAX_VCPUS: _most_vcpus,
-        CAP_READONLY_MEM: _yes,
-        CAP_ENABLE_CAP_VM: _yes,
-        CAP_CHECK_EXTENSION_VM: _yes,
-        CAP_X86_SMM: _yes,
+        CAP_READONLY_MEM: offered,
+        CAP_ENABLE_CAP_VM: offered,
+        CAP_CHECK_EXTENSION_VM: offered,
+        CAP_X86_SMM: offered,
         CAP_MULTI_ADDRESS_SPACE: lambda _: ADDRESS_SPACES,
         CAP_MAX_VCPU_ID: lambda target: kvm_version(target.profile).limits.vcpu_ids,
     }

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from engine.abi import VM, Call, Reply, failed
-from engine.ioctls.registry import Ioctl, Target
+from engine.ioctls.registry import Ioctl, Target, offered
 from engine.state.profiles import ONLY_2019
 
 CAP_MMU_SHADOW_CACHE_CONTROL = 2
@@ -35,7 +35,7 @@ def get_nr_mmu_pages(target: Target, _: Call) -> Reply:
     return Reply(wanted - (1 << 32) if wanted >> 31 else wanted)
 
 
-CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType({CAP_MMU_SHADOW_CACHE_CONTROL: lambda _: 1})
+CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType({CAP_MMU_SHADOW_CACHE_CONTROL: offered})
 
 ROWS = (
     Ioctl("KVM_SET_NR_MMU_PAGES", VM, set_nr_mmu_pages),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from engine.arch import kvm_vcpu_structs as abi
-from engine.ioctls.registry import Target
+from engine.ioctls.registry import Target, offered
 from engine.ioctls.vcpu_rows import getting, setting
 from engine.kvm.memory_views import GuestMemory
 from engine.vcpu.vcpu import Vcpu
@@ -59,6 +59,6 @@ def _start(registers: dict[str, int], vector: int) -> None:
     registers["cs_selector"], registers["cs_base"], registers["rip"] = vector << 8, vector << 12, 0
 
 
-CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType({CAP_MP_STATE: lambda _: 1})
+CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType({CAP_MP_STATE: offered})
 
 ROWS = (getting("MP_STATE", mp_state_bytes), setting("MP_STATE", SIZE, set_mp_state))

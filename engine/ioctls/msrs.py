@@ -13,7 +13,7 @@ from types import MappingProxyType
 from engine.abi import SYSTEM, Call, Reply, failed
 from engine.arch import vmx_msrs as vmx
 from engine.arch.kvm_vcpu_structs import MAX_MSRS, MSR_ENTRY, MSRS_HEADER
-from engine.ioctls.registry import Ioctl, Target
+from engine.ioctls.registry import Ioctl, Target, offered
 from engine.ioctls.vcpu_rows import changing, host_of, reading
 from engine.kvm.memory_views import GuestMemory
 from engine.nested.operations import set_msr
@@ -127,7 +127,7 @@ def set_msrs(vcpu: Vcpu, memory: GuestMemory, call: Call) -> Reply:
     return Reply(len(entries))
 
 
-CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType({CAP_GET_MSR_FEATURES: lambda _: 1})
+CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType({CAP_GET_MSR_FEATURES: offered})
 
 ROWS = (
     Ioctl("KVM_GET_MSR_INDEX_LIST", SYSTEM, lambda _, call: _list(call, SAVED_MSRS), changes=False),

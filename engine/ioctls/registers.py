@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from engine.arch import kvm_vcpu_structs as abi
 from engine.arch import vmx_msrs as vmx
-from engine.ioctls.registry import Target
+from engine.ioctls.registry import Target, offered
 from engine.ioctls.vcpu_rows import getting, setting
 from engine.kvm.memory_views import GuestMemory
 from engine.nested.operations import set_smm
@@ -202,7 +202,7 @@ def _access_rights(vcpu: Vcpu, raw: bytes, name: str) -> int:
     return rights
 
 
-CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType({CAP_VCPU_EVENTS: lambda _: 1})
+CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType({CAP_VCPU_EVENTS: offered})
 
 ROWS = (
     getting("REGS", regs_bytes),

@@ -61,6 +61,11 @@ class EnableCap:
 Handler = Callable[[Target, Call], Reply]
 
 
+def offered(_: Target) -> int:
+    """What KVM_CHECK_EXTENSION says of a capability that is there in every profile."""
+    return 1
+
+
 @dataclass(frozen=True)
 class Ioctl:
     """One ioctl at one level.

@@ -12,12 +12,10 @@ as by the kernel. Source: Linux 5.3 and 7.1, kvm_arch_vcpu_ioctl_run, sync_regs,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from engine.abi import Call, Reply, UserBuffer, failed
 from engine.arch import kvm_vcpu_structs as abi
 from engine.ioctls.registers import events_bytes, regs_bytes, set_events, set_regs, set_sregs, sregs_bytes
-from engine.ioctls.vcpu_rows import changing
+from engine.ioctls.vcpu_rows import Get, Put, changing
 from engine.kvm.memory_views import GuestMemory
 from engine.nested.operations import prepare_run
 from engine.vcpu.apic_base import apic_base
@@ -29,11 +27,8 @@ NO_GUEST_CODE = (1 << 64) - 1
 _WAITING = ("uninitialized", "wait-for-sipi", "halted", "ap-reset-hold")
 _RFLAGS_IF = 1 << 9
 _INTERRUPT_SHADOW = 0b11
-_SYNC_MASK = abi.SYNC_REGS | abi.SYNC_SREGS | abi.SYNC_EVENTS
 
 # Registers that a run page can carry: the bit that says so, where, how many bytes, and how they are read and stored.
-Get = Callable[[Vcpu], bytes]
-Put = Callable[[Vcpu, GuestMemory, bytes], str | None]
 _SYNCED: tuple[tuple[int, int, int, Get, Put], ...] = (
     (abi.SYNC_REGS, abi.RUN_SYNC_AT, abi.REGS.size, regs_bytes, set_regs),
     (abi.SYNC_SREGS, abi.RUN_SYNC_AT + abi.REGS.size, abi.SREGS.size, sregs_bytes, set_sregs),
@@ -65,9 +60,9 @@ class RunPage:
 
     def block(self, at: int, size: int) -> bytes:
         """Bytes; zeros past the end."""
-        data = self._user.data or b""
-        first = self._user.base + at
-        return bytes(data[first : first + size]).ljust(size, b"\0")
+        raw = bytearray(size)
+        self._user.copy_into(raw, at, size)
+        return bytes(raw)
 
     def store(self, at: int, raw: bytes) -> None:
         """Store bytes as far as there is room."""
@@ -91,7 +86,7 @@ def _entered(vcpu: Vcpu, memory: GuestMemory, page: RunPage) -> Reply:
     immediate = bool(page.get("immediate_exit"))
     if vcpu.mp_state == "uninitialized":
         return failed("EINTR") if immediate else _interrupted(page)
-    if (page.get("kvm_valid_regs") | page.get("kvm_dirty_regs")) & ~_SYNC_MASK:
+    if (page.get("kvm_valid_regs") | page.get("kvm_dirty_regs")) & ~abi.SYNC_ALL:
         return failed("EINVAL")
     for bit, at, size, _, put in _SYNCED:
         dirty = page.get("kvm_dirty_regs")

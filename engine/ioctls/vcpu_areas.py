@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from engine.arch import kvm_vcpu_structs as abi
-from engine.ioctls.registry import Target
+from engine.ioctls.registry import Target, offered
 from engine.ioctls.vcpu_rows import getting, setting
 from engine.kvm.memory_views import GuestMemory
 from engine.state.profiles import ONLY_LATEST
@@ -24,7 +24,6 @@ CAP_DEBUGREGS, CAP_XSAVE = 50, 55
 DR6_AT_RESET = 0xFFFF_0FF0
 _DEBUG_REGISTERS = {"dr0": 0, "dr1": 0, "dr2": 0, "dr3": 0, "dr6": DR6_AT_RESET, "dr7": DR7_FIXED}
 _XCR = struct.Struct("<IIQ")
-_XCR0_AT_RESET = extended_state.X87
 
 
 def without_lapic(vcpu: Vcpu) -> str | None:
@@ -44,7 +43,7 @@ def set_xsave(vcpu: Vcpu, _: GuestMemory, raw: bytes) -> str | None:
 
 def xcrs_bytes(vcpu: Vcpu) -> bytes:
     """struct kvm_xcrs: XCR0 is the only one."""
-    entry = _XCR.pack(0, 0, vcpu.registers.get("xcr0", _XCR0_AT_RESET))
+    entry = _XCR.pack(0, 0, extended_state.xcr0(vcpu))
     return (struct.pack("<II", 1, 0) + entry).ljust(abi.XCRS_SIZE, b"\0")
 
 
@@ -80,11 +79,7 @@ def set_debugregs(vcpu: Vcpu, _: GuestMemory, raw: bytes) -> str | None:
     return None
 
 
-def _yes(_: Target) -> int:
-    return 1
-
-
-CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType({CAP_DEBUGREGS: _yes, CAP_XSAVE: _yes})
+CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType({CAP_DEBUGREGS: offered, CAP_XSAVE: offered})
 
 ROWS = (
     getting("LAPIC", lapic.state_bytes, without_lapic),

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from engine.abi import SYSTEM, VM, Call, Reply, failed
 from engine.arch.kvm_vcpu_structs import VCPU_MMAP_SIZE
-from engine.ioctls.registry import Ioctl, Target
+from engine.ioctls.registry import Ioctl, Target, offered
 from engine.machine import VirtualMachine
 
 CAP_IRQCHIP = 0
@@ -46,7 +46,7 @@ def as_created(machine: VirtualMachine) -> None:
     machine.nested.set_lapic_in_kernel(False)
 
 
-CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType({CAP_IRQCHIP: lambda _: 1})
+CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType({CAP_IRQCHIP: offered})
 
 ROWS = (
     Ioctl("KVM_GET_VCPU_MMAP_SIZE", SYSTEM, get_mmap_size, changes=False),

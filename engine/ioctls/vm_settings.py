@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from engine.abi import VM, Call, Reply, failed
+from engine.arch.kvm_vcpu_structs import SYNC_ALL, XSAVE_SIZE
 from engine.ioctls.memory_capabilities import CAP_MAX_VCPU_ID
-from engine.ioctls.registry import EnableCap, Ioctl, Target
+from engine.ioctls.registry import EnableCap, Ioctl, Target, offered
 from engine.ioctls.vcpu_rows import reading
 from engine.kvm.memory_views import GuestMemory
 from engine.state.profiles import KVM_2019, ONLY_LATEST, kvm_version
@@ -25,9 +26,6 @@ CAP_MSR_PLATFORM_INFO = 159
 CAP_EXCEPTION_PAYLOAD = 164
 CAP_XSAVE2 = 208
 CAP_USER_MEMORY2 = 231
-
-_SYNCED_REGISTERS = 0b111  # general and special registers, events
-_XSAVE_SIZE = 4096
 
 # The processor's time-stamp counter, and so that of every vCPU: none is scaled.
 TSC_KHZ = 2_000_000
@@ -79,10 +77,6 @@ def _choose_payload(target: Target, wanted: EnableCap) -> Reply:
     return Reply(0)
 
 
-def _yes(_: Target) -> int:
-    return 1
-
-
 def _later(value: int) -> Callable[[Target], int]:
     """A capability that came after 2019."""
     return lambda target: 0 if target.profile == KVM_2019 else value
@@ -90,14 +84,14 @@ def _later(value: int) -> Callable[[Target], int]:
 
 CHECKED: Mapping[int, Callable[[Target], int]] = MappingProxyType(
     {
-        CAP_SET_BOOT_CPU_ID: _yes,
-        CAP_XCRS: _yes,
-        CAP_GET_TSC_KHZ: _yes,
-        CAP_SYNC_REGS: lambda _: _SYNCED_REGISTERS,
-        CAP_IMMEDIATE_EXIT: _yes,
-        CAP_MSR_PLATFORM_INFO: _yes,
-        CAP_EXCEPTION_PAYLOAD: _yes,
-        CAP_XSAVE2: _later(_XSAVE_SIZE),
+        CAP_SET_BOOT_CPU_ID: offered,
+        CAP_XCRS: offered,
+        CAP_GET_TSC_KHZ: offered,
+        CAP_SYNC_REGS: lambda _: SYNC_ALL,
+        CAP_IMMEDIATE_EXIT: offered,
+        CAP_MSR_PLATFORM_INFO: offered,
+        CAP_EXCEPTION_PAYLOAD: offered,
+        CAP_XSAVE2: _later(XSAVE_SIZE),
         CAP_USER_MEMORY2: _later(1),
     }
 )

@@ -23,6 +23,11 @@ _MXCSR_MASK = {"intel": 0xFFFF, "amd": 0x2_FFFF}
 _SOFTWARE_WORDS = (0x4650_5853, AREA_SIZE + 4, HOST_COMPONENTS, 0, AREA_SIZE)
 
 
+def xcr0(vcpu: Vcpu) -> int:
+    """The value, x87 alone after RESET."""
+    return vcpu.registers.get("xcr0", X87)
+
+
 def guest_components(vcpu: Vcpu) -> int:
     """The components that the guest may enable: those of its leaf 0xD that the host has."""
     leaf = find_leaf(vcpu.cpuid, 0xD)

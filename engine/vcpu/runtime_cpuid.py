@@ -11,15 +11,12 @@ from dataclasses import replace
 
 from engine.arch.hyperv_cpuid import CpuidEntry, find_leaf
 from engine.vcpu import apic_base
+from engine.vcpu.extended_state import AREA_SIZE, AVX, AVX_AT, xcr0
 from engine.vcpu.registers import CR4_OSXSAVE, CR4_PKE
 from engine.vcpu.vcpu import Vcpu
 
 _ECX1_OSXSAVE, _EDX1_APIC, _ECX7_OSPKE = 1 << 27, 1 << 9, 1 << 4
 _EAX13_COMPACTS = 1 << 1 | 1 << 3  # XSAVEC, XSAVES
-# Bytes of the XSAVE area: its legacy region and header; the upper halves of YMM.
-_XSAVE_LEGACY, _XSAVE_AVX = 512 + 64, 256
-_XCR0_AVX = 1 << 2
-_XCR0_FIRST = 1
 
 
 def current_cpuid(vcpu: Vcpu) -> tuple[CpuidEntry, ...]:
@@ -60,7 +57,7 @@ def _leaf_13_compacted(vcpu: Vcpu, leaf: CpuidEntry) -> CpuidEntry:
 
 def _xsave_size(vcpu: Vcpu) -> int:
     """The standard form and the compacted one are of one size as long as AVX is the last component there is."""
-    return _XSAVE_LEGACY + (_XSAVE_AVX if vcpu.registers.get("xcr0", _XCR0_FIRST) & _XCR0_AVX else 0)
+    return AREA_SIZE if xcr0(vcpu) & AVX else AVX_AT
 
 
 _FOLLOWS: Mapping[tuple[int, int], Callable[[Vcpu, CpuidEntry], CpuidEntry]] = {

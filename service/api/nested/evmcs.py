@@ -15,6 +15,7 @@ from starlette.responses import Response
 from engine.errors import Conflict, NotFound
 from engine.ioctls import check_vm_extension
 from engine.machine import VirtualMachine
+from engine.machine.hyperv import CAP_ENFORCE_CPUID
 from service.api.common import (
     GUARDED_CHANGE,
     VmId,
@@ -34,7 +35,6 @@ routes = router("nested state", "/v1/vms/{vm}/vcpus/{n}", reads="read", writes="
 
 CAP_HYPERV_ENLIGHTENED_VMCS = 163
 CAP_HYPERV_DIRECT_TLBFLUSH = 175
-CAP_HYPERV_ENFORCE_CPUID = 199
 
 _CHANGE = (
     *GUARDED_CHANGE,
@@ -147,7 +147,7 @@ CAPABILITIES: tuple[PerVcpu, ...] = (
         lambda machine, n: machine.hyperv.enable_direct_flush(n),
     ),
     PerVcpu(
-        CAP_HYPERV_ENFORCE_CPUID,
+        CAP_ENFORCE_CPUID,
         "hyperv-enforce-cpuid",
         lambda machine: int(machine.hyperv.enforcement_available()),
         lambda machine, n: machine.hyperv.enforces_cpuid(n),
