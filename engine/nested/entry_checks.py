@@ -58,18 +58,20 @@ def cr3_refusal(vcpu: Vcpu, memory: GuestMemory, from_vm_entry: bool) -> str | N
     """Why entering L2 fails once all checks have passed: ``cr3``, ``pdpte`` or None.
 
     The page-directory pointers are loaded when L2 uses PAE paging without EPT; today's kernel puts that off to the
-    next run when the state comes from user space.
+    next run when the state comes from user space. The kernel of 2019 looks at a CR3 that changes, or whose pointers
+    do (nested_vmx_load_cr3); those in use are not known here, so that they count as changed.
     """
-    page = vcpu.vmx.vmcs12
+    page, rows = vcpu.vmx.vmcs12, vcpu.kvm.nested
     cr3 = get(page, "guest_cr3")
-    if cr3 >> vcpu.maxphyaddr:
-        return "cr3"
     efer = guest_efer(vcpu.registers, page, vcpu.vmx.run_pending)
     paging = get(page, "guest_cr0") & CR0_PG and get(page, "guest_cr4") & CR4_PAE and not efer & vmx.EFER_LMA
     nested_ept = get(page, "cpu_based_vm_exec_control") & vmx.PROC_SECONDARY
     nested_ept = nested_ept and get(page, "secondary_vm_exec_control") & vmx.SEC_EPT
-    deferred = not vcpu.kvm.nested.set_loads_pdptes and not from_vm_entry
-    if not paging or nested_ept or deferred:
+    pdptes = paging and not nested_ept
+    if cr3 >> vcpu.maxphyaddr and (pdptes or not rows.keeps_same_cr3 or cr3 != vcpu.registers["cr3"]):
+        return "cr3"
+    deferred = not rows.set_loads_pdptes and not from_vm_entry
+    if not pdptes or deferred:
         return None
     return None if _pdptes_valid(vcpu, memory, cr3) else "pdpte"
 

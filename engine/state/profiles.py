@@ -144,6 +144,7 @@ class NestedRows(Column):
     )
     entry_failure = Row(1, 2)  # what SET returns when a blob passes every check and entering L2 then fails
     set_loads_pdptes = Row(True, False)  # such a failure may be due to the PDPTEs, or they are loaded at the next run
+    keeps_same_cr3 = Row(True, False)  # a CR3 that entering L2 does not change is not looked at
     hooks_always = Row(False, True)  # the state hooks exist without nesting and on AMD hosts
     # A vmcs12 counts as present while an enlightened VMCS is set but not yet mapped, and GET reports EVMCS.
     map_pending = Row(False, True)

@@ -42,6 +42,14 @@ MUTANTS = (
         vectors("D06-kvm-latest"),
     ),
     Mutant(
+        "nested-same-cr3",
+        "engine/nested/entry_checks.py",
+        'if cr3 >> vcpu.maxphyaddr and (pdptes or not rows.keeps_same_cr3 or cr3 != vcpu.registers["cr3"]):',
+        "if cr3 >> vcpu.maxphyaddr:",
+        "the kernel of 2019 does not look at a CR3 that does not change",
+        (f"{NESTED}/test_set_vectors.py::test_an_unchanged_cr3_is_not_looked_at_in_2019",),
+    ),
+    Mutant(
         "nested-same-page",
         SET_PY,
         "if c.vmcs12_pa == c.vmxon_pa or not c.vcpu.page_valid(c.vmcs12_pa):",

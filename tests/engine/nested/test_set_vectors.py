@@ -200,6 +200,24 @@ def test_pdptes_are_loaded_by_set_only_in_2019(era: str) -> None:
 
 
 @pytest.mark.parametrize("era", ERAS)
+@pytest.mark.parametrize(
+    ("fields", "before", "label_2019"),
+    [
+        ({}, 1 << 39, "V23"),  # L2 has the CR3 that L1 has: nothing changes, nothing is looked at
+        ({}, 1 << 39 | 0x1000, "V22 cr3"),
+        ({"guest_cr4": 0x2020}, 1 << 39, "V22 cr3"),  # page-directory pointers are to be loaded from there
+    ],
+)
+def test_an_unchanged_cr3_is_not_looked_at_in_2019(
+    era: str, fields: dict[str, int], before: int, label_2019: str
+) -> None:
+    vcpu = make_vcpu(era)
+    vcpu.registers["cr3"] = before
+    result = do_set(vcpu, Ram(), blob(flags=GM, data=vmcs12({**MIN32, **fields}, guest_cr3=1 << 39)))
+    assert result.label == (label_2019 if era == "kvm-2019" else "V22 cr3")
+
+
+@pytest.mark.parametrize("era", ERAS)
 def test_smm_guest_mode_is_never_cleared(era: str) -> None:
     vcpu, ram = make_vcpu(era, smm=True), Ram()
     assert do_set(vcpu, ram, blob(smm=3)).returns == 0
