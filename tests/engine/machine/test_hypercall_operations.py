@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
+from engine.cpu import frames
 from engine.errors import InvalidValue, NotFound, Unsupported
 from engine.hyperv.caller import Caller
 from engine.machine import VirtualMachine
 from engine.machine.hypercalls import HypercallRequest
 from engine.state.config import HostConfig
-from tests.engine.builders import round_trip
+from tests.engine.builders import assert_sound, round_trip
 from tests.engine.hyperv.flush_machine import words
 from tests.engine.hyperv.guests import CPUID, P1, P2, call, hyperv_guest, point, read
 from tests.engine.hyperv.selftest_stages import STAGES, W1, W2, xmm
@@ -42,6 +43,22 @@ def test_workers_see_the_new_page(policy: dict[str, str]) -> None:
         for worker in (W1, W2):
             call(vm, 0, words(0, 3, 0), rcx=2)
             assert read(vm, worker) == 3 - old
+
+
+def test_a_flush_of_all_reaches_more_vps_than_frames_are_spare() -> None:
+    """Each VP that a flush is queued for takes a frame of its own for the change."""
+    vps = range(frames.RESERVE + 60)
+    vm = hyperv_guest(tuple(vps), profile="kvm-latest", host=HostConfig(nested=False))
+    halted = range(1, len(vps), 2)
+    for vcpu in halted:
+        read(vm, vcpu)
+        vm.hyperv.set_activity(vcpu, "halted")
+    report = call(vm, 0, words(0, 3, 0), rcx=2)
+    assert len(report.outcome.targeted) == len(vps)
+    assert [vcpu for vcpu in vps if vm.hyperv.flush_queue(vcpu).own] == list(halted)
+    vm.hyperv.set_activity(vps[-1], "running")
+    assert not vm.hyperv.flush_queue(vps[-1]).own
+    assert_sound(vm)
 
 
 def test_a_flush_of_another_vp_leaves_the_stale_page() -> None:
