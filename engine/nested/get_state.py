@@ -38,8 +38,8 @@ def get_nested_state(vcpu: Vcpu, memory: GuestMemory, user: UserBuffer) -> GetRe
 
     E2BIG stores the needed size there and nothing else. Refreshes the cached vmcs12, as the kernel does.
 
-    Both kernels copy pages beyond the size they report when L1 has a vmcs12 with VMCS shadowing and a link pointer
-    (and in 2019 when VMX vanished from CPUID). Here those bytes are stored as far as the buffer reaches and a fault
+    Both kernels copy pages beyond the size they report when L1 has a vmcs12 with VMCS shadowing and a link pointer,
+    and when VMX vanished from CPUID. Here those bytes are stored as far as the buffer reaches and a fault
     among them is not reported.
     """
     if not max_state_size(vcpu):

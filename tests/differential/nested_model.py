@@ -85,10 +85,11 @@ class NestedModel:
             unsaid = tuple((HEADER + start, length) for start, length in live)
             if self.deadline is None and header[28]:
                 unsaid = (*unsaid, DEADLINE)
-        user.write(HEADER, bytes(vmcs.raw))
+        # What is beyond the size that the header tells is by docs/nested-state.md given as far as the buffer reaches.
+        reach = PAGE if size > HEADER else len(user.reach(HEADER, PAGE))
+        user.write(HEADER, bytes(vmcs.raw)[:reach])
         if self.vmcs.shadows:
-            # In L1 that is beyond the size that the header tells: by docs/nested-state.md as far as the buffer reaches.
-            reach = PAGE if self.in_guest else len(user.reach(SHADOW_AT, PAGE))
+            reach = PAGE if size > SHADOW_AT else len(user.reach(SHADOW_AT, PAGE))
             user.write(SHADOW_AT, bytes(self.shadow[:reach]))
         return 0, unsaid
 
