@@ -66,12 +66,14 @@ ENCODING_VE_ADDRESS = 0x202A
     V_HV_HYPERCALLS,
     V_HV_EVMCS,
     V_HV_ASSIST,
-) = positions(31)
+    V_SPACE,
+) = positions(32)
 
 # V_NESTED says which nested guest runs, as the lower hypervisor knows it: 0 none, else bit 0 and its VP id in 63:32;
 # V_NESTED_VM is its VM id, V_NESTED_ROOT bits 51:12 of the second-level root that its hypervisor gave it.
 # V_HV_* are KVM's notes about Hyper-V: flags of ``hyperv.notes``, two statistics, and the frames of the enlightened
 # VMCS and of the VP assist page that KVM itself uses on Hyper-V.
+# V_SPACE is the address space in which the vCPU finds its memory, as ``cpu.memory_slots`` has it.
 NESTED_RUNS = 1
 NESTED_VP_SHIFT = 32
 NESTED_VP_MASK = 0xFFFF_FFFF

@@ -10,6 +10,7 @@ from engine.arch import exceptions, exits
 from engine.arch import paging as guest
 from engine.cpu import guest_paging, tlb
 from engine.cpu.frames import CAP_RESERVED_ADDRESS, FIRST_VCPU_FRAME, write_word
+from engine.cpu.memory_slots import space_of
 from engine.jit import kernel
 
 LOAD_PDPTE = acc.READ | acc.PAGING_READ << acc.KIND_SHIFT
@@ -24,17 +25,18 @@ def load_pdptes(m, vcpu, cr3, trail):
     Nothing is loaded unless all four are in order.
     """
     table = cr3 & guest.CR3_PAE_TABLE
+    space = space_of(m, vcpu)
     for i in range(PDPTES):
         slot = table + i * ENTRY_SIZE
         reason, q, _ = guest_paging.touch(m, vcpu, slot, ENTRY_SIZE, LOAD_PDPTE, guest_paging.EXECUTE, trail)
         if reason != exits.NONE:
             return reason, q, slot
-        entry = guest_paging.read_entry(m, slot, ENTRY_SIZE)
+        entry = guest_paging.read_entry(m, slot | space, ENTRY_SIZE)
         high = guest.EXECUTE_DISABLE | guest.RESERVED_ABOVE_52 | m.caps[CAP_RESERVED_ADDRESS]
         if entry & guest.PRESENT and entry & (guest.RESERVED_PDPTE | high):
             return -exceptions.GENERAL_PROTECTION, 0, slot
     for i in range(PDPTES):
-        entry = guest_paging.read_entry(m, table + i * ENTRY_SIZE, ENTRY_SIZE)
+        entry = guest_paging.read_entry(m, table + i * ENTRY_SIZE | space, ENTRY_SIZE)
         write_word(m, FIRST_VCPU_FRAME + vcpu, ctl.V_PDPTE0 + i, entry)
     return exits.NONE, 0, 0
 

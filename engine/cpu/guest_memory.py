@@ -1,13 +1,14 @@
 """Guest RAM contents as the processor sees them: sparse, zero until written, addressed by GPA.
 
-A tree by GFN names the frame that holds a page's bytes. Where a raw EPT leaf points elsewhere changes the host address
-that a walk reports, not the bytes.
+A tree by page (see ``cpu.memory_slots``) names the frame that holds its bytes. Where a raw EPT leaf points elsewhere
+changes the host address that a walk reports, not the bytes.
 """
 
 import numpy as np
 
 from engine.cpu import radix
 from engine.cpu.frames import MEMORY, new_frame, own
+from engine.cpu.memory_slots import home
 from engine.jit import kernel
 
 # The word of the state frame that holds the tree's root; the hypervisor's words are in ``kvm.state_frame``.
@@ -19,7 +20,7 @@ OFFSET = 0xFFF
 @kernel
 def content_row(m, gfn):
     """Row that holds the bytes of a page, -1 where nothing was written."""
-    frame = radix.read(m, ROOT_MEMORY, gfn)
+    frame = radix.read(m, ROOT_MEMORY, home(m, gfn))
     if frame == 0:
         return -1
     return m.row_of[frame]
@@ -28,10 +29,11 @@ def content_row(m, gfn):
 @kernel
 def own_content_row(m, gfn):
     """Row that this change may write the bytes of a page in."""
-    frame = radix.read(m, ROOT_MEMORY, gfn)
+    page = home(m, gfn)
+    frame = radix.read(m, ROOT_MEMORY, page)
     if frame == 0:
         frame = new_frame(m, MEMORY)
-        radix.write(m, ROOT_MEMORY, gfn, frame)
+        radix.write(m, ROOT_MEMORY, page, frame)
     return own(m, frame)
 
 

@@ -15,6 +15,7 @@ from engine.arch import exceptions, exits
 from engine.arch import paging as guest
 from engine.cpu import access_check, access_over_pages, cached_check, ept, exit_qualification, guest_memory, tlb
 from engine.cpu.frames import CAP_RESERVED_ADDRESS, FIRST_VCPU_FRAME
+from engine.cpu.memory_slots import space_of
 from engine.jit import kernel
 
 # Paging modes: the number of levels whose entries are read from memory.
@@ -171,7 +172,7 @@ def touch(m, vcpu, slot, size, how, doing, trail):
 
 @kernel
 def read_entry(m, slot, size):
-    """A guest entry of 8 or 4 bytes."""
+    """A guest entry of 8 or 4 bytes; ``slot`` is a place (see ``cpu.memory_slots``)."""
     word = guest_memory.read_word(m, slot & ~7)
     if size == 8:
         return word
@@ -209,7 +210,7 @@ def update(m, vcpu, how, doing, trail, steps):
         if reason != exits.NONE:
             return reason, q, slot, found
         if doing & EXECUTE:
-            write_entry(m, slot, size, flagged)
+            write_entry(m, slot | space_of(m, vcpu), size, flagged)
             steps[level, 3] = flagged
     return exits.NONE, 0, 0, found
 
@@ -225,6 +226,7 @@ def walk(m, vcpu, linear, how, doing, trail, steps):
     row = m.row_of[FIRST_VCPU_FRAME + vcpu]
     paging = mode_of(m, vcpu)
     mode = ept.mode_of(m, vcpu)
+    space = space_of(m, vcpu)
     if paging == OFF:
         return exits.NONE, 0, linear & LOW_32, UNPAGED | 12 << tlb.GUEST_SIZE_AT, cached_check.WALKED
     size = 4 if paging == BITS_32 else 8
@@ -249,7 +251,7 @@ def walk(m, vcpu, linear, how, doing, trail, steps):
             return reason, q, slot, 0, found
         if mode & ept.MODE_PAGING_VERIFICATION and not trail[trail[ept.TRAIL_COUNTS, 0] - 1, 3] & bits.PAGING_WRITE:
             facts |= tlb.GUEST_UNVERIFIED
-        entry = read_entry(m, slot, size)
+        entry = read_entry(m, slot | space, size)
         steps[0, 1] = level
         steps[level, 0] = level
         steps[level, 1] = slot

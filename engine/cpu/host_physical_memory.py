@@ -8,33 +8,13 @@ GPA (SDM vol. 3C, 26.5.7.2 and 29.3.6). Anywhere else there is no memory: it rea
 from engine.arch import ept
 from engine.cpu import guest_memory
 from engine.cpu.frames import CAP_ARENA, CLIENT, EPT, SPPT, write_word
+from engine.cpu.memory_slots import find_slot
 from engine.jit import kernel
-
-# The words of a row of Machine.slots that say where its pages are
-SLOT_GFN = 0
-SLOT_PAGES = 1
 
 
 def table_memory(width: int) -> int:
     """Host-physical address of the first frame of tables; ``width`` is MAXPHYADDR. Easy to tell from guest RAM."""
     return 1 << (width - 1)
-
-
-@kernel
-def find_slot(m, gfn):
-    """Position of the slot that holds a page, -1 where there is none."""
-    low = 0
-    high = m.slots.shape[0]
-    while low < high:
-        middle = (low + high) >> 1
-        if m.slots[middle, SLOT_GFN] <= gfn:
-            low = middle + 1
-        else:
-            high = middle
-    position = low - 1
-    if position < 0 or gfn >= m.slots[position, SLOT_GFN] + m.slots[position, SLOT_PAGES]:
-        return -1
-    return position
 
 
 @kernel

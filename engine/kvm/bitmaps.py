@@ -4,6 +4,8 @@ POLICY   bits 31:0 sub-pages that SET denies, bits 63:32 sub-pages that a protec
 GRANTED  bits 31:0 sub-pages on which a protection was lifted by a grant
 
 effective bit = not denied by SET and (not protected or granted)
+
+They are about address space 0; a page of space 1 has none of them and may be written (kvm-spp 4).
 """
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import sppt
 from engine.cpu.access_over_pages import page_part
+from engine.cpu.memory_slots import home
 from engine.cpu.radix import read, write
 from engine.jit import kernel
 from engine.kvm import regions
@@ -67,7 +70,7 @@ def refuses(m, gpa, size):
     at = gpa
     while at < gpa + size:
         part = page_part(at, gpa + size)
-        if sppt.touched(at, part) & ~effective(m, at >> 12):
+        if sppt.touched(at, part) & ~effective(m, home(m, at >> 12)):
             return True
         at += part
     return False

@@ -10,7 +10,8 @@ from engine.arch import ept as bits
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import radix
 from engine.cpu.frames import FIRST_VCPU_FRAME, TOP_FREE, TOP_SPARE, ample, read_word, write_word
-from engine.cpu.host_physical_memory import find_slot, read_entry, write_entry
+from engine.cpu.host_physical_memory import read_entry, write_entry
+from engine.cpu.memory_slots import find_slot, space_of
 from engine.cpu.page_log import INDEX_MASK, LOG_ENTRIES
 from engine.jit import kernel
 from engine.kvm import dirty_marking, mapping
@@ -39,7 +40,7 @@ def empty_buffer(m, vcpu, kept):
     table = read_word(m, frame, ctl.V_PML_ADDRESS) & bits.ADDRESS
     position = (read_word(m, frame, ctl.V_PML_INDEX) + 1) & INDEX_MASK
     while position < LOG_ENTRIES:
-        gfn = (read_entry(m, table, position) & bits.ADDRESS) >> 12
+        gfn = (read_entry(m, table, position) & bits.ADDRESS | space_of(m, vcpu)) >> 12
         slot = find_slot(m, gfn)
         if slot >= 0:
             dirty_marking.note_page(m, gfn, slot)

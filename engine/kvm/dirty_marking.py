@@ -17,7 +17,7 @@ from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import radix, sppt
 from engine.cpu.access_over_pages import page_part
 from engine.cpu.frames import CAP_KVM, STATE_FRAME, read_word
-from engine.cpu.host_physical_memory import find_slot
+from engine.cpu.memory_slots import SMM_PAGE, find_slot, home
 from engine.jit import kernel
 from engine.kvm import bitmaps
 from engine.kvm import state_frame as reg
@@ -47,6 +47,16 @@ EVERYTHING = np.int64(FULL_ACCESS)
 def mode(m):
     """What is tracked: 0 where nothing is, and nothing below costs anything."""
     return read_word(m, STATE_FRAME, reg.DIRTY_MODE)
+
+
+@kernel
+def mode_for(m, gfn):
+    """The same for one page: the written map waits for no fault of a page of address space 1.
+
+    Its writes are noted as they land (``kvm.vcpu_run``), at the page of space 0 that is the same memory.
+    """
+    state = mode(m)
+    return state & ~TRACKED if gfn >= SMM_PAGE else state
 
 
 @kernel
@@ -108,7 +118,7 @@ def unseen(m, gfn, slot, mask):
     A page that a policy protects in part is watched for KVM's log in other ways: not at all in the first series, whose
     write protection leaves an armed leaf as it is, and by the saved bit later (``saved``).
     """
-    state = mode(m)
+    state = mode_for(m, gfn)
     if state == 0:
         return 0
     left = 0
@@ -137,7 +147,7 @@ def saved(m, gfn, slot, mask):
 @kernel
 def flag_waits(m, gfn, slot):
     """Whether the dirty flag of a leaf must be 0, for the processor to log the next write to the page."""
-    state = mode(m)
+    state = mode_for(m, gfn)
     if not state & BY_PML:
         return False
     if state & TRACK_PAGES and written(m, gfn) == 0:
@@ -154,12 +164,13 @@ def note_log(m, gfn, slot):
 
 @kernel
 def note_written(m, gfn, mask):
-    """Sub-pages were written, as the written map has it."""
-    state = mode(m)
+    """Sub-pages were written, as the written map has it: that of memory which address space 0 has."""
+    page = home(m, gfn)
+    state = mode_for(m, page)
     if state & TRACK_SUBPAGES:
-        store_written(m, gfn, written(m, gfn) | mask)
+        store_written(m, page, written(m, page) | mask)
     elif state & TRACK_PAGES:
-        store_written(m, gfn, EVERYTHING)
+        store_written(m, page, EVERYTHING)
 
 
 @kernel
@@ -169,7 +180,7 @@ def note_fault(m, gfn, slot, mask):
     What is written is not known, and for a page that is protected in part not even whether anything will be. KVM's
     later log notes such a page all the same; the first series never faults for it.
     """
-    state = mode(m)
+    state = mode_for(m, gfn)
     if state == 0 or state & BY_PML:
         return
     if mask == FULL_ACCESS:
@@ -202,7 +213,7 @@ def note_refused(m, gfn, slot, mask, denied):
 def note_page(m, gfn, slot):
     """The processor logged a page: that much is known, not which of its sub-pages."""
     note_log(m, gfn, slot)
-    if mode(m) & TRACK_PAGES:
+    if mode_for(m, gfn) & TRACK_PAGES:
         store_written(m, gfn, EVERYTHING)
 
 

@@ -3,6 +3,9 @@
 Neither walks EPT, so neither faults, maps or arms. An emulated write obeys slots and, in later series, sub-pages: one
 to a refused sub-page ends as the processor's own would. In the first series it goes past them. A write of the host
 (a device model, a PV clock) goes past everything in every series.
+
+An emulated access finds the slots of the address space that its vCPU is in, but the maps of space 0
+(is_emulator_spp_protected); the host's are to space 0.
 """
 
 import numpy as np
@@ -11,7 +14,7 @@ from engine.arch import access as acc
 from engine.arch import exits
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import access_over_pages, sppt
-from engine.cpu.host_physical_memory import find_slot
+from engine.cpu.memory_slots import find_slot, within
 from engine.jit import kernel
 from engine.kvm import bitmaps, choice_bits, dirty_marking
 from engine.kvm import resolutions as res
@@ -33,7 +36,7 @@ def obeys(m, source):
 
 @kernel
 def refused(m, source, access, at, size):
-    """How an access to one page ends if not well: (resolution or COMPLETED, sub-pages that refuse it)."""
+    """How an access to one page, at a place, ends if not well: (resolution or COMPLETED, sub-pages that refuse it)."""
     slot = find_slot(m, at >> 12)
     if slot < 0:
         return res.MMIO, 0
@@ -41,8 +44,9 @@ def refused(m, source, access, at, size):
         return res.COMPLETED, 0
     if m.slots[slot, SLOT_FLAGS] & SLOT_READ_ONLY:
         return res.MMIO, 0
-    denied = sppt.touched(at, size) & ~bitmaps.effective(m, at >> 12) & FULL_ACCESS
-    if denied and obeys(m, source):
+    page = within(at) >> 12
+    denied = sppt.touched(at, size) & ~bitmaps.effective(m, page) & FULL_ACCESS
+    if denied and obeys(m, source) and find_slot(m, page) >= 0:
         return res.VIOLATION, denied
     return res.COMPLETED, 0
 

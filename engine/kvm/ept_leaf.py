@@ -34,5 +34,5 @@ def leaf_for(m, gfn, slot, mask, level):
     if mask != sp.FULL_ACCESS and level == 1:
         return entry | (write_protection.saved_bit(m) if dirty_marking.saved(m, gfn, slot, mask) else bits.SPP)
     if dirty_marking.unseen(m, gfn, slot, mask):
-        return entry | bits.SPP if dirty_marking.mode(m) & dirty_marking.TRACK_SUBPAGES else entry
+        return entry | bits.SPP if dirty_marking.mode_for(m, gfn) & dirty_marking.TRACK_SUBPAGES else entry
     return entry | bits.WRITE | (NOTHING if dirty_marking.flag_waits(m, gfn, slot) else bits.DIRTY)

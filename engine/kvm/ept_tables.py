@@ -1,5 +1,7 @@
 """KVM's own EPT: the path to a leaf, built where it is missing, and tables that return to the free list.
 
+There is one for each address space (role.smm of a root): a page's number says which (``cpu.memory_slots``).
+
 Every frame of the kind EPT is KVM's; the tables of clients are of another kind and are never freed here. What is freed
 is no longer in any processor's caches: whoever calls this flushes.
 """
@@ -10,17 +12,24 @@ from engine.arch import ept as bits
 from engine.cpu import ept
 from engine.cpu.frames import EPT, STATE_FRAME, WORDS, address_of, blank, free_frame, new_frame, read_word, write_word
 from engine.cpu.host_physical_memory import frame_at, read_entry, write_entry
+from engine.cpu.memory_slots import SMM_PAGE, within
 from engine.jit import kernel
-from engine.kvm.state_frame import EPT_LEVELS, ROOT_EPT
+from engine.kvm.state_frame import EPT_LEVELS, ROOT_EPT, ROOT_EPT_SMM
 
 NOTHING = np.int64(0)
 TABLE = bits.READ | bits.WRITE | bits.EXECUTE | bits.ACCESSED
 
 
 @kernel
-def root_address(m):
-    """Address of the root."""
-    return address_of(m, read_word(m, STATE_FRAME, ROOT_EPT))
+def root_address(m, gfn):
+    """Address of the root under which a page is mapped."""
+    return address_of(m, read_word(m, STATE_FRAME, ROOT_EPT_SMM if gfn >= SMM_PAGE else ROOT_EPT))
+
+
+@kernel
+def is_root(m, frame):
+    """Whether a frame is the root of either address space."""
+    return frame == read_word(m, STATE_FRAME, ROOT_EPT) or frame == read_word(m, STATE_FRAME, ROOT_EPT_SMM)
 
 
 @kernel
@@ -37,12 +46,13 @@ def table_for(m, gpa, wanted):
     only entries of a client can make it do.
     """
     level = read_word(m, STATE_FRAME, EPT_LEVELS)
-    table = root_address(m)
+    table = root_address(m, gpa >> 12)
+    at = within(gpa)
     split = False
     while level > wanted:
         if frame_at(m, table) < 0:
             return 0, split
-        index = ept.index_of(gpa, level)
+        index = ept.index_of(at, level)
         entry = read_entry(m, table, index)
         if not names_table(entry, level):
             split = split or entry != 0
@@ -57,21 +67,21 @@ def table_for(m, gpa, wanted):
 def place_of(m, gpa, level):
     """(table, index) of the entry of ``level`` for a GPA; (0, 0) where the path ends above it."""
     at = read_word(m, STATE_FRAME, EPT_LEVELS)
-    table = root_address(m)
+    table = root_address(m, gpa >> 12)
     while at > level:
-        entry = read_entry(m, table, ept.index_of(gpa, at))
+        entry = read_entry(m, table, ept.index_of(within(gpa), at))
         if not names_table(entry, at) or frame_at(m, entry & bits.ADDRESS) < 0:
             return 0, 0
         table = entry & bits.ADDRESS
         at -= 1
-    return table, ept.index_of(gpa, level)
+    return table, ept.index_of(within(gpa), level)
 
 
 @kernel
 def free_table(m, table):
-    """Free one table if it is KVM's and not the root."""
+    """Free one table if it is KVM's and not a root."""
     frame = frame_at(m, table)
-    if frame >= 0 and m.kind[frame] == EPT and frame != read_word(m, STATE_FRAME, ROOT_EPT):
+    if frame >= 0 and m.kind[frame] == EPT and not is_root(m, frame):
         free_frame(m, frame)
 
 
@@ -109,10 +119,12 @@ def release(m, gfn):
 
 @kernel
 def free_all(m):
-    """Free every table but the root, which becomes empty."""
-    root = read_word(m, STATE_FRAME, ROOT_EPT)
+    """Free every table but the roots, which become empty."""
     for frame in range(m.row_of.shape[0]):
-        if m.kind[frame] == EPT and frame != root:
+        if m.kind[frame] != EPT:
+            continue
+        if not is_root(m, frame):
             free_frame(m, frame)
-    for index in range(WORDS):
-        write_word(m, root, index, NOTHING)
+            continue
+        for index in range(WORDS):
+            write_word(m, frame, index, NOTHING)

@@ -7,7 +7,7 @@ full is armed in the same step: write permission off, bit 61 on.
 from engine.arch import ept as bits
 from engine.arch import exits
 from engine.cpu import ept
-from engine.cpu.host_physical_memory import find_slot
+from engine.cpu.memory_slots import find_slot
 from engine.jit import kernel
 from engine.kvm import access_tracking, bitmaps, dirty_marking, kvmi_rights, mapping
 from engine.kvm import resolutions as res
@@ -17,11 +17,11 @@ from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY
 
 
 @kernel
-def map_and_arm(m, gfn, slot, write, tally):
+def map_and_arm(m, gfn, slot, write, trail, tally):
     """First touch of a page, or a leaf that lost a right it should have."""
     if write:
         dirty_marking.note_fault(m, gfn, slot, bitmaps.effective(m, gfn))
-    made = mapping.map_page(m, gfn, slot, write)
+    made = mapping.map_page(m, gfn, slot, write, trail)
     if made == mapping.MAP_FAILED:
         return res.INTERNAL_ERROR
     if made & mapping.MAP_SPLIT:
@@ -35,7 +35,7 @@ def map_and_arm(m, gfn, slot, write, tally):
 
 @kernel
 def handle_violation(m, gpa, qualification, denied, trail, tally):
-    """EPT violation: map, arm, give back what KVM itself took, or report."""
+    """EPT violation at a place: map, arm, give back what KVM itself took, or report."""
     gfn = gpa >> 12
     slot = find_slot(m, gfn)
     if slot < 0:
@@ -55,4 +55,4 @@ def handle_violation(m, gpa, qualification, denied, trail, tally):
         if answer != res.INTERNAL_ERROR:
             tally[reg.RESTORED] += answer == res.RESTORED
             return answer
-    return map_and_arm(m, gfn, slot, write, tally)
+    return map_and_arm(m, gfn, slot, write, trail, tally)

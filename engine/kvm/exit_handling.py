@@ -8,6 +8,7 @@ from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import exits
 from engine.cpu.frames import CAP_RESERVE, FIRST_VCPU_FRAME, read_word, write_word
+from engine.cpu.memory_slots import space_of
 from engine.jit import kernel
 from engine.kvm import dirty_harvest
 from engine.kvm import resolutions as res
@@ -52,9 +53,12 @@ def empty_log(m, vcpu):
 
 @kernel
 def handle_exit(m, vcpu, gpa, how, reason, qualification, denied, trail, tally):
-    """Handle one VM exit; returns a resolution. ``denied`` is what the SPPT refused of the sub-pages touched."""
+    """Handle one VM exit; returns a resolution. ``denied`` is what the SPPT refused of the sub-pages touched.
+
+    A violation is about the slots of the address space that the vCPU is in, an SPP miss about those of space 0.
+    """
     if reason == exits.EPT_VIOLATION:
-        return handle_violation(m, gpa, qualification, denied, trail, tally)
+        return handle_violation(m, gpa | space_of(m, vcpu), qualification, denied, trail, tally)
     if reason == exits.SPP_EVENT and qualification & exits.Q_SPP_MISS:
         return handle_miss(m, vcpu, gpa, tally)
     if reason == exits.EPT_MISCONFIGURATION:

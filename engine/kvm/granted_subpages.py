@@ -2,7 +2,7 @@
 
 from engine.arch import ept as bits
 from engine.cpu import access_over_pages, sppt
-from engine.cpu.host_physical_memory import find_slot
+from engine.cpu.memory_slots import find_slot
 from engine.jit import kernel
 from engine.kvm import bitmaps, kvmi_rights
 from engine.kvm.spp_set import refresh

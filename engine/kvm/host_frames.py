@@ -6,27 +6,31 @@ Only 4-KByte host pages are moved or shared read-only: the host splits a larger 
 The word of a page (``cpu.radix``): bits 51:12 its host frame, 0 where that is the GPA; bit 0 host page is read-only.
 """
 
+import numpy as np
+
 from engine.arch import ept as bits
 from engine.cpu import radix
 from engine.cpu.frames import CAP_ARENA, STATE_FRAME, read_word, write_word
-from engine.cpu.host_physical_memory import SLOT_GFN, find_slot
+from engine.cpu.memory_slots import SLOT_GFN, SMM_PAGE, find_slot, home
 from engine.jit import kernel
 from engine.kvm.state_frame import NEXT_HOST_FRAME, ROOT_HOST
 
 READ_ONLY = 1
+NOT_READ_ONLY = np.int64(0)
 
 
 @kernel
 def address_of_page(m, gfn):
     """Host-physical address of a page."""
-    word = radix.read(m, ROOT_HOST, gfn) & bits.ADDRESS
-    return word or gfn << 12
+    page = home(m, gfn)
+    word = radix.read(m, ROOT_HOST, page) & bits.ADDRESS
+    return word or page << 12
 
 
 @kernel
 def read_only(m, gfn):
     """Whether the host page may only be read: it is shared, and a write gets a copy."""
-    return radix.read(m, ROOT_HOST, gfn) & READ_ONLY != 0
+    return radix.read(m, ROOT_HOST, home(m, gfn)) & READ_ONLY != 0
 
 
 @kernel
@@ -47,7 +51,15 @@ def next_frame(m):
 @kernel
 def renew(m, gfn, flags):
     """Put a page in another host frame; ``flags`` is READ_ONLY or 0."""
-    radix.write(m, ROOT_HOST, gfn, next_frame(m) << 12 | flags)
+    radix.write(m, ROOT_HOST, home(m, gfn), next_frame(m) << 12 | flags)
+
+
+@kernel
+def back(m, gfn):
+    """Give memory that address space 0 has not a host frame; its GPA may be that of other memory there."""
+    page = home(m, gfn)
+    if page >= SMM_PAGE and radix.read(m, ROOT_HOST, page) == 0:
+        renew(m, page, NOT_READ_ONLY)
 
 
 @kernel

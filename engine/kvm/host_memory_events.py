@@ -2,13 +2,16 @@
 
 Maps stay whatever happens, and vectors do but for those that ``shrink`` frees: the next access faults, and what it
 needs is made anew. A host page of 2 MBytes or 1 GByte that is to be moved or shared in part is split first.
+
+Events are told by pages of address space 0. What happens to their memory happens to the pages of space 1 that are the
+same memory; ``zap`` and ``shrink`` are about page numbers, in both spaces, ``write-protect`` about slots of space 0.
 """
 
 import numpy as np
 
 from engine.cpu import fastpath
 from engine.cpu.frames import ample
-from engine.cpu.host_physical_memory import find_slot
+from engine.cpu.memory_slots import SMM_PAGE, both, find_slot, twin
 from engine.jit import kernel
 from engine.kvm import ept_tables, host_frames, large_pages, mapping, regions, sppt_tables
 
@@ -39,16 +42,28 @@ def change_page(m, event, gfn, trail):
     """One page's part in an event; returns whether a leaf changed."""
     if event == WRITE_PROTECT:
         return mapping.write_protect(m, gfn, trail)
+    if event in (ZAP, SHRINK):
+        mapping.unmap_page(m, gfn | SMM_PAGE, trail)
+        return mapping.unmap_page(m, gfn, trail)
+    changed = False
+    if event >= MIGRATE:
+        changed = make_small(m, gfn, trail)
+        host_frames.renew(m, gfn, host_frames.READ_ONLY if event == READ_ONLY else NOTHING)
+    slot, other = twin(m, gfn, m.slots.shape[0])
+    while slot >= 0:
+        change_leaf(m, event, other, trail)
+        slot, other = twin(m, gfn, slot)
+    return change_leaf(m, event, gfn, trail) or changed
+
+
+@kernel
+def change_leaf(m, event, gfn, trail):
+    """What becomes of a page's leaf after something happened to its memory; returns whether it changed."""
     if event == AGE:
         return mapping.age(m, gfn, trail)
-    if event < MIGRATE:
-        return mapping.unmap_page(m, gfn, trail)
-    changed = make_small(m, gfn, trail)
     if event == READ_ONLY:
-        host_frames.renew(m, gfn, host_frames.READ_ONLY)
-        return mapping.make_read_only(m, gfn, trail) or changed
-    host_frames.renew(m, gfn, NOTHING)
-    return mapping.unmap_page(m, gfn, trail) or changed
+        return mapping.make_read_only(m, gfn, trail)
+    return mapping.unmap_page(m, gfn, trail)
 
 
 @kernel
@@ -75,6 +90,7 @@ def make_large(m, gfn, trail):
     changed = False
     for page in range(first, first + REGION):
         host_frames.forget(m, page)
+        mapping.unmap_elsewhere(m, page, trail)
         changed = mapping.unmap_page(m, page, trail) or changed
     return changed
 
@@ -82,7 +98,8 @@ def make_large(m, gfn, trail):
 @kernel
 def change_region(m, event, first, end, trail):
     """A 2-MByte region's part in an event, for its pages from ``first`` to ``end``; returns how many leaves changed."""
-    if event <= AGE and mapping.nothing_mapped(m, first, trail):
+    alone = first >= SMM_PAGE or not both(m)
+    if event <= AGE and alone and mapping.nothing_mapped(m, first, trail):
         return 0
     if event == SPLIT:
         return 1 if make_small(m, first, trail) else 0

@@ -2,7 +2,7 @@
 
 from engine.arch import ept as bits
 from engine.cpu.frames import CAP_EPT_VPID
-from engine.cpu.host_physical_memory import SLOT_GFN, SLOT_PAGES
+from engine.cpu.memory_slots import SLOT_GFN, SLOT_PAGES, SMM_PAGE
 from engine.jit import kernel
 from engine.kvm import choice_bits, dirty_marking, kvmi_rights, regions
 from engine.kvm.choice_bits import KVM_FORCE_SMALL
@@ -11,7 +11,12 @@ from engine.kvm.slots import SLOT_LEVEL
 
 @kernel
 def level_of(m, gfn, slot):
-    """Level of the largest leaf that the host page, its slot and the processor allow for a page."""
+    """Level of the largest leaf that the host page, its slot and the processor allow for a page.
+
+    Pages of address space 1 are mapped one by one: what they are the same memory as need not lie alike.
+    """
+    if gfn >= SMM_PAGE:
+        return 1
     level = m.slots[slot, SLOT_LEVEL]
     if level == 3 and (not fits(m, gfn, slot, 3) or regions.word(m, gfn, 3) & regions.SPLIT):
         level = 2

@@ -11,6 +11,7 @@ from engine.arch import ept as bits
 from engine.cpu import ept, fastpath, tlb
 from engine.cpu.frames import STATE_FRAME, read_word, write_word
 from engine.cpu.host_physical_memory import read_entry, write_entry
+from engine.cpu.memory_slots import home, twin, within
 from engine.jit import kernel
 from engine.kvm import (
     access_tracking,
@@ -41,10 +42,10 @@ MAP_SPLIT = 4
 
 
 @kernel
-def ept_pointer(m):
-    """EPTP of KVM's tables: write-back, without accessed and dirty flags."""
+def ept_pointer(m, gfn):
+    """EPTP of KVM's tables for the address space of a page: write-back, without accessed and dirty flags."""
     levels = read_word(m, STATE_FRAME, reg.EPT_LEVELS)
-    return ept_tables.root_address(m) | bits.WRITE_BACK | ((levels - 1) << bits.EPTP_WALK_SHIFT)
+    return ept_tables.root_address(m, gfn) | bits.WRITE_BACK | ((levels - 1) << bits.EPTP_WALK_SHIFT)
 
 
 @kernel
@@ -57,7 +58,7 @@ def flush(m):
 @kernel
 def find_leaf(m, gfn, trail):
     """Walk KVM's EPT; returns (found, level, table, index, entry). A leaf without rights is found too."""
-    outcome, level, _, _ = ept.walk(m, ept_pointer(m), NO_MODE, gfn << 12, trail)
+    outcome, level, _, _ = ept.walk(m, ept_pointer(m, gfn), NO_MODE, within(gfn << 12), trail)
     count = trail[ept.TRAIL_COUNTS, 0]
     if count == 0:
         return False, level, 0, 0, 0
@@ -70,13 +71,13 @@ def find_leaf(m, gfn, trail):
 @kernel
 def nothing_mapped(m, gfn, trail):
     """Whether KVM's EPT has neither a table nor a leaf for the 2-MByte region of a page."""
-    _, level, _, _ = ept.walk(m, ept_pointer(m), NO_MODE, gfn << 12, trail)
+    _, level, _, _ = ept.walk(m, ept_pointer(m, gfn), NO_MODE, within(gfn << 12), trail)
     count = trail[ept.TRAIL_COUNTS, 0]
     return count == 0 or (level > 1 and trail[count - 1, 3] == 0)
 
 
 @kernel
-def map_page(m, gfn, slot, write):
+def map_page(m, gfn, slot, write, trail):
     """Map a page for an access, and arm it if its map is not full; returns what was done.
 
     A write to a host page that is shared read-only gets a copy of it first. A region with a larger leaf is armed
@@ -84,6 +85,8 @@ def map_page(m, gfn, slot, write):
     """
     if write and host_frames.read_only(m, gfn):
         host_frames.renew(m, gfn, NOTHING)
+        unmap_elsewhere(m, gfn, trail)
+    host_frames.back(m, gfn)
     level = level_for(m, gfn, slot)
     table, split = ept_tables.table_for(m, gfn << 12, level)
     if table == 0:
@@ -142,6 +145,19 @@ def unmap_page(m, gfn, trail):
     """Drop the leaf of a page, a larger one too; its map and its SPPL1E stay. Returns whether there was one."""
     found, level, table, index, entry = find_leaf(m, gfn, trail)
     return found and replace(m, gfn, level, table, index, entry, NOTHING)
+
+
+@kernel
+def unmap_elsewhere(m, gfn, trail):
+    """Drop the leaves that map the memory of a page at other pages, in either address space."""
+    page = home(m, gfn)
+    if page != gfn:
+        unmap_page(m, page, trail)
+    slot, other = twin(m, page, m.slots.shape[0])
+    while slot >= 0:
+        if other != gfn:
+            unmap_page(m, other, trail)
+        slot, other = twin(m, page, slot)
 
 
 @kernel

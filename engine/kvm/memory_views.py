@@ -27,24 +27,30 @@ class ReadsMemory(Protocol):
 
 
 class GuestMemory:
-    """Guest memory of a machine. Only that of a draft can be written."""
+    """Guest memory of a machine, in address space 0 unless told (``space`` as in ``cpu.memory_slots``). Only that of a
+    draft can be written."""
 
-    def __init__(self, state: Snapshot | Draft) -> None:
+    def __init__(self, state: Snapshot | Draft, space: int = 0) -> None:
         self._state = state
+        self._space = space
 
     def read(self, gpa: int, size: int) -> bytes | None:
         """``size`` bytes at ``gpa``, None where a page of them has no slot."""
         machine = self._state.machine
-        return page_contents.read_bytes(machine, gpa, size) if _backed(machine, gpa, size) else None
+        if not _backed(machine, self._space, gpa, size):
+            return None
+        return page_contents.read_bytes(machine, gpa | self._space, size)
 
     def write(self, gpa: int, data: bytes) -> bool:
         """Store ``data`` at ``gpa``; False, storing nothing, where a page has no slot or only a read-only one."""
         draft = self._state
         if not isinstance(draft, Draft):
             raise TypeError("published memory is not written")
-        if not _backed(draft.machine, gpa, len(data)) or not writable_bytes(draft.machine, gpa, len(data)):
+        if not _backed(draft.machine, self._space, gpa, len(data)):
             return False
-        store_bytes(draft, gpa, data)
+        if not writable_bytes(draft.machine, gpa | self._space, len(data)):
+            return False
+        store_bytes(draft, gpa | self._space, data)
         return True
 
 
@@ -84,12 +90,12 @@ def store_bytes(draft: Draft, gpa: int, data: bytes) -> None:
     run_all(draft, len(array), lambda done: done + page_contents.write_page(draft.machine, gpa + done, array[done:]))
 
 
-def _backed(machine: Machine, gpa: int, size: int) -> bool:
+def _backed(machine: Machine, space: int, gpa: int, size: int) -> bool:
     first, last = gpa >> 12, (gpa + size - 1) >> 12
     # No slot is that high, and the kernels count pages in 64 bits with a sign.
     if last >= 1 << 52:
         return False
-    return int(first_page_without_slot(machine, first, last - first + 1)) < 0
+    return int(first_page_without_slot(machine, first | space >> 12, last - first + 1)) < 0
 
 
 def _pages(gpa: int, size: int) -> Iterable[tuple[int, int, int]]:

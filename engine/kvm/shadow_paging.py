@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.cpu.host_physical_memory import find_slot
+from engine.cpu.memory_slots import find_slot
 from engine.jit import kernel
 from engine.kvm.slots import PAGE_SHIFT, SLOT_FLAGS, SLOT_READ_ONLY
 

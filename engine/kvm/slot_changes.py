@@ -116,15 +116,15 @@ def lift_pages(m, gfn, pages, out, trail):
 
 
 @kernel
-def detach_contents(m, gfn, moved, start):
-    """Take the contents of collected pages out of the tree, so that dropping the range leaves them alone.
+def store_contents(m, gfn, moved, start):
+    """Put the contents of collected pages into the tree, or take them out where a row has none.
 
     Begins at position ``start``; returns how many are done, less than all when frames ran out.
     """
     for i in range(start, moved.shape[0]):
         if not ample(m):
             return i
-        radix.write(m, ROOT_MEMORY, gfn + moved[i, PAGE_OFFSET], NOTHING)
+        radix.write(m, ROOT_MEMORY, gfn + moved[i, PAGE_OFFSET], moved[i, PAGE_CONTENT])
     return moved.shape[0]
 
 

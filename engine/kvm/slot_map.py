@@ -24,8 +24,8 @@ _NO_TABLE: NDArray[np.int64] = np.zeros((0, SLOT_WORDS), dtype=np.int64)
 class SlotMap(Mapping[int, SlotSpec]):
     """Slots by ``SlotSpec.key``.
 
-    ``table`` is int64[n, SLOT_WORDS] of address space 0, sorted by base GFN, as kernels look it up; ``logged`` how many
-    slots have KVM's dirty log.
+    ``table`` is int64[n, SLOT_WORDS], sorted by first page, as kernels look it up; ``logged`` how many slots have KVM's
+    dirty log.
     """
 
     __slots__ = ("__weakref__", "_by_key", "_changed", "_order", "_rows", "logged", "table")
@@ -75,8 +75,7 @@ class SlotMap(Mapping[int, SlotSpec]):
         after._rows[spec.key] = _row_json(spec)
         after._changed = weakref.ref(self), spec.key
         after.logged += spec.log_dirty
-        if not spec.address_space:
-            after.table = np.insert(after.table, at, slot_row(spec), axis=0)
+        after.table = np.insert(after.table, after._row_of(spec, at), slot_row(spec), axis=0)
         return after
 
     def without(self, key: int) -> SlotMap:
@@ -89,8 +88,7 @@ class SlotMap(Mapping[int, SlotSpec]):
         at = bisect_left(order, (spec.gpa, key))
         del order[at]
         after.logged -= spec.log_dirty
-        if not spec.address_space:
-            after.table = np.delete(after.table, at, axis=0)
+        after.table = np.delete(after.table, after._row_of(spec, at), axis=0)
         return after
 
     def changed_since(self, earlier: Mapping[int, SlotSpec]) -> list[int]:
@@ -110,6 +108,14 @@ class SlotMap(Mapping[int, SlotSpec]):
         at = bisect_left(order, ((gfn + 1) << 12, -1)) - 1
         spec = self._by_key[order[at][1]] if at >= 0 else None
         return spec if spec is not None and gfn < spec.gfn + spec.pages else None
+
+    def of_space(self, space: int) -> list[SlotSpec]:
+        """The slots of an address space, by GPA."""
+        return [self._by_key[key] for _, key in self._order[space]]
+
+    def _row_of(self, spec: SlotSpec, at: int) -> int:
+        """Row of the slot that is at position ``at`` of its address space."""
+        return at + sum(len(order) for order in self._order[: spec.address_space])
 
     def _copy(self) -> SlotMap:
         twin = SlotMap()

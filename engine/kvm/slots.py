@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.cpu.frames import Machine
-from engine.cpu.host_physical_memory import SLOT_GFN, SLOT_PAGES, find_slot
+from engine.cpu.memory_slots import SLOT_GFN, SLOT_PAGES, SMM_PAGE, find_slot
 from engine.errors import InvalidValue
 from engine.jit import kernel, short_kernel
 
@@ -24,11 +24,11 @@ PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 HOST_PAGE_SIZES = (1 << 12, 1 << 21, 1 << 30)
 
-# A row of Machine.slots; the first two words say where its pages are, which ``cpu.host_physical_memory`` knows.
+# A row of Machine.slots; the words that say where its pages are ``cpu.memory_slots`` knows.
 SLOT_FLAGS = 2
 SLOT_ID = 3
 SLOT_LEVEL = 4  # of the leaf that maps one of its host pages
-SLOT_WORDS = 5
+SLOT_WORDS = 6
 
 SLOT_LOG_DIRTY = 1 << 0  # KVM_MEM_LOG_DIRTY_PAGES
 SLOT_READ_ONLY = 1 << 1  # KVM_MEM_READONLY
@@ -63,6 +63,11 @@ class SlotSpec:
     @property
     def gfn(self) -> int:
         return self.gpa >> PAGE_SHIFT
+
+    @property
+    def first_page(self) -> int:
+        """Number of its first page as kernels have it, for either address space (see ``cpu.memory_slots``)."""
+        return self.gfn | (SMM_PAGE if self.address_space else 0)
 
     @property
     def pages(self) -> int:
@@ -133,12 +138,13 @@ def check_pages(m: Machine, width: int, gfn: int, pages: int, field: str, value:
 
 def slot_row(spec: SlotSpec) -> tuple[int, ...]:
     """A row of Machine.slots."""
-    return (spec.gfn, spec.pages, spec.flags, spec.slot, HOST_PAGE_SIZES.index(spec.host_page_size) + 1)
+    level = HOST_PAGE_SIZES.index(spec.host_page_size) + 1
+    return (spec.first_page, spec.pages, spec.flags, spec.slot, level, spec.userspace_addr >> PAGE_SHIFT)
 
 
 def slot_table(specs: Iterable[SlotSpec]) -> NDArray[np.int64]:
-    """int64[n, SLOT_WORDS] of address space 0, sorted by base GFN, as kernels look it up."""
-    rows = sorted(slot_row(spec) for spec in specs if spec.address_space == 0)
+    """int64[n, SLOT_WORDS], sorted by first page, as kernels look it up: those of address space 1 are last."""
+    rows = sorted(slot_row(spec) for spec in specs)
     return np.array(rows, dtype=np.int64).reshape(len(rows), SLOT_WORDS)
 
 

@@ -1,7 +1,7 @@
 """What KVM does about an SPP miss: which vectors it fills, in which tree (kvm-spp 4)."""
 
 from engine.arch import sppt as sp
-from engine.cpu.host_physical_memory import find_slot
+from engine.cpu.memory_slots import find_slot
 from engine.jit import kernel
 from engine.kvm import choice_bits, dirty_marking, sppt_roots, sppt_tables
 from engine.kvm import resolutions as res

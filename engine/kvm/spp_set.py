@@ -10,7 +10,8 @@ from engine.arch import ept as bits
 from engine.arch import sppt as sp
 from engine.arch.sppt import REGION_PAGES
 from engine.cpu.frames import ample
-from engine.cpu.host_physical_memory import find_slot, write_entry
+from engine.cpu.host_physical_memory import write_entry
+from engine.cpu.memory_slots import find_slot
 from engine.jit import kernel
 from engine.kvm import (
     access_tracking,

@@ -19,6 +19,7 @@ from engine.cpu.frames import (
     write_word,
 )
 from engine.cpu.host_physical_memory import frame_at, read_entry, write_entry
+from engine.cpu.memory_slots import SMM_PAGE
 from engine.jit import kernel
 from engine.kvm.sppt_roots import is_root, root_frame, trees
 
@@ -108,7 +109,12 @@ def stale_vector(m, gfn, mask):
 
 @kernel
 def free_region(m, gfn):
-    """Free the SPPL1 table of the region of a page, and the tables above in which nothing is left."""
+    """Free the SPPL1 table of the region of a page, and the tables above in which nothing is left.
+
+    Not for pages of address space 1: SPPTs are by GPA alone, and what they say is about space 0.
+    """
+    if gfn >= SMM_PAGE:
+        return
     for tree in range(trees(m)):
         level = 2
         while level <= ROOT_LEVEL:

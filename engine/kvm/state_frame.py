@@ -27,6 +27,8 @@ ROOT_WRITTEN, ROOT_LOG, ROOT_ACCESS, DIRTY_MODE, HARVESTS, ACKNOWLEDGED = positi
 STOPPED_AT, STOPPED_GPA, STOPPED_WORD = positions(3, 50)
 # How many pages user space lets the MMU keep (KVM_SET_NR_MMU_PAGES), 0 before it says so.
 (MMU_PAGES,) = positions(1, 53)
+# The root of the EPT for vCPUs in system-management mode; 0 before there is a slot of address space 1.
+(ROOT_EPT_SMM,) = positions(1, 54)
 
 COUNTERS_AT = 64
 COUNTERS = (

@@ -8,8 +8,9 @@ from engine.arch import ept as bits
 from engine.arch import exits
 from engine.cpu import access_over_pages, ept, fastpath, sppt, tlb, ve
 from engine.cpu.frames import CAP_FAST_PATH
+from engine.cpu.memory_slots import space_of
 from engine.jit import kernel
-from engine.kvm import bitmaps
+from engine.kvm import bitmaps, dirty_marking
 from engine.kvm import resolutions as res
 from engine.kvm import state_frame as reg
 from engine.kvm.exit_handling import block_nmis, count_exit, handle_exit
@@ -125,6 +126,9 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
         if list_all:
             log_exit(log, used, index, gpa, word, gva, reason, qualification, resolution | stale, denied, at)
     dirty = access_over_pages.settle(m, vcpu, gpa, size, how, source, trail)
+    space = space_of(m, vcpu)
+    if space and how & acc.ACCESS_MASK == acc.WRITE:
+        dirty_marking.note_host_write(m, gpa | space, size)
     if whole:
         remember(m, gpa, dirty, trail)
     return res.COMPLETED | stale, 0, 0, 0, gpa

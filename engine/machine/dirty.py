@@ -208,15 +208,13 @@ class DirtyOperations(Operations):
         if spec is None or not spec.log_dirty:
             raise NotFound("must be a slot with log_dirty", field="slot", value=slot)
         out = np.zeros((spec.pages + dirty_marking.LOG_MASK) >> dirty_marking.LOG_SHIFT, dtype=np.int64)
-        if spec.address_space:
-            return out.tobytes()
         with self._state.change() as draft:
             empty_buffers(draft)
             trail = new_trail()
             run_all(
                 draft,
                 spec.pages,
-                lambda at: dirty_harvest.take_log(draft.machine, spec.gfn, at, spec.pages, out, trail),
+                lambda at: dirty_harvest.take_log(draft.machine, spec.first_page, at, spec.pages, out, trail),
             )
         return out.tobytes()
 

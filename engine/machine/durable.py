@@ -88,8 +88,7 @@ def restored(head: Mapping[str, Any], blocks: Mapping[tuple[str, int], bytes]) -
             states_from_head(config, head.get("nested", {})),
         ),
     )
-    with state.change():
-        pass
+    state.choose_path()
     return state
 
 

@@ -24,13 +24,17 @@ _SHARED = (
 
 
 def fast_path_serves(config: VmConfig, machine: frames.Machine) -> bool:
-    """Whether one answer is right for every vCPU: no translation cache, and records that say the same."""
+    """Whether one answer is right for every vCPU: no translation cache, none in SMM, and records that say the same."""
     if config.translation_cache != "off":
         return False
-    if len(config.vcpus) <= 1 or not len(machine.row_of):
+    if not len(machine.row_of):
         return True
     first = int(frames.FIRST_VCPU_FRAME)
     rows = machine.row_of[first : first + len(config.vcpus)]
+    if machine.rows[rows, ctl.V_SPACE].any():
+        return False
+    if len(rows) <= 1:
+        return True
     words = machine.rows[np.ix_(rows, np.array(_SHARED))]
     return bool((words == words[0]).all()) and _same_sppt(machine, rows)
 

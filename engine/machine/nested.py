@@ -16,6 +16,7 @@ from engine.abi import UserBuffer
 from engine.arch import vmx_msrs
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.kvm_nested_state import NO_ADDRESS
+from engine.cpu.memory_slots import space_of_record
 from engine.errors import InvalidValue, Unsupported
 from engine.kvm.memory_views import GuestMemory
 from engine.machine.nested_states import (
@@ -196,17 +197,19 @@ class NestedOperations(Operations):
     def read(self, vcpu: int) -> tuple[Vcpu, GuestMemory]:
         """The vCPU as it is and guest memory as published: a copy of the one, and memory that is not to be written."""
         now = self._state.current
-        return open_vcpu(now.config, now.nested, now.snapshot.machine, vcpu), GuestMemory(now.snapshot)
+        machine = now.snapshot.machine
+        whole = open_vcpu(now.config, now.nested, machine, vcpu)
+        return whole, GuestMemory(now.snapshot, space_of_record(machine, now.config.vcpu_position(vcpu)))
 
     # Changes
 
     @contextmanager
     def change(self, vcpu: int) -> Iterator[tuple[Vcpu, GuestMemory]]:
         """One vCPU and guest memory, to be changed in place; published when the block ends well."""
-        self._config.vcpu_position(vcpu)
+        position = self._config.vcpu_position(vcpu)
         with self._state.change() as change:
             whole = open_vcpu(change.config, change.nested, change.machine, vcpu)
-            yield whole, GuestMemory(change)
+            yield whole, GuestMemory(change, space_of_record(change.machine, position))
             change.nested = close_vcpu(change, change.nested, whole)
 
     def set_state(self, vcpu: int, blob: bytes | None, *, explain: bool = False) -> SetResult:

@@ -182,7 +182,8 @@ def close_vcpu(draft: Draft, states: NestedStates, vcpu: Vcpu) -> NestedStates:
     frame = _frame_of(draft.machine, vcpu.vcpu_id)
     blocking = vcpu.registers["interruptibility_info"] & ~_BLOCKING_BY_MOV_SS
     vcpu.registers["interruptibility_info"] = blocking | (_BLOCKING_BY_MOV_SS if vcpu.mov_ss_blocking else 0)
-    modes.follow(draft.machine, frame, states.vcpus.get(vcpu.vcpu_id), vcpu, GuestMemory(draft))
+    memory = GuestMemory(draft, int(frames.read_word(draft.machine, frame, ctl.V_SPACE)))
+    modes.follow(draft.machine, frame, states.vcpus.get(vcpu.vcpu_id), vcpu, memory)
     for name, word in SHARED_REGISTERS.items():
         frames.write_word(draft.machine, frame, word, signed(vcpu.registers[name]))
     frames.write_word(draft.machine, frame, ctl.V_CPL, (vcpu.registers["ss_ar_bytes"] & _DPL) >> 5)

@@ -77,10 +77,12 @@ def _set_buffer(machine: frames.Machine, frame: int, address: int, secondary: in
 
 
 def buffered_pages(machine: frames.Machine, slots: SlotMap) -> NDArray[np.int64]:
-    """GFNs in the page-modification logs that no log has taken note of yet, in slots."""
+    """GFNs in the page-modification logs that no log has taken note of yet, in slots of address space 0."""
     found: list[int] = []
     if register(machine, reg.DIRTY_MODE) & dirty_marking.BY_PML:
         for frame in _vcpu_frames(machine):
+            if int(frames.read_word(machine, frame, ctl.V_SPACE)):
+                continue
             table = int(frames.read_word(machine, frame, ctl.V_PML_ADDRESS))
             first = (int(frames.read_word(machine, frame, ctl.V_PML_INDEX)) + 1) & INDEX_MASK
             entries = (int(host_physical_memory.read_entry(machine, table, n)) for n in range(first, LOG_ENTRIES))
@@ -97,12 +99,16 @@ def slot_changed(draft: Draft, slots: SlotMap, old: SlotSpec | None, new: SlotSp
     """
     note_slots(draft, slots)
     had = old is not None and old.log_dirty
-    if had == new.log_dirty or new.address_space:
+    if had == new.log_dirty:
         return
     if had:
         out = np.zeros((new.pages + dirty_marking.LOG_MASK) >> dirty_marking.LOG_SHIFT, dtype=np.int64)
         trail = new_trail()
-        run_all(draft, new.pages, lambda at: dirty_harvest.take_log(draft.machine, new.gfn, at, new.pages, out, trail))
+        run_all(
+            draft,
+            new.pages,
+            lambda at: dirty_harvest.take_log(draft.machine, new.first_page, at, new.pages, out, trail),
+        )
     watch_slot(draft, new)
 
 
@@ -116,11 +122,8 @@ def note_slots(draft: Draft, slots: SlotMap) -> None:
 
 def watch_slot(draft: Draft, spec: SlotSpec) -> None:
     """Bring the mapped pages of a slot in line with what is tracked."""
-    trail = new_trail()
-    if not spec.address_space:
-        run_all(
-            draft, spec.pages, lambda at: dirty_harvest.watch_mapped(draft.machine, spec.gfn, at, spec.pages, trail)
-        )
+    trail, first = new_trail(), spec.first_page
+    run_all(draft, spec.pages, lambda at: dirty_harvest.watch_mapped(draft.machine, first, at, spec.pages, trail))
 
 
 def store_register(machine: frames.Machine, position: np.int64, word: int) -> None:

@@ -1,12 +1,9 @@
 """Memory slots of a machine: making, moving, changing and deleting them (KVM_SET_USER_MEMORY_REGION).
 
-There are two address spaces. Space 1 is what a vCPU sees in system-management mode; no access of this model is made
-there, so its slots keep the rules and the limits of slots and hold nothing.
+There are two address spaces. Space 1 is what a vCPU sees in system-management mode (``machine.address_spaces``).
 """
 
 from __future__ import annotations
-
-import numpy as np
 
 from engine.arch.words import signed, unsigned
 from engine.errors import NotFound
@@ -14,7 +11,7 @@ from engine.kvm import slot_changes
 from engine.kvm import state_frame as reg
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec, key_of
-from engine.machine import page_logs
+from engine.machine import common_memory, page_logs
 from engine.machine.state import Operations, register
 from engine.state.frame_store import Draft
 from engine.state.profiles import kvm_version
@@ -65,7 +62,10 @@ class SlotOperations(Operations):
         with self._state.change(since=state, slots=slots) as draft:
             if known is not None:
                 page_logs.empty_buffers(draft, state.slots)
-            if known is not None and not spec.address_space and known.gpa != spec.gpa:
+            if known is None:
+                common_memory.take_over(draft, slots, spec)
+            elif known.gpa != spec.gpa:
+                common_memory.unmap(draft, slots, spec)
                 _move(draft, known, spec)
             page_logs.slot_changed(draft, slots, known, spec)
 
@@ -78,25 +78,19 @@ class SlotOperations(Operations):
             raise NotFound("must be the number of an existing slot", field="slot", value=slot)
         slots = state.slots.without(key)
         with self._state.change(since=state, slots=slots) as draft:
-            if not address_space:
-                page_logs.empty_buffers(draft, state.slots)
-                _drop(draft, spec)
+            page_logs.empty_buffers(draft, state.slots)
+            common_memory.hand_back(draft, slots, spec)
+            _drop(draft, spec)
             page_logs.note_slots(draft, slots)
 
 
 def _move(draft: Draft, old: SlotSpec, new: SlotSpec) -> None:
-    trail = new_trail()
-    moved = np.zeros((0, slot_changes.PAGE_WORDS), dtype=np.int64)
-    while True:
-        found = int(slot_changes.lift_pages(draft.machine, old.gfn, old.pages, moved, trail))
-        if found <= len(moved):
-            break
-        moved = np.zeros((found, slot_changes.PAGE_WORDS), dtype=np.int64)
-    run_all(draft, len(moved), lambda start: slot_changes.detach_contents(draft.machine, old.gfn, moved, start))
+    moved = common_memory.lift(draft, old.first_page, old.pages)
+    common_memory.detach(draft, old.first_page, moved)
     _drop(draft, old)
-    run_all(draft, len(moved), lambda start: slot_changes.place_pages(draft.machine, new.gfn, moved, start))
+    run_all(draft, len(moved), lambda start: slot_changes.place_pages(draft.machine, new.first_page, moved, start))
 
 
 def _drop(draft: Draft, spec: SlotSpec) -> None:
-    trail = new_trail()
-    run_all(draft, spec.pages, lambda start: slot_changes.drop_pages(draft.machine, spec.gfn, spec.pages, start, trail))
+    trail, first = new_trail(), spec.first_page
+    run_all(draft, spec.pages, lambda start: slot_changes.drop_pages(draft.machine, first, spec.pages, start, trail))

@@ -19,6 +19,7 @@ from engine.errors import Busy
 from engine.kvm import state_frame as reg
 from engine.kvm.protections import Protection
 from engine.kvm.slot_map import SlotMap
+from engine.machine import address_spaces
 from engine.machine.fastpath_choice import fast_path_serves
 from engine.machine.nested_states import NestedStates
 from engine.state.config import VmConfig
@@ -59,6 +60,11 @@ class Change(Draft):
         self.nested = state.nested
         super().__init__(store, self.slots.table)
 
+    def follow_modes(self) -> None:
+        """Put every vCPU in the address space that it is to be in."""
+        place = self.config.vcpu_position
+        address_spaces.follow(self, (place(vcpu) for vcpu, item in self.nested.vcpus.items() if item.smm))
+
 
 class MachineState:
     """The state of one machine: what is published, and the one change that may be under way."""
@@ -87,6 +93,8 @@ class MachineState:
             if since is not None and since is not self.current:
                 raise Busy("another change of this machine came first")
             change = Change(self.store, self.current, slots)
+            if address_spaces.has_smm_slots(change.machine):
+                change.follow_modes()  # those of a machine that an earlier release stored
             _choose_path(change)
         except BaseException:
             self.writer.release()
@@ -96,6 +104,8 @@ class MachineState:
     def publish(self, change: Change) -> None:
         """Make a change the current state."""
         try:
+            if change.nested is not self.current.nested or change.slots is not self.current.slots:
+                change.follow_modes()
             same = change.protections is self.current.protections
             # Before anything is published: there may be too many.
             targets = self.current.targets if same else targets_of_all(change.protections)
@@ -108,6 +118,13 @@ class MachineState:
             raise
         finally:
             self.writer.release()
+
+    def choose_path(self) -> None:
+        """Choose whether the fast path serves, for a state that came from elsewhere; nothing else changes."""
+        self._acquire()
+        change = Change(self.store, self.current)
+        _choose_path(change)
+        self.publish(change)
 
     def abandon(self, change: Change) -> None:
         """Forget a change."""

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from engine.arch import access as acc
 from engine.cpu import explain, frames
+from engine.cpu.memory_slots import space_of_record
 from engine.errors import LimitExceeded
 from engine.kvm import page_contents
 from engine.kvm import state_frame as reg
@@ -89,7 +90,9 @@ class Traces(Operations):
             result = twin.access(request, run)
         except LimitExceeded as limit:
             return walks.cut_short(now, limit)
-        return walks.walk_of(twin._published.machine, now, result, twin._explained(request))
+        machine = twin._published.machine
+        space = space_of_record(machine, self._config.vcpu_position(request.vcpu))
+        return walks.walk_of(machine, now, result, twin._explained(request), space)
 
     def _explained(self, request: AccessRequest) -> explain.Explanation:
         position = self._config.vcpu_position(request.vcpu)

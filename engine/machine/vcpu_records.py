@@ -16,9 +16,9 @@ from engine.cpu import frames
 from engine.cpu.frames import FIRST_VCPU_FRAME
 from engine.cpu.host_physical_memory import frame_at
 from engine.hyperv import kvm_on_hyperv
-from engine.kvm import mapping, spp_control, sppt_roots, sppt_tables
+from engine.kvm import spp_control, sppt_roots, sppt_tables
 from engine.kvm import state_frame as reg
-from engine.machine import page_logs
+from engine.machine import address_spaces, page_logs
 from engine.machine.nested_states import SHARED_REGISTERS
 from engine.machine.state import register
 from engine.state.config import VmConfig
@@ -56,15 +56,12 @@ def positions(config: VmConfig) -> NDArray[np.int64]:
 
 def fill(m: frames.Machine, config: VmConfig, position: int) -> None:
     """What a new record says: a vCPU that runs the guest which the selftests leave."""
-    eptp = int(mapping.ept_pointer(m))
-    if config.host.capability("ept_vpid_cap") & ept.CAP_ACCESSED_DIRTY:
-        eptp |= ept.EPTP_ACCESSED_DIRTY
     secondary = ctl.SECONDARY_VPID
     if config.host.ept:
         secondary |= ctl.SECONDARY_EPT | ctl.SECONDARY_UNRESTRICTED
     secondary |= spp_control.at_creation(config)
     first = {
-        ctl.V_EPTP: eptp,
+        ctl.V_EPTP: address_spaces.pointer_to(m, 0),
         ctl.V_PRIMARY: ctl.PRIMARY_SECONDARY,
         ctl.V_SECONDARY: secondary,
         ctl.V_PML_INDEX: 511,

@@ -13,7 +13,7 @@ import numpy as np
 from engine.arch.exits import EPT_MISCONFIGURATION, name_of
 from engine.cpu.explain import Explanation
 from engine.cpu.frames import Machine
-from engine.cpu.host_physical_memory import find_slot
+from engine.cpu.memory_slots import find_slot
 from engine.errors import EngineError
 from engine.kvm import kvmi_page_access, kvmi_rights
 from engine.kvm import resolutions as res
@@ -57,14 +57,15 @@ class Walk(Explanation):
     then: Ending
 
 
-def walk_of(m: Machine, now: Explanation, result: AccessResult, after: Explanation) -> Walk:
-    """The whole of it; ``m`` is the machine after the access, ``now`` and ``after`` what the processor finds."""
+def walk_of(m: Machine, now: Explanation, result: AccessResult, after: Explanation, space: int = 0) -> Walk:
+    """The whole of it; ``m`` is the machine after the access, ``now`` and ``after`` what the processor finds, ``space``
+    where the vCPU finds its memory (see ``cpu.memory_slots``)."""
     exits = result.exits
     resolutions = exits.column("resolution").tolist()
     if resolutions and resolutions[0] in HANDLED and now.reason is not None:
         found = now.sentence.removeprefix("denied: ")
         now = replace(now, sentence=f"{found}; {HANDLED[resolutions[0]]}, and the guest tries again")
-    return _joined(now, Ending(result.resolution, _sentence(m, result, after), exits, after))
+    return _joined(now, Ending(result.resolution, _sentence(m, result, after, space), exits, after))
 
 
 def cut_short(now: Explanation, error: EngineError) -> Walk:
@@ -76,7 +77,7 @@ def _joined(now: Explanation, then: Ending) -> Walk:
     return Walk(**{member.name: getattr(now, member.name) for member in fields(now)}, then=then)
 
 
-def _sentence(m: Machine, result: AccessResult, after: Explanation) -> str:
+def _sentence(m: Machine, result: AccessResult, after: Explanation, space: int) -> str:
     resolution = res.RESOLUTION_NAMES.index(result.resolution)
     if result.stale:
         return f"{result.resolution}: a cached translation decides, against what the tables say ({after.sentence})"
@@ -84,7 +85,7 @@ def _sentence(m: Machine, result: AccessResult, after: Explanation) -> str:
         return _completed(result, after)
     last = {name: int(result.exits.column(name)[-1]) for name in ("reason", "gpa")}
     if resolution == res.MMIO:
-        return _mmio(m, last["gpa"] >> 12, last["reason"])
+        return _mmio(m, last["gpa"] >> 12, last["reason"], space)
     if resolution == res.RUN_FAILED and last["reason"] == EPT_MISCONFIGURATION:
         return f"KVM_RUN fails with EINVAL, for KVM has made no such entry: {after.sentence}"
     if resolution == res.RUN_FAILED:
@@ -106,13 +107,14 @@ def _completed(result: AccessResult, after: Explanation) -> str:
     return after.sentence
 
 
-def _mmio(m: Machine, gfn: int, reason: int) -> str:
+def _mmio(m: Machine, gfn: int, reason: int, space: int) -> str:
     if reason == EPT_MISCONFIGURATION:
         return f"MMIO: the entry of GFN {gfn:#x} is one with which KVM marks MMIO; the access goes to user space"
-    position = int(find_slot(m, gfn))
+    position = int(find_slot(m, gfn | space >> 12))
+    where = " of address space 1" if space else ""
     if position < 0:
-        return f"MMIO: no memory slot holds GFN {gfn:#x}; the access goes to user space"
-    return f"MMIO: memory slot {int(m.slots[position, SLOT_ID])} is read-only; the write goes to user space"
+        return f"MMIO: no memory slot{where} holds GFN {gfn:#x}; the access goes to user space"
+    return f"MMIO: memory slot {int(m.slots[position, SLOT_ID])}{where} is read-only; the write goes to user space"
 
 
 def _violation(m: Machine, gfn: int, after: Explanation) -> str:

@@ -58,7 +58,7 @@ class FrameStore:
                 top=np.zeros(2, dtype=np.int64),
                 caps=caps,
                 vcpu_of_id=vcpu_of_id,
-                slots=empty.reshape(0, 5),
+                slots=empty.reshape(0, 6),
                 cache=np.full(CACHE_WORDS, EMPTY, dtype=np.int64),
                 tlb=tlb.new_table() if modelled else tlb.no_table(),
                 queues=np.zeros((vcpus, 2, frames.QUEUE_WORDS), dtype=np.int64),

@@ -14,6 +14,7 @@ from engine.arch import exceptions
 from engine.arch.words import unsigned
 from engine.cpu import ept
 from engine.cpu.frames import FRAME_SIZE, Machine
+from engine.cpu.memory_slots import space_of_record
 from engine.errors import InvalidValue, TraceError
 from engine.kvm import dirty_marking
 from engine.kvm import resolutions as res
@@ -31,7 +32,7 @@ from engine.trace.single import AccessRequest, AccessResult
 
 
 class Execution(NamedTuple):
-    """What an access came to, where its bytes are ((GPA, bytes) a page or run of pages), and what it counts for."""
+    """What an access came to, where its bytes are ((place, bytes) a page or run of pages), and what it counts for."""
 
     result: AccessResult
     places: Places
@@ -49,7 +50,7 @@ def execute(draft: Draft, request: AccessRequest, config: VmConfig, targets: Tar
     if request.gpa is None:
         found = by_linear_address(draft, request, config, targets)
     else:
-        found = _by_gpa(draft, request, request.gpa, config.profile, targets)
+        found = _by_gpa(draft, request, request.gpa, config, targets)
     return settled(draft, request, config, found)
 
 
@@ -64,8 +65,10 @@ def settled(draft: Draft, request: AccessRequest, config: VmConfig, found: Execu
 
 
 def _note_written(draft: Draft, found: Execution, position: int) -> None:
-    """Tell the dirty logs of a write by linear address that no EPT let through, as a replay tells them of others."""
-    if found.result.allowed and int(ept.mode_of(draft.machine, position)) & ept.MODE_EPT:
+    """Tell the dirty logs of a write by linear address that no EPT let through, or that one of a vCPU in SMM did, as a
+    replay tells them of others."""
+    told = not space_of_record(draft.machine, position) and int(ept.mode_of(draft.machine, position)) & ept.MODE_EPT
+    if found.result.allowed and told:
         return
     for gpa, size in found.places:
         draft.ensure()
@@ -80,11 +83,16 @@ def _is_memory(m: Machine, gpa: int, size: int, *, allowed: bool) -> bool:
     return int(first_page_without_slot(m, first, (gpa + size - 1) // FRAME_SIZE - first + 1)) < 0
 
 
-def _by_gpa(draft: Draft, request: AccessRequest, gpa: int, profile: str, targets: Targets) -> Execution:
+def _by_gpa(draft: Draft, request: AccessRequest, gpa: int, config: VmConfig, targets: Targets) -> Execution:
     replay = Replay(draft, options_of(request), targets)
     feed(replay, request)
-    result = result_of_replay(request, replay.result(), profile, granted=bool(replay.tally[reg.GRANTS]))
-    return Execution(result, ((gpa, request.size),), replay.tally)
+    result = result_of_replay(request, replay.result(), config.profile, granted=bool(replay.tally[reg.GRANTS]))
+    return Execution(result, ((place_of(draft.machine, request, config, gpa), request.size),), replay.tally)
+
+
+def place_of(m: Machine, request: AccessRequest, config: VmConfig, gpa: int) -> int:
+    """Where an access by GPA has its bytes (see ``cpu.memory_slots``)."""
+    return gpa if request.source == acc.HOST else gpa | space_of_record(m, config.vcpu_position(request.vcpu))
 
 
 def options_of(request: AccessRequest) -> ReplayOptions:

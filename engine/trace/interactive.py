@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from engine.arch import access as acc
 from engine.arch.sppt import SUBPAGE_SHIFT
 from engine.cpu.frames import Machine
+from engine.cpu.memory_slots import space_of_record
 from engine.errors import LimitExceeded
 from engine.kvm import resolutions as res
 from engine.kvm import state_frame as reg
@@ -158,7 +159,10 @@ class InteractiveReplay(Replay):
         """Tell the dirty logs of a write that lands though it was refused."""
         gpa, word = place.words
         if place.access == acc.WRITE and self._ended_in == res.VIOLATION:
-            replay.note_landing(self._ready(), gpa, word & 0xFFFF)
+            m = self._ready()
+            host = word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK == acc.HOST
+            space = 0 if host else space_of_record(m, int(m.vcpu_of_id[word >> 32 & 0xFFFF]))
+            replay.note_landing(m, gpa | space, word & 0xFFFF)
 
     def _ending(self) -> int:
         """How the last exit of the log ended."""

@@ -23,6 +23,7 @@ from engine.trace.access_execution import (
     feed,
     last_visible,
     options_of,
+    place_of,
     result_of_replay,
     settled,
 )
@@ -90,7 +91,8 @@ class InteractiveAccess:
         acted = replace(request, on_violation=self._action or "stop")
         result = result_of_replay(acted, attempt, config.profile, granted=granted)
         result = replace(result, exits=whole.exit_columns)
-        return Execution(result, ((request.gpa, request.size),), self._replay.uncounted())
+        place = place_of(draft.machine, request, config, request.gpa)
+        return Execution(result, ((place, request.size),), self._replay.uncounted())
 
     def _by_linear_address(self, draft: Draft, request: AccessRequest, config: VmConfig, targets: Targets) -> Execution:
         action, before = self._action, self._last

@@ -16,6 +16,7 @@ from engine.arch import exceptions, exits
 from engine.arch.words import signed
 from engine.cpu import access_over_pages, ept, guest_paging, instruction, tlb
 from engine.cpu.frames import Machine
+from engine.cpu.memory_slots import space_of_record
 from engine.kvm import bitmaps, vcpu_run
 from engine.kvm import resolutions as res
 from engine.kvm import state_frame as reg
@@ -35,7 +36,8 @@ class Ending(NamedTuple):
     """How the access ended: ``resolution``, and the event that ended it.
 
     ``reason``, ``value``, ``gpa`` and ``gla`` are those of ``instruction.attempt``. ``places`` is where the bytes are,
-    (GPA, bytes) a page, where they were translated and take effect; ``log`` the exits on the way.
+    (place, bytes) a page (see ``cpu.memory_slots``), where they were translated and take effect; ``log`` the exits on
+    the way.
     """
 
     resolution: int
@@ -67,6 +69,7 @@ def run_linear(
     start, length, access = np.int64(signed(linear)), np.int64(size), how & acc.ACCESS_MASK
     stale = granted = guarded = False
     resolution = res.COMPLETED
+    space = space_of_record(draft.machine, position)
     while True:
         draft.ensure()
         m = draft.machine
@@ -78,7 +81,7 @@ def run_linear(
         structure = reason != exits.PML_FULL and pages[count, instruction.P_FACTS] == 0
         done = 0 if reason == exits.PML_FULL else int(pages[:count, instruction.P_SIZE].sum())
         part = STRUCTURE_BYTES if structure else int(access_over_pages.page_part(gpa, gpa + size - done))
-        guarded = guarded or bool(in_protected_page(m, gpa, part))
+        guarded = guarded or bool(in_protected_page(m, gpa | space, part))
         count_exit(tally, reason, value)
         block_nmis(m, position, how, value)
         resolution = int(handle_exit(m, position, gpa, how, reason, value, denied, trail, tally))
@@ -107,7 +110,7 @@ def run_linear(
         vcpu_run.log_exit(log, used, 0, gpa, word, signed(gla), exits.EPT_VIOLATION, value, resolution, denied, gpa)
     places: Places = ()
     if resolution == res.COMPLETED:
-        places = tuple((int(row[instruction.P_GPA]), int(row[instruction.P_SIZE])) for row in pages[:count])
+        places = tuple((int(row[instruction.P_GPA]) | space, int(row[instruction.P_SIZE])) for row in pages[:count])
     elif resolution == res.VIOLATION and on_violation == "allow":
         places = _translate(draft.machine, position, int(start), size, how)
     if access == acc.WRITE:
@@ -127,7 +130,8 @@ def _is_mmio_without_ept(m: Machine, position: int, pages: NDArray[np.int64], ac
     """Whether the slots alone, which decide where there is no EPT, have no memory for the access."""
     if ept.mode_of(m, position) & ept.MODE_EPT:
         return False
-    places = ((np.int64(row[instruction.P_GPA]), np.int64(row[instruction.P_SIZE])) for row in pages)
+    space = space_of_record(m, position)
+    places = ((np.int64(row[instruction.P_GPA] | space), np.int64(row[instruction.P_SIZE])) for row in pages)
     return any(bool(is_mmio(m, gpa, size, access == acc.WRITE)) for gpa, size in places)
 
 
@@ -135,6 +139,7 @@ def _translate(m: Machine, position: int, linear: int, size: int, how: int) -> P
     """Where the bytes of an access are by the guest's paging alone; nothing if a page has no translation."""
     trail, steps, _ = instruction.scratch()
     places: list[tuple[int, int]] = []
+    space = space_of_record(m, position)
     done = 0
     while done < size:
         at = np.int64(instruction.effective(m, position, np.int64(signed(linear + done))))
@@ -143,6 +148,6 @@ def _translate(m: Machine, position: int, linear: int, size: int, how: int) -> P
         reason, _, gpa, _, _ = guest_paging.walk(m, position, at, np.int64(how), doing, trail, steps)
         if reason != exits.NONE:
             return ()
-        places.append((int(gpa), part))
+        places.append((int(gpa) | space, part))
         done += part
     return tuple(places)

@@ -12,7 +12,7 @@ from engine.arch.controls import V_GUEST_MODE
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import access_over_pages, ept, fastpath, sppt
 from engine.cpu.frames import FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
-from engine.cpu.host_physical_memory import find_slot
+from engine.cpu.memory_slots import find_slot, home, space_of, within
 from engine.jit import kernel, stands_alone
 from engine.kvm import bitmaps, dirty_marking, emulator, exit_handling, vcpu_run
 from engine.kvm import resolutions as res
@@ -50,12 +50,19 @@ WHOLE = -1
 
 
 @kernel
+def place_of(m, source, vcpu, gpa):
+    """Where an access is by whoever makes it: in the address space of its vCPU, unless the host makes it."""
+    return gpa if source == acc.HOST else gpa | space_of(m, vcpu)
+
+
+@kernel
 def in_protected_page(m, gpa, size):
     """Whether an access touches a page with a sub-page that may not be written: what page granularity would stop."""
     if not read_word(m, STATE_FRAME, reg.SPP_ACTIVE):
         return False
     for gfn in range(gpa >> 12, ((gpa + size - 1) >> 12) + 1):
-        if bitmaps.effective(m, gfn) != FULL_ACCESS and find_slot(m, gfn) >= 0:
+        page = home(m, gfn)
+        if bitmaps.effective(m, page) != FULL_ACCESS and find_slot(m, page) >= 0:
             return True
     return False
 
@@ -70,7 +77,7 @@ def passes_unenforced(m, vcpu, gpa, size):
     at = gpa
     while at < gpa + size:
         part = access_over_pages.page_part(at, gpa + size)
-        if sppt.touched(at, part) & ~bitmaps.effective(m, at >> 12):
+        if sppt.touched(at, part) & ~bitmaps.effective(m, home(m, at >> 12)):
             return True
         at += part
     return False
@@ -84,19 +91,19 @@ def note_landing(m, gpa, size):
 
 
 @kernel
-def run_without_ept(m, gpa, word, index, gva, list_all, log, used, tally):
+def run_without_ept(m, place, gpa, word, index, gva, list_all, log, used, tally):
     """Run one record of a vCPU without EPT: nothing is walked, and the memory slots alone decide.
 
     KVM shadows the guest's tables then; what it cannot map there exits as a page fault (basic exit reason 0).
     """
     writes = (word >> 16) & acc.ACCESS_MASK == acc.WRITE
     tally[reg.WRITES] += writes
-    if is_mmio(m, gpa, word & 0xFFFF, writes):
+    if is_mmio(m, place, word & 0xFFFF, writes):
         tally[reg.MMIO] += 1
         if list_all:
             vcpu_run.log_exit(log, used, index, gpa, word, gva, exits.NONE, 0, res.MMIO, 0, gpa)
     elif writes:
-        note_landing(m, gpa, word & 0xFFFF)
+        note_landing(m, place, word & 0xFFFF)
     return DONE
 
 
@@ -105,7 +112,9 @@ def attempt(m, source, vcpu, gpa, word, index, gva, how, trail, log, used, tally
     """Run an access by whoever makes it; returns as ``run.execute`` does."""
     if source == acc.GUEST:
         return vcpu_run.execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all)
-    return emulator.execute(m, source, gpa, word & 0xFFFF, how & acc.ACCESS_MASK, tally)
+    place = place_of(m, source, vcpu, gpa)
+    ending, reason, q, denied, at = emulator.execute(m, source, place, word & 0xFFFF, how & acc.ACCESS_MASK, tally)
+    return ending, reason, q, denied, within(at)
 
 
 @kernel
@@ -119,8 +128,9 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     how = describe(word) | options[OPTION_CIRCUMSTANCES]
     list_all = options[OPTION_LIST_ALL]
     source = word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK
-    if access == acc.WRITE and source == acc.GUEST and passes_unenforced(m, vcpu, gpa, word & 0xFFFF):
-        note_landing(m, gpa, word & 0xFFFF)
+    place = place_of(m, source, vcpu, gpa)
+    if access == acc.WRITE and source == acc.GUEST and passes_unenforced(m, vcpu, place, word & 0xFFFF):
+        note_landing(m, place, word & 0xFFFF)
         tally[reg.UNENFORCED] += 1
         tally[reg.PAGE_GRANULAR] += 1
         tally[reg.WRITES] += 1
@@ -131,7 +141,7 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
         ending, reason, at = res.VIOLATION, exits.EPT_VIOLATION, gpa
         exit_handling.count_exit(tally, reason, q)
     elif source == acc.GUEST and not ept.mode_of(m, vcpu) & ept.MODE_EPT:
-        return run_without_ept(m, gpa, word, index, gva, list_all, log, used, tally)
+        return run_without_ept(m, place, gpa, word, index, gva, list_all, log, used, tally)
     else:
         ending, reason, q, denied, at = attempt(
             m, source, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
@@ -139,7 +149,7 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     resolution = ending & ~res.STALE
     tally[reg.STALE_ACCESSES] += ending != resolution
     refused = resolution == res.VIOLATION and denied != 0
-    closed = access == acc.WRITE and source != acc.HOST and (refused or in_protected_page(m, gpa, word & 0xFFFF))
+    closed = access == acc.WRITE and source != acc.HOST and (refused or in_protected_page(m, place, word & 0xFFFF))
     guarded = closed and emulator.obeys(m, source)
     if access != acc.WRITE:
         guarded = resolution == res.VIOLATION  # page access is of whole pages anyway
@@ -151,7 +161,7 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
             tally[reg.PAGE_GRANULAR] += guarded
             return STOPPED
         if options[OPTION_ON_VIOLATION] == ALLOW and resolution == res.VIOLATION and access == acc.WRITE:
-            note_landing(m, gpa, word & 0xFFFF)
+            note_landing(m, place, word & 0xFFFF)
         grants = options[OPTION_ON_VIOLATION] == GRANT and access == acc.WRITE
         if grants and grant_touched(m, gpa, word & 0xFFFF, trail):
             tally[reg.GRANTS] += 1
@@ -168,7 +178,7 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     elif resolution == res.COMPLETED:
         if ending != resolution:
             vcpu_run.log_exit(log, used, index, gpa, word, gva, reason, q, ending, denied, at)
-        tally[reg.UNENFORCED] += closed and bitmaps.refuses(m, gpa, word & 0xFFFF)
+        tally[reg.UNENFORCED] += closed and bitmaps.refuses(m, place, word & 0xFFFF)
     tally[reg.PAGE_GRANULAR] += guarded
     tally[reg.WRITES] += access == acc.WRITE
     return DONE

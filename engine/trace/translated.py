@@ -13,6 +13,7 @@ from engine.arch import paging as guest
 from engine.arch.words import positions
 from engine.cpu import access_over_pages, access_rights, ept, tlb
 from engine.cpu.frames import CAP_RESERVED_ADDRESS, FIRST_VCPU_FRAME, ample, read_word, write_word
+from engine.cpu.memory_slots import space_of
 from engine.jit import kernel
 from engine.kvm import state_frame as reg
 from engine.kvm import vcpu_run
@@ -192,7 +193,9 @@ def run_translated(m, vcpu, gva, gpa, word, index, options, trail, log, used, ta
     if stale:
         count[COUNT_STALE] += 1
         tally[reg.STALE_ACCESSES] = known + 1
-    if kind_of(m, vcpu) == tlb.LINEAR and is_mmio(m, at, size, (word >> 16) & acc.ACCESS_MASK == acc.WRITE):
+    if kind_of(m, vcpu) == tlb.LINEAR and is_mmio(
+        m, at | space_of(m, vcpu), size, (word >> 16) & acc.ACCESS_MASK == acc.WRITE
+    ):
         return status
     done = 0
     while done < size:

@@ -21,6 +21,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from . import (
+    address_spaces,
     arch,
     areas,
     cpu_access_check,
@@ -57,6 +58,7 @@ PACKAGES = (
     kinds,
     kvm,
     kvm_faults,
+    address_spaces,
     ioctls,
     areas,
     kvm_dirty,

@@ -98,9 +98,9 @@ MUTANTS = (
     Mutant(
         "region-of-smm-reachable",
         "engine/kvm/slots.py",
-        "rows = sorted(slot_row(spec) for spec in specs if spec.address_space == 0)",
-        "rows = sorted(slot_row(spec) for spec in specs if spec.address_space >= 0)",
-        "accesses and SET look in address space 0 only",
+        "return self.gfn | (SMM_PAGE if self.address_space else 0)",
+        "return self.gfn",
+        "GET, SET and accesses outside of SMM look in address space 0 only",
         named(SLOTS, "memory_of_system_management_mode_is_out_of_reach"),
     ),
     Mutant(

@@ -11,7 +11,7 @@ SPP_MISS_PY = "engine/kvm/spp_miss.py"
 EXIT_HANDLING_PY = "engine/kvm/exit_handling.py"
 LAYERS_PY = "engine/kvm/bitmaps.py"
 PROTECTIONS_PY = "engine/kvm/protections.py"
-PHYSICAL_PY = "engine/cpu/host_physical_memory.py"
+SLOT_LOOKUP_PY = "engine/cpu/memory_slots.py"
 SLOTS_PY = "engine/kvm/slots.py"
 SPPT_PY = "engine/kvm/sppt_tables.py"
 LEAF_PY = "engine/kvm/ept_leaf.py"
@@ -77,7 +77,7 @@ MUTANTS = (
     ),
     Mutant(
         "slots-first-page",
-        PHYSICAL_PY,
+        SLOT_LOOKUP_PY,
         "if m.slots[middle, SLOT_GFN] <= gfn:",
         "if m.slots[middle, SLOT_GFN] < gfn:",
         "a slot begins with its first page",
@@ -85,7 +85,7 @@ MUTANTS = (
     ),
     Mutant(
         "slots-end",
-        PHYSICAL_PY,
+        SLOT_LOOKUP_PY,
         "if position < 0 or gfn >= m.slots[position, SLOT_GFN] + m.slots[position, SLOT_PAGES]:",
         "if position < 0 or gfn > m.slots[position, SLOT_GFN] + m.slots[position, SLOT_PAGES]:",
         "a slot ends before gfn + pages",

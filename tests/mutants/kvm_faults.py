@@ -166,8 +166,8 @@ MUTANTS = (
     Mutant(
         "emulator-page-granular",
         EMULATOR_PY,
-        "denied = sppt.touched(at, size) & ~bitmaps.effective(m, at >> 12) & FULL_ACCESS",
-        "denied = ~bitmaps.effective(m, at >> 12) & FULL_ACCESS",
+        "denied = sppt.touched(at, size) & ~bitmaps.effective(m, page) & FULL_ACCESS",
+        "denied = ~bitmaps.effective(m, page) & FULL_ACCESS",
         "kvm-spp 3.5: an emulated write obeys sub-pages, not pages",
         named(EMULATOR, "emulated_write"),
     ),

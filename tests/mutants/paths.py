@@ -34,6 +34,7 @@ RAW_TABLES = "tests/engine/machine/test_raw_tables.py"
 PROCESSOR = "tests/property/test_processor_properties.py"
 HYPERV = "tests/engine/hyperv"
 MACHINE = "tests/engine/machine"
+SPACES = f"{MACHINE}/test_address_spaces.py"
 
 
 def plain(*rows: str) -> tuple[str, ...]:

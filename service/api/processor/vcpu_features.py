@@ -229,7 +229,10 @@ async def get_smm(request: Request, vm: VmId, n: VcpuId) -> Response:
     "/smm",
     operation_id="putSmm",
     summary="Put a vCPU into system-management mode, or take it out",
-    description="smi.smm of KVM_SET_VCPU_EVENTS. In `kvm-latest` a change leaves nested mode.",
+    description=(
+        "smi.smm of KVM_SET_VCPU_EVENTS. In SMM a vCPU finds the memory slots of address space 1, once there are some. "
+        "In `kvm-latest` a change leaves nested mode."
+    ),
     responses=documented(changed_reply(SmmState, "The mode now."), *GUARDED_CHANGE),
 )
 async def put_smm(request: Request, vm: VmId, n: VcpuId, body: SmmState) -> Response:

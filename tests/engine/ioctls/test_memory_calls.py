@@ -1,4 +1,4 @@
-"""KVM_SET_USER_MEMORY_REGION2, and how many pages the MMU may keep."""
+"""KVM_SET_USER_MEMORY_REGION2, how many pages the MMU may keep, and memory of address space 1."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import struct
 
 import pytest
 
-from engine.abi import VM, Call, Reply, UserBuffer
+from engine.abi import VCPU, VM, Call, Reply, UserBuffer, UserMemory
+from engine.arch.kvm_vcpu_structs import EVENT_SMM, EVENTS
 from engine.ioctls import IOCTLS, Target
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
-from tests.engine.builders import MIB, PROFILES, machine, round_trip
+from tests.engine.builders import MIB, PROFILES, access, machine, round_trip
 
 
 def call(vm: VirtualMachine, name: str, data: bytes | None = None, arg: int = 0) -> Reply:
@@ -71,3 +72,21 @@ def test_capability(profile: str) -> None:
     vm = machine(profile, spp=False)
     for number in (2, 14, 50, 55):
         assert call(vm, "KVM_CHECK_EXTENSION", arg=number) == Reply(1)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_memory_and_log_of_address_space_1(profile: str) -> None:
+    """A slot of space 1, a vCPU put in SMM as a restored guest is, and the log of what it wrote there."""
+    vm = machine(profile, spp=False)
+    smram = struct.pack("<IIQQQ", 1 << 16, 1, 0, 0x80000, 0x7F00_0000_0000)
+    assert call(vm, "KVM_SET_USER_MEMORY_REGION", smram) == Reply(0)
+    events = bytearray(EVENTS.size)
+    EVENTS.put(events, "flags", EVENT_SMM)
+    EVENTS.put(events, "smi_smm", 1)
+    target = Target(profile, vm.config.host, vm, 0)
+    assert IOCTLS.perform(target, Call("KVM_SET_VCPU_EVENTS", VCPU, UserBuffer.of(bytes(events)), 0)) == Reply(0)
+    assert access(vm, 0x3000)[-1] == "completed"
+    assert access(vm, 0x80000) == ["mmio"]
+    bitmap, log = UserMemory([(0x9000, bytearray(16))]), UserBuffer.of(struct.pack("<IIQ", 1 << 16, 0, 0x9000))
+    assert IOCTLS.perform(target, Call("KVM_GET_DIRTY_LOG", VM, log, memory=bitmap)) == Reply(0)
+    assert bitmap.read(0x9000, 16) == b"\x08" + bytes(15)

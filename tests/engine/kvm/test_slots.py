@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.cpu.host_physical_memory import find_slot
+from engine.cpu.memory_slots import find_slot
 from engine.errors import InvalidValue
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec, first_page_without_slot, slot_table, writable_bytes
@@ -78,7 +78,8 @@ def test_overlap(gfn: int, pages: int, shared: bool) -> None:
 
 
 SLOTS = [
-    SlotSpec(9, 0x5000, 0x3000),
+    SlotSpec(2, 0, 0x1000, address_space=1),
+    SlotSpec(9, 0x5000, 0x3000, userspace_addr=0x7F0000),
     SlotSpec(1, 0x2000, 0x1000, read_only=True),
     SlotSpec(4, 0x8000, 0x1000),
     SlotSpec(0, 1 << 45, MIB),
@@ -87,12 +88,13 @@ SLOTS = [
 
 def test_table_is_sorted_by_base() -> None:
     assert slot_table(SLOTS).tolist() == [
-        [2, 1, 2, 1, 1],
-        [5, 3, 0, 9, 1],
-        [8, 1, 0, 4, 1],
-        [1 << 33, 256, 0, 0, 1],
+        [2, 1, 2, 1, 1, 0],
+        [5, 3, 0, 9, 1, 0x7F0],
+        [8, 1, 0, 4, 1, 0],
+        [1 << 33, 256, 0, 0, 1, 0],
+        [1 << 40, 1, 0, 2, 1, 0],
     ]
-    assert slot_table([]).shape == (0, 5)
+    assert slot_table([]).shape == (0, 6)
 
 
 @pytest.mark.parametrize(

@@ -244,13 +244,15 @@ def test_detaching_stops_where_rows_run_out_and_goes_on_from_there() -> None:
         moved = np.zeros((4, slot_changes.PAGE_WORDS), dtype=np.int64)
         trail = np.zeros((10, 4), dtype=np.int64)
         assert slot_changes.lift_pages(m, 0, 4 * 512, moved, trail) == 4
+        emptied = moved.copy()
+        emptied[:, slot_changes.PAGE_CONTENT] = 0
         height = int(m.top[1])
         m.top[1] = RESERVE + 1
-        assert slot_changes.detach_contents(m, 0, moved, 0) == 1, "the root and a node of the tree are copied"
+        assert slot_changes.store_contents(m, 0, emptied, 0) == 1, "the root and a node of the tree are copied"
         assert slot_changes.place_pages(m, 8192, moved, 0) == 0
         assert slot_changes.drop_pages(m, 0, 4 * 512, 0, trail) == 0
         m.top[1] += height - RESERVE - 1
-        assert slot_changes.detach_contents(m, 0, moved, 1) == 4
+        assert slot_changes.store_contents(m, 0, emptied, 1) == 4
         assert [int(page_contents.content_row(m, region << 9)) for region in range(4)] == [-1] * 4
 
     edit(vm, detach)

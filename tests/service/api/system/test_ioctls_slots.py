@@ -132,13 +132,19 @@ def test_the_address_spaces_are_apart(client: ContractClient, bare: str) -> None
 def test_memory_of_system_management_mode_is_out_of_reach(
     client: ContractClient, make_vm: MakeVm, profile: str
 ) -> None:
-    """GET and SET look in address space 0 only, as accesses do."""
+    """GET and SET look in address space 0 only, as accesses outside of it do."""
     url = make_vm(profile=profile, memory_slots=[{"slot": 0, "address_space": 1, "gpa": 0, "size": MIB}])
     assert get_access(client, url, profile, 0).errno == "EFAULT"
     assert set_access(client, url, profile, 0, [0]).errno == "EFAULT"
     told = client.post(f"{url}/accesses", json={"gpa": 0}).json()
     assert told["resolution"] == "mmio"
     assert client.get(f"{url}/memory", params={"gpa": 0, "size": 1}).status_code == 422
+    assert client.put(f"{url}/vcpus/0/smm", json={"smm": True}).status_code == 200
+    assert client.post(f"{url}/accesses", json={"gpa": 0, "data": "5a" * 8}).json()["resolution"] == "completed"
+    assert client.post(f"{url}/accesses", json={"gpa": 0, "access": "read"}).json()["data"] == "5a" * 8
+    walked = client.get(f"{url}/walk", params={"gpa": hex(MIB)}).json()
+    assert walked["then"]["sentence"].startswith("MMIO: no memory slot of address space 1 holds GFN 0x100;")
+    assert get_access(client, url, profile, 0).errno == "EFAULT"
 
 
 @pytest.mark.parametrize("profile", PROFILES)
