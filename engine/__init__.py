@@ -23,6 +23,7 @@ _KERNEL_SOURCES = (
     "jit.py",
     "kvm",
     "trace/__init__.py",
+    "trace/lines",
     "trace/object_hits.py",
     "trace/record_checks.py",
     "trace/replay.py",

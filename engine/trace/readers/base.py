@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from engine.trace.columns import TraceChunk
+from engine.trace.readers.taken import Taken
 
 # One read never asks for more than this, so that a source that allocates what it is asked for stays small.
 PIECE_BYTES = 1 << 18
@@ -23,13 +24,15 @@ class TraceReader(ABC):
     """Iterating yields the chunks of a trace, once. Each chunk is valid until the next one is asked for.
 
     ``ignored_columns`` names the columns that were neither used nor carried. Columnar bodies know them with the first
-    chunk, row bodies when the last row has been read.
+    chunk, row bodies when the last row has been read. ``taken`` says what a body of a tool was taken for and which of
+    its lines were skipped, and is complete with the last chunk; None for other bodies.
     """
 
     def __init__(self, source: Source, carry: Sequence[str]) -> None:
         self._source = source
         self._carry = tuple(carry)
         self.ignored_columns: tuple[str, ...] = ()
+        self.taken: Taken | None = None
 
     def __iter__(self) -> Iterator[TraceChunk]:
         return self._chunks()

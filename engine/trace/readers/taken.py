@@ -1,0 +1,42 @@
+"""What a reader took a body for, and what it left out: told with the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from engine.trace.readers.tool_format import ToolFormat
+
+# Skipped lines that are shown, and how much of each.
+SHOWN_LINES = 10
+SHOWN_CHARACTERS = 200
+
+
+class SkippedLine(NamedTuple):
+    """A line that gave no record: its number from 1, why, and its text, cut to SHOWN_CHARACTERS."""
+
+    line: int
+    reason: str
+    text: str
+
+
+class Taken(NamedTuple):
+    """The format, whose addresses it has, where its sizes are from, and the lines that were skipped: how many by
+    reason, and the first of them."""
+
+    format: str
+    address: str
+    sizes: str
+    skipped: Mapping[str, int]
+    first: tuple[SkippedLine, ...]
+
+    @classmethod
+    def of(cls, tool: ToolFormat, skipped: Mapping[str, int], first: tuple[SkippedLine, ...]) -> Taken:
+        """What is taken for ``tool``."""
+        return cls(tool.name, tool.address, tool.sizes, skipped, first)
+
+
+def shown(line: bytes) -> str:
+    """A line for people: at most SHOWN_CHARACTERS, without what terminals act on."""
+    text = line[: 4 * SHOWN_CHARACTERS].decode("utf-8", "replace").removesuffix("\r")
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:SHOWN_CHARACTERS])

@@ -1,0 +1,66 @@
+"""Bodies that tools wrote: which format it is, where that is not said, and the reader of that format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from engine.errors import TraceError
+from engine.trace.columns import TraceChunk
+from engine.trace.option_names import TOOL_FORMATS
+from engine.trace.readers.base import Source, TraceReader, read_up_to
+from engine.trace.readers.formats import FORMATS, recognised
+from engine.trace.readers.lines import LineReader
+
+# Of the beginning of a body, by which it is recognised.
+HEAD_BYTES = 1 << 16
+
+
+class Continued:
+    """A source whose beginning was read already."""
+
+    def __init__(self, head: bytes | bytearray, source: Source) -> None:
+        self._head = memoryview(head)
+        self._source = source
+
+    def read(self, size: int = -1, /) -> bytes:
+        """What is left of the beginning, then what the source has."""
+        if not self._head:
+            return self._source.read(size)
+        part = self._head if size < 0 else self._head[:size]
+        self._head = self._head[len(part) :]
+        return bytes(part)
+
+    def readinto(self, target: memoryview) -> int:
+        """The same in place."""
+        in_place = getattr(self._source, "readinto", None)
+        if not self._head and in_place is not None:
+            return int(in_place(target))
+        part = self.read(len(target))
+        target[: len(part)] = part
+        return len(part)
+
+
+class ToolReader(TraceReader):
+    """Reads a body of ``format``, or with ``auto`` one of the format that its beginning shows."""
+
+    def __init__(self, format: str, source: Source, carry: Sequence[str], *, skip_unknown: bool = False) -> None:
+        super().__init__(source, carry)
+        self._format = format
+        self._skip_unknown = skip_unknown
+
+    def _chunks(self) -> Iterator[TraceChunk]:
+        head = read_up_to(self._source, HEAD_BYTES)
+        reader = self._reader(head, Continued(head, self._source))
+        self.taken = reader.taken
+        for chunk in reader:
+            self.taken, self.ignored_columns = reader.taken, reader.ignored_columns
+            yield chunk
+        self.taken, self.ignored_columns = reader.taken, reader.ignored_columns
+
+    def _reader(self, head: bytes | bytearray, source: Source) -> TraceReader:
+        tool = FORMATS.get(self._format) or recognised(head)
+        if tool is None:
+            names = ", ".join(name for name in TOOL_FORMATS if name != "auto")
+            rule = f"the body is of no format that is recognised: name one with format, of {names}"
+            raise TraceError(rule, index=0, field="format", value=self._format)
+        return LineReader(source, self._carry, tool, skip_unknown=self._skip_unknown)
