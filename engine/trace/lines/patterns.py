@@ -96,7 +96,7 @@ def seconds(register: int) -> Part:
 
 def choice(register: int, **values: int) -> Part:
     """One of these words, tried in order."""
-    return choice_of(register, {word: value for word, value in values.items()})
+    return choice_of(register, values)
 
 
 def choice_of(register: int, values: dict[str, int]) -> Part:

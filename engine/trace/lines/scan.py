@@ -45,7 +45,7 @@ def begins(text: Any, at: Any, end: Any, texts: Any, first: Any, length: Any) ->
     """Whether some of ``texts`` is what the text has at a place."""
     if end - at < length:
         return False
-    for i in range(length):
+    for i in range(length):  # noqa: SIM110 - numba compiles no generator
         if text[at + i] != texts[first + i]:
             return False
     return True
@@ -107,7 +107,9 @@ def give(rows: Any, used: Any, registers: Any, tag: Any, line: Any, start: Any) 
 
 
 @kernel
-def match(text: Any, start: Any, end: Any, op: Any, program: Any, kept: Any, registers: Any, rows: Any, place: Any) -> Any:
+def match(
+    text: Any, start: Any, end: Any, op: Any, program: Any, kept: Any, registers: Any, rows: Any, place: Any
+) -> Any:
     """Try one form of line, whose operations begin with ``op``, on a line. Its rows count only if it FITS."""
     ops, texts, choices = program.ops, program.texts, program.choices
     at, used, keeping = start, place[ROWS], np.int64(0)

@@ -53,11 +53,11 @@ def open_trace(
 ) -> TraceReader:
     """A reader of ``source``, which is read while the reader is iterated.
 
-    ``format`` is one of ``FORMATS`` or of ``TOOL_FORMATS``; ``record`` (``gpa8`` or ``record16``) goes with ``packed`` and with nothing else.
-    ``source`` needs ``read(n)``, which may return less than asked for and returns nothing only at the end; its
-    ``readinto`` is used if it has one; parquet also needs ``seek`` and ``tell``. ``carry`` names other columns to hand
-    through. ``memory`` bounds what a columnar body may take while it is read, in bytes or as a budget; others take
-    a few megabytes. ``skip_unknown`` passes over lines that are of no form that the tool's format has.
+    ``format`` is one of ``FORMATS`` or of ``TOOL_FORMATS``; ``record`` (``gpa8`` or ``record16``) goes with ``packed``
+    and with nothing else. ``source`` needs ``read(n)``, which may return less than asked for and returns nothing only
+    at the end; its ``readinto`` is used if it has one; parquet also needs ``seek`` and ``tell``. ``carry`` names other
+    columns to hand through. ``memory`` bounds what a columnar body may take while it is read, in bytes or as a budget;
+    others take a few megabytes. ``skip_unknown`` passes over lines that are of no form that the tool's format has.
     Raises ``InvalidValue`` for an unknown format or record format and ``TraceError`` for a name that
     cannot be carried; iteration raises ``TraceError`` with the absolute record index.
     """

@@ -1,4 +1,4 @@
-"""The one table of the formats that tools write. Contract, help of the commands, documents and messages come from it."""
+"""The one table of the formats that tools write: contract, help of commands, documents and messages come from it."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ from engine.arch import access as acc
 from engine.trace.lines.patterns import (
     ACCESS,
     ADDRESS,
-    B,
     KIND,
     PC,
     SIZE,
+    B,
     Line,
     constant,
     copy,

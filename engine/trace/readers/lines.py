@@ -15,7 +15,7 @@ from engine.trace.lines import scan
 from engine.trace.operations import NO_SPACE, Operations
 from engine.trace.readers.base import Source, TraceReader, read_into
 from engine.trace.readers.formats import recognised
-from engine.trace.readers.taken import SHOWN_LINES, SkippedLine, Taken, shown
+from engine.trace.readers.taken import SHOWN_CHARACTERS, SHOWN_LINES, SkippedLine, Taken, shown
 from engine.trace.readers.tool_format import COLUMN_REGISTERS, ToolFormat
 
 BLOCK_BYTES = 1 << 20  # read at a time
@@ -82,7 +82,7 @@ class LineReader(TraceReader):
     def _read(self, held: int) -> tuple[int, bool]:
         """Read on behind what is held of the text. How much is held then, and whether the body has ended."""
         begun = bool(self._place[scan.LINES]) or held > 0
-        stored = read_into(self._source, memoryview(self._text)[held : held + BLOCK_BYTES])
+        stored = read_into(self._source, self._text.data[held : held + BLOCK_BYTES])
         ended, held = stored < BLOCK_BYTES, held + stored
         if not begun and bytes(self._text[:3]) == _BOM:
             self._place[scan.AT] = len(_BOM)
@@ -114,7 +114,8 @@ class LineReader(TraceReader):
         rule = f"{name} must be from 1 to {limit}" if name == "size" else error.rule
         start = int(rows[row, p.AT])
         end = start + int(np.argmax(self._text[start:] == 10))
-        return _at_line(int(rows[row, p.LINE]), f"{rule}: {self._line_text(start, end)!r}", self._done + row, name, value)
+        rule = f"{rule}: {self._line_text(start, end)!r}"
+        return _at_line(int(rows[row, p.LINE]), rule, self._done + row, name, value)
 
     def _fault(self, status: int, held: int) -> TraceError:
         """The error for the line at which the scan stands."""
@@ -139,7 +140,7 @@ class LineReader(TraceReader):
         return _at_line(number, rule, self._done, "body", found)
 
     def _line_text(self, start: int, stop: int) -> str:
-        return shown(bytes(self._text[start : min(stop, start + 4 * SHOWN_LINES * 100)]))
+        return shown(bytes(self._text[start : min(stop, start + 4 * SHOWN_CHARACTERS)]))
 
 
 def _at_line(number: int, rule: str, index: int, field: str, value: Any) -> TraceError:
@@ -175,7 +176,7 @@ class _Columns:
                 row = int(np.argmax(wrong))
                 raise refused(rows, row, name, int(values[row]), limit)
             self._buffer.fill(name, values)
-        carry = {name: _words(rows, name) for name in self._extra}
+        carry: dict[str, npt.NDArray[Any]] = {name: _words(rows, name) for name in self._extra}
         operations = None
         if self._spaces:
             spaces = _words(rows, "address_space")

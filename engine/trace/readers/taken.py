@@ -38,5 +38,5 @@ class Taken(NamedTuple):
 
 def shown(line: bytes) -> str:
     """A line for people: at most SHOWN_CHARACTERS, without what terminals act on."""
-    text = line[: 4 * SHOWN_CHARACTERS].decode("utf-8", "replace").removesuffix("\r")
+    text = line[: 4 * SHOWN_CHARACTERS].removesuffix(b"\r").decode("utf-8", "replace")
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:SHOWN_CHARACTERS])
