@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Registers with a meaning: what becomes of each is for ``trace.readers.lines``.
-ADDRESS, SIZE, ACCESS, KIND, VCPU, GVA, PC, TIME, VALUE, SPACE = range(10)
+ADDRESS, SIZE, ACCESS, KIND, VCPU, GVA, PC, TIME, VALUE, SPACE, LINEAR = range(11)
 # For what a format works out itself from several.
-A, B, C = 10, 11, 12
+A, B = 11, 12
 REGISTERS = 13
 # And of each row: its tag, the number of its line (from 1), and where the line begins in the text.
 TAG, LINE, AT = 13, 14, 15
@@ -27,7 +27,7 @@ ROW_WORDS = 16
 
 # Operations; see the functions that make them.
 LITERAL, SPACES, HEXADECIMAL, DECIMAL, SECONDS, CHOICE, CONSTANT, UNTIL, REST, SURE, END, EMIT, KEEP, COPY = range(14)
-ATTEMPT, DONE, AGAIN = 14, 15, 16
+ATTEMPT, DONE, AGAIN, WITHIN, STAMP, START = range(14, 20)
 
 # What becomes of a line.
 GIVES, SKIPPED = 0, 1
@@ -44,6 +44,7 @@ class Part(NamedTuple):
     a: int = 0
     b: int = 0
     text: bytes = b""
+    stop: bytes = b""
     choices: tuple[tuple[bytes, int], ...] = ()
 
 
@@ -119,6 +120,21 @@ def until(literal: str) -> Part:
     return Part(UNTIL, text=literal.encode())
 
 
+def within(literal: str, stop: str) -> Part:
+    """Anything up to where this begins next, which is before ``stop`` does."""
+    return Part(WITHIN, text=literal.encode(), stop=stop.encode())
+
+
+def stamp(register: int) -> Part:
+    """Anything up to a time stamp, ``SECONDS.FRACTION:`` at the beginning or after a space, and it: nanoseconds."""
+    return Part(STAMP, register)
+
+
+def start() -> Part:
+    """Nothing of the line: what follows is from its beginning again."""
+    return Part(START)
+
+
 def rest() -> Part:
     """All that is left of the line."""
     return Part(REST)
@@ -140,7 +156,7 @@ def keep(register: int) -> Part:
 
 
 def maybe(*parts: Parts) -> tuple[Part, ...]:
-    """These or nothing. Not within another."""
+    """These or nothing, then with registers as before. Not within another."""
     inner = _flat(parts)
     return (Part(ATTEMPT, len(inner) + 2), *inner, Part(DONE))
 
@@ -187,6 +203,9 @@ def compiled(lines: Sequence[Line]) -> Program:
             if part.code in (LITERAL, UNTIL):
                 a, b = len(texts), len(part.text)
                 texts += part.text
+            elif part.code == WITHIN:
+                a, b = len(texts), len(part.text) << 16 | len(part.stop)
+                texts += part.text + part.stop
             elif part.code == CHOICE:
                 b = len(choices) << 16 | len(part.choices)
                 for word, value in part.choices:

@@ -25,7 +25,7 @@ PLACE_WORDS = 5
 # A line to show: its number, where it begins and ends, the number of the reason.
 SHOWN_WORDS = 4
 
-_SPACE, _TAB, _CR, _LF, _X, _DOT = 32, 9, 13, 10, 120, 46
+_SPACE, _TAB, _CR, _LF, _X, _DOT, _COLON = 32, 9, 13, 10, 120, 46, 58
 _BILLION = 1_000_000_000
 
 
@@ -97,6 +97,25 @@ def nanoseconds(text: Any, at: Any, end: Any) -> Any:
 
 
 @kernel
+def stamped(text: Any, start: Any, at: Any, end: Any) -> Any:
+    """(nanoseconds, behind its colon; -1: none) of the next time stamp."""
+    begins_here = at == start or text[at - 1] == _SPACE
+    while at < end:
+        byte = text[at]
+        if begins_here and 48 <= byte <= 57:
+            value, behind = nanoseconds(text, at, end)
+            if 0 <= behind < end and text[behind] == _COLON and text[behind - 1] != _DOT:
+                i = at
+                while i < behind and text[i] != _DOT:
+                    i += 1
+                if i < behind:
+                    return value, behind + 1
+        begins_here = byte == _SPACE
+        at += 1
+    return np.int64(0), np.int64(-1)
+
+
+@kernel
 def give(rows: Any, used: Any, registers: Any, tag: Any, line: Any, start: Any) -> None:
     """Fill a row."""
     for i in range(p.REGISTERS):
@@ -104,6 +123,13 @@ def give(rows: Any, used: Any, registers: Any, tag: Any, line: Any, start: Any) 
     rows[used, p.TAG] = tag
     rows[used, p.LINE] = line
     rows[used, p.AT] = start
+
+
+@kernel
+def save(registers: Any) -> None:
+    """Keep what registers hold, for an attempt that fails."""
+    for i in range(p.REGISTERS):
+        registers[p.REGISTERS + i] = registers[i]
 
 
 @kernel
@@ -154,6 +180,21 @@ def match(
             while at < end and not begins(text, at, end, texts, a, b):
                 at += 1
             failed = at >= end
+        elif code == p.WITHIN:
+            length, stop = b >> 16, b & 0xFFFF
+            while at < end and not begins(text, at, end, texts, a, length):
+                if begins(text, at, end, texts, a + length, stop):
+                    at = end
+                else:
+                    at += 1
+            failed = at >= end
+        elif code == p.STAMP:
+            value, behind = stamped(text, start, at, end)
+            failed = behind < 0
+            registers[a] = value
+            at = behind
+        elif code == p.START:
+            at = start
         elif code == p.REST:
             at = end
         elif code == p.SURE:
@@ -169,12 +210,14 @@ def match(
             keeping |= np.int64(1) << a
         elif code == p.ATTEMPT:
             again, again_at, again_used = op + a, at, used
+            save(registers)
         elif code == p.AGAIN:
             if at == again_at:
                 again = np.int64(-1)
             else:
                 op += a
                 again_at, again_used = at, used
+                save(registers)
         elif again < 0:
             break
         else:
@@ -183,6 +226,8 @@ def match(
             if again < 0:
                 return BROKEN if sure else OTHER
             op, at, used, again = again, again_at, again_used, np.int64(-1)
+            for i in range(p.REGISTERS):
+                registers[i] = registers[p.REGISTERS + i]
         else:
             op += 1
     place[ROWS] = used
@@ -220,9 +265,9 @@ def scan(
 ) -> Any:
     """Take whole lines of ``text`` apart up to ``end``; go on by calling again with what moves the cause aside.
 
-    ``unknown``: whether lines of no form are skipped. ``kept`` and ``registers`` int64[REGISTERS]; ``rows`` int64[n,
-    ROW_WORDS]; ``counts`` int64[reasons] skipped lines, ``shown`` int64[m, SHOWN_WORDS] the first of them, ``place``
-    int64[PLACE_WORDS]. Returns why it came back; the place then is at the line that it is about.
+    ``unknown``: whether lines of no form are skipped. ``kept`` int64[REGISTERS], ``registers`` twice as many; ``rows``
+    int64[n, ROW_WORDS]; ``counts`` int64[reasons] skipped lines, ``shown`` int64[m, SHOWN_WORDS] the first of them,
+    ``place`` int64[PLACE_WORDS]. Returns why it came back; the place then is at the line that it is about.
     """
     lines = program.lines
     while True:

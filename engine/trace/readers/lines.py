@@ -44,7 +44,8 @@ class LineReader(TraceReader):
         self._unknown = skip_unknown
         self._text = np.zeros(BLOCK_BYTES + scan.MAX_LINE_BYTES + 2, dtype=np.uint8)
         self._rows = np.zeros((ROWS, p.ROW_WORDS), dtype=np.int64)
-        self._kept, self._registers = (np.zeros(p.REGISTERS, dtype=np.int64) for _ in range(2))
+        self._kept = np.zeros(p.REGISTERS, dtype=np.int64)
+        self._registers = np.zeros(2 * p.REGISTERS, dtype=np.int64)
         self._counts = np.zeros(len(self._reasons), dtype=np.int64)
         self._shown = np.zeros((SHOWN_LINES, scan.SHOWN_WORDS), dtype=np.int64)
         self._place = np.zeros(scan.PLACE_WORDS, dtype=np.int64)
@@ -106,7 +107,9 @@ class LineReader(TraceReader):
 
     def _set_taken(self) -> None:
         reasons = {reason: n for reason, n in zip(self._reasons, self._counts.tolist(), strict=True) if n}
-        self.taken = Taken.of(self._tool, reasons, tuple(self._first))
+        found = self._refine
+        taken = Taken.of(self._tool, reasons | found.dropped, tuple(self._first))
+        self.taken = taken._replace(address=found.address or taken.address, sizes=found.sizes or taken.sizes)
 
     def _refused(self, rows: npt.NDArray[np.int64], row: int, name: str, value: int, limit: int) -> TraceError:
         """The error for a number of a line that its column cannot hold."""

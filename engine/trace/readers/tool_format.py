@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
@@ -20,13 +20,28 @@ AddressKind = Literal["guest-physical", "guest-virtual", "process-virtual"]
 
 TEXT, CSV, OCTETS = "text/plain", "text/csv", "application/octet-stream"
 
-# Rows of registers in, rows of registers out: what a format works out from several lines, or from several registers.
-Refine = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 
+class Refinement:
+    """What a format works out over the rows of one body, from several lines or several registers: here nothing.
 
-def as_they_are(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Each row is a record."""
-    return rows
+    ``address`` and ``sizes`` say what a body turned out to have, where formats have both; ``dropped`` how many rows
+    became no record, by reason.
+    """
+
+    address: AddressKind | None = None
+    sizes: str | None = None
+
+    def __init__(self) -> None:
+        self.dropped: dict[str, int] = {}
+
+    def __call__(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows of registers for records, from rows of registers: perhaps fewer, in their order, perhaps the same."""
+        return rows
+
+    def drop(self, reason: str, count: int) -> None:
+        """Count rows that become no record."""
+        if count:
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
 
 
 # Which register has which column. What becomes of VALUE is for the column ``value``, as many bytes as were accessed.
@@ -42,6 +57,7 @@ COLUMN_REGISTERS: Mapping[str, int] = MappingProxyType(
         "time": p.TIME,
         "value": p.VALUE,
         "address_space": p.SPACE,
+        "linear": p.LINEAR,
     }
 )
 
@@ -55,7 +71,7 @@ class ToolFormat:
     ``reads``, ``writes``, ``executes`` say what is one. ``media`` are the media types that it is sent as. ``mark``
     finds the first line (of a binary format: the beginning) that only this format has. ``columns`` are those that its
     records have. Formats of lines have ``lines`` and, for what single lines do not say, ``refine``, which is called
-    once a body and returns a function over rows; rows may become fewer, but stay in order.
+    once a body.
     """
 
     name: str
@@ -70,7 +86,7 @@ class ToolFormat:
     media: tuple[str, ...] = (TEXT,)
     assumed_size: int | None = None
     lines: tuple[Line, ...] = ()
-    refine: Callable[[], Refine] = field(default=lambda: as_they_are)
+    refine: Callable[[], Refinement] = Refinement
 
     @property
     def sizes(self) -> str:
