@@ -93,9 +93,9 @@ PERF_SCRIPT = ToolFormat(
     tool="Linux' perf script",
     made="perf record -e page-faults -c 1 -d PROGRAM, then perf script -F comm,tid,time,event,addr,ip > trace.txt",
     address="process-virtual",
-    reads="`|OP LOAD|`, or an event with load in its name",
-    writes="`|OP STORE|`, an event with store in its name, and a page fault that is no fetch",
-    executes="`|OP EXEC|`, and a page fault at the address of its instruction",
+    reads="data source `OP LOAD`, or an event with load in its name",
+    writes="data source `OP STORE`, an event with store in its name, and a page fault that is no fetch",
+    executes="data source `OP EXEC`, and a page fault at the address of its instruction",
     columns=("gpa", "access", "pc", "time"),
     mark=re.compile(
         rb"^[^#\n]{0,120}?(?:(?:page-|minor-|major-|\b)faults(?::\w+)?|[\w/=,.:-]*mem[_-](?:loads|stores)[\w/=,.:-]*"

@@ -13,7 +13,7 @@ def rows_of(lines: list[p.Line], text: bytes, unknown: bool = False) -> tuple[in
     """Why the scan ended, and (address, size, access, tag, line) of its rows."""
     body = np.frombuffer(bytearray(text), dtype=np.uint8)
     rows = np.zeros((64, p.ROW_WORDS), dtype=np.int64)
-    kept, registers = np.zeros(p.REGISTERS, dtype=np.int64), np.zeros(p.REGISTERS, dtype=np.int64)
+    kept, registers = np.zeros(p.REGISTERS, dtype=np.int64), np.zeros(2 * p.REGISTERS, dtype=np.int64)
     place = np.zeros(scan.PLACE_WORDS, dtype=np.int64)
     counts = np.zeros(len(p.reasons(lines)), dtype=np.int64)
     shown = np.zeros((3, scan.SHOWN_WORDS), dtype=np.int64)
@@ -76,6 +76,43 @@ def test_what_may_be_missing() -> None:
     assert fields(*parts, text=b"a LIN 3 PHY 4") == [4, 3, 0]
     assert fields(*parts, text=b"a PHY 4") == [4, 0, 0]
     assert fields(*parts, text=b"a LIN PHY 4") is None
+
+
+def test_an_attempt_that_fails_leaves_registers_as_they_were() -> None:
+    parts = (p.constant(1, 3), *p.maybe(p.decimal(1), p.text("!")), p.decimal(0))
+    assert fields(*parts, text=b"8") == [8, 3, 0]
+    assert fields(*p.repeated(p.hexadecimal(0), p.text(",")), p.rest(), text=b"1,2,3") == [2, 0, 0]
+
+
+def test_words_before_others() -> None:
+    parts = (p.within("store", ": "), p.until(": "), p.text(": "), p.decimal(0))
+    assert fields(*parts, text=b"a store of: 5") == [5, 0, 0]
+    assert fields(*parts, text=b"a load of: store: 5") is None
+    assert fields(*parts, text=b"a load") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (b"1.5: x", 1_500_000_000),
+        (b"CPU 0/KVM-42 [001] ..... 1204.000100: x", 1_204_000_100_000),
+        (b"w 42 0.000000001: x", 1),
+        (b"w-1.5: x", None),
+        (b"w 15: x", None),
+        (b"w 1.: x", None),
+        (b"w 1.5 : x", None),
+        (b"w 1.5", None),
+        (b"w 1:2 3.5: x", 3_500_000_000),
+    ],
+)
+def test_time_stamps(text: bytes, value: int | None) -> None:
+    assert fields(p.stamp(0), p.text(" x"), text=text) == (None if value is None else [value, 0, 0])
+
+
+def test_the_beginning_of_the_line_again() -> None:
+    parts = (p.until("b="), p.text("b="), p.decimal(1), p.start(), p.until("a="), p.text("a="), p.decimal(0), p.rest())
+    assert fields(*parts, text=b"a=4 b=5") == [4, 5, 0]
+    assert fields(*parts, text=b"b=5 a=4") == [4, 5, 0]
 
 
 def test_several_rows_of_a_line() -> None:

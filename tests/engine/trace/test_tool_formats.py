@@ -61,7 +61,7 @@ def test_it_is_recognised(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_said_of_it_is_one_line(name: str) -> None:
     tool = FORMATS[name]
-    assert re.fullmatch(r"[a-z][a-z-]*", name) and name == tool.name
+    assert re.fullmatch(r"[a-z][a-z0-9-]*", name) and name == tool.name
     for words in (tool.tool, tool.made, tool.reads, tool.writes, tool.executes):
         assert words and "\n" not in words and "|" not in words.replace("\\|", "")
 
