@@ -83,10 +83,10 @@ class Gzip:
 
 
 class Zstandard:
-    """RFC 8878: one frame after the other."""
+    """RFC 8878: one frame after the other, with windows of at most so many bytes."""
 
-    def __init__(self) -> None:
-        self._context = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
+    def __init__(self, window: int = _ZSTD_WINDOW) -> None:
+        self._context = zstandard.ZstdDecompressor(max_window_size=window)
         self._frame = self._context.decompressobj()
         self._empty = _Empty("zstd")
         self._begun = False

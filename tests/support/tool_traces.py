@@ -153,7 +153,7 @@ def gem5(accesses: Sequence[Access]) -> Written:
         tick = f"{one.time * 1000 + 999:7}: "
         name = f"system.cpu{one.vcpu}"
         lines.append(
-            f"{tick}{name}: A0 T0 : {one.pc:#x} @main+4    : mov   [rcx + 8*rdx], rax : MemWrite :  D=0x0 A={one.gva:#x}"
+            f"{tick}{name}: A0 T0 : {one.pc:#x} @main+4 : mov   [rcx + 8*rdx], rax : MemWrite :  D=0x0 A={one.gva:#x}"
         )
         data = f" data {one.value:#x}" if one.size in (1, 2, 4, 8) else ""
         lines.append(
