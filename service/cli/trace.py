@@ -42,6 +42,7 @@ class Format(StrEnum):
     GEM5 = "gem5"
     FTRACE = "ftrace"
     PERF_SCRIPT = "perf-script"
+    PERF_MEM = "perf-mem"
     HYPERDBG = "hyperdbg"
 
 

@@ -19,8 +19,7 @@ import zstandard
 from engine.errors import EngineError
 from engine.trace.columns import TraceChunk
 from engine.trace.option_names import FORMATS, TOOL_FORMATS
-from engine.trace.readers import TraceReader, open_trace
-from engine.trace.readers.formats import recognised
+from engine.trace.readers import TraceReader, open_trace, recognised
 from service.cli.policy_files import said
 from service.http.codings import Decoder, Gzip, Zstandard
 from service.platform.failures import Failure, opened

@@ -198,6 +198,18 @@ def perf_script(accesses: Sequence[Access]) -> Written:
     return Written("\n".join([*lines, ""]).encode(), records)
 
 
+def perf_mem(accesses: Sequence[Access]) -> Written:
+    """A dump of samples with physical addresses, which are not 0."""
+    lines, records = ["# PID, TID, IP, ADDR, PHYS ADDR, DATA PAGE SIZE, LOCAL WEIGHT, DSRC, SYMBOL"], []
+    for one in accesses:
+        source = 0x1E05080000 | (2, 4, 16)[one.access]
+        where = f"{one.pc:#x},{one.gva:#x},0x{one.gpa:016x},4K"
+        lines.append(f"4242,4243,{where},30,{source:#x},/usr/bin/w:std::pair<int. int>::swap")
+        if one.gpa:
+            records.append({"gpa": one.gpa, "access": one.access, "gva": one.gva, "pc": one.pc})
+    return Written("\n".join([*lines, ""]).encode(), records)
+
+
 def hyperdbg(accesses: Sequence[Access]) -> Written:
     """A line of a script each."""
     lines, records = [], []
@@ -217,5 +229,6 @@ WRITERS: Mapping[str, Writer] = {
     "gem5": gem5,
     "ftrace": ftrace,
     "perf-script": perf_script,
+    "perf-mem": perf_mem,
     "hyperdbg": hyperdbg,
 }

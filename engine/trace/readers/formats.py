@@ -13,12 +13,13 @@ from engine.trace.readers.ftrace import FTRACE
 from engine.trace.readers.gem5 import GEM5
 from engine.trace.readers.hyperdbg import HYPERDBG
 from engine.trace.readers.lackey import LACKEY
+from engine.trace.readers.perf_mem import PERF_MEM
 from engine.trace.readers.perf_script import PERF_SCRIPT
 from engine.trace.readers.tool_format import ToolFormat
 
 # In the order in which a body is compared with them; each name is a word of ``option_names``.
 FORMATS: Mapping[str, ToolFormat] = MappingProxyType(
-    {tool.name: tool for tool in (LACKEY, DRMEMTRACE, EXECLOG, BOCHS, GEM5, FTRACE, PERF_SCRIPT, HYPERDBG)}
+    {tool.name: tool for tool in (LACKEY, DRMEMTRACE, EXECLOG, BOCHS, GEM5, FTRACE, PERF_SCRIPT, PERF_MEM, HYPERDBG)}
 )
 
 assert set(FORMATS) | {"auto"} == set(TOOL_FORMATS)

@@ -23,6 +23,10 @@ BLOCK_BYTES = 1 << 20  # read at a time
 ROWS = 1 << 15
 assert 4 * ROWS > scan.MAX_LINE_BYTES
 
+# How many accesses a line may stand for, and the lines of a body together: they are replayed one by one.
+MOST_REPEATS = 1 << 20
+MOST_REPEATED = 1 << 28
+
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -51,6 +55,7 @@ class LineReader(TraceReader):
         self._place = np.zeros(scan.PLACE_WORDS, dtype=np.int64)
         self._first: list[SkippedLine] = []
         self._done = 0
+        self._repeats = 0
         self._set_taken()
 
     def _chunks(self) -> Iterator[TraceChunk]:
@@ -101,9 +106,27 @@ class LineReader(TraceReader):
         rows = self._refine(self._rows[: self._place[scan.ROWS]])
         self._place[scan.ROWS] = 0
         self._set_taken()
-        if len(rows):
-            yield self._columns.chunk(rows, self._refused)
-            self._done += len(rows)
+        for part in (rows,) if self._tool.repeats is None else self._repeated(rows, self._tool.repeats):
+            if len(part):
+                yield self._columns.chunk(part, self._refused)
+                self._done += len(part)
+
+    def _repeated(self, rows: npt.NDArray[np.int64], register: int) -> Iterator[npt.NDArray[np.int64]]:
+        """Each row as often as its register says, so many at a time as there is room for. Raises TraceError."""
+        counts = rows[:, register]
+        wrong = (counts < 1) | (counts > MOST_REPEATS)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            rule = f"a line stands for 1 to {MOST_REPEATS} accesses"
+            raise _at_line(int(rows[row, p.LINE]), rule, self._done + row, "body", int(counts[row]))
+        ends = np.cumsum(counts)
+        self._repeats += int(ends[-1]) if len(ends) else 0
+        if self._repeats > MOST_REPEATED:
+            rule = f"lines stand for more than {MOST_REPEATED} accesses together"
+            raise _at_line(int(rows[-1, p.LINE]), rule, self._done, "body", self._repeats)
+        for first in range(0, int(ends[-1]) if len(ends) else 0, ROWS):
+            places = np.arange(first, min(first + ROWS, int(ends[-1])))
+            yield rows[np.searchsorted(ends, places, side="right")]
 
     def _set_taken(self) -> None:
         reasons = {reason: n for reason, n in zip(self._reasons, self._counts.tolist(), strict=True) if n}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -71,7 +71,8 @@ class ToolFormat:
     ``reads``, ``writes``, ``executes`` say what is one. ``media`` are the media types that it is sent as. ``mark``
     finds the first line (of a binary format: the beginning) that only this format has. ``columns`` are those that its
     records have. Formats of lines have ``lines`` and, for what single lines do not say, ``refine``, which is called
-    once a body.
+    once a body. Where a heading says what lines look like, ``fit`` makes them of the beginning of a body; where a line
+    stands for several accesses, the register ``repeats`` has their number.
     """
 
     name: str
@@ -87,6 +88,12 @@ class ToolFormat:
     assumed_size: int | None = None
     lines: tuple[Line, ...] = ()
     refine: Callable[[], Refinement] = Refinement
+    fit: Callable[[bytes], tuple[Line, ...]] | None = None
+    repeats: int | None = None
+
+    def fitted(self, head: bytes) -> ToolFormat:
+        """The format as a body has it, by its beginning. Raises TraceError."""
+        return self if self.fit is None else replace(self, lines=self.fit(head))
 
     @property
     def sizes(self) -> str:

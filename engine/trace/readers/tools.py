@@ -63,4 +63,4 @@ class ToolReader(TraceReader):
             names = ", ".join(name for name in TOOL_FORMATS if name != "auto")
             rule = f"the body is of no format that is recognised: name one with format, of {names}"
             raise TraceError(rule, index=0, field="format", value=self._format)
-        return LineReader(source, self._carry, tool, skip_unknown=self._skip_unknown)
+        return LineReader(source, self._carry, tool.fitted(bytes(head)), skip_unknown=self._skip_unknown)

@@ -290,3 +290,99 @@ def test_gem5_of_both_flags_has_what_reached_memory() -> None:
     found, taken = read("gem5", instruction)
     assert [one["gpa"] for one in found] == [0x4A9000] and taken.address == "guest-virtual"
     assert (taken.sizes, np.uint64(found[0]["size"])) == ("assumed: 8 bytes", 8)
+
+
+DUMP = """\
+# PID, TID, IP, ADDR, LOCAL WEIGHT, DSRC, SYMBOL
+554,554,0xffffffff81775b9a,0x560bd72151e0,0,0x1e05080021,[kernel.kallsyms]:elf_load
+554,555,0x7fceddc48b70,0x7fceddc48b78,30,0x68100842,/usr/lib/ld.so:_start
+554,555,0x7fceddc48b70,0x7fceddc48b80,30,0x68100844,/usr/lib/ld.so:_start
+554,555,0x7fceddc48b70,0x7fceddc48b88,30,0x68100848,/usr/lib/ld.so:_start
+"""
+
+
+@pytest.mark.parametrize("separator", [",", ";", "|"])
+def test_a_dump_of_perf_mem(separator: str) -> None:
+    heading, *rows = DUMP.splitlines(keepends=True)
+    found, taken = read("auto", heading + "".join(row.replace(",", separator) for row in rows))
+    assert [(one["gpa"], one["access"], one["pc"]) for one in found] == [
+        (0x560BD72151E0, W, 0xFFFFFFFF81775B9A),
+        (0x7FCEDDC48B78, R, 0x7FCEDDC48B70),
+        (0x7FCEDDC48B80, W, 0x7FCEDDC48B70),
+    ]
+    assert taken.address == "process-virtual" and taken.skipped == {"heading": 1, "prefetch": 1}
+
+
+def test_a_dump_with_physical_addresses() -> None:
+    body = (
+        "# PID, TID, IP, ADDR, PHYS ADDR, LOCAL WEIGHT, DSRC, SYMBOL\n"
+        "1,1,0x10,0x7f00,0x0000000000005f00,0,0x2,w:main\n"
+        "1,1,0x10,0x8f00,0x0000000000000000,0,0x2,w:main\n"
+    )
+    found, taken = read("auto", body)
+    assert [(one["gpa"], one["gva"], one["access"]) for one in found] == [(0x5F00, 0x7F00, R)]
+    assert taken.address == "guest-physical" and taken.skipped["sample without a physical address"] == 1
+
+
+REPORT = """\
+# To display the perf.data header info, please use --header/--header-only options.
+#
+# Samples: 4  of event 'cpu/mem-loads,ldlat=30/P'
+# Total weight : 100
+# Sort order   : local_weight,mem,sym,dso,symbol_daddr,dso_daddr,snoop,tlb,locked
+#
+# Overhead,     Samples,Local Weight,Memory access           ,Symbol           ,Data Symbol              ,Locked
+50.00%  , 3          ,30          ,L1 hit                  ,[.] main         ,[.] 0x00007fceddc5710f   ,N/A
+50.00%  , 1          ,30          ,L1 hit                  ,[.] main         ,[.] table+0x8            ,N/A
+
+# Samples: 2  of event 'cpu/mem-stores/P'
+# Overhead,     Samples,Local Weight,Memory access           ,Symbol           ,Data Symbol              ,Locked
+99.00%  , 2          ,0           ,L1 hit                  ,[k] main         ,[k] 0xffff888000001000   ,No
+"""
+
+
+def test_a_report_of_perf_mem_stands_for_its_samples() -> None:
+    found, taken = read("auto", REPORT)
+    assert [(one["gpa"], one["access"]) for one in found] == [
+        *[(0x7FCEDDC5710F, R)] * 3,
+        *[(0xFFFF888000001000, W)] * 2,
+    ]
+    assert taken.skipped["samples of a symbol, without their addresses: `perf mem -D -x, report` has them"] == 1
+    assert taken.format == "perf-mem"
+
+
+def test_a_report_with_physical_addresses_and_other_separators() -> None:
+    body = (
+        "# Samples: 9  of event 'ibs_op//'\n"
+        "# Overhead;     Samples;Memory access           ;Data Symbol              ;Data Physical Address\n"
+        " 1.96%  ; 2          ;N/A or N/A              ;[.] 0x00007fceddc5710f  ;[.] 0x12345678\n"
+    )
+    found, taken = read("auto", body)
+    assert [(one["gpa"], one["gva"], one["access"]) for one in found] == [(0x12345678, 0x7FCEDDC5710F, W)] * 2
+    assert taken.address == "guest-physical"
+
+
+@pytest.mark.parametrize(
+    ("body", "rule"),
+    [
+        ("1,1,0x10,0x7f00,0,0x2,w:main\n", "there is no heading of perf mem"),
+        ("# Overhead,     Samples,Symbol\n", "has no column Data Symbol here"),
+        (REPORT.replace("# Overhead,     Samples,Local", "# Overhead,Samples,Local", 1), "one heading throughout"),
+        (REPORT.replace("Data Symbol              ,Locked\n99", "Data Symbol\n99"), "one heading throughout"),
+        (REPORT.replace(", 3  ", ", 0  "), "a line stands for 1 to 1048576 accesses"),
+        (REPORT.replace(", 3  ", ", 1048577  "), "a line stands for 1 to 1048576 accesses"),
+        (DUMP + "554,555,0x7fce", "the line is none of perf-mem, which has 'PID, TID, IP, ADDR, LOCAL WEIGHT, DSRC"),
+    ],
+)
+def test_what_is_refused_of_perf_mem(body: str, rule: str) -> None:
+    with pytest.raises(TraceError) as caught:
+        read("perf-mem", body)
+    assert rule in caught.value.rule
+
+
+def test_lines_that_stand_for_many_are_given_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.trace.readers.lines.ROWS", 2)
+    assert len(read("perf-mem", REPORT)[0]) == 5
+    monkeypatch.setattr("engine.trace.readers.lines.MOST_REPEATED", 4)
+    with pytest.raises(TraceError, match="lines stand for more than 4 accesses together"):
+        read("perf-mem", REPORT)
