@@ -28,6 +28,7 @@ _KERNEL_SOURCES = (
     "trace/record_checks.py",
     "trace/replay.py",
     "trace/results.py",
+    "trace/taken.py",
     "trace/translated.py",
     "trace/translations.py",
 )

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 
 from engine.machine import VirtualMachine
-from engine.trace.readers import DEFAULT_MEMORY, Budget, Source, open_trace
+from engine.trace.readers import DEFAULT_MEMORY, Budget, Source, TraceReader, open_trace
 from engine.trace.results import EXIT_COLUMNS, ExitColumns, TraceResult
 from engine.trace.session import ReplayOptions, ReplayTransaction
 from service.problems import trace_not_kept
@@ -38,6 +38,18 @@ class TraceRequest:
     start: int
     max_exit_records: int
     goes_on: bool = False
+    skip_unknown: bool = False
+
+    def reader(self, source: Source, memory: int | Budget) -> TraceReader:
+        """Of a body of the format. ``memory`` as in ``open_trace``."""
+        return open_trace(
+            self.format,
+            source,
+            record=self.record,
+            carry=self.carry,
+            memory=memory,
+            skip_unknown=self.skip_unknown,
+        )
 
     def options(self) -> ReplayOptions:
         return ReplayOptions(
@@ -86,7 +98,7 @@ def replay(
     as it was before. ``memory`` is what the body may take while it is read (``open_trace``). Returns the result and the
     names of the columns that were ignored.
     """
-    reader = open_trace(request.format, source, record=request.record, carry=request.carry, memory=memory)
+    reader = request.reader(source, memory)
     with machine.replay(request.options()) as run:
         follow(run)
         for chunk in reader:
@@ -94,7 +106,7 @@ def replay(
             if not run.feed(chunk):
                 break
         check()
-        return run.finish(), reader.ignored_columns
+        return replace(run.finish(), taken=reader.taken), reader.ignored_columns
 
 
 class TraceStore:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from engine.trace.columns import TraceChunk
-from engine.trace.readers.taken import Taken
+from engine.trace.taken import Taken
 
 # One read never asks for more than this, so that a source that allocates what it is asked for stays small.
 PIECE_BYTES = 1 << 18

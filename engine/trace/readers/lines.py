@@ -15,8 +15,8 @@ from engine.trace.lines import scan
 from engine.trace.operations import NO_SPACE, Operations
 from engine.trace.readers.base import Source, TraceReader, read_into
 from engine.trace.readers.formats import recognised
-from engine.trace.readers.taken import SHOWN_CHARACTERS, SHOWN_LINES, SkippedLine, Taken, shown
 from engine.trace.readers.tool_format import COLUMN_REGISTERS, ToolFormat
+from engine.trace.taken import SkippedLine
 
 BLOCK_BYTES = 1 << 20  # read at a time
 # A line has at least four bytes for each row that it gives, so that one line always has room.
@@ -26,6 +26,10 @@ assert 4 * ROWS > scan.MAX_LINE_BYTES
 # How many accesses a line may stand for, and the lines of a body together: they are replayed one by one.
 MOST_REPEATS = 1 << 20
 MOST_REPEATED = 1 << 28
+
+# Skipped lines that are shown, and how much of a line.
+SHOWN_LINES = 10
+SHOWN_CHARACTERS = 200
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -131,7 +135,7 @@ class LineReader(TraceReader):
     def _set_taken(self) -> None:
         reasons = {reason: n for reason, n in zip(self._reasons, self._counts.tolist(), strict=True) if n}
         found = self._refine
-        taken = Taken.of(self._tool, reasons | found.dropped, tuple(self._first))
+        taken = self._tool.taken(reasons | found.dropped, tuple(self._first))
         self.taken = taken._replace(address=found.address or taken.address, sizes=found.sizes or taken.sizes)
 
     def _refused(self, rows: npt.NDArray[np.int64], row: int, name: str, value: int, limit: int) -> TraceError:
@@ -154,13 +158,13 @@ class LineReader(TraceReader):
         elif status == scan.HAS_NUL:
             rule = f"the line has a NUL byte: {name} is text in UTF-8, not UTF-16 and not binary"
         elif status == scan.TOO_WIDE:
-            rule = f"a number has more than 64 bits; {name} has {form!r} here: {found!r}"
+            rule = f"a number has more than 64 bits; {name} has {form!r} here"
         elif status == scan.BROKEN:
-            rule = f"the line is not whole; {name} has {form!r} here: {found!r}"
+            rule = f"the line is not whole; {name} has {form!r} here"
         else:
             other = recognised(found.encode())
             forms = ", ".join(repr(line.shape) for line in self._tool.lines if line.reason is None)
-            rule = f"the line is none of {name}, which has {forms}: {found!r}"
+            rule = f"the line is none of {name}, which has {forms}"
             if other is not None and other is not self._tool:
                 rule += f"; it looks like {other.name}, and a body has one format"
         return _at_line(number, rule, self._done, "body", found)
@@ -208,6 +212,12 @@ class _Columns:
             spaces = _words(rows, "address_space")
             operations = Operations(np.zeros(0, dtype=np.int64), (), np.where(spaces == 0, np.uint64(NO_SPACE), spaces))
         return self._buffer.chunk(len(rows), carry, operations)
+
+
+def shown(line: bytes) -> str:
+    """A line for people: at most SHOWN_CHARACTERS, without what terminals act on."""
+    text = line[: 4 * SHOWN_CHARACTERS].removesuffix(b"\r").decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:SHOWN_CHARACTERS])
 
 
 def _words(rows: npt.NDArray[np.int64], name: str) -> npt.NDArray[np.uint64]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from engine.trace.lines import patterns as p
 from engine.trace.lines.patterns import Line
+from engine.trace.taken import SkippedLine, Taken
 
 # Whose addresses a trace has: those of a guest's physical memory, those that its page tables translate, or those of a
 # process that has no guest around it. A trace with both of a guest counts as physical.
@@ -99,3 +100,7 @@ class ToolFormat:
     def sizes(self) -> str:
         """Where sizes are from, in words."""
         return "as recorded" if self.assumed_size is None else f"assumed: {self.assumed_size} bytes"
+
+    def taken(self, skipped: Mapping[str, int], first: tuple[SkippedLine, ...]) -> Taken:
+        """What is said of a body of this format, of which these lines were skipped."""
+        return Taken(self.name, self.address, self.sizes, skipped, first)

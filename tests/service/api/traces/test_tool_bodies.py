@@ -1,0 +1,84 @@
+"""Bodies that tools wrote, over HTTP: how they are told apart, what is said of them, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.contract.client import ContractClient
+from tests.support.http import done
+
+SAMPLES = Path(__file__).parents[3] / "data" / "tools"
+LACKEY = b"==4242== Lackey, an example Valgrind tool\nI  00001000,4\n S 00002080,8\n L 00002080,8\n M 00003000,4\n"
+TEXT = {"content-type": "text/plain"}
+
+
+@pytest.fixture
+def guarded(vm: str, client: ContractClient) -> str:
+    client.post(f"{vm}/protections", json={"name": "p", "objects": [{"name": "guarded", "gpa": "0x2080", "size": 64}]})
+    return vm
+
+
+@pytest.mark.parametrize("query", ["", "?format=auto", "?format=lackey"])
+@pytest.mark.parametrize("media", ["text/plain", "text/csv", "text/plain; charset=utf-8"])
+def test_text_of_a_tool(guarded: str, client: ContractClient, query: str, media: str) -> None:
+    result = done(client.post(f"{guarded}/traces{query}", content=LACKEY, headers={"content-type": media}))
+    assert (result["records"], result["writes"], result["violations"]) == (4, 2, 1)
+    assert (result["format"], result["addresses"], result["sizes"]) == ("lackey", "process-virtual", "as recorded")
+    assert result["skipped"] == {
+        "lines": 1,
+        "reasons": {"message of Valgrind": 1},
+        "first": [{"line": 1, "reason": "message of Valgrind", "text": "==4242== Lackey, an example Valgrind tool"}],
+    }
+    assert [record["index"] for record in result["exit_records"]] == [1]
+    again = client.get(f"{guarded}/traces/{result['id']}").json()
+    assert again["skipped"] == result["skipped"] and again["format"] == "lackey"
+
+
+def test_a_body_of_octets_whose_format_is_named(guarded: str, client: ContractClient) -> None:
+    octets = {"content-type": "application/octet-stream"}
+    assert done(client.post(f"{guarded}/traces?format=lackey", content=LACKEY, headers=octets))["violations"] == 1
+
+
+def test_bodies_of_no_tool_say_their_format(guarded: str, client: ContractClient) -> None:
+    result = done(client.post(f"{guarded}/traces", json={"accesses": [{"gpa": "0x2080"}]}))
+    assert result["format"] == "json"
+    assert result["addresses"] is result["sizes"] is result["skipped"] is None
+
+
+def test_lines_of_no_form(guarded: str, client: ContractClient) -> None:
+    body = LACKEY + b"hello\n"
+    reply = client.post(f"{guarded}/traces", content=body, headers=TEXT)
+    assert reply.status_code == 422
+    problem = reply.json()
+    assert "line 6: the line is none of lackey" in problem["detail"]
+    assert client.get(f"{guarded}/traces").json()["traces"] == []
+    result = done(client.post(f"{guarded}/traces?skip_unknown=true", content=body, headers=TEXT))
+    assert result["skipped"]["reasons"] == {"message of Valgrind": 1, "line of no known form": 1}
+
+
+@pytest.mark.parametrize(
+    ("query", "media", "field"),
+    [
+        ("?format=nonsense", "text/plain", "format"),
+        ("?format=lackey", "application/json", "format"),
+        ("?format=lackey", "application/vnd.apache.parquet", "format"),
+        ("?format=lackey&record=gpa8", "application/octet-stream", "record"),
+        ("?skip_unknown=perhaps", "text/plain", "skip_unknown"),
+    ],
+)
+def test_what_does_not_go_together(guarded: str, client: ContractClient, query: str, media: str, field: str) -> None:
+    reply = client.post(f"{guarded}/traces{query}", content=LACKEY, headers={"content-type": media})
+    assert reply.status_code == 422, reply.text
+    assert field in reply.json()["field"]
+
+
+def test_text_of_no_tool(guarded: str, client: ContractClient) -> None:
+    reply = client.post(f"{guarded}/traces", content=b"nothing of this kind\n", headers=TEXT)
+    assert reply.status_code == 422 and "name one with format, of lackey" in reply.json()["detail"]
+
+
+def test_an_async_replay_of_text(guarded: str, client: ContractClient) -> None:
+    reply = client.post(f"{guarded}/traces", content=LACKEY, headers=TEXT | {"Prefer": "wait=20"})
+    assert done(reply)["skipped"]["lines"] == 1
