@@ -76,3 +76,8 @@ def test_the_sample_of_lackey() -> None:
     assert {found["size"][at] for at in stores} == {8}
     assert found["gpa"][:2] == [0x4019AD, 0x1FFF0005C8] and found["access"][:2] == [acc.EXECUTE, acc.READ]
     assert len(found["gpa"]) == len(body.splitlines()) - 6
+
+
+def test_the_document_has_each_format() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "traces.md").read_text()
+    assert [name for name in FORMATS if f"| `{name}` |" not in text] == []
