@@ -290,3 +290,41 @@ def test_slots_are_few() -> None:
     slots = summary.slots()
     assert slots is not None and len(slots) <= SLOTS
     assert int(slots[-1]["gpa"], 16) + int(slots[-1]["size"], 16) == (99 << 30) + 4096
+
+
+# Small policies, and their hits in the samples by what the programs do: (violations, collateral) of each object. A hit is
+# collateral where it touches the object's sub-page of 128 bytes, and none of its own bytes.
+HITS: dict[str, dict[tuple[int, int], tuple[int, int]]] = {
+    # boot: the second of eight stores; 0x5000 is stored, 0x5008 beside it, 0x5000 incremented.
+    "bochs-trace-mem.txt": {(0x4080, 1): (1, 0), (0x5000, 8): (3, 1), (0x4400, 8): (0, 0)},
+    "qemu-system-execlog.txt": {(0x4080, 1): (1, 0), (0x5000, 8): (3, 1), (0x6F02, 2): (1, 0)},
+    # tiny: a byte each at 0x9000 and 0x9004; what it reads there is no hit.
+    "ftrace-kvm_mmio.txt": {(0x9000, 4): (2, 1), (0x9080, 4): (0, 0)},
+    "ftrace-kvm_exit-kvm_page_fault.txt": {
+        (0x2A5C6A0, 8): (2, 1),
+        (0x2A5C700, 8): (1, 0),
+        (0x3313010, 8): (1, 0),
+        (0x2000360, 8): (0, 0),
+    },
+    # w: table[0] to table[31], then every 16th byte of flags_, from 0 on: 16 words and 8 bytes in a sub-page.
+    "gem5-debug.txt": {(0x299000, 8): (16, 15), (0x299080, 128): (16, 0), (0x298000, 1): (8, 7)},
+    "drmemtrace-view.txt": {(0x4A9000, 8): (16, 15), (0x4A9080, 128): (16, 0), (0x4A8000, 1): (8, 7)},
+    # w: the first touch of the page of flags_.
+    "perf-script-page-faults.txt": {(0x4A8000, 4096): (1, 0), (0x401000, 4096): (0, 0)},
+    "lackey.txt": {(0x4A9000, 8): (9, 8)},
+}
+
+
+@pytest.mark.parametrize("name", HITS)
+def test_the_hits_of_a_sample_are_those_worked_out_by_hand(name: str, tmp_path: Path) -> None:
+    out, policy = tmp_path / "out.parquet", tmp_path / "policy.json"
+    run("convert", SAMPLES / name, "-o", out)
+    objects = [{"name": f"{gpa:#x}", "gpa": gpa, "size": size} for gpa, size in HITS[name]]
+    slots = [{"slot": 0, "gpa": 0, "size": 1 << 26}, {"slot": 1, "gpa": 0x1FFF000000, "size": 1 << 24}]
+    protections = [{"name": "p", "objects": objects}]
+    policy.write_text(json.dumps({"vm": {"memory_slots": slots}, "protections": protections}))
+    result = runner.invoke(app, ["replay", str(out), "--policy", str(policy), "--json", "--no-progress"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["by_object"]
+    hits = {f"{gpa:#x}": hit for (gpa, _), hit in HITS[name].items()}
+    assert {each: (found[each]["violations"], found[each]["collateral"]) for each in found} == hits
