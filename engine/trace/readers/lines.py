@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import TraceError
-from engine.trace.columns import USABLE, ChunkBuffer, TraceChunk, does_not_fit
+from engine.trace.columns import ALONG, RECORD, USABLE, ChunkBuffer, TraceChunk, does_not_fit
 from engine.trace.lines import patterns as p
 from engine.trace.lines import scan
 from engine.trace.operations import NO_SPACE, Operations
@@ -182,11 +182,13 @@ class _Columns:
 
     def __init__(self, tool: ToolFormat, carry: Sequence[str]) -> None:
         self._tool = tool
-        self._names = tuple(name for name in tool.columns if name in USABLE and not USABLE[name].beside)
+        self._names = tuple(name for name in tool.columns if name in RECORD)
         self._spaces = "address_space" in tool.columns
         used = (*self._names, *(("address_space",) if self._spaces else ()))
         self._buffer = ChunkBuffer(used, ROWS)
-        self._extra = tuple(name for name in ("pc", "time") if name in tool.columns)
+        self._extra = tuple(
+            name for name in (*ALONG, "value") if name in tool.columns and (name in ALONG or name in carry)
+        )
         for name in carry:
             if name not in tool.columns:
                 rule = f"{tool.name} has no column {name} to carry; it has {', '.join(tool.columns)}"

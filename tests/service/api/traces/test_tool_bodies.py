@@ -31,7 +31,7 @@ def test_text_of_a_tool(guarded: str, client: ContractClient, query: str, media:
         "reasons": {"message of Valgrind": 1},
         "first": [{"line": 1, "reason": "message of Valgrind", "text": "==4242== Lackey, an example Valgrind tool"}],
     }
-    assert [record["index"] for record in result["exit_records"]] == [1]
+    assert [(record["index"], record["pc"]) for record in result["exit_records"]] == [(1, "0x1000")]
     again = client.get(f"{guarded}/traces/{result['id']}").json()
     assert again["skipped"] == result["skipped"] and again["format"] == "lackey"
 
@@ -82,3 +82,12 @@ def test_text_of_no_tool(guarded: str, client: ContractClient) -> None:
 def test_an_async_replay_of_text(guarded: str, client: ContractClient) -> None:
     reply = client.post(f"{guarded}/traces", content=LACKEY, headers=TEXT | {"Prefer": "wait=20"})
     assert done(reply)["skipped"]["lines"] == 1
+
+
+def test_pc_and_time_in_exit_records(guarded: str, client: ContractClient) -> None:
+    accesses = [{"gpa": 4096, "pc": 1, "time": 2}, {"gpa": "0x2080", "pc": "0xffffffff81000000", "time": 1 << 60}]
+    for carry in ("", "?carry=pc,time"):
+        result = done(client.post(f"{guarded}/traces{carry}", json={"accesses": accesses}))
+        assert result["ignored_columns"] == []
+        (record,) = result["exit_records"]
+        assert (record["pc"], record["time"]) == ("0xffffffff81000000", hex(1 << 60))
