@@ -120,7 +120,7 @@ def convert(
         for chunk in opened:
             records = addressed(chunk, opened, address)
             summary.add(chunk, records)
-            out.add(chunk, records)
+            out.add(chunk, records, opened.reader.valued)
             shown(out.records)
         out.close()
     _said(opened)
@@ -186,7 +186,7 @@ def head(
     with _interruptible("head"), opened_trace(file, format, record=record, skip_unknown=skip_unknown) as opened:
         rows: list[dict[str, Any]] = []
         for chunk in opened:
-            rows += _rows(chunk, addressed(chunk, opened, address), count - len(rows))
+            rows += _rows(chunk, opened, address, count - len(rows))
             if len(rows) >= count:
                 break
     if as_json:
@@ -293,20 +293,24 @@ def _print(found: dict[str, Any]) -> None:
         typer.echo(f"{'' if number else 'top pages':<10} {each['page']} {counts}")
 
 
-def _rows(chunk: TraceChunk, records: NDArray[np.uint64], count: int) -> list[dict[str, Any]]:
+def _rows(chunk: TraceChunk, file: TraceFile, address: Address | None, count: int) -> list[dict[str, Any]]:
     """Some records of a chunk as people read them."""
     from engine.arch.access import ACCESS_NAMES, KIND_NAMES, SOURCE_NAMES
     from engine.trace.operations import NO_SPACE, OP_NAMES
     from service.cli.trace_parquet import columns_of
 
     names = {"access": ACCESS_NAMES, "kind": KIND_NAMES, "source": SOURCE_NAMES, "op": OP_NAMES}
-    columns = {name: values[: max(count, 0)] for name, values in columns_of(chunk, records).items()}
+    records = addressed(chunk, file, address)
+    found = columns_of(chunk, records, file.reader.valued)
+    columns = {name: values[: max(count, 0)] for name, values in found.items()}
+    if "value" in columns:
+        columns["value"] = columns["value"].to_pylist()
     rows: list[dict[str, Any]] = []
     for at in range(min(count, len(records))):
         row: dict[str, Any] = {}
         for name, values in columns.items():
             value = values[at]
-            if name == "arg" or isinstance(value, bytes):
+            if name in ("arg", "value"):
                 row[name] = None if value is None else value.hex()
             elif name in ("gpa", "gva", "pc", "address_space"):
                 row[name] = None if name == "address_space" and value == NO_SPACE else f"{int(value):#x}"

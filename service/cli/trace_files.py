@@ -7,7 +7,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import zstandard
 from engine.errors import EngineError
 from engine.trace.columns import TraceChunk
 from engine.trace.option_names import FORMATS, TOOL_FORMATS
-from engine.trace.readers import TraceReader, open_trace, recognised
+from engine.trace.readers import TOOLS, TraceReader, open_trace, recognised
 from service.cli.policy_files import said
 from service.http.codings import Decoder, Gzip, Zstandard
 from service.platform.failures import Failure, opened
@@ -128,7 +128,7 @@ def _told(path: Path) -> Iterator[None]:
 
 @contextmanager
 def opened_trace(
-    path: Path, format: str = AUTO, *, record: str = "record16", skip_unknown: bool = False, carry: Sequence[str] = ()
+    path: Path, format: str = AUTO, *, record: str = "record16", skip_unknown: bool = False
 ) -> Iterator[TraceFile]:
     """Open a file of a format, or of the one that it is recognised as. Raises Failure."""
     with opened(path) as raw, _told(path):
@@ -143,6 +143,7 @@ def opened_trace(
         if kind == "parquet" and compression is not None:
             raise TraceFileError(f"{path}: a Parquet file is compressed inside; unpack it from {compression} first")
         layout = record if kind == "packed" else None
+        carry = ("value",) if kind in TOOLS and "value" in TOOLS[kind].columns else ()
         reader = open_trace(kind, plain, record=layout, carry=carry, skip_unknown=skip_unknown)
         yield TraceFile(path, kind, compression, reader, progress)
 

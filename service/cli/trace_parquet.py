@@ -34,9 +34,9 @@ class ParquetOut:
         self._rows = 0
         self.records = 0
 
-    def add(self, chunk: TraceChunk, records: NDArray[np.uint64]) -> None:
-        """Take in a chunk; ``records`` are its records, perhaps with other addresses."""
-        columns = columns_of(chunk, records)
+    def add(self, chunk: TraceChunk, records: NDArray[np.uint64], valued: NDArray[np.bool_] | None) -> None:
+        """Take in a chunk; ``records`` are its records, perhaps with other addresses, ``valued`` those with a value."""
+        columns = columns_of(chunk, records, valued)
         self._held.append(columns)
         self._rows += len(records)
         self.records += len(records)
@@ -52,7 +52,7 @@ class ParquetOut:
 
     def _flush(self) -> None:
         if not self._held:
-            self._held = [columns_of(TraceChunk(np.zeros((0, 2), dtype=np.uint64), None, {}), None)]
+            self._held = [columns_of(TraceChunk(np.zeros((0, 2), dtype=np.uint64), None, {}))]
         names = self._names or list(dict.fromkeys(name for held in self._held for name in held))
         arrays = {}
         for name in names:
@@ -70,7 +70,9 @@ class ParquetOut:
         self._held, self._rows = [], 0
 
 
-def columns_of(chunk: TraceChunk, records: NDArray[np.uint64] | None = None) -> dict[str, Any]:
+def columns_of(
+    chunk: TraceChunk, records: NDArray[np.uint64] | None = None, valued: NDArray[np.bool_] | None = None
+) -> dict[str, Any]:
     """The columns of a chunk by name, copies of its memory, those that it has."""
     records = chunk.records if records is None else records
     word = records[:, 1]
@@ -88,10 +90,23 @@ def columns_of(chunk: TraceChunk, records: NDArray[np.uint64] | None = None) -> 
         columns["linear"] = (linear ^ np.uint64(acc.LINEAR_VALID)).astype(np.uint8)
         columns["source"] = (word >> np.uint64(acc.RECORD_SOURCE_SHIFT) & np.uint64(3)).astype(np.uint8)
         columns["insn_len"] = (word >> np.uint64(acc.RECORD_LENGTH_SHIFT) & np.uint64(0xFF)).astype(np.uint8)
-    columns |= {name: values.copy() for name, values in chunk.carry.items()}
+    columns |= {name: values.copy() for name, values in chunk.carry.items() if name != "value"}
+    if "value" in chunk.carry and valued is not None:
+        columns["value"] = _values(chunk.carry["value"], columns["size"], valued)
     if chunk.operations is not None:
         columns |= _beside(chunk, len(records))
     return columns
+
+
+def _values(words: NDArray[np.uint64], size: NDArray[np.uint16], valued: NDArray[np.bool_]) -> pa.Array:
+    """Words as the bytes that were accessed, in memory order; null where there is none."""
+    lengths = np.where(valued, np.minimum(size, 8), 0).astype(np.int32)
+    data = words.astype("<u8").view(np.uint8).reshape(-1, 8)[np.arange(8) < lengths[:, None]]
+    offsets = np.append(0, np.cumsum(lengths, dtype=np.int32)).astype(np.int32)
+    known = np.packbits(valued, bitorder="little")
+    return pa.Array.from_buffers(
+        pa.binary(), len(words), [pa.py_buffer(known), pa.py_buffer(offsets), pa.py_buffer(data)]
+    )
 
 
 def _beside(chunk: TraceChunk, count: int) -> dict[str, Any]:
@@ -116,6 +131,8 @@ def _absent(name: str, held: dict[str, Any]) -> Any:
     count = len(held["gpa"])
     if name == "arg":
         return [None] * count
+    if name == "value":
+        return pa.nulls(count, pa.binary())
     if name == "address_space":
         return np.full(count, NO_SPACE, dtype=np.uint64)
     return np.full(count, acc.LINEAR_VALID if name == "linear" else 0, dtype=np.uint64)
@@ -125,6 +142,8 @@ def _array(name: str, parts: list[Any]) -> pa.Array:
     """The parts of a column in one; no address space is null."""
     if name == "arg":
         return pa.array([item for part in parts for item in part], type=pa.binary())
+    if name == "value":
+        return pa.concat_arrays(parts)
     joined = np.concatenate(parts)
     return pa.array(joined, mask=joined == NO_SPACE) if name == "address_space" else pa.array(joined)
 

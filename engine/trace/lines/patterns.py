@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 # Registers with a meaning: what becomes of each is for ``trace.readers.lines``.
 ADDRESS, SIZE, ACCESS, KIND, VCPU, GVA, PC, TIME, VALUE, SPACE, LINEAR = range(11)
-# For what a format works out itself from several.
-A, B = 11, 12
-REGISTERS = 13
+# Whether VALUE is one; for what a format works out itself from several.
+VALUED, A, B = 11, 12, 13
+REGISTERS = 14
 # And of each row: its tag, the number of its line (from 1), and where the line begins in the text.
-TAG, LINE, AT = 13, 14, 15
-ROW_WORDS = 16
+TAG, LINE, AT = 14, 15, 16
+ROW_WORDS = 17
 
 # Operations; see the functions that make them.
 LITERAL, SPACES, HEXADECIMAL, DECIMAL, SECONDS, CHOICE, CONSTANT, UNTIL, REST, SURE, END, EMIT, KEEP, COPY = range(14)

@@ -15,12 +15,23 @@ from engine.trace.option_names import FORMATS, TOOL_FORMATS
 from engine.trace.readers.arrow import ArrowReader
 from engine.trace.readers.base import Source, TraceReader
 from engine.trace.readers.budget import DEFAULT_MEMORY, Budget
+from engine.trace.readers.formats import FORMATS as TOOLS
 from engine.trace.readers.formats import recognised
 from engine.trace.readers.json_bodies import JsonReader, NdjsonReader
 from engine.trace.readers.packed import RECORD_BYTES, PackedReader
 from engine.trace.readers.tools import ToolReader
 
-__all__ = ["DEFAULT_MEMORY", "RECORD_BYTES", "Budget", "Source", "TraceReader", "open_trace", "recognised", "row_count"]
+__all__ = [
+    "DEFAULT_MEMORY",
+    "RECORD_BYTES",
+    "TOOLS",
+    "Budget",
+    "Source",
+    "TraceReader",
+    "open_trace",
+    "recognised",
+    "row_count",
+]
 
 
 def _parquet(source: Source, carry: Sequence[str], budget: Budget) -> TraceReader:

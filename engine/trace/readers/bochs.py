@@ -24,6 +24,7 @@ from engine.trace.lines.patterns import (
     LINEAR,
     SIZE,
     VALUE,
+    VALUED,
     VCPU,
     A,
     B,
@@ -62,7 +63,7 @@ def _begin(types: dict[str, int]) -> tuple[Parts, ...]:
 _LINEAR: tuple[Parts, ...] = (text("LIN "), sure(), hexadecimal(GVA), spaces(1), constant(LINEAR, acc.LINEAR_VALID))
 _PHYSICAL: tuple[Parts, ...] = (
     *(text("PHY "), hexadecimal(ADDRESS), text(" (len="), decimal(SIZE), text(", "), until(")"), text(")")),
-    maybe(text(": "), hexadecimal(VALUE)),
+    maybe(text(": "), hexadecimal(VALUE), constant(VALUED, 1)),
     repeated(text(" "), hexadecimal(B)),
 )
 _SHAPE = "[CPUn TYPE]: LIN 0xLINEAR PHY 0xADDRESS (len=N, MEMTYPE): 0xDATA"
@@ -96,6 +97,7 @@ class _Halves(Refinement):
         rows[writes, LINEAR] = acc.LINEAR_VALID
         wide = rows[:, SIZE] == 8
         rows[wide, VALUE] = rows[wide, VALUE] << 32 | rows[wide, B]
+        rows[rows[:, SIZE] > 8, VALUED] = 0
         return rows
 
 

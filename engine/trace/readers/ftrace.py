@@ -25,6 +25,7 @@ from engine.trace.lines.patterns import (
     SIZE,
     TIME,
     VALUE,
+    VALUED,
     VCPU,
     A,
     Parts,
@@ -78,7 +79,15 @@ _MMIO = record(
     "… kvm_mmio: mmio write|read len N gpa 0xADDRESS val 0xVALUE",
     *_event("kvm_mmio"),
     *(text("mmio "), choice(ACCESS, write=acc.WRITE, read=acc.READ), sure()),
-    *(text(" len "), decimal(SIZE), text(" gpa "), hexadecimal(ADDRESS), text(" val "), hexadecimal(VALUE)),
+    *(
+        text(" len "),
+        decimal(SIZE),
+        text(" gpa "),
+        hexadecimal(ADDRESS),
+        text(" val "),
+        hexadecimal(VALUE),
+        constant(VALUED, 1),
+    ),
 )
 
 _PAGE_FAULT = record(

@@ -112,6 +112,7 @@ class LineReader(TraceReader):
         self._set_taken()
         for part in (rows,) if self._tool.repeats is None else self._repeated(rows, self._tool.repeats):
             if len(part):
+                self.valued = part[:, p.VALUED] != 0
                 yield self._columns.chunk(part, self._refused)
                 self._done += len(part)
 

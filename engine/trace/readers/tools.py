@@ -54,6 +54,7 @@ class ToolReader(TraceReader):
         self.taken = reader.taken
         for chunk in reader:
             self.taken, self.ignored_columns = reader.taken, reader.ignored_columns
+            self.valued = reader.valued
             yield chunk
         self.taken, self.ignored_columns = reader.taken, reader.ignored_columns
 

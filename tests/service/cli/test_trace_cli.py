@@ -83,6 +83,26 @@ def test_a_body_of_the_service_is_converted(name: str, tmp_path: Path, write: Ca
     assert found["access"].to_pylist() == [1, 1, 1, 1, 0]
 
 
+def test_what_was_read_and_written_is_converted(tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    run("convert", SAMPLES / "bochs-trace-mem.txt", "-o", out)
+    assert pq.read_table(out)["value"].to_pylist()[7:11] == [b"\x5a", b"\x34\x12\0\0", b"\x5a\0", b"\x35\x12\0\0"]
+    run("convert", SAMPLES / "ftrace-kvm_exit-kvm_page_fault.txt", "-o", out)
+    found = pq.read_table(out)
+    assert found["value"].to_pylist() == [None] * 6 + [bytes(4)]
+    assert found["pc"].to_pylist()[0] == 0xFFFFFFFF81123456 and found["time"].to_pylist()[0] == 1204000102000
+    trace = tmp_path / "wide.txt"
+    trace.write_text(
+        "[CPU0 WR]: LIN 0x1000 PHY 0x1000 (len=8, WB): 0x01020304 0x05060708\n"
+        "[CPU0 WR]: LIN 0x1000 PHY 0x1000 (len=16, WB): 0x1 0x2 0x3 0x4\n"
+        "[CPU0 WR]: LIN 0x1000 PHY 0x1000 (len=3, WB) 01 02 03\n"
+    )
+    run("convert", trace, "-o", out)
+    assert pq.read_table(out)["value"].to_pylist() == [bytes(range(8, 0, -1)), None, None]
+    assert '"value": "0807060504030201"' in run("head", trace, "--json").splitlines()[0]
+    assert json.loads(run("info", out, "--json"))["records"] == 3
+
+
 def test_operations_are_converted(tmp_path: Path) -> None:
     lines = [
         {"gpa": "0x1000", "vcpu": 1, "address_space": "0x5000"},
@@ -176,9 +196,9 @@ def test_which_address_is_taken(tmp_path: Path) -> None:
 def test_the_first_records(write: Callable[[str], Path]) -> None:
     told = run("head", SAMPLES / "bochs-trace-mem.txt", "-n", 2).splitlines()
     assert [line.split() for line in told] == [
-        ["gpa", "size", "access", "vcpu", "gva"],
-        ["0x4000", "1", "write", "0", "0x4000"],
-        ["0x4080", "1", "write", "0", "0x4080"],
+        ["gpa", "size", "access", "vcpu", "gva", "value"],
+        ["0x4000", "1", "write", "0", "0x4000", "5a"],
+        ["0x4080", "1", "write", "0", "0x4080", "5a"],
     ]
     lines = run("head", write("arrow"), "-n", 99, "--json").splitlines()
     assert len(lines) == 5 and json.loads(lines[4]) == {"gpa": "0x5008", "size": 2, "access": "read", "vcpu": 2}
@@ -292,8 +312,8 @@ def test_slots_are_few() -> None:
     assert int(slots[-1]["gpa"], 16) + int(slots[-1]["size"], 16) == (99 << 30) + 4096
 
 
-# Small policies, and their hits in the samples by what the programs do: (violations, collateral) of each object. A hit is
-# collateral where it touches the object's sub-page of 128 bytes, and none of its own bytes.
+# Small policies, and their hits in the samples by what the programs do: (violations, collateral) of each object. A hit
+# is collateral where it touches the object's sub-page of 128 bytes, and none of its own bytes.
 HITS: dict[str, dict[tuple[int, int], tuple[int, int]]] = {
     # boot: the second of eight stores; 0x5000 is stored, 0x5008 beside it, 0x5000 incremented.
     "bochs-trace-mem.txt": {(0x4080, 1): (1, 0), (0x5000, 8): (3, 1), (0x4400, 8): (0, 0)},
