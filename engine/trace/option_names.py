@@ -22,7 +22,7 @@ Format = Literal["json", "ndjson", "arrow", "parquet", "packed"]
 RecordFormat = Literal["gpa8", "record16"]
 
 # What tools write, ``trace.readers.formats`` has a row of each; auto: whichever of them it is.
-ToolFormatName = Literal["lackey", "auto"]
+ToolFormatName = Literal["lackey", "champsim", "csv", "auto"]
 
 ON_VIOLATION: tuple[str, ...] = get_args(OnViolation)
 ANSWERS: tuple[str, ...] = get_args(Answer)
