@@ -23,7 +23,18 @@ RecordFormat = Literal["gpa8", "record16"]
 
 # What tools write, ``trace.readers.formats`` has a row of each; auto: whichever of them it is.
 ToolFormatName = Literal[
-    "lackey", "drmemtrace", "execlog", "bochs", "gem5", "ftrace", "perf-script", "perf-mem", "hyperdbg", "auto"
+    "lackey",
+    "drmemtrace",
+    "execlog",
+    "bochs",
+    "gem5",
+    "champsim",
+    "ftrace",
+    "perf-script",
+    "perf-mem",
+    "hyperdbg",
+    "csv",
+    "auto",
 ]
 
 ON_VIOLATION: tuple[str, ...] = get_args(OnViolation)

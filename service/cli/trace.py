@@ -40,10 +40,12 @@ class Format(StrEnum):
     EXECLOG = "execlog"
     BOCHS = "bochs"
     GEM5 = "gem5"
+    CHAMPSIM = "champsim"
     FTRACE = "ftrace"
     PERF_SCRIPT = "perf-script"
     PERF_MEM = "perf-mem"
     HYPERDBG = "hyperdbg"
+    CSV = "csv"
 
 
 class Record(StrEnum):

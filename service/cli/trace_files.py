@@ -143,7 +143,8 @@ def opened_trace(
         if kind == "parquet" and compression is not None:
             raise TraceFileError(f"{path}: a Parquet file is compressed inside; unpack it from {compression} first")
         layout = record if kind == "packed" else None
-        carry = ("value",) if kind in TOOLS and "value" in TOOLS[kind].columns else ()
+        tool = TOOLS.get(kind)
+        carry = ("value",) if tool is not None and tool.lines and "value" in tool.columns else ()
         reader = open_trace(kind, plain, record=layout, carry=carry, skip_unknown=skip_unknown)
         yield TraceFile(path, kind, compression, reader, progress)
 

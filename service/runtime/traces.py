@@ -39,6 +39,7 @@ class TraceRequest:
     max_exit_records: int
     goes_on: bool = False
     skip_unknown: bool = False
+    columns: str | None = None
 
     def reader(self, source: Source, memory: int | Budget) -> TraceReader:
         """Of a body of the format. ``memory`` as in ``open_trace``."""
@@ -49,6 +50,7 @@ class TraceRequest:
             carry=self.carry,
             memory=memory,
             skip_unknown=self.skip_unknown,
+            columns=self.columns,
         )
 
     def options(self) -> ReplayOptions:

@@ -7,6 +7,7 @@ as mappings from the names of columns to values.
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -221,6 +222,31 @@ def hyperdbg(accesses: Sequence[Access]) -> Written:
     return Written("\n".join([*lines, ""]).encode(), records)
 
 
+def champsim(accesses: Sequence[Access]) -> Written:
+    """An instruction each, with one address; an execution is one without."""
+    body, records = b"", []
+    for number, one in enumerate(accesses):
+        pc, gpa = one.pc or 1, one.gpa or 8
+        memory = [0] * 6
+        if one.access != acc.EXECUTE:
+            memory[2 + number % 4 if one.access == acc.READ else number % 2] = gpa
+            records.append({"gpa": gpa, "size": 8, "access": one.access, "pc": pc})
+        body += struct.pack("<Q8B6Q", pc, 0, 0, 1, 0, 2, 0, 0, 0, *memory)
+    return Written(body, records)
+
+
+def csv(accesses: Sequence[Access]) -> Written:
+    """All columns of a record, in hexadecimal where that is usual."""
+    lines = ["gpa,size,access,kind,vcpu,gva,pc,time,note"]
+    records = []
+    for one in accesses:
+        kind = int(one.modifies)
+        named = ("read", "W", "2")[one.access]
+        lines.append(f"{one.gpa:#x},{one.size},{named},{kind},{one.vcpu},{one.gva},{one.pc:#X},{one.time},x")
+        records.append({**one._asdict(), "kind": kind})
+    return Written("\n".join([*lines, ""]).encode(), records)
+
+
 WRITERS: Mapping[str, Writer] = {
     "lackey": lackey,
     "drmemtrace": drmemtrace,
@@ -231,4 +257,6 @@ WRITERS: Mapping[str, Writer] = {
     "perf-script": perf_script,
     "perf-mem": perf_mem,
     "hyperdbg": hyperdbg,
+    "champsim": champsim,
+    "csv": csv,
 }

@@ -62,6 +62,7 @@ def open_trace(
     carry: Sequence[str] = (),
     memory: int | Budget = DEFAULT_MEMORY,
     skip_unknown: bool = False,
+    columns: str | None = None,
 ) -> TraceReader:
     """A reader of ``source``, which is read while the reader is iterated.
 
@@ -69,7 +70,8 @@ def open_trace(
     and with nothing else. ``source`` needs ``read(n)``, which may return less than asked for and returns nothing only
     at the end; its ``readinto`` is used if it has one; parquet also needs ``seek`` and ``tell``. ``carry`` names other
     columns to hand through. ``memory`` bounds what a columnar body may take while it is read, in bytes or as a budget;
-    others take a few megabytes. ``skip_unknown`` passes over lines that are of no form that the tool's format has.
+    others take a few megabytes. ``skip_unknown`` passes over lines that are of no form that the tool's format has;
+    ``columns``, as ``gpa=addr,size=len``, says which columns of a table are meant.
     Raises ``InvalidValue`` for an unknown format or record format and ``TraceError`` for a name that
     cannot be carried; iteration raises ``TraceError`` with the absolute record index.
     """
@@ -81,5 +83,7 @@ def open_trace(
     if record is not None:
         raise InvalidValue("must be left out: only packed bodies have a record format", field="record", value=record)
     if format in TOOL_FORMATS:
-        return ToolReader(format, source, names, skip_unknown=skip_unknown)
+        return ToolReader(format, source, names, skip_unknown=skip_unknown, columns=columns)
+    if columns is not None:
+        raise InvalidValue("must be left out: only csv has columns to name", field="columns", value=columns)
     return _ROWS[format](source, names) if format in _ROWS else _COLUMNS[format](source, names, Budget.of(memory))

@@ -16,7 +16,7 @@ from engine.trace.operations import NO_SPACE, Operations
 from engine.trace.readers.base import Source, TraceReader, read_into
 from engine.trace.readers.formats import recognised
 from engine.trace.readers.tool_format import COLUMN_REGISTERS, ToolFormat
-from engine.trace.taken import SkippedLine
+from engine.trace.taken import SHOWN_CHARACTERS, SHOWN_LINES, SkippedLine, shown
 
 BLOCK_BYTES = 1 << 20  # read at a time
 # A line has at least four bytes for each row that it gives, so that one line always has room.
@@ -26,10 +26,6 @@ assert 4 * ROWS > scan.MAX_LINE_BYTES
 # How many accesses a line may stand for, and the lines of a body together: they are replayed one by one.
 MOST_REPEATS = 1 << 20
 MOST_REPEATED = 1 << 28
-
-# Skipped lines that are shown, and how much of a line.
-SHOWN_LINES = 10
-SHOWN_CHARACTERS = 200
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -215,12 +211,6 @@ class _Columns:
             spaces = _words(rows, "address_space")
             operations = Operations(np.zeros(0, dtype=np.int64), (), np.where(spaces == 0, np.uint64(NO_SPACE), spaces))
         return self._buffer.chunk(len(rows), carry, operations)
-
-
-def shown(line: bytes) -> str:
-    """A line for people: at most SHOWN_CHARACTERS, without what terminals act on."""
-    text = line[: 4 * SHOWN_CHARACTERS].removesuffix(b"\r").decode("utf-8", "replace")
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:SHOWN_CHARACTERS])
 
 
 def _words(rows: npt.NDArray[np.int64], name: str) -> npt.NDArray[np.uint64]:

@@ -84,7 +84,7 @@ class ToolFormat:
     writes: str
     executes: str
     columns: tuple[str, ...]
-    mark: re.Pattern[bytes] | None
+    mark: re.Pattern[bytes] | None = None
     media: tuple[str, ...] = (TEXT,)
     assumed_size: int | None = None
     lines: tuple[Line, ...] = ()

@@ -8,6 +8,7 @@ from engine.errors import TraceError
 from engine.trace.columns import TraceChunk
 from engine.trace.option_names import TOOL_FORMATS
 from engine.trace.readers.base import Source, TraceReader, read_up_to
+from engine.trace.readers.champsim import ChampsimReader
 from engine.trace.readers.formats import FORMATS, recognised
 from engine.trace.readers.lines import LineReader
 
@@ -43,9 +44,18 @@ class Continued:
 class ToolReader(TraceReader):
     """Reads a body of ``format``, or with ``auto`` one of the format that its beginning shows."""
 
-    def __init__(self, format: str, source: Source, carry: Sequence[str], *, skip_unknown: bool = False) -> None:
+    def __init__(
+        self,
+        format: str,
+        source: Source,
+        carry: Sequence[str],
+        *,
+        skip_unknown: bool = False,
+        columns: str | None = None,
+    ) -> None:
         super().__init__(source, carry)
         self._format = format
+        self._named = columns
         self._skip_unknown = skip_unknown
 
     def _chunks(self) -> Iterator[TraceChunk]:
@@ -59,9 +69,17 @@ class ToolReader(TraceReader):
         self.taken, self.ignored_columns = reader.taken, reader.ignored_columns
 
     def _reader(self, head: bytes | bytearray, source: Source) -> TraceReader:
-        tool = FORMATS.get(self._format) or recognised(head)
+        tool = FORMATS.get(self._format) or recognised(head) or (FORMATS["csv"] if self._named else None)
         if tool is None:
             names = ", ".join(name for name in TOOL_FORMATS if name != "auto")
             rule = f"the body is of no format that is recognised: name one with format, of {names}"
             raise TraceError(rule, index=0, field="format", value=self._format)
+        if tool.name == "csv":
+            from engine.trace.readers.csv_tables import CsvReader  # noqa: PLC0415 - the Arrow library is 33 MB
+
+            return CsvReader(source, self._carry, tool, self._named)
+        if self._named is not None:
+            raise TraceError(f"goes with csv; this is {tool.name}", field="columns", value=self._named)
+        if tool.name == "champsim":
+            return ChampsimReader(source, self._carry, tool)
         return LineReader(source, self._carry, tool.fitted(bytes(head)), skip_unknown=self._skip_unknown)

@@ -92,6 +92,9 @@ FORMAT_ABOUT = (
     "What the body is, where a tool wrote it; with `text/plain`, `text/csv` and `application/octet-stream`. `auto`, "
     "the default of text, goes by the content (docs/traces.md)."
 )
+COLUMNS_ABOUT = (
+    "With `csv`: which columns of the table are meant, as `gpa=addr,size=len`; others are known by their own names."
+)
 SKIP_ABOUT = (
     "Skip and count lines that are none of the format's, as when a program's own output is among them; otherwise the "
     "first is an error."

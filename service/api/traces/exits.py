@@ -71,7 +71,7 @@ EXAMPLE_EXIT = {
 
 class ExitRecord(Document):
     """One VM exit. Carried columns, and `pc` and `time` of the trace, appear under their own names; integers above
-    2^53 - 1, and every `pc`, are `0x…` strings.
+    2^53 - 1 are `0x…` strings.
     """
 
     model_config = ConfigDict(extra="allow", json_schema_extra=examples(EXAMPLE_EXIT))
@@ -145,9 +145,8 @@ def exit_rows(exits: ExitColumns) -> list[dict[str, Any]]:
         )
     ]
     for name, values in exits.carry.items():
-        largest = -1 if name == "pc" else _SAFE_IN_JSON
         for row, value in zip(rows, values.tolist(), strict=True):
-            row[name] = hex(value) if isinstance(value, int) and abs(value) > largest else value
+            row[name] = hex(value) if isinstance(value, int) and abs(value) > _SAFE_IN_JSON else value
     return rows
 
 

@@ -33,6 +33,7 @@ from service.api.common import (
     tagged_reply,
 )
 from service.api.traces.bodies import (
+    COLUMNS_ABOUT,
     FORMAT_ABOUT,
     FORMATS,
     SKIP_ABOUT,
@@ -371,6 +372,7 @@ async def create_trace(
     ] = None,
     format: Annotated[ToolFormatName | None, Query(description=FORMAT_ABOUT)] = None,
     skip_unknown: Annotated[bool, Query(description=SKIP_ABOUT)] = False,
+    columns: Annotated[str | None, Query(max_length=2000, description=COLUMNS_ABOUT)] = None,
     carry: Annotated[
         str | None, Query(description="Columns to copy into exit records, with commas between them.")
     ] = None,
@@ -384,7 +386,7 @@ async def create_trace(
         raise InvalidDocument(f"must be at most {settings.max_exit_records}", field="max_exit_records", value=kept)
     goes_on = "start" in request.query_params
     carried, kind = carried_columns(carry), format_of(media, format)
-    wanted = TraceRequest(kind, record, carried, on_violation, include, start, kept, goes_on, skip_unknown)
+    wanted = TraceRequest(kind, record, carried, on_violation, include, start, kept, goes_on, skip_unknown, columns)
     asker = asker_of(request, entry, traced=True) if on_violation == ASK else None
     wishes = wanted_async(request) if asker is None else None
     if wishes is not None:

@@ -10,7 +10,8 @@ import pytest
 from engine.errors import TraceError
 from engine.trace.lines.scan import MAX_LINE_BYTES
 from engine.trace.readers import open_trace
-from engine.trace.readers.lines import BLOCK_BYTES, SHOWN_CHARACTERS, SHOWN_LINES
+from engine.trace.readers.lines import BLOCK_BYTES
+from engine.trace.taken import SHOWN_CHARACTERS, SHOWN_LINES
 
 GOOD = b"I  00401000,4\n S 00004010,8\n"
 

@@ -31,7 +31,7 @@ def test_text_of_a_tool(guarded: str, client: ContractClient, query: str, media:
         "reasons": {"message of Valgrind": 1},
         "first": [{"line": 1, "reason": "message of Valgrind", "text": "==4242== Lackey, an example Valgrind tool"}],
     }
-    assert [(record["index"], record["pc"]) for record in result["exit_records"]] == [(1, "0x1000")]
+    assert [(record["index"], record["pc"]) for record in result["exit_records"]] == [(1, 0x1000)]
     again = client.get(f"{guarded}/traces/{result['id']}").json()
     assert again["skipped"] == result["skipped"] and again["format"] == "lackey"
 
