@@ -75,6 +75,10 @@ AddressOption = Annotated[
         "with address=gva. flat: the virtual address, taken as a physical one. By default what the trace has."
     ),
 ]
+Columns = Annotated[
+    str | None,
+    typer.Option(help="Of a table: which of its columns are meant, as gpa=ADDR,size=LEN. It is csv then."),
+]
 SkipUnknown = Annotated[
     bool, typer.Option("--skip-unknown", help="Pass over lines that the format does not have; they are counted.")
 ]
@@ -99,6 +103,7 @@ def convert(
     format: FormatOption = Format.AUTO,
     address: AddressOption = None,
     record: RecordOption = Record.RECORD16,
+    columns: Columns = None,
     skip_unknown: SkipUnknown = False,
     progress: ProgressOption = None,
 ) -> None:
@@ -114,7 +119,7 @@ def convert(
     summary = Summary()
     with (
         _interruptible("convert"),
-        opened_trace(file, format, record=record, skip_unknown=skip_unknown) as opened,
+        opened_trace(file, format, record=record, skip_unknown=skip_unknown, columns=columns) as opened,
         replacing(output) as beside,
         _bar("converting", opened.progress, progress) as shown,
     ):
@@ -137,6 +142,7 @@ def info(
     format: FormatOption = Format.AUTO,
     address: AddressOption = None,
     record: RecordOption = Record.RECORD16,
+    columns: Columns = None,
     skip_unknown: SkipUnknown = False,
     as_json: AsJson = False,
     progress: ProgressOption = None,
@@ -148,7 +154,7 @@ def info(
     summary = Summary()
     with (
         _interruptible("info"),
-        opened_trace(file, format, record=record, skip_unknown=skip_unknown) as opened,
+        opened_trace(file, format, record=record, skip_unknown=skip_unknown, columns=columns) as opened,
         _bar("reading", opened.progress, progress) as shown,
     ):
         for chunk in opened:
@@ -179,13 +185,17 @@ def head(
     format: FormatOption = Format.AUTO,
     address: AddressOption = None,
     record: RecordOption = Record.RECORD16,
+    columns: Columns = None,
     skip_unknown: SkipUnknown = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the first records of a trace; with --json one object a line, which is NDJSON that can be posted."""
     from service.cli.trace_files import opened_trace
 
-    with _interruptible("head"), opened_trace(file, format, record=record, skip_unknown=skip_unknown) as opened:
+    with (
+        _interruptible("head"),
+        opened_trace(file, format, record=record, skip_unknown=skip_unknown, columns=columns) as opened,
+    ):
         rows: list[dict[str, Any]] = []
         for chunk in opened:
             rows += _rows(chunk, opened, address, count - len(rows))

@@ -128,7 +128,12 @@ def _told(path: Path) -> Iterator[None]:
 
 @contextmanager
 def opened_trace(
-    path: Path, format: str = AUTO, *, record: str = "record16", skip_unknown: bool = False
+    path: Path,
+    format: str = AUTO,
+    *,
+    record: str = "record16",
+    skip_unknown: bool = False,
+    columns: str | None = None,
 ) -> Iterator[TraceFile]:
     """Open a file of a format, or of the one that it is recognised as. Raises Failure."""
     with opened(path) as raw, _told(path):
@@ -139,13 +144,15 @@ def opened_trace(
         for pattern, what in _OTHERS:
             if format == AUTO and pattern.search(head):
                 raise TraceFileError(f"{path}: {what}")
+        if format == AUTO and columns is not None:
+            format = "csv"
         kind = _recognised(path, head) if format == AUTO else format
         if kind == "parquet" and compression is not None:
             raise TraceFileError(f"{path}: a Parquet file is compressed inside; unpack it from {compression} first")
         layout = record if kind == "packed" else None
         tool = TOOLS.get(kind)
         carry = ("value",) if tool is not None and tool.lines and "value" in tool.columns else ()
-        reader = open_trace(kind, plain, record=layout, carry=carry, skip_unknown=skip_unknown)
+        reader = open_trace(kind, plain, record=layout, carry=carry, skip_unknown=skip_unknown, columns=columns)
         yield TraceFile(path, kind, compression, reader, progress)
 
 

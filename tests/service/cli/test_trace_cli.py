@@ -348,3 +348,16 @@ def test_the_hits_of_a_sample_are_those_worked_out_by_hand(name: str, tmp_path: 
     found = json.loads(result.stdout)["by_object"]
     hits = {f"{gpa:#x}": hit for (gpa, _), hit in HITS[name].items()}
     assert {each: (found[each]["violations"], found[each]["collateral"]) for each in found} == hits
+
+
+def test_a_table_whose_columns_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "table.txt"
+    path.write_text("when\taddr\tlen\tnote\n1\t0x1000\t4\tx\n2\t0x2000\t2\tx\n")
+    names = "gpa=addr,size=len"
+    lines = run("head", path, "--columns", names).splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["0x1000", "4"], ["0x2000", "2"]]
+    assert json.loads(run("info", path, "--columns", names, "--json"))["format"] == "csv"
+    out = tmp_path / "out.parquet"
+    run("convert", path, "-o", out, "--columns", names)
+    assert pq.read_table(out)["size"].to_pylist() == [4, 2]
+    assert "lackey" in run("info", SAMPLES / "lackey.txt", "--format", "lackey", "--columns", names, status=1)
