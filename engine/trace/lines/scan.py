@@ -52,6 +52,17 @@ def begins(text: Any, at: Any, end: Any, texts: Any, first: Any, length: Any) ->
 
 
 @kernel
+def find(text: Any, at: Any, end: Any, texts: Any, first: Any, length: Any) -> Any:
+    """Where some of ``texts`` is next; ``end`` if nowhere."""
+    lead, last = texts[first], end - length
+    while at <= last:
+        if text[at] == lead and begins(text, at, end, texts, first, length):
+            return at
+        at += 1
+    return end
+
+
+@kernel
 def number(text: Any, at: Any, end: Any, shift: Any) -> Any:
     """(value, where it ends; -1: none, -2: too wide) of a number in hexadecimal with ``shift``, else decimal."""
     if shift and end - at > 2 and text[at] == 48 and text[at + 1] | 32 == _X and digit_of(np.int64(text[at + 2])) >= 0:
@@ -177,17 +188,13 @@ def match(
         elif code == p.COPY:
             registers[b] = registers[a]
         elif code == p.UNTIL:
-            while at < end and not begins(text, at, end, texts, a, b):
-                at += 1
+            at = find(text, at, end, texts, a, b)
             failed = at >= end
         elif code == p.WITHIN:
-            length, stop = b >> 16, b & 0xFFFF
-            while at < end and not begins(text, at, end, texts, a, length):
-                if begins(text, at, end, texts, a + length, stop):
-                    at = end
-                else:
-                    at += 1
-            failed = at >= end
+            length = b >> 16
+            limit = find(text, at, end, texts, a + length, b & 0xFFFF)
+            at = find(text, at, min(limit + length, end), texts, a, length)
+            failed = at >= limit
         elif code == p.STAMP:
             value, behind = stamped(text, start, at, end)
             failed = behind < 0

@@ -52,6 +52,8 @@ _ACCESS: tuple[Parts, ...] = (
     *(text(", "), choice(ACCESS, load=acc.READ, store=acc.WRITE)),
     *(text(", 0x"), hexadecimal(ADDRESS)),
 )
+_RAM: tuple[Parts, ...] = (*_ACCESS, text(", RAM"), emit(_SYSTEM))
+_SHAPE = 'VCPU, 0xPC, "INSTRUCTION", load|store, 0xADDRESS, DEVICE'
 _REGISTERS: tuple[Parts, ...] = (text(", "), within(" -> ", ","), rest())
 
 
@@ -90,12 +92,14 @@ EXECLOG = ToolFormat(
     mark=re.compile(rb'^\d+, 0x[0-9a-f]+, (?:0x[0-9a-f]+, )?"[^"\n]*"(?:, |\r?$)', re.MULTILINE),
     assumed_size=ASSUMED_SIZE,
     lines=(
+        # RAM is no word of another form: most lines, at once.
+        line(_SHAPE, *_INSTRUCTION, *_RAM, repeated(*_RAM)),
         skip("instruction without an access", *_INSTRUCTION, p.Part(p.END)),
         skip("instruction without an access", *_INSTRUCTION, *_REGISTERS),
         _user(),
         _user(*_REGISTERS),
         line(
-            'VCPU, 0xPC, "INSTRUCTION", load|store, 0xADDRESS, DEVICE',
+            _SHAPE,
             *(*_INSTRUCTION, sure()),
             repeated(*_ACCESS, text(", "), until(", "), emit(_SYSTEM)),
             maybe(*_ACCESS, text(", "), rest(), emit(_SYSTEM)),

@@ -28,15 +28,19 @@ from engine.trace.lines.patterns import (
     VALUED,
     VCPU,
     A,
+    Line,
     Parts,
     choice,
+    choice_of,
     constant,
     decimal,
     hexadecimal,
     maybe,
     record,
+    rest,
     skip,
     spaces,
+    stamp,
     start,
     sure,
     text,
@@ -68,39 +72,42 @@ class _Faults(Refinement):
         return rows
 
 
-def _event(name: str) -> tuple[Parts, ...]:
-    """Up to the fields of an event, with the time stamp before it, and the vCPU that QEMU names its threads by."""
-    vcpu = maybe(spaces(0), text("CPU "), decimal(VCPU), text("/KVM"))
-    time = maybe(p.stamp(TIME))
-    return (*vcpu, start(), *time, until(f"{name}: "), text(f"{name}: "), spaces(0))
+def _event(name: str, *, first: bool) -> tuple[Parts, ...]:
+    """Up to the fields of an event, with the time stamp before it, and the vCPU that QEMU names its threads by.
+
+    It is the ``first`` word with ``kvm_`` in a line, unless the command has that, too.
+    """
+    vcpu = maybe(start(), spaces(0), text("CPU "), decimal(VCPU), text("/KVM"))
+    time = maybe(start(), stamp(TIME))
+    is_it = (until("kvm_"), text(f"{name}: ")) if first else (until(f"{name}: "),)
+    return (*is_it, *vcpu, *time, until(f"{name}: "), text(f"{name}: "), spaces(0))
 
 
-_MMIO = record(
-    "… kvm_mmio: mmio write|read len N gpa 0xADDRESS val 0xVALUE",
-    *_event("kvm_mmio"),
-    *(text("mmio "), choice(ACCESS, write=acc.WRITE, read=acc.READ), sure()),
-    *(
-        text(" len "),
-        decimal(SIZE),
-        text(" gpa "),
-        hexadecimal(ADDRESS),
-        text(" val "),
-        hexadecimal(VALUE),
-        constant(VALUED, 1),
-    ),
-)
+def _mmio(*, first: bool) -> Line:
+    return record(
+        "… kvm_mmio: mmio write|read len N gpa 0xADDRESS val 0xVALUE",
+        *_event("kvm_mmio", first=first),
+        *(text("mmio "), choice(ACCESS, write=acc.WRITE, read=acc.READ), sure(), text(" len "), decimal(SIZE)),
+        *(text(" gpa "), hexadecimal(ADDRESS), text(" val "), hexadecimal(VALUE), constant(VALUED, 1)),
+    )
 
-_PAGE_FAULT = record(
-    "… kvm_page_fault: vcpu N rip 0xRIP address 0xADDRESS error_code 0xCODE",
-    *_event("kvm_page_fault"),
-    sure(),
-    maybe(text("vcpu "), decimal(VCPU), spaces(1)),
-    maybe(text("rip "), hexadecimal(PC), spaces(1)),
-    *(text("address "), hexadecimal(ADDRESS), text(" error_code "), hexadecimal(A), constant(SIZE, ASSUMED_SIZE)),
-    maybe(text(","), p.rest()),
-    tag=_FAULT,
-)
 
+def _page_fault(*, first: bool) -> Line:
+    return record(
+        "… kvm_page_fault: vcpu N rip 0xRIP address 0xADDRESS error_code 0xCODE",
+        *_event("kvm_page_fault", first=first),
+        sure(),
+        maybe(text("vcpu "), decimal(VCPU), spaces(1)),
+        maybe(text("rip "), hexadecimal(PC), spaces(1)),
+        *(text("address "), hexadecimal(ADDRESS), text(" error_code "), hexadecimal(A), constant(SIZE, ASSUMED_SIZE)),
+        maybe(text(","), rest()),
+        tag=_FAULT,
+    )
+
+
+# Other events that KVM has many of.
+_FREQUENT = ("entry", "userspace_exit", "pio", "msr", "cr", "apic", "inj_virq", "eoi", "cpuid", "fpu", "ack_irq")
+_NO_ADDRESS = "event without an address of memory"
 EXITS = "kvm_exit has no address of memory: record the events kvm_mmio and kvm_page_fault, too"
 
 FTRACE = ToolFormat(
@@ -117,17 +124,16 @@ FTRACE = ToolFormat(
         re.MULTILINE,
     ),
     lines=(
-        _MMIO,
-        _PAGE_FAULT,
-        skip(
-            "unsatisfied-read: the read follows when it is answered",
-            until("kvm_mmio: "),
-            until("mmio unsatisfied-read"),
-        ),
+        _page_fault(first=True),
+        _mmio(first=True),
+        skip(EXITS, until("kvm_"), text("kvm_exit: ")),
+        skip("unsatisfied-read: the read follows when it is answered", until("kvm_mmio: "), until("mmio unsatisfied-")),
+        skip(_NO_ADDRESS, until("kvm_"), text("kvm_"), choice_of(A, dict.fromkeys(_FREQUENT, 0)), text(": ")),
+        _page_fault(first=False),
+        _mmio(first=False),
         skip("comment", text("#")),
-        skip(EXITS, until("kvm_exit: ")),
-        skip("event without an address of memory", until(" ["), text(" ["), decimal(A), text("]"), until(": ")),
-        skip("event without an address of memory", p.stamp(TIME)),
+        skip(_NO_ADDRESS, until(" ["), text(" ["), decimal(A), text("]"), until(": ")),
+        skip(_NO_ADDRESS, stamp(TIME)),
         skip("number of processors", text("cpus="), decimal(A)),
         skip("version of the trace", text("version = ")),
         skip("lost events", text("CPU:"), decimal(A), text(" [LOST ")),

@@ -30,6 +30,7 @@ from engine.trace.lines.patterns import (
     A,
     Line,
     Parts,
+    choice_of,
     constant,
     decimal,
     hexadecimal,
@@ -38,6 +39,7 @@ from engine.trace.lines.patterns import (
     rest,
     skip,
     spaces,
+    start,
     sure,
     text,
     until,
@@ -52,41 +54,44 @@ _MEMORY, _INSTRUCTION = 1, 2
 _TICK: tuple[Parts, ...] = maybe(spaces(0), decimal(TIME), text(": "))
 
 # What a memory did, and the classes of operations that access memory (src/cpu/FuncUnit.py).
-_LABELS = {
-    "Read/Write": (acc.WRITE, acc.READ_MODIFY_WRITE),
-    "Write": (acc.WRITE, acc.DATA),
-    "Read": (acc.READ, acc.DATA),
-    "IFetch": (acc.EXECUTE, acc.DATA),
-}
+_LABELS = (
+    ("Read/Write", acc.WRITE, acc.READ_MODIFY_WRITE),
+    ("Write", acc.WRITE, acc.DATA),
+    ("Read", acc.READ, acc.DATA),
+    ("IFetch", acc.EXECUTE, acc.DATA),
+)
+_DID = np.array([(access, kind) for _, access, kind in _LABELS])
 _CLASSES = {"MemWrite : ": acc.WRITE, "MemRead : ": acc.READ, "Store : ": acc.WRITE, "Load : ": acc.READ}
 
 
-def _memory(label: str) -> Line:
-    access, kind = _LABELS[label]
+def _memory(*name: Parts) -> Line:
+    """An access of a memory of some name. A is its place in ``_LABELS``."""
     return record(
         "TICK: MEMORY: Write|Read|IFetch from REQUESTOR of size N on address 0xADDRESS data 0xDATA C",
-        *(*_TICK, until(f": {label} "), text(f": {label}")),
+        *(*_TICK, *name, choice_of(A, {label: number for number, (label, *_) in enumerate(_LABELS)})),
         maybe(text(" from "), within("cpu", " of size"), text("cpu"), decimal(VCPU)),
         maybe(text(" from "), within("cores", " of size"), text("cores"), decimal(VCPU)),
         *(until(" of size "), text(" of size "), sure(), decimal(SIZE), text(" on address "), hexadecimal(ADDRESS)),
         maybe(text(" data "), hexadecimal(VALUE), constant(VALUED, 1)),
         maybe(text(" C")),
         maybe(text(" U")),
-        *(constant(ACCESS, access), constant(KIND, kind)),
         tag=_MEMORY,
     )
+
+
+_NAME: tuple[Parts, ...] = (until(": "), text(": "))
 
 
 def _instruction(name: str) -> Line:
     return record(
         "TICK: CPU: T0 : 0xPC @SYMBOL : INSTRUCTION : CLASS : D=0xDATA A=0xADDRESS",
+        *(until("A=0x"), start(), until(name), until(" A=0x"), text(" A="), sure(), hexadecimal(ADDRESS)),
+        *(maybe(text(" "), rest()), p.Part(p.END), start()),
         *_TICK,
         maybe(within("cpu", " "), text("cpu"), decimal(VCPU)),
         maybe(within("cores", " "), text("cores"), decimal(VCPU)),
         maybe(until(" : 0x"), text(" : "), hexadecimal(PC)),
-        *(until(name), text(name), until(" A=0x"), text(" A="), sure(), hexadecimal(ADDRESS)),
-        maybe(text(" "), rest()),
-        *(constant(ACCESS, _CLASSES[name]), constant(SIZE, ASSUMED_SIZE)),
+        *(constant(ACCESS, _CLASSES[name]), constant(SIZE, ASSUMED_SIZE), rest()),
         tag=_INSTRUCTION,
     )
 
@@ -108,6 +113,7 @@ class _Flags(Refinement):
         if self.address == "guest-physical":
             self.drop("instruction: the lines of MemoryAccess are the records", len(rows) - int(memory.sum()))
             rows = rows[memory]
+            rows[:, [ACCESS, KIND]] = _DID[rows[:, A]]
         rows[:, TIME] //= TICKS_PER_NANOSECOND
         return rows
 
@@ -128,11 +134,9 @@ GEM5 = ToolFormat(
         re.MULTILINE,
     ),
     lines=(
-        *(_memory(label) for label in _LABELS),
-        skip("predicated false", *_TICK, until(" : Predicated False")),
-        skip("predicated false", *_TICK, until(" : "), until("Predicated False")),
+        *(_memory(*_NAME), _memory(*_NAME, *_NAME)),
         *(_instruction(name) for name in _CLASSES),
-        *(skip("load or store without an address", *_TICK, until(name)) for name in _CLASSES),
+        skip("predicated false", until("Predicated False")),
         skip("instruction without an access", *_TICK, spaces(0), until(" T"), text(" T"), decimal(A), text(" : ")),
         skip("instruction without an access", *_TICK, spaces(0), until(" : 0x")),
         skip("other message of gem5", spaces(0), decimal(TIME), text(": "), until(": ")),

@@ -44,7 +44,11 @@ _SAMPLE, _FAULT, _CODE = 0, 1, 2  # tags: what it did is said; is to be worked o
 _WRITE, _FETCH = 1 << 1, 1 << 4  # of a page fault's error code
 
 # Words in the names of events, and what their samples did.
-_EVENTS = {"store": acc.WRITE, "STORE": acc.WRITE, "load": acc.READ, "LOAD": acc.READ}
+_EVENTS = (
+    ("faults", acc.WRITE, _FAULT),
+    *((word, acc.READ, _SAMPLE) for word in ("load", "LOAD")),
+    *((word, acc.WRITE, _SAMPLE) for word in ("store", "STORE")),
+)
 _SHAPE = "COMM TID [CPU] SECONDS: EVENT: ADDRESS IP"
 _SOURCE: tuple[Parts, ...] = (
     until("|OP "),
@@ -52,11 +56,11 @@ _SOURCE: tuple[Parts, ...] = (
     choice(ACCESS, LOAD=acc.READ, STORE=acc.WRITE, EXEC=acc.EXECUTE),
 )
 
-# What is behind the address: a data source that says nothing; only the instruction; further numbers, of which none is
+# What is behind the address: only the instruction; a data source that says nothing; further numbers, of which none is
 # known to be it; the instruction and its symbol; anything else.
 _BEHIND: tuple[tuple[Parts, ...], ...] = (
-    (text(" "), until("|OP "), rest()),
     (spaces(1), hexadecimal(PC)),
+    (text(" "), until("|OP "), rest()),
     (spaces(1), hexadecimal(A), spaces(1), hexadecimal(B)),
     (spaces(1), hexadecimal(PC), text(" "), rest()),
     (text(" "), rest()),
@@ -64,7 +68,7 @@ _BEHIND: tuple[tuple[Parts, ...], ...] = (
 )
 
 
-def _event(word: str, *behind: Parts, access: int, tag: int = _SAMPLE) -> Line:
+def _event(word: str, *behind: Parts, access: int, tag: int) -> Line:
     """Samples of events with a word in their name."""
     return record(
         _SHAPE,
@@ -104,6 +108,8 @@ PERF_SCRIPT = ToolFormat(
     ),
     assumed_size=ASSUMED_SIZE,
     lines=(
+        # Most lines, at once: nothing is behind the instruction.
+        *(_event(word, *_BEHIND[0], access=access, tag=tag) for word, access, tag in _EVENTS),
         record(
             "… exceptions:page_fault_user: address=0xADDRESS ip=0xIP error_code=0xCODE",
             *(maybe(stamp(TIME)), until("page_fault_"), until(": "), text(": "), spaces(0)),
@@ -124,8 +130,7 @@ PERF_SCRIPT = ToolFormat(
             *(*_SOURCE, rest()),
         ),
         skip("prefetch", until("|OP PFETCH|")),
-        *(_event("faults", *behind, access=acc.WRITE, tag=_FAULT) for behind in _BEHIND),
-        *(_event(word, *behind, access=access) for word, access in _EVENTS.items() for behind in _BEHIND),
+        *(_event(word, *each, access=access, tag=tag) for word, access, tag in _EVENTS for each in _BEHIND[1:]),
         skip("call chain", text("\t")),
         skip("heading", text("#")),
         skip("event of which neither name nor data source says what it did", stamp(TIME), until(": ")),
