@@ -15,6 +15,7 @@ from engine.trace.option_names import FORMATS, TOOL_FORMATS
 from engine.trace.readers.arrow import ArrowReader
 from engine.trace.readers.base import Source, TraceReader
 from engine.trace.readers.budget import DEFAULT_MEMORY, Budget
+from engine.trace.readers.hints import HintingReader
 from engine.trace.readers.json_bodies import JsonReader, NdjsonReader
 from engine.trace.readers.packed import RECORD_BYTES, PackedReader
 from engine.trace.readers.tools import ToolReader
@@ -51,6 +52,7 @@ def open_trace(
     memory: int | Budget = DEFAULT_MEMORY,
     skip_unknown: bool = False,
     columns: str | None = None,
+    longest: int = 0,
 ) -> TraceReader:
     """A reader of ``source``, which is read while the reader is iterated.
 
@@ -59,7 +61,8 @@ def open_trace(
     at the end; its ``readinto`` is used if it has one; parquet also needs ``seek`` and ``tell``. ``carry`` names other
     columns to hand through. ``memory`` bounds what a columnar body may take while it is read, in bytes or as a budget;
     others take a few megabytes. ``skip_unknown`` passes over lines that are of no form that the tool's format has;
-    ``columns``, as ``gpa=addr,size=len``, says which columns of a table are meant.
+    ``columns``, as ``gpa=addr,size=len``, says which columns of a table are meant. ``longest`` bounds what is in a body
+    of a tool that is a compressed file, in bytes; 0 leaves its ratio as the only bound.
     Raises ``InvalidValue`` for an unknown format or record format and ``TraceError`` for a name that
     cannot be carried; iteration raises ``TraceError`` with the absolute record index.
     """
@@ -71,7 +74,9 @@ def open_trace(
     if record is not None:
         raise InvalidValue("must be left out: only packed bodies have a record format", field="record", value=record)
     if format in TOOL_FORMATS:
-        return ToolReader(format, source, names, skip_unknown=skip_unknown, columns=columns)
+        return ToolReader(format, source, names, skip_unknown=skip_unknown, columns=columns, longest=longest)
     if columns is not None:
         raise InvalidValue("must be left out: only csv has columns to name", field="columns", value=columns)
-    return _ROWS[format](source, names) if format in _ROWS else _COLUMNS[format](source, names, Budget.of(memory))
+    if format in _ROWS:
+        return HintingReader(source, lambda seen: _ROWS[format](seen, names))
+    return HintingReader(source, lambda seen: _COLUMNS[format](seen, names, Budget.of(memory)))
