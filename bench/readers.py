@@ -12,7 +12,7 @@ from pyarrow import csv
 from engine.trace.readers import open_trace
 
 ITEMS = 1_000_000
-ARROW_ALONE = "csv (Arrow alone)"
+ARROW_ALONE = "Arrow's CSV reader"
 
 
 def _lackey() -> bytes:

@@ -11,16 +11,18 @@ from typing import Any
 
 from engine.errors import InvalidValue
 from engine.trace.columns import check_carry
-from engine.trace.option_names import FORMATS, TOOL_FORMATS
+from engine.trace.option_names import FORMATS as BODIES
+from engine.trace.option_names import TOOL_FORMATS
 from engine.trace.readers.arrow import ArrowReader
 from engine.trace.readers.base import Source, TraceReader
 from engine.trace.readers.budget import DEFAULT_MEMORY, Budget
+from engine.trace.readers.formats import FORMATS
 from engine.trace.readers.hints import HintingReader
 from engine.trace.readers.json_bodies import JsonReader, NdjsonReader
 from engine.trace.readers.packed import RECORD_BYTES, PackedReader
 from engine.trace.readers.tools import ToolReader
 
-__all__ = ["DEFAULT_MEMORY", "RECORD_BYTES", "Budget", "Source", "TraceReader", "open_trace", "row_count"]
+__all__ = ["DEFAULT_MEMORY", "FORMATS", "RECORD_BYTES", "Budget", "Source", "TraceReader", "open_trace", "row_count"]
 
 
 def _parquet(source: Source, carry: Sequence[str], budget: Budget) -> TraceReader:
@@ -56,7 +58,7 @@ def open_trace(
 ) -> TraceReader:
     """A reader of ``source``, which is read while the reader is iterated.
 
-    ``format`` is one of ``FORMATS`` or of ``TOOL_FORMATS``; ``record`` (``gpa8`` or ``record16``) goes with ``packed``
+    ``format`` is one of ``option_names.FORMATS`` or ``TOOL_FORMATS``; ``record`` (``gpa8`` or ``record16``) goes with ``packed``
     and with nothing else. ``source`` needs ``read(n)``, which may return less than asked for and returns nothing only
     at the end; its ``readinto`` is used if it has one; parquet also needs ``seek`` and ``tell``. ``carry`` names other
     columns to hand through. ``memory`` bounds what a columnar body may take while it is read, in bytes or as a budget;
@@ -66,8 +68,8 @@ def open_trace(
     Raises ``InvalidValue`` for an unknown format or record format and ``TraceError`` for a name that
     cannot be carried; iteration raises ``TraceError`` with the absolute record index.
     """
-    if format not in (*FORMATS, *TOOL_FORMATS):
-        raise InvalidValue(f"must be one of {', '.join((*FORMATS, *TOOL_FORMATS))}", field="format", value=format)
+    if format not in (*BODIES, *TOOL_FORMATS):
+        raise InvalidValue(f"must be one of {', '.join((*BODIES, *TOOL_FORMATS))}", field="format", value=format)
     names = check_carry(carry)
     if format == "packed":
         return PackedReader(source, record, names)
