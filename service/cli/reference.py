@@ -48,6 +48,11 @@ Errors are `application/problem+json` (RFC 9457). `type` is `/problems/<code>`, 
 |---|---|---|
 """
 
+_FORMATS = """\
+| `format` | what it is and how it is made | addresses | sizes | accesses | sent as |
+|---|---|---|---|---|---|
+"""
+
 
 def reference_text() -> str:
     """The whole page."""
@@ -64,8 +69,7 @@ def formats_text() -> str:
         f"| {', '.join(f'`{media}`' for media in tool.media)} |\n"
         for tool in FORMATS.values()
     ]
-    head = "| `format` | what it is and how it is made | addresses | sizes | accesses | sent as |\n|---|---|---|---|---|---|\n"
-    return head + "".join(rows)
+    return _FORMATS + "".join(rows)
 
 
 def traces_text(page: str) -> str:

@@ -58,13 +58,16 @@ def open_trace(
 ) -> TraceReader:
     """A reader of ``source``, which is read while the reader is iterated.
 
-    ``format`` is one of ``option_names.FORMATS`` or ``TOOL_FORMATS``; ``record`` (``gpa8`` or ``record16``) goes with ``packed``
-    and with nothing else. ``source`` needs ``read(n)``, which may return less than asked for and returns nothing only
-    at the end; its ``readinto`` is used if it has one; parquet also needs ``seek`` and ``tell``. ``carry`` names other
-    columns to hand through. ``memory`` bounds what a columnar body may take while it is read, in bytes or as a budget;
-    others take a few megabytes. ``skip_unknown`` passes over lines that are of no form that the tool's format has;
-    ``columns``, as ``gpa=addr,size=len``, says which columns of a table are meant. ``longest`` bounds what is in a body
-    of a tool that is a compressed file, in bytes; 0 leaves its ratio as the only bound.
+    ``format`` is one of ``option_names.FORMATS`` or ``TOOL_FORMATS``; ``record`` (``gpa8`` or ``record16``) goes with
+    ``packed`` and with nothing else. ``source`` needs ``read(n)``, which may return less than asked for and returns
+    nothing only at the end; its ``readinto`` is used if it has one; parquet also needs ``seek`` and ``tell``. ``carry``
+    names other columns to hand through. ``memory`` bounds what a columnar body may take while it is read, in bytes or
+    as a budget; others take a few megabytes.
+
+    Of bodies of tools: ``skip_unknown`` passes over lines that are of no form that the format has; ``columns``, as
+    ``gpa=addr,size=len``, says which columns of a table are meant; ``longest`` bounds what is in one that is a
+    compressed file, in bytes, and 0 leaves its ratio as the only bound.
+
     Raises ``InvalidValue`` for an unknown format or record format and ``TraceError`` for a name that
     cannot be carried; iteration raises ``TraceError`` with the absolute record index.
     """
