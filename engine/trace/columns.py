@@ -164,9 +164,14 @@ def plan_columns(names: Iterable[str], carry: Sequence[str], *, index: int = 0) 
     used: list[str] = []
     carried: list[str] = []
     ignored: list[str] = []
+    twice: list[str] = []  # of those that nobody asked for: left alone
     for name in names:
         group = used if name in USABLE else carried if name in carry else ignored
-        if name not in group:
+        if name in twice:
+            continue
+        if name in group and name in USABLE and USABLE[name].along and name not in carry:
+            twice.append(name)
+        elif name not in group:
             group.append(name)
         elif group is not ignored:
             raise TraceError(f"the column {name} occurs twice", index=index, field=name)
@@ -180,8 +185,8 @@ def plan_columns(names: Iterable[str], carry: Sequence[str], *, index: int = 0) 
                 field="carry",
                 value=name,
             )
-    along = tuple(name for name in ALONG if name in used and name not in carry)
-    return ColumnPlan(tuple(n for n in used if not USABLE[n].along), (*carry, *along), tuple(ignored))
+    along = tuple(name for name in ALONG if name in used and name not in (*carry, *twice))
+    return ColumnPlan(tuple(n for n in used if not USABLE[n].along), (*carry, *along), (*ignored, *twice))
 
 
 def does_not_fit(name: str, index: int, value: Any, limit: int, names: Iterable[str] = ()) -> TraceError:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import lzma
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,16 +12,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, cast
 
-import zstandard
-
 from engine.errors import EngineError
 from engine.trace.columns import TraceChunk
+from engine.trace.compressed import FAULTS, Decoder, Gzip, Xz, Zstandard
 from engine.trace.option_names import FORMATS, TOOL_FORMATS
-from engine.trace.readers import TOOLS, TraceReader, open_trace, recognised
+from engine.trace.readers import FORMATS as TOOLS
+from engine.trace.readers import TraceReader, open_trace, recognised
 from service.cli.policy_files import said
-from service.http.codings import Decoder, Gzip, Zstandard
 from service.platform.failures import Failure, opened
-from service.problems import ServiceError
 
 AUTO = "auto"
 NAMES = (*(name for name in FORMATS), *(name for name in TOOL_FORMATS if name != AUTO))
@@ -156,38 +152,11 @@ def opened_trace(
         yield TraceFile(path, kind, compression, reader, progress)
 
 
-class _Xz:
-    """A decoder of xz as those of ``service.http.codings`` are: one stream after the other."""
-
-    def __init__(self) -> None:
-        self._stream = lzma.LZMADecompressor(memlimit=_WINDOW)
-        self._begun = False
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """What ``data`` adds, in bounded pieces."""
-        while data or not (self._stream.eof or self._stream.needs_input):
-            if self._stream.eof:
-                data = data.lstrip(b"\0")  # between streams
-                if not data:
-                    return
-                self._stream = lzma.LZMADecompressor(memlimit=_WINDOW)
-            self._begun = True
-            piece = self._stream.decompress(data, HEAD_BYTES)
-            data = self._stream.unused_data if self._stream.eof else b""
-            if piece:
-                yield piece
-
-    @property
-    def complete(self) -> bool:
-        """Whether the file may end here."""
-        return self._begun and self._stream.eof
-
-
 _DECODERS: Mapping[bytes, tuple[str, Callable[[], Decoder]]] = MappingProxyType(
     {
         b"\x1f\x8b": ("gzip", Gzip),
         b"\x28\xb5\x2f\xfd": ("zstd", lambda: Zstandard(_WINDOW)),
-        b"\xfd7zXZ\x00": ("xz", _Xz),
+        b"\xfd7zXZ\x00": ("xz", Xz),
     }
 )
 
@@ -213,7 +182,7 @@ class _Unpacked(io.RawIOBase):
         try:
             while data := file.read(HEAD_BYTES):
                 yield from decoder.feed(data)
-        except (zlib.error, lzma.LZMAError, zstandard.ZstdError, ServiceError) as error:
+        except (*FAULTS, EngineError) as error:
             raise TraceFileError(f"{self._path}: the compressed data are damaged: {error}") from None
         if not decoder.complete:
             raise TraceFileError(f"{self._path}: the compressed data end early")

@@ -28,7 +28,10 @@ NO_RECORDS = ExitColumns(
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """What the client asked for; see the query parameters of the call. ``goes_on``: it named a ``start``."""
+    """What the client asked for; see the query parameters of the call. ``goes_on``: it named a ``start``.
+
+    ``longest`` as in ``open_trace``: the limit of bodies.
+    """
 
     format: str
     record: str | None
@@ -40,6 +43,7 @@ class TraceRequest:
     goes_on: bool = False
     skip_unknown: bool = False
     columns: str | None = None
+    longest: int = 0
 
     def reader(self, source: Source, memory: int | Budget) -> TraceReader:
         """Of a body of the format. ``memory`` as in ``open_trace``."""
@@ -51,6 +55,7 @@ class TraceRequest:
             memory=memory,
             skip_unknown=self.skip_unknown,
             columns=self.columns,
+            longest=self.longest,
         )
 
     def options(self) -> ReplayOptions:

@@ -11,20 +11,21 @@ from typing import Any
 
 from engine.errors import InvalidValue
 from engine.trace.columns import check_carry
-from engine.trace.option_names import FORMATS, TOOL_FORMATS
+from engine.trace.option_names import FORMATS as BODIES
+from engine.trace.option_names import TOOL_FORMATS
 from engine.trace.readers.arrow import ArrowReader
 from engine.trace.readers.base import Source, TraceReader
 from engine.trace.readers.budget import DEFAULT_MEMORY, Budget
-from engine.trace.readers.formats import FORMATS as TOOLS
-from engine.trace.readers.formats import recognised
+from engine.trace.readers.formats import FORMATS, recognised
+from engine.trace.readers.hints import HintingReader
 from engine.trace.readers.json_bodies import JsonReader, NdjsonReader
 from engine.trace.readers.packed import RECORD_BYTES, PackedReader
 from engine.trace.readers.tools import ToolReader
 
 __all__ = [
     "DEFAULT_MEMORY",
+    "FORMATS",
     "RECORD_BYTES",
-    "TOOLS",
     "Budget",
     "Source",
     "TraceReader",
@@ -63,27 +64,34 @@ def open_trace(
     memory: int | Budget = DEFAULT_MEMORY,
     skip_unknown: bool = False,
     columns: str | None = None,
+    longest: int = 0,
 ) -> TraceReader:
     """A reader of ``source``, which is read while the reader is iterated.
 
-    ``format`` is one of ``FORMATS`` or of ``TOOL_FORMATS``; ``record`` (``gpa8`` or ``record16``) goes with ``packed``
-    and with nothing else. ``source`` needs ``read(n)``, which may return less than asked for and returns nothing only
-    at the end; its ``readinto`` is used if it has one; parquet also needs ``seek`` and ``tell``. ``carry`` names other
-    columns to hand through. ``memory`` bounds what a columnar body may take while it is read, in bytes or as a budget;
-    others take a few megabytes. ``skip_unknown`` passes over lines that are of no form that the tool's format has;
-    ``columns``, as ``gpa=addr,size=len``, says which columns of a table are meant.
+    ``format`` is one of ``option_names.FORMATS`` or ``TOOL_FORMATS``; ``record`` (``gpa8`` or ``record16``) goes with
+    ``packed`` and with nothing else. ``source`` needs ``read(n)``, which may return less than asked for and returns
+    nothing only at the end; its ``readinto`` is used if it has one; parquet also needs ``seek`` and ``tell``. ``carry``
+    names other columns to hand through. ``memory`` bounds what a columnar body may take while it is read, in bytes or
+    as a budget; others take a few megabytes.
+
+    Of bodies of tools: ``skip_unknown`` passes over lines that are of no form that the format has; ``columns``, as
+    ``gpa=addr,size=len``, says which columns of a table are meant; ``longest`` bounds what is in one that is a
+    compressed file, in bytes, and 0 leaves its ratio as the only bound.
+
     Raises ``InvalidValue`` for an unknown format or record format and ``TraceError`` for a name that
     cannot be carried; iteration raises ``TraceError`` with the absolute record index.
     """
-    if format not in (*FORMATS, *TOOL_FORMATS):
-        raise InvalidValue(f"must be one of {', '.join((*FORMATS, *TOOL_FORMATS))}", field="format", value=format)
+    if format not in (*BODIES, *TOOL_FORMATS):
+        raise InvalidValue(f"must be one of {', '.join((*BODIES, *TOOL_FORMATS))}", field="format", value=format)
     names = check_carry(carry)
     if format == "packed":
         return PackedReader(source, record, names)
     if record is not None:
         raise InvalidValue("must be left out: only packed bodies have a record format", field="record", value=record)
     if format in TOOL_FORMATS:
-        return ToolReader(format, source, names, skip_unknown=skip_unknown, columns=columns)
+        return ToolReader(format, source, names, skip_unknown=skip_unknown, columns=columns, longest=longest)
     if columns is not None:
         raise InvalidValue("must be left out: only csv has columns to name", field="columns", value=columns)
-    return _ROWS[format](source, names) if format in _ROWS else _COLUMNS[format](source, names, Budget.of(memory))
+    if format in _ROWS:
+        return HintingReader(source, lambda seen: _ROWS[format](seen, names))
+    return HintingReader(source, lambda seen: _COLUMNS[format](seen, names, Budget.of(memory)))

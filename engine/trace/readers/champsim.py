@@ -18,9 +18,9 @@ from engine.trace.readers.tool_format import ToolFormat
 
 RECORD_BYTES = 64
 _WORDS = RECORD_BYTES // 8
-# In the order in which an instruction uses them: it loads, then it stores.
-_MEMORY = (4, 5, 6, 7, 2, 3)
-_ACCESSES = np.array([acc.READ] * 4 + [acc.WRITE] * 2, dtype=np.uint8)
+_MOST = 6  # accesses of an instruction
+# In the order in which an instruction uses them: it loads, then it stores. Two places of eight stay empty.
+_ACCESSES = np.array([acc.READ] * 4 + [acc.WRITE] * 4, dtype=np.uint8)
 # Instructions read at a time: what they become at most is 1.5 MiB.
 INSTRUCTIONS = 1 << 14
 
@@ -38,22 +38,23 @@ class ChampsimReader(TraceReader):
         self.taken = tool.taken({}, ())
 
     def _chunks(self) -> Iterator[TraceChunk]:
-        buffer = ChunkBuffer((), INSTRUCTIONS * len(_MEMORY))
+        buffer = ChunkBuffer((), INSTRUCTIONS * _MOST)
         buffer.fill("size", np.full(buffer.capacity, self._size, dtype=np.uint64))
         body = np.zeros((INSTRUCTIONS, _WORDS), dtype=np.uint64)
+        memory = np.zeros_like(body)
         target = body.data.cast("B")
         done = records = 0
         while True:
             stored = read_into(self._source, target)
             count, rest = divmod(stored, RECORD_BYTES)
-            memory = body[:count, _MEMORY]
-            used = memory != 0
-            addresses = memory[used]
-            if len(addresses):
-                buffer.fill("gpa", addresses)
-                buffer.fill("access", np.broadcast_to(_ACCESSES, used.shape)[used])
-                yield buffer.chunk(len(addresses), {"pc": np.repeat(body[:count, 0], used.sum(axis=1))})
-            done, records = done + count, records + len(addresses)
+            memory[:count, 0:4] = body[:count, 4:8]
+            memory[:count, 4:6] = body[:count, 2:4]
+            used = np.flatnonzero(memory[:count])
+            if len(used):
+                buffer.fill("gpa", memory.reshape(-1)[used])
+                buffer.fill("access", _ACCESSES[used & 7])
+                yield buffer.chunk(len(used), {"pc": body[used >> 3, 0]})
+            done, records = done + count, records + len(used)
             if rest:
                 rule = f"the body ends {rest} bytes into instruction {done} of {RECORD_BYTES} bytes"
                 raise TraceError(rule, index=records, field="body")

@@ -181,7 +181,7 @@ def _column(name: str, column: pa.ChunkedArray, done: int) -> Whole:
 def _value(name: str, text: str) -> int:
     """What a word or a number stands for, -1 for nothing."""
     word = text.strip().lower()
-    known = NAMED[name] | (_WORDS if name == "access" else {})
+    known: Mapping[str, int] = {**NAMED[name], **(_WORDS if name == "access" else {})}
     if word in known:
         return known[word]
     digits = word.removeprefix("0x")
@@ -195,7 +195,7 @@ def _at_fault(said: str, block: bytes, line: int, done: int) -> TraceError:
     row = int(found[1]) - 1 if found else 0
     lines = block.split(b"\n", row + 1)
     text = shown(lines[row]) if row < len(lines) else ""
-    rule = _ROW.sub("", said).replace("CSV conversion error to uint64: ", "no number from 0 to 2^64-1: ")
+    rule = _ROW.sub("", said)[:300].replace("CSV conversion error to uint64: ", "no number from 0 to 2^64-1: ")
     where = f"line {line + row}" if found else f"a line from {line} on"
     rule = f"{where}: {rule}; numbers are decimal or 0x…"
     return TraceError(rule, index=done + row if found else done, field="body", value=text)

@@ -68,3 +68,15 @@ def recognised(head: bytes | bytearray) -> ToolFormat | None:
     if best is None:
         return CHAMPSIM if is_champsim(head) else None
     return best[1]
+
+
+def mistaken(head: bytes | bytearray, *, binary: bool = True) -> str | None:
+    """What to say of a body that is of a tool and was sent as something else; None for any other.
+
+    ``binary``: also what is known by no mark of text.
+    """
+    tool = recognised(head)
+    if tool is None or (tool.mark is None and not binary):
+        return None
+    how = f"{tool.media[0]} with format={tool.name}" if tool.mark is None else tool.media[0]
+    return f"this looks like a {tool.name} trace: send it as {how}, or convert it with `subpage trace convert`"

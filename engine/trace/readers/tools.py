@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from engine.errors import TraceError
 from engine.trace.columns import TraceChunk
+from engine.trace.compressed import decoded
 from engine.trace.option_names import TOOL_FORMATS
 from engine.trace.readers.base import Source, TraceReader, read_up_to
 from engine.trace.readers.champsim import ChampsimReader
@@ -42,7 +43,10 @@ class Continued:
 
 
 class ToolReader(TraceReader):
-    """Reads a body of ``format``, or with ``auto`` one of the format that its beginning shows."""
+    """Reads a body of ``format``, or with ``auto`` one of the format that its beginning shows.
+
+    One that is a file of gzip, zstd or xz is read as what is in it, of which there may be ``longest`` bytes; 0: any.
+    """
 
     def __init__(
         self,
@@ -52,15 +56,22 @@ class ToolReader(TraceReader):
         *,
         skip_unknown: bool = False,
         columns: str | None = None,
+        longest: int = 0,
     ) -> None:
         super().__init__(source, carry)
         self._format = format
         self._named = columns
+        self._longest = longest
         self._skip_unknown = skip_unknown
 
     def _chunks(self) -> Iterator[TraceChunk]:
         head = read_up_to(self._source, HEAD_BYTES)
-        reader = self._reader(head, Continued(head, self._source))
+        source: Source = Continued(head, self._source)
+        plain = decoded(head, source, self._longest)
+        if plain is not None:
+            head = read_up_to(plain, HEAD_BYTES)
+            source = Continued(head, plain)
+        reader = self._reader(head, source)
         self.taken = reader.taken
         for chunk in reader:
             self.taken, self.ignored_columns = reader.taken, reader.ignored_columns

@@ -386,7 +386,12 @@ async def create_trace(
         raise InvalidDocument(f"must be at most {settings.max_exit_records}", field="max_exit_records", value=kept)
     goes_on = "start" in request.query_params
     carried, kind = carried_columns(carry), format_of(media, format)
-    wanted = TraceRequest(kind, record, carried, on_violation, include, start, kept, goes_on, skip_unknown, columns)
+    wanted = TraceRequest(
+        *(kind, record, carried, on_violation, include, start, kept, goes_on),
+        skip_unknown=skip_unknown,
+        columns=columns,
+        longest=settings.max_body_bytes,
+    )
     asker = asker_of(request, entry, traced=True) if on_violation == ASK else None
     wishes = wanted_async(request) if asker is None else None
     if wishes is not None:

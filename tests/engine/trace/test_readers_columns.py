@@ -333,8 +333,8 @@ def test_a_failing_source_is_not_blamed_on_the_body(streamed):
 
 def test_unknown_format():
     with pytest.raises(InvalidValue) as caught:
-        open_trace("csv", None)
-    assert (caught.value.field, caught.value.value) == ("format", "csv")
+        open_trace("tsv", None)
+    assert (caught.value.field, caught.value.value) == ("format", "tsv")
     assert FORMATS == ("json", "ndjson", "arrow", "parquet", "packed")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from engine.arch import access as acc
+from engine.errors import TraceError
 from engine.trace.option_names import FORMATS as BODIES
 from engine.trace.option_names import TOOL_FORMATS
 from engine.trace.readers import open_trace
@@ -57,6 +58,17 @@ def test_it_is_recognised(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("body", [*BODIES, "gpa8"])
+def test_sent_as_another_body_it_is_noticed(name: str, body: str) -> None:
+    options = {"record": "gpa8" if body == "gpa8" else "record16"} if body in ("packed", "gpa8") else {}
+    if name == "champsim" and body == "packed":
+        return  # 16 bytes are a record whatever they are
+    trace = WRITERS[name](random_accesses(7, 20)).body
+    with pytest.raises(TraceError, match=f"this looks like a {name} trace: send it as"):
+        list(open_trace("packed" if body == "gpa8" else body, io.BytesIO(trace), **options))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_said_of_it_is_one_line(name: str) -> None:
     tool = FORMATS[name]
     assert re.fullmatch(r"[a-z][a-z0-9-]*", name) and name == tool.name
@@ -84,5 +96,6 @@ def test_the_document_has_each_format() -> None:
 def test_the_sample_of_champsim() -> None:
     """The same stores of w, by the same instruction; ChampSim has no sizes."""
     found = columns("auto", (SAMPLES / "champsim.trace").read_bytes())
-    assert found["gpa"][:8] == [0x4A9000 + 8 * n for n in range(8)]
-    assert set(found["access"]) == {acc.WRITE} and set(found["size"]) == {8} and found["pc"][0] == 0x401624
+    assert found["gpa"][:41] == [*range(0x4A9000, 0x4A9100, 8), *range(0x4A8000, 0x4A8080, 0x10), 0x4A9018]
+    assert found["access"][:41] == [acc.WRITE] * 40 + [acc.READ]
+    assert set(found["size"]) == {8} and found["pc"][:32] == [0x401624] * 32

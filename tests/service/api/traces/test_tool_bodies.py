@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,40 @@ def test_pc_and_time_in_exit_records(guarded: str, client: ContractClient) -> No
         assert result["ignored_columns"] == []
         (record,) = result["exit_records"]
         assert (record["pc"], record["time"]) == ("0xffffffff81000000", hex(1 << 60))
+
+
+OCTETS = {"content-type": "application/octet-stream"}
+
+
+def test_a_table(guarded: str, client: ContractClient) -> None:
+    body = b"addr,len,t\n0x1000,8,5\n0x2080,4,6\n"
+    reply = client.post(
+        f"{guarded}/traces?columns=gpa%3Daddr,size%3Dlen,time%3Dt", content=body, headers={"content-type": "text/csv"}
+    )
+    result = done(reply)
+    assert (result["format"], result["records"], result["violations"], result["ignored_columns"]) == ("csv", 2, 1, [])
+    assert result["exit_records"][0]["time"] == 6 and result["exit_records"][0]["size"] == 4
+    problem = client.post(f"{guarded}/traces?columns=gpa", content=body, headers={"content-type": "text/csv"})
+    assert problem.status_code == 422 and problem.json()["field"] == "columns"
+
+
+def test_champsim(guarded: str, client: ContractClient) -> None:
+    body = (SAMPLES / "champsim.trace").read_bytes()
+    result = done(client.post(f"{guarded}/traces?format=champsim", content=body, headers=OCTETS))
+    assert (result["format"], result["records"], result["sizes"]) == ("champsim", 50, "assumed: 8 bytes")
+    reply = client.post(f"{guarded}/traces?record=gpa8", content=body, headers=OCTETS)
+    assert reply.status_code == 422 and "looks like a champsim trace" in reply.json()["detail"]
+
+
+@pytest.mark.parametrize("media", ["application/json", "application/x-ndjson", "application/vnd.apache.parquet"])
+def test_text_of_a_tool_sent_as_something_else(guarded: str, client: ContractClient, media: str) -> None:
+    reply = client.post(f"{guarded}/traces", content=LACKEY, headers={"content-type": media})
+    assert reply.status_code in (400, 422)
+    assert "this looks like a lackey trace: send it as text/plain" in reply.json()["detail"]
+
+
+def test_a_compressed_file(guarded: str, client: ContractClient) -> None:
+    result = done(client.post(f"{guarded}/traces", content=gzip.compress(LACKEY), headers=TEXT))
+    assert result["violations"] == 1 and result["skipped"]["lines"] == 1
+    reply = client.post(f"{guarded}/traces", content=gzip.compress(LACKEY)[:-9], headers=TEXT)
+    assert reply.status_code in (400, 422) and "must be a complete gzip stream" in reply.json()["detail"]
