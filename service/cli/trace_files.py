@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from engine.trace.columns import TraceChunk
 from engine.trace.compressed import FAULTS, Decoder, Gzip, Xz, Zstandard
 from engine.trace.option_names import FORMATS, TOOL_FORMATS
 from engine.trace.readers import FORMATS as TOOLS
-from engine.trace.readers import TraceReader, open_trace, recognised
+from engine.trace.readers import TraceReader, open_trace, recognised, what_else
 from service.cli.policy_files import said
 from service.platform.failures import Failure, opened
 
@@ -27,25 +26,7 @@ NAMES = (*(name for name in FORMATS), *(name for name in TOOL_FORMATS if name !=
 HEAD_BYTES = 1 << 16  # by which a file is recognised
 _WINDOW = 1 << 27  # that unpacking may take: those of zstd --ultra -22 and of xz -9
 
-_PARQUET, _ARROW_STREAM, _ARROW_FILE = b"PAR1", b"\xff\xff\xff\xff", b"ARROW1"
-
-# Files that belong to something else: by what one is known, and what it is for.
-_SYMBOLS = re.compile(rb"\A(?:[0-9a-fA-F]{8,16} [a-zA-Z?] \S+(?:[ \t]+\[\w+\])?\r?\n){2}")
-_OTHERS: tuple[tuple[re.Pattern[bytes], str], ...] = (
-    (
-        _SYMBOLS,
-        (
-            "is a list of symbols (System.map or kallsyms), not of accesses: "
-            "`subpage policy from-symbols FILE --object NAME` makes a policy of it"
-        ),
-    ),
-    (re.compile(rb"\A\x7fELF"), "is an ELF file, not a trace: it has symbols, or the memory of a guest"),
-    (re.compile(rb"\AEMiL"), "is a LiME memory image, not a trace"),
-    (re.compile(rb"\AQEVM|\AQFI\xfb"), "is a machine or a disk of QEMU, not a trace"),
-    (re.compile(rb"\APERFILE2"), "is perf's own file: `perf script -F comm,tid,time,event,addr,ip` makes text of it"),
-    (re.compile(rb"\A\x17\x08\x44tracing"), "is trace-cmd's own file: `trace-cmd report` makes text of it"),
-    (re.compile(rb"\A\x34\x6d\x65\x67|\Agem5"), "is gem5's packet trace: util/decode_packet_trace.py makes CSV of it"),
-)
+_PARQUET, _ARROW_STREAM = b"PAR1", b"\xff\xff\xff\xff"
 
 
 class TraceFileError(Failure):
@@ -137,9 +118,9 @@ def opened_trace(
         counted = io.BufferedReader(_Counted(raw, progress), 1 << 18)
         compression, plain = _unpacked(path, counted)
         head = plain.peek(HEAD_BYTES)[:HEAD_BYTES]
-        for pattern, what in _OTHERS:
-            if format == AUTO and pattern.search(head):
-                raise TraceFileError(f"{path}: {what}")
+        other = what_else(head) if format == AUTO else None
+        if other is not None:
+            raise TraceFileError(f"{path}: {other}")
         if format == AUTO and columns is not None:
             format = "csv"
         kind = _recognised(path, head) if format == AUTO else format
@@ -215,8 +196,6 @@ def _recognised(path: Path, head: bytes) -> str:
     """The format of a file by its beginning, then by its name. Raises TraceFileError."""
     if head.startswith(_PARQUET):
         return "parquet"
-    if head.startswith(_ARROW_FILE):
-        raise TraceFileError(f"{path}: is an Arrow file; traces are Arrow streams (pyarrow.ipc.new_stream) or Parquet")
     if head.startswith(_ARROW_STREAM):
         return "arrow"
     tool = recognised(head)

@@ -12,6 +12,7 @@ from engine.trace.readers.base import Source, TraceReader, read_up_to
 from engine.trace.readers.champsim import ChampsimReader
 from engine.trace.readers.formats import FORMATS, recognised
 from engine.trace.readers.lines import LineReader
+from engine.trace.readers.no_traces import what_else
 
 # Of the beginning of a body, by which it is recognised.
 HEAD_BYTES = 1 << 16
@@ -80,6 +81,9 @@ class ToolReader(TraceReader):
         self.taken, self.ignored_columns = reader.taken, reader.ignored_columns
 
     def _reader(self, head: bytes | bytearray, source: Source) -> TraceReader:
+        other = None if self._format in FORMATS else what_else(head)
+        if other is not None:
+            raise TraceError(f"the body {other}", index=0, field="body")
         tool = FORMATS.get(self._format) or recognised(head) or (FORMATS["csv"] if self._named else None)
         if tool is None:
             names = ", ".join(name for name in TOOL_FORMATS if name != "auto")

@@ -386,3 +386,18 @@ def test_lines_that_stand_for_many_are_given_in_parts(monkeypatch: pytest.Monkey
     monkeypatch.setattr("engine.trace.readers.lines.MOST_REPEATED", 4)
     with pytest.raises(TraceError, match="lines stand for more than 4 accesses together"):
         read("perf-mem", REPORT)
+
+
+@pytest.mark.parametrize(
+    ("body", "rule"),
+    [
+        ("ffffffff81000000 T _text\nffffffff81000110 t startup_64\n", "the body is a list of symbols"),
+        ("c1000000 T _text\r\nc1000110 t startup_32 [e1000-x]\r\n", "`subpage policy from-symbols FILE --object NAME`"),
+        ("\x7fELF\x02\x01", "is an ELF file"),
+        ("PERFILE2\x68", "`perf script -F comm,tid,time,event,addr,ip` makes text of it"),
+    ],
+)
+def test_what_is_no_trace(body: str, rule: str) -> None:
+    with pytest.raises(TraceError) as caught:
+        read("auto", body)
+    assert rule in caught.value.rule
