@@ -129,3 +129,36 @@ def test_a_compressed_file(guarded: str, client: ContractClient) -> None:
     assert result["violations"] == 1 and result["skipped"]["lines"] == 1
     reply = client.post(f"{guarded}/traces", content=gzip.compress(LACKEY)[:-9], headers=TEXT)
     assert reply.status_code in (400, 422) and "must be a complete gzip stream" in reply.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("sample", "format", "addresses", "records", "writes"),
+    [
+        ("bochs-trace-mem.txt", "bochs", "guest-physical", 12, 12),
+        ("qemu-system-execlog.txt", "execlog", "guest-physical", 13, 12),
+        ("ftrace-kvm_mmio.txt", "ftrace", "guest-physical", 3, 2),
+        ("ftrace-kvm_exit-kvm_page_fault.txt", "ftrace", "guest-physical", 7, 5),
+        ("gem5-debug.txt", "gem5", "guest-physical", 40, 40),
+        ("drmemtrace-view.txt", "drmemtrace", "process-virtual", 80, 40),
+        ("perf-script-page-faults.txt", "perf-script", "process-virtual", 30, 22),
+    ],
+)
+def test_the_samples(
+    guarded: str, client: ContractClient, sample: str, format: str, addresses: str, records: int, writes: int
+) -> None:
+    result = done(client.post(f"{guarded}/traces", content=(SAMPLES / sample).read_bytes(), headers=TEXT))
+    assert (result["format"], result["addresses"]) == (format, addresses)
+    assert (result["records"], result["writes"]) == (records, writes)
+
+
+def test_a_system_map_says_what_it_is_for(guarded: str, client: ContractClient) -> None:
+    body = b"ffffffff81000000 T _text\nffffffff81000110 t startup_64\n"
+    reply = client.post(f"{guarded}/traces", content=body, headers=TEXT)
+    assert reply.status_code == 422 and "`subpage policy from-symbols FILE --object NAME`" in reply.json()["detail"]
+
+
+def test_what_was_written_goes_along_when_asked_for(vm: str, client: ContractClient) -> None:
+    client.post(f"{vm}/protections", json={"name": "p", "objects": [{"name": "byte", "gpa": "0x4080", "size": 1}]})
+    body = (SAMPLES / "bochs-trace-mem.txt").read_bytes()
+    result = done(client.post(f"{vm}/traces?carry=value", content=body, headers=TEXT))
+    assert [record["value"] for record in result["exit_records"]] == [0x5A]
