@@ -103,8 +103,8 @@ class _Halves(Refinement):
 
 BOCHS = ToolFormat(
     name="bochs",
-    tool="Bochs' debugger",
-    made="bochs -q -rc FILE, with `trace-mem on` in FILE, > trace.txt",
+    tool="Bochs' debugger after `trace-mem on`",
+    made="bochs -q -rc COMMANDS > trace.txt",
     address="guest-physical",
     reads="`RD`, and `RW`, the first half of a read-modify-write; `SR` and `SRW` of shadow stacks",
     writes="`WR`, the second half of a read-modify-write among them; `SW` to shadow stacks",

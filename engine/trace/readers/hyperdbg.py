@@ -61,7 +61,7 @@ class _Halves(Refinement):
 
 HYPERDBG = ToolFormat(
     name="hyperdbg",
-    tool="HyperDbg's !monitor",
+    tool="a script of HyperDbg's !monitor",
     made='!monitor rw FROM TO script { printf("[+] … context (address): 0x%llx, rip: 0x%llx, access: …\\n", …); }',
     address="guest-virtual",
     reads="`access: read`",

@@ -183,8 +183,8 @@ class _Samples(Refinement):
 
 PERF_MEM = ToolFormat(
     name="perf-mem",
-    tool="Linux' perf mem",
-    made="perf mem record PROGRAM, then perf mem -D -x, report > trace.txt (or perf mem report -t, --stdio)",
+    tool="Linux' perf mem, its dump or its report (`perf mem report -t, --stdio`)",
+    made="perf mem record PROGRAM; perf mem -D -x, report > trace.txt",
     address="process-virtual",
     reads="a data source of a load; in a report, samples of an event with load in its name",
     writes="a data source of a store, or of neither; in a report, samples of any other event",

@@ -95,7 +95,7 @@ class _Faults(Refinement):
 PERF_SCRIPT = ToolFormat(
     name="perf-script",
     tool="Linux' perf script",
-    made="perf record -e page-faults -c 1 -d PROGRAM, then perf script -F comm,tid,time,event,addr,ip > trace.txt",
+    made="perf record -e page-faults -c 1 -d PROGRAM; perf script -F comm,tid,time,event,addr,ip > trace.txt",
     address="process-virtual",
     reads="data source `OP LOAD`, or an event with load in its name",
     writes="data source `OP STORE`, an event with store in its name, and a page fault that is no fetch",
