@@ -216,6 +216,8 @@ def addressed(chunk: TraceChunk, file: TraceFile, address: Address | None) -> ND
     """The records of a chunk with the addresses that are asked for. Raises Failure where the trace has none of them."""
     taken = file.reader.taken
     virtual = taken is not None and taken.address != "guest-physical"
+    if address is None and chunk.gva is not None and not getattr(chunk, "has_gpa", True):
+        address = Address.GVA  # the body has no other
     if address is None or (virtual and address is not Address.GPA):
         return chunk.records
     if address is Address.GPA:

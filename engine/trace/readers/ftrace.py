@@ -107,7 +107,7 @@ def _page_fault(*, first: bool) -> Line:
 
 # Other events that KVM has many of.
 _FREQUENT = ("entry", "userspace_exit", "pio", "msr", "cr", "apic", "inj_virq", "eoi", "cpuid", "fpu", "ack_irq")
-_NO_ADDRESS = "event without an address of memory"
+_OTHER = "event other than kvm_mmio and kvm_page_fault"
 EXITS = "kvm_exit has no address of memory: record the events kvm_mmio and kvm_page_fault, too"
 
 FTRACE = ToolFormat(
@@ -128,12 +128,12 @@ FTRACE = ToolFormat(
         _mmio(first=True),
         skip(EXITS, until("kvm_"), text("kvm_exit: ")),
         skip("unsatisfied-read: the read follows when it is answered", until("kvm_mmio: "), until("mmio unsatisfied-")),
-        skip(_NO_ADDRESS, until("kvm_"), text("kvm_"), choice_of(A, dict.fromkeys(_FREQUENT, 0)), text(": ")),
+        skip(_OTHER, until("kvm_"), text("kvm_"), choice_of(A, dict.fromkeys(_FREQUENT, 0)), text(": ")),
         _page_fault(first=False),
         _mmio(first=False),
         skip("comment", text("#")),
-        skip(_NO_ADDRESS, until(" ["), text(" ["), decimal(A), text("]"), until(": ")),
-        skip(_NO_ADDRESS, stamp(TIME)),
+        skip(_OTHER, until(" ["), text(" ["), decimal(A), text("]"), until(": ")),
+        skip(_OTHER, stamp(TIME)),
         skip("number of processors", text("cpus="), decimal(A)),
         skip("version of the trace", text("version = ")),
         skip("lost events", text("CPU:"), decimal(A), text(" [LOST ")),
