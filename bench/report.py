@@ -36,6 +36,13 @@ SUMMARY: tuple[tuple[str, str, str, str, Any, str], ...] = (
     ("HTTP Arrow, slowest, records/s", "http", "HTTP arrow", "per_second", min, ">= 30 M"),
     ("asking, µs for each question", "ask", "asked", "microseconds", max, "< 10,000"),
     ("GET subpages / empty endpoint", "calls", "GET", "of_empty", min, ">= 0.6"),
+    ("lackey, lines/s", "readers", "lackey", "per_second", min, ">= 1 M a core"),
+    *(
+        (f"{name}, lines/s", "readers", name, "per_second", min, ">= 1 M a core")
+        for name in ("drmemtrace", "execlog", "bochs", "gem5", "ftrace", "perf-script", "perf-mem", "hyperdbg")
+    ),
+    ("csv, rows/s", "readers", "csv", "per_second", min, ">= 5 M a core"),
+    ("champsim, instructions/s", "readers", "champsim", "per_second", min, ">= 10 M a core: 20 M records"),
     ("1 TiB guest, peak growth, bytes", "memory", "1 TiB", "peak_growth_bytes", max, "< 20 M"),
 )
 

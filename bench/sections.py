@@ -10,6 +10,7 @@ from bench.data import POLICIES, TRACES, Answer, expected, load_policy, load_tra
 from bench.http_replay import BODIES, HttpReplay
 from bench.large_guest import measure
 from bench.numpy_check import NumpyCheck
+from bench.readers import FORMATS, Reading
 from bench.replay import EngineReplay
 from bench.servers import empty_app, service
 from bench.single_calls import SingleCalls
@@ -148,3 +149,19 @@ def single_calls(rounds: int) -> list[Row]:
 def large_guest(_rounds: int) -> list[Row]:
     """(h) Memory; nothing is timed."""
     return [{"method": "1 TiB guest (h)", **measure()}]
+
+
+def readers(rounds: int) -> list[Row]:
+    """Each format of tools that has a writer, and Arrow's CSV reader alone beside ours."""
+    methods = {name: Reading(name) for name in FORMATS}
+    with one_core():
+        timings = alternate(methods, rounds)
+    return [
+        {
+            "method": name,
+            "per_second": timing.rate(methods[name].items),
+            "records": methods[name].records,
+            "seconds": list(timing.seconds),
+        }
+        for name, timing in timings.items()
+    ]

@@ -28,8 +28,9 @@ class Column:
     """One column of a trace: its name, the width it is stored in, and what an absent column means.
 
     ``default`` is None for a column without one. One that is ``beside`` the records is part of none: it is about the
-    operations between accesses (``trace.operations``). ``about`` is one line for documentation. ``largest`` is the
-    largest value that means something, where that is less than what fits.
+    operations between accesses (``trace.operations``). One that goes ``along`` says nothing to the replay.
+    ``about`` is one line for documentation. ``largest`` is the largest value that means something, where that is less
+    than what fits.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Column:
     beside: bool
     about: str
     largest: int | None = None
+    along: bool = False
 
     @property
     def limit(self) -> int:
@@ -72,13 +74,20 @@ COLUMNS: tuple[Column, ...] = (
     Column("insn_len", "|u1", 0, False, "instruction length in bytes, 0 if not known", acc.MAX_INSTRUCTION),
     Column("op", "|u1", 0, True, "0 access, 1 hypercall, 2 mov-cr3, 3 invlpg", len(OP_NAMES) - 1),
     Column("arg", "binary", None, True, "argument of the operation, null for an access"),
+    Column("pc", "<u8", None, False, "address of the instruction, if known; in exit records, too", along=True),
+    Column("time", "<u8", None, False, "nanoseconds, if known; in exit records, too", along=True),
+    Column("value", "binary", None, False, "what was read or written; not looked at", along=True),
 )
 # The columns that share bytes of a record: what kind of access it is, whose, and how long its instruction.
 KINDS = frozenset({"kind", "linear", "source", "insn_len"})
 _DEFAULT_ACCESS = np.array(acc.DEFAULT_ACCESS, dtype=np.uint8)
 
 USABLE: Mapping[str, Column] = {column.name: column for column in COLUMNS}
-RECORD: Mapping[str, Column] = {column.name: column for column in COLUMNS if not column.beside}
+RECORD: Mapping[str, Column] = {column.name: column for column in COLUMNS if not column.beside and not column.along}
+# Those that are carried into exit records without being asked for.
+ALONG = ("pc", "time")
+# Columns without a default: every record has them, or none has.
+ALL_OR_NONE = ("gva", *ALONG)
 
 # The two words of a chunk row, field by field (little-endian, 16 bytes).
 RECORD16 = np.dtype(
@@ -101,7 +110,8 @@ class TraceChunk(NamedTuple):
     ``kinds`` is set bits 30:24 hold the columns kind and linear, 49:48 source and 57:50 insn_len
     (``arch.access.record_bits``). A packed body never sets it: those bits of its records are zero.
     ``gva``: uint64[n], or None when the trace has no such column.
-    ``carry``: the columns the caller asked to carry along, each of length n and of a fixed-width type.
+    ``carry``: the columns the caller asked to carry along, and those of ALONG that the trace has, each of length n and
+    of a fixed-width type.
     ``operations``: what is between the accesses and under which page tables each is, None for a trace that has neither;
     the row of an operation has its vCPU and nothing else that counts.
     """
@@ -122,7 +132,7 @@ class MalformedBody(TraceError):
 class ColumnPlan(NamedTuple):
     """Which columns of a body are used, carried and left alone.
 
-    They are in the order of the body, those to carry in the order asked for.
+    They are in the order of the body, those to carry in the order asked for, then those of ALONG.
     """
 
     used: tuple[str, ...]
@@ -136,7 +146,7 @@ def check_carry(carry: Sequence[str]) -> tuple[str, ...]:
     Raises ``TraceError`` for a column that has a meaning of its own.
     """
     for name in carry:
-        if name in USABLE:
+        if name in USABLE and not USABLE[name].along:
             raise TraceError(
                 f"{name} is part of every record and is not carried separately",
                 field="carry",
@@ -154,23 +164,29 @@ def plan_columns(names: Iterable[str], carry: Sequence[str], *, index: int = 0) 
     used: list[str] = []
     carried: list[str] = []
     ignored: list[str] = []
+    twice: list[str] = []  # of those that nobody asked for: left alone
     for name in names:
         group = used if name in USABLE else carried if name in carry else ignored
-        if name not in group:
+        if name in twice:
+            continue
+        if name in group and name in USABLE and USABLE[name].along and name not in carry:
+            twice.append(name)
+        elif name not in group:
             group.append(name)
         elif group is not ignored:
             raise TraceError(f"the column {name} occurs twice", index=index, field=name)
     if "gpa" not in used:
         raise TraceError("the column gpa is required", index=index, field="gpa")
     for name in carry:
-        if name not in carried:
+        if name not in carried and name not in used:
             raise TraceError(
                 f"the column {name} to be carried does not exist",
                 index=index,
                 field="carry",
                 value=name,
             )
-    return ColumnPlan(tuple(used), tuple(carry), tuple(ignored))
+    along = tuple(name for name in ALONG if name in used and name not in (*carry, *twice))
+    return ColumnPlan(tuple(n for n in used if not USABLE[n].along), (*carry, *along), (*ignored, *twice))
 
 
 def does_not_fit(name: str, index: int, value: Any, limit: int, names: Iterable[str] = ()) -> TraceError:

@@ -136,7 +136,7 @@ class InteractiveReplay(Replay):
             return False
         if action == "retry":
             # The guest runs the instruction again: what exits again counts again, for objects as in the totals.
-            self._drain(place.chunk if self._options.carry else None, place.base)
+            self._drain(place.chunk, place.base)
             self._seen.fill(-1)
             self._touched.fill(-1)
             self._place = None
@@ -210,7 +210,7 @@ class InteractiveReplay(Replay):
             if status == replay.NEED_FRAMES:
                 self._draft.ensure()
             elif status == replay.LOG_FULL:
-                self._drain(chunk if self._options.carry else None, place.base)
+                self._drain(chunk, place.base)
             elif status == record_checks.DONE:
                 return int(self._used[0]) > listed
             else:
@@ -220,7 +220,7 @@ class InteractiveReplay(Replay):
 
     def _take_objects(self, targets: object_hits.Targets, place: Place) -> None:
         """From here on these objects count; what was counted for one by name goes on to count for it."""
-        self._drain(place.chunk if self._options.carry else None, place.base)
+        self._drain(place.chunk, place.base)
         before, hits, seen, touched = self._by_object(), self._hits, self._seen, self._touched
         position = {name: at for at, name in enumerate(self._targets.names)}
         self._aim(targets)

@@ -21,8 +21,25 @@ Include = Literal["violations", "all"]
 Format = Literal["json", "ndjson", "arrow", "parquet", "packed"]
 RecordFormat = Literal["gpa8", "record16"]
 
+# What tools write, ``trace.readers.formats`` has a row of each; auto: whichever of them it is.
+ToolFormatName = Literal[
+    "lackey",
+    "drmemtrace",
+    "execlog",
+    "bochs",
+    "gem5",
+    "champsim",
+    "ftrace",
+    "perf-script",
+    "perf-mem",
+    "hyperdbg",
+    "csv",
+    "auto",
+]
+
 ON_VIOLATION: tuple[str, ...] = get_args(OnViolation)
 ANSWERS: tuple[str, ...] = get_args(Answer)
 INCLUDE: tuple[str, ...] = get_args(Include)
 FORMATS: tuple[str, ...] = get_args(Format)
 RECORD_FORMATS: tuple[str, ...] = get_args(RecordFormat)
+TOOL_FORMATS: tuple[str, ...] = get_args(ToolFormatName)

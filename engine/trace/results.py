@@ -18,6 +18,7 @@ from engine.jit import kernel
 from engine.kvm import vcpu_run
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.trace.object_hits import ObjectIndex, build_index, objects_of
+from engine.trace.taken import Taken
 from engine.trace.translations import Translations
 
 # Name, dtype and meaning of the columns of an exit record, in the order in which they are shown.
@@ -177,7 +178,10 @@ class ObjectHits:
 
 @dataclass(frozen=True)
 class TraceResult:
-    """Totals of one replay. ``stopped_at`` is the index of the record at which ``on_violation=stop`` ended it."""
+    """Totals of one replay. ``stopped_at`` is the index of the record at which ``on_violation=stop`` ended it.
+
+    ``taken`` is what the body of a tool was taken for, None for other bodies.
+    """
 
     records: int
     writes: int
@@ -191,6 +195,7 @@ class TraceResult:
     stopped_at: int | None
     exit_columns: ExitColumns
     translations: Translations = field(default_factory=Translations)
+    taken: Taken | None = None
 
     def with_translations(self, found: Translations) -> TraceResult:
         """The same with what was found out about translations."""

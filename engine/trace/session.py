@@ -54,8 +54,9 @@ class ReplayOptions:
 
     ``on_violation`` skip, stop, allow, grant or ask; ``start`` the first record to run (indices stay absolute);
     ``include`` which exits are listed, violations or all; ``max_exit_records`` how many are kept; ``carry`` trace
-    columns that go into the exit records; ``circumstances`` (bits of ``arch.access.CIRCUMSTANCES``) those of every
-    access. With ``goes_on`` record 0 may be the one at which the machine stopped, as any other ``start`` may.
+    columns that go into the exit records beside those that always do; ``circumstances`` (bits of
+    ``arch.access.CIRCUMSTANCES``) those of every access. With ``goes_on`` record 0 may be the one at which the machine
+    stopped, as any other ``start`` may.
     """
 
     on_violation: str = "skip"
@@ -165,7 +166,7 @@ class Replay:
             if status == replay.NEED_FRAMES:
                 self._draft.ensure()
             elif status == replay.LOG_FULL:
-                self._drain(chunk if self._options.carry else None, base)
+                self._drain(chunk, base)
             elif status == replay.STOPPED:
                 self._stop(chunk, base, position)
                 return False
@@ -181,7 +182,7 @@ class Replay:
         self._end_chunk(chunk, base)
 
     def _end_chunk(self, chunk: TraceChunk, base: int) -> None:
-        if self._options.carry:
+        if chunk.carry:
             self._drain(chunk, base)
 
     def uncounted(self) -> NDArray[np.int64]:
@@ -231,9 +232,9 @@ class Replay:
     def _columns(self, log: NDArray[np.int64], chunk: TraceChunk | None, base: int) -> ExitColumns:
         columns, record_gpa = columns_of_log(log)
         carry = {}
-        if chunk is not None:
+        if chunk is not None and chunk.carry:
             at = log[:, vcpu_run.EXIT_INDEX] - base
-            carry = {name: np.array(chunk.carry[name][at]) for name in self._options.carry}
+            carry = {name: np.array(values[at]) for name, values in chunk.carry.items()}
         return ExitColumns(columns, record_gpa, self._has_gva, carry, self._targets.index, self._targets.names)
 
     def result(self) -> TraceResult:

@@ -6,6 +6,7 @@ A step makes a machine of its own, as small as one page table, and calls operati
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 import numpy as np
@@ -32,6 +33,7 @@ from engine.trace.columns import TraceChunk
 from engine.trace.interactive import InteractiveReplay
 from engine.trace.object_hits import attribute, fill_objects
 from engine.trace.operations import INVLPG, MOV_CR3, Operation, Operations
+from engine.trace.readers import open_trace
 from engine.trace.replay import replay
 from engine.trace.results import split_log
 from engine.trace.session import ReplayOptions
@@ -188,6 +190,12 @@ def _trace(vm: VirtualMachine) -> None:
         run.finish()
 
 
+def _lines() -> None:
+    """Text of a tool."""
+    for _ in open_trace("lackey", io.BytesIO(b"==1== Lackey\n S 00004010,8\n")):
+        pass
+
+
 Step = Callable[[], None]
 
 # In the order in which processes take them: the longest first.
@@ -200,6 +208,7 @@ REST: dict[str, Step] = {
     "subpages": _subpages,
     "accesses": _accesses,
     "partial sets": _partial_sets,
+    "lines": _lines,
 }
 ALL: dict[str, Step] = {**FIRST, **REST}
 

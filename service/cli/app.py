@@ -12,6 +12,7 @@ from service.cli.commands import Command, Given, Root
 from service.cli.events import events
 from service.cli.replay import replay
 from service.cli.tokens import tokens
+from service.cli.trace import trace
 from service.cli.vms import vms
 from service.storage.urls import StoreUrl
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(tokens, name="token")
 app.add_typer(vms, name="vm")
+app.add_typer(trace, name="trace")
 app.command(cls=Command)(events)
 
 

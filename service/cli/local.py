@@ -19,7 +19,8 @@ from service.api.machines.vms import VmRequest
 from service.api.memory.memory_slots import NumberedSlotRequest
 from service.api.protection.policies import ProtectionRequest
 from service.api.protection.subpages import SubpagePatch, SubpageRangeRequest, ranges_of
-from service.api.traces.traces import FORMATS, carried_columns, result_document
+from service.api.traces.bodies import FORMATS
+from service.api.traces.traces import carried_columns, result_document
 from service.cli.demo import CONTENT_TYPES, report_of
 from service.cli.policy_files import checked, policy_of, said
 from service.http.handlers import refusal

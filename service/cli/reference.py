@@ -1,4 +1,7 @@
-"""docs/reference.md from the code: every setting, every problem type. ``python -m service.cli.reference --write``."""
+"""docs/reference.md from the code: every setting, every problem type; and the formats in docs/traces.md.
+
+``python -m service.cli.reference --write``.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,14 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from engine.trace.readers import FORMATS
 from service.problems import PROBLEMS
 from service.settings import GIB, MIB, Settings
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"
+# The page with a table of formats between these two lines.
+TRACES = REFERENCE.with_name("traces.md")
+_BEGIN, _END = "<!-- formats: made from the code -->\n", "<!-- end of formats -->\n"
 
 _HEAD = """\
 # Reference
@@ -41,12 +48,34 @@ Errors are `application/problem+json` (RFC 9457). `type` is `/problems/<code>`, 
 |---|---|---|
 """
 
+_FORMATS = """\
+| `format` | what it is and how it is made | addresses | sizes | accesses | sent as |
+|---|---|---|---|---|---|
+"""
+
 
 def reference_text() -> str:
     """The whole page."""
     settings = "".join(f"{row}\n" for row in _settings())
     problems = "".join(f"| `{row.code}` | {row.status} | {row.about} |\n" for row in PROBLEMS.values())
     return _HEAD + settings + _PROBLEMS + problems
+
+
+def formats_text() -> str:
+    """The table of formats in docs/traces.md."""
+    rows = [
+        f"| `{tool.name}` | {tool.tool}: {tool.made if tool.name == 'csv' else f'`{tool.made}`'} | {tool.address} "
+        f"| {tool.sizes} | read: {tool.reads}; write: {tool.writes}; execute: {tool.executes} "
+        f"| {', '.join(f'`{media}`' for media in tool.media)} |\n"
+        for tool in FORMATS.values()
+    ]
+    return _FORMATS + "".join(rows)
+
+
+def traces_text(page: str) -> str:
+    """A page with its table of formats as it is today."""
+    before, _, rest = page.partition(_BEGIN)
+    return f"{before}{_BEGIN}{formats_text()}{_END}{rest.partition(_END)[2]}"
 
 
 def _settings() -> Iterator[str]:
@@ -89,9 +118,14 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--write", action="store_true", help="write the page")
     what.add_argument("--check", action="store_true", help="fail when the page is not current")
     options = parser.parse_args(arguments)
+    page = TRACES.read_text(encoding="utf-8") if TRACES.exists() else ""
     if options.write:
         options.file.write_text(reference_text(), encoding="utf-8")
+        TRACES.write_text(traces_text(page), encoding="utf-8")
         return 0
+    if page != traces_text(page):
+        print(f"{TRACES} is not current: run python -m service.cli.reference --write", file=sys.stderr)
+        return 1
     if not options.file.exists() or options.file.read_text(encoding="utf-8") != reference_text():
         print(f"{options.file} is not current: run python -m service.cli.reference --write", file=sys.stderr)
         return 1

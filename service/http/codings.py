@@ -3,113 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
-import zstandard
 from starlette.types import Message, Receive
 
+from engine.trace.columns import MalformedBody
+from engine.trace.compressed import ANYWAY as _ANYWAY
+from engine.trace.compressed import FAULTS, Decoder, Gzip, Zstandard
+from engine.trace.compressed import PIECE as _PIECE
+from engine.trace.compressed import RATIO as _RATIO
 from service.problems import BodyTooLarge, ServiceError
-
-# What is decoded at one time, so that a body of a few bytes cannot hold the event loop or the memory.
-_PIECE = 1 << 18
-# zstd gives no bound on what a call returns. A block has at least 4 bytes and decodes to 128 KiB at most, so a slice of
-# this many bytes decodes to 8 MiB at most.
-_ZSTD_SLICE = 256
-# What a body may become: so many times what was sent of it, and these bytes in any case. Traces of one repeated record
-# come to some hundreds; zstd itself would go to 32,000.
-_RATIO = 1000
-_ANYWAY = 64 << 20
-# Members of gzip and frames of zstd without content that one body may have.
-_MOST_EMPTY = 256
-# RFC 9659: a decoder of the HTTP coding needs no larger window.
-_ZSTD_WINDOW = 1 << 23
-
-
-class Decoder(Protocol):
-    """One coded body. Faults raise what the library raises, a ``zlib.error`` or a ``zstandard.ZstdError``."""
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """What ``data`` adds, in bounded pieces."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether the body may end here."""
-
-
-class _Empty:
-    """Members or frames of one body without content: each costs time, and no limit on what is decoded counts it."""
-
-    def __init__(self, coding: str) -> None:
-        self._coding = coding
-        self._count = 0
-        self.has_content = False
-
-    def next_one(self) -> None:
-        """One has ended and another begins. Raises ``malformed-body`` when too many had no content."""
-        self._count += not self.has_content
-        self.has_content = False
-        if self._count > _MOST_EMPTY:
-            rule = f"must have at most {_MOST_EMPTY} parts of {self._coding} without content"
-            raise ServiceError(rule, field="body", code="malformed-body")
-
-
-class Gzip:
-    """RFC 1952: one member after the other."""
-
-    def __init__(self) -> None:
-        self._member = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        self._empty = _Empty("gzip")
-        self._begun = False
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        while data:
-            if self._member.eof:
-                self._empty.next_one()
-                self._member = zlib.decompressobj(zlib.MAX_WBITS | 16)
-            self._begun = True
-            piece = self._member.decompress(data, _PIECE)
-            data = self._member.unconsumed_tail or self._member.unused_data
-            while piece:
-                self._empty.has_content = True
-                yield piece
-                # Input that is used up may still have output waiting.
-                piece = self._member.decompress(b"", _PIECE) if not data and len(piece) == _PIECE else b""
-
-    @property
-    def complete(self) -> bool:
-        return self._begun and self._member.eof
-
-
-class Zstandard:
-    """RFC 8878: one frame after the other."""
-
-    def __init__(self) -> None:
-        self._context = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
-        self._frame = self._context.decompressobj()
-        self._empty = _Empty("zstd")
-        self._begun = False
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        view = memoryview(data)
-        for first in range(0, len(view), _ZSTD_SLICE):
-            part = bytes(view[first : first + _ZSTD_SLICE])
-            while part:
-                if self._frame.eof:
-                    self._empty.next_one()
-                    self._frame = self._context.decompressobj()
-                self._begun = True
-                piece = self._frame.decompress(part)
-                part = self._frame.unused_data if self._frame.eof else b""
-                if piece:
-                    self._empty.has_content = True
-                    yield piece
-
-    @property
-    def complete(self) -> bool:
-        return self._begun and self._frame.eof
-
 
 CODINGS: dict[str, Callable[[], Decoder]] = {"gzip": Gzip, "x-gzip": Gzip, "zstd": Zstandard}
 ACCEPTED = "gzip, zstd, identity"
@@ -131,8 +34,10 @@ def decoded(receive: Receive, coding: str, limit: int) -> Receive:
             try:
                 # Not by the event loop: zstd lets the GIL go for each 128 KiB, and each time waits for those who count.
                 piece = await asyncio.to_thread(_gathered, pieces)
-            except (zlib.error, zstandard.ZstdError) as fault:
+            except FAULTS as fault:
                 raise _malformed(coding) from fault
+            except MalformedBody as fault:
+                raise ServiceError(fault.rule, field="body", code="malformed-body") from fault
             if piece:
                 seen += len(piece)
                 if seen > limit:

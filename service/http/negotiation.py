@@ -16,6 +16,8 @@ SSE = "text/event-stream"
 ARROW = "application/vnd.apache.arrow.stream"
 PARQUET = "application/vnd.apache.parquet"
 OCTETS = "application/octet-stream"
+TEXT = "text/plain"
+CSV = "text/csv"
 
 # Longest header whose meaning is remembered.
 _REMEMBERED = 1000

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Protocol
 
 from engine.machine import VirtualMachine
 from engine.trace.columns import TraceChunk
 from engine.trace.interactive import InteractiveReplay
 from engine.trace.interactive_access import InteractiveAccess
-from engine.trace.readers import Budget, Source, TraceReader, open_trace
+from engine.trace.readers import Budget, Source, TraceReader
 from engine.trace.results import ExitColumns, TraceResult
 from engine.trace.single import AccessRequest, AccessResult
 from service.problems import RESUME_AT, NotReady
@@ -98,10 +99,7 @@ class _Stretches:
     ) -> tuple[TraceResult, tuple[str, ...]] | None:
         """Do what was answered and go on to the next question (None) or to the end."""
         if self._reader is None:
-            request = self._request
-            self._reader = open_trace(
-                request.format, self._source, record=request.record, carry=request.carry, memory=self._memory
-            )
+            self._reader = self._request.reader(self._source, self._memory)
             self._chunks = iter(self._reader)
         with machine.replay(self._request.options(), self._replay) as run:
             assert isinstance(run.replay, InteractiveReplay)
@@ -116,7 +114,7 @@ class _Stretches:
                 self.asked = self._replay.asked
                 run.pause()
                 return None
-            return run.finish(), self._reader.ignored_columns
+            return replace(run.finish(), taken=self._reader.taken), self._reader.ignored_columns
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ import numpy as np
 
 from engine.trace.object_hits import ObjectIndex
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult
+from engine.trace.taken import SkippedLine, Taken
 from service.runtime.traces import NO_RECORDS, PART, Trace, TraceRequest
 from service.runtime.translation_records import translations_of
 from service.storage.columns import pack, unpack
@@ -60,6 +61,7 @@ def trace_of(record: TraceRecord) -> Trace:
             stopped_at=result["stopped_at"],
             exit_columns=NO_RECORDS,
             translations=translations_of(result.get("translations")),
+            taken=_taken(result.get("taken")),
         ),
         ignored_columns=tuple(head["ignored_columns"]),
         created=datetime.fromisoformat(record.created),
@@ -84,6 +86,14 @@ def columns_of(record: TraceRecord, parts: Sequence[bytes]) -> ExitColumns:
     )
 
 
+def _taken(stored: Sequence[Any] | None) -> Taken | None:
+    """What a body was taken for; traces of other bodies, and older ones, have nothing of it."""
+    if stored is None:
+        return None
+    found = Taken(*stored)
+    return found._replace(first=tuple(SkippedLine(*line) for line in found.first))
+
+
 def _columns(exits: ExitColumns) -> dict[str, Any]:
     return {
         _RECORD_GPA: exits.record_gpa,
@@ -105,6 +115,7 @@ def _head(trace: Trace) -> dict[str, Any]:
             "exits": {name: int(count) for name, count in result.exits.items()},
             "stopped_at": None if result.stopped_at is None else int(result.stopped_at),
             "translations": asdict(result.translations),
+            "taken": result.taken,
         },
         "ignored_columns": list(trace.ignored_columns),
         "seconds": trace.seconds,

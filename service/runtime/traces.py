@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 
 from engine.machine import VirtualMachine
-from engine.trace.readers import DEFAULT_MEMORY, Budget, Source, open_trace
+from engine.trace.readers import DEFAULT_MEMORY, Budget, Source, TraceReader, open_trace
 from engine.trace.results import EXIT_COLUMNS, ExitColumns, TraceResult
 from engine.trace.session import ReplayOptions, ReplayTransaction
 from service.problems import trace_not_kept
@@ -28,7 +28,10 @@ NO_RECORDS = ExitColumns(
 
 @dataclass(frozen=True, slots=True)
 class TraceRequest:
-    """What the client asked for; see the query parameters of the call. ``goes_on``: it named a ``start``."""
+    """What the client asked for; see the query parameters of the call. ``goes_on``: it named a ``start``.
+
+    ``longest`` as in ``open_trace``: the limit of bodies.
+    """
 
     format: str
     record: str | None
@@ -38,6 +41,22 @@ class TraceRequest:
     start: int
     max_exit_records: int
     goes_on: bool = False
+    skip_unknown: bool = False
+    columns: str | None = None
+    longest: int = 0
+
+    def reader(self, source: Source, memory: int | Budget) -> TraceReader:
+        """Of a body of the format. ``memory`` as in ``open_trace``."""
+        return open_trace(
+            self.format,
+            source,
+            record=self.record,
+            carry=self.carry,
+            memory=memory,
+            skip_unknown=self.skip_unknown,
+            columns=self.columns,
+            longest=self.longest,
+        )
 
     def options(self) -> ReplayOptions:
         return ReplayOptions(
@@ -86,7 +105,7 @@ def replay(
     as it was before. ``memory`` is what the body may take while it is read (``open_trace``). Returns the result and the
     names of the columns that were ignored.
     """
-    reader = open_trace(request.format, source, record=request.record, carry=request.carry, memory=memory)
+    reader = request.reader(source, memory)
     with machine.replay(request.options()) as run:
         follow(run)
         for chunk in reader:
@@ -94,7 +113,7 @@ def replay(
             if not run.feed(chunk):
                 break
         check()
-        return run.finish(), reader.ignored_columns
+        return replace(run.finish(), taken=reader.taken), reader.ignored_columns
 
 
 class TraceStore:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import OBJECTS, REPLAY, named
+from .paths import LINE_PATTERNS, OBJECTS, REPLAY, TOOL_LINES, named
 
 RECORD_CHECKS_PY = "engine/trace/record_checks.py"
 REPLAY_PY = "engine/trace/replay.py"
 SESSION_PY = "engine/trace/session.py"
 OBJECTS_PY = "engine/trace/object_hits.py"
+SCAN_PY = "engine/trace/lines/scan.py"
+READERS = "engine/trace/readers"
 
 MUTANTS = (
     Mutant(
@@ -131,5 +133,45 @@ MUTANTS = (
         "end = ranges[:, 4] + 2",
         "an object ends with its last sub-page",
         named(OBJECTS, "access_touches_objects_by_sub_page"),
+    ),
+    Mutant(
+        "lines-attempt-registers",
+        SCAN_PY,
+        "registers[i] = registers[p.REGISTERS + i]",
+        "registers[i] = registers[i]",
+        "an attempt that fails leaves registers as they were",
+        named(LINE_PATTERNS, "an_attempt_that_fails_leaves_registers_as_they_were"),
+    ),
+    Mutant(
+        "ftrace-vendor",
+        f"{READERS}/ftrace.py",
+        "fetch = code & np.where(intel, _FETCH, _CODE_FETCH) != 0",
+        "fetch = code & _FETCH != 0",
+        "a fetch is another bit of AMD's error code than of an exit qualification",
+        named(TOOL_LINES, "a_line"),
+    ),
+    Mutant(
+        "bochs-halves",
+        f"{READERS}/bochs.py",
+        "rows[at, GVA] = before[second, GVA]",
+        "rows[at, GVA] = rows[at, GVA]",
+        "the writing half of a read-modify-write has the linear address of the reading one",
+        named(TOOL_LINES, "the_halves_of_a_read_modify_write"),
+    ),
+    Mutant(
+        "drmemtrace-offset",
+        f"{READERS}/drmemtrace.py",
+        "rows[:, ADDRESS] = frames << _PAGE_BITS | rows[:, ADDRESS] & ((1 << _PAGE_BITS) - 1)",
+        "rows[:, ADDRESS] = frames << _PAGE_BITS",
+        "markers are about pages; the offset is the access's",
+        named(TOOL_LINES, "physical_addresses_by_markers"),
+    ),
+    Mutant(
+        "perf-script-fetch",
+        f"{READERS}/perf_script.py",
+        "fetch = (rows[:, p.TAG] == _FAULT) & (rows[:, PC] == rows[:, ADDRESS])",
+        "fetch = rows[:, PC] == 0",
+        "a page fault at its instruction's own address is a fetch",
+        named(TOOL_LINES, "a_line"),
     ),
 )

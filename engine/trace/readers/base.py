@@ -6,7 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from engine.trace.columns import TraceChunk
+from engine.trace.taken import Taken
 
 # One read never asks for more than this, so that a source that allocates what it is asked for stays small.
 PIECE_BYTES = 1 << 18
@@ -23,13 +27,17 @@ class TraceReader(ABC):
     """Iterating yields the chunks of a trace, once. Each chunk is valid until the next one is asked for.
 
     ``ignored_columns`` names the columns that were neither used nor carried. Columnar bodies know them with the first
-    chunk, row bodies when the last row has been read.
+    chunk, row bodies when the last row has been read. ``taken`` says what a body of a tool was taken for and which of
+    its lines were skipped, and is complete with the last chunk; None for other bodies. ``valued`` says, where a tool's
+    column ``value`` is carried, which records of the chunk have one: of their first bytes, little-endian.
     """
 
     def __init__(self, source: Source, carry: Sequence[str]) -> None:
         self._source = source
         self._carry = tuple(carry)
         self.ignored_columns: tuple[str, ...] = ()
+        self.taken: Taken | None = None
+        self.valued: npt.NDArray[np.bool_] | None = None
 
     def __iter__(self) -> Iterator[TraceChunk]:
         return self._chunks()

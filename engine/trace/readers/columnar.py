@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from engine.errors import TraceError
 from engine.trace.columns import (
+    ALONG,
     CHUNK_RECORDS,
     USABLE,
     ChunkBuffer,
@@ -42,6 +43,8 @@ class BatchConverter:
             if name != "arg" and kinds[name].sort is not Sort.INTEGERS:
                 raise _wrong_type(name, "must hold integers", kinds[name])
         for name in self.plan.carried:
+            if name in ALONG and kinds[name].sort is not Sort.INTEGERS:
+                raise _wrong_type(name, "must hold integers", kinds[name])
             if kinds[name].sort not in (Sort.INTEGERS, Sort.NUMBERS):
                 raise _wrong_type(name, "must hold numbers to be carried", kinds[name])
         self.names = self.plan.used + self.plan.carried
@@ -74,7 +77,9 @@ class BatchConverter:
         for name in self.plan.carried:
             values, null = self._part(name, batch.numbers[name], start, length)
             self._refuse_nulls(name, null, spared)
-            carry[name] = values
+            if name in ALONG:
+                _check_range(name, values, self.done)
+            carry[name] = values.astype(np.uint64) if name in ALONG else values
         operations = self._operations(batch, start, length, ops, parts.get("gva")) if beside else None
         return self._buffer.chunk(length, carry, operations)
 

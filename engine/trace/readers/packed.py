@@ -15,6 +15,9 @@ from engine.errors import InvalidValue, TraceError
 from engine.trace.columns import CHUNK_RECORDS, ChunkBuffer, TraceChunk
 from engine.trace.option_names import RECORD_FORMATS
 from engine.trace.readers.base import Source, TraceReader, read_into
+from engine.trace.readers.formats import mistaken
+
+_HEAD = 4096
 
 RECORD_BYTES: Mapping[str, int] = MappingProxyType({"gpa8": 8, "record16": 16})
 
@@ -48,6 +51,8 @@ class PackedReader(TraceReader):
         while True:
             stored = read_into(self._source, target)
             length, rest = divmod(stored, width)
+            if not done and (said := mistaken(bytes(target[: min(stored, _HEAD)]), binary=width == 8)) is not None:
+                raise TraceError(said, index=0, field="record")
             if length:
                 if width == 8:
                     buffer.fill("gpa", addresses[:length])

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from engine.arch.access import ACCESS_NAMES, DEFAULT_ACCESS, KIND_NAMES, LINEAR_NAMES, SOURCE_NAMES
 from engine.errors import TraceError
 from engine.trace.columns import (
+    ALL_OR_NONE,
+    ALONG,
     RECORD,
     USABLE,
     ChunkBuffer,
@@ -74,26 +76,29 @@ class _PlainRow(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     linear: Any = msgspec.UNSET
     source: Any = msgspec.UNSET
     insn_len: Any = msgspec.UNSET
+    pc: Any = msgspec.UNSET
+    time: Any = msgspec.UNSET
+    value: Any = msgspec.UNSET
 
 
 _plain_row = msgspec.json.Decoder(_PlainRow)
-assert _PlainRow.__struct_fields__ == tuple(RECORD)
+assert _PlainRow.__struct_fields__ == (*RECORD, *ALONG, "value")
 
 
 class RowConverter:
     """Turns rows into chunks. ``done`` counts the rows converted so far; ``ignored`` has the names that mean nothing.
 
     Integers may be JSON integers, ``"0x…"`` or decimal strings, or names where ``NAMED`` has some. A row may omit what
-    has a default; ``gva`` has none and is given in every row or in none. Carried values are integers from 0 to 2^64-1
-    and are given in every row. Rows of operations have what is theirs; a trace that has such columns has one of them
-    among its first rows.
+    has a default; those of ALL_OR_NONE have none and are given in every row or in none. Carried values are integers
+    from 0 to 2^64-1 and are given in every row. Rows of operations have what is theirs; a trace that has such columns
+    has one of them among its first rows.
     """
 
     def __init__(self, carry: Sequence[str]) -> None:
         self.done = 0
         self.ignored: dict[str, None] = {}
         self._carry = tuple(carry)
-        self._has_gva: bool | None = None
+        self._has: dict[str, bool] = {}
         self._beside: bool | None = None
 
     def chunk(self, texts: Sequence[bytes | msgspec.Raw]) -> TraceChunk:
@@ -104,16 +109,17 @@ class RowConverter:
         values = None if self._carry or self._beside else self._plain(texts)
         operations: Operations | None = None
         if values is None:
-            rows, had_gva = self._decode(texts), self._has_gva
+            rows, had = self._decode(texts), dict(self._has)
             if self._are_beside(rows):
                 rows, operations = self._operations(rows)
             values = self._any(rows)
             if operations is not None and len(operations.at) == len(rows):
-                self._has_gva = had_gva  # rows of operations do not tell
+                self._has = had  # rows of operations do not tell
         self._beside = operations is not None
         columns = {name: self._integers(name, column) for name, column in values.items()}
         buffer = ChunkBuffer(columns, len(texts))
-        carry = {name: columns.pop(name) for name in self._carry}
+        carried = dict.fromkeys((*self._carry, *(name for name in ALONG if name in columns)))
+        carry = {name: columns.pop(name) for name in carried}
         for name, array in columns.items():
             buffer.fill(name, array)
         self.done += len(texts)
@@ -144,8 +150,8 @@ class RowConverter:
 
         found = gather(ops, spaces, args, gva_of, self.done, len(rows))
         accesses = [row for row, op in zip(rows, ops.tolist(), strict=True) if op == ACCESS]
-        with_gva = "gva" in accesses[0] if accesses else self._has_gva is True
-        filled = {"gpa": 0, **dict.fromkeys(self._carry, 0), **({"gva": 0} if with_gva else {})}
+        present = [name for name in ALL_OR_NONE if (name in accesses[0] if accesses else self._has.get(name))]
+        filled = dict.fromkeys(("gpa", *self._carry, *present), 0)
         return [
             {name: value for name, value in row.items() if name not in OP_COLUMNS}
             if op == ACCESS
@@ -178,16 +184,17 @@ class RowConverter:
         except (ValueError, RecursionError):
             return None
         columns: dict[str, list[Any]] = {}
-        for name in RECORD:
+        for name in (*RECORD, *ALONG):
             values = list(map(attrgetter(name), rows))
             missing = values.count(msgspec.UNSET)
             if missing == 0:
                 columns[name] = values
             elif missing < len(values):
                 return None
-        if "gpa" not in columns or self._has_gva not in (None, "gva" in columns):
+        present = {name: name in columns for name in ALL_OR_NONE}
+        if "gpa" not in columns or self._has not in ({}, present):
             return None
-        self._has_gva = "gva" in columns
+        self._has = present
         return columns
 
     def _any(self, rows: list[Any]) -> dict[str, list[Any]]:
@@ -197,6 +204,7 @@ class RowConverter:
         for name, column in RECORD.items():
             if any(name in plan.used for plan in plans):
                 columns[name] = [row.get(name, column.default) for row in rows]
+        columns |= {name: list(map(itemgetter(name), rows)) for name in ALONG if self._has.get(name)}
         if "kind" in columns:
             kinds = self._integers("kind", columns["kind"]).tolist()
             columns["access"] = [row.get("access", DEFAULT_ACCESS[kind]) for row, kind in zip(rows, kinds, strict=True)]
@@ -222,10 +230,10 @@ class RowConverter:
         for keys in dict.fromkeys(map(tuple, rows)):
             try:
                 plan = plan_columns(keys, self._carry)
-                if self._has_gva is None:
-                    self._has_gva = "gva" in plan.used
-                if self._has_gva != ("gva" in plan.used):
-                    raise TraceError("gva must be given in every record or in none", field="gva")
+                for name in ALL_OR_NONE:
+                    present = name in plan.used or name in plan.carried
+                    if self._has.setdefault(name, present) != present:
+                        raise TraceError(f"{name} must be given in every record or in none", field=name)
                 self.ignored.update(dict.fromkeys(plan.ignored))
                 if len(self.ignored) > MAX_IGNORED_COLUMNS:
                     raise TraceError(
@@ -239,7 +247,7 @@ class RowConverter:
         return plans
 
     def _integers(self, name: str, values: list[Any]) -> npt.NDArray[np.uint64]:
-        limit = USABLE[name].limit if name in USABLE else UINT64_MAX
+        limit = USABLE[name].limit if name in USABLE and name != "value" else UINT64_MAX
         kinds = set(map(type, values))
         if str in kinds and name in NAMED:
             known = NAMED[name]

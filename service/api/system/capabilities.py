@@ -15,7 +15,7 @@ from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.state.config import TRANSLATION_CACHES
 from engine.state.profiles import PROFILES, kvm_version
 from engine.trace.columns import COLUMNS
-from engine.trace.option_names import ON_VIOLATION, RECORD_FORMATS
+from engine.trace.option_names import ON_VIOLATION, RECORD_FORMATS, TOOL_FORMATS
 from service import __version__
 from service.api.common import (
     documented,
@@ -24,7 +24,7 @@ from service.api.common import (
     tagged,
     tagged_reply,
 )
-from service.api.traces.traces import FORMATS
+from service.api.traces.bodies import FORMATS
 from service.http.wire_types import Document, examples
 
 routes = router("service", "/v1/capabilities", reads="read")
@@ -35,6 +35,7 @@ _REPLY = {
     "translation_caches": list(TRANSLATION_CACHES),
     "trace_content_types": list(FORMATS),
     "record_formats": list(RECORD_FORMATS),
+    "trace_formats": list(TOOL_FORMATS),
     "columns": ["gpa", "size", "access", "vcpu", "gva"],
     "reserved_columns": [],
     "on_violation": list(ON_VIOLATION),
@@ -95,6 +96,7 @@ class Capabilities(Document):
     translation_caches: list[str] = Field(description="Values of `translation_cache`.")
     trace_content_types: list[str] = Field(description="Media types of traces.")
     record_formats: list[str] = Field(description="Values of `record` for packed bodies.")
+    trace_formats: list[str] = Field(description="Values of `format`: what tools write.")
     columns: list[str] = Field(description="Trace columns with a meaning.")
     reserved_columns: list[str] = Field(description="Trace columns that are refused until they work: none.")
     on_violation: list[str] = Field(description="Values of `on_violation`.")
@@ -153,6 +155,7 @@ async def get_capabilities(request: Request) -> Response:
             translation_caches=list(TRANSLATION_CACHES),
             trace_content_types=list(FORMATS),
             record_formats=list(RECORD_FORMATS),
+            trace_formats=list(TOOL_FORMATS),
             columns=[column.name for column in COLUMNS],
             reserved_columns=[],
             on_violation=list(ON_VIOLATION),

@@ -70,7 +70,9 @@ EXAMPLE_EXIT = {
 
 
 class ExitRecord(Document):
-    """One VM exit. Carried columns appear under their own names; integers above 2^53 - 1 are `0x…` strings."""
+    """One VM exit. Carried columns, and `pc` and `time` of the trace, appear under their own names; integers above
+    2^53 - 1 are `0x…` strings.
+    """
 
     model_config = ConfigDict(extra="allow", json_schema_extra=examples(EXAMPLE_EXIT))
 

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.trace.option_names import ASK, Format, Include, OnViolation, RecordFormat
+from engine.trace.option_names import ASK, Include, OnViolation, RecordFormat, ToolFormatName
 from service.api.common import (
     BINARY,
     CHANGE,
@@ -31,6 +31,15 @@ from service.api.common import (
     settings_of,
     tagged,
     tagged_reply,
+)
+from service.api.traces.bodies import (
+    COLUMNS_ABOUT,
+    FORMAT_ABOUT,
+    FORMATS,
+    SKIP_ABOUT,
+    BodyTotals,
+    body_totals,
+    format_of,
 )
 from service.api.traces.exits import (
     EXAMPLE_EXIT,
@@ -54,7 +63,7 @@ from service.api.traces.translations import (
 )
 from service.http import cursors
 from service.http.idempotency import hooks_of, will_answer
-from service.http.negotiation import ARROW, JSON, NDJSON, OCTETS, PARQUET, content_type
+from service.http.negotiation import ARROW, CSV, JSON, NDJSON, OCTETS, PARQUET, TEXT, content_type
 from service.http.wire_types import Access, Document, Hex64, Kind, Linear, Source, examples
 from service.platform.stamps import stamp
 from service.problems import InvalidDocument
@@ -64,9 +73,6 @@ from service.runtime.traces import Trace, TraceRequest
 from service.settings import Settings
 
 routes = router("traces", "/v1/vms/{vm}/traces", reads="read", writes="write")
-
-FORMATS: dict[str, Format] = {JSON: "json", NDJSON: "ndjson", ARROW: "arrow", PARQUET: "parquet", OCTETS: "packed"}
-
 
 _SECOND = {"gpa": "0x1000", "gva": "0xffff888000001000"}
 _ACCESS = {"gpa": "0x2a5c6a0", "size": 8, "access": 1, "vcpu": 0, "gva": "0xffffffff82a5c6a0"}
@@ -89,6 +95,10 @@ _SUMMARY = {
     "stale_translations": 1,
     "operations": {"hypercall": 1, "mov_cr3": 0, "invlpg": 0},
     "ignored_columns": ["flags"],
+    "format": "arrow",
+    "addresses": None,
+    "sizes": None,
+    "skipped": None,
     "seconds": 0.21,
 }
 _RESULT = {
@@ -180,7 +190,7 @@ class ExitCounts(Document):
     spp_misconfiguration: int = Field(description="Exits with reason 66, bit 11 of the qualification clear.")
 
 
-class TraceSummary(TranslationTotals):
+class TraceSummary(TranslationTotals, BodyTotals):
     """The totals of a replay."""
 
     model_config = ConfigDict(json_schema_extra=examples(_SUMMARY))
@@ -260,6 +270,7 @@ def _summary(vm_id: str, trace: Trace) -> dict[str, Any]:
         "stopped_at": None if result.stopped_at is None else int(result.stopped_at),
         **translation_totals(result),
         "ignored_columns": list(trace.ignored_columns),
+        **body_totals(trace.request.format, result),
         "seconds": round(trace.seconds, 6),
     }
 
@@ -323,6 +334,8 @@ def carried_columns(carry: str | None) -> tuple[str, ...]:
                 ARROW: BINARY,
                 PARQUET: BINARY,
                 OCTETS: BINARY,
+                TEXT: {**BINARY, "example": " S 004a9000,8\n"},
+                CSV: BINARY,
             },
         },
     },
@@ -357,6 +370,9 @@ async def create_trace(
         RecordFormat | None,
         Query(description="Layout of packed records; with `application/octet-stream` only."),
     ] = None,
+    format: Annotated[ToolFormatName | None, Query(description=FORMAT_ABOUT)] = None,
+    skip_unknown: Annotated[bool, Query(description=SKIP_ABOUT)] = False,
+    columns: Annotated[str | None, Query(max_length=2000, description=COLUMNS_ABOUT)] = None,
     carry: Annotated[
         str | None, Query(description="Columns to copy into exit records, with commas between them.")
     ] = None,
@@ -369,7 +385,13 @@ async def create_trace(
     if kept > settings.max_exit_records:
         raise InvalidDocument(f"must be at most {settings.max_exit_records}", field="max_exit_records", value=kept)
     goes_on = "start" in request.query_params
-    wanted = TraceRequest(FORMATS[media], record, carried_columns(carry), on_violation, include, start, kept, goes_on)
+    carried, kind = carried_columns(carry), format_of(media, format)
+    wanted = TraceRequest(
+        *(kind, record, carried, on_violation, include, start, kept, goes_on),
+        skip_unknown=skip_unknown,
+        columns=columns,
+        longest=settings.max_body_bytes,
+    )
     asker = asker_of(request, entry, traced=True) if on_violation == ASK else None
     wishes = wanted_async(request) if asker is None else None
     if wishes is not None:

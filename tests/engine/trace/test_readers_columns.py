@@ -28,6 +28,9 @@ def test_the_column_table_is_the_contract():
         "linear": ("|u1", 1),
         "source": ("|u1", 0),
         "insn_len": ("|u1", 0),
+        "pc": ("<u8", None),
+        "time": ("<u8", None),
+        "value": ("binary", None),
     }
     beside = {c.name: (c.dtype, c.default) for c in COLUMNS if c.beside}
     assert beside == {"address_space": ("<u8", None), "op": ("|u1", 0), "arg": ("binary", None)}
@@ -259,6 +262,44 @@ def test_carry_of_a_string(named, read):
     assert caught.value.field == "pc"
 
 
+PCS = [0xFFFFFFFF81123456, 0x401624]
+
+
+def test_pc_and_time_go_along_unasked(named, read):
+    name, encode = named
+    body = encode(
+        table(
+            time=pa.array([5, 1 << 60], pa.uint64()),
+            gpa=pa.array([1, 2], pa.uint64()),
+            pc=pa.array(PCS, pa.uint64()),
+            flags=pa.array([7, 8], pa.uint8()),
+        )
+    )
+    for carry in ((), ("pc",), ("flags", "time")):
+        got = read(name, body, carry=carry)
+        assert set(got.carry) == {*carry, "pc", "time"}
+        assert got.carry["pc"].dtype == got.carry["time"].dtype == np.uint64
+        assert got.carry["pc"].tolist() == PCS and got.carry["time"].tolist() == [5, 1 << 60]
+        assert got.ignored == (() if "flags" in carry else ("flags",))
+
+
+def test_what_pc_cannot_be(named, read):
+    name, encode = named
+    for wrong in (pa.array([1, -1], pa.int64()), pa.array([1, None], pa.uint64())):
+        with pytest.raises(TraceError) as caught:
+            read(name, encode(table(gpa=pa.array([1, 2], pa.uint64()), pc=wrong)))
+        assert (caught.value.field, caught.value.index) == ("pc", 1)
+
+
+def test_values_are_known(named, read):
+    name, encode = named
+    if name in ("arrow", "parquet"):
+        values = pa.array([b"\x01\x02", None], pa.binary())
+        assert read(name, encode(table(gpa=pa.array([1, 2], pa.uint64()), value=values))).ignored == ()
+    numbers = encode(table(gpa=pa.array([1, 2], pa.uint64()), value=pa.array([3, 4], pa.uint16())))
+    assert read(name, numbers, carry=["value"]).carry["value"].tolist() == [3, 4]
+
+
 def test_no_records(named, read):
     name, encode = named
     got = read(name, encode(table(gpa=pa.array([], pa.uint64()))))
@@ -292,8 +333,8 @@ def test_a_failing_source_is_not_blamed_on_the_body(streamed):
 
 def test_unknown_format():
     with pytest.raises(InvalidValue) as caught:
-        open_trace("csv", None)
-    assert (caught.value.field, caught.value.value) == ("format", "csv")
+        open_trace("tsv", None)
+    assert (caught.value.field, caught.value.value) == ("format", "tsv")
     assert FORMATS == ("json", "ndjson", "arrow", "parquet", "packed")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.trace.option_names import TOOL_FORMATS
 from service.cli import reference
 from service.problems import PROBLEMS
 from service.settings import Settings
@@ -41,3 +42,10 @@ def test_write_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert reference.main(["--write", "--file", str(file)]) == 0
     assert reference.main(["--check", "--file", str(file)]) == 0
     assert "not current" in capsys.readouterr().err
+
+
+def test_every_format_is_documented() -> None:
+    page = reference.TRACES.read_text(encoding="utf-8")
+    assert page == reference.traces_text(page)
+    for name in TOOL_FORMATS:
+        assert f"| `{name}` |" in page or name == "auto"

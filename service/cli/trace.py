@@ -1,0 +1,378 @@
+"""``subpage trace``: files of traces, of whatever tool: convert them to Parquet, say what is in them, show some."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from service.cli.commands import Command
+from service.platform.failures import Failure
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from engine.trace.columns import TraceChunk
+    from service.cli.trace_files import Progress, TraceFile
+    from service.cli.trace_summary import Summary
+
+trace = typer.Typer(help="Convert trace files of other tools, and look into them.", no_args_is_help=True)
+
+
+class Format(StrEnum):
+    """Of a file; a test compares these with ``engine.trace.option_names``, which is not imported for a help text."""
+
+    AUTO = "auto"
+    PARQUET = "parquet"
+    ARROW = "arrow"
+    NDJSON = "ndjson"
+    JSON = "json"
+    PACKED = "packed"
+    LACKEY = "lackey"
+    DRMEMTRACE = "drmemtrace"
+    EXECLOG = "execlog"
+    BOCHS = "bochs"
+    GEM5 = "gem5"
+    CHAMPSIM = "champsim"
+    FTRACE = "ftrace"
+    PERF_SCRIPT = "perf-script"
+    PERF_MEM = "perf-mem"
+    HYPERDBG = "hyperdbg"
+    CSV = "csv"
+
+
+class Record(StrEnum):
+    """Layout of a packed file."""
+
+    RECORD16 = "record16"
+    GPA8 = "gpa8"
+
+
+class Address(StrEnum):
+    """Which address of a trace becomes its column gpa."""
+
+    GPA = "gpa"
+    GVA = "gva"
+    FLAT = "flat"
+
+
+File = Annotated[
+    Path, typer.Argument(help="The trace: text of a tool, Parquet, Arrow, NDJSON, JSON or packed; also .gz, .zst, .xz.")
+]
+FormatOption = Annotated[Format, typer.Option(help="Of the file; auto recognises it by its content.")]
+RecordOption = Annotated[Record, typer.Option(help="Layout of packed records.")]
+AddressOption = Annotated[
+    Address | None,
+    typer.Option(
+        help="gpa: the physical address, and the trace must have it. gva: the virtual address of a guest, to replay "
+        "with address=gva. flat: the virtual address, taken as a physical one. By default what the trace has."
+    ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(help="Of a table: which of its columns are meant, as gpa=ADDR,size=LEN. It is csv then."),
+]
+SkipUnknown = Annotated[
+    bool, typer.Option("--skip-unknown", help="Pass over lines that the format does not have; they are counted.")
+]
+ProgressOption = Annotated[
+    bool | None, typer.Option("--progress/--no-progress", help="Show a bar; on a terminal by default.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
+
+_TOP = 10
+_SHOWN_RANGES = 12
+_WHOSE = {
+    "guest-physical": "physical addresses of a guest",
+    "guest-virtual": "virtual addresses of a guest",
+    "process-virtual": "virtual addresses of a process",
+}
+
+
+@trace.command(cls=Command)
+def convert(
+    file: File,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The Parquet file to write.")],
+    format: FormatOption = Format.AUTO,
+    address: AddressOption = None,
+    record: RecordOption = Record.RECORD16,
+    columns: Columns = None,
+    skip_unknown: SkipUnknown = False,
+    progress: ProgressOption = None,
+) -> None:
+    """Convert a trace to Parquet, say what was read and what was skipped, and what to do next."""
+    from service.cli.trace_files import opened_trace
+    from service.cli.trace_parquet import ParquetOut, replacing
+    from service.cli.trace_summary import Summary
+
+    if output.suffix != ".parquet":
+        raise Failure(f"-o {output}: the name must end in .parquet, which is what is written")
+    if output.exists() and file.exists() and output.samefile(file):
+        raise Failure(f"-o {output}: is the file that is read")
+    summary = Summary()
+    with (
+        _interruptible("convert"),
+        opened_trace(file, format, record=record, skip_unknown=skip_unknown, columns=columns) as opened,
+        replacing(output) as beside,
+        _bar("converting", opened.progress, progress) as shown,
+    ):
+        out = ParquetOut(beside)
+        for chunk in opened:
+            records = addressed(chunk, opened, address)
+            summary.add(chunk, records)
+            out.add(chunk, records, opened.reader.valued)
+            shown(out.records)
+        out.close()
+    _said(opened)
+    typer.echo(f"{out.records:,} records written to {output}")
+    for line in _next(opened, summary, address, output):
+        typer.echo(line)
+
+
+@trace.command(cls=Command)
+def info(
+    file: File,
+    format: FormatOption = Format.AUTO,
+    address: AddressOption = None,
+    record: RecordOption = Record.RECORD16,
+    columns: Columns = None,
+    skip_unknown: SkipUnknown = False,
+    as_json: AsJson = False,
+    progress: ProgressOption = None,
+) -> None:
+    """Say what is in a trace: reads and writes, the pages and sub-pages that they touch, where those are."""
+    from service.cli.trace_files import opened_trace
+    from service.cli.trace_summary import Summary
+
+    summary = Summary()
+    with (
+        _interruptible("info"),
+        opened_trace(file, format, record=record, skip_unknown=skip_unknown, columns=columns) as opened,
+        _bar("reading", opened.progress, progress) as shown,
+    ):
+        for chunk in opened:
+            summary.add(chunk, addressed(chunk, opened, address))
+            shown(summary.records)
+    found = summary.document(_TOP)
+    whose = opened.reader.taken.address if opened.reader.taken else None
+    if as_json:
+        taken = opened.reader.taken
+        said = {} if taken is None else {"address": taken.address, "sizes": taken.sizes, "skipped": dict(taken.skipped)}
+        slots = {"memory_slots": summary.slots()} if _is_flat(opened, address) else {}
+        ignored = {"ignored_columns": list(opened.reader.ignored_columns)}
+        typer.echo(json.dumps({"format": opened.format_name, **said, **found, **ignored, **slots}, indent=1))
+        return
+    _said(opened)
+    _print(found)
+    if found["virtual"] and whose in (None, "guest-physical"):
+        typer.echo(f"addresses look virtual: {found['virtual']}: replay with address=gva, or with address=flat")
+    if _is_flat(opened, address):
+        for line in _slots(summary):
+            typer.echo(line)
+
+
+@trace.command(cls=Command)
+def head(
+    file: File,
+    count: Annotated[int, typer.Option("-n", min=0, help="How many records.")] = 10,
+    format: FormatOption = Format.AUTO,
+    address: AddressOption = None,
+    record: RecordOption = Record.RECORD16,
+    columns: Columns = None,
+    skip_unknown: SkipUnknown = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the first records of a trace; with --json one object a line, which is NDJSON that can be posted."""
+    from service.cli.trace_files import opened_trace
+
+    with (
+        _interruptible("head"),
+        opened_trace(file, format, record=record, skip_unknown=skip_unknown, columns=columns) as opened,
+    ):
+        rows: list[dict[str, Any]] = []
+        for chunk in opened:
+            rows += _rows(chunk, opened, address, count - len(rows))
+            if len(rows) >= count:
+                break
+    if as_json:
+        for row in rows:
+            typer.echo(json.dumps({name: value for name, value in row.items() if value is not None}))
+        return
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if not _is_plain(name, rows)]
+    table = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
+    widths = [max(len(line[at]) for line in table) for at in range(len(names))]
+    for line in table:
+        typer.echo("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def addressed(chunk: TraceChunk, file: TraceFile, address: Address | None) -> NDArray[np.uint64]:
+    """The records of a chunk with the addresses that are asked for. Raises Failure where the trace has none of them."""
+    taken = file.reader.taken
+    virtual = taken is not None and taken.address != "guest-physical"
+    if address is None and chunk.gva is not None and not getattr(chunk, "has_gpa", True):
+        address = Address.GVA  # the body has no other
+    if address is None or (virtual and address is not Address.GPA):
+        return chunk.records
+    if address is Address.GPA:
+        if virtual:
+            assert taken is not None
+            raise Failure(
+                f"{file.path}: {taken.format} has {_WHOSE[taken.address]}, no physical ones: leave --address out"
+            )
+        return chunk.records
+    if chunk.gva is None:
+        raise Failure(f"{file.path}: has physical addresses only, no column gva: leave --address out")
+    records = chunk.records.copy()
+    records[:, 0] = chunk.gva
+    return records
+
+
+def _is_flat(file: TraceFile, address: Address | None) -> bool:
+    taken = file.reader.taken
+    of_process = taken is not None and taken.address == "process-virtual"
+    return address is Address.FLAT or (address is None and of_process)
+
+
+def _next(file: TraceFile, summary: Summary, address: Address | None, output: Path) -> Iterator[str]:
+    """What to do with a converted trace."""
+    taken = file.reader.taken
+    if not summary.records:
+        yield "no records: there is nothing to replay"
+    elif _is_flat(file, address):
+        yield from _slots(summary)
+    elif address is Address.GVA or (taken is not None and taken.address == "guest-virtual"):
+        yield "its addresses are virtual ones of a guest: replay it with address=gva, on a machine with its memory"
+    else:
+        yield f"subpage replay {output} --policy POLICY"
+        if summary.virtual is not None:
+            yield f"addresses look virtual: {summary.virtual}: replay with address=gva, or with address=flat"
+
+
+def _slots(summary: Summary) -> Iterator[str]:
+    """The memory that a flat trace needs."""
+    slots = summary.slots()
+    if slots is None:
+        yield f"no guest has memory at these addresses: {summary.virtual}; leave such accesses out, or use address=gva"
+        return
+    top = max((int(slot["gpa"], 16) + int(slot["size"], 16) for slot in slots), default=0)
+    width = "" if top <= 1 << 46 else f', "maxphyaddr": {(top - 1).bit_length()}'
+    yield "its addresses are virtual ones of a process: replay it with address=flat, on a machine with these slots"
+    yield f'"memory_slots": {json.dumps(slots)}{width}'
+
+
+def _said(file: TraceFile) -> None:
+    """What a file was taken for, and what of it was left out."""
+    taken = file.reader.taken
+    packed_in = f", {file.compression}" if file.compression else ""
+    if taken is None:
+        typer.echo(f"{file.path}: {file.format_name}{packed_in}")
+    else:
+        typer.echo(f"{file.path}: {taken.format}{packed_in}; {_WHOSE[taken.address]}; sizes {taken.sizes}")
+        for reason, count in taken.skipped.items():
+            first = next((line for line in taken.first if line.reason == reason), None)
+            where = f", first line {first.line}" if first else ""
+            typer.echo(f"skipped {count:,}: {reason}{where}")
+    if file.reader.ignored_columns:
+        typer.echo(f"left out, as they mean nothing here: columns {', '.join(file.reader.ignored_columns)}")
+
+
+def _print(found: dict[str, Any]) -> None:
+    """The numbers of a summary as lines."""
+    lines = {
+        "records": f"{found['records']:,}",
+        "reads": f"{found['reads']:,}",
+        "writes": f"{found['writes']:,}, {found['bytes_written']:,} bytes",
+        "executes": f"{found['executes']:,}",
+        "pages": f"{found['pages']:,}, {found['written_pages']:,} of them written",
+        "sub-pages": f"{found['subpages']:,}",
+        "vCPUs": ", ".join(map(str, found["vcpus"])) or "none",
+    }
+    if found["seconds"] is not None:
+        lines["time"] = f"{found['seconds']:.6f} s"
+    for name, text in lines.items():
+        typer.echo(f"{name:<10} {text}")
+    for number, each in enumerate(found["ranges"][:_SHOWN_RANGES]):
+        typer.echo(f"{'' if number else 'ranges':<10} {each['first']} to {each['last']}, {each['pages']:,} pages")
+    if len(found["ranges"]) > _SHOWN_RANGES:
+        typer.echo(f"{'':<10} and {len(found['ranges']) - _SHOWN_RANGES:,} more")
+    for number, each in enumerate(found["top_pages"]):
+        counts = f"{each['accesses']:,} accesses, {each['writes']:,} writes, sub-pages {each['subpages']}"
+        typer.echo(f"{'' if number else 'top pages':<10} {each['page']} {counts}")
+
+
+def _rows(chunk: TraceChunk, file: TraceFile, address: Address | None, count: int) -> list[dict[str, Any]]:
+    """Some records of a chunk as people read them."""
+    from engine.arch.access import ACCESS_NAMES, KIND_NAMES, SOURCE_NAMES
+    from engine.trace.operations import NO_SPACE, OP_NAMES
+    from service.cli.trace_parquet import columns_of
+
+    names = {"access": ACCESS_NAMES, "kind": KIND_NAMES, "source": SOURCE_NAMES, "op": OP_NAMES}
+    records = addressed(chunk, file, address)
+    found = columns_of(chunk, records, file.reader.valued)
+    columns = {name: values[: max(count, 0)] for name, values in found.items()}
+    if "value" in columns:
+        columns["value"] = columns["value"].to_pylist()
+    rows: list[dict[str, Any]] = []
+    for at in range(min(count, len(records))):
+        row: dict[str, Any] = {}
+        for name, values in columns.items():
+            value = values[at]
+            if name in ("arg", "value"):
+                row[name] = None if value is None else value.hex()
+            elif name in ("gpa", "gva", "pc", "address_space"):
+                row[name] = None if name == "address_space" and value == NO_SPACE else f"{int(value):#x}"
+            elif name in names and int(value) < len(names[name]):
+                row[name] = names[name][int(value)]
+            else:
+                row[name] = int(value)
+        rows.append(row)
+    return rows
+
+
+# What a column says that is left out of a table: of each record what it is without the column.
+_PLAIN = {"kind": "data", "linear": 1, "source": "guest", "insn_len": 0, "op": "access", "arg": None, "time": 0}
+
+
+def _is_plain(name: str, rows: list[dict[str, Any]]) -> bool:
+    return name in _PLAIN and all(row.get(name) == _PLAIN[name] for row in rows)
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+@contextlib.contextmanager
+def _interruptible(command: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"subpage trace {command}: interrupted", err=True)
+        raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
+def _bar(what: str, progress: Progress, wanted: bool | None) -> Iterator[Any]:
+    """A bar on standard error that follows how much of a file is read."""
+    if not (sys.stderr.isatty() if wanted is None else wanted):
+        yield lambda records: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[done]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=1.0, done="")
+        yield lambda records: bar.update(task, completed=progress.share, done=f"{records:,} records")
