@@ -27,6 +27,8 @@ ROOT_WRITTEN, ROOT_LOG, ROOT_ACCESS, DIRTY_MODE, HARVESTS, ACKNOWLEDGED = positi
 STOPPED_AT, STOPPED_GPA, STOPPED_WORD = positions(3, 50)
 # How many pages user space lets the MMU keep (KVM_SET_NR_MMU_PAGES), 0 before it says so.
 (MMU_PAGES,) = positions(1, 53)
+# Frames that memory images have brought, which a machine may have beside those that others bound it to.
+(IMAGE_FRAMES,) = positions(1, 63)
 
 COUNTERS_AT = 64
 COUNTERS = (
