@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,6 +61,11 @@ class ImageStream:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._into = getattr(source, "readinto", None)
+        seekable = getattr(source, "seekable", None)
+        # Where the source has another way than to read on.
+        self._seek: Callable[[int, int], int] | None = (
+            getattr(source, "seek", None) if seekable and seekable() else None
+        )
         self._peeked = b""
         self.offset = 0
 
@@ -97,9 +102,18 @@ class ImageStream:
             raise self.ended(what, begin + size)
         return target.tobytes()
 
+    @property
+    def seeks(self) -> bool:
+        """Whether passing over bytes costs nothing."""
+        return self._seek is not None
+
     def skip(self, size: int, what: str) -> None:
         """Pass over ``size`` bytes, as ``take``."""
         end = self.offset + size
+        if self._seek is not None and size > PIECE:
+            # All but one, which is read to see that it is there.
+            self._seek(end - 1 - self.offset - len(self._peeked), 1)
+            self._peeked, self.offset = b"", end - 1
         target = np.empty(min(size, PIECE), dtype=np.uint8)
         while self.offset < end:
             part = target[: min(len(target), end - self.offset)]
@@ -108,6 +122,8 @@ class ImageStream:
 
     def drain(self) -> None:
         """Pass over the rest."""
+        if self._seek is not None:
+            self.offset, self._peeked = self._seek(0, 2), b""
         target = np.empty(PIECE, dtype=np.uint8)
         while self.fill(target):
             pass
@@ -161,11 +177,22 @@ class Image(ABC):
     def __init__(self, stream: ImageStream) -> None:
         self._stream = stream
         self._buffer = np.empty(0, dtype=np.uint8)
+        self._passing = False
         self.ranges = Ranges()
         self.vcpus: tuple[VcpuRegisters, ...] = ()
 
     def __iter__(self) -> Iterator[Block]:
         return self._blocks()
+
+    def survey(self) -> None:
+        """Find out ``ranges`` and ``vcpus`` alone, instead of iterating.
+
+        Contents are passed over, by ``seek`` where the source has it; an ELF core from one without is read no further
+        than to them.
+        """
+        self._passing = True
+        for _ in self._blocks():
+            pass
 
     @abstractmethod
     def _blocks(self) -> Iterator[Block]:
@@ -183,6 +210,9 @@ class Image(ABC):
 
     def _exactly(self, gpa: int, size: int, what: str) -> Iterator[Block]:
         """Blocks for ``size`` bytes at ``gpa``. Raises InvalidValue where the image ends before."""
+        if self._passing:
+            self._stream.skip(size, what)
+            return
         at, end = gpa, gpa + size
         last = self._stream.offset + size
         while at < end:

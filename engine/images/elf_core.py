@@ -74,10 +74,13 @@ class ElfCore(Image):
             if segment.type == _NOTE:
                 notes = self._stream.take(segment.size, "the notes")
                 self.vcpus += registers_of(notes, segment.offset, long_mode=self._machine == _EM_X86_64)
+            elif self._passing and not self._stream.seeks:
+                return
             else:
                 last = segment.gpa + segment.size - 1
                 yield from self._exactly(segment.gpa, segment.size, f"the segment of GPA {segment.gpa:#x} to {last:#x}")
-        self._stream.drain()
+        if not self._passing:
+            self._stream.drain()
 
     def _segments(self) -> list[_Segment]:
         """What is to be read, in order of the file and nothing twice. Raises InvalidValue."""

@@ -21,6 +21,10 @@ class Raw(Image):
 
     def _blocks(self) -> Iterator[Block]:
         at = self._gpa
+        if self._passing:
+            self._stream.drain()
+            at += self._stream.offset
+            self.ranges.add(self._gpa, self._stream.offset, 0)
         while len((block := self._next(at, TOP - at)).data):
             self.ranges.add(at, len(block.data), block.offset)
             yield block
