@@ -83,13 +83,14 @@ class Traces(Operations):
         Changes nothing: the access is executed on a twin of the machine, which costs a copy of its frames.
         """
         request.validate(self._config)
-        twin = Traces(self._state.twin())
-        now = twin._explained(request)
-        try:
-            result = twin.access(request, run)
-        except LimitExceeded as limit:
-            return walks.cut_short(now, limit)
-        return walks.walk_of(twin._published.machine, now, result, twin._explained(request))
+        with self._state.store.twinning:
+            twin = Traces(self._state.twin())
+            now = twin._explained(request)
+            try:
+                result = twin.access(request, run)
+            except LimitExceeded as limit:
+                return walks.cut_short(now, limit)
+            return walks.walk_of(twin._published.machine, now, result, twin._explained(request))
 
     def _explained(self, request: AccessRequest) -> explain.Explanation:
         position = self._config.vcpu_position(request.vcpu)

@@ -8,6 +8,7 @@ a state that still shows it.
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,8 @@ class FrameStore:
         self, caps: NDArray[np.int64], vcpu_of_id: NDArray[np.int64], limit: int, *, vcpus: int, modelled: bool = False
     ) -> None:
         self.limit = limit
+        # Held by whoever makes a twin and works with it: of one machine there is one copy at a time.
+        self.twinning = threading.Lock()
         self.spare: NDArray[np.int64] = np.arange(FIRST_FRAMES - 1, -1, -1, dtype=np.int64)
         self._retired: deque[tuple[weakref.ref[Snapshot], NDArray[np.int64]]] = deque()
         empty = np.zeros(0, dtype=np.int64)
