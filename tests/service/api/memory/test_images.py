@@ -148,3 +148,18 @@ def test_limits_of_images() -> None:
         reply = client.put(f"{other}/memory?format=raw", content=b"a" * (MIB // 2), headers=OCTETS)
         assert reply.status_code == 429 and reply.json()["limit"] == "max_memory_bytes"
         assert frames(client, other) == 0
+
+
+def test_whoever_leaves_has_changed_nothing(make_vm: Callable[..., str], client: ContractClient) -> None:
+    """And the machine and its memory are free again."""
+    vm = make_vm(memory_slots=[{"slot": 0, "gpa": 0, "size": 64 * MIB}])
+
+    def cut() -> Iterator[bytes]:
+        yield from pieces(b"a" * 20 * MIB, MIB)
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        client.put(f"{vm}/memory?format=raw", content=cut(), headers=OCTETS)
+    reply = client.put(f"{vm}/memory?format=raw&gpa=0x1000", content=b"b" * PAGE, headers=OCTETS)
+    assert reply.status_code == 200, "it waited until the first one had been given up"
+    assert frames(client, vm) == 1 and client.get(f"{vm}/memory?gpa=0&size=1").content == b"\0"
