@@ -57,6 +57,7 @@ class Memory(Operations):
         kept, size = np.zeros(1, dtype=np.int64), 0
         with self._state.change() as change:
             before = frames.in_use(change.machine)
+            change.reserve()
             for block in blocks:
                 _check_block(change, block)
                 _store_block(change, block, kept)
@@ -65,6 +66,7 @@ class Memory(Operations):
             change.ensure()
             brought = max(0, frames.in_use(change.machine) - before) + register(change.machine, reg.IMAGE_FRAMES)
             frames.write_word(change.machine, frames.STATE_FRAME, reg.IMAGE_FRAMES, brought)
+            change.trim()
         return Loaded(size, int(kept[0]))
 
 

@@ -117,3 +117,21 @@ def test_dirty_logs_are_told() -> None:
     vm.set_slot(SlotSpec(0, 0, 4 * MIB, log_dirty=True))
     load(vm, bytes(2 * PAGE) + b"a", 0x3000)
     assert vm.dirty.take_log(0)[:1] == bytes([0b00111000])
+
+
+def test_a_large_image_does_not_copy_the_machine_as_it_grows() -> None:
+    """Rows are reserved at once, which costs nothing, and what was not needed is given back."""
+    vm = machine(slots=[SlotSpec(0, 0, 1 << 30)])
+    vm.write_memory(0, b"before")
+    vm.bound_frames(20_000)
+    data = b"a" * (3000 * PAGE)
+    vm.load_image(open_image("raw", BytesIO(data), 0x100000))
+    rows = vm.state.store.published.machine.rows
+    assert 3000 < len(rows) < 3000 + 2 * 700, "what was reserved beyond is given back"
+    assert vm.read_memory(0, 6) == b"before" and vm.read_memory(0x100000, len(data)) == data
+    assert_sound(vm)
+    for _ in range(5):
+        vm.load_image(open_image("raw", BytesIO(b"b" * PAGE)))
+    assert len(vm.state.store.published.machine.rows) < 3000 + 4 * 700
+    assert vm.read_memory(0, PAGE) == b"b" * PAGE
+    assert_sound(vm)
