@@ -12,6 +12,7 @@ from starlette.responses import Response
 from engine.machine import VirtualMachine
 from service.api.common import guard, json_response, replaying_of, settings_of, vm_tag
 from service.http.idempotency import hooks_of
+from service.http.negotiation import JSON, preferred
 from service.http.wire_types import Document, Hex64, examples
 from service.runtime.entry import Entry
 from service.runtime.images import load_image
@@ -79,6 +80,8 @@ class MemoryImage(Document):
 
 async def put_image(request: Request, entry: Entry, format: ImageFormat, gpa: int | None) -> Response:
     """Load the body of ``request``, a memory image."""
+
+    preferred(request, (JSON,))
 
     def check(machine: VirtualMachine) -> None:
         guard(request, entry, lambda: [vm_tag(entry)])

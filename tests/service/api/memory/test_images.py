@@ -163,3 +163,10 @@ def test_whoever_leaves_has_changed_nothing(make_vm: Callable[..., str], client:
     reply = client.put(f"{vm}/memory?format=raw&gpa=0x1000", content=b"b" * PAGE, headers=OCTETS)
     assert reply.status_code == 200, "it waited until the first one had been given up"
     assert frames(client, vm) == 1 and client.get(f"{vm}/memory?gpa=0&size=1").content == b"\0"
+
+
+def test_only_an_image_is_answered_with_a_document(vm: str, client: ContractClient) -> None:
+    octets = {**OCTETS, "Accept": "application/octet-stream"}
+    assert client.put(f"{vm}/memory?gpa=0", content=b"a", headers=octets).status_code == 204
+    assert client.put(f"{vm}/memory?format=raw", content=b"b", headers=octets).status_code == 406
+    assert client.get(f"{vm}/memory?gpa=0&size=1").content == b"a"
