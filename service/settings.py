@@ -150,6 +150,15 @@ class Settings(BaseSettings):
         1 << 16, ge=16, description="4 KiB frames (tables, guest memory, bitmaps) one machine may use."
     )
     max_subpage_window: int = Field(1 << 20, ge=1, le=1 << 20, description="Pages one sub-page call may cover.")
+    max_image_bytes: int = Field(
+        64 * GIB, ge=1, description="Largest memory image, in bytes as decoded, its pages of zeros included."
+    )
+    max_image_memory_bytes: int = Field(
+        384 * MIB,
+        ge=0,
+        description="What the pages of memory images, those of zeros left out, may take in one machine beside "
+        "max_table_frames.",
+    )
     max_memory_window: int = Field(64 * MIB, ge=1, description="Bytes of guest memory one call may cover.")
 
     busy_timeout: float = Field(5.0, ge=0, description="How long a mutation waits for its machine before 409 vm-busy.")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.cpu import radix
-from engine.cpu.frames import FRAME_SIZE, Machine, free_frame
+from engine.cpu.frames import FRAME_SIZE, WORDS, Machine, ample, free_frame
 from engine.cpu.guest_memory import ROOT_MEMORY, content_row, own_content_row
 from engine.jit import kernel
 
@@ -23,6 +23,29 @@ def drop_page(m, gfn):
     if frame:
         radix.write(m, ROOT_MEMORY, gfn, NOTHING)
         free_frame(m, frame)
+
+
+@kernel
+def store_pages(m, gfn, words, start, tally):
+    """Store whole pages, ``words`` int64[n, 512], from the ``start``-th on. Pages of zeros are not kept: what was in
+    their place is forgotten.
+
+    Counts those that are kept in ``tally`` int64[1]. Returns how many are done, less than all when frames ran out.
+    """
+    at = start
+    while at < words.shape[0] and ample(m):
+        last = 0
+        while last < WORDS and words[at, last] == 0:
+            last += 1
+        if last == WORDS:
+            drop_page(m, gfn + at)
+        else:
+            row = own_content_row(m, gfn + at)
+            for i in range(WORDS):
+                m.rows[row, i] = words[at, i]
+            tally[0] += 1
+        at += 1
+    return at
 
 
 def page_bytes(m: Machine, row: int) -> NDArray[np.uint8]:

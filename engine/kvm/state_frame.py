@@ -29,6 +29,8 @@ STOPPED_AT, STOPPED_GPA, STOPPED_WORD = positions(3, 50)
 (MMU_PAGES,) = positions(1, 53)
 # The root of the EPT for vCPUs in system-management mode; 0 before there is a slot of address space 1.
 (ROOT_EPT_SMM,) = positions(1, 54)
+# Frames that memory images have brought, which a machine may have beside those that others bound it to.
+(IMAGE_FRAMES,) = positions(1, 63)
 
 COUNTERS_AT = 64
 COUNTERS = (

@@ -84,15 +84,16 @@ class Traces(Operations):
         Changes nothing: the access is executed on a twin of the machine, which costs a copy of its frames.
         """
         request.validate(self._config)
-        twin = Traces(self._state.twin())
-        now = twin._explained(request)
-        try:
-            result = twin.access(request, run)
-        except LimitExceeded as limit:
-            return walks.cut_short(now, limit)
-        machine = twin._published.machine
-        space = space_of_record(machine, self._config.vcpu_position(request.vcpu))
-        return walks.walk_of(machine, now, result, twin._explained(request), space)
+        with self._state.store.twinning:
+            twin = Traces(self._state.twin())
+            now = twin._explained(request)
+            try:
+                result = twin.access(request, run)
+            except LimitExceeded as limit:
+                return walks.cut_short(now, limit)
+            machine = twin._published.machine
+            space = space_of_record(machine, self._config.vcpu_position(request.vcpu))
+            return walks.walk_of(machine, now, result, twin._explained(request), space)
 
     def _explained(self, request: AccessRequest) -> explain.Explanation:
         position = self._config.vcpu_position(request.vcpu)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from engine.arch import access as acc
 from engine.cpu import frames
+from engine.images.base import Block
 from engine.kvm import state_frame as reg
 from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
 from engine.kvm.slots import SlotSpec
@@ -19,12 +20,12 @@ from engine.machine.fault_injection import Allocations
 from engine.machine.host_memory_operations import HostMemoryOperations
 from engine.machine.hyperv import HypervOperations
 from engine.machine.hyperv_vps import hyperv_host
-from engine.machine.memory_operations import Memory
+from engine.machine.memory_operations import Loaded, Memory
 from engine.machine.nested import NestedOperations
 from engine.machine.page_access import AccessOperations
 from engine.machine.protection_operations import Protections
 from engine.machine.slot_operations import SlotOperations
-from engine.machine.state import MachineState, State
+from engine.machine.state import MachineState, State, register
 from engine.machine.subpage_operations import SubpageRange, Subpages
 from engine.machine.summary import Summary
 from engine.machine.tables import TableOperations
@@ -154,6 +155,15 @@ class VirtualMachine:
     def write_memory(self, gpa: int, data: bytes) -> None:
         """Store bytes in guest RAM from the host's side: no permission applies."""
         self._memory.write(gpa, data)
+
+    def load_image(self, blocks: Iterable[Block], grown: Callable[[int], None] = lambda frames: None) -> Loaded:
+        """Store the blocks of a memory image, all of them or nothing; see ``engine.images``."""
+        return self._memory.load(blocks, grown)
+
+    @property
+    def image_frames(self) -> int:
+        """Frames that memory images have brought."""
+        return register(self.state.current.snapshot.machine, reg.IMAGE_FRAMES)
 
     # Sub-pages and protections
 

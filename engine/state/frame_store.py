@@ -8,9 +8,11 @@ a state that still shows it.
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import TypeVar
 
 import numpy as np
@@ -22,6 +24,8 @@ from engine.cpu.frames import CAP_RESERVE, FREE, TOP_FREE, TOP_SPARE, WORDS, Mac
 from engine.errors import LimitExceeded
 
 FIRST_FRAMES = 64
+# Rows that are reserved at one time: 16 GiB of addresses.
+_MOST_RESERVED = 1 << 22
 
 _EMPTY_CACHE = np.full(CACHE_WORDS, EMPTY, dtype=np.int64)
 
@@ -44,6 +48,8 @@ class FrameStore:
         self, caps: NDArray[np.int64], vcpu_of_id: NDArray[np.int64], limit: int, *, vcpus: int, modelled: bool = False
     ) -> None:
         self.limit = limit
+        # Held by whoever makes a twin and works with it: of one machine there is one copy at a time.
+        self.twinning = threading.Lock()
         self.spare: NDArray[np.int64] = np.arange(FIRST_FRAMES - 1, -1, -1, dtype=np.int64)
         self._retired: deque[tuple[weakref.ref[Snapshot], NDArray[np.int64]]] = deque()
         empty = np.zeros(0, dtype=np.int64)
@@ -204,6 +210,28 @@ class Draft:
             self._grow_frames(frames_needed)
         if m.top[TOP_SPARE] < frames_needed:
             self._grow_rows(frames_needed)
+
+    def reserve(self) -> None:
+        """Have rows for as many frames as the machine may have, so that a large change does not copy it as it grows.
+
+        Rows that nobody writes cost addresses and no memory; ``trim`` gives them back.
+        """
+        needed = min(max(0, self._most - frames.in_use(self.machine)), _MOST_RESERVED)
+        # The host may refuse so much: then the machine grows step by step.
+        with suppress(MemoryError):
+            self._grow_rows(needed)
+
+    def trim(self) -> None:
+        """Give the rows at the end back that were never written, but for those of one access."""
+        m = self.machine
+        total, height = len(m.rows), int(m.top[TOP_SPARE])
+        # They are the first to be put down and the last to be taken.
+        last = m.spare[:height] == np.arange(total - 1, total - 1 - height, -1)
+        unused = height if last.all() else int(np.argmin(last))
+        gone = max(0, min(unused, height - int(m.caps[CAP_RESERVE])))
+        top = m.top.copy()
+        top[TOP_SPARE] = height - gone
+        self.machine = m._replace(rows=m.rows[: total - gone], spare=m.spare[gone:], top=top)
 
     def check(self) -> None:
         """Raise LimitExceeded if more frames are in use than the machine may have."""

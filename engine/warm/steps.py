@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from io import BytesIO
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from engine.cpu.ept import TRAIL_ROWS
 from engine.hyperv import nested_paging
 from engine.hyperv.encode import CallFields
 from engine.hyperv.flush_execution import drop_nested
+from engine.images import open_image
 from engine.ioctls.partial_set import SubpageCalls
 from engine.kvm import exit_handling, mapping, spp_set, sppt_roots
 from engine.kvm.granted_subpages import grant_touched
@@ -98,6 +100,7 @@ def _accesses() -> None:
     vm = _protected()
     vm.write_memory(0x5000, b"warm")
     vm.read_memory(0x5000, 4)
+    vm.load_image(open_image("raw", BytesIO(b"warm".ljust(8192, b"\0")), 0x6000))
     vm.walk(0x4010)
     vm.access(AccessRequest(0x4010, on_violation="grant"))
     _ask(vm)

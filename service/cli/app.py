@@ -10,6 +10,7 @@ import typer
 from service import __version__
 from service.cli.commands import Command, Given, Root
 from service.cli.events import events
+from service.cli.images import load
 from service.cli.replay import replay
 from service.cli.tokens import tokens
 from service.cli.trace import trace
@@ -28,6 +29,7 @@ app.add_typer(tokens, name="token")
 app.add_typer(vms, name="vm")
 app.add_typer(trace, name="trace")
 app.command(cls=Command)(events)
+vms.command(cls=Command)(load)
 
 
 def _version(wanted: bool) -> None:

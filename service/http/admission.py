@@ -52,8 +52,10 @@ class Declared(Protocol):
 
     permission: Permission | None
     path: str
-    # The media types of its successes. A route with one is held to Accept here, one with several chooses itself.
+    # The media types of its successes. A route with one is held to Accept here. It chooses itself where it has several,
+    # or also answers without a body.
     offers: tuple[str, ...]
+    chooses: bool
 
 
 def gated(route: Declared, app: ASGIApp) -> ASGIApp:
@@ -75,7 +77,7 @@ def gated(route: Declared, app: ASGIApp) -> ASGIApp:
             principal = access.authorize(scope, route.permission or "admin", given, headers.get(b"host"))
             if stored:
                 check_open(cast(Registry, state.registry))
-            if len(route.offers) == 1 and b"accept" in headers:
+            if route.offers and not route.chooses and b"accept" in headers:
                 acceptable(headers[b"accept"].decode("latin-1"), route.offers)
             if scope["type"] == "http" and scope["method"] in WITH_BODY:
                 held = Held(cast(HeldBodies, state.bodies), principal.tenant)

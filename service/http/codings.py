@@ -18,10 +18,11 @@ CODINGS: dict[str, Callable[[], Decoder]] = {"gzip": Gzip, "x-gzip": Gzip, "zstd
 ACCEPTED = "gzip, zstd, identity"
 
 
-def decoded(receive: Receive, coding: str, limit: int) -> Receive:
+def decoded(receive: Receive, coding: str, limit: int, *, sparse: bool = False) -> Receive:
     """``receive`` with the body decoded.
 
-    Reading raises BodyTooLarge past ``limit`` bytes or what so many bytes may become, and ``malformed-body`` where the
+    Reading raises BodyTooLarge past ``limit`` bytes or, unless it is ``sparse`` (zeros for the most part, which nobody
+    keeps), what so many bytes may become, and ``malformed-body`` where the
     body is not what its coding says.
     """
     decoder = CODINGS[coding]()
@@ -42,7 +43,7 @@ def decoded(receive: Receive, coding: str, limit: int) -> Receive:
                 seen += len(piece)
                 if seen > limit:
                     raise BodyTooLarge(f"must be at most {limit} bytes when decoded", field="body")
-                if seen > max(_ANYWAY, _RATIO * sent):
+                if not sparse and seen > max(_ANYWAY, _RATIO * sent):
                     rule = f"must not decode to more than {_ANYWAY} bytes and {_RATIO} times what is sent"
                     raise BodyTooLarge(rule, field="body")
                 return {"type": "http.request", "body": piece, "more_body": True}

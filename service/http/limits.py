@@ -72,7 +72,7 @@ def bounded(
 
     A declared length over the limit is refused here and unread, an undeclared one where it passes it: raises
     BodyTooLarge, or UnsupportedMediaType for a coding that is not read. ``held`` learns how long the decoded body is
-    where it is read whole, which is everywhere but in traces.
+    where it is read whole, which is everywhere but in traces and memory images.
     """
     declared = headers.get(b"content-length")
     if (declared is None or declared == b"0") and b"transfer-encoding" not in headers:
@@ -96,7 +96,7 @@ def bounded(
                 raise _too_large(limit)
         return message
 
-    whole = counted if coding == "identity" else decoded(counted, coding, limit)
+    whole = counted if coding == "identity" else decoded(counted, coding, limit, sparse=_image(scope))
     return whole if held is None or _streamed(scope) else _kept(whole, held)
 
 
@@ -114,8 +114,21 @@ def _kept(receive: Receive, held: Held) -> Receive:
 
 
 def _streamed(scope: Scope) -> bool:
-    """Whether the body is taken piece by piece: it is a trace."""
+    """Whether the body is taken piece by piece: it is a trace or a memory image."""
+    return _trace(scope) or _image(scope)
+
+
+def _trace(scope: Scope) -> bool:
     return bool(scope["method"] == "POST" and scope["path"].endswith("/traces"))
+
+
+def _memory(scope: Scope) -> bool:
+    return bool(scope["method"] == "PUT" and scope["path"].endswith("/memory"))
+
+
+def _image(scope: Scope) -> bool:
+    """Whether it is guest memory that says what format it has."""
+    return _memory(scope) and any(part.startswith(b"format=") for part in scope["query_string"].split(b"&"))
 
 
 def punctual(receive: Receive, seconds: float, rate: int) -> Receive:
@@ -146,9 +159,11 @@ def punctual(receive: Receive, seconds: float, rate: int) -> Receive:
 
 def limit_of(scope: Scope, settings: Settings) -> int:
     """The largest body of this call in bytes."""
-    if _streamed(scope):
+    if _trace(scope):
         return settings.max_body_bytes
-    if scope["method"] == "PUT" and scope["path"].endswith("/memory"):
+    if _image(scope):
+        return settings.max_image_bytes
+    if _memory(scope):
         return settings.max_memory_window
     return settings.max_document_bytes
 

@@ -146,11 +146,13 @@ class StrictRoute(APIRoute):
 
     permission: Permission | None
     offers: tuple[str, ...]
+    chooses: bool
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
         self.permission = getattr(endpoint, "permission", None)
         self.offers = _offers(self.responses)
+        self.chooses = len(self.offers) > 1 or 204 in self.responses
         self.app = gated(self, self.app)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -183,6 +185,7 @@ class GuardedWebSocketRoute(APIWebSocketRoute):
 
     permission: Permission | None
     offers: tuple[str, ...] = ()
+    chooses = False
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)

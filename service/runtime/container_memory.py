@@ -37,7 +37,9 @@ def allowed_bytes(settings: Settings) -> dict[str, int]:
         "the process itself": _PROCESS,
         "max_memory_bytes": settings.max_memory_bytes,
         # While a machine grows there are its frames and a larger copy of them.
-        "max_table_frames": settings.max_table_frames * FRAME_BYTES,
+        "max_table_frames, max_image_memory_bytes": min(
+            settings.max_table_frames * FRAME_BYTES + settings.max_image_memory_bytes, settings.max_memory_bytes
+        ),
         "replay_threads, body_queue_bytes": settings.replay_threads * (settings.body_queue_bytes + _REPLAY),
         "max_body_memory_bytes": settings.max_body_memory_bytes,
         "max_held_body_bytes": settings.max_held_body_bytes,

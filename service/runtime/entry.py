@@ -96,12 +96,15 @@ class Entry:
         return self.machine.config.require_match
 
     @asynccontextmanager
-    async def mutation(self, hooks: CommitHooks, *, patient: bool = False) -> AsyncIterator[Mutation]:
+    async def mutation(
+        self, hooks: CommitHooks, *, patient: bool = False, image: bool = False
+    ) -> AsyncIterator[Mutation]:
         """The machine, held for one mutation, which is committed as one when the block ends without an exception.
 
         ``hooks`` say what is stored with it: for a request those of its key, which it must not go without.
         Readers see it from then on. Leaving with an exception, or a commit that fails, leaves the machine as it was;
-        but an allocation of the host that failed is counted, so that a retry finds the next one.
+        but an allocation of the host that failed is counted, so that a retry finds the next one. ``image``: it loads a
+        memory image, which has limits of its own.
         Raises Busy after the configured wait unless ``patient``, NotFound if the machine was deleted meanwhile,
         StoreUnavailable.
         """
@@ -109,7 +112,7 @@ class Entry:
             await self.load()
             before = self.machine
             after = before.successor()
-            self.room.open(after)
+            self.room.open(after, image=image)
             change = Mutation(after, hooks)
             failed: OutOfMemory | None = None
             try:
@@ -123,6 +126,7 @@ class Entry:
                 if isinstance(error, StoreUnavailable) and not error.certain:
                     self.doubtful = True
                 before.withdraw(after)
+                self.room.release()
                 self.traces.discard()
                 self.events.discard()
                 # No variable keeps the new one: with its traceback it would be a circle, and hold the request's body.

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 from engine.errors import Busy, EngineError, InvalidValue, LimitExceeded
 from engine.kvm.slots import SlotSpec
-from engine.machine import VirtualMachine
+from engine.machine import FRAME_BYTES, VirtualMachine
 from engine.machine.summary import Summary
 from engine.state.config import VmConfig
 from service.platform.stamps import moment
@@ -176,7 +176,7 @@ class Registry:
         """
         self._drop_gone()
         self._places.take(tenant)
-        room = Room(self._memory, tenant, self._settings.max_table_frames)
+        room = self._room(tenant)
         try:
             machine = await maybe_in_thread(len(slots) <= _INLINE_SLOTS, build, config, slots, spp=spp)
             room.check(machine)
@@ -225,8 +225,13 @@ class Registry:
             stats=self.logs,
         )
         lock = VmLock(settings.busy_timeout)
-        room = Room(self._memory, tenant, settings.max_table_frames)
+        room = self._room(tenant)
         return Entry(vm_id, sequence, since, revision, tenant, self.repository, lock, traces, events, room)
+
+    def _room(self, tenant: str) -> Room:
+        """For one machine more of a tenant."""
+        images = self._settings.max_image_memory_bytes // FRAME_BYTES
+        return Room(self._memory, tenant, self._settings.max_table_frames, images)
 
     def get(self, vm_id: str) -> Entry:
         """The machine called ``vm_id``. Raises NotFound."""

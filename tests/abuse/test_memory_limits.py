@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
 import pytest
+import zstandard
 
 from service.runtime.container_memory import allowed_bytes, container_bytes, warn_of_memory
 from service.settings import MIB, Settings
@@ -64,6 +67,32 @@ def test_filling_with_one_byte_value_stays_within_the_memory_of_a_container(tena
     ]
     assert set(statuses[4:]) == {429} and statuses[0] == 204
     assert service.peak() < 1 << 30
+
+
+def test_images_of_zeros_cost_no_memory_and_others_go_on(tenants: Begin) -> None:
+    """Half a megabyte that decodes to 8 GiB, twice at a time, and an image of what is not zero beyond every limit."""
+    service, red, blue = tenants(max_image_bytes=8 << 30)
+    zeros = zstandard.compress(bytes(1 << 30)) * 8
+    slot = {"slot": 0, "gpa": 0, "size": 1 << 40}
+    places = [f"{new_vm(red, memory_slots=[slot])}/memory?format=raw" for _ in range(2)]
+    coded = {**OCTETS, "Content-Encoding": "zstd"}
+    mine = new_vm(blue, memory_slots=[{"slot": 0, "gpa": 0, "size": 1 << 20}])
+    with ThreadPoolExecutor(2) as pool:
+        loads = [pool.submit(red.put, place, content=zeros, headers=coded, timeout=300) for place in places]
+        waits = [0.0]
+        while not all(load.done() for load in loads):
+            began = time.monotonic()
+            assert blue.put(f"{mine}/memory?gpa=0", content=b"x", headers=OCTETS).status_code == 204
+            waits.append(time.monotonic() - began)
+    assert [load.result().status_code for load in loads] == [200, 200]
+    assert max(waits) < 5
+    assert red.put(places[0], content=zeros + zstandard.compress(b"a"), headers=coded, timeout=300).status_code == 413
+    assert service.peak() < 1 << 30
+    endless = (b"\x41" * MIB for _ in range(1 << 20))
+    problem = red.put(places[0], content=endless, headers=OCTETS, timeout=300).json()
+    assert problem["limit"] in {"max_image_memory_bytes", "max_memory_bytes"}
+    assert service.peak() < 2 << 30
+    assert red.get(f"{places[0].partition('?')[0]}?gpa=0&size=16").content == bytes(16)
 
 
 def test_a_tenant_is_bounded_over_all_its_machines(tenants: Begin) -> None:

@@ -14,7 +14,69 @@ SUMMARY_PY = "engine/machine/summary.py"
 SUMMARY = "tests/engine/machine/test_summary.py"
 LIMITS = "tests/engine/machine/test_virtual_machine.py"
 
+PAGES_PY = "engine/kvm/page_contents.py"
+LOADS_PY = "engine/machine/memory_operations.py"
+LOADS = "tests/engine/machine/test_image_loads.py"
+IMAGES = "tests/engine/images/test_image_readers.py"
+ELF_PY, NOTES_PY, LIME_PY = (f"engine/images/{name}.py" for name in ("elf_core", "elf_notes", "lime"))
+
 MUTANTS = (
+    Mutant(
+        "image-zeros-stay",
+        PAGES_PY,
+        "drop_page(m, gfn + at)",
+        "pass",
+        "a page of zeros in an image replaces what was there",
+        named(LOADS, "pages_of_zeros_are_left_out_and_replace_what_was_there"),
+    ),
+    Mutant(
+        "image-zeros-kept",
+        PAGES_PY,
+        "if last == WORDS:",
+        "if last > WORDS:",
+        "a page of zeros takes no frame",
+        named(LOADS, "memory_grows_with_what_is_not_zero"),
+    ),
+    Mutant(
+        "image-frames-forgotten",
+        LOADS_PY,
+        "brought = max(0, frames.in_use(change.machine) - before) + register(change.machine, reg.IMAGE_FRAMES)",
+        "brought = max(0, frames.in_use(change.machine) - before)",
+        "what earlier images brought counts on",
+        named(LOADS, "frames_that_images_bring_are_counted_once"),
+    ),
+    Mutant(
+        "image-logs-untold",
+        LOADS_PY,
+        "if dirty_marking.mode(change.machine):",
+        "if False:",
+        "the dirty logs are told of an image",
+        named(LOADS, "dirty_logs_are_told"),
+    ),
+    Mutant(
+        "lime-end-exclusive",
+        LIME_PY,
+        "size = last - first + 1",
+        "size = last - first",
+        "the last address of a range is in it",
+        named(IMAGES, "lime_ranges_end_with_their_last_byte"),
+    ),
+    Mutant(
+        "elf-mappings-overlap",
+        ELF_PY,
+        "same = before.type == segment.type == _LOAD and segment.gpa - segment.offset == before.gpa - before.offset",
+        "same = before.type == segment.type == _LOAD and segment.gpa == before.gpa",
+        "segments that share bytes of the file are of the same memory",
+        named(IMAGES, "mappings_of_the_same_memory_are_one_range"),
+    ),
+    Mutant(
+        "elf-cr3",
+        NOTES_PY,
+        "_RSP, _RIP, _RFLAGS, _CR0, _CR2, _CR3, _CR4 = 8, 18, 19, 20, 22, 23, 24",
+        "_RSP, _RIP, _RFLAGS, _CR0, _CR2, _CR3, _CR4 = 8, 18, 19, 20, 22, 24, 23",
+        "control registers follow ten segments",
+        named(IMAGES, "elf_cores_have_ranges_and_registers"),
+    ),
     Mutant(
         "summary-failing",
         SUMMARY_PY,

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.common import VmId, changing, documented, find, guard, headers, router, settings_of
+from service.api.memory.images import ImageFormat, MemoryImage, put_image
 from service.http import conditional
 from service.http.negotiation import OCTETS, content_type
 from service.http.wire_types import Hex64
@@ -64,12 +65,20 @@ async def read_memory(
     "",
     operation_id="writeMemory",
     summary="Write guest memory",
-    description="The host writes: no permission of the guest is asked, no exit happens. All of it lands, or nothing.",
+    description=(
+        "The host writes: no permission of the guest is asked, no exit happens. All of it lands, or nothing. With "
+        "`format` the body is a memory image: of any length up to `max_image_bytes`, read while it arrives, and pages "
+        "of zeros take no memory. If-Match then takes the entity tag of the VM."
+    ),
     status_code=204,
     response_description="Written.",
     openapi_extra={"requestBody": {"required": True, "content": _BINARY}},
     responses=documented(
-        {204: {"description": "Written.", "headers": headers("ETag")}},
+        {
+            200: {"model": MemoryImage, "description": "The image was loaded."},
+            204: {"description": "The bytes were written.", "headers": headers("ETag")},
+        },
+        "malformed-body",
         "not-found",
         "vm-busy",
         "precondition-failed",
@@ -83,11 +92,31 @@ async def read_memory(
 async def write_memory(
     request: Request,
     vm: VmId,
-    gpa: Gpa,
+    gpa: Annotated[
+        Hex64 | None,
+        Query(
+            description="Guest-physical address of the first byte. Without `format` it must be given; a raw image is "
+            "for 0 on unless it is, other images say it themselves.",
+            examples=["0x2000360"],
+        ),
+    ] = None,
     size: Annotated[Hex64 | None, Query(description="Number of bytes; when given, the body must have as many.")] = None,
+    format: Annotated[
+        ImageFormat | None,
+        Query(
+            description="The body is a memory image: raw bytes, an ELF core as QEMU's `dump-guest-memory` writes it, "
+            "LiME, or which of them its beginning tells."
+        ),
+    ] = None,
 ) -> Response:
     entry = find(request, vm)
     content_type(request, (OCTETS,))
+    if format is not None:
+        if size is not None:
+            raise InvalidDocument("goes with bytes, not with an image, which has its own", field="size", value=size)
+        return await put_image(request, entry, format, gpa)
+    if gpa is None:
+        raise InvalidDocument("is required", field="gpa")
     content = await request.body()
     if size is not None and size != len(content):
         raise InvalidDocument(f"must be the length of the body, {len(content)}", field="size", value=size)

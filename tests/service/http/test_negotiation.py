@@ -31,7 +31,7 @@ def produced(operation: dict[str, Any]) -> set[str]:
 
 @pytest.mark.parametrize(
     ("path", "method", "operation"),
-    [case for case in OPERATIONS if produced(case.values[2])],  # type: ignore[arg-type]
+    [case for case in OPERATIONS if produced(case.values[2]) and "204" not in case.values[2]["responses"]],  # type: ignore[arg-type,index]
 )
 def test_not_acceptable(path: str, method: str, operation: dict[str, Any], client: ContractClient, vm: str) -> None:
     before = client.get(vm).json()["revision"]
