@@ -28,6 +28,9 @@ STOPPED_AT, STOPPED_GPA, STOPPED_WORD = positions(3, 50)
 # How many pages user space lets the MMU keep (KVM_SET_NR_MMU_PAGES), 0 before it says so.
 (MMU_PAGES,) = positions(1, 53)
 
+# Where the symbols of the guest are kept (``state.kept_bytes``), 0 where there are none, and how many bytes they are.
+SYMBOLS, SYMBOLS_SIZE = positions(2, 60)
+
 COUNTERS_AT = 64
 COUNTERS = (
     "records",
