@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import InvalidValue
-from engine.symbols.table import SymbolTable, check_count, check_name, table_of
+from engine.symbols.table import SYMBOL_MEMORY, SymbolTable, Take, check_count, check_name, table_of
 
 MAGIC = b"\x7fELF"
 _HEADER_SIZE = 64
@@ -40,13 +40,14 @@ _SYMBOL = np.dtype(
 )
 
 
-def read(data: bytes) -> SymbolTable:
-    """The table of ``.symtab``, or of ``.dynsym`` where that is all there is. Raises InvalidValue."""
+def read(data: bytes, take: Take) -> SymbolTable:
+    """The table of ``.symtab``, or of ``.dynsym`` where that is all there is. Raises InvalidValue, and as ``take``."""
     header = _header(data)
     count = int(header["shnum"])
     sections = _records(data, _SECTION, int(header["shoff"]), count, "section headers")
     for kind in (_SHT_SYMTAB, _SHT_DYNSYM):
         for section in sections[sections["type"] == kind]:
+            take(SYMBOL_MEMORY * (int(section["size"]) // _SYMBOL.itemsize))
             return _table(data, sections, section)
     raise _refusal("has no symbol table: it was stripped. Take the vmlinux with debug information", "sections", count)
 

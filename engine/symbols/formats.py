@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from engine.errors import InvalidValue
 from engine.symbols import elf, isf, lines
-from engine.symbols.table import SymbolTable
-
-Take = Callable[[int], None]
+from engine.symbols.table import SymbolTable, Take
 
 # Bytes that a packed file may unpack to, unless whoever reads it says otherwise.
 MOST = 256 << 20
@@ -33,10 +31,12 @@ class Format:
 
 
 FORMATS = {
-    "kallsyms": Format("/proc/kallsyms of the running guest", lambda data, most, take: (lines.read(data), None)),
-    "system-map": Format("System.map of a kernel", lambda data, most, take: (lines.read(data), None)),
+    "kallsyms": Format("/proc/kallsyms of the running guest", lambda data, most, take: (lines.read(data, take), None)),
+    "system-map": Format("System.map of a kernel", lambda data, most, take: (lines.read(data, take), None)),
     "isf": Format("Volatility 3's symbol file: JSON, or JSON in xz, gzip or bzip2", isf.read),
-    "elf": Format("an ELF image with a symbol table, such as vmlinux", lambda data, most, take: (elf.read(data), None)),
+    "elf": Format(
+        "an ELF image with a symbol table, such as vmlinux", lambda data, most, take: (elf.read(data, take), None)
+    ),
 }
 # What others begin with, and what to do with them.
 _FOREIGN = (
@@ -73,3 +73,9 @@ def read(data: bytes, format: str | None = None, most: int = MOST, take: Take = 
     if found == "elf" and not data.startswith(elf.MAGIC):
         raise InvalidValue("is no ELF image: expected 7f 45 4c 46 at its begin", field="body", value=data[:4].hex(" "))
     return SymbolFile(found, *FORMATS[found].read(data, most, take))
+
+
+def told(data: bytes) -> str | None:
+    """What these bytes are, where something else was expected and they are symbols; only the first are looked at."""
+    found = "elf" if data.startswith(elf.MAGIC) else "kallsyms" if lines.looks_like(data) else None
+    return found and FORMATS[found].about

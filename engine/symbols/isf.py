@@ -11,14 +11,13 @@ import binascii
 import bz2
 import lzma
 import zlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Raw, Struct
 
 from engine.errors import InvalidValue
-from engine.symbols.table import SymbolTable, check_count, check_name, table_of
+from engine.symbols.table import SymbolTable, Take, check_count, check_name, table_of
 
 # What unpacks each, by how it begins.
 _XZ, _GZIP, _BZIP2 = b"\xfd7zXZ\0", b"\x1f\x8b", b"BZh"
@@ -38,8 +37,6 @@ _KNOWN_IN = {
     "class": "user_types",
     "enum": "enums",
 }
-
-Take = Callable[[int], None]
 
 
 class _Type(Struct):

@@ -11,7 +11,16 @@ import re
 from collections.abc import Iterator
 
 from engine.errors import InvalidValue
-from engine.symbols.table import MAX_NAME, SymbolTable, check_count, check_name, table_of
+from engine.symbols.table import (
+    MAX_NAME,
+    MAX_SYMBOLS,
+    SYMBOL_MEMORY,
+    SymbolTable,
+    Take,
+    check_count,
+    check_name,
+    table_of,
+)
 
 _LINE = re.compile(rb"([0-9a-fA-F]+) ([A-Za-z?-]) ([^\s\x00]+)(?:[ \t]+(\[[^\s\x00\]]+\]))?")
 _EXPECTED = "expected an address of 1 to 16 hexadecimal digits, a letter, and a name, with spaces between them"
@@ -19,8 +28,9 @@ _LONGEST = 2 * MAX_NAME
 _PLACEHOLDER = b"The real System.map is in"
 
 
-def read(data: bytes) -> SymbolTable:
-    """The table of such a file. Raises InvalidValue, which names the line."""
+def read(data: bytes, take: Take) -> SymbolTable:
+    """The table of such a file. Raises InvalidValue, which names the line, and what ``take`` raises."""
+    take(SYMBOL_MEMORY * min(data.count(b"\n"), MAX_SYMBOLS))
     names: list[bytes] = []
     addresses: list[int] = []
     for number, line in _lines(data):

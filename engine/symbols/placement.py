@@ -119,6 +119,21 @@ def stated(file: SymbolFile, slide: int | None, phys_base: int | None) -> Placem
     return Placement(found_by=f"nothing: the kernel is moved by {moved:#x} (KASLR), and phys_base is not given")
 
 
+def phys_base_of(table: SymbolTable, cr3: int) -> int:
+    """``phys_base`` of a kernel whose own tables CR3 points to: those of ``init_top_pgt``, which no process has.
+
+    ``table`` has the addresses of the running guest. Raises InvalidValue.
+    """
+    found = table.find("init_top_pgt") or table.find("swapper_pg_dir") or table.find("init_level4_pgt")
+    if not found:
+        raise InvalidValue("needs init_top_pgt among the symbols: pass phys_base", field="cr3", value=cr3)
+    base = (cr3 & ~0xFFF & GPA_END - 1) - (found[0].address - START_KERNEL_MAP)
+    if base % ALIGNMENT:
+        rule = f"is not that of the kernel's own {found[0].name}, but of a process perhaps: {WHAT_TO_PASS}"
+        raise InvalidValue(rule, field="cr3", value=cr3)
+    return base
+
+
 def placed(table: SymbolTable, placement: Placement) -> SymbolTable:
     """The table with the addresses that the running guest has."""
     return table.moved(START_KERNEL_MAP, placement.slide)

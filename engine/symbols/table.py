@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,14 @@ from engine.errors import InvalidValue
 MAX_SYMBOLS = 1 << 20
 MAX_NAME = 4096
 # No two neighbours this far apart are of one image: what lies between them belongs to neither.
-_APART = 1 << 30
+_APART = 1 << 26
+
+# What a symbol takes of memory while a table is made.
+SYMBOL_MEMORY = 200
 
 Words = NDArray[np.uint64]
+# Is asked for memory in bytes, and may refuse.
+Take = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)

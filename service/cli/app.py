@@ -10,6 +10,7 @@ import typer
 from service import __version__
 from service.cli.commands import Command, Given, Root
 from service.cli.events import events
+from service.cli.policies import policies
 from service.cli.replay import replay
 from service.cli.tokens import tokens
 from service.cli.vms import vms
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(tokens, name="token")
 app.add_typer(vms, name="vm")
+app.add_typer(policies, name="policy")
 app.command(cls=Command)(events)
 
 

@@ -14,18 +14,33 @@ from pydantic import ValidationError
 
 from engine.errors import EngineError
 from engine.kvm.protections import validate
+from engine.symbols.formats import FORMATS, told
 from service.api.protection.policies import ProtectionRequest
 from service.http.handlers import refusal
-from service.platform.failures import FileError, read_document
+from service.platform.failures import FileError, opened, read_document
 from service.problems import ServiceError, describe
 
 # Bits of the widest guest-physical addresses; those of a machine are checked when it is there.
 _WIDEST = 52
+# Bytes of a file by which it is found out that it is something else.
+_LOOKED_AT = 1 << 13
 
 
 def read_policy(path: Path) -> ProtectionRequest:
     """The policy in a file; one without a name has that of the file. Raises FileError."""
-    return policy_of(path, read_document(path))
+    return policy_of(path, policy_document(path))
+
+
+def policy_document(path: Path) -> dict[str, Any]:
+    """The document in a file of a policy. Raises FileError, which says what to do with a file of symbols."""
+    with opened(path) as file:
+        begin = file.read(_LOOKED_AT)
+    symbols = told(begin)
+    document = {} if symbols else read_document(path)
+    if symbols or {"symbols", "user_types"} <= document.keys():
+        rule = f"is no policy, but symbols ({symbols or FORMATS['isf'].about}). A policy is made of them by"
+        raise FileError(f"{path}: {rule} `subpage policy from-symbols {path} --object NAME -o policy.json`")
+    return document
 
 
 def policy_of(path: Path, document: Mapping[str, Any]) -> ProtectionRequest:

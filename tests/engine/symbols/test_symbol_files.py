@@ -21,6 +21,10 @@ from tests.support.symbol_files import KERNEL
 PLAIN = [row for row in KERNEL if row[2] != "twice"]  # names of an ISF are those of an object: each once
 
 
+PAIR = {"kind": "array", "count": 2, "subtype": {"kind": "pointer"}}
+DEEP = b'{"symbols": {"a": {"address": 1, "type": ' + b'{"kind":"array","subtype":' * 50000
+
+
 def by_name(data: bytes, format: str | None = None) -> dict[str, Symbol]:
     return {item.name: item for item in each(formats.read(data, format).table)}
 
@@ -54,7 +58,7 @@ def test_isf_sizes_of_every_kind_of_type() -> None:
         "struct": ({"kind": "struct", "name": "cred"}, 176),
         "enum": ({"kind": "enum", "name": "state"}, 4),
         "pointers": ({"kind": "array", "count": 3, "subtype": {"kind": "pointer"}}, 24),
-        "matrix": ({"kind": "array", "count": 3, "subtype": {"kind": "array", "count": 2, "subtype": {"kind": "pointer"}}}, 48),
+        "matrix": ({"kind": "array", "count": 3, "subtype": PAIR}, 48),
         "function": ({"kind": "function"}, 0x1000),
         "unknown": ({"kind": "struct", "name": "missing"}, 0x1000),
     }  # fmt: skip
@@ -104,7 +108,7 @@ REFUSED: list[tuple[str, bytes, str | None, str]] = [
     ("isf, address past 64 bits", b'{"symbols": {"a": {"address": 18446744073709551616}}}', None, "64 bits"),
     ("isf, name with a space", b'{"symbols": {"a b": {"address": 1}}}', None, "symbols.a b: a name has"),
     ("isf, lone surrogate", b'{"symbols": {"a\\ud800": {"address": 1}}}', None, ""),
-    ("isf, deep", b'{"symbols": {"a": {"address": 1, "type": ' + b'{"kind":"array","subtype":' * 50000 + b"1", None, ""),
+    ("isf, deep", DEEP, None, ""),
     ("isf, deep elsewhere", b'{"metadata": ' + b"[" * 100000, None, ""),
     ("isf, cut xz", lzma.compress(symbol_files.isf(PLAIN))[:-40], None, ""),
     ("isf, broken gzip", b"\x1f\x8b" + b"x" * 100, None, "cannot be unpacked"),

@@ -143,7 +143,7 @@ def test_a_slide_is_not_added_twice() -> None:
     ],
 )
 def test_a_name_without_one_place_is_refused(name: str, told: str) -> None:
-    with pytest.raises(InvalidValue, match="symbol|kernel") as caught:
+    with pytest.raises(InvalidValue, match=r"symbol|kernel") as caught:
         located(TABLE, stated(KALLSYMS, None, None), name)
     assert told in caught.value.rule
 
