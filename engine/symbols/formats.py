@@ -11,6 +11,8 @@ from engine.symbols.table import SymbolTable, Take
 
 # Bytes that a packed file may unpack to, unless whoever reads it says otherwise.
 MOST = 256 << 20
+# Of a file that may be something else.
+_LOOKED_AT = 1 << 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,5 +79,8 @@ def read(data: bytes, format: str | None = None, most: int = MOST, take: Take = 
 
 def told(data: bytes) -> str | None:
     """What these bytes are, where something else was expected and they are symbols; only the first are looked at."""
-    found = "elf" if data.startswith(elf.MAGIC) else "kallsyms" if lines.looks_like(data) else None
-    return found and FORMATS[found].about
+    if data.startswith(elf.MAGIC):
+        return FORMATS["elf"].about
+    if data.startswith(isf.PACKED[0]) or b'"base_types"' in data[:_LOOKED_AT]:
+        return FORMATS["isf"].about
+    return FORMATS["kallsyms"].about if lines.looks_like(data) else None

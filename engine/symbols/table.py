@@ -100,9 +100,13 @@ class SymbolTable:
         ]
         return where, np.array(texts, dtype=object)
 
+    def position_at(self, address: int) -> int:
+        """Position of the symbol that an address lies in, -1 where there is none."""
+        return int(self.positions_at(np.array([address], dtype=np.uint64))[0])
+
     def label(self, address: int) -> str | None:
         """``name+0x10`` of an address, None where no symbol is."""
-        (position,) = self.positions_at(np.array([address], dtype=np.uint64)).tolist()
+        position = self.position_at(address)
         return None if position < 0 else label(self.name(position), address - int(self.addresses[position]))
 
     def moved(self, first: int, slide: int) -> SymbolTable:

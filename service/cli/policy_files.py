@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from engine.errors import EngineError
 from engine.kvm.protections import validate
-from engine.symbols.formats import FORMATS, told
+from engine.symbols.formats import told
 from service.api.protection.policies import ProtectionRequest
 from service.http.handlers import refusal
 from service.platform.failures import FileError, opened, read_document
@@ -35,12 +35,10 @@ def policy_document(path: Path) -> dict[str, Any]:
     """The document in a file of a policy. Raises FileError, which says what to do with a file of symbols."""
     with opened(path) as file:
         begin = file.read(_LOOKED_AT)
-    symbols = told(begin)
-    document = {} if symbols else read_document(path)
-    if symbols or {"symbols", "user_types"} <= document.keys():
-        rule = f"is no policy, but symbols ({symbols or FORMATS['isf'].about}). A policy is made of them by"
+    if (symbols := told(begin)) is not None:
+        rule = f"is no policy, but {symbols}. A policy is made of it by"
         raise FileError(f"{path}: {rule} `subpage policy from-symbols {path} --object NAME -o policy.json`")
-    return document
+    return read_document(path)
 
 
 def policy_of(path: Path, document: Mapping[str, Any]) -> ProtectionRequest:
