@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Query
 from pydantic import ConfigDict, Field
@@ -11,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.errors import NotFound
+from engine.machine import VirtualMachine
 from engine.symbols import formats
 from engine.symbols.formats import SymbolFile
 from engine.symbols.stored import Symbols
@@ -22,12 +22,16 @@ from service.api.common import (
     changing,
     documented,
     find,
+    guard,
     headers,
     json_response,
     replaying_of,
     router,
+    tag_of,
+    tagged,
+    tagged_reply,
 )
-from service.http.negotiation import JSON, OCTETS, content_type
+from service.http.negotiation import OCTETS, content_type
 from service.http.wire_types import Document, Hex64, examples
 from service.problems import InvalidDocument
 from service.runtime.offload import maybe_in_thread
@@ -57,6 +61,9 @@ _ABOUT = {
     "found_by": "assumed: the kernel is where it is linked, so there is no KASLR (nokaslr)",
     "matches": None,
 }
+
+
+_LINES = {**BINARY, "example": "ffffffff81000000 T _text\nffffffff82a5c6a0 D modprobe_path\n"}
 
 
 class SymbolMatch(Document):
@@ -134,7 +141,7 @@ def _read(data: bytes, format: str | None, budget: Budget) -> SymbolFile:
         "(`linux_banner`, `phys_base`); `found_by` says what came of it, and what to pass."
     ),
     status_code=201,
-    openapi_extra={"requestBody": {"required": True, "content": {OCTETS: BINARY, TEXT: BINARY, JSON: BINARY}}},
+    openapi_extra={"requestBody": {"required": True, "content": {OCTETS: BINARY, TEXT: _LINES}}},
     responses=documented(
         {201: {"model": SymbolTable, "description": "Loaded.", "headers": headers("Location")}},
         "malformed-body",
@@ -159,7 +166,7 @@ async def load_symbols(
     ] = None,
 ) -> Response:
     entry = find(request, vm)
-    content_type(request, (OCTETS, TEXT, JSON))
+    content_type(request, (OCTETS, TEXT))
     content = await request.body()
     signed = phys_base - _WRAP if phys_base is not None and phys_base >= _WRAP // 2 else phys_base
     with replaying_of(request).memory.budget(entry.tenant) as budget:
@@ -175,7 +182,7 @@ async def load_symbols(
     operation_id="getSymbols",
     summary="Look symbols up",
     description="By `name` or by `at`, or neither: then what is loaded. Up to 100 symbols of one name are listed.",
-    responses=documented({200: {"model": SymbolTable, "description": "What was found."}}, "not-found", "invalid-value"),
+    responses=documented(tagged_reply(SymbolTable, "What was found."), "not-found", "invalid-value"),
 )
 async def get_symbols(
     request: Request,
@@ -188,10 +195,10 @@ async def get_symbols(
     entry = find(request, vm)
     if name is not None and at is not None:
         raise InvalidDocument("must be left out where `name` is given", field="at", value=hex(at))
-    return json_response(await maybe_in_thread(False, partial(_looked_up, entry.machine, name, at)))
+    return tagged(request, await maybe_in_thread(False, _looked_up, entry.machine, name, at))
 
 
-def _looked_up(machine: Any, name: str | None, at: int | None) -> SymbolTable:
+def _looked_up(machine: VirtualMachine, name: str | None = None, at: int | None = None) -> SymbolTable:
     symbols = machine.symbols.all()
     if symbols is None:
         raise NotFound("this machine has no symbols: POST them first", field="symbols")
@@ -205,10 +212,12 @@ def _looked_up(machine: Any, name: str | None, at: int | None) -> SymbolTable:
     description="Objects that were protected by their names stay protected.",
     status_code=204,
     response_description="Forgotten.",
-    responses=documented({}, "not-found", "vm-busy", "limit-exceeded"),
+    responses=documented({}, "not-found", "vm-busy", "precondition-failed", "precondition-required", "limit-exceeded"),
 )
 async def delete_symbols(request: Request, vm: VmId) -> Response:
     entry = find(request, vm)
     async with changing(request, entry) as machine:
+        shown = await maybe_in_thread(False, _looked_up, machine)
+        guard(request, entry, lambda: [tag_of(shown)])
         await maybe_in_thread(False, machine.symbols.drop)
     return Response(status_code=204)

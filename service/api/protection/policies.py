@@ -60,7 +60,7 @@ class ObjectRequest(Document):
     granularity: Granularity = Field("subpage", description="Outward to what it is rounded: 128 bytes, or 4 KiB.")
     gva: _Gva = Field(None, description=GVA)
     symbol: str | None = Field(
-        None, min_length=1, max_length=256, description="Symbol of the machine (`…/symbols`) whose place it has."
+        None, max_length=256, description="Symbol of the machine (`…/symbols`) whose place it has."
     )
     offset: Hex32 = Field(0, description="Bytes from the symbol to the object; only with `symbol`.")
     about: str | None = Field(None, max_length=_ABOUT, description=ABOUT)

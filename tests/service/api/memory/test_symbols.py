@@ -205,3 +205,31 @@ def test_symbols_outlive_the_service(tmp_path: Any) -> None:
         before = load(service.client, vm).json()
     with serving(url) as service:
         assert service.client.get(f"{vm}/symbols").json() == before
+
+
+def test_a_guarded_machine_forgets_only_what_was_seen(client: ContractClient) -> None:
+    vm = client.post("/v1/vms", json={"require_match": True}).headers["Location"]
+    load(client, vm)
+    tag = client.get(f"{vm}/symbols").headers["ETag"]
+    assert client.get(f"{vm}/symbols", headers={"If-None-Match": tag}).status_code == 304
+    assert client.delete(f"{vm}/symbols").status_code == 428
+    load(client, vm, symbol_files.kallsyms(symbol_files.KERNEL[:4]))
+    assert client.delete(f"{vm}/symbols", headers={"If-Match": tag}).status_code == 412
+    tag = client.get(f"{vm}/symbols").headers["ETag"]
+    assert client.delete(f"{vm}/symbols", headers={"If-Match": tag}).status_code == 204
+
+
+def test_symbols_count_as_memory_of_their_tenant(guest: str, client: ContractClient) -> None:
+    before = client.get(f"{guest}/counters").json()["counters"]
+    rows = [(symbol_files.MAP + 0x1000000 + 16 * i, "D", f"a_symbol_of_some_length_{i}", 8) for i in range(20000)]
+    assert load(client, guest, symbol_files.elf(rows)).status_code == 201
+    after = client.get(f"{guest}/counters").json()["counters"]
+    assert after["memory_bytes"] - before["memory_bytes"] >= 4096 * after["frames_symbols"] > 1 << 20
+
+
+def test_what_a_machine_has_no_room_for_is_refused() -> None:
+    rows = [(symbol_files.MAP + 0x1000000 + 16 * i, "D", f"a_symbol_of_some_length_{i}", 8) for i in range(20000)]
+    with serving("memory", max_table_frames=64) as service:
+        vm = service.client.post("/v1/vms", json={}).headers["Location"]
+        assert load(service.client, vm, symbol_files.elf(rows)).status_code == 429
+        assert service.client.get(f"{vm}/symbols").status_code == 404
