@@ -10,7 +10,7 @@ from engine.symbols import elf, isf, lines
 from engine.symbols.table import SymbolTable, Take
 
 # Bytes that a packed file may unpack to, unless whoever reads it says otherwise.
-MOST = 256 << 20
+MOST = 128 << 20
 # Of a file that may be something else.
 _LOOKED_AT = 1 << 13
 

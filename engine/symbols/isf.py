@@ -11,7 +11,7 @@ import binascii
 import bz2
 import lzma
 import zlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Raw, Struct
@@ -39,6 +39,9 @@ _KNOWN_IN = {
 }
 
 
+T = TypeVar("T")
+
+
 class _Type(Struct):
     kind: str
     name: str = ""
@@ -52,8 +55,8 @@ class _Sized(Struct):
 
 class _Symbol(Struct):
     address: int
-    type: _Type | None = None
-    constant_data: str | None = None
+    type: Raw = Raw(b"null")
+    constant_data: Raw = Raw(b"null")
 
 
 class _File(Struct):
@@ -78,7 +81,6 @@ def read(data: bytes, most: int, take: Take) -> tuple[SymbolTable, bytes | None]
     Raises InvalidValue, also when it unpacks to more than ``most`` bytes.
     """
     file = _decoded(unpacked(data, most, take), take)
-    check_count(len(file.symbols))
     names, addresses, sizes = [], [], []
     for name, symbol in file.symbols.items():
         encoded = name.encode(errors="replace")
@@ -88,7 +90,7 @@ def read(data: bytes, most: int, take: Take) -> tuple[SymbolTable, bytes | None]
             raise InvalidValue(f"{where}.address: expected an integer of 64 bits", field="body", value=symbol.address)
         names.append(encoded)
         addresses.append(symbol.address)
-        sizes.append(_size(symbol.type, file))
+        sizes.append(_size(_part(symbol.type, _Type | None), file))  # type: ignore[arg-type]
     return table_of(names, addresses, sizes), _banner(file)
 
 
@@ -144,26 +146,33 @@ def _unpacker(data: bytes) -> _Unpacker:
 
 
 def _decoded(text: bytes, take: Take) -> _Contents:
+    """The parts that are looked at. Each call of the decoder keeps other threads waiting: of symbols and types it makes
+    no more than it must, and their own types are decoded one at a time."""
+    file = _part(text, _File)
+    types = (file.base_types, file.user_types, file.enums)
+    known = _entries(file.symbols, b"address")
+    check_count(known)
+    take(_OBJECT * (known + sum(_entries(part, b"size") for part in types)))
+    symbols = _part(file.symbols, dict[str, _Symbol], "symbols: ")
+    return _Contents(symbols, *(_part(part, dict[str, _Sized], "types: ") for part in types))
+
+
+def _part(text: bytes | Raw, kind: type[T], where: str = "") -> T:
+    """A part of the file; ``where`` says which. Raises InvalidValue."""
     try:
-        file = msgspec.json.decode(text, type=_File)
-        types = (file.base_types, file.user_types, file.enums)
-        take(_OBJECT * (bytes(file.symbols).count(b"{") + sum(map(_entries, types))))
-        return _Contents(
-            msgspec.json.decode(file.symbols, type=dict[str, _Symbol]),
-            *(msgspec.json.decode(part, type=dict[str, _Sized]) for part in types),
-        )
+        return msgspec.json.decode(text, type=kind)
     except RecursionError:
         raise InvalidValue("is nested too deeply", field="body") from None
     except msgspec.ValidationError as error:
-        raise InvalidValue(f"is not a Volatility 3 symbol file: {error}", field="body") from None
+        raise InvalidValue(f"{where}is not as in a Volatility 3 symbol file: {error}", field="body") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidValue(f"is not JSON, or cut: {error}", field="body", value=len(text)) from None
+        raise InvalidValue(f"is not JSON, or cut: {error}", field="body", value=memoryview(text).nbytes) from None
 
 
-def _entries(types: Raw) -> int:
-    """How many entries these types have at most: each has a size, however its name is written."""
-    text = bytes(types)
-    return text.count(b'"size"') + text.count(b"\\")
+def _entries(part: Raw, member: bytes) -> int:
+    """How many entries can be made of a part in which each must have a member, however its name is written."""
+    text = bytes(part)
+    return text.count(b'"%s"' % member) + text.count(b"\\")
 
 
 def _size(kind: _Type | None, file: _Contents) -> int:
@@ -182,10 +191,11 @@ def _size(kind: _Type | None, file: _Contents) -> int:
 
 def _banner(file: _Contents) -> bytes | None:
     symbol = file.symbols.get("linux_banner")
-    if symbol is None or not symbol.constant_data:
+    data = None if symbol is None else _part(symbol.constant_data, str | None)  # type: ignore[arg-type]
+    if not data:
         return None
     try:
-        text = base64.b64decode(symbol.constant_data, validate=True)
+        text = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
         return None
     return text.rstrip(b"\0") or None

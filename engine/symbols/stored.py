@@ -16,7 +16,8 @@ _COLUMNS = (
     ("sizes", "<u8", 0),
     ("assumed", "?", 0),
     ("bounds", "<u4", 1),
-    ("by_name", "<u4", 0),
+    ("hashes", "<u8", 0),
+    ("by_hash", "<u4", 0),
 )
 
 

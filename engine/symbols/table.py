@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,8 +40,9 @@ class SymbolTable:
     """Symbols in ascending order of address; among those of one address the one comes first that names it.
 
     ``addresses`` and ``sizes`` uint64[n], ``assumed`` bool[n]; the name of symbol i is
-    ``names[bounds[i]:bounds[i + 1]]`` (UTF-8; ``bounds`` uint32[n + 1]); ``by_name`` uint32[n] are positions in
-    ascending order of name.
+    ``names[bounds[i]:bounds[i + 1]]`` (UTF-8; ``bounds`` uint32[n + 1]); ``hashes`` uint64[n] are those of names,
+    ascending, and ``by_hash`` uint32[n] the positions of their symbols. Sorting names themselves would keep every
+    other thread waiting.
     """
 
     addresses: Words
@@ -48,7 +50,8 @@ class SymbolTable:
     assumed: NDArray[np.bool_]
     names: bytes
     bounds: NDArray[np.uint32]
-    by_name: NDArray[np.uint32]
+    hashes: Words
+    by_hash: NDArray[np.uint32]
 
     def __len__(self) -> int:
         return len(self.addresses)
@@ -65,18 +68,9 @@ class SymbolTable:
     def find(self, name: str) -> list[Symbol]:
         """Every symbol of a name, by address."""
         wanted = name.encode(errors="replace")
-        low, high = 0, len(self)
-        while low < high:
-            middle = (low + high) // 2
-            if self._bytes(int(self.by_name[middle])) < wanted:
-                low = middle + 1
-            else:
-                high = middle
-        found = []
-        while low < len(self) and self._bytes(position := int(self.by_name[low])) == wanted:
-            found.append(position)
-            low += 1
-        return [self.symbol(position) for position in sorted(found)]
+        first, last = (int(np.searchsorted(self.hashes, _hash(wanted), side)) for side in ("left", "right"))
+        candidates = sorted(self.by_hash[first:last].tolist())
+        return [self.symbol(position) for position in candidates if self._bytes(position) == wanted]
 
     def positions_at(self, addresses: Words) -> NDArray[np.int64]:
         """Position of the symbol that each address lies in, -1 where there is none."""
@@ -143,7 +137,8 @@ def table_of(names: Sequence[bytes], addresses: Sequence[int] | Words, sizes: Se
     ordered = [names[i] for i in order.tolist()]
     bounds = np.zeros(count + 1, dtype=np.uint32)
     np.cumsum([len(name) for name in ordered], out=bounds[1:])
-    by_name = np.array(sorted(range(count), key=ordered.__getitem__), dtype=np.uint32)
+    hashes = np.fromiter(map(_hash, ordered), np.uint64, count)
+    by_hash = np.argsort(hashes, kind="stable").astype(np.uint32)
     joined = b"".join(ordered)
     try:
         joined.decode()
@@ -153,7 +148,7 @@ def table_of(names: Sequence[bytes], addresses: Sequence[int] | Words, sizes: Se
         raise InvalidValue("has a name that is not UTF-8", field="body", value=told) from None
     assumed = size == 0
     size = np.where(assumed, _up_to_next(address), size)
-    return SymbolTable(address, size, assumed & (size > 0), joined, bounds, by_name)
+    return SymbolTable(address, size, assumed & (size > 0), joined, bounds, hashes[by_hash], by_hash)
 
 
 def check_count(count: int) -> None:
@@ -167,6 +162,11 @@ def check_name(name: bytes, where: str) -> None:
     if not 1 <= len(name) <= MAX_NAME or min(name) <= 0x20 or 0x7F in name:
         rule = f"{where}: a name has 1 to {MAX_NAME} printable characters and no space"
         raise InvalidValue(rule, field="body", value=name[:100].decode(errors="replace"))
+
+
+def _hash(name: bytes) -> np.uint64:
+    """64 bits of a name, for which nobody finds two names."""
+    return np.uint64(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little"))
 
 
 def _up_to_next(addresses: Words) -> Words:

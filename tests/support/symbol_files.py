@@ -65,7 +65,7 @@ def isf(rows: Rows = KERNEL, banner: bytes | None = None, **members: Any) -> byt
 
 def elf(rows: Rows = KERNEL, *, machine: int = 62, kind: int = 2, bits: int = 2, table: int = 2) -> bytes:
     """A linked image that has nothing but a symbol table."""
-    strings, symbols = b"\0", bytes(24)
+    strings, symbols = bytearray(1), bytearray(24)
     for address, letter, name, size in rows:
         info = (0 if letter.islower() else 1) << 4 | (2 if letter in "tT" else 1)
         symbols += struct.pack("<IBBHQQ", len(strings), info, 0, 1, address, size)

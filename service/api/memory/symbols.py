@@ -128,7 +128,7 @@ def _read(data: bytes, format: str | None, budget: Budget) -> SymbolFile:
             raise InvalidDocument(rule, field="body", value=budget.kept + size)
         budget.keep(size, "symbols")
 
-    return formats.read(data, format, budget.limit, take)
+    return formats.read(data, format, min(budget.limit, formats.MOST), take)
 
 
 @routes.post(

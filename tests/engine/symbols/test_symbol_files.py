@@ -101,6 +101,8 @@ REFUSED: list[tuple[str, bytes, str | None, str]] = [
     ("zstd", b"\x28\xb5\x2f\xfd" + bytes(64), None, "zstd"),
     ("unknown format", GOOD, "pdb", "must be one of kallsyms"),
     ("isf without symbols", b'{"metadata": {}}', None, "required field `symbols`"),
+    ("isf, no address", b'{"symbols": {"a": {}}}', None, "symbols: is not as in a Volatility 3 symbol file"),
+    ("isf, too many", b'{"symbols": {' + b'"address",' * ((1 << 20) + 1) + b"}}", None, ""),
     ("isf, empty", b'{"symbols": {}}', None, "has no symbol"),
     ("isf, cut", symbol_files.isf(PLAIN)[:-30], None, "or cut"),
     ("isf, address of text", b'{"symbols": {"a": {"address": "0x1"}}}', None, "Expected `int`, got `str`"),
@@ -146,7 +148,7 @@ def test_what_decoding_needs_is_asked_for_first() -> None:
         if size > 1 << 20:
             raise TooMuch
 
-    many = b'{"symbols": {' + b",".join(b'"a%d":{}' % i for i in range(10000)) + b"}}"
+    many = b'{"symbols": {' + b",".join(b'"a%d":{"address":1}' % i for i in range(10000)) + b"}}"
     with pytest.raises(TooMuch):
         formats.read(many, take=take)
     types = b'{"symbols": {}, "user_types": {' + b",".join(b'"a%d":{"size":1}' % i for i in range(10000)) + b"}}"
