@@ -49,11 +49,11 @@ class _Type(Struct):
     subtype: _Type | None = None
 
 
-class _Sized(Struct):
+class _Sized(Struct, gc=False):
     size: int
 
 
-class _Symbol(Struct):
+class _Symbol(Struct, gc=False):
     address: int
     type: Raw = Raw(b"null")
     constant_data: Raw = Raw(b"null")
@@ -97,6 +97,8 @@ def read(data: bytes, most: int, take: Take) -> tuple[SymbolTable, bytes | None]
 def unpacked(data: bytes, most: int, take: Take) -> bytes:
     """The JSON in a file that may be packed. Raises InvalidValue, and what ``take`` raises."""
     if not data.startswith(PACKED):
+        if len(data) > most:
+            raise InvalidValue(f"must have at most {most} bytes", field="body", value=len(data))
         return data
     unpack = _unpacker(data)
     parts, size = [], 0
