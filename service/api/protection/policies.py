@@ -105,12 +105,12 @@ def _object(item: ObjectRequest, where: str) -> ProtectedObject:
         raise InvalidDocument("must be left out where there is no `symbol`", field=f"{where}.offset", value=item.offset)
     if item.name is None:
         raise InvalidDocument("is required", field=f"{where}.name")
+    if item.size is None:
+        raise InvalidDocument("is required", field=f"{where}.size")
     if item.gpa is None:
         if item.gva is not None:
             raise _not_yet(f"{where}.gva", hex(item.gva))
         raise InvalidDocument("is required", field=f"{where}.gpa")
-    if item.size is None:
-        raise InvalidDocument("is required", field=f"{where}.size")
     return ProtectedObject(item.name, item.gpa, item.size, item.granularity, item.gva, item.about)
 
 

@@ -15,6 +15,7 @@ from service.cli.policy_check import check, merged, report
 from service.platform.failures import FileError
 from service.settings import Settings
 from tests.support import recorded, symbol_files
+from tests.support.server import running
 
 CONTROL_DATA: dict[str, Any] = json.loads(recorded.policy("kernel_control_data").read_bytes())
 
@@ -165,3 +166,12 @@ def test_the_recorded_policy_has_no_overlaps_that_a_plain_search_does_not_find()
 def test_a_slot_that_is_none_is_refused(tmp_path: Path, slot: str) -> None:
     path = file(tmp_path, json.dumps(POLICY).encode(), "policy.json")
     assert "GPA:SIZE" in run("check", path, "--memory-slots", slot, status=2).stderr
+
+
+def test_check_asks_a_service_for_the_memory_of_a_machine(tmp_path: Path) -> None:
+    path = file(tmp_path, json.dumps(POLICY).encode(), "policy.json")
+    slots = [{"slot": 0, "gpa": 0, "size": 1 << 29}, {"slot": 1, "gpa": 1 << 29, "size": 1 << 30}]
+    with running() as service:
+        vm = service.client.post("/v1/vms", json={"memory_slots": slots}).json()["id"]
+        assert "0 outside RAM" in run("check", path, "--vm", vm, "--url", service.url).stdout
+        assert "404" in run("check", path, "--vm", "vm_none", "--url", service.url, status=1).stderr
