@@ -22,7 +22,7 @@ from service import __version__
 from service.api.events import events, introspection
 from service.api.hyperv import hypercalls, hyperv, kvm_pages
 from service.api.machines import counters, vm_capabilities, vms
-from service.api.memory import dirty, host_memory, memory, memory_slots
+from service.api.memory import dirty, host_memory, memory, memory_slots, symbols
 from service.api.nested import evmcs, nested_state
 from service.api.processor import msrs, vcpu_features, vcpus
 from service.api.protection import page_access, protections, spp, subpages, tables, walk
@@ -80,6 +80,7 @@ RESOURCES = (
     hyperv,
     kvm_pages,
     counters,
+    symbols,
     capabilities,
     health,
     host_memory,

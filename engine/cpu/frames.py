@@ -19,8 +19,8 @@ WORDS = 512
 FRAME_SIZE = 4096
 
 # Frame kinds
-FREE, STATE, VCPU, EPT, SPPT, LAYER, MEMORY, CLIENT, NESTED = positions(9)
-KIND_NAMES = ("free", "state", "vcpu", "ept", "sppt", "layer", "memory", "client", "nested")
+FREE, STATE, VCPU, EPT, SPPT, LAYER, MEMORY, CLIENT, NESTED, SYMBOLS = positions(10)
+KIND_NAMES = ("free", "state", "vcpu", "ept", "sppt", "layer", "memory", "client", "nested", "symbols")
 
 # Frame 0 holds the machine's registers; frame 1 + k the record of the k-th vCPU, or the place kept for it.
 STATE_FRAME, FIRST_VCPU_FRAME = positions(2)
@@ -132,6 +132,22 @@ def place_frame(m: Machine, frame: int, kind: np.int64) -> None:
     row = m.spare[m.top[TOP_SPARE]]
     m.rows[row] = 0
     m.row_of[frame], m.fresh[frame], m.kind[frame] = row, 1, kind
+
+
+def new_frames(m: Machine, kind: np.int64, count: int) -> Words:
+    """So many frames from the free list, whatever their rows hold."""
+    taken: Words = m.free[m.top[TOP_FREE] - count : m.top[TOP_FREE]].copy()
+    rows = m.spare[m.top[TOP_SPARE] - count : m.top[TOP_SPARE]]
+    m.row_of[taken], m.fresh[taken], m.kind[taken] = rows, 1, kind
+    m.top[:] -= count
+    return taken
+
+
+def free_frames(m: Machine, gone: Words) -> None:
+    """Return frames to the free list."""
+    m.row_of[gone], m.fresh[gone], m.kind[gone] = -1, 0, FREE
+    m.free[m.top[TOP_FREE] : m.top[TOP_FREE] + len(gone)] = gone
+    m.top[TOP_FREE] += len(gone)
 
 
 @kernel

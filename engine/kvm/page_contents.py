@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.cpu import radix
-from engine.cpu.frames import FRAME_SIZE, WORDS, Machine, ample, free_frame
+from engine.cpu.frames import FRAME_SIZE, STATE_FRAME, WORDS, Machine, ample, free_frame
 from engine.cpu.guest_memory import ROOT_MEMORY, content_row, own_content_row
 from engine.jit import kernel
 
@@ -74,3 +74,16 @@ def write_page(m: Machine, gpa: int, data: NDArray[np.uint8]) -> int:
     part = min(FRAME_SIZE - offset, len(data))
     page_bytes(m, int(own_content_row(m, gpa >> 12)))[offset : offset + part] = data[:part]
     return part
+
+
+def stored_pages(m: Machine) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(GFNs ascending, rows): the pages of guest memory in which something was written."""
+    root = int(m.rows[m.row_of[STATE_FRAME], ROOT_MEMORY])
+    gfns = np.zeros(min(root, 1), dtype=np.int64)
+    nodes = np.full(min(root, 1), root, dtype=np.int64)
+    for _ in range(radix.TREE_LEVELS):
+        words = m.rows[m.row_of[nodes]]
+        node, index = np.nonzero(words)
+        gfns = gfns[node] << radix.INDEX_BITS | index
+        nodes = words[node, index]
+    return gfns, m.row_of[nodes]

@@ -32,6 +32,9 @@ STOPPED_AT, STOPPED_GPA, STOPPED_WORD = positions(3, 50)
 # Frames that memory images have brought, which a machine may have beside those that others bound it to.
 (IMAGE_FRAMES,) = positions(1, 63)
 
+# Where the symbols of the guest are kept (``state.kept_bytes``), 0 where there are none, and how many bytes they are.
+SYMBOLS, SYMBOLS_SIZE = positions(2, 60)
+
 COUNTERS_AT = 64
 COUNTERS = (
     "records",

@@ -28,6 +28,7 @@ from engine.machine.slot_operations import SlotOperations
 from engine.machine.state import MachineState, State, register
 from engine.machine.subpage_operations import SubpageRange, Subpages
 from engine.machine.summary import Summary
+from engine.machine.symbol_operations import SymbolOperations
 from engine.machine.tables import TableOperations
 from engine.machine.traces import Traces
 from engine.machine.vcpu_operations import VcpuOperations
@@ -72,6 +73,8 @@ class VirtualMachine:
         self.hyperv = HypervOperations(state)
         # What the host does to the memory behind the guest.
         self.host_memory = HostMemoryOperations(state)
+        # Names of the guest's memory.
+        self.symbols = SymbolOperations(state)
         # What the host allocates for the machine, and which allocation fails.
         self.allocations = Allocations(state)
 

@@ -22,10 +22,10 @@ from service.api.protection.subpages import SubpagePatch, SubpageRangeRequest, r
 from service.api.traces.bodies import FORMATS
 from service.api.traces.traces import carried_columns, result_document
 from service.cli.demo import CONTENT_TYPES, report_of
-from service.cli.policy_files import checked, policy_of, said
+from service.cli.policy_files import checked, policy_document, policy_of, said
 from service.http.handlers import refusal
 from service.http.wire_types import Document
-from service.platform.failures import Failure, opened, read_document
+from service.platform.failures import Failure, opened
 from service.problems import ServiceError
 from service.runtime.job import Job
 from service.runtime.registry import build
@@ -64,7 +64,7 @@ def read_policy(path: Path) -> Policy:
     service takes them. SPP is enabled and there is RAM from address 0 unless ``vm`` says otherwise. Raises Failure.
     """
     try:
-        document = read_document(path)
+        document = policy_document(path)
         if "objects" in document or "pages" in document:
             protection = policy_of(path, document)
             policy = _in_vm({"name": protection.name}).model_copy(update={"protections": [protection]})

@@ -14,18 +14,31 @@ from pydantic import ValidationError
 
 from engine.errors import EngineError
 from engine.kvm.protections import validate
+from engine.symbols.formats import told
 from service.api.protection.policies import ProtectionRequest
 from service.http.handlers import refusal
-from service.platform.failures import FileError, read_document
+from service.platform.failures import FileError, opened, read_document
 from service.problems import ServiceError, describe
 
 # Bits of the widest guest-physical addresses; those of a machine are checked when it is there.
 _WIDEST = 52
+# Bytes of a file by which it is found out that it is something else.
+_LOOKED_AT = 1 << 13
 
 
 def read_policy(path: Path) -> ProtectionRequest:
     """The policy in a file; one without a name has that of the file. Raises FileError."""
-    return policy_of(path, read_document(path))
+    return policy_of(path, policy_document(path))
+
+
+def policy_document(path: Path) -> dict[str, Any]:
+    """The document in a file of a policy. Raises FileError, which says what to do with a file of symbols."""
+    with opened(path) as file:
+        begin = file.read(_LOOKED_AT)
+    if (symbols := told(begin)) is not None:
+        rule = f"is no policy, but {symbols}. A policy is made of it by"
+        raise FileError(f"{path}: {rule} `subpage policy from-symbols {path} --object NAME -o policy.json`")
+    return read_document(path)
 
 
 def policy_of(path: Path, document: Mapping[str, Any]) -> ProtectionRequest:

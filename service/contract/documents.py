@@ -80,6 +80,7 @@ TAGS: list[dict[str, Any]] = [
         "description": "Flush hypercalls, and who serves them: queues, TLB locks, assist pages, partitions.",
     },
     {"name": "counters", "description": "Totals of a VM."},
+    {"name": "symbols", "description": "Names of the guest's addresses."},
     {"name": "service", "description": "The service itself: capabilities, health, version, problem types."},
 ]
 

@@ -18,6 +18,7 @@ from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import EngineError
+from engine.symbols.formats import told
 from service.http.members import members_at, shortened
 from service.problems import (
     MEDIA_TYPE,
@@ -96,6 +97,15 @@ def _rule(fault: Mapping[str, Any], model: Any) -> str:
     return message[:1].lower() + message[1:]
 
 
+def symbols_told(content: bytes) -> str | None:
+    """What to do with a file of symbols, to be said behind what was expected; None where it is none."""
+    found = told(content)
+    return found and (
+        f", and this is {found}: POST it to `…/symbols` of the machine and name objects by `symbol`, or let "
+        "`subpage policy from-symbols FILE --object NAME` make a policy of it"
+    )
+
+
 async def _on_validation(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestValidationError)
     faults = exc.errors()
@@ -103,7 +113,7 @@ async def _on_validation(request: Request, exc: Exception) -> Response:
     about_body = any(fault["loc"] and fault["loc"][0] == "body" for fault in faults)
     if about_body and isinstance(exc.body, bytes) and media != "application/json":
         # The framework leaves a body of another type undecoded and then reports bytes where a document should be.
-        rule = "must be application/json"
+        rule = f"must be application/json{symbols_told(exc.body) or ''}"
         given = request.headers.get("content-type", "")
         unsupported = UnsupportedMediaType(
             rule, field="Content-Type", value=given, headers={"Accept": "application/json"}

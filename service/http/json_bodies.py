@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from starlette.requests import Request
 
-from service.http.handlers import refused
+from service.http.handlers import refused, symbols_told
 from service.problems import BodyTooLarge, ServiceError
 from service.runtime.offload import maybe_in_thread
 from service.settings import Settings
@@ -66,8 +66,15 @@ def parsed(model: type[T], content: bytes, settings: Settings) -> T:
     try:
         found: T = _adapter(cast("Hashable", model)).validate_json(content)
     except ValidationError as error:
-        raise _malformed(content) or refused(error, model, "body") from None
+        raise _symbols(content) or _malformed(content) or refused(error, model, "body") from None
     return found
+
+
+def _symbols(content: bytes) -> ServiceError | None:
+    """What to do with a file of symbols, where a document was expected."""
+    if (found := symbols_told(content)) is None:
+        return None
+    return ServiceError(f"the body must be a document of this call{found}", code="malformed-body")
 
 
 def _malformed(content: bytes) -> ServiceError | None:

@@ -40,6 +40,7 @@ from . import (
     kvm_faults,
     nested,
     store,
+    symbols,
     trace,
     translations,
     vcpu,
@@ -69,6 +70,7 @@ PACKAGES = (
     interactive,
     translations,
     store,
+    symbols,
 )
 MUTANTS: tuple[Mutant, ...] = tuple(mutant for package in PACKAGES for mutant in package.MUTANTS)
 

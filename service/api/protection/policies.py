@@ -52,12 +52,17 @@ EXAMPLE = {
 class ObjectRequest(Document):
     """A byte range to protect; rounded outward to 128 bytes, or to whole pages."""
 
-    name: str = Field(min_length=1, max_length=256, description="Unique in the protection.")
-    gpa: Hex64 | None = Field(None, description="Address of its first byte. Required, until `gva` or `symbol` will do.")
-    size: Hex64 = Field(description="In bytes.")
+    name: str | None = Field(
+        None, min_length=1, max_length=256, description="Unique in the protection. Required unless `symbol` is given."
+    )
+    gpa: Hex64 | None = Field(None, description="Address of its first byte. Required unless `symbol` is given.")
+    size: Hex64 | None = Field(None, description="In bytes. Required unless `symbol` is given, whose size it is then.")
     granularity: Granularity = Field("subpage", description="Outward to what it is rounded: 128 bytes, or 4 KiB.")
     gva: _Gva = Field(None, description=GVA)
-    symbol: str | None = Field(None, max_length=256, description="Reserved: 422 not-yet-supported.")
+    symbol: str | None = Field(
+        None, max_length=256, description="Symbol of the machine (`…/symbols`) whose place it has."
+    )
+    offset: Hex32 = Field(0, description="Bytes from the symbol to the object; only with `symbol`.")
     about: str | None = Field(None, max_length=_ABOUT, description=ABOUT)
 
 
@@ -83,10 +88,10 @@ class ProtectionRequest(Document):
 
     def protection(self) -> EngineProtection:
         """What the engine protects. Raises ServiceError for what the form allows and the service refuses."""
-        known: dict[str, int] = {}
+        known: dict[str | None, int] = {}
         for position, item in enumerate(self.objects):
             first = known.setdefault(item.name, position)
-            if first != position:
+            if first != position and item.name is not None:
                 rule = f"objects[{first}] and objects[{position}] have one name: each object needs a name of its own"
                 raise InvalidDocument(rule, field=f"objects[{position}].name", value=item.name)
         objects = tuple(_object(item, f"objects[{position}]") for position, item in enumerate(self.objects))
@@ -95,12 +100,27 @@ class ProtectionRequest(Document):
 
 def _object(item: ObjectRequest, where: str) -> ProtectedObject:
     if item.symbol is not None:
-        raise _not_yet(f"{where}.symbol", item.symbol)
+        raise no_symbols(where, item.symbol)
+    if item.offset:
+        raise InvalidDocument("must be left out where there is no `symbol`", field=f"{where}.offset", value=item.offset)
+    if item.name is None:
+        raise InvalidDocument("is required", field=f"{where}.name")
+    if item.size is None:
+        raise InvalidDocument("is required", field=f"{where}.size")
     if item.gpa is None:
         if item.gva is not None:
             raise _not_yet(f"{where}.gva", hex(item.gva))
         raise InvalidDocument("is required", field=f"{where}.gpa")
     return ProtectedObject(item.name, item.gpa, item.size, item.granularity, item.gva, item.about)
+
+
+def no_symbols(where: str, symbol: str) -> ServiceError:
+    """An object has a symbol where there are none."""
+    rule = (
+        "names a symbol, and there are none here: POST them to `…/symbols` of the machine, or let `subpage policy "
+        "from-symbols` write the addresses"
+    )
+    return InvalidDocument(rule, field=f"{where}.symbol", value=symbol)
 
 
 def _not_yet(field: str, value: str) -> ServiceError:

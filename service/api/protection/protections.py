@@ -30,6 +30,7 @@ from service.api.common import (
     tagged_reply,
 )
 from service.api.protection.policies import ABOUT, GVA, RANGE_ITEMS, Granularity, ProtectionRequest
+from service.api.protection.symbol_objects import with_addresses
 from service.http import cursors
 from service.http.wire_types import Document, Hex32, Hex64, examples
 from service.runtime.offload import maybe_in_thread
@@ -127,7 +128,8 @@ class ProtectionPage(Document):
 async def create_protection(request: Request, vm: VmId, body: ProtectionRequest) -> Response:
     entry = find(request, vm)
     few = len(body.objects) + len(body.pages) <= _INLINE_PAGES
-    wanted = await maybe_in_thread(few, body.protection)
+    named = await maybe_in_thread(not entry.machine.symbols.loaded, with_addresses, body, entry.machine)
+    wanted = await maybe_in_thread(few, named.protection)
     async with changing(request, entry) as machine:
         protection = await maybe_in_thread(
             few and _small([wanted]), machine.protect, wanted.name, wanted.objects, wanted.ranges, wanted.about

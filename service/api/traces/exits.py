@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from engine.arch.exits import NAMES
+from engine.symbols.stored import Symbols
 from engine.trace.results import ExitColumns
 from service.api.common import (
     BINARY,
@@ -31,6 +32,7 @@ from service.api.common import (
     router,
     settings_of,
 )
+from service.api.traces.exit_names import NAMED, names_of, symbols_of
 from service.http import cursors
 from service.http.negotiation import ARROW, JSON, NDJSON, preferred
 from service.http.wire_types import Document, Hex32, Hex64, PageNumber, examples
@@ -69,12 +71,19 @@ EXAMPLE_EXIT = {
 }
 
 
+def _shown(schema: dict[str, Any]) -> None:
+    """An example, and that names are there only where symbols are."""
+    schema |= examples(EXAMPLE_EXIT)
+    if "required" in schema:
+        schema["required"] = [name for name in schema["required"] if name not in NAMED]
+
+
 class ExitRecord(Document):
     """One VM exit. Carried columns, and `pc` and `time` of the trace, appear under their own names; integers above
     2^53 - 1 are `0x…` strings.
     """
 
-    model_config = ConfigDict(extra="allow", json_schema_extra=examples(EXAMPLE_EXIT))
+    model_config = ConfigDict(extra="allow", json_schema_extra=_shown)
 
     index: int = Field(description="Position of the access in the trace.")
     vcpu: int = Field(description="KVM vCPU id.")
@@ -100,6 +109,10 @@ class ExitRecord(Document):
     )
     source: int = Field(description="0 guest, 1 emulated by KVM, 2 host.")
     insn_len: int = Field(description="Bytes of the instruction; 0 where the trace does not say.")
+    symbol: str | None = Field(
+        None, description="Name of the address, `name+0x10`; only on machines that have symbols (`…/symbols`)."
+    )
+    writer: str | None = Field(None, description="Name of the instruction, where there are symbols and a column `pc`.")
 
 
 class ExitPage(Document):
@@ -112,17 +125,19 @@ class ExitPage(Document):
 
 
 EXIT_FIELDS = frozenset(ExitRecord.model_fields)
+# Those of every machine; the others come with symbols.
+MEMBERS = tuple(name for name in ExitRecord.model_fields if name not in NAMED)
 
 
-def exit_rows(exits: ExitColumns) -> list[dict[str, Any]]:
-    """Each record as a JSON object."""
+def exit_rows(exits: ExitColumns, symbols: Symbols | None = None) -> list[dict[str, Any]]:
+    """Each record as a JSON object, with the names that ``symbols`` know."""
     column = exits.columns
 
     def words(name: str) -> Iterator[str]:
         return map(hex, column[name].tolist())
 
     rows: list[dict[str, Any]] = [
-        dict(zip(ExitRecord.model_fields, values, strict=True))
+        dict(zip(MEMBERS, values, strict=True))
         for values in zip(
             column["index"].tolist(),
             column["vcpu"].tolist(),
@@ -144,23 +159,26 @@ def exit_rows(exits: ExitColumns) -> list[dict[str, Any]]:
             strict=True,
         )
     ]
+    for name, (where, texts) in names_of(exits, symbols).items():
+        for row, position in zip(rows, where.tolist(), strict=True):
+            row[name] = texts[position] or None
     for name, values in exits.carry.items():
         for row, value in zip(rows, values.tolist(), strict=True):
             row[name] = hex(value) if isinstance(value, int) and abs(value) > _SAFE_IN_JSON else value
     return rows
 
 
-def ndjson_stream(exits: ExitColumns) -> Iterator[bytes]:
+def ndjson_stream(exits: ExitColumns, symbols: Symbols | None = None) -> Iterator[bytes]:
     """One JSON object per line."""
     for start in range(0, len(exits), _NDJSON_BATCH):
-        yield _lines.encode_lines(exit_rows(exits[start : start + _NDJSON_BATCH]))
+        yield _lines.encode_lines(exit_rows(exits[start : start + _NDJSON_BATCH], symbols))
 
 
-def arrow_stream(exits: ExitColumns) -> Iterator[bytes]:
+def arrow_stream(exits: ExitColumns, symbols: Symbols | None = None) -> Iterator[bytes]:
     """An Arrow IPC stream; without records, its schema alone."""
     from service.api.traces.exits_arrow import stream  # noqa: PLC0415 - 25 MB that a service has no use for until now
 
-    yield from stream(exits, tuple(ExitRecord.model_fields))
+    yield from stream(exits, MEMBERS, symbols)
 
 
 def exits_path(vm_id: str, trace_id: str) -> str:
@@ -205,7 +223,8 @@ def exits_url(vm_id: str, trace_id: str, position: int, limit: int | None) -> st
     ),
 )
 async def get_exits(request: Request, vm: VmId, trace: TraceId, limit: Limit = None, cursor: Cursor = None) -> Response:
-    found = await find(request, vm).traces.get(trace)
+    entry = find(request, vm)
+    found = await entry.traces.get(trace)
     media = preferred(request, _OFFERS)
     exits = found.result.exit_columns
     start = cursors.decode(f"exits:{trace}", cursor) if cursor is not None else 0
@@ -217,11 +236,14 @@ async def get_exits(request: Request, vm: VmId, trace: TraceId, limit: Limit = N
     follow = exits_url(vm, trace, end, limit) if end < len(exits) else None
     extra = {"Vary": "Accept"} | ({"Link": f'<{follow}>; rel="next"'} if follow else {})
     window = exits[start:end]
+    symbols = await symbols_of(entry.machine)
     if media == JSON:
-        small = len(window) <= INLINE_RECORDS
-        content = await maybe_in_thread(small, lambda: encode({"exit_records": exit_rows(window), "next": follow}))
+        small = len(window) <= INLINE_RECORDS and symbols is None
+        content = await maybe_in_thread(
+            small, lambda: encode({"exit_records": exit_rows(window, symbols), "next": follow})
+        )
         return Response(content, media_type=JSON, headers=extra)
     if request.method == "HEAD":
         return headless(media, extra)
-    stream = ndjson_stream(window) if media == NDJSON else arrow_stream(window)
+    stream = (ndjson_stream if media == NDJSON else arrow_stream)(window, symbols)
     return StreamingResponse(stream, media_type=media, headers=extra)

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.symbols.stored import Symbols
 from engine.trace.option_names import ASK, Include, OnViolation, RecordFormat, ToolFormatName
 from service.api.common import (
     BINARY,
@@ -41,6 +42,7 @@ from service.api.traces.bodies import (
     body_totals,
     format_of,
 )
+from service.api.traces.exit_names import symbols_of
 from service.api.traces.exits import (
     EXAMPLE_EXIT,
     EXIT_FIELDS,
@@ -68,6 +70,7 @@ from service.http.wire_types import Access, Document, Hex64, Kind, Linear, Sourc
 from service.platform.stamps import stamp
 from service.problems import InvalidDocument
 from service.runtime.offload import maybe_in_thread
+from service.runtime.registry import Entry
 from service.runtime.replays import replay_body
 from service.runtime.traces import Trace, TraceRequest
 from service.settings import Settings
@@ -275,22 +278,23 @@ def _summary(vm_id: str, trace: Trace) -> dict[str, Any]:
     }
 
 
-def result_document(vm_id: str, trace: Trace, inlined: int) -> dict[str, Any]:
-    """The totals and the first ``inlined`` exit records of a trace."""
+def result_document(vm_id: str, trace: Trace, inlined: int, symbols: Symbols | None = None) -> dict[str, Any]:
+    """The totals and the first ``inlined`` exit records of a trace, with the names that ``symbols`` know."""
     exits = trace.result.exit_columns
     follow = exits_url(vm_id, trace.id, inlined, None) if len(exits) > inlined else None
-    listed = {**translation_records(trace.result), "exit_records": exit_rows(exits[:inlined])}
+    listed = {**translation_records(trace.result), "exit_records": exit_rows(exits[:inlined], symbols)}
     return {**_summary(vm_id, trace), **listed, "next": follow}
 
 
-async def _rendered(vm_id: str, trace: Trace, settings: Settings) -> dict[str, Any]:
-    small = len(trace.result.exit_columns) <= INLINE_RECORDS
-    return await maybe_in_thread(small, result_document, vm_id, trace, settings.exit_page_size)
+async def _rendered(entry: Entry, trace: Trace, settings: Settings) -> dict[str, Any]:
+    symbols = await symbols_of(entry.machine) if len(trace.result.exit_columns) else None
+    small = len(trace.result.exit_columns) <= INLINE_RECORDS and symbols is None
+    return await maybe_in_thread(small, result_document, entry.id, trace, settings.exit_page_size, symbols)
 
 
-async def _created(vm_id: str, trace: Trace, settings: Settings, extra: dict[str, str] | None = None) -> Response:
-    location = {"Location": f"/v1/vms/{vm_id}/traces/{trace.id}"}
-    return json_response(await _rendered(vm_id, trace, settings), status=201, extra=location | (extra or {}))
+async def _created(entry: Entry, trace: Trace, settings: Settings, extra: dict[str, str] | None = None) -> Response:
+    location = {"Location": f"/v1/vms/{entry.id}/traces/{trace.id}"}
+    return json_response(await _rendered(entry, trace, settings), status=201, extra=location | (extra or {}))
 
 
 def carried_columns(carry: str | None) -> tuple[str, ...]:
@@ -396,10 +400,10 @@ async def create_trace(
     wishes = wanted_async(request) if asker is None else None
     if wishes is not None:
         outcome = await replay_as_job(request, entry, wanted, wishes)
-        return outcome if isinstance(outcome, Response) else await _created(entry.id, outcome[0], settings, outcome[1])
+        return outcome if isinstance(outcome, Response) else await _created(entry, outcome[0], settings, outcome[1])
 
     async def tell(trace: Trace) -> None:
-        will_answer(request, await _created(entry.id, trace, settings))
+        will_answer(request, await _created(entry, trace, settings))
 
     keyed = tell if "idempotency-key" in request.headers else None
     access, caller = access_of(request), principal_of(request)
@@ -415,7 +419,7 @@ async def create_trace(
         keyed,
         asker,
     )
-    return await _created(entry.id, trace, settings)
+    return await _created(entry, trace, settings)
 
 
 @routes.get(
@@ -447,4 +451,4 @@ async def list_traces(request: Request, vm: VmId, limit: Limit = None, cursor: C
 )
 async def get_trace(request: Request, vm: VmId, trace: TraceId) -> Response:
     entry = find(request, vm)
-    return tagged(request, await _rendered(entry.id, await entry.traces.get(trace), settings_of(request)))
+    return tagged(request, await _rendered(entry, await entry.traces.get(trace), settings_of(request)))

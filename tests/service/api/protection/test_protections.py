@@ -155,8 +155,6 @@ def test_what_comes_back_is_a_policy_again(vm: str, client: ContractClient) -> N
     ("item", "member"),
     [
         ({"name": "o", "gva": "0xffffffff82000080", "size": 8}, "gva"),
-        ({"name": "o", "symbol": "modprobe_path", "size": 8}, "symbol"),
-        ({**OBJECT, "symbol": "modprobe_path"}, "symbol"),
     ],
 )
 def test_places_that_are_not_supported_yet(vm: str, client: ContractClient, item: Any, member: str) -> None:
@@ -164,6 +162,14 @@ def test_places_that_are_not_supported_yet(vm: str, client: ContractClient, item
     problem = reply.json()
     assert (reply.status_code, problem["code"]) == (422, "not-yet-supported")
     assert problem["field"] == f"objects[1].{member}" and "not yet supported" in problem["detail"]
+
+
+def test_a_symbol_is_refused_where_there_are_none(vm: str, client: ContractClient) -> None:
+    item = {"symbol": "modprobe_path"}
+    reply = client.post(f"{vm}/protections", json={"name": "p", "objects": [OBJECT, item]})
+    problem = reply.json()
+    assert reply.status_code == 422 and problem["field"] == "objects[1].symbol"
+    assert "POST them to `…/symbols`" in problem["detail"]
 
 
 def test_one_name_twice_is_refused_with_both_places(vm: str, client: ContractClient) -> None:
