@@ -234,7 +234,8 @@ class Replay:
         carry = {}
         if chunk is not None and chunk.carry:
             at = log[:, vcpu_run.EXIT_INDEX] - base
-            carry = {name: np.array(values[at]) for name, values in chunk.carry.items()}
+            names = dict.fromkeys((*self._options.carry, *chunk.carry))
+            carry = {name: np.array(chunk.carry[name][at]) for name in names}
         return ExitColumns(columns, record_gpa, self._has_gva, carry, self._targets.index, self._targets.names)
 
     def result(self) -> TraceResult:
