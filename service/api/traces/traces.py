@@ -42,6 +42,7 @@ from service.api.traces.exits import (
     exits_url,
 )
 from service.api.traces.jobs import ACCEPTED, PREFER, replay_as_job, wanted_async
+from service.api.traces.notes import MMIO_PERCENT, notes_of
 from service.api.traces.translations import (
     EXAMPLE_OPERATION,
     EXAMPLE_STALE,
@@ -89,6 +90,7 @@ _SUMMARY = {
     "stale_translations": 1,
     "operations": {"hypercall": 1, "mov_cr3": 0, "invlpg": 0},
     "ignored_columns": ["flags"],
+    "notes": [],
     "seconds": 0.21,
 }
 _RESULT = {
@@ -210,6 +212,9 @@ class TraceSummary(TranslationTotals):
         description="With `on_violation=stop`, or the answer `stop`: the access that ended it; resume with `start`."
     )
     ignored_columns: list[str] = Field(description="Columns that say nothing here.")
+    notes: list[str] = Field(
+        description=f"What looks like a mistake, in words: accesses outside of every slot from {MMIO_PERCENT} % on."
+    )
     seconds: float = Field(description="From the start of the replay to the publication of its effects.")
 
 
@@ -260,6 +265,7 @@ def _summary(vm_id: str, trace: Trace) -> dict[str, Any]:
         "stopped_at": None if result.stopped_at is None else int(result.stopped_at),
         **translation_totals(result),
         "ignored_columns": list(trace.ignored_columns),
+        "notes": notes_of(result),
         "seconds": round(trace.seconds, 6),
     }
 
