@@ -22,6 +22,8 @@ from engine.machine import VirtualMachine
 from engine.machine.page_access import AccessChange, text_of
 from engine.state.config import HostConfig
 from engine.trace.columns import TraceChunk
+from engine.trace.interactive import InteractiveReplay
+from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest
 from tests.engine.builders import (
     EXECUTE,
@@ -31,6 +33,7 @@ from tests.engine.builders import (
     PROFILES,
     READ,
     WRITE,
+    chunk,
     exits,
     leaf,
     machine,
@@ -213,6 +216,25 @@ def test_what_becomes_of_a_refused_write(profile: str, host: HostConfig, on_viol
     assert (result.violations, result.page_granular_violations) == (expected, expected)
     assert vm.counters()["grants"] == (on_violation == "grant"), "a grant frees the whole page"
     assert vm.counters()["unenforced_writes"] == 0
+
+
+@pytest.mark.parametrize("host", [HOSTS[1], HOSTS[3]])
+@pytest.mark.parametrize(("action", "violations"), [("skip", 2), ("allow", 2), ("grant", 1), ("stop", 1)])
+def test_what_a_tool_answers(host: HostConfig, action: str, violations: int) -> None:
+    vm = guest("kvm-latest", host)
+    whole(vm, 0x2010)
+    with vm.replay(ReplayOptions(on_violation="ask")) as run:
+        replaying = run.replay
+        assert isinstance(replaying, InteractiveReplay)
+        going = run.feed(chunk([0x2010, 0x2800, 0x3000]))
+        run.pause()
+    assert not going and replaying.asked.column("gpa").tolist() == [0x2010]
+    while not going and replaying.paused_at is not None:
+        with vm.replay(ReplayOptions(on_violation="ask"), replaying) as run:
+            going = replaying.answer(action)
+            run.pause()
+    assert replaying.result().violations == violations
+    assert vm.counters()["grants"] == (action == "grant")
 
 
 @pytest.mark.parametrize("profile", PROFILES)
