@@ -14,7 +14,7 @@ MUTANTS = (
         "return read_word(m, STATE_FRAME, SPP_ACTIVE) == 0",
         "return True",
         "sub-page protection takes the place of page tracking once it is on",
-        named(PAGE_TRACKING, "enabling_makes_them_what_they_are_with_sub_pages"),
+        named(PAGE_TRACKING, "enabling_drops_the_leaves_of_tracked_pages"),
     ),
     Mutant(
         "tracked-leaf-kept-writable-by-kvm",
