@@ -49,21 +49,12 @@ MUTANTS = (
         named(PAGE_TRACKING, "mapped_page_loses_write_permission_at_once_and_gets_it_back_by_a_fault"),
     ),
     Mutant(
-        "untracked-page-stays-in-the-fast-path",
-        "engine/kvm/mapping.py",
-        "fastpath.forget(m, gfn)",
-        "fastpath.forget(m, gfn + 1)",
-        "a refusal that is remembered ends with what caused it",
-        named(PAGE_TRACKING, "protections_overlap_until_the_last_one_goes"),
-        function="track_page",
-    ),
-    Mutant(
         "tracked-page-mapped-large-in-2019",
         "engine/kvm/large_pages.py",
         "if level == 1 or not (choice_bits.chooses(m, KVM_FORCE_SMALL) or page_tracking.active(m)):",
         "if level == 1 or not choice_bits.chooses(m, KVM_FORCE_SMALL):",
         "kvm_mmu_gfn_disallow_lpage: a tracked page is mapped small in every version",
-        named(PAGE_TRACKING, "random_operations_against_a_set_of_pages"),
+        named(PAGE_TRACKING, "large_leaf_keeps_its_place_until_a_neighbour_is_written"),
     ),
     Mutant(
         "tracked-write-logged-as-dirty",
