@@ -19,7 +19,7 @@ from engine.cpu.access_over_pages import page_part
 from engine.cpu.frames import CAP_KVM, STATE_FRAME, read_word
 from engine.cpu.memory_slots import SMM_PAGE, find_slot, home
 from engine.jit import kernel
-from engine.kvm import bitmaps
+from engine.kvm import bitmaps, page_tracking
 from engine.kvm import state_frame as reg
 from engine.kvm.choice_bits import KVM_SAVED_BIT
 from engine.kvm.slots import SLOT_FLAGS, SLOT_LOG_DIRTY
@@ -178,7 +178,8 @@ def note_fault(m, gfn, slot, mask):
     """A write faults on a page that is not mapped, or that KVM itself forbids to write: it gets permission now.
 
     What is written is not known, and for a page that is protected in part not even whether anything will be. KVM's
-    later log notes such a page all the same; the first series never faults for it.
+    later log notes such a page all the same; the first series never faults for it. A page that is protected whole,
+    without sub-page protection, gets no permission.
     """
     state = mode_for(m, gfn)
     if state == 0 or state & BY_PML:
@@ -187,7 +188,7 @@ def note_fault(m, gfn, slot, mask):
         note_log(m, gfn, slot)
         if state & TRACK_PAGES:
             store_written(m, gfn, EVERYTHING)
-    elif m.caps[CAP_KVM] & KVM_SAVED_BIT:
+    elif m.caps[CAP_KVM] & KVM_SAVED_BIT and not page_tracking.active(m):
         note_log(m, gfn, slot)
 
 

@@ -81,6 +81,17 @@ class Protection:
     about: str | None = None
 
     @property
+    def first_in_part(self) -> str | None:
+        """Place of the first item that may cover a page in part, None where all of it is whole pages."""
+        for position, item in enumerate(self.objects):
+            if item.granularity != "page":
+                return f"objects[{position}]"
+        for position, pages in enumerate(self.ranges):
+            if pages.access not in (0, FULL_ACCESS):
+                return f"pages[{position}]"
+        return None
+
+    @property
     def subpages(self) -> int:
         """Distinct sub-pages covered."""
         return covered_subpages(self.objects, self.ranges)

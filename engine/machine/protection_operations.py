@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from engine.errors import Conflict, NotEnabled, NotFound
+from engine.errors import Conflict, NotFound
 from engine.kvm import enabling_checks, protections, spp_set
 from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
 from engine.kvm.slots import check_pages
@@ -29,7 +29,10 @@ class Protections(Operations):
     def add(
         self, name: str, objects: Sequence[ProtectedObject], ranges: Sequence[ProtectedPages], about: str | None
     ) -> Protection:
-        """Protect named objects, and pages without a name. Raises Conflict when the name is taken."""
+        """Protect named objects, and pages without a name. Raises Conflict when the name is taken.
+
+        Without sub-page protection only whole pages can be protected: NotEnabled for anything else.
+        """
         protection = Protection(name, tuple(objects), tuple(ranges), about)
         now = self._state.current
         width = now.config.maxphyaddr
@@ -54,17 +57,9 @@ class Protections(Operations):
         self._recover(now, gone, {k: v for k, v in now.protections.items() if k != name})
 
     def _check_active(self, protection: Protection) -> None:
-        if self._state.current.spp_active:
-            return
-        whole = next((at for at, item in enumerate(protection.objects) if item.granularity == "page"), None)
-        if whole is not None:
-            raise NotEnabled(
-                "whole pages are protected by all their sub-pages: they need sub-page protection (PUT …/spp), too, as "
-                "long as machines without it cannot protect pages",
-                field=f"objects[{whole}].granularity",
-                value="page",
-            )
-        raise enabling_checks.not_enabled()
+        part = protection.first_in_part
+        if part is not None and not self._state.current.spp_active:
+            raise enabling_checks.not_enabled(f"{part} protects pages in part, and only whole pages do without")
 
     def _recover(self, since: State, changed: Protection, left: Mapping[str, Protection]) -> None:
         """Store what ``left`` covers on the pages of a protection that came or went."""

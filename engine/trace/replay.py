@@ -14,11 +14,10 @@ from engine.cpu import access_over_pages, ept, fastpath, sppt
 from engine.cpu.frames import FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
 from engine.cpu.memory_slots import find_slot, home, space_of, within
 from engine.jit import kernel, stands_alone
-from engine.kvm import bitmaps, dirty_marking, emulator, exit_handling, vcpu_run
+from engine.kvm import bitmaps, dirty_marking, emulator, exit_handling, shadow_paging, vcpu_run
 from engine.kvm import resolutions as res
 from engine.kvm import state_frame as reg
 from engine.kvm.granted_subpages import grant_touched
-from engine.kvm.shadow_paging import is_mmio
 from engine.kvm.slots import writable_bytes
 from engine.trace.record_checks import DONE, describe, refusal
 
@@ -58,8 +57,6 @@ def place_of(m, source, vcpu, gpa):
 @kernel
 def in_protected_page(m, gpa, size):
     """Whether an access touches a page with a sub-page that may not be written: what page granularity would stop."""
-    if not read_word(m, STATE_FRAME, reg.SPP_ACTIVE):
-        return False
     for gfn in range(gpa >> 12, ((gpa + size - 1) >> 12) + 1):
         page = home(m, gfn)
         if bitmaps.effective(m, page) != FULL_ACCESS and find_slot(m, page) >= 0:
@@ -92,13 +89,10 @@ def note_landing(m, gpa, size):
 
 @kernel
 def run_without_ept(m, place, gpa, word, index, gva, list_all, log, used, tally):
-    """Run one record of a vCPU without EPT: nothing is walked, and the memory slots alone decide.
-
-    KVM shadows the guest's tables then; what it cannot map there exits as a page fault (basic exit reason 0).
-    """
+    """Run one record of a vCPU without EPT that no page refuses: nothing is walked, the memory slots alone decide."""
     writes = (word >> 16) & acc.ACCESS_MASK == acc.WRITE
     tally[reg.WRITES] += writes
-    if is_mmio(m, place, word & 0xFFFF, writes):
+    if shadow_paging.is_mmio(m, place, word & 0xFFFF, writes):
         tally[reg.MMIO] += 1
         if list_all:
             vcpu_run.log_exit(log, used, index, gpa, word, gva, exits.NONE, 0, res.MMIO, 0, gpa)
@@ -110,11 +104,13 @@ def run_without_ept(m, place, gpa, word, index, gva, list_all, log, used, tally)
 @kernel
 def attempt(m, source, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all):
     """Run an access by whoever makes it; returns as ``run.execute`` does."""
-    if source == acc.GUEST:
-        return vcpu_run.execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all)
     place = place_of(m, source, vcpu, gpa)
-    ending, reason, q, denied, at = emulator.execute(m, source, place, word & 0xFFFF, how & acc.ACCESS_MASK, tally)
-    return ending, reason, q, denied, within(at)
+    if source != acc.GUEST:
+        ending, reason, q, denied, at = emulator.execute(m, source, place, word & 0xFFFF, how & acc.ACCESS_MASK, tally)
+        return ending, reason, q, denied, within(at)
+    if not ept.mode_of(m, vcpu) & ept.MODE_EPT:
+        return shadow_paging.execute(m, place, word & 0xFFFF, how & acc.ACCESS_MASK)
+    return vcpu_run.execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all)
 
 
 @kernel
@@ -136,11 +132,12 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
         tally[reg.WRITES] += 1
         return DONE
     plain = how == acc.PLAIN_WRITE and source == acc.GUEST
+    shadowed = source == acc.GUEST and not ept.mode_of(m, vcpu) & ept.MODE_EPT
     q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if plain else (0, 0)
     if q:
         ending, reason, at = res.VIOLATION, exits.EPT_VIOLATION, gpa
         exit_handling.count_exit(tally, reason, q)
-    elif source == acc.GUEST and not ept.mode_of(m, vcpu) & ept.MODE_EPT:
+    elif shadowed and not shadow_paging.refuses(m, place, word & 0xFFFF, access):
         return run_without_ept(m, place, gpa, word, index, gva, list_all, log, used, tally)
     else:
         ending, reason, q, denied, at = attempt(
@@ -150,7 +147,7 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     tally[reg.STALE_ACCESSES] += ending != resolution
     refused = resolution == res.VIOLATION and denied != 0
     closed = access == acc.WRITE and source != acc.HOST and (refused or in_protected_page(m, place, word & 0xFFFF))
-    guarded = closed and emulator.obeys(m, source)
+    guarded = closed and (refused or emulator.obeys(m, source))
     if access != acc.WRITE:
         guarded = resolution == res.VIOLATION  # page access is of whole pages anyway
     if resolution == res.VIOLATION or resolution == res.INTERNAL_ERROR or resolution == res.RUN_FAILED:

@@ -29,7 +29,7 @@ from engine.kvm.slots import SlotSpec, first_page_without_slot
 from engine.machine import SubpageRange, VirtualMachine
 from engine.machine.hypercalls import HypercallRequest
 from engine.machine.page_access import AccessChange
-from engine.state.config import VcpuConfig, VmConfig
+from engine.state.config import HostConfig, VcpuConfig, VmConfig
 from engine.state.profiles import PROFILES
 from engine.trace.columns import TraceChunk
 from engine.trace.interactive import InteractiveReplay
@@ -94,6 +94,20 @@ def _subpages() -> None:
     vm.page_access.set([AccessChange(7, rights=5)])
     vm.page_access.read([7])
     vm.unprotect("warm")
+
+
+def _whole_pages() -> None:
+    """Pages that are tracked, until sub-page protection comes, and on a host without EPT by linear address."""
+    vm = VirtualMachine.create(VmConfig(), [SlotSpec(0, 0, 1 << 22)])
+    vm.protect("warm", [ProtectedObject("object", 0x4010, 0x100, "page")])
+    vm.access(AccessRequest(0x4010, on_violation="grant"))
+    vm.enable_spp()
+    shadowed = VirtualMachine.create(VmConfig(host=HostConfig(ept=False)), [SlotSpec(0, 0, 1 << 16)])
+    for gpa in range(0, 0x3000, 0x1000):
+        shadowed.write_memory(gpa, (gpa + 0x1003).to_bytes(8, "little"))
+    shadowed.write_memory(0x3020, b"\3\x40")
+    shadowed.protect("warm", [ProtectedObject("object", 0x4010, 0x100, "page")])
+    shadowed.access(AccessRequest(None, gva=0x4010))
 
 
 def _accesses() -> None:
@@ -209,6 +223,7 @@ REST: dict[str, Step] = {
     "guest addresses": _guest_addresses,
     "host": _host,
     "subpages": _subpages,
+    "whole pages": _whole_pages,
     "accesses": _accesses,
     "partial sets": _partial_sets,
     "lines": _lines,

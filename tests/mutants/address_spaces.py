@@ -96,8 +96,8 @@ MUTANTS = (
     Mutant(
         "space-emulated",
         "engine/kvm/emulator.py",
-        "page = within(at) >> 12",
-        "page = at >> 12",
+        "return at >> 12 if page_tracking.active(m) else within(at) >> 12",
+        "return at >> 12",
         "is_emulator_spp_protected looks in address space 0",
         named(SPACES, "an_emulated_write_in_smm"),
     ),

@@ -33,7 +33,7 @@ MUTANTS = (
     Mutant(
         "replay-grant-whole-page",
         "engine/kvm/granted_subpages.py",
-        "refused = sppt.touched(at, part) & ~bitmaps.effective(m, at >> 12)",
+        "refused = asked & ~bitmaps.effective(m, at >> 12)",
         "refused = ~bitmaps.effective(m, at >> 12)",
         "a grant opens the sub-pages that are touched, no more",
         named(REPLAY, "grant_opens_the_sub_page_once", "grant_opens_every_refused_sub_page_of_the_access"),

@@ -113,8 +113,8 @@ class ProtectionPage(Document):
     description=(
         "The body is a policy as the command line reads it from a file, too. "
         "Sub-pages are reference-counted: one stays protected until the last protection that covers it is deleted. "
-        "Grants given during a replay end with the protection. Whole pages are protected by their sub-pages: an object "
-        "of granularity `page` needs SPP, as every other does."
+        "Grants given during a replay end with the protection. Objects of granularity `page`, and ranges whose bitmap "
+        "is 0, need no SPP: without it KVM tracks the page."
     ),
     status_code=201,
     responses=documented(

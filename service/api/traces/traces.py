@@ -53,6 +53,7 @@ from service.api.traces.exits import (
     exits_url,
 )
 from service.api.traces.jobs import ACCEPTED, PREFER, replay_as_job, wanted_async
+from service.api.traces.notes import MMIO_PERCENT, notes_of
 from service.api.traces.translations import (
     EXAMPLE_OPERATION,
     EXAMPLE_STALE,
@@ -102,6 +103,7 @@ _SUMMARY = {
     "addresses": None,
     "sizes": None,
     "skipped": None,
+    "notes": [],
     "seconds": 0.21,
 }
 _RESULT = {
@@ -228,6 +230,9 @@ class TraceSummary(TranslationTotals, BodyTotals):
         description="With `on_violation=stop`, or the answer `stop`: the access that ended it; resume with `start`."
     )
     ignored_columns: list[str] = Field(description="Columns that say nothing here.")
+    notes: list[str] = Field(
+        description=f"What looks like a mistake, in words: accesses outside of every slot from {MMIO_PERCENT} % on."
+    )
     seconds: float = Field(description="From the start of the replay to the publication of its effects.")
 
 
@@ -279,6 +284,7 @@ def _summary(vm_id: str, trace: Trace) -> dict[str, Any]:
         **translation_totals(result),
         "ignored_columns": list(trace.ignored_columns),
         **body_totals(trace.request.format, result),
+        "notes": notes_of(result),
         "seconds": round(trace.seconds, 6),
     }
 

@@ -180,12 +180,35 @@ def test_one_name_twice_is_refused_with_both_places(vm: str, client: ContractCli
     assert client.get(f"{vm}/protections").json()["protections"] == []
 
 
-def test_whole_pages_on_a_machine_without_spp_are_refused(make_vm: Callable[..., str], client: ContractClient) -> None:
+@pytest.mark.parametrize("profile", ["kvm-2019", "kvm-latest"])
+@pytest.mark.parametrize("host", [{}, {"spp": False}, {"vendor": "amd"}, {"ept": False}])
+def test_whole_pages_without_spp(
+    make_vm: Callable[..., str], client: ContractClient, profile: str, host: dict[str, Any]
+) -> None:
+    vm = make_vm(spp=False, profile=profile, host=host)
+    whole = {"name": "table", "gpa": "0x2010", "size": 64, "granularity": "page"}
+    made = client.post(f"{vm}/protections", json={"name": "p", "objects": [whole], "pages": [["0x9", 2, 0]]})
+    assert made.status_code == 201 and (made.json()["pages"], made.json()["subpages"]) == (3, 96)
+    rows = [{"gpa": gpa, "size": 8} for gpa in (0x2010, 0x2FF8, 0xA000, 0x8000)]
+    result = client.post(f"{vm}/traces", json={"accesses": rows}).json()
+    assert result["violations"] == result["page_granular_violations"] == 3
+    hits = result["by_object"]["table"]
+    assert (hits["violations"], hits["collateral"], hits["subpages"]) == (2, 1, 32)
+    client.delete(f"{vm}/protections/p")
+    assert client.post(f"{vm}/traces", json={"accesses": rows}).json()["violations"] == 0
+
+
+def test_pages_in_part_need_spp(make_vm: Callable[..., str], client: ContractClient) -> None:
     vm = make_vm(spp=False)
     whole = {**OBJECT, "granularity": "page"}
-    reply = client.post(f"{vm}/protections", json={"name": "p", "objects": [whole]})
-    assert (reply.status_code, reply.json()["code"]) == (409, "spp-not-enabled")
-    assert reply.json()["field"] == "objects[0].granularity" and "PUT …/spp" in reply.json()["detail"]
+    for body, place in (
+        ({"objects": [whole, {**OBJECT, "name": "part"}]}, "objects[1]"),
+        ({"pages": [["0x9", 2, 0], ["0x9", 1, "0xfffffffe"]]}, "pages[1]"),
+    ):
+        problem = client.post(f"{vm}/protections", json={"name": "p", **body}).json()
+        assert (problem["status"], problem["code"]) == (409, "spp-not-enabled")
+        assert place in problem["detail"] and "PUT …/spp" in problem["detail"]
+        assert client.get(f"{vm}/protections").json()["protections"] == []
 
 
 @pytest.mark.parametrize("name", ["kernel_control_data", "kernel_text_and_data", "hot_pages_stress"])
