@@ -156,6 +156,9 @@ class AccessRecord(Document):
     insn_len: int = Field(0, ge=0, le=15, description="Bytes of the instruction, 0 if not known.")
     pc: Hex64 = Field(0, description="Address of the instruction, as `gva`.", json_schema_extra=_no_default)
     time: Hex64 = Field(0, description="Nanoseconds, as `gva`.", json_schema_extra=_no_default)
+    value: int | Annotated[str, Field(max_length=128)] | None = Field(
+        None, description="What was read or written; not looked at."
+    )
     op: Annotated[int, Field(ge=0, le=0)] | Annotated[str, Field(pattern="^((0x)?0|access)$")] = Field(
         0, description="0: an access."
     )
