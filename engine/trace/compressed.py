@@ -157,13 +157,20 @@ class Xz:
 
 FAULTS = (zlib.error, zstandard.ZstdError, lzma.LZMAError)
 # By what a file of each begins with.
-_MAGIC: Mapping[bytes, tuple[str, Callable[[], Decoder]]] = MappingProxyType(
-    {
-        b"\x1f\x8b\x08": ("gzip", Gzip),
-        b"\x28\xb5\x2f\xfd": ("zstd", Zstandard),
-        b"\xfd7zXZ\0": ("xz", Xz),
-    }
-)
+_MAGIC = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz"}
+DECODERS: Mapping[str, Callable[[], Decoder]] = MappingProxyType({"gzip": Gzip, "zstd": Zstandard, "xz": Xz})
+
+
+def compression_of(head: bytes | bytearray) -> str | None:
+    """How a file is compressed that begins so, a name in DECODERS; None where it is not."""
+    return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
+
+
+def too_much(given: int, sent: int) -> str | None:
+    """The rule that a body breaks of which so many bytes were sent, if it may not become as many as were given."""
+    if given <= max(ANYWAY, RATIO * sent):
+        return None
+    return f"must not decode to more than {ANYWAY} bytes and {RATIO} times what is sent"
 
 
 def decoded(head: bytes | bytearray, source: Source, limit: int) -> Source | None:
@@ -172,10 +179,8 @@ def decoded(head: bytes | bytearray, source: Source, limit: int) -> Source | Non
     Reading raises TraceError past ``limit`` bytes, 0 for no limit, or what so many bytes may become, MalformedBody for
     a body that is not what it begins as.
     """
-    for magic, (name, make) in _MAGIC.items():
-        if head.startswith(magic):
-            return _Decoded(name, make(), source, limit)
-    return None
+    name = compression_of(head)
+    return None if name is None else _Decoded(name, DECODERS[name](), source, limit)
 
 
 class _Decoded:
@@ -214,8 +219,7 @@ class _Decoded:
         self._given += len(piece)
         if self._limit and self._given > self._limit:
             raise TraceError(f"must be at most {self._limit} bytes when decoded", field="body")
-        if self._given > max(ANYWAY, RATIO * self._sent):
-            rule = f"must not decode to more than {ANYWAY} bytes and {RATIO} times what is sent"
+        if (rule := too_much(self._given, self._sent)) is not None:
             raise TraceError(rule, field="body")
         return piece
 

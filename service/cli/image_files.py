@@ -16,6 +16,7 @@ import zstandard
 from engine.errors import InvalidValue
 from engine.images import open_image
 from engine.images.base import PAGE, Source
+from engine.trace.compressed import compression_of
 from service.platform.failures import FileError, opened
 
 _PIECE = 1 << 20
@@ -33,11 +34,16 @@ def _gzip(file: BinaryIO) -> Any:
     return gzip.GzipFile(fileobj=file)
 
 
-_COMPRESSED: tuple[tuple[bytes, Callable[[BinaryIO], Any]], ...] = (
-    (b"\x28\xb5\x2f\xfd", _zstandard),
-    (b"\x1f\x8b", _gzip),
-    (b"\xfd7zXZ\0", lzma.LZMAFile),
-)
+def _plain(file: BinaryIO) -> Any:
+    return file
+
+
+_READERS: dict[str | None, Callable[[BinaryIO], Any]] = {
+    "zstd": _zstandard,
+    "gzip": _gzip,
+    "xz": lzma.LZMAFile,
+    None: _plain,
+}
 _FAULTS = (zstandard.ZstdError, zlib.error, lzma.LZMAError, EOFError, OSError)
 
 
@@ -58,7 +64,7 @@ def reading(path: Path) -> Iterator[tuple[Any, BinaryIO]]:
         beginning = file.read(6)
         file.seek(0)
         try:
-            yield next((open_(file) for magic, open_ in _COMPRESSED if beginning.startswith(magic)), file), file
+            yield _READERS[compression_of(beginning)](file), file
         except InvalidValue as error:
             raise FileError(f"{path}: {error}") from None
         except _FAULTS as error:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from service.cli.progress import ProgressOption, bar
 from service.cli.vms import HERE, AsJson, Authorities, Client, Token, Url, complete
 from service.platform.failures import Failure
 
@@ -63,9 +61,7 @@ def load(
     registers: Annotated[
         bool, typer.Option("--registers/--no-registers", help="Set CR0, CR3, CR4 and EFER of the vCPUs from the image.")
     ] = True,
-    progress: Annotated[
-        bool | None, typer.Option("--progress/--no-progress", help="Show a bar; on a terminal by default.")
-    ] = None,
+    progress: ProgressOption = None,
     url: Url = HERE,
     token: Token = None,
     authorities: Authorities = None,
@@ -85,8 +81,7 @@ def load(
         home, undo = made
         try:
             began = time.perf_counter()
-            shown = sys.stderr.isatty() if progress is None else progress
-            found = _upload(client, home, file, surveyed, gpa, shown=shown)
+            found = _upload(client, home, file, surveyed, gpa, progress)
             seconds = time.perf_counter() - began
             _set_registers(client, home, found["vcpus"] if registers else [])
         except BaseException:
@@ -143,13 +138,19 @@ def _undone(client: Client, places: list[str]) -> None:
 
 
 def _upload(
-    client: Client, home: str, file: Path, surveyed: Surveyed, gpa: int | None, *, shown: bool
+    client: Client, home: str, file: Path, surveyed: Surveyed, gpa: int | None, progress: bool | None
 ) -> dict[str, Any]:
     from service.cli import image_files
 
     query = {"format": surveyed.format} | ({"gpa": hex(gpa)} if gpa is not None else {})
-    with image_files.reading(file) as (source, raw), _bar(shown, file.stat().st_size) as advance:
-        content = image_files.coded(source, lambda: advance(raw.tell()))
+    size = file.stat().st_size
+    with image_files.reading(file) as (source, raw), bar("loading", progress, size) as move:
+
+        def advanced() -> None:
+            done = raw.tell()
+            move(done, description="committing" if done >= size else "loading")
+
+        content = image_files.coded(source, advanced)
         return client.upload(f"{home}/memory", query, content, image_files.CODING)
 
 
@@ -161,32 +162,6 @@ def _set_registers(client: Client, home: str, vcpus: list[dict[str, Any]]) -> No
         client.call("PUT", f"{home}/vcpus/{number}/vmcs", {name: vcpu[name] for name in _REGISTERS})
     if len(vcpus) > len(ids):
         typer.echo(f"the image tells of {len(vcpus)} vCPUs, the machine has {len(ids)}", err=True)
-
-
-@contextmanager
-def _bar(shown: bool, size: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error that is told how many bytes of a file are done."""
-    if not shown:
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=size or None)
-
-        def advance(done: int) -> None:
-            told = "committing" if done >= size else "loading"
-            bar.update(task, completed=done, description=told)
-
-        yield advance
 
 
 def _print(machine: dict[str, Any], found: dict[str, Any], seconds: float) -> None:

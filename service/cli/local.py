@@ -139,7 +139,7 @@ class Options:
         return TraceRequest(kind, record, carry, self.on_violation, self.include, self.start, kept)
 
 
-Watcher = Callable[[Job], None]
+Watcher = Callable[[Job], object]
 
 
 def run(path: Path, machine: VirtualMachine, request: TraceRequest, watch: Watcher = lambda job: None) -> Trace:

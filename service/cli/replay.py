@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
-from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from service.cli.commands import Given
+from service.cli.progress import ProgressOption, bar, interruptible
 
 if TYPE_CHECKING:
-    from service.cli.local import Watcher
     from service.runtime.job import Job
 
 
@@ -78,9 +75,7 @@ def replay(
     max_exit_records: Annotated[int | None, typer.Option(min=0, help="Exit records to keep.")] = None,
     exits: Annotated[int, typer.Option(min=0, help="With --json: exit records to print.")] = 1000,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as the service answers it.")] = False,
-    progress: Annotated[
-        bool | None, typer.Option("--progress/--no-progress", help="Show a bar; on a terminal by default.")
-    ] = None,
+    progress: ProgressOption = None,
     given: Given = None,
 ) -> None:
     """Replay a trace against a policy here, without a service: which writes would have exited, and what whole pages
@@ -90,16 +85,13 @@ def replay(
     from service.cli.common import common_flags, load_settings
 
     settings = load_settings(**common_flags(context))
-    try:
+    with interruptible("replay"):
         wanted = local.read_policy(policy)
         options = local.Options(format, record, on_violation, start, include, carry, max_exit_records)
         request = options.request(file, settings)
         machine = local.create(wanted, settings)
-        with _bar(sys.stderr.isatty() if progress is None else progress) as watch:
-            trace = local.run(file, machine, request, watch)
-    except KeyboardInterrupt:
-        typer.echo("subpage replay: interrupted", err=True)
-        raise typer.Exit(130) from None
+        with bar("replaying", progress) as move:
+            trace = local.run(file, machine, request, lambda job: move(job.share, done=_told(job)))
     if as_json:
         typer.echo(json.dumps(local.document_of(trace, exits), indent=2))
         return
@@ -108,28 +100,6 @@ def replay(
     print_report(local.report(file, wanted, machine, trace), how="in this process", further=())
 
 
-@contextlib.contextmanager
-def _bar(shown: bool) -> Iterator[Watcher]:
-    """A bar on standard error that follows a replay."""
-    if not shown:
-        yield lambda job: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[done]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("replaying", total=1.0, done="")
-
-        def watch(job: Job) -> None:
-            rate = job.rate or 0.0
-            told = f"{job.records_done:,} records, {rate / 1e6:.1f} M/s"
-            progress.update(task, completed=job.share, done=told)
-
-        yield watch
+def _told(job: Job) -> str:
+    rate = job.rate or 0.0
+    return f"{job.records_done:,} records, {rate / 1e6:.1f} M/s"

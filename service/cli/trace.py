@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli.commands import Command
+from service.cli.progress import ProgressOption, bar, interruptible
+from service.cli.replay import Record
 from service.platform.failures import Failure
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from engine.trace.columns import TraceChunk
-    from service.cli.trace_files import Progress, TraceFile
+    from service.cli.trace_files import TraceFile
     from service.cli.trace_summary import Summary
 
 trace = typer.Typer(help="Convert trace files of other tools, and look into them.", no_args_is_help=True)
@@ -46,13 +46,6 @@ class Format(StrEnum):
     PERF_MEM = "perf-mem"
     HYPERDBG = "hyperdbg"
     CSV = "csv"
-
-
-class Record(StrEnum):
-    """Layout of a packed file."""
-
-    RECORD16 = "record16"
-    GPA8 = "gpa8"
 
 
 class Address(StrEnum):
@@ -81,9 +74,6 @@ Columns = Annotated[
 ]
 SkipUnknown = Annotated[
     bool, typer.Option("--skip-unknown", help="Pass over lines that the format does not have; they are counted.")
-]
-ProgressOption = Annotated[
-    bool | None, typer.Option("--progress/--no-progress", help="Show a bar; on a terminal by default.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 
@@ -118,17 +108,17 @@ def convert(
         raise Failure(f"-o {output}: is the file that is read")
     summary = Summary()
     with (
-        _interruptible("convert"),
+        interruptible("trace convert"),
         opened_trace(file, format, record=record, skip_unknown=skip_unknown, columns=columns) as opened,
         replacing(output) as beside,
-        _bar("converting", opened.progress, progress) as shown,
+        bar("converting", progress) as move,
     ):
         out = ParquetOut(beside)
         for chunk in opened:
             records = addressed(chunk, opened, address)
             summary.add(chunk, records)
             out.add(chunk, records, opened.reader.valued)
-            shown(out.records)
+            move(opened.progress.share, done=f"{out.records:,} records")
         out.close()
     _said(opened)
     typer.echo(f"{out.records:,} records written to {output}")
@@ -153,13 +143,13 @@ def info(
 
     summary = Summary()
     with (
-        _interruptible("info"),
+        interruptible("trace info"),
         opened_trace(file, format, record=record, skip_unknown=skip_unknown, columns=columns) as opened,
-        _bar("reading", opened.progress, progress) as shown,
+        bar("reading", progress) as move,
     ):
         for chunk in opened:
             summary.add(chunk, addressed(chunk, opened, address))
-            shown(summary.records)
+            move(opened.progress.share, done=f"{summary.records:,} records")
     found = summary.document(_TOP)
     whose = opened.reader.taken.address if opened.reader.taken else None
     if as_json:
@@ -193,7 +183,7 @@ def head(
     from service.cli.trace_files import opened_trace
 
     with (
-        _interruptible("head"),
+        interruptible("trace head"),
         opened_trace(file, format, record=record, skip_unknown=skip_unknown, columns=columns) as opened,
     ):
         rows: list[dict[str, Any]] = []
@@ -216,8 +206,6 @@ def addressed(chunk: TraceChunk, file: TraceFile, address: Address | None) -> ND
     """The records of a chunk with the addresses that are asked for. Raises Failure where the trace has none of them."""
     taken = file.reader.taken
     virtual = taken is not None and taken.address != "guest-physical"
-    if address is None and chunk.gva is not None and not getattr(chunk, "has_gpa", True):
-        address = Address.GVA  # the body has no other
     if address is None or (virtual and address is not Address.GPA):
         return chunk.records
     if address is Address.GPA:
@@ -346,33 +334,3 @@ def _is_plain(name: str, rows: list[dict[str, Any]]) -> bool:
 
 def _cell(value: Any) -> str:
     return "-" if value is None else str(value)
-
-
-@contextlib.contextmanager
-def _interruptible(command: str) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(f"subpage trace {command}: interrupted", err=True)
-        raise typer.Exit(130) from None
-
-
-@contextlib.contextmanager
-def _bar(what: str, progress: Progress, wanted: bool | None) -> Iterator[Any]:
-    """A bar on standard error that follows how much of a file is read."""
-    if not (sys.stderr.isatty() if wanted is None else wanted):
-        yield lambda records: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[done]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=1.0, done="")
-        yield lambda records: bar.update(task, completed=progress.share, done=f"{records:,} records")

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 
 from engine.errors import EngineError
 from engine.trace.columns import TraceChunk
-from engine.trace.compressed import FAULTS, Decoder, Gzip, Xz, Zstandard
+from engine.trace.compressed import DECODERS, FAULTS, Decoder, Zstandard, compression_of
 from engine.trace.option_names import FORMATS, TOOL_FORMATS
 from engine.trace.readers import FORMATS as TOOLS
 from engine.trace.readers import TraceReader, open_trace, recognised, what_else
@@ -133,22 +133,15 @@ def opened_trace(
         yield TraceFile(path, kind, compression, reader, progress)
 
 
-_DECODERS: Mapping[bytes, tuple[str, Callable[[], Decoder]]] = MappingProxyType(
-    {
-        b"\x1f\x8b": ("gzip", Gzip),
-        b"\x28\xb5\x2f\xfd": ("zstd", lambda: Zstandard(_WINDOW)),
-        b"\xfd7zXZ\x00": ("xz", Xz),
-    }
-)
+_DECODERS: Mapping[str, Callable[[], Decoder]] = MappingProxyType({**DECODERS, "zstd": lambda: Zstandard(_WINDOW)})
 
 
 def _unpacked(path: Path, file: io.BufferedReader[Any]) -> tuple[str | None, io.BufferedReader[Any]]:
     """How a file is compressed, by its first bytes, and what is in it."""
-    first = file.peek(8)
-    for magic, (name, decoder) in _DECODERS.items():
-        if first.startswith(magic):
-            return name, io.BufferedReader(_Unpacked(file, decoder(), path), HEAD_BYTES)
-    return None, file
+    name = compression_of(file.peek(8))
+    if name is None:
+        return None, file
+    return name, io.BufferedReader(_Unpacked(file, _DECODERS[name](), path), HEAD_BYTES)
 
 
 class _Unpacked(io.RawIOBase):

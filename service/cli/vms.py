@@ -60,17 +60,12 @@ class Client:
 
     def get(self, path: str) -> dict[str, Any]:
         """The document at ``path``. Raises Unanswered."""
-        try:
-            reply = self._client.get(path)
-        except self._failures as error:
-            raise Unanswered(unreached(self._url, error)) from None
-        if reply.status_code != 200:
-            raise Unanswered(self._refused(reply.status_code, reply.content))
+        reply = self._answered("GET", path)
         return self._document(reply.status_code, reply.content)
 
     def call(self, method: str, path: str, document: dict[str, Any] | None = None) -> dict[str, Any]:
         """What the service answers, ``{}`` where that is nothing. Raises Unanswered."""
-        return self._called(method, path, json=document)
+        return self._taken(self._answered(method, path, json=document))
 
     def upload(self, path: str, query: dict[str, str], content: Iterator[bytes], coding: str) -> dict[str, Any]:
         """PUT bytes as they come, however long the service then takes with them. Raises Unanswered."""
@@ -78,16 +73,20 @@ class Client:
 
         headers = {"Content-Type": "application/octet-stream", "Content-Encoding": coding}
         limits = httpx2.Timeout(_TIMEOUT, read=None)
-        return self._called("PUT", path, params=query, content=content, headers=headers, timeout=limits)
+        return self._taken(self._answered("PUT", path, params=query, content=content, headers=headers, timeout=limits))
 
-    def _called(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+    def _taken(self, reply: Any) -> dict[str, Any]:
+        return self._document(reply.status_code, reply.content) if reply.content else {}
+
+    def _answered(self, method: str, path: str, **options: Any) -> Any:
+        """The reply of a service that did what it was asked for."""
         try:
             reply = self._client.request(method, path, **options)
         except self._failures as error:
             raise Unanswered(unreached(self._url, error)) from None
         if not reply.is_success:
             raise Unanswered(self._refused(reply.status_code, reply.content))
-        return self._document(reply.status_code, reply.content) if reply.content else {}
+        return reply
 
     def lines(self, path: str, query: dict[str, str], silence: float, broken: type[Exception]) -> Iterator[str]:
         """The lines of NDJSON at ``path`` as they come.

@@ -8,10 +8,7 @@ from collections.abc import Callable, Iterator
 from starlette.types import Message, Receive
 
 from engine.trace.columns import MalformedBody
-from engine.trace.compressed import ANYWAY as _ANYWAY
-from engine.trace.compressed import FAULTS, Decoder, Gzip, Zstandard
-from engine.trace.compressed import PIECE as _PIECE
-from engine.trace.compressed import RATIO as _RATIO
+from engine.trace.compressed import FAULTS, PIECE, Decoder, Gzip, Zstandard, too_much
 from service.problems import BodyTooLarge, ServiceError
 
 CODINGS: dict[str, Callable[[], Decoder]] = {"gzip": Gzip, "x-gzip": Gzip, "zstd": Zstandard}
@@ -43,8 +40,7 @@ def decoded(receive: Receive, coding: str, limit: int, *, sparse: bool = False) 
                 seen += len(piece)
                 if seen > limit:
                     raise BodyTooLarge(f"must be at most {limit} bytes when decoded", field="body")
-                if not sparse and seen > max(_ANYWAY, _RATIO * sent):
-                    rule = f"must not decode to more than {_ANYWAY} bytes and {_RATIO} times what is sent"
+                if not sparse and (rule := too_much(seen, sent)) is not None:
                     raise BodyTooLarge(rule, field="body")
                 return {"type": "http.request", "body": piece, "more_body": True}
             if last:
@@ -64,12 +60,12 @@ def decoded(receive: Receive, coding: str, limit: int, *, sparse: bool = False) 
 
 
 def _gathered(pieces: Iterator[bytes]) -> bytes:
-    """The next of them, together about ``_PIECE`` bytes; empty at their end."""
+    """The next of them, together about ``PIECE`` bytes; empty at their end."""
     parts, size = list[bytes](), 0
     for piece in pieces:
         parts.append(piece)
         size += len(piece)
-        if size >= _PIECE:
+        if size >= PIECE:
             break
     return b"".join(parts)
 

@@ -18,9 +18,9 @@ FORMATS: dict[str, Format | ToolFormatName] = {
     NDJSON: "ndjson",
     ARROW: "arrow",
     PARQUET: "parquet",
-    OCTETS: "packed",
     TEXT: "auto",
     CSV: "auto",
+    OCTETS: "packed",
 }
 # Bodies of these may be of a format that a tool writes.
 _OF_TOOLS = (TEXT, CSV, OCTETS)

@@ -158,7 +158,7 @@ class AccessRecord(Document):
     insn_len: int = Field(0, ge=0, le=15, description="Bytes of the instruction, 0 if not known.")
     pc: Hex64 = Field(0, description="Address of the instruction, as `gva`.", json_schema_extra=_no_default)
     time: Hex64 = Field(0, description="Nanoseconds, as `gva`.", json_schema_extra=_no_default)
-    value: Annotated[str, Field(max_length=128)] | int | None = Field(
+    value: int | Annotated[str, Field(max_length=128)] | None = Field(
         None, description="What was read or written; not looked at."
     )
     op: Annotated[int, Field(ge=0, le=0)] | Annotated[str, Field(pattern="^((0x)?0|access)$")] = Field(
@@ -348,9 +348,9 @@ def carried_columns(carry: str | None) -> tuple[str, ...]:
                 NDJSON: {**BINARY, "example": '{"gpa": "0x2a5c6a0", "size": 8}\n{"gpa": 4096}\n'},
                 ARROW: BINARY,
                 PARQUET: BINARY,
-                OCTETS: BINARY,
                 TEXT: {**BINARY, "example": " S 004a9000,8\n"},
                 CSV: BINARY,
+                OCTETS: BINARY,
             },
         },
     },

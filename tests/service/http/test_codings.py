@@ -15,7 +15,7 @@ import pytest
 import zstandard
 from starlette.types import Message
 
-from service.http import codings
+from engine.trace import compressed
 from service.http.codings import CODINGS, decoded
 from service.problems import BodyTooLarge, ServiceError
 from service.settings import Settings
@@ -126,7 +126,7 @@ def test_the_event_loop_does_not_decode(coding: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("coding", list(CODINGS))
 def test_what_little_may_become_is_bounded(coding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand times what was sent, and a small body anything."""
-    monkeypatch.setattr(codings, "_ANYWAY", 1 << 20)
+    monkeypatch.setattr(compressed, "ANYWAY", 1 << 20)
     noise = random.Random(1).randbytes(1 << 12)
     for content, size in ((bytes(1 << 20), 1 << 20), (noise + bytes(3 << 20), (3 << 20) + len(noise))):
         assert sum(map(len, read(coding, [ENCODE[coding](content)], 1 << 26))) == size
