@@ -13,7 +13,7 @@ from engine.arch import exits
 from engine.cpu.access_over_pages import page_part
 from engine.cpu.memory_slots import find_slot, within
 from engine.jit import kernel
-from engine.kvm import dirty_marking, emulator, page_tracking
+from engine.kvm import dirty_marking, emulator
 from engine.kvm import resolutions as res
 from engine.kvm.slots import PAGE_SHIFT, SLOT_FLAGS, SLOT_READ_ONLY
 
@@ -41,12 +41,6 @@ def decide(m, gpa, size, access):
             return ending, denied, at
         at += part
     return res.COMPLETED, 0, gpa
-
-
-@kernel
-def refuses(m, gpa, size, access):
-    """Whether a page of an access is tracked, or lacks the right for it."""
-    return page_tracking.active(m) and decide(m, gpa, size, access)[0] == res.VIOLATION
 
 
 @kernel

@@ -88,20 +88,6 @@ def note_landing(m, gpa, size):
 
 
 @kernel
-def run_without_ept(m, place, gpa, word, index, gva, list_all, log, used, tally):
-    """Run one record of a vCPU without EPT that no page refuses: nothing is walked, the memory slots alone decide."""
-    writes = (word >> 16) & acc.ACCESS_MASK == acc.WRITE
-    tally[reg.WRITES] += writes
-    if shadow_paging.is_mmio(m, place, word & 0xFFFF, writes):
-        tally[reg.MMIO] += 1
-        if list_all:
-            vcpu_run.log_exit(log, used, index, gpa, word, gva, exits.NONE, 0, res.MMIO, 0, gpa)
-    elif writes:
-        note_landing(m, place, word & 0xFFFF)
-    return DONE
-
-
-@kernel
 def attempt(m, source, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all):
     """Run an access by whoever makes it; returns as ``run.execute`` does."""
     place = place_of(m, source, vcpu, gpa)
@@ -132,13 +118,10 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
         tally[reg.WRITES] += 1
         return DONE
     plain = how == acc.PLAIN_WRITE and source == acc.GUEST
-    shadowed = source == acc.GUEST and not ept.mode_of(m, vcpu) & ept.MODE_EPT
     q, denied = fastpath.denial(m, gpa, word & 0xFFFF) if plain else (0, 0)
     if q:
         ending, reason, at = res.VIOLATION, exits.EPT_VIOLATION, gpa
         exit_handling.count_exit(tally, reason, q)
-    elif shadowed and not shadow_paging.refuses(m, place, word & 0xFFFF, access):
-        return run_without_ept(m, place, gpa, word, index, gva, list_all, log, used, tally)
     else:
         ending, reason, q, denied, at = attempt(
             m, source, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all

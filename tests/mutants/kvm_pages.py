@@ -100,8 +100,8 @@ MUTANTS = (
     Mutant(
         "shadow-paging-tracks-nothing",
         "engine/kvm/shadow_paging.py",
-        "return page_tracking.active(m) and decide(m, gpa, size, access)[0] == res.VIOLATION",
-        "return False",
+        "if ending != res.COMPLETED:",
+        "if ending == res.MMIO:",
         "without EPT KVM's shadow of the guest's tables keeps pages from being written",
         named(PAGE_TRACKING, "shadow_page_tables_keep_it"),
     ),
