@@ -23,10 +23,12 @@ _KERNEL_SOURCES = (
     "jit.py",
     "kvm",
     "trace/__init__.py",
+    "trace/guest_virtual.py",
     "trace/object_hits.py",
     "trace/record_checks.py",
     "trace/replay.py",
     "trace/results.py",
+    "trace/scattered.py",
     "trace/translated.py",
     "trace/translations.py",
 )

@@ -54,6 +54,7 @@ COUNTERS = (
     "faults_split",
     "emulated_writes",
     "host_writes",
+    "untranslated",
 )
 (
     RECORDS,
@@ -80,4 +81,5 @@ COUNTERS = (
     SPLIT,
     EMULATED,
     HOST_WRITES,
+    UNTRANSLATED,
 ) = range(len(COUNTERS))

@@ -107,7 +107,8 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
             break
         if reason == exits.EPT_VIOLATION and tlb.modelled(m):
             tlb.violated(m, vcpu, at, tlb.EVERY)
-        if reason == exits.EPT_VIOLATION and ve.convert(m, vcpu, how, qualification, gva + (at - gpa), at, trail):
+        linear = gva + access_over_pages.offset_of(m, gpa, at)
+        if reason == exits.EPT_VIOLATION and ve.convert(m, vcpu, how, qualification, linear, at, trail):
             tally[reg.EXCEPTIONS] += 1
             return res.EXCEPTION | stale, reason, qualification, denied, at
         count_exit(tally, reason, qualification)
