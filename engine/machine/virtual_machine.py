@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from engine.arch import access as acc
 from engine.cpu import frames
 from engine.kvm import state_frame as reg
-from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
+from engine.kvm.protections import ProtectedPages, Protection
 from engine.kvm.slots import SlotSpec
 from engine.machine import creation, durable, vcpu_ids, vcpu_records, walks
 from engine.machine.dirty import DirtyOperations
@@ -30,6 +30,7 @@ from engine.machine.summary import Summary
 from engine.machine.tables import TableOperations
 from engine.machine.traces import Traces
 from engine.machine.vcpu_operations import VcpuOperations
+from engine.machine.virtual_objects import Given, Moved
 from engine.state.config import VmConfig
 from engine.state.frame_store import Snapshot
 from engine.trace.access_execution import Execute, execute
@@ -180,12 +181,16 @@ class VirtualMachine:
     def protect(
         self,
         name: str,
-        objects: Sequence[ProtectedObject],
+        objects: Sequence[Given],
         ranges: Sequence[ProtectedPages] = (),
         about: str | None = None,
     ) -> Protection:
         """Protect named objects, and pages without a name. Raises Conflict when the name is taken."""
         return self._protections.add(name, objects, ranges, about)
+
+    def retranslate(self, name: str) -> tuple[Protection, list[Moved]]:
+        """Walk again what a protection has by linear address; the protection as it is now, and what moved."""
+        return self._protections.retranslate(name)
 
     def unprotect(self, name: str) -> None:
         """Delete a protection; what other protections cover stays covered. Raises NotFound."""

@@ -38,6 +38,7 @@ class TraceRequest:
     start: int
     max_exit_records: int
     goes_on: bool = False
+    address: str = "gpa"
 
     def options(self) -> ReplayOptions:
         return ReplayOptions(
@@ -47,6 +48,7 @@ class TraceRequest:
             max_exit_records=self.max_exit_records,
             carry=self.carry,
             goes_on=self.goes_on,
+            address=self.address,
         )
 
 

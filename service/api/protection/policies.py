@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from engine.kvm.protections import MAX_OBJECTS, MAX_RANGES, ProtectedObject, ProtectedPages
+from engine.kvm.protections import MAX_OBJECTS, MAX_RANGES, ProtectedObject, ProtectedPages, VirtualObject
 from engine.kvm.protections import Protection as EngineProtection
 from service.http.wire_types import Document, Hex32, Hex64, Word, examples
 from service.problems import InvalidDocument, ServiceError
@@ -18,7 +18,9 @@ _ABOUT = 2000
 
 Granularity = Literal["subpage", "page"]
 ABOUT = "A note for people; kept, and given back."
-GVA = "Where the guest sees it: a note beside `gpa`, kept and given back. Nothing is looked up by it yet."
+GVA = "Where the guest sees it: a note beside `gpa`. Without `gpa` the guest's page tables say where that is now."
+VCPU = "By whose page tables `gva` is translated: the id of a vCPU, with its paging mode and CR3."
+CR3 = "The address space in place of the vCPU's CR3."
 
 
 class _OptionalWord(Word):
@@ -53,10 +55,12 @@ class ObjectRequest(Document):
     """A byte range to protect; rounded outward to 128 bytes, or to whole pages."""
 
     name: str = Field(min_length=1, max_length=256, description="Unique in the protection.")
-    gpa: Hex64 | None = Field(None, description="Address of its first byte. Required, until `gva` or `symbol` will do.")
+    gpa: Hex64 | None = Field(None, description="Guest-physical address of its first byte; required without `gva`.")
     size: Hex64 = Field(description="In bytes.")
     granularity: Granularity = Field("subpage", description="Outward to what it is rounded: 128 bytes, or 4 KiB.")
     gva: _Gva = Field(None, description=GVA)
+    vcpu: int | None = Field(None, ge=0, le=0xFFFF, description=VCPU + " Only with `gva` alone; 0 unless given.")
+    cr3: Hex64 | None = Field(None, description=CR3 + " Only with `gva` alone.")
     symbol: str | None = Field(None, max_length=256, description="Reserved: 422 not-yet-supported.")
     about: str | None = Field(None, max_length=_ABOUT, description=ABOUT)
 
@@ -82,27 +86,47 @@ class ProtectionRequest(Document):
     )
 
     def protection(self) -> EngineProtection:
-        """What the engine protects. Raises ServiceError for what the form allows and the service refuses."""
+        """What is protected where no guest has page tables. Raises ServiceError, for objects by ``gva`` alone, too."""
+        objects = tuple(_by_gpa(item, f"objects[{position}]") for position, item in enumerate(self.given_objects()))
+        return EngineProtection(self.name, objects, self.given_pages(), self.about)
+
+    def given_pages(self) -> tuple[ProtectedPages, ...]:
+        """The ranges as the engine takes them."""
+        return tuple(ProtectedPages(*row) for row in self.pages)
+
+    def given_objects(self) -> list[ProtectedObject | VirtualObject]:
+        """The objects as the engine takes them. Raises ServiceError for what the form allows and nobody takes."""
         known: dict[str, int] = {}
         for position, item in enumerate(self.objects):
             first = known.setdefault(item.name, position)
             if first != position:
                 rule = f"objects[{first}] and objects[{position}] have one name: each object needs a name of its own"
                 raise InvalidDocument(rule, field=f"objects[{position}].name", value=item.name)
-        objects = tuple(_object(item, f"objects[{position}]") for position, item in enumerate(self.objects))
-        return EngineProtection(self.name, objects, tuple(ProtectedPages(*row) for row in self.pages), self.about)
+        return [_object(item, f"objects[{position}]") for position, item in enumerate(self.objects)]
 
 
-def _object(item: ObjectRequest, where: str) -> ProtectedObject:
+def _by_gpa(item: ProtectedObject | VirtualObject, where: str) -> ProtectedObject:
+    if isinstance(item, VirtualObject):
+        rule = "is looked up in the page tables of a guest, and here is none: give gpa, the guest-physical address"
+        raise ServiceError(rule, field=f"{where}.gva", value=hex(item.gva), code="not-yet-supported")
+    return item
+
+
+def _object(item: ObjectRequest, where: str) -> ProtectedObject | VirtualObject:
     if item.symbol is not None:
         raise _not_yet(f"{where}.symbol", item.symbol)
     if item.gpa is None:
         if item.gva is not None:
-            raise _not_yet(f"{where}.gva", hex(item.gva))
+            vcpu = item.vcpu or 0
+            return VirtualObject(item.name, item.gva, item.size, item.granularity, item.about, vcpu, item.cr3)
         raise InvalidDocument("is required", field=f"{where}.gpa")
+    for name in ("vcpu", "cr3"):
+        if getattr(item, name) is not None:
+            rule = "must be left out: it is for an object by gva, and this one has gpa"
+            raise InvalidDocument(rule, field=f"{where}.{name}", value=getattr(item, name))
     return ProtectedObject(item.name, item.gpa, item.size, item.granularity, item.gva, item.about)
 
 
 def _not_yet(field: str, value: str) -> ServiceError:
-    rule = "is not yet supported as the place of an object: give gpa, the guest-physical address"
+    rule = "is not yet supported as the place of an object: give gpa, the guest-physical address, or gva"
     return ServiceError(rule, field=field, value=value, code="not-yet-supported")
