@@ -16,6 +16,7 @@ from engine.kvm.slots import SlotSpec
 from engine.machine import creation, durable, vcpu_ids, vcpu_records, walks
 from engine.machine.dirty import DirtyOperations
 from engine.machine.fault_injection import Allocations
+from engine.machine.guest_walks import GuestWalk, walk_guest
 from engine.machine.host_memory_operations import HostMemoryOperations
 from engine.machine.hyperv import HypervOperations
 from engine.machine.hyperv_vps import hyperv_host
@@ -218,15 +219,20 @@ class VirtualMachine:
         kind: int = acc.DATA,
         linear: int = acc.LINEAR_VALID,
         circumstances: int = 0,
+        gva: int | None = None,
     ) -> walks.Walk:
         """What the processor finds of an access, entry by entry, and how it ends; changes nothing.
 
         ``kind``, ``linear`` and ``circumstances`` are as ``arch.access`` has them; ``access`` is what the kind does
-        unless given.
+        unless given; ``gva`` a note.
         """
         access = acc.default_access(kind) if access is None else access
-        request = AccessRequest(gpa, size, access, vcpu, kind=kind, linear=linear, circumstances=circumstances)
+        request = AccessRequest(gpa, size, access, vcpu, gva, kind=kind, linear=linear, circumstances=circumstances)
         return self._traces.walk(request, execute)
+
+    def guest_walk(self, gva: int, size: int, vcpu: int, cr3: int | None = None) -> GuestWalk:
+        """What the guest's own page tables say of a linear address; see ``guest_walks``."""
+        return walk_guest(self.state.current.snapshot.machine, self.config, gva, size, vcpu, cr3)
 
     # The durable form
 

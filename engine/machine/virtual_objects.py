@@ -143,4 +143,5 @@ def _where(pieces: Sequence[ProtectedObject], offsets: NDArray[np.int64]) -> NDA
     begins = np.cumsum([0, *(piece.size for piece in pieces[:-1])])
     at = np.searchsorted(begins, offsets, side="right") - 1
     gpas: NDArray[np.int64] = np.array([piece.gpa for piece in pieces], dtype=np.int64)[at]
-    return gpas + (offsets - begins[at])
+    found: NDArray[np.int64] = gpas + offsets - begins[at]
+    return found

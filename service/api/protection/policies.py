@@ -51,6 +51,14 @@ EXAMPLE = {
 }
 
 
+class ObjectPiece(Document):
+    """A run of an object in frames that are neighbours."""
+
+    gpa: Hex64 = Field(description="Guest-physical address of its first byte.")
+    gva: Hex64 = Field(description="Where the guest sees it.")
+    size: int = Field(description="In bytes.")
+
+
 class ObjectRequest(Document):
     """A byte range to protect; rounded outward to 128 bytes, or to whole pages."""
 
@@ -59,8 +67,16 @@ class ObjectRequest(Document):
     size: Hex64 = Field(description="In bytes.")
     granularity: Granularity = Field("subpage", description="Outward to what it is rounded: 128 bytes, or 4 KiB.")
     gva: _Gva = Field(None, description=GVA)
-    vcpu: int | None = Field(None, ge=0, le=0xFFFF, description=VCPU + " Only with `gva` alone; 0 unless given.")
-    cr3: Hex64 | None = Field(None, description=CR3 + " Only with `gva` alone.")
+    vcpu: int | None = Field(
+        None,
+        ge=0,
+        le=0xFFFF,
+        description=VCPU + " 0 unless given; with it, a `gpa` is what was found before.",
+    )
+    cr3: Hex64 | None = Field(None, description=CR3 + " For an object by `gva`.")
+    pieces: list[ObjectPiece] | None = Field(
+        None, max_length=MAX_OBJECTS, description="As a reply has them; an object by `gva` is looked up anew."
+    )
     symbol: str | None = Field(None, max_length=256, description="Reserved: 422 not-yet-supported.")
     about: str | None = Field(None, max_length=_ABOUT, description=ABOUT)
 
@@ -115,14 +131,14 @@ def _by_gpa(item: ProtectedObject | VirtualObject, where: str) -> ProtectedObjec
 def _object(item: ObjectRequest, where: str) -> ProtectedObject | VirtualObject:
     if item.symbol is not None:
         raise _not_yet(f"{where}.symbol", item.symbol)
+    if item.gva is not None and (item.gpa is None or item.vcpu is not None):
+        vcpu = item.vcpu or 0
+        return VirtualObject(item.name, item.gva, item.size, item.granularity, item.about, vcpu, item.cr3)
     if item.gpa is None:
-        if item.gva is not None:
-            vcpu = item.vcpu or 0
-            return VirtualObject(item.name, item.gva, item.size, item.granularity, item.about, vcpu, item.cr3)
         raise InvalidDocument("is required", field=f"{where}.gpa")
     for name in ("vcpu", "cr3"):
         if getattr(item, name) is not None:
-            rule = "must be left out: it is for an object by gva, and this one has gpa"
+            rule = "must be left out: it is for an object by gva, and this one is by gpa"
             raise InvalidDocument(rule, field=f"{where}.{name}", value=getattr(item, name))
     return ProtectedObject(item.name, item.gpa, item.size, item.granularity, item.gva, item.about)
 

@@ -31,7 +31,16 @@ from service.api.common import (
     tagged,
     tagged_reply,
 )
-from service.api.protection.policies import ABOUT, CR3, GVA, RANGE_ITEMS, VCPU, Granularity, ProtectionRequest
+from service.api.protection.policies import (
+    ABOUT,
+    CR3,
+    GVA,
+    RANGE_ITEMS,
+    VCPU,
+    Granularity,
+    ObjectPiece,
+    ProtectionRequest,
+)
 from service.http import cursors
 from service.http.wire_types import Document, Hex32, Hex64, examples
 from service.runtime.offload import maybe_in_thread
@@ -68,14 +77,6 @@ _MOVED = {
     ],
     "moved_total": 1,
 }
-
-
-class ObjectPiece(Document):
-    """A run of an object in frames that are neighbours."""
-
-    gpa: Hex64 = Field(description="Guest-physical address of its first byte.")
-    gva: Hex64 = Field(description="Where the guest sees it.")
-    size: int = Field(description="In bytes.")
 
 
 class ObjectRange(Document):
@@ -244,6 +245,8 @@ class Retranslation(Document):
     ),
     responses=documented(
         {200: {"model": Retranslation, "description": "Looked up.", "headers": headers("ETag")}},
+        "precondition-failed",
+        "precondition-required",
         "spp-not-enabled",
         *CHANGE,
     ),
