@@ -21,6 +21,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from . import (
+    addresses,
     arch,
     areas,
     cpu_access_check,
@@ -66,6 +67,7 @@ PACKAGES = (
     trace,
     interactive,
     translations,
+    addresses,
     store,
 )
 MUTANTS: tuple[Mutant, ...] = tuple(mutant for package in PACKAGES for mutant in package.MUTANTS)
