@@ -337,7 +337,7 @@ def spaces(values: Sequence[int | None]) -> Operations:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_record_may_have_an_address_space_of_its_own(mode: str) -> None:
     vm, first = guest(mode)
-    second = GuestPages(MODES[mode], 3 * M)
+    second = GuestPages(MODES[mode], 34 * M)  # in the same row of the cache as 2 MBytes
     at = linear(mode)
     first.map(at, 16 * M)
     second.map(at, 20 * M)
@@ -345,9 +345,9 @@ def test_a_record_may_have_an_address_space_of_its_own(mode: str) -> None:
     load(vm, first)
     for page in (16, 20):
         b.protect(vm, str(page), (page * M, 8))
-    part = b.chunk([at] * 4)._replace(operations=spaces([None, 3 * M, 2 * M, None]))
+    part = b.chunk([at] * 5)._replace(operations=spaces([None, 34 * M, 2 * M, 34 * M, None]))
     result = b.replay(vm, part, address="gva")
-    assert [gpa // M for (gpa,) in b.exits(result, "gpa")] == [16, 20, 16, 16]
+    assert [gpa // M for (gpa,) in b.exits(result, "gpa")] == [16, 20, 16, 20, 16]
 
 
 def test_each_vcpu_has_tables_of_its_own() -> None:
