@@ -131,7 +131,7 @@ class GuestTables:
         at, end = gva, gva + (word & 0xFFFF)
         while True:
             found = int(guest_tables.locate(m, vcpu, space, np.int64(signed(at)), self._trail, self._steps))
-            following = at + access_over_pages.page_part(at, end)
+            following = min(end, at - at % access_over_pages.PAGE + access_over_pages.PAGE)
             if found >= guest_tables.NOWHERE or following >= end:
                 return at & (1 << 64) - 1, found >> guest_tables.LEVEL_SHIFT & 0xF
             at = following
