@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import radix, sppt
-from engine.cpu.access_over_pages import page_part
+from engine.cpu.access_over_pages import page_part, place
 from engine.cpu.frames import CAP_KVM, STATE_FRAME, read_word
 from engine.cpu.memory_slots import SMM_PAGE, find_slot, home
 from engine.jit import kernel
@@ -223,14 +223,15 @@ def note_host_write(m, gpa, size):
     """Bytes were stored by the host, or by the hypervisor for the guest: nothing stopped them, and all logs know."""
     if mode(m) == 0:
         return
-    at = gpa
-    while at < gpa + size:
-        part = page_part(at, gpa + size)
+    done = 0
+    while done < size:
+        at = place(m, gpa, done)
+        part = page_part(at, at + size - done)
         slot = find_slot(m, at >> 12)
         if slot >= 0:
             note_log(m, at >> 12, slot)
             note_written(m, at >> 12, sppt.touched(at, part))
-        at += part
+        done += part
 
 
 @kernel

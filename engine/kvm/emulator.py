@@ -91,15 +91,16 @@ def execute(m, source, gpa, size, access, tally):
         tally[reg.HOST_WRITES] += access == acc.WRITE
     else:
         tally[reg.EMULATED] += access == acc.WRITE
-    at = gpa
-    while at < gpa + size:
-        part = access_over_pages.page_part(at, gpa + size)
+    done = 0
+    while done < size:
+        at = access_over_pages.place(m, gpa, done)
+        part = access_over_pages.page_part(at, at + size - done)
         ending, denied = refused(m, source, access, at, part)
         if ending == res.VIOLATION:
             return ending, exits.EPT_VIOLATION, violation_of(m, at, access), denied, at
         if ending != res.COMPLETED:
             return ending, NO_EXIT, 0, 0, at
-        at += part
+        done += part
     if access == acc.WRITE:
         dirty_marking.note_host_write(m, gpa, size)
     return res.COMPLETED, NO_EXIT, 0, 0, gpa

@@ -25,16 +25,20 @@ def grant_touched(m, gpa, size, trail):
     Without sub-page protection a page is protected whole, and opened whole.
     """
     opened = False
-    for gfn in range(gpa >> 12, ((gpa + size - 1) >> 12) + 1):
-        if kvmi_rights.lacking(m, gfn) & bits.READ:
+    done = 0
+    while done < size:
+        at = access_over_pages.place(m, gpa, done)
+        if kvmi_rights.lacking(m, at >> 12) & bits.READ:
             return False  # no sub-page of it is eligible
-    at = gpa
-    while at < gpa + size:
-        part = access_over_pages.page_part(at, gpa + size)
+        done += access_over_pages.page_part(at, at + size - done)
+    done = 0
+    while done < size:
+        at = access_over_pages.place(m, gpa, done)
+        part = access_over_pages.page_part(at, at + size - done)
         asked = FULL_ACCESS if page_tracking.active(m) else sppt.touched(at, part)
         refused = asked & ~bitmaps.effective(m, at >> 12)
         if refused and find_slot(m, at >> 12) >= 0:
             grant(m, at >> 12, refused, trail)
             opened = True
-        at += part
+        done += part
     return opened

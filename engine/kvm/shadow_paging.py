@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.arch import access as acc
 from engine.arch import exits
-from engine.cpu.access_over_pages import page_part
+from engine.cpu.access_over_pages import page_part, place
 from engine.cpu.memory_slots import find_slot, within
 from engine.jit import kernel
 from engine.kvm import dirty_marking, emulator
@@ -23,23 +23,27 @@ NO_REASON = np.int64(exits.NONE)
 @kernel
 def is_mmio(m, gpa, size, writes):
     """Whether KVM emulates an access because of its slots alone: a page without one, or a write to a read-only one."""
-    for gfn in range(gpa >> PAGE_SHIFT, ((gpa + size - 1) >> PAGE_SHIFT) + 1):
-        position = find_slot(m, gfn)
+    done = 0
+    while done < size:
+        at = place(m, gpa, done)
+        position = find_slot(m, at >> PAGE_SHIFT)
         if position < 0 or (writes and m.slots[position, SLOT_FLAGS] & SLOT_READ_ONLY):
             return True
+        done += page_part(at, at + size - done)
     return False
 
 
 @kernel
 def decide(m, gpa, size, access):
     """How an access ends, low page first: (resolution or COMPLETED, sub-pages that refuse it, GPA of that)."""
-    at = gpa
-    while at < gpa + size:
-        part = page_part(at, gpa + size)
+    done = 0
+    while done < size:
+        at = place(m, gpa, done)
+        part = page_part(at, at + size - done)
         ending, denied = emulator.refused(m, np.int64(acc.GUEST), access, at, part)
         if ending != res.COMPLETED:
             return ending, denied, at
-        at += part
+        done += part
     return res.COMPLETED, 0, gpa
 
 

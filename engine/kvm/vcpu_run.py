@@ -112,15 +112,17 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
             break
         if reason == exits.EPT_VIOLATION and tlb.modelled(m):
             tlb.violated(m, vcpu, at, tlb.EVERY)
-        if reason == exits.EPT_VIOLATION and ve.convert(m, vcpu, how, qualification, gva + (at - gpa), at, trail):
+        linear = gva + access_over_pages.offset_of(m, gpa, at)
+        if reason == exits.EPT_VIOLATION and ve.convert(m, vcpu, how, qualification, linear, at, trail):
             tally[reg.EXCEPTIONS] += 1
             return res.EXCEPTION | stale, reason, qualification, denied, at
         count_exit(tally, reason, qualification)
         block_nmis(m, vcpu, how, qualification)
         resolution = handle_exit(m, vcpu, at, how, reason, qualification, denied, trail, tally)
         if resolution == res.VIOLATION:
-            space = space_of(m, vcpu)
-            denied = refused_by_policy(m, at | space, gpa + size | space, qualification, denied)
+            place = at | space_of(m, vcpu)
+            end = place + size - access_over_pages.offset_of(m, gpa, at)
+            denied = refused_by_policy(m, place, end, qualification, denied)
         count += 1
         tlb.transition(m, vcpu)
         if resolution == res.VIOLATION and denied and whole and how == acc.PLAIN_WRITE:

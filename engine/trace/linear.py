@@ -171,7 +171,9 @@ def _translate(m: Machine, position: int, linear: int, size: int, how: int) -> P
         at = np.int64(instruction.effective(m, position, np.int64(signed(linear + done))))
         part = int(access_over_pages.page_part(at, at + size - done))
         doing = guest_paging.LOOK | guest_paging.FRESH
-        reason, _, gpa, _, _ = guest_paging.walk(m, position, at, np.int64(how), doing, trail, steps)
+        reason, _, gpa, _, _ = guest_paging.walk(
+            m, position, guest_paging.OWN_SPACE, at, np.int64(how), doing, trail, steps
+        )
         if reason != exits.NONE:
             return ()
         places.append((int(gpa) | space, part))

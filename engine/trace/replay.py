@@ -10,7 +10,7 @@ from engine.arch import access as acc
 from engine.arch import exits
 from engine.arch.controls import V_GUEST_MODE
 from engine.arch.sppt import FULL_ACCESS
-from engine.cpu import access_over_pages, ept, fastpath, sppt
+from engine.cpu import access_over_pages, ept, fastpath, guest_tables
 from engine.cpu.frames import FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
 from engine.cpu.memory_slots import find_slot, home, space_of, within
 from engine.jit import kernel, stands_alone
@@ -25,6 +25,7 @@ from engine.trace.record_checks import DONE, describe, refusal
 NEED_FRAMES = 1
 LOG_FULL = 2
 STOPPED = 3
+UNTRANSLATED = 47
 
 # What becomes of a write that is refused
 SKIP = 0
@@ -37,6 +38,11 @@ OPTION_ON_VIOLATION = 0
 OPTION_LIST_ALL = 1
 OPTION_CIRCUMSTANCES = 3  # bits of ``how`` that records do not hold
 OPTION_KINDS = 2  # records may say what kind of access they are; else those bits are zeros
+OPTION_NOWHERE = 4  # what becomes of records whose address leads nowhere (``cpu.guest_tables``); 0: there are none
+
+# What becomes of them: the loop comes back for each, or counts it and goes on.
+LISTED = 1
+COUNTED = 2
 
 NO_GVA = np.int64(0)
 ONE = np.uint64(1)
@@ -57,10 +63,13 @@ def place_of(m, source, vcpu, gpa):
 @kernel
 def in_protected_page(m, gpa, size):
     """Whether an access touches a page with a sub-page that may not be written: what page granularity would stop."""
-    for gfn in range(gpa >> 12, ((gpa + size - 1) >> 12) + 1):
-        page = home(m, gfn)
+    done = 0
+    while done < size:
+        at = access_over_pages.place(m, gpa, done)
+        page = home(m, at >> 12)
         if bitmaps.effective(m, page) != FULL_ACCESS and find_slot(m, page) >= 0:
             return True
+        done += access_over_pages.page_part(at, at + size - done)
     return False
 
 
@@ -71,13 +80,7 @@ def passes_unenforced(m, vcpu, gpa, size):
         return False
     if not writable_bytes(m, gpa, size):
         return False
-    at = gpa
-    while at < gpa + size:
-        part = access_over_pages.page_part(at, gpa + size)
-        if sppt.touched(at, part) & ~bitmaps.effective(m, home(m, at >> 12)):
-            return True
-        at += part
-    return False
+    return bitmaps.refuses(m, gpa, size)
 
 
 @kernel
@@ -233,15 +236,24 @@ def replay(m, words, gvas, start, base, options, trail, log, used, tally):
     """Replay ``words`` (int64[2n], two a record) from position ``start``; ``base`` is the index of the chunk's first.
 
     ``gvas`` is int64[n] or empty. Returns (status, position): DONE with n, or why it came back and the record it has
-    not run; NEED_FRAMES and LOG_FULL ask the caller to make room and call again from there.
+    not run; NEED_FRAMES and LOG_FULL ask the caller to make room and call again from there, UNTRANSLATED to take note
+    of a record whose address leads nowhere, which is no access.
     """
     status = DONE
     i = start
+    nowhere = np.int64(0)
     seen = BUT_LENGTH if options[OPTION_KINDS] else WHOLE
     while True:
         i = serve(m.cache, m.vcpu_of_id, words, i, seen, tally)
         if 2 * i == words.shape[0]:
             break
+        if options[OPTION_NOWHERE] and words[2 * i] >= guest_tables.NOWHERE:
+            if options[OPTION_NOWHERE] == LISTED:
+                status = UNTRANSLATED
+                break
+            nowhere += 1
+            i += 1
+            continue
         if not ample(m):
             status = NEED_FRAMES
             break
@@ -253,5 +265,6 @@ def replay(m, words, gvas, start, base, options, trail, log, used, tally):
         if status != DONE:
             break
         i += 1
-    tally[reg.RECORDS] += i - start
+    tally[reg.RECORDS] += i - start - nowhere
+    tally[reg.UNTRANSLATED] += nowhere
     return status, i

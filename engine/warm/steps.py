@@ -24,7 +24,7 @@ from engine.ioctls.partial_set import SubpageCalls
 from engine.kvm import exit_handling, mapping, spp_set, sppt_roots
 from engine.kvm.granted_subpages import grant_touched
 from engine.kvm.memory_views import GuestMemory
-from engine.kvm.protections import ProtectedObject
+from engine.kvm.protections import ProtectedObject, VirtualObject
 from engine.kvm.slots import SlotSpec, first_page_without_slot
 from engine.machine import SubpageRange, VirtualMachine
 from engine.machine.hypercalls import HypercallRequest
@@ -126,6 +126,11 @@ def _guest_addresses() -> None:
     vm.protect("guest table", [ProtectedObject("entry", 0, 8)])
     vm.write_memory(0, b"\3")
     vm.access(AccessRequest(None, gva=0x4010, on_violation="allow"))
+    vm.write_memory(0x20, b"\3")
+    vm.protect("by table", [VirtualObject("object", 0x4010, 8)])
+    with vm.replay(ReplayOptions(address="gva")) as run:
+        run.feed(TraceChunk(np.array([[0x4010, 8 | 1 << 16], [0x8010, 8 | 1 << 16]], dtype=np.uint64), None, {}))
+        run.finish()
     vm.vcpus.vm_entry(0)
     vm.vcpus.invept(0, 2, 0)
     vm.vcpus.invvpid(0, 2, 0, 0)

@@ -22,6 +22,7 @@ from queue import SimpleQueue
 
 from . import (
     address_spaces,
+    addresses,
     arch,
     areas,
     cpu_access_check,
@@ -71,6 +72,7 @@ PACKAGES = (
     trace,
     interactive,
     translations,
+    addresses,
     store,
     symbols,
 )
