@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.arch.access import CIRCUMSTANCE_SHIFT
-from engine.cpu.sentences import ReadEntry
+from engine.machine.tables import TableEntry
 from engine.machine.walks import Ending
 from service.api.common import VmId, documented, find, json_response, router
 from service.api.traces.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
@@ -256,7 +256,7 @@ async def explain_access(
         raise InvalidDocument("must be left out: it is for a walk by gva", field="cr3", value=cr3)
     machine = find(request, vm).machine
     small = machine.counters()["memory_bytes"] <= _INLINE_BYTES
-    guest: tuple[ReadEntry, ...] = ()
+    guest: tuple[TableEntry, ...] = ()
     if gva is not None:
         gpa, guest = await maybe_in_thread(size <= _INLINE_SIZE, machine.guest_walk, gva, size, vcpu, cr3)
     assert gpa is not None
