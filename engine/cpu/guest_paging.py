@@ -234,7 +234,7 @@ def pdpte(m, vcpu, space, linear, steps):
     entry = m.rows[m.row_of[FIRST_VCPU_FRAME + vcpu], ctl.V_PDPTE0 + (linear >> 30 & 3)]
     if space != OWN_SPACE:
         slot = (space & guest.CR3_PAE_TABLE) + (linear >> 30 & 3) * 8
-        entry = read_entry(m, slot, 8)
+        entry = read_entry(m, slot | space_of(m, vcpu), 8)
     steps[PAE, 0] = PAE
     steps[PAE, 1] = slot
     steps[PAE, 2] = 8
@@ -258,7 +258,7 @@ def walk(m, vcpu, space, linear, how, doing, trail, steps):
     row = m.row_of[FIRST_VCPU_FRAME + vcpu]
     paging = mode_of(m, vcpu)
     mode = ept.mode_of(m, vcpu)
-    space = space_of(m, vcpu)
+    smm = space_of(m, vcpu)
     if paging == OFF:
         return exits.NONE, 0, linear & LOW_32, UNPAGED | 12 << tlb.GUEST_SIZE_AT, cached_check.WALKED
     size = 4 if paging == BITS_32 else 8
@@ -287,7 +287,7 @@ def walk(m, vcpu, space, linear, how, doing, trail, steps):
         verified = mode & ept.MODE_PAGING_VERIFICATION and not doing & BARE
         if verified and not trail[trail[ept.TRAIL_COUNTS, 0] - 1, 3] & bits.PAGING_WRITE:
             facts |= tlb.GUEST_UNVERIFIED
-        entry = read_entry(m, slot | space, size)
+        entry = read_entry(m, slot | smm, size)
         steps[0, 1] = level
         steps[level, 0] = level
         steps[level, 1] = slot
