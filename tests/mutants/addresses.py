@@ -112,4 +112,12 @@ MUTANTS = (
         "what is protected moves",
         named(OBJECTS, "retranslate_moves_what_is_protected"),
     ),
+    Mutant(
+        "far-page-leaves-smm",
+        PAGES_PY,
+        "return m.places[((gpa & (PAGE - 1)) + done) >> 12] | (gpa & SMM)",
+        "return m.places[((gpa & (PAGE - 1)) + done) >> 12]",
+        "an access over two frames stays in the address space of its vCPU",
+        named(TRACES, "stays_in_the_address_space_of_its_vcpu"),
+    ),
 )

@@ -451,3 +451,25 @@ def test_operations_and_the_model_want_gpas() -> None:
             b.replay(vm, part, address="gva")
         assert (caught.value.index, caught.value.field) == (1, "address")
     assert by_gva(vm, [KERNEL] * 2).records == 2
+
+
+@pytest.mark.parametrize("profile", b.PROFILES)
+def test_an_access_over_two_frames_stays_in_the_address_space_of_its_vcpu(profile: str) -> None:
+    """In SMM the second page is SMRAM; the page of address space 0 at the same GPA, which is protected, is another."""
+    ram, smram = 0x7000_0000_0000, 0x7100_0000_0000
+    slots = (
+        SlotSpec(0, 0, 4 * M, userspace_addr=ram),
+        SlotSpec(1, 0, 0xA0000, address_space=1, userspace_addr=ram),
+        SlotSpec(0, 0xA0000, 0x20000, address_space=1, userspace_addr=smram),
+    )
+    vm, pages = b.machine(profile, slots=slots, vcpus=(0, 1)), GuestPages(MODES["4-level"], 0x10000)
+    pages.map(KERNEL, 0x5000)
+    pages.map(KERNEL + 4 * K, 0xA0000)
+    load(vm, pages, 0, 1)
+    vm.nested.set_smm(0, True)
+    b.protect(vm, "o", (0xA0000, 8))
+    found = [by_gva(vm, [(KERNEL + 0xFFC, 8, b.WRITE, vcpu)]) for vcpu in (0, 1)]
+    assert [(one.violations, one.unenforced_writes, one.page_granular_violations) for one in found] == [
+        (0, 0, 0),
+        (1, 0, 1),
+    ]
