@@ -46,7 +46,7 @@ MUTANTS = (
     Mutant(
         "space-contents",
         "engine/cpu/guest_paging.py",
-        "entry = read_entry(m, slot | space, size)",
+        "entry = read_entry(m, slot | smm, size)",
         "entry = read_entry(m, slot, size)",
         "the guest's own page tables are in its address space",
         named(SPACES, "page_tables_of_the_guest_are_in_its_space"),

@@ -35,7 +35,7 @@ MUTANTS = (
     Mutant(
         "space-without-pdptes",
         PAGING_PY,
-        "entry = read_entry(m, slot, 8)",
+        "entry = read_entry(m, slot | space_of(m, vcpu), 8)",
         "pass",
         "4.4.1: a load of CR3 reads the page-directory-pointer entries",
         (f"{TRACES}::test_a_record_may_have_an_address_space_of_its_own[pae]",),
@@ -59,7 +59,7 @@ MUTANTS = (
     Mutant(
         "far-page-as-if-near",
         PAGES_PY,
-        "return m.places[((gpa & (PAGE - 1)) + done) >> 12]",
+        "return m.places[((gpa & (PAGE - 1)) + done) >> 12] | (gpa & SMM)",
         "return gpa + done",
         "each page of an access is where the tables put it",
         named(TRACES, "the_far_part_refuses_and_is_what_the_exit_reports"),
@@ -118,6 +118,6 @@ MUTANTS = (
         "return m.places[((gpa & (PAGE - 1)) + done) >> 12] | (gpa & SMM)",
         "return m.places[((gpa & (PAGE - 1)) + done) >> 12]",
         "an access over two frames stays in the address space of its vCPU",
-        named(TRACES, "stays_in_the_address_space_of_its_vcpu"),
+        named(TRACES, "an_access_over_two_frames_stays_in_the_address_space_of_its_vcpu"),
     ),
 )
