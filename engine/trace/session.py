@@ -299,7 +299,9 @@ class Replay:
         if count == 0:
             return
         self._used[0] = 0
-        told = scattered.for_objects(self._log[:count], self._split) if self._split else self._log
+        told = self._log[:count]
+        if self._split:
+            told = scattered.for_objects(told, self._split)
         object_hits.attribute(self._targets.index, told, len(told), self._hits, self._seen, self._touched)
         kept = min(count, self._options.max_exit_records - self._kept)
         self._dropped += count - kept

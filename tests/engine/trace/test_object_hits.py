@@ -11,7 +11,7 @@ from engine.errors import LimitExceeded
 from engine.kvm.protections import ProtectedObject, ProtectedPages
 from engine.trace import object_hits
 from engine.trace.object_hits import Targets, objects_of, targets_of
-from tests.engine.builders import machine, maps, replay, set_map, store_leaf, unchanged
+from tests.engine.builders import chunk, machine, maps, replay, set_map, store_leaf, unchanged
 
 
 def targets(*ranges: tuple[str, int, int]) -> Targets:
@@ -163,3 +163,11 @@ def test_pages_without_a_name_refuse_and_count_for_nobody() -> None:
     result = replay(vm, [(0x1000, 8), (0x1080, 8), (0x1100, 8)])
     assert result.violations == 2 and [hit.violations for hit in result.by_object.values()] == [1]
     assert result.exit_columns.objects()[1] == []
+
+
+def test_violations_of_an_earlier_chunk_are_counted_once() -> None:
+    """The log is used again for each chunk: what it still has behind the rows of this one is of the one before."""
+    vm = machine()
+    vm.protect("p", [ProtectedObject("a", 0x1000, 128), ProtectedObject("low", 0, 8)])
+    found = replay(vm, chunk([(0x1000, 8)] * 3), chunk([(0x1000, 8)]), chunk([(0x5000, 8)]))
+    assert (found.violations, found.by_object["a"].violations, found.by_object["low"].violations) == (4, 4, 0)
