@@ -9,9 +9,10 @@ import pytest
 
 from engine.errors import LimitExceeded
 from engine.kvm.protections import ProtectedObject, ProtectedPages
-from engine.trace import object_hits
+from engine.kvm.vcpu_run import MAX_EXITS
+from engine.trace import object_hits, session
 from engine.trace.object_hits import Targets, objects_of, targets_of
-from tests.engine.builders import chunk, machine, maps, replay, set_map, store_leaf, unchanged
+from tests.engine.builders import machine, maps, replay, set_map, store_leaf, unchanged
 
 
 def targets(*ranges: tuple[str, int, int]) -> Targets:
@@ -165,9 +166,9 @@ def test_pages_without_a_name_refuse_and_count_for_nobody() -> None:
     assert result.exit_columns.objects()[1] == []
 
 
-def test_violations_of_an_earlier_chunk_are_counted_once() -> None:
-    """The log is used again for each chunk: what it still has behind the rows of this one is of the one before."""
+def test_what_a_drained_log_still_has_is_not_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "LOG_ROWS", 2 * MAX_EXITS + 4)
     vm = machine()
     vm.protect("p", [ProtectedObject("a", 0x1000, 128), ProtectedObject("low", 0, 8)])
-    found = replay(vm, chunk([(0x1000, 8)] * 3), chunk([(0x1000, 8)]), chunk([(0x5000, 8)]))
+    found = replay(vm, [(0x1000, 8)] * 4)
     assert (found.violations, found.by_object["a"].violations, found.by_object["low"].violations) == (4, 4, 0)
