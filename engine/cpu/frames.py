@@ -66,7 +66,8 @@ class Machine(NamedTuple):
     ``caps`` int64[CAPS]; ``vcpu_of_id`` int64 (vCPU id to position, -1: none); ``slots`` int64[n, SLOT_WORDS] sorted
     by base GFN; ``cache`` int64[CACHE_WORDS], the fast path; ``tlb`` the translation cache, without rows where none
     is modelled (see ``cpu.tlb``); ``queues`` int64[records of vCPUs, 2, QUEUE_WORDS], flushes that vCPUs have not yet
-    done (see ``hyperv.queues``): volatile like the cache.
+    done (see ``hyperv.queues``): volatile like the cache; ``lost`` int64[1], the first page that this change found
+    missing in the file behind its slot (see ``cpu.memory_files``).
     """
 
     rows: Words
@@ -82,6 +83,7 @@ class Machine(NamedTuple):
     cache: Words
     tlb: Words = np.zeros((0, 14), dtype=np.int64)
     queues: Words = np.zeros((0, 2, QUEUE_WORDS), dtype=np.int64)
+    lost: Words = np.zeros(1, dtype=np.int64)
 
 
 @kernel
