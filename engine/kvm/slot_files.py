@@ -55,7 +55,7 @@ class SlotFile:
     def validate(self, size: int) -> None:
         """Refuse a file that has not all bytes of a slot of that size."""
         if not 0 <= self.offset <= _MOST or self.offset % _PAGE:
-            raise InvalidValue("must be a multiple of 4096", field="backing.offset", value=self.offset)
+            raise InvalidValue("must be a multiple of 4096, below 2^63", field="backing.offset", value=self.offset)
         if self.size < self.offset + size:
             rule = f"must have {self.offset + size:#x} bytes or more, offset and size of the slot together"
             raise InvalidValue(f"{rule}; it has {self.size:#x}", field="backing.file", value=self.path)

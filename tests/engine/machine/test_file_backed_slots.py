@@ -16,8 +16,11 @@ from engine.images import open_image
 from engine.kvm.slot_files import SlotFile
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
+from engine.symbols import formats
 from engine.trace.single import AccessRequest
 from tests.engine.builders import MIB, PAGE, READ, WRITE, assert_sound, machine, unchanged
+from tests.support import symbol_files
+from tests.support.symbol_files import BANNER, MAP
 
 LONG_MODE = {"cr0": 0x80050033, "cr3": 0x1000, "cr4": 0x20, "efer": 0xD00}
 PRESENT = guest.PRESENT | guest.WRITABLE
@@ -223,6 +226,23 @@ def test_a_file_is_closed_when_nobody_can_read_it_any_more(file: Path) -> None:
     vm.set_slot(SlotSpec(2, 32 * MIB, MIB))
     gc.collect()
     assert opened() is None
+
+
+def test_a_kernel_is_found_in_a_file(tmp_path: Path) -> None:
+    slide, physical = 0x1A000000, 0x3000000
+    path = tmp_path / "guest"
+    with path.open("wb") as stream:
+        stream.truncate(1 << 30)
+        words = {"phys_base": (physical - slide) % (1 << 64), "page_offset_base": 0xFFFF9A4D40000000}
+        data = {"linux_banner": BANNER, **{name: word.to_bytes(8, "little") for name, word in words.items()}}
+        for address, _, name, _ in symbol_files.KERNEL:
+            if name in data:
+                stream.seek(0x10000000 + address - MAP + physical)
+                stream.write(data[name])
+    vm = machine(slots=[backed(path, offset=0x10000000, size=512 * MIB)])
+    found = vm.symbols.load(formats.read(symbol_files.elf(), "elf"))
+    assert (found.placement.slide, found.placement.phys_base) == (slide, physical - slide)
+    assert kept(vm) == 0
 
 
 def test_attaching_costs_nothing(tmp_path: Path) -> None:
