@@ -13,25 +13,16 @@ import pytest
 from engine.arch import paging as guest
 from engine.errors import Conflict, InvalidValue
 from engine.images import open_image
-from engine.kvm.slot_files import SlotFile
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.symbols import formats
 from engine.trace.single import AccessRequest
-from tests.engine.builders import MIB, PAGE, READ, WRITE, assert_sound, machine, unchanged
+from tests.engine.builders import MIB, PAGE, READ, WRITE, Opened, assert_sound, behind, machine, unchanged
 from tests.support import symbol_files
 from tests.support.symbol_files import BANNER, MAP
 
 LONG_MODE = {"cr0": 0x80050033, "cr3": 0x1000, "cr4": 0x20, "efer": 0xD00}
 PRESENT = guest.PRESENT | guest.WRITABLE
-
-
-class Opened:
-    """An open file, closed when nobody has it any more."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.descriptor)
 
 
 class NotThere:
@@ -45,10 +36,6 @@ def file(tmp_path: Path) -> Path:
     pages = (n.to_bytes(8, "little") + bytes(PAGE - 16) + (~n).to_bytes(8, "little", signed=True) for n in range(256))
     path.write_bytes(b"".join(pages))
     return path
-
-
-def behind(path: Path, offset: int = 0) -> SlotFile:
-    return SlotFile(str(path), offset, path.stat().st_size, path.stat().st_mtime_ns, Opened(path))
 
 
 def backed(path: Path, offset: int = 0, size: int = MIB, gpa: int = 0, slot: int = 0) -> SlotSpec:
