@@ -38,6 +38,7 @@ from service.http.route import HeadRoute
 from service.runtime import census
 from service.runtime.answers import answers_of
 from service.runtime.jobs import Jobs
+from service.runtime.memory_files import MemoryFiles
 from service.runtime.registry import Registry
 from service.runtime.replays import Replaying
 from service.runtime.repository import Repository
@@ -193,7 +194,7 @@ async def _warm_up(app: FastAPI, stopping: threading.Event) -> None:
         see_whether_ready(app)
 
 
-def _repository_of(settings: Settings) -> Repository:
+def _repository_of(settings: Settings, files: MemoryFiles) -> Repository:
     """Where the settings say that machines live."""
     url = StoreUrl.parse(settings.store)
     if url.kind == MEMORY:
@@ -201,7 +202,7 @@ def _repository_of(settings: Settings) -> Repository:
     # Here and not above: the database libraries take 25 MB, and a service whose machines live in memory none of it.
     from service.runtime.stored_repository import StoredRepository  # noqa: PLC0415
 
-    return StoredRepository(url)
+    return StoredRepository(url, files)
 
 
 def _watch(metrics: Metrics, registry: Registry, jobs: Jobs) -> None:
@@ -242,7 +243,8 @@ def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = 
     access = app.state.access = AccessControl(settings, tokens if tokens is not None else tokens_of(settings))
     secret = settings.token.get_secret_value() if settings.token is not None else None
     app.state.audit = AuditLog(settings.audit_log, lambda: access.guarded, secret=secret)
-    registry = app.state.registry = Registry(settings, _repository_of(settings), lambda: access.tenants)
+    files = app.state.memory_files = MemoryFiles(settings.memory_files, settings.max_memory_files)
+    registry = app.state.registry = Registry(settings, _repository_of(settings, files), lambda: access.tenants)
     app.state.idempotency = Idempotency(
         answers_of(registry.repository, settings.idempotency_seconds), settings.idempotency_bytes
     )

@@ -159,6 +159,12 @@ class Settings(BaseSettings):
         description="What the pages of memory images, those of zeros left out, may take in one machine beside "
         "max_table_frames.",
     )
+    memory_files: tuple[Path, ...] = Field(
+        (),
+        description="Directories whose files may be behind memory slots, read-only; none by default. Whoever may write "
+        "reads what is there; `{tenant}` in one stands for the name of the tenant.",
+    )
+    max_memory_files: int = Field(256, ge=0, description="Files behind memory slots that are open at one time.")
     max_memory_window: int = Field(64 * MIB, ge=1, description="Bytes of guest memory one call may cover.")
 
     busy_timeout: float = Field(5.0, ge=0, description="How long a mutation waits for its machine before 409 vm-busy.")
@@ -216,6 +222,14 @@ class Settings(BaseSettings):
     loaded_exit_records: int = Field(
         2_000_000, ge=0, description="Exit records kept in memory per machine; the store has the others."
     )
+
+    @field_validator("memory_files")
+    @classmethod
+    def _absolute(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
+        for directory in value:
+            if not directory.is_absolute() or ".." in directory.parts:
+                raise ValueError(f"a directory is an absolute path without ..: {directory}")
+        return value
 
     @field_validator("store")
     @classmethod

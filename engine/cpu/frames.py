@@ -71,7 +71,8 @@ class Machine(NamedTuple):
     by base GFN; ``cache`` int64[CACHE_WORDS], the fast path; ``tlb`` the translation cache, without rows where none
     is modelled (see ``cpu.tlb``); ``queues`` int64[records of vCPUs, 2, QUEUE_WORDS], flushes that vCPUs have not yet
     done (see ``hyperv.queues``): volatile like the cache; ``places`` int64[MOST_PAGES] where the pages of the access
-    under way are, if they are no neighbours (see ``cpu.access_over_pages``), else NO_PLACE comes first.
+    under way are, if they are no neighbours (see ``cpu.access_over_pages``), else NO_PLACE comes first; ``lost``
+    int64[1], the first page that this change found missing in the file behind its slot (see ``cpu.memory_files``).
     """
 
     rows: Words
@@ -88,6 +89,7 @@ class Machine(NamedTuple):
     tlb: Words = np.zeros((0, 14), dtype=np.int64)
     queues: Words = np.zeros((0, 2, QUEUE_WORDS), dtype=np.int64)
     places: Words = np.full(MOST_PAGES, NO_PLACE, dtype=np.int64)
+    lost: Words = np.zeros(1, dtype=np.int64)
 
 
 @kernel

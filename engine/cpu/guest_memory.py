@@ -1,4 +1,5 @@
-"""Guest RAM contents as the processor sees them: sparse, zero until written, addressed by GPA.
+"""Guest RAM contents as the processor sees them: sparse, addressed by GPA; until it is written a page is zero, or that
+of the file behind its slot (``cpu.memory_files``).
 
 A tree by page (see ``cpu.memory_slots``) names the frame that holds its bytes. Where a raw EPT leaf points elsewhere
 changes the host address that a walk reports, not the bytes.
@@ -6,7 +7,7 @@ changes the host address that a walk reports, not the bytes.
 
 import numpy as np
 
-from engine.cpu import radix
+from engine.cpu import memory_files, radix
 from engine.cpu.frames import MEMORY, new_frame, own
 from engine.cpu.memory_slots import home
 from engine.jit import kernel
@@ -18,12 +19,15 @@ OFFSET = 0xFFF
 
 
 @kernel
-def content_row(m, gfn):
-    """Row that holds the bytes of a page, -1 where nothing was written."""
-    frame = radix.read(m, ROOT_MEMORY, home(m, gfn))
-    if frame == 0:
-        return -1
-    return m.row_of[frame]
+def locate(m, gfn):
+    """Where the bytes of a page are, (row, file, offset): in a row; else, with row -1, in a file; else, with NO_FILE,
+    nowhere: they are zero."""
+    page = home(m, gfn)
+    frame = radix.read(m, ROOT_MEMORY, page)
+    if frame != 0:
+        return m.row_of[frame], memory_files.NO_FILE, np.int64(0)
+    file, offset = memory_files.source(m, page)
+    return np.int64(-1), file, offset
 
 
 @kernel
@@ -34,14 +38,19 @@ def own_content_row(m, gfn):
     if frame == 0:
         frame = new_frame(m, MEMORY)
         radix.write(m, ROOT_MEMORY, page, frame)
+        memory_files.fill(m, page, m.row_of[frame])
     return own(m, frame)
 
 
 @kernel
 def read_word(m, gpa):
     """The 64-bit word at a multiple of 8."""
-    row = content_row(m, gpa >> 12)
-    return m.rows[row, (gpa & OFFSET) >> 3] if row >= 0 else 0
+    row, file, offset = locate(m, gpa >> 12)
+    if row >= 0:
+        return m.rows[row, (gpa & OFFSET) >> 3]
+    if file == memory_files.NO_FILE:
+        return np.int64(0)
+    return memory_files.read_word(m, gpa >> 12, file, offset + (gpa & OFFSET))
 
 
 @kernel

@@ -19,6 +19,10 @@ from engine.jit import kernel
 SLOT_GFN = 0
 SLOT_PAGES = 1
 SLOT_HOST = 5
+# Beside where a slot is: the file behind it (see ``cpu.memory_files``), and where in the file its first byte is.
+SLOT_FILE = 6
+SLOT_FILE_AT = 7
+SLOT_WORDS = 8
 
 SMM_PAGE = 1 << 40
 SMM = SMM_PAGE << 12

@@ -69,6 +69,7 @@ def _set(target: Target, raw: bytes | None) -> Reply:
             address_space=space,
             log_dirty=bool(flags & SLOT_LOG_DIRTY),
             userspace_addr=address,
+            backing=known.backing if known is not None else None,
         )
     )
     return Reply(0)

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from engine.cpu.frames import FRAME_SIZE, Machine
+from engine.errors import Conflict
 from engine.kvm import page_contents
 from engine.kvm.slots import first_page_without_slot, writable_bytes
 from engine.state.frame_store import Draft, Snapshot
@@ -35,11 +36,17 @@ class GuestMemory:
         self._space = space
 
     def read(self, gpa: int, size: int) -> bytes | None:
-        """``size`` bytes at ``gpa``, None where a page of them has no slot."""
+        """``size`` bytes at ``gpa``, None where a page of them has no slot, or was lost with the file behind it, for
+        which a change raises Conflict."""
         machine = self._state.machine
         if not _backed(machine, self._space, gpa, size):
             return None
-        return page_contents.read_bytes(machine, gpa | self._space, size)
+        try:
+            return page_contents.read_bytes(machine, gpa | self._space, size)
+        except Conflict:
+            if isinstance(self._state, Draft):
+                raise
+            return None
 
     def write(self, gpa: int, data: bytes) -> bool:
         """Store ``data`` at ``gpa``; False, storing nothing, where a page has no slot or only a read-only one."""

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from engine.cpu import radix
 from engine.cpu.frames import FRAME_SIZE, STATE_FRAME, WORDS, Machine, ample, free_frame
-from engine.cpu.guest_memory import ROOT_MEMORY, content_row, own_content_row
+from engine.cpu.guest_memory import ROOT_MEMORY, locate, own_content_row
+from engine.cpu.memory_files import NO_FILE, read_into, source
+from engine.cpu.memory_slots import home
 from engine.jit import kernel
 
 NOTHING = np.int64(0)
@@ -27,8 +29,8 @@ def drop_page(m, gfn):
 
 @kernel
 def store_pages(m, gfn, words, start, tally):
-    """Store whole pages, ``words`` int64[n, 512], from the ``start``-th on. Pages of zeros are not kept: what was in
-    their place is forgotten.
+    """Store whole pages, ``words`` int64[n, 512], from the ``start``-th on. Pages of zeros are not kept unless there is
+    a file behind them: what was in their place is forgotten.
 
     Counts those that are kept in ``tally`` int64[1]. Returns how many are done, less than all when frames ran out.
     """
@@ -37,7 +39,7 @@ def store_pages(m, gfn, words, start, tally):
         last = 0
         while last < WORDS and words[at, last] == 0:
             last += 1
-        if last == WORDS:
+        if last == WORDS and source(m, home(m, gfn + at))[0] == NO_FILE:
             drop_page(m, gfn + at)
         else:
             row = own_content_row(m, gfn + at)
@@ -55,15 +57,19 @@ def page_bytes(m: Machine, row: int) -> NDArray[np.uint8]:
 
 
 def read_bytes(m: Machine, gpa: int, size: int) -> bytes:
-    """Guest memory, zero where nothing was written."""
+    """Guest memory; where nothing was written it is zero, or what the file behind its slot has. Raises Conflict where
+    that has not got it any more."""
     out = np.zeros(size, dtype=np.uint8)
     done = 0
     while done < size:
         offset = (gpa + done) % FRAME_SIZE
         part = min(FRAME_SIZE - offset, size - done)
-        row = int(content_row(m, (gpa + done) >> 12))
+        page = (gpa + done) >> 12
+        row, file, at = locate(m, page)
         if row >= 0:
             out[done : done + part] = page_bytes(m, row)[offset : offset + part]
+        elif file != NO_FILE:
+            read_into(out[done : done + part], page, int(file), int(at) + offset)
         done += part
     return out.tobytes()
 

@@ -36,10 +36,16 @@ def check_change(known: SlotSpec, spec: SlotSpec) -> None:
         ("read_only", known.read_only, spec.read_only, "its read_only flag"),
         ("userspace_addr", known.userspace_addr, spec.userspace_addr, "its host address"),
         ("host_page_size", known.host_page_size, spec.host_page_size, "its host page size"),
+        ("backing", _place(known), _place(spec), "the file behind it"),
     )
     for field, before, now, what in fixed:
         if before != now:
             raise InvalidValue(f"a slot keeps {what}; delete it first", field=field, value=now)
+
+
+def _place(spec: SlotSpec) -> str | None:
+    """Where the bytes of a slot are."""
+    return f"{spec.backing.path} at {spec.backing.offset:#x}" if spec.backing is not None else None
 
 
 @kernel

@@ -10,13 +10,14 @@ import json
 import weakref
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import astuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.cpu.memory_slots import SLOT_WORDS
 from engine.errors import InvalidValue
-from engine.kvm.slots import ADDRESS_SPACES, SLOT_WORDS, SlotSpec, slot_row, slot_table
+from engine.kvm.slot_files import SlotFile, with_files
+from engine.kvm.slots import ADDRESS_SPACES, SlotSpec, slot_row, slot_table
 
 _NO_TABLE: NDArray[np.int64] = np.zeros((0, SLOT_WORDS), dtype=np.int64)
 
@@ -25,10 +26,10 @@ class SlotMap(Mapping[int, SlotSpec]):
     """Slots by ``SlotSpec.key``.
 
     ``table`` is int64[n, SLOT_WORDS], sorted by first page, as kernels look it up; ``logged`` how many slots have KVM's
-    dirty log.
+    dirty log; ``files`` those behind slots, by key. The table keeps them open.
     """
 
-    __slots__ = ("__weakref__", "_by_key", "_changed", "_order", "_rows", "logged", "table")
+    __slots__ = ("__weakref__", "_by_key", "_changed", "_order", "_rows", "files", "logged", "table")
 
     def __init__(self) -> None:
         self._by_key: dict[int, SlotSpec] = {}
@@ -39,6 +40,7 @@ class SlotMap(Mapping[int, SlotSpec]):
         self._changed: tuple[weakref.ref[SlotMap], int] | None = None
         self.table = _NO_TABLE
         self.logged = 0
+        self.files: dict[int, SlotFile] = {}
 
     @classmethod
     def of(cls, specs: Iterable[SlotSpec]) -> SlotMap:
@@ -49,7 +51,8 @@ class SlotMap(Mapping[int, SlotSpec]):
             sorted((s.gpa, s.key) for s in found._by_key.values() if s.address_space == space)
             for space in range(ADDRESS_SPACES)
         )
-        found.table = slot_table(found._by_key.values())
+        found.files = {spec.key: spec.backing for spec in found._by_key.values() if spec.backing is not None}
+        found.table = with_files(slot_table(found._by_key.values()), found.files.values())
         found._rows = {spec.key: _row_json(spec) for spec in found._by_key.values()}
         found.logged = sum(spec.log_dirty for spec in found._by_key.values())
         return found
@@ -75,7 +78,10 @@ class SlotMap(Mapping[int, SlotSpec]):
         after._rows[spec.key] = _row_json(spec)
         after._changed = weakref.ref(self), spec.key
         after.logged += spec.log_dirty
-        after.table = np.insert(after.table, after._row_of(spec, at), slot_row(spec), axis=0)
+        if spec.backing is not None:
+            after.files[spec.key] = spec.backing
+        table = np.insert(after.table, after._row_of(spec, at), slot_row(spec), axis=0)
+        after.table = with_files(table, after.files.values())
         return after
 
     def without(self, key: int) -> SlotMap:
@@ -88,7 +94,8 @@ class SlotMap(Mapping[int, SlotSpec]):
         at = bisect_left(order, (spec.gpa, key))
         del order[at]
         after.logged -= spec.log_dirty
-        after.table = np.delete(after.table, after._row_of(spec, at), axis=0)
+        after.files.pop(key, None)
+        after.table = with_files(np.delete(after.table, after._row_of(spec, at), axis=0), after.files.values())
         return after
 
     def changed_since(self, earlier: Mapping[int, SlotSpec]) -> list[int]:
@@ -99,7 +106,7 @@ class SlotMap(Mapping[int, SlotSpec]):
 
     @property
     def json(self) -> str:
-        """The slots as a JSON array of their members' arrays (``SlotSpec`` in order)."""
+        """The slots as a JSON array of their members' arrays (``SlotSpec.row``)."""
         return f"[{', '.join(self._rows.values())}]"
 
     def holding(self, gfn: int) -> SlotSpec | None:
@@ -122,12 +129,12 @@ class SlotMap(Mapping[int, SlotSpec]):
         twin._by_key = self._by_key.copy()
         twin._rows = self._rows.copy()
         twin._order = tuple(order.copy() for order in self._order)
-        twin.table, twin.logged = self.table, self.logged
+        twin.table, twin.logged, twin.files = self.table, self.logged, self.files.copy()
         return twin
 
 
 def _row_json(spec: SlotSpec) -> str:
-    return json.dumps(astuple(spec))
+    return json.dumps(spec.row())
 
 
 def _check_apart(spec: SlotSpec, other: SlotSpec) -> None:

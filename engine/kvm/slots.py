@@ -5,17 +5,20 @@ What kernels allow differently is ``LimitRows`` of ``engine.state.profiles``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.cpu.access_over_pages import page_part, place
 from engine.cpu.frames import Machine
-from engine.cpu.memory_slots import SLOT_GFN, SLOT_PAGES, SMM_PAGE, find_slot
+from engine.cpu.memory_files import NO_FILE
+from engine.cpu.memory_slots import SLOT_GFN, SLOT_PAGES, SLOT_WORDS, SMM_PAGE, find_slot
 from engine.errors import InvalidValue
 from engine.jit import kernel, short_kernel
+from engine.kvm.slot_files import SlotFile
 
 ADDRESS_SPACES = 2  # 0, and 1 for system-management mode
 MAX_SLOT_PAGES = (1 << 31) - 1  # KVM_MEM_MAX_NR_PAGES
@@ -29,10 +32,13 @@ HOST_PAGE_SIZES = (1 << 12, 1 << 21, 1 << 30)
 SLOT_FLAGS = 2
 SLOT_ID = 3
 SLOT_LEVEL = 4  # of the leaf that maps one of its host pages
-SLOT_WORDS = 6
 
 SLOT_LOG_DIRTY = 1 << 0  # KVM_MEM_LOG_DIRTY_PAGES
 SLOT_READ_ONLY = 1 << 1  # KVM_MEM_READONLY
+
+
+# What every slot has; a file comes behind.
+_PLAIN_MEMBERS = 8
 
 
 def key_of(slot: int, address_space: int) -> int:
@@ -45,7 +51,7 @@ class SlotSpec:
     """One memory slot: ``size`` bytes of guest RAM at ``gpa``.
 
     ``host_page_size`` is the page size that backs it, ``userspace_addr`` where it is in the memory of whoever runs the
-    machine, ``log_dirty`` KVM_MEM_LOG_DIRTY_PAGES.
+    machine, ``log_dirty`` KVM_MEM_LOG_DIRTY_PAGES, ``backing`` the file that has what was never written.
     """
 
     slot: int
@@ -56,6 +62,18 @@ class SlotSpec:
     address_space: int = 0
     log_dirty: bool = False
     userspace_addr: int = 0
+    backing: SlotFile | None = None
+
+    @classmethod
+    def of_row(cls, row: Sequence[Any]) -> SlotSpec:
+        """Read back what ``row`` gave. Raises InvalidValue for a file that cannot be."""
+        spec = cls(*row[:_PLAIN_MEMBERS])
+        return replace(spec, backing=SlotFile.of_row(row[_PLAIN_MEMBERS])) if len(row) > _PLAIN_MEMBERS else spec
+
+    def row(self) -> list[Any]:
+        """The durable form: the members in order, the file only where there is one."""
+        plain: list[Any] = [getattr(self, member.name) for member in fields(self)[:_PLAIN_MEMBERS]]
+        return plain if self.backing is None else [*plain, self.backing.row()]
 
     @property
     def key(self) -> int:
@@ -100,6 +118,8 @@ class SlotSpec:
             raise InvalidValue(
                 "must be 4096, 2097152 or 1073741824 bytes", field="host_page_size", value=self.host_page_size
             )
+        if self.backing is not None:
+            self.backing.validate(self.size)
 
     def validate_width(self, width: int) -> None:
         """Refuse what the guest's MAXPHYADDR does not reach."""
@@ -140,7 +160,8 @@ def check_pages(m: Machine, width: int, gfn: int, pages: int, field: str, value:
 def slot_row(spec: SlotSpec) -> tuple[int, ...]:
     """A row of Machine.slots."""
     level = HOST_PAGE_SIZES.index(spec.host_page_size) + 1
-    return (spec.first_page, spec.pages, spec.flags, spec.slot, level, spec.userspace_addr >> PAGE_SHIFT)
+    file = (int(NO_FILE), 0) if spec.backing is None else spec.backing.words
+    return (spec.first_page, spec.pages, spec.flags, spec.slot, level, spec.userspace_addr >> PAGE_SHIFT, *file)
 
 
 def slot_table(specs: Iterable[SlotSpec]) -> NDArray[np.int64]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from engine.cpu import frames
 from engine.errors import InvalidValue
 from engine.kvm.protection_head import protection_from_head, protection_to_head
+from engine.kvm.slot_files import OpenFile, SlotFile
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec
 from engine.machine import creation, vcpu_records
@@ -22,6 +24,9 @@ from engine.state.head import config_from_head, config_head_today, config_text, 
 # Format 1 had a record for each vCPU that a machine has room for; otherwise the two are alike.
 HEAD_FORMAT = 2
 _READ = (1, HEAD_FORMAT)
+
+# Opens the file behind a slot, or says that it is not there.
+Attach = Callable[[SlotFile], OpenFile | None]
 
 
 def head_of(state: State) -> dict[str, Any]:
@@ -63,8 +68,9 @@ def head_today(head: Mapping[str, Any]) -> dict[str, Any]:
     return {**head, "format": HEAD_FORMAT, "config": config_head_today(head["config"])}
 
 
-def restored(head: Mapping[str, Any], blocks: Mapping[tuple[str, int], bytes]) -> MachineState:
-    """The state that ``head`` and all its blocks describe; ``blocks`` maps (array, block) to 4096 bytes.
+def restored(head: Mapping[str, Any], blocks: Mapping[tuple[str, int], bytes], attach: Attach) -> MachineState:
+    """The state that ``head`` and all its blocks describe; ``blocks`` maps (array, block) to 4096 bytes, ``attach``
+    opens the files behind slots.
 
     Raises InvalidValue for a format of later releases, and where the blocks are not those of such a machine.
     """
@@ -82,7 +88,7 @@ def restored(head: Mapping[str, Any], blocks: Mapping[tuple[str, int], bytes]) -
         State(
             config,
             store.published,
-            SlotMap.of(SlotSpec(*row) for row in head["slots"]),
+            SlotMap.of(_slot(row, attach) for row in head["slots"]),
             known,
             targets_of_all(known),
             states_from_head(config, head.get("nested", {})),
@@ -90,6 +96,11 @@ def restored(head: Mapping[str, Any], blocks: Mapping[tuple[str, int], bytes]) -
     )
     state.choose_path()
     return state
+
+
+def _slot(row: Sequence[Any], attach: Attach) -> SlotSpec:
+    spec = SlotSpec.of_row(row)
+    return spec if spec.backing is None else replace(spec, backing=replace(spec.backing, opened=attach(spec.backing)))
 
 
 def _places(config: VmConfig, kinds: Mapping[int, int], total: int) -> range:

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from engine.cpu.frames import FRAME_SIZE, Machine
+from engine.cpu.guest_memory import locate
+from engine.cpu.memory_files import NO_FILE
+from engine.cpu.memory_slots import SLOT_FILE, SLOT_GFN, SLOT_PAGES, SMM_PAGE
 from engine.errors import InvalidValue
 from engine.kvm.page_contents import read_bytes, stored_pages
 from engine.symbols.formats import SymbolFile
@@ -30,7 +34,8 @@ from engine.symbols.table import SymbolTable
 
 _BANNER = b"Linux version "
 _PAGES_AT_ONCE = 1024
-# How much of the memory is looked through for the banner of another kernel, in pages.
+# How much of the memory is looked through for the banner of another kernel, in pages; and how many pages of files for
+# that of this one, which may be in one of 512.
 _LOOKED_THROUGH = 1 << 18
 
 
@@ -83,12 +88,26 @@ def _shifts(m: Machine, banner: int) -> Iterator[int]:
     aligned = ((gfns << 12) - (linked & ~(FRAME_SIZE - 1))) % ALIGNMENT == 0
     aligned &= gfns < GPA_END >> 12
     offset = linked % FRAME_SIZE
-    begin = np.frombuffer(_BANNER[: FRAME_SIZE - offset], dtype=np.uint8)
+    first = _BANNER[: FRAME_SIZE - offset]
+    begin = np.frombuffer(first, dtype=np.uint8)
     for start in range(0, int(aligned.sum()), _PAGES_AT_ONCE):
         part = slice(start, start + _PAGES_AT_ONCE)
         content = m.rows[rows[aligned][part]].view(np.uint8)[:, offset : offset + len(begin)]
         for gfn in gfns[aligned][part][(content == begin).all(axis=1)].tolist():
             yield (gfn << 12) + offset - linked
+    for gfn in islice(_pages_of_files(m, linked >> 12), _LOOKED_THROUGH):
+        if read_bytes(m, (gfn << 12) + offset, len(first)) == first:
+            yield (gfn << 12) + offset - linked
+
+
+def _pages_of_files(m: Machine, linked: int) -> Iterator[int]:
+    """Of the pages that files behind slots have, those where page ``linked`` of the image can be."""
+    step = ALIGNMENT // FRAME_SIZE
+    for slot in m.slots[(m.slots[:, SLOT_FILE] != NO_FILE) & (m.slots[:, SLOT_GFN] < SMM_PAGE)]:
+        start, end = int(slot[SLOT_GFN]), int(slot[SLOT_GFN] + slot[SLOT_PAGES])
+        for gfn in range(start + (linked - start) % step, end, step):
+            if locate(m, gfn)[0] < 0:
+                yield gfn
 
 
 def _confirmed(m: Machine, file: SymbolFile, banner: int, shift: int) -> _Found | None:
@@ -115,8 +134,8 @@ def _word(m: Machine, table: SymbolTable, name: str, shift: int) -> int | None:
     address = _linked(table, name)
     if address is None or not 0 <= (gpa := address - START_KERNEL_MAP + shift) < GPA_END:
         return None
-    gfns, _ = stored_pages(m)
-    return int.from_bytes(read_bytes(m, gpa, 8), "little") if (gfns == gpa >> 12).any() else None
+    row, file, _ = locate(m, gpa >> 12)
+    return int.from_bytes(read_bytes(m, gpa, 8), "little") if row >= 0 or file != NO_FILE else None
 
 
 def _linked(table: SymbolTable, name: str) -> int | None:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.cpu import frames
-from engine.cpu.guest_memory import content_row
+from engine.cpu.guest_memory import locate
+from engine.cpu.memory_files import NO_FILE
 from engine.errors import InvalidValue
 from engine.images.base import Block
 from engine.kvm import dirty_marking, page_contents
@@ -96,7 +97,10 @@ def _store_block(change: Change, block: Block, kept: NDArray[np.int64]) -> None:
 
 def _store_part(change: Change, gpa: int, data: NDArray[np.uint8], kept: NDArray[np.int64]) -> None:
     """Bytes of one page, which stays as it is beside them."""
-    if len(data) and (data.any() or content_row(change.machine, gpa >> PAGE_SHIFT) >= 0):
+    if not len(data):
+        return
+    row, file, _ = locate(change.machine, gpa >> PAGE_SHIFT)
+    if data.any() or row >= 0 or file != NO_FILE:
         change.ensure()
         page_contents.write_page(change.machine, gpa, data)
         kept[0] += 1

@@ -45,7 +45,7 @@ class SlotOperations(Operations):
             page_logs.store_register(draft.machine, reg.MMU_PAGES, signed(count))
 
     def set(self, spec: SlotSpec) -> None:
-        """Make a slot, move a known one, or change whether its writes are logged.
+        """Make a slot, move a known one, change whether its writes are logged, or open the file behind it again.
 
         Raises InvalidValue, with EEXIST for one that overlaps another of its address space.
         """
@@ -54,7 +54,7 @@ class SlotOperations(Operations):
         spec.validate_place()
         known = state.slots.get(spec.key)
         if known is not None:
-            if known == spec:
+            if known == spec and _same_file(known, spec):
                 return
             slot_changes.check_change(known, spec)
         slots = state.slots.with_slot(spec)
@@ -82,6 +82,13 @@ class SlotOperations(Operations):
             common_memory.hand_back(draft, slots, spec)
             _drop(draft, spec)
             page_logs.note_slots(draft, slots)
+
+
+def _same_file(known: SlotSpec, spec: SlotSpec) -> bool:
+    """Whether they are backed by one open file, or none; one that was put back is another."""
+    if known.backing is None or spec.backing is None:
+        return True
+    return known.backing.opened is spec.backing.opened
 
 
 def _move(draft: Draft, old: SlotSpec, new: SlotSpec) -> None:

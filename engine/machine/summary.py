@@ -41,5 +41,5 @@ def summary_from_head(head: Mapping[str, Any]) -> Summary | None:
         first_identity(item) if item.id not in touched else (touched[item.id].vp_index, touched[item.id].cpuid)
         for item in config.vcpus
     )
-    slots = tuple(SlotSpec(*row) for row in head["slots"])
+    slots = tuple(SlotSpec.of_row(row) for row in head["slots"])
     return Summary(config, slots, tuple(identities), kept["spp_active"], kept["failing"])

@@ -13,6 +13,7 @@ from engine.cpu import frames
 from engine.images.base import Block
 from engine.kvm import state_frame as reg
 from engine.kvm.protections import ProtectedPages, Protection
+from engine.kvm.slot_files import OpenFile, SlotFile
 from engine.kvm.slots import SlotSpec
 from engine.machine import creation, durable, vcpu_ids, vcpu_records, walks
 from engine.machine.dirty import DirtyOperations
@@ -250,9 +251,15 @@ class VirtualMachine:
     # The durable form
 
     @classmethod
-    def restore(cls, head: Mapping[str, Any], blocks: Mapping[tuple[str, int], bytes]) -> VirtualMachine:
-        """The machine that ``head`` and all its blocks describe; ``blocks`` maps (array, block) to 4096 bytes."""
-        return cls(durable.restored(head, blocks))
+    def restore(
+        cls,
+        head: Mapping[str, Any],
+        blocks: Mapping[tuple[str, int], bytes],
+        attach: Callable[[SlotFile], OpenFile | None] = lambda file: None,
+    ) -> VirtualMachine:
+        """The machine that ``head`` and all its blocks describe; ``blocks`` maps (array, block) to 4096 bytes, and
+        ``attach`` opens the files behind its slots: without it their bytes cannot be read."""
+        return cls(durable.restored(head, blocks, attach))
 
     def head(self) -> dict[str, Any]:
         """The small part of the durable form, as JSON: configuration, slots, protections, number of frames."""

@@ -18,9 +18,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.cpu import frames, tlb
+from engine.cpu import frames, memory_files, tlb
 from engine.cpu.fastpath import CACHE_WORDS, EMPTY
 from engine.cpu.frames import CAP_RESERVE, FREE, TOP_FREE, TOP_SPARE, WORDS, Machine
+from engine.cpu.memory_slots import SLOT_WORDS
 from engine.errors import LimitExceeded
 
 FIRST_FRAMES = 64
@@ -64,7 +65,7 @@ class FrameStore:
                 top=np.zeros(2, dtype=np.int64),
                 caps=caps,
                 vcpu_of_id=vcpu_of_id,
-                slots=empty.reshape(0, 6),
+                slots=empty.reshape(0, SLOT_WORDS),
                 cache=np.full(CACHE_WORDS, EMPTY, dtype=np.int64),
                 tlb=tlb.new_table() if modelled else tlb.no_table(),
                 queues=np.zeros((vcpus, 2, frames.QUEUE_WORDS), dtype=np.int64),
@@ -197,6 +198,7 @@ class Draft:
             tlb=base.tlb.copy(),
             queues=base.queues.copy(),
             places=np.full(frames.MOST_PAGES, frames.NO_PLACE, dtype=np.int64),
+            lost=np.zeros(1, dtype=np.int64),
         )
         self.ensure()
 
@@ -236,7 +238,9 @@ class Draft:
         self.machine = m._replace(rows=m.rows[: total - gone], spare=m.spare[gone:], top=top)
 
     def check(self) -> None:
-        """Raise LimitExceeded if more frames are in use than the machine may have."""
+        """Raise LimitExceeded if more frames are in use than the machine may have, Conflict if the file behind a slot
+        had not what was read of it."""
+        memory_files.check(self.machine)
         used = frames.in_use(self.machine)
         if used > self._most:
             rule = f"a machine has {self.store.limit} table frames at most"

@@ -23,6 +23,7 @@ from service.problems import responses
 from service.runtime.asking import Asker
 from service.runtime.entry import Listed
 from service.runtime.jobs import Jobs
+from service.runtime.memory_files import MemoryFiles
 from service.runtime.registry import Entry, Registry, unknown_vm
 from service.runtime.replays import Replaying
 from service.security.access import AccessControl, Permission, Principal
@@ -125,6 +126,10 @@ def settings_of(request: HTTPConnection) -> Settings:
 
 def registry_of(request: HTTPConnection) -> Registry:
     return cast(Registry, request.app.state.registry)
+
+
+def memory_files_of(request: HTTPConnection) -> MemoryFiles:
+    return cast(MemoryFiles, request.app.state.memory_files)
 
 
 def jobs_of(request: HTTPConnection) -> Jobs:

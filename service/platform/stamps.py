@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def stamp(when: datetime | None = None) -> str:
@@ -14,4 +14,4 @@ def stamp(when: datetime | None = None) -> str:
 
 def moment(time: datetime) -> int:
     """Microseconds of Unix time, exactly: what puts the items of a list in order."""
-    return (time - _EPOCH) // timedelta(microseconds=1)
+    return (time - EPOCH) // timedelta(microseconds=1)

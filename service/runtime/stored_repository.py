@@ -14,6 +14,7 @@ from engine.trace.results import ExitColumns
 from service.problems import NotReady, StoreUnavailable, trace_not_kept
 from service.runtime.commit_hooks import CommitHooks, with_sides
 from service.runtime.events import Load
+from service.runtime.memory_files import MemoryFiles
 from service.runtime.offload import finished
 from service.runtime.repository import NO_LOG, JobsInMemory, Repository, VmsInMemory
 from service.runtime.trace_records import columns_of, record_of, trace_of
@@ -38,8 +39,9 @@ class StoredRepository(Repository):
 
     durable = True
 
-    def __init__(self, url: StoreUrl) -> None:
+    def __init__(self, url: StoreUrl, files: MemoryFiles) -> None:
         self._url = url
+        self._files = files
         self._writer: StoreWriter | None = None
         self._reader: Reader | None = None
         self._epoch = 0
@@ -146,7 +148,8 @@ class StoredRepository(Repository):
             found = reader.machine(number)
             if found is None:
                 return None
-            machine = VirtualMachine.restore(json.loads(found.record.head), found.blocks)
+            attach = self._files.reopening(found.record.tenant)
+            machine = VirtualMachine.restore(json.loads(found.record.head), found.blocks, attach)
             return found.record, machine, [trace_of(record) for record in found.traces]
 
         return await anyio.to_thread.run_sync(work)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from engine.cpu.ept import TRAIL_ROWS
 from engine.errors import EngineError
 from engine.kvm import mapping
 from engine.kvm.protections import ProtectedObject
+from engine.kvm.slot_files import SlotFile
 from engine.kvm.slots import SlotSpec, slot_table
 from engine.machine import SubpageRange, VirtualMachine, creation
 from engine.state.config import HostConfig, VcpuConfig, VmConfig
@@ -40,6 +44,14 @@ Blocks = dict[int, tuple[str, bytes]]
 # ---- machines
 
 
+class Opened:
+    """An open file, closed when nobody has it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+
 def machine(
     profile: str = "kvm-2019",
     *,
@@ -52,6 +64,11 @@ def machine(
     """A machine with one slot of 4 MiB at 0 and sub-page protection on, unless told otherwise."""
     settings = VmConfig(profile=profile, vcpus=tuple(VcpuConfig(i) for i in vcpus), host=host or HostConfig(), **config)
     return VirtualMachine.create(settings, slots, spp=spp)
+
+
+def behind(path: Path, offset: int = 0) -> SlotFile:
+    """A file behind a slot, open."""
+    return SlotFile(str(path), offset, path.stat().st_size, path.stat().st_mtime_ns, Opened(path))
 
 
 def set_map(vm: VirtualMachine, gfn: int, access: int, npages: int = 1) -> None:

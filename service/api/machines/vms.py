@@ -165,6 +165,7 @@ _SLOT = {
     "log_dirty": False,
     "host_page_size": 4096,
     "userspace_addr": "0x0",
+    "backing": None,
 }
 _CREATE = {"name": "guest", "vcpus": 2, "memory_slots": [{"slot": 0, "gpa": "0x0", "size": "0x40000000"}], "spp": True}
 _REPLY = {
@@ -337,7 +338,7 @@ class VmPage(Document):
 async def create_vm(request: Request, body: Annotated[VmRequest, Body()]) -> Response:
     config = body.config(settings_of(request).max_table_frames)
     check_slots(settings_of(request), len(body.memory_slots))
-    slots = [slot.spec(slot.slot) for slot in body.memory_slots]
+    slots = [slot.spec(slot.slot, backing=await slot.attached(request)) for slot in body.memory_slots]
     entry = await registry_of(request).create(
         config, slots, spp=body.spp, tenant=tenant_of(request), hooks=hooks_of(request)
     )

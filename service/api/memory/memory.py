@@ -8,6 +8,7 @@ from fastapi import Query
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.machine import VirtualMachine
 from service.api.common import VmId, changing, documented, find, guard, headers, router, settings_of
 from service.api.memory.images import ImageFormat, MemoryImage, put_image
 from service.http import conditional
@@ -27,6 +28,11 @@ _INLINE_BYTES = 1 << 18
 _BINARY = {OCTETS: {"schema": {"type": "string", "format": "binary"}, "example": "/bin/sh"}}
 
 
+def _small(machine: VirtualMachine, size: int) -> bool:
+    """Whether bytes are copied in no time: there are few, and none has to come from a disk."""
+    return size <= _INLINE_BYTES and not machine.memory_slots.known.files
+
+
 def _tag(content: bytes, gpa: int) -> str:
     return conditional.entity_tag(f"memory:{gpa:#x}".encode(), content)
 
@@ -41,6 +47,7 @@ def _tag(content: bytes, gpa: int) -> str:
             304: {"description": "Unchanged.", "headers": headers("ETag")},
         },
         "not-found",
+        "conflict",
         "invalid-value",
     ),
 )
@@ -54,7 +61,7 @@ async def read_memory(
     limit = settings_of(request).max_memory_window
     if not 1 <= size <= limit:
         raise InvalidDocument(f"must be between 1 and {limit}", field="size", value=size)
-    content = await maybe_in_thread(size <= _INLINE_BYTES, entry.machine.read_memory, gpa, size)
+    content = await maybe_in_thread(_small(entry.machine, size), entry.machine.read_memory, gpa, size)
     tag = _tag(content, gpa)
     if conditional.not_modified(request, tag):
         return Response(status_code=304, headers={"ETag": tag})
@@ -124,5 +131,5 @@ async def write_memory(
         raise InvalidDocument("must not be empty", field="body")
     async with changing(request, entry) as machine:
         guard(request, entry, lambda: [_tag(machine.read_memory(gpa, len(content)), gpa)])
-        await maybe_in_thread(len(content) <= _INLINE_BYTES, machine.write_memory, gpa, content)
+        await maybe_in_thread(_small(machine, len(content)), machine.write_memory, gpa, content)
     return Response(status_code=204, headers={"ETag": _tag(content, gpa)})

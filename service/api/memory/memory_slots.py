@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from typing import Annotated
 
 from fastapi import Path, Query
@@ -11,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.errors import LimitExceeded, NotFound
+from engine.kvm.slot_files import SlotFile
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from service.api.common import (
@@ -22,14 +24,19 @@ from service.api.common import (
     guard,
     headers,
     json_response,
+    memory_files_of,
     router,
     settings_of,
     tag_of,
     tagged,
     tagged_reply,
+    tenant_of,
 )
 from service.http.wire_types import Document, Hex64, examples
+from service.platform.stamps import EPOCH, stamp
 from service.problems import InvalidDocument
+from service.runtime.memory_files import LONGEST_PATH, FileState, state_of
+from service.runtime.offload import maybe_in_thread
 from service.runtime.registry import Entry
 from service.settings import Settings
 
@@ -51,7 +58,54 @@ _REPLY = {
     "log_dirty": False,
     "host_page_size": 4096,
     "userspace_addr": "0x0",
+    "backing": None,
 }
+_FILE = {"file": "/dev/shm/guest", "offset": "0x0"}
+_BACKED = {
+    **_REPLY,
+    "backing": {
+        **_FILE,
+        "size": 1073741824,
+        "modified": "2026-08-22T09:30:00.000000Z",
+        "state": "attached",
+        "reason": None,
+    },
+}
+
+
+class BackingRequest(Document):
+    """The file behind a slot: it has the bytes of pages that were never written here. It is only read."""
+
+    model_config = ConfigDict(json_schema_extra=examples(_FILE))
+
+    file: str = Field(
+        min_length=1,
+        max_length=LONGEST_PATH,
+        description="Absolute path, below a directory that `SUBPAGE_MEMORY_FILES` lists.",
+    )
+    offset: Hex64 = Field(0, description="Where in the file the slot begins; a multiple of 4096.")
+
+
+class Backing(Document):
+    """The file behind a slot."""
+
+    file: str = Field(description="Its path.")
+    offset: Hex64 = Field(description="Where in it the slot begins.")
+    size: int = Field(description="Bytes that the file had when it was attached.")
+    modified: str = Field(
+        description="When it had been written last by then: RFC 3339, UTC.", json_schema_extra={"format": "date-time"}
+    )
+    state: FileState | None = Field(
+        description="`changed`: size or time are others by now. `missing`: it could not be opened again after a "
+        "restart. Null while the machine is not in memory."
+    )
+    reason: str | None = Field(description="Why it is `missing`.")
+
+    @classmethod
+    def of(cls, file: SlotFile) -> Backing:
+        state, reason = state_of(file)
+        modified = stamp(EPOCH + timedelta(microseconds=file.modified // 1000))
+        return cls(file=file.path, offset=file.offset, size=file.size, modified=modified, state=state, reason=reason)
 
 
 class MemorySlotRequest(Document):
@@ -67,8 +121,16 @@ class MemorySlotRequest(Document):
     address_space: int | None = Field(
         None, ge=0, le=65535, description="As in the query: 0, or 1 for system-management mode."
     )
+    backing: BackingRequest | None = Field(None, description="The file behind the slot; null: zeros.")
 
-    def spec(self, slot: int, known: SlotSpec | None = None) -> SlotSpec:
+    async def attached(self, request: Request) -> SlotFile | None:
+        """The file behind the slot, opened."""
+        if self.backing is None:
+            return None
+        attach = memory_files_of(request).attach
+        return await maybe_in_thread(False, attach, self.backing.file, self.backing.offset, tenant_of(request))
+
+    def spec(self, slot: int, known: SlotSpec | None = None, backing: SlotFile | None = None) -> SlotSpec:
         """What the slot is to be; a known one keeps the host address that an ioctl gave it."""
         return SlotSpec(
             slot=slot,
@@ -79,6 +141,7 @@ class MemorySlotRequest(Document):
             address_space=self.address_space or 0,
             log_dirty=self.log_dirty,
             userspace_addr=known.userspace_addr if known is not None else 0,
+            backing=backing,
         )
 
 
@@ -93,7 +156,7 @@ class NumberedSlotRequest(MemorySlotRequest):
 class MemorySlot(Document):
     """A slot as it is."""
 
-    model_config = ConfigDict(json_schema_extra=examples(_REPLY))
+    model_config = ConfigDict(json_schema_extra=examples(_REPLY, _BACKED))
 
     slot: int = Field(description="Number of the slot.")
     address_space: int = Field(description="1: seen in system-management mode only.")
@@ -105,10 +168,12 @@ class MemorySlot(Document):
     userspace_addr: Hex64 = Field(
         description="Where the slot is in its user's memory: as KVM_SET_USER_MEMORY_REGION says."
     )
+    backing: Backing | None = Field(description="The file behind it; null: zeros.")
 
     @classmethod
     def of(cls, spec: SlotSpec) -> MemorySlot:
-        return cls(**{name: getattr(spec, name) for name in cls.model_fields})
+        plain = {name: getattr(spec, name) for name in cls.model_fields if name != "backing"}
+        return cls(**plain, backing=None if spec.backing is None else Backing.of(spec.backing))
 
 
 class MemorySlotList(Document):
@@ -177,8 +242,9 @@ async def get_memory_slot(request: Request, vm: VmId, slot: SlotId, address_spac
     operation_id="putMemorySlot",
     summary="Create, move or change a memory slot",
     description=(
-        "A known slot may move, and change whether its writes are logged. It keeps its size, its read-only flag and "
-        "its host page size for life; to change them, delete it first."
+        "A known slot may move, and change whether its writes are logged. It keeps its size, its read-only flag, its "
+        "host page size and the file behind it for life; to change them, delete it first. Sent again, a file is opened "
+        "again."
     ),
     responses=documented(
         {
@@ -200,12 +266,13 @@ async def put_memory_slot(
     space = address_space if body.address_space is None else body.address_space
     if address_space not in (None, space):
         raise InvalidDocument("must be that of the query", field="address_space", value=space)
+    backing = await body.attached(request)
     async with changing(request, entry) as machine:
         guard(request, entry, lambda: _tags(machine, slot, space))
         known = machine.memory_slots.find(slot, space or 0)
         if known is None:
             check_slots(settings_of(request), len(machine.memory_slots.known) + 1)
-        machine.set_slot(replace(body.spec(slot, known), address_space=space or 0))
+        machine.set_slot(replace(body.spec(slot, known, backing), address_space=space or 0))
         found = _find(machine, slot, space)
     assert found is not None
     if known is not None:

@@ -38,6 +38,7 @@ from service.runtime import asking
 from service.runtime.bodies import while_connected
 from service.runtime.changes import refused
 from service.runtime.entry import Entry
+from service.runtime.offload import maybe_in_thread
 
 routes = router("accesses", "/v1/vms/{vm}/accesses", reads="read", writes="write")
 
@@ -226,7 +227,8 @@ async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Resp
         outcome = await while_connected(request, asking.access(entry, wanted, asker, hooks_of(request), _note))
     else:
         async with changing(request, entry) as machine:
-            outcome = machine.access(wanted)
+            # The guest's page tables may be in a file, and that on a disk.
+            outcome = await maybe_in_thread(not machine.memory_slots.known.files, machine.access, wanted)
             _note(entry, outcome)
     metrics_of(request).accessed(outcome.exits)
     run = outcome.run

@@ -1,4 +1,4 @@
-"""Dumps that QEMU itself writes of a guest in long mode, where QEMU is installed."""
+"""Memory of a guest in long mode as QEMU itself writes it into dumps and shares it, where QEMU is installed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from engine.images import open_image
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.state.config import VmConfig
+from engine.trace.single import AccessRequest
+from tests.engine.builders import READ, WRITE, behind
 
 QEMU = shutil.which("qemu-system-x86_64")
 pytestmark = pytest.mark.skipif(QEMU is None, reason="needs qemu-system-x86_64")
@@ -37,10 +39,12 @@ class Guest:
 
     def __init__(self, folder: Path) -> None:
         assert QEMU is not None
-        disk, place = folder / "boot.img", folder / "qmp"
+        disk, place, self.ram = folder / "boot.img", folder / "qmp", folder / "ram"
         disk.write_bytes(BOOT.ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
         command = [QEMU, "-accel", "tcg", "-m", "16", "-smp", "2", "-display", "none", "-nodefaults", "-no-reboot"]
-        command += ["-drive", f"file={disk},format=raw,if=ide", "-qmp", f"unix:{place},server=on,wait=off"]
+        command += ["-object", f"memory-backend-file,id=ram,size=16M,mem-path={self.ram},share=on"]
+        command += ["-machine", "pc,memory-backend=ram", "-drive", f"file={disk},format=raw,if=ide"]
+        command += ["-qmp", f"unix:{place},server=on,wait=off"]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self._socket = socket.socket(socket.AF_UNIX)
         _until(lambda: self._socket.connect_ex(str(place)) == 0)
@@ -115,3 +119,18 @@ def test_a_dump_is_the_memory_and_the_registers(guest: Guest, tmp_path: Path, pa
     assert loaded.size == sum(size for _, size in ranges)
     vm.vcpus.set_vmcs(0, {"cr0": first.cr0, "cr3": first.cr3, "cr4": first.cr4, "efer": first.efer})
     assert vm.vcpus.vmcs(0)["cr3"] == 0x1000
+
+
+def test_the_memory_of_a_guest_that_runs_is_read_where_it_is(guest: Guest) -> None:
+    """Its page tables are walked as they are in the file that QEMU shares, and only what is marked is copied."""
+    guest.ask("cont")
+    try:
+        vm = VirtualMachine.create(VmConfig(), [SlotSpec(0, 0, RAM, backing=behind(guest.ram))])
+        assert vm.read_memory(0x5008, 8) == STORED and vm.read_memory(0x7C00, 64) == BOOT[:64]
+        assert vm.counters()["frames_memory"] == 0
+        vm.vcpus.set_vmcs(0, {"cr0": 0x80000011, "cr3": 0x1000, "cr4": 0x20, "efer": 0xD00})
+        assert vm.access(AccessRequest(None, 8, READ, gva=0x5008)).data == STORED
+        vm.access(AccessRequest(None, 8, WRITE, gva=0x5008, data=bytes(8)))
+        assert vm.read_memory(0x5008, 8) == bytes(8) and guest.ram.read_bytes()[0x5008:0x5010] == STORED
+    finally:
+        guest.ask("stop")

@@ -88,13 +88,13 @@ SLOTS = [
 
 def test_table_is_sorted_by_base() -> None:
     assert slot_table(SLOTS).tolist() == [
-        [2, 1, 2, 1, 1, 0],
-        [5, 3, 0, 9, 1, 0x7F0],
-        [8, 1, 0, 4, 1, 0],
-        [1 << 33, 256, 0, 0, 1, 0],
-        [1 << 40, 1, 0, 2, 1, 0],
+        [2, 1, 2, 1, 1, 0, 0, 0],
+        [5, 3, 0, 9, 1, 0x7F0, 0, 0],
+        [8, 1, 0, 4, 1, 0, 0, 0],
+        [1 << 33, 256, 0, 0, 1, 0, 0, 0],
+        [1 << 40, 1, 0, 2, 1, 0, 0, 0],
     ]
-    assert slot_table([]).shape == (0, 6)
+    assert slot_table([]).shape == (0, 8)
 
 
 @pytest.mark.parametrize(

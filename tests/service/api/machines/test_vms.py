@@ -31,6 +31,7 @@ def test_create_read_delete(client: ContractClient) -> None:
             "log_dirty": False,
             "host_page_size": 4096,
             "userspace_addr": "0x0",
+            "backing": None,
         }
     ]
     assert document["spp"] is True and document["profile"] == "kvm-2019" and document["revision"] == 1

@@ -26,6 +26,7 @@ def test_create_move_delete(vm: str, client: ContractClient) -> None:
         "address_space": 0,
         "log_dirty": False,
         "userspace_addr": "0x0",
+        "backing": None,
     }
     assert client.get(url).headers["ETag"] == created.headers["ETag"]
     assert client.get(url, headers={"If-None-Match": created.headers["ETag"]}).status_code == 304
