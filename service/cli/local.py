@@ -14,15 +14,17 @@ from pydantic import Field, ValidationError
 
 from engine.errors import EngineError
 from engine.machine import VirtualMachine
+from engine.trace.compressed import compression_of
+from engine.trace.readers import Source
 from engine.trace.results import TraceResult
 from service.api.machines.vms import VmRequest
 from service.api.memory.memory_slots import NumberedSlotRequest
 from service.api.protection.policies import ProtectionRequest
 from service.api.protection.subpages import SubpagePatch, SubpageRangeRequest, ranges_of
-from service.api.traces.bodies import FORMATS
 from service.api.traces.traces import carried_columns, result_document
-from service.cli.demo import CONTENT_TYPES, report_of
+from service.cli.demo import report_of
 from service.cli.policy_files import checked, policy_document, policy_of, said
+from service.cli.trace_files import AUTO, fault_in, look, unpacked
 from service.http.handlers import refusal
 from service.http.wire_types import Document
 from service.platform.failures import Failure, opened
@@ -115,39 +117,52 @@ def _set(machine: VirtualMachine, ranges: Sequence[SubpageRangeRequest], setting
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Those of the call, under the names of its parameters; ``format`` is known by the name of the file otherwise."""
+    """Those of the call, under the names of its parameters."""
 
-    format: str | None = None
+    format: str = AUTO
     record: str = "record16"
     on_violation: str = "skip"
     start: int = 0
     include: str = "violations"
     carry: str | None = None
     max_exit_records: int | None = None
+    columns: str | None = None
+    skip_unknown: bool = False
 
     def request(self, path: Path, settings: Settings) -> TraceRequest:
-        """Raises LocalError."""
-        kind = self.format or FORMATS.get(CONTENT_TYPES.get(path.suffix, ""))
-        if kind is None:
-            raise LocalError(f"{path}: say --format, or end the name in one of {', '.join(CONTENT_TYPES)}")
+        """What is asked for, of a file whose format it is or is found out. Raises Failure."""
+        kind = look(path, self.format, self.columns)
         kept = settings.max_exit_records if self.max_exit_records is None else self.max_exit_records
         try:
             carry = carried_columns(self.carry)
         except ServiceError as error:
             raise LocalError(said(error)) from None
         record = self.record if kind == "packed" else None
-        return TraceRequest(kind, record, carry, self.on_violation, self.include, self.start, kept)
+        return TraceRequest(
+            kind,
+            record,
+            carry,
+            self.on_violation,
+            self.include,
+            self.start,
+            kept,
+            skip_unknown=self.skip_unknown,
+            columns=self.columns,
+        )
 
 
 Watcher = Callable[[Job], object]
 
 
 def run(path: Path, machine: VirtualMachine, request: TraceRequest, watch: Watcher = lambda job: None) -> Trace:
-    """Replay a file on ``machine``. ``watch`` is called now and then with how far it is, and once at the end.
+    """Replay a file on ``machine``, a compressed one as what is in it.
 
-    Raises Failure. An interruption from the keyboard leaves the machine as it was and is raised again.
+    ``watch`` is called now and then with how far it is, and once at the end. Raises Failure. An interruption from the
+    keyboard leaves the machine as it was and is raised again.
     """
     with opened(path) as file:
+        compression = compression_of(file.read(8))
+        file.seek(0)
         job = Job(1, "local", "local", "local", datetime.now(UTC), wanted=request)
         job.spool = Spool(file, path.stat().st_size)
         memory = Settings().body_memory_bytes
@@ -156,7 +171,10 @@ def run(path: Path, machine: VirtualMachine, request: TraceRequest, watch: Watch
 
         def work() -> None:
             try:
-                done.append(replay(machine, request, job.source(memory), job.check, job.follow, memory))
+                source: Source = job.source(memory)
+                if compression is not None:
+                    job.total, source = None, unpacked(path, source, compression)
+                done.append(replay(machine, request, source, job.check, job.follow, memory))
             except Exception as error:  # noqa: BLE001 - raised below
                 failed.append(error)
 
@@ -177,7 +195,7 @@ def run(path: Path, machine: VirtualMachine, request: TraceRequest, watch: Watch
         seconds = time.perf_counter() - began
     if failed:
         if isinstance(failed[0], (EngineError, ServiceError)):
-            raise LocalError(f"{path}: {said(failed[0])}")
+            raise fault_in(path, failed[0])
         raise failed[0]
     result, ignored = done[0]
     return Trace("tr_local", 1, request, result, ignored, datetime.now(UTC), seconds, len(result.exit_columns))

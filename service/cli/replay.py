@@ -11,29 +11,13 @@ import typer
 
 from service.cli.commands import Given
 from service.cli.progress import ProgressOption, bar, interruptible
+from service.cli.trace_options import FILE_HELP, Columns, Format, FormatOption, Record, RecordOption, SkipUnknown
 
 if TYPE_CHECKING:
     from service.runtime.job import Job
 
 
 # Those of ``engine.trace.option_names``, which are not imported for a help text; a test compares them.
-
-
-class Format(StrEnum):
-    """Of the file."""
-
-    JSON = "json"
-    NDJSON = "ndjson"
-    ARROW = "arrow"
-    PARQUET = "parquet"
-    PACKED = "packed"
-
-
-class Record(StrEnum):
-    """Layout of a packed file."""
-
-    RECORD16 = "record16"
-    GPA8 = "gpa8"
 
 
 class OnViolation(StrEnum):
@@ -54,9 +38,7 @@ class Include(StrEnum):
 
 def replay(
     context: typer.Context,
-    file: Annotated[
-        Path, typer.Argument(help="The trace: .parquet, .arrow, .arrows, .ndjson, .jsonl, .json or .bin (packed).")
-    ],
+    file: Annotated[Path, typer.Argument(help=FILE_HELP)],
     policy: Annotated[
         Path,
         typer.Option(
@@ -64,8 +46,10 @@ def replay(
             '{"vm", "protections", "subpages"}.'
         ),
     ],
-    format: Annotated[Format | None, typer.Option(help="Of the trace, where its name does not tell.")] = None,
-    record: Annotated[Record, typer.Option(help="Layout of packed records.")] = Record.RECORD16,
+    format: FormatOption = Format.AUTO,
+    record: RecordOption = Record.RECORD16,
+    columns: Columns = None,
+    skip_unknown: SkipUnknown = False,
     on_violation: Annotated[
         OnViolation, typer.Option(help="What becomes of a write that is refused.")
     ] = OnViolation.SKIP,
@@ -87,7 +71,9 @@ def replay(
     settings = load_settings(**common_flags(context))
     with interruptible("replay"):
         wanted = local.read_policy(policy)
-        options = local.Options(format, record, on_violation, start, include, carry, max_exit_records)
+        options = local.Options(
+            format, record, on_violation, start, include, carry, max_exit_records, columns, skip_unknown
+        )
         request = options.request(file, settings)
         machine = local.create(wanted, settings)
         with bar("replaying", progress) as move:
@@ -96,7 +82,10 @@ def replay(
         typer.echo(json.dumps(local.document_of(trace, exits), indent=2))
         return
     from service.cli.report import print_report
+    from service.cli.trace_files import lines_about
 
+    for line in lines_about(file, request.format, None, trace.result.taken, trace.ignored_columns):
+        typer.echo(line)
     print_report(local.report(file, wanted, machine, trace), how="in this process", further=())
 
 

@@ -12,7 +12,7 @@ import typer
 
 from service.cli.commands import Command
 from service.cli.progress import ProgressOption, bar, interruptible
-from service.cli.replay import Record
+from service.cli.trace_options import FILE_HELP, Columns, Format, FormatOption, Record, RecordOption, SkipUnknown
 from service.platform.failures import Failure
 
 if TYPE_CHECKING:
@@ -26,28 +26,6 @@ if TYPE_CHECKING:
 trace = typer.Typer(help="Convert trace files of other tools, and look into them.", no_args_is_help=True)
 
 
-class Format(StrEnum):
-    """Of a file; a test compares these with ``engine.trace.option_names``, which is not imported for a help text."""
-
-    AUTO = "auto"
-    PARQUET = "parquet"
-    ARROW = "arrow"
-    NDJSON = "ndjson"
-    JSON = "json"
-    PACKED = "packed"
-    LACKEY = "lackey"
-    DRMEMTRACE = "drmemtrace"
-    EXECLOG = "execlog"
-    BOCHS = "bochs"
-    GEM5 = "gem5"
-    CHAMPSIM = "champsim"
-    FTRACE = "ftrace"
-    PERF_SCRIPT = "perf-script"
-    PERF_MEM = "perf-mem"
-    HYPERDBG = "hyperdbg"
-    CSV = "csv"
-
-
 class Address(StrEnum):
     """Which address of a trace becomes its column gpa."""
 
@@ -56,11 +34,7 @@ class Address(StrEnum):
     FLAT = "flat"
 
 
-File = Annotated[
-    Path, typer.Argument(help="The trace: text of a tool, Parquet, Arrow, NDJSON, JSON or packed; also .gz, .zst, .xz.")
-]
-FormatOption = Annotated[Format, typer.Option(help="Of the file; auto recognises it by its content.")]
-RecordOption = Annotated[Record, typer.Option(help="Layout of packed records.")]
+File = Annotated[Path, typer.Argument(help=FILE_HELP)]
 AddressOption = Annotated[
     Address | None,
     typer.Option(
@@ -68,22 +42,10 @@ AddressOption = Annotated[
         "with address=gva. flat: the virtual address, taken as a physical one. By default what the trace has."
     ),
 ]
-Columns = Annotated[
-    str | None,
-    typer.Option(help="Of a table: which of its columns are meant, as gpa=ADDR,size=LEN. It is csv then."),
-]
-SkipUnknown = Annotated[
-    bool, typer.Option("--skip-unknown", help="Pass over lines that the format does not have; they are counted.")
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 
 _TOP = 10
 _SHOWN_RANGES = 12
-_WHOSE = {
-    "guest-physical": "physical addresses of a guest",
-    "guest-virtual": "virtual addresses of a guest",
-    "process-virtual": "virtual addresses of a process",
-}
 
 
 @trace.command(cls=Command)
@@ -211,8 +173,10 @@ def addressed(chunk: TraceChunk, file: TraceFile, address: Address | None) -> ND
     if address is Address.GPA:
         if virtual:
             assert taken is not None
+            from service.cli.trace_files import WHOSE
+
             raise Failure(
-                f"{file.path}: {taken.format} has {_WHOSE[taken.address]}, no physical ones: leave --address out"
+                f"{file.path}: {taken.format} has {WHOSE[taken.address]}, no physical ones: leave --address out"
             )
         return chunk.records
     if chunk.gva is None:
@@ -256,19 +220,11 @@ def _slots(summary: Summary) -> Iterator[str]:
 
 
 def _said(file: TraceFile) -> None:
-    """What a file was taken for, and what of it was left out."""
-    taken = file.reader.taken
-    packed_in = f", {file.compression}" if file.compression else ""
-    if taken is None:
-        typer.echo(f"{file.path}: {file.format_name}{packed_in}")
-    else:
-        typer.echo(f"{file.path}: {taken.format}{packed_in}; {_WHOSE[taken.address]}; sizes {taken.sizes}")
-        for reason, count in taken.skipped.items():
-            first = next((line for line in taken.first if line.reason == reason), None)
-            where = f", first line {first.line}" if first else ""
-            typer.echo(f"skipped {count:,}: {reason}{where}")
-    if file.reader.ignored_columns:
-        typer.echo(f"left out, as they mean nothing here: columns {', '.join(file.reader.ignored_columns)}")
+    from service.cli.trace_files import lines_about
+
+    reader = file.reader
+    for line in lines_about(file.path, file.format, file.compression, reader.taken, reader.ignored_columns):
+        typer.echo(line)
 
 
 def _print(found: dict[str, Any]) -> None:

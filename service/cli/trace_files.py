@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,11 @@ from engine.trace.columns import TraceChunk
 from engine.trace.compressed import DECODERS, FAULTS, Decoder, Zstandard, compression_of
 from engine.trace.option_names import FORMATS, TOOL_FORMATS
 from engine.trace.readers import FORMATS as TOOLS
-from engine.trace.readers import TraceReader, open_trace, recognised, what_else
+from engine.trace.readers import Source, TraceReader, open_trace, recognised, what_else
+from engine.trace.taken import Taken
 from service.cli.policy_files import said
 from service.platform.failures import Failure, opened
+from service.problems import ServiceError
 
 AUTO = "auto"
 NAMES = (*(name for name in FORMATS), *(name for name in TOOL_FORMATS if name != AUTO))
@@ -27,6 +29,13 @@ HEAD_BYTES = 1 << 16  # by which a file is recognised
 _WINDOW = 1 << 27  # that unpacking may take: those of zstd --ultra -22 and of xz -9
 
 _PARQUET, _ARROW_STREAM = b"PAR1", b"\xff\xff\xff\xff"
+
+# Whose the addresses of a tool's trace are, in words.
+WHOSE = {
+    "guest-physical": "physical addresses of a guest",
+    "guest-virtual": "virtual addresses of a guest",
+    "process-virtual": "virtual addresses of a process",
+}
 
 
 class TraceFileError(Failure):
@@ -90,15 +99,19 @@ class TraceFile:
             yield from self.reader
 
 
+def fault_in(path: Path, error: EngineError | ServiceError) -> TraceFileError:
+    """What is wrong in a file, with its name: of text the line, of others the record."""
+    rule = str(getattr(error, "rule", ""))
+    return TraceFileError(f"{path}: {rule if rule.startswith('line ') else said(error)}")
+
+
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
     """What is wrong in a file, with its name."""
     try:
         yield
     except EngineError as error:
-        found = said(error)
-        rule = str(getattr(error, "rule", ""))
-        raise TraceFileError(f"{path}: {rule if rule.startswith('line ') else found}") from None
+        raise fault_in(path, error) from None
     except OSError as error:
         raise TraceFileError(f"{path}: cannot be read: {error.strerror or error}") from None
 
@@ -116,16 +129,9 @@ def opened_trace(
     with opened(path) as raw, _told(path):
         progress = Progress(path.stat().st_size)
         counted = io.BufferedReader(_Counted(raw, progress), 1 << 18)
-        compression, plain = _unpacked(path, counted)
-        head = plain.peek(HEAD_BYTES)[:HEAD_BYTES]
-        other = what_else(head) if format == AUTO else None
-        if other is not None:
-            raise TraceFileError(f"{path}: {other}")
-        if format == AUTO and columns is not None:
-            format = "csv"
-        kind = _recognised(path, head) if format == AUTO else format
-        if kind == "parquet" and compression is not None:
-            raise TraceFileError(f"{path}: a Parquet file is compressed inside; unpack it from {compression} first")
+        compression = compression_of(counted.peek(8))
+        plain = counted if compression is None else unpacked(path, counted, compression)
+        kind = _kind(path, plain, compression, format, columns)
         layout = record if kind == "packed" else None
         tool = TOOLS.get(kind)
         carry = ("value",) if tool is not None and tool.lines and "value" in tool.columns else ()
@@ -136,23 +142,42 @@ def opened_trace(
 _DECODERS: Mapping[str, Callable[[], Decoder]] = MappingProxyType({**DECODERS, "zstd": lambda: Zstandard(_WINDOW)})
 
 
-def _unpacked(path: Path, file: io.BufferedReader[Any]) -> tuple[str | None, io.BufferedReader[Any]]:
-    """How a file is compressed, by its first bytes, and what is in it."""
-    name = compression_of(file.peek(8))
-    if name is None:
-        return None, file
-    return name, io.BufferedReader(_Unpacked(file, _DECODERS[name](), path), HEAD_BYTES)
+def unpacked(path: Path, file: Source, compression: str) -> io.BufferedReader[Any]:
+    """What is in a compressed file."""
+    return io.BufferedReader(_Unpacked(file, _DECODERS[compression](), path), HEAD_BYTES)
+
+
+def look(path: Path, format: str = AUTO, columns: str | None = None) -> str:
+    """The format of a file: the one of that name, or the one that it is recognised as. Raises Failure."""
+    with opened(path) as raw, _told(path):
+        file = io.BufferedReader(cast(Any, raw), HEAD_BYTES)
+        compression = compression_of(file.peek(8))
+        plain = file if compression is None else unpacked(path, file, compression)
+        return _kind(path, plain, compression, format, columns)
+
+
+def _kind(path: Path, plain: io.BufferedReader[Any], compression: str | None, format: str, columns: str | None) -> str:
+    """Raises TraceFileError."""
+    head = plain.peek(HEAD_BYTES)[:HEAD_BYTES]
+    if format == AUTO:
+        other = what_else(head)
+        if other is not None:
+            raise TraceFileError(f"{path}: {other}")
+        format = "csv" if columns is not None else _recognised(path, head)
+    if format == "parquet" and compression is not None:
+        raise TraceFileError(f"{path}: a Parquet file is compressed inside; unpack it from {compression} first")
+    return format
 
 
 class _Unpacked(io.RawIOBase):
     """Unpacked data: each read gives as much as it is asked for, but at the end. Damage raises TraceFileError."""
 
-    def __init__(self, file: io.BufferedReader[Any], decoder: Decoder, path: Path) -> None:
+    def __init__(self, file: Source, decoder: Decoder, path: Path) -> None:
         self._pieces = self._decoded(file, decoder)
         self._path = path
         self._left = memoryview(b"")
 
-    def _decoded(self, file: io.BufferedReader[Any], decoder: Decoder) -> Iterator[bytes]:
+    def _decoded(self, file: Source, decoder: Decoder) -> Iterator[bytes]:
         try:
             while data := file.read(HEAD_BYTES):
                 yield from decoder.feed(data)
@@ -180,8 +205,37 @@ class _Unpacked(io.RawIOBase):
         return done
 
 
-# What a name ends in, where the content does not tell: packed records have no mark.
-_SUFFIXES = {".bin": "packed", ".champsim": "champsim", ".champsimtrace": "champsim", ".csv": "csv", ".tsv": "csv"}
+def lines_about(
+    path: Path, name: str, compression: str | None, taken: Taken | None, ignored: Sequence[str]
+) -> Iterator[str]:
+    """What a file was taken for, and what of it was left out. ``name`` is its format where no tool wrote it."""
+    packed_in = f", {compression}" if compression else ""
+    if taken is None:
+        yield f"{path}: {name}{packed_in}"
+    else:
+        yield f"{path}: {taken.format}{packed_in}; {WHOSE[taken.address]}; sizes {taken.sizes}"
+        for reason, count in taken.skipped.items():
+            first = next((line for line in taken.first if line.reason == reason), None)
+            where = f", first line {first.line}" if first else ""
+            yield f"skipped {count:,}: {reason}{where}"
+    if ignored:
+        yield f"left out, as they mean nothing here: columns {', '.join(ignored)}"
+
+
+# What a name ends in, where the content does not tell: packed records have no mark, and others may have lost theirs.
+_SUFFIXES = {
+    ".bin": "packed",
+    ".champsim": "champsim",
+    ".champsimtrace": "champsim",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".ndjson": "ndjson",
+    ".jsonl": "ndjson",
+    ".arrow": "arrow",
+    ".arrows": "arrow",
+    ".parquet": "parquet",
+}
 _COMPRESSED = {".gz", ".zst", ".zstd", ".xz"}
 
 
@@ -194,12 +248,11 @@ def _recognised(path: Path, head: bytes) -> str:
     tool = recognised(head)
     if tool is not None:
         return tool.name
-    if head.lstrip()[:1] == b"{":
+    if head.lstrip()[:1] == b"{" and b"\0" not in head[:8]:
         return _of_json(head)
     names = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
-    by_name = _SUFFIXES.get(names[-1] if names else "")
-    if by_name in NAMES:
-        return str(by_name)
+    if names and names[-1] in _SUFFIXES:
+        return _SUFFIXES[names[-1]]
     if not head:
         raise TraceFileError(f"{path}: is empty")
     raise TraceFileError(f"{path}: is of no format that is recognised; say --format, one of {', '.join(NAMES)}")

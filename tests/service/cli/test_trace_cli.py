@@ -19,8 +19,7 @@ from typer.testing import CliRunner
 from engine.arch import access as acc
 from engine.trace.columns import TraceChunk
 from engine.trace.option_names import FORMATS, RECORD_FORMATS, TOOL_FORMATS
-from service.cli import trace as command
-from service.cli import trace_files
+from service.cli import trace_files, trace_options
 from service.cli.app import app
 from service.cli.trace_summary import SLOTS, Summary
 from tests.support.bodies import FORMATS as BODIES
@@ -55,8 +54,8 @@ def run(*arguments: object, status: int = 0) -> str:
 
 
 def test_the_words_are_those_of_the_engine() -> None:
-    assert {*FORMATS, *TOOL_FORMATS} == {item.value for item in command.Format}
-    assert set(RECORD_FORMATS) == {item.value for item in command.Record}
+    assert {*FORMATS, *TOOL_FORMATS} == {item.value for item in trace_options.Format}
+    assert set(RECORD_FORMATS) == {item.value for item in trace_options.Record}
 
 
 @pytest.mark.parametrize("name", KNOWN)
