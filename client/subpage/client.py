@@ -1,0 +1,227 @@
+"""The client: one service, its machines and jobs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from subpage.core import Core
+from subpage.html import Document
+from subpage.jobs import AsyncJob, Job, JobOperations
+from subpage.machines import AsyncVm, Vm, VmOperations
+from subpage.modes import Awaiting, Blocking, operation, run, stream
+from subpage.transports import AsyncTransport, BlockingTransport
+from subpage.values import ioctl_request, size_of
+from subpage.wire import Pieces, Reply, Transport
+
+V = TypeVar("V", bound=VmOperations[Any, Any])
+J = TypeVar("J", bound=JobOperations[Any])
+
+URL = "http://127.0.0.1:8000"
+
+
+class ClientOperations(Generic[V, J]):
+    """One service, for one token.
+
+    ``ca``: a PEM file of the authorities to trust, where it is not one that the system trusts. ``timeout``: seconds
+    for a connection, and without a byte of a reply. ``patience``: for how many seconds a call that failed for a passing
+    reason is tried again; a POST has an idempotency key then, so that it is not done twice. ``most_bytes``: of a reply.
+    """
+
+    _vm: type[V]
+    _job: type[J]
+    _carrier: Any
+
+    def __init__(
+        self,
+        url: str = URL,
+        token: str | None = None,
+        *,
+        ca: str | Path | None = None,
+        timeout: float = 30.0,
+        patience: float = 15.0,
+        most_bytes: int = 1 << 30,
+    ) -> None:
+        carrier: Transport = self._carrier(url, ca, timeout)
+        self._core = Core(url, token, carrier, timeout=timeout, patience=patience, most_bytes=most_bytes)
+
+    @property
+    def url(self) -> str:
+        """Where the service is."""
+        return self._core.url
+
+    @operation()
+    async def call(
+        self,
+        operation_id: str,
+        *,
+        path: Mapping[str, Any] | None = None,
+        query: Mapping[str, Any] | None = None,
+        json: Any = None,
+        content: bytes | Pieces | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
+        """Any operation of the contract, by its id; the reply has ``status``, ``headers``, ``content``, ``json()``.
+
+        Raises Problem, Unreachable, BadInput for an operation or a path that is none. ::
+
+        >>> client.call("getSpp", path={"vm": vm.id}).json()["active"]
+        True
+        """
+        again = content is None or isinstance(content, bytes)
+        options: dict[str, Any] = {"json": json, "content": content, "headers": headers}
+        return await self._core.call(operation_id, path=path, query=query, again=again, **options)
+
+    @stream("listVms")
+    async def vms(self) -> AsyncGenerator[V, None]:
+        """The machines of the tenant, oldest first. ::
+
+        >>> vm.id in [machine.id for machine in client.vms()]
+        True
+        """
+        async for found in self._core.pages("listVms", "vms"):
+            yield self._vm(self._core, found)
+
+    @operation("getVm")
+    async def vm(self, id: str) -> V:
+        """One machine. Raises NotFound. ::
+
+        >>> client.vm(vm.id).name
+        'example'
+        """
+        return self._vm(self._core, await self._core.document("getVm", path={"vm": id}))
+
+    @operation("createVm")
+    async def create_vm(
+        self, name: str = "", *, memory: int | str | None = None, spp: bool = True, **members: Any
+    ) -> V:
+        """A new machine, with ``memory`` bytes of RAM at address 0, and with SPP enabled.
+
+        ``memory`` may be ``"1GiB"``. ``members`` are those of the contract: ``memory_slots`` for RAM elsewhere,
+        ``profile``, ``vcpus``, ``host`` and others. ::
+
+        >>> guest = client.create_vm("guest", memory="16MiB", vcpus=2)
+        >>> guest["memory_slots"][0]["size"]
+        '0x1000000'
+        >>> guest.delete()
+        """
+        document: dict[str, Any] = {"name": name, "spp": spp, **members}
+        if memory is not None:
+            slot = {"slot": 0, "gpa": "0x0", "size": hex(size_of(memory))}
+            document["memory_slots"] = [slot, *members.get("memory_slots", [])]
+        return self._vm(self._core, await self._core.document("createVm", json=document))
+
+    @stream("listJobs")
+    async def jobs(self) -> AsyncGenerator[J, None]:
+        """The jobs of the tenant, oldest first. ::
+
+        >>> job = vm.submit([{"gpa": 0x10040}])
+        >>> job.id in [job.id for job in client.jobs()]
+        True
+        """
+        async for found in self._core.pages("listJobs", "jobs"):
+            yield self._job(self._core, found)
+
+    @operation("getJob")
+    async def job(self, id: str) -> J:
+        """One job. Raises NotFound. ::
+
+        >>> client.job(vm.submit([{"gpa": 0x10040}]).id).wait().records
+        1
+        """
+        return self._job(self._core, await self._core.document("getJob", path={"job": id}))
+
+    @operation("getVersion")
+    async def version(self) -> Document:
+        """Which release the service is. ::
+
+        >>> client.version()["name"]
+        'subpage'
+        """
+        return Document(await self._core.document("getVersion"))
+
+    @operation("getCapabilities")
+    async def capabilities(self) -> Document:
+        """Profiles, formats, limits and other names that the service knows. ::
+
+        >>> client.capabilities()["profiles"]
+        ['kvm-2019', 'kvm-latest']
+        """
+        return Document(await self._core.document("getCapabilities"))
+
+    @operation("getReadyz")
+    async def ready(self) -> bool:
+        """Whether it serves at full speed; waits for as long as ``patience`` says. ::
+
+        >>> client.ready()
+        True
+        """
+        return (await self._core.document("getReadyz"))["status"] == "ready"
+
+    @operation("callSystemIoctl")
+    async def ioctl(self, name: str, data: bytes | None = None, **members: Any) -> Document:
+        """An ioctl of ``/dev/kvm``; see ``vm.ioctl``. ``profile`` is one of the members. ::
+
+        >>> client.ioctl("KVM_GET_API_VERSION", arg=0)["return"]
+        12
+        """
+        query = {"profile": members.pop("profile", None)}
+        document = ioctl_request(data, members)
+        return Document(await self._core.document("callSystemIoctl", path={"name": name}, query=query, json=document))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.url}>"
+
+
+class Client(ClientOperations[Vm, Job], Blocking):
+    """One service, for one token. Use as a context, or close it in the end.
+
+    ``ca``: a PEM file of the authorities to trust, where it is not one that the system trusts. ``timeout``: seconds
+    for a connection, and without a byte of a reply. ``patience``: for how many seconds a call that failed for a passing
+    reason is tried again; a POST has an idempotency key then, so that it is not done twice. ``most_bytes``: of a reply.
+
+    ::
+
+        >>> with Client(url) as service:
+        ...     service.version()["name"]
+        'subpage'
+    """
+
+    _vm, _job, _carrier = Vm, Job, BlockingTransport
+
+    def close(self) -> None:
+        """Close its connections."""
+        run(self._core.transport.close())
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class AsyncClient(ClientOperations[AsyncVm, AsyncJob], Awaiting):
+    """As ``Client``, for asyncio: its methods are awaited, its streams are read with ``async for``. ::
+
+    >>> async def name():
+    ...     async with AsyncClient(url) as service:
+    ...         return (await service.version())["name"]
+    >>> asyncio.run(name())
+    'subpage'
+    """
+
+    _vm, _job, _carrier = AsyncVm, AsyncJob, AsyncTransport
+
+    async def aclose(self) -> None:
+        """Close its connections."""
+        await self._core.transport.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.aclose()

@@ -1,0 +1,133 @@
+"""Replays that go on without their client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+from subpage.core import Core
+from subpage.errors import Error, Interrupted, problem_of
+from subpage.html import Document
+from subpage.modes import Awaiting, Blocking, operation
+from subpage.progress import Progress, closed, report_of
+from subpage.traces import AsyncTrace, Trace, TraceOperations
+
+R = TypeVar("R", bound=TraceOperations)
+
+UNFINISHED = frozenset({"queued", "running"})
+_LONGEST_PAUSE = 5.0
+
+
+class JobOperations(Generic[R]):
+    """One job. ``document`` is what was last read of it."""
+
+    _trace: type[R]
+
+    def __init__(self, core: Core, found: Mapping[str, Any]) -> None:
+        self._core, self.document = core, Document(found)
+
+    @property
+    def id(self) -> str:
+        """Its id, ``job_…``."""
+        return str(self.document["id"])
+
+    @property
+    def state(self) -> str:
+        """``queued``, ``running``, ``succeeded``, ``failed``, ``cancelled`` or ``interrupted``."""
+        return str(self.document["state"])
+
+    def __getitem__(self, member: str) -> Any:
+        return self.document[member]
+
+    @operation("getJob")
+    async def refresh(self) -> Document:
+        """Read it again. ::
+
+        >>> vm.submit([{"gpa": 0x10040}]).refresh()["vm"] == vm.id
+        True
+        """
+        return await self._refresh()
+
+    async def _refresh(self) -> Document:
+        self.document = Document(await self._core.document("getJob", path={"job": self.id}))
+        return self.document
+
+    @operation("cancelJob")
+    async def cancel(self) -> str:
+        """Ask it to end; its state then, which may still be ``running`` for a moment, or ``succeeded``. ::
+
+        >>> job = vm.submit([{"gpa": 0x10040}])
+        >>> job.cancel() in ("cancelled", "succeeded")
+        True
+        """
+        return await self._cancel()
+
+    async def _cancel(self) -> str:
+        self.document = Document(await self._core.document("cancelJob", path={"job": self.id}))
+        return self.state
+
+    @operation("getJob", "getTrace")
+    async def wait(self, *, progress: Progress = False, timeout: float | None = None) -> R:
+        """Its result, once there is one; the job is cancelled when the wait is interrupted.
+
+        Raises the Problem that it failed with, Interrupted, TimeoutError after ``timeout`` seconds: the job goes on. ::
+
+        >>> vm.submit([{"gpa": 0x10040}]).wait().violations
+        1
+        """
+        return await self.finished(progress, timeout)
+
+    async def finished(self, progress: Progress = False, timeout: float | None = None) -> R:
+        """What ``wait`` does."""
+        report = report_of(progress, "replayed")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pause = 0.02
+        try:
+            while self.state in UNFINISHED:
+                if deadline is not None and time.monotonic() + pause > deadline:
+                    raise TimeoutError(f"{self.id} has not ended within {timeout} seconds, and goes on")
+                await self._core.transport.sleep(pause)
+                pause = min(_LONGEST_PAUSE, pause * 1.5)
+                await self._refresh()
+                if report is not None:
+                    report(self["records_done"], None)
+        except (TimeoutError, Error):
+            raise
+        except BaseException:  # Ctrl-C, or the cancellation of a task
+            await self._abandoned()
+            raise
+        finally:
+            closed(report)
+        if self.state == "failed":
+            raise problem_of(self["error"], int(self["error"]["status"]))
+        if self.state != "succeeded":
+            raise Interrupted(f"{self.id} was {self.state}; the machine is as it was", self.state)
+        if self["result"] is None:
+            raise Interrupted(f"{self.id} has succeeded, and its result is not kept any more", self.state)
+        vm, _, trace = str(self["result"]).removeprefix("/v1/vms/").partition("/traces/")
+        return self._trace(self._core, await self._core.document("getTrace", path={"vm": vm, "trace": trace}))
+
+    async def _abandoned(self) -> None:
+        try:
+            await self._cancel()
+        except Error:
+            pass  # there is nobody left to tell
+
+    def __repr__(self) -> str:
+        return f"<job {self.id}: {self.state}>"
+
+    def _repr_html_(self) -> str:
+        return self.document._repr_html_()
+
+
+class Job(JobOperations[Trace], Blocking):
+    """A replay that goes on by itself."""
+
+    _trace = Trace
+
+
+class AsyncJob(JobOperations[AsyncTrace], Awaiting):
+    """A replay that goes on by itself, with methods to be awaited."""
+
+    _trace = AsyncTrace

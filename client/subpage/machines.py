@@ -1,0 +1,537 @@
+"""A machine: its memory, what is protected in it, replays and single accesses, events and introspection."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from subpage.bitmaps import Bitmap, to_wire
+from subpage.bodies import OCTETS, TEXT, Body, body_of
+from subpage.core import Core
+from subpage.errors import BadInput
+from subpage.events import following
+from subpage.html import Document, of_members
+from subpage.introspection import AsyncTool, Handler, Tool
+from subpage.jobs import AsyncJob, Job, JobOperations
+from subpage.modes import Awaiting, Blocking, operation, stream
+from subpage.policies import policy_of
+from subpage.progress import Progress, closed, report_of
+from subpage.traces import AsyncTrace, Trace, TraceOperations
+from subpage.values import address, ioctl_request
+from subpage.wire import Pieces, Reply
+
+R = TypeVar("R", bound=TraceOperations)
+J = TypeVar("J", bound=JobOperations[Any])
+
+
+class VmOperations(Generic[R, J]):
+    """One machine. ``document`` is what was last read of it; items are its members."""
+
+    _trace: type[R]
+    _job: type[J]
+
+    def __init__(self, core: Core, found: Mapping[str, Any]) -> None:
+        self._core, self.document = core, Document(found)
+        self._place = {"vm": self.document["id"]}
+
+    @property
+    def id(self) -> str:
+        """Its id, ``vm_…``."""
+        return str(self.document["id"])
+
+    @property
+    def name(self) -> str:
+        """Its label."""
+        return str(self.document["name"])
+
+    def __getitem__(self, member: str) -> Any:
+        return self.document[member]
+
+    async def _document(self, operation_id: str, **options: Any) -> Document:
+        return Document(await self._core.document(operation_id, path=self._place | options.pop("path", {}), **options))
+
+    # The machine itself
+
+    @operation()
+    async def call(
+        self,
+        operation_id: str,
+        *,
+        path: Mapping[str, Any] | None = None,
+        query: Mapping[str, Any] | None = None,
+        json: Any = None,
+        content: bytes | Pieces | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
+        """As ``client.call``, with the machine in the path. ::
+
+        >>> vm.call("getTlb", path={"n": 0}).status
+        200
+        """
+        again = content is None or isinstance(content, bytes)
+        options: dict[str, Any] = {"json": json, "content": content, "headers": headers}
+        place = {**self._place, **(path or {})}
+        return await self._core.call(operation_id, path=place, query=query, again=again, **options)
+
+    @operation("getVm")
+    async def refresh(self) -> Document:
+        """Read it again. ::
+
+        >>> vm.refresh()["spp"]
+        True
+        """
+        self.document = await self._document("getVm")
+        return self.document
+
+    @operation("deleteVm")
+    async def delete(self) -> None:
+        """Delete it, and all that is kept of it. ::
+
+        >>> client.create_vm("another").delete()
+        """
+        await self._core.call("deleteVm", path=self._place)
+
+    @operation("getCounters")
+    async def counters(self) -> dict[str, int]:
+        """Totals: exits by kind, faults, flushes, frames, memory. ::
+
+        >>> vm.counters()["spp_miss_exits"] >= 0
+        True
+        """
+        return dict((await self._document("getCounters"))["counters"])
+
+    @operation("putSpp")
+    async def enable_spp(self) -> None:
+        """Enable sub-page permissions; there is no way back. ::
+
+        >>> vm.enable_spp()
+        """
+        await self._core.call("putSpp", path=self._place, json={"active": True})
+
+    # Memory
+
+    @operation("listMemorySlots")
+    async def slots(self) -> list[Document]:
+        """Its memory slots. ::
+
+        >>> [slot["gpa"] for slot in vm.slots()]
+        ['0x0']
+        """
+        return [Document(slot) for slot in (await self._document("listMemorySlots"))["memory_slots"]]
+
+    @operation("putMemorySlot")
+    async def set_slot(self, slot: int, gpa: int | str, size: int | str, **members: Any) -> Document:
+        """Create, move or change a slot. ::
+
+        >>> vm.set_slot(1, 0x10000000, "1MiB", log_dirty=True)["size"]
+        '0x100000'
+        """
+        document = {"gpa": address(gpa), "size": address(size), **members}
+        return await self._document("putMemorySlot", path={"slot": slot}, json=document)
+
+    @operation("deleteMemorySlot")
+    async def delete_slot(self, slot: int) -> None:
+        """Take a slot away. ::
+
+        >>> vm.delete_slot(1)
+        """
+        await self._core.call("deleteMemorySlot", path={**self._place, "slot": slot})
+
+    @operation("readMemory")
+    async def read_memory(self, gpa: int | str, size: int) -> bytes:
+        """Bytes of its RAM, as the host sees them. ::
+
+        >>> vm.write_memory(0x3000, b"subpage")
+        >>> vm.read_memory(0x3000, 7)
+        b'subpage'
+        """
+        headers = {"Accept": OCTETS}
+        query = {"gpa": address(gpa), "size": size}
+        return (await self._core.call("readMemory", path=self._place, query=query, headers=headers)).content
+
+    @operation("writeMemory")
+    async def write_memory(self, gpa: int | str, data: Any) -> None:
+        """Write as the host does: no permission of the guest is asked."""
+        await self._core.call(
+            "writeMemory",
+            path=self._place,
+            query={"gpa": address(gpa)},
+            content=bytes(data),
+            headers={"Content-Type": OCTETS},
+        )
+
+    @operation("writeMemory")
+    async def load_image(
+        self, source: Any, *, format: str = "auto", gpa: int | str | None = None, progress: Progress = False
+    ) -> Document:
+        """Load a memory image: a raw one, an ELF core, LiME; from a path, bytes or an iterator. ::
+
+        >>> vm.load_image(b"bytes" * 100, format="raw", gpa=0x4000)["format"]
+        'raw'
+        """
+        query = {"format": format, "gpa": None if gpa is None else address(gpa)}
+        reply = await self._send("writeMemory", body_of(source, OCTETS), query, {}, progress, "loaded")
+        return Document(reply.json() or {})
+
+    @operation("loadSymbols")
+    async def load_symbols(self, source: Any, **options: Any) -> Document:
+        """Load the names of the guest's kernel: kallsyms, System.map, ISF, an ELF image. ``options`` are ``format``,
+        ``slide``, ``phys_base``. ::
+
+        >>> vm.load_symbols(b"ffffffff81000000 T _text\\nffffffff82a5c6a0 D modprobe_path\\n", slide=0)["symbols"]
+        2
+        """
+        query = {name: address(value) if isinstance(value, int) else value for name, value in options.items()}
+        return Document((await self._send("loadSymbols", body_of(source, OCTETS), query, {}, False, "loaded")).json())
+
+    @operation("getSymbols")
+    async def symbols(self, name: str | None = None, at: int | str | None = None) -> Document:
+        """What is loaded, and the symbols of a name or around an address. ::
+
+        >>> vm.symbols("modprobe_path")["matches"][0]["name"]
+        'modprobe_path'
+        """
+        return await self._document("getSymbols", query={"name": name, "at": None if at is None else address(at)})
+
+    # Protection
+
+    @operation("createProtection")
+    async def protect(
+        self, policy: Any, *, name: str | None = None, pages: Sequence[Sequence[Any]] | None = None
+    ) -> Document:
+        """Protect what a policy names: a path, a document, or a list of objects with ``name``, ``gpa`` and ``size``.
+
+        Raises Problem, with the field and the rule; BadInput for a file that is no policy. ::
+
+        >>> found = vm.protect([{"name": "table", "gpa": 0x8000, "size": 256}], name="kernel")
+        >>> found["subpages"], vm.subpages(8)[0]
+        (2, 4294967292)
+        """
+        return await self._document("createProtection", json=policy_of(policy, name, pages))
+
+    @stream("listProtections")
+    async def protections(self) -> AsyncGenerator[Document, None]:
+        """What is protected, in order of creation. ::
+
+        >>> [protection["name"] for protection in vm.protections()]
+        ['kernel']
+        """
+        async for found in self._core.pages("listProtections", "protections", path=self._place):
+            yield Document(found)
+
+    @operation("deleteProtection")
+    async def unprotect(self, name: str) -> None:
+        """End a protection. ::
+
+        >>> vm.unprotect("kernel")
+        """
+        await self._core.call("deleteProtection", path={**self._place, "name": name})
+
+    @operation("getSubpages")
+    async def subpages(self, gfn: int, npages: int = 1, *, layer: str | None = None) -> Bitmap:
+        """The write bitmaps of pages; ``layer`` is ``effective`` (the default), ``set``, ``protected``, ``granted``. ::
+
+        >>> print(vm.subpages(0x10))
+        0x10  .###############################
+        """
+        query = {"gfn": gfn, "npages": npages} if layer is None else {"gfn": gfn, "npages": npages, "layer": layer}
+        reply = await self._core.call("getSubpages", path=self._place, query=query, headers=_OCTETS)
+        return Bitmap(gfn, reply.content, reply.etag)
+
+    @operation("putSubpages")
+    async def set_subpages(self, gfn: int, access: Any, *, etag: str | None = None) -> None:
+        """Set the write bitmaps of the pages from ``gfn`` on: a word, several, a Bitmap, or bytes as they are.
+
+        With the ``etag`` of a Bitmap only where it is still so; Problem 412 otherwise. ::
+
+        >>> vm.set_subpages(0x11, [0xFFFF0000, "0xffffffff"])
+        >>> vm.subpages(0x11, 2)[0]
+        4294901760
+        """
+        words = to_wire(access)
+        headers = {"Content-Type": OCTETS} if etag is None else {"Content-Type": OCTETS, "If-Match": etag}
+        query = {"gfn": gfn, "npages": len(words) // 4}
+        await self._core.call("putSubpages", path=self._place, query=query, content=words, headers=headers)
+
+    @operation("patchSubpages")
+    async def patch_subpages(self, ranges: Iterable[Mapping[str, Any]]) -> None:
+        """Set many places at once: ranges with ``gfn``, ``npages`` and ``access``, a word or a list. ::
+
+        >>> vm.patch_subpages([{"gfn": 0x20, "access": 0}, {"gfn": 0x40, "npages": 2, "access": "0xffffffff"}])
+        """
+        await self._core.call("patchSubpages", path=self._place, json={"ranges": [dict(item) for item in ranges]})
+
+    @operation("getPageAccess")
+    async def page_access(self, gfn: int, npages: int = 1) -> list[Document]:
+        """Rights of whole pages, with their write bitmaps. ::
+
+        >>> vm.page_access(0x20)[0]["access"]
+        'r-x'
+        """
+        found = await self._document("getPageAccess", query={"gfn": gfn, "npages": npages})
+        return [Document(page) for page in found["pages"]]
+
+    @operation("patchPageAccess")
+    async def set_page_access(self, entries: Iterable[Mapping[str, Any]], *, mode: str = "atomic") -> list[Document]:
+        """Set rights of pages: entries with ``gfn``, ``access``, ``write_bitmap``. What became of each, where it is told. ::
+
+        >>> vm.set_page_access([{"gfn": 0x21, "access": "r--"}])
+        []
+        """
+        document = {"mode": mode, "entries": [dict(entry) for entry in entries]}
+        return [
+            Document(result) for result in (await self._document("patchPageAccess", json=document)).get("results", [])
+        ]
+
+    # Accesses
+
+    @operation("executeAccess")
+    async def access(
+        self,
+        gpa: int | str | None = None,
+        size: int = 8,
+        access: str = "write",
+        *,
+        on_violation: str = "skip",
+        data: bytes | None = None,
+        **members: Any,
+    ) -> Document:
+        """One access, executed. ``on_violation`` is ``skip``, ``allow``, ``grant`` or ``ask``. ::
+
+        >>> outcome = vm.access(0x10040)
+        >>> outcome["allowed"], outcome["exits"][-1]["denied"]
+        (False, '0x1')
+        """
+        document: dict[str, Any] = {"size": size, "access": access, "on_violation": on_violation, **members}
+        if gpa is not None:
+            document["gpa"] = address(gpa)
+        if data is not None:
+            document["data"] = bytes(data).hex()
+        patience = None if on_violation == "ask" else -1.0
+        return await self._document("executeAccess", json=document, patience=patience)
+
+    @operation("explainAccess")
+    async def walk(self, gpa: int | str, access: str = "write", size: int = 8, **query: Any) -> Document:
+        """Every EPT and SPPT entry that an access reads, and how it ends; changes nothing. ::
+
+        >>> vm.walk(0x10040)["then"]["resolution"]
+        'violation'
+        """
+        return await self._document(
+            "explainAccess", query={"gpa": address(gpa), "access": access, "size": size, **query}
+        )
+
+    @operation("createTrace", "getJob", "getTrace")
+    async def replay(
+        self,
+        source: Any,
+        *,
+        on_violation: str | None = None,
+        media: str | None = None,
+        progress: Progress = False,
+        **query: Any,
+    ) -> R:
+        """Replay a trace: a path, bytes, an iterator of bytes or of records, a table of Arrow, an array of addresses.
+
+        It is sent while it is read. ``query`` are the parameters of the call: ``start``, ``include``, ``carry``,
+        ``format``, ``record``, ``columns``, ``max_exit_records`` and others. ``media`` is the media type where neither
+        the name nor the first bytes tell. ``progress``: a line on standard error, or a function that is told the bytes
+        sent and their number. Raises Problem with ``index`` for a record, BadInput, Unreachable: then nothing happened,
+        unless the problem has ``resume_at``. ::
+
+        >>> trace = vm.replay([{"gpa": 0x10040}, {"gpa": 0x10080, "size": 4}])
+        >>> trace.violations, trace.page_granular_violations
+        (1, 2)
+        """
+        reply = await self._replay(source, on_violation, media, progress, query, {})
+        if reply.status == 202:
+            return await self._job(self._core, reply.json()).finished(progress)  # type: ignore[no-any-return]
+        return self._trace(self._core, reply.json())
+
+    @operation("createTrace")
+    async def submit(
+        self,
+        source: Any,
+        *,
+        on_violation: str | None = None,
+        media: str | None = None,
+        progress: Progress = False,
+        **query: Any,
+    ) -> J:
+        """As ``replay``, as a job that goes on without its client. ::
+
+        >>> vm.submit([{"gpa": 0x10040}]).wait().violations
+        1
+        """
+        headers = {"Prefer": "respond-async"}
+        return self._job(self._core, (await self._replay(source, on_violation, media, progress, query, headers)).json())
+
+    async def _replay(
+        self,
+        source: Any,
+        on_violation: str | None,
+        media: str | None,
+        progress: Progress,
+        query: dict[str, Any],
+        headers: dict[str, str],
+    ) -> Reply:
+        body = body_of(source, media, OCTETS if query.get("record") else TEXT)
+        query = {**body.query, "on_violation": on_violation, **query}
+        return await self._send("createTrace", body, query, headers, progress, "sent")
+
+    async def _send(
+        self, name: str, body: Body, query: dict[str, Any], headers: dict[str, str], progress: Progress, what: str
+    ) -> Reply:
+        """A body in pieces; the reply may take as long as it takes."""
+        report = report_of(progress, what)
+        try:
+            return await self._core.call(
+                name,
+                path=self._place,
+                query=query,
+                content=body.reporting(report),
+                headers={**body.headers(), **headers},
+                again=not body.once,
+                patience=None,
+            )
+        finally:
+            closed(report)
+
+    @stream("listTraces", "getTrace")
+    async def traces(self) -> AsyncGenerator[R, None]:
+        """The results that are kept, oldest first, without their exit records. ::
+
+        >>> [trace.violations for trace in vm.traces()][-1]
+        1
+        """
+        async for found in self._core.pages("listTraces", "traces", path=self._place):
+            yield self._trace(self._core, found)
+
+    @operation("getTrace")
+    async def trace(self, id: str) -> R:
+        """A result. Raises NotFound. ::
+
+        >>> vm.trace(trace.id).records
+        2
+        """
+        return self._trace(self._core, await self._document("getTrace", path={"trace": id}))
+
+    @stream("getExits", "listTraces")
+    async def exits(self, trace: str | None = None, limit: int | None = None) -> AsyncGenerator[Document, None]:
+        """Exit records of a result, of the last one unless its id is given. ::
+
+        >>> [exit["gpa"] for exit in vm.exits()]
+        ['0x10040']
+        """
+        if trace is None:
+            async for found in self._core.pages("listTraces", "traces", path=self._place):
+                trace = found["id"]
+        if trace is None:
+            raise BadInput(f"{self.id} has no results; replay a trace first")
+        of = TraceOperations(self._core, {"vm": self.id, "id": trace})
+        async for record in of.exit_records(limit):
+            yield record
+
+    # What happens
+
+    @stream("getEvents")
+    async def events(
+        self,
+        *,
+        follow: bool = False,
+        after: int | str | None = None,
+        kinds: str | Iterable[str] | None = None,
+        **query: Any,
+    ) -> AsyncGenerator[Document, None]:
+        """What happened, oldest first, after the id ``after``, or ``"latest"``. ``query``: ``gfn``, ``npages``, ``object``,
+        ``expand``. With ``follow`` it goes on until the machine is deleted, and by itself after every interruption, a
+        restart of the service included: no event is left out, and none comes twice. ::
+
+        >>> [event["kind"] for event in vm.events()][0]
+        'lifecycle'
+        """
+        chosen = kinds if kinds is None or isinstance(kinds, str) else ",".join(kinds)
+        async for event in following(self._core, self.id, {"kinds": chosen, **query}, after, follow):
+            yield event
+
+    @operation("hostMemoryEvent")
+    async def host_memory(self, event: str, gfn: int | None = None, npages: int | None = None) -> Document:
+        """Something that the host does to the memory: ``unmap``, ``migrate``, ``write-protect``, ``zap`` and so on. ::
+
+        >>> vm.host_memory("zap")["event"]
+        'zap'
+        """
+        members = {"event": event, "gfn": gfn, "npages": npages}
+        document = {name: member for name, member in members.items() if member is not None}
+        return await self._document("hostMemoryEvent", json=document)
+
+    @stream("getDirty")
+    async def dirty(self, **query: Any) -> AsyncGenerator[Document, None]:
+        """Pages that were written since the last harvest, by ``slot``, or by ``gfn`` and ``npages``; takes nothing. ::
+
+        >>> list(vm.dirty())
+        []
+        """
+        async for page in self._core.pages("getDirty", "pages", path=self._place, query=query):
+            yield Document(page)
+
+    # The processor
+
+    @operation("callVmIoctl", "callVcpuIoctl")
+    async def ioctl(self, name: str, data: bytes | None = None, *, vcpu: int | None = None, **members: Any) -> Document:
+        """An ioctl of the machine, or of a ``vcpu``; ``data`` are the bytes at its argument. ``members``: ``arg``,
+        ``memory``, ``read_only``. The reply has ``return`` and ``errno``. ::
+
+        >>> vm.ioctl("KVM_CHECK_EXTENSION", arg=0)["errno"] is None
+        True
+        """
+        document = ioctl_request(data, members)
+        if vcpu is None:
+            return await self._document("callVmIoctl", path={"name": name}, json=document)
+        return await self._document("callVcpuIoctl", path={"name": name, "n": vcpu}, json=document)
+
+    @operation("executeHypercall")
+    async def hypercall(self, vcpu: int = 0, **members: Any) -> Document:
+        """A Hyper-V hypercall of a vCPU: by ``call``, or by ``registers``; see docs/tlb-flush.md. ::
+
+        >>> vm.hypercall(call={"name": "HvCallFlushVirtualAddressSpace", "flags": 3, "fast": True})["outcome"]
+        'completed'
+        """
+        return await self._document("executeHypercall", path={"n": vcpu}, json=members)
+
+    def __repr__(self) -> str:
+        return f"<vm {self.id} {self.name!r}>"
+
+    def _repr_html_(self) -> str:
+        return of_members(self.document, self.id)
+
+
+class Vm(VmOperations[Trace, Job], Blocking):
+    """A machine."""
+
+    _trace, _job = Trace, Job
+
+    def attach(self, handler: Handler, *, workers: int = 8, **wishes: Any) -> Tool:
+        """Attach a tool that is asked what becomes of refused accesses, ``workers`` at a time, in threads of its own.
+
+        ``wishes`` are those of docs/introspection.md: ``priority``, ``objects``, ``accesses``, ``ranges``, ``kinds``,
+        ``timeout``, ``default_action``. It attaches again after every interruption. Raises Problem, Unreachable. ::
+
+        >>> with vm.attach(lambda question: "allow" if question.gpa == 0x10040 else "skip"):
+        ...     vm.access(0x10040, on_violation="ask")["landed"], vm.access(0x10048, on_violation="ask")["landed"]
+        (True, False)
+        """
+        return Tool(self._core, self.id, handler, wishes, workers)
+
+
+class AsyncVm(VmOperations[AsyncTrace, AsyncJob], Awaiting):
+    """A machine, with methods to be awaited."""
+
+    _trace, _job = AsyncTrace, AsyncJob
+
+    def attach(self, handler: Handler, *, workers: int = 8, **wishes: Any) -> AsyncTool:
+        """As ``Vm.attach``, for ``async with``; the handler may be a coroutine function."""
+        return AsyncTool(self._core, self.id, handler, wishes, workers)
+
+
+_OCTETS = {"Accept": OCTETS}

@@ -1,0 +1,159 @@
+"""Results of replays, and their exit records as dictionaries, tables or arrays."""
+
+from __future__ import annotations
+
+import io
+from array import array
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from subpage.bitmaps import library
+from subpage.bodies import ARROW, NDJSON
+from subpage.core import Core
+from subpage.html import Document, of_members, table
+from subpage.modes import Awaiting, Blocking, operation, stream
+from subpage.wire import Gathered, document
+
+_TOTALS = ("records", "writes", "violations", "page_granular_violations", "mmio", "exit_records_dropped", "stopped_at")
+
+
+class TraceOperations:
+    """The result of one replay, as it was when it ended."""
+
+    def __init__(self, core: Core, found: Mapping[str, Any]) -> None:
+        self._core, self.document = core, Document(found)
+        self._place = {"vm": self.document["vm"], "trace": self.document["id"]}
+
+    @property
+    def id(self) -> str:
+        """Its id, ``tr_…``."""
+        return str(self.document["id"])
+
+    @property
+    def records(self) -> int:
+        """Accesses that were replayed."""
+        return int(self.document["records"])
+
+    @property
+    def violations(self) -> int:
+        """Exits that the policy costs."""
+        return int(self.document["violations"])
+
+    @property
+    def page_granular_violations(self) -> int:
+        """Exits that whole pages would have cost."""
+        return int(self.document["page_granular_violations"])
+
+    @property
+    def by_object(self) -> dict[str, dict[str, int]]:
+        """``violations`` and ``collateral`` of each protected object."""
+        return dict(self.document["by_object"])
+
+    def __getitem__(self, member: str) -> Any:
+        return self.document[member]
+
+    @stream("getExits")
+    async def exits(self, limit: int | None = None) -> AsyncGenerator[Document, None]:
+        """Its exit records, in order, as they come. Raises StreamBroken, NotFound once the result is not kept. ::
+
+        >>> for exit in trace.exits(limit=1):
+        ...     exit["gpa"], exit["denied"]
+        ('0x10040', '0x1')
+        """
+        async for record in self.exit_records(limit):
+            yield record
+
+    async def exit_records(self, limit: int | None) -> AsyncGenerator[Document, None]:
+        """What ``exits`` does."""
+        options: dict[str, Any] = {"query": {"limit": limit}, "headers": {"Accept": NDJSON}, "patience": None}
+        async for line in self._core.lines("getExits", path=self._place, **options):
+            yield Document(document(line))
+
+    @operation("getExits")
+    async def arrow(self, limit: int | None = None) -> Any:
+        """Its exit records as a ``pyarrow.Table``. Raises NotInstalled. ::
+
+        >>> trace.arrow()["gpa"].to_pylist()
+        [65600]
+        """
+        arrow = library("pyarrow")
+        return arrow.ipc.open_stream(await self._exits_arrow(limit)).read_all()
+
+    @operation("getExits")
+    async def pandas(self, limit: int | None = None) -> Any:
+        """Its exit records as a ``pandas.DataFrame``. Raises NotInstalled."""
+        pandas = library("pandas")
+        return pandas.DataFrame(await self._columns(limit))
+
+    @operation("getExits")
+    async def polars(self, limit: int | None = None) -> Any:
+        """Its exit records as a ``polars.DataFrame``. Raises NotInstalled."""
+        polars = library("polars")
+        return polars.read_ipc_stream(io.BytesIO(await self._exits_arrow(limit)))
+
+    @operation("getExits")
+    async def numpy(self, limit: int | None = None) -> dict[str, Any]:
+        """Its exit records as arrays of numpy by column. Raises NotInstalled. ::
+
+        >>> int(trace.numpy()["gpa"][0])
+        65600
+        """
+        numpy = library("numpy")
+        return {name: numpy.asarray(column) for name, column in (await self._columns(limit)).items()}
+
+    @operation("getExits")
+    async def columns(self, limit: int | None = None) -> dict[str, Any]:
+        """Its exit records by column, with nothing installed: a ``memoryview`` of 64-bit words where every value is a
+        number, else a list. ::
+
+        >>> trace.columns()["gpa"][0]
+        65600
+        """
+        return await self._columns(limit)
+
+    async def _columns(self, limit: int | None) -> dict[str, Any]:
+        columns: dict[str, list[Any]] = {}
+        count = 0
+        async for record in self.exit_records(limit):
+            for name, value in record.items():
+                columns.setdefault(name, [None] * count).append(_number(value))
+            count += 1
+        return {name: _packed(column) for name, column in columns.items()}
+
+    async def _exits_arrow(self, limit: int | None) -> bytes:
+        opened = await self._core.opened(
+            "getExits", path=self._place, query={"limit": limit}, headers={"Accept": ARROW}, patience=None
+        )
+        body = Gathered(self._core.most_bytes)
+        try:
+            while piece := await opened.piece():
+                body.add(piece)
+        finally:
+            await opened.close()
+        return body.whole()
+
+    def __repr__(self) -> str:
+        return f"<trace {self.id}: {self.violations} violations in {self.records} records>"
+
+    def _repr_html_(self) -> str:
+        totals = of_members({name: self.document.get(name) for name in _TOTALS}, self.id)
+        rows = ((name, hits["violations"], hits["collateral"]) for name, hits in self.by_object.items())
+        return totals + table(("object", "violations", "collateral"), rows, len(self.by_object))
+
+
+class Trace(TraceOperations, Blocking):
+    """The result of a replay."""
+
+
+class AsyncTrace(TraceOperations, Awaiting):
+    """The result of a replay, with methods to be awaited."""
+
+
+def _number(value: Any) -> Any:
+    return int(value, 16) if isinstance(value, str) and value.startswith("0x") else value
+
+
+def _packed(column: list[Any]) -> Any:
+    if all(type(value) is int and 0 <= value < 1 << 64 for value in column):
+        return memoryview(array("Q", column))
+    return column

@@ -1,0 +1,180 @@
+"""The two ways to a service: one that blocks, whose coroutines never suspend, and one of asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any
+
+import httpx2
+import websockets.asyncio.client
+import websockets.exceptions
+import websockets.sync.client
+
+from subpage.errors import StreamBroken, refusal
+from subpage.wire import MESSAGE_BYTES, Gathered, Opened, Reply, Request, Socket, SocketClosed, checked, told, trusting
+
+FAILURES = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError)
+SOCKET_FAILURES = (OSError, websockets.exceptions.WebSocketException)
+_KEEPALIVE = 20.0  # seconds between pings, and for their answers
+
+
+async def _now(value: Any) -> Any:
+    return value
+
+
+async def _later(value: Any) -> Any:
+    return await value
+
+
+class _Transport:
+    """HTTP with httpx2, WebSockets with websockets. ``done`` gives what a call has made, or what it will have made."""
+
+    def __init__(self, url: str, ca: Any, connect: float, http: Any, dialler: Any, done: Any) -> None:
+        self._url, self._trust, self._connect = url, trusting(ca), connect
+        self._http: Any = http(verify=self._trust, follow_redirects=False)
+        self._dialler, self._done = dialler, done
+
+    async def _sent(self, request: Request) -> httpx2.Response:
+        content = request.content() if callable(request.content) else request.content
+        if self._done is _later and isinstance(content, Iterator):
+            content = _in_threads(content)
+        limits = (self._connect, request.patience, None, self._connect)
+        try:
+            prepared = self._http.build_request(
+                request.method, request.url, content=content, headers=request.headers, timeout=limits
+            )
+            reply: httpx2.Response = await self._done(self._http.send(prepared, stream=True))
+        except FAILURES as error:
+            raise told(self._url, error) from None
+        return reply
+
+    async def send(self, request: Request, most: int) -> Reply:
+        """Raises Unreachable, TooLarge beyond ``most`` bytes."""
+        opened = _Opened(await self._sent(request), self._url, self._done)
+        try:
+            checked(opened.headers, most)
+            body = Gathered(most)
+            while piece := await opened.next_piece():
+                body.add(piece)
+        except FAILURES as error:
+            raise told(self._url, error) from None
+        finally:
+            await opened.close()
+        return Reply(opened.status, opened.headers, body.whole())
+
+    async def open(self, request: Request) -> Opened:
+        """Raises Unreachable."""
+        return _Opened(await self._sent(request), self._url, self._done)
+
+    async def dial(self, url: str, headers: dict[str, str], protocol: str) -> Socket:
+        """Raises Unreachable, Problem."""
+        trust = None if self._trust is True else self._trust
+        dialled = self._dialler(
+            url,
+            additional_headers=headers,
+            subprotocols=[protocol],
+            ssl=trust if url.startswith("wss:") else None,
+            open_timeout=self._connect,
+            ping_interval=_KEEPALIVE,
+            ping_timeout=_KEEPALIVE,
+            close_timeout=2,
+            max_size=MESSAGE_BYTES,
+            compression=None,
+        )
+        enter = dialled.__enter__ if self._done is _now else dialled.__aenter__
+        try:
+            return _Socket(await self._done(enter()), self._done)
+        except SOCKET_FAILURES as error:
+            raise _undialled(self._url, error) from None
+
+    async def close(self) -> None:
+        """Close what is open."""
+        await self._done(self._http.close() if self._done is _now else self._http.aclose())
+
+
+class BlockingTransport(_Transport):
+    """Blocks while it waits, so that nothing is ever suspended."""
+
+    def __init__(self, url: str, ca: Any, connect: float) -> None:
+        super().__init__(url, ca, connect, httpx2.Client, websockets.sync.client.connect, _now)
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)  # noqa: ASYNC251 - this is the one that blocks
+
+
+class AsyncTransport(_Transport):
+    """Suspends while it waits."""
+
+    def __init__(self, url: str, ca: Any, connect: float) -> None:
+        super().__init__(url, ca, connect, httpx2.AsyncClient, websockets.asyncio.client.connect, _later)
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+        await asyncio.sleep(seconds)
+
+
+class _Opened:
+    def __init__(self, reply: httpx2.Response, url: str, done: Any) -> None:
+        self._reply, self._url, self._done = reply, url, done
+        self._pieces: Any = reply.iter_raw() if done is _now else reply.aiter_raw()
+        self.status: int = reply.status_code
+        self.headers: Mapping[str, str] = reply.headers
+
+    async def next_piece(self) -> bytes:
+        piece: bytes = await self._done((next if self._done is _now else anext)(self._pieces, b""))
+        return piece
+
+    async def piece(self) -> bytes:
+        try:
+            return await self.next_piece()
+        except FAILURES as error:
+            raise StreamBroken(f"the stream broke off: {told(self._url, error)}") from None
+
+    async def close(self) -> None:
+        await self._done(self._reply.close() if self._done is _now else self._reply.aclose())
+
+
+class _Socket:
+    def __init__(self, socket: Any, done: Any) -> None:
+        self._socket, self._done = socket, done
+
+    async def receive(self) -> str:
+        try:
+            return str(await self._done(self._socket.recv()))
+        except SOCKET_FAILURES as error:
+            raise _closed(error) from None
+
+    async def send(self, text: str) -> None:
+        try:
+            await self._done(self._socket.send(text))
+        except SOCKET_FAILURES as error:
+            raise _closed(error) from None
+
+    async def close(self) -> None:
+        await self._done(self._socket.close())
+
+
+async def _in_threads(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """What blocks, read where it blocks nobody."""
+    while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+        yield piece
+
+
+def _undialled(url: str, error: Exception) -> Exception:
+    """Why there is no WebSocket."""
+    if isinstance(error, websockets.exceptions.InvalidStatus):
+        reply = error.response
+        headers = {name.lower(): value for name, value in reply.headers.raw_items()}
+        return refusal(url, reply.status_code, headers, bytes(reply.body or b""))
+    if isinstance(error, TimeoutError):
+        return told(url, httpx2.ConnectTimeout("timed out"))
+    return told(url, (httpx2.ConnectError if isinstance(error, OSError) else httpx2.RemoteProtocolError)(str(error)))
+
+
+def _closed(error: Exception) -> SocketClosed:
+    """How a socket ended."""
+    received = error.rcvd if isinstance(error, websockets.exceptions.ConnectionClosed) else None
+    return SocketClosed(1006, str(error)) if received is None else SocketClosed(received.code, received.reason)

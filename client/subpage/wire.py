@@ -1,0 +1,197 @@
+"""What a transport carries: requests, replies, streams of bytes, sockets of messages."""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx2
+
+from subpage.errors import BadInput, Error, NotSubpage, StreamBroken, TooLarge, Unreachable, Untrusted
+
+Pieces = Callable[[], Any]
+"""Makes an iterator, or an asynchronous iterator, of the bytes of a body; where it is called again, once more."""
+
+LINE_BYTES = 1 << 20  # of a line of a stream: an event, an exit record
+MESSAGE_BYTES = 1 << 20  # of a message of a socket
+
+
+@dataclass(slots=True)
+class Request:
+    """One HTTP request. ``patience`` is how many seconds may pass without a byte of the reply; None: any."""
+
+    method: str
+    url: str
+    headers: dict[str, str]
+    content: bytes | Pieces | None = None
+    patience: float | None = 30.0
+
+
+@dataclass(slots=True)
+class Reply:
+    """A whole reply. ``call`` returns it."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+
+    def json(self) -> Any:
+        """The document in it, None where there is no body. Raises NotSubpage."""
+        try:
+            return json.loads(self.content) if self.content else None
+        except (ValueError, RecursionError):
+            raise NotSubpage("the reply is not the JSON that Subpage would have sent") from None
+
+    @property
+    def etag(self) -> str | None:
+        """Its entity tag, for ``If-Match``."""
+        return self.headers.get("etag")
+
+
+class Opened(Protocol):
+    """A reply whose body comes in pieces."""
+
+    status: int
+    headers: Mapping[str, str]
+
+    async def piece(self) -> bytes:
+        """The next bytes; empty at the end. Raises StreamBroken."""
+
+    async def close(self) -> None:
+        """Leave the rest."""
+
+
+class Socket(Protocol):
+    """A WebSocket of text messages."""
+
+    async def receive(self) -> str:
+        """The next message. Raises SocketClosed."""
+
+    async def send(self, text: str) -> None:
+        """Raises SocketClosed."""
+
+    async def close(self) -> None:
+        """Say goodbye."""
+
+
+class SocketClosed(Exception):
+    """A socket has ended, by the close code; 1006 where there was none."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(code, reason)
+        self.code, self.reason = code, reason
+
+
+class Transport(Protocol):
+    """The way to a service; its methods either never suspend, or are those of an event loop."""
+
+    async def send(self, request: Request, most: int) -> Reply:
+        """Raises Unreachable, TooLarge beyond ``most`` bytes."""
+
+    async def open(self, request: Request) -> Opened:
+        """Raises Unreachable."""
+
+    async def dial(self, url: str, headers: dict[str, str], protocol: str) -> Socket:
+        """Raises Unreachable, Problem."""
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+
+    async def close(self) -> None:
+        """Close what is open."""
+
+
+def trusting(authorities: str | Path | None) -> ssl.SSLContext | bool:
+    """TLS with servers that these vouch for; with those that the system trusts by default. Raises BadInput."""
+    if authorities is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=authorities)
+    except OSError as error:  # of which an SSLError is one
+        said = "has no certificates in PEM form" if isinstance(error, ssl.SSLError) else error.strerror
+        raise BadInput(f"{authorities}: {said}") from None
+
+
+def told(url: str, error: Exception) -> Error:
+    """Why there is no answer from ``url``, and what to do."""
+    text = str(error)
+    if isinstance(error, (httpx2.InvalidURL, httpx2.UnsupportedProtocol)):
+        return NotSubpage(f"{url}: must be a URL such as http://127.0.0.1:8000")
+    unsent = isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout))
+    if isinstance(error, httpx2.ConnectError) or isinstance(error.__cause__, ssl.SSLError):
+        if "CERTIFICATE_VERIFY_FAILED" in text or "certificate" in text.lower():
+            what = "give the authority that vouches for it (ca=, or --ca)"
+            return Untrusted(f"the certificate of {url} is not trusted: {what}", unsent=True)
+        if "SSL" in text:
+            return Untrusted(f"{url} does not speak TLS as it should; perhaps it is http, not https", unsent=True)
+        if "Errno -" in text:
+            return Unreachable(f"there is no host of the name in {url}", unsent=True)
+        return Unreachable(f"no service on {url}: start one with `subpage serve`, or say where it is", unsent=True)
+    if isinstance(error, httpx2.TimeoutException):
+        return Unreachable(f"{url} does not answer: is it the service, and is it well?", unsent=unsent)
+    if isinstance(error, httpx2.RemoteProtocolError):
+        return Unreachable(f"{url} ended the connection, or does not speak HTTP ({text})")
+    return Unreachable(f"the connection to {url} was lost: {text or type(error).__name__}", unsent=unsent)
+
+
+def checked(headers: Mapping[str, str], most: int) -> None:
+    """Refuse a body before it is read. Raises TooLarge, NotSubpage for a coding that was not asked for."""
+    if headers.get("content-encoding", "identity") != "identity":
+        raise NotSubpage("the reply is coded, which was not asked for: is there a proxy that changes replies?")
+    length = headers.get("content-length", "0")
+    if not length.isdecimal() or int(length[:20]) > most:
+        raise TooLarge(f"the reply has {length[:20]} bytes, the client takes {most}: raise most_bytes, or ask for less")
+
+
+class Gathered:
+    """A body put together, up to a bound."""
+
+    def __init__(self, most: int) -> None:
+        self.parts: list[bytes] = []
+        self._left = self._most = most
+
+    def add(self, piece: bytes) -> None:
+        """Raises TooLarge."""
+        self._left -= len(piece)
+        if self._left < 0:
+            raise TooLarge(f"the reply has more bytes than the {self._most} that the client takes: raise most_bytes")
+        self.parts.append(piece)
+
+    def whole(self) -> bytes:
+        """All of it."""
+        return self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
+
+
+async def lines(opened: Opened) -> AsyncGenerator[bytes, None]:
+    """The lines of a body as they come, without their ends. Raises StreamBroken, TooLarge for an endless one."""
+    rest = b""
+    while piece := await opened.piece():
+        *whole, rest = (rest + piece).split(b"\n")
+        for line in whole:
+            yield line.removesuffix(b"\r")
+        if len(rest) > LINE_BYTES:
+            raise TooLarge(f"a line of the stream has more than {LINE_BYTES} bytes")
+    if rest:
+        raise StreamBroken("the stream ended in the middle of a line")
+
+
+def document(line: bytes) -> dict[str, Any]:
+    """A line as JSON. Raises StreamBroken."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise StreamBroken("a line of the stream is not JSON")
+    return found
+
+
+def file_pieces(path: Path, size: int = 1 << 18) -> Iterator[bytes]:
+    """A file piece by piece."""
+    with path.open("rb") as file:
+        while piece := file.read(size):
+            yield piece
