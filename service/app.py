@@ -21,7 +21,7 @@ from engine.warm.whole import Group, compile_kernels, load_kernels
 from service import __version__
 from service.api.events import events, introspection
 from service.api.hyperv import hypercalls, hyperv, kvm_pages
-from service.api.machines import counters, vm_capabilities, vms
+from service.api.machines import clones, counters, vm_capabilities, vms
 from service.api.memory import dirty, host_memory, memory, memory_slots, symbols
 from service.api.nested import evmcs, nested_state
 from service.api.processor import msrs, vcpu_features, vcpus
@@ -58,6 +58,7 @@ RESOURCES = (
     accesses,
     walk,
     vms,
+    clones,
     memory_slots,
     memory,
     spp,

@@ -92,6 +92,7 @@ class MachineState:
         try:
             if since is not None and since is not self.current:
                 raise Busy("another change of this machine came first")
+            self._own()
             change = Change(self.store, self.current, slots)
             if address_spaces.has_smm_slots(change.machine):
                 change.follow_modes()  # those of a machine that an earlier release stored
@@ -136,6 +137,28 @@ class MachineState:
         current = self.current
         store = self.store.twin(current.snapshot)
         return MachineState(store, replace(current, snapshot=store.published))
+
+    def clone(self, config: VmConfig) -> MachineState:
+        """The same state under ``config``, which differs in names alone, for a machine of its own.
+
+        It shares the frames of this one until it is first changed. From any thread, whatever is under way here.
+        """
+        current = self.current
+        store = self.store.lend(current.snapshot)
+        return MachineState(store, replace(current, config=config, snapshot=store.published))
+
+    def own(self) -> None:
+        """Copy the frames that are borrowed. Raises Busy when a change is under way."""
+        self._acquire()
+        try:
+            self._own()
+        finally:
+            self.writer.release()
+
+    def _own(self) -> None:
+        if self.store.published.loan is not None:
+            self.store.own()
+            self.current = replace(self.current, snapshot=self.store.published)
 
     def successor(self) -> MachineState:
         """A state that goes on from this one and takes the changes; this one takes none until it is withdrawn."""

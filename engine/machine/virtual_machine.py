@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -296,6 +297,20 @@ class VirtualMachine:
         after = VirtualMachine(self.state.successor())
         after._saved = self._saved
         return after
+
+    def clone(self, name: str) -> VirtualMachine:
+        """Another machine that begins as this one is, under another name; from then on neither sees what the other
+        does. It copies no frame before its first change. From any thread, whatever is under way here."""
+        return VirtualMachine(self.state.clone(replace(self.config, name=name)))
+
+    @property
+    def borrows_frames(self) -> bool:
+        """Whether it is a clone that has not been changed: its frames are those of another machine."""
+        return self.state.current.snapshot.loan is not None
+
+    def own_frames(self) -> None:
+        """Copy frames that are borrowed, which the first change would do otherwise. It takes time by their number."""
+        self.state.own()
 
     def withdraw(self, after: VirtualMachine) -> None:
         """Undo all that was done to the successor, which takes no changes any more; this machine takes them again."""

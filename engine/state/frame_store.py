@@ -33,13 +33,30 @@ _EMPTY_CACHE = np.full(CACHE_WORDS, EMPTY, dtype=np.int64)
 T = TypeVar("T", bound=np.generic)
 
 
-class Snapshot:
-    """One published state: a Machine whose maps nobody writes any more."""
+# Rows that are copied at one time when a store gets its own.
+_COPIED_ROWS = 1 << 12
 
-    __slots__ = ("__weakref__", "machine")
+
+class Loan:
+    """Rows of one store that the first state of another shows, too: ``shown`` bool[rows] of the array ``rows``. Their
+    owner writes none of them while somebody holds the loan."""
+
+    __slots__ = ("__weakref__", "rows", "shown")
 
     def __init__(self, machine: Machine) -> None:
+        self.rows = machine.rows
+        self.shown: NDArray[np.bool_] = np.zeros(len(machine.rows), dtype=np.bool_)
+        self.shown[machine.row_of[machine.row_of >= 0]] = True
+
+
+class Snapshot:
+    """One published state: a Machine whose maps nobody writes any more; with ``loan`` its rows are another store's."""
+
+    __slots__ = ("__weakref__", "loan", "machine")
+
+    def __init__(self, machine: Machine, loan: Loan | None = None) -> None:
         self.machine = machine
+        self.loan = loan
 
 
 class FrameStore:
@@ -53,6 +70,10 @@ class FrameStore:
         self.twinning = threading.Lock()
         self.spare: NDArray[np.int64] = np.arange(FIRST_FRAMES - 1, -1, -1, dtype=np.int64)
         self._retired: deque[tuple[weakref.ref[Snapshot], NDArray[np.int64]]] = deque()
+        # What clones have borrowed, and rows that would be spare but for that.
+        self._lending = threading.Lock()
+        self._loans: list[weakref.ref[Loan]] = []
+        self._waiting: list[tuple[weakref.ref[Loan], NDArray[np.int64]]] = []
         empty = np.zeros(0, dtype=np.int64)
         self.published = Snapshot(
             Machine(
@@ -111,11 +132,38 @@ class FrameStore:
         rows[: len(used)] = machine.rows[machine.row_of[used]]
         row_of = np.full(len(machine.row_of), -1, dtype=np.int64)
         row_of[used] = np.arange(len(used))
-        twin = copy.copy(self)
-        twin.spare = np.arange(len(used), len(rows), dtype=np.int64)
-        twin._retired = deque()
-        twin.published = Snapshot(machine._replace(rows=rows, row_of=row_of))
-        return twin
+        return self._another(
+            Snapshot(machine._replace(rows=rows, row_of=row_of)), np.arange(len(used), len(rows), dtype=np.int64)
+        )
+
+    def lend(self, snapshot: Snapshot) -> FrameStore:
+        """A store of its own that begins with what ``snapshot`` shows, in the rows of this one; the caller holds the
+        snapshot meanwhile. It copies them when it is first to be written (``own``); changes here go to other rows."""
+        loan = snapshot.loan
+        if loan is None:
+            loan = Loan(snapshot.machine)
+            with self._lending:
+                self._loans.append(weakref.ref(loan))
+        return self._another(Snapshot(snapshot.machine, loan), np.zeros(0, dtype=np.int64))
+
+    def _another(self, published: Snapshot, spare: NDArray[np.int64]) -> FrameStore:
+        other = copy.copy(self)
+        other.twinning, other._lending = threading.Lock(), threading.Lock()
+        other.spare, other.published = spare, published
+        other._retired, other._loans, other._waiting = deque(), [], []
+        return other
+
+    def own(self) -> None:
+        """Publish the same state in rows of our own where they are borrowed: each frame keeps the number of its row."""
+        loan, machine = self.published.loan, self.published.machine
+        if loan is None:
+            return
+        rows = np.empty_like(machine.rows)
+        for at in range(0, len(rows), _COPIED_ROWS):
+            shown = loan.shown[at : at + _COPIED_ROWS]
+            rows[at : at + _COPIED_ROWS][shown] = machine.rows[at : at + _COPIED_ROWS][shown]
+        self.spare = np.flatnonzero(~loan.shown)[::-1]
+        self.published = Snapshot(machine._replace(rows=rows))
 
     def begin(self, slots: NDArray[np.int64]) -> Draft:
         """A change on top of the published state."""
@@ -126,8 +174,32 @@ class FrameStore:
         freed = []
         while self._retired and self._retired[0][0]() is None:
             freed.append(self._retired.popleft()[1])
+        freed = self._not_lent(freed)
         if freed:
             self.spare = np.concatenate([self.spare, *freed])
+
+    def _not_lent(self, freed: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+        """Of rows that no reader can see any more those that no clone shows, either; the others wait for its change."""
+        if not self._loans and not self._waiting:
+            return freed
+        rows = self.published.machine.rows
+        with self._lending:
+            self._loans = [reference for reference in self._loans if reference() is not None]
+            known = [(reference, loan) for reference in self._loans if (loan := reference()) and loan.rows is rows]
+        live = {reference for reference, _ in known}
+        waiting, self._waiting = self._waiting, []
+        for reference, held in waiting:
+            if reference in live:
+                self._waiting.append((reference, held))
+            else:
+                freed.append(held)
+        for reference, loan in known:
+            for at, part in enumerate(freed):
+                lent = loan.shown[part]
+                if lent.any():
+                    self._waiting.append((reference, part[lent]))
+                    freed[at] = part[~lent]
+        return freed
 
     def publish(self, draft: Draft) -> None:
         """Make a draft the published state. Raises LimitExceeded if it has more frames than the machine may have."""
@@ -151,6 +223,11 @@ class FrameStore:
         now = self.published
         if now is snapshot:
             return
+        if snapshot.loan is not None:
+            # The first state of a clone: all that it has written is in rows of its own.
+            self._retired.clear()
+            self.spare, self.published = np.zeros(0, dtype=np.int64), snapshot
+            return
         while self._retired[-1][0]() is not snapshot:
             self._retired.pop()
         self._retired.pop()
@@ -165,8 +242,9 @@ class FrameStore:
             late = shown[idle[shown]]
             idle[late] = False
             self._retired.append((weakref.ref(now), late))
-        self.spare = np.flatnonzero(idle)
         self.published = snapshot
+        self._waiting = []
+        self.spare = np.concatenate(self._not_lent([np.flatnonzero(idle)]))
 
     def abandon(self, draft: Draft) -> None:
         """Forget a draft. It wrote in rows that are spare, or in rows of its own growth: nothing is to be undone.

@@ -21,8 +21,8 @@ from service.runtime.traces import PART, Trace
 _LISTED = 64
 
 
-def created(machine: VirtualMachine) -> Note:
-    """A machine has come into being."""
+def created(machine: VirtualMachine, origin: str | None = None) -> Note:
+    """A machine has come into being, perhaps as the clone of another one."""
     config = machine.config
     detail = {
         "change": "created",
@@ -32,7 +32,7 @@ def created(machine: VirtualMachine) -> Note:
         "memory_slots": [_slot(spec) for spec in machine.slots()],
         "spp": machine.spp_active,
     }
-    return Note("lifecycle", detail)
+    return Note("lifecycle", detail if origin is None else {**detail, "origin": origin})
 
 
 def changes_of(before: VirtualMachine, after: VirtualMachine) -> Iterator[Note]:

@@ -16,11 +16,15 @@ from service.runtime.broker import Broker
 from service.runtime.changes import batches_of, changes_of
 from service.runtime.commit_hooks import CommitHooks
 from service.runtime.events import EventLog
+from service.runtime.offload import maybe_in_thread
 from service.runtime.repository import Repository
 from service.runtime.room import Room
 from service.runtime.traces import TraceStore
 from service.runtime.vm_lock import VmLock
 from service.storage.records import VmRecord
+
+# Of clones with more frames it takes a while to copy them.
+_INLINE_FRAMES = 256
 
 
 def unknown_vm(vm_id: str) -> NotFound:
@@ -111,6 +115,8 @@ class Entry:
         async with self.lock.hold(patient=patient):
             await self.load()
             before = self.machine
+            if before.borrows_frames:
+                await maybe_in_thread(before.frames_in_use <= _INLINE_FRAMES, before.own_frames)
             after = before.successor()
             self.room.open(after, image=image)
             change = Mutation(after, hooks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -32,6 +32,8 @@ from service.storage.records import VmRecord
 __all__ = ["Entry", "Registry", "unknown_vm"]
 
 _INLINE_SLOTS = 4
+# Of machines with more frames it takes a while to tell which they are.
+_INLINE_FRAMES = 1 << 14
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # Machines of one tenant are apart by this at least, so that their times put them in order.
@@ -174,17 +176,40 @@ class Registry:
 
         Raises LimitExceeded, what the engine says of the input, or StoreUnavailable.
         """
+        quick = len(slots) <= _INLINE_SLOTS
+        return await self._create(lambda: build(config, slots, spp=spp), quick, tenant, hooks)
+
+    async def clone(self, origin: Entry, name: str | None, hooks: CommitHooks) -> Entry:
+        """A new machine of the tenant of ``origin`` that begins as that is, committed with what ``hooks`` say. It keeps
+        the name unless it is given one.
+
+        Counted is what it may come to have for itself: all frames, though they are shared until it is changed.
+        Raises LimitExceeded, StoreUnavailable.
+        """
+        machine = origin.machine
+        label = machine.config.name if name is None else name
+        quick = machine.frames_in_use <= _INLINE_FRAMES
+        return await self._create(lambda: machine.clone(label), quick, origin.tenant, hooks, origin.id)
+
+    async def _create(
+        self,
+        make: Callable[[], VirtualMachine],
+        quick: bool,
+        tenant: str,
+        hooks: CommitHooks,
+        origin: str | None = None,
+    ) -> Entry:
         self._drop_gone()
         self._places.take(tenant)
         room = self._room(tenant)
         try:
-            machine = await maybe_in_thread(len(slots) <= _INLINE_SLOTS, build, config, slots, spp=spp)
-            room.check(machine)
+            machine = await maybe_in_thread(quick, make)
+            room.admit(machine)
             room.settle(machine.frames_in_use)  # while the store commits it, others are refused what it takes
             self._sequence += 1
             now = max(datetime.now(UTC), self._latest.get(tenant, _EPOCH) + _TICK)
             entry = self._entry(f"vm_{secrets.token_hex(8)}", self._sequence, now, 1, tenant)
-            log, next_event = entry.events.coming([created(machine)])
+            log, next_event = entry.events.coming([created(machine, origin)])
             await self.repository.create(entry.record(next_event=next_event), machine, log, hooks)
         except LimitExceeded as error:
             if room.is_refusal(error):

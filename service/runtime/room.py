@@ -40,6 +40,11 @@ class Room:
         self._bound = self._limit()
         machine.bound_frames(self._bound)
 
+    def admit(self, machine: VirtualMachine) -> None:
+        """Refuse a machine that has just been made if there is no room for it. Raises ShareExceeded."""
+        self._images = min(machine.image_frames, self._most_images)
+        self.check(machine)
+
     def check(self, machine: VirtualMachine) -> None:
         """Refuse what a change has made of the machine if that is too large. Raises ShareExceeded."""
         self._bound = self._limit()  # others may have grown meanwhile

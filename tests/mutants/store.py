@@ -6,6 +6,7 @@ from .mutant import Mutant
 from .paths import FASTPATH, FRAMES, STORE, named
 
 STORE_PY = "engine/state/frame_store.py"
+CLONES = "tests/engine/machine/test_clones.py"
 FRAMES_PY = "engine/cpu/frames.py"
 FASTPATH_PY = "engine/cpu/fastpath.py"
 REPLAY_PY = "engine/trace/replay.py"
@@ -267,5 +268,34 @@ MUTANTS = (
         "m.cache[at] = gfn",
         "a page with a closed sub-page is looked at more closely",
         named(FASTPATH, "only_sub_pages_that_may_be_written_are_served"),
+    ),
+    Mutant(
+        "store-lent-rows",
+        STORE_PY,
+        "freed[at] = part[~lent]",
+        "pass",
+        "rows that a clone shows are not used again",
+        named(
+            CLONES,
+            "what_one_does_the_other_does_not_see",
+            "a_change_of_the_origin_that_is_withdrawn_takes_nothing_of_the_clone",
+        ),
+    ),
+    Mutant(
+        "store-lent-rows-come-back",
+        STORE_PY,
+        "freed.append(held)",
+        "pass",
+        "rows that a clone has copied come back to its origin",
+        named(CLONES, "rows_that_a_clone_shows_wait_for_it_and_then_come_back"),
+    ),
+    Mutant(
+        "store-borrowed-rows-after-a-withdrawal",
+        STORE_PY,
+        "if snapshot.loan is not None:",
+        "if False:",
+        "a clone whose change is withdrawn writes in no row of its origin",
+        named(CLONES, "a_change_of_a_clone_that_is_withdrawn"),
+        function="revert",
     ),
 )

@@ -37,7 +37,7 @@ from service.http.idempotency import hooks_of
 from service.http.negotiation import JSON
 from service.http.wire_types import Document, Hex32, Hex64, examples
 from service.platform.stamps import moment, stamp
-from service.runtime.entry import Listed
+from service.runtime.entry import Entry, Listed
 from service.runtime.offload import maybe_in_thread
 
 routes = router("vms", "/v1/vms", reads="read", writes="write")
@@ -342,6 +342,11 @@ async def create_vm(request: Request, body: Annotated[VmRequest, Body()]) -> Res
     entry = await registry_of(request).create(
         config, slots, spp=body.spp, tenant=tenant_of(request), hooks=hooks_of(request)
     )
+    return await created_reply(entry)
+
+
+async def created_reply(entry: Entry) -> Response:
+    """What is answered to whoever had a machine made."""
     told = {"ETag": vm_tag(entry), "Location": f"/v1/vms/{entry.id}"}
     return Response(await rendered(entry.listed), 201, media_type=JSON, headers=told)
 
