@@ -20,6 +20,8 @@ _KERNEL_SOURCES = (
     "arch",
     "cpu",
     "errors.py",
+    "footprint/__init__.py",
+    "footprint/kernels.py",
     "jit.py",
     "kvm",
     "trace/__init__.py",

@@ -16,6 +16,8 @@ from engine.arch.hypercall import GUEST_PHYSICAL_SPACE, LIST, SPACE
 from engine.arch.hyperv_cpuid import INTERFACE_SIGNATURE, LEAF_INTERFACE, LEAF_RECOMMENDATIONS, CpuidEntry
 from engine.cpu import frames
 from engine.cpu.ept import TRAIL_ROWS
+from engine.footprint.build import FIRST_ROWS, Builder
+from engine.footprint.places import By, Origin
 from engine.hyperv import nested_paging
 from engine.hyperv.encode import CallFields
 from engine.hyperv.flush_execution import drop_nested
@@ -199,6 +201,16 @@ def _lines() -> None:
         pass
 
 
+def _footprints() -> None:
+    """Places of a trace, more than the first table has room for, and apart by the instruction."""
+    for kinds in (False, True):
+        builder = Builder(by=By(pc=True)) if kinds else Builder("bytes")
+        records = np.full((FIRST_ROWS, 2), 8 | 1 << 16, dtype=np.uint64)
+        records[:, 0] = np.arange(FIRST_ROWS) << 7
+        builder.feed(TraceChunk(records, None, {"pc": records[:, 0]}, kinds))
+        builder.finish(Origin("", 0, "", ()))
+
+
 Step = Callable[[], None]
 
 # In the order in which processes take them: the longest first.
@@ -212,6 +224,7 @@ REST: dict[str, Step] = {
     "accesses": _accesses,
     "partial sets": _partial_sets,
     "lines": _lines,
+    "footprints": _footprints,
 }
 ALL: dict[str, Step] = {**FIRST, **REST}
 
