@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from engine.arch.words import signed
 from engine.errors import InvalidValue, LimitExceeded, TraceError
 from engine.footprint import kernels
-from engine.footprint.places import LEVELS, SPANS, UNITS, By, Footprint, Origin, made, ordered
+from engine.footprint.places import BYTES, LEVELS, SPANS, UNITS, By, Footprint, Origin, made, ordered
 from engine.state.config import choices
 from engine.trace.columns import TraceChunk
 from engine.trace.record_checks import DONE
@@ -21,6 +21,8 @@ MAX_CONTEXTS = 1 << 32  # pairs of a bucket and a pc
 MAX_PLACES = 1 << 30
 
 # Odd multipliers of the hash: any will do for places that nobody chose to collide.
+# Stores are mostly of 8 bytes, one behind the other.
+_FINE = {SPANS: 0, BYTES: 3}
 MIX = (0x9E37_79B9_7F4A_7C15, 0xC2B2_AE3D_27D4_EB4F)
 
 _STATE = (
@@ -32,16 +34,19 @@ _STATE = (
 class Table:
     """A hash table of ``kernels`` that grows by being moved to one of twice the rows. At most 5 of 8 rows are used."""
 
-    def __init__(self, most: int, what: str, mix: tuple[int, int] = MIX) -> None:
+    def __init__(self, most: int, what: str, mix: tuple[int, int] = MIX, fine: int = 0) -> None:
         self._most = most
+        self._fine = fine
         self._what = what
-        self._odd = [signed(word | 1) for word in mix]
+        self._odd = [np.int64(signed(word | 1)) for word in mix]
         self.used = np.zeros(1, dtype=np.int64)
         self._make(FIRST_ROWS)
 
     def _make(self, rows: int) -> None:
         self.words: NDArray[np.int64] = np.zeros(rows * kernels.ROW_WORDS, dtype=np.int64)
-        self.mix = np.array([*self._odd, 64 - (rows.bit_length() - 1)], dtype=np.int64)
+        bits = rows.bit_length() - 1
+        odd0, odd1 = self._odd
+        self.mix = odd0, odd1, 64 - bits + kernels.BLOCK_BITS, self._fine
         self.limit = min(rows * 5 // 8, self._most)
 
     def grow(self) -> None:
@@ -76,7 +81,7 @@ class Builder:
         if not 1 <= most <= MAX_PLACES:
             raise InvalidValue(f"must be from 1 to {MAX_PLACES}", field="most", value=most)
         self._level = level
-        self._places = Table(most, "places", mix)
+        self._places = Table(most, "places", mix, _FINE[level])
         self._contexts = Table(min(most, MAX_CONTEXTS), "buckets and writers", mix) if by and any(by) else None
         self._none = np.zeros(0, dtype=np.int64)
         self.records_done = 0
@@ -140,7 +145,7 @@ class Builder:
         done = 0
         while True:
             done = int(
-                kernels.number_contexts(buckets, pcs, done, numbers, table.words, table.mix, table.limit, table.used)
+                kernels.number_contexts(pcs, buckets, done, numbers, table.words, table.mix, table.limit, table.used)
             )
             if done == count:
                 return numbers
@@ -162,9 +167,9 @@ class Builder:
             contexts = self._contexts.rows()
             contexts = contexts[np.argsort(contexts[:, 2])][key >> kernels.CONTEXT_SHIFT].view(np.uint64)
             if self._by.buckets:
-                columns["bucket"] = contexts[:, 0]
+                columns["bucket"] = contexts[:, 1]
             if self._by.pc:
-                columns["pc"] = contexts[:, 1]
+                columns["pc"] = contexts[:, 0]
         order = ordered(columns)
         columns = {name: np.ascontiguousarray(column[order]) for name, column in columns.items()}
         return made(self._level, self._by, (origin._replace(records=self.records_done),), columns)

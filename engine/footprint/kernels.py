@@ -12,6 +12,8 @@ from engine.jit import kernel, stands_alone
 from engine.trace.record_checks import DONE, describe, refusal_of_place, refusal_of_word
 
 ROW_WORDS = 4
+BLOCK_BITS = 3
+BLOCK_ROWS = 1 << BLOCK_BITS
 NEED_ROOM = 1  # beside DONE and what is wrong with a record
 
 # What an access is, as far as a decision depends on it: access in bits 1:0, then
@@ -28,7 +30,7 @@ BUT_VCPU = ~(0xFFFF << 32)
 BUT_VCPU_AND_LENGTH = BUT_VCPU & ~(acc.RECORD_LENGTH_MASK << acc.RECORD_LENGTH_SHIFT)
 
 ADDRESS_BITS = 52
-ONE = np.uint64(1)
+ONE, TWO, THREE = np.uint64(1), np.uint64(2), np.uint64(3)
 
 
 @kernel
@@ -47,26 +49,34 @@ def what_of(word):
 def row_of(table, mix, word0, word1):
     """Offset of the row that has a key, or of the empty one where it would be.
 
-    ``mix`` is int64[3]: two odd multipliers, and by how many bits their product is shifted down.
+    Neighbours of one kind, which traces access one after the other, lie in one block of rows. ``mix`` is two odd
+    multipliers, by how many bits their product is shifted down, and how many low bits of ``word0`` neighbours share.
     """
-    mask = (table.shape[0] >> 2) - 1
-    row = (word0 * mix[0] ^ word1 * mix[1]) >> mix[2] & mask
+    odd0, odd1, down, fine = mix
+    near = word0 >> fine
+    block = ((near >> BLOCK_BITS) * odd0 ^ word1 * odd1) >> down
+    mask = np.uint64((table.shape[0] >> 2) - 1)
+    row = np.uint64(block << BLOCK_BITS | near & BLOCK_ROWS - 1) & mask
     while True:
-        at = row << 2
-        if (table[at] ^ word0) | (table[at + 1] ^ word1) == 0 or table[at + 2] == 0:
+        at = row << TWO
+        if (table[at] ^ word0) | (table[at | ONE] ^ word1) == 0 or table[at | TWO] == 0:
             return at
-        row = (row + 1) & mask
+        row = (row + ONE) & mask
 
 
 @kernel
 def count_run(words, contexts, start, base, seen, head, what, unit, table, mix, limit, used):
-    """Count records with ``head`` above the size in word 1, up to the first other; returns (position, whether full)."""
+    """Count records with ``head`` above the size in word 1, up to the first other; returns (position, whether full).
+
+    Indices are unsigned: signed ones are looked at whether they count from the end, which costs a third of the time.
+    """
     stands_alone()
-    count = words.shape[0] >> 1
-    i = start
+    count = np.uint64(words.shape[0] >> 1)
+    i = np.uint64(start)
+    full = False
     while i < count:
-        gpa = words[2 * i]
-        more = ((words[2 * i + 1] & seen) ^ head) - 1
+        gpa = words[i << ONE]
+        more = ((words[i << ONE | ONE] & seen) ^ head) - 1
         if (more >> 16) | (gpa >> ADDRESS_BITS) != 0:
             break
         last = gpa + more
@@ -77,16 +87,17 @@ def count_run(words, contexts, start, base, seen, head, what, unit, table, mix, 
         if contexts.shape[0]:
             key |= contexts[i] << CONTEXT_SHIFT
         at = row_of(table, mix, begin, key)
-        if table[at + 2] == 0:
+        if table[at | TWO] == 0:
             if used[0] == limit:
-                return i, True
+                full = True
+                break
             used[0] += 1
             table[at] = begin
-            table[at + 1] = key
-            table[at + 3] = base + i
-        table[at + 2] += 1
-        i += 1
-    return i, False
+            table[at | ONE] = key
+            table[at | THREE] = base + np.int64(i)
+        table[at | TWO] += 1
+        i += ONE
+    return np.int64(i), full
 
 
 @kernel
@@ -116,19 +127,18 @@ def count_places(words, contexts, start, base, kinds, unit, table, mix, limit, u
 
 
 @kernel
-def number_contexts(buckets, pcs, start, numbers, table, mix, limit, used):
-    """Give each pair of a bucket and a pc (int64[n] both) a number, from 0 in order of appearance; returns as far as
-    ``count_places`` does, the position alone."""
+def number_contexts(pcs, buckets, start, numbers, table, mix, limit, used):
+    """Give each pair of a pc and a bucket (int64[n] both) a number, from 0 in order of appearance; returns how far."""
     for i in range(start, numbers.shape[0]):
-        at = row_of(table, mix, buckets[i], pcs[i])
-        if table[at + 2] == 0:
+        at = row_of(table, mix, pcs[i], buckets[i])
+        if table[at | TWO] == 0:
             if used[0] == limit:
                 return i
             used[0] += 1
-            table[at] = buckets[i]
-            table[at + 1] = pcs[i]
-            table[at + 2] = used[0]
-        numbers[i] = table[at + 2] - 1
+            table[at] = pcs[i]
+            table[at | ONE] = buckets[i]
+            table[at | TWO] = used[0]
+        numbers[i] = table[at | TWO] - 1
     return numbers.shape[0]
 
 
@@ -139,4 +149,4 @@ def move_rows(table, larger, mix):
         if table[old + 2] != 0:
             new = row_of(larger, mix, table[old], table[old + 1])
             for word in range(ROW_WORDS):
-                larger[new + word] = table[old + word]
+                larger[new | np.uint64(word)] = table[old + word]

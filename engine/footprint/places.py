@@ -4,8 +4,8 @@ What becomes of a plain access under a policy that nobody changes depends on whe
 memory slots, and on nothing that was before it. So a trace can be reduced to its places once, and asked for ever.
 
 A place is a run of sub-pages (level ``spans``) or of bytes (level ``bytes``), apart by everything of an access that a
-decision looks at: access, kind, source, and of a paging read whether it has a linear address (``what``). On request they
-are also apart by a bucket of time and by the instruction.
+decision looks at: access, kind, source, and of a paging read whether it has a linear address (``what``). On request
+also apart by a bucket of time and by the instruction.
 """
 
 from __future__ import annotations
