@@ -21,6 +21,8 @@ _KERNEL_SOURCES = (
     "cpu",
     "errors.py",
     "footprint/__init__.py",
+    "footprint/hits.py",
+    "footprint/intervals.py",
     "footprint/kernels.py",
     "jit.py",
     "kvm",

@@ -61,8 +61,8 @@ class Table:
 
     def rows(self) -> NDArray[np.int64]:
         """int64[n, ROW_WORDS] of those in use, in no order."""
-        rows = self.words.reshape(-1, kernels.ROW_WORDS)
-        return rows[rows[:, 2] != 0]
+        rows: NDArray[np.int64] = self.words.reshape(-1, kernels.ROW_WORDS)
+        return np.compress(rows[:, 2] != 0, rows, axis=0)
 
 
 class Builder:

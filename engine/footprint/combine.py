@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.arch.sppt import SUBPAGE_SHIFT
-from engine.errors import InvalidValue
-from engine.footprint.places import BYTES, KEYS, SPANS, UNKNOWN, By, Footprint, Origin, made, ordered
+from engine.errors import InvalidValue, LimitExceeded
+from engine.footprint.places import BYTES, KEYS, MAX_ORIGINS, SPANS, UNKNOWN, By, Footprint, Origin, made, ordered
 
 Columns = dict[str, NDArray[Any]]
 _LAST = np.iinfo(np.int64).max
@@ -28,6 +27,8 @@ def merge(footprints: Sequence[Footprint]) -> Footprint:
     one = footprints[0]
     _check_alike(footprints)
     origins = sorted(origin for footprint in footprints for origin in footprint.origins)
+    if len(origins) > MAX_ORIGINS:
+        raise LimitExceeded(f"a footprint has at most {MAX_ORIGINS} traces", field="footprints", value=len(origins))
     parts = [_renumbered(footprint, origins) for footprint in footprints]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return gathered(one.level, one.by, origins, columns)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +28,9 @@ LEVELS = (SPANS, BYTES)
 UNITS = {SPANS: SUBPAGE_SHIFT, BYTES: 0}
 
 UNKNOWN = -1  # position of a trace: which one was first here is not known
+
+MAX_ORIGINS = 1 << 16
+INDEX_BITS = 46  # of the index of a record; the position of its trace is above
 
 
 class By(NamedTuple):
@@ -120,7 +122,7 @@ class Footprint:
     @property
     def translated(self) -> NDArray[np.bool_]:
         """False for a paging read without a linear address."""
-        return self.what & np.uint8(UNTRANSLATED) == 0
+        return np.equal(self.what & np.uint8(UNTRANSLATED), 0)
 
     @property
     def last(self) -> NDArray[np.int64]:
@@ -137,31 +139,11 @@ class Footprint:
         """The last sub-page of each place."""
         return self.last >> SUBPAGE_SHIFT - UNITS[self.level]
 
-    @cached_property
-    def _by_first(self) -> NDArray[np.int64]:
-        """Positions of places by their first access, those first where it is not known."""
-        return np.lexsort((self.first, self.trace))
-
     @property
-    def _one_trace(self) -> bool:
-        return len(self.origins) == 1 and not (self.trace == UNKNOWN).any()
-
-    @cached_property
     def rank(self) -> NDArray[np.int64]:
         """The first access of each place as one number, the smaller the earlier; UNKNOWN where it is not known."""
-        if self._one_trace:
-            return self.first
-        ranks = np.empty(len(self), dtype=np.int64)
-        ranks[self._by_first] = np.arange(len(self))
-        ranks[self.trace == UNKNOWN] = UNKNOWN
-        return ranks
-
-    def at_rank(self, rank: int) -> tuple[int, int]:
-        """(position in ``origins``, index) of a rank that is known."""
-        if self._one_trace:
-            return 0, rank
-        place = self._by_first[rank]
-        return int(self.trace[place]), int(self.first[place])
+        ranks = self.trace.astype(np.int64) << INDEX_BITS | self.first
+        return np.where(self.trace == UNKNOWN, UNKNOWN, ranks)
 
     @property
     def nbytes(self) -> int:

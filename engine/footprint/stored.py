@@ -18,14 +18,26 @@ from numpy.typing import NDArray
 from engine.arch import access as acc
 from engine.errors import EngineError, InvalidValue
 from engine.footprint import kernels
-from engine.footprint.places import BYTES, KEYS, LEVELS, SPANS, UNITS, UNKNOWN, By, Footprint, Origin, made
+from engine.footprint.places import (
+    BYTES,
+    INDEX_BITS,
+    KEYS,
+    LEVELS,
+    MAX_ORIGINS,
+    SPANS,
+    UNITS,
+    UNKNOWN,
+    By,
+    Footprint,
+    Origin,
+    made,
+)
 from engine.trace.readers.budget import Budget
 from engine.trace.readers.parquet_bounds import check_pages, directory, read_footer
 
 SCHEMA = 1  # of the file; a file of a later one is refused
 HEAD = b"subpage.footprint"
 ROW_GROUP = 1 << 20
-MAX_ORIGINS = 1 << 16
 _MAX_TEXT = 1024
 
 _PLACE = {SPANS: ("first_subpage", "subpages"), BYTES: ("gpa", "size")}
@@ -83,8 +95,10 @@ def write(footprint: Footprint, sink: Any) -> None:
 
 
 def read(source: Any, memory: int | Budget) -> Footprint:
-    """The footprint in a file, ``source`` with ``read``, ``seek`` and ``tell``, in ``memory`` bytes. Raises InvalidValue
-    for what is no footprint, TraceError for a damaged Parquet file."""
+    """The footprint in a file, a ``source`` with ``read``, ``seek`` and ``tell``, in ``memory`` bytes.
+
+    Raises InvalidValue for what is no footprint, TraceError for a damaged Parquet file.
+    """
     budget = Budget.of(memory)
     try:
         footer = read_footer(source, budget)
@@ -135,7 +149,7 @@ def _said(metadata: Mapping[bytes, bytes]) -> tuple[str, By, tuple[Origin, ...]]
         schema = head["schema"]
         if schema != SCHEMA:
             raise InvalidValue(f"must be of schema {SCHEMA}, as this release writes it", field="schema", value=schema)
-        by = By(**{name: _number(value) if name != "pc" else bool(value) for name, value in head["by"].items()})
+        by = By(_number(head["by"]["time"]), _number(head["by"]["records"]), bool(head["by"]["pc"]))
         by.validate()
         level = head["level"]
         if level not in LEVELS:
@@ -188,7 +202,7 @@ def _checked(level: str, by: By, origins: tuple[Origin, ...], given: Mapping[str
     _all((linear == 1) | (linear == 0) & (kind == acc.PAGING_READ), level, "linear", "must be 1, or 0 of a paging read")
     _all((values["count"] > 0) & (values["count"] < 1 << 63), level, "count", "must be from 1 to 2^63 - 1")
     _all(values["trace"] < len(origins), level, "trace", "must be the position of a trace")
-    _all(values["first_index"] < 1 << 63, level, "first_index", "must be from 0 to 2^63 - 1")
+    _all(values["first_index"] < 1 << INDEX_BITS, level, "first_index", f"must be below 2^{INDEX_BITS}")
     what = access | kind << kernels.KIND_SHIFT | source << kernels.SOURCE_SHIFT
     what |= np.where(linear == 0, kernels.UNTRANSLATED, 0)
     columns: dict[str, NDArray[Any]] = {
@@ -219,7 +233,7 @@ def _ascending(columns: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
 
 def _check_total(counts: NDArray[np.int64], origins: tuple[Origin, ...]) -> None:
     """What places count is what the traces have."""
-    total, wanted = sum(int(part.astype(object).sum()) for part in (counts,)), sum(item.records for item in origins)
+    total, wanted = sum(counts.tolist()), sum(origin.records for origin in origins)
     if total != wanted:
         raise InvalidValue(f"must be {wanted} in all, the records of the traces", field="count", value=total)
 
