@@ -21,17 +21,17 @@ from engine.footprint.combine import coarser as coarser_footprint
 from engine.footprint.hits import NEVER, Lines
 from engine.footprint.intervals import Numbers, coarser, touched, united
 from engine.footprint.places import BYTES, INDEX_BITS, SPANS, UNKNOWN, By, Footprint
-from engine.footprint.question import WIDTH, Question, Sorted, mixed_places, sort_places
+from engine.footprint.question import WIDTH, Question, mixed_places, sort_places
 from engine.kvm.protections import GRANULARITIES, Protection, validate
 
 _PAGE = 12 - SUBPAGE_SHIFT
 
 
 class First(NamedTuple):
-    """The first access of a kind: position of its trace in the footprint, and the index of its record there."""
+    """The first access of a kind: position of its trace in the footprint, and of its record in the trace."""
 
     trace: int
-    index: int
+    record: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,8 +66,8 @@ def least(line: Any, begin: Any, end: Any) -> Any:
 
 @kernel
 def count_touching(line: Any, first: Any, last: Any, offsets: Any, counts: Any, ranks: Any) -> None:
-    """Add to ``counts`` how many accesses touch the ranges of each lot, each once, and bring ``ranks`` down to the first
-    of them; int64[lots] both. ``first``, ``last`` and ``offsets`` are ``Intervals``."""
+    """Add to ``counts`` how many accesses touch the ranges of each lot, each once, and bring ``ranks`` down to the
+    first of them; int64[lots] both. ``first``, ``last`` and ``offsets`` are ``Intervals``."""
     for lot in range(offsets.shape[0] - 1):
         before = np.int64(-1)  # where the range before ends
         for number in range(offsets[lot], offsets[lot + 1]):

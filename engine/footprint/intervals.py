@@ -11,8 +11,8 @@ Numbers = NDArray[np.int64]
 
 
 class Intervals(NamedTuple):
-    """``first`` and ``last`` int64[m], both of the range; ``offsets`` int64[n + 1]: lot i is [offsets[i], offsets[i + 1]).
-    Those of a lot are in order, and neither overlap nor touch."""
+    """Lots of ranges: ``first`` and ``last`` int64[m], both of the range, and ``offsets`` int64[n + 1]: lot i is from
+    offsets[i] to before offsets[i + 1]. Those of a lot are in order, and neither overlap nor touch."""
 
     first: Numbers
     last: Numbers
@@ -26,8 +26,8 @@ class Intervals(NamedTuple):
     @property
     def sizes(self) -> Numbers:
         """How much the ranges of each lot hold."""
-        total = np.append(0, np.cumsum(self.last - self.first + 1))
-        return total[self.offsets[1:]] - total[self.offsets[:-1]]
+        total: Numbers = np.append(0, np.cumsum(self.last - self.first + 1))
+        return np.diff(total[self.offsets])
 
 
 def united(lot: Numbers, first: Numbers, last: Numbers, lots: int) -> Intervals:

@@ -122,7 +122,8 @@ class Footprint:
     @property
     def translated(self) -> NDArray[np.bool_]:
         """False for a paging read without a linear address."""
-        return np.equal(self.what & np.uint8(UNTRANSLATED), 0)
+        clear: NDArray[np.bool_] = self.what < np.uint8(UNTRANSLATED)
+        return clear
 
     @property
     def last(self) -> NDArray[np.int64]:

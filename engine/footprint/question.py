@@ -162,8 +162,8 @@ def sort_places(footprint: Footprint, question: Question) -> Sorted:
 def _look(
     question: Question, first: Numbers, last: Numbers, asks: NDArray[np.bool_]
 ) -> tuple[Numbers, NDArray[np.bool_], NDArray[np.bool_]]:
-    """Of places over pages ``first`` to ``last``: how many pages before the first that is MMIO, and whether one of those
-    obeys sub-page permissions, and one does not."""
+    """Of places over pages ``first`` to ``last``: how many pages come before the first that is MMIO, and whether one of
+    those obeys sub-page permissions, and one does not."""
     count = last - first + 1
     if question.memory_slots is None:
         return count, count > 0, count == 0
@@ -184,8 +184,8 @@ def _look(
 class Mixed:
     """Places over several pages of which some are MMIO or not enforced, page by page up to the first that is MMIO.
 
-    ``at`` their positions, ``first`` and ``last`` their sub-pages, and what they are. Pieces are of enforced pages alone:
-    ``owner`` is the mixed place that each is of, ``piece_first`` and ``piece_last`` are its sub-pages.
+    ``at`` their positions, ``first`` and ``last`` their sub-pages, and what they are. Pieces are of enforced pages
+    alone: ``owner`` is the mixed place that each is of, ``piece_first`` and ``piece_last`` are its sub-pages.
     """
 
     at: Numbers

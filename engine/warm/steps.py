@@ -17,6 +17,7 @@ from engine.arch.hyperv_cpuid import INTERFACE_SIGNATURE, LEAF_INTERFACE, LEAF_R
 from engine.cpu import frames
 from engine.cpu.ept import TRAIL_ROWS
 from engine.footprint.build import FIRST_ROWS, Builder
+from engine.footprint.costs import costs
 from engine.footprint.places import By, Origin
 from engine.hyperv import nested_paging
 from engine.hyperv.encode import CallFields
@@ -26,7 +27,7 @@ from engine.ioctls.partial_set import SubpageCalls
 from engine.kvm import exit_handling, mapping, spp_set, sppt_roots
 from engine.kvm.granted_subpages import grant_touched
 from engine.kvm.memory_views import GuestMemory
-from engine.kvm.protections import ProtectedObject
+from engine.kvm.protections import ProtectedObject, Protection
 from engine.kvm.slots import SlotSpec, first_page_without_slot
 from engine.machine import SubpageRange, VirtualMachine
 from engine.machine.hypercalls import HypercallRequest
@@ -208,7 +209,8 @@ def _footprints() -> None:
         records = np.full((FIRST_ROWS, 2), 8 | 1 << 16, dtype=np.uint64)
         records[:, 0] = np.arange(FIRST_ROWS) << 7
         builder.feed(TraceChunk(records, None, {"pc": records[:, 0]}, kinds))
-        builder.finish(Origin("", 0, "", ()))
+        found = builder.finish(Origin("", 0, "", ()))
+        costs(found, [Protection("warm", (ProtectedObject("object", 0x4010, 0x100),))])
 
 
 Step = Callable[[], None]

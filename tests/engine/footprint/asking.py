@@ -127,7 +127,7 @@ def said(cost: Cost) -> dict[str, Any]:
         "mmio": cost.mmio,
         "unenforced_writes": cost.unenforced_writes,
         "by_object": {
-            name: (hits.violations, hits.collateral, hits.first and hits.first.index, hits.subpages)
+            name: (hits.violations, hits.collateral, None if hits.first is None else hits.first.record, hits.subpages)
             for name, hits in cost.by_object.items()
         },
     }
