@@ -28,8 +28,19 @@ def describe(word):
 @kernel
 def refusal(m, gpa, word, kinds):
     """Why a record is no access at all, DONE if it is one."""
-    size = word & 0xFFFF
-    if size == 0:
+    bad = refusal_of_word(word, kinds)
+    if bad != DONE:
+        return bad
+    vcpu = (word >> 32) & 0xFFFF
+    if vcpu >= m.caps[CAP_VCPUS] or m.vcpu_of_id[vcpu] < 0:
+        return BAD_VCPU
+    return refusal_of_place(gpa, word & 0xFFFF)
+
+
+@kernel
+def refusal_of_word(word, kinds):
+    """The same of what word 1 says, but for the vCPU."""
+    if word & 0xFFFF == 0:
         return BAD_SIZE
     if (word >> 16) & 0xFF > acc.EXECUTE:
         return BAD_ACCESS
@@ -42,9 +53,12 @@ def refusal(m, gpa, word, kinds):
             return BAD_LINEAR
         if not fits_source(word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK, describe(word)):
             return BAD_SOURCE
-    vcpu = (word >> 32) & 0xFFFF
-    if vcpu >= m.caps[CAP_VCPUS] or m.vcpu_of_id[vcpu] < 0:
-        return BAD_VCPU
+    return DONE
+
+
+@kernel
+def refusal_of_place(gpa, size):
+    """The same of where it is."""
     if gpa < 0 or gpa > GPA_LIMIT - size:
         return BAD_ADDRESS
     return DONE

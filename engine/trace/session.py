@@ -283,15 +283,9 @@ class Replay:
 
     def _refuse_in(self, chunk: TraceChunk, status: int, words: NDArray[np.int64], position: int, base: int) -> None:
         """Raise TraceError for the record at a position of the chunk."""
-        name, rule = REFUSALS[status]
         if status in RULES:
             raise refusal(status, chunk, base, position)
-        gpa, word = (int(w) & ((1 << 64) - 1) for w in words[2 * position : 2 * position + 2])
-        values = {"size": word & 0xFFFF, "access": (word >> 16) & 0xFF, "vcpu": (word >> 32) & 0xFFFF, "gpa": gpa}
-        values["source"] = word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK
-        values["kind"] = word >> acc.RECORD_KIND_SHIFT & 7
-        values["linear"] = word >> acc.RECORD_LINEAR_SHIFT & acc.LINEAR_BITS ^ acc.LINEAR_VALID
-        raise TraceError(rule, index=base + position, field=name, value=values.get(name, word))
+        raise refused_record(status, words, position, base + position)
 
     def _drain(self, chunk: TraceChunk | None = None, base: int = 0) -> None:
         """Turn the exit buffer into columns; what is carried is taken from the chunk that the exits are in."""
@@ -358,6 +352,17 @@ class Replay:
                 targets.names, targets.subpages, self._hits.tolist(), strict=True
             )
         }
+
+
+def refused_record(status: int, words: NDArray[np.int64], position: int, index: int) -> TraceError:
+    """What is wrong (a status of ``record_checks``) with the record at a position of ``words``, whose index is given."""
+    name, rule = REFUSALS[status]
+    gpa, word = (int(w) & ((1 << 64) - 1) for w in words[2 * position : 2 * position + 2])
+    values = {"size": word & 0xFFFF, "access": (word >> 16) & 0xFF, "vcpu": (word >> 32) & 0xFFFF, "gpa": gpa}
+    values["source"] = word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK
+    values["kind"] = word >> acc.RECORD_KIND_SHIFT & 7
+    values["linear"] = word >> acc.RECORD_LINEAR_SHIFT & acc.LINEAR_BITS ^ acc.LINEAR_VALID
+    return TraceError(rule, index=index, field=name, value=values.get(name, word))
 
 
 def _stop_of(m: Machine) -> tuple[int, int, int]:

@@ -16,6 +16,9 @@ from engine.arch.hypercall import GUEST_PHYSICAL_SPACE, LIST, SPACE
 from engine.arch.hyperv_cpuid import INTERFACE_SIGNATURE, LEAF_INTERFACE, LEAF_RECOMMENDATIONS, CpuidEntry
 from engine.cpu import frames
 from engine.cpu.ept import TRAIL_ROWS
+from engine.footprint.build import FIRST_ROWS, Builder
+from engine.footprint.costs import costs
+from engine.footprint.places import By, Origin
 from engine.hyperv import nested_paging
 from engine.hyperv.encode import CallFields
 from engine.hyperv.flush_execution import drop_nested
@@ -24,7 +27,7 @@ from engine.ioctls.partial_set import SubpageCalls
 from engine.kvm import exit_handling, mapping, spp_set, sppt_roots
 from engine.kvm.granted_subpages import grant_touched
 from engine.kvm.memory_views import GuestMemory
-from engine.kvm.protections import ProtectedObject, VirtualObject
+from engine.kvm.protections import ProtectedObject, Protection, VirtualObject
 from engine.kvm.slots import SlotSpec, first_page_without_slot
 from engine.machine import SubpageRange, VirtualMachine
 from engine.machine.hypercalls import HypercallRequest
@@ -218,6 +221,17 @@ def _lines() -> None:
         pass
 
 
+def _footprints() -> None:
+    """Places of a trace, more than the first table has room for, and apart by the instruction."""
+    for kinds in (False, True):
+        builder = Builder(by=By(pc=True)) if kinds else Builder("bytes")
+        records = np.full((FIRST_ROWS, 2), 8 | 1 << 16, dtype=np.uint64)
+        records[:, 0] = np.arange(FIRST_ROWS) << 7
+        builder.feed(TraceChunk(records, None, {"pc": records[:, 0]}, kinds))
+        found = builder.finish(Origin("", 0, "", ()))
+        costs(found, [Protection("warm", (ProtectedObject("object", 0x4010, 0x100),))])
+
+
 Step = Callable[[], None]
 
 # In the order in which processes take them: the longest first.
@@ -232,6 +246,7 @@ REST: dict[str, Step] = {
     "accesses": _accesses,
     "partial sets": _partial_sets,
     "lines": _lines,
+    "footprints": _footprints,
 }
 ALL: dict[str, Step] = {**FIRST, **REST}
 

@@ -1,0 +1,315 @@
+"""What policies cost: for each of them what a replay of the traces would count, without one.
+
+The answers are those of a machine that was made with the memory slots, on which the policy was put before the guest
+began, and which drops refused writes. What is not in the question (grants, answers of tools, page access, raw entries,
+nested guests, host events, translation caches) depends on more than the accesses: replay the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.arch.sppt import SUBPAGE_SHIFT
+from engine.errors import EngineError, InvalidValue
+from engine.footprint.combine import coarser as coarser_footprint
+from engine.footprint.hits import NEVER, Lines
+from engine.footprint.intervals import Numbers, coarser, touched, united
+from engine.footprint.places import BYTES, INDEX_BITS, SPANS, UNKNOWN, By, Footprint
+from engine.footprint.question import WIDTH, Question, mixed_places, sort_places
+from engine.kvm.protections import GRANULARITIES, Protection, validate
+
+_PAGE = 12 - SUBPAGE_SHIFT
+
+
+class First(NamedTuple):
+    """The first access of a kind: position of its trace in the footprint, and of its record in the trace."""
+
+    trace: int
+    record: int
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectCost:
+    """Of one object: its violations; those of them that touched none of its own bytes, None where the footprint has no
+    bytes and they cannot be told; the first, None if there is none or it is not known; the sub-pages it covers."""
+
+    violations: int
+    collateral: int | None
+    first: First | None
+    subpages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one policy costs; totals are those of ``trace.results.TraceResult``.
+
+    ``first`` is the first violation, None if there is none or it is not known; ``subpages`` and ``pages`` are what the
+    policy covers.
+    """
+
+    name: str
+    violations: int
+    page_granular_violations: int
+    by_object: Mapping[str, ObjectCost]
+    mmio: int
+    unenforced_writes: int
+    first: First | None
+    subpages: int
+    pages: int
+
+
+class _Policies:
+    """Many policies as arrays: what each covers, and where its objects are."""
+
+    def __init__(self, policies: Sequence[Protection], question: Question) -> None:
+        objects = [item for policy in policies for item in policy.objects]
+        gpa = np.fromiter((item.gpa for item in objects), dtype=np.int64, count=len(objects))
+        size = np.fromiter((item.size for item in objects), dtype=np.int64, count=len(objects))
+        shift = np.fromiter((GRANULARITIES[item.granularity] for item in objects), dtype=np.int64, count=len(objects))
+        first = gpa >> shift << shift - SUBPAGE_SHIFT
+        last = ((gpa + size - 1 >> shift) + 1 << shift - SUBPAGE_SHIFT) - 1
+        counts = np.array([len(policy.objects) for policy in policies], dtype=np.int64)
+        owner = np.repeat(np.arange(len(policies)), counts)
+        _check_slots(policies, question, owner, gpa, size)
+        self.names: list[tuple[str, ...]] = []
+        numbers = np.empty(len(objects), dtype=np.int64)
+        at = used = 0
+        for policy in policies:
+            places: dict[str, int] = {}
+            for item in policy.objects:
+                numbers[at] = used + places.setdefault(item.name, len(places))
+                at += 1
+            used += len(places)
+            self.names.append(tuple(places))
+        ranges = _ranges(policies)
+        self.covered = united(
+            np.concatenate([owner, ranges[0]]),
+            np.concatenate([first, ranges[1]]),
+            np.concatenate([last, ranges[2]]),
+            len(policies),
+        )
+        self.pages = coarser(self.covered, _PAGE)
+        self.objects = united(numbers, first, last, used)
+        self.own = united(numbers, gpa, gpa + size - 1, used)
+
+
+def _ranges(policies: Sequence[Protection]) -> tuple[Numbers, Numbers, Numbers]:
+    """(policy, first, last sub-page) of the nameless ranges of policies: runs of sub-pages that are covered."""
+    parts: list[tuple[Numbers, Numbers, Numbers]] = [(np.zeros(0, dtype=np.int64),) * 3]
+    for number, policy in enumerate(policies):
+        for item in policy.ranges:
+            covered = np.append(np.append(0, item.mask >> np.arange(32) & 1), 0)
+            begins, ends = np.flatnonzero(np.diff(covered) == 1), np.flatnonzero(np.diff(covered) == -1) - 1
+            base = np.repeat(np.arange(item.gfn, item.gfn + item.npages) << _PAGE, len(begins))
+            first, last = base + np.tile(begins, item.npages), base + np.tile(ends, item.npages)
+            parts.append((np.full(len(first), number, dtype=np.int64), first, last))
+    policy_of, first, last = (np.concatenate([part[at] for part in parts]) for at in range(3))
+    return policy_of, first, last
+
+
+def _check_slots(
+    policies: Sequence[Protection], question: Question, owner: Numbers, gpa: Numbers, size: Numbers
+) -> None:
+    """Refuse what a machine with these slots would: a policy over pages without one."""
+    missing = question.without_slot(gpa >> 12, gpa + size - 1 >> 12)
+    lacking = np.flatnonzero(missing >= 0)
+    if len(lacking):
+        at = int(lacking[0])
+        position = at - int(np.searchsorted(owner, owner[at]))
+        raise _no_slot(policies, int(owner[at]), f"objects[{position}].gpa", int(gpa[at]), int(missing[at]))
+    for number, policy in enumerate(policies):
+        for position, item in enumerate(policy.ranges):
+            page = int(question.without_slot(np.array([item.gfn]), np.array([item.gfn + item.npages - 1]))[0])
+            if page >= 0:
+                raise _no_slot(policies, number, f"pages[{position}][0]", item.gfn, page)
+
+
+def _no_slot(policies: Sequence[Protection], number: int, field: str, value: int, page: int) -> InvalidValue:
+    rule = f"must have a memory slot for every page; GFN {page:#x} has none"
+    where = "" if len(policies) == 1 else f"policies[{number}]."
+    return InvalidValue(rule, field=where + field, value=value, errno="EFAULT")
+
+
+class Costs:
+    """What policies cost on one footprint, under one question. Made once; each further policy is a few look-ups."""
+
+    def __init__(self, footprint: Footprint, question: Question | None = None) -> None:
+        """Raises InvalidValue for a question that means nothing or has no answer."""
+        self.question = question or Question()
+        self.question.validate()
+        self._fine = coarser_footprint(footprint, by=By())
+        self._spans = coarser_footprint(self._fine, SPANS)
+        spans = self._spans
+        found = sort_places(spans, self.question)
+        first, last = spans.first_subpage, spans.last_subpage
+        rank, count = spans.rank, spans.count
+        self._mmio = int(count[found.mmio].sum())
+        self._plain = _lines(found.plain, first, last, count, rank)
+        self._paging = _lines(found.paging, first, last, count, rank)
+        self._paging_pages = _lines(found.paging, first >> _PAGE, last >> _PAGE, count, rank)
+        self._passing = _lines(found.passing, first, last, count, None)
+        self._guarded = _lines(found.guarded, first >> _PAGE, last >> _PAGE, count, None)
+        self._in_bytes = self._fine.level == BYTES
+        sorted_fine = found if self._fine is spans else sort_places(self._fine, self.question)
+        self._sorted = sorted_fine
+        self._mixed = mixed_places(self._fine, self.question, sorted_fine)
+
+    @cached_property
+    def _own(self) -> Lines:
+        """Places that violate if they touch a byte of an object, in bytes."""
+        fine, found = self._fine, self._sorted
+        return _lines(found.plain | found.paging, fine.begin.view(np.int64), fine.last, fine.count, None)
+
+    def of(self, policies: Sequence[Protection]) -> list[Cost]:
+        """What each policy costs. Raises EngineError, with the position of the policy where there are several, for one
+        that no machine with these slots takes."""
+        for number, policy in enumerate(policies):
+            try:
+                validate(policy, WIDTH)
+            except EngineError as error:
+                error.field = error.field if len(policies) == 1 else f"policies[{number}].{error.field}"
+                raise
+        given = _Policies(policies, self.question)
+        violations, ranks = self._plain.touching(given.covered)
+        paging, paging_ranks = self._paging_pages.touching(given.pages)
+        violations, ranks = violations + paging, np.minimum(ranks, paging_ranks)
+        guarded, _ = self._guarded.touching(given.pages)
+        passing, _ = self._passing.touching(given.covered)
+        mmio = np.full(len(policies), self._mmio, dtype=np.int64)
+        hits, first = self._plain.touching(given.objects)
+        more, more_first = self._paging.touching(given.objects)
+        hits, first = hits + more, np.minimum(first, more_first)
+        own = self._own.touching(given.own)[0] if self._in_bytes else np.zeros(len(hits), dtype=np.int64)
+        objects = np.append(0, np.cumsum([len(names) for names in given.names]))
+        totals = _Totals(violations, ranks, guarded, passing, mmio, hits, first, own)
+        if len(self._mixed.at):
+            for number in range(len(policies)):
+                self._add_mixed(totals, given, number, int(objects[number]), int(objects[number + 1]))
+        return self._costs(policies, given, totals, objects)
+
+    def _add_mixed(self, totals: _Totals, given: _Policies, number: int, begin: int, end: int) -> None:
+        """Add the places over pages of several sorts, one by one, for one policy and its objects."""
+        mixed = self._mixed
+        covered, pages = given.covered.lot(number), given.pages.lot(number)
+        near = touched(pages, mixed.first >> _PAGE, mixed.last >> _PAGE)
+        if not near.any():
+            return
+        fine = self._fine
+        refused = self._refused(covered, pages)
+        count, rank = fine.count[mixed.at], fine.rank[mixed.at]
+        totals.violations[number] += count[refused].sum()
+        totals.ranks[number] = min(totals.ranks[number], rank[refused].min(initial=NEVER))
+        totals.mmio[number] -= count[refused & mixed.mmio].sum()
+        totals.guarded[number] += count[refused & ~mixed.writes].sum()
+        lands = ~refused & ~mixed.mmio & mixed.writes & touched(covered, mixed.first, mixed.last)
+        totals.passing[number] += count[lands].sum()
+        if not refused.any():
+            return
+        for item in range(begin, end):
+            hit = refused & touched(given.objects.lot(item), mixed.first, mixed.last)
+            totals.hits[item] += count[hit].sum()
+            totals.first[item] = min(totals.first[item], rank[hit].min(initial=NEVER))
+            if self._in_bytes:
+                low, high = fine.begin.view(np.int64)[mixed.at], fine.last[mixed.at]
+                totals.own[item] += count[refused & touched(given.own.lot(item), low, high)].sum()
+
+    def _refused(self, covered: tuple[Numbers, Numbers], pages: tuple[Numbers, Numbers]) -> NDArray[np.bool_]:
+        """Which of the mixed places violate."""
+        mixed = self._mixed
+        paging = mixed.paging[mixed.owner]
+        hit = np.where(
+            paging,
+            touched(pages, mixed.piece_first >> _PAGE, mixed.piece_last >> _PAGE),
+            touched(covered, mixed.piece_first, mixed.piece_last),
+        )
+        refused = np.zeros(len(mixed.at), dtype=np.bool_)
+        refused[mixed.owner[hit]] = True
+        return refused
+
+    def refused(self, policy: Protection) -> NDArray[np.bool_]:
+        """Which places of the footprint (without what they were apart by beside) violate under a policy."""
+        validate(policy, WIDTH)
+        given = _Policies([policy], self.question)
+        fine, found = self._fine, self._sorted
+        first, last = fine.first_subpage, fine.last_subpage
+        covered, pages = given.covered.lot(0), given.pages.lot(0)
+        refused = found.plain & touched(covered, first, last)
+        refused |= found.paging & touched(pages, first >> _PAGE, last >> _PAGE)
+        refused[self._mixed.at] = self._refused(covered, pages)
+        return refused
+
+    def _costs(self, policies: Sequence[Protection], given: _Policies, totals: _Totals, objects: Numbers) -> list[Cost]:
+        collateral = self._collateral(given, totals)
+        subpages = given.objects.sizes.tolist()
+        hits, firsts = totals.hits.tolist(), [_first(rank) for rank in totals.first.tolist()]
+        items = [
+            ObjectCost(violations, beside, first, covers)
+            for violations, beside, first, covers in zip(hits, collateral, firsts, subpages, strict=True)
+        ]
+        columns = zip(
+            policies,
+            given.names,
+            objects[:-1].tolist(),
+            totals.violations.tolist(),
+            totals.guarded.tolist(),
+            totals.mmio.tolist(),
+            totals.passing.tolist(),
+            totals.ranks.tolist(),
+            given.covered.sizes.tolist(),
+            given.pages.sizes.tolist(),
+            strict=True,
+        )
+        return [
+            Cost(
+                policy.name,
+                violations,
+                guarded,
+                dict(zip(names, items[begin : begin + len(names)], strict=True)),
+                mmio,
+                passing,
+                _first(rank),
+                covers,
+                pages,
+            )
+            for policy, names, begin, violations, guarded, mmio, passing, rank, covers, pages in columns
+        ]
+
+    def _collateral(self, given: _Policies, totals: _Totals) -> list[int | None]:
+        """Of each object; without bytes it is known where there is nothing, or no byte is a neighbour's."""
+        if self._in_bytes:
+            return list((totals.hits - totals.own).tolist())
+        filled = given.own.sizes == given.objects.sizes << SUBPAGE_SHIFT
+        known = filled | (totals.hits == 0)
+        return [0 if certain else None for certain in known.tolist()]
+
+
+def _first(rank: int) -> First | None:
+    return None if rank in (NEVER, UNKNOWN) else First(rank >> INDEX_BITS, rank & (1 << INDEX_BITS) - 1)
+
+
+class _Totals(NamedTuple):
+    """int64 arrays to be added to: one number for each policy, the last three one for each object."""
+
+    violations: Numbers
+    ranks: Numbers
+    guarded: Numbers
+    passing: Numbers
+    mmio: Numbers
+    hits: Numbers
+    first: Numbers
+    own: Numbers
+
+
+def _lines(taken: NDArray[np.bool_], low: Numbers, high: Numbers, count: Numbers, rank: Numbers | None) -> Lines:
+    return Lines(low[taken], high[taken], count[taken], None if rank is None else rank[taken])
+
+
+def costs(footprint: Footprint, policies: Sequence[Protection], question: Question | None = None) -> list[Cost]:
+    """What policies cost on a footprint; see ``Costs``."""
+    return Costs(footprint, question).of(policies)

@@ -1,0 +1,243 @@
+"""A footprint as a Parquet file: columns named as those of a trace, and beside them what it is of.
+
+The same footprint is the same file, byte by byte. Files of others are read with a bound on memory and believed in
+nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from engine.arch import access as acc
+from engine.errors import EngineError, InvalidValue
+from engine.footprint import kernels
+from engine.footprint.places import (
+    BYTES,
+    INDEX_BITS,
+    KEYS,
+    LEVELS,
+    MAX_ORIGINS,
+    SPANS,
+    UNITS,
+    UNKNOWN,
+    By,
+    Footprint,
+    Origin,
+    made,
+)
+from engine.trace.readers.budget import Budget
+from engine.trace.readers.parquet_bounds import check_pages, directory, read_footer
+
+SCHEMA = 1  # of the file; a file of a later one is refused
+HEAD = b"subpage.footprint"
+ROW_GROUP = 1 << 20
+_MAX_TEXT = 1024
+
+_PLACE = {SPANS: ("first_subpage", "subpages"), BYTES: ("gpa", "size")}
+_TYPES = {
+    "begin": pa.uint64(),
+    "extent": pa.uint16(),
+    "access": pa.uint8(),
+    "kind": pa.uint8(),
+    "linear": pa.uint8(),
+    "source": pa.uint8(),
+    "bucket": pa.uint64(),
+    "pc": pa.uint64(),
+    "count": pa.uint64(),
+    "trace": pa.uint32(),
+    "first_index": pa.uint64(),
+}
+_NULLABLE = ("trace", "first_index")
+_ROW_BYTES = 64  # of a place while it is read
+
+
+def write(footprint: Footprint, sink: Any) -> None:
+    """Write the file to ``sink``, which has ``write``."""
+    unknown = footprint.trace == UNKNOWN
+    columns: dict[str, NDArray[Any] | None] = {
+        "begin": footprint.begin,
+        "extent": footprint.extent,
+        "access": footprint.access,
+        "kind": footprint.kind,
+        "linear": footprint.translated,
+        "source": footprint.source,
+        "bucket": footprint.bucket,
+        "pc": footprint.pc,
+        "count": footprint.count,
+        "trace": footprint.trace,
+        "first_index": footprint.first,
+    }
+    names = _names(footprint.level)
+    arrays = {}
+    for name, values in columns.items():
+        if values is not None:
+            hidden = unknown if name in _NULLABLE else None
+            kept = values if hidden is None else np.where(hidden, 0, values)
+            arrays[names[name]] = pa.array(kept, type=_TYPES[name], mask=hidden, safe=False)
+    head = json.dumps(_head(footprint), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    table = pa.table(arrays).replace_schema_metadata({HEAD: head.encode()})
+    words = [names["begin"], "first_index", *(name for name in ("pc",) if name in arrays)]
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        row_group_size=ROW_GROUP,
+        use_dictionary=[name for name in arrays if name not in words],
+        column_encoding=dict.fromkeys(words, "DELTA_BINARY_PACKED"),
+    )
+
+
+def read(source: Any, memory: int | Budget) -> Footprint:
+    """The footprint in a file, a ``source`` with ``read``, ``seek`` and ``tell``, in ``memory`` bytes.
+
+    Raises InvalidValue for what is no footprint, TraceError for a damaged Parquet file.
+    """
+    budget = Budget.of(memory)
+    try:
+        footer = read_footer(source, budget)
+        metadata = pq.read_metadata(pa.BufferReader(directory(source)))
+        level, by, origins = _said(metadata.metadata or {})
+        names = _names(level)
+        wanted = [name for name in _TYPES if (name != "bucket" or by.buckets) and (name != "pc" or by.pc)]
+        budget.keep(footer.rows * _ROW_BYTES, "the places of a footprint")
+        schema = metadata.schema.to_arrow_schema()
+        for name in wanted:
+            at = schema.get_field_index(names[name])
+            if at < 0 or schema.field(at).type != _TYPES[name]:
+                raise InvalidValue(f"must have a column {names[name]} of {_TYPES[name]}", field=names[name])
+        check_pages(source, footer, [names[name] for name in wanted], budget)
+        file = pq.ParquetFile(pa.PythonFile(source, mode="r"), metadata=metadata, page_checksum_verification=True)
+        table = file.read(columns=[names[name] for name in wanted], use_threads=False)
+        table.validate(full=True)
+    except EngineError:
+        raise
+    except Exception as error:
+        raise InvalidValue(f"the Parquet file is not valid: {error}", field="footprint") from error
+    return _checked(level, by, origins, {name: table.column(names[name]) for name in wanted})
+
+
+def _names(level: str) -> Mapping[str, str]:
+    """Names in the file by those of columns here."""
+    return {**{name: name for name in _TYPES}, **dict(zip(("begin", "extent"), _PLACE[level], strict=True))}
+
+
+def _head(footprint: Footprint) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "level": footprint.level,
+        "by": dict(footprint.by._asdict()),
+        "traces": [dict(origin._asdict()) for origin in footprint.origins],
+    }
+
+
+def _said(metadata: Mapping[bytes, bytes]) -> tuple[str, By, tuple[Origin, ...]]:
+    """Level, dimensions and traces of a file, from what is beside its columns. Raises InvalidValue."""
+    if HEAD not in metadata:
+        raise InvalidValue(
+            "is no footprint: it does not say what it is of. A trace becomes one by `subpage footprint build`",
+            field="footprint",
+        )
+    try:
+        head = json.loads(metadata[HEAD])
+        schema = head["schema"]
+        if schema != SCHEMA:
+            raise InvalidValue(f"must be of schema {SCHEMA}, as this release writes it", field="schema", value=schema)
+        by = By(_number(head["by"]["time"]), _number(head["by"]["records"]), bool(head["by"]["pc"]))
+        by.validate()
+        level = head["level"]
+        if level not in LEVELS:
+            raise InvalidValue(f"must be one of {', '.join(LEVELS)}", field="level", value=level)
+        traces = head["traces"]
+        if not 1 <= len(traces) <= MAX_ORIGINS:
+            raise InvalidValue(f"must be 1 to {MAX_ORIGINS} traces", field="traces", value=len(traces))
+        return level, by, tuple(_origin(trace) for trace in traces)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise InvalidValue(f"is no footprint: what it says of itself is damaged: {error}", field="footprint") from None
+
+
+def _origin(trace: Mapping[str, Any]) -> Origin:
+    texts = {name: trace[name] for name in ("digest", "format", "address", "name")}
+    columns = tuple(trace["columns"])
+    for text in (*texts.values(), *columns):
+        if not isinstance(text, str) or len(text) > _MAX_TEXT:
+            raise ValueError("a text is none, or too long")
+    return Origin(records=_number(trace["records"]), columns=columns, **texts)
+
+
+def _number(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise ValueError("a number is none")
+    return value
+
+
+def _checked(level: str, by: By, origins: tuple[Origin, ...], given: Mapping[str, pa.ChunkedArray]) -> Footprint:
+    """The footprint of the columns of a file. Raises InvalidValue, with the row."""
+    unknown = given["trace"].is_null().to_numpy() if len(given["trace"]) else np.zeros(0, dtype=np.bool_)
+    values: dict[str, NDArray[Any]] = {}
+    for name, column in given.items():
+        if name in _NULLABLE:
+            column = column.fill_null(0)
+        elif column.null_count:
+            raise InvalidValue("must not be null", field=_names(level)[name])
+        values[name] = column.to_numpy()
+    begin, extent = values["begin"], values["extent"].astype(np.int64)
+    unit = UNITS[level]
+    most = (65535 + (1 << unit) - 2 >> unit) + 1
+    kind, source = values["kind"].astype(np.int64), values["source"].astype(np.int64)
+    access, linear = values["access"].astype(np.int64), values["linear"].astype(np.int64)
+    possible = np.int64(acc.POSSIBLE) >> (4 * kind + access) & 1 == 1
+    plain = (kind == acc.DATA) & (access != acc.EXECUTE)
+    _all(extent - 1 < np.int64(most), level, "extent", f"must be 1 to {most}")
+    _all(extent > 0, level, "extent", f"must be 1 to {most}")
+    _all(begin <= np.uint64(1 << 52 - unit) - extent.astype(np.uint64), level, "begin", "must end below 2^52")
+    _all((kind < len(acc.KIND_NAMES)) & (access <= acc.EXECUTE) & possible, level, "kind", acc.KIND_RULE)
+    _all((source == 0) | (source <= acc.HOST) & plain, level, "source", acc.SOURCE_RULE)
+    _all((linear == 1) | (linear == 0) & (kind == acc.PAGING_READ), level, "linear", "must be 1, or 0 of a paging read")
+    _all((values["count"] > 0) & (values["count"] < 1 << 63), level, "count", "must be from 1 to 2^63 - 1")
+    _all(values["trace"] < len(origins), level, "trace", "must be the position of a trace")
+    _all(values["first_index"] < 1 << INDEX_BITS, level, "first_index", f"must be below 2^{INDEX_BITS}")
+    what = access | kind << kernels.KIND_SHIFT | source << kernels.SOURCE_SHIFT
+    what |= np.where(linear == 0, kernels.UNTRANSLATED, 0)
+    columns: dict[str, NDArray[Any]] = {
+        "begin": begin,
+        "extent": extent,
+        "what": what.astype(np.uint8),
+        "count": values["count"].astype(np.int64),
+        "trace": np.where(unknown, UNKNOWN, values["trace"]).astype(np.int32),
+        "first": np.where(unknown, UNKNOWN, values["first_index"].astype(np.int64)),
+        **{name: values[name] for name in ("bucket", "pc") if name in values},
+    }
+    _all(_ascending(columns), level, "begin", "must be places in order, each once")
+    _check_total(columns["count"], origins)
+    return made(level, by, origins, columns)
+
+
+def _ascending(columns: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
+    """Whether each row is behind the one before it by KEYS."""
+    count = len(columns["begin"])
+    behind, same = np.zeros(max(count - 1, 0), dtype=np.bool_), np.ones(max(count - 1, 0), dtype=np.bool_)
+    for name in KEYS:
+        if name in columns:
+            column = columns[name]
+            behind |= same & (column[1:] > column[:-1])
+            same &= column[1:] == column[:-1]
+    return np.append(np.ones(min(count, 1), dtype=np.bool_), behind)
+
+
+def _check_total(counts: NDArray[np.int64], origins: tuple[Origin, ...]) -> None:
+    """What places count is what the traces have."""
+    total, wanted = sum(counts.tolist()), sum(origin.records for origin in origins)
+    if total != wanted:
+        raise InvalidValue(f"must be {wanted} in all, the records of the traces", field="count", value=total)
+
+
+def _all(fine: NDArray[np.bool_], level: str, name: str, rule: str) -> None:
+    if not fine.all():
+        raise InvalidValue(rule, field=f"{_names(level)[name]}[{int(np.argmin(fine))}]")
