@@ -39,6 +39,8 @@ export class Heatmap {
     }, { passive: false });
     this.#pointer(element);
     this.#measure();
+    // Few pages are shown large, many at a size that can be read.
+    if (this.count) this.rowHeight = Math.min(TALLEST, Math.max(18, this.height / this.count));
     this.later();
   }
 
@@ -218,7 +220,7 @@ export class Heatmap {
     this.tile = tile;
   }
 
-  heatOf(hits) { return hits ? 0.3 + 0.7 * (Math.log1p(hits) / Math.log1p(this.pages.hottest)) : 0; }
+  heatOf(hits) { return hits ? 0.25 + 0.75 * (Math.log1p(hits) / Math.log1p(this.pages.hottest)) : 0; }
 
   paint() {
     if (!this.colors) this.#palette();
@@ -276,12 +278,14 @@ export class Heatmap {
         if ((written >>> s) & 1) { context.fillStyle = colors.written; context.fillRect(x, y + tall * 0.7, wide, Math.max(1, tall * 0.3)); }
         const hits = counts?.[s] ?? 0;
         if (hits) {
+          context.fillStyle = colors.panel;
+          context.fillRect(x, y, wide, tall);
           context.globalAlpha = this.heatOf(hits);
           context.fillStyle = colors.refused;
           context.fillRect(x, y, wide, tall);
           context.globalAlpha = 1;
           if (rowHeight >= 16 && cell >= 2.1 * this.rem) {
-            context.fillStyle = this.heatOf(hits) > 0.6 ? colors.panel : colors.text;
+            context.fillStyle = this.heatOf(hits) > 0.7 ? colors.panel : colors.text;
             context.font = `${text * 0.85}px ${sans}`;
             context.textAlign = "center";
             context.fillText(hits > 9999 ? `${Math.round(hits / 1000)}k` : String(hits), x + wide / 2, y + tall / 2 + 0.5);

@@ -184,9 +184,9 @@ function firstOf(pages, gfn) {
 
 function dump(address, content) {
   const rows = [];
-  for (let at = 0; at < content.length; at += 16) {
-    const part = [...content.subarray(at, at + 16)];
-    rows.push(`${(address + at).toString(16).padStart(9, "0")}  ${part.map((one) => one.toString(16).padStart(2, "0")).join(" ").replace(/^(.{23}) /, "$1  ")}  ${part.map((one) => (one >= 32 && one < 127 ? String.fromCharCode(one) : "·")).join("")}`);
+  for (let at = 0; at < content.length; at += 8) {
+    const part = [...content.subarray(at, at + 8)];
+    rows.push(`${(address + at).toString(16).padStart(8, "0")}  ${part.map((one) => one.toString(16).padStart(2, "0")).join(" ")}  ${part.map((one) => (one >= 32 && one < 127 ? String.fromCharCode(one) : "·")).join("")}`);
   }
   return rows.join("\n");
 }
