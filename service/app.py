@@ -28,6 +28,7 @@ from service.api.processor import msrs, vcpu_features, vcpus
 from service.api.protection import page_access, protections, spp, subpages, tables, walk
 from service.api.system import capabilities, health, ioctls, metrics, problem_types
 from service.api.traces import accesses, exits, jobs, traces
+from service.console import routes as console
 from service.contract import documents, pages
 from service.http import handlers
 from service.http.compression import Compression
@@ -270,6 +271,7 @@ def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = 
         # Not include_router: for every request it would try one router after the other, longer than a short call takes.
         app.router.routes.extend(resource.routes.routes)
     pages.install(app)
+    app.router.routes.extend(console.routes.routes)
     # The last one: it stands for all the others.
     app.router.routes.append(HeadRoute(app.router.routes))
     app.router.default = handlers.not_found

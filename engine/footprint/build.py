@@ -14,7 +14,8 @@ from engine.footprint.places import BYTES, LEVELS, SPANS, UNITS, By, Footprint, 
 from engine.state.config import choices
 from engine.trace.columns import TraceChunk
 from engine.trace.record_checks import DONE
-from engine.trace.session import frozen, refused_record
+from engine.trace.addresses import frozen
+from engine.trace.session import refused_record
 
 FIRST_ROWS = 1 << 12
 MAX_CONTEXTS = 1 << 32  # pairs of a bucket and a pc

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import mimetypes
-from functools import cache
 from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.errors import NotFound
 from service.contract.documents import openapi_document
 from service.http.compression import Kept
 from service.http.negotiation import JSON
 from service.http.route import Routes
+from service.http.static_files import StaticFiles
 
-_STATIC = Path(__file__).parent / "static"
+_FILES = StaticFiles(Path(__file__).parent / "static")
 
 # Everything on the page is a file of ours; the pictures in Swagger UI's style sheet are data.
 _PAGE_POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -55,30 +53,11 @@ async def contract(request: Request) -> Response:
     return await kept.reply(request)
 
 
-@cache
-def _files() -> dict[str, Path]:
-    """What may be had under /static, by the rest of its URL: nothing else that a path could be made to name."""
-    return {path.relative_to(_STATIC).as_posix(): path for path in _STATIC.rglob("*") if path.is_file()}
-
-
-@cache
-def _kept(name: str) -> Kept:
-    path = _files()[name]
-    media = "text/html" if path.suffix == ".html" else mimetypes.guess_type(path.name)[0] or "text/plain"
-    return Kept(path.read_bytes(), media)
-
-
-async def _file(request: Request, name: str, headers: dict[str, str] | None = None) -> Response:
-    if name not in _files():
-        raise NotFound("must be one of the files of /docs", field="path", value=name)
-    return await (await asyncio.to_thread(_kept, name)).reply(request, headers)
-
-
 @_pages.get("/docs", include_in_schema=False)
 async def docs(request: Request) -> Response:
-    return await _file(request, "docs/index.html", {"Content-Security-Policy": _PAGE_POLICY})
+    return await _FILES.reply(request, "docs/index.html", {"Content-Security-Policy": _PAGE_POLICY})
 
 
 @_pages.get("/static/{folder}/{file}", include_in_schema=False)
 async def static(request: Request, folder: str, file: str) -> Response:
-    return await _file(request, f"{folder}/{file}")
+    return await _FILES.reply(request, f"{folder}/{file}")

@@ -1,0 +1,1 @@
+"""The console: what the service shows people in a browser."""
