@@ -1,0 +1,400 @@
+"""One connection after its handshake, without a socket: bytes go in, what is to be sent and done comes out.
+
+Messages are served in the order in which they arrive. A command that changes the machine is handed out and holds those
+behind it until ``done``. A vCPU has one event open at a time; what it is asked besides waits behind it, and PAUSE comes
+last. Commands are served while events stand.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from service.kvmi import events
+from service.kvmi.commands import COMMANDS, UNKNOWN
+from service.kvmi.guest import RIP_AT, Change, Fault, Guest, Registers
+from service.kvmi.wire import (
+    CONTINUE,
+    CRASH,
+    EINVAL,
+    EOPNOTSUPP,
+    V6,
+    V7,
+    VCPU_HEADER,
+    Broken,
+    Framer,
+    Message,
+    Refused,
+    message,
+    reply,
+)
+
+ALLOW, AGAIN, STOP, SKIP = "allow", "retry", "stop", "skip"
+_LONGEST_INSTRUCTION = 15
+# Events that were given up, whose late answers are passed over.
+_EXPIRED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """A message to the tool, in one piece."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Do:
+    """A change that the tool wants; ``done`` takes its outcome."""
+
+    change: Change
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What becomes of an access: allow, retry, stop or skip. ``token`` is that of its fault."""
+
+    token: Any
+    action: str
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The connection ends; what was sent before is still to arrive."""
+
+    reason: str
+
+
+Step = Send | Do | Answer | Close
+
+
+@dataclass(slots=True, eq=False)
+class _Event:
+    """One that was sent, or waits for its turn. ``action`` is what a step that ends well comes to."""
+
+    kind: int
+    fault: Fault | None = None
+    action: str = ALLOW
+    seq: int = 0
+    registers: Registers | None = None
+    moved_rip: bool = False
+
+
+@dataclass(slots=True)
+class _Vcpu:
+    """What the tool wants of one vCPU, and what it was asked."""
+
+    enabled: set[int] = field(default_factory=set)
+    stepping: bool = False
+    open: _Event | None = None
+    waiting: deque[_Event] = field(default_factory=deque)
+    pauses: int = 0
+
+
+class Connection:
+    """The hypervisor's end. ``step`` gives what is to be done next, until None."""
+
+    def __init__(self, guest: Guest, dialect: str = V7) -> None:
+        self.guest = guest
+        self.dialect = dialect
+        self.commands = 0
+        self.events = 0
+        self._framer = Framer()
+        self._out: deque[Step] = deque()
+        self._pending: Message | None = None
+        self._closed = False
+        self._replies = self._replies_next = True
+        self._sequence = 0
+        self._vcpus: dict[int, _Vcpu] = {}
+        self._of_vm: set[int] = set()
+        self._expired: deque[tuple[int, int]] = deque(maxlen=_EXPIRED)
+
+    # In and out
+
+    @property
+    def buffered(self) -> int:
+        """Bytes that have arrived and wait to be served."""
+        return len(self._framer)
+
+    def receive(self, data: bytes) -> None:
+        """Bytes from the tool."""
+        self._framer.feed(data)
+
+    def step(self) -> Step | None:
+        """What is to be done next; None while there is nothing, or a change is being made."""
+        while not self._out and self._pending is None and not self._closed:
+            try:
+                found = self._framer.next()
+                if found is None:
+                    return None
+                self._take(found)
+            except Broken as broken:
+                self._closed = True
+                self._out.append(Close(str(broken)))
+        return self._out.popleft() if self._out else None
+
+    def done(self, errno: int) -> None:
+        """The change that was handed out is made, or has failed with an error."""
+        assert self._pending is not None
+        pending, self._pending = self._pending, None
+        self._reply(pending, errno)
+
+    # Commands
+
+    def _take(self, given: Message) -> None:
+        if given.id == events.EVENT_REPLY:
+            self._take_answer(given)
+            return
+        self.commands += 1
+        row = COMMANDS.get(given.id)
+        if row is None or row.handler is None:
+            if not self._replies and self.dialect == V7:
+                raise Broken(f"command {given.id} is not served, and replies are off")
+            errno = UNKNOWN[self.dialect] if row is None else EOPNOTSUPP
+            self._out.append(Send(reply(given.id, given.seq, errno)))
+            return
+        if row.replies and not self._replies:
+            raise Broken(f"{row.name} answers with data, and replies are off")
+        try:
+            vcpu, body = self._vcpu_of(given) if row.of_vcpu else (0, given.payload)
+            size = row.layout.size
+            if len(body) < size or (len(body) > size and not row.tail):
+                raise Refused(EINVAL)
+            found = row.handler(self, vcpu, row.layout.unpack_from(body), body[size:])
+        except Refused as refused:
+            self._reply(given, refused.errno)
+            return
+        if isinstance(found, bytes):
+            self._reply(given, 0, found)
+        else:
+            self._pending = given
+            self._out.append(Do(found))
+
+    def _vcpu_of(self, given: Message) -> tuple[int, bytes]:
+        """The vCPU that a command is for, and what follows that."""
+        if len(given.payload) < VCPU_HEADER.size:
+            raise Refused(EINVAL)
+        vcpu, pad, more = VCPU_HEADER.unpack_from(given.payload)
+        if pad or more:
+            if given.id == 7:
+                raise Refused(EINVAL)
+            raise Broken("padding of the vCPU's header is set")
+        if vcpu >= self.guest.vcpus():
+            raise Refused(EINVAL)
+        return vcpu, given.payload[VCPU_HEADER.size :]
+
+    def _reply(self, given: Message, errno: int, data: bytes = b"") -> None:
+        if self._replies:
+            self._out.append(Send(reply(given.id, given.seq, errno, data)))
+        self._replies = self._replies_next
+
+    # What handlers ask of the connection: see commands.Connection
+
+    def knows_event(self, event: int) -> bool:
+        return event in events.EVENTS and self.dialect in events.EVENTS[event].dialects
+
+    def switch_replies(self, on: bool, *, now: bool) -> None:
+        self._replies_next = on
+        if now:
+            self._replies = on
+
+    def switch_vm_event(self, event: int, on: bool) -> None:
+        (self._of_vm.add if on else self._of_vm.discard)(event)
+
+    def switch_event(self, vcpu: int, event: int, on: bool) -> None:
+        enabled = self._vcpu(vcpu).enabled
+        (enabled.add if on else enabled.discard)(event)
+
+    def switch_stepping(self, vcpu: int, on: bool) -> None:
+        self._vcpu(vcpu).stepping = on
+
+    def pauses(self, vcpu: int) -> int:
+        return self._vcpu(vcpu).pauses
+
+    def pause(self, vcpu: int) -> None:
+        self._vcpu(vcpu).pauses += 1
+        self._pump(vcpu)
+
+    def rested(self) -> None:
+        """The guest has come to rest: what was to be paused is."""
+        for vcpu in self._vcpus:
+            self._pump(vcpu)
+
+    def set_registers(self, vcpu: int, regs: bytes) -> None:
+        """Registers for when the open event of a vCPU is answered. All that can be set is RIP, behind its instruction.
+
+        Raises Refused.
+        """
+        event = self._vcpu(vcpu).open
+        if event is None:
+            if self.dialect == V6:
+                return
+            raise Refused(EOPNOTSUPP)
+        assert event.registers is not None
+        shown = event.registers.regs
+        if len(regs) != len(shown):
+            raise Refused(EINVAL)
+        moved = int.from_bytes(regs[RIP_AT : RIP_AT + 8], "little") - int.from_bytes(
+            shown[RIP_AT : RIP_AT + 8], "little"
+        )
+        same = regs[:RIP_AT] == shown[:RIP_AT] and regs[RIP_AT + 8 :] == shown[RIP_AT + 8 :]
+        longest = (event.fault.insn_len if event.fault is not None else 0) or _LONGEST_INSTRUCTION
+        if not same or not 0 <= moved <= longest or (moved and event.kind != events.PF):
+            raise Refused(EOPNOTSUPP)
+        event.moved_rip = bool(moved)
+
+    # Events
+
+    def wants(self, event: int, vcpu: int | None = None) -> bool:
+        """Whether the tool has enabled an event, of the machine or of a vCPU."""
+        if vcpu is None:
+            return event in self._of_vm
+        known = self._vcpus.get(vcpu)
+        return known is not None and event in known.enabled
+
+    @property
+    def watching(self) -> bool:
+        """Whether PF is enabled on any vCPU."""
+        return any(events.PF in vcpu.enabled for vcpu in self._vcpus.values())
+
+    @property
+    def paused(self) -> bool:
+        """Whether a vCPU is paused, or will be as soon as its open event is answered."""
+        return any(
+            vcpu.pauses or (vcpu.open is not None and vcpu.open.kind == events.PAUSE_VCPU)
+            for vcpu in self._vcpus.values()
+        )
+
+    def ask(self, fault: Fault) -> None:
+        """Ask the tool about an access."""
+        self._vcpu(fault.vcpu).waiting.append(_Event(events.PF, fault))
+        self._pump(fault.vcpu)
+
+    def withdraw(self, token: Any) -> None:
+        """An access waits no more: its event is no longer open, and a late answer is passed over."""
+        for index, vcpu in self._vcpus.items():
+            vcpu.waiting = deque(
+                event for event in vcpu.waiting if event.fault is None or event.fault.token is not token
+            )
+            if vcpu.open is not None and vcpu.open.fault is not None and vcpu.open.fault.token is token:
+                self._expired.append((index, vcpu.open.seq))
+                vcpu.open = None
+                self._pump(index)
+
+    def unhook(self) -> bool:
+        """Ask the tool to go, if it wants to be asked; False if not."""
+        if events.UNHOOK not in self._of_vm:
+            return False
+        self._send_event(events.unhook_part())
+        return True
+
+    def asked(self) -> list[Any]:
+        """The tokens of all accesses that the tool has not answered."""
+        known: Iterable[_Event] = (
+            event for vcpu in self._vcpus.values() for event in (vcpu.open, *vcpu.waiting) if event is not None
+        )
+        return [event.fault.token for event in known if event.fault is not None]
+
+    def _vcpu(self, index: int) -> _Vcpu:
+        return self._vcpus.setdefault(index, _Vcpu())
+
+    def _send_event(self, payload: bytes) -> int:
+        self._sequence = self._sequence + 1 & 0xFFFF_FFFF
+        self.events += 1
+        self._out.append(Send(message(events.EVENT, self._sequence, payload)))
+        return self._sequence
+
+    def _pump(self, index: int) -> None:
+        """Send the next event of a vCPU that has none open."""
+        vcpu = self._vcpu(index)
+        if vcpu.open is not None:
+            return
+        if vcpu.waiting:
+            self._open(index, vcpu.waiting.popleft())
+        elif vcpu.pauses and self.guest.resting():
+            vcpu.pauses -= 1
+            self._open(index, _Event(events.PAUSE_VCPU))
+
+    def _open(self, index: int, event: _Event) -> None:
+        fault, own = event.fault, b""
+        event.registers = self.guest.registers(index, events.EVENT_MSRS).at(fault.rip if fault is not None else None)
+        if event.kind == events.PF:
+            assert fault is not None
+            own = events.pf_part(fault.gva, fault.gpa, fault.access)
+        elif event.kind == events.SINGLESTEP:
+            own = events.singlestep_part(self.dialect)
+        event.seq = self._send_event(events.common_part(index, event.kind, event.registers) + own)
+        self._vcpus[index].open = event
+
+    # Answers
+
+    def _take_answer(self, given: Message) -> None:
+        if len(given.payload) < VCPU_HEADER.size:
+            raise Broken("an answer to an event has no vCPU")
+        index, pad, more = VCPU_HEADER.unpack_from(given.payload)
+        if pad or more:
+            raise Broken("padding of the vCPU's header is set")
+        if index >= self.guest.vcpus():
+            self._out.append(Send(reply(events.EVENT_REPLY, given.seq, EINVAL)))
+            return
+        vcpu = self._vcpu(index)
+        if (index, given.seq) in self._expired:
+            self._expired.remove((index, given.seq))
+            return
+        event = vcpu.open
+        if event is None:
+            return
+        if given.seq != event.seq:
+            raise Broken(f"an answer to event {given.seq} of vCPU {index}, which waits for that to {event.seq}")
+        action, stepped = self._parsed(given, event)
+        vcpu.open = None
+        self._conclude(index, vcpu, event, action, stepped)
+        self._pump(index)
+
+    def _parsed(self, given: Message, event: _Event) -> tuple[int, bool]:
+        """The action, and whether v6's flag asks for a step."""
+        size, start = len(given.payload), events.ANSWER.size
+        if not start <= size <= start + events.EVENTS[event.kind].answer_size:
+            raise Broken(f"an answer of {size} bytes to {events.EVENTS[event.kind].name}")
+        *_, action, _, pad = events.ANSWER.unpack_from(given.payload)
+        if pad != bytes(6):
+            raise Broken("padding of an answer to an event is set")
+        if event.kind != events.PF:
+            return action, False
+        own = given.payload[start:].ljust(events.PF_ANSWER.size, b"\0")
+        _, size, step, _, more, _ = events.PF_ANSWER.unpack(own)
+        if size > events.MOST_CONTEXT or more or (step and self.dialect == V7):
+            raise Broken("the answer to PF has more context than there may be, or its padding is set")
+        return action, bool(step)
+
+    def _conclude(self, index: int, vcpu: _Vcpu, event: _Event, action: int, stepped: bool) -> None:
+        """What an answer comes to. What is no action counts as RETRY for PF and as CONTINUE for the others."""
+        fault = event.fault
+        if fault is None:
+            return
+        if action == CRASH:
+            self._out.append(Answer(fault.token, STOP))
+        elif event.kind == events.SINGLESTEP:
+            self._out.append(Answer(fault.token, event.action))
+        elif action != CONTINUE and event.moved_rip:
+            self._out.append(Answer(fault.token, SKIP))
+        elif action == CONTINUE or stepped or (self._steps(vcpu) and self._opened(fault)):
+            if stepped or self._steps(vcpu):
+                # The access lands once, whatever the tool restricts until it answers.
+                vcpu.waiting.appendleft(_Event(events.SINGLESTEP, fault, ALLOW))
+            else:
+                self._out.append(Answer(fault.token, ALLOW))
+        else:
+            self._out.append(Answer(fault.token, AGAIN))
+
+    def _steps(self, vcpu: _Vcpu) -> bool:
+        return vcpu.stepping and events.SINGLESTEP in vcpu.enabled
+
+    def _opened(self, fault: Fault) -> bool:
+        """Whether the tool has opened the page for an access since it was asked."""
+        gfn = fault.gpa >> 12
+        return not self.guest.has_memory(gfn) or not fault.refused_by(self.guest.page(gfn))
+
+
+__all__ = ["Answer", "Close", "Connection", "Do", "Send", "Step"]
