@@ -12,6 +12,8 @@ from engine.images.base import Block, Image
 _HEADER = struct.Struct("<IIQQ8x")
 _MAGIC = 0x4C694D45
 _VERSION = 1
+# One for each 16 MiB, as AVML writes them, reaches 1 TiB.
+_MOST_HEADERS = 1 << 16
 
 
 class Lime(Image):
@@ -20,8 +22,13 @@ class Lime(Image):
     format = "lime"
 
     def _blocks(self) -> Iterator[Block]:
+        headers = 0
         while self._stream.peek(1):
             offset = self._stream.offset
+            headers += 1
+            if headers > _MOST_HEADERS:
+                rule = f"an image has {_MOST_HEADERS} headers at most; there is another at byte {offset}"
+                raise InvalidValue(rule, field="body", value=offset)
             magic, version, first, last = _HEADER.unpack(self._stream.take(_HEADER.size, "a header of LiME"))
             if magic != _MAGIC:
                 rule = f"must be a LiME image: a header with the magic {_MAGIC:#x} is due at byte {offset}"

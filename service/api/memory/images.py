@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 from starlette.requests import Request
@@ -15,7 +15,11 @@ from service.http.idempotency import hooks_of
 from service.http.negotiation import JSON, preferred
 from service.http.wire_types import Document, Hex64, examples
 from service.runtime.entry import Entry
-from service.runtime.images import load_image
+from service.runtime.images import LoadedImage, load_image
+from service.runtime.offload import maybe_in_thread
+
+# Ranges and vCPUs of one image: more than this are rendered off the event loop.
+_INLINE_PARTS = 100
 
 ImageFormat = Literal["auto", "raw", "elf", "lime"]
 
@@ -88,9 +92,15 @@ async def put_image(request: Request, entry: Entry, format: ImageFormat, gpa: in
 
     replaying, settings = replaying_of(request), settings_of(request)
     found = await load_image(entry, request, format, gpa, replaying, settings, hooks_of(request), check)
+    few = len(found.ranges) + len(found.vcpus) <= _INLINE_PARTS
+    return await maybe_in_thread(few, lambda: json_response(_document(found)))
+
+
+def _document(found: LoadedImage) -> dict[str, Any]:
+    """The JSON of a ``MemoryImage``."""
     vcpus = [
         {"vcpu": n} | {name: hex(value) for name, value in asdict(vcpu).items()} for n, vcpu in enumerate(found.vcpus)
     ]
     ranges = [{"gpa": hex(begin), "size": hex(size)} for begin, size in found.ranges]
     told = {"format": found.format, "bytes": found.size, "pages_kept": found.pages_kept}
-    return json_response({**told, "ranges": ranges, "vcpus": vcpus})
+    return {**told, "ranges": ranges, "vcpus": vcpus}

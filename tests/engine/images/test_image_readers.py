@@ -3,6 +3,7 @@ dump/dump.c and target/i386/arch_dump.c; LiME's src/lime.h."""
 
 from __future__ import annotations
 
+import struct
 from io import BytesIO
 
 import pytest
@@ -177,12 +178,31 @@ def test_broken_images_are_told(data: bytes, says: str) -> None:
     assert says in str(caught.value), str(caught.value)
 
 
+def test_notes_are_bounded_in_all() -> None:
+    """Those of each vCPU become an object: a body that decodes to gigabytes of them must not."""
+    assert len(_vcpus(elf_core([(0, b"x")], qemu_note(LONG) * 4096))) == 4096
+    with pytest.raises(InvalidValue, match=r"notes of 4194304 bytes at most in all; with .* at byte 64 there"):
+        contents(elf_core([(0, b"x")], bytes((4 << 20) + 1)))
+    data = bytearray(elf_core([(0, b"x" * (4 << 20)), (1 << 30, b"x")], qemu_note(LONG)))
+    struct.pack_into("<I", data, 64 + 56, 4)  # the first range is notes, too
+    with pytest.raises(InvalidValue, match="with the program header at byte 120 there are more"):
+        contents(bytes(data))
+
+
 def test_too_many_ranges_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "MOST_RANGES", 3)
     touching = [(gpa, b"a") for gpa in range(50)]
     assert contents(lime(*touching)) == {0: b"a" * 50}
     with pytest.raises(InvalidValue, match="3 ranges at most"):
         contents(lime(*((gpa * 2, b"a") for gpa in range(4))))
+
+
+def test_headers_of_lime_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs as much as a page, though they are one range together."""
+    monkeypatch.setattr("engine.images.lime._MOST_HEADERS", 3)
+    assert contents(lime(*((gpa, b"a") for gpa in range(3)))) == {0: b"aaa"}
+    with pytest.raises(InvalidValue, match="3 headers at most; there is another at byte 99"):
+        contents(lime(*((gpa, b"a") for gpa in range(4))))
 
 
 def test_arguments() -> None:
