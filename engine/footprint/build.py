@@ -12,9 +12,9 @@ from engine.errors import InvalidValue, LimitExceeded, TraceError
 from engine.footprint import kernels
 from engine.footprint.places import BYTES, LEVELS, SPANS, UNITS, By, Footprint, Origin, made, ordered
 from engine.state.config import choices
+from engine.trace.addresses import frozen
 from engine.trace.columns import TraceChunk
 from engine.trace.record_checks import DONE
-from engine.trace.addresses import frozen
 from engine.trace.session import refused_record
 
 FIRST_ROWS = 1 << 12

@@ -355,7 +355,7 @@ class Replay:
 
 
 def refused_record(status: int, words: NDArray[np.int64], position: int, index: int) -> TraceError:
-    """What is wrong (a status of ``record_checks``) with the record at a position of ``words``, whose index is given."""
+    """What is wrong (a status of ``record_checks``) with the record at a position of ``words``, which has an index."""
     name, rule = REFUSALS[status]
     gpa, word = (int(w) & ((1 << 64) - 1) for w in words[2 * position : 2 * position + 2])
     values = {"size": word & 0xFFFF, "access": (word >> 16) & 0xFF, "vcpu": (word >> 32) & 0xFFFF, "gpa": gpa}

@@ -8,11 +8,18 @@ from typing import Annotated
 import typer
 
 from service import __version__
-from service.cli.commands import Command, Given, Root
+from service.cli import show
+from service.cli.accesses import access, walk
+from service.cli.attach import attach
+from service.cli.bitmaps import bitmaps
+from service.cli.browser import open_
+from service.cli.commands import AsJson, Given, Root, command
 from service.cli.events import events
 from service.cli.images import load
 from service.cli.policies import policies
+from service.cli.protect import protect, unprotect
 from service.cli.replay import replay
+from service.cli.results import exits, jobs, traces
 from service.cli.tokens import tokens
 from service.cli.trace import trace
 from service.cli.vms import vms
@@ -26,12 +33,6 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-app.add_typer(tokens, name="token")
-app.add_typer(vms, name="vm")
-app.add_typer(trace, name="trace")
-app.add_typer(policies, name="policy")
-app.command(cls=Command)(events)
-vms.command(cls=Command)(load)
 
 
 def _version(wanted: bool) -> None:
@@ -56,7 +57,7 @@ def _common(
         os.environ["SUBPAGE_CONFIG"] = str(config)
 
 
-@app.command(cls=Command)
+@command(app, "subpage serve --port 8080 --store memory")
 def serve(
     context: typer.Context,
     host: Annotated[str | None, typer.Option(help="Address to listen on; SUBPAGE_HOST or 127.0.0.1.")] = None,
@@ -91,18 +92,22 @@ def serve(
     raise typer.Exit(run(load_settings(**common_flags(context) | named)))
 
 
-@app.command(cls=Command)
-def config(context: typer.Context, given: Given = None) -> None:
+@command(app, "subpage config", "subpage --set max_vms=7 config --json")
+def config(context: typer.Context, as_json: AsJson = False, given: Given = None) -> None:
     """Print the effective settings as TOML, each with where it comes from. Secrets are hidden."""
     from service.cli.common import common_flags, effective, load_settings
 
     flags = common_flags(context)
+    if as_json:
+        found = effective(load_settings(**flags), flags)
+        show.document([{"name": name, "value": value, "origin": origin} for name, value, origin in found])
+        return
     for name, value, origin in effective(load_settings(**flags), flags):
         comment = "# " if value == "none" else ""
         typer.echo(f"{comment}{name} = {value}" + (f"  # {origin}" if origin != "default" else ""))
 
 
-@app.command(cls=Command)
+@command(app, "subpage demo")
 def demo(
     context: typer.Context,
     trace: Annotated[
@@ -132,9 +137,6 @@ def demo(
     run_demo(*files, record=record, memory=memory, as_json=as_json, settings=settings)
 
 
-app.command(cls=Command)(replay)
-
-
 _STORE = typer.Option(help="The store; SUBPAGE_STORE, or the file that `serve` uses by default.")
 _ONE_VM = typer.Option("--vm", help="Only the VM of that id.")
 
@@ -146,37 +148,68 @@ def _store_url(context: typer.Context, store: str | None) -> StoreUrl:
     return StoreUrl.parse(load_settings(**given).store)
 
 
-@app.command(cls=Command)
+@command(app, "subpage backup all.backup")
 def backup(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")],
     vm: Annotated[str | None, _ONE_VM] = None,
     store: Annotated[str | None, _STORE] = None,
+    as_json: AsJson = False,
     given: Given = None,
 ) -> None:
     """Write the VMs of a store to a file. A service may be running on it; the file has one state of the store."""
     from service.backups import offline
 
     count = offline.backup(_store_url(context, store), file, vm)
+    if as_json:
+        show.document({"file": str(file), "vms": count})
+        return
     typer.echo(f"{count} VMs written to {file}")
     typer.echo(offline.LEFT)
 
 
-@app.command(cls=Command)
+@command(app, "subpage restore all.backup --replace")
 def restore(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A file that `subpage backup` wrote.")],
     vm: Annotated[str | None, _ONE_VM] = None,
     store: Annotated[str | None, _STORE] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite VMs of the same id.")] = False,
+    as_json: AsJson = False,
     given: Given = None,
 ) -> None:
     """Put the VMs of a backup into a store, under their own ids: all of them or, if one cannot be, none."""
     from service.backups import offline
 
     ids = offline.restore(_store_url(context, store), file, vm, replace=replace)
+    if as_json:
+        show.document({"vms": ids})
+        return
     typer.echo(f"{len(ids)} VMs restored")
     typer.echo(offline.LEFT)
+
+
+_GUEST = "vm_3f9c2a1be07d4c55"
+
+app.add_typer(vms, name="vm")
+command(vms, "subpage vm load ram.bin --gpa 0x100000 --name guest")(load)
+command(app, f"subpage protect {_GUEST} policy.json", f"subpage protect {_GUEST} --object idt=0x3000:256")(protect)
+command(app, f"subpage unprotect {_GUEST} kernel")(unprotect)
+app.add_typer(bitmaps, name="bitmap")
+command(app, f"subpage walk {_GUEST} 0x2080")(walk)
+command(app, f"subpage access {_GUEST} 0x2080 --on-violation grant")(access)
+command(
+    app, "subpage replay boot.parquet --policy policy.json", f"subpage replay boot.parquet --vm {_GUEST} --no-progress"
+)(replay)
+command(app, f"subpage traces {_GUEST}")(traces)
+command(app, f"subpage exits {_GUEST} -n 20", f"subpage exits {_GUEST} --json")(exits)
+command(app, "subpage jobs", "subpage jobs job_5d2f80a96c1be743 --wait")(jobs)
+command(app, f"subpage events {_GUEST}", f"subpage events {_GUEST} --follow --kinds violation")(events)
+command(app, f"subpage attach {_GUEST} --rules rules.toml")(attach)
+app.add_typer(policies, name="policy")
+app.add_typer(trace, name="trace")
+command(app, "subpage open --print", name="open")(open_)
+app.add_typer(tokens, name="token")
 
 
 def main() -> None:

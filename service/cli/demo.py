@@ -61,10 +61,10 @@ def run_demo(
     opened(policy).close()
     with opened(trace) as body, service(settings) as started:
         # Imported while the service starts, on the other core.
-        import httpx2  # noqa: PLC0415
+        import httpx2
 
-        from service.cli.policy_files import read_policy  # noqa: PLC0415
-        from service.cli.report import print_report  # noqa: PLC0415
+        from service.cli.policy_files import read_policy
+        from service.cli.report import print_report
 
         wanted = read_policy(policy)
         with httpx2.Client(base_url=started.url(), timeout=httpx2.Timeout(600.0)) as client:
@@ -80,7 +80,7 @@ def replay(
     client: httpx2.Client, trace: Path, body: BinaryIO, policy: ProtectionRequest, memory: int | None, record: str
 ) -> dict[str, Any]:
     """The job itself, over HTTP; the report as plain values. ``memory`` is enough for the policy by default."""
-    memory = memory or max(_GIB, -(-policy.protection().end // 4096) * 4096)
+    memory = memory or memory_for(policy)
     slot = {"slot": 0, "gpa": 0, "size": f"{memory:#x}"}
     vm = _done(client.post("/v1/vms", json={"name": f"demo {policy.name}", "memory_slots": [slot], "spp": True}))
     home = f"/v1/vms/{vm['id']}"
@@ -94,6 +94,11 @@ def replay(
     )
     result = _done(reply, trace)
     return report_of(str(trace), policy.name, memory, protection, result, time.perf_counter() - began)
+
+
+def memory_for(policy: ProtectionRequest) -> int:
+    """Bytes of RAM from address 0 on that are enough for a policy."""
+    return max(_GIB, -(-policy.protection().end // 4096) * 4096)
 
 
 def report_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -10,11 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from service.cli import complete, show
+from service.cli.commands import AsJson
+from service.cli.connection import Service, failure_of, remote
+from service.cli.numbers import parse_number
 from service.cli.progress import ProgressOption, bar
-from service.cli.vms import HERE, AsJson, Authorities, Client, Token, Url, complete
-from service.platform.failures import Failure
+from service.cli.vms import machine
 
 if TYPE_CHECKING:
+    import subpage
     from service.cli.image_files import Surveyed
 
 
@@ -35,24 +38,21 @@ _ADDRESS_BITS = 46
 _REGISTERS = ("cr0", "cr3", "cr4", "efer")
 
 
-def _address(text: str) -> int:
-    try:
-        return int(text, 0)
-    except ValueError:
-        raise typer.BadParameter(f"must be a number such as 0x100000, not {text}") from None
-
-
+@remote
 def load(
+    service: Service,
     file: Annotated[
         Path, typer.Argument(help="Raw memory, an ELF core of QEMU's dump-guest-memory, or LiME; as .gz, .zst or .xz.")
     ],
     vm: Annotated[
-        str | None, typer.Option("--vm", help="Id of a machine; without it one is created.", autocompletion=complete)
+        str | None,
+        typer.Option("--vm", help="Id of a machine; without it one is created.", autocompletion=complete.vms),
     ] = None,
     name: Annotated[str, typer.Option(help="Of the machine that is created; by default the file's.")] = "",
     format: Annotated[ImageFormat, typer.Option(help="Of the image; auto: its beginning tells.")] = ImageFormat.AUTO,
     gpa: Annotated[
-        int | None, typer.Option(parser=_address, metavar="ADDRESS", help="Where a raw image begins; 0 unless given.")
+        int | None,
+        typer.Option(parser=parse_number, metavar="ADDRESS", help="Where a raw image begins; 0 unless given."),
     ] = None,
     profile: Annotated[str, typer.Option(help="Which KVM, for the machine that is created.")] = "kvm-2019",
     spp: Annotated[
@@ -62,9 +62,6 @@ def load(
         bool, typer.Option("--registers/--no-registers", help="Set CR0, CR3, CR4 and EFER of the vCPUs from the image.")
     ] = True,
     progress: ProgressOption = None,
-    url: Url = HERE,
-    token: Token = None,
-    authorities: Authorities = None,
     as_json: AsJson = False,
 ) -> None:
     """Load a memory image: make slots for its ranges, its contents, and the registers that it tells of.
@@ -76,73 +73,69 @@ def load(
     surveyed = image_files.survey(file, format.value, gpa)
     slots = image_files.slots_of(surveyed.ranges)
     created = {"name": name or file.name, "profile": profile, "spp": spp, "vcpus": max(surveyed.vcpus, 1)}
-    with Client(url, token, authorities) as client:
-        made = _make(client, created, slots) if vm is None else _extend(client, vm, slots)
-        home, undo = made
+    with service.client() as client:
+        loaded, undo = _make(client, created, slots) if vm is None else _extend(machine(client, vm), slots)
         try:
             began = time.perf_counter()
-            found = _upload(client, home, file, surveyed, gpa, progress)
+            found = _upload(loaded, file, surveyed, gpa, progress)
             seconds = time.perf_counter() - began
-            _set_registers(client, home, found["vcpus"] if registers else [])
+            _set_registers(loaded, found["vcpus"] if registers else [])
         except BaseException:
             _undone(client, undo)
             raise
-        machine = client.get(home)
+        document = loaded.refresh()
     if as_json:
-        typer.echo(json.dumps({"vm": machine["id"], "memory_slots": machine["memory_slots"], **found}, indent=1))
+        show.document({"vm": document["id"], "memory_slots": document["memory_slots"], **found})
         return
-    _print(machine, found, seconds)
+    _print(document, found, seconds)
 
 
-Made = tuple[str, list[str]]
-"""Where a machine is, and what is to be deleted if nothing comes of it."""
+Undo = list[tuple[str, dict[str, Any]]]
+"""Calls that delete what was made, if nothing comes of it: operations with their paths, in order of making."""
 
 
-def _make(client: Client, created: dict[str, Any], slots: list[tuple[int, int]]) -> Made:
+def _make(client: subpage.Client, created: dict[str, Any], slots: list[tuple[int, int]]) -> tuple[subpage.Vm, Undo]:
     bits = max(_ADDRESS_BITS, *(sum(slot).bit_length() for slot in slots))
     rows = [{"slot": n, "gpa": hex(gpa), "size": hex(size)} for n, (gpa, size) in enumerate(slots)]
-    document = {**created, "maxphyaddr": min(bits, 52), "memory_slots": rows}
-    home = f"/v1/vms/{client.call('POST', '/v1/vms', document)['id']}"
-    return home, [home]
+    made = client.create_vm(**created, maxphyaddr=min(bits, 52), memory_slots=rows)
+    return made, [("deleteVm", {"vm": made.id})]
 
 
-def _extend(client: Client, vm: str, slots: list[tuple[int, int]]) -> Made:
+def _extend(vm: subpage.Vm, slots: list[tuple[int, int]]) -> tuple[subpage.Vm, Undo]:
     """Slots for what a machine has none for."""
-    from urllib.parse import quote
-
+    import subpage
     from service.cli.image_files import beside
 
-    home = f"/v1/vms/{quote(vm, safe='')}"
-    known = [slot for slot in client.get(f"{home}/memory-slots")["memory_slots"] if not slot["address_space"]]
+    known = [slot for slot in vm.slots() if not slot["address_space"]]
     missing = beside(slots, [(int(slot["gpa"], 16), int(slot["size"], 16)) for slot in known])
     taken = {slot["slot"] for slot in known}
     numbers = (n for n in range(1 << 16) if n not in taken)
-    done: list[str] = []
+    done: Undo = []
     try:
         for number, (gpa, size) in zip(numbers, missing, strict=False):
-            place = f"{home}/memory-slots/{number}"
-            client.call("PUT", place, {"gpa": hex(gpa), "size": hex(size)})
-            done.append(place)
-    except BaseException:
-        _undone(client, done)
+            vm.set_slot(number, gpa, size)
+            done.append(("deleteMemorySlot", {"vm": vm.id, "slot": number}))
+    except (subpage.Error, KeyboardInterrupt):
+        _undone(vm, done)
         raise
-    return home, done
+    return vm, done
 
 
-def _undone(client: Client, places: list[str]) -> None:
-    for place in reversed(places):
+def _undone(client: subpage.Client | subpage.Vm, places: Undo) -> None:
+    import subpage
+
+    for operation, path in reversed(places):
         try:
-            client.call("DELETE", place)
-        except Failure as failure:
-            typer.echo(f"{place} was made and could not be deleted again: {failure}", err=True)
+            client.call(operation, path=path)
+        except subpage.Error as error:
+            made = " ".join(f"{name} {value}" for name, value in path.items())
+            typer.echo(f"{made} was made and could not be deleted again: {failure_of(error, '')}", err=True)
 
 
-def _upload(
-    client: Client, home: str, file: Path, surveyed: Surveyed, gpa: int | None, progress: bool | None
-) -> dict[str, Any]:
+def _upload(vm: subpage.Vm, file: Path, surveyed: Surveyed, gpa: int | None, progress: bool | None) -> dict[str, Any]:
     from service.cli import image_files
 
-    query = {"format": surveyed.format} | ({"gpa": hex(gpa)} if gpa is not None else {})
+    query = {"format": surveyed.format, "gpa": None if gpa is None else hex(gpa)}
     size = file.stat().st_size
     with image_files.reading(file) as (source, raw), bar("loading", progress, size) as move:
 
@@ -151,15 +144,16 @@ def _upload(
             move(done, description="committing" if done >= size else "loading")
 
         content = image_files.coded(source, advanced)
-        return client.upload(f"{home}/memory", query, content, image_files.CODING)
+        headers = {"Content-Type": "application/octet-stream", "Content-Encoding": image_files.CODING}
+        return dict(vm.call("writeMemory", query=query, content=lambda: content, headers=headers).json())
 
 
-def _set_registers(client: Client, home: str, vcpus: list[dict[str, Any]]) -> None:
+def _set_registers(vm: subpage.Vm, vcpus: list[dict[str, Any]]) -> None:
     if not vcpus:
         return
-    ids = [vcpu["id"] for vcpu in client.get(home)["vcpus"]]
+    ids = [vcpu["id"] for vcpu in vm.refresh()["vcpus"]]
     for number, vcpu in zip(ids, vcpus, strict=False):
-        client.call("PUT", f"{home}/vcpus/{number}/vmcs", {name: vcpu[name] for name in _REGISTERS})
+        vm.call("putVmcs", path={"n": number}, json={name: vcpu[name] for name in _REGISTERS})
     if len(vcpus) > len(ids):
         typer.echo(f"the image tells of {len(vcpus)} vCPUs, the machine has {len(ids)}", err=True)
 

@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.commands import Command
-from service.cli.vms import HERE, AsJson, Authorities, Client, Token, Url
+from service.cli import complete, show
+from service.cli.commands import AsJson, Group, command
+from service.cli.connection import Service, remote
+from service.cli.numbers import parse_range, parse_signed
+from service.cli.vms import machine
 from service.platform.failures import Failure
 
 if TYPE_CHECKING:
     from service.cli.policy_check import Ram
 
-policies = typer.Typer(help="Make policies from a kernel's symbols, and check them.", no_args_is_help=True)
-
-_UNITS = {"KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}
-
-
-def _number(text: str) -> int:
-    """An address or an amount of the command line: decimal or 0x, with a sign; two's complement is negative."""
-    try:
-        found = int(text, 0)
-    except ValueError:
-        raise typer.BadParameter("must be a number, decimal or 0x…") from None
-    return found - (1 << 64) if 1 << 63 <= found < 1 << 64 else found
+policies = typer.Typer(
+    cls=Group, help="Make policies from a kernel's symbols, show and check them.", no_args_is_help=True
+)
 
 
-def _slot(text: str) -> tuple[int, int]:
-    """``GPA:SIZE`` as a range of memory."""
-    gpa, _, size = text.partition(":")
-    unit = next((unit for unit in _UNITS if size.endswith(unit)), None)
-    try:
-        begin = int(gpa, 0)
-        length = int(size.removesuffix(unit or ""), 0) << _UNITS.get(unit or "", 0)
-    except ValueError:
-        begin = length = -1
-    if begin < 0 or length <= 0:
-        raise typer.BadParameter("must be GPA:SIZE, such as 0:3GiB or 0x100000000:0x40000000")
-    return begin, begin + length
-
-
-@policies.command("from-symbols", cls=Command)
+@command(
+    policies,
+    "subpage policy from-symbols kallsyms --object modprobe_path:256 --phys-base 0 --slide 0 -o policy.json",
+    name="from-symbols",
+)
 def from_symbols(
     file: Annotated[
         Path, typer.Argument(help="kallsyms, System.map, a Volatility 3 symbol file (.json, .json.xz) or vmlinux.")
@@ -52,13 +35,16 @@ def from_symbols(
         list[str], typer.Option("--object", help="NAME, NAME:SIZE or NAME+OFFSET:SIZE; once for each object.")
     ],
     slide: Annotated[
-        int | None, typer.Option(parser=_number, metavar="N", help="What KASLR added to the addresses of the file.")
+        int | None,
+        typer.Option(parser=parse_signed, metavar="N", help="What KASLR added to the addresses of the file."),
     ] = None,
     phys_base: Annotated[
-        int | None, typer.Option(parser=_number, metavar="N", help="The guest kernel's phys_base; 0 without KASLR.")
+        int | None,
+        typer.Option(parser=parse_signed, metavar="N", help="The guest kernel's phys_base; 0 without KASLR."),
     ] = None,
     cr3: Annotated[
-        int | None, typer.Option(parser=_number, metavar="N", help="CR3 of the kernel itself, instead of phys_base.")
+        int | None,
+        typer.Option(parser=parse_signed, metavar="N", help="CR3 of the kernel itself, instead of phys_base."),
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the protection.")] = "kernel",
     format: Annotated[
@@ -89,17 +75,21 @@ def from_symbols(
         typer.echo(f"sizes up to the next symbol, as the file has none: {', '.join(assumed)}", err=True)
 
 
-@policies.command(cls=Command)
+@command(policies, "subpage policy check policy.json --memory-slots 0:1GiB")
+@remote
 def check(
+    service: Service,
     file: Annotated[Path, typer.Argument(help="A policy, JSON or TOML.")],
     memory_slots: Annotated[
         list[Any] | None,
-        typer.Option("--memory-slots", parser=_slot, metavar="GPA:SIZE", help="Guest RAM, such as 0:3GiB; may repeat."),
+        typer.Option(
+            "--memory-slots", parser=parse_range, metavar="GPA:SIZE", help="Guest RAM, such as 0:3GiB; may repeat."
+        ),
     ] = None,
-    vm: Annotated[str | None, typer.Option("--vm", help="Take the memory slots of this machine of a service.")] = None,
-    url: Url = HERE,
-    token: Token = None,
-    authorities: Authorities = None,
+    vm: Annotated[
+        str | None,
+        typer.Option("--vm", help="Take the memory slots of this machine of a service.", autocompletion=complete.vms),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a policy drags in: sub-pages, neighbours' bytes, overlaps, what straddles pages or lies outside RAM.
@@ -114,30 +104,67 @@ def check(
     if memory_slots:
         ram = merged(memory_slots)
     elif vm is not None:
-        ram = merged(_slots_of(vm, url, token, authorities))
+        ram = merged(_slots_of(service, vm))
     found = report(protection, ram)
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        show.document(found)
     else:
         _print(found)
     raise typer.Exit(1 if found["outside_ram"] else 0)
 
 
-def _slots_of(vm: str, url: str, token: str | None, authorities: Path | None) -> list[tuple[int, int]]:
-    from urllib.parse import quote
+@command(policies, "subpage policy show policy.json", "subpage policy show --vm guest", name="show")
+@remote
+def show_(
+    service: Service,
+    file: Annotated[Path | None, typer.Argument(help="A policy, JSON or TOML.")] = None,
+    vm: Annotated[
+        str | None,
+        typer.Option("--vm", help="Show what is protected in this machine instead.", autocompletion=complete.vms),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the objects and ranges of a policy, or all that is protected in a machine."""
+    from service.api.protection.protections import Protection
+    from service.cli.policy_files import read_policy
 
-    with Client(url, token, authorities) as client:
-        slots = client.get(f"/v1/vms/{quote(vm, safe='')}")["memory_slots"]
+    if (file is None) == (vm is None):
+        raise typer.BadParameter("give a file, or a machine with --vm", param_hint="file")
+    if file is not None:
+        found = [Protection.of(read_policy(file).protection()).model_dump(mode="json")]
+    else:
+        with service.client() as client:
+            found = [dict(item) for item in machine(client, str(vm)).protections()]
+    if as_json:
+        show.document(found[0] if file is not None else found)
+        return
+    rows = [
+        (item["name"], each["name"], each["gpa"], each["size"], each["granularity"], each["about"] or "")
+        for item in found
+        for each in item["objects"]
+    ]
+    show.table(("policy", "object", "gpa", "bytes", "granularity", "about"), rows, right=("bytes",))
+    for item in found:
+        for gfn, npages, access in item["page_ranges"]:
+            typer.echo(f"{item['name']}: {npages:,} pages from {gfn} on, bitmap {access}")
+        typer.echo(f"{item['name']}: {item['subpages']:,} sub-pages in {item['pages']:,} pages")
+
+
+def _slots_of(service: Service, vm: str) -> list[tuple[int, int]]:
+    with service.client() as client:
+        slots = machine(client, vm)["memory_slots"]
     rows = [(int(slot["gpa"], 16), int(slot["size"], 16)) for slot in slots if not slot["address_space"]]
     return [(gpa, gpa + size) for gpa, size in rows]
 
 
 def _print(found: dict[str, Any]) -> None:
-    row = "{:<32}  {:>16}  {:>10}  {:>9}  {:>5}  {:>10}  {}"
-    typer.echo(row.format("OBJECT", "GPA", "BYTES", "SUB-PAGES", "PAGES", "NEIGHBOURS", "NOTES"))
-    for item in found["objects"]:
-        numbers = (f"{item[name]:,}" for name in ("size", "subpages", "pages", "neighbours"))
-        typer.echo(row.format(item["name"][:32], item["gpa"], *numbers, "; ".join(_notes(item))).rstrip())
+    numbers = ("size", "subpages", "pages", "neighbours")
+    rows = (
+        (item["name"], item["gpa"], *(item[name] for name in numbers), "; ".join(_notes(item)))
+        for item in found["objects"]
+    )
+    names = ("object", "gpa", "bytes", "sub-pages", "pages", "neighbours", "notes")
+    show.table(names, rows, right=names[1:6])
     for at in found["pages_outside_ram"]:
         typer.echo(f"pages[{at}]: outside RAM")
     outside = found["outside_ram"]

@@ -44,7 +44,7 @@ def policy_document(path: Path) -> dict[str, Any]:
 def policy_of(path: Path, document: Mapping[str, Any]) -> ProtectionRequest:
     """The policy that ``document``, read from ``path``, is. Raises FileError."""
     try:
-        policy = ProtectionRequest.model_validate({"name": _name_of(path), **document})
+        policy = ProtectionRequest.model_validate({"name": name_of_file(path), **document})
         checked(policy)
     except ValidationError as error:
         raise FileError(f"{path}: {said(refusal(error.errors()))}") from None
@@ -65,7 +65,7 @@ def checked(policy: ProtectionRequest, where: str = "") -> None:
         raise
 
 
-def _name_of(path: Path) -> str:
+def name_of_file(path: Path) -> str:
     """What a policy without a name is called."""
     return re.sub(r"[^A-Za-z0-9_.~-]", "_", path.stem)[:128].lstrip(".~-") or "policy"
 

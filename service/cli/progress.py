@@ -1,4 +1,4 @@
-"""What long commands share on a terminal: a bar on standard error, and what an interrupted one says."""
+"""What long commands show on a terminal: a bar on standard error."""
 
 from __future__ import annotations
 
@@ -37,13 +37,3 @@ def bar(what: str, wanted: bool | None, size: int | None = None) -> Iterator[Mov
     with rich.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task(what, total=1.0 if size is None else size or None, done="")
         yield lambda completed, **said: shown.update(task, completed=completed, **said)
-
-
-@contextmanager
-def interruptible(command: str) -> Iterator[None]:
-    """A command that ends with status 130 when it is interrupted, and says so."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(f"subpage {command}: interrupted", err=True)
-        raise typer.Exit(130) from None

@@ -1,19 +1,22 @@
-"""``subpage replay``: what the command line of it takes, and the bar that it shows meanwhile."""
+"""``subpage replay``: a trace against a policy, here or by a service, and the bar that is shown meanwhile."""
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.commands import Given
-from service.cli.progress import ProgressOption, bar, interruptible
+from service.cli import complete, show
+from service.cli.commands import AsJson, Given
+from service.cli.connection import Service, remote
+from service.cli.progress import ProgressOption, bar
 from service.cli.trace_options import FILE_HELP, Columns, Format, FormatOption, Record, RecordOption, SkipUnknown
+from service.cli.vms import machine
 
 if TYPE_CHECKING:
+    import subpage
     from service.runtime.job import Job
 
 
@@ -36,16 +39,31 @@ class Include(StrEnum):
     ALL = "all"
 
 
+_MEDIA = {
+    Format.JSON: "application/json",
+    Format.NDJSON: "application/x-ndjson",
+    Format.ARROW: "application/vnd.apache.arrow.stream",
+    Format.PARQUET: "application/vnd.apache.parquet",
+    Format.PACKED: "application/octet-stream",
+}
+
+
+@remote
 def replay(
     context: typer.Context,
+    service: Service,
     file: Annotated[Path, typer.Argument(help=FILE_HELP)],
     policy: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            help='JSON or TOML: {"name", "objects", "pages"} as `POST …/protections` takes it, or a whole machine: '
-            '{"vm", "protections", "subpages"}.'
+            help='JSON or TOML: {"name", "objects", "pages"} as `POST …/protections` takes it, or, without a service, '
+            'a whole machine: {"vm", "protections", "subpages"}.'
         ),
-    ],
+    ] = None,
+    vm: Annotated[
+        str | None,
+        typer.Option("--vm", help="Replay on this machine of a service, as it is.", autocompletion=complete.vms),
+    ] = None,
     format: FormatOption = Format.AUTO,
     record: RecordOption = Record.RECORD16,
     columns: Columns = None,
@@ -58,28 +76,79 @@ def replay(
     carry: Annotated[str | None, typer.Option(help="Columns to copy into exit records, with commas.")] = None,
     max_exit_records: Annotated[int | None, typer.Option(min=0, help="Exit records to keep.")] = None,
     exits: Annotated[int, typer.Option(min=0, help="With --json: exit records to print.")] = 1000,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as the service answers it.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="With --server and --policy: leave the machine there.")] = False,
+    as_json: AsJson = False,
     progress: ProgressOption = None,
     given: Given = None,
 ) -> None:
-    """Replay a trace against a policy here, without a service: which writes would have exited, and what whole pages
-    would cost.
+    """Replay a trace against a policy: which writes would have exited, and what whole pages would cost.
+
+    Without --vm and --server it runs in this process. With --server a machine is made there for the policy, and deleted
+    in the end.
     """
+    by_service = vm is not None or _is_typed(context, "server")
+    if policy is None and vm is None:
+        raise typer.BadParameter("give the policy to replay against, or with --vm a machine", param_hint="--policy")
+    if policy is not None and vm is not None:
+        raise typer.BadParameter(
+            f"{vm} is replayed on as it is: `subpage protect {vm} {policy}` comes before", param_hint="--policy"
+        )
+    if keep and (policy is None or not by_service):
+        raise typer.BadParameter("is for a machine that --server is told to make", param_hint="--keep")
+    if by_service:
+        query = {
+            **_sent_as(file, format, columns, record),
+            "columns": columns,
+            "skip_unknown": skip_unknown or None,
+            "on_violation": on_violation.value,
+            "start": start or None,
+            "include": include.value,
+            "carry": carry,
+            "max_exit_records": max_exit_records,
+        }
+        _by_service(service, file, policy, vm, query, exits if as_json else None, keep, progress)
+        return
+    options = (format, record, on_violation, start, include, carry, max_exit_records, columns, skip_unknown)
+    _here(context, file, policy, options, exits if as_json else None, progress)
+
+
+def _sent_as(file: Path, format: Format, columns: str | None, record: Record) -> dict[str, str | None]:
+    """How a file is sent: its media type, and what else says what it is. Raises Failure for a file that is no trace."""
+    from service.cli.trace_files import look
+
+    found = Format(look(file, format.value, columns))
+    if found not in _MEDIA:
+        return {"media": "application/octet-stream", "format": found.value}
+    return {"media": _MEDIA[found], "record": record.value if found is Format.PACKED else None}
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line, and not in the environment alone."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _here(
+    context: typer.Context,
+    file: Path,
+    policy: Path | None,
+    given: tuple[Any, ...],
+    exits: int | None,
+    progress: bool | None,
+) -> None:
+    """In this process."""
     from service.cli import local
     from service.cli.common import common_flags, load_settings
 
+    assert policy is not None
     settings = load_settings(**common_flags(context))
-    with interruptible("replay"):
-        wanted = local.read_policy(policy)
-        options = local.Options(
-            format, record, on_violation, start, include, carry, max_exit_records, columns, skip_unknown
-        )
-        request = options.request(file, settings)
-        machine = local.create(wanted, settings)
-        with bar("replaying", progress) as move:
-            trace = local.run(file, machine, request, lambda job: move(job.share, done=_told(job)))
-    if as_json:
-        typer.echo(json.dumps(local.document_of(trace, exits), indent=2))
+    wanted = local.read_policy(policy)
+    request = local.Options(*given).request(file, settings)
+    machine = local.create(wanted, settings)
+    with bar("replaying", progress) as move:
+        trace = local.run(file, machine, request, lambda job: move(job.share, done=_told(job)))
+    if exits is not None:
+        show.document(local.document_of(trace, exits))
         return
     from service.cli.report import print_report
     from service.cli.trace_files import lines_about
@@ -87,6 +156,88 @@ def replay(
     for line in lines_about(file, request.format, None, trace.result.taken, trace.ignored_columns):
         typer.echo(line)
     print_report(local.report(file, wanted, machine, trace), how="in this process", further=())
+
+
+def _by_service(
+    service: Service,
+    file: Path,
+    policy: Path | None,
+    vm: str | None,
+    query: dict[str, Any],
+    exits: int | None,
+    keep: bool,
+    progress: bool | None,
+) -> None:
+    """On a machine of a service: one that there is, or one that is made for the policy."""
+    from service.platform.failures import opened
+
+    opened(file).close()
+    with service.client() as client:
+        if policy is None:
+            assert vm is not None
+            _replayed(machine(client, vm), file, query, exits, progress)
+            return
+        made, covered, memory = _made(client, policy)
+        try:
+            _replayed(made, file, query, exits, progress, policy=str(covered["name"]), memory=memory)
+        finally:
+            if not keep:
+                made.delete()
+        if keep:
+            typer.echo(f"the machine is {made.id}", err=True)
+
+
+def _made(client: subpage.Client, policy: Path) -> tuple[subpage.Vm, Any, int]:
+    """A machine with memory enough for a policy, and the policy's protection."""
+    from service.cli.demo import memory_for
+    from service.cli.policy_files import read_policy
+
+    wanted = read_policy(policy)
+    memory = memory_for(wanted)
+    made = client.create_vm(f"replay {wanted.name}", memory=memory)
+    try:
+        covered = made.protect(wanted.model_dump(mode="json", exclude_unset=True), name=wanted.name)
+    except BaseException:
+        made.delete()
+        raise
+    return made, covered, memory
+
+
+def _replayed(
+    vm: subpage.Vm,
+    file: Path,
+    query: dict[str, Any],
+    exits: int | None,
+    progress: bool | None,
+    *,
+    policy: str | None = None,
+    memory: int | None = None,
+) -> None:
+    """Replay as a job, so that Ctrl-C cancels it, and print what came of it."""
+    import itertools
+    import time
+
+    from service.cli.demo import report_of
+    from service.cli.report import print_report
+
+    began = time.perf_counter()
+    size = file.stat().st_size or None
+    with bar("sending", progress, size) as move:
+        job = vm.submit(file, progress=lambda done, total: move(done), **query)
+    with bar("replaying", progress) as move:
+        trace = job.wait(progress=lambda done, total: move(0.0, done=f"{done:,} records"))
+    seconds = time.perf_counter() - began
+    if exits is not None:
+        records = [dict(one) for one in itertools.islice(trace.exits(), exits)]
+        show.document({**trace.document, "exit_records": records, "next": None})
+        return
+    protections = list(vm.protections())
+    covered = {name: sum(item[name] for item in protections) for name in ("pages", "subpages")}
+    memory = memory or sum(int(slot["size"], 16) for slot in vm["memory_slots"])
+    name = policy or f"{vm.id} {vm.name}".strip()
+    report = report_of(str(file), name, memory, covered, trace.document, seconds)
+    further = (f"subpage exits {vm.id} {trace.id}", f"subpage traces {vm.id}") if policy is None else ()
+    print_report(report, how="over HTTP", further=further)
 
 
 def _told(job: Job) -> str:

@@ -6,15 +6,21 @@ import contextlib
 import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.commands import Command, Given
+from service.cli import show
+from service.cli.commands import AsJson, Given, Group, command
 from service.platform.failures import Failure
 
+if TYPE_CHECKING:
+    from service.security.tokens import Token
+
 tokens = typer.Typer(
-    help="Make, list and revoke the tokens that callers of a guarded service need.", no_args_is_help=True
+    cls=Group,
+    help="Make, list and revoke the tokens that callers of a guarded service need.",
+    no_args_is_help=True,
 )
 
 
@@ -56,7 +62,7 @@ def _scopes() -> list[str]:
     return list(SCOPES)
 
 
-@tokens.command(cls=Command)
+@command(tokens, "subpage token create scanner --scope write --expires 90d")
 def create(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="What it is for; shown in lists and in the audit log.")],
@@ -67,6 +73,7 @@ def create(
     expires: Annotated[
         str | None, typer.Option(help="A span such as 12h or 90d, or a moment; never by default.")
     ] = None,
+    as_json: AsJson = False,
     given: Given = None,
 ) -> None:
     """Make a token and print it. It is shown once: only a hash is kept."""
@@ -84,11 +91,14 @@ def create(
     audit_of(settings).write(
         "token-created", None, token=record.id, name=name, tenant=tenant, scope=scope, expires=record.expires
     )
-    typer.echo(token)
+    if as_json:
+        show.document({"token": token, **_document(record, now)})
+    else:
+        typer.echo(token)
 
 
-@tokens.command("list", cls=Command)
-def list_(context: typer.Context, given: Given = None) -> None:
+@command(tokens, "subpage token list", name="list")
+def list_(context: typer.Context, as_json: AsJson = False, given: Given = None) -> None:
     """List the tokens: id, state, scope, tenant, times and name, never the token itself."""
     from service.cli.common import common_flags, load_settings, token_store
     from service.security.tokens import utc_now
@@ -96,18 +106,36 @@ def list_(context: typer.Context, given: Given = None) -> None:
     now = utc_now()
     with _kept():
         listed = token_store(load_settings(**common_flags(context))).all()
-    row = "{:<12}  {:<7}  {:<5}  {:<16}  {:<20}  {:<20}  {}"
-    typer.echo(row.format("ID", "STATE", "SCOPE", "TENANT", "CREATED", "EXPIRES", "NAME"))
-    for token in listed:
-        state = "valid" if token.usable(now) else "revoked" if token.revoked else "expired"
-        times = (_shown(token.created), _shown(token.expires))
-        typer.echo(row.format(token.id, state, token.scope, token.tenant, *times, token.name))
+    documents = [_document(token, now) for token in listed]
+    if as_json:
+        show.document(documents)
+        return
+    names = ("id", "state", "scope", "tenant", "created", "expires", "name")
+    times = ({"created": _shown(token.created), "expires": _shown(token.expires)} for token in listed)
+    rows = ({**found, **shown} for found, shown in zip(documents, times, strict=True))
+    show.table(names, ([row[name] for name in names] for row in rows))
 
 
-@tokens.command(cls=Command)
+def _document(token: Token, now: datetime) -> dict[str, Any]:
+    """What may be told of a token."""
+    state = "valid" if token.usable(now) else "revoked" if token.revoked else "expired"
+    expires = None if token.expires is None else token.expires.isoformat()
+    return {
+        "id": token.id,
+        "state": state,
+        "scope": token.scope,
+        "tenant": token.tenant,
+        "created": token.created.isoformat(),
+        "expires": expires,
+        "name": token.name,
+    }
+
+
+@command(tokens, "subpage token revoke 3f9c2a1be07d")
 def revoke(
     context: typer.Context,
     token: Annotated[str, typer.Argument(help="Its id, from `subpage token list`.")],
+    as_json: AsJson = False,
     given: Given = None,
 ) -> None:
     """Refuse a token from now on; running services notice within SUBPAGE_TOKEN_REFRESH seconds."""
@@ -120,4 +148,7 @@ def revoke(
     if not known:
         raise Failure(f"there is no token with id {token}")
     audit_of(settings).write("token-revoked", None, token=token)
-    typer.echo(f"revoked {token}")
+    if as_json:
+        show.document({"revoked": token})
+    else:
+        typer.echo(f"revoked {token}")

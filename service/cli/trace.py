@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.commands import Command
-from service.cli.progress import ProgressOption, bar, interruptible
+from service.cli import show
+from service.cli.commands import AsJson, Group, command
+from service.cli.progress import ProgressOption, bar
 from service.cli.trace_options import FILE_HELP, Columns, Format, FormatOption, Record, RecordOption, SkipUnknown
 from service.platform.failures import Failure
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from service.cli.trace_files import TraceFile
     from service.cli.trace_summary import Summary
 
-trace = typer.Typer(help="Convert trace files of other tools, and look into them.", no_args_is_help=True)
+trace = typer.Typer(cls=Group, help="Convert trace files of other tools, and look into them.", no_args_is_help=True)
 
 
 class Address(StrEnum):
@@ -42,13 +43,12 @@ AddressOption = Annotated[
         "with address=gva. flat: the virtual address, taken as a physical one. By default what the trace has."
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print it as JSON.")]
 
 _TOP = 10
 _SHOWN_RANGES = 12
 
 
-@trace.command(cls=Command)
+@command(trace, "subpage trace convert boot.log -o boot.parquet")
 def convert(
     file: File,
     output: Annotated[Path, typer.Option("-o", "--output", help="The Parquet file to write.")],
@@ -57,6 +57,7 @@ def convert(
     record: RecordOption = Record.RECORD16,
     columns: Columns = None,
     skip_unknown: SkipUnknown = False,
+    as_json: AsJson = False,
     progress: ProgressOption = None,
 ) -> None:
     """Convert a trace to Parquet, say what was read and what was skipped, and what to do next."""
@@ -70,7 +71,6 @@ def convert(
         raise Failure(f"-o {output}: is the file that is read")
     summary = Summary()
     with (
-        interruptible("trace convert"),
         opened_trace(file, format, record=record, skip_unknown=skip_unknown, columns=columns) as opened,
         replacing(output) as beside,
         bar("converting", progress) as move,
@@ -82,13 +82,18 @@ def convert(
             out.add(chunk, records, opened.reader.valued)
             move(opened.progress.share, done=f"{out.records:,} records")
         out.close()
+    if as_json:
+        show.document(
+            {"output": str(output), "records": out.records, **_taken(opened), **_flat_slots(opened, summary, address)}
+        )
+        return
     _said(opened)
     typer.echo(f"{out.records:,} records written to {output}")
     for line in _next(opened, summary, address, output):
         typer.echo(line)
 
 
-@trace.command(cls=Command)
+@command(trace, "subpage trace info boot.parquet")
 def info(
     file: File,
     format: FormatOption = Format.AUTO,
@@ -105,7 +110,6 @@ def info(
 
     summary = Summary()
     with (
-        interruptible("trace info"),
         opened_trace(file, format, record=record, skip_unknown=skip_unknown, columns=columns) as opened,
         bar("reading", progress) as move,
     ):
@@ -115,11 +119,7 @@ def info(
     found = summary.document(_TOP)
     whose = opened.reader.taken.address if opened.reader.taken else None
     if as_json:
-        taken = opened.reader.taken
-        said = {} if taken is None else {"address": taken.address, "sizes": taken.sizes, "skipped": dict(taken.skipped)}
-        slots = {"memory_slots": summary.slots()} if _is_flat(opened, address) else {}
-        ignored = {"ignored_columns": list(opened.reader.ignored_columns)}
-        typer.echo(json.dumps({"format": opened.format_name, **said, **found, **ignored, **slots}, indent=1))
+        show.document({**_taken(opened), **found, **_flat_slots(opened, summary, address)})
         return
     _said(opened)
     _print(found)
@@ -130,7 +130,7 @@ def info(
             typer.echo(line)
 
 
-@trace.command(cls=Command)
+@command(trace, "subpage trace head boot.parquet -n 3")
 def head(
     file: File,
     count: Annotated[int, typer.Option("-n", min=0, help="How many records.")] = 10,
@@ -144,10 +144,7 @@ def head(
     """Show the first records of a trace; with --json one object a line, which is NDJSON that can be posted."""
     from service.cli.trace_files import opened_trace
 
-    with (
-        interruptible("trace head"),
-        opened_trace(file, format, record=record, skip_unknown=skip_unknown, columns=columns) as opened,
-    ):
+    with opened_trace(file, format, record=record, skip_unknown=skip_unknown, columns=columns) as opened:
         rows: list[dict[str, Any]] = []
         for chunk in opened:
             rows += _rows(chunk, opened, address, count - len(rows))
@@ -158,10 +155,7 @@ def head(
             typer.echo(json.dumps({name: value for name, value in row.items() if value is not None}))
         return
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if not _is_plain(name, rows)]
-    table = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
-    widths = [max(len(line[at]) for line in table) for at in range(len(names))]
-    for line in table:
-        typer.echo("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    show.table(names, ([_cell(row.get(name)) for name in names] for row in rows), right=names)
 
 
 def addressed(chunk: TraceChunk, file: TraceFile, address: Address | None) -> NDArray[np.uint64]:
@@ -190,6 +184,17 @@ def _is_flat(file: TraceFile, address: Address | None) -> bool:
     taken = file.reader.taken
     of_process = taken is not None and taken.address == "process-virtual"
     return address is Address.FLAT or (address is None and of_process)
+
+
+def _taken(file: TraceFile) -> dict[str, Any]:
+    """What a file was taken for, for programs."""
+    taken = file.reader.taken
+    said = {} if taken is None else {"address": taken.address, "sizes": taken.sizes, "skipped": dict(taken.skipped)}
+    return {"format": file.format_name, **said, "ignored_columns": list(file.reader.ignored_columns)}
+
+
+def _flat_slots(file: TraceFile, summary: Summary, address: Address | None) -> dict[str, Any]:
+    return {"memory_slots": summary.slots()} if _is_flat(file, address) else {}
 
 
 def _next(file: TraceFile, summary: Summary, address: Address | None, output: Path) -> Iterator[str]:

@@ -1,0 +1,115 @@
+"""One way to print: tables on a terminal, aligned columns in a pipe, documents where JSON is asked for.
+
+Rich leaves colours out where NO_COLOR is set.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+GAP = "  "
+
+
+def console() -> Console:
+    """Standard output, as wide as the terminal is."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=False)
+
+
+def on_terminal() -> bool:
+    """Whether people look at it."""
+    return bool(console().is_terminal)
+
+
+def document(found: Any) -> None:
+    """One document as JSON."""
+    typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+
+
+def line(found: Any) -> None:
+    """One of many documents, on a line of its own."""
+    typer.echo(json.dumps(found, separators=(",", ":"), ensure_ascii=False))
+
+
+def table(names: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> None:
+    """Rows of values under names; those of columns in ``right`` end under each other, as numbers do."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    if on_terminal():
+        _rich_table(names, cells, right)
+        return
+    lines = [[name.upper() for name in names], *cells]
+    widths = [max(len(row[at]) for row in lines) for at in range(len(names))]
+    for row in lines:
+        shown = zip(names, row, widths, strict=True)
+        padded = (text.rjust(width) if name in right else text.ljust(width) for name, text, width in shown)
+        typer.echo(GAP.join(padded).rstrip())
+
+
+def members(found: Mapping[str, object]) -> None:
+    """Names and their values, one on a line."""
+    cells = {name: _cell(value) for name, value in found.items()}
+    if on_terminal():
+        from rich.table import Table
+
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, text in cells.items():
+            grid.add_row(_plain(name), _plain(text))
+        console().print(grid)
+        return
+    width = max(map(len, cells), default=0)
+    for name, text in cells.items():
+        typer.echo(f"{name:<{width}}{GAP}{text}".rstrip())
+
+
+def _rich_table(names: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[str]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    shown = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
+    for name in names:
+        shown.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in right)
+    for row in cells:
+        shown.add_row(*map(_plain, row))
+    console().print(shown)
+
+
+def _plain(text: str) -> Any:
+    """What stands in it is no markup."""
+    from rich.text import Text
+
+    return Text(text)
+
+
+def _cell(value: object) -> str:
+    """A value as people read it; characters that would move the cursor are shown escaped."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
+def size(octets: int) -> str:
+    """Bytes as people say them."""
+    for unit, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if octets >= 1 << shift:
+            return f"{octets / (1 << shift):.4g} {unit}"
+    return f"{octets} bytes"
+
+
+def moment(text: str | None) -> str:
+    """A time of the service, to the second."""
+    return "-" if text is None else f"{text[:19].replace('T', ' ')}Z"
