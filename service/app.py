@@ -19,7 +19,7 @@ from engine.warm.processes import CompilerEnded
 from engine.warm.progress import progress_lines, progress_on
 from engine.warm.whole import Group, compile_kernels, load_kernels
 from service import __version__
-from service.api.events import events, introspection
+from service.api.events import events, introspection, kvmi
 from service.api.hyperv import hypercalls, hyperv, kvm_pages
 from service.api.machines import clones, counters, vm_capabilities, vms
 from service.api.memory import dirty, host_memory, memory, memory_slots, symbols
@@ -36,6 +36,7 @@ from service.http.envelope import Envelope
 from service.http.idempotency import Idempotency
 from service.http.limits import HeldBodies
 from service.http.route import HeadRoute
+from service.kvmi.attachment import Attachments
 from service.runtime import census
 from service.runtime.answers import answers_of
 from service.runtime.jobs import Jobs
@@ -68,6 +69,7 @@ RESOURCES = (
     exits,
     events,
     introspection,
+    kvmi,
     jobs,
     tables,
     vcpus,
@@ -125,6 +127,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             drain(app)
             stopping.set()
             end_streams(app)
+            await app.state.kvmi.stop()
             await _settled(app)
             await app.state.jobs.stop()
             await registry.repository.stop()
@@ -167,6 +170,7 @@ def drain(app: FastAPI) -> None:
 def end_streams(app: FastAPI) -> None:
     """Let go of those who read events, so that the server need not wait for them. On the event loop, after drain."""
     app.state.registry.end_streams("draining")
+    app.state.kvmi.drain()
 
 
 def _warm(group: Group, stopping: threading.Event) -> None:
@@ -245,6 +249,7 @@ def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = 
     access = app.state.access = AccessControl(settings, tokens if tokens is not None else tokens_of(settings))
     secret = settings.token.get_secret_value() if settings.token is not None else None
     app.state.audit = AuditLog(settings.audit_log, lambda: access.guarded, secret=secret)
+    app.state.kvmi = Attachments(settings, access, app.state.audit)
     files = app.state.memory_files = MemoryFiles(settings.memory_files, settings.max_memory_files)
     registry = app.state.registry = Registry(settings, _repository_of(settings, files), lambda: access.tenants)
     app.state.idempotency = Idempotency(

@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from engine.trace.option_names import DefaultAnswer
 from service.platform.failures import FileError, read_document
+from service.platform.sockets import Allowed
 from service.storage.urls import StoreUrl, default_store
 
 MIB = 1 << 20
@@ -204,6 +205,11 @@ class Settings(BaseSettings):
         "skip", description="What becomes of a refused access that was to be asked about when no tool answers."
     )
     max_tools: int = Field(16, ge=1, description="Introspection tools that may be attached to one machine.")
+    kvmi_sockets: tuple[str, ...] = Field(
+        (),
+        description="Where tools of KVMI may listen: `unix:DIRECTORY`, `vsock:CID` or `vsock:CID:PORT`, for one tenant "
+        "with `TENANT=` before it.",
+    )
     max_questions: int = Field(64, ge=1, description="Accesses of one machine that may wait for an answer at a time.")
 
     page_size: int = Field(100, ge=1, description="Items in one page of a list when no limit is given.")
@@ -229,6 +235,13 @@ class Settings(BaseSettings):
         for directory in value:
             if not directory.is_absolute() or ".." in directory.parts:
                 raise ValueError(f"a directory is an absolute path without ..: {directory}")
+        return value
+
+    @field_validator("kvmi_sockets")
+    @classmethod
+    def _known_sockets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            Allowed.parse(text)
         return value
 
     @field_validator("store")

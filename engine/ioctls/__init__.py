@@ -23,6 +23,7 @@ from engine.ioctls import (
     vcpus,
     vm_settings,
 )
+from engine.ioctls.registers import registers_of
 from engine.ioctls.registry import Ioctl, Registry, Target
 from engine.ioctls.spp_enabling import CAP_X86_SPP
 from engine.ioctls.system import NewMachine
@@ -56,4 +57,14 @@ def check_vm_extension(machine: VirtualMachine, capability: int) -> int:
     return IOCTLS.perform(target, Call("KVM_CHECK_EXTENSION", VM, arg=capability)).returns
 
 
-__all__ = ["CAP_X86_SPP", "IOCTLS", "Ioctl", "NewMachine", "Registry", "Target", "as_created", "check_vm_extension"]
+__all__ = [
+    "CAP_X86_SPP",
+    "IOCTLS",
+    "Ioctl",
+    "NewMachine",
+    "Registry",
+    "Target",
+    "as_created",
+    "check_vm_extension",
+    "registers_of",
+]

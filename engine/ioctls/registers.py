@@ -5,7 +5,7 @@ Each ``…_bytes`` gives the structure of a GET; each ``set_…`` takes that of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from engine.arch import kvm_vcpu_structs as abi
@@ -13,10 +13,12 @@ from engine.arch import vmx_msrs as vmx
 from engine.ioctls.registry import Target, offered
 from engine.ioctls.vcpu_rows import getting, setting
 from engine.kvm.memory_views import GuestMemory
+from engine.machine import VirtualMachine
 from engine.nested.operations import set_smm
 from engine.vcpu import cpuid as cpuid_facts
 from engine.vcpu.apic_base import APIC_BASE, apic_base, takes_apic_base
 from engine.vcpu.control_registers import cpuid_allows_cr4, vmx_allows_cr0, vmx_allows_cr4
+from engine.vcpu.msrs import read_msr
 from engine.vcpu.registers import CR0_PE, CR0_PG, CR4_OSXSAVE, CR4_PAE, SEGMENTS, TABLES
 from engine.vcpu.vcpu import Vcpu
 
@@ -45,6 +47,15 @@ def regs_bytes(vcpu: Vcpu) -> bytes:
     for name in abi.GENERAL_REGISTERS:
         abi.REGS.put(raw, name, vcpu.registers.get(name, 0))
     return bytes(raw)
+
+
+def registers_of(machine: VirtualMachine, vcpu: int, msrs: Sequence[int] = ()) -> tuple[bytes, bytes, tuple[int, ...]]:
+    """struct kvm_regs, struct kvm_sregs and the MSRs asked for, of one moment; 0 for an MSR that the vCPU lacks.
+
+    ``vcpu`` is a KVM vCPU id. Raises NotFound.
+    """
+    seen = machine.nested.vcpu(vcpu)
+    return regs_bytes(seen), sregs_bytes(seen), tuple(read_msr(seen, index, host=True) or 0 for index in msrs)
 
 
 def set_regs(vcpu: Vcpu, memory: GuestMemory, raw: bytes) -> str | None:

@@ -72,6 +72,19 @@ class Asker:
         assert resolution.action is not None
         return resolution.action
 
+    async def released(self) -> None:
+        """Wait while a tool holds the guest. Raises why it does not go on: the machine is gone, the service stops."""
+        await self._entry.broker.released()
+        if self._entry.gone:
+            raise self._entry.absence()
+        if (reason := self._give_up()) is not None:
+            raise reason
+
+    @property
+    def held(self) -> bool:
+        """Whether a tool holds the guest."""
+        return self._entry.broker.held
+
     def _give_up(self) -> Exception | None:
         if self._draining():
             return NotReady("the service is stopping, and the tool that was asked has been sent away")
@@ -138,6 +151,8 @@ async def last_stretch(
     committed: int | None = None
     try:
         while True:
+            if asker.held:
+                await upload.until(asker.released())
             async with entry.mutation(hooks) as change:
                 taken, machine = action, change.machine
                 found = await upload.run(lambda pipe: stretches.run(machine, taken, pipe.check))  # noqa: B023
@@ -166,6 +181,8 @@ async def access(
     committed = False
     try:
         while True:
+            if asker.held:
+                await asker.released()
             async with entry.mutation(hooks) as change:
                 outcome = change.machine.access(request, run)
                 if run.asked is None:

@@ -75,6 +75,10 @@ class Tool(ABC):
     def entitled(self) -> bool:
         """Whether it may be asked still. One that may not leaves, at the latest when this is looked at."""
 
+    def wants(self, question: Question) -> bool:
+        """Whether it is to be asked."""
+        return question.fits(self.interest)
+
     @abstractmethod
     def ask(self, question: Question) -> None:
         """Put a question to it."""
@@ -95,6 +99,8 @@ class Broker:
         self.tools: list[Tool] = []
         self.questions: dict[str, Question] = {}
         self.connections: set[Tool] = set()
+        self._holding: set[Tool] = set()
+        self._let_go = asyncio.Event()
 
     # Tools
 
@@ -107,6 +113,7 @@ class Broker:
     def leave(self, tool: Tool) -> None:
         """It is no tool any more, and its place is free."""
         self.connections.discard(tool)
+        self.release(tool)
         self.detach(tool)
 
     def attach(self, tool: Tool) -> None:
@@ -138,7 +145,31 @@ class Broker:
             if question.answer is not None and not question.answer.done():
                 question.answer.set_exception(why())
         for tool in list(self.tools):
+            self.release(tool)
             tool.dismiss(why())
+
+    # Holding the guest
+
+    def hold(self, tool: Tool) -> None:
+        """No access that asks goes on from now on, until every tool that holds the guest has let go of it."""
+        self._holding.add(tool)
+
+    def release(self, tool: Tool) -> None:
+        """It goes on, as far as this tool is concerned."""
+        self._holding.discard(tool)
+        if not self._holding:
+            self._let_go.set()
+
+    @property
+    def held(self) -> bool:
+        """Whether a tool holds the guest."""
+        return bool(self._holding)
+
+    async def released(self) -> None:
+        """Wait until no tool holds the guest."""
+        while self._holding:
+            self._let_go.clear()
+            await self._let_go.wait()
 
     # Questions
 
@@ -183,7 +214,7 @@ class Broker:
                     tool.tell(question, resolution)
 
     def _next(self, question: Question, asked: list[Tool]) -> Tool | None:
-        fitting = (tool for tool in self.tools if tool not in asked and question.fits(tool.interest))
+        fitting = (tool for tool in self.tools if tool not in asked and tool.wants(question))
         return next((tool for tool in fitting if tool.entitled), None)
 
     async def _put(self, question: Question, tool: Tool) -> str | None:

@@ -20,6 +20,11 @@ class VmLock:
         self._lock = asyncio.Lock()
         self._timeout = timeout
 
+    @property
+    def held(self) -> bool:
+        """Whether somebody has the right now."""
+        return self._lock.locked()
+
     @asynccontextmanager
     async def hold(self, *, patient: bool = False) -> AsyncIterator[None]:
         """Wait for the right, at most the configured time, or as long as it takes if ``patient``.

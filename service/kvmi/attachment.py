@@ -1,0 +1,409 @@
+"""An attachment: a machine that looks for its tool at a socket, again and again, until it is told to stop.
+
+It is a tool of the machine's broker all that time, and asked while one is connected. What the tool has restricted is
+given back when its connection ends, and what it has not answered by then lands, as in the kernel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from uuid import NAMESPACE_URL, UUID, uuid5
+
+from engine.errors import Conflict, EngineError, NotFound
+from engine.kvm.resolutions import VIOLATION
+from service.kvmi import events
+from service.kvmi.connection import ALLOW, Connection
+from service.kvmi.guest import Change, Fault
+from service.kvmi.handshake import Identity
+from service.kvmi.link import Link, Owner
+from service.kvmi.machine import MachineGuest, described
+from service.kvmi.wire import NO_ADDRESS, V7
+from service.platform.sockets import Address, NotAllowed, connected
+from service.problems import ServiceError
+from service.runtime.broker import Interest, Question, Resolution, Tool
+from service.runtime.entry import Entry
+from service.security.access import AccessControl, Principal
+from service.security.audit import AuditLog
+from service.settings import Settings
+
+logger = logging.getLogger("subpage")
+
+CONNECTING, HANDSHAKE, CONNECTED, ENDING = "connecting", "handshake", "connected", "ending"
+
+_CONNECT_SECONDS = 2.0
+# How long a tool that wants to be told has to go by itself, and what it is waited for when the service stops.
+UNHOOK_SECONDS = 5.0
+STOP_SECONDS = 1.0
+# EPT violation: the linear address is valid, and the access was to it, not to a paging structure on the way.
+_LINEAR, _TO_IT = 1 << 7, 1 << 8
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What an attachment is to be. ``uuid`` and ``name`` of None are those of the machine."""
+
+    connect: str
+    address: Address
+    dialect: str = V7
+    cookie: bytes | None = None
+    reconnect: float = 0.5
+    uuid: UUID | None = None
+    name: str | None = None
+    priority: int = 0
+    timeout: float | None = None
+
+
+def uuid_of(entry: Entry) -> UUID:
+    """The UUID of a machine that was given none: the same every time."""
+    return uuid5(NAMESPACE_URL, f"subpage:{entry.id}")
+
+
+class Attachment(Tool, Owner):
+    """One machine's. ``start`` it; it ends with ``end``, with the machine, or with the right to have it."""
+
+    def __init__(
+        self,
+        entry: Entry,
+        wanted: Wanted,
+        principal: Principal,
+        access: AccessControl,
+        audit: AuditLog,
+        settings: Settings,
+    ) -> None:
+        self.id = f"tool_{secrets.token_hex(8)}"
+        self.wanted = wanted
+        self.priority = wanted.priority
+        self.interest = Interest()
+        self.timeout = wanted.timeout or settings.ask_timeout
+        self.default_action: str | None = None
+        self.identity = Identity(
+            wanted.uuid or uuid_of(entry),
+            entry.machine.config.name or entry.id if wanted.name is None else wanted.name,
+            int(entry.created.timestamp()),
+            wanted.cookie,
+        )
+        self.guest = MachineGuest(entry)
+        self.state = CONNECTING
+        self.attempts = 0
+        self.connected_at: datetime | None = None
+        self.last_error: str | None = None
+        self.commands = 0
+        self.events = 0
+        self._entry = entry
+        self._principal = principal
+        self._access = access
+        self._audit = audit
+        self._places = settings.kvmi_sockets
+        self._link: Link | None = None
+        self._paused = False
+        self._hold_limit: asyncio.TimerHandle | None = None
+        self._resting: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._ending: asyncio.Task[None] | None = None
+        self._seconds = UNHOOK_SECONDS
+        self._task: asyncio.Task[None] | None = None
+        self._until_end = contextlib.ExitStack()
+
+    def start(self, most: int) -> asyncio.Task[None]:
+        """Begin to look for the tool; done when it has ended.
+
+        Raises LimitExceeded where ``most`` tools are attached to the machine.
+        """
+        self._entry.broker.connect(self, most)
+        self._entry.broker.attach(self)
+        self._entry.uses += 1
+        self._until_end.enter_context(self._access.watching(self._principal, self.expel))
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        return self._task
+
+    # The life of it
+
+    async def _run(self) -> None:
+        try:
+            while self._ending is None:
+                self.state = CONNECTING
+                await self._restore()
+                try:
+                    await self._once()
+                except (NotAllowed, OSError) as error:
+                    self._failed(str(error))
+                if self._ending is None:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(self.wanted.reconnect):
+                            await self._wake.wait()
+            await self._restore()
+        except Exception:
+            logger.exception("the attachment of %s has failed", self._entry.id)
+            self.begin_end()
+
+    async def _once(self) -> None:
+        """One connection, from its beginning to its end."""
+        self.attempts += 1
+        tenant = self._entry.tenant
+        made = await asyncio.to_thread(connected, self.wanted.address, self._places, tenant, _CONNECT_SECONDS)
+        if self._ending is not None:
+            made.close()
+            return
+        self.state = HANDSHAKE
+        link = self._link = Link(self, self.identity, Connection(self.guest, self.wanted.dialect))
+        loop = asyncio.get_running_loop()
+        try:
+            if self.wanted.address.path is not None:
+                await loop.create_unix_connection(lambda: link, sock=made)
+            else:
+                await loop.create_connection(lambda: link, sock=made)
+            if self._ending is not None:
+                link.close("the attachment has ended")
+            reason = await link.over
+        finally:
+            self._link = None
+            self._release()
+        if link.hooked:
+            self._tell("disconnected", reason=reason)
+        self.connected_at = None
+        self._failed(reason)
+        # The tool's restrictions still stand; whatever they refuse until they are lifted lands, too.
+        for question in link.connection.asked():
+            self.answered(question, ALLOW)
+        await link.settled()
+
+    async def _restore(self) -> None:
+        """Lift what a tool has left. What cannot be now is tried again before the next connection."""
+        try:
+            await self.guest.give_back()
+        except (EngineError, ServiceError) as error:
+            self._failed(f"restrictions of the tool cannot be lifted yet: {error}")
+
+    def _failed(self, reason: str) -> None:
+        self.last_error = reason
+
+    def _tell(self, change: str, **members: str) -> None:
+        """Of the life of it, in the logs."""
+        logger.info("kvmi of %s: %s %s", self._entry.id, change, " ".join(members.values()))
+        self._audit.write(
+            "kvmi",
+            self._principal,
+            vm=self._entry.id,
+            tool=self.id,
+            change=change,
+            connect=self.wanted.connect,
+            **members,
+        )
+
+    @property
+    def connected(self) -> bool:
+        """Whether a tool has the machine, or is being asked whether it takes it."""
+        return self._link is not None
+
+    def begin_end(self, seconds: float = UNHOOK_SECONDS) -> asyncio.Task[None]:
+        """Have it end: a tool that wants to be told has ``seconds`` to go by itself."""
+        self._seconds = min(self._seconds, seconds)
+        if self._ending is None:
+            self._ending = asyncio.get_running_loop().create_task(self._end())
+        return self._ending
+
+    async def _end(self) -> None:
+        self.state = ENDING
+        self._wake.set()
+        link = self._link
+        if link is not None:
+            if link.hooked and link.connection.unhook():
+                link.turn()
+                await asyncio.wait([link.over], timeout=self._seconds)
+            link.close("the attachment has ended")
+        assert self._task is not None
+        await asyncio.wait([self._task])
+        self._entry.broker.leave(self)
+        self._entry.uses -= 1
+        self._until_end.close()
+        self._tell("detached")
+
+    def withdraw(self) -> None:
+        """Be asked no more, and hold nothing; what was asked goes to the next."""
+        self._release()
+        self._entry.broker.detach(self)
+
+    # As a tool of the broker
+
+    @property
+    def entitled(self) -> bool:
+        if self._access.holds(self._principal):
+            return True
+        self.expel()
+        return False
+
+    def expel(self) -> None:
+        """The token is not valid any more."""
+        self._failed("the token is not valid any more")
+        self.begin_end()
+
+    def dismiss(self, why: Exception) -> None:
+        self._failed(str(why))
+        self.begin_end()
+
+    def wants(self, question: Question) -> bool:
+        """What this tool's restrictions refuse, where it wants to hear of it; as the kernel asks no other."""
+        exit = question.exit
+        if int(exit.column("gfn")[0]) not in self.guest.restricted:
+            return False
+        if int(exit.column("resolution")[0]) != VIOLATION or _on_the_way(int(exit.column("qualification")[0])):
+            return False
+        fault = self._fault(question)
+        if not fault.refused_by(self.guest.page(fault.gpa >> 12)):
+            return False
+        return self._link is None or self._link.connection.wants(events.PF, fault.vcpu)
+
+    def ask(self, question: Question) -> None:
+        if self._link is None:
+            self.answered(question, ALLOW)
+            return
+        self._link.connection.ask(self._fault(question))
+        self._link.turn()
+
+    def tell(self, question: Question, resolution: Resolution) -> None:
+        if self._link is not None:
+            self._link.connection.withdraw(question)
+            self._link.turn()
+
+    def _fault(self, question: Question) -> Fault:
+        exit = question.exit
+        gpa = int(exit.column("gpa")[0])
+        end = int(exit.record_gpa[0]) + int(exit.column("size")[0])
+        pc = int(exit.carry["pc"][0]) if "pc" in exit.carry else 0
+        return Fault(
+            self.guest.index_of(int(exit.column("vcpu")[0])),
+            gpa,
+            min(end, (gpa | 0xFFF) + 1) - gpa,
+            1 << int(exit.column("access")[0]),
+            int(exit.column("gva")[0]) if exit.has_gva else NO_ADDRESS,
+            pc or None,
+            int(exit.column("insn_len")[0]),
+            token=question,
+        )
+
+    # As the owner of a link
+
+    def hooked(self) -> None:
+        self.state = CONNECTED
+        self.connected_at = datetime.now(UTC)
+        self.last_error = None
+        self._tell("connected")
+
+    async def make(self, change: Change) -> int:
+        if not self._access.holds(self._principal):
+            self.expel()
+            return 1
+        errno = await self.guest.make(change)
+        self._audit.write(
+            "kvmi", self._principal, vm=self._entry.id, tool=self.id, change="command", **described(change), error=errno
+        )
+        return errno
+
+    def answered(self, token: Question, action: str) -> None:
+        try:
+            self._entry.broker.answer(self, token.id, action)
+        except (NotFound, Conflict):
+            return  # it has waited too long, or what asked has ended
+        self._audit.write("answer", self._principal, vm=self._entry.id, tool=self.id, question=token.id, action=action)
+
+    def served(self) -> None:
+        link = self._link
+        if link is None:
+            return
+        self.commands, self.events = link.connection.commands, link.connection.events
+        paused = link.connection.paused
+        if paused and not self._paused:
+            self._paused = True
+            self._entry.broker.hold(self)
+            # The guest does not wait for ever for a tool that has forgotten it.
+            self._hold_limit = asyncio.get_running_loop().call_later(self.timeout, self._entry.broker.release, self)
+        elif self._paused and not paused:
+            self._release()
+        if paused and self._entry.lock.held and self._resting is None:
+            self._resting = asyncio.get_running_loop().create_task(self._rest(link))
+
+    def _release(self) -> None:
+        self._paused = False
+        self._entry.broker.release(self)
+        if self._hold_limit is not None:
+            self._hold_limit.cancel()
+
+    async def _rest(self, link: Link) -> None:
+        """Tell the connection when what holds the machine has let go of it."""
+        try:
+            async with self._entry.lock.hold(patient=True):
+                pass
+        finally:
+            self._resting = None
+        link.connection.rested()
+        link.turn()
+
+    # What it tells of itself
+
+    @property
+    def silence(self) -> str | None:
+        """Why no PF can come, None where one can."""
+        if self._link is None or not self._link.hooked:
+            return "no tool is connected"
+        if not self._link.connection.watching:
+            return "the tool has enabled PF on no vCPU"
+        if not self.guest.restricted:
+            return "the tool has restricted no page"
+        return None
+
+
+def _on_the_way(qualification: int) -> bool:
+    """Whether a processor met it on its way through the guest's page tables: of those KVM asks no tool."""
+    return bool(qualification & _LINEAR) and not qualification & _TO_IT
+
+
+class Attachments:
+    """Those of all machines, by the machine's id; used from the event loop only."""
+
+    def __init__(self, settings: Settings, access: AccessControl, audit: AuditLog) -> None:
+        self._settings = settings
+        self._access = access
+        self._audit = audit
+        self._known: dict[str, Attachment] = {}
+
+    def find(self, entry: Entry) -> Attachment | None:
+        """That of a machine."""
+        return self._known.get(entry.id)
+
+    async def put(self, entry: Entry, wanted: Wanted, principal: Principal) -> tuple[Attachment, bool]:
+        """Attach a machine, in place of an attachment that no tool has; whether it is the first.
+
+        Raises Conflict where a tool is connected, LimitExceeded.
+        """
+        before = self._known.get(entry.id)
+        if before is not None:
+            if before.connected:
+                rule = "a tool is connected, and a machine has one: delete the attachment first"
+                raise Conflict(rule, field="kvmi", value=before.state, errno="EEXIST")
+            await before.begin_end()
+        if self._known.get(entry.id) is not None:
+            raise Conflict("another request attaches the machine", field="kvmi", value=CONNECTING, errno="EEXIST")
+        made = Attachment(entry, wanted, principal, self._access, self._audit, self._settings)
+        made.start(self._settings.max_tools).add_done_callback(lambda _: self._forget(made))
+        self._known[entry.id] = made
+        return made, before is None
+
+    def _forget(self, gone: Attachment) -> None:
+        for vm in [vm for vm, known in self._known.items() if known is gone]:
+            del self._known[vm]
+
+    def drain(self) -> None:
+        """The service stops: what was asked is asked no more, and ends as with every tool that leaves then."""
+        for known in self._known.values():
+            known.withdraw()
+
+    async def stop(self) -> None:
+        """End all of them, in little time."""
+        ending = [known.begin_end(STOP_SECONDS) for known in list(self._known.values())]
+        if ending:
+            await asyncio.wait(ending)
