@@ -131,12 +131,8 @@ class SlotSpec:
             )
 
     def overlaps(self, other: SlotSpec) -> bool:
-        """Whether two slots share a page of one address space."""
-        return (
-            self.address_space == other.address_space
-            and self.gpa < other.gpa + other.size
-            and other.gpa < self.gpa + self.size
-        )
+        """Whether two slots of one address space share a page."""
+        return self.gpa < other.gpa + other.size and other.gpa < self.gpa + self.size
 
 
 def check_pages(m: Machine, width: int, gfn: int, pages: int, field: str, value: int | None = None) -> None:

@@ -89,11 +89,12 @@ MUTANTS = (
     ),
     Mutant(
         "region-overlap-across-spaces",
-        "engine/kvm/slots.py",
-        "self.address_space == other.address_space",
-        "self.slot >= 0",
+        "engine/kvm/slot_map.py",
+        "order = after._order[spec.address_space]",
+        "order = after._order[0]",
         "slots of the two address spaces never overlap",
         named(SLOTS, "the_address_spaces_are_apart"),
+        "with_slot",
     ),
     Mutant(
         "region-of-smm-reachable",

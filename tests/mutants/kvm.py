@@ -94,8 +94,8 @@ MUTANTS = (
     Mutant(
         "slots-overlap",
         SLOTS_PY,
-        "and self.gpa < other.gpa + other.size",
-        "and self.gpa <= other.gpa + other.size",
+        "return self.gpa < other.gpa + other.size and",
+        "return self.gpa <= other.gpa + other.size and",
         "slots that touch do not overlap",
         named(SLOTS, "overlap"),
     ),

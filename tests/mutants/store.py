@@ -33,8 +33,8 @@ MUTANTS = (
     Mutant(
         "image-zeros-kept",
         PAGES_PY,
-        "if last == WORDS:",
-        "if last > WORDS:",
+        "if last == WORDS and source(m, home(m, gfn + at))[0] == NO_FILE:",
+        "if last > WORDS and source(m, home(m, gfn + at))[0] == NO_FILE:",
         "a page of zeros takes no frame",
         named(LOADS, "memory_grows_with_what_is_not_zero"),
     ),

@@ -122,6 +122,9 @@ def test_registers_are_those_of_the_vcpu_record(era: str) -> None:
     assert vm.nested.msrs(0, [EFER])[0].host == 0x501
     assert vm.nested.write_msrs(0, [(EFER, 0x500)]).refused is None
     assert vm.vcpus.vmcs(0)["efer"] == 0x500 and vm.vcpus.vmcs(0)["cpl"] == 3
+    with vm.nested.change(0) as (vcpu, _):
+        vcpu.registers["ss_ar_bytes"] = 0xD3
+    assert vm.vcpus.vmcs(0)["cpl"] == 2
 
 
 def test_partition_msrs_are_the_same_on_every_vcpu() -> None:
