@@ -94,8 +94,8 @@ MUTANTS = (
     Mutant(
         "slots-overlap",
         SLOTS_PY,
-        "return self.gpa < other.gpa + other.size and",
-        "return self.gpa <= other.gpa + other.size and",
+        "return self.gpa < other.gpa + other.size and other.gpa < self.gpa + self.size",
+        "return self.gpa <= other.gpa + other.size and other.gpa < self.gpa + self.size",
         "slots that touch do not overlap",
         named(SLOTS, "overlap"),
     ),
