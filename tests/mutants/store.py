@@ -18,6 +18,9 @@ LIMITS = "tests/engine/machine/test_virtual_machine.py"
 PAGES_PY = "engine/kvm/page_contents.py"
 LOADS_PY = "engine/machine/memory_operations.py"
 LOADS = "tests/engine/machine/test_image_loads.py"
+BACKED = "tests/engine/machine/test_file_backed_slots.py"
+FILES_PY = "engine/cpu/memory_files.py"
+CONTENTS_PY = "engine/cpu/guest_memory.py"
 IMAGES = "tests/engine/images/test_image_readers.py"
 ELF_PY, NOTES_PY, LIME_PY = (f"engine/images/{name}.py" for name in ("elf_core", "elf_notes", "lime"))
 
@@ -37,6 +40,38 @@ MUTANTS = (
         "if last > WORDS and source(m, home(m, gfn + at))[0] == NO_FILE:",
         "a page of zeros takes no frame",
         named(LOADS, "memory_grows_with_what_is_not_zero"),
+    ),
+    Mutant(
+        "image-zeros-show-the-file",
+        PAGES_PY,
+        "if last == WORDS and source(m, home(m, gfn + at))[0] == NO_FILE:",
+        "if last == WORDS:",
+        "a page of zeros replaces that of a file, too",
+        named(BACKED, "images_go_over_the_file"),
+    ),
+    Mutant(
+        "file-forgotten-by-the-first-write",
+        CONTENTS_PY,
+        "memory_files.fill(m, page, m.row_of[frame])",
+        "pass",
+        "a write leaves what the file has beside it",
+        named(BACKED, "what_is_written_is_the_machines_alone"),
+    ),
+    Mutant(
+        "file-from-its-beginning",
+        FILES_PY,
+        "return m.slots[slot, SLOT_FILE], m.slots[slot, SLOT_FILE_AT] + ((page - m.slots[slot, SLOT_GFN]) << 12)",
+        "return m.slots[slot, SLOT_FILE], m.slots[slot, SLOT_FILE_AT] + (page << 12)",
+        "the offset is that of the slot's first byte",
+        named(BACKED, "what_was_never_written_is_the_files"),
+    ),
+    Mutant(
+        "file-too-short-is-zeros",
+        FILES_PY,
+        "if count != WORD_BYTES:",
+        "if count > WORD_BYTES:",
+        "what a file has not any more is no zero",
+        named(BACKED, "a_file_that_became_shorter_is_an_error"),
     ),
     Mutant(
         "image-frames-forgotten",
