@@ -193,6 +193,10 @@ class Costs:
                 self._add_mixed(totals, given, number, int(objects[number]), int(objects[number + 1]))
         return self._costs(policies, given, totals, objects)
 
+    def of_nothing(self, name: str) -> Cost:
+        """What the accesses cost where nothing is protected."""
+        return Cost(name, 0, 0, {}, self._mmio, 0, None, 0, 0)
+
     def _add_mixed(self, totals: _Totals, given: _Policies, number: int, begin: int, end: int) -> None:
         """Add the places over pages of several sorts, one by one, for one policy and its objects."""
         mixed = self._mixed
