@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from engine.arch.sppt import SUBPAGE_SHIFT
 from engine.errors import InvalidValue
 from engine.footprint.combine import coarser, gathered
-from engine.footprint.costs import Cost, Costs
+from engine.footprint.costs import Cost, Costs, refused_places
 from engine.footprint.intervals import touched, united
 from engine.footprint.places import BYTES, By, Footprint
 from engine.footprint.question import Question
@@ -83,7 +83,7 @@ def advise(
     fine = coarser(footprint, by=By())
     costs = Costs(fine, question)
     (cost,) = costs.of([policy])
-    refused = costs.refused(policy)
+    refused = refused_places(fine, policy, question)
     paying = [item for item in _single(policy) if cost.by_object[item.name].collateral]
     neighbours = {item.name: _neighbours(fine, refused, item) for item in paying}
     edits = [_narrowed(costs, policy, item, cost) for item in paying if item.granularity == "page"]

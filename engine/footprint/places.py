@@ -58,8 +58,8 @@ class Origin(NamedTuple):
     """A trace that is in a footprint.
 
     ``digest`` tells traces apart (SHA-256 of the body, in hexadecimal), ``name`` is for people, ``format`` and
-    ``columns`` say how it was read, ``address`` whether its virtual addresses were taken (gva, flat). ``nanoseconds`` is
-    how long it is, 0 where it has no times.
+    ``columns`` say how it was read, ``address`` whether its virtual addresses were taken (gva, flat).
+    ``nanoseconds`` is how long it is, 0 where it has no times.
     """
 
     digest: str

@@ -10,6 +10,7 @@ import typer
 from service import __version__
 from service.cli.commands import Command, Given, Root
 from service.cli.events import events
+from service.cli.footprint import footprint
 from service.cli.images import load
 from service.cli.policies import policies
 from service.cli.replay import replay
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.add_typer(tokens, name="token")
 app.add_typer(vms, name="vm")
 app.add_typer(trace, name="trace")
+app.add_typer(footprint, name="footprint")
 app.add_typer(policies, name="policy")
 app.command(cls=Command)(events)
 vms.command(cls=Command)(load)
