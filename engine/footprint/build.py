@@ -85,6 +85,7 @@ class Builder:
         self._places = Table(most, "places", mix, _FINE[level])
         self._contexts = Table(min(most, MAX_CONTEXTS), "buckets and writers", mix) if by and any(by) else None
         self._none = np.zeros(0, dtype=np.int64)
+        self._times: list[int] = []  # the earliest and the latest
         self.records_done = 0
 
     @property
@@ -129,6 +130,10 @@ class Builder:
             else:
                 raise refused_record(status, words, position, base + position)
         self.records_done = base + len(chunk.records)
+        times = chunk.carry.get("time")
+        if times is not None and len(times):
+            both = [*self._times, int(times.min()), int(times.max())]
+            self._times = [min(both), max(both)]
 
     def _numbered(self, chunk: TraceChunk, base: int) -> NDArray[np.int64]:
         """The number of the context of each record."""
@@ -153,7 +158,7 @@ class Builder:
             table.grow()
 
     def finish(self, origin: Origin) -> Footprint:
-        """The footprint of everything so far, which ``origin`` describes."""
+        """The footprint of everything so far, which ``origin`` describes but for its length."""
         rows = self._places.rows()
         key = rows[:, 1]
         columns: dict[str, NDArray[Any]] = {
@@ -173,7 +178,9 @@ class Builder:
                 columns["pc"] = contexts[:, 0]
         order = ordered(columns)
         columns = {name: np.ascontiguousarray(column[order]) for name, column in columns.items()}
-        return made(self._level, self._by, (origin._replace(records=self.records_done),), columns)
+        lasted = self._times[1] - self._times[0] if self._times else 0
+        origin = origin._replace(records=self.records_done, nanoseconds=min(lasted, (1 << 63) - 1))
+        return made(self._level, self._by, (origin,), columns)
 
 
 def _along(chunk: TraceChunk, name: str, base: int) -> NDArray[np.uint64]:

@@ -21,7 +21,7 @@ from engine.footprint.combine import coarser as coarser_footprint
 from engine.footprint.hits import NEVER, Lines
 from engine.footprint.intervals import Numbers, coarser, touched, united
 from engine.footprint.places import BYTES, INDEX_BITS, SPANS, UNKNOWN, By, Footprint
-from engine.footprint.question import WIDTH, Question, mixed_places, sort_places
+from engine.footprint.question import WIDTH, Mixed, Question, mixed_places, sort_places
 from engine.kvm.protections import GRANULARITIES, Protection, validate
 
 _PAGE = 12 - SUBPAGE_SHIFT
@@ -193,6 +193,10 @@ class Costs:
                 self._add_mixed(totals, given, number, int(objects[number]), int(objects[number + 1]))
         return self._costs(policies, given, totals, objects)
 
+    def of_nothing(self, name: str) -> Cost:
+        """What the accesses cost where nothing is protected."""
+        return Cost(name, 0, 0, {}, self._mmio, 0, None, 0, 0)
+
     def _add_mixed(self, totals: _Totals, given: _Policies, number: int, begin: int, end: int) -> None:
         """Add the places over pages of several sorts, one by one, for one policy and its objects."""
         mixed = self._mixed
@@ -201,7 +205,7 @@ class Costs:
         if not near.any():
             return
         fine = self._fine
-        refused = self._refused(covered, pages)
+        refused = _refused(mixed, covered, pages)
         count, rank = fine.count[mixed.at], fine.rank[mixed.at]
         totals.violations[number] += count[refused].sum()
         totals.ranks[number] = min(totals.ranks[number], rank[refused].min(initial=NEVER))
@@ -218,31 +222,6 @@ class Costs:
             if self._in_bytes:
                 low, high = fine.begin.view(np.int64)[mixed.at], fine.last[mixed.at]
                 totals.own[item] += count[refused & touched(given.own.lot(item), low, high)].sum()
-
-    def _refused(self, covered: tuple[Numbers, Numbers], pages: tuple[Numbers, Numbers]) -> NDArray[np.bool_]:
-        """Which of the mixed places violate."""
-        mixed = self._mixed
-        paging = mixed.paging[mixed.owner]
-        hit = np.where(
-            paging,
-            touched(pages, mixed.piece_first >> _PAGE, mixed.piece_last >> _PAGE),
-            touched(covered, mixed.piece_first, mixed.piece_last),
-        )
-        refused = np.zeros(len(mixed.at), dtype=np.bool_)
-        refused[mixed.owner[hit]] = True
-        return refused
-
-    def refused(self, policy: Protection) -> NDArray[np.bool_]:
-        """Which places of the footprint (without what they were apart by beside) violate under a policy."""
-        validate(policy, WIDTH)
-        given = _Policies([policy], self.question)
-        fine, found = self._fine, self._sorted
-        first, last = fine.first_subpage, fine.last_subpage
-        covered, pages = given.covered.lot(0), given.pages.lot(0)
-        refused = found.plain & touched(covered, first, last)
-        refused |= found.paging & touched(pages, first >> _PAGE, last >> _PAGE)
-        refused[self._mixed.at] = self._refused(covered, pages)
-        return refused
 
     def _costs(self, policies: Sequence[Protection], given: _Policies, totals: _Totals, objects: Numbers) -> list[Cost]:
         collateral = self._collateral(given, totals)
@@ -291,6 +270,35 @@ class Costs:
 
 def _first(rank: int) -> First | None:
     return None if rank in (NEVER, UNKNOWN) else First(rank >> INDEX_BITS, rank & (1 << INDEX_BITS) - 1)
+
+
+def refused_places(footprint: Footprint, policy: Protection, question: Question | None = None) -> NDArray[np.bool_]:
+    """Which places of a footprint violate under a policy. Raises what ``Costs`` and its ``of`` do."""
+    question = question or Question()
+    question.validate()
+    validate(policy, WIDTH)
+    given = _Policies([policy], question)
+    found = sort_places(footprint, question)
+    mixed = mixed_places(footprint, question, found)
+    first, last = footprint.first_subpage, footprint.last_subpage
+    covered, pages = given.covered.lot(0), given.pages.lot(0)
+    refused = found.plain & touched(covered, first, last)
+    refused |= found.paging & touched(pages, first >> _PAGE, last >> _PAGE)
+    refused[mixed.at] = _refused(mixed, covered, pages)
+    return refused
+
+
+def _refused(mixed: Mixed, covered: tuple[Numbers, Numbers], pages: tuple[Numbers, Numbers]) -> NDArray[np.bool_]:
+    """Which of the mixed places violate."""
+    paging = mixed.paging[mixed.owner]
+    hit = np.where(
+        paging,
+        touched(pages, mixed.piece_first >> _PAGE, mixed.piece_last >> _PAGE),
+        touched(covered, mixed.piece_first, mixed.piece_last),
+    )
+    refused = np.zeros(len(mixed.at), dtype=np.bool_)
+    refused[mixed.owner[hit]] = True
+    return refused
 
 
 class _Totals(NamedTuple):

@@ -59,6 +59,7 @@ class Origin(NamedTuple):
 
     ``digest`` tells traces apart (SHA-256 of the body, in hexadecimal), ``name`` is for people, ``format`` and
     ``columns`` say how it was read, ``address`` whether its virtual addresses were taken (gva, flat).
+    ``nanoseconds`` is how long it is, 0 where it has no times.
     """
 
     digest: str
@@ -67,6 +68,7 @@ class Origin(NamedTuple):
     columns: tuple[str, ...]
     address: str = "gpa"
     name: str = ""
+    nanoseconds: int = 0
 
 
 @dataclass(frozen=True)

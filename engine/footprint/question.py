@@ -95,6 +95,15 @@ class Question:
         missing = np.where(reached > first, reached, first)
         return np.where(missing <= last, missing, found)
 
+    def roomy(self) -> list[tuple[int, int]]:
+        """Runs of pages, first and end, that may be written and obey sub-page permissions."""
+        if self.memory_slots is None:
+            return [(0, 1 << WIDTH - 12)]
+        rows = zip(*(column.tolist() for column in self._slots), strict=True)
+        return [
+            (first, end) for first, end, read_only, large in rows if not read_only and not (large and self.leaves_large)
+        ]
+
     @cached_property
     def _covered(self) -> tuple[Numbers, Numbers]:
         """Runs of slots without a hole: first page and end."""

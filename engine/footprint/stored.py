@@ -168,7 +168,8 @@ def _origin(trace: Mapping[str, Any]) -> Origin:
     for text in (*texts.values(), *columns):
         if not isinstance(text, str) or len(text) > _MAX_TEXT:
             raise ValueError("a text is none, or too long")
-    return Origin(records=_number(trace["records"]), columns=columns, **texts)
+    records, nanoseconds = (_number(trace[name]) for name in ("records", "nanoseconds"))
+    return Origin(records=records, columns=columns, nanoseconds=nanoseconds, **texts)
 
 
 def _number(value: Any) -> int:

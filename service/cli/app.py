@@ -15,6 +15,7 @@ from service.cli.bitmaps import bitmaps
 from service.cli.browser import open_
 from service.cli.commands import AsJson, Given, Root, command
 from service.cli.events import events
+from service.cli.footprint import footprint
 from service.cli.images import load
 from service.cli.policies import policies
 from service.cli.protect import protect, unprotect
@@ -208,6 +209,7 @@ command(app, f"subpage events {_GUEST}", f"subpage events {_GUEST} --follow --ki
 command(app, f"subpage attach {_GUEST} --rules rules.toml")(attach)
 app.add_typer(policies, name="policy")
 app.add_typer(trace, name="trace")
+app.add_typer(footprint, name="footprint")
 command(app, "subpage open --print", name="open")(open_)
 app.add_typer(tokens, name="token")
 

@@ -137,6 +137,7 @@ def test_places_apart_by_time_and_by_writer() -> None:
         "pc": np.array([1, (1 << 64) - 1, 1, 1], dtype=np.uint64),
     }
     found = build(chunk([(0, 8)] * 4, **more), by=By(time=10, pc=True))
+    assert found.origins[0].nanoseconds == 15
     assert rows(found, "bucket", "pc", "count") == [(0, 1, 1), (1, 1, 1), (1, (1 << 64) - 1, 1), (2, 1, 1)]
 
 

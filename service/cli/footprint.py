@@ -1,0 +1,232 @@
+"""``subpage footprint``: traces reduced to the places that they access, and what policies cost there."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from service.cli.commands import AsJson, Group, command
+from service.cli.progress import ProgressOption, bar
+from service.cli.trace import AddressOption
+from service.cli.trace_options import Columns, Format, FormatOption, Record, RecordOption, SkipUnknown
+
+if TYPE_CHECKING:
+    from engine.footprint.question import Question
+
+footprint = typer.Typer(
+    cls=Group,
+    help="Reduce traces to the places that they access, and cost policies there without a replay.",
+    no_args_is_help=True,
+)
+
+
+class Level(StrEnum):
+    """What places are made of."""
+
+    SPANS = "spans"
+    BYTES = "bytes"
+
+
+class Profile(StrEnum):
+    """Which KVM."""
+
+    KVM_2019 = "kvm-2019"
+    KVM_LATEST = "kvm-latest"
+
+
+File = Annotated[Path, typer.Argument(help="A footprint, as `footprint build` writes it.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="The file to write.")]
+Slots = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--memory-slots",
+        metavar="GPA:SIZE[:ro][:2MiB]",
+        help="Guest RAM, such as 0:3GiB; read-only with :ro, on host pages of 2 MiB or 1 GiB with :2MiB or :1GiB. May "
+        "repeat. Without it there is writable memory everywhere.",
+    ),
+]
+ProfileOption = Annotated[Profile, typer.Option(help="Which KVM the guest runs under.")]
+
+
+@command(footprint, "subpage footprint build boot.parquet -o boot.footprint")
+def build(
+    traces: Annotated[
+        list[Path],
+        typer.Argument(help="Traces: text of a tool, Parquet, Arrow, NDJSON, JSON or packed; .gz, .zst, .xz."),
+    ],
+    output: Output,
+    level: Annotated[
+        Level, typer.Option(help="spans: runs of sub-pages. bytes: runs of bytes, which tell objects from neighbours.")
+    ] = Level.SPANS,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Keep places apart also by time:N (nanoseconds, or 10ms, 1s), by records:N (equal runs), by pc. May "
+            "repeat."
+        ),
+    ] = None,
+    format: FormatOption = Format.AUTO,
+    address: AddressOption = None,
+    record: RecordOption = Record.RECORD16,
+    columns: Columns = None,
+    skip_unknown: SkipUnknown = False,
+    progress: ProgressOption = None,
+) -> None:
+    """Reduce traces to a footprint; of several, it is that of all."""
+    from engine.footprint.combine import merge
+    from service.cli import footprint_files as files
+
+    apart = files.by_of(by or ())
+    files.check_output(output, traces)
+    reading = files.Reading(format, record, columns, skip_unknown, address)
+    parts = []
+    for number, path in enumerate(traces):
+        with bar("counting", progress) as move:
+            parts.append(
+                files.built(
+                    path,
+                    level,
+                    apart,
+                    reading,
+                    lambda share, done, file=number: move(
+                        share, done=f"{done} of file {file + 1} of {len(traces)}" if len(traces) > 1 else done
+                    ),
+                )
+            )
+    found = merge(parts)
+    files.saved(found, output)
+    typer.echo(f"{found.records:,} accesses in {len(found):,} places written to {output}")
+    typer.echo(f"subpage footprint cost {output} --policies FOLDER")
+
+
+@command(footprint, "subpage footprint show boot.footprint")
+def show(
+    file: File,
+    top: Annotated[int, typer.Option(min=0, help="How many pages, writers and buckets to list.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is in a footprint: its traces, its pages, and its writers and its time where it has them."""
+    from service.cli import footprint_files as files
+    from service.cli import footprint_report as report
+
+    found = report.contents(files.loaded(file), top)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for line in report.contents_lines(str(file), found):
+        typer.echo(line)
+
+
+@command(footprint, "subpage footprint merge boot.footprint user.footprint -o all.footprint")
+def merge(
+    footprints: Annotated[list[Path], typer.Argument(help="Footprints of one level, in any order.")],
+    output: Output,
+) -> None:
+    """Add footprints up. The file is the same in whatever order they are given."""
+    from engine.footprint.combine import merge as merged
+    from service.cli import footprint_files as files
+
+    files.check_output(output, [])
+    with files.told():
+        found = merged([files.loaded(path) for path in footprints])
+    files.saved(found, output)
+    typer.echo(f"{len(found.origins)} traces, {found.records:,} accesses in {len(found):,} places written to {output}")
+
+
+@command(footprint, "subpage footprint subtract all.footprint user.footprint -o rest.footprint")
+def subtract(
+    whole: Annotated[Path, typer.Argument(help="A footprint.")],
+    part: Annotated[Path, typer.Argument(help="One that was added to it.")],
+    output: Output,
+) -> None:
+    """Take a footprint out of another that it was added to."""
+    from engine.footprint.combine import subtract as subtracted
+    from service.cli import footprint_files as files
+
+    files.check_output(output, [])
+    with files.told():
+        found = subtracted(files.loaded(whole), files.loaded(part))
+    files.saved(found, output)
+    typer.echo(f"{found.records:,} accesses in {len(found):,} places written to {output}")
+    unknown = int((found.trace < 0).sum())
+    if unknown:
+        typer.echo(f"{unknown:,} places whose first access is not known any more: it was of a trace that is gone")
+
+
+@command(footprint, "subpage footprint cost boot.footprint --policies policy.json")
+def cost(
+    file: File,
+    policies: Annotated[
+        list[Path], typer.Option("--policies", help="A policy, JSON or TOML, or a folder of them. May repeat.")
+    ],
+    memory_slots: Slots = None,
+    profile: ProfileOption = Profile.KVM_2019,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Rows of the table.")] = 50,
+    as_json: AsJson = False,
+    progress: ProgressOption = None,
+) -> None:
+    """Rank policies by what they cost: what replays of the traces would count, without one."""
+    from engine.footprint.costs import Costs
+    from service.cli import footprint_files as files
+    from service.cli import footprint_report as report
+
+    question = _question(memory_slots, profile)
+    with bar("reading policies", progress) as move:
+        named = files.policies_of(policies, lambda share: move(share, done=""))
+        found = files.loaded(file)
+        with files.told():
+            costs = Costs(found, question).of(list(named.values()))
+    answers = dict(zip(named, costs, strict=True))
+    if as_json:
+        typer.echo(json.dumps(report.cost_document(found, question, answers), indent=1))
+        return
+    for line in report.cost_lines(str(file), found, question, answers, limit):
+        typer.echo(line)
+
+
+@command(footprint, "subpage footprint advise bytes.footprint --policy policy.json --per-million 100")
+def advise(
+    file: File,
+    policy: Annotated[Path, typer.Option("--policy", help="A policy, JSON or TOML.")],
+    per_second: Annotated[
+        float | None, typer.Option(min=0, help="Exits a second that the policy may cost; the traces must have times.")
+    ] = None,
+    per_million: Annotated[
+        float | None, typer.Option(min=0, help="Exits that the policy may cost in a million writes.")
+    ] = None,
+    memory_slots: Slots = None,
+    profile: ProfileOption = Profile.KVM_2019,
+    as_json: AsJson = False,
+) -> None:
+    """Say which neighbours a policy pays for, what moving objects away from them would save, and with a budget of exits
+    which objects are not worth it. Every number is what the edited policy costs. Needs a footprint of bytes.
+    """
+    from engine.footprint.advice import advise as advised
+    from service.cli import footprint_files as files
+    from service.cli import footprint_report as report
+
+    question = _question(memory_slots, profile)
+    found = files.loaded(file)
+    wanted = files.one_policy(policy)
+    budget = files.budget_of(found, per_second, per_million)
+    with files.told():
+        advice = advised(found, wanted, question, budget)
+    if as_json:
+        typer.echo(json.dumps(report.advice_document(found, question, advice), indent=1))
+        return
+    for line in report.advice_lines(found, wanted, question, advice):
+        typer.echo(line)
+
+
+def _question(slots: list[str] | None, profile: Profile) -> Question:
+    from engine.footprint.question import Question
+    from service.cli import footprint_files as files
+
+    found = Question(None if slots is None else tuple(files.slots_of(slots)), profile.value)
+    with files.told():
+        found.validate()
+    return found

@@ -1,0 +1,189 @@
+"""Footprints and policies in files: read, written, and told of in a line when they are wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import EngineError
+from engine.footprint import stored
+from engine.footprint.build import Builder
+from engine.footprint.places import By, Footprint, Origin
+from engine.kvm.protections import Protection
+from engine.kvm.slots import SlotSpec
+from service.cli.policies import _slot as ram_range
+from service.cli.policy_files import read_policy, said
+from service.cli.trace import Address, addressed
+from service.cli.trace_files import TraceFile, opened_trace
+from service.cli.trace_parquet import replacing
+from service.platform.failures import Failure, opened
+
+_MEMORY = 64 << 30  # that reading a footprint may take: it is the user's own file
+_TIMES = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
+_HOST_PAGES = {"2MiB": 1 << 21, "1GiB": 1 << 30}
+_MILLION = 1_000_000
+
+Move = Callable[[float, str], object]
+
+
+@contextmanager
+def told(path: Path | None = None) -> Iterator[None]:
+    """What the engine refuses, in a line with the name of the file. Raises Failure."""
+    try:
+        yield
+    except EngineError as error:
+        raise Failure(said(error) if path is None else f"{path}: {said(error)}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How traces are read: the options of ``subpage trace``."""
+
+    format: str
+    record: str
+    columns: str | None
+    skip_unknown: bool
+    address: Address | None
+
+
+def by_of(texts: Sequence[str]) -> By:
+    """What places are to be apart by, of ``time:10ms``, ``records:N`` and ``pc``. Raises Failure."""
+    found = By()
+    for text in texts:
+        match = re.fullmatch(r"pc|records:(\d+)|time:(\d+)(ns|us|ms|s)?", text)
+        if match is None:
+            raise Failure(f"--by {text}: must be time:N (nanoseconds, or with us, ms, s), records:N or pc")
+        records, time, unit = match.groups()
+        if records is not None:
+            found = found._replace(records=int(records))
+        elif time is not None:
+            found = found._replace(time=int(time) * _TIMES[unit or "ns"])
+        else:
+            found = found._replace(pc=True)
+        if "0" in (records, time):
+            raise Failure(f"--by {text}: must be at least 1")
+    with told():
+        found.validate()
+    return found
+
+
+def built(path: Path, level: str, by: By, reading: Reading, move: Move) -> Footprint:
+    """The footprint of one trace. Raises Failure."""
+    with opened(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    how = reading
+    with opened_trace(path, how.format, record=how.record, skip_unknown=how.skip_unknown, columns=how.columns) as trace:
+        # The numbers of the hash are nobody's choice: no trace is slow on purpose.
+        builder = Builder(level, by, mix=(secrets.randbits(63), secrets.randbits(63)))
+        columns = ["gpa", "size", "access"]
+        for chunk in trace:
+            address = _address(trace, how.address)
+            columns += ["kind", "linear", "source"] if chunk.kinds else []
+            columns += [name for name in ("time", "pc") if name in chunk.carry]
+            with told(path):
+                builder.feed(chunk._replace(records=addressed(chunk, trace, how.address)))
+            move(trace.progress.share, f"{builder.records_done:,} records, {builder.places:,} places")
+        address = _address(trace, how.address)
+        names = tuple(dict.fromkeys(columns))
+        return builder.finish(Origin(digest, 0, trace.format_name, names, address, path.name))
+
+
+def _address(trace: TraceFile, wanted: Address | None) -> str:
+    """Which addresses are counted. Raises Failure for those that the guest's page tables must translate."""
+    taken = trace.reader.taken
+    virtual = taken is not None and taken.address == "guest-virtual" and wanted is not Address.FLAT
+    if virtual or wanted is Address.GVA:
+        raise Failure(
+            f"{trace.path}: virtual addresses of a guest go through its page tables, which change while it runs: "
+            "replay the trace with address=gva, or take them as they are with --address flat"
+        )
+    process = taken is not None and taken.address == "process-virtual"
+    return "flat" if process or wanted is Address.FLAT else "gpa"
+
+
+def loaded(path: Path) -> Footprint:
+    """The footprint in a file. Raises Failure."""
+    with opened(path) as file, told(path):
+        return stored.read(file, _MEMORY)
+
+
+def saved(footprint: Footprint, path: Path) -> None:
+    """Write the file, whole or not at all. Raises Failure."""
+    with replacing(path) as beside, beside.open("wb") as file:
+        stored.write(footprint, file)
+
+
+def check_output(path: Path, others: Sequence[Path]) -> None:
+    """Refuse to write what is read. Raises Failure."""
+    if path.is_dir():
+        raise Failure(f"-o {path}: is a folder, not a file")
+    if any(path.exists() and other.exists() and path.samefile(other) for other in others):
+        raise Failure(f"-o {path}: is a file that is read")
+
+
+def one_policy(path: Path) -> Protection:
+    """The policy in a file. Raises Failure."""
+    return read_policy(path).protection()
+
+
+def policies_of(paths: Sequence[Path], move: Callable[[float], object]) -> dict[str, Protection]:
+    """Policies by name, those of folders in order of their files; of two with one name the file's is taken.
+
+    Raises Failure.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = sorted(item for item in path.iterdir() if item.suffix in (".json", ".toml"))
+        if not inside:
+            raise Failure(f"{path}: has no policy in it, no file that ends in .json or .toml")
+        files += inside
+    found: dict[str, Protection] = {}
+    for number, file in enumerate(files):
+        policy = one_policy(file)
+        name = policy.name if policy.name not in found else file.stem
+        if name in found:
+            name = str(file)
+        found[name] = policy
+        move((number + 1) / len(files))
+    return found
+
+
+def slots_of(texts: Sequence[str]) -> Iterator[SlotSpec]:
+    """Memory slots of ``GPA:SIZE[:ro][:2MiB]``. Raises BadParameter, Failure."""
+    for number, text in enumerate(texts):
+        gpa, _, rest = text.partition(":")
+        size, *flags = rest.split(":")
+        begin, end = ram_range(f"{gpa}:{size}")
+        wrong = [flag for flag in flags if flag != "ro" and flag not in _HOST_PAGES]
+        if wrong:
+            raise Failure(f"--memory-slots {text}: {wrong[0]} must be ro, {' or '.join(_HOST_PAGES)}")
+        pages = next((_HOST_PAGES[flag] for flag in flags if flag in _HOST_PAGES), 4096)
+        yield SlotSpec(number, begin, end - begin, "ro" in flags, pages)
+
+
+def seconds_of(footprint: Footprint) -> float | None:
+    """How long its traces are together; None unless all of them have times."""
+    lengths = [origin.nanoseconds for origin in footprint.origins]
+    return sum(lengths) / 1e9 if all(lengths) else None
+
+
+def budget_of(footprint: Footprint, per_second: float | None, per_million: float | None) -> float | None:
+    """How many exits a policy may cost on a footprint. Raises Failure."""
+    if per_second is not None and per_million is not None:
+        raise Failure("--per-second, --per-million: one of them is the budget")
+    if per_million is not None:
+        return per_million * footprint.writes / _MILLION
+    if per_second is None:
+        return None
+    seconds = seconds_of(footprint)
+    if seconds is None:
+        raise Failure("--per-second: not every trace of the footprint has times; say --per-million")
+    return per_second * seconds
