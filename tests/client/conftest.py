@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from engine.warm.steps import warm
 from subpage import Client, Vm
-from tests.support.server import Running, running
+
+if TYPE_CHECKING:
+    from tests.support.server import Running
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Running]:
+    # Imported here: tests of the client alone need no engine, and start at once.
+    from engine.warm.steps import warm
+    from tests.support.server import running
+
     warm()
     with running() as started:
         yield started
