@@ -125,6 +125,8 @@ def _rows(found: Mapping[str, Any]) -> Iterator[tuple[object, ...]]:
         fields = {name: int(value, 16) for name, value in entry["fields"].items()}
         address = f" → {fields['address']:#x}" if fields.get("address") else ""
         said = " ".join(name for name in ("read", "write", "execute", "spp", "valid", "page") if fields.get(name))
+        if (writable := entry["fields"].get("writable_subpages")) is not None:
+            said = f"may be written: {writable}"
         absent = "there is none" if entry["absent"] else said or "nothing set"
         yield entry["structure"], entry["table"], entry["index"], entry["raw"], f"{absent}{address}"
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 import typer
 
@@ -83,6 +84,7 @@ class Service:
         """A client of it. What it raises becomes a Failure, with what to do about it."""
         import subpage
 
+        _check(self.url)
         if self.authorities is not None:
             opened(self.authorities).close()
         with warnings.catch_warnings():
@@ -92,10 +94,10 @@ class Service:
                 with subpage.Client(self.url, self.token, ca=self.authorities, **options) as client:
                     yield client
             except subpage.Error as error:
-                raise failure_of(error, self.url) from None
+                raise failure_of(error) from None
 
 
-def failure_of(error: Exception, url: str) -> Failure:
+def failure_of(error: Exception) -> Failure:
     """What a command says of what the client raised."""
     import subpage
 
@@ -110,19 +112,21 @@ def failure_of(error: Exception, url: str) -> Failure:
             status = Status.NOT_FOUND if error.status == 404 else Status.FAILED
             where = f"record {error.index}: " if error.index is not None else ""
             return Unanswered(f"{error.status}: {where}{error.detail}", status)
-        case subpage.Untrusted() if "CERTIFICATE" in text or "certificate" in text:
-            return Unanswered(f"{text}: --ca names the authority that vouches for it", Status.NO_SERVICE)
-        case subpage.Unreachable() if error.unsent and not isinstance(error, subpage.Untrusted):
-            hint = "start one with `subpage serve`, or say with --server where it is"
-            return Unanswered(f"{text}: {hint}", Status.NO_SERVICE)
-        case subpage.Unreachable() | subpage.StreamBroken():
+        case subpage.Unreachable() | subpage.StreamBroken() | subpage.NotSubpage():
             return Unanswered(text, Status.NO_SERVICE)
-        case subpage.NotSubpage():
-            return Unanswered(f"{text} --server says where that is", Status.NO_SERVICE)
-        case subpage.BadInput() if repr(url)[1:-1] in text:
-            return Unanswered(f"--server {url}: must be a URL such as {HERE}", Status.USAGE)
         case _:
             return Unanswered(text)
+
+
+def _check(url: str) -> None:
+    """Raises Unanswered for what is no URL."""
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise Unanswered(f"--server {url}: must be a URL such as {HERE}", Status.USAGE)
 
 
 def _read(path: Path | None) -> str:

@@ -129,7 +129,7 @@ def _undone(client: subpage.Client | subpage.Vm, places: Undo) -> None:
             client.call(operation, path=path)
         except subpage.Error as error:
             made = " ".join(f"{name} {value}" for name, value in path.items())
-            typer.echo(f"{made} was made and could not be deleted again: {failure_of(error, '')}", err=True)
+            typer.echo(f"{made} was made and could not be deleted again: {failure_of(error)}", err=True)
 
 
 def _upload(vm: subpage.Vm, file: Path, surveyed: Surveyed, gpa: int | None, progress: bool | None) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from service.cli import show
 
 _NEXT = (
     "subpage serve                          the service on http://127.0.0.1:8000, its API at /docs",
@@ -23,39 +25,36 @@ def print_report(
     report: dict[str, Any], console: Console | None = None, *, how: str = "over HTTP", further: Sequence[str] = _NEXT
 ) -> None:
     """Print what ``service.cli.demo.report_of`` gives: ``how`` the trace was replayed, and where to look next."""
-    console = console or Console(highlight=False)
+    console = console or show.console()
     console.print()
-    console.print(f"[bold]{report['policy']}[/bold] against [bold]{report['trace']}[/bold]")
+    policy, trace = (escape(report[name]) for name in ("policy", "trace"))
+    console.print(f"[bold]{policy}[/bold] against [bold]{trace}[/bold]", soft_wrap=True)
     console.print(
         f"{report['protected_subpages']:,} sub-pages of 128 bytes protected, in {report['protected_pages']:,} pages; "
         f"guest RAM {report['memory'] / (1 << 30):g} GiB"
     )
-    console.print(_objects(report))
+    console.print()
+    names = ("object", "sub-pages", "violations", "collateral", "first record")
+    show.table(names, _objects(report), right=names[1:], to=console)
+    console.print()
     console.print(_totals(report, how))
     for note in report["notes"]:
         console.print(f"[bold]Note:[/bold] {escape(note)}")
     for record in report["first_exit_records"]:
         hit = ", ".join(record["objects"]) or "no object"
         where = f"{record['size']} bytes at {record['gpa']}, sub-pages {record['subpages']}"
-        console.print(f"  record {record['index']:,}: {where}: {hit}")
+        console.print(f"  record {record['index']:,}: {where}: {hit}", markup=False, soft_wrap=True)
     console.print()
     if further:
         console.print("[bold]Where to look next[/bold]")
     for line in further:
-        console.print(f"  {line}", markup=False)
+        console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
-def _objects(report: dict[str, Any]) -> Table:
-    table = Table(title=None, header_style="bold")
-    table.add_column("object")
-    for name in ("sub-pages", "violations", "collateral", "first record"):
-        table.add_column(name, justify="right")
+def _objects(report: dict[str, Any]) -> Iterator[tuple[object, ...]]:
     for hit in sorted(report["objects"], key=lambda item: -item["violations"]):
-        first = f"{hit['first_index']:,}" if hit["first_index"] is not None else "–"
-        style = None if hit["violations"] else "dim"
-        numbers = (hit["subpages"], hit["violations"], hit["collateral"])
-        table.add_row(hit["name"], *(f"{number:,}" for number in numbers), first, style=style)
-    return table
+        first = "–" if hit["first_index"] is None else hit["first_index"]
+        yield hit["name"], hit["subpages"], hit["violations"], hit["collateral"], first
 
 
 def _totals(report: dict[str, Any], how: str) -> Table:

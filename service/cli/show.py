@@ -39,18 +39,21 @@ def line(found: Any) -> None:
     typer.echo(json.dumps(found, separators=(",", ":"), ensure_ascii=False))
 
 
-def table(names: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> None:
+def table(
+    names: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = (), to: Console | None = None
+) -> None:
     """Rows of values under names; those of columns in ``right`` end under each other, as numbers do."""
     cells = [[_cell(value) for value in row] for row in rows]
-    if on_terminal():
-        _rich_table(names, cells, right)
+    to = to or console()
+    if to.is_terminal:
+        _rich_table(names, cells, right, to)
         return
     lines = [[name.upper() for name in names], *cells]
     widths = [max(len(row[at]) for row in lines) for at in range(len(names))]
     for row in lines:
         shown = zip(names, row, widths, strict=True)
         padded = (text.rjust(width) if name in right else text.ljust(width) for name, text, width in shown)
-        typer.echo(GAP.join(padded).rstrip())
+        _echo(GAP.join(padded).rstrip(), to)
 
 
 def members(found: Mapping[str, object]) -> None:
@@ -71,16 +74,22 @@ def members(found: Mapping[str, object]) -> None:
         typer.echo(f"{name:<{width}}{GAP}{text}".rstrip())
 
 
-def _rich_table(names: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[str]) -> None:
+def _echo(text: str, to: Console) -> None:
+    """A line as it is, however long."""
+    to.print(text, markup=False, soft_wrap=True)
+
+
+def _rich_table(names: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[str], to: Console) -> None:
     from rich import box
     from rich.table import Table
 
     shown = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
-    for name in names:
-        shown.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in right)
+    for at, name in enumerate(names):
+        number = name in right
+        shown.add_column(name, justify="right" if number else "left", overflow="fold", no_wrap=number or not at)
     for row in cells:
         shown.add_row(*map(_plain, row))
-    console().print(shown)
+    to.print(shown)
 
 
 def _plain(text: str) -> Any:

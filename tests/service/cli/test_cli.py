@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from service.cli.app import app
+from service.cli.statuses import Status
 from service.security.tokens import MemoryTokens, mint
 from service.settings import BadFile, Settings
 from tests.contract.client import ContractClient
@@ -140,10 +141,10 @@ def test_vm_list_follows_pages() -> None:
 def test_vm_commands_need_a_token_where_the_service_does(monkeypatch: pytest.MonkeyPatch) -> None:
     record, token = mint("n", now=datetime.now(UTC))
     with running(Settings(warm_up=False), MemoryTokens([record])) as service:
-        assert "401" in refused("vm", "list", "--url", service.url, status=1)
+        assert "401" in refused("vm", "list", "--url", service.url, status=Status.NOT_ALLOWED)
         assert "ID" in run("vm", "list", "--url", service.url, "--token", token)
         monkeypatch.setenv("SUBPAGE_TOKEN", token)
-        assert "404" in refused("vm", "show", "vm_0", "--url", service.url, status=1)
+        assert "404" in refused("vm", "show", "vm_0", "--url", service.url, status=Status.NOT_FOUND)
 
 
 def complete(words: str, **environment: str) -> list[str]:

@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from service.cli.app import app
+from service.cli.statuses import Status
 from service.security.tokens import MemoryTokens, mint
 from service.settings import Settings
 from tests.contract.client import ContractClient
@@ -70,25 +71,24 @@ COMMANDS = [("vm", "list"), ("vm", "show", "vm_1"), ("events", "vm_1"), ("events
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_service(command: tuple[str, ...]) -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    told = f"no service on {url}: start one with `subpage serve`, or say with --url where it is"
-    assert (
-        said(*command, "--url", url)
-        == f"subpage {' '.join(command[:2] if command[0] == 'vm' else command[:1])}: {told}"
-    )
+    told = f"no service on {url}: start one with `subpage serve`, or say where it is"
+    name = " ".join(command[:2] if command[0] == "vm" else command[:1])
+    assert said(*command, "--server", url, status=Status.NO_SERVICE) == f"subpage {name}: {told}"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "told", "status"),
     [
-        ("http://nowhere.invalid", "there is no host of the name in http://nowhere.invalid"),
-        ("127.0.0.1:8000", "must be a URL such as http://127.0.0.1:8000"),
-        ("ftp://127.0.0.1", "must be a URL such as"),
-        ("http://[::1", "--url http://[::1: "),
+        ("http://nowhere.invalid", "there is no host of the name in http://nowhere.invalid", Status.NO_SERVICE),
+        ("ftp://127.0.0.1", "--server ftp://127.0.0.1: must be a URL such as http://127.0.0.1:8000", Status.USAGE),
+        ("http://[::1", "--server http://[::1: must be a URL", Status.USAGE),
+        ("http://127.0.0.1:port", "--server http://127.0.0.1:port: must be a URL", Status.USAGE),
+        ("http://", "--server http://: must be a URL", Status.USAGE),
     ],
 )
-def test_urls_that_lead_nowhere(command: tuple[str, ...], url: str, told: str) -> None:
-    assert told in said(*command, "--url", url)
+def test_urls_that_lead_nowhere(command: tuple[str, ...], url: str, told: str, status: int) -> None:
+    assert told in said(*command, "--server", url, status=status)
 
 
 class _Other(BaseHTTPRequestHandler):
@@ -128,8 +128,7 @@ def other() -> Iterator[Callable[[int, bytes], str]]:
 )
 def test_another_service(other: Callable[[int, bytes], str], status: int, content: bytes) -> None:
     url = other(status, content)
-    told = said("vm", "list", "--url", url)
-    assert url in told and "say with --url where that is" in told
+    assert url in said("vm", "list", "--server", url, status=Status.NO_SERVICE)
 
 
 def test_something_that_is_not_http() -> None:
@@ -143,13 +142,15 @@ def test_something_that_is_not_http() -> None:
 
         thread = threading.Thread(target=answer)
         thread.start()
-        told = said("vm", "list", "--url", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        told = said("vm", "list", "--server", url, status=Status.NO_SERVICE)
         thread.join()
     assert "does not speak HTTP" in told
 
 
 def test_http_where_https_was_meant(service: Running) -> None:
-    assert "perhaps it is http" in said("vm", "list", "--url", service.url.replace("http:", "https:"))
+    url = service.url.replace("http:", "https:")
+    assert "perhaps it is http" in said("vm", "list", "--server", url, status=Status.NO_SERVICE)
 
 
 def test_authorities_that_are_none(tmp_path: Path, policy: str) -> None:
@@ -162,11 +163,11 @@ def test_tokens_that_are_wrong(service: Running) -> None:
     _, token = mint("unknown", now=datetime.now(UTC))
     with running(Settings(warm_up=False, store="memory"), MemoryTokens([known])) as guarded:
         for given in ((), ("--token", token)):
-            told = said("vm", "list", "--url", guarded.url, *given)
-            assert told.startswith("subpage vm list: 401: ") and told.endswith("--token or SUBPAGE_TOKEN gives one")
+            told = said("vm", "list", "--server", guarded.url, *given, status=Status.NOT_ALLOWED)
+            assert told.startswith("subpage vm list: 401: ") and "--token-file or SUBPAGE_TOKEN gives one" in told
     assert "printable ASCII" in said("vm", "list", "--url", service.url, "--token", "tök")
     assert "printable ASCII" in said("events", "vm_1", "--url", service.url, "--token", "a\nb")
-    assert "404: " in said("vm", "show", "vm_0", "--url", service.url)
+    assert "404: " in said("vm", "show", "vm_0", "--url", service.url, status=Status.NOT_FOUND)
 
 
 # ---- ports

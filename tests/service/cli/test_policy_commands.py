@@ -174,4 +174,4 @@ def test_check_asks_a_service_for_the_memory_of_a_machine(tmp_path: Path) -> Non
     with running() as service:
         vm = service.client.post("/v1/vms", json={"memory_slots": slots}).json()["id"]
         assert "0 outside RAM" in run("check", path, "--vm", vm, "--url", service.url).stdout
-        assert "404" in run("check", path, "--vm", "vm_none", "--url", service.url, status=1).stderr
+        assert "404" in run("check", path, "--vm", "vm_none", "--url", service.url, status=6).stderr

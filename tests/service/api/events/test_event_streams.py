@@ -17,9 +17,10 @@ import pytest
 from starlette.types import Message
 from typer.testing import CliRunner
 
+import subpage
 from service.app import create_app
-from service.cli import events
 from service.cli.app import app
+from service.cli.statuses import Status
 from service.security.tokens import MemoryTokens, mint
 from service.settings import Settings
 from tests.support.event_reader import SSE, following, refuse
@@ -200,8 +201,8 @@ def test_the_command_prints_the_log(lively: Running) -> None:
     assert [event["kind"] for event in log] == ["subpages", "violation", "dropped"]
     assert run(name, "--url", lively.url, "--kinds", "host-memory") == ""
     assert "422" in run(name, "--url", lively.url, "--kinds", "violations", status=1)
-    assert "404" in run("vm_0", "--url", lively.url, "--follow", status=1)
-    assert "127.0.0.1:9" in run(name, "--url", "http://127.0.0.1:9", "--follow", status=1)
+    assert "404" in run("vm_0", "--url", lively.url, "--follow", status=Status.NOT_FOUND)
+    assert "127.0.0.1:9" in run(name, "--url", "http://127.0.0.1:9", "--follow", status=Status.NO_SERVICE)
 
 
 def test_the_command_can_be_stopped(lively: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,8 +210,10 @@ def test_the_command_can_be_stopped(lively: Running, monkeypatch: pytest.MonkeyP
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(events._Follower, "events", stop)
-    assert run("vm_0", "--url", lively.url) == ""
+    name = new_vm(lively.client).rpartition("/")[2]
+    monkeypatch.setattr(subpage.Vm, "events", stop)
+    assert run(name, "--url", lively.url, "--follow") == ""
+    assert run(name, "--url", lively.url, status=Status.INTERRUPTED) == "subpage events: interrupted\n"
 
 
 def test_following_goes_on_when_the_service_was_killed(tmp_path: Path) -> None:
@@ -240,6 +243,6 @@ def test_following_goes_on_when_the_service_was_killed(tmp_path: Path) -> None:
         change(3)
         assert [json.loads(follower.stdout.readline())["id"] for _ in range(2)] == [3, 4]
         assert httpx2.delete(f"{url}{vm}").status_code == 204
-        assert json.loads(follower.stdout.readline())["detail"] == {"reason": "deleted"}
+        assert follower.stdout.readline() == ""
         assert follower.wait(PATIENCE) == 0
         follower.stdout.close()
