@@ -1,0 +1,162 @@
+"""The reader's end of the ring: it makes the shared memory, waits for records, and gives slots back."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import select
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capture import layout
+
+CAPACITY = 1 << 20  # records, 32 MiB: some 30 ms of a fast guest
+_HIGHEST = (1 << 64) - 1
+# The reader is woken for so many records, or after so many milliseconds for fewer.
+_WORTH_WAKING = 1 << 14
+_PATIENCE_MS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What the recorder has seen since it was loaded.
+
+    ``taken`` records; ``waits`` of a vCPU for the reader; and stores that are no records: ``elsewhere`` than the
+    addresses that were asked for, to ``devices``, and at addresses that QEMU did not know. ``split`` stores lay over
+    two pages, and are two records each.
+    """
+
+    taken: int
+    waits: int
+    elsewhere: int
+    devices: int
+    unknown: int
+    split: int
+
+
+class Ring:
+    """Shared memory and two counters to wait at. Nothing of it has a name: it ends with those who have it open.
+
+    Use as a context manager. ``records`` are views of the shared memory, valid until ``release``.
+    """
+
+    def __init__(self, capacity: int = CAPACITY, *, start_pc: int = 0, start_n: int = 1) -> None:
+        """A ring of so many records, a power of two. With ``start_pc`` the recorder begins when the instruction at that
+        address runs for the ``start_n``-th time."""
+        if capacity <= 0 or capacity & (capacity - 1):
+            raise ValueError(f"a ring has a power of two of records, not {capacity}")
+        size = layout.HEADER_BYTES + capacity * layout.RECORD.itemsize
+        self._memory_fd = os.memfd_create("subpage-capture", os.MFD_CLOEXEC)
+        os.ftruncate(self._memory_fd, size)
+        self._map = mmap.mmap(self._memory_fd, size)
+        self._header: Any = np.frombuffer(self._map, dtype=layout.HEADER, count=1)
+        self._records = np.frombuffer(self._map, dtype=layout.RECORD, offset=layout.HEADER_BYTES)
+        self._capacity = capacity
+        self._tail = 0
+        self._held = 0
+        for name, value in (
+            ("magic", layout.MAGIC),
+            ("version", layout.VERSION),
+            ("record_bytes", layout.RECORD.itemsize),
+            ("capacity", capacity),
+            ("start_pc", start_pc),
+            ("start_n", start_n),
+            ("high_gpa", _HIGHEST),
+        ):
+            self._header[name] = value
+        self._room_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._data_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._alive_fd, self._mine_fd = os.pipe2(os.O_CLOEXEC)
+        self._open = [self._memory_fd, self._room_fd, self._data_fd, self._alive_fd, self._mine_fd]
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """The descriptors that QEMU inherits."""
+        return self._memory_fd, self._room_fd, self._data_fd, self._alive_fd
+
+    @property
+    def arguments(self) -> str:
+        """What the plugin is loaded with."""
+        return ",".join(f"{name}={fd}" for name, fd in zip(("ring", "room", "data", "reader"), self.fds, strict=True))
+
+    def only(self, low: int, high: int) -> None:
+        """Record stores to these guest-physical addresses, ``low`` to below ``high``, from now on."""
+        self._header["low_gpa"], self._header["high_gpa"] = low, high
+
+    @property
+    def state(self) -> int:
+        """``layout.MADE`` until the plugin was loaded, and so on."""
+        return int(self._header["state"][0])
+
+    @property
+    def interface(self) -> int:
+        """The version of QEMU's plugin interface, 0 until the plugin was loaded."""
+        return int(self._header["interface"][0])
+
+    @property
+    def behind(self) -> int:
+        """How many records the guest is ahead of the reader."""
+        return max(0, int(self._header["head"][0]) - self._tail)
+
+    @property
+    def counts(self) -> Counts:
+        names = ("waits", "elsewhere", "devices", "unknown", "split")
+        return Counts(int(self._header["head"][0]), *(int(self._header[name][0]) for name in names))
+
+    def records(self, most: int, patience_ms: int = _PATIENCE_MS) -> NDArray[np.void]:
+        """The next records in order, at most so many; none after ``patience_ms`` without one."""
+        found = self._complete(most)
+        if not len(found):
+            self._sleep(patience_ms)
+            found = self._complete(most)
+        self._held = len(found)
+        return found
+
+    def release(self) -> None:
+        """What ``records`` gave is not needed any more."""
+        self._tail += self._held
+        self._held = 0
+        self._header["tail"] = self._tail
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(self._room_fd, 1)
+
+    def close(self) -> None:
+        """Take no more: the guest goes on, and is not recorded."""
+        self._header["closed"] = 1
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(self._room_fd, 1)
+
+    def _complete(self, most: int) -> NDArray[np.void]:
+        at = self._tail & (self._capacity - 1)
+        count = min(int(self._header["head"][0]) - self._tail, self._capacity - at, most)
+        found = self._records[at : at + max(count, 0)]
+        lap = self._tail // self._capacity + 1 & 0xFFFFFFFF
+        # A vCPU may have taken a slot and not filled it yet: what is after it waits for it.
+        unfinished = np.flatnonzero(found["lap"] != lap)
+        return found[: unfinished[0]] if len(unfinished) else found
+
+    def _sleep(self, patience_ms: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._data_fd)
+        self._header["wanted"] = self._tail + _WORTH_WAKING
+        if int(self._header["head"][0]) - self._tail < _WORTH_WAKING and self.state != layout.ENDED:
+            poll = select.poll()
+            poll.register(self._data_fd, select.POLLIN)
+            poll.poll(patience_ms)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+        for fd in self._open:
+            os.close(fd)
+        self._open = []
+        self._header = self._records = np.zeros(0, dtype=layout.HEADER)
+        with contextlib.suppress(BufferError):  # somebody still looks at records; the memory goes with them
+            self._map.close()

@@ -1,0 +1,278 @@
+/*
+ * A TCG plugin for qemu-system-x86_64 that hands every store of the guest, with its guest-physical address, to a reader
+ * in another process, through a ring in shared memory (ring.h). It slows the guest down rather than lose a record.
+ *
+ *   -plugin subpage_capture.so,ring=FD,room=FD,data=FD,reader=FD
+ *
+ * ring: the shared memory. room: the recorder waits at this eventfd for free slots. data: the reader waits at this one
+ * for records. reader: a pipe whose other end only the reader has, so that its end is noticed. The reader opened all of
+ * them and QEMU inherited them: when both have ended, however they did, nothing is left.
+ */
+#define _GNU_SOURCE
+#include "qemu_plugin_api.h"
+#include "ring.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define EXPORT __attribute__((visibility("default")))
+#define PAGE_SIZE 4096u
+#define likely(x) __builtin_expect(!!(x), 1)
+#define unlikely(x) __builtin_expect(!!(x), 0)
+
+EXPORT int qemu_plugin_version = 2;
+
+static struct ring_header *ring;
+static struct ring_record *records;
+static uint64_t capacity;
+static unsigned lap_shift;
+static int room_fd = -1, data_fd = -1, reader_fd = -1;
+static bool several; /* vCPUs run in threads of their own */
+
+static volatile bool recording;
+static uint64_t starts_seen;
+static uint64_t free_until; /* tail + capacity as last seen: slots below it are free */
+static pthread_mutex_t starting = PTHREAD_MUTEX_INITIALIZER;
+
+/* QEMU reads qemu_plugin_version after it has loaded the object, and takes what lies between its oldest and its newest. */
+__attribute__((constructor)) static void plugin_version_of_qemu(void)
+{
+    if (qemu_plugin_n_vcpus) {
+        qemu_plugin_version = 1;
+    }
+}
+
+static void say(const char *what)
+{
+    fprintf(stderr, "subpage capture: %s\n", what);
+    fflush(stderr);
+}
+
+static void stop_recording(const char *why)
+{
+    if (__atomic_exchange_n(&recording, false, __ATOMIC_SEQ_CST) && why) {
+        say(why);
+    }
+}
+
+/* ---- the ring */
+
+static void wake_reader(void)
+{
+    uint64_t one = 1;
+    ssize_t done = write(data_fd, &one, sizeof one);
+    (void)done; /* a full counter wakes it as well */
+}
+
+/* Wait until slot is free. False: nobody reads any more. */
+static bool wait_for_room(uint64_t slot)
+{
+    __atomic_fetch_add(&ring->waits, 1, __ATOMIC_RELAXED);
+    for (;;) {
+        uint64_t until = __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) + capacity;
+        if (slot < until) {
+            __atomic_store_n(&free_until, until, __ATOMIC_RELAXED);
+            return true;
+        }
+        if (__atomic_load_n(&ring->closed, __ATOMIC_ACQUIRE)) {
+            stop_recording(NULL);
+            return false;
+        }
+        wake_reader();
+        struct pollfd at[2] = {{.fd = room_fd, .events = POLLIN}, {.fd = reader_fd, .events = POLLIN}};
+        if (poll(at, 2, 10) > 0) {
+            uint64_t count;
+            if (at[1].revents & (POLLHUP | POLLERR | POLLNVAL)) {
+                stop_recording("the reader has gone; the guest goes on and is not recorded any more");
+                return false;
+            }
+            if (at[0].revents & POLLIN) {
+                ssize_t done = read(room_fd, &count, sizeof count);
+                (void)done; /* another vCPU may have taken it: look again */
+            }
+        }
+    }
+}
+
+static inline void append(uint64_t gpa, uint64_t gva, uint64_t pc, unsigned size, unsigned vcpu, unsigned flags)
+{
+    uint64_t slot;
+    if (several) {
+        slot = __atomic_fetch_add(&ring->head, 1, __ATOMIC_RELAXED);
+    } else {
+        slot = ring->head;
+        __atomic_store_n(&ring->head, slot + 1, __ATOMIC_RELAXED);
+    }
+    if (unlikely(slot >= __atomic_load_n(&free_until, __ATOMIC_RELAXED)) && !wait_for_room(slot)) {
+        return;
+    }
+    struct ring_record *record = &records[slot & (capacity - 1)];
+    record->gpa = gpa;
+    record->gva = gva;
+    record->pc = pc;
+    record->size = (uint8_t)size;
+    record->vcpu = (uint8_t)vcpu;
+    record->flags = (uint8_t)flags;
+    __atomic_store_n(&record->lap, (uint32_t)(slot >> lap_shift) + 1, __ATOMIC_RELEASE);
+    if (unlikely(slot + 1 == __atomic_load_n(&ring->wanted, __ATOMIC_RELAXED))) {
+        wake_reader();
+    }
+}
+
+/* ---- what QEMU calls */
+
+static void one_page(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t gva, unsigned size, uint64_t pc, unsigned flags)
+{
+    struct qemu_plugin_hwaddr *where = qemu_plugin_get_hwaddr(info, gva);
+    if (unlikely(!where)) {
+        __atomic_fetch_add(&ring->unknown, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    if (unlikely(qemu_plugin_hwaddr_is_io(where))) {
+        __atomic_fetch_add(&ring->devices, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    uint64_t gpa = qemu_plugin_hwaddr_phys_addr(where);
+    if (unlikely(gpa + size <= ring->low_gpa || gpa >= ring->high_gpa)) {
+        __atomic_fetch_add(&ring->elsewhere, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    append(gpa, gva, pc, size, vcpu, flags);
+}
+
+static void on_access(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t gva, void *instruction)
+{
+    if (unlikely(!recording)) {
+        return;
+    }
+    /* QEMU 7.2 calls for loads of such an instruction, too. */
+    if (!qemu_plugin_mem_is_store(info)) {
+        if (unlikely(!several)) {
+            ring->loads++;
+        }
+        return;
+    }
+    uint64_t pc = (uint64_t)(uintptr_t)instruction;
+    unsigned size = 1u << qemu_plugin_mem_size_shift(info), flags = pc >> 63 ? RECORD_KERNEL : 0;
+    unsigned room = PAGE_SIZE - (unsigned)(gva & (PAGE_SIZE - 1));
+    if (unlikely(size > room)) {
+        /* One call with the address of the first byte; the second page may lie anywhere. */
+        __atomic_fetch_add(&ring->split, 1, __ATOMIC_RELAXED);
+        one_page(vcpu, info, gva, room, pc, flags | RECORD_SPLIT);
+        one_page(vcpu, info, gva + room, size - room, pc, flags | RECORD_SPLIT);
+        return;
+    }
+    one_page(vcpu, info, gva, size, pc, flags);
+}
+
+static void on_start(unsigned vcpu, void *unused)
+{
+    (void)vcpu;
+    (void)unused;
+    pthread_mutex_lock(&starting);
+    if (ring->state == RING_LOADED && ++starts_seen == ring->start_n) {
+        __atomic_store_n(&ring->state, RING_STARTED, __ATOMIC_RELEASE);
+        recording = true;
+        wake_reader();
+    }
+    pthread_mutex_unlock(&starting);
+}
+
+static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *block)
+{
+    (void)id;
+    size_t count = qemu_plugin_tb_n_insns(block);
+    for (size_t i = 0; i < count; i++) {
+        struct qemu_plugin_insn *instruction = qemu_plugin_tb_get_insn(block, i);
+        uint64_t pc = qemu_plugin_insn_vaddr(instruction);
+        if (ring->start_pc && pc == ring->start_pc) {
+            qemu_plugin_register_vcpu_insn_exec_cb(instruction, on_start, QEMU_PLUGIN_CB_NO_REGS, NULL);
+        }
+        qemu_plugin_register_vcpu_mem_cb(
+            instruction, on_access, QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_MEM_W, (void *)(uintptr_t)pc);
+    }
+}
+
+static void on_exit_of_qemu(qemu_plugin_id_t id, void *unused)
+{
+    (void)id;
+    (void)unused;
+    recording = false;
+    __atomic_store_n(&ring->state, RING_ENDED, __ATOMIC_RELEASE);
+    wake_reader();
+}
+
+/* ---- loading */
+
+static int refuse(const char *why)
+{
+    say(why);
+    return -1;
+}
+
+static bool take_argument(const char *argument)
+{
+    static const struct {
+        const char *name;
+        int *fd;
+    } known[] = {{"ring=", NULL}, {"room=", &room_fd}, {"data=", &data_fd}, {"reader=", &reader_fd}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        size_t length = strlen(known[i].name);
+        if (strncmp(argument, known[i].name, length)) {
+            continue;
+        }
+        int fd = atoi(argument + length);
+        if (known[i].fd) {
+            *known[i].fd = fd;
+            return true;
+        }
+        struct stat found;
+        if (fstat(fd, &found) || found.st_size < RING_HEADER_BYTES) {
+            return false;
+        }
+        void *at = mmap(NULL, (size_t)found.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        if (at == MAP_FAILED) {
+            return false;
+        }
+        ring = at;
+        records = (struct ring_record *)((char *)at + RING_HEADER_BYTES);
+        capacity = (uint64_t)(found.st_size - RING_HEADER_BYTES) / sizeof(struct ring_record);
+        return true;
+    }
+    return false;
+}
+
+EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv)
+{
+    for (int i = 0; i < argc; i++) {
+        if (!take_argument(argv[i])) {
+            return refuse("takes ring=, room=, data= and reader= with the descriptors that `subpage record` opens");
+        }
+    }
+    if (!ring || room_fd < 0 || data_fd < 0 || reader_fd < 0) {
+        return refuse("is started by `subpage record` and `subpage live`, not by hand");
+    }
+    if (ring->magic != RING_MAGIC || ring->version != RING_VERSION || ring->record_bytes != sizeof(struct ring_record) ||
+        ring->capacity != capacity || !capacity || capacity & (capacity - 1)) {
+        return refuse("was built for another version of its reader: run `make plugin` again");
+    }
+    if (!info->system_emulation || strcmp(info->target_name, "x86_64")) {
+        return refuse("records x86-64 machines (qemu-system-x86_64) only");
+    }
+    several = info->system.max_vcpus > 1;
+    lap_shift = (unsigned)__builtin_ctzll(capacity);
+    free_until = capacity;
+    ring->interface = (uint32_t)qemu_plugin_version;
+    __atomic_store_n(&ring->state, ring->start_pc ? RING_LOADED : RING_STARTED, __ATOMIC_RELEASE);
+    recording = !ring->start_pc;
+    qemu_plugin_register_vcpu_tb_trans_cb(id, on_translation);
+    qemu_plugin_register_atexit_cb(id, on_exit_of_qemu, NULL);
+    return 0;
+}
