@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from service.cli.commands import AsJson, Group, command
-from service.cli.progress import ProgressOption, bar
+from service.cli.progress import Move, ProgressOption, bar
 from service.cli.trace import AddressOption
 from service.cli.trace_options import Columns, Format, FormatOption, Record, RecordOption, SkipUnknown
 
@@ -84,19 +84,14 @@ def build(
     files.check_output(output, traces)
     reading = files.Reading(format, record, columns, skip_unknown, address)
     parts = []
-    for number, path in enumerate(traces):
+    for number, path in enumerate(traces, 1):
         with bar("counting", progress) as move:
-            parts.append(
-                files.built(
-                    path,
-                    level,
-                    apart,
-                    reading,
-                    lambda share, done, file=number: move(
-                        share, done=f"{done} of file {file + 1} of {len(traces)}" if len(traces) > 1 else done
-                    ),
-                )
-            )
+            which = f" of file {number} of {len(traces)}" if len(traces) > 1 else ""
+
+            def counted(share: float, done: str, move: Move = move, which: str = which) -> None:
+                move(share, done=done + which)
+
+            parts.append(files.built(path, level, apart, reading, counted))
     found = merge(parts)
     files.saved(found, output)
     typer.echo(f"{found.records:,} accesses in {len(found):,} places written to {output}")
