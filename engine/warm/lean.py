@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from llvmlite import binding  # type: ignore[import-untyped]
+from llvmlite import binding
 from numba.core.compiler import CompileResult
 
 from engine.warm.kernels import Kernel

@@ -17,7 +17,7 @@ from engine.footprint.build import Builder
 from engine.footprint.places import By, Footprint, Origin
 from engine.kvm.protections import Protection
 from engine.kvm.slots import SlotSpec
-from service.cli.policies import _slot as ram_range
+from service.cli.numbers import parse_range as ram_range
 from service.cli.policy_files import read_policy, said
 from service.cli.trace import Address, addressed
 from service.cli.trace_files import TraceFile, opened_trace

@@ -358,4 +358,3 @@ def test_completion_offers_values(shell: str, service: Running, client: Contract
     assert "parquet" in offered(shell, "subpage trace info --format ")
     assert "violation" in offered(shell, "subpage events x --kinds ")
     assert name not in offered(shell, "subpage vm show ", SUBPAGE_SERVER="http://127.0.0.1:9")
-
