@@ -253,7 +253,7 @@ def test_detaching_stops_where_rows_run_out_and_goes_on_from_there() -> None:
         assert slot_changes.drop_pages(m, 0, 4 * 512, 0, trail) == 0
         m.top[1] += height - RESERVE - 1
         assert slot_changes.store_contents(m, 0, emptied, 1) == 4
-        assert [int(page_contents.content_row(m, region << 9)) for region in range(4)] == [-1] * 4
+        assert [int(page_contents.locate(m, region << 9)[0]) for region in range(4)] == [-1] * 4
 
     edit(vm, detach)
 
