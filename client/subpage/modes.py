@@ -98,7 +98,7 @@ class Operation(Generic[P, T]):
     def __get__(self, instance: object | None, owner: type) -> Callable[..., Any]:
         if instance is None:
             return self.flow
-        bound = functools.partial(self.flow, instance)
+        bound: Any = functools.partial(cast(Any, self.flow), instance)
         return bound if isinstance(instance, Awaiting) else _named(lambda *a, **k: run(bound(*a, **k)), self.flow)
 
 
@@ -119,14 +119,15 @@ class Streaming(Generic[P, T]):
         if instance is None:
             return self.flow
         kind: Callable[..., Any] = AsyncStream if isinstance(instance, Awaiting) else Stream
-        bound = functools.partial(self.flow, instance)
+        bound: Any = functools.partial(cast(Any, self.flow), instance)
         return _named(lambda *a, **k: kind(bound(*a, **k)), self.flow)
 
 
-def _named(function: Any, flow: Any) -> Any:
+def _named(function: Any, flow: Any) -> Callable[..., Any]:
     """So that ``help`` and notebooks show what is meant."""
     function.__name__, function.__doc__, function.__wrapped__ = flow.__name__, flow.__doc__, flow
-    return function
+    named: Callable[..., Any] = function
+    return named
 
 
 def operation(

@@ -118,7 +118,8 @@ class AsyncTransport(_Transport):
 
 class _Opened:
     def __init__(self, reply: httpx2.Response, url: str, done: Any) -> None:
-        self._reply, self._url, self._done = reply, url, done
+        self._url, self._done = url, done
+        self._reply: Any = reply
         self._pieces: Any = reply.iter_raw() if done is _now else reply.aiter_raw()
         self.status: int = reply.status_code
         self.headers: Mapping[str, str] = reply.headers
