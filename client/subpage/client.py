@@ -12,9 +12,9 @@ from subpage.html import Document
 from subpage.jobs import AsyncJob, Job, JobOperations
 from subpage.machines import AsyncVm, Vm, VmOperations
 from subpage.modes import Awaiting, Blocking, operation, run, stream
-from subpage.transports import AsyncTransport, BlockingTransport
+from subpage.transports import AsyncTransport, BlockingTransport, Transport
 from subpage.values import ioctl_request, size_of
-from subpage.wire import Pieces, Reply, Transport
+from subpage.wire import Pieces, Reply
 
 V = TypeVar("V", bound=VmOperations[Any, Any])
 J = TypeVar("J", bound=JobOperations[Any])

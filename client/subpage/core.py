@@ -13,7 +13,8 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from subpage.errors import BadInput, Error, NotSubpage, Problem, Unreachable, VersionMismatch, refusal
 from subpage.routes import ROUTES, VERSION, Route
-from subpage.wire import Opened, Pieces, Reply, Request, Transport, lines
+from subpage.transports import Opened, Transport, lines
+from subpage.wire import Pieces, Reply, Request
 
 JSON = "application/json"
 # Refusals that pass by themselves: another change of the machine, a start, too many requests a second.

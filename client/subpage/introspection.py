@@ -17,7 +17,8 @@ from subpage.errors import Error, NotSubpage, Problem, Unauthenticated, Unreacha
 from subpage.events import PAUSES
 from subpage.html import Document
 from subpage.modes import run
-from subpage.wire import Socket, SocketClosed
+from subpage.transports import Socket
+from subpage.wire import SocketClosed
 
 LOG = logging.getLogger("subpage")
 
