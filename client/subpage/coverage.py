@@ -7,7 +7,7 @@ import re
 from subpage.client import Client
 from subpage.jobs import Job
 from subpage.machines import Vm
-from subpage.modes import Operation, Streaming
+from subpage.modes import Method
 from subpage.routes import ROUTES
 from subpage.traces import Trace
 
@@ -22,7 +22,7 @@ def methods() -> dict[str, list[str]]:
     for kind in (Client, Vm, Trace, Job):
         for base in kind.__mro__:
             for name, value in vars(base).items():
-                for used in value.uses if isinstance(value, Operation | Streaming) else ():
+                for used in value.uses if isinstance(value, Method) else ():
                     found[used].append(f"{kind.__name__}.{name}")
     return {name: ways or [_call(name)] for name, ways in found.items()}
 

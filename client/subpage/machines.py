@@ -53,7 +53,7 @@ class VmOperations(Generic[R, J]):
     # The machine itself
 
     @operation()
-    async def call(self, operation_id: str, *, path: Mapping[str, Any] | None = None, **options: Any) -> Reply:
+    async def call(self, /, operation_id: str, *, path: Mapping[str, Any] | None = None, **options: Any) -> Reply:
         """As ``client.call``, with the machine in the path. ::
 
         >>> vm.call("getTlb", path={"n": 0}).status
@@ -109,7 +109,7 @@ class VmOperations(Generic[R, J]):
         return [Document(slot) for slot in (await self._document("listMemorySlots"))["memory_slots"]]
 
     @operation("putMemorySlot")
-    async def set_slot(self, slot: int, gpa: int | str, size: int | str, **members: Any) -> Document:
+    async def set_slot(self, /, slot: int, gpa: int | str, size: int | str, **members: Any) -> Document:
         """Create, move or change a slot. ::
 
         >>> vm.set_slot(1, 0x10000000, "1MiB", log_dirty=True)["size"]
@@ -163,7 +163,7 @@ class VmOperations(Generic[R, J]):
         return Document(reply.json() or {})
 
     @operation("loadSymbols")
-    async def load_symbols(self, source: Any, **options: Any) -> Document:
+    async def load_symbols(self, /, source: Any, **options: Any) -> Document:
         """Load the names of the guest's kernel: kallsyms, System.map, ISF, an ELF image. ``options`` are ``format``,
         ``slide``, ``phys_base``. ::
 
@@ -277,6 +277,7 @@ class VmOperations(Generic[R, J]):
     @operation("executeAccess")
     async def access(
         self,
+        /,
         gpa: int | str | None = None,
         size: int = 8,
         access: str = "write",
@@ -300,7 +301,7 @@ class VmOperations(Generic[R, J]):
         return await self._document("executeAccess", json=document, patience=patience)
 
     @operation("explainAccess")
-    async def walk(self, gpa: int | str, access: str = "write", size: int = 8, **query: Any) -> Document:
+    async def walk(self, /, gpa: int | str, access: str = "write", size: int = 8, **query: Any) -> Document:
         """Every EPT and SPPT entry that an access reads, and how it ends; changes nothing. ::
 
         >>> vm.walk(0x10040)["then"]["resolution"]
@@ -311,7 +312,7 @@ class VmOperations(Generic[R, J]):
         )
 
     @operation("createTrace", "getJob", "getTrace")
-    async def replay(self, source: Any, *, media: str | None = None, progress: Progress = False, **query: Any) -> R:
+    async def replay(self, /, source: Any, *, media: str | None = None, progress: Progress = False, **query: Any) -> R:
         """Replay a trace: a path, bytes, an iterator of bytes or of records, a table of Arrow, an array of addresses.
 
         It is sent while it is read. ``query`` are the parameters of the call: ``on_violation``, ``start``, ``include``,
@@ -331,7 +332,7 @@ class VmOperations(Generic[R, J]):
         return self._trace(self._core, reply.json())
 
     @operation("createTrace")
-    async def submit(self, source: Any, *, media: str | None = None, progress: Progress = False, **query: Any) -> J:
+    async def submit(self, /, source: Any, *, media: str | None = None, progress: Progress = False, **query: Any) -> J:
         """As ``replay``, as a job that goes on without its client. ::
 
         >>> vm.submit([{"gpa": 0x10040}]).wait().violations
@@ -404,6 +405,7 @@ class VmOperations(Generic[R, J]):
     @stream("getEvents")
     async def events(
         self,
+        /,
         *,
         follow: bool = False,
         after: int | str | None = None,
@@ -435,7 +437,7 @@ class VmOperations(Generic[R, J]):
         return await self._document("hostMemoryEvent", json=document)
 
     @stream("getDirty")
-    async def dirty(self, **query: Any) -> AsyncGenerator[Document, None]:
+    async def dirty(self, /, **query: Any) -> AsyncGenerator[Document, None]:
         """Pages that were written since the last harvest, by ``slot``, or by ``gfn`` and ``npages``; takes nothing. ::
 
         >>> list(vm.dirty())
@@ -447,7 +449,9 @@ class VmOperations(Generic[R, J]):
     # The processor
 
     @operation("callVmIoctl", "callVcpuIoctl")
-    async def ioctl(self, name: str, data: bytes | None = None, *, vcpu: int | None = None, **members: Any) -> Document:
+    async def ioctl(
+        self, /, name: str, data: bytes | None = None, *, vcpu: int | None = None, **members: Any
+    ) -> Document:
         """An ioctl of the machine, or of a ``vcpu``; ``data`` are the bytes at its argument. ``members``: ``arg``,
         ``memory``, ``read_only``. The reply has ``return`` and ``errno``. ::
 
@@ -460,7 +464,7 @@ class VmOperations(Generic[R, J]):
         return await self._document("callVcpuIoctl", path={"name": name, "n": vcpu}, json=document)
 
     @operation("executeHypercall")
-    async def hypercall(self, vcpu: int = 0, **members: Any) -> Document:
+    async def hypercall(self, /, vcpu: int = 0, **members: Any) -> Document:
         """A Hyper-V hypercall of a vCPU: by ``call``, or by ``registers``; see docs/tlb-flush.md. ::
 
         >>> vm.hypercall(call={"name": "HvCallFlushVirtualAddressSpace", "flags": 3, "fast": True})["outcome"]

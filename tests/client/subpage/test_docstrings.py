@@ -12,7 +12,7 @@ import pytest
 
 import subpage
 from subpage import bitmaps, client, errors, jobs, machines, policies, traces, values
-from subpage.modes import Operation, Streaming
+from subpage.modes import Method
 
 # In this order: the examples of one class build on each other, and a trace is made by those of machines.
 MODULES = (subpage, client, bitmaps, policies, values, machines, traces, jobs, errors)
@@ -47,12 +47,7 @@ def test_examples(server: Any, client: subpage.Client, vm: subpage.Vm) -> None:
 
 @pytest.mark.parametrize("kind", [subpage.Client, subpage.Vm, subpage.Trace, subpage.Job])
 def test_every_method_has_an_example(kind: type) -> None:
-    methods = {
-        name: value
-        for base in kind.__mro__
-        for name, value in vars(base).items()
-        if isinstance(value, Operation | Streaming)
-    }
+    methods = {name: value for base in kind.__mro__ for name, value in vars(base).items() if isinstance(value, Method)}
     assert methods
     assert {name for name, value in methods.items() if ">>>" not in (value.__doc__ or "")} <= WITHOUT
 
