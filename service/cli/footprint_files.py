@@ -99,8 +99,8 @@ def _address(trace: TraceFile, wanted: Address | None) -> str:
     virtual = taken is not None and taken.address == "guest-virtual" and wanted is not Address.FLAT
     if virtual or wanted is Address.GVA:
         raise Failure(
-            f"{trace.path}: virtual addresses of a guest go through its page tables, which change while it runs: replay "
-            "the trace with address=gva, or take them as they are with --address flat"
+            f"{trace.path}: virtual addresses of a guest go through its page tables, which change while it runs: "
+            "replay the trace with address=gva, or take them as they are with --address flat"
         )
     process = taken is not None and taken.address == "process-virtual"
     return "flat" if process or wanted is Address.FLAT else "gpa"

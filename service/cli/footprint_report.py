@@ -193,7 +193,7 @@ def cost_lines(
 
 
 def _rate(exits: int, footprint: Footprint, seconds: float | None) -> str:
-    base = seconds if seconds else footprint.writes / _MILLION
+    base = seconds or footprint.writes / _MILLION
     return f"{exits / base:,.1f}" if base else "–"
 
 
