@@ -31,6 +31,7 @@ from . import (
     cpu_flags,
     cpu_guest,
     cpu_spp_walk,
+    footprint,
     hyperv,
     interactive,
     ioctls,
@@ -71,6 +72,7 @@ PACKAGES = (
     translations,
     store,
     symbols,
+    footprint,
 )
 MUTANTS: tuple[Mutant, ...] = tuple(mutant for package in PACKAGES for mutant in package.MUTANTS)
 
