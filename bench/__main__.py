@@ -24,6 +24,7 @@ SECTIONS: dict[str, tuple[str, Callable[[int], list[sections.Row]]]] = {
     "client": ("The Python client beside the same calls by httpx2", sections.client),
     "calls": ("Small calls, 16 keep-alive connections", sections.single_calls),
     "readers": ("Reading what tools write, one core, the records and nothing else", sections.readers),
+    "footprints": ("Traces reduced to their places, one core, and what policies cost there", sections.footprints),
     "memory": ("A 1 TiB guest with ten protected pages", sections.large_guest),
 }
 

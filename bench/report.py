@@ -22,6 +22,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "of_plain": ("x plain", "{:.3f}"),
     "of_gpa": ("x by GPA", "{:.2f}"),
     "microseconds": ("µs each question", "{:,.0f}"),
+    "places": ("places", "{:,}"),
+    "milliseconds": ("ms", "{:,.2f}"),
     "peak_growth_bytes": ("peak growth, bytes", "{:,}"),
     "final_growth_bytes": ("growth at the end, bytes", "{:,}"),
     "table_bytes": ("frames, bytes", "{:,}"),
@@ -47,6 +49,10 @@ SUMMARY: tuple[tuple[str, str, str, str, Any, str], ...] = (
     ),
     ("csv, rows/s", "readers", "csv", "per_second", min, ">= 5 M a core"),
     ("champsim, instructions/s", "readers", "champsim", "per_second", min, ">= 10 M a core: 20 M records"),
+    ("footprint of sub-pages, records/s", "footprints", "built, spans", "per_second", min, ">= 300 M a core"),
+    ("footprint of bytes, records/s", "footprints", "built, bytes", "per_second", min, ">= 50 M a core"),
+    ("10,000 policies, slowest, ms", "footprints", "10,000 policies", "milliseconds", max, "<= 3,000"),
+    ("one more policy, slowest, ms", "footprints", "one more", "milliseconds", max, "<= 0.5"),
     ("1 TiB guest, peak growth, bytes", "memory", "1 TiB", "peak_growth_bytes", max, "< 20 M"),
 )
 

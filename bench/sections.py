@@ -8,6 +8,7 @@ from bench.asking import AskedReplay
 from bench.c_walk import CSum, CWalk
 from bench.client import CALLS, ClientBitmaps, ClientReplay, RawBitmaps, RawReplay
 from bench.data import POLICIES, TRACES, Answer, expected, load_policy, load_trace
+from bench.footprints import Building, Costing
 from bench.guest_virtual import GuestVirtualReplay
 from bench.http_replay import BODIES, HttpReplay
 from bench.large_guest import measure
@@ -18,6 +19,7 @@ from bench.servers import empty_app, service
 from bench.single_calls import SingleCalls
 from bench.timing import Method, Timing, alternate, median_ratio, one_core
 from bench.unicorn_hook import WRITES, UnicornHook
+from engine.footprint.places import LEVELS
 
 Row = dict[str, Any]
 
@@ -206,3 +208,41 @@ def readers(rounds: int) -> list[Row]:
         }
         for name, timing in timings.items()
     ]
+
+
+def footprints(rounds: int) -> list[Row]:
+    """Traces reduced to their places, at each level; and 10,000 policies, then one more, on what came of them."""
+    rows = []
+    for trace in map(load_trace, TRACES):
+        building = {level: Building(trace, level) for level in LEVELS}
+        with one_core():
+            timings = alternate({f"built, {level}": method for level, method in building.items()}, rounds)
+        for level, method in building.items():
+            timing = timings[f"built, {level}"]
+            rows.append(
+                {
+                    "trace": trace.name,
+                    "method": f"built, {level}",
+                    "per_second": timing.rate(len(trace)),
+                    "places": len(method.footprint),
+                    "table_bytes": method.table_bytes,
+                    "seconds": list(timing.seconds),
+                }
+            )
+            many, one = Costing(method.footprint, 10_000), Costing(method.footprint, 1)
+            for policy in map(load_policy, POLICIES):
+                if expected(policy.name, trace.name).violations != many.violations(policy):
+                    raise WrongAnswer(f"costs on {trace.name}, {policy.name}")
+            with one_core():
+                costs = alternate({"10,000 policies": many, "one more policy": one}, rounds)
+            rows += [
+                {
+                    "trace": trace.name,
+                    "method": f"{name}, {level}",
+                    "per_second": taken.rate(1 if name.startswith("one") else 10_000),
+                    "milliseconds": taken.median * 1e3,
+                    "seconds": list(taken.seconds),
+                }
+                for name, taken in costs.items()
+            ]
+    return rows

@@ -32,6 +32,7 @@ from . import (
     cpu_flags,
     cpu_guest,
     cpu_spp_walk,
+    footprint,
     hyperv,
     interactive,
     ioctls,
@@ -75,6 +76,7 @@ PACKAGES = (
     addresses,
     store,
     symbols,
+    footprint,
 )
 MUTANTS: tuple[Mutant, ...] = tuple(mutant for package in PACKAGES for mutant in package.MUTANTS)
 

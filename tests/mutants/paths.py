@@ -37,6 +37,7 @@ RAW_TABLES = "tests/engine/machine/test_raw_tables.py"
 PROCESSOR = "tests/property/test_processor_properties.py"
 HYPERV = "tests/engine/hyperv"
 MACHINE = "tests/engine/machine"
+FOOTPRINTS = "tests/engine/footprint"
 SPACES = f"{MACHINE}/test_address_spaces.py"
 
 

@@ -1,0 +1,121 @@
+"""Faults of ``engine/footprint``."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+from .paths import FOOTPRINTS, named
+
+COMBINE_PY = "engine/footprint/combine.py"
+COSTS_PY = "engine/footprint/costs.py"
+HITS_PY = "engine/footprint/hits.py"
+KERNELS_PY = "engine/footprint/kernels.py"
+QUESTION_PY = "engine/footprint/question.py"
+
+_REPLAYS = named(f"{FOOTPRINTS}/test_footprint_costs.py", "a_footprint_answers_as_a_replay_does")
+
+MUTANTS = (
+    Mutant(
+        "footprint-paging-is-plain",
+        QUESTION_PY,
+        "plain=plain & ~paging,",
+        "plain=plain,",
+        "accesses to paging structures violate by the page, whatever the sub-page",
+        _REPLAYS,
+    ),
+    Mutant(
+        "footprint-read-only",
+        QUESTION_PY,
+        "mmio = hole | read_only & asks[owner]",
+        "mmio = hole",
+        "a write to a read-only slot is MMIO, protected or not",
+        _REPLAYS,
+    ),
+    Mutant(
+        "footprint-reads-of-read-only",
+        QUESTION_PY,
+        "mmio = hole | read_only & asks[owner]",
+        "mmio = hole | read_only",
+        "a read of a read-only slot lands",
+        _REPLAYS,
+    ),
+    Mutant(
+        "footprint-large-pages",
+        QUESTION_PY,
+        "return not kvm_version(self.profile).subpages.force_small",
+        "return False",
+        "the first series enforces nothing on large pages",
+        _REPLAYS,
+    ),
+    Mutant(
+        "footprint-emulated",
+        QUESTION_PY,
+        "obeying = asks if question.emulator_obeys else asks & guest",
+        "obeying = asks",
+        "in the first series writes that KVM emulates go past the permissions",
+        _REPLAYS,
+    ),
+    Mutant(
+        "footprint-mixed-mmio",
+        COSTS_PY,
+        "totals.mmio[number] -= count[refused & mixed.mmio].sum()",
+        "totals.mmio[number] -= 0",
+        "an access that is refused before it comes to MMIO is no MMIO",
+        _REPLAYS,
+    ),
+    Mutant(
+        "footprint-collateral",
+        COSTS_PY,
+        "self.own = united(numbers, gpa, gpa + size - 1, used)",
+        "self.own = united(numbers, gpa, gpa + size, used)",
+        "collateral touches none of the object's own bytes",
+        _REPLAYS,
+    ),
+    Mutant(
+        "footprint-crossing",
+        HITS_PY,
+        "if line.high[at] >= first[number]:",
+        "if line.high[at] > first[number]:",
+        "a place that begins before a range and ends at its first sub-page touches it",
+        _REPLAYS,
+    ),
+    Mutant(
+        "footprint-once",
+        HITS_PY,
+        "furthest = max(before + 1, first[number] - line.reach)",
+        "furthest = first[number] - line.reach",
+        "an access that touches several ranges counts once",
+        _REPLAYS,
+    ),
+    Mutant(
+        "footprint-first",
+        KERNELS_PY,
+        "table[at | THREE] = base + np.int64(i)",
+        "table[at | THREE] = np.int64(i)",
+        "indices are absolute",
+        named(f"{FOOTPRINTS}/test_footprint_build.py", "any_cut_into_chunks_gives_the_same"),
+    ),
+    Mutant(
+        "footprint-untranslated",
+        KERNELS_PY,
+        "what |= UNTRANSLATED",
+        "what |= 0",
+        "loads of PDPTEs by MOV to CR are reads",
+        named(f"{FOOTPRINTS}/test_footprint_build.py", "only_a_paging_read_is_apart_by_whether_it_is_translated"),
+    ),
+    Mutant(
+        "footprint-merge-first",
+        COMBINE_PY,
+        'found["first"] = np.minimum.reduceat(firsts, begins)',
+        'found["first"] = columns["first"][begins]',
+        "of first accesses the least (trace, index) stays",
+        named(f"{FOOTPRINTS}/test_footprint_stored.py", "merged_in_any_order_files_are_equal"),
+    ),
+    Mutant(
+        "footprint-subtract-first",
+        COMBINE_PY,
+        'columns["trace"] = np.where(gone, np.int32(UNKNOWN), columns["trace"])',
+        'columns["trace"] = np.where(gone, np.int32(0), columns["trace"])',
+        "where the first access was of a trace that is gone, it is not known",
+        named(f"{FOOTPRINTS}/test_footprint_stored.py", "what_was_added_can_be_taken_away"),
+    ),
+)
