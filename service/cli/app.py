@@ -11,6 +11,7 @@ from service import __version__
 from service.cli.commands import Command, Given, Root
 from service.cli.events import events
 from service.cli.images import load
+from service.cli.kvmi import kvmi
 from service.cli.policies import policies
 from service.cli.replay import replay
 from service.cli.tokens import tokens
@@ -30,6 +31,7 @@ app.add_typer(tokens, name="token")
 app.add_typer(vms, name="vm")
 app.add_typer(trace, name="trace")
 app.add_typer(policies, name="policy")
+app.add_typer(kvmi, name="kvmi")
 app.command(cls=Command)(events)
 vms.command(cls=Command)(load)
 

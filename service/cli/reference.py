@@ -1,4 +1,4 @@
-"""docs/reference.md from the code: every setting, every problem type; and the formats in docs/traces.md.
+"""docs/reference.md from the code: every setting, every problem type; and tables in docs/traces.md and docs/kvmi.md.
 
 ``python -m service.cli.reference --write``.
 """
@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from engine.trace.readers import FORMATS
+from service.kvmi.about import page_text
 from service.problems import PROBLEMS
 from service.settings import GIB, MIB, Settings
 
@@ -78,6 +79,10 @@ def traces_text(page: str) -> str:
     return f"{before}{_BEGIN}{formats_text()}{_END}{rest.partition(_END)[2]}"
 
 
+# Pages with tables from the code among what people wrote, and how each is to be.
+_PAGES = ((TRACES, traces_text), (REFERENCE.with_name("kvmi.md"), page_text))
+
+
 def _settings() -> Iterator[str]:
     for name, field in Settings.model_fields.items():
         yield f"| `SUBPAGE_{name.upper()}` | {_type(field)} | {_default(name, field)} | {field.description} |"
@@ -118,14 +123,16 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--write", action="store_true", help="write the page")
     what.add_argument("--check", action="store_true", help="fail when the page is not current")
     options = parser.parse_args(arguments)
-    page = TRACES.read_text(encoding="utf-8") if TRACES.exists() else ""
+    pages = [(path, path.read_text(encoding="utf-8"), text) for path, text in _PAGES]
     if options.write:
         options.file.write_text(reference_text(), encoding="utf-8")
-        TRACES.write_text(traces_text(page), encoding="utf-8")
+        for path, page, text in pages:
+            path.write_text(text(page), encoding="utf-8")
         return 0
-    if page != traces_text(page):
-        print(f"{TRACES} is not current: run python -m service.cli.reference --write", file=sys.stderr)
-        return 1
+    for path, page, text in pages:
+        if page != text(page):
+            print(f"{path} is not current: run python -m service.cli.reference --write", file=sys.stderr)
+            return 1
     if not options.file.exists() or options.file.read_text(encoding="utf-8") != reference_text():
         print(f"{options.file} is not current: run python -m service.cli.reference --write", file=sys.stderr)
         return 1
