@@ -32,7 +32,7 @@ from engine.state.retry import new_trail
 
 MODES = ("atomic", "apply-all", "stop-at-first")
 
-# KVMI's messages hold 255 entries; ours are larger.
+# KVMI's messages hold 511 entries; ours are larger.
 MAX_ENTRIES = 4096
 
 RIGHT_NAMES = {"r": ept.READ, "w": ept.WRITE, "x": ept.EXECUTE}

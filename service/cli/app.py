@@ -17,6 +17,7 @@ from service.cli.commands import AsJson, Given, Root, command
 from service.cli.events import events
 from service.cli.footprint import footprint
 from service.cli.images import load
+from service.cli.kvmi import kvmi
 from service.cli.policies import policies
 from service.cli.protect import protect, unprotect
 from service.cli.replay import replay
@@ -207,6 +208,7 @@ command(app, f"subpage exits {_GUEST} -n 20", f"subpage exits {_GUEST} --json")(
 command(app, "subpage jobs", "subpage jobs job_5d2f80a96c1be743 --wait")(jobs)
 command(app, f"subpage events {_GUEST}", f"subpage events {_GUEST} --follow --kinds violation")(events)
 command(app, f"subpage attach {_GUEST} --rules rules.toml")(attach)
+app.add_typer(kvmi, name="kvmi")
 app.add_typer(policies, name="policy")
 app.add_typer(trace, name="trace")
 app.add_typer(footprint, name="footprint")

@@ -1,5 +1,5 @@
-"""docs/reference.md from the code: every setting, every problem type; the formats in docs/traces.md, and the operations
-in docs/client.md.
+"""docs/reference.md from the code: every setting, every problem type; and tables in docs/traces.md, docs/client.md and
+docs/kvmi.md.
 
 ``python -m service.cli.reference --write``.
 """
@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from engine.trace.readers import FORMATS
+from service.kvmi.about import page_text
 from service.problems import PROBLEMS
 from service.settings import GIB, MIB, Settings
 from subpage.coverage import table as operations_text
@@ -89,6 +90,10 @@ def _with(page: str, what: str, table: str) -> str:
     return f"{before}{begin}{table}{end}{rest.partition(end)[2]}"
 
 
+# Pages with tables from the code among what people wrote, and how each is to be.
+_PAGES = ((TRACES, traces_text), (CLIENT, client_text), (REFERENCE.with_name("kvmi.md"), page_text))
+
+
 def _settings() -> Iterator[str]:
     for name, field in Settings.model_fields.items():
         yield f"| `SUBPAGE_{name.upper()}` | {_type(field)} | {_default(name, field)} | {field.description} |"
@@ -130,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--check", action="store_true", help="fail when the page is not current")
     options = parser.parse_args(arguments)
     texts = {options.file: reference_text()}
-    for page, made in ((TRACES, traces_text), (CLIENT, client_text)):
+    for page, made in _PAGES:
         texts[page] = made(page.read_text(encoding="utf-8") if page.exists() else "")
     for file, text in texts.items():
         if options.write:
