@@ -64,7 +64,7 @@ def connect(
     The path is one of the service's host, in a directory that its setting kvmi_sockets allows.
     """
     given = {"dialect": dialect.value, "name": name, "cookie": cookie, "timeout": timeout}
-    document = {"connect": path if path.startswith(("unix:", "vsock:")) else f"unix:{path}"}
+    document: dict[str, Any] = {"connect": path if path.startswith(("unix:", "vsock:")) else f"unix:{path}"}
     document |= {key: value for key, value in given.items() if value is not None}
     with service.client() as client:
         _print(vm, client.call("putKvmi", path={"vm": vm}, json=document).json(), as_json)
