@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from engine.cpu.memory_files import GONE
 from engine.errors import InvalidValue
 
-# Offsets and sizes of files are 63 bits.
-_MOST = (1 << 63) - 1
+# Offsets in files are 63 bits: with a slot behind it, one of these is none that wraps.
+_MOST = 1 << 62
 _PAGE = 4096
 _LONGEST_PATH = 4096
 
@@ -55,7 +55,7 @@ class SlotFile:
     def validate(self, size: int) -> None:
         """Refuse a file that has not all bytes of a slot of that size."""
         if not 0 <= self.offset <= _MOST or self.offset % _PAGE:
-            raise InvalidValue("must be a multiple of 4096, below 2^63", field="backing.offset", value=self.offset)
+            raise InvalidValue("must be a multiple of 4096, at most 2^62", field="backing.offset", value=self.offset)
         if self.size < self.offset + size:
             rule = f"must have {self.offset + size:#x} bytes or more, offset and size of the slot together"
             raise InvalidValue(f"{rule}; it has {self.size:#x}", field="backing.file", value=self.path)
@@ -68,8 +68,8 @@ class SlotFile:
     def of_row(cls, row: Sequence[Any]) -> SlotFile:
         """Read it back. Raises InvalidValue."""
         path, *numbers = row
-        whole = all(type(number) is int and abs(number) <= _MOST for number in numbers)
-        if type(path) is not str or len(path) > _LONGEST_PATH or len(numbers) != 3 or not whole:
+        whole = len(numbers) == 3 and all(type(number) is int and abs(number) <= _MOST for number in numbers)
+        if type(path) is not str or len(path) > _LONGEST_PATH or not whole or numbers[0] < 0:
             raise InvalidValue("a file behind a slot is its path, offset, size and time", field="slots", value=row)
         return cls(path, *numbers)
 

@@ -187,7 +187,8 @@ def test_the_durable_form_says_where_the_bytes_are(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "row", [[1, 0, 0, 0], ["x", "0", 0, 0], ["x", 0, 0], ["x" * 5000, 0, 0, 0], ["x", 1 << 70, 0, 0]]
+    "row",
+    [[1, 0, 0, 0], ["x", "0", 0, 0], ["x", 0, 0], ["x" * 5000, 0, 0, 0], ["x", 1 << 70, 0, 0], ["x", -4096, 0, 0]],
 )
 def test_hostile_heads_are_refused(row: list[object]) -> None:
     vm = machine()

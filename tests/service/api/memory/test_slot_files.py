@@ -72,7 +72,7 @@ def test_a_machine_may_begin_with_files(service: Running, ram: Path) -> None:
         ({"file": "{}/ram"}, 65 * PAGE, "backing.file", "must have 0x41000 bytes or more"),
         ({"file": "{}/ram", "offset": 63 * PAGE}, 2 * PAGE, "backing.file", "it has 0x40000"),
         ({"file": "{}/ram", "offset": 512}, PAGE, "backing.offset", "multiple of 4096"),
-        ({"file": "{}/ram", "offset": "0xfffffffffffff000"}, PAGE, "backing.offset", "multiple of 4096, below 2^63"),
+        ({"file": "{}/ram", "offset": "0xfffffffffffff000"}, PAGE, "backing.offset", "multiple of 4096, at most 2^62"),
         ({"file": "{}/ram", "offset": -4096}, PAGE, "backing.offset", ""),
         ({"file": ""}, PAGE, "backing.file", ""),
         ({"file": "{}/" + "x" * 4096}, PAGE, "backing.file", ""),
