@@ -75,6 +75,9 @@ class Core:
                 failed, wait = error, None
                 uncertain = uncertain or not error.unsent
             else:
+                if 300 <= reply.status < 400 and reply.status != 304:
+                    where = reply.headers.get("location", "")[:200]
+                    raise NotSubpage(f"{self.url} leads elsewhere ({where}): give the URL of the service itself")
                 if reply.status < 400 or (uncertain and request.method == "DELETE" and reply.status == 404):
                     return reply
                 failed = refusal(self.url, reply.status, reply.headers, reply.content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 
 from subpage.bitmaps import Bitmap, to_wire
@@ -397,8 +398,9 @@ class VmOperations(Generic[R, J]):
         if trace is None:
             raise BadInput(f"{self.id} has no results; replay a trace first")
         of = TraceOperations(self._core, {"vm": self.id, "id": trace})
-        async for record in of.exit_records(limit):
-            yield record
+        async with aclosing(of.exit_records(limit)) as records:
+            async for record in records:
+                yield record
 
     # What happens
 
@@ -422,8 +424,9 @@ class VmOperations(Generic[R, J]):
         'lifecycle'
         """
         chosen = kinds if kinds is None or isinstance(kinds, str) else ",".join(kinds)
-        async for event in following(self._core, self.id, {"kinds": chosen, **query}, after, follow):
-            yield event
+        async with aclosing(following(self._core, self.id, {"kinds": chosen, **query}, after, follow)) as events:
+            async for event in events:
+                yield event
 
     @operation("hostMemoryEvent")
     async def host_memory(self, event: str, gfn: int | None = None, npages: int | None = None) -> Document:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import doctest
 import inspect
+import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -43,6 +45,19 @@ def test_examples(server: Any, client: subpage.Client, vm: subpage.Vm) -> None:
                 test.globs = known
             runner.run(test, out=said.append, clear_globs=False)
     assert not runner.failures and runner.tries > 60, "".join(said)
+
+
+def test_the_page(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs of docs/client.md, one after the other."""
+    root = Path(__file__).parents[3]
+    monkeypatch.chdir(root)
+    text = (root / "docs" / "client.md").read_text(encoding="utf-8")
+    programs = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    known: dict[str, Any] = {}
+    for program in programs:
+        exec(program.replace("http://127.0.0.1:8000", server.url), known)
+    assert len(programs) == 3 and known["trace"].violations == 1
+    known["client"].close()
 
 
 @pytest.mark.parametrize("kind", [subpage.Client, subpage.Vm, subpage.Trace, subpage.Job])
