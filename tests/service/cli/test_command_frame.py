@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import subpage
 import typer
 from rich.console import Console
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
+import subpage
 from service.cli import numbers, show
 from service.cli.app import app
 from service.cli.commands import examples_of
@@ -296,7 +296,7 @@ def test_examples_run(words: tuple[str, ...], filled: dict[str, str], client: Co
     if words[0] == "token":
         made = run("token", "create", "x", "--json")
         filled[TOKEN_ID] = json.loads(made.stdout)["id"]
-    if words == ("backup",) or words == ("restore",):
+    if words in (("backup",), ("restore",)):
         store_a_machine()
     if words == ("restore",):
         assert run("backup", "all.backup").exit_code == 0
@@ -358,4 +358,3 @@ def test_completion_offers_values(shell: str, service: Running, client: Contract
     assert "parquet" in offered(shell, "subpage trace info --format ")
     assert "violation" in offered(shell, "subpage events x --kinds ")
     assert name not in offered(shell, "subpage vm show ", SUBPAGE_SERVER="http://127.0.0.1:9")
-
