@@ -195,7 +195,10 @@ def test_rules_answer(server: Running, client: ContractClient) -> None:
 
 def test_ctrl_c_leaves_the_machine(server: Running, vm: str) -> None:
     Path("rules.json").write_text("{}")
-    command = [sys.executable, "-m", "service.cli", "attach", vm.rpartition("/")[2], "--rules", "rules.json"]
+    # Whoever starts the tests in the background has interrupts ignored, and so would the command.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from service.cli.app import main; main()"
+    command = [sys.executable, "-c", code, "attach", vm.rpartition("/")[2], "--rules", "rules.json"]
     root = str(Path(__file__).parents[3])
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join((root, f"{root}/client"))}
     tool = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
