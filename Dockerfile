@@ -31,6 +31,7 @@ RUN .venv/bin/python deploy/install.py requirements.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY engine/ engine/
 COPY service/ service/
+COPY client/ client/
 RUN .venv/bin/python deploy/install.py requirements.lock . \
  && .venv/bin/pip uninstall --yes setuptools uv pip
 

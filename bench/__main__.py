@@ -20,6 +20,7 @@ SECTIONS: dict[str, tuple[str, Callable[[int], list[sections.Row]]]] = {
     "unicorn": ("Calling Python for every write", sections.unicorn),
     "http": ("Replay over HTTP, from the first byte sent to the result", sections.http_replay),
     "ask": ("Asking a tool about every violation, over HTTP and WebSocket", sections.asking),
+    "client": ("The Python client beside the same calls by httpx2", sections.client),
     "calls": ("Small calls, 16 keep-alive connections", sections.single_calls),
     "readers": ("Reading what tools write, one core, the records and nothing else", sections.readers),
     "memory": ("A 1 TiB guest with ten protected pages", sections.large_guest),

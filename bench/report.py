@@ -18,6 +18,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "of_numpy": ("x numpy", "{:.2f}"),
     "of_sum": ("x sum", "{:.2f}"),
     "of_empty": ("x empty", "{:.2f}"),
+    "of_raw": ("x httpx2", "{:.3f}"),
     "of_plain": ("x plain", "{:.3f}"),
     "microseconds": ("µs each question", "{:,.0f}"),
     "peak_growth_bytes": ("peak growth, bytes", "{:,}"),
@@ -35,6 +36,8 @@ SUMMARY: tuple[tuple[str, str, str, str, Any, str], ...] = (
     ("HTTP packed, slowest, records/s", "http", "HTTP packed", "per_second", min, ">= 30 M"),
     ("HTTP Arrow, slowest, records/s", "http", "HTTP arrow", "per_second", min, ">= 30 M"),
     ("asking, µs for each question", "ask", "asked", "microseconds", max, "< 10,000"),
+    ("bitmap by the client / by httpx2", "client", "bitmap, client", "of_raw", min, ">= 0.87: adds 15 %"),
+    ("boot by the client / by httpx2", "client", "boot, client", "of_raw", min, ">= 0.97: adds 3 %"),
     ("GET subpages / empty endpoint", "calls", "GET", "of_empty", min, ">= 0.6"),
     ("lackey, lines/s", "readers", "lackey", "per_second", min, ">= 1 M a core"),
     *(

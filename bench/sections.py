@@ -6,6 +6,7 @@ from typing import Any
 
 from bench.asking import AskedReplay
 from bench.c_walk import CSum, CWalk
+from bench.client import CALLS, ClientBitmaps, ClientReplay, RawBitmaps, RawReplay
 from bench.data import POLICIES, TRACES, Answer, expected, load_policy, load_trace
 from bench.http_replay import BODIES, HttpReplay
 from bench.large_guest import measure
@@ -121,6 +122,29 @@ def asking(rounds: int) -> list[Row]:
         _row(trace.name, policy.name, PLAIN, len(trace), timings[PLAIN], of_plain=1.0),
         _row(trace.name, policy.name, ASKED, len(trace), timings[ASKED], of_plain=ratio, microseconds=each),
     ]
+
+
+def client(rounds: int) -> list[Row]:
+    """(k) Bitmaps and the boot, by the client and by httpx2, in turn."""
+    trace, policy = load_trace(TRACES[0]), load_policy(POLICIES[0])
+    truth, rows = expected(policy.name, trace.name), []
+    with service() as port:
+        url = f"http://127.0.0.1:{port}"
+        for what, count, raw, wrapped in (
+            ("bitmap", CALLS, RawBitmaps(url, policy), ClientBitmaps(url, policy)),
+            ("boot", len(trace), RawReplay(url, policy), ClientReplay(url, policy)),
+        ):
+            timings = alternate({f"{what}, httpx2 (k)": raw, f"{what}, client (k)": wrapped}, rounds)
+            first, _ = timings.values()
+            for method in (raw, wrapped):
+                if isinstance(method, RawReplay) and method.violations != truth.violations:
+                    raise WrongAnswer(what)
+                method.close()
+            rows += [
+                _row(trace.name, policy.name, name, count, timing, of_raw=median_ratio(timing, first))
+                for name, timing in timings.items()
+            ]
+    return rows
 
 
 def single_calls(rounds: int) -> list[Row]:

@@ -8,6 +8,7 @@
     >>> trace.violations, trace.page_granular_violations
     (1, 2)
     >>> vm.delete()
+    >>> client.close()
 
 ``AsyncClient`` is the same for asyncio. See docs/client.md.
 """
@@ -35,10 +36,11 @@ from subpage.introspection import AsyncTool, Question, Tool
 from subpage.jobs import AsyncJob, Job
 from subpage.machines import AsyncVm, Vm
 from subpage.modes import AsyncStream, Stream
-from subpage.routes import ROUTES
-from subpage.routes import VERSION as __version__
+from subpage.routes import ROUTES, VERSION
 from subpage.traces import AsyncTrace, Trace
 from subpage.wire import Reply
+
+__version__ = VERSION
 
 __all__ = [
     "ROUTES",

@@ -111,8 +111,10 @@ def of_file(path: Path, media: str | None = None, default: str = TEXT) -> Body:
         if stat.S_ISDIR(found.st_mode):
             raise BadInput(f"{path}: is a directory, not a file")
         regular = stat.S_ISREG(found.st_mode)
-        with path.open("rb") if regular else open(os.devnull, "rb") as file:
-            head = file.read(64)
+        head = b""
+        if regular:
+            with path.open("rb") as file:
+                head = file.read(64)
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror or error}") from None
     if regular and not found.st_size:

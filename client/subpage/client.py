@@ -12,9 +12,9 @@ from subpage.html import Document
 from subpage.jobs import AsyncJob, Job, JobOperations
 from subpage.machines import AsyncVm, Vm, VmOperations
 from subpage.modes import Awaiting, Blocking, operation, run, stream
-from subpage.transports import AsyncTransport, BlockingTransport
+from subpage.transports import AsyncTransport, BlockingTransport, Transport
 from subpage.values import ioctl_request, size_of
-from subpage.wire import Pieces, Reply, Transport
+from subpage.wire import Pieces, Reply
 
 V = TypeVar("V", bound=VmOperations[Any, Any])
 J = TypeVar("J", bound=JobOperations[Any])
@@ -95,7 +95,7 @@ class ClientOperations(Generic[V, J]):
 
     @operation("createVm")
     async def create_vm(
-        self, name: str = "", *, memory: int | str | None = None, spp: bool = True, **members: Any
+        self, /, name: str = "", *, memory: int | str | None = None, spp: bool = True, **members: Any
     ) -> V:
         """A new machine, with ``memory`` bytes of RAM at address 0, and with SPP enabled.
 
@@ -158,10 +158,10 @@ class ClientOperations(Generic[V, J]):
         >>> client.ready()
         True
         """
-        return (await self._core.document("getReadyz"))["status"] == "ready"
+        return bool((await self._core.document("getReadyz"))["status"] == "ready")
 
     @operation("callSystemIoctl")
-    async def ioctl(self, name: str, data: bytes | None = None, **members: Any) -> Document:
+    async def ioctl(self, /, name: str, data: bytes | None = None, **members: Any) -> Document:
         """An ioctl of ``/dev/kvm``; see ``vm.ioctl``. ``profile`` is one of the members. ::
 
         >>> client.ioctl("KVM_GET_API_VERSION", arg=0)["return"]

@@ -8,12 +8,14 @@ import time
 import uuid
 import warnings
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 from subpage.errors import BadInput, Error, NotSubpage, Problem, Unreachable, VersionMismatch, refusal
 from subpage.routes import ROUTES, VERSION, Route
-from subpage.wire import Opened, Pieces, Reply, Request, Transport, lines
+from subpage.transports import Opened, Transport, lines
+from subpage.wire import Pieces, Reply, Request
 
 JSON = "application/json"
 # Refusals that pass by themselves: another change of the machine, a start, too many requests a second.
@@ -73,6 +75,9 @@ class Core:
                 failed, wait = error, None
                 uncertain = uncertain or not error.unsent
             else:
+                if 300 <= reply.status < 400 and reply.status != 304:
+                    where = reply.headers.get("location", "")[:200]
+                    raise NotSubpage(f"{self.url} leads elsewhere ({where}): give the URL of the service itself")
                 if reply.status < 400 or (uncertain and request.method == "DELETE" and reply.status == 404):
                     return reply
                 failed = refusal(self.url, reply.status, reply.headers, reply.content)
@@ -163,9 +168,10 @@ class Core:
         reply = await self.transport.send(
             Request("GET", f"{self.url}/version", dict(self.headers), None, self.timeout), 1 << 16
         )
-        release = (
-            reply.json() if reply.status == 200 and reply.headers.get("content-type", "").startswith(JSON) else None
-        )
+        release = None
+        if reply.status == 200:
+            with suppress(NotSubpage):
+                release = reply.json()
         if not isinstance(release, dict) or release.get("name") != "subpage":
             raise NotSubpage(f"{self.url} answers, and is not Subpage: is that the URL of the service?")
         self.met = release

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from subpage.bodies import NDJSON
@@ -16,6 +17,7 @@ LOG = logging.getLogger("subpage")
 
 # A service shows at least this often that a stream lives, unless it was told otherwise; then it is begun anew.
 SILENCE = 60.0
+_ENDED = "the service ended it"
 PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -33,29 +35,27 @@ async def following(
         headers = {"Accept": "text/event-stream" if follow else NDJSON}
         if last is not None:
             headers["Last-Event-ID"] = str(last)
-        what = "the service ended it"
+        what = _ENDED
         try:
-            opened = core.lines("getEvents", path={"vm": vm}, query=query, headers=headers, patience=SILENCE)
-            async for name, text in _fields(opened, follow):
-                begun, failures = True, 0
-                if name == "id":
-                    last = int(text)
-                if name != "data":
-                    continue
-                event = Document(document(text.encode()))
-                if event["kind"] == "end":
-                    what = event["detail"].get("reason", what)
-                    if what == "deleted":
-                        return
-                    if what == "unauthenticated":
-                        raise Unauthenticated({"detail": "the token was revoked or has expired"}, 401)
-                    break
-                yield event
-                if event["id"] is not None:
-                    last = event["id"]
-            else:
-                if not follow:
-                    return
+            options: dict[str, Any] = {"query": query, "headers": headers, "patience": SILENCE}
+            async with aclosing(core.lines("getEvents", path={"vm": vm}, **options)) as lines:
+                async for name, text in _fields(lines, follow):
+                    begun, failures = True, 0
+                    if name == "id":
+                        last = int(text)
+                    if name != "data":
+                        continue
+                    event = Document(document(text.encode()))
+                    if event["kind"] == "end":
+                        what = str(event["detail"].get("reason", what))
+                        break
+                    yield event
+                    if event["id"] is not None:
+                        last = event["id"]
+            if what == "deleted" or (not follow and what == _ENDED):
+                return
+            if what == "unauthenticated":
+                raise Unauthenticated({"detail": "the token was revoked or has expired"}, 401)
         except (Unreachable, StreamBroken) as error:
             what = str(error)
             if not begun:

@@ -17,7 +17,8 @@ from subpage.errors import Error, NotSubpage, Problem, Unauthenticated, Unreacha
 from subpage.events import PAUSES
 from subpage.html import Document
 from subpage.modes import run
-from subpage.wire import Socket, SocketClosed
+from subpage.transports import Socket
+from subpage.wire import SocketClosed
 
 LOG = logging.getLogger("subpage")
 
@@ -97,7 +98,7 @@ class _Tool:
 
     async def _serve(self, socket: Socket, take: Callable[[Socket, Question], object]) -> None:
         """Until the end of the machine, of the token, or of the tool."""
-        while not self._ending:
+        while True:
             try:
                 while True:
                     message = _read(await socket.receive())
@@ -119,18 +120,25 @@ class _Tool:
             socket = await self._again()
 
     async def _again(self) -> Socket:
+        """Attached once more. Raises Unreachable when the tool has left meanwhile."""
         failures = 0
         while True:
             await self._core.transport.sleep(PAUSES[min(failures, len(PAUSES) - 1)])
             failures += 1
             try:
-                return await self._connected()
+                socket = await self._connected()
             except Problem as problem:
                 if problem.status not in (429, 503):
                     raise
             except Unreachable:
                 if self._ending:
                     raise
+            else:
+                if not self._ending:
+                    return socket
+                await socket.close()
+            if self._ending:
+                raise Unreachable("the tool has left")
 
     async def _say(self, socket: Socket, question: Question, answer: str) -> None:
         """An answer, to the connection that asked; where that is gone, the question is gone, too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from subpage.core import Core
@@ -68,7 +69,7 @@ class JobOperations(Generic[R]):
         return self.state
 
     @operation("getJob", "getTrace")
-    async def wait(self, *, progress: Progress = False, timeout: float | None = None) -> R:
+    async def wait(self, *, progress: Progress = False, timeout: float | None = None) -> R:  # noqa: ASYNC109
         """Its result, once there is one; the job is cancelled when the wait is interrupted.
 
         Raises the Problem that it failed with, Interrupted, TimeoutError after ``timeout`` seconds: the job goes on. ::
@@ -78,7 +79,7 @@ class JobOperations(Generic[R]):
         """
         return await self.finished(progress, timeout)
 
-    async def finished(self, progress: Progress = False, timeout: float | None = None) -> R:
+    async def finished(self, progress: Progress = False, timeout: float | None = None) -> R:  # noqa: ASYNC109
         """What ``wait`` does."""
         report = report_of(progress, "replayed")
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -95,7 +96,8 @@ class JobOperations(Generic[R]):
         except (TimeoutError, Error):
             raise
         except BaseException:  # Ctrl-C, or the cancellation of a task
-            await self._abandoned()
+            with suppress(Error):  # there is nobody left to tell
+                await self._cancel()
             raise
         finally:
             closed(report)
@@ -107,12 +109,6 @@ class JobOperations(Generic[R]):
             raise Interrupted(f"{self.id} has succeeded, and its result is not kept any more", self.state)
         vm, _, trace = str(self["result"]).removeprefix("/v1/vms/").partition("/traces/")
         return self._trace(self._core, await self._core.document("getTrace", path={"vm": vm, "trace": trace}))
-
-    async def _abandoned(self) -> None:
-        try:
-            await self._cancel()
-        except Error:
-            pass  # there is nobody left to tell
 
     def __repr__(self) -> str:
         return f"<job {self.id}: {self.state}>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 
 from subpage.bitmaps import Bitmap, to_wire
@@ -18,7 +19,7 @@ from subpage.policies import policy_of
 from subpage.progress import Progress, closed, report_of
 from subpage.traces import AsyncTrace, Trace, TraceOperations
 from subpage.values import address, ioctl_request
-from subpage.wire import Pieces, Reply
+from subpage.wire import Reply
 
 R = TypeVar("R", bound=TraceOperations)
 J = TypeVar("J", bound=JobOperations[Any])
@@ -53,25 +54,14 @@ class VmOperations(Generic[R, J]):
     # The machine itself
 
     @operation()
-    async def call(
-        self,
-        operation_id: str,
-        *,
-        path: Mapping[str, Any] | None = None,
-        query: Mapping[str, Any] | None = None,
-        json: Any = None,
-        content: bytes | Pieces | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> Reply:
+    async def call(self, /, operation_id: str, *, path: Mapping[str, Any] | None = None, **options: Any) -> Reply:
         """As ``client.call``, with the machine in the path. ::
 
         >>> vm.call("getTlb", path={"n": 0}).status
         200
         """
-        again = content is None or isinstance(content, bytes)
-        options: dict[str, Any] = {"json": json, "content": content, "headers": headers}
-        place = {**self._place, **(path or {})}
-        return await self._core.call(operation_id, path=place, query=query, again=again, **options)
+        again = not callable(options.get("content"))
+        return await self._core.call(operation_id, path={**self._place, **(path or {})}, again=again, **options)
 
     @operation("getVm")
     async def refresh(self) -> Document:
@@ -95,7 +85,7 @@ class VmOperations(Generic[R, J]):
     async def counters(self) -> dict[str, int]:
         """Totals: exits by kind, faults, flushes, frames, memory. ::
 
-        >>> vm.counters()["spp_miss_exits"] >= 0
+        >>> vm.counters()["exits_ept_violation"] >= 0
         True
         """
         return dict((await self._document("getCounters"))["counters"])
@@ -120,7 +110,7 @@ class VmOperations(Generic[R, J]):
         return [Document(slot) for slot in (await self._document("listMemorySlots"))["memory_slots"]]
 
     @operation("putMemorySlot")
-    async def set_slot(self, slot: int, gpa: int | str, size: int | str, **members: Any) -> Document:
+    async def set_slot(self, /, slot: int, gpa: int | str, size: int | str, **members: Any) -> Document:
         """Create, move or change a slot. ::
 
         >>> vm.set_slot(1, 0x10000000, "1MiB", log_dirty=True)["size"]
@@ -174,7 +164,7 @@ class VmOperations(Generic[R, J]):
         return Document(reply.json() or {})
 
     @operation("loadSymbols")
-    async def load_symbols(self, source: Any, **options: Any) -> Document:
+    async def load_symbols(self, /, source: Any, **options: Any) -> Document:
         """Load the names of the guest's kernel: kallsyms, System.map, ISF, an ELF image. ``options`` are ``format``,
         ``slide``, ``phys_base``. ::
 
@@ -273,10 +263,10 @@ class VmOperations(Generic[R, J]):
 
     @operation("patchPageAccess")
     async def set_page_access(self, entries: Iterable[Mapping[str, Any]], *, mode: str = "atomic") -> list[Document]:
-        """Set rights of pages: entries with ``gfn``, ``access``, ``write_bitmap``. What became of each, where it is told. ::
+        """Set rights of pages: entries with ``gfn``, ``access``, ``write_bitmap``; what became of each. ::
 
-        >>> vm.set_page_access([{"gfn": 0x21, "access": "r--"}])
-        []
+        >>> vm.set_page_access([{"gfn": 0x21, "access": "r--"}])[0]["result"]
+        'applied'
         """
         document = {"mode": mode, "entries": [dict(entry) for entry in entries]}
         return [
@@ -288,6 +278,7 @@ class VmOperations(Generic[R, J]):
     @operation("executeAccess")
     async def access(
         self,
+        /,
         gpa: int | str | None = None,
         size: int = 8,
         access: str = "write",
@@ -311,7 +302,7 @@ class VmOperations(Generic[R, J]):
         return await self._document("executeAccess", json=document, patience=patience)
 
     @operation("explainAccess")
-    async def walk(self, gpa: int | str, access: str = "write", size: int = 8, **query: Any) -> Document:
+    async def walk(self, /, gpa: int | str, access: str = "write", size: int = 8, **query: Any) -> Document:
         """Every EPT and SPPT entry that an access reads, and how it ends; changes nothing. ::
 
         >>> vm.walk(0x10040)["then"]["resolution"]
@@ -322,62 +313,40 @@ class VmOperations(Generic[R, J]):
         )
 
     @operation("createTrace", "getJob", "getTrace")
-    async def replay(
-        self,
-        source: Any,
-        *,
-        on_violation: str | None = None,
-        media: str | None = None,
-        progress: Progress = False,
-        **query: Any,
-    ) -> R:
+    async def replay(self, /, source: Any, *, media: str | None = None, progress: Progress = False, **query: Any) -> R:
         """Replay a trace: a path, bytes, an iterator of bytes or of records, a table of Arrow, an array of addresses.
 
-        It is sent while it is read. ``query`` are the parameters of the call: ``start``, ``include``, ``carry``,
-        ``format``, ``record``, ``columns``, ``max_exit_records`` and others. ``media`` is the media type where neither
-        the name nor the first bytes tell. ``progress``: a line on standard error, or a function that is told the bytes
-        sent and their number. Raises Problem with ``index`` for a record, BadInput, Unreachable: then nothing happened,
-        unless the problem has ``resume_at``. ::
+        It is sent while it is read. ``query`` are the parameters of the call: ``on_violation``, ``start``, ``include``,
+        ``carry``, ``format``, ``record``, ``columns``, ``max_exit_records`` and others. ``media`` is the media type
+        where neither the name nor the first bytes tell. ``progress``: a line on standard error, or a function that is
+        told the bytes sent and their number. Raises Problem with ``index`` for a record, BadInput, Unreachable: then
+        nothing happened, unless the problem has ``resume_at``. ::
 
         >>> trace = vm.replay([{"gpa": 0x10040}, {"gpa": 0x10080, "size": 4}])
         >>> trace.violations, trace.page_granular_violations
         (1, 2)
         """
-        reply = await self._replay(source, on_violation, media, progress, query, {})
+        reply = await self._replay(source, media, progress, query, {})
         if reply.status == 202:
-            return await self._job(self._core, reply.json()).finished(progress)  # type: ignore[no-any-return]
+            result: R = await self._job(self._core, reply.json()).finished(progress)
+            return result
         return self._trace(self._core, reply.json())
 
     @operation("createTrace")
-    async def submit(
-        self,
-        source: Any,
-        *,
-        on_violation: str | None = None,
-        media: str | None = None,
-        progress: Progress = False,
-        **query: Any,
-    ) -> J:
+    async def submit(self, /, source: Any, *, media: str | None = None, progress: Progress = False, **query: Any) -> J:
         """As ``replay``, as a job that goes on without its client. ::
 
         >>> vm.submit([{"gpa": 0x10040}]).wait().violations
         1
         """
-        headers = {"Prefer": "respond-async"}
-        return self._job(self._core, (await self._replay(source, on_violation, media, progress, query, headers)).json())
+        reply = await self._replay(source, media, progress, query, {"Prefer": "respond-async"})
+        return self._job(self._core, reply.json())
 
     async def _replay(
-        self,
-        source: Any,
-        on_violation: str | None,
-        media: str | None,
-        progress: Progress,
-        query: dict[str, Any],
-        headers: dict[str, str],
+        self, source: Any, media: str | None, progress: Progress, query: dict[str, Any], headers: dict[str, str]
     ) -> Reply:
         body = body_of(source, media, OCTETS if query.get("record") else TEXT)
-        query = {**body.query, "on_violation": on_violation, **query}
-        return await self._send("createTrace", body, query, headers, progress, "sent")
+        return await self._send("createTrace", body, {**body.query, **query}, headers, progress, "sent")
 
     async def _send(
         self, name: str, body: Body, query: dict[str, Any], headers: dict[str, str], progress: Progress, what: str
@@ -429,30 +398,35 @@ class VmOperations(Generic[R, J]):
         if trace is None:
             raise BadInput(f"{self.id} has no results; replay a trace first")
         of = TraceOperations(self._core, {"vm": self.id, "id": trace})
-        async for record in of.exit_records(limit):
-            yield record
+        async with aclosing(of.exit_records(limit)) as records:
+            async for record in records:
+                yield record
 
     # What happens
 
     @stream("getEvents")
     async def events(
         self,
+        /,
         *,
         follow: bool = False,
         after: int | str | None = None,
         kinds: str | Iterable[str] | None = None,
         **query: Any,
     ) -> AsyncGenerator[Document, None]:
-        """What happened, oldest first, after the id ``after``, or ``"latest"``. ``query``: ``gfn``, ``npages``, ``object``,
-        ``expand``. With ``follow`` it goes on until the machine is deleted, and by itself after every interruption, a
-        restart of the service included: no event is left out, and none comes twice. ::
+        """What happened, oldest first, after the id ``after``; ``"latest"``: what happens once it is being read.
+
+        ``query``: ``gfn``, ``npages``, ``object``, ``expand``. With ``follow`` it goes on until the machine is deleted,
+        and by itself after every interruption, a restart of the service included: no event is left out, and none comes
+        twice. ::
 
         >>> [event["kind"] for event in vm.events()][0]
         'lifecycle'
         """
         chosen = kinds if kinds is None or isinstance(kinds, str) else ",".join(kinds)
-        async for event in following(self._core, self.id, {"kinds": chosen, **query}, after, follow):
-            yield event
+        async with aclosing(following(self._core, self.id, {"kinds": chosen, **query}, after, follow)) as events:
+            async for event in events:
+                yield event
 
     @operation("hostMemoryEvent")
     async def host_memory(self, event: str, gfn: int | None = None, npages: int | None = None) -> Document:
@@ -466,7 +440,7 @@ class VmOperations(Generic[R, J]):
         return await self._document("hostMemoryEvent", json=document)
 
     @stream("getDirty")
-    async def dirty(self, **query: Any) -> AsyncGenerator[Document, None]:
+    async def dirty(self, /, **query: Any) -> AsyncGenerator[Document, None]:
         """Pages that were written since the last harvest, by ``slot``, or by ``gfn`` and ``npages``; takes nothing. ::
 
         >>> list(vm.dirty())
@@ -478,7 +452,9 @@ class VmOperations(Generic[R, J]):
     # The processor
 
     @operation("callVmIoctl", "callVcpuIoctl")
-    async def ioctl(self, name: str, data: bytes | None = None, *, vcpu: int | None = None, **members: Any) -> Document:
+    async def ioctl(
+        self, /, name: str, data: bytes | None = None, *, vcpu: int | None = None, **members: Any
+    ) -> Document:
         """An ioctl of the machine, or of a ``vcpu``; ``data`` are the bytes at its argument. ``members``: ``arg``,
         ``memory``, ``read_only``. The reply has ``return`` and ``errno``. ::
 
@@ -491,11 +467,11 @@ class VmOperations(Generic[R, J]):
         return await self._document("callVcpuIoctl", path={"name": name, "n": vcpu}, json=document)
 
     @operation("executeHypercall")
-    async def hypercall(self, vcpu: int = 0, **members: Any) -> Document:
+    async def hypercall(self, /, vcpu: int = 0, **members: Any) -> Document:
         """A Hyper-V hypercall of a vCPU: by ``call``, or by ``registers``; see docs/tlb-flush.md. ::
 
         >>> vm.hypercall(call={"name": "HvCallFlushVirtualAddressSpace", "flags": 3, "fast": True})["outcome"]
-        'completed'
+        'native'
         """
         return await self._document("executeHypercall", path={"n": vcpu}, json=members)
 

@@ -82,12 +82,25 @@ class AsyncStream(Generic[T]):
         await self._source.aclose()
 
 
-class Operation(Generic[P, T]):
-    """A method that is a coroutine function inside; ``uses`` are the operations of the contract that it calls."""
+class Method:
+    """A method of both kinds of objects, over the function ``flow``; ``uses`` are the operations that it calls."""
 
-    def __init__(self, flow: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]], uses: tuple[str, ...]) -> None:
-        self.flow, self.uses = flow, uses
+    def __init__(self, flow: Callable[..., Any], uses: tuple[str, ...], blocking: Any, awaiting: Any) -> None:
+        self.flow, self.uses, self._blocking, self._awaiting = flow, uses, blocking, awaiting
         functools.update_wrapper(cast(Any, self), flow)
+
+    def bound(self, instance: object | None) -> Callable[..., Any]:
+        """What ``instance`` has of it; the function itself, so that ``help`` shows it, where there is none."""
+        flow: Any = self.flow
+        if instance is None:
+            return self.flow
+        kind = self._awaiting if isinstance(instance, Awaiting) else self._blocking
+        bound: Any = functools.wraps(flow)(lambda *given, **named: kind(flow(instance, *given, **named)))
+        return cast(Callable[..., Any], bound)
+
+
+class Operation(Method, Generic[P, T]):
+    """A method that is a coroutine function inside."""
 
     @overload
     def __get__(self, instance: None, owner: type) -> Callable[..., Any]: ...
@@ -96,18 +109,11 @@ class Operation(Generic[P, T]):
     @overload
     def __get__(self, instance: Awaiting, owner: type) -> Callable[P, Coroutine[Any, Any, T]]: ...
     def __get__(self, instance: object | None, owner: type) -> Callable[..., Any]:
-        if instance is None:
-            return self.flow
-        bound = functools.partial(self.flow, instance)
-        return bound if isinstance(instance, Awaiting) else _named(lambda *a, **k: run(bound(*a, **k)), self.flow)
+        return self.bound(instance)
 
 
-class Streaming(Generic[P, T]):
+class Streaming(Method, Generic[P, T]):
     """A method that is an asynchronous generator inside."""
-
-    def __init__(self, flow: Callable[Concatenate[Any, P], AsyncGenerator[T, None]], uses: tuple[str, ...]) -> None:
-        self.flow, self.uses = flow, uses
-        functools.update_wrapper(cast(Any, self), flow)
 
     @overload
     def __get__(self, instance: None, owner: type) -> Callable[..., Any]: ...
@@ -116,28 +122,18 @@ class Streaming(Generic[P, T]):
     @overload
     def __get__(self, instance: Awaiting, owner: type) -> Callable[P, AsyncStream[T]]: ...
     def __get__(self, instance: object | None, owner: type) -> Callable[..., Any]:
-        if instance is None:
-            return self.flow
-        kind: Callable[..., Any] = AsyncStream if isinstance(instance, Awaiting) else Stream
-        bound = functools.partial(self.flow, instance)
-        return _named(lambda *a, **k: kind(bound(*a, **k)), self.flow)
-
-
-def _named(function: Any, flow: Any) -> Any:
-    """So that ``help`` and notebooks show what is meant."""
-    function.__name__, function.__doc__, function.__wrapped__ = flow.__name__, flow.__doc__, flow
-    return function
+        return self.bound(instance)
 
 
 def operation(
     *uses: str,
 ) -> Callable[[Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]], Operation[P, T]]:
     """Make a coroutine function a method of both kinds of objects."""
-    return lambda flow: Operation(flow, uses)
+    return lambda flow: Operation(flow, uses, run, lambda coroutine: coroutine)
 
 
 def stream(
     *uses: str,
 ) -> Callable[[Callable[Concatenate[Any, P], AsyncGenerator[T, None]]], Streaming[P, T]]:
     """Make an asynchronous generator function a method of both kinds of objects."""
-    return lambda flow: Streaming(flow, uses)
+    return lambda flow: Streaming(flow, uses, Stream, AsyncStream)

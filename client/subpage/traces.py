@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from array import array
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from subpage.bitmaps import library
@@ -60,14 +61,16 @@ class TraceOperations:
         ...     exit["gpa"], exit["denied"]
         ('0x10040', '0x1')
         """
-        async for record in self.exit_records(limit):
-            yield record
+        async with aclosing(self.exit_records(limit)) as records:
+            async for record in records:
+                yield record
 
     async def exit_records(self, limit: int | None) -> AsyncGenerator[Document, None]:
         """What ``exits`` does."""
         options: dict[str, Any] = {"query": {"limit": limit}, "headers": {"Accept": NDJSON}, "patience": None}
-        async for line in self._core.lines("getExits", path=self._place, **options):
-            yield Document(document(line))
+        async with aclosing(self._core.lines("getExits", path=self._place, **options)) as lines:
+            async for line in lines:
+                yield Document(document(line))
 
     @operation("getExits")
     async def arrow(self, limit: int | None = None) -> Any:

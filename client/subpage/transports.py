@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import httpx2
@@ -12,8 +12,8 @@ import websockets.asyncio.client
 import websockets.exceptions
 import websockets.sync.client
 
-from subpage.errors import StreamBroken, refusal
-from subpage.wire import MESSAGE_BYTES, Gathered, Opened, Reply, Request, Socket, SocketClosed, checked, told, trusting
+from subpage.errors import StreamBroken, TooLarge, refusal
+from subpage.wire import LINE_BYTES, MESSAGE_BYTES, Gathered, Reply, Request, SocketClosed, checked, told, trusting
 
 FAILURES = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError)
 SOCKET_FAILURES = (OSError, websockets.exceptions.WebSocketException)
@@ -28,7 +28,7 @@ async def _later(value: Any) -> Any:
     return await value
 
 
-class _Transport:
+class Transport:
     """HTTP with httpx2, WebSockets with websockets. ``done`` gives what a call has made, or what it will have made."""
 
     def __init__(self, url: str, ca: Any, connect: float, http: Any, dialler: Any, done: Any) -> None:
@@ -52,7 +52,7 @@ class _Transport:
 
     async def send(self, request: Request, most: int) -> Reply:
         """Raises Unreachable, TooLarge beyond ``most`` bytes."""
-        opened = _Opened(await self._sent(request), self._url, self._done)
+        opened = Opened(await self._sent(request), self._url, self._done)
         try:
             checked(opened.headers, most)
             body = Gathered(most)
@@ -66,7 +66,7 @@ class _Transport:
 
     async def open(self, request: Request) -> Opened:
         """Raises Unreachable."""
-        return _Opened(await self._sent(request), self._url, self._done)
+        return Opened(await self._sent(request), self._url, self._done)
 
     async def dial(self, url: str, headers: dict[str, str], protocol: str) -> Socket:
         """Raises Unreachable, Problem."""
@@ -85,16 +85,20 @@ class _Transport:
         )
         enter = dialled.__enter__ if self._done is _now else dialled.__aenter__
         try:
-            return _Socket(await self._done(enter()), self._done)
+            return Socket(await self._done(enter()), self._done)
         except SOCKET_FAILURES as error:
             raise _undialled(self._url, error) from None
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+        raise NotImplementedError
 
     async def close(self) -> None:
         """Close what is open."""
         await self._done(self._http.close() if self._done is _now else self._http.aclose())
 
 
-class BlockingTransport(_Transport):
+class BlockingTransport(Transport):
     """Blocks while it waits, so that nothing is ever suspended."""
 
     def __init__(self, url: str, ca: Any, connect: float) -> None:
@@ -105,7 +109,7 @@ class BlockingTransport(_Transport):
         time.sleep(seconds)  # noqa: ASYNC251 - this is the one that blocks
 
 
-class AsyncTransport(_Transport):
+class AsyncTransport(Transport):
     """Suspends while it waits."""
 
     def __init__(self, url: str, ca: Any, connect: float) -> None:
@@ -116,45 +120,69 @@ class AsyncTransport(_Transport):
         await asyncio.sleep(seconds)
 
 
-class _Opened:
+class Opened:
+    """A reply whose body comes in pieces."""
+
     def __init__(self, reply: httpx2.Response, url: str, done: Any) -> None:
-        self._reply, self._url, self._done = reply, url, done
+        self._url, self._done = url, done
+        self._reply: Any = reply
         self._pieces: Any = reply.iter_raw() if done is _now else reply.aiter_raw()
         self.status: int = reply.status_code
         self.headers: Mapping[str, str] = reply.headers
 
     async def next_piece(self) -> bytes:
+        """The same, with the errors of httpx2."""
         piece: bytes = await self._done((next if self._done is _now else anext)(self._pieces, b""))
         return piece
 
     async def piece(self) -> bytes:
+        """The next bytes; empty at the end. Raises StreamBroken."""
         try:
             return await self.next_piece()
         except FAILURES as error:
             raise StreamBroken(f"the stream broke off: {told(self._url, error)}") from None
 
     async def close(self) -> None:
+        """Leave the rest."""
         await self._done(self._reply.close() if self._done is _now else self._reply.aclose())
 
 
-class _Socket:
+class Socket:
+    """A WebSocket of text messages; its methods raise SocketClosed."""
+
     def __init__(self, socket: Any, done: Any) -> None:
         self._socket, self._done = socket, done
 
     async def receive(self) -> str:
+        """The next message."""
         try:
             return str(await self._done(self._socket.recv()))
         except SOCKET_FAILURES as error:
             raise _closed(error) from None
 
     async def send(self, text: str) -> None:
+        """Send one."""
         try:
             await self._done(self._socket.send(text))
         except SOCKET_FAILURES as error:
             raise _closed(error) from None
 
     async def close(self) -> None:
+        """Say goodbye."""
         await self._done(self._socket.close())
+
+
+async def lines(opened: Opened) -> AsyncGenerator[bytes, None]:
+    """The lines of a body as they come, without their ends. Raises StreamBroken, TooLarge for an endless one."""
+    rest = b""
+    while piece := await opened.piece():
+        *whole, rest = (rest + piece).split(b"\n")
+        for line in whole:
+            yield line.removesuffix(b"\r")
+        if len(rest) > LINE_BYTES:
+            raise TooLarge(f"a line of the stream has more than {LINE_BYTES} bytes")
+    if rest:
+        raise StreamBroken("the stream ended in the middle of a line")
 
 
 async def _in_threads(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:

@@ -1,13 +1,13 @@
-"""What a transport carries: requests, replies, streams of bytes, sockets of messages."""
+"""What a transport carries, and what it makes of failures."""
 
 from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import httpx2
 
@@ -52,57 +52,12 @@ class Reply:
         return self.headers.get("etag")
 
 
-class Opened(Protocol):
-    """A reply whose body comes in pieces."""
-
-    status: int
-    headers: Mapping[str, str]
-
-    async def piece(self) -> bytes:
-        """The next bytes; empty at the end. Raises StreamBroken."""
-
-    async def close(self) -> None:
-        """Leave the rest."""
-
-
-class Socket(Protocol):
-    """A WebSocket of text messages."""
-
-    async def receive(self) -> str:
-        """The next message. Raises SocketClosed."""
-
-    async def send(self, text: str) -> None:
-        """Raises SocketClosed."""
-
-    async def close(self) -> None:
-        """Say goodbye."""
-
-
 class SocketClosed(Exception):
     """A socket has ended, by the close code; 1006 where there was none."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(code, reason)
         self.code, self.reason = code, reason
-
-
-class Transport(Protocol):
-    """The way to a service; its methods either never suspend, or are those of an event loop."""
-
-    async def send(self, request: Request, most: int) -> Reply:
-        """Raises Unreachable, TooLarge beyond ``most`` bytes."""
-
-    async def open(self, request: Request) -> Opened:
-        """Raises Unreachable."""
-
-    async def dial(self, url: str, headers: dict[str, str], protocol: str) -> Socket:
-        """Raises Unreachable, Problem."""
-
-    async def sleep(self, seconds: float) -> None:
-        """Wait."""
-
-    async def close(self) -> None:
-        """Close what is open."""
 
 
 def trusting(authorities: str | Path | None) -> ssl.SSLContext | bool:
@@ -164,19 +119,6 @@ class Gathered:
     def whole(self) -> bytes:
         """All of it."""
         return self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
-
-
-async def lines(opened: Opened) -> AsyncGenerator[bytes, None]:
-    """The lines of a body as they come, without their ends. Raises StreamBroken, TooLarge for an endless one."""
-    rest = b""
-    while piece := await opened.piece():
-        *whole, rest = (rest + piece).split(b"\n")
-        for line in whole:
-            yield line.removesuffix(b"\r")
-        if len(rest) > LINE_BYTES:
-            raise TooLarge(f"a line of the stream has more than {LINE_BYTES} bytes")
-    if rest:
-        raise StreamBroken("the stream ended in the middle of a line")
 
 
 def document(line: bytes) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""docs/reference.md from the code: every setting, every problem type; and the formats in docs/traces.md.
+"""docs/reference.md from the code: every setting, every problem type; the formats in docs/traces.md, and the operations
+in docs/client.md.
 
 ``python -m service.cli.reference --write``.
 """
@@ -17,11 +18,11 @@ from pydantic_core import PydanticUndefined
 from engine.trace.readers import FORMATS
 from service.problems import PROBLEMS
 from service.settings import GIB, MIB, Settings
+from subpage.coverage import table as operations_text
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"
-# The page with a table of formats between these two lines.
-TRACES = REFERENCE.with_name("traces.md")
-_BEGIN, _END = "<!-- formats: made from the code -->\n", "<!-- end of formats -->\n"
+# Pages with a table between two lines.
+TRACES, CLIENT = REFERENCE.with_name("traces.md"), REFERENCE.with_name("client.md")
 
 _HEAD = """\
 # Reference
@@ -74,8 +75,18 @@ def formats_text() -> str:
 
 def traces_text(page: str) -> str:
     """A page with its table of formats as it is today."""
-    before, _, rest = page.partition(_BEGIN)
-    return f"{before}{_BEGIN}{formats_text()}{_END}{rest.partition(_END)[2]}"
+    return _with(page, "formats", formats_text())
+
+
+def client_text(page: str) -> str:
+    """A page with its table of operations as it is today."""
+    return _with(page, "operations", operations_text())
+
+
+def _with(page: str, what: str, table: str) -> str:
+    begin, end = f"<!-- {what}: made from the code -->\n", f"<!-- end of {what} -->\n"
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}{table}{end}{rest.partition(end)[2]}"
 
 
 def _settings() -> Iterator[str]:
@@ -118,17 +129,15 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--write", action="store_true", help="write the page")
     what.add_argument("--check", action="store_true", help="fail when the page is not current")
     options = parser.parse_args(arguments)
-    page = TRACES.read_text(encoding="utf-8") if TRACES.exists() else ""
-    if options.write:
-        options.file.write_text(reference_text(), encoding="utf-8")
-        TRACES.write_text(traces_text(page), encoding="utf-8")
-        return 0
-    if page != traces_text(page):
-        print(f"{TRACES} is not current: run python -m service.cli.reference --write", file=sys.stderr)
-        return 1
-    if not options.file.exists() or options.file.read_text(encoding="utf-8") != reference_text():
-        print(f"{options.file} is not current: run python -m service.cli.reference --write", file=sys.stderr)
-        return 1
+    texts = {options.file: reference_text()}
+    for page, made in ((TRACES, traces_text), (CLIENT, client_text)):
+        texts[page] = made(page.read_text(encoding="utf-8") if page.exists() else "")
+    for file, text in texts.items():
+        if options.write:
+            file.write_text(text, encoding="utf-8")
+        elif not file.exists() or file.read_text(encoding="utf-8") != text:
+            print(f"{file} is not current: run python -m service.cli.reference --write", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -31,13 +31,15 @@ def test_is_current() -> None:
 
 
 def test_write_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "sub" / "openapi.json"
-    assert openapi.main(["--check", "--file", str(file)]) == 1
-    assert openapi.main(["--write", "--file", str(file)]) == 0
-    assert openapi.main(["--check", "--file", str(file)]) == 0
-    file.write_text("{}", encoding="utf-8")
-    assert openapi.main(["--check", "--file", str(file)]) == 1
-    assert "not current" in capsys.readouterr().err
+    file, routes = tmp_path / "sub" / "openapi.json", tmp_path / "routes.json"
+    files = ["--file", str(file), "--routes", str(routes)]
+    assert openapi.main(["--check", *files]) == 1
+    assert openapi.main(["--write", *files]) == 0
+    assert openapi.main(["--check", *files]) == 0
+    for stale in (routes, file):
+        stale.write_text("{}", encoding="utf-8")
+        assert openapi.main(["--check", *files]) == 1
+        assert f"{stale} is not current" in capsys.readouterr().err
 
 
 def test_does_not_depend_on_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
