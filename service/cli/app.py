@@ -27,6 +27,9 @@ from service.cli.trace import trace
 from service.cli.vms import vms
 from service.storage.urls import StoreUrl
 
+_MACHINES, _REPLAYS, _FILES, _SERVICE = "Machines of a service", "Replays", "Files", "The service"
+_GUEST = "vm_3f9c2a1be07d4c55"
+
 app = typer.Typer(
     name="subpage",
     cls=Root,
@@ -59,7 +62,7 @@ def _common(
         os.environ["SUBPAGE_CONFIG"] = str(config)
 
 
-@command(app, "subpage serve --port 8080 --store memory")
+@command(app, "subpage serve --port 8080 --store memory", panel=_SERVICE)
 def serve(
     context: typer.Context,
     host: Annotated[str | None, typer.Option(help="Address to listen on; SUBPAGE_HOST or 127.0.0.1.")] = None,
@@ -94,7 +97,7 @@ def serve(
     raise typer.Exit(run(load_settings(**common_flags(context) | named)))
 
 
-@command(app, "subpage config", "subpage --set max_vms=7 config --json")
+@command(app, "subpage config", "subpage --set max_vms=7 config --json", panel=_SERVICE)
 def config(context: typer.Context, as_json: AsJson = False, given: Given = None) -> None:
     """Print the effective settings as TOML, each with where it comes from. Secrets are hidden."""
     from service.cli.common import common_flags, effective, load_settings
@@ -109,7 +112,7 @@ def config(context: typer.Context, as_json: AsJson = False, given: Given = None)
         typer.echo(f"{comment}{name} = {value}" + (f"  # {origin}" if origin != "default" else ""))
 
 
-@command(app, "subpage demo")
+@command(app, "subpage demo", panel=_SERVICE)
 def demo(
     context: typer.Context,
     trace: Annotated[
@@ -150,7 +153,7 @@ def _store_url(context: typer.Context, store: str | None) -> StoreUrl:
     return StoreUrl.parse(load_settings(**given).store)
 
 
-@command(app, "subpage backup all.backup")
+@command(app, "subpage backup all.backup", panel=_SERVICE)
 def backup(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="The file to write; it must not exist.")],
@@ -170,7 +173,7 @@ def backup(
     typer.echo(offline.LEFT)
 
 
-@command(app, "subpage restore all.backup --replace")
+@command(app, "subpage restore all.backup --replace", panel=_SERVICE)
 def restore(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A file that `subpage backup` wrote.")],
@@ -191,29 +194,40 @@ def restore(
     typer.echo(offline.LEFT)
 
 
-_GUEST = "vm_3f9c2a1be07d4c55"
-
-app.add_typer(vms, name="vm")
+app.add_typer(vms, name="vm", rich_help_panel=_MACHINES)
 command(vms, "subpage vm load ram.bin --gpa 0x100000 --name guest")(load)
-command(app, f"subpage protect {_GUEST} policy.json", f"subpage protect {_GUEST} --object idt=0x3000:256")(protect)
-command(app, f"subpage unprotect {_GUEST} kernel")(unprotect)
-app.add_typer(bitmaps, name="bitmap")
-command(app, f"subpage walk {_GUEST} 0x2080")(walk)
-command(app, f"subpage access {_GUEST} 0x2080 --on-violation grant")(access)
 command(
-    app, "subpage replay boot.parquet --policy policy.json", f"subpage replay boot.parquet --vm {_GUEST} --no-progress"
+    app,
+    f"subpage protect {_GUEST} policy.json",
+    f"subpage protect {_GUEST} --object idt=0x3000:256",
+    panel=_MACHINES,
+)(protect)
+command(app, f"subpage unprotect {_GUEST} kernel", panel=_MACHINES)(unprotect)
+app.add_typer(bitmaps, name="bitmap", rich_help_panel=_MACHINES)
+command(app, f"subpage walk {_GUEST} 0x2080", panel=_MACHINES)(walk)
+command(app, f"subpage access {_GUEST} 0x2080 --on-violation grant", panel=_MACHINES)(access)
+command(
+    app,
+    f"subpage events {_GUEST}",
+    f"subpage events {_GUEST} --follow --kinds violation",
+    panel=_MACHINES,
+)(events)
+command(app, f"subpage attach {_GUEST} --rules rules.toml", panel=_MACHINES)(attach)
+command(
+    app,
+    "subpage replay boot.parquet --policy policy.json",
+    f"subpage replay boot.parquet --vm {_GUEST} --no-progress",
+    panel=_REPLAYS,
 )(replay)
-command(app, f"subpage traces {_GUEST}")(traces)
-command(app, f"subpage exits {_GUEST} -n 20", f"subpage exits {_GUEST} --json")(exits)
-command(app, "subpage jobs", "subpage jobs job_5d2f80a96c1be743 --wait")(jobs)
-command(app, f"subpage events {_GUEST}", f"subpage events {_GUEST} --follow --kinds violation")(events)
-command(app, f"subpage attach {_GUEST} --rules rules.toml")(attach)
-app.add_typer(kvmi, name="kvmi")
-app.add_typer(policies, name="policy")
-app.add_typer(trace, name="trace")
-app.add_typer(footprint, name="footprint")
-command(app, "subpage open --print", name="open")(open_)
-app.add_typer(tokens, name="token")
+command(app, f"subpage traces {_GUEST}", panel=_REPLAYS)(traces)
+command(app, f"subpage exits {_GUEST} -n 20", f"subpage exits {_GUEST} --json", panel=_REPLAYS)(exits)
+command(app, "subpage jobs", "subpage jobs job_5d2f80a96c1be743 --wait", panel=_REPLAYS)(jobs)
+app.add_typer(kvmi, name="kvmi", rich_help_panel=_MACHINES)
+app.add_typer(policies, name="policy", rich_help_panel=_FILES)
+app.add_typer(trace, name="trace", rich_help_panel=_FILES)
+app.add_typer(footprint, name="footprint", rich_help_panel=_FILES)
+command(app, "subpage open --print", name="open", panel=_SERVICE)(open_)
+app.add_typer(tokens, name="token", rich_help_panel=_SERVICE)
 
 
 def main() -> None:

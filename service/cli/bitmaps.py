@@ -82,7 +82,7 @@ def set_(
     gfn: Gfn,
     access: Annotated[
         list[Any] | None,
-        typer.Argument(parser=parse_word, metavar="[WORD]...", help="A word for each page, or one for all of them."),
+        typer.Argument(parser=parse_word, metavar="WORD", help="A word for each page, or one for all of them."),
     ] = None,
     npages: Annotated[int | None, typer.Option("-n", "--npages", min=1, help="How many pages one word is for.")] = None,
     file: Annotated[

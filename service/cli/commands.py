@@ -83,10 +83,10 @@ class Root(Group):
         sys.exit(status if isinstance(status, int) else Status.DONE)
 
 
-def command(group: typer.Typer, *examples: str, name: str | None = None) -> Callable[[F], F]:
-    """Add a function to a group, with examples for its help; a test runs them."""
+def command(group: typer.Typer, *examples: str, name: str | None = None, panel: str | None = None) -> Callable[[F], F]:
+    """Add a function to a group, with examples for its help, which a test runs; ``panel``: under which title."""
     epilog = "\n\n".join(("Examples:" if len(examples) > 1 else "Example:", *(f"  {line}" for line in examples)))
-    return group.command(name, cls=Command, epilog=epilog if examples else None)
+    return group.command(name, cls=Command, epilog=epilog if examples else None, rich_help_panel=panel)
 
 
 def examples_of(found: Any) -> list[str]:

@@ -35,6 +35,7 @@ _Server = Annotated[
         "--server",
         "--url",
         envvar=["SUBPAGE_SERVER", "SUBPAGE_URL"],
+        show_envvar=False,
         help="Where the service is; SUBPAGE_SERVER.",
         rich_help_panel=_PANEL,
     ),
@@ -48,7 +49,11 @@ _TokenPath = Annotated[
 _Authorities = Annotated[
     Path | None,
     typer.Option(
-        "--ca", envvar="SUBPAGE_CA", help="PEM file of authorities to trust; SUBPAGE_CA.", rich_help_panel=_PANEL
+        "--ca",
+        envvar="SUBPAGE_CA",
+        show_envvar=False,
+        help="PEM file of authorities to trust; SUBPAGE_CA.",
+        rich_help_panel=_PANEL,
     ),
 ]
 
