@@ -26,6 +26,7 @@ MOVE, NARROW = "move", "narrow"
 MOST_NEIGHBOURS = 8
 _SUBPAGE = 1 << SUBPAGE_SHIFT
 _PAGE = 4096
+_RUN_BITS = 5  # that a number of pages of one place has, less one
 
 
 class Neighbour(NamedTuple):
@@ -188,7 +189,8 @@ def free_place(fine: Footprint, question: Question, policy: Protection, item: Pr
     high = max(item.gpa + item.size - 1, int(last[own].max(initial=item.gpa)))
     before = -(-(item.gpa - low) // _PAGE)
     pages = before + (high - item.gpa) // _PAGE + 1
-    taken = [(begin >> 12, last >> 12)]
+    runs = np.unique((begin >> 12) << _RUN_BITS | (last >> 12) - (begin >> 12))
+    taken = [(runs >> _RUN_BITS, (runs >> _RUN_BITS) + (runs & (1 << _RUN_BITS) - 1))]
     taken += [(np.array([o.gpa >> 12]), np.array([o.gpa + o.size - 1 >> 12])) for o in policy.objects]
     taken += [(np.array([r.gfn]), np.array([r.gfn + r.npages - 1])) for r in policy.ranges]
     first, end = (np.concatenate([pair[at] for pair in taken]) for at in range(2))
