@@ -101,6 +101,7 @@ class Attachment(Tool, Owner):
         self._places = settings.kvmi_sockets
         self._link: Link | None = None
         self._paused = False
+        self._withdrawn = False
         self._hold_limit: asyncio.TimerHandle | None = None
         self._resting: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -127,16 +128,15 @@ class Attachment(Tool, Owner):
         try:
             while self._ending is None:
                 self.state = CONNECTING
-                await self._restore()
                 try:
                     await self._once()
                 except (NotAllowed, OSError) as error:
                     self._failed(str(error))
+                await self._restore()
                 if self._ending is None:
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(self.wanted.reconnect):
                             await self._wake.wait()
-            await self._restore()
         except Exception:
             logger.exception("the attachment of %s has failed", self._entry.id)
             self.begin_end()
@@ -225,6 +225,7 @@ class Attachment(Tool, Owner):
 
     def withdraw(self) -> None:
         """Be asked no more, and hold nothing; what was asked goes to the next."""
+        self._withdrawn = True
         self._release()
         self._entry.broker.detach(self)
 
@@ -316,7 +317,7 @@ class Attachment(Tool, Owner):
         if link is None:
             return
         self.commands, self.events = link.connection.commands, link.connection.events
-        paused = link.connection.paused
+        paused = link.connection.paused and not self._withdrawn
         if paused and not self._paused:
             self._paused = True
             self._entry.broker.hold(self)
@@ -340,8 +341,9 @@ class Attachment(Tool, Owner):
                 pass
         finally:
             self._resting = None
-        link.connection.rested()
-        link.turn()
+        if self._link is link:
+            link.connection.rested()
+            link.turn()
 
     # What it tells of itself
 
@@ -385,7 +387,7 @@ class Attachments:
             if before.connected:
                 rule = "a tool is connected, and a machine has one: delete the attachment first"
                 raise Conflict(rule, field="kvmi", value=before.state, errno="EEXIST")
-            await before.begin_end()
+            await asyncio.wait([before.begin_end()])
         if self._known.get(entry.id) is not None:
             raise Conflict("another request attaches the machine", field="kvmi", value=CONNECTING, errno="EEXIST")
         made = Attachment(entry, wanted, principal, self._access, self._audit, self._settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Literal
 from uuid import UUID
 
@@ -210,5 +211,5 @@ async def put_kvmi(request: Request, vm: VmId, body: KvmiRequest) -> Response:
     responses=documented({204: {"description": "Detached."}}, "not-found"),
 )
 async def delete_kvmi(request: Request, vm: VmId) -> Response:
-    await _attachment(request, vm).begin_end()
+    await asyncio.wait([_attachment(request, vm).begin_end()])
     return Response(status_code=204)
