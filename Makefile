@@ -44,7 +44,7 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # all targets share one environment
-.PHONY: help demo examples serve warm test coverage soak kill-test fault-test load-test abuse-test image-test install-test mutants conformance differential lint format openapi contract contract-tools api-fuzz bench lock clean
+.PHONY: help demo examples serve warm test coverage soak kill-test fault-test load-test abuse-test image-test install-test console-test mutants conformance differential lint format openapi contract contract-tools api-fuzz bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -98,6 +98,9 @@ image-test: $(DEVELOPED) ## Carry out the steps of the Dockerfile in an empty fo
 
 install-test: $(DEVELOPED) ## Install both locks with pips of four ages, beside newer releases of what they pin (minutes, needs a network)
 	$(BIN)/python -m pytest -m install -o faulthandler_timeout=0 tests/deploy/test_install.py $(ARGS)
+
+console-test: $(DEVELOPED) $(WARMED) ## The console in Chromium: every flow, keyboard alone, axe; pictures of all screens in build/console/
+	$(BIN)/python -m pytest -p no:xdist --durations=5 tests/console tests/service/console $(ARGS)
 
 mutants: $(DEVELOPED) ## Put faults into engine/ one at a time; the tests must notice each (ARGS="--only ID --jobs N")
 	@$(BIN)/python -m tests.mutants $(ARGS)

@@ -25,8 +25,8 @@ _OFFERS = (JSON, _HTML)
 # policy forbids; nothing turns text into markup, which trusted types see to.
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "require-trusted-types-for 'script'; trusted-types 'none'; frame-ancestors 'none'; base-uri 'none'; "
-    "form-action 'none'"
+    "require-trusted-types-for 'script'; trusted-types 'none'; frame-ancestors 'none'; "
+    "base-uri 'none'; form-action 'none'"
 )
 
 _DATA = Path(__file__).parents[1] / "data"

@@ -2,7 +2,7 @@
 //
 // EPT: Intel SDM volume 3C, section 30.3.2 "EPT Translation Mechanism". SPPT: section 30.3.4 "Sub-Page Write Permissions".
 
-import { h, fill } from "./dom.js";
+import { h } from "./dom.js";
 import { word } from "./format.js";
 import { bitsText } from "./exits.js";
 
@@ -34,16 +34,15 @@ const SPPT = {
   writable_subpages: ["even", "vector", "Bit 2s is the write permission of sub-page s. An entry of 0 refuses all 32."],
 };
 
-/** One entry of a walk. `edit(entry)` is offered where it is given; `hit` are the sub-pages that the access touches. */
-export function entryCard(entry, { deciding = false, hit = 0, edit = null } = {}) {
+/** One entry of a walk. `edit(entry)` is offered where it is given, `tell(text)` hears what a field means; `hit` are the
+ * sub-pages that the access touches. */
+export function entryCard(entry, { deciding = false, hit = 0, edit = null, tell = () => {} } = {}) {
   const sppt = entry.structure.startsWith("SPP");
   const names = sppt ? SPPT : EPT;
-  const meaning = h("p", { class: "meaning", role: "status", "aria-live": "polite" }, "Point at a field, or reach it with Tab, for its meaning.");
-  const tell = (text) => () => fill(meaning, text);
   const bits = Object.entries(entry.fields).filter(([name, value]) => name !== "writable_subpages" && (name !== "reserved" || value !== "0x0")).map(([name, value]) => {
     const [where, label, about] = names[name] ?? ["", name.replaceAll("_", " "), ""];
     const shown = name === "memory_type" ? `${Number(value)} ${MEMORY_TYPES[value] ?? "reserved"}` : value === "0x0" || value === "0x1" ? Number(value) : value;
-    const say = tell(`${where ? `Bit${where.includes(":") ? "s" : ""} ${where}: ` : ""}${about}`);
+    const say = () => tell(`${label}${where ? `, bit${where.includes(":") ? "s" : ""} ${where}` : ""}: ${about}`);
     return h("button", { type: "button", class: `bit ${value === "0x0" ? "off" : ""} ${name === "reserved" ? "wrong" : ""}`, onmouseenter: say, onfocus: say, onclick: say, "aria-label": `${label}: ${shown}. ${about}` },
       h("span", {}, label, where && h("span", { class: "muted" }, ` ${where}`)), h("b", {}, shown));
   });
@@ -55,5 +54,5 @@ export function entryCard(entry, { deciding = false, hit = 0, edit = null } = {}
     h("div", { class: "mono small" }, word(entry.raw)),
     vector !== undefined && h("div", { role: "img", "aria-label": `Writable sub-pages: ${bitsText(Number(vector))}`, class: "vector" },
       Array.from({ length: 32 }, (_, s) => h("i", { class: `${(Number(vector) >>> s) & 1 ? "" : "denied"} ${(hit >>> s) & 1 ? "hit" : ""}`, title: `sub-page ${s}` }))),
-    bits.length > 0 && h("div", { class: "bits" }, bits), bits.length > 0 && meaning);
+    bits.length > 0 && h("div", { class: "bits" }, bits));
 }

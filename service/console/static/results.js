@@ -13,7 +13,7 @@ export function hero(trace) {
     : times === null ? `Nothing was refused; whole pages would have cost ${plural(trace.page_granular_violations, "exit")}.`
       : times > 1.005 ? `Whole pages would have cost ${times >= 10 ? count(Math.round(times)) : times.toFixed(1)} times as many exits.`
         : "Whole pages would have cost as many exits.";
-  const line = (label, value, pale) => [h("span", {}, label), h("span", { class: `bar-line ${pale ? "pale" : ""}`, style: { width: `${(100 * value) / most}%` } }), h("b", {}, count(value))];
+  const line = (label, value, pale) => h("div", {}, h("span", {}, label), h("span", { class: `bar-line ${pale ? "pale" : ""}`, style: { width: `${(100 * value) / most}%` } }), h("b", {}, count(value)));
   return h("section", { class: "panel hero", "aria-label": "Result" }, h("h2", {}, sentence),
     h("div", { class: "bars" }, line("Sub-pages", trace.violations, false), line("Whole pages", trace.page_granular_violations, true)),
     trace.stopped_at !== null && h("p", { class: "note" }, `The replay ended at record ${count(trace.stopped_at)}; a replay with start=${trace.stopped_at} goes on there.`));
@@ -41,12 +41,12 @@ export function objectTable(trace, choose) {
   const element = h("section", { class: "panel flush", "aria-label": "By object" },
     h("div", { class: "map-tools" }, h("h2", {}, "By object"), h("span", { class: "muted small" }, "Choose one to see only its exits")),
     entries.length ? h("div", { class: "table-scroll" }, h("table", {},
-      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Object"), h("th", { scope: "col", class: "number" }, "Sub-pages"), h("th", { scope: "col", class: "number" }, "Refused"), h("th", { scope: "col" }, h("span", { class: "sr" }, "Share")), h("th", { scope: "col", class: "number" }, "Neighbours only"), h("th", { scope: "col", class: "number" }, "First record"))),
+      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Object"), h("th", { scope: "col", class: "number" }, "Sub-pages"), h("th", { scope: "col", class: "number" }, "Refused"), h("th", { scope: "col", class: "share" }, h("span", { class: "sr" }, "Share")), h("th", { scope: "col", class: "number" }, "Neighbours only"), h("th", { scope: "col", class: "number" }, "First record"))),
       h("tbody", {}, entries.map(([name, hit]) => {
         const button = h("button", { type: "button", class: "small", "aria-pressed": "false", disabled: !hit.violations, onclick: () => choose(name) }, name);
         buttons.set(name, button);
         return h("tr", { class: hit.violations ? "" : "dim" }, h("th", { scope: "row" }, hit.violations ? button : name), h("td", { class: "number" }, count(hit.subpages)), h("td", { class: "number" }, count(hit.violations)),
-          h("td", { style: { width: "22%" } }, hit.violations > 0 && h("span", { class: "meter", style: { width: `${(100 * hit.violations) / most}%`, "margin-top": "0.5em" } })),
+          h("td", { class: "share", style: { width: "22%" } }, hit.violations > 0 && h("span", { class: "meter", style: { width: `${(100 * hit.violations) / most}%`, "margin-top": "0.5em" } })),
           h("td", { class: "number" }, count(hit.collateral)), h("td", { class: "number" }, hit.first_index === null ? "–" : count(hit.first_index)));
       })))) : h("p", { class: "empty" }, "No object was protected."));
   return { element, mark(name) { for (const [one, button] of buttons) button.setAttribute("aria-pressed", one === name); } };
@@ -60,6 +60,6 @@ export function writerTable(exits) {
   const order = [...sums.keys()].filter((id) => id && sums[id]).sort((a, b) => sums[b] - sums[a]);
   const most = sums[order[0]] || 1;
   return h("section", { class: "panel flush", "aria-label": "By writer" }, h("div", { class: "map-tools" }, h("h2", {}, "By writer"), h("span", { class: "muted small" }, `${plural(order.length, "instruction")}${order.length > MOST ? `, the first ${MOST}` : ""}`)),
-    h("div", { class: "table-scroll" }, h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Instruction"), h("th", { scope: "col", class: "number" }, "Refused"), h("th", { scope: "col" }, h("span", { class: "sr" }, "Share")))),
-      h("tbody", {}, order.slice(0, MOST).map((id) => h("tr", {}, h("th", { scope: "row", class: "mono" }, exits.writers.texts[id]), h("td", { class: "number" }, count(sums[id])), h("td", { style: { width: "30%" } }, h("span", { class: "meter", style: { width: `${(100 * sums[id]) / most}%`, "margin-top": "0.5em" } }))))))));
+    h("div", { class: "table-scroll" }, h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Instruction"), h("th", { scope: "col", class: "number" }, "Refused"), h("th", { scope: "col", class: "share" }, h("span", { class: "sr" }, "Share")))),
+      h("tbody", {}, order.slice(0, MOST).map((id) => h("tr", {}, h("th", { scope: "row", class: "mono" }, exits.writers.texts[id]), h("td", { class: "number" }, count(sums[id])), h("td", { class: "share", style: { width: "30%" } }, h("span", { class: "meter", style: { width: `${(100 * sums[id]) / most}%`, "margin-top": "0.5em" } }))))))));
 }

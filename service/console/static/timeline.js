@@ -55,11 +55,11 @@ export function timeline(trace, exits, changed, signal) {
     const text = color("muted");
     const line = color("line");
     const refused = color("refused");
-    const font = `${0.8 * parseFloat(getComputedStyle(document.documentElement).fontSize)}px ${getComputedStyle(document.body).fontFamily}`;
     const rem = parseFloat(getComputedStyle(document.documentElement).fontSize);
+    const font = `${0.8 * rem}px ${getComputedStyle(document.body).fontFamily}`;
     const axis = { stroke: text, grid: { stroke: line, width: 1 }, ticks: { stroke: line, width: 1 }, font };
     plot = new uPlot({
-      width: holder.clientWidth || 600, height: Math.round(12 * rem), padding: [8, 8, 0, 0],
+      width: holder.clientWidth || 600, height: Math.round(12 * rem), padding: [8, 1.4 * rem, 0, 0],
       cursor: { y: false, points: { show: false }, drag: { x: true, y: false, setScale: false } },
       legend: { show: false },
       scales: { x: { time: false, auto: false }, y: { auto: false } },

@@ -10,7 +10,7 @@ export async function show({ root, query, signal }) {
   await api.pages("/v1/vms", "vms", (page) => machines.push(...page), { signal, query: { limit: 1000 } });
   machines.reverse();
   const chosen = { a: query.get("a") ?? "", b: query.get("b") ?? "" };
-  const result = h("div", { class: "view", style: { padding: 0, "max-width": "none" }, role: "status" });
+  const result = h("div", { class: "stack", role: "status" });
   const pickers = await Promise.all(["a", "b"].map((side) => picker(side)));
   add(root, [h("h1", {}, "Compare two results"), h("section", { class: "panel" }, h("div", { class: "columns" }, pickers)), result]);
   await draw();
@@ -27,7 +27,7 @@ export async function show({ root, query, signal }) {
       traces.disabled = !found.length;
     }
     await list(trace ?? "").catch(() => {});
-    return h("fieldset", {}, h("legend", { class: "sr" }, side === "a" ? "First result" : "Second result"), h("div", { class: "view", style: { padding: 0, gap: "0.7rem" } }, h("h2", {}, side === "a" ? "Before, or this policy" : "After, or that policy"), field("Machine", machine), field("Result", traces)));
+    return h("fieldset", {}, h("legend", { class: "sr" }, side === "a" ? "First result" : "Second result"), h("div", { class: "stack tight" }, h("h2", {}, side === "a" ? "Before, or this policy" : "After, or that policy"), field("Machine", machine), field("Result", traces)));
   }
 
   function remember() { history.replaceState(null, "", `#/compare?${new URLSearchParams(Object.entries(chosen).filter(([, value]) => value))}`); }
@@ -52,7 +52,7 @@ export function comparison(a, b) {
   const more = b.violations - a.violations;
   const sentence = more === 0 ? "Both refuse as many writes." : `The second refuses ${plural(Math.abs(more), "write")} ${more > 0 ? "more" : "fewer"}${a.violations && b.violations ? `: ${(Math.max(a.violations, b.violations) / Math.min(a.violations, b.violations)).toFixed(1)} times ${more > 0 ? "as many" : "fewer"}` : ""}.`;
   const most = Math.max(1, a.violations, b.violations, a.page_granular_violations, b.page_granular_violations);
-  const bar = (label, value, pale) => [h("span", {}, label), h("span", { class: `bar-line ${pale ? "pale" : ""}`, style: { width: `${(100 * value) / most}%` } }), h("b", {}, count(value))];
+  const bar = (label, value, pale) => h("div", {}, h("span", {}, label), h("span", { class: `bar-line ${pale ? "pale" : ""}`, style: { width: `${(100 * value) / most}%` } }), h("b", {}, count(value)));
   const names = [...new Set([...Object.keys(a.by_object), ...Object.keys(b.by_object)])];
   const of = (trace, name) => trace.by_object[name]?.violations ?? null;
   const rows = names.map((name) => ({ name, a: of(a, name), b: of(b, name) })).sort((one, other) => Math.abs((other.b ?? 0) - (other.a ?? 0)) - Math.abs((one.b ?? 0) - (one.a ?? 0)) || (other.b ?? 0) - (one.b ?? 0));

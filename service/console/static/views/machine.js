@@ -67,7 +67,7 @@ export async function show({ root, params, query, signal }) {
     const mine = (inner = { abort, name, params: wanted, query: wantedQuery });
     signal.addEventListener("abort", () => abort.abort(), { once: true });
     fill(tabs, TABS.map(([tab, text]) => h("a", { href: `#/vms/${id}/${tab}`, "aria-current": tab === name ? "page" : null }, text)));
-    const place = h("div", { class: "view", style: { padding: "0", "max-width": "none" } });
+    const place = h("div", { class: "stack" });
     try {
       const view = await load();
       if (inner !== mine) return;

@@ -22,7 +22,7 @@ export async function show({ root, machine, query, signal }) {
   const whole = h("button", { type: "button", class: "small", "aria-pressed": "false", onclick: () => setMode("all") }, "All memory");
   const some = h("button", { type: "button", class: "small", "aria-pressed": "true", onclick: () => setMode("some") }, "Pages that matter");
   const which = select([["", "No trace"], ...traces.map((trace) => [trace.id, `${trace.id.slice(0, 9)}… · ${plural(trace.violations, "refusal")}`])], "", { onchange: () => useTrace(which.value) });
-  const go = h("input", { class: "mono", placeholder: "0x2a5c6a0", spellcheck: "false", autocomplete: "off", id: newId("go"), "aria-label": "Go to an address or an object", list: "objects-of-map" });
+  const go = h("input", { class: "mono", placeholder: "Address or object", spellcheck: "false", autocomplete: "off", id: newId("go"), "aria-label": "Go to an address or an object", list: "objects-of-map" });
   const names = h("datalist", { id: "objects-of-map" }, [...new Set(pages.objects.map((object) => object.name))].slice(0, 500).map((name) => h("option", { value: name })));
 
   function setMode(mode) {
@@ -158,7 +158,7 @@ export async function show({ root, machine, query, signal }) {
         pages.written.has(gfn) && [h("dt", {}, "Written"), h("dd", {}, `sub-pages ${bitsText(pages.written.get(gfn))}`)],
         details && [h("dt", {}, "Denied by"), h("dd", {}, open ? h("span", { class: "muted" }, "nothing") : [!setOpen && "its SET bit", byProtection && "a protection"].filter(Boolean).join(" and "))]),
       details && h("div", { class: "actions" },
-        h("button", { type: "button", class: setOpen ? "" : "primary", "data-keep": "toggle", onclick: () => toggle(gfn, s) }, setOpen ? "Deny writes here" : "Allow writes here"),
+        h("button", { type: "button", class: setOpen ? "" : "primary", "data-keep": "toggle", onclick: () => toggle(gfn, s) }, setOpen ? (byProtection ? "Clear its SET bit, too" : "Deny writes here") : "Allow writes here"),
         h("a", { class: "button", href: `#/vms/${machine.id}/walk?gpa=${hex(address)}` }, "Walk")),
       details && setOpen && byProtection ? h("p", { class: "note" }, "The SET bit is 1 already; the protection denies it. It ends with the protection, or by a grant.") : null,
       details && !setOpen && (counts?.[s] ?? 0) > 0 ? h("p", { class: "note" }, `Allowing it would let ${plural(counts[s], "refused write")} of this trace land.`) : null,

@@ -81,7 +81,7 @@ export async function show({ root, signal }) {
       if (!name.startsWith("subpage_request_seconds_")) continue;
       const key = `${labels.method} ${labels.route}`;
       const row = found.get(key) ?? found.set(key, { count: 0, sum: 0, bad: 0, buckets: new Map() }).get(key);
-      if (name.endsWith("_count")) { row.count += value; if (Number(labels.status) >= 500) row.bad += value; }
+      if (name.endsWith("_count")) { row.count += value; if (Number(labels.status) >= 500 && labels.route !== "/readyz") row.bad += value; }
       else if (name.endsWith("_sum")) row.sum += value;
       else if (name.endsWith("_bucket")) { const edge = labels.le === "+Inf" ? Infinity : Number(labels.le); row.buckets.set(edge, (row.buckets.get(edge) ?? 0) + value); }
     }

@@ -5,7 +5,7 @@ import { bytes, count, plural } from "../format.js";
 import * as api from "../api.js";
 
 export async function show({ root, machine, signal }) {
-  const place = h("div", { class: "view", style: { padding: 0, "max-width": "none" } });
+  const place = h("div", { class: "stack" });
   const vcpu = select(machine.vm.vcpus.map((one) => [String(one.id), `vCPU ${one.id}${one.vp_index !== null ? ` · VP ${one.vp_index}` : ""}`]), undefined, { onchange: () => draw() });
   add(root, [
     h("div", { class: "spread" }, h("div", { class: "fields" }, field("Processor", vcpu)), h("button", { type: "button", onclick: () => draw() }, "Read again")),

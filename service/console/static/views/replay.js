@@ -116,19 +116,19 @@ function list(machine, traces) {
 async function showResult({ root, machine, id, signal }) {
   const trace = await api.get(`${machine.path}/traces/${encodeURIComponent(id)}`, { signal });
   const exits = exitsOf(machine.id, trace.id, trace.violations);
-  const writers = h("div", {});
+  const columns = h("div", { class: "columns" });
   const range = { from: -Infinity, to: Infinity, object: "" };
   const table = exitTable(machine, exits, range, signal);
   const chart = timeline(trace, exits, (from, to) => { range.from = from; range.to = to; table.filter(); }, signal);
   const chooseObject = (name) => { range.object = range.object === name ? "" : name; table.filter(); chart.object(range.object); objects.mark(range.object); };
   const objects = objectTable(trace, chooseObject);
-  exits.watch(() => { if (exits.writers.texts.length > 1) fill(writers, writerTable(exits)); }, signal);
+  exits.watch(() => fill(columns, objects.element, exits.writers.texts.length > 1 && writerTable(exits)), signal);
   add(root, [
     h("div", { class: "spread" }, h("p", {}, h("a", { href: `#/vms/${machine.id}/replay` }, "All results"), h("span", { class: "muted mono small" }, `  ${trace.id}`)),
       h("div", { class: "actions" }, h("a", { class: "button", href: `#/vms/${machine.id}/map?trace=${trace.id}` }, "Show on the map"), h("a", { class: "button", href: `#/compare?a=${machine.id}/${trace.id}` }, "Compare with…"))),
     hero(trace), totals(trace),
     trace.violations > 0 && h("section", { class: "panel", "aria-label": "Timeline" }, h("header", {}, h("h2", {}, "Refused writes over the trace"), chart.tools), chart.element),
-    h("div", { class: "columns" }, objects.element, writers.isConnected ? null : writers),
+    columns,
     trace.violations > 0 && table.element,
   ]);
   chart.start();

@@ -11,7 +11,9 @@ export async function show({ root, machine, query, signal }) {
   const access = select(["write", "read", "execute"], query.get("access") ?? "write");
   const size = h("input", { type: "number", min: 1, max: 65535, value: query.get("size") ?? 8 });
   const vcpu = select(machine.vm.vcpus.map((one) => [String(one.id), `vCPU ${one.id}`]), query.get("vcpu") ?? String(machine.vm.vcpus[0]?.id ?? 0));
-  const result = h("div", { class: "view", style: { padding: 0, "max-width": "none" } });
+  const result = h("div", { class: "stack" });
+  const meaning = h("p", { class: "meaning", hidden: true });
+  const tell = (text) => { meaning.hidden = false; fill(meaning, text); };
   const undo = h("button", { type: "button", hidden: true, onclick: undoLast }, "Undo");
   const done = []; // { path, raw } to be stored back
   let stage = "now";
@@ -19,8 +21,8 @@ export async function show({ root, machine, query, signal }) {
   add(root, [
     h("form", { class: "panel", "aria-label": "Access", onsubmit: (event) => { event.preventDefault(); walk(); } },
       h("div", { class: "fields" }, field("Guest-physical address", gpa), field("Access", access), field("Bytes", size), field("On", vcpu), h("div", { class: "actions" }, h("button", { type: "submit", class: "primary" }, "Walk"), undo)),
-      h("p", { class: "hint" }, "A walk changes nothing: no flag is set, no entry filled.")),
-    result,
+      h("p", { class: "hint" }, "A walk changes nothing: no flag is set, no entry filled. Point at a field of an entry, or reach it with Tab, for its meaning.")),
+    result, meaning,
   ]);
 
   async function walk() {
@@ -49,7 +51,7 @@ export async function show({ root, machine, query, signal }) {
       return shown.sppt.length ? entries === shown.sppt : true;
     };
     const card = (entries, kind) => entries.map((entry, position) => entryCard(entry, {
-      deciding: decides(entries, position), hit: Number(told.subpages),
+      deciding: decides(entries, position), hit: Number(told.subpages), tell,
       edit: stage === "now" ? (one) => editEntry(kind, one) : null,
     }));
     fill(result,
