@@ -296,9 +296,10 @@ class Draft:
     def reserve(self) -> None:
         """Have rows for as many frames as the machine may have, so that a large change does not copy it as it grows.
 
-        Rows that nobody writes cost addresses and no memory; ``trim`` gives them back.
+        Each that the change writes takes a row, those that there are already, too. Rows that nobody writes cost
+        addresses and no memory; ``trim`` gives them back.
         """
-        needed = min(max(0, self._most - frames.in_use(self.machine)), _MOST_RESERVED)
+        needed = min(self._most, _MOST_RESERVED) + int(self.machine.caps[CAP_RESERVE])
         # The host may refuse so much: then the machine grows step by step.
         with suppress(MemoryError):
             self._grow_rows(needed)
