@@ -136,3 +136,12 @@ def said(cost: Cost) -> dict[str, Any]:
 def cost_of(records: np.ndarray, level: str, question: Question, policy: Protection) -> Cost:
     """What one policy costs on the footprint of records."""
     return Costs(footprint_of(records, level), question).of([policy])[0]
+
+
+def records_moved(records: np.ndarray, item: ProtectedObject, to: int) -> np.ndarray:
+    """The trace of a guest in which an object is elsewhere."""
+    gpa, size = records[:, 0].astype(np.int64), (records[:, 1] & np.uint64(0xFFFF)).astype(np.int64)
+    own = (gpa < item.gpa + item.size) & (gpa + size > item.gpa)
+    other = records.copy()
+    other[:, 0] = np.where(own, gpa + to - item.gpa, gpa)
+    return other

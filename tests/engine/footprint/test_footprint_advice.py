@@ -14,7 +14,7 @@ from engine.footprint.places import BYTES, SPANS
 from engine.footprint.question import Question
 from engine.kvm.protections import ProtectedObject, Protection
 from engine.kvm.slots import SlotSpec
-from tests.engine.footprint.asking import answers, footprint_of, replayed, said, scene
+from tests.engine.footprint.asking import answers, footprint_of, records_moved, replayed, said, scene
 
 SLOTS = Question((SlotSpec(0, 0, 1 << 22),))
 
@@ -22,15 +22,6 @@ SLOTS = Question((SlotSpec(0, 0, 1 << 22),))
 def writes(*rows: tuple[int, int, int]) -> np.ndarray:
     """Records of (gpa, size, how often)."""
     return np.array([(gpa, size | acc.WRITE << 16) for gpa, size, count in rows for _ in range(count)], dtype=np.uint64)
-
-
-def records_moved(records: np.ndarray, item: ProtectedObject, to: int) -> np.ndarray:
-    """The trace of a guest in which an object is elsewhere."""
-    gpa, size = records[:, 0].astype(np.int64), (records[:, 1] & np.uint64(0xFFFF)).astype(np.int64)
-    own = (gpa < item.gpa + item.size) & (gpa + size > item.gpa)
-    other = records.copy()
-    other[:, 0] = np.where(own, gpa + to - item.gpa, gpa)
-    return other
 
 
 POLICY = Protection(
