@@ -35,7 +35,7 @@ class Identity:
 
 def short_name(name: str) -> bytes:
     """The name as a tool gets it: UTF-8 of 63 bytes at most, cut between characters, without NUL."""
-    return name.replace("\0", "").encode()[:_LONGEST_NAME].decode(errors="ignore").encode()
+    return name.replace("\0", "").encode(errors="replace")[:_LONGEST_NAME].decode(errors="ignore").encode()
 
 
 def hello(identity: Identity, max_gpa: int) -> bytes:

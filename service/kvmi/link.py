@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, cast
 
 from service.kvmi.connection import Answer, Close, Connection, Do, Send
 from service.kvmi.guest import Change
@@ -67,11 +67,10 @@ class Link(asyncio.Protocol):
     # The transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.set_write_buffer_limits(high=0)
+        made = self._transport = cast(asyncio.Transport, transport)
+        made.set_write_buffer_limits(high=0)
         self._limit = self._loop.call_later(_HANDSHAKE_SECONDS, self.close, "the tool does not answer the handshake")
-        transport.write(hello(self._identity, self.connection.guest.max_gfn() * PAGE_SIZE))
+        made.write(hello(self._identity, self.connection.guest.max_gfn() * PAGE_SIZE))
 
     def data_received(self, data: bytes) -> None:
         if not self.hooked:
@@ -102,10 +101,9 @@ class Link(asyncio.Protocol):
             if handle is not None:
                 handle.cancel()
         self._transport = None
-        if not self.hooked and exc is None:
-            self._reason = f"refused in the handshake: {self._reason}"
+        reason = self._reason if exc is None else str(exc)
         if not self.over.done():
-            self.over.set_result(str(exc) if exc is not None else self._reason)
+            self.over.set_result(reason if self.hooked else f"in the handshake: {reason}")
 
     # Serving
 

@@ -67,6 +67,24 @@ def resolve(broker: Broker, exit: ExitColumns, give_up: Callable[[], Exception |
     return asyncio.run(broker.ask(Question(exit, None, 1), "skip", 8, give_up))
 
 
+def test_every_tool_that_holds_the_guest_has_to_let_go() -> None:
+    async def scenario() -> None:
+        broker = Broker()
+        tools = [Scripted(broker, lambda tool, question: None) for _ in range(3)]
+        for tool in tools:
+            broker.hold(tool)
+        waiting = asyncio.create_task(broker.released())
+        for let_go in (broker.release, broker.leave):
+            let_go(tools.pop())
+            await asyncio.sleep(0)
+            assert broker.held and not waiting.done()
+        # The machine is deleted.
+        broker.end(lambda: NotFound("gone"))
+        await asyncio.wait_for(waiting, 10)
+
+    asyncio.run(scenario())
+
+
 def test_order(refused: ExitColumns) -> None:
     broker, seen = Broker(), []
 
