@@ -87,4 +87,5 @@ def one_of(*names: str) -> Callable[[str], list[str]]:
 
 
 def _vm(context: typer.Context) -> str:
-    return str(context.params.get("vm") or "")
+    # An option that is being completed leaves the arguments before it where they are.
+    return str(context.params.get("vm") or next(iter(context.args), ""))
