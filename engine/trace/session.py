@@ -56,7 +56,7 @@ class ReplayOptions:
     ``include`` which exits are listed, violations or all; ``max_exit_records`` how many are kept; ``carry`` trace
     columns that go into the exit records beside those that always do; ``circumstances`` (bits of
     ``arch.access.CIRCUMSTANCES``) those of every access. With ``goes_on`` record 0 may be the one at which the machine
-    stopped, as any other ``start`` may.
+    stopped, as any other ``start`` may. With ``published`` it can be published between chunks (``trace.published``).
     """
 
     on_violation: str = "skip"
@@ -66,6 +66,7 @@ class ReplayOptions:
     carry: tuple[str, ...] = ()
     circumstances: int = 0
     goes_on: bool = False
+    published: bool = False
 
     def validate(self) -> None:
         choices(self.on_violation, ON_VIOLATION, "on_violation")
@@ -197,7 +198,7 @@ class Replay:
         Operations are for ``trace.timed``; an interactive replay refuses them rather than pass them over.
         """
         if chunk.operations is not None and not chunk.operations.plain:
-            rule = "an interactive replay takes no operations and no address spaces"
+            rule = "a replay that asks, or is published while it runs, takes no operations and no address spaces"
             raise TraceError(rule, index=base + position, field="op")
         m = self._draft.machine
         options, trail = self._words, self._trail

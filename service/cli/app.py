@@ -12,6 +12,7 @@ from service.cli.commands import Command, Given, Root
 from service.cli.events import events
 from service.cli.images import load
 from service.cli.policies import policies
+from service.cli.record import record
 from service.cli.replay import replay
 from service.cli.tokens import tokens
 from service.cli.trace import trace
@@ -133,6 +134,7 @@ def demo(
 
 
 app.command(cls=Command)(replay)
+app.command(cls=Command)(record)
 
 
 _STORE = typer.Option(help="The store; SUBPAGE_STORE, or the file that `serve` uses by default.")

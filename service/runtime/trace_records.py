@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from engine.trace.object_hits import ObjectIndex
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult
 from engine.trace.taken import SkippedLine, Taken
-from service.runtime.traces import NO_RECORDS, PART, Trace, TraceRequest
+from service.runtime.traces import NO_RECORDS, PART, Publication, Trace, TraceRequest
 from service.runtime.translation_records import translations_of
 from service.storage.columns import pack, unpack
 from service.storage.records import TraceRecord
@@ -39,10 +39,12 @@ def record_of(trace: Trace) -> TraceRecord:
         id=trace.id,
         sequence=trace.sequence,
         created=trace.created.isoformat(),
-        exit_records=len(exits),
+        exit_records=trace.exit_records,
         head=json.dumps(_head(trace)),
         object_index=pack(exits.object_index._asdict()),
         parts=[pack(_columns(exits[start : start + PART])) for start in range(0, max(len(exits), 1), PART)],
+        first_part=0 if trace.publication is None else trace.publication.first // PART,
+        goes_on=trace.publication is not None and trace.publication.goes_on,
     )
 
 
@@ -67,6 +69,7 @@ def trace_of(record: TraceRecord) -> Trace:
         created=datetime.fromisoformat(record.created),
         seconds=head["seconds"],
         exit_records=record.exit_records,
+        publication=_publication(head.get("publication")),
     )
 
 
@@ -86,6 +89,14 @@ def columns_of(record: TraceRecord, parts: Sequence[bytes]) -> ExitColumns:
     )
 
 
+def _publication(stored: Mapping[str, Any] | None) -> Publication | None:
+    """How far a trace was published. Whoever reads it from a store is not the one that publishes it."""
+    if stored is None:
+        return None
+    at = datetime.fromisoformat(stored["at"])
+    return Publication(stored["state"], stored["resume_at"], at, stored["rate"]).without_more
+
+
 def _taken(stored: Sequence[Any] | None) -> Taken | None:
     """What a body was taken for; traces of other bodies, and older ones, have nothing of it."""
     if stored is None:
@@ -103,8 +114,16 @@ def _columns(exits: ExitColumns) -> dict[str, Any]:
 
 
 def _head(trace: Trace) -> dict[str, Any]:
-    result = trace.result
+    result, publication = trace.result, trace.publication
     return {
+        "publication": None
+        if publication is None
+        else {
+            "state": publication.state,
+            "resume_at": int(publication.resume_at),
+            "at": publication.at.isoformat(),
+            "rate": publication.rate,
+        },
         "request": asdict(trace.request),
         "result": {
             **{name: int(getattr(result, name)) for name in _TOTALS},
