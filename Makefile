@@ -44,13 +44,16 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # all targets share one environment
-.PHONY: help plugin demo examples serve warm test coverage soak kill-test fault-test load-test abuse-test image-test install-test mutants conformance differential lint format openapi contract contract-tools api-fuzz bench lock clean
+.PHONY: help plugin guest-demo demo examples serve warm test coverage soak kill-test fault-test load-test abuse-test image-test install-test mutants conformance differential lint format openapi contract contract-tools api-fuzz bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## Replay the boot of a real guest over HTTP and print the report (ARGS="--json")
 	@$(BIN)/subpage demo $(ARGS)
+
+guest-demo: $(WARMED) ## Boot a real kernel in QEMU, protect its objects by name, and watch its script tamper with two (Debian)
+	@$(BIN)/python -m service.cli.guest_demo build/guest
 
 examples: $(WARMED) ## Run the examples: introspection, checkpoint, device virtualization, a forgotten flush
 	@for example in introspection live_introspection checkpoint device forgotten_flush; do \

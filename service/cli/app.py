@@ -11,6 +11,7 @@ from service import __version__
 from service.cli.commands import Command, Given, Root
 from service.cli.events import events
 from service.cli.images import load
+from service.cli.live import live
 from service.cli.policies import policies
 from service.cli.record import record
 from service.cli.replay import replay
@@ -135,6 +136,7 @@ def demo(
 
 app.command(cls=Command)(replay)
 app.command(cls=Command)(record)
+app.command(cls=Command)(live)
 
 
 _STORE = typer.Option(help="The store; SUBPAGE_STORE, or the file that `serve` uses by default.")

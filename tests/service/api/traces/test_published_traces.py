@@ -125,7 +125,7 @@ def test_what_has_come_is_committed_and_the_end_is_that_of_one_replay(stored: st
         assert (result["state"], result["resume_at"], result["rate"]) == ("finished", 31, None)
         assert same(result) == same(replayed(client, other, packed(table(gpa=gpas))))
         told = [json.loads(line) for line in events(client, vm) if '"violation"' in line]
-        assert [item["index"] for item in told] == list(range(16))
+        assert [item["detail"]["index"] for item in told] == list(range(16))
 
 
 def events(client: httpx2.Client, vm: str) -> list[str]:
