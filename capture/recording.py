@@ -52,7 +52,6 @@ class Recording:
         self._stack = ExitStack()
         self._stopping: float | None = None
         self._word: str | None = None
-        self._started = False
         self.taken = 0
         self.program: Program
         self.guest: Guest
@@ -93,7 +92,6 @@ class Recording:
             self._stop_if_asked()
         else:
             self._word = "as many stores as were asked for"
-        self._started = self._ring.state != layout.LOADED
         self._counts = self._ring.counts
         self._ring.close()
         self._word = self._word or self.qemu.word()
@@ -145,7 +143,7 @@ class Recording:
             return f"QEMU was ended by {signal.Signals(-status).name}"
         if self.failed:
             return f"QEMU ended with status {status}; it said why"
-        if not self._started and not self.taken:
+        if self._wanted.start_pc and not self.taken:
             return f"the guest never came to {self._wanted.start_pc:#x} {self._wanted.start_n} times: nothing recorded"
         return self._word or "QEMU ended"
 
