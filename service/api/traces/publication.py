@@ -13,8 +13,6 @@ from service.platform.stamps import stamp
 from service.problems import InvalidDocument
 from service.runtime.traces import Trace, TraceRequest
 
-# Formats of which nothing can be replayed before all of it is there.
-_WHOLE = frozenset({"parquet", "json"})
 _SHORTEST, _LONGEST = 0.05, 60.0
 
 PublishEvery = Annotated[
@@ -22,8 +20,8 @@ PublishEvery = Annotated[
     Query(
         pattern="^[1-9][0-9]{0,5}(ms|s)$",
         description=(
-            "Commit what has come so often, as `200ms` or `1s`, from 50ms to 60s: a body of any length, each piece of "
-            "which comes within the time that others have as a whole. Arrow streams, NDJSON, packed records and text."
+            "Commit what has come so often, as `200ms` or `1s`, from 50ms to 60s: an Arrow stream of any length, each "
+            "piece of which comes within the time that other bodies have as a whole."
         ),
     ),
 ]
@@ -62,8 +60,8 @@ def interval_of(text: str, wanted: TraceRequest, keyed: bool) -> float:
     seconds = int(text[:-2]) / 1000 if text.endswith("ms") else float(text[:-1])
     if not _SHORTEST <= seconds <= _LONGEST:
         raise InvalidDocument("must be from 50ms to 60s", field="publish_every", value=text)
-    if wanted.format in _WHOLE:
-        rule = f"goes with bodies that are replayed while they come, and {wanted.format} is read whole"
+    if wanted.format != "arrow":
+        rule = "goes with Arrow streams, whose batches say what can be replayed already"
         raise InvalidDocument(rule, field="publish_every", value=text)
     if wanted.on_violation == ASK:
         rule = "does not go with on_violation=ask, which publishes at each question"
