@@ -29,6 +29,7 @@ COPY requirements.lock requirements-installer.lock ./
 COPY deploy/install.py deploy/
 RUN .venv/bin/python deploy/install.py requirements.lock
 COPY pyproject.toml README.md LICENSE ./
+COPY capture/ capture/
 COPY engine/ engine/
 COPY service/ service/
 COPY client/ client/

@@ -44,7 +44,7 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # all targets share one environment
-.PHONY: help demo examples serve warm test coverage soak kill-test fault-test load-test abuse-test image-test install-test console-test mutants conformance differential lint format openapi contract contract-tools api-fuzz bench lock clean
+.PHONY: help plugin guest-demo demo examples serve warm test coverage soak kill-test fault-test load-test abuse-test image-test install-test console-test mutants conformance differential lint format openapi contract contract-tools api-fuzz bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,12 +52,18 @@ help: ## List the targets
 demo: $(INSTALLED) ## Replay the boot of a real guest over HTTP and print the report (ARGS="--json")
 	@$(BIN)/subpage demo $(ARGS)
 
+guest-demo: $(WARMED) ## Boot a real kernel in QEMU, protect its objects by name, and watch its script tamper with two (Debian)
+	@$(BIN)/python -m service.cli.guest_demo build/guest
+
 examples: $(WARMED) ## Run the examples: introspection, checkpoint, device virtualization, a forgotten flush
 	@for example in introspection live_introspection checkpoint device forgotten_flush; do \
 	    echo "== $$example" && PYTHONPATH=. $(BIN)/python examples/$$example.py || exit 1; done
 
 serve: $(INSTALLED) ## Serve on HOST:PORT, 127.0.0.1:8000 by default
 	@exec $(BIN)/subpage serve --host $(HOST) --port $(PORT) $(ARGS)
+
+plugin: ## Compile the QEMU plugin of `subpage record`, which it does itself otherwise (needs a C compiler)
+	@$(PYTHON) -m capture.plugin
 
 warm: $(WARMED) ## Compile all kernels now; without it that happens when the service starts
 
@@ -159,7 +165,7 @@ lock: ## Resolve the dependencies again into the lock files (UPGRADE=--upgrade m
 	cp build/lock-node/package-lock.json $(CLIENTS)/node/
 
 clean: ## Remove what the tools and make have built, but for the environment in .venv/
-	rm -rf build dist *.egg-info .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build capture/build dist *.egg-info .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # ---- the environment: installed again when a lock or pyproject.toml changes, kernels compiled again when they change

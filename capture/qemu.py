@@ -188,8 +188,15 @@ class Qemu:
             self._word = _word_of(event) or self._word
         return self._word
 
+    def terminate(self) -> None:
+        """Ask QEMU to end, the guest with it."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
     def quit(self) -> None:
-        """End QEMU, the guest with it; by force if it must be."""
+        """End QEMU; by force if it must be."""
         if not self.running:
             return
         self._process.terminate()

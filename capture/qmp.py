@@ -11,6 +11,7 @@ from typing import Any
 from capture.errors import CaptureError
 
 _MOST_LINE = 1 << 24
+_SECONDS = 120.0  # a machine under load starts slowly
 
 
 class QmpClosed(CaptureError):
@@ -26,12 +27,12 @@ class Qmp:
         self._buffer = b""
         self._events: list[dict[str, Any]] = []
 
-    def begin(self, seconds: float = 30.0) -> None:
+    def begin(self, seconds: float = _SECONDS) -> None:
         """Wait for QEMU's greeting, and take it on."""
         self._reply("QMP", seconds)
         self.execute("qmp_capabilities", seconds=seconds)
 
-    def execute(self, name: str, seconds: float = 30.0, **arguments: Any) -> Any:
+    def execute(self, name: str, seconds: float = _SECONDS, **arguments: Any) -> Any:
         """What a command returns. Raises CaptureError with what QEMU says, QmpClosed."""
         self._send({"execute": name, **({"arguments": arguments} if arguments else {})})
         reply = self._reply("return", seconds)
@@ -41,7 +42,8 @@ class Qmp:
 
     def monitor(self, line: str) -> str:
         """What a command of the human monitor prints."""
-        return str(self.execute("human-monitor-command", **{"command-line": line}))
+        arguments: dict[str, Any] = {"command-line": line}
+        return str(self.execute("human-monitor-command", **arguments))
 
     def events(self) -> list[dict[str, Any]]:
         """Events since the last call; does not wait, and does not mind that QEMU has gone."""

@@ -19,6 +19,7 @@ from engine.machine.trace_operations import TraceOperations
 from engine.trace.access_execution import Execute
 from engine.trace.interactive import InteractiveReplay
 from engine.trace.option_names import ASK
+from engine.trace.published import PublishedReplay
 from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
 from engine.trace.single import AccessRequest, AccessResult
 from engine.trace.timed import TimedReplay
@@ -46,7 +47,8 @@ class Traces(Operations):
     def replay(self, options: ReplayOptions, earlier: InteractiveReplay | None = None) -> ReplayTransaction:
         """A replay, one transaction: ``with traces.replay(options) as r: r.feed(chunk) …; r.finish()``.
 
-        With ``on_violation`` ask it may pause; given as ``earlier``, it goes on in the next transaction.
+        With ``on_violation`` ask, or ``published``, it may pause; given as ``earlier``, it goes on in the next
+        transaction.
         """
         options.validate()
         change = self._state.open()
@@ -76,6 +78,8 @@ class Traces(Operations):
             return earlier
         if options.on_violation == ASK:
             return InteractiveReplay(change, options, targets, runs)
+        if options.published:
+            return PublishedReplay(change, options, targets, runs)
         return TimedReplay(change, options, targets, runs, TraceOperations(change))
 
     def walk(self, request: AccessRequest, run: Execute) -> walks.Walk:

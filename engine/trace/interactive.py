@@ -111,16 +111,15 @@ class InteractiveReplay(Replay):
     def go_on(
         self, draft: Draft, targets: object_hits.Targets, before: Callable[[TraceChunk], None] | None = None
     ) -> None:
-        """The answer is coming: take on the machine as it is now."""
-        assert self._place is not None
+        """The answer is coming, or more of the trace: take on the machine as it is now."""
         # Drafts begin from what was published: the very same arrays unless somebody else changed something.
         self._changed = draft.base is not self._draft.machine
         self._draft, self._before = draft, before
         if self._tables is not None and self._changed:
             self._tables.forget()
         if targets is not self._targets:
-            self._take_objects(targets, self._place)
-        if before is not None:
+            self._take_objects(targets)
+        if before is not None and self._place is not None:
             before(self._place.chunk)
 
     # The answer
@@ -222,9 +221,10 @@ class InteractiveReplay(Replay):
 
     # Objects that come and go
 
-    def _take_objects(self, targets: object_hits.Targets, place: Place) -> None:
+    def _take_objects(self, targets: object_hits.Targets) -> None:
         """From here on these objects count; what was counted for one by name goes on to count for it."""
-        self._drain(place.chunk, place.base)
+        place = self._place
+        self._drain() if place is None else self._drain(place.chunk, place.base)
         before, hits, seen, touched = self._by_object(), self._hits, self._seen, self._touched
         position = {name: at for at, name in enumerate(self._targets.names)}
         self._aim(targets)

@@ -219,6 +219,10 @@ class TraceResult:
     untranslated: int = 0
     untranslated_records: tuple[Untranslated, ...] = ()
 
+    def with_exits(self, exits: ExitColumns) -> TraceResult:
+        """The same with other exit records."""
+        return replace(self, exit_columns=exits)
+
     def with_translations(self, found: Translations) -> TraceResult:
         """The same with what was found out about translations."""
         return replace(self, translations=found)

@@ -62,7 +62,8 @@ class ReplayOptions:
     ``include`` which exits are listed, violations or all; ``max_exit_records`` how many are kept; ``carry`` trace
     columns that go into the exit records beside those that always do; ``circumstances`` (bits of
     ``arch.access.CIRCUMSTANCES``) those of every access; ``address`` what the addresses are (``trace.addresses``).
-    With ``goes_on`` record 0 may be the one at which the machine stopped, as any other ``start`` may.
+    With ``goes_on`` record 0 may be the one at which the machine stopped, as any other ``start`` may. With
+    ``published`` it can be published between chunks (``trace.published``).
     """
 
     on_violation: str = "skip"
@@ -73,6 +74,7 @@ class ReplayOptions:
     circumstances: int = 0
     goes_on: bool = False
     address: str = "gpa"
+    published: bool = False
 
     def validate(self) -> None:
         choices(self.on_violation, ON_VIOLATION, "on_violation")
@@ -227,7 +229,7 @@ class Replay:
         tables = self._tables
         if tables is None:
             if chunk.operations is not None and not chunk.operations.plain:
-                rule = "an interactive replay takes no operations and no address spaces"
+                rule = "a replay that asks, or is published while it runs, takes no operations and no address spaces"
                 raise TraceError(rule, index=base + position, field="op")
             return self._replay(words, gvas, position, base)
         if position == tables.ready and tables.why == record_checks.DONE:

@@ -18,8 +18,10 @@ from service.cli.events import events
 from service.cli.footprint import footprint
 from service.cli.images import load
 from service.cli.kvmi import kvmi
+from service.cli.live import live
 from service.cli.policies import policies
 from service.cli.protect import protect, unprotect
+from service.cli.record import record
 from service.cli.replay import replay
 from service.cli.results import exits, jobs, traces
 from service.cli.tokens import tokens
@@ -219,6 +221,8 @@ command(
     f"subpage replay boot.parquet --vm {_GUEST} --no-progress",
     panel=_REPLAYS,
 )(replay)
+command(app, "subpage record -o boot.parquet -- qemu-system-x86_64 -m 512 -kernel vmlinuz", panel=_REPLAYS)(record)
+command(app, "subpage live --policy policy.json -- qemu-system-x86_64 -m 512 -kernel vmlinuz", panel=_REPLAYS)(live)
 command(app, f"subpage traces {_GUEST}", panel=_REPLAYS)(traces)
 command(app, f"subpage exits {_GUEST} -n 20", f"subpage exits {_GUEST} --json", panel=_REPLAYS)(exits)
 command(app, "subpage jobs", "subpage jobs job_5d2f80a96c1be743 --wait", panel=_REPLAYS)(jobs)

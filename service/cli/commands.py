@@ -95,6 +95,12 @@ def examples_of(found: Any) -> list[str]:
     return [line.strip() for line in lines if line.startswith("  ")]
 
 
+def is_typed(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line, and not in the environment alone."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def name_of(ctx: Any) -> str:
     """``subpage token create``, however it was started."""
     names: list[str] = []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli import complete, show
-from service.cli.commands import AsJson, Given
+from service.cli.commands import AsJson, Given, is_typed
 from service.cli.connection import Service, remote
 from service.cli.progress import ProgressOption, bar
 from service.cli.trace_options import FILE_HELP, Columns, Format, FormatOption, Record, RecordOption, SkipUnknown
@@ -86,7 +86,7 @@ def replay(
     Without --vm and --server it runs in this process. With --server a machine is made there for the policy, and deleted
     in the end.
     """
-    by_service = vm is not None or _is_typed(context, "server")
+    by_service = vm is not None or is_typed(context, "server")
     if policy is None and vm is None:
         raise typer.BadParameter("give the policy to replay against, or with --vm a machine", param_hint="--policy")
     if policy is not None and vm is not None:
@@ -120,12 +120,6 @@ def _sent_as(file: Path, format: Format, columns: str | None, record: Record) ->
     if found not in _MEDIA:
         return {"media": "application/octet-stream", "format": found.value}
     return {"media": _MEDIA[found], "record": record.value if found is Format.PACKED else None}
-
-
-def _is_typed(context: typer.Context, name: str) -> bool:
-    """Whether an option stands on the command line, and not in the environment alone."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _here(

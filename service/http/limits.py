@@ -77,6 +77,8 @@ def bounded(
     declared = headers.get(b"content-length")
     if (declared is None or declared == b"0") and b"transfer-encoding" not in headers:
         return receive
+    if _published(scope):
+        return _alive(receive, headers, settings)
     limit = limit_of(scope, settings)
     if declared is not None and decimal(declared.decode("latin-1"), most=limit) is None:
         raise _too_large(limit)
@@ -98,6 +100,37 @@ def bounded(
 
     whole = counted if coding == "identity" else decoded(counted, coding, limit, sparse=_image(scope))
     return whole if held is None or _streamed(scope) else _kept(whole, held)
+
+
+def _published(scope: Scope) -> bool:
+    """Whether it is a trace that is published while it comes: it may be as long as a guest runs."""
+    return _trace(scope) and any(part.startswith(b"publish_every=") for part in scope["query_string"].split(b"&"))
+
+
+def _alive(receive: Receive, headers: Mapping[bytes, bytes], settings: Settings) -> Receive:
+    """``receive`` that waits for each piece of the body, whose length has no limit, as long as for other bodies."""
+    coding = headers.get(b"content-encoding", b"identity").decode("latin-1").lower()
+    if coding != "identity":
+        rule = "must be identity where a trace is published while it comes: what is packed comes in pieces of any size"
+        raise UnsupportedMediaType(
+            rule, field="Content-Encoding", value=coding, headers={"Accept-Encoding": "identity"}
+        )
+    seconds, ended = settings.body_timeout, False
+
+    async def waiting() -> Message:
+        nonlocal ended
+        if ended or not seconds:
+            return await receive()
+        try:
+            async with asyncio.timeout(seconds):
+                message = await receive()
+        except TimeoutError:
+            rule = f"must send something every {seconds:g} seconds; an empty batch is a sign of life"
+            raise BodyTooSlow(rule) from None
+        ended = not message.get("more_body", False)
+        return message
+
+    return waiting
 
 
 def _kept(receive: Receive, held: Held) -> Receive:

@@ -49,11 +49,12 @@ class Parts:
         self._load = load
         self._parts: OrderedDict[tuple[str, int], asyncio.Task[ExitColumns]] = OrderedDict()
 
-    async def get(self, number: int, trace: str, part: int) -> ExitColumns:
-        """Raises NotFound when the trace is not kept, StoreUnavailable."""
+    async def get(self, number: int, trace: str, part: int, least: int = 0) -> ExitColumns:
+        """A part, which has ``least`` records or more by now. Raises NotFound when the trace is not kept,
+        StoreUnavailable."""
         key = (trace, part)
         found = self._parts.get(key)
-        if found is None:
+        if found is None or (least and _is_short(found, least)):
             found = self._parts[key] = asyncio.ensure_future(self._load(number, trace, part))
             while len(self._parts) > _KEPT_PARTS:
                 self._parts.popitem(last=False)
@@ -67,10 +68,17 @@ class Parts:
             raise
 
 
+def _is_short(found: asyncio.Task[ExitColumns], least: int) -> bool:
+    """Whether the part was read when it had fewer records."""
+    return found.done() and not found.cancelled() and found.exception() is None and len(found.result()) < least
+
+
 async def window_of(
-    batch: EventRecord, after: int, most: int, part_of: Callable[[int], Awaitable[ExitColumns]]
+    batch: EventRecord, after: int, most: int, part_of: Callable[[int, int], Awaitable[ExitColumns]]
 ) -> Window | None:
     """Up to ``most`` violations of ``batch`` with ids above ``after``, at least one; all are of one part.
+
+    ``part_of`` is given a part and how many records it has at least.
 
     None when the rest of the batch has no exit records: they passed the limit of the replay, or are not kept any more.
     """
@@ -78,14 +86,24 @@ async def window_of(
     place = max(0, after + 1 - batch.first)
     if place >= body["listed"]:
         return None
-    part, skipped = _part_at(body["parts"], place) if body["parts"] is not None else divmod(place, PART)
+    # Of a trace that was published bit by bit this is a bit: records before it are in its first part, and after it
+    # perhaps in its last.
+    told, rows = body.get("from", 0), body.get("rows")
+    first, offset = divmod(told, PART)
+    if body["parts"] is None:
+        part, skipped = divmod(told + place, PART)
+    else:
+        part, skipped = _part_at(body["parts"], place)
+        part += first
+    least = 0 if rows is None else min(PART, told + rows - part * PART)
     try:
-        exits = await part_of(part)
+        exits = await part_of(part, least)
     except NotFound:
         return None
     if body["parts"] is not None:
-        exits = exits[np.flatnonzero(exits.column("resolution") == VIOLATION)]
-    return Window(batch.first + place, exits[skipped : skipped + most])
+        of_the_bit = exits[offset if part == first else 0 :]
+        exits = of_the_bit[np.flatnonzero(of_the_bit.column("resolution") == VIOLATION)]
+    return Window(batch.first + place, exits[skipped : skipped + min(most, body["listed"] - place)])
 
 
 def _part_at(counts: list[int], place: int) -> tuple[int, int]:

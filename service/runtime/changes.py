@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -98,18 +99,25 @@ def _covered(protection: Protection) -> dict[str, Any]:
 def batches_of(traces: Iterable[Trace]) -> Iterator[Note]:
     """One note for each replay that was refused something: a violation for every exit record that says so.
 
-    ``listed`` of them have records; ``parts`` counts those of each part, null where every record is one.
+    ``listed`` of them have records; ``parts`` counts those of each part, null where every record is one. A trace that
+    is published bit by bit has a note for each bit, and its records are the ``rows`` after the ``from`` first ones.
     """
     for trace in traces:
-        exits = trace.result.exit_columns
-        refused = exits.column("resolution") == VIOLATION
+        exits, bit = trace.result.exit_columns, trace.publication
+        told, offset = (bit.told, bit.told - bit.first) if bit is not None else (0, 0)
+        refused = exits.column("resolution")[offset:] == VIOLATION
         listed = int(np.count_nonzero(refused))
-        unlisted = max(0, trace.result.violations - listed) if trace.result.exit_records_dropped else 0
+        new = trace.result.violations - (bit.violations_told if bit is not None else 0)
+        unlisted = max(0, new - listed) if trace.result.exit_records_dropped else 0
         parts = None
-        if listed != len(exits):
-            parts = [int(np.count_nonzero(refused[at : at + PART])) for at in range(0, len(exits), PART)]
+        if listed != len(refused):
+            bounds = [max(0, at - offset) for at in range(0, offset + len(refused) + PART, PART)]
+            parts = [int(np.count_nonzero(refused[a:b])) for a, b in pairwise(bounds)]
+        detail: dict[str, Any] = {"listed": listed, "parts": parts}
+        if told:
+            detail |= {"from": told, "rows": len(refused)}
         if listed + unlisted:
-            yield Note("violation", {"listed": listed, "parts": parts}, listed + unlisted, trace.id)
+            yield Note("violation", detail, listed + unlisted, trace.id)
 
 
 def refused(exits: ExitColumns) -> int | None:

@@ -17,6 +17,7 @@ from service.runtime.bodies import Upload
 from service.runtime.body_memory import BodyMemory
 from service.runtime.commit_hooks import CommitHooks
 from service.runtime.entry import Entry
+from service.runtime.publishing import Publisher
 from service.runtime.shares import Share
 from service.runtime.spool import Spools
 from service.runtime.traces import SPOOLED_FORMATS, Trace, TraceRequest, replay
@@ -65,6 +66,31 @@ async def replay_body(
     with replaying.places.place(entry.tenant):
         async with Upload(request, replaying.executor, settings.body_queue_bytes, turn) as upload:
             return await _replay_upload(entry, wanted, upload, replaying, settings, metrics, hooks, check, tell, asker)
+
+
+async def publish_body(
+    entry: Entry,
+    wanted: TraceRequest,
+    every: float,
+    request: Request,
+    replaying: Replaying,
+    settings: Settings,
+    metrics: Metrics,
+    hooks: CommitHooks,
+    check: Check,
+    draining: Callable[[], bool],
+) -> Trace:
+    """Replay the body of ``request`` and commit what has come every so many seconds (``service.runtime.publishing``).
+
+    Only the thread that replays needs a turn: the other one mostly waits.
+    """
+    turn = replaying.turns.of(entry.tenant)
+    publisher = Publisher(entry, wanted, every, replaying.executor, turn, hooks, check, draining)
+    with replaying.places.place(entry.tenant), replaying.memory.budget(entry.tenant) as budget:
+        async with Upload(request, replaying.executor, settings.body_queue_bytes) as upload:
+            trace = await publisher.run(upload, budget)
+    metrics.replayed(trace.result)
+    return trace
 
 
 async def _replay_upload(

@@ -15,7 +15,7 @@ from engine.trace.object_hits import ObjectIndex
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult, Untranslated
 from engine.trace.scattered import NONE, Scattered
 from engine.trace.taken import SkippedLine, Taken
-from service.runtime.traces import NO_RECORDS, PART, Trace, TraceRequest
+from service.runtime.traces import NO_RECORDS, PART, Publication, Trace, TraceRequest
 from service.runtime.translation_records import translations_of
 from service.storage.columns import pack, unpack
 from service.storage.records import TraceRecord
@@ -42,10 +42,12 @@ def record_of(trace: Trace) -> TraceRecord:
         id=trace.id,
         sequence=trace.sequence,
         created=trace.created.isoformat(),
-        exit_records=len(exits),
+        exit_records=trace.exit_records,
         head=json.dumps(_head(trace)),
         object_index=pack(exits.object_index._asdict()),
         parts=[pack(_columns(exits[start : start + PART])) for start in range(0, max(len(exits), 1), PART)],
+        first_part=0 if trace.publication is None else trace.publication.first // PART,
+        goes_on=trace.publication is not None and trace.publication.goes_on,
     )
 
 
@@ -72,6 +74,7 @@ def trace_of(record: TraceRecord) -> Trace:
         created=datetime.fromisoformat(record.created),
         seconds=head["seconds"],
         exit_records=record.exit_records,
+        publication=_publication(head.get("publication")),
     )
 
 
@@ -92,6 +95,14 @@ def columns_of(record: TraceRecord, parts: Sequence[bytes]) -> ExitColumns:
         tuple(head["object_names"]),
         places,
     )
+
+
+def _publication(stored: Mapping[str, Any] | None) -> Publication | None:
+    """How far a trace was published. Whoever reads it from a store is not the one that publishes it."""
+    if stored is None:
+        return None
+    at = datetime.fromisoformat(stored["at"])
+    return Publication(stored["state"], stored["resume_at"], at, stored["rate"]).without_more
 
 
 def _taken(stored: Sequence[Any] | None) -> Taken | None:
@@ -119,8 +130,16 @@ def _columns(exits: ExitColumns) -> dict[str, Any]:
 
 
 def _head(trace: Trace) -> dict[str, Any]:
-    result = trace.result
+    result, publication = trace.result, trace.publication
     return {
+        "publication": None
+        if publication is None
+        else {
+            "state": publication.state,
+            "resume_at": int(publication.resume_at),
+            "at": publication.at.isoformat(),
+            "rate": publication.rate,
+        },
         "request": asdict(trace.request),
         "result": {
             **{name: int(getattr(result, name)) for name in _TOTALS},

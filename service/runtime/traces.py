@@ -7,11 +7,12 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
+import anyio.to_thread
 import numpy as np
 
 from engine.machine import VirtualMachine
 from engine.trace.readers import DEFAULT_MEMORY, Budget, Source, TraceReader, open_trace
-from engine.trace.results import EXIT_COLUMNS, ExitColumns, TraceResult
+from engine.trace.results import EXIT_COLUMNS, ExitColumns, TraceResult, join
 from engine.trace.session import ReplayOptions, ReplayTransaction
 from service.problems import trace_not_kept
 
@@ -59,8 +60,9 @@ class TraceRequest:
             longest=self.longest,
         )
 
-    def options(self) -> ReplayOptions:
+    def options(self, *, published: bool = False) -> ReplayOptions:
         return ReplayOptions(
+            published=published,
             on_violation=self.on_violation,
             start=self.start,
             include=self.include,
@@ -72,8 +74,33 @@ class TraceRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Publication:
+    """One commit of a trace that is published while it comes.
+
+    ``state`` is running, finished or interrupted; ``resume_at`` the first record that has not been run, ``at`` when
+    that was so, ``rate`` records a second since the commit before. The exit records of the trace's result are those
+    from position ``first`` on, a multiple of PART: those before it are stored. Earlier commits, if it ``goes_on``
+    after any, have ``told`` so many exit records and ``violations_told`` violations.
+    """
+
+    state: str
+    resume_at: int
+    at: datetime
+    rate: float | None = None
+    first: int = 0
+    told: int = 0
+    violations_told: int = 0
+    goes_on: bool = False
+
+    @property
+    def without_more(self) -> Publication:
+        """As it is when nothing more will come."""
+        return replace(self, state="interrupted" if self.state == "running" else self.state, rate=None)
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
-    """One finished replay: what was asked, what came out. ``seconds`` runs from its start to its publication.
+    """One replay: what was asked, what came out. ``seconds`` runs from its start to its publication.
 
     ``exit_records`` is how many the result has, also where ``result.exit_columns`` were left out.
     """
@@ -86,6 +113,12 @@ class Trace:
     created: datetime
     seconds: float
     exit_records: int
+    publication: Publication | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether more of it may come."""
+        return self.publication is not None and self.publication.state == "running"
 
     def without_records(self) -> Trace:
         """The same with no exit records, for keeping many."""
@@ -118,6 +151,14 @@ def replay(
         return replace(run.finish(), taken=reader.taken), reader.ignored_columns
 
 
+def _joined(pieces: Sequence[ExitColumns]) -> ExitColumns:
+    """The parts of a trace; the last knows all its objects."""
+    if not pieces:
+        return NO_RECORDS
+    last = pieces[-1]
+    return replace(join(pieces, last), object_index=last.object_index, object_names=last.object_names)
+
+
 class TraceStore:
     """The last traces of one machine, oldest dropped first; the newest stays however many records it has.
 
@@ -141,6 +182,8 @@ class TraceStore:
         self._load = load
         self._traces: dict[str, Trace] = {}
         self._columns: dict[str, ExitColumns] = {}
+        # Of traces that were published bit by bit and that no store keeps: their parts.
+        self._pieces: dict[str, list[ExitColumns]] = {}
         self._coming: list[Trace] = []
         self._going: list[str] = []
         self._sequence = 0
@@ -164,16 +207,18 @@ class TraceStore:
         return tuple(self._coming)
 
     def coming(self) -> tuple[list[Trace], list[str]]:
-        """What the next commit stores: the traces handed in, and the ids of those that have to go for them."""
-        left = [*self._traces.values(), *self._coming]
-        records = sum(trace.exit_records for trace in left)
+        """What the next commit stores: the traces handed in, and the ids of those that have to go for them, of which
+        none is running."""
+        again = {trace.id for trace in self._coming}
+        left = [*(trace for trace in self._traces.values() if trace.id not in again), *self._coming]
+        records, count = sum(trace.exit_records for trace in left), len(left)
+        left = [trace for trace in left if not trace.running]
         gone: list[str] = []
         while left and (
-            self._is_too_old(left[0])
-            or (len(left) > 1 and (len(left) > self._kept or records > self._kept_exit_records))
+            self._is_too_old(left[0]) or (count > 1 and (count > self._kept or records > self._kept_exit_records))
         ):
             oldest = left.pop(0)
-            records -= oldest.exit_records
+            records, count = records - oldest.exit_records, count - 1
             gone.append(oldest.id)
         self._going = [trace_id for trace_id in gone if trace_id in self._traces]
         self._coming = [trace for trace in self._coming if trace.id not in gone]
@@ -184,11 +229,23 @@ class TraceStore:
         for trace_id in self._going:
             del self._traces[trace_id]
             self._columns.pop(trace_id, None)
+            self._pieces.pop(trace_id, None)
         added, self._coming, self._going = self._coming, [], []
         for trace in added:
-            self._columns[trace.id] = trace.result.exit_columns
+            if trace.publication is None:
+                self._columns[trace.id] = trace.result.exit_columns
+            elif self._load is None:
+                exits = trace.result.exit_columns
+                pieces = self._pieces.setdefault(trace.id, [])
+                pieces[trace.publication.first // PART :] = [exits[at : at + PART] for at in range(0, len(exits), PART)]
             self._traces[trace.id] = trace.without_records()
         self._shrink()
+
+    def interrupt(self, trace_id: str) -> None:
+        """Nothing more will come of a trace that was published; what the store says of it means the same."""
+        trace = self._traces.get(trace_id)
+        if trace is not None and trace.publication is not None:
+            self._traces[trace_id] = replace(trace, publication=trace.publication.without_more)
 
     def discard(self) -> None:
         """There was no commit."""
@@ -211,16 +268,21 @@ class TraceStore:
         if trace is None or self._is_too_old(trace):
             raise trace_not_kept(trace_id)
         columns = self._columns.pop(trace_id, None)
-        if columns is None:
+        if columns is None and self._load is None:
+            columns = await anyio.to_thread.run_sync(_joined, tuple(self._pieces.get(trace_id, ())))
+        elif columns is None:
             assert self._load is not None
             columns = await self._load(trace_id)
-        if trace_id in self._traces:
+        if trace_id in self._traces and trace.publication is None:
             self._columns[trace_id] = columns
             self._shrink()
         return replace(trace, result=replace(trace.result, exit_columns=columns))
 
     def held(self, trace_id: str, part: int) -> ExitColumns | None:
         """One part of a trace's exit records if all of them are in memory."""
+        pieces = self._pieces.get(trace_id, [])
+        if part < len(pieces):
+            return pieces[part]
         columns = self._columns.get(trace_id)
         return columns[part * PART : (part + 1) * PART] if columns is not None else None
 

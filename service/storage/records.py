@@ -27,7 +27,10 @@ class VmRecord:
 
 @dataclass(frozen=True, slots=True)
 class TraceRecord:
-    """One replay's result. ``object_index`` and each of ``parts`` are blobs of columns."""
+    """One replay's result. ``object_index`` and each of ``parts`` are blobs of columns.
+
+    With ``goes_on`` it replaces what the store has under its id, and of the parts those from ``first_part`` on.
+    """
 
     id: str
     sequence: int
@@ -36,6 +39,8 @@ class TraceRecord:
     head: str
     object_index: bytes
     parts: Sequence[bytes] = ()
+    first_part: int = 0
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, slots=True)

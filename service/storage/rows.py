@@ -113,7 +113,7 @@ def write(connection: sa.Connection, change: Change) -> None:
             raise Overtaken
     _write_blocks(connection, change.number, change.blocks())
     for trace in change.traces:
-        _insert_trace(connection, change.number, trace)
+        _write_trace(connection, change.number, trace)
     if change.dropped:
         connection.execute(sa.delete(trace_parts).where(trace_parts.c.trace.in_(change.dropped)))
         connection.execute(sa.delete(traces).where(traces.c.id.in_(change.dropped)))
@@ -144,19 +144,22 @@ def _write_blocks(connection: sa.Connection, number: int, changed: Iterable[Bloc
             connection.execute(sa.delete(blocks).where(blocks.c.vm == number, blocks.c.block.in_(freed)))
 
 
-def _insert_trace(connection: sa.Connection, number: int, trace: TraceRecord) -> None:
-    connection.execute(
-        sa.insert(traces).values(
-            id=trace.id,
-            vm=number,
-            sequence=trace.sequence,
-            created=trace.created,
-            exit_records=trace.exit_records,
-            head=trace.head,
-            object_index=trace.object_index,
-        )
-    )
-    for part, data in enumerate(trace.parts):
+def _write_trace(connection: sa.Connection, number: int, trace: TraceRecord) -> None:
+    row = {
+        "vm": number,
+        "sequence": trace.sequence,
+        "created": trace.created,
+        "exit_records": trace.exit_records,
+        "head": trace.head,
+        "object_index": trace.object_index,
+    }
+    if trace.goes_on:
+        later = (trace_parts.c.trace == trace.id, trace_parts.c.part >= trace.first_part)
+        connection.execute(sa.update(traces).where(traces.c.id == trace.id).values(row))
+        connection.execute(sa.delete(trace_parts).where(*later))
+    else:
+        connection.execute(sa.insert(traces).values(row | {"id": trace.id}))
+    for part, data in enumerate(trace.parts, trace.first_part):
         connection.execute(sa.insert(trace_parts).values(trace=trace.id, part=part, data=data))
 
 

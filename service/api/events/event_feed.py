@@ -29,7 +29,7 @@ NOT_KEPT = "not-kept"
 TRACE_NOT_KEPT = "trace-not-kept"
 NOT_LISTED = "not-listed"
 
-PartOf = Callable[[str, int], Awaitable[ExitColumns]]
+PartOf = Callable[[str, int, int], Awaitable[ExitColumns]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class Feed:
             return [_item(row, last, msgspec.json.encode(about))]
         trace = row.trace
         scanned = PART if self._wanted.chooses else min(most, _WINDOW)
-        window = await window_of(row, self.position, scanned, lambda part: self._part_of(trace, part))
+        window = await window_of(row, self.position, scanned, lambda *part: self._part_of(trace, *part))
         if window is None:
             listed = row.first + int(json.loads(row.body)["listed"])
             return [self._dropped(last, NOT_LISTED if self.position + 1 >= listed else TRACE_NOT_KEPT)]

@@ -148,9 +148,9 @@ def _part_of(request: Request, entry: Entry) -> PartOf:
     """Exit records of the machine's replays: those in memory, or from the store."""
     parts = registry_of(request).parts
 
-    async def part_of(trace: str, part: int) -> ExitColumns:
+    async def part_of(trace: str, part: int, least: int) -> ExitColumns:
         held = entry.traces.held(trace, part)
-        return held if held is not None else await parts.get(entry.sequence, trace, part)
+        return held if held is not None else await parts.get(entry.sequence, trace, part, least)
 
     return part_of
 

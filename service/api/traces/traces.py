@@ -54,6 +54,7 @@ from service.api.traces.exits import (
 )
 from service.api.traces.jobs import ACCEPTED, PREFER, replay_as_job, wanted_async
 from service.api.traces.notes import MMIO_PERCENT, notes_of
+from service.api.traces.publication import PublicationTotals, PublishEvery, interval_of, publication_totals
 from service.api.traces.translations import (
     EXAMPLE_OPERATION,
     EXAMPLE_STALE,
@@ -72,7 +73,7 @@ from service.platform.stamps import stamp
 from service.problems import InvalidDocument
 from service.runtime.offload import maybe_in_thread
 from service.runtime.registry import Entry
-from service.runtime.replays import replay_body
+from service.runtime.replays import publish_body, replay_body
 from service.runtime.traces import Trace, TraceRequest
 from service.settings import Settings
 
@@ -105,6 +106,10 @@ _SUMMARY = {
     "sizes": None,
     "skipped": None,
     "notes": [],
+    "state": "finished",
+    "resume_at": None,
+    "published": None,
+    "rate": None,
     "seconds": 0.21,
 }
 _RESULT = {
@@ -206,7 +211,7 @@ class ExitCounts(Document):
     spp_misconfiguration: int = Field(description="Exits with reason 66, bit 11 of the qualification clear.")
 
 
-class TraceSummary(TranslationTotals, BodyTotals):
+class TraceSummary(TranslationTotals, BodyTotals, PublicationTotals):
     """The totals of a replay."""
 
     model_config = ConfigDict(json_schema_extra=examples(_SUMMARY))
@@ -304,6 +309,7 @@ def _summary(vm_id: str, trace: Trace) -> dict[str, Any]:
         "ignored_columns": list(trace.ignored_columns),
         **body_totals(trace.request.format, result),
         "notes": notes_of(result),
+        **publication_totals(trace),
         "seconds": round(trace.seconds, 6),
     }
 
@@ -363,7 +369,9 @@ def carried_columns(carry: str | None) -> tuple[str, ...]:
         "With `Prefer: respond-async` the body is received whole and the replay becomes a job (202), which waits for "
         "its turn and for its VM however long that takes. With `Prefer: wait=N` it becomes one unless it has ended "
         "after N seconds; until then a failure is answered as without it. "
-        "A replay that asks is answered when it has ended, whatever is preferred."
+        "A replay that asks is answered when it has ended, whatever is preferred.\n\n"
+        "With `publish_every` it is many transactions instead: what has come is committed so often, and the trace is "
+        "listed from the first time on, with `state` and `resume_at` (docs/traces.md)."
     ),
     status_code=201,
     openapi_extra={
@@ -413,6 +421,7 @@ async def create_trace(
         Query(description="Layout of packed records; with `application/octet-stream` only."),
     ] = None,
     format: Annotated[ToolFormatName | None, Query(description=FORMAT_ABOUT)] = None,
+    publish_every: PublishEvery = None,
     skip_unknown: Annotated[bool, Query(description=SKIP_ABOUT)] = False,
     columns: Annotated[str | None, Query(max_length=2000, description=COLUMNS_ABOUT)] = None,
     carry: Annotated[
@@ -445,6 +454,22 @@ async def create_trace(
         columns=columns,
         longest=settings.max_body_bytes,
     )
+    if publish_every is not None:
+        access, caller = access_of(request), principal_of(request)
+        state = request.app.state
+        trace = await publish_body(
+            entry,
+            wanted,
+            interval_of(publish_every, wanted, "idempotency-key" in request.headers),
+            request,
+            replaying_of(request),
+            settings,
+            metrics_of(request),
+            hooks_of(request),
+            lambda: access.check(caller),
+            lambda: bool(state.draining),
+        )
+        return await _created(entry, await entry.traces.get(trace.id), settings)
     asker = asker_of(request, entry, traced=True) if on_violation == ASK else None
     wishes = wanted_async(request) if asker is None else None
     if wishes is not None:

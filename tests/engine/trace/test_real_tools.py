@@ -90,7 +90,8 @@ def test_bochs(tmp_path: Path) -> None:
 
 # In an instance of tracefs, and a name space, of its own: the machine's mounts and its own trace stay as they are.
 TRACED = """
-mount -t tracefs nodev /sys/kernel/tracing && instance=/sys/kernel/tracing/instances/subpage-$$ && mkdir $instance || exit 77
+mount -t tracefs nodev /sys/kernel/tracing || exit 77
+instance=/sys/kernel/tracing/instances/subpage-$$ && mkdir $instance || exit 77
 trace=$1; shift
 echo 1 > $instance/options/event-fork
 echo $$ > $instance/set_event_pid

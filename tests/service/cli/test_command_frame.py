@@ -296,8 +296,11 @@ def filled(client: ContractClient, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return {GUEST: url.rpartition("/")[2], JOB: job.json()["id"]}
 
 
-# Served, warmed, waited for or attached elsewhere: these go on, take minutes, or need a tool that listens.
-_ELSEWHERE = {("serve",), ("demo",), ("attach",), ("kvmi", "connect"), ("kvmi", "show"), ("kvmi", "disconnect")}
+# Served, recorded, waited for or attached elsewhere: these go on, take minutes, or need a guest or a tool.
+_ELSEWHERE = {
+    *(("serve",), ("demo",), ("attach",), ("record",), ("live",)),
+    *(("kvmi", "connect"), ("kvmi", "show"), ("kvmi", "disconnect")),
+}
 
 
 # What is done once, or under a name that nothing else has.

@@ -1,0 +1,119 @@
+"""A small guest of Debian's kernel and busybox, made on the spot: what ``make guest-demo`` and its test boot."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import stat
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from capture.errors import CaptureError
+
+INIT = Path(__file__).parent / "guest_init.sh"
+IMAGE_BASE = 0xFFFFFFFF80000000  # where the kernel's image lies under nokaslr, at guest-physical address 0
+START = "__x64_sys_sync"
+_SECONDS = 600
+
+
+@dataclass(frozen=True, slots=True)
+class SmallGuest:
+    """Files of a guest: a kernel, an initramfs, and the kernel's symbols as it shows them itself."""
+
+    kernel: Path
+    initramfs: Path
+    symbols: Path
+
+    def command(self, *more: str, append: str = "") -> list[str]:
+        """QEMU's command line; the guest's console is standard output."""
+        return _command(self.kernel, self.initramfs, ("-serial", "stdio", *more), append)
+
+
+def small_guest(folder: Path) -> SmallGuest:
+    """The guest, made in ``folder`` unless it is there. Fetches Debian packages. Raises CaptureError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kernel, initramfs, symbols = folder / "vmlinuz", folder / "initramfs.gz", folder / "kallsyms"
+    if not kernel.exists():
+        package = _run(["apt-cache", "depends", "linux-image-amd64"]).stdout
+        names = [line.split()[-1] for line in package.splitlines() if "Depends: linux-image" in line]
+        if not names:
+            raise CaptureError("apt knows no package linux-image-amd64: apt-get update, on Debian")
+        _unpacked(folder, names[0], "boot/vmlinuz-*", kernel)
+    busybox = folder / "busybox"
+    if not busybox.exists():
+        _unpacked(folder, "busybox-static", "*bin/busybox", busybox)
+    initramfs.write_bytes(gzip.compress(_archive(busybox.read_bytes(), INIT.read_bytes()), 1, mtime=0))
+    if not symbols.exists():
+        raw = folder / "kallsyms.raw"
+        serial = ("-serial", "file:/dev/null", "-serial", f"file:{raw}")
+        _run(_command(kernel, initramfs, serial, "subpage=symbols"))
+        text = raw.read_bytes().replace(b"\r\n", b"\n")
+        if b" modprobe_path\n" not in text:
+            raise CaptureError(f"{raw}: the guest did not show its symbols")
+        symbols.write_bytes(text)
+        raw.unlink()
+    return SmallGuest(kernel, initramfs, symbols)
+
+
+def _command(kernel: Path, initramfs: Path, more: Sequence[str], append: str) -> list[str]:
+    machine = (
+        "qemu-system-x86_64",
+        "-M",
+        "pc,accel=tcg",
+        "-m",
+        "512M",
+        "-nodefaults",
+        "-vga",
+        "none",
+        "-display",
+        "none",
+    )
+    words = f"console=ttyS0 nokaslr quiet panic=-1 {append}".strip()
+    files = ("-kernel", str(kernel), "-initrd", str(initramfs), "-append", words)
+    return [*machine, "-no-reboot", *files, *more]
+
+
+def _unpacked(folder: Path, package: str, pattern: str, target: Path) -> None:
+    """Fetch a package, and take one file out of it."""
+    apart = folder / "package"
+    shutil.rmtree(apart, ignore_errors=True)
+    apart.mkdir()
+    _run(["apt-get", "download", package], apart)
+    (archive,) = apart.glob("*.deb")
+    _run(["dpkg-deb", "-x", archive.name, "content"], apart)
+    found = sorted((apart / "content").rglob(pattern.rpartition("/")[2]))
+    if not found:
+        raise CaptureError(f"the package {package} has no {pattern}")
+    found[0].replace(target)
+    shutil.rmtree(apart)
+
+
+def _run(command: Sequence[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=_SECONDS
+        )
+    except FileNotFoundError:
+        raise CaptureError(
+            f"{command[0]}: there is no such program; the demonstration needs Debian or Ubuntu"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise CaptureError(f"{' '.join(command)}: status {error.returncode}: {error.stderr.strip()}") from None
+    except subprocess.TimeoutExpired:
+        raise CaptureError(f"{command[0]} did not end within {_SECONDS} s") from None
+
+
+def _archive(busybox: bytes, init: bytes) -> bytes:
+    """An initramfs (cpio, "newc"): the programs, and the console that the kernel opens for the first process."""
+    folders = [(name, stat.S_IFDIR | 0o755, b"", (0, 0)) for name in ("bin", "dev", "proc")]
+    programs = [(name, stat.S_IFREG | 0o755, data, (0, 0)) for name, data in (("bin/busybox", busybox), ("init", init))]
+    console = ("dev/console", stat.S_IFCHR | 0o600, b"", (5, 1))
+    out = bytearray()
+    for number, (name, mode, data, device) in enumerate((*folders, *programs, console, ("TRAILER!!!", 0, b"", (0, 0)))):
+        fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(name) + 1, 0)
+        out += b"070701" + b"".join(b"%08x" % field for field in fields) + name.encode() + b"\0"
+        out += bytes(-len(out) % 4) + data
+        out += bytes(-len(out) % 4)
+    return bytes(out)

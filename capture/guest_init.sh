@@ -1,0 +1,16 @@
+#!/bin/busybox sh
+# The first process of the guest of `make guest-demo`: it shows the kernel's symbols, or tampers with two of its objects.
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t proc proc /proc
+mount -t devtmpfs dev /dev
+if grep -q subpage=symbols /proc/cmdline; then
+    echo 0 > /proc/sys/kernel/kptr_restrict
+    cat /proc/kallsyms > /dev/ttyS1
+    poweroff -f
+fi
+sync # the mark at which recording starts
+echo /bin/true > /proc/sys/kernel/modprobe
+echo '|/bin/false' > /proc/sys/kernel/core_pattern
+echo "guest: modprobe is $(cat /proc/sys/kernel/modprobe), core_pattern is $(cat /proc/sys/kernel/core_pattern)"
+poweroff -f

@@ -1,0 +1,72 @@
+"""Traces that are published while they come: what is asked for, and what is told of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import Query
+from pydantic import Field
+
+from engine.trace.option_names import ASK
+from service.http.wire_types import Document
+from service.platform.stamps import stamp
+from service.problems import InvalidDocument
+from service.runtime.traces import Trace, TraceRequest
+
+_SHORTEST, _LONGEST = 0.05, 60.0
+
+PublishEvery = Annotated[
+    str | None,
+    Query(
+        pattern="^[1-9][0-9]{0,5}(ms|s)$",
+        description=(
+            "Commit what has come so often, as `200ms` or `1s`, from 50ms to 60s: an Arrow stream of any length, each "
+            "piece of which comes within the time that other bodies have as a whole."
+        ),
+    ),
+]
+
+
+class PublicationTotals(Document):
+    """How far a trace is that is published while it comes."""
+
+    state: Literal["running", "finished", "interrupted"] = Field(
+        "finished", description="`interrupted`: its body did not come to its end."
+    )
+    resume_at: int | None = Field(
+        None, description="With `publish_every`: the first record that was not replayed; go on there with `start`."
+    )
+    published: str | None = Field(
+        None, description="The last commit, RFC 3339, UTC; null as above.", json_schema_extra={"format": "date-time"}
+    )
+    rate: float | None = Field(None, description="Records a second between the last two commits, while it is running.")
+
+
+def publication_totals(trace: Trace) -> dict[str, Any]:
+    """The members of ``PublicationTotals``."""
+    publication = trace.publication
+    if publication is None:
+        return {"state": "finished", "resume_at": None, "published": None, "rate": None}
+    return {
+        "state": publication.state,
+        "resume_at": int(publication.resume_at),
+        "published": stamp(publication.at),
+        "rate": None if publication.rate is None else round(publication.rate, 1),
+    }
+
+
+def interval_of(text: str, wanted: TraceRequest, keyed: bool) -> float:
+    """``publish_every`` in seconds. Raises InvalidDocument where a trace cannot be published."""
+    seconds = int(text[:-2]) / 1000 if text.endswith("ms") else float(text[:-1])
+    if not _SHORTEST <= seconds <= _LONGEST:
+        raise InvalidDocument("must be from 50ms to 60s", field="publish_every", value=text)
+    if wanted.format != "arrow":
+        rule = "goes with Arrow streams, whose batches say what can be replayed already"
+        raise InvalidDocument(rule, field="publish_every", value=text)
+    if wanted.on_violation == ASK:
+        rule = "does not go with on_violation=ask, which publishes at each question"
+        raise InvalidDocument(rule, field="publish_every", value=text)
+    if keyed:
+        rule = "does not go with publish_every: what was committed stays, and is not done again by sending it again"
+        raise InvalidDocument(rule, field="Idempotency-Key", value="")
+    return seconds

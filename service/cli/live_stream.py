@@ -1,0 +1,132 @@
+"""A guest as a body that comes while it runs, and what a service says of it meanwhile."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx2
+import numpy as np
+import pyarrow as pa
+
+from capture.qemu import Guest
+from capture.recording import Recording
+from service.cli.connection import Service, Unanswered
+from service.cli.demo import report_of
+from service.cli.guests import Watch
+from service.cli.recorded_files import SMALL, WORDS
+
+if TYPE_CHECKING:
+    import subpage
+    from service.api.protection.policies import ProtectionRequest
+
+_SIGN_OF_LIFE = 1.0  # seconds after which an idle guest sends an empty batch
+_LOOK_SECONDS = 0.5
+_TOLD = 20  # violations that are told one by one
+_LISTED = 1000  # exit records that the writers are taken from
+
+
+def bare_client(url: str) -> httpx2.Client:
+    """For a service of our own."""
+    return httpx2.Client(base_url=url, timeout=600.0)
+
+
+class Machine:
+    """The machine of a service that stands for the guest's processor."""
+
+    def __init__(self, vm: subpage.Vm, policy: str, guest: Guest, covered: dict[str, Any]) -> None:
+        self._vm, self._policy, self._guest, self._covered = vm, policy, guest, covered
+
+    @classmethod
+    def make(cls, client: subpage.Client, guest: Guest, policy: ProtectionRequest, symbols: Path | None) -> Machine:
+        """With slots like the guest's RAM, the policy's objects protected, and the symbols if there are any.
+
+        Raises Failure.
+        """
+        slots = [{"slot": n, "gpa": hex(first), "size": hex(size)} for n, (first, size) in enumerate(guest.ranges)]
+        document = {"name": f"live {policy.name}"[:200], "vcpus": guest.vcpus, "memory_slots": slots, "spp": True}
+        vm = client.vm(client.call("createVm", json=document).json()["id"])
+        if symbols is not None:
+            vm.load_symbols(symbols)
+        covered = vm.protect(policy.model_dump(mode="json", exclude_unset=True), name=policy.name)
+        return cls(vm, policy.name, guest, covered)
+
+    def stream(self, recording: Recording, watch: Watch, every: str) -> dict[str, Any]:
+        """Let the guest run; the trace that came of it. Raises Unanswered, CaptureError."""
+        media = "application/vnd.apache.arrow.stream"
+        trace = self._vm.replay(_body(recording, watch), media=media, publish_every=every, on_violation="allow")
+        return trace.document
+
+    @contextmanager
+    def telling(self, service: Service, watch: Watch) -> Iterator[None]:
+        """Tell of violations on standard error while they happen; the first ones each, then how many."""
+        ending = threading.Event()
+
+        def look() -> None:
+            with suppress(Unanswered), service.client() as client:
+                vm, after, told = client.vm(self._vm.id), "0", 0
+                while not ending.wait(_LOOK_SECONDS):
+                    for event in vm.events(after=after, kinds="violation"):
+                        after, told = str(event["id"]), told + 1
+                        if told <= _TOLD:
+                            sys.stderr.write(f"{_told(event['detail'])}\n")
+                    watch.extra = f", {told:,} violations"
+
+        thread = threading.Thread(target=look, name="violations", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ending.set()
+            thread.join(_LOOK_SECONDS * 4)
+
+    def writers(self, result: dict[str, Any]) -> list[str]:
+        """Lines that say which function wrote to which object, most often first."""
+        found = list(itertools.islice(self._vm.trace(result["id"]).exits(), _LISTED))
+        pairs = Counter(
+            (name, record.get("writer") or record.get("pc", "?")) for record in found for name in record["objects"]
+        )
+        lines = [f"  {name}: {count:,} writes by {writer}" for (name, writer), count in pairs.most_common()]
+        some = f", of the first {_LISTED:,}" if result["violations"] > len(found) else ""
+        return [f"Who wrote to what{some}:", *lines] if lines else []
+
+    def report(self, command: str, result: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """What ``service.cli.report`` prints."""
+        memory = sum(size for _, size in self._guest.ranges)
+        return report_of(command, self._policy, memory, self._covered, result, seconds)
+
+
+def _told(detail: dict[str, Any]) -> str:
+    who = ", ".join(detail.get("objects", ())) or "no object"
+    return f"violation: {who}: {detail.get('size')} bytes at {detail.get('gpa')}, record {detail.get('index')}"
+
+
+def _body(recording: Recording, watch: Watch) -> Iterator[bytes]:
+    """The records as an Arrow stream, a batch for each run of them, and an empty one now and then."""
+    fields = [*((name, pa.uint64()) for name in WORDS), *((name, pa.uint8()) for name in SMALL)]
+    schema, sink = pa.schema(fields), io.BytesIO()
+    sent = time.monotonic()
+    with pa.ipc.new_stream(sink, schema) as out:
+        for records in recording:
+            watch.see(records)
+            if len(records) or time.monotonic() - sent >= _SIGN_OF_LIFE:
+                arrays = [pa.array(np.ascontiguousarray(records[name])) for name in (*WORDS, *SMALL)]
+                out.write_batch(pa.record_batch(arrays, schema=schema))
+                sent = time.monotonic()
+                yield _taken(sink)
+    yield _taken(sink)
+
+
+def _taken(sink: io.BytesIO) -> bytes:
+    data = sink.getvalue()
+    sink.seek(0)
+    sink.truncate()
+    return data

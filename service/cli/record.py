@@ -1,0 +1,135 @@
+"""``subpage record``: every store of a guest that runs in QEMU, as a trace file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from service.cli.progress import ProgressOption
+
+if TYPE_CHECKING:
+    from capture.recording import Recording, Wanted
+
+GuestCommand = Annotated[
+    list[str],
+    typer.Argument(metavar="-- QEMU…", help="The command line of QEMU that starts the guest: qemu-system-x86_64 …"),
+]
+Start = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHERE[:N]",
+        help="Begin when the instruction at an address (0x…), or at a symbol of --symbols, runs for the N-th time.",
+    ),
+]
+SymbolFile = Annotated[
+    Path | None, typer.Option("--symbols", help="The guest kernel's symbols: kallsyms, System.map, ISF or ELF.")
+]
+Only = Annotated[
+    str | None, typer.Option(metavar="LOW-HIGH", help="Only stores to these guest-physical addresses, HIGH excluded.")
+]
+Most = Annotated[int | None, typer.Option("--max", min=1, help="End the guest after so many stores.")]
+
+
+def record(
+    command: GuestCommand,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write: .parquet, or .arrow (a stream).")],
+    start: Start = None,
+    symbols: SymbolFile = None,
+    only: Only = None,
+    most: Most = None,
+    progress: ProgressOption = None,
+) -> None:
+    """Record every store of a guest that runs in QEMU, for `subpage replay` and `POST …/traces`. Ctrl-C ends the guest
+    and closes the file.
+    """
+    from capture.errors import CaptureError
+    from capture.recording import NOT_SEEN, Recording
+    from service.cli.guests import stopping, watched
+    from service.cli.recorded_files import RecordedFile, suffix_of
+    from service.cli.trace_parquet import replacing
+    from service.platform.failures import Failure
+
+    suffix = suffix_of(output)
+    wanted = wanted_of(start, symbols, only, most)
+    try:
+        with Recording(command, wanted) as recording, stopping(recording), replacing(output) as beside:
+            file = RecordedFile(beside, suffix, recording.identity())
+            with watched("recording", recording, progress) as watch:
+                for records in recording:
+                    file.add(records)
+                    watch.see(records)
+            file.close()
+    except CaptureError as error:
+        raise Failure(str(error)) from None
+    size = output.stat().st_size
+    typer.echo(f"{watch.told()} in {output}, {size / (1 << 20):.1f} MiB")
+    typer.echo(left_out(recording))
+    typer.echo(NOT_SEEN)
+    ended(recording, "record")
+
+
+def left_out(recording: Recording) -> str:
+    """Stores that were seen and are no records."""
+    counts = recording.counts
+    told = [
+        f"{counts.devices:,} to devices",
+        f"{counts.elsewhere:,} to firmware, video memory or addresses that were not asked for",
+    ]
+    if counts.unknown:
+        told.append(f"{counts.unknown:,} whose address QEMU did not know")
+    return f"Left out: {', '.join(told)}. The guest waited {counts.waits:,} times for the reader."
+
+
+def ended(recording: Recording, name: str) -> None:
+    """Say why the guest ended; exit with status 130 or 1 where that was not its own end."""
+    typer.echo(f"subpage {name}: {recording.word}", err=True)
+    if recording.stopped:
+        raise typer.Exit(130)
+    if recording.failed or not recording.taken:
+        raise typer.Exit(1)
+
+
+def wanted_of(start: str | None, symbols: Path | None, only: str | None, most: int | None) -> Wanted:
+    """The options as one. Raises Failure, naming the option."""
+    from capture.recording import Wanted
+    from service.platform.failures import Failure
+
+    pc, count = 0, 1
+    if start is not None:
+        where, _, times = start.rpartition(":") if ":" in start else (start, "", "1")
+        count = _number(times, f"--start {start}: the N of WHERE:N")
+        if count < 1:
+            raise Failure(f"--start {start}: the N of WHERE:N must be at least 1")
+        pc = _number(where, f"--start {start}") if where.startswith("0x") else _address(where, start, symbols)
+        if not 0 < pc < 1 << 64:
+            raise Failure(f"--start {start}: must be an address of 64 bits, not 0")
+    low, high = 0, 1 << 64
+    if only is not None:
+        first, dash, last = only.partition("-")
+        low, high = _number(first, f"--only {only}"), _number(last if dash else "", f"--only {only}: LOW-HIGH")
+        if not low < high <= 1 << 52:
+            raise Failure(f"--only {only}: must be LOW-HIGH with LOW below HIGH, and HIGH at most 2^52")
+    return Wanted(pc, count, low, high, most)
+
+
+def _address(name: str, start: str, symbols: Path | None) -> int:
+    from service.cli.symbol_policies import read_symbols
+    from service.platform.failures import Failure
+
+    if symbols is None:
+        raise Failure(f"--start {start}: {name} is a symbol, which --symbols FILE must have; an address begins with 0x")
+    found = read_symbols(symbols).table.find(name)
+    if not found:
+        raise Failure(f"--start {start}: {symbols} has no symbol {name}")
+    return int(found[0].address)
+
+
+def _number(text: str, what: str) -> int:
+    from service.platform.failures import Failure
+
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise Failure(f"{what} must be a number, as 0x1000 or 4096") from None

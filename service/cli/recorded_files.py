@@ -1,0 +1,77 @@
+"""Recorded stores as a file with the columns of a trace: Parquet, or an Arrow stream."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from service.cli.trace_parquet import ROW_GROUP
+from service.platform.failures import Failure
+
+# Names of records in the ring are those of the columns. Addresses compress best with their bytes apart.
+WORDS = ("gpa", "gva", "pc")
+SMALL = ("size", "vcpu")
+SUFFIXES = (".parquet", ".arrow", ".arrows")
+# Where the schema says what was recorded, as JSON.
+METADATA = b"subpage.recording"
+
+
+class RecordedFile:
+    """A file under way. Rows go out in groups of one size, so that equal recordings are equal files."""
+
+    def __init__(self, path: Path, suffix: str, identity: dict[str, Any]) -> None:
+        fields = [*((name, pa.uint64()) for name in WORDS), *((name, pa.uint8()) for name in SMALL)]
+        self._schema = pa.schema(fields, metadata={METADATA: json.dumps(identity)})
+        self._held = {name: np.empty(ROW_GROUP, dtype=np.uint64) for name in WORDS}
+        self._held |= {name: np.empty(ROW_GROUP, dtype=np.uint8) for name in SMALL}
+        self._rows = 0
+        self._out: Any
+        if suffix == ".parquet":
+            self._out = pq.ParquetWriter(
+                path,
+                self._schema,
+                compression="zstd",
+                compression_level=1,
+                use_dictionary=list(SMALL),
+                use_byte_stream_split=list(WORDS),
+                write_statistics=False,
+            )
+        else:
+            self._out = pa.ipc.new_stream(path, self._schema)
+
+    def add(self, records: NDArray[np.void]) -> None:
+        """Take records of the ring, which may change afterwards."""
+        while len(records):
+            count = min(len(records), ROW_GROUP - self._rows)
+            for name, held in self._held.items():
+                held[self._rows : self._rows + count] = records[name][:count]
+            self._rows += count
+            records = records[count:]
+            if self._rows == ROW_GROUP:
+                self._flush()
+
+    def close(self) -> None:
+        """Write what is left, and the end."""
+        if self._rows:
+            self._flush()
+        self._out.close()
+
+    def _flush(self) -> None:
+        arrays = [pa.array(self._held[name][: self._rows]) for name in (*WORDS, *SMALL)]
+        self._out.write_batch(pa.record_batch(arrays, schema=self._schema))
+        self._rows = 0
+
+
+def suffix_of(path: Path) -> str:
+    """Of a file that can be written. Raises Failure."""
+    if path.suffix not in SUFFIXES:
+        raise Failure(f"{path}: the name must end in one of {', '.join(SUFFIXES)}")
+    if not path.absolute().parent.is_dir():
+        raise Failure(f"{path}: there is no folder {path.absolute().parent}")
+    return path.suffix

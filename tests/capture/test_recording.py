@@ -1,0 +1,218 @@
+"""What the recorder makes of the accesses that QEMU tells it, up to the reader: against a stand-in for QEMU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from capture import layout
+from capture.errors import CaptureError
+from capture.qemu import MOST_RAM_OF_INTERFACE_1, program_of, ram_ranges
+from capture.recording import Recording, Wanted
+from capture.ring import Ring
+from tests.capture.conftest import DEVICE, STORE, UNKNOWN, Fake
+from tests.capture.fake_qemu import TREE
+
+KERNEL = 0xFFFFFFFF81000000
+PC = 0xFFFFFFFF81234567
+
+
+def recorded(command: list[str], wanted: Wanted | None = None, capacity: int = 1 << 12) -> tuple[Any, Recording]:
+    """All records of a guest, copied, and the recording at its end."""
+    parts = []
+    with Recording(command, wanted or Wanted(), capacity) as recording:
+        parts = [records.copy() for records in recording]
+    return np.concatenate(parts), recording
+
+
+def test_the_two_descriptions_of_the_ring_are_one(libraries: dict[int, Path]) -> None:
+    words = (ctypes.c_uint64 * 10).in_dll(ctypes.CDLL(str(libraries[2])), "fake_offsets")
+    fields = {**(layout.HEADER.fields or {})}
+    names = ("capacity", "high_gpa", "head", "interface", "loads", "tail", "closed")
+    assert list(words) == [
+        layout.MAGIC,
+        *(fields[name][1] for name in names),
+        *((layout.RECORD.fields or {})[name][1] for name in ("size", "lap")),
+    ]
+    assert (layout.HEADER.itemsize, layout.RECORD.itemsize) == (256, 32)
+
+
+@pytest.mark.parametrize("interface", [1, 2])
+def test_a_store_is_a_record_with_both_addresses(fake: Fake, interface: int) -> None:
+    command = fake(accesses=[[0, STORE | 3, KERNEL + 0x10, PC], [0, STORE, 0x7000, 0x400000]], interface=interface)
+    found, recording = recorded(command)
+    assert found[["gpa", "gva", "pc", "size", "vcpu", "flags"]].tolist() == [
+        (0x1001010, KERNEL + 0x10, PC, 8, 0, layout.KERNEL),
+        (0x6000, 0x7000, 0x400000, 1, 0, 0),
+    ]
+    assert recording.guest.interface == interface
+    assert recording.guest.ranges == ((0, 1 << 30),)
+    assert recording.word == "QEMU ended" and not recording.failed
+
+
+def test_a_store_over_two_pages_is_two_records_each_where_its_page_is(fake: Fake) -> None:
+    """QEMU calls once, with the address of the first byte."""
+    found, recording = recorded(fake(accesses=[[0, STORE | 3, 0x7FFD, PC]]))
+    assert found[["gpa", "gva", "size", "flags"]].tolist() == [
+        (0x6FFD, 0x7FFD, 3, layout.KERNEL | layout.SPLIT),
+        (0x9000, 0x8000, 5, layout.KERNEL | layout.SPLIT),
+    ]
+    assert recording.counts.split == 1
+
+
+def test_loads_devices_and_unknown_addresses_are_no_records(fake: Fake) -> None:
+    """QEMU 7.2 calls for loads though stores were asked for."""
+    accesses = [[0, 3, 0x7000, PC], [0, STORE | DEVICE | 2, 0x8000, PC], [0, STORE | UNKNOWN, 0x9000, PC]]
+    found, recording = recorded(fake(accesses=[*accesses, [0, STORE, 0xA000, PC]]))
+    assert found["gva"].tolist() == [0xA000]
+    assert (recording.counts.devices, recording.counts.unknown, recording.counts.taken) == (1, 1, 1)
+
+
+def test_a_full_ring_holds_the_guest_and_loses_nothing(fake: Fake) -> None:
+    found, recording = recorded(fake(run=[1, 20000]), capacity=64)
+    assert found["pc"].tolist() == list(range(0x1000, 0x1000 + 20000))
+    assert recording.counts.waits > 0
+
+
+def test_vcpus_have_one_order_and_each_keeps_its_own(fake: Fake) -> None:
+    found, _ = recorded(fake(run=[3, 20000]), capacity=256)
+    assert len(found) == 60000
+    for vcpu in range(3):
+        assert found["pc"][found["vcpu"] == vcpu].tolist() == list(range(0x1000, 0x1000 + 20000))
+
+
+def test_recording_starts_where_it_is_told_and_ends_after_so_many(fake: Fake) -> None:
+    marked = [[0, STORE, gva, PC if gva % 2 else 0x1000] for gva in range(0x7000, 0x7010)]
+    found, _ = recorded(fake(accesses=marked), Wanted(start_pc=PC, start_n=3))
+    assert found["gva"].tolist() == list(range(0x7005, 0x7010))
+    found, recording = recorded(fake(accesses=marked, sleep=60), Wanted(most=5))
+    assert found["gva"].tolist() == list(range(0x7000, 0x7005))
+    assert recording.word == "as many stores as were asked for" and not recording.failed
+
+
+def test_a_start_that_never_comes_is_told(fake: Fake) -> None:
+    with Recording(fake(accesses=[[0, STORE, 0x7000, 0x1000]]), Wanted(start_pc=PC)) as recording:
+        assert sum(len(records) for records in recording) == 0
+    assert recording.word == f"the guest never came to {PC:#x} 1 times: nothing recorded"
+
+
+def test_other_addresses_are_left_out_and_counted(fake: Fake) -> None:
+    accesses = [[0, STORE | 3, gva, PC] for gva in (0x6FF0, 0x6FF8, 0x7000, 0x7100)]
+    found, recording = recorded(fake(accesses=accesses), Wanted(low=0x7FFC, high=0x8000))
+    assert found["gva"].tolist() == [0x6FF8]  # only its last bytes are wanted
+    assert recording.counts.elsewhere == 3
+
+
+def test_what_interface_1_does_not_know_the_address_of_is_left_out(fake: Fake) -> None:
+    """QEMU 7.2 gives offsets in the block of RAM for firmware and video memory, which lie after those of the guest."""
+    accesses = [[0, STORE, 0x2000000, PC], [0, STORE, 0x7000, PC]]
+    assert recorded(fake(accesses=accesses, ram=1 << 24, interface=1))[0]["gva"].tolist() == [0x7000]
+
+
+def test_the_end_of_a_guest_is_told(fake: Fake) -> None:
+    event = {"event": "SHUTDOWN", "data": {"guest": True, "reason": "guest-reset"}}
+    one = [[0, STORE, 0x7000, PC]]
+    assert recorded(fake(accesses=one, event=event))[1].word.startswith("the guest reset")
+    found, killed = recorded(fake(accesses=one, signal=9))
+    assert (len(found), killed.word, killed.failed) == (1, "QEMU was ended by SIGKILL", True)
+
+
+def test_a_reader_that_vanishes_ends_the_recording_and_not_the_guest(fake: Fake, tmp_path: Path) -> None:
+    """The reader dies with a full ring; the guest, which waits for it, is let go and ends by itself."""
+    command = fake(run=[1, 100000])
+    reader = (
+        "import os, sys; from capture.recording import *\n"
+        "with Recording(sys.argv[1:], Wanted(), 64) as recording:\n"
+        "    print(recording.qemu._process.pid, flush=True); recording.qemu.go(); os._exit(9)\n"
+    )
+    with (tmp_path / "said").open("w+b") as said:
+        done = subprocess.run(
+            [sys.executable, "-c", reader, *command], stdout=subprocess.PIPE, stderr=said, check=False, timeout=120
+        )
+        pidfd = os.pidfd_open(int(done.stdout)) if Path(f"/proc/{int(done.stdout)}").exists() else None
+        if pidfd is not None:
+            assert select.select([pidfd], [], [], 60)[0], "the guest still waits"
+            os.close(pidfd)
+        said.seek(0)
+        assert b"the reader has gone; the guest goes on and is not recorded any more" in said.read()
+
+
+def test_another_version_of_the_ring_is_refused(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(layout, "VERSION", layout.VERSION + 1)
+    with (
+        pytest.raises(CaptureError, match="QEMU ended with status 1 before the guest ran"),
+        Recording(fake(), Wanted()),
+    ):
+        pass
+    assert "was built for another version of its reader" in capfd.readouterr().err
+
+
+def test_a_ring_has_a_power_of_two_of_records() -> None:
+    with pytest.raises(ValueError, match="a power of two of records, not 100"):
+        Ring(100)
+
+
+# What cannot be recorded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (("-enable-kvm",), "-enable-kvm: under kvm the guest runs on the processor, where no plugin sees its stores"),
+        (("-accel", "kvm,thread=single"), "-accel kvm,thread=single: under kvm"),
+        (("--machine", "q35,accel=kvm:tcg"), "-machine q35,accel=kvm:tcg: under kvm"),
+        (("-M", "pc,accel=xen"), "under xen"),
+        (("-m", "1G,slots=2,maxmem=4G"), "-m 1G,slots=2,maxmem=4G: a guest whose memory can grow"),
+        (("-incoming", "defer"), "-incoming: a guest that arrives by migration"),
+        (("-daemonize",), "-daemonize: QEMU must stay in the foreground"),
+    ],
+)
+def test_command_lines_that_leave_nothing_to_see_are_refused(fake: Fake, arguments: tuple[str, ...], rule: str) -> None:
+    with pytest.raises(CaptureError) as refused:
+        program_of(fake(*arguments))
+    assert rule in str(refused.value)
+
+
+def test_programs_that_cannot_record_are_refused(fake: Fake) -> None:
+    with pytest.raises(CaptureError, match="there is no such program; on Debian and Ubuntu: apt-get install qemu"):
+        program_of(["qemu-system-nowhere"])
+    with pytest.raises(CaptureError, match="which guest"):
+        program_of([])
+    with pytest.raises(CaptureError, match="is not a QEMU"):
+        program_of(fake(version="something else\n"))
+    with pytest.raises(CaptureError, match="was built without TCG plugins"):
+        program_of(fake(pluginless=True))
+    assert program_of(fake()).version == "10.0.2"
+
+
+@pytest.mark.parametrize(
+    ("guest", "rule"),
+    [
+        ({"kvm": True}, "QEMU uses KVM"),
+        ({"ram": MOST_RAM_OF_INTERFACE_1 + (1 << 20), "interface": 1}, "wrong addresses above 4 GiB: at most -m 3G"),
+        ({"status": 1}, "QEMU ended with status 1 before the guest ran"),
+        ({"target": "aarch64"}, "QEMU ended with status 1 before the guest ran"),
+    ],
+)
+def test_guests_that_cannot_be_recorded_are_refused_before_they_run(fake: Fake, guest: Any, rule: str) -> None:
+    with pytest.raises(CaptureError) as refused, Recording(fake(**guest), Wanted()):
+        pass
+    assert rule in str(refused.value)
+
+
+def test_ram_is_told_below_and_above_4_gib() -> None:
+    assert ram_ranges(TREE.format(last=(1 << 30) - 1)) == ((0, 1 << 30),)
+    above = "  0000000100000000-000000013fffffff (prio 0, ram): pc.ram @00000000c0000000\n"
+    assert ram_ranges(TREE.format(last=0xBFFFFFFF) + above) == ((0, 0xC0000000), (1 << 32, 1 << 30))
+    with pytest.raises(CaptureError, match="does not tell where"):
+        ram_ranges("")

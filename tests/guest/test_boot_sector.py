@@ -1,0 +1,68 @@
+"""A guest of 50 bytes in the QEMU that is installed: every store that it makes, and nothing else, is recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from service.cli.app import app
+
+pytestmark = [
+    pytest.mark.guest,
+    pytest.mark.skipif(
+        shutil.which("qemu-system-x86_64") is None or shutil.which("cc") is None,
+        reason="needs qemu-system-x86_64 and a C compiler",
+    ),
+]
+
+runner = CliRunner()
+STORES = 1000
+# At 0x7c00, 16-bit, interrupts off: 1,000 words from 0x8000 on, one over two pages, a load; then the power goes off.
+CODE = bytes.fromhex(
+    "fa 31c0 8ed8 8ec0"  # cli; xor ax, ax; mov ds, ax; mov es, ax
+    "b9e803 bf0080"  # mov cx, 1000; mov di, 0x8000
+    "890d 83c702 e2f9"  # mov [di], cx; add di, 2; loop
+    "c706ff9f3412"  # mov word [0x9fff], 0x1234
+    "a10080"  # mov ax, [0x8000]
+    "ba0406 b80020 ef"  # mov dx, 0x604; mov ax, 0x2000; out dx, ax: ACPI S5
+    "f4 ebfd"  # hlt; jmp back
+)
+EXPECTED = [(0x8000 + 2 * n, 2, 0x7C0D) for n in range(STORES)] + [(0x9FFF, 1, 0x7C14), (0xA000, 1, 0x7C14)]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> list[str]:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(CODE.ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
+    qemu = "qemu-system-x86_64 -M pc,accel=tcg -m 16M -nodefaults -vga none -display none"
+    return [*qemu.split(), "-drive", f"file={disk},format=raw,if=ide"]
+
+
+def recorded(path: Path, machine: list[str], *options: str) -> str:
+    result = runner.invoke(app, ["record", "-o", str(path), "--start", "0x7c00", *options, "--", *machine])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_every_store_is_recorded_and_no_load(machine: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "boot.parquet"
+    assert f"{STORES + 2:,} stores to 3 pages" in recorded(path, machine)
+    found = pq.read_table(path)
+    names = ("gpa", "size", "pc")
+    assert list(zip(*(found[name].to_pylist() for name in names), strict=True)) == EXPECTED
+    assert found["gva"].to_pylist() == found["gpa"].to_pylist()
+    assert b'"plugin_interface"' in found.schema.metadata[b"subpage.recording"]
+
+
+def test_two_recordings_are_one_file(machine: list[str], tmp_path: Path) -> None:
+    digests = set()
+    for name in ("one.parquet", "two.parquet"):
+        recorded(tmp_path / name, [*machine, "-smp", "2"], "--max", "500")
+        digests.add(hashlib.sha256((tmp_path / name).read_bytes()).hexdigest())
+    assert len(digests) == 1
+    assert pq.read_table(tmp_path / "two.parquet").num_rows == 500
