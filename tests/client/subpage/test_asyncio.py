@@ -111,4 +111,4 @@ def test_events_are_followed(vm: subpage.Vm) -> None:
 def test_a_wish_that_is_refused(vm: subpage.Vm) -> None:
     with pytest.raises(subpage.Problem) as refused:
         vm.attach(lambda question: "skip", priority=10_000)
-    assert refused.value.field == "priority"
+    assert refused.value.field == "attach.priority"
