@@ -71,20 +71,21 @@ class Transport:
     async def dial(self, url: str, headers: dict[str, str], protocol: str) -> Socket:
         """Raises Unreachable, Problem."""
         trust = None if self._trust is True else self._trust
-        dialled = self._dialler(
-            url,
-            additional_headers=headers,
-            subprotocols=[protocol],
-            ssl=trust if url.startswith("wss:") else None,
-            open_timeout=self._connect,
-            ping_interval=_KEEPALIVE,
-            ping_timeout=_KEEPALIVE,
-            close_timeout=2,
-            max_size=MESSAGE_BYTES,
-            compression=None,
-        )
-        enter = dialled.__enter__ if self._done is _now else dialled.__aenter__
         try:
+            # The blocking one is connected by then, the other one when it is entered.
+            dialled = self._dialler(
+                url,
+                additional_headers=headers,
+                subprotocols=[protocol],
+                ssl=trust if url.startswith("wss:") else None,
+                open_timeout=self._connect,
+                ping_interval=_KEEPALIVE,
+                ping_timeout=_KEEPALIVE,
+                close_timeout=2,
+                max_size=MESSAGE_BYTES,
+                compression=None,
+            )
+            enter = dialled.__enter__ if self._done is _now else dialled.__aenter__
             return Socket(await self._done(enter()), self._done)
         except SOCKET_FAILURES as error:
             raise _undialled(self._url, error) from None
