@@ -7,7 +7,7 @@ import re
 import typer
 
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
-_SIZE = re.compile(r"(0x[0-9a-f]{1,16}|[0-9]{1,20})\s*(?:([kmgt])(?:i?b)?)?", re.IGNORECASE)
+_SIZE = re.compile(r"(0x[0-9a-f]{1,16}|[0-9]{1,20})\s*(?:([kmgt])(?:ib)?)?", re.IGNORECASE)
 
 
 def size_of(text: str) -> int | None:

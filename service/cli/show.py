@@ -40,15 +40,21 @@ def line(found: Any) -> None:
 
 
 def table(
-    names: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = (), to: Console | None = None
+    names: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    right: Sequence[str] = (),
+    literal: bool = False,
+    to: Console | None = None,
 ) -> None:
-    """Rows of values under names; those of columns in ``right`` end under each other, as numbers do."""
+    """Rows of values under names; those of columns in ``right`` end under each other, as numbers do. ``literal``: the
+    names are those of data, and stay as they are."""
     cells = [[_cell(value) for value in row] for row in rows]
     to = to or console()
     if to.is_terminal:
         _rich_table(names, cells, right, to)
         return
-    lines = [[name.upper() for name in names], *cells]
+    lines = [list(names) if literal else [name.upper() for name in names], *cells]
     widths = [max(len(row[at]) for row in lines) for at in range(len(names))]
     for row in lines:
         shown = zip(names, row, widths, strict=True)

@@ -155,7 +155,7 @@ def head(
             typer.echo(json.dumps({name: value for name, value in row.items() if value is not None}))
         return
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if not _is_plain(name, rows)]
-    show.table(names, ([_cell(row.get(name)) for name in names] for row in rows), right=names)
+    show.table(names, ([_cell(row.get(name)) for name in names] for row in rows), right=names, literal=True)
 
 
 def addressed(chunk: TraceChunk, file: TraceFile, address: Address | None) -> NDArray[np.uint64]:

@@ -278,9 +278,8 @@ def filled(client: ContractClient, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     policy = {"name": "policy", "objects": [{"name": "modprobe_path", "gpa": "0x2080", "size": 64}]}
     Path("policy.json").write_text(json.dumps(policy))
     Path("boot.parquet").write_bytes(bodies.FORMATS["parquet"](bodies.table(gpa=[0x2080, 0x9000])).content)
-    Path("boot.log").write_text(
-        "".join(f"{kind} 1ffeffe{at:03x},8\n" for at in range(0, 64, 8) for kind in ("I ", " S"))
-    )
+    accesses = "".join(f"I  0400{at:04x},3\n S 1ffeff{at:04x},8\n" for at in range(0, 64, 8))
+    Path("boot.log").write_text(f"==4242== Lackey, an example Valgrind tool\n{accesses}")
     Path("kallsyms").write_text("ffffffff81000000 T _text\nffffffff82a5c6a0 D modprobe_path\n")
     Path("ram.bin").write_bytes(b"memory")
     Path("rules.toml").write_text('answer = "skip"\n')
