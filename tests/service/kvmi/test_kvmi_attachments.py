@@ -48,8 +48,11 @@ def listener(sockets: Path) -> Iterator[Listening]:
 
 
 @pytest.fixture
-def vm(make_vm: Callable[..., str]) -> str:
-    return make_vm(vcpus=[{"id": 0}, {"id": 5}])
+def vm(make_vm: Callable[..., str], client: ContractClient) -> Iterator[str]:
+    """A machine that looks for no tool any more when the next one does."""
+    url = make_vm(vcpus=[{"id": 0}, {"id": 5}])
+    yield url
+    client.delete(f"{url}/kvmi")
 
 
 def attach(client: ContractClient, vm: str, listener: Listening, **members: Any) -> dict[str, Any]:
@@ -185,6 +188,27 @@ def test_a_step_is_a_record(client: ContractClient, vm: str, guest: Guest) -> No
         guest.done("CONTROL_SINGLESTEP", kvmi.vcpu(0) + bytes(8))
         guest.answer(step, kvmi.CONTINUE)
     assert going.result().json()["violations"] == 3
+
+
+def test_always_continue_counts_as_allow(
+    client: ContractClient, vm: str, guest: Guest, make_vm: Callable[..., str]
+) -> None:
+    """Bitmaps of a tool, and of REST on another machine: the same totals."""
+    bitmaps = {5: 0xFFFF_0000, 6: 0xFFFF_FFFE, 7: 0}
+    rows = [gfn << 12 | at for gfn in (5, 6, 7, 8) for at in range(0, 4096, 480)] * 2
+    other = make_vm(vcpus=[{"id": 0}, {"id": 5}])
+    entries = [{"gfn": gfn, "write_bitmap": bitmap} for gfn, bitmap in bitmaps.items()]
+    assert client.patch(f"{other}/page-access", json={"entries": entries}).status_code == 200
+    allowed = client.post(f"{other}/traces", params={"on_violation": "allow"}, json=trace(rows)).json()
+    guest.done("SET_PAGE_WRITE_BITMAP", kvmi.bitmap_list(*((gfn << 12, word) for gfn, word in bitmaps.items())))
+    guest.enable(0, kvmi.PF)
+    going = replaying(client, vm, rows)
+    for _ in range(allowed["violations"]):
+        guest.answer(guest.event(kvmi.PF), kvmi.CONTINUE)
+    asked = going.result().json()
+    counted = ("records", "writes", "violations", "page_granular_violations", "exits", "stopped_at")
+    assert allowed["violations"] > 20
+    assert {name: asked[name] for name in counted} == {name: allowed[name] for name in counted}
 
 
 def test_what_others_refuse_is_not_the_tools(client: ContractClient, vm: str, guest: Guest) -> None:
