@@ -19,6 +19,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "of_sum": ("x sum", "{:.2f}"),
     "of_empty": ("x empty", "{:.2f}"),
     "of_plain": ("x plain", "{:.3f}"),
+    "of_gpa": ("x by GPA", "{:.2f}"),
     "microseconds": ("µs each question", "{:,.0f}"),
     "peak_growth_bytes": ("peak growth, bytes", "{:,}"),
     "final_growth_bytes": ("growth at the end, bytes", "{:,}"),

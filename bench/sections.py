@@ -7,6 +7,7 @@ from typing import Any
 from bench.asking import AskedReplay
 from bench.c_walk import CSum, CWalk
 from bench.data import POLICIES, TRACES, Answer, expected, load_policy, load_trace
+from bench.guest_virtual import GuestVirtualReplay
 from bench.http_replay import BODIES, HttpReplay
 from bench.large_guest import measure
 from bench.numpy_check import NumpyCheck
@@ -20,6 +21,7 @@ from bench.unicorn_hook import WRITES, UnicornHook
 Row = dict[str, Any]
 
 PLAIN, ASKED = "skip (i)", "asked (i)"
+BY_GVA = "by gva (j)"
 A, B, C, D, E = "numpy bitmap (a)", "C walk (b)", "Unicorn hook (c)", "C sum (d)", "engine (e)"
 
 
@@ -72,6 +74,21 @@ def checks(rounds: int) -> list[Row]:
                 )
                 for name, timing in timings.items()
             ]
+    return rows
+
+
+def guest_virtual(rounds: int) -> list[Row]:
+    """(j) beside (e): the same trace by linear addresses and by GPA, on one core."""
+    rows = []
+    policy = load_policy(POLICIES[0])
+    for trace in map(load_trace, TRACES):
+        methods = {E: EngineReplay(trace, policy), BY_GVA: GuestVirtualReplay(trace, policy)}
+        with one_core():
+            timings = alternate(methods, rounds)
+        for name, method in methods.items():
+            _verify(name, trace.name, policy.name, method.answer())
+            ratio = median_ratio(timings[name], timings[E])
+            rows.append(_row(trace.name, policy.name, name, len(trace), timings[name], of_gpa=ratio))
     return rows
 
 

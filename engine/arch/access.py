@@ -34,12 +34,12 @@ LINEAR_RULE = (
 UNTRANSLATED_KINDS = 1 << DATA | 1 << PAGING_READ
 
 # Whose access it is: an instruction's of the guest, one that KVM emulates for it, or the host's own. The latter two are
-# no accesses of the processor: they read or write data.
+# no accesses of the processor: they read or write data, and the emulator fetches instructions.
 GUEST = 0
 EMULATED = 1
 HOST = 2
 SOURCE_NAMES = ("guest", "emulated", "host")
-SOURCE_RULE = "an emulated or host access is a read or a write of data"
+SOURCE_RULE = "an emulated or host access is a read or a write of data, or a fetch that is emulated"
 
 MAX_INSTRUCTION = 15  # bytes of an instruction; 0 stands for a length that is not known
 

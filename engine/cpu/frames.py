@@ -52,6 +52,10 @@ CAP_SPPT_TREES = 12  # how many SPPTs there are when SPP is on
 CAP_PLACES = 13  # frames that are kept for records of vCPUs still to come: neither free nor in use
 CAPS = 16
 
+# An access of 64 KBytes touches at most 17 pages.
+MOST_PAGES = 18
+NO_PLACE = np.int64(-1)
+
 # A queue of flushes: how many, whether its vCPU was told, and up to 16 of them.
 QUEUE_WORDS = 18
 
@@ -66,7 +70,8 @@ class Machine(NamedTuple):
     ``caps`` int64[CAPS]; ``vcpu_of_id`` int64 (vCPU id to position, -1: none); ``slots`` int64[n, SLOT_WORDS] sorted
     by base GFN; ``cache`` int64[CACHE_WORDS], the fast path; ``tlb`` the translation cache, without rows where none
     is modelled (see ``cpu.tlb``); ``queues`` int64[records of vCPUs, 2, QUEUE_WORDS], flushes that vCPUs have not yet
-    done (see ``hyperv.queues``): volatile like the cache.
+    done (see ``hyperv.queues``): volatile like the cache; ``places`` int64[MOST_PAGES] where the pages of the access
+    under way are, if they are no neighbours (see ``cpu.access_over_pages``), else NO_PLACE comes first.
     """
 
     rows: Words
@@ -82,6 +87,7 @@ class Machine(NamedTuple):
     cache: Words
     tlb: Words = np.zeros((0, 14), dtype=np.int64)
     queues: Words = np.zeros((0, 2, QUEUE_WORDS), dtype=np.int64)
+    places: Words = np.full(MOST_PAGES, NO_PLACE, dtype=np.int64)
 
 
 @kernel

@@ -8,6 +8,8 @@ All modes are walked alike: paging off, 32-bit, PAE (its first step is a registe
 keys are not modelled.
 """
 
+import numpy as np
+
 from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch import ept as bits
@@ -25,10 +27,15 @@ PAE = 3  # two of them in memory, the third in the PDPTE registers
 FOUR_LEVELS = 4
 FIVE_LEVELS = 5
 
-# What a walk may do: leave flags and log entries behind, or look only; go through the translation cache, or not.
+# What a walk may do: leave flags and log entries behind, or look only; go through the translation cache, or not. BARE
+# is no access of a processor: entries are read as memory has them, whatever EPT says, and no privilege is asked for.
 LOOK = 0
 EXECUTE = 1
 FRESH = 2
+BARE = 4
+
+# In place of an address space, a value of CR3: that of the vCPU, by its registers.
+OWN_SPACE = np.int64(-1)
 
 # Steps of a walk: one row a level from 1, [level, address of the entry, size of the entry, entry]; row 0 holds the
 # top and the bottom level that were read.
@@ -156,6 +163,8 @@ def refused(m, vcpu, how, facts):
 @kernel
 def touch(m, vcpu, slot, size, how, doing, trail):
     """One access to a guest entry; returns (reason, qualification, source). Executed, it leaves EPT flags behind."""
+    if doing & BARE:
+        return exits.NONE, 0, cached_check.WALKED
     if doing & FRESH:
         reason, q, _ = access_check.check(m, vcpu, slot, size, how, trail)
         source = cached_check.WALKED
@@ -216,26 +225,52 @@ def update(m, vcpu, how, doing, trail, steps):
 
 
 @kernel
-def walk(m, vcpu, linear, how, doing, trail, steps):
-    """Translate a linear address for an access to one page.
+def pdpte(m, vcpu, space, linear, steps):
+    """The page-directory-pointer entry of PAE paging: a register, or what a load of CR3 would read; 0 if it cannot be.
+
+    It is noted as a step of level 3, with no address where it is a register.
+    """
+    slot = OWN_SPACE
+    entry = m.rows[m.row_of[FIRST_VCPU_FRAME + vcpu], ctl.V_PDPTE0 + (linear >> 30 & 3)]
+    if space != OWN_SPACE:
+        slot = (space & guest.CR3_PAE_TABLE) + (linear >> 30 & 3) * 8
+        entry = read_entry(m, slot | space_of(m, vcpu), 8)
+    steps[PAE, 0] = PAE
+    steps[PAE, 1] = slot
+    steps[PAE, 2] = 8
+    steps[PAE, 3] = entry
+    steps[0, 1] = PAE
+    high = guest.EXECUTE_DISABLE | guest.RESERVED_ABOVE_52 | m.caps[CAP_RESERVED_ADDRESS]
+    if not entry & guest.PRESENT or (space != OWN_SPACE and entry & (guest.RESERVED_PDPTE | high)):
+        return 0
+    return entry
+
+
+@kernel
+def walk(m, vcpu, space, linear, how, doing, trail, steps):
+    """Translate a linear address for an access to one page, by the vCPU's paging mode and an address space.
 
     Returns (reason, value, gpa, facts, source): reason 0 with the GPA and what the guest's paging says of the page, as
     the translation cache keeps it; or a VM exit with its qualification and the GPA of the guest entry; or minus the
     vector of an exception with its error code. ``source`` is STALE if a cached translation misled the walk.
+    ``steps[0, 1]`` is the level of the last entry that was read.
     """
     row = m.row_of[FIRST_VCPU_FRAME + vcpu]
     paging = mode_of(m, vcpu)
     mode = ept.mode_of(m, vcpu)
-    space = space_of(m, vcpu)
+    smm = space_of(m, vcpu)
     if paging == OFF:
         return exits.NONE, 0, linear & LOW_32, UNPAGED | 12 << tlb.GUEST_SIZE_AT, cached_check.WALKED
     size = 4 if paging == BITS_32 else 8
     index_bits = 10 if paging == BITS_32 else 9
-    table = m.rows[row, ctl.V_CR3] & guest.ADDRESS
+    cr3 = m.rows[row, ctl.V_CR3]
+    if space != OWN_SPACE:
+        cr3 = space if paging >= FOUR_LEVELS else space & LOW_32
+    table = cr3 & guest.ADDRESS
     level = paging
     if paging == PAE:
-        entry = m.rows[row, ctl.V_PDPTE0 + (linear >> 30 & 3)]
-        if not entry & guest.PRESENT:
+        entry = pdpte(m, vcpu, space, linear, steps)
+        if not entry:
             return -exceptions.PAGE_FAULT, error_code(m, vcpu, how, 0), 0, 0, cached_check.WALKED
         table = entry & guest.ADDRESS
         level = 2
@@ -249,9 +284,10 @@ def walk(m, vcpu, linear, how, doing, trail, steps):
         found = max(found, source)
         if reason != exits.NONE:
             return reason, q, slot, 0, found
-        if mode & ept.MODE_PAGING_VERIFICATION and not trail[trail[ept.TRAIL_COUNTS, 0] - 1, 3] & bits.PAGING_WRITE:
+        verified = mode & ept.MODE_PAGING_VERIFICATION and not doing & BARE
+        if verified and not trail[trail[ept.TRAIL_COUNTS, 0] - 1, 3] & bits.PAGING_WRITE:
             facts |= tlb.GUEST_UNVERIFIED
-        entry = read_entry(m, slot | space, size)
+        entry = read_entry(m, slot | smm, size)
         steps[0, 1] = level
         steps[level, 0] = level
         steps[level, 1] = slot
@@ -281,6 +317,8 @@ def walk(m, vcpu, linear, how, doing, trail, steps):
         facts |= tlb.GUEST_DIRTY
     if entry & guest.GLOBAL and m.rows[row, ctl.V_CR4] & guest.CR4_PGE:
         facts |= tlb.GUEST_GLOBAL
+    if doing & BARE:
+        return exits.NONE, 0, frame_of(entry, level, paging, linear), facts, found
     if refused(m, vcpu, how, facts):
         return -exceptions.PAGE_FAULT, error_code(m, vcpu, how, exceptions.PF_PRESENT), 0, 0, found
     reason, q, slot, source = update(m, vcpu, how, doing, trail, steps)

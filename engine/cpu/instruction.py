@@ -91,7 +91,9 @@ def by_walk(m, vcpu, linear, size, how, doing, trail, steps):
     Returns (reason, value, gpa, how, denied, facts, source, final): ``final`` is how the page itself was decided,
     ``source`` the stalest of all the decisions on the way.
     """
-    reason, value, gpa, facts, source = guest_paging.walk(m, vcpu, linear, how, doing, trail, steps)
+    reason, value, gpa, facts, source = guest_paging.walk(
+        m, vcpu, guest_paging.OWN_SPACE, linear, how, doing, trail, steps
+    )
     if reason != exits.NONE:
         return reason, value, gpa, how, 0, facts, source, cached_check.WALKED
     how |= tlb.linear_bits(facts)

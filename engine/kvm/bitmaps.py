@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import sppt
-from engine.cpu.access_over_pages import page_part
+from engine.cpu.access_over_pages import page_part, place
 from engine.cpu.memory_slots import home
 from engine.cpu.radix import read, write
 from engine.jit import kernel
@@ -67,12 +67,13 @@ def effective(m, gfn):
 @kernel
 def refuses(m, gpa, size):
     """Whether the maps refuse a write of some bytes, whatever the tables let through."""
-    at = gpa
-    while at < gpa + size:
-        part = page_part(at, gpa + size)
+    done = 0
+    while done < size:
+        at = place(m, gpa, done)
+        part = page_part(at, at + size - done)
         if sppt.touched(at, part) & ~effective(m, home(m, at >> 12)):
             return True
-        at += part
+        done += part
     return False
 
 

@@ -15,11 +15,11 @@ import numpy as np
 
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import radix, sppt
-from engine.cpu.access_over_pages import page_part
+from engine.cpu.access_over_pages import page_part, place
 from engine.cpu.frames import CAP_KVM, STATE_FRAME, read_word
 from engine.cpu.memory_slots import SMM_PAGE, find_slot, home
 from engine.jit import kernel
-from engine.kvm import bitmaps
+from engine.kvm import bitmaps, page_tracking
 from engine.kvm import state_frame as reg
 from engine.kvm.choice_bits import KVM_SAVED_BIT
 from engine.kvm.slots import SLOT_FLAGS, SLOT_LOG_DIRTY
@@ -178,7 +178,8 @@ def note_fault(m, gfn, slot, mask):
     """A write faults on a page that is not mapped, or that KVM itself forbids to write: it gets permission now.
 
     What is written is not known, and for a page that is protected in part not even whether anything will be. KVM's
-    later log notes such a page all the same; the first series never faults for it.
+    later log notes such a page all the same; the first series never faults for it. A page that is protected whole,
+    without sub-page protection, gets no permission.
     """
     state = mode_for(m, gfn)
     if state == 0 or state & BY_PML:
@@ -187,7 +188,7 @@ def note_fault(m, gfn, slot, mask):
         note_log(m, gfn, slot)
         if state & TRACK_PAGES:
             store_written(m, gfn, EVERYTHING)
-    elif m.caps[CAP_KVM] & KVM_SAVED_BIT:
+    elif m.caps[CAP_KVM] & KVM_SAVED_BIT and not page_tracking.active(m):
         note_log(m, gfn, slot)
 
 
@@ -222,14 +223,15 @@ def note_host_write(m, gpa, size):
     """Bytes were stored by the host, or by the hypervisor for the guest: nothing stopped them, and all logs know."""
     if mode(m) == 0:
         return
-    at = gpa
-    while at < gpa + size:
-        part = page_part(at, gpa + size)
+    done = 0
+    while done < size:
+        at = place(m, gpa, done)
+        part = page_part(at, at + size - done)
         slot = find_slot(m, at >> 12)
         if slot >= 0:
             note_log(m, at >> 12, slot)
             note_written(m, at >> 12, sppt.touched(at, part))
-        at += part
+        done += part
 
 
 @kernel

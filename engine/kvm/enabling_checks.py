@@ -16,9 +16,10 @@ def allows_nesting(config: VmConfig) -> bool:
     return bool(config.host.nested)
 
 
-def not_enabled() -> NotEnabled:
-    """What every call that needs sub-page protection says while it is off."""
-    return NotEnabled("must be on: switch sub-page protection on first, with PUT …/spp", field="spp", value=False)
+def not_enabled(why: str = "", *, field: str = "spp", value: object = False, errno: str | None = None) -> NotEnabled:
+    """What every call that needs sub-page protection says while it is off; ``why`` says what needs it."""
+    rule = "must be on: switch sub-page protection on first, with PUT …/spp"
+    return NotEnabled(f"{rule}; {why}" if why else rule, field=field, value=value, errno=errno)
 
 
 def check(config: VmConfig, nesting_in_use: bool = False) -> None:

@@ -1,5 +1,7 @@
 """What KVM does about an EPT violation: map and arm, or report; ``fast_page_fault`` comes first (kvm-spp 3.3, 3.4).
 
+Before both comes page tracking, for a leaf that is there (page_fault_handle_page_track in the kernel).
+
 Lazy set-up lives here: a page is mapped when it is first touched, by any kind of access, and a page whose map is not
 full is armed in the same step: write permission off, bit 61 on.
 """
@@ -9,7 +11,7 @@ from engine.arch import exits
 from engine.cpu import ept
 from engine.cpu.memory_slots import find_slot
 from engine.jit import kernel
-from engine.kvm import access_tracking, bitmaps, dirty_marking, kvmi_rights, mapping
+from engine.kvm import access_tracking, bitmaps, dirty_marking, kvmi_rights, mapping, page_tracking
 from engine.kvm import resolutions as res
 from engine.kvm import state_frame as reg
 from engine.kvm.fast_page_fault import fast_fault
@@ -50,6 +52,8 @@ def handle_violation(m, gpa, qualification, denied, trail, tally):
         return res.INTERNAL_ERROR  # wider than the walk translates: no leaf can be made for it
     entry = trail[trail[ept.TRAIL_COUNTS, 0] - 1, 3]
     present = qualification >> exits.Q_RIGHTS_SHIFT & bits.RIGHTS != 0
+    if present and write and page_tracking.tracks(m, gfn):
+        return res.VIOLATION
     if access_tracking.tracked(m, entry) or (present and write):
         answer = fast_fault(m, gfn, slot, write, denied, trail, tally)
         if answer != res.INTERNAL_ERROR:

@@ -1,13 +1,15 @@
 """Rights that page access takes from whole pages (KVMI_SET_PAGE_ACCESS), as mapping and fault handling see them.
 
 The word of a page (``cpu.radix``) has the bits of read, write and execute that it lacks. Write is enforced by the SET
-map, with which it is paired; its bit here only says that the page is watched, and keeps its leaf small.
+map, with which it is paired; its bit here says that page access took it, which KVM's emulator knows, and keeps the
+page's leaf small.
 """
 
 from engine.arch import ept as bits
 from engine.arch import exits
 from engine.cpu import radix
 from engine.jit import kernel
+from engine.kvm import bitmaps
 from engine.kvm.state_frame import ROOT_ACCESS
 
 KEPT = bits.READ | bits.EXECUTE
@@ -29,6 +31,12 @@ def store(m, gfn, gone):
 def lacking(m, gfn):
     """Read and execute, as far as a page lacks them."""
     return read(m, gfn) & KEPT
+
+
+@kernel
+def closed(m, gfn):
+    """Sub-pages that no write may touch because page access says so, whatever the version does about the maps."""
+    return bitmaps.denied_by_set(m, gfn) if read(m, gfn) & bits.WRITE else 0
 
 
 @kernel

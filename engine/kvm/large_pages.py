@@ -4,7 +4,7 @@ from engine.arch import ept as bits
 from engine.cpu.frames import CAP_EPT_VPID
 from engine.cpu.memory_slots import SLOT_GFN, SLOT_PAGES, SMM_PAGE
 from engine.jit import kernel
-from engine.kvm import choice_bits, dirty_marking, kvmi_rights, regions
+from engine.kvm import choice_bits, dirty_marking, kvmi_rights, page_tracking, regions
 from engine.kvm.choice_bits import KVM_FORCE_SMALL
 from engine.kvm.slots import SLOT_LEVEL
 
@@ -45,14 +45,15 @@ def fits(m, gfn, slot, level):
 def level_for(m, gfn, slot):
     """Level of the leaf KVM maps a page by; later series keep leaves small where a page in them is protected.
 
-    Leaves are small in any series where writes are tracked, and where page access is restricted.
+    Leaves are small in any series where writes are tracked, where page access is restricted, and where a page is
+    protected whole without sub-page protection.
     """
     level = level_of(m, gfn, slot)
     if level > 1 and (dirty_marking.watched(m, slot) or kvmi_rights.restricted(m, gfn, 2)):
         return 1
     if level == 3 and kvmi_rights.restricted(m, gfn, 3):
         level = 2
-    if level == 1 or not choice_bits.chooses(m, KVM_FORCE_SMALL):
+    if level == 1 or not (choice_bits.chooses(m, KVM_FORCE_SMALL) or page_tracking.active(m)):
         return level
     if regions.protected(m, gfn, 2):
         return 1

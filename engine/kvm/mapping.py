@@ -8,8 +8,9 @@ Where the processor has no accessed flag, a page that was aged has no rights at 
 import numpy as np
 
 from engine.arch import ept as bits
-from engine.cpu import ept, fastpath, tlb
-from engine.cpu.frames import STATE_FRAME, read_word, write_word
+from engine.arch.sppt import FULL_ACCESS
+from engine.cpu import ept, fastpath, radix, tlb
+from engine.cpu.frames import STATE_FRAME, ample, read_word, write_word
 from engine.cpu.host_physical_memory import read_entry, write_entry
 from engine.cpu.memory_slots import home, twin, within
 from engine.jit import kernel
@@ -20,6 +21,7 @@ from engine.kvm import (
     dirty_marking,
     ept_tables,
     host_frames,
+    page_tracking,
     regions,
     sppt_tables,
     write_protection,
@@ -28,7 +30,7 @@ from engine.kvm import state_frame as reg
 from engine.kvm.choice_bits import KVM_FILL_IN_SET, KVM_SAVED_BIT
 from engine.kvm.ept_leaf import NOTHING, leaf_for
 from engine.kvm.large_pages import level_for
-from engine.kvm.write_protection import HOST_WRITEABLE, LOCKLESS_WRITABLE
+from engine.kvm.write_protection import HOST_WRITEABLE, LOCKLESS_WRITABLE, MMU_WRITEABLE
 
 NO_MODE = np.int64(0)
 
@@ -188,6 +190,38 @@ def watch_page(m, gfn, slot, trail):
     write_entry(m, table, index, fresh)
     forget(m, gfn, level)
     spare_region(m, gfn)
+
+
+@kernel
+def track_page(m, gfn, trail):
+    """Bring the leaf of a page, of any size, in line with whether it is tracked.
+
+    Write permission goes at once, and comes back by the fault of the next write (kvm_mmu_slot_gfn_write_protect).
+    """
+    fastpath.forget(m, gfn)
+    found, level, table, index, entry = find_leaf(m, gfn, trail)
+    if found and page_tracking.tracks(m, gfn):
+        replace(m, gfn, level, table, index, entry, entry & ~(bits.WRITE | MMU_WRITEABLE))
+
+
+@kernel
+def end_tracking(m, start, end, trail):
+    """Drop the leaves of protected pages: the next access makes them as sub-page protection wants them.
+
+    Goes on from page ``start``; returns the page it has not reached, less than ``end`` when frames ran out.
+    """
+    at = start
+    while True:
+        at = radix.next_leaf(m, reg.ROOT_POLICY, at, end)
+        if at >= end:
+            return end
+        stop = min(end, (at | radix.INDEX_MASK) + 1)
+        while at < stop:
+            if not ample(m):
+                return at
+            if bitmaps.effective(m, at) != FULL_ACCESS:
+                unmap_page(m, at, trail)
+            at += 1
 
 
 @kernel

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
 
-_PLAIN = ("subpage", None, None)
+_PLAIN = ("subpage", None, None, None, None)
 
 
 def protection_to_head(protection: Protection) -> dict[str, Any]:

@@ -28,7 +28,8 @@ GRANULARITIES = {"subpage": SUBPAGE_SHIFT, "page": 12}
 class ProtectedObject:
     """A named byte range of guest memory. Ranges of one name count as one object.
 
-    ``granularity`` is one of GRANULARITIES. ``gva``, where the guest sees it, and ``about`` are notes.
+    ``granularity`` is one of GRANULARITIES. ``gva``, where the guest sees it, and ``about`` are notes. With ``vcpu``,
+    ``gpa`` was found by ``gva`` through the page tables of that vCPU, those that ``cr3`` names unless it is None.
     """
 
     name: str
@@ -37,6 +38,8 @@ class ProtectedObject:
     granularity: str = "subpage"
     gva: int | None = None
     about: str | None = None
+    vcpu: int | None = None
+    cr3: int | None = None
 
     @property
     def first_subpage(self) -> int:
@@ -55,6 +58,19 @@ class ProtectedObject:
     @property
     def pages(self) -> int:
         return ((self.gpa + self.size - 1) >> 12) - self.first_gfn + 1
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualObject:
+    """A named byte range of the guest's linear addresses; members as in ``ProtectedObject``."""
+
+    name: str
+    gva: int
+    size: int
+    granularity: str = "subpage"
+    about: str | None = None
+    vcpu: int = 0
+    cr3: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +95,17 @@ class Protection:
     objects: tuple[ProtectedObject, ...]
     ranges: tuple[ProtectedPages, ...] = ()
     about: str | None = None
+
+    @property
+    def first_in_part(self) -> str | None:
+        """Place of the first item that may cover a page in part, None where all of it is whole pages."""
+        for position, item in enumerate(self.objects):
+            if item.granularity != "page":
+                return f"objects[{position}]"
+        for position, pages in enumerate(self.ranges):
+            if pages.access not in (0, FULL_ACCESS):
+                return f"pages[{position}]"
+        return None
 
     @property
     def subpages(self) -> int:
@@ -109,8 +136,11 @@ def covered_subpages(objects: Sequence[ProtectedObject], ranges: Sequence[Protec
     return int(np.bitwise_count(page_masks(objects, ranges)[1]).sum())
 
 
-def validate(protection: Protection, width: int) -> None:
-    """Refuse names and ranges that mean nothing; ``width`` is the guest-physical address width in bits."""
+def validate(protection: Protection, width: int, owners: Sequence[int] | None = None) -> None:
+    """Refuse names and ranges that mean nothing; ``width`` is the guest-physical address width in bits.
+
+    ``owners`` are the positions by which objects are called, unless it is their own.
+    """
     name, objects, ranges = protection.name, protection.objects, protection.ranges
     if not 1 <= len(name) <= MAX_NAME:
         raise InvalidValue(f"must have 1 to {MAX_NAME} characters", field="name", value=name)
@@ -120,7 +150,7 @@ def validate(protection: Protection, width: int) -> None:
         raise InvalidValue(f"must be at most {MAX_OBJECTS} objects", field="objects", value=len(objects))
     if len(ranges) > MAX_RANGES:
         raise InvalidValue(f"must be at most {MAX_RANGES} ranges", field="pages", value=len(ranges))
-    for position, item in enumerate(objects):
+    for position, item in zip(owners or range(len(objects)), objects, strict=True):
         _check_object(item, f"objects[{position}]", width)
     for position, pages in enumerate(ranges):
         _check_range(pages, f"pages[{position}]", width)

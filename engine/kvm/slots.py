@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.cpu.access_over_pages import page_part, place
 from engine.cpu.frames import Machine
 from engine.cpu.memory_slots import SLOT_GFN, SLOT_PAGES, SMM_PAGE, find_slot
 from engine.errors import InvalidValue
@@ -151,10 +152,13 @@ def slot_table(specs: Iterable[SlotSpec]) -> NDArray[np.int64]:
 @kernel
 def writable_bytes(m, gpa, size):
     """Whether slots that are not read-only hold all of a byte range."""
-    for gfn in range(gpa >> PAGE_SHIFT, ((gpa + size - 1) >> PAGE_SHIFT) + 1):
-        position = find_slot(m, gfn)
+    done = 0
+    while done < size:
+        at = place(m, gpa, done)
+        position = find_slot(m, at >> PAGE_SHIFT)
         if position < 0 or m.slots[position, SLOT_FLAGS] & SLOT_READ_ONLY:
             return False
+        done += page_part(at, at + size - done)
     return True
 
 

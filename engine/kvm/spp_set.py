@@ -20,6 +20,7 @@ from engine.kvm import (
     dirty_marking,
     kvmi_rights,
     mapping,
+    page_tracking,
     regions,
     sppt_tables,
 )
@@ -77,8 +78,11 @@ def refresh_page(m, gfn, trail):
     """Bring EPT and SPPT in line with a page's map after it changed; an unmapped page waits for its first touch.
 
     Later series drop the mapping, whatever its size, and the next access makes it anew. The first one arms and disarms
-    in place; it does not see a page that a larger leaf maps.
+    in place; it does not see a page that a larger leaf maps. Without sub-page protection the page is tracked.
     """
+    if page_tracking.active(m):
+        mapping.track_page(m, gfn, trail)
+        return
     if choice_bits.chooses(m, KVM_SET_ZAPS):
         mapping.invalidate_region(m, gfn)
         mapping.unmap_page(m, gfn, trail)

@@ -61,6 +61,7 @@ COUNTERS = (
     "faults_split",
     "emulated_writes",
     "host_writes",
+    "untranslated",
 )
 (
     RECORDS,
@@ -87,4 +88,5 @@ COUNTERS = (
     SPLIT,
     EMULATED,
     HOST_WRITES,
+    UNTRANSLATED,
 ) = range(len(COUNTERS))

@@ -33,12 +33,22 @@ class UserExit:
 
 
 def user_exit(
-    resolution: int, reason: int, gpa: int, profile: str, insn_len: int = 0, qualification: int = exits.Q_WRITE
+    resolution: int,
+    reason: int,
+    gpa: int,
+    profile: str,
+    insn_len: int = 0,
+    qualification: int = exits.Q_WRITE,
+    *,
+    spp: bool = True,
 ) -> UserExit | None:
     """What user space sees of an exit, None when KVM handles it by itself; an ``insn_len`` of 0 is not known.
 
-    Of an EPT violation by a read or a fetch, which only page access asks for, KVM_RUN tells nothing.
+    Of a violation by a read or a fetch, which only page access asks for, KVM_RUN tells nothing; nor of any where
+    sub-page protection is not on (``spp``): who tracks pages is told another way.
     """
+    if resolution == res.VIOLATION and not spp:
+        return None
     if resolution == res.VIOLATION and reason == exits.EPT_VIOLATION and not qualification & exits.Q_WRITE:
         return None
     if resolution == res.VIOLATION:

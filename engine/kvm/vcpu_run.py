@@ -10,7 +10,7 @@ from engine.cpu import access_over_pages, ept, fastpath, sppt, tlb, ve
 from engine.cpu.frames import CAP_FAST_PATH
 from engine.cpu.memory_slots import space_of
 from engine.jit import kernel
-from engine.kvm import bitmaps, dirty_marking
+from engine.kvm import bitmaps, dirty_marking, page_tracking
 from engine.kvm import resolutions as res
 from engine.kvm import state_frame as reg
 from engine.kvm.exit_handling import block_nmis, count_exit, handle_exit
@@ -82,8 +82,12 @@ def remember_denial(m, gpa, size, qualification, denied, trail):
 
 
 @kernel
-def refused_by_policy(m, at, denied):
-    """Sub-pages that a policy refuses, out of those that an SPPT did: a dirty log closes sub-pages as well."""
+def refused_by_policy(m, at, end, qualification, denied):
+    """Sub-pages that a policy refuses of the access up to ``end``, of a page that is tracked or out of those that an
+    SPPT refused: a dirty log closes sub-pages as well.
+    """
+    if denied == 0:
+        return page_tracking.refused(m, at, end, qualification)
     refused = denied & ~bitmaps.effective(m, at >> 12)
     return refused or denied
 
@@ -108,14 +112,17 @@ def execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_a
             break
         if reason == exits.EPT_VIOLATION and tlb.modelled(m):
             tlb.violated(m, vcpu, at, tlb.EVERY)
-        if reason == exits.EPT_VIOLATION and ve.convert(m, vcpu, how, qualification, gva + (at - gpa), at, trail):
+        linear = gva + access_over_pages.offset_of(m, gpa, at)
+        if reason == exits.EPT_VIOLATION and ve.convert(m, vcpu, how, qualification, linear, at, trail):
             tally[reg.EXCEPTIONS] += 1
             return res.EXCEPTION | stale, reason, qualification, denied, at
         count_exit(tally, reason, qualification)
         block_nmis(m, vcpu, how, qualification)
         resolution = handle_exit(m, vcpu, at, how, reason, qualification, denied, trail, tally)
         if resolution == res.VIOLATION:
-            denied = refused_by_policy(m, at, denied)
+            place = at | space_of(m, vcpu)
+            end = place + size - access_over_pages.offset_of(m, gpa, at)
+            denied = refused_by_policy(m, place, end, qualification, denied)
         count += 1
         tlb.transition(m, vcpu)
         if resolution == res.VIOLATION and denied and whole and how == acc.PLAIN_WRITE:

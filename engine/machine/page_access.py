@@ -6,6 +6,8 @@ How access and write bitmap are paired (kvm-spp 9.1, 9.3, 9.4):
 * write access without a bitmap makes the bitmap all ones;
 * no write access without a bitmap keeps the bitmap, or makes it 0 where it was all ones;
 * both together must say the same.
+
+Without sub-page protection a bitmap is all ones or 0: KVM tracks whole pages then.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from engine.arch import ept
 from engine.arch.sppt import FULL_ACCESS
 from engine.cpu.frames import Machine
-from engine.errors import EngineError, InvalidValue
+from engine.errors import EngineError, InvalidValue, NotEnabled
 from engine.kvm import kvmi_page_access as kernels
 from engine.kvm.enabling_checks import not_enabled
 from engine.kvm.slots import check_pages
@@ -64,7 +66,7 @@ class EntryResult:
 
 
 class AccessOperations(Operations):
-    """Page access of one machine. All of it needs SPP, which enforces the bitmaps: NotEnabled otherwise."""
+    """Page access of one machine."""
 
     def read(self, gfns: Sequence[int]) -> list[PageRights]:
         """What pages have. Raises InvalidValue for a page without a slot, and for more than MAX_ENTRIES."""
@@ -81,7 +83,8 @@ class AccessOperations(Operations):
         """Set entries in order; what each became, one for each.
 
         ``mode`` atomic: all or, when one is refused, none, and its error is raised with its place. apply-all: every
-        entry that is not refused. stop-at-first: those before the first that is refused.
+        entry that is not refused. stop-at-first: those before the first that is refused. NotEnabled is for a bitmap
+        that needs sub-page protection where that is off.
         """
         choices(mode, MODES, "mode")
         self._check(len(entries), "entries")
@@ -94,7 +97,7 @@ class AccessOperations(Operations):
                     continue
                 try:
                     self._apply(draft, entry)
-                except InvalidValue as refusal:
+                except (InvalidValue, NotEnabled) as refusal:
                     error = refusal
                 if error is not None and mode == "atomic":
                     error.field = f"entries[{position}].{error.field}"
@@ -103,8 +106,6 @@ class AccessOperations(Operations):
         return results
 
     def _check(self, count: int, field: str) -> None:
-        if not self._state.current.spp_active:
-            raise not_enabled()
         if not 1 <= count <= MAX_ENTRIES:
             raise InvalidValue(f"a batch has 1 to {MAX_ENTRIES} entries", field=field, value=count)
 
@@ -128,6 +129,9 @@ class AccessOperations(Operations):
             raise InvalidValue("access has 3 bits", field="access", value=entry.rights)
         if entry.bitmap is not None and not 0 <= entry.bitmap <= FULL_ACCESS:
             raise InvalidValue("a bitmap has 32 bits", field="write_bitmap", value=entry.bitmap)
+        if entry.bitmap not in (None, 0, FULL_ACCESS) and not self._state.current.spp_active:
+            why = "without it a bitmap is 0 or all ones"
+            raise not_enabled(why, field="write_bitmap", value=entry.bitmap, errno="EOPNOTSUPP")
         if entry.bitmap is not None:
             bitmap = entry.bitmap
             writes = bitmap == FULL_ACCESS
@@ -150,7 +154,7 @@ class AccessOperations(Operations):
                 "EPT gives no write access without read access", field="access", value=text_of(rights), errno="EINVAL"
             )
         only = rights & ept.EXECUTE and not rights & ept.READ
-        if only and not self._config.host.capability("ept_vpid_cap") & ept.CAP_EXECUTE_ONLY:
+        if only and not self._config.host.executes_only:
             raise InvalidValue(
                 "must have r beside x: this host has no execute-only pages",
                 field="access",

@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from engine.cpu import frames
 from engine.errors import InvalidValue
-from engine.kvm import bitmaps, enabling_checks, spp_control, spp_set, sppt_roots
-from engine.kvm.slots import check_pages
+from engine.kvm import bitmaps, enabling_checks, mapping, spp_control, spp_set, sppt_roots
+from engine.kvm import state_frame as reg
+from engine.kvm.slots import PAGE_SHIFT, check_pages
 from engine.machine.fault_injection import Allocations
 from engine.machine.nested import nested_in_use
-from engine.machine.state import Operations, State
+from engine.machine.state import Operations, State, register
 from engine.state.frame_store import Draft
 from engine.state.retry import new_trail, run_all
 
@@ -58,7 +59,10 @@ class Subpages(Operations):
         return maps
 
     def enable(self) -> None:
-        """KVM_INIT_SPP: switch sub-page protection on; a second time does nothing."""
+        """KVM_INIT_SPP: switch sub-page protection on; a second time does nothing.
+
+        Whole pages that were protected before are protected by all their sub-pages from now on.
+        """
         now = self._state.current
         enabling_checks.check(now.config, nested_in_use(now.nested))
         if not now.spp_active:
@@ -69,6 +73,8 @@ class Subpages(Operations):
                 sppt_roots.enable(change.machine)
                 for position in range(records):
                     spp_control.enable(change.machine, position)
+                if register(change.machine, reg.ROOT_POLICY):
+                    _end_tracking(change, 1 << now.config.maxphyaddr - PAGE_SHIFT)
 
     def set(self, ranges: Sequence[SubpageRange]) -> None:
         """KVM_SUBPAGES_SET_ACCESS over any number of ranges, in order, all or nothing."""
@@ -79,6 +85,11 @@ class Subpages(Operations):
         with self._state.change(since=now) as change:
             for item in ranges:
                 _set_range(change, item)
+
+
+def _end_tracking(draft: Draft, end: int) -> None:
+    trail = new_trail()
+    run_all(draft, end, lambda at: mapping.end_tracking(draft.machine, at, end, trail))
 
 
 def _check_active(now: State) -> None:

@@ -12,11 +12,12 @@ from engine.arch import access as acc
 from engine.cpu import frames
 from engine.images.base import Block
 from engine.kvm import state_frame as reg
-from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
+from engine.kvm.protections import ProtectedPages, Protection
 from engine.kvm.slots import SlotSpec
 from engine.machine import creation, durable, vcpu_ids, vcpu_records, walks
 from engine.machine.dirty import DirtyOperations
 from engine.machine.fault_injection import Allocations
+from engine.machine.guest_walks import GuestWalk, walk_guest
 from engine.machine.host_memory_operations import HostMemoryOperations
 from engine.machine.hyperv import HypervOperations
 from engine.machine.hyperv_vps import hyperv_host
@@ -32,6 +33,7 @@ from engine.machine.symbol_operations import SymbolOperations
 from engine.machine.tables import TableOperations
 from engine.machine.traces import Traces
 from engine.machine.vcpu_operations import VcpuOperations
+from engine.machine.virtual_objects import Given, Moved
 from engine.state.config import VmConfig
 from engine.state.frame_store import Snapshot
 from engine.trace.access_execution import Execute, execute
@@ -193,12 +195,16 @@ class VirtualMachine:
     def protect(
         self,
         name: str,
-        objects: Sequence[ProtectedObject],
+        objects: Sequence[Given],
         ranges: Sequence[ProtectedPages] = (),
         about: str | None = None,
     ) -> Protection:
         """Protect named objects, and pages without a name. Raises Conflict when the name is taken."""
         return self._protections.add(name, objects, ranges, about)
+
+    def retranslate(self, name: str) -> tuple[Protection, list[Moved]]:
+        """Walk again what a protection has by linear address; the protection as it is now, and what moved."""
+        return self._protections.retranslate(name)
 
     def unprotect(self, name: str) -> None:
         """Delete a protection; what other protections cover stays covered. Raises NotFound."""
@@ -226,15 +232,20 @@ class VirtualMachine:
         kind: int = acc.DATA,
         linear: int = acc.LINEAR_VALID,
         circumstances: int = 0,
+        gva: int | None = None,
     ) -> walks.Walk:
         """What the processor finds of an access, entry by entry, and how it ends; changes nothing.
 
         ``kind``, ``linear`` and ``circumstances`` are as ``arch.access`` has them; ``access`` is what the kind does
-        unless given.
+        unless given; ``gva`` a note.
         """
         access = acc.default_access(kind) if access is None else access
-        request = AccessRequest(gpa, size, access, vcpu, kind=kind, linear=linear, circumstances=circumstances)
+        request = AccessRequest(gpa, size, access, vcpu, gva, kind=kind, linear=linear, circumstances=circumstances)
         return self._traces.walk(request, execute)
+
+    def guest_walk(self, gva: int, size: int, vcpu: int, cr3: int | None = None) -> GuestWalk:
+        """What the guest's own page tables say of a linear address; see ``guest_walks``."""
+        return walk_guest(self.state.current.snapshot.machine, self.config, gva, size, vcpu, cr3)
 
     # The durable form
 

@@ -118,10 +118,15 @@ def _mmio(m: Machine, gfn: int, reason: int, space: int) -> str:
 
 
 def _violation(m: Machine, gfn: int, after: Explanation) -> str:
-    """A page that lacks read or execute is refused before KVM maps it; there is no entry to blame then."""
+    """A page that lacks read or execute is refused before KVM maps it; there is no entry to blame then.
+
+    Nor is there where KVM shadows the guest's tables.
+    """
     row = np.zeros((1, kvmi_page_access.ROW_WORDS), dtype=np.int64)
     kvmi_page_access.read_rights(m, np.array([gfn], dtype=np.int64), row)
     rights = int(row[0, kvmi_page_access.ROW_RIGHTS])
     if not after.denied and kvmi_rights.KEPT & ~rights:
         return f"denied: the page access of GFN {gfn:#x} is {text_of(rights)}"
+    if after.reason is None:
+        return f"denied: KVM's shadow of the guest's tables does not permit write at GFN {gfn:#x}"
     return after.sentence

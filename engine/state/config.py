@@ -79,6 +79,11 @@ class HostConfig:
         return self.vmx_capabilities.get(name, VMX_CAPABILITIES[name])
 
     @property
+    def executes_only(self) -> bool:
+        """Whether pages can be executed and not read: EPT may, nested paging and shadow page tables cannot."""
+        return self.vendor == "intel" and self.ept and bool(self.capability("ept_vpid_cap") & ept.CAP_EXECUTE_ONLY)
+
+    @property
     def secondary_allowed(self) -> int:
         """Secondary processor-based controls that may be 1; a host without EPT or SPP lacks them whatever it says."""
         lacking = 0 if self.ept else ctl.SECONDARY_EPT

@@ -68,6 +68,7 @@ class FrameStore:
                 cache=np.full(CACHE_WORDS, EMPTY, dtype=np.int64),
                 tlb=tlb.new_table() if modelled else tlb.no_table(),
                 queues=np.zeros((vcpus, 2, frames.QUEUE_WORDS), dtype=np.int64),
+                places=np.full(frames.MOST_PAGES, frames.NO_PLACE, dtype=np.int64),
             )
         )
 
@@ -195,6 +196,7 @@ class Draft:
             cache=_copy(_EMPTY_CACHE),
             tlb=base.tlb.copy(),
             queues=base.queues.copy(),
+            places=np.full(frames.MOST_PAGES, frames.NO_PLACE, dtype=np.int64),
         )
         self.ensure()
 

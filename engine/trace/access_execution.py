@@ -16,7 +16,7 @@ from engine.cpu import ept
 from engine.cpu.frames import FRAME_SIZE, Machine
 from engine.cpu.memory_slots import space_of_record
 from engine.errors import InvalidValue, TraceError
-from engine.kvm import dirty_marking
+from engine.kvm import dirty_marking, page_tracking
 from engine.kvm import resolutions as res
 from engine.kvm import state_frame as reg
 from engine.kvm.slots import first_page_without_slot, writable_bytes
@@ -86,7 +86,8 @@ def _is_memory(m: Machine, gpa: int, size: int, *, allowed: bool) -> bool:
 def _by_gpa(draft: Draft, request: AccessRequest, gpa: int, config: VmConfig, targets: Targets) -> Execution:
     replay = Replay(draft, options_of(request), targets)
     feed(replay, request)
-    result = result_of_replay(request, replay.result(), config.profile, granted=bool(replay.tally[reg.GRANTS]))
+    granted, spp = bool(replay.tally[reg.GRANTS]), not page_tracking.active(draft.machine)
+    result = result_of_replay(request, replay.result(), config.profile, granted=granted, spp=spp)
     return Execution(result, ((place_of(draft.machine, request, config, gpa), request.size),), replay.tally)
 
 
@@ -115,7 +116,7 @@ def last_visible(exits: ExitColumns) -> int:
     return int(seen[-1]) if len(seen) else -1
 
 
-def _user_exit(exits: ExitColumns, profile: str) -> UserExit | None:
+def _user_exit(exits: ExitColumns, profile: str, *, spp: bool) -> UserExit | None:
     """What user space saw last; nothing of an exception, which is the guest's own."""
     at = last_visible(exits)
     resolution = int(exits.column("resolution")[at]) if at >= 0 else res.EXCEPTION
@@ -123,11 +124,13 @@ def _user_exit(exits: ExitColumns, profile: str) -> UserExit | None:
         return None
     names = ("reason", "gpa", "insn_len", "qualification")
     reason, gpa, insn_len, qualification = (int(exits.column(name)[at]) for name in names)
-    return user_exit(resolution, reason, gpa, profile, insn_len, qualification)
+    return user_exit(resolution, reason, gpa, profile, insn_len, qualification, spp=spp)
 
 
-def result_of_replay(request: AccessRequest, result: TraceResult, profile: str, *, granted: bool) -> AccessResult:
-    """The outcome of a one-record replay that listed every exit.
+def result_of_replay(
+    request: AccessRequest, result: TraceResult, profile: str, *, granted: bool, spp: bool
+) -> AccessResult:
+    """The outcome of a one-record replay that listed every exit; ``spp`` says whether sub-page protection is on.
 
     A violation that was granted ended well, unless the second run lists another.
     """
@@ -142,7 +145,7 @@ def result_of_replay(request: AccessRequest, result: TraceResult, profile: str, 
         allowed or (last == res.VIOLATION and request.on_violation == "allow"),
         res.RESOLUTION_NAMES[last],
         exits,
-        _user_exit(exits, profile),
+        _user_exit(exits, profile, spp=spp),
         gpa=request.gpa,
         exception=exceptions.NAMES[exceptions.VIRTUALIZATION] if exception else None,
         fault_address=request.gva if exception else None,
@@ -159,11 +162,12 @@ def by_linear_address(draft: Draft, request: AccessRequest, config: VmConfig, ta
     ending = run_linear(draft, position, linear, request.size, how, request.vcpu, on_violation, request.insn_len, tally)
     columns, record_gpa = columns_of_log(ending.log)
     exits = ExitColumns(columns, record_gpa, True, {}, targets.index, targets.names)
-    result = replace(_result_of_ending(ending, exits, config.profile), unenforced=bool(tally[reg.UNENFORCED]))
+    spp = not page_tracking.active(draft.machine)
+    result = replace(_result_of_ending(ending, exits, config.profile, spp=spp), unenforced=bool(tally[reg.UNENFORCED]))
     return Execution(result, ending.places, tally)
 
 
-def _result_of_ending(ending: Ending, exits: ExitColumns, profile: str) -> AccessResult:
+def _result_of_ending(ending: Ending, exits: ExitColumns, profile: str, *, spp: bool) -> AccessResult:
     exception = ending.resolution == res.EXCEPTION
     completed = ending.resolution == res.COMPLETED
     return AccessResult(
@@ -172,7 +176,7 @@ def _result_of_ending(ending: Ending, exits: ExitColumns, profile: str) -> Acces
         # A grant leaves a record that says violation, as in a replay.
         resolution=res.RESOLUTION_NAMES[res.VIOLATION if completed and ending.granted else ending.resolution],
         exits=exits,
-        run=None if exception else _user_exit(exits, profile),
+        run=None if exception else _user_exit(exits, profile, spp=spp),
         gpa=None if exception and -ending.reason != exceptions.VIRTUALIZATION else ending.gpa,
         exception=exceptions.NAMES[-ending.reason] if exception else None,
         error_code=_error_code(ending),

@@ -114,6 +114,7 @@ class TraceChunk(NamedTuple):
     of a fixed-width type.
     ``operations``: what is between the accesses and under which page tables each is, None for a trace that has neither;
     the row of an operation has its vCPU and nothing else that counts.
+    ``has_gpa``: not, where some record has no column ``gpa``; the trace has ``gva`` then (``trace.addresses``).
     """
 
     records: npt.NDArray[np.uint64]
@@ -121,6 +122,7 @@ class TraceChunk(NamedTuple):
     carry: dict[str, npt.NDArray[Any]]
     kinds: bool = False
     operations: Operations | None = None
+    has_gpa: bool = True
 
 
 class MalformedBody(TraceError):
@@ -159,7 +161,7 @@ def plan_columns(names: Iterable[str], carry: Sequence[str], *, index: int = 0) 
     """Sort the column names of a body by what becomes of them.
 
     ``index`` is the first record that has these columns. Raises ``TraceError`` for one that occurs twice,
-    for a missing ``gpa`` and for a name to carry that is not there.
+    for one without an address, ``gpa`` or ``gva``, and for a name to carry that is not there.
     """
     used: list[str] = []
     carried: list[str] = []
@@ -175,8 +177,8 @@ def plan_columns(names: Iterable[str], carry: Sequence[str], *, index: int = 0) 
             group.append(name)
         elif group is not ignored:
             raise TraceError(f"the column {name} occurs twice", index=index, field=name)
-    if "gpa" not in used:
-        raise TraceError("the column gpa is required", index=index, field="gpa")
+    if "gpa" not in used and "gva" not in used:
+        raise without_gpa(index)
     for name in carry:
         if name not in carried and name not in used:
             raise TraceError(
@@ -200,6 +202,11 @@ def does_not_fit(name: str, index: int, value: Any, limit: int, names: Iterable[
     )
 
 
+def without_gpa(index: int) -> TraceError:
+    """The error for a record without an address that can be used."""
+    return TraceError("the column gpa is required, or gva with address=gva or flat", index=index, field="gpa")
+
+
 def is_null(name: str, index: int) -> TraceError:
     """The error for a null, which no column allows."""
     return TraceError(f"{name} must not be null", index=index, field=name)
@@ -219,6 +226,7 @@ class ChunkBuffer:
         self._gva: npt.NDArray[np.uint64] | None = None
         used = frozenset(used)
         self.beside = not used.isdisjoint(OP_COLUMNS)
+        self._has_gpa = "gva" not in used or "gpa" in used
         if "gva" in used:
             self._gva = self._columns["gva"] = np.zeros(capacity, dtype=np.uint64)
         for name, column in self._columns.items():
@@ -265,4 +273,5 @@ class ChunkBuffer:
             carry,
             self._kinds,
             operations,
+            self._has_gpa,
         )

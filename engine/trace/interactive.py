@@ -26,10 +26,11 @@ from engine.kvm.granted_subpages import grant_touched
 from engine.state.config import choices
 from engine.state.frame_store import Draft
 from engine.trace import object_hits, record_checks, replay
+from engine.trace.addresses import frozen
 from engine.trace.columns import TraceChunk
 from engine.trace.option_names import ANSWERS, ASK
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult
-from engine.trace.session import COUNTED_ONCE, Replay, ReplayOptions, frozen
+from engine.trace.session import COUNTED_ONCE, Replay, ReplayOptions
 
 # Exit records find their objects by address. Where the objects change during a replay, the bits above an address
 # (52 and up) number the set of objects that counted when the exit happened.
@@ -114,6 +115,8 @@ class InteractiveReplay(Replay):
         # Drafts begin from what was published: the very same arrays unless somebody else changed something.
         self._changed = draft.base is not self._draft.machine
         self._draft, self._before = draft, before
+        if self._tables is not None and self._changed:
+            self._tables.forget()
         if targets is not self._targets:
             self._take_objects(targets)
         if before is not None and self._place is not None:
@@ -140,13 +143,14 @@ class InteractiveReplay(Replay):
             self._touched.fill(-1)
             self._place = None
             return self._run(place.chunk, place.base, place.position)
-        if action == "grant" and place.access == acc.WRITE and (self._grants(place) or self._changed):
-            self._attempt(place)
-        else:
-            if action == "allow":
-                self._land(place)
-            self.tally[reg.RECORDS] += 1
-            self.tally[reg.WRITES] += place.access == acc.WRITE
+        with self._aimed(place.record, place.words[1] & 0xFFFF):
+            if action == "grant" and place.access == acc.WRITE and (self._grants(place) or self._changed):
+                self._attempt(place)
+            else:
+                if action == "allow":
+                    self._land(place)
+                self.tally[reg.RECORDS] += 1
+                self.tally[reg.WRITES] += place.access == acc.WRITE
         self._place = None
         return self._run(place.chunk, place.base, place.position + 1)
 
@@ -251,7 +255,9 @@ class InteractiveReplay(Replay):
     def _columns(self, log: NDArray[np.int64], chunk: TraceChunk | None, base: int) -> ExitColumns:
         found = super()._columns(log, chunk, base)
         if self._set:
-            found = replace(found, record_gpa=found.record_gpa | np.uint64(self._set << SET_SHIFT))
+            above = np.uint64(self._set << SET_SHIFT)
+            places = found.scattered._replace(gpa=found.scattered.gpa | above)
+            found = replace(found, record_gpa=found.record_gpa | above, scattered=places)
         return found
 
     def result(self) -> TraceResult:

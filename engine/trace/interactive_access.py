@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.cpu.ept import TRAIL_ROWS
+from engine.kvm import page_tracking
 from engine.kvm import resolutions as res
 from engine.kvm import state_frame as reg
 from engine.kvm.granted_subpages import grant_touched
@@ -89,7 +90,8 @@ class InteractiveAccess:
         granted = self._action == "grant" and self._replay.attempted
         attempt = replace(whole, exit_columns=whole.exit_columns[self._before :])
         acted = replace(request, on_violation=self._action or "stop")
-        result = result_of_replay(acted, attempt, config.profile, granted=granted)
+        spp = not page_tracking.active(draft.machine)
+        result = result_of_replay(acted, attempt, config.profile, granted=granted, spp=spp)
         result = replace(result, exits=whole.exit_columns)
         place = place_of(draft.machine, request, config, request.gpa)
         return Execution(result, ((place, request.size),), self._replay.uncounted())

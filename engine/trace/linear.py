@@ -17,12 +17,11 @@ from engine.arch.words import signed
 from engine.cpu import access_over_pages, ept, guest_paging, instruction, tlb
 from engine.cpu.frames import Machine
 from engine.cpu.memory_slots import space_of_record
-from engine.kvm import bitmaps, vcpu_run
+from engine.kvm import bitmaps, page_tracking, shadow_paging, vcpu_run
 from engine.kvm import resolutions as res
 from engine.kvm import state_frame as reg
 from engine.kvm.exit_handling import block_nmis, count_exit, handle_exit
 from engine.kvm.granted_subpages import grant_touched
-from engine.kvm.shadow_paging import is_mmio
 from engine.state.frame_store import Draft
 from engine.trace.replay import in_protected_page
 
@@ -76,18 +75,30 @@ def run_linear(
         event = instruction.attempt(m, position, start, length, np.int64(how), trail, steps, pages)
         reason, value, gpa, gla, denied, misled, count = (int(x) for x in event)
         stale = stale or bool(misled)
-        if reason <= exits.NONE:
+        if reason < exits.NONE:
+            resolution = res.EXCEPTION
             break
-        structure = reason != exits.PML_FULL and pages[count, instruction.P_FACTS] == 0
-        done = 0 if reason == exits.PML_FULL else int(pages[:count, instruction.P_SIZE].sum())
-        part = STRUCTURE_BYTES if structure else int(access_over_pages.page_part(gpa, gpa + size - done))
+        if reason == exits.NONE:
+            refusal = _refusal_without_ept(m, position, pages[:count], access)
+            if refusal is None:
+                resolution = res.COMPLETED
+                break
+            resolution, value = res.VIOLATION, 0
+            gpa, part, denied, done = refusal
+            gla = linear + done
+        else:
+            structure = reason != exits.PML_FULL and pages[count, instruction.P_FACTS] == 0
+            done = 0 if reason == exits.PML_FULL else int(pages[:count, instruction.P_SIZE].sum())
+            part = STRUCTURE_BYTES if structure else int(access_over_pages.page_part(gpa, gpa + size - done))
+            count_exit(tally, reason, value)
+            block_nmis(m, position, how, value)
+            resolution = int(handle_exit(m, position, gpa, how, reason, value, denied, trail, tally))
+            tlb.transition(m, position)
+            if resolution <= res.LAST_INTERNAL and used[0] >= vcpu_run.MAX_EXITS:
+                resolution = res.INTERNAL_ERROR
+            if resolution == res.VIOLATION and denied == 0:
+                denied = int(page_tracking.refused(m, gpa | space, gpa + part | space, value))
         guarded = guarded or bool(in_protected_page(m, gpa | space, part))
-        count_exit(tally, reason, value)
-        block_nmis(m, position, how, value)
-        resolution = int(handle_exit(m, position, gpa, how, reason, value, denied, trail, tally))
-        tlb.transition(m, position)
-        if resolution <= res.LAST_INTERNAL and used[0] >= vcpu_run.MAX_EXITS:
-            resolution = res.INTERNAL_ERROR
         word = part | access << 16 | vcpu << 32 | insn_len << acc.RECORD_LENGTH_SHIFT
         marked = resolution | (res.STALE if misled else 0)
         vcpu_run.log_exit(log, used, 0, gpa, word, signed(gla), reason, value, marked, denied, gpa)
@@ -98,8 +109,6 @@ def run_linear(
             break
         granted = True
         tally[reg.GRANTS] += 1
-    if reason <= exits.NONE:
-        resolution = res.COMPLETED if reason == exits.NONE else res.EXCEPTION
     if resolution == res.COMPLETED and _is_mmio_without_ept(draft.machine, position, pages[:count], access):
         resolution = res.MMIO
         word = size | access << 16 | vcpu << 32
@@ -126,13 +135,30 @@ def run_linear(
     return Ending(resolution, reason, value, gpa, gla, stale, granted, places, log[: int(used[0])])
 
 
+def _refusal_without_ept(
+    m: Machine, position: int, pages: NDArray[np.int64], access: int
+) -> tuple[int, int, int, int] | None:
+    """(GPA, bytes in its page, sub-pages, bytes before it) of the first part that KVM's shadow tables refuse."""
+    if ept.mode_of(m, position) & ept.MODE_EPT or not page_tracking.active(m):
+        return None
+    done = 0
+    for row in pages:
+        gpa, size = int(row[instruction.P_GPA]), row[instruction.P_SIZE]
+        place = np.int64(gpa | space_of_record(m, position))
+        ending, denied, _ = shadow_paging.decide(m, place, size, np.int64(access))
+        if ending != res.COMPLETED:
+            return (gpa, int(size), int(denied), done) if ending == res.VIOLATION else None
+        done += int(size)
+    return None
+
+
 def _is_mmio_without_ept(m: Machine, position: int, pages: NDArray[np.int64], access: int) -> bool:
     """Whether the slots alone, which decide where there is no EPT, have no memory for the access."""
     if ept.mode_of(m, position) & ept.MODE_EPT:
         return False
     space = space_of_record(m, position)
     places = ((np.int64(row[instruction.P_GPA] | space), np.int64(row[instruction.P_SIZE])) for row in pages)
-    return any(bool(is_mmio(m, gpa, size, access == acc.WRITE)) for gpa, size in places)
+    return any(bool(shadow_paging.is_mmio(m, gpa, size, access == acc.WRITE)) for gpa, size in places)
 
 
 def _translate(m: Machine, position: int, linear: int, size: int, how: int) -> Places:
@@ -145,7 +171,9 @@ def _translate(m: Machine, position: int, linear: int, size: int, how: int) -> P
         at = np.int64(instruction.effective(m, position, np.int64(signed(linear + done))))
         part = int(access_over_pages.page_part(at, at + size - done))
         doing = guest_paging.LOOK | guest_paging.FRESH
-        reason, _, gpa, _, _ = guest_paging.walk(m, position, at, np.int64(how), doing, trail, steps)
+        reason, _, gpa, _, _ = guest_paging.walk(
+            m, position, guest_paging.OWN_SPACE, at, np.int64(how), doing, trail, steps
+        )
         if reason != exits.NONE:
             return ()
         places.append((int(gpa) | space, part))

@@ -19,6 +19,7 @@ from engine.jit import kernel
 from engine.kvm.protections import ProtectedObject, covered_subpages
 from engine.kvm.resolutions import VIOLATION
 from engine.kvm.vcpu_run import EXIT_GPA, EXIT_INDEX, EXIT_REASON, EXIT_RECORD
+from engine.trace.scattered import Scattered
 
 # Ranges that lie on top of each other are stored once a piece; nesting thousands of them grows with the square.
 MAX_MEMBERS = 1 << 24
@@ -180,3 +181,22 @@ def objects_of(
         if used <= len(positions):
             return offsets, positions[:used]
         positions = np.zeros(used, dtype=np.int64)
+
+
+def objects_of_scattered(
+    index: ObjectIndex, gpas: NDArray[np.uint64], sizes: NDArray[np.uint16], scattered: Scattered
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The same of accesses some of which are scattered: each of their runs is looked for."""
+    sizes = sizes.copy()
+    first = np.flatnonzero(np.diff(scattered.rows, prepend=-1))
+    sizes[scattered.rows[first]] = scattered.size[first]
+    offsets, positions = objects_of(index, gpas, sizes)
+    run_offsets, run_positions = objects_of(index, scattered.gpa, scattered.size)
+    owner = np.concatenate(
+        [
+            np.repeat(np.arange(len(gpas)), np.diff(offsets)),
+            np.repeat(scattered.rows, np.diff(run_offsets)),
+        ]
+    )
+    pairs = np.unique(np.stack([owner, np.concatenate([positions, run_positions])], axis=1), axis=0)
+    return np.searchsorted(pairs[:, 0], np.arange(len(gpas) + 1)), np.ascontiguousarray(pairs[:, 1])

@@ -17,6 +17,10 @@ DefaultAnswer = Literal["allow", "skip", "grant", "stop"]
 # Which exits become exit records.
 Include = Literal["violations", "all"]
 
+# What the addresses of a trace are: guest-physical; linear ones of the guest, which its page tables translate; or those
+# of a process without a guest around it, which are taken for guest-physical ones.
+Address = Literal["gpa", "gva", "flat"]
+
 # Bodies, one reader each, and the layouts of packed records.
 Format = Literal["json", "ndjson", "arrow", "parquet", "packed"]
 RecordFormat = Literal["gpa8", "record16"]
@@ -39,6 +43,7 @@ ToolFormatName = Literal[
 
 ON_VIOLATION: tuple[str, ...] = get_args(OnViolation)
 ANSWERS: tuple[str, ...] = get_args(Answer)
+ADDRESSES: tuple[str, ...] = get_args(Address)
 INCLUDE: tuple[str, ...] = get_args(Include)
 FORMATS: tuple[str, ...] = get_args(Format)
 RECORD_FORMATS: tuple[str, ...] = get_args(RecordFormat)

@@ -67,5 +67,10 @@ def possible_linear(how):
 
 @kernel
 def fits_source(source, how):
-    """Whether an access can come from a source: what is not the guest's is a read or a write of data."""
-    return source == acc.GUEST or (source <= acc.HOST and how & ~1 == acc.DEFAULT_LINEAR)
+    """Whether an access can come from a source: what is not the guest's is plain, and the host fetches nothing."""
+    if source == acc.GUEST:
+        return True
+    fetches = how & acc.ACCESS_MASK == acc.EXECUTE
+    return (
+        source <= acc.HOST and how & ~acc.ACCESS_MASK == acc.DEFAULT_LINEAR and (source == acc.EMULATED or not fetches)
+    )

@@ -10,15 +10,14 @@ from engine.arch import access as acc
 from engine.arch import exits
 from engine.arch.controls import V_GUEST_MODE
 from engine.arch.sppt import FULL_ACCESS
-from engine.cpu import access_over_pages, ept, fastpath, sppt
+from engine.cpu import access_over_pages, ept, fastpath, guest_tables
 from engine.cpu.frames import FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
 from engine.cpu.memory_slots import find_slot, home, space_of, within
 from engine.jit import kernel, stands_alone
-from engine.kvm import bitmaps, dirty_marking, emulator, exit_handling, vcpu_run
+from engine.kvm import bitmaps, dirty_marking, emulator, exit_handling, shadow_paging, vcpu_run
 from engine.kvm import resolutions as res
 from engine.kvm import state_frame as reg
 from engine.kvm.granted_subpages import grant_touched
-from engine.kvm.shadow_paging import is_mmio
 from engine.kvm.slots import writable_bytes
 from engine.trace.record_checks import DONE, describe, refusal
 
@@ -26,6 +25,7 @@ from engine.trace.record_checks import DONE, describe, refusal
 NEED_FRAMES = 1
 LOG_FULL = 2
 STOPPED = 3
+UNTRANSLATED = 47
 
 # What becomes of a write that is refused
 SKIP = 0
@@ -38,6 +38,11 @@ OPTION_ON_VIOLATION = 0
 OPTION_LIST_ALL = 1
 OPTION_CIRCUMSTANCES = 3  # bits of ``how`` that records do not hold
 OPTION_KINDS = 2  # records may say what kind of access they are; else those bits are zeros
+OPTION_NOWHERE = 4  # what becomes of records whose address leads nowhere (``cpu.guest_tables``); 0: there are none
+
+# What becomes of them: the loop comes back for each, or counts it and goes on.
+LISTED = 1
+COUNTED = 2
 
 NO_GVA = np.int64(0)
 ONE = np.uint64(1)
@@ -58,12 +63,13 @@ def place_of(m, source, vcpu, gpa):
 @kernel
 def in_protected_page(m, gpa, size):
     """Whether an access touches a page with a sub-page that may not be written: what page granularity would stop."""
-    if not read_word(m, STATE_FRAME, reg.SPP_ACTIVE):
-        return False
-    for gfn in range(gpa >> 12, ((gpa + size - 1) >> 12) + 1):
-        page = home(m, gfn)
+    done = 0
+    while done < size:
+        at = access_over_pages.place(m, gpa, done)
+        page = home(m, at >> 12)
         if bitmaps.effective(m, page) != FULL_ACCESS and find_slot(m, page) >= 0:
             return True
+        done += access_over_pages.page_part(at, at + size - done)
     return False
 
 
@@ -74,13 +80,7 @@ def passes_unenforced(m, vcpu, gpa, size):
         return False
     if not writable_bytes(m, gpa, size):
         return False
-    at = gpa
-    while at < gpa + size:
-        part = access_over_pages.page_part(at, gpa + size)
-        if sppt.touched(at, part) & ~bitmaps.effective(m, home(m, at >> 12)):
-            return True
-        at += part
-    return False
+    return bitmaps.refuses(m, gpa, size)
 
 
 @kernel
@@ -91,30 +91,15 @@ def note_landing(m, gpa, size):
 
 
 @kernel
-def run_without_ept(m, place, gpa, word, index, gva, list_all, log, used, tally):
-    """Run one record of a vCPU without EPT: nothing is walked, and the memory slots alone decide.
-
-    KVM shadows the guest's tables then; what it cannot map there exits as a page fault (basic exit reason 0).
-    """
-    writes = (word >> 16) & acc.ACCESS_MASK == acc.WRITE
-    tally[reg.WRITES] += writes
-    if is_mmio(m, place, word & 0xFFFF, writes):
-        tally[reg.MMIO] += 1
-        if list_all:
-            vcpu_run.log_exit(log, used, index, gpa, word, gva, exits.NONE, 0, res.MMIO, 0, gpa)
-    elif writes:
-        note_landing(m, place, word & 0xFFFF)
-    return DONE
-
-
-@kernel
 def attempt(m, source, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all):
     """Run an access by whoever makes it; returns as ``run.execute`` does."""
-    if source == acc.GUEST:
-        return vcpu_run.execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all)
     place = place_of(m, source, vcpu, gpa)
-    ending, reason, q, denied, at = emulator.execute(m, source, place, word & 0xFFFF, how & acc.ACCESS_MASK, tally)
-    return ending, reason, q, denied, within(at)
+    if source != acc.GUEST:
+        ending, reason, q, denied, at = emulator.execute(m, source, place, word & 0xFFFF, how & acc.ACCESS_MASK, tally)
+        return ending, reason, q, denied, within(at)
+    if not ept.mode_of(m, vcpu) & ept.MODE_EPT:
+        return shadow_paging.execute(m, place, word & 0xFFFF, how & acc.ACCESS_MASK)
+    return vcpu_run.execute(m, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all)
 
 
 @kernel
@@ -140,8 +125,6 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     if q:
         ending, reason, at = res.VIOLATION, exits.EPT_VIOLATION, gpa
         exit_handling.count_exit(tally, reason, q)
-    elif source == acc.GUEST and not ept.mode_of(m, vcpu) & ept.MODE_EPT:
-        return run_without_ept(m, place, gpa, word, index, gva, list_all, log, used, tally)
     else:
         ending, reason, q, denied, at = attempt(
             m, source, vcpu, gpa, word, index, gva, how, trail, log, used, tally, list_all
@@ -150,7 +133,7 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
     tally[reg.STALE_ACCESSES] += ending != resolution
     refused = resolution == res.VIOLATION and denied != 0
     closed = access == acc.WRITE and source != acc.HOST and (refused or in_protected_page(m, place, word & 0xFFFF))
-    guarded = closed and emulator.obeys(m, source)
+    guarded = closed and (refused or emulator.obeys(m, source))
     if access != acc.WRITE:
         guarded = resolution == res.VIOLATION  # page access is of whole pages anyway
     if resolution == res.VIOLATION or resolution == res.INTERNAL_ERROR or resolution == res.RUN_FAILED:
@@ -253,15 +236,24 @@ def replay(m, words, gvas, start, base, options, trail, log, used, tally):
     """Replay ``words`` (int64[2n], two a record) from position ``start``; ``base`` is the index of the chunk's first.
 
     ``gvas`` is int64[n] or empty. Returns (status, position): DONE with n, or why it came back and the record it has
-    not run; NEED_FRAMES and LOG_FULL ask the caller to make room and call again from there.
+    not run; NEED_FRAMES and LOG_FULL ask the caller to make room and call again from there, UNTRANSLATED to take note
+    of a record whose address leads nowhere, which is no access.
     """
     status = DONE
     i = start
+    nowhere = np.int64(0)
     seen = BUT_LENGTH if options[OPTION_KINDS] else WHOLE
     while True:
         i = serve(m.cache, m.vcpu_of_id, words, i, seen, tally)
         if 2 * i == words.shape[0]:
             break
+        if options[OPTION_NOWHERE] and words[2 * i] >= guest_tables.NOWHERE:
+            if options[OPTION_NOWHERE] == LISTED:
+                status = UNTRANSLATED
+                break
+            nowhere += 1
+            i += 1
+            continue
         if not ample(m):
             status = NEED_FRAMES
             break
@@ -273,5 +265,6 @@ def replay(m, words, gvas, start, base, options, trail, log, used, tally):
         if status != DONE:
             break
         i += 1
-    tally[reg.RECORDS] += i - start
+    tally[reg.RECORDS] += i - start - nowhere
+    tally[reg.UNTRANSLATED] += nowhere
     return status, i

@@ -17,7 +17,9 @@ from engine.cpu import sppt
 from engine.jit import kernel
 from engine.kvm import vcpu_run
 from engine.kvm.resolutions import RESOLUTION_NAMES
-from engine.trace.object_hits import ObjectIndex, build_index, objects_of
+from engine.trace import scattered
+from engine.trace.object_hits import ObjectIndex, build_index, objects_of, objects_of_scattered
+from engine.trace.scattered import NONE, Scattered
 from engine.trace.taken import Taken
 from engine.trace.translations import Translations
 
@@ -46,7 +48,8 @@ class ExitColumns:
     """Exit records: equally long numpy columns (see ``EXIT_COLUMNS``) and what is needed to name objects.
 
     ``record_gpa`` is the first byte of the access, which differs from ``gpa`` where the second page of an access
-    exits. Indexing with a slice, or with positions, gives those records.
+    exits; ``scattered`` are those whose frames are no neighbours. Indexing with a slice, or with positions, gives
+    those records.
     """
 
     columns: Mapping[str, NDArray[Any]]
@@ -55,6 +58,7 @@ class ExitColumns:
     carry: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     object_index: ObjectIndex = field(default_factory=lambda: build_index((), ()))
     object_names: tuple[str, ...] = ()
+    scattered: Scattered = NONE
 
     def __len__(self) -> int:
         return len(self.record_gpa)
@@ -67,6 +71,7 @@ class ExitColumns:
             {name: column[key] for name, column in self.carry.items()},
             self.object_index,
             self.object_names,
+            self.scattered.window(key, len(self)),
         )
 
     def column(self, name: str) -> NDArray[Any]:
@@ -75,7 +80,10 @@ class ExitColumns:
 
     def object_positions(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(offsets int64[n + 1], positions in ``object_names``): the objects each record touches."""
-        return objects_of(self.object_index, self.record_gpa, self.columns["size"])
+        sizes = self.columns["size"]
+        if not len(self.scattered.rows):
+            return objects_of(self.object_index, self.record_gpa, sizes)
+        return objects_of_scattered(self.object_index, self.record_gpa, sizes, self.scattered)
 
     def objects(self) -> list[list[str]]:
         """Names of the objects each record touches."""
@@ -160,6 +168,7 @@ def join(parts: Sequence[ExitColumns], empty: ExitColumns) -> ExitColumns:
         {name: np.concatenate([p.carry[name] for p in parts]) for name in parts[0].carry},
         parts[0].object_index,
         parts[0].object_names,
+        scattered.joined([p.scattered for p in parts], [len(p) for p in parts]),
     )
 
 
@@ -176,9 +185,20 @@ class ObjectHits:
     subpages: int
 
 
+@dataclass(frozen=True, slots=True)
+class Untranslated:
+    """A record that is no access, for its address leads nowhere: the first such ``gva`` of it, and the ``level`` of the
+    entry that says so, 0 where the address is not canonical."""
+
+    index: int
+    gva: int
+    level: int
+
+
 @dataclass(frozen=True)
 class TraceResult:
-    """Totals of one replay. ``stopped_at`` is the index of the record at which ``on_violation=stop`` ended it.
+    """Totals of one replay. ``stopped_at`` is the index of the record at which ``on_violation=stop`` ended it;
+    ``untranslated`` counts records beside ``records``, of which the first ones are listed.
 
     ``taken`` is what the body of a tool was taken for, None for other bodies.
     """
@@ -196,6 +216,8 @@ class TraceResult:
     exit_columns: ExitColumns
     translations: Translations = field(default_factory=Translations)
     taken: Taken | None = None
+    untranslated: int = 0
+    untranslated_records: tuple[Untranslated, ...] = ()
 
     def with_exits(self, exits: ExitColumns) -> TraceResult:
         """The same with other exit records."""

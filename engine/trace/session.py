@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,16 +11,17 @@ from numpy.typing import NDArray
 
 from engine.arch import access as acc
 from engine.cpu.ept import TRAIL_ROWS
-from engine.cpu.frames import STATE_FRAME, Machine
+from engine.cpu.frames import NO_PLACE, STATE_FRAME, Machine
 from engine.errors import InvalidValue, TraceError
 from engine.kvm import state_frame as reg
 from engine.kvm import vcpu_run
 from engine.state.config import choices
 from engine.state.frame_store import Draft
-from engine.trace import object_hits, record_checks, replay
+from engine.trace import guest_virtual, object_hits, record_checks, replay, scattered
+from engine.trace.addresses import RULES, Addresses, GuestTables, frozen, refusal
 from engine.trace.columns import TraceChunk
-from engine.trace.option_names import ASK, INCLUDE, ON_VIOLATION
-from engine.trace.results import ExitColumns, ObjectHits, TraceResult, columns_of_log, join
+from engine.trace.option_names import ADDRESSES, ASK, INCLUDE, ON_VIOLATION
+from engine.trace.results import ExitColumns, ObjectHits, TraceResult, Untranslated, columns_of_log, join
 
 # Rows of the exit buffer: drained into columns when full, so a replay's memory is its kept exits and this.
 LOG_ROWS = 1 << 15
@@ -45,7 +47,11 @@ REFUSALS = {
     record_checks.BAD_KIND: ("kind", acc.KIND_RULE),
     record_checks.BAD_SOURCE: ("source", acc.SOURCE_RULE),
     record_checks.BAD_LINEAR: ("linear", acc.LINEAR_RULE),
+    **RULES,
 }
+
+# How many records that do not translate are listed; totals count them all.
+MOST_UNTRANSLATED = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +61,9 @@ class ReplayOptions:
     ``on_violation`` skip, stop, allow, grant or ask; ``start`` the first record to run (indices stay absolute);
     ``include`` which exits are listed, violations or all; ``max_exit_records`` how many are kept; ``carry`` trace
     columns that go into the exit records beside those that always do; ``circumstances`` (bits of
-    ``arch.access.CIRCUMSTANCES``) those of every access. With ``goes_on`` record 0 may be the one at which the machine
-    stopped, as any other ``start`` may. With ``published`` it can be published between chunks (``trace.published``).
+    ``arch.access.CIRCUMSTANCES``) those of every access; ``address`` what the addresses are (``trace.addresses``).
+    With ``goes_on`` record 0 may be the one at which the machine stopped, as any other ``start`` may. With
+    ``published`` it can be published between chunks (``trace.published``).
     """
 
     on_violation: str = "skip"
@@ -67,9 +74,11 @@ class ReplayOptions:
     circumstances: int = 0
     goes_on: bool = False
     published: bool = False
+    address: str = "gpa"
 
     def validate(self) -> None:
         choices(self.on_violation, ON_VIOLATION, "on_violation")
+        choices(self.address, ADDRESSES, "address")
         choices(self.include, INCLUDE, "include")
         if self.start < 0:
             raise InvalidValue("must not be negative", field="start", value=self.start)
@@ -79,7 +88,9 @@ class ReplayOptions:
     def words(self) -> NDArray[np.int64]:
         """The options as the kernel reads them."""
         kinds = False  # known of each chunk
-        return np.array([_DOES[self.on_violation], self.include == "all", kinds, self.circumstances], dtype=np.int64)
+        does, lists = _DOES[self.on_violation], self.include == "all"
+        nowhere = replay.LISTED if self.address == "gva" else 0
+        return np.array([does, lists, kinds, self.circumstances, nowhere], dtype=np.int64)
 
 
 class Replay:
@@ -107,6 +118,11 @@ class Replay:
         self._next = 0
         self._again = _stop_of(draft.machine) if options.goes_on or options.start else None
         self._has_gva = False
+        self._addresses = Addresses(options.address, modelled=len(draft.machine.tlb) != 0)
+        self._tables = GuestTables() if options.address == "gva" else None
+        self._untranslated: list[Untranslated] = []
+        # Where the records are whose frames are no neighbours, by index, as far as the log has exits of theirs.
+        self._split: dict[int, scattered.Runs] = {}
         self.tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
         self.stopped_at: int | None = None
         # The index of that record, and its words.
@@ -132,6 +148,7 @@ class Replay:
         """
         if self.stopped_at is not None:
             return False
+        chunk = self._addresses.of(chunk, self._next)
         if self._before is not None:
             self._before(chunk)
         count = len(chunk.records)
@@ -142,7 +159,7 @@ class Replay:
         position = max(0, min(count, self._options.start - base))
         if position < count and self._again is not None:
             again, self._again = self._again, None
-            if again == _identity(chunk, base, position):
+            if again == self._identity(chunk, base, position):
                 if not self._run_again(chunk, base, position):
                     return False
                 position += 1
@@ -162,9 +179,14 @@ class Replay:
         """Replay a chunk, whose first record has index ``base``, from a position up to an end. False: it stopped."""
         words = frozen(chunk.records[:end].reshape(-1))
         gvas = self._no_gva if chunk.gva is None else frozen(chunk.gva)
+        if self._tables is not None:
+            self._tables.begin(position)
         while position < len(words) // 2:
             status, position = self._enter(chunk, words, gvas, position, base)
-            if status == replay.NEED_FRAMES:
+            if status == replay.UNTRANSLATED:
+                self._pass_over(chunk, base, position)
+                position += 1
+            elif status == replay.NEED_FRAMES:
                 self._draft.ensure()
             elif status == replay.LOG_FULL:
                 self._drain(chunk, base)
@@ -176,9 +198,16 @@ class Replay:
         self._end_chunk(chunk, base)
         return True
 
+    def _identity(self, chunk: TraceChunk, base: int, position: int) -> tuple[int, int, int]:
+        """Index and words of a record, the address as it was given."""
+        address, word = chunk.records[position].view(np.int64).tolist()
+        if self._tables is not None and chunk.gva is not None:
+            address = int(chunk.gva[position : position + 1].view(np.int64)[0])
+        return base + position, address, word
+
     def _stop(self, chunk: TraceChunk, base: int, position: int) -> None:
         """The replay ends at a record of a chunk, which has not been run to its end."""
-        self.stop = _identity(chunk, base, position)
+        self.stop = self._identity(chunk, base, position)
         self.stopped_at = self.stop[0]
         self._end_chunk(chunk, base)
 
@@ -197,9 +226,21 @@ class Replay:
 
         Operations are for ``trace.timed``; an interactive replay refuses them rather than pass them over.
         """
-        if chunk.operations is not None and not chunk.operations.plain:
-            rule = "a replay that asks, or is published while it runs, takes no operations and no address spaces"
-            raise TraceError(rule, index=base + position, field="op")
+        tables = self._tables
+        if tables is None:
+            if chunk.operations is not None and not chunk.operations.plain:
+                rule = "a replay that asks, or is published while it runs, takes no operations and no address spaces"
+                raise TraceError(rule, index=base + position, field="op")
+            return self._replay(words, gvas, position, base)
+        if position == tables.ready and tables.why == record_checks.DONE:
+            tables.translate(self._draft.machine, chunk, self._words)
+        if position < tables.ready:
+            return self._replay(words[: 2 * tables.ready], gvas, position, base)
+        if tables.why == guest_virtual.SPLIT:
+            return self._enter_split(tables, words[: 2 * position + 2], gvas, position, base)
+        return tables.why, position
+
+    def _replay(self, words: NDArray[np.int64], gvas: NDArray[np.int64], position: int, base: int) -> tuple[int, int]:
         m = self._draft.machine
         options, trail = self._words, self._trail
         status, position = replay.replay(
@@ -207,9 +248,46 @@ class Replay:
         )
         return int(status), int(position)
 
+    def _enter_split(
+        self, tables: GuestTables, words: NDArray[np.int64], gvas: NDArray[np.int64], position: int, base: int
+    ) -> tuple[int, int]:
+        """Run the last record of ``words``, whose frames are no neighbours."""
+        with self._aimed(base + position, int(words[2 * position + 1]) & 0xFFFF):
+            status, after = self._replay(words, gvas, position, base)
+        if after > position:
+            tables.begin(after)
+        return status, after
+
+    @contextmanager
+    def _aimed(self, index: int, size: int) -> Iterator[None]:
+        """While a record runs: if its frames are no neighbours, the machine knows them, and the log will be told."""
+        tables = self._tables
+        if tables is None or tables.why != guest_virtual.SPLIT:
+            yield
+            return
+        places = self._draft.machine.places
+        places[:] = tables.places
+        self._split.pop(index, None)
+        self._split[index] = scattered.runs_of(tables.places, size)
+        try:
+            yield
+        finally:
+            places[0] = NO_PLACE
+
+    def _pass_over(self, chunk: TraceChunk, base: int, position: int) -> None:
+        """Take note of a record whose address leads nowhere: it is no access."""
+        assert self._tables is not None
+        self.tally[reg.UNTRANSLATED] += 1
+        gva, level = self._tables.blame(self._draft.machine, chunk, position)
+        self._untranslated.append(Untranslated(base + position, gva, level))
+        if len(self._untranslated) == MOST_UNTRANSLATED:
+            self._words[replay.OPTION_NOWHERE] = replay.COUNTED
+
     def _refuse_in(self, chunk: TraceChunk, status: int, words: NDArray[np.int64], position: int, base: int) -> None:
         """Raise TraceError for the record at a position of the chunk."""
         name, rule = REFUSALS[status]
+        if status in RULES:
+            raise refusal(status, chunk, base, position)
         gpa, word = (int(w) & ((1 << 64) - 1) for w in words[2 * position : 2 * position + 2])
         values = {"size": word & 0xFFFF, "access": (word >> 16) & 0xFF, "vcpu": (word >> 32) & 0xFFFF, "gpa": gpa}
         values["source"] = word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK
@@ -223,21 +301,29 @@ class Replay:
         if count == 0:
             return
         self._used[0] = 0
-        object_hits.attribute(self._targets.index, self._log, count, self._hits, self._seen, self._touched)
+        told = self._log[:count]
+        if self._split:
+            told = scattered.for_objects(told, self._split)
+        object_hits.attribute(self._targets.index, told, len(told), self._hits, self._seen, self._touched)
         kept = min(count, self._options.max_exit_records - self._kept)
         self._dropped += count - kept
         if kept:
             self._kept += kept
             self._parts.append(self._columns(self._log[:kept], chunk, base))
+        if self._split:
+            self._split = dict([self._split.popitem()])  # the last one may still be under way
 
     def _columns(self, log: NDArray[np.int64], chunk: TraceChunk | None, base: int) -> ExitColumns:
-        columns, record_gpa = columns_of_log(log)
+        split, bounds = scattered.in_log(log, self._split)
+        columns, record_gpa = columns_of_log(bounds)
+        record_gpa[split.rows] = log[split.rows, vcpu_run.EXIT_GPA].view(np.uint64)
         carry = {}
         if chunk is not None and chunk.carry:
             at = log[:, vcpu_run.EXIT_INDEX] - base
             names = dict.fromkeys((*self._options.carry, *chunk.carry))
             carry = {name: np.array(chunk.carry[name][at]) for name in names}
-        return ExitColumns(columns, record_gpa, self._has_gva, carry, self._targets.index, self._targets.names)
+        targets = self._targets
+        return ExitColumns(columns, record_gpa, self._has_gva, carry, targets.index, targets.names, split)
 
     def result(self) -> TraceResult:
         """Totals and exit records so far."""
@@ -262,6 +348,8 @@ class Replay:
             exit_records_dropped=self._dropped,
             stopped_at=self.stopped_at,
             exit_columns=join(self._parts, empty),
+            untranslated=t[reg.UNTRANSLATED],
+            untranslated_records=tuple(self._untranslated),
         )
 
     def _by_object(self) -> dict[str, ObjectHits]:
@@ -272,19 +360,6 @@ class Replay:
                 targets.names, targets.subpages, self._hits.tolist(), strict=True
             )
         }
-
-
-def frozen(words: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """A read-only int64 view: bodies may come as read-only memory, and one signature is compiled for all."""
-    view = words.view(np.int64)
-    view.flags.writeable = False
-    return view
-
-
-def _identity(chunk: TraceChunk, base: int, position: int) -> tuple[int, int, int]:
-    """Index and words of a record."""
-    gpa, word = chunk.records[position].view(np.int64).tolist()
-    return base + position, gpa, word
 
 
 def _stop_of(m: Machine) -> tuple[int, int, int]:

@@ -69,7 +69,7 @@ class TimedReplay(Replay):
         self, chunk: TraceChunk, words: NDArray[np.int64], gvas: NDArray[np.int64], position: int, base: int
     ) -> tuple[int, int]:
         beside = chunk.operations
-        if beside is None or (beside.plain and not len(self._uses)):
+        if beside is None or (beside.plain and not len(self._uses)) or self._tables is not None:
             return super()._enter(chunk, words, gvas, position, base)
         self._check_modelled(chunk, position, base)
         following = int(np.searchsorted(beside.at, position))

@@ -24,12 +24,12 @@ from engine.ioctls.partial_set import SubpageCalls
 from engine.kvm import exit_handling, mapping, spp_set, sppt_roots
 from engine.kvm.granted_subpages import grant_touched
 from engine.kvm.memory_views import GuestMemory
-from engine.kvm.protections import ProtectedObject
+from engine.kvm.protections import ProtectedObject, VirtualObject
 from engine.kvm.slots import SlotSpec, first_page_without_slot
 from engine.machine import SubpageRange, VirtualMachine
 from engine.machine.hypercalls import HypercallRequest
 from engine.machine.page_access import AccessChange
-from engine.state.config import VcpuConfig, VmConfig
+from engine.state.config import HostConfig, VcpuConfig, VmConfig
 from engine.state.profiles import PROFILES
 from engine.trace.columns import TraceChunk
 from engine.trace.interactive import InteractiveReplay
@@ -96,6 +96,20 @@ def _subpages() -> None:
     vm.unprotect("warm")
 
 
+def _whole_pages() -> None:
+    """Pages that are tracked, until sub-page protection comes, and on a host without EPT by linear address."""
+    vm = VirtualMachine.create(VmConfig(), [SlotSpec(0, 0, 1 << 22)])
+    vm.protect("warm", [ProtectedObject("object", 0x4010, 0x100, "page")])
+    vm.access(AccessRequest(0x4010, on_violation="grant"))
+    vm.enable_spp()
+    shadowed = VirtualMachine.create(VmConfig(host=HostConfig(ept=False)), [SlotSpec(0, 0, 1 << 16)])
+    for gpa in range(0, 0x3000, 0x1000):
+        shadowed.write_memory(gpa, (gpa + 0x1003).to_bytes(8, "little"))
+    shadowed.write_memory(0x3020, b"\3\x40")
+    shadowed.protect("warm", [ProtectedObject("object", 0x4010, 0x100, "page")])
+    shadowed.access(AccessRequest(None, gva=0x4010))
+
+
 def _accesses() -> None:
     vm = _protected()
     vm.write_memory(0x5000, b"warm")
@@ -112,6 +126,11 @@ def _guest_addresses() -> None:
     vm.protect("guest table", [ProtectedObject("entry", 0, 8)])
     vm.write_memory(0, b"\3")
     vm.access(AccessRequest(None, gva=0x4010, on_violation="allow"))
+    vm.write_memory(0x20, b"\3")
+    vm.protect("by table", [VirtualObject("object", 0x4010, 8)])
+    with vm.replay(ReplayOptions(address="gva")) as run:
+        run.feed(TraceChunk(np.array([[0x4010, 8 | 1 << 16], [0x8010, 8 | 1 << 16]], dtype=np.uint64), None, {}))
+        run.finish()
     vm.vcpus.vm_entry(0)
     vm.vcpus.invept(0, 2, 0)
     vm.vcpus.invvpid(0, 2, 0, 0)
@@ -209,6 +228,7 @@ REST: dict[str, Step] = {
     "guest addresses": _guest_addresses,
     "host": _host,
     "subpages": _subpages,
+    "whole pages": _whole_pages,
     "accesses": _accesses,
     "partial sets": _partial_sets,
     "lines": _lines,

@@ -112,6 +112,7 @@ def report_of(
         "records": result["records"],
         "writes": result["writes"],
         "mmio": result["mmio"],
+        "notes": result["notes"],
         "violations": exits,
         "page_granular_violations": result["page_granular_violations"],
         "factor": round(result["page_granular_violations"] / exits, 2) if exits else None,

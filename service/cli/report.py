@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 _NEXT = (
@@ -31,6 +32,8 @@ def print_report(
     )
     console.print(_objects(report))
     console.print(_totals(report, how))
+    for note in report["notes"]:
+        console.print(f"[bold]Note:[/bold] {escape(note)}")
     for record in report["first_exit_records"]:
         hit = ", ".join(record["objects"]) or "no object"
         where = f"{record['size']} bytes at {record['gpa']}, sub-pages {record['subpages']}"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from datetime import datetime
 from typing import Any
 
 import numpy as np
 
+from engine.trace import scattered
 from engine.trace.object_hits import ObjectIndex
-from engine.trace.results import ExitColumns, ObjectHits, TraceResult
+from engine.trace.results import ExitColumns, ObjectHits, TraceResult, Untranslated
+from engine.trace.scattered import NONE, Scattered
 from engine.trace.taken import SkippedLine, Taken
 from service.runtime.traces import NO_RECORDS, PART, Publication, Trace, TraceRequest
 from service.runtime.translation_records import translations_of
@@ -21,6 +23,7 @@ from service.storage.records import TraceRecord
 _RECORD_GPA = "record_gpa"
 _COLUMN = "column:"
 _CARRY = "carry:"
+_SCATTERED = "scattered:"
 _TOTALS = (
     "records",
     "writes",
@@ -64,6 +67,8 @@ def trace_of(record: TraceRecord) -> Trace:
             exit_columns=NO_RECORDS,
             translations=translations_of(result.get("translations")),
             taken=_taken(result.get("taken")),
+            untranslated=result.get("untranslated", 0),
+            untranslated_records=tuple(Untranslated(*item) for item in result.get("untranslated_records", ())),
         ),
         ignored_columns=tuple(head["ignored_columns"]),
         created=datetime.fromisoformat(record.created),
@@ -77,7 +82,9 @@ def columns_of(record: TraceRecord, parts: Sequence[bytes]) -> ExitColumns:
     """The exit records of a trace."""
     head = json.loads(record.head)
     pieces = [unpack(part) for part in parts]
-    names = list(pieces[0])
+    found = [_scattered(piece) for piece in pieces]
+    places = scattered.joined(found, [len(piece[_RECORD_GPA]) for piece in pieces])
+    names = [name for name in pieces[0] if not name.startswith(_SCATTERED)]
     joined: dict[str, Any] = {name: np.concatenate([piece[name] for piece in pieces]) for name in names}
     return ExitColumns(
         {name.removeprefix(_COLUMN): joined[name] for name in names if name.startswith(_COLUMN)},
@@ -86,6 +93,7 @@ def columns_of(record: TraceRecord, parts: Sequence[bytes]) -> ExitColumns:
         {name.removeprefix(_CARRY): joined[name] for name in names if name.startswith(_CARRY)},
         ObjectIndex(**unpack(record.object_index)),
         tuple(head["object_names"]),
+        places,
     )
 
 
@@ -105,11 +113,19 @@ def _taken(stored: Sequence[Any] | None) -> Taken | None:
     return found._replace(first=tuple(SkippedLine(*line) for line in found.first))
 
 
+def _scattered(piece: Mapping[str, Any]) -> Scattered:
+    """Those among the records of a part; parts without any, and of before there were any, say nothing of them."""
+    if _SCATTERED + "rows" not in piece:
+        return NONE
+    return Scattered(*(piece[_SCATTERED + name] for name in Scattered._fields))
+
+
 def _columns(exits: ExitColumns) -> dict[str, Any]:
     return {
         _RECORD_GPA: exits.record_gpa,
         **{_COLUMN + name: column for name, column in exits.columns.items()},
         **{_CARRY + name: column for name, column in exits.carry.items()},
+        **({_SCATTERED + k: v for k, v in exits.scattered._asdict().items()} if len(exits.scattered.rows) else {}),
     }
 
 
@@ -135,6 +151,8 @@ def _head(trace: Trace) -> dict[str, Any]:
             "stopped_at": None if result.stopped_at is None else int(result.stopped_at),
             "translations": asdict(result.translations),
             "taken": result.taken,
+            "untranslated": int(result.untranslated),
+            "untranslated_records": [astuple(item) for item in result.untranslated_records],
         },
         "ignored_columns": list(trace.ignored_columns),
         "seconds": trace.seconds,

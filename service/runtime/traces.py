@@ -42,6 +42,7 @@ class TraceRequest:
     start: int
     max_exit_records: int
     goes_on: bool = False
+    address: str = "gpa"
     skip_unknown: bool = False
     columns: str | None = None
     longest: int = 0
@@ -68,6 +69,7 @@ class TraceRequest:
             max_exit_records=self.max_exit_records,
             carry=self.carry,
             goes_on=self.goes_on,
+            address=self.address,
         )
 
 

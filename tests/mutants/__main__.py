@@ -22,6 +22,7 @@ from queue import SimpleQueue
 
 from . import (
     address_spaces,
+    addresses,
     arch,
     areas,
     cpu_access_check,
@@ -38,6 +39,7 @@ from . import (
     kvm,
     kvm_dirty,
     kvm_faults,
+    kvm_pages,
     nested,
     store,
     symbols,
@@ -60,6 +62,7 @@ PACKAGES = (
     kvm,
     kvm_faults,
     address_spaces,
+    kvm_pages,
     ioctls,
     areas,
     kvm_dirty,
@@ -69,6 +72,7 @@ PACKAGES = (
     trace,
     interactive,
     translations,
+    addresses,
     store,
     symbols,
 )

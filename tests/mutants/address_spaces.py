@@ -46,7 +46,7 @@ MUTANTS = (
     Mutant(
         "space-contents",
         "engine/cpu/guest_paging.py",
-        "entry = read_entry(m, slot | space, size)",
+        "entry = read_entry(m, slot | smm, size)",
         "entry = read_entry(m, slot, size)",
         "the guest's own page tables are in its address space",
         named(SPACES, "page_tables_of_the_guest_are_in_its_space"),
@@ -96,8 +96,8 @@ MUTANTS = (
     Mutant(
         "space-emulated",
         "engine/kvm/emulator.py",
-        "page = within(at) >> 12",
-        "page = at >> 12",
+        "return at >> 12 if page_tracking.active(m) else within(at) >> 12",
+        "return at >> 12",
         "is_emulator_spp_protected looks in address space 0",
         named(SPACES, "an_emulated_write_in_smm"),
     ),

@@ -109,8 +109,8 @@ MUTANTS = (
     Mutant(
         "guest-pdpte-index",
         GUEST_PAGING_PY,
-        "entry = m.rows[row, ctl.V_PDPTE0 + (linear >> 30 & 3)]",
-        "entry = m.rows[row, ctl.V_PDPTE0 + (linear >> 30 & 1)]",
+        "entry = m.rows[m.row_of[FIRST_VCPU_FRAME + vcpu], ctl.V_PDPTE0 + (linear >> 30 & 3)]",
+        "entry = m.rows[m.row_of[FIRST_VCPU_FRAME + vcpu], ctl.V_PDPTE0 + (linear >> 30 & 1)]",
         "volume 3A, 4.4: linear bits 31:30 choose the PDPTE",
         named(DERIVED, "k14_pdptes_loaded_by_mov_to_cr3"),
     ),

@@ -164,11 +164,11 @@ MUTANTS = (
     Mutant(
         "no-ept-walks",
         "engine/trace/replay.py",
-        "elif source == acc.GUEST and not ept.mode_of(m, vcpu) & ept.MODE_EPT:",
-        "elif not ept.mode_of(m, vcpu) & ept.MODE_SPP:",
+        "if not ept.mode_of(m, vcpu) & ept.MODE_EPT:",
+        "if not ept.mode_of(m, vcpu) & ept.MODE_SPP:",
         "without EPT the slots alone decide",
         named(KINDS, "ept_is_walked_without_spp"),
-        "run_record",
+        "attempt",
     ),
     Mutant(
         "no-ept-read-only",

@@ -157,6 +157,7 @@ MUTANTS = (
         "fastpath.forget(m, gfn + 1)",
         "a page whose map changed leaves the fast path",
         named(REPLAY, "grant_opens_the_sub_page_once", "dropping_the_fast_path_changes_no_answer"),
+        function="forget",
     ),
     Mutant(
         "fault-violation-any",

@@ -74,8 +74,8 @@ MUTANTS = (
     Mutant(
         "dirty-log-of-armed-2019",
         TRACKING_PY,
-        "elif m.caps[CAP_KVM] & KVM_SAVED_BIT:",
-        "else:",
+        "elif m.caps[CAP_KVM] & KVM_SAVED_BIT and not page_tracking.active(m):",
+        "elif not page_tracking.active(m):",
         "the first series does not log a page that is protected in part",
         named(DIRTY, "the_first_series_leaves_an_armed_leaf_alone"),
     ),

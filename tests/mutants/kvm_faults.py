@@ -29,7 +29,7 @@ MUTANTS = (
     Mutant(
         "level-forced-in-2019",
         LARGE_PAGES_PY,
-        "if level == 1 or not choice_bits.chooses(m, KVM_FORCE_SMALL):",
+        "if level == 1 or not (choice_bits.chooses(m, KVM_FORCE_SMALL) or page_tracking.active(m)):",
         "if level == 1:",
         "kvm-spp 8.2: version 4 maps large pages whatever the bitmaps say",
         named(MAPPING, "2019_maps_a_large_page_over_protected_ones_and_says_which_writes_got_through"),
@@ -166,8 +166,8 @@ MUTANTS = (
     Mutant(
         "emulator-page-granular",
         EMULATOR_PY,
-        "denied = sppt.touched(at, size) & ~bitmaps.effective(m, page) & FULL_ACCESS",
-        "denied = ~bitmaps.effective(m, page) & FULL_ACCESS",
+        "denied = sppt.touched(at, size) & closed_to(m, source, at) & FULL_ACCESS",
+        "denied = closed_to(m, source, at) & FULL_ACCESS",
         "kvm-spp 3.5: an emulated write obeys sub-pages, not pages",
         named(EMULATOR, "emulated_write"),
     ),

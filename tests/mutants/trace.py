@@ -24,8 +24,8 @@ MUTANTS = (
     Mutant(
         "replay-guarded-straddle",
         REPLAY_PY,
-        "for gfn in range(gpa >> 12, ((gpa + size - 1) >> 12) + 1):",
-        "for gfn in range(gpa >> 12, (gpa >> 12) + 1):",
+        "done += access_over_pages.page_part(at, at + size - done)",
+        "done += size",
         "both pages of an access count for page granularity",
         named(REPLAY, "second_page_counts_for_page_granularity"),
         function="in_protected_page",
@@ -33,7 +33,7 @@ MUTANTS = (
     Mutant(
         "replay-grant-whole-page",
         "engine/kvm/granted_subpages.py",
-        "refused = sppt.touched(at, part) & ~bitmaps.effective(m, at >> 12)",
+        "refused = asked & ~bitmaps.effective(m, at >> 12)",
         "refused = ~bitmaps.effective(m, at >> 12)",
         "a grant opens the sub-pages that are touched, no more",
         named(REPLAY, "grant_opens_the_sub_page_once", "grant_opens_every_refused_sub_page_of_the_access"),
@@ -73,7 +73,7 @@ MUTANTS = (
     Mutant(
         "replay-again-any-record",
         SESSION_PY,
-        "if again == _identity(chunk, base, position):",
+        "if again == self._identity(chunk, base, position):",
         "if again[2]:",
         "only the record that stopped was counted before",
         named(REPLAY, "only_the_very_record_that_stopped_goes_on"),

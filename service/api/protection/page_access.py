@@ -34,7 +34,7 @@ _ABOUT = (
     "Write access and the write bitmap are one thing: a bitmap of all ones gives write access, any zero takes it away "
     "and leaves the sub-pages whose bit is 1 exempt. Access alone: with `w` the bitmap becomes all ones; without, it "
     "stays, or becomes 0 where it was all ones. Both together must say the same. The bitmap is that of "
-    "`subpages?layer=set`; protections and grants stand beside it. "
+    "`subpages?layer=set`; protections and grants stand beside it. Without SPP a bitmap is all ones or 0. "
 )
 
 _ENTRY = {"gfn": "0x2a5c", "access": "r-x", "write_bitmap": "0xfffffffe"}
@@ -138,7 +138,6 @@ def _fault(error: EngineError | None) -> EntryFault | None:
     responses=documented(
         {200: {"model": PageAccessWindow, "description": "One item for each page."}},
         "not-found",
-        "spp-not-enabled",
         "invalid-value",
     ),
 )

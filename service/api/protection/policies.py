@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from engine.kvm.protections import MAX_OBJECTS, MAX_RANGES, ProtectedObject, ProtectedPages
+from engine.kvm.protections import MAX_OBJECTS, MAX_RANGES, ProtectedObject, ProtectedPages, VirtualObject
 from engine.kvm.protections import Protection as EngineProtection
 from service.http.wire_types import Document, Hex32, Hex64, Word, examples
 from service.problems import InvalidDocument, ServiceError
@@ -18,7 +18,9 @@ _ABOUT = 2000
 
 Granularity = Literal["subpage", "page"]
 ABOUT = "A note for people; kept, and given back."
-GVA = "Where the guest sees it: a note beside `gpa`, kept and given back. Nothing is looked up by it yet."
+GVA = "Where the guest sees it: a note beside `gpa`. Without `gpa` the guest's page tables say where that is now."
+VCPU = "By whose page tables `gva` is translated: the id of a vCPU, with its paging mode and CR3."
+CR3 = "The address space in place of the vCPU's CR3."
 
 
 class _OptionalWord(Word):
@@ -49,16 +51,36 @@ EXAMPLE = {
 }
 
 
+class ObjectPiece(Document):
+    """A run of an object in frames that are neighbours."""
+
+    gpa: Hex64 = Field(description="Guest-physical address of its first byte.")
+    gva: Hex64 = Field(description="Where the guest sees it.")
+    size: int = Field(description="In bytes.")
+
+
 class ObjectRequest(Document):
     """A byte range to protect; rounded outward to 128 bytes, or to whole pages."""
 
     name: str | None = Field(
         None, min_length=1, max_length=256, description="Unique in the protection. Required unless `symbol` is given."
     )
-    gpa: Hex64 | None = Field(None, description="Address of its first byte. Required unless `symbol` is given.")
+    gpa: Hex64 | None = Field(
+        None, description="Guest-physical address of its first byte. Required without `gva` and `symbol`."
+    )
     size: Hex64 | None = Field(None, description="In bytes. Required unless `symbol` is given, whose size it is then.")
     granularity: Granularity = Field("subpage", description="Outward to what it is rounded: 128 bytes, or 4 KiB.")
     gva: _Gva = Field(None, description=GVA)
+    vcpu: int | None = Field(
+        None,
+        ge=0,
+        le=0xFFFF,
+        description=VCPU + " 0 unless given; with it, a `gpa` is what was found before.",
+    )
+    cr3: Hex64 | None = Field(None, description=CR3 + " For an object by `gva`.")
+    pieces: list[ObjectPiece] | None = Field(
+        None, max_length=MAX_OBJECTS, description="As a reply has them; an object by `gva` is looked up anew."
+    )
     symbol: str | None = Field(
         None, max_length=256, description="Symbol of the machine (`…/symbols`) whose place it has."
     )
@@ -87,18 +109,33 @@ class ProtectionRequest(Document):
     )
 
     def protection(self) -> EngineProtection:
-        """What the engine protects. Raises ServiceError for what the form allows and the service refuses."""
+        """What is protected where no guest has page tables. Raises ServiceError, for objects by ``gva`` alone, too."""
+        objects = tuple(_by_gpa(item, f"objects[{position}]") for position, item in enumerate(self.given_objects()))
+        return EngineProtection(self.name, objects, self.given_pages(), self.about)
+
+    def given_pages(self) -> tuple[ProtectedPages, ...]:
+        """The ranges as the engine takes them."""
+        return tuple(ProtectedPages(*row) for row in self.pages)
+
+    def given_objects(self) -> list[ProtectedObject | VirtualObject]:
+        """The objects as the engine takes them. Raises ServiceError for what the form allows and nobody takes."""
         known: dict[str | None, int] = {}
         for position, item in enumerate(self.objects):
             first = known.setdefault(item.name, position)
             if first != position and item.name is not None:
                 rule = f"objects[{first}] and objects[{position}] have one name: each object needs a name of its own"
                 raise InvalidDocument(rule, field=f"objects[{position}].name", value=item.name)
-        objects = tuple(_object(item, f"objects[{position}]") for position, item in enumerate(self.objects))
-        return EngineProtection(self.name, objects, tuple(ProtectedPages(*row) for row in self.pages), self.about)
+        return [_object(item, f"objects[{position}]") for position, item in enumerate(self.objects)]
 
 
-def _object(item: ObjectRequest, where: str) -> ProtectedObject:
+def _by_gpa(item: ProtectedObject | VirtualObject, where: str) -> ProtectedObject:
+    if isinstance(item, VirtualObject):
+        rule = "is looked up in the page tables of a guest, and here is none: give gpa, the guest-physical address"
+        raise ServiceError(rule, field=f"{where}.gva", value=hex(item.gva), code="not-yet-supported")
+    return item
+
+
+def _object(item: ObjectRequest, where: str) -> ProtectedObject | VirtualObject:
     if item.symbol is not None:
         raise no_symbols(where, item.symbol)
     if item.offset:
@@ -107,10 +144,15 @@ def _object(item: ObjectRequest, where: str) -> ProtectedObject:
         raise InvalidDocument("is required", field=f"{where}.name")
     if item.size is None:
         raise InvalidDocument("is required", field=f"{where}.size")
+    if item.gva is not None and (item.gpa is None or item.vcpu is not None):
+        vcpu = item.vcpu or 0
+        return VirtualObject(item.name, item.gva, item.size, item.granularity, item.about, vcpu, item.cr3)
     if item.gpa is None:
-        if item.gva is not None:
-            raise _not_yet(f"{where}.gva", hex(item.gva))
         raise InvalidDocument("is required", field=f"{where}.gpa")
+    for name in ("vcpu", "cr3"):
+        if getattr(item, name) is not None:
+            rule = "must be left out: it is for an object by gva, and this one is by gpa"
+            raise InvalidDocument(rule, field=f"{where}.{name}", value=getattr(item, name))
     return ProtectedObject(item.name, item.gpa, item.size, item.granularity, item.gva, item.about)
 
 
@@ -121,8 +163,3 @@ def no_symbols(where: str, symbol: str) -> ServiceError:
         "from-symbols` write the addresses"
     )
     return InvalidDocument(rule, field=f"{where}.symbol", value=symbol)
-
-
-def _not_yet(field: str, value: str) -> ServiceError:
-    rule = "is not yet supported as the place of an object: give gpa, the guest-physical address"
-    return ServiceError(rule, field=field, value=value, code="not-yet-supported")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Annotated
 
@@ -11,7 +11,9 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.kvm.protections import ProtectedObject
 from engine.kvm.protections import Protection as EngineProtection
+from engine.machine.virtual_objects import regroup
 from service.api.common import (
     CHANGE,
     Cursor,
@@ -29,7 +31,16 @@ from service.api.common import (
     tagged,
     tagged_reply,
 )
-from service.api.protection.policies import ABOUT, GVA, RANGE_ITEMS, Granularity, ProtectionRequest
+from service.api.protection.policies import (
+    ABOUT,
+    CR3,
+    GVA,
+    RANGE_ITEMS,
+    VCPU,
+    Granularity,
+    ObjectPiece,
+    ProtectionRequest,
+)
 from service.api.protection.symbol_objects import with_addresses
 from service.http import cursors
 from service.http.wire_types import Document, Hex32, Hex64, examples
@@ -41,7 +52,7 @@ _INLINE_PAGES = 4096
 
 ProtectionName = Annotated[str, Path(alias="name", description="Name of the protection.", examples=["kernel"])]
 
-_NOTES = {"granularity": "subpage", "gva": None, "about": None}
+_NOTES = {"granularity": "subpage", "gva": None, "about": None, "vcpu": None, "cr3": None, "pieces": None}
 _REPLY = {
     "name": "kernel",
     "about": "what a rootkit overwrites",
@@ -52,6 +63,20 @@ _REPLY = {
     "pages": 3,
     "subpages": 36,
     "page_ranges": [["0x2bfb", 1, "0xfffffff0"]],
+}
+_MOST_MOVED = 1000
+_MOVED = {
+    "protection": _REPLY,
+    "moved": [
+        {
+            "object": "modprobe_path",
+            "gva": "0xffffffff82a5c6a0",
+            "old_gpa": "0x2a5c6a0",
+            "new_gpa": "0x3a5c6a0",
+            "size": 256,
+        }
+    ],
+    "moved_total": 1,
 }
 
 
@@ -64,6 +89,19 @@ class ObjectRange(Document):
     granularity: Granularity = Field(description="Outward to what it is rounded: 128 bytes, or 4 KiB.")
     gva: Hex64 | None = Field(description=GVA)
     about: str | None = Field(description=ABOUT)
+    vcpu: int | None = Field(description=VCPU + " Null for an object by `gpa`.")
+    cr3: Hex64 | None = Field(description=CR3 + " Null: the vCPU's own, whenever it is looked up.")
+    pieces: list[ObjectPiece] | None = Field(description="Of an object by `gva`: where it was found, run by run.")
+
+    @classmethod
+    def of(cls, pieces: Sequence[ProtectedObject]) -> ObjectRange:
+        """The object that pieces are of; ``gpa`` is that of the first."""
+        first = pieces[0]
+        found = None
+        if first.vcpu is not None:
+            found = [ObjectPiece(gpa=piece.gpa, gva=piece.gva or 0, size=piece.size) for piece in pieces]
+        size = sum(piece.size for piece in pieces)
+        return cls(**{**asdict(first), "size": size, "pieces": found})
 
 
 class Protection(Document):
@@ -85,7 +123,7 @@ class Protection(Document):
         return cls(
             name=protection.name,
             about=protection.about,
-            objects=[ObjectRange(**asdict(item)) for item in protection.objects],
+            objects=[ObjectRange.of(pieces) for pieces in regroup(protection.objects)],
             pages=protection.pages,
             subpages=protection.subpages,
             page_ranges=[(item.gfn, item.npages, item.access) for item in protection.ranges],
@@ -113,8 +151,10 @@ class ProtectionPage(Document):
     description=(
         "The body is a policy as the command line reads it from a file, too. "
         "Sub-pages are reference-counted: one stays protected until the last protection that covers it is deleted. "
-        "Grants given during a replay end with the protection. Whole pages are protected by their sub-pages: an object "
-        "of granularity `page` needs SPP, as every other does."
+        "Grants given during a replay end with the protection. Objects of granularity `page`, and ranges whose bitmap "
+        "is 0, need no SPP: without it KVM tracks the page.\n\n"
+        "An object by `gva` alone is looked up in the guest's page tables now, and split where its frames are no "
+        "neighbours; `retranslateProtection` follows it when the guest has moved it."
     ),
     status_code=201,
     responses=documented(
@@ -129,11 +169,12 @@ async def create_protection(request: Request, vm: VmId, body: ProtectionRequest)
     entry = find(request, vm)
     few = len(body.objects) + len(body.pages) <= _INLINE_PAGES
     named = await maybe_in_thread(not entry.machine.symbols.loaded, with_addresses, body, entry.machine)
-    wanted = await maybe_in_thread(few, named.protection)
+    objects = await maybe_in_thread(few, named.given_objects)
+    ranges = await maybe_in_thread(few, named.given_pages)
+    known = [item for item in objects if isinstance(item, ProtectedObject)]
+    small = few and len(known) == len(objects) and _small([EngineProtection(body.name, tuple(known), ranges)])
     async with changing(request, entry) as machine:
-        protection = await maybe_in_thread(
-            few and _small([wanted]), machine.protect, wanted.name, wanted.objects, wanted.ranges, wanted.about
-        )
+        protection = await maybe_in_thread(small, machine.protect, body.name, objects, ranges, body.about)
     location = f"/v1/vms/{entry.id}/protections/{protection.name}"
     shown = await maybe_in_thread(_small([protection]), Protection.of, protection)
     return tagged(request, shown, status=201, extra={"Location": location})
@@ -174,6 +215,53 @@ async def list_protections(request: Request, vm: VmId, limit: Limit = None, curs
 async def get_protection(request: Request, vm: VmId, name: ProtectionName) -> Response:
     protection = find(request, vm).machine.protection(name)
     return tagged(request, await maybe_in_thread(_small([protection]), Protection.of, protection))
+
+
+class MovedRun(Document):
+    """Bytes of an object that are in other frames now."""
+
+    object: str = Field(description="Name of the object.")
+    gva: Hex64 = Field(description="Where the guest sees them.")
+    old_gpa: Hex64 = Field(description="Where they were protected until now.")
+    new_gpa: Hex64 = Field(description="Where they are protected now.")
+    size: int = Field(description="How many.")
+
+
+class Retranslation(Document):
+    """A protection whose objects were looked up again."""
+
+    model_config = ConfigDict(json_schema_extra=examples(_MOVED))
+
+    protection: Protection = Field(description="As it is now.")
+    moved: list[MovedRun] = Field(description=f"The first {_MOST_MOVED} of the runs that moved, object by object.")
+    moved_total: int = Field(description="How many moved.")
+
+
+@routes.post(
+    "/{name}:retranslate",
+    operation_id="retranslateProtection",
+    summary="Follow objects that the guest has moved",
+    description=(
+        "Every object by `gva` is looked up again, under its `cr3` or else the CR3 that its vCPU has now, and what is "
+        "protected moves with it, all at once. Where one does not translate any more, nothing moves."
+    ),
+    responses=documented(
+        {200: {"model": Retranslation, "description": "Looked up.", "headers": headers("ETag")}},
+        "precondition-failed",
+        "precondition-required",
+        "spp-not-enabled",
+        *CHANGE,
+    ),
+)
+async def retranslate_protection(request: Request, vm: VmId, name: ProtectionName) -> Response:
+    entry = find(request, vm)
+    async with changing(request, entry) as machine:
+        guard(request, entry, lambda: [tag_of(Protection.of(machine.protection(name)))])
+        protection, moved = await maybe_in_thread(False, machine.retranslate, name)
+    runs = [MovedRun(**run._asdict()) for run in moved[:_MOST_MOVED]]
+    shown = await maybe_in_thread(_small([protection]), Protection.of, protection)
+    found = Retranslation(protection=shown, moved=runs, moved_total=len(moved))
+    return json_response(found, extra={"ETag": tag_of(shown)})
 
 
 @routes.delete(

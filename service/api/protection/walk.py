@@ -10,10 +10,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.arch.access import CIRCUMSTANCE_SHIFT
+from engine.machine.tables import TableEntry
 from engine.machine.walks import Ending
 from service.api.common import VmId, documented, find, json_response, router
 from service.api.traces.exits import EXAMPLE_EXIT, ExitRecord, exit_rows
 from service.http.wire_types import CIRCUMSTANCES, Access, Circumstances, Document, Hex32, Hex64, Kind, Linear, examples
+from service.problems import InvalidDocument
 from service.runtime.offload import maybe_in_thread
 
 routes = router("accesses", "/v1/vms/{vm}/walk", reads="read")
@@ -100,10 +102,12 @@ _THEN = {
     "ept": _DENIED["ept"],
     "sppt": _DENIED["sppt"],
 }
-_REPLY = _UNTOUCHED | {"then": _THEN}
+_REPLY = _UNTOUCHED | {"gva": None, "guest": [], "then": _THEN}
 
 # Explaining copies the frames of the machine; that of more bytes than this is done in a thread.
 _INLINE_BYTES = 4 << 20
+# A walk by linear address goes through the guest's tables once a page.
+_INLINE_SIZE = 4096
 
 
 class WalkEntry(Document):
@@ -175,6 +179,10 @@ class Walk(Document):
     exit_gpa: Hex64 | None = Field(description="Guest-physical address that the exit would report.")
     subpages: Hex32 = Field(description="Sub-pages touched.")
     denied: Hex32 = Field(description="Those among them that refuse the access.")
+    gva: Hex64 | None = Field(description="The linear address, if that was given.")
+    guest: list[WalkEntry] = Field(
+        description="With `gva`: the entries read of the guest's page tables, from the root; a register has table 0."
+    )
     ept: list[WalkEntry] = Field(description="The entries read, from the root.")
     sppt: list[WalkEntry] = Field(description="The entries read, from the root.")
     then: WalkEnding = Field(description="How the access ends: the answer to whether it would be refused.")
@@ -187,14 +195,18 @@ class Walk(Document):
     description=(
         "Changes nothing: no flag is set, no entry filled. What the processor finds now stands first; an exit that KVM "
         "handles itself, as of a page that nothing has touched, is no refusal. `then` is how the access ends: it is "
-        "executed on a copy of the machine, which is thrown away."
+        "executed on a copy of the machine, which is thrown away. By `gva`, the guest's page tables are walked "
+        "before; a 422 names the entry where an address leads nowhere."
     ),
     responses=documented({200: {"model": Walk, "description": "The explanation."}}, "not-found", "invalid-value"),
 )
 async def explain_access(
     request: Request,
     vm: VmId,
-    gpa: Annotated[Hex64, Query(description="Guest-physical address of the first byte.", examples=["0x2a5c6a0"])],
+    gpa: Annotated[
+        Hex64 | None,
+        Query(description="Guest-physical address of the first byte; required without `gva`.", examples=["0x2a5c6a0"]),
+    ] = None,
     access: Annotated[
         Access | None,
         Query(
@@ -226,12 +238,30 @@ async def explain_access(
         ),
     ] = 1,
     circumstances: Annotated[Circumstances, Query(description=CIRCUMSTANCES, examples=["nmi-unblocking"])] = 0,
+    gva: Annotated[
+        Hex64 | None,
+        Query(
+            description=(
+                "Linear address in place of `gpa`: the guest's page tables are walked first, as they are in its "
+                "memory; permissions are not asked."
+            ),
+            examples=["0xffffffff82a5c6a0"],
+        ),
+    ] = None,
+    cr3: Annotated[Hex64 | None, Query(description="With `gva`: the address space in place of the vCPU's CR3.")] = None,
 ) -> Response:
-    how = (gpa, access, size, vcpu, kind, linear, circumstances << CIRCUMSTANCE_SHIFT)
+    if (gpa is None) == (gva is None):
+        raise InvalidDocument("must be given, or gva, and not both", field="gpa", value=gpa)
+    if gva is None and cr3 is not None:
+        raise InvalidDocument("must be left out: it is for a walk by gva", field="cr3", value=cr3)
     machine = find(request, vm).machine
     small = machine.counters()["memory_bytes"] <= _INLINE_BYTES
+    guest: tuple[TableEntry, ...] = ()
+    if gva is not None:
+        gpa, guest = await maybe_in_thread(size <= _INLINE_SIZE, machine.guest_walk, gva, size, vcpu, cr3)
+    assert gpa is not None
+    how = (gpa, access, size, vcpu, kind, linear, circumstances << CIRCUMSTANCE_SHIFT, gva)
     told = await maybe_in_thread(small, machine.walk, *how)
-    now = {name: getattr(told, name) for name in Walk.model_fields if name != "then"}
-    return json_response(
-        Walk.model_validate({**now, "then": WalkEnding.of(told.then)}, from_attributes=True, strict=False)
-    )
+    beside = {"then": WalkEnding.of(told.then), "gva": gva, "guest": guest}
+    now = {name: getattr(told, name) for name in Walk.model_fields if name not in beside}
+    return json_response(Walk.model_validate({**now, **beside}, from_attributes=True, strict=False))

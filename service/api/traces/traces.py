@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.symbols.stored import Symbols
-from engine.trace.option_names import ASK, Include, OnViolation, RecordFormat, ToolFormatName
+from engine.trace.option_names import ASK, Address, Include, OnViolation, RecordFormat, ToolFormatName
 from service.api.common import (
     BINARY,
     CHANGE,
@@ -53,6 +53,7 @@ from service.api.traces.exits import (
     exits_url,
 )
 from service.api.traces.jobs import ACCEPTED, PREFER, replay_as_job, wanted_async
+from service.api.traces.notes import MMIO_PERCENT, notes_of
 from service.api.traces.publication import PublicationTotals, PublishEvery, interval_of, publication_totals
 from service.api.traces.translations import (
     EXAMPLE_OPERATION,
@@ -96,6 +97,7 @@ _SUMMARY = {
     "exits": {"ept_violation": 14884, "ept_misconfiguration": 0, "spp_miss": 17, "spp_misconfiguration": 0},
     "exit_records_dropped": 0,
     "stopped_at": None,
+    "untranslated": 0,
     "stale_translations": 1,
     "operations": {"hypercall": 1, "mov_cr3": 0, "invlpg": 0},
     "ignored_columns": ["flags"],
@@ -103,6 +105,7 @@ _SUMMARY = {
     "addresses": None,
     "sizes": None,
     "skipped": None,
+    "notes": [],
     "state": "finished",
     "resume_at": None,
     "published": None,
@@ -115,6 +118,7 @@ _RESULT = {
     "stale_records_dropped": 0,
     "operation_records": [EXAMPLE_OPERATION],
     "operation_records_dropped": 0,
+    "untranslated_records": [],
     "exit_records": [EXAMPLE_EXIT],
     "next": f"/v1/vms/{EXAMPLE_VM}/traces/{EXAMPLE_TRACE}/exits?cursor=AQAAAAAAAACf2Pv1",
 }
@@ -130,7 +134,11 @@ class AccessRecord(Document):
 
     model_config = ConfigDict(extra="allow", json_schema_extra={"maxProperties": MOST_MEMBERS, **examples(_ACCESS)})
 
-    gpa: Hex64 = Field(description="Guest-physical address of the first byte.")
+    gpa: Hex64 = Field(
+        0,
+        description="Guest-physical address of the first byte; required, but with `address` `gva` or `flat`.",
+        json_schema_extra=_no_default,
+    )
     size: int = Field(8, ge=1, le=0xFFFF, description="Bytes accessed.")
     access: Access = Field(
         1,
@@ -232,8 +240,22 @@ class TraceSummary(TranslationTotals, BodyTotals, PublicationTotals):
     stopped_at: int | None = Field(
         description="With `on_violation=stop`, or the answer `stop`: the access that ended it; resume with `start`."
     )
+    untranslated: int = Field(
+        description="With `address=gva`: records whose address leads nowhere. They are no accesses, beside `records`."
+    )
     ignored_columns: list[str] = Field(description="Columns that say nothing here.")
+    notes: list[str] = Field(
+        description=f"What looks like a mistake, in words: accesses outside of every slot from {MMIO_PERCENT} % on."
+    )
     seconds: float = Field(description="From the start of the replay to the publication of its effects.")
+
+
+class UntranslatedRecord(Document):
+    """A record whose address the guest's page tables do not translate."""
+
+    index: int = Field(description="Position of the record in the trace.")
+    gva: Hex64 = Field(description="The first address of it that leads nowhere.")
+    level: int = Field(description="Level of the entry that says so; 0 where the address is not canonical.")
 
 
 class TraceResult(TraceSummary, TranslationRecords):
@@ -241,6 +263,7 @@ class TraceResult(TraceSummary, TranslationRecords):
 
     model_config = ConfigDict(json_schema_extra=examples(_RESULT))
 
+    untranslated_records: list[UntranslatedRecord] = Field(description="The first 100 of them.")
     exit_records: list[ExitRecord] = Field(description="The first of them; the rest by `exits`.")
     next: str | None = Field(description="URL of the exit records after these; null if there are none.")
 
@@ -282,8 +305,10 @@ def _summary(vm_id: str, trace: Trace) -> dict[str, Any]:
         "exit_records_dropped": result.exit_records_dropped,
         "stopped_at": None if result.stopped_at is None else int(result.stopped_at),
         **translation_totals(result),
+        "untranslated": result.untranslated,
         "ignored_columns": list(trace.ignored_columns),
         **body_totals(trace.request.format, result),
+        "notes": notes_of(result),
         **publication_totals(trace),
         "seconds": round(trace.seconds, 6),
     }
@@ -293,7 +318,14 @@ def result_document(vm_id: str, trace: Trace, inlined: int, symbols: Symbols | N
     """The totals and the first ``inlined`` exit records of a trace, with the names that ``symbols`` know."""
     exits = trace.result.exit_columns
     follow = exits_url(vm_id, trace.id, inlined, None) if len(exits) > inlined else None
-    listed = {**translation_records(trace.result), "exit_records": exit_rows(exits[:inlined], symbols)}
+    nowhere = [
+        {"index": item.index, "gva": hex(item.gva), "level": item.level} for item in trace.result.untranslated_records
+    ]
+    listed = {
+        **translation_records(trace.result),
+        "untranslated_records": nowhere,
+        "exit_records": exit_rows(exits[:inlined], symbols),
+    }
     return {**_summary(vm_id, trace), **listed, "next": follow}
 
 
@@ -331,8 +363,9 @@ def carried_columns(carry: str | None) -> tuple[str, ...]:
         "`size` u16 (8), `access` u8 (1), `vcpu` u16 (0), `gva` u64, `kind` u8 (0), `linear` u8 (1: valid), `source` "
         "u8 (0: guest), `insn_len` u8 (0: not known); packed records have only the first four. On VMs with "
         "`translation_cache: model` also `op` u8 (0: access; 1 hypercall, 2 mov-cr3, 3 invlpg), `arg` binary (of an "
-        "operation) and `address_space` u64 (the vCPU's CR3): operations happen between the accesses, and each access "
-        "by a translation that should have been flushed is counted and explained (docs/tlb-flush.md).\n\n"
+        "operation) and `address_space` u64 (the vCPU's CR3; with `address=gva` on every VM): operations happen "
+        "between the accesses, and each access by a translation that should have been flushed is counted and explained "
+        "(docs/tlb-flush.md).\n\n"
         "With `Prefer: respond-async` the body is received whole and the replay becomes a job (202), which waits for "
         "its turn and for its VM however long that takes. With `Prefer: wait=N` it becomes one unless it has ended "
         "after N seconds; until then a failure is answered as without it. "
@@ -395,6 +428,16 @@ async def create_trace(
         str | None, Query(description="Columns to copy into exit records, with commas between them.")
     ] = None,
     max_exit_records: Annotated[int | None, Query(ge=0, description="Exit records to keep; totals stay exact.")] = None,
+    address: Annotated[
+        Address,
+        Query(
+            description=(
+                "What the addresses are. `gva`: of the guest; each record goes through its page tables in guest "
+                "memory, under the vCPU's CR3 or the record's `address_space`. `flat`: of a process, taken as `gpa`. "
+                "Both are in the column `gva`, or in `gpa` where there is no `gva`."
+            )
+        ),
+    ] = "gpa",
 ) -> Response:
     entry = find(request, vm)
     settings = settings_of(request)
@@ -406,6 +449,7 @@ async def create_trace(
     carried, kind = carried_columns(carry), format_of(media, format)
     wanted = TraceRequest(
         *(kind, record, carried, on_violation, include, start, kept, goes_on),
+        address=address,
         skip_unknown=skip_unknown,
         columns=columns,
         longest=settings.max_body_bytes,

@@ -129,7 +129,7 @@ def test_records_that_are_no_accesses() -> None:
         (word | 1 << 63, True, "record"),
         (word | 1 << 50, False, "record"),
         (word | 1 << 48, False, "record"),
-        (word + (1 << 16) | EMULATED << 48, True, "source"),
+        (word + (1 << 16) | HOST << 48, True, "source"),
         (word | acc.record_bits(acc.READ_MODIFY_WRITE, 1, HOST), True, "source"),
     ]
     for second, kinds, field in bad:

@@ -17,6 +17,7 @@ from engine.arch import ept as bits
 from engine.cpu import frames
 from engine.cpu.memory_slots import SMM, SMM_PAGE
 from engine.kvm import state_frame as reg
+from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.state.config import HostConfig, VcpuConfig, VmConfig
@@ -454,3 +455,16 @@ def test_a_vcpu_that_comes_later_is_outside() -> None:
     assert (access(vm, 2 * MIB, READ), access(vm, 2 * MIB, READ, vcpu=1)[-1]) == (["mmio"], "completed")
     store_word(vm, 0, 1)
     assert maps(vm, 0) == [0xFFFF_FFFF]
+
+
+@pytest.mark.parametrize("host", [HostConfig(spp=False), HostConfig(ept=False)], ids=["ept", "no-ept"])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_pages_are_tracked_in_one_space_and_passed_in_the_other(profile: str, host: HostConfig) -> None:
+    """KVM tracks pages of a slot (kvm_write_track_add_gfn); the same memory in space 1 is another slot's."""
+    vm = guest(profile, host=host, spp=False)
+    vm.protect("o", [ProtectedObject("o", OPEN, 8, "page")])
+    found = [replay(vm, [(OPEN, 8, WRITE, vcpu)]) for vcpu in (0, 1)]
+    assert [(one.violations, one.unenforced_writes, one.page_granular_violations, one.writes) for one in found] == [
+        (0, 1, 1, 1),
+        (1, 0, 1, 1),
+    ]

@@ -10,12 +10,23 @@ from engine.arch import kvm_nested_state as abi
 from engine.arch.vmx_msrs import EFER, IA32_FEATURE_CONTROL, SEC_EPT, SEC_SHADOW_VMCS
 from engine.errors import Conflict, InvalidValue, NotFound, Unsupported
 from engine.ioctls import check_vm_extension
+from engine.kvm.protections import ProtectedObject
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.nested import enable_evmcs
 from engine.state.config import HostConfig, VcpuConfig, VmConfig
 from engine.vcpu.msr_numbers import HV_GUEST_OS_ID, HV_HYPERCALL, HV_VP_ASSIST_PAGE, HV_VP_INDEX
-from tests.engine.builders import Durable, machine, picture, protect, replay, round_trip, store_word, unchanged
+from tests.engine.builders import (
+    PROFILES,
+    Durable,
+    machine,
+    picture,
+    protect,
+    replay,
+    round_trip,
+    store_word,
+    unchanged,
+)
 from tests.engine.nested.support import (
     ERAS,
     EV,
@@ -246,6 +257,16 @@ def test_writes_of_l2_go_past_sub_page_protection_in_2019() -> None:
     assert result.writes == 4 and vm.counters()["unenforced_writes"] == 2
     assert vm.nested.set_state(0, blob(vmxon=NONE, vmcs12_pa=NONE)).returns == 0
     assert replay(vm, rows).unenforced_writes == 0
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_writes_of_l2_to_whole_pages_are_refused_without_sub_page_protection(profile: str) -> None:
+    vm = machine(profile, spp=False, vcpus=(0, 1), maxphyaddr=WIDTH)
+    vm.nested.set_cpuid(0, vmx_cpuid())
+    vm.protect("secret", [ProtectedObject("secret", 0x6000, 128, "page")])
+    assert vm.nested.set_state(0, L2).returns == 0
+    result = replay(vm, [(0x6000, 8, 1, 0), (0x6F00, 8, 1, 0), (0x6000, 8, 1, 1), (0x6000, 8, 0, 0), (0x5FFC, 8, 1, 0)])
+    assert (result.unenforced_writes, result.violations, result.page_granular_violations) == (0, 4, 4)
 
 
 def test_today_sub_page_protection_and_nesting_exclude_each_other() -> None:

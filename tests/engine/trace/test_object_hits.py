@@ -9,7 +9,8 @@ import pytest
 
 from engine.errors import LimitExceeded
 from engine.kvm.protections import ProtectedObject, ProtectedPages
-from engine.trace import object_hits
+from engine.kvm.vcpu_run import MAX_EXITS
+from engine.trace import object_hits, session
 from engine.trace.object_hits import Targets, objects_of, targets_of
 from tests.engine.builders import machine, maps, replay, set_map, store_leaf, unchanged
 
@@ -163,3 +164,11 @@ def test_pages_without_a_name_refuse_and_count_for_nobody() -> None:
     result = replay(vm, [(0x1000, 8), (0x1080, 8), (0x1100, 8)])
     assert result.violations == 2 and [hit.violations for hit in result.by_object.values()] == [1]
     assert result.exit_columns.objects()[1] == []
+
+
+def test_what_a_drained_log_still_has_is_not_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "LOG_ROWS", 2 * MAX_EXITS + 4)
+    vm = machine()
+    vm.protect("p", [ProtectedObject("a", 0x1000, 128), ProtectedObject("low", 0, 8)])
+    found = replay(vm, [(0x1000, 8)] * 4)
+    assert (found.violations, found.by_object["a"].violations, found.by_object["low"].violations) == (4, 4, 0)

@@ -101,7 +101,7 @@ REFUSED = [
     ({"objects": [OBJECT, {"name": "x", "gpa": 1}]}, "objects[1].size: is required", "objects[1].size"),
     ({"objects": [{**OBJECT, "size": 0}]}, "objects[0].size: must be at least one byte", "objects[0].size"),
     ({"objects": [OBJECT, OBJECT]}, "objects[0] and objects[1] have one name", "objects[1].name"),
-    ({"objects": [{"name": "x", "gva": 1, "size": 1}]}, "objects[0].gva: is not yet supported", "objects[0].gva"),
+    ({"objects": [{"name": "x", "gva": 1, "size": 1}]}, "objects[0].gva: is looked up", "objects[0].gva"),
     ({"objects": [{"name": "x", "symbol": "s", "size": 1}]}, "objects[0].symbol: names a symbol", "objects[0].symbol"),
     ({"objects": [OBJECT], "pages": [[1, 2]]}, "pages[0][2]: is required", "pages[0][2]"),
     ({"objects": [OBJECT], "rules": []}, "rules: is not a member", "rules"),

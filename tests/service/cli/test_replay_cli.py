@@ -75,6 +75,16 @@ def test_the_report(policy: Path, write: Callable[[str], Path]) -> None:
     told = run(write("parquet"), "--policy", policy)
     assert "both against" in told and "2 sub-pages of 128 bytes protected, in 1 pages" in told
     assert "no object" in told and "in this process" in told and "Where to look next" not in told
+    assert "Note: 20 % of the writes lie outside every slot" in told and "`address=gva`" in told
+
+
+def test_whole_pages_of_a_machine_without_spp(tmp_path: Path, write: Callable[[str], Path]) -> None:
+    policy = tmp_path / "pages.json"
+    whole = {"name": "kernel", "objects": [{**OBJECTS[0], "granularity": "page"}], "pages": [["0x5", 1, 0]]}
+    vm = {"spp": False, "host": {"spp": False}, "memory_slots": [{"slot": 0, "gpa": 0, "size": "0x10000"}]}
+    policy.write_text(json.dumps({"vm": vm, "protections": [whole]}), encoding="utf-8")
+    found = json.loads(run(write("parquet"), "--policy", policy, "--json", "--no-progress"))
+    assert (found["violations"], found["by_object"]["hit"]["collateral"]) == (3, 1)
 
 
 def test_a_policy_as_the_demo_takes_it(tmp_path: Path, write: Callable[[str], Path]) -> None:

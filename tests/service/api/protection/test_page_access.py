@@ -198,10 +198,43 @@ def test_it_follows_its_slot(make_vm: Callable[..., str], client: ContractClient
     assert read(client, vm, 0x802) == [("rwx", ALL)]
 
 
-def test_it_needs_spp_and_the_host(make_vm: Callable[..., str], client: ContractClient) -> None:
-    plain = make_vm(spp=False)
-    assert patch(client, plain, {"gfn": 2, "access": "r"}).status_code == 409
-    assert client.get(f"{plain}/page-access?gfn=2").status_code == 409
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("host", [{}, {"spp": False}, {"vendor": "amd"}, {"ept": False}])
+def test_without_spp_it_is_of_whole_pages(
+    make_vm: Callable[..., str], client: ContractClient, profile: str, host: dict[str, Any]
+) -> None:
+    vm = make_vm(spp=False, profile=profile, host=host)
+    assert read(client, vm, 2) == [("rwx", ALL)]
+    assert patch(client, vm, {"gfn": 2, "access": "r"}).status_code == 200
+    assert read(client, vm, 2) == [("r--", "0x0")]
+    for kind in ("write", "execute"):
+        found = access(client, vm, gpa=0x2000, access=kind)
+        assert (found["allowed"], found["resolution"], found["run"]) == (False, "violation", None)
+    assert access(client, vm, gpa=0x2000, access="read")["allowed"]
+    problem = patch(client, vm, {"gfn": 3, "access": "r"}, {"gfn": 2, "write_bitmap": 1}).json()
+    assert (problem["status"], problem["code"]) == (409, "spp-not-enabled")
+    assert problem["field"] == "entries[1].write_bitmap" and read(client, vm, 3) == [("rwx", ALL)]
+    reply = patch(client, vm, {"gfn": 2, "write_bitmap": 1}, {"gfn": 2, "write_bitmap": ALL}, mode="apply-all")
+    assert [item["result"] for item in reply.json()["results"]] == ["refused", "applied"]
+    assert reply.json()["results"][0]["error"]["errno"] == "EOPNOTSUPP"
+    assert access(client, vm, gpa=0x2000)["allowed"]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("spp", [False, True])
+def test_it_holds_for_what_kvm_emulates(
+    make_vm: Callable[..., str], client: ContractClient, profile: str, spp: bool
+) -> None:
+    vm = make_vm(spp=spp, profile=profile)
+    patch(client, vm, {"gfn": 2, "access": ""})
+    for kind in ("read", "write", "execute"):
+        assert access(client, vm, gpa=0x2000, access=kind, source="emulated")["resolution"] == "violation"
+    assert access(client, vm, gpa=0x2000, access="read", source="host")["allowed"]
+    rows = [{"gpa": 0x2000, "size": 8, "access": kind, "source": 1} for kind in (0, 1, 2)]
+    assert client.post(f"{vm}/traces", json={"accesses": rows}).json()["violations"] == 3
+
+
+def test_it_needs_what_the_host_has(make_vm: Callable[..., str], client: ContractClient) -> None:
     without = make_vm(host={"vmx_capabilities": {"ept_vpid_cap": "0xf0106334140"}})
     reply = patch(client, without, {"gfn": 2, "access": "x"})
     assert reply.status_code == 422 and "execute-only" in reply.json()["rule"]

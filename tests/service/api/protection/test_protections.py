@@ -10,9 +10,11 @@ import pytest
 
 from tests.contract.client import ContractClient
 from tests.support import recorded
+from tests.support.guest_pages import MODES, GuestPages, K, M
 
 OBJECT = {"name": "table", "gpa": "0x2080", "size": 256}
-SHOWN = {**OBJECT, "granularity": "subpage", "gva": None, "about": None}
+NOTES = {"granularity": "subpage", "gva": None, "about": None, "vcpu": None, "cr3": None, "pieces": None}
+SHOWN = {**OBJECT, **NOTES}
 
 
 def access(client: ContractClient, vm: str, gfn: int) -> str:
@@ -151,19 +153,6 @@ def test_what_comes_back_is_a_policy_again(vm: str, client: ContractClient) -> N
     assert {**client.post(f"{vm}/protections", json=again).json(), "name": "p"} == shown
 
 
-@pytest.mark.parametrize(
-    ("item", "member"),
-    [
-        ({"name": "o", "gva": "0xffffffff82000080", "size": 8}, "gva"),
-    ],
-)
-def test_places_that_are_not_supported_yet(vm: str, client: ContractClient, item: Any, member: str) -> None:
-    reply = client.post(f"{vm}/protections", json={"name": "p", "objects": [OBJECT | {"name": "a"}, item]})
-    problem = reply.json()
-    assert (reply.status_code, problem["code"]) == (422, "not-yet-supported")
-    assert problem["field"] == f"objects[1].{member}" and "not yet supported" in problem["detail"]
-
-
 def test_a_symbol_is_refused_where_there_are_none(vm: str, client: ContractClient) -> None:
     item = {"symbol": "modprobe_path"}
     reply = client.post(f"{vm}/protections", json={"name": "p", "objects": [OBJECT, item]})
@@ -180,12 +169,35 @@ def test_one_name_twice_is_refused_with_both_places(vm: str, client: ContractCli
     assert client.get(f"{vm}/protections").json()["protections"] == []
 
 
-def test_whole_pages_on_a_machine_without_spp_are_refused(make_vm: Callable[..., str], client: ContractClient) -> None:
+@pytest.mark.parametrize("profile", ["kvm-2019", "kvm-latest"])
+@pytest.mark.parametrize("host", [{}, {"spp": False}, {"vendor": "amd"}, {"ept": False}])
+def test_whole_pages_without_spp(
+    make_vm: Callable[..., str], client: ContractClient, profile: str, host: dict[str, Any]
+) -> None:
+    vm = make_vm(spp=False, profile=profile, host=host)
+    whole = {"name": "table", "gpa": "0x2010", "size": 64, "granularity": "page"}
+    made = client.post(f"{vm}/protections", json={"name": "p", "objects": [whole], "pages": [["0x9", 2, 0]]})
+    assert made.status_code == 201 and (made.json()["pages"], made.json()["subpages"]) == (3, 96)
+    rows = [{"gpa": gpa, "size": 8} for gpa in (0x2010, 0x2FF8, 0xA000, 0x8000)]
+    result = client.post(f"{vm}/traces", json={"accesses": rows}).json()
+    assert result["violations"] == result["page_granular_violations"] == 3
+    hits = result["by_object"]["table"]
+    assert (hits["violations"], hits["collateral"], hits["subpages"]) == (2, 1, 32)
+    client.delete(f"{vm}/protections/p")
+    assert client.post(f"{vm}/traces", json={"accesses": rows}).json()["violations"] == 0
+
+
+def test_pages_in_part_need_spp(make_vm: Callable[..., str], client: ContractClient) -> None:
     vm = make_vm(spp=False)
     whole = {**OBJECT, "granularity": "page"}
-    reply = client.post(f"{vm}/protections", json={"name": "p", "objects": [whole]})
-    assert (reply.status_code, reply.json()["code"]) == (409, "spp-not-enabled")
-    assert reply.json()["field"] == "objects[0].granularity" and "PUT …/spp" in reply.json()["detail"]
+    for body, place in (
+        ({"objects": [whole, {**OBJECT, "name": "part"}]}, "objects[1]"),
+        ({"pages": [["0x9", 2, 0], ["0x9", 1, "0xfffffffe"]]}, "pages[1]"),
+    ):
+        problem = client.post(f"{vm}/protections", json={"name": "p", **body}).json()
+        assert (problem["status"], problem["code"]) == (409, "spp-not-enabled")
+        assert place in problem["detail"] and "PUT …/spp" in problem["detail"]
+        assert client.get(f"{vm}/protections").json()["protections"] == []
 
 
 @pytest.mark.parametrize("name", ["kernel_control_data", "kernel_text_and_data", "hot_pages_stress"])
@@ -203,3 +215,113 @@ def test_the_recorded_policies_are_taken_as_they_are(
     objects = [{key: item[key] for key in ("name", "gpa", "size")} for item in policy["objects"]]
     alone = client.post(f"{vm}/protections", json={"name": "alone", "objects": objects}).json()
     assert (alone["pages"], alone["subpages"]) == (found["pages"], found["subpages"]), "both lists say the same"
+
+
+# ---- by linear address. A new vCPU has four-level paging and CR3 0.
+
+AT = 0xFFFF_FFFF_8100_0000
+VIRTUAL = {"name": "table", "gva": hex(AT + 0xF80), "size": 256}
+
+
+def tables(client: ContractClient, vm: str, *pages: int) -> GuestPages:
+    """Page tables that map pages from AT on."""
+    made = GuestPages(MODES["4-level"], 0)
+    for position, gpa in enumerate(pages):
+        made.map(AT + position * 4 * K, gpa)
+
+    def write(gpa: int, data: bytes) -> None:
+        reply = client.put(f"{vm}/memory?gpa={gpa}", content=data, headers={"Content-Type": "application/octet-stream"})
+        assert reply.status_code == 204, reply.text
+
+    made.store(write)
+    return made
+
+
+def test_an_object_by_gva_keeps_both_addresses(vm: str, client: ContractClient) -> None:
+    tables(client, vm, 2 * M, 1 * M)
+    created = client.post(f"{vm}/protections", json={"name": "p", "objects": [VIRTUAL]})
+    assert created.status_code == 201, created.text
+    pieces = [
+        {"gpa": hex(2 * M + 0xF80), "gva": hex(AT + 0xF80), "size": 128},
+        {"gpa": hex(1 * M), "gva": hex(AT + 0x1000), "size": 128},
+    ]
+    shown = {**VIRTUAL, "gpa": hex(2 * M + 0xF80), "vcpu": 0, "pieces": pieces}
+    assert created.json()["objects"] == [{**NOTES, **shown}]
+    assert client.get(f"{vm}/protections/p").json() == created.json()
+    assert [access(client, vm, gfn) for gfn in (512, 256)] == ["0x7fffffff", "0xfffffffe"]
+    again = {"name": "q", "objects": created.json()["objects"]}
+    assert client.post(f"{vm}/protections", json=again).json()["objects"] == created.json()["objects"]
+
+
+def test_retranslate_says_what_moved(vm: str, client: ContractClient) -> None:
+    tables(client, vm, 2 * M, 1 * M)
+    client.post(f"{vm}/protections", json={"name": "p", "objects": [VIRTUAL]})
+    tables(client, vm, 2 * M, 3 * M)
+    reply = client.post(f"{vm}/protections/p:retranslate")
+    assert reply.status_code == 200, reply.text
+    run = {"object": "table", "gva": hex(AT + 0x1000), "old_gpa": hex(M), "new_gpa": hex(3 * M), "size": 128}
+    assert (reply.json()["moved"], reply.json()["moved_total"]) == ([run], 1)
+    now = client.get(f"{vm}/protections/p")
+    assert reply.json()["protection"] == now.json() and reply.headers["ETag"] == now.headers["ETag"]
+    assert [access(client, vm, gfn) for gfn in (512, 256, 768)] == ["0x7fffffff", "0xffffffff", "0xfffffffe"]
+    assert client.post(f"{vm}/protections/x:retranslate").status_code == 404
+    stale = client.post(f"{vm}/protections/p:retranslate", headers={"If-Match": '"x"'})
+    assert stale.status_code == 412
+
+
+@pytest.mark.parametrize(
+    ("item", "field", "words"),
+    [
+        ({**VIRTUAL, "size": 0x2000}, "gva", "level 1"),
+        ({**VIRTUAL, "vcpu": 9}, "vcpu", "vCPU"),
+        ({**VIRTUAL, "cr3": 1 << 63}, "cr3", "CR3"),
+        ({**OBJECT, "cr3": 0}, "cr3", "by gpa"),
+    ],
+)
+def test_an_object_that_does_not_translate_is_refused(
+    vm: str, client: ContractClient, item: Any, field: str, words: str
+) -> None:
+    tables(client, vm, 2 * M, 1 * M)
+    reply = client.post(f"{vm}/protections", json={"name": "p", "objects": [item]})
+    assert (reply.status_code, reply.json()["field"]) == (422, f"objects[0].{field}"), reply.text
+    assert words in reply.json()["detail"]
+    assert client.get(f"{vm}/protections").json()["protections"] == []
+
+
+def test_walk_by_gva_begins_with_the_guests_tables(vm: str, client: ContractClient) -> None:
+    made = tables(client, vm, 2 * M, 2 * M + 4 * K, 1 * M)
+    client.post(f"{vm}/protections", json={"name": "p", "objects": [VIRTUAL]})
+    walk = client.get(f"{vm}/walk?gva={AT + 0xF80:#x}&size=8").json()
+    assert (walk["gva"], walk["gpa"]) == (hex(AT + 0xF80), hex(2 * M + 0xF80))
+    assert [entry["structure"] for entry in walk["guest"]] == ["PML4E", "PDPTE", "PDE", "PTE"]
+    leaf = walk["guest"][-1]
+    slot = made.slot(AT, 1)
+    assert (leaf["table"], leaf["index"], leaf["raw"]) == (hex(slot - slot % 4096), slot % 4096 // 8, hex(2 * M | 3))
+    assert leaf["fields"]["address"] == hex(2 * M) and leaf["fields"]["user"] == "0x0"
+    assert walk["then"]["resolution"] == "violation"
+    last = walk["then"]["exits"][-1]
+    assert (last["gpa"], last["gva"], last["objects"]) == (walk["gpa"], walk["gva"], ["table"])
+    plain = client.get(f"{vm}/walk?gpa={2 * M}").json()
+    assert (plain["gva"], plain["guest"]) == (None, [])
+    assert client.get(f"{vm}/walk?gva={AT + 0xFFC:#x}").status_code == 200, "neighbours"
+
+
+@pytest.mark.parametrize(
+    ("query", "field", "words"),
+    [
+        (f"gva={AT + 0x3000:#x}", "gva", "level 1"),
+        (f"gva={AT + 0x2FFC:#x}", "gva", hex(AT + 0x3000)),
+        (f"gva={AT + 0x1FFC:#x}", "size", "neighbours"),
+        (f"gva={1 << 60:#x}", "gva", "canonical"),
+        (f"gva={(1 << 64) - 4:#x}", "gva", "64 bits"),
+        (f"gva={AT:#x}&gpa=0", "gpa", "not both"),
+        ("", "gpa", "given"),
+        ("gpa=0&cr3=0", "cr3", "by gva"),
+        (f"gva={AT:#x}&vcpu=7", "vcpu", "vCPU"),
+    ],
+)
+def test_walk_by_gva_says_where_it_ends(vm: str, client: ContractClient, query: str, field: str, words: str) -> None:
+    tables(client, vm, 2 * M, 2 * M + 4 * K, 1 * M)
+    reply = client.get(f"{vm}/walk?{query}")
+    assert (reply.status_code, reply.json()["field"]) == (422, field), reply.text
+    assert words in reply.text

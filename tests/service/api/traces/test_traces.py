@@ -299,6 +299,24 @@ def test_unknown_vm(client: ContractClient) -> None:
     assert client.get("/v1/vms/vm_0/traces").status_code == 404
 
 
+@pytest.mark.parametrize(("outside", "percent"), [(9, None), (10, 10), (41, 41), (100, 100)])
+def test_a_high_share_of_mmio_is_asked_about(
+    guarded: str, client: ContractClient, outside: int, percent: int | None
+) -> None:
+    result = replayed(client, guarded, gpa8([1 << 40] * outside + [0x5000] * (100 - outside)))
+    why = "are these virtual addresses (`address=gva`), or is RAM larger than the slots?"
+    wanted = [] if percent is None else [f"{percent} % of the writes lie outside every slot; {why}"]
+    assert result["mmio"] == outside and result["notes"] == wanted
+    assert client.get(f"{guarded}/traces/{result['id']}").json()["notes"] == wanted
+
+
+def test_notes_of_a_trace_with_reads_are_about_accesses(guarded: str, client: ContractClient) -> None:
+    rows = [{"gpa": "0x10000000000", "access": 0}, {"gpa": "0x5000"}]
+    result = client.post(f"{guarded}/traces", json={"accesses": rows}).json()
+    assert result["notes"][0].startswith("50 % of the accesses lie outside every slot")
+    assert client.post(f"{guarded}/traces", json={"accesses": []}).json()["notes"] == []
+
+
 def test_traces_without_spp(make_vm: Callable[..., str], client: ContractClient) -> None:
     vm = make_vm(spp=False)
     assert replayed(client, vm, gpa8([0, 1 << 30]))["mmio"] == 1
