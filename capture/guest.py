@@ -58,10 +58,10 @@ def small_guest(folder: Path) -> SmallGuest:
 
 
 def _command(kernel: Path, initramfs: Path, more: Sequence[str], append: str) -> list[str]:
-    machine = ("qemu-system-x86_64", "-M", "pc,accel=tcg", "-m", "512M", "-nodefaults", "-vga", "none", "-display", "none")
+    machine = "qemu-system-x86_64 -M pc,accel=tcg -m 512M -nodefaults -vga none -display none -no-reboot".split()
     words = f"console=ttyS0 nokaslr quiet panic=-1 {append}".strip()
     files = ("-kernel", str(kernel), "-initrd", str(initramfs), "-append", words)
-    return [*machine, "-no-reboot", *files, *more]
+    return [*machine, *files, *more]
 
 
 def _unpacked(folder: Path, package: str, pattern: str, target: Path) -> None:
@@ -85,7 +85,8 @@ def _run(command: Sequence[str], folder: Path | None = None) -> subprocess.Compl
             command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=_SECONDS
         )
     except FileNotFoundError:
-        raise CaptureError(f"{command[0]}: there is no such program; the demonstration needs Debian or Ubuntu") from None
+        rule = "there is no such program; the demonstration needs Debian or Ubuntu"
+        raise CaptureError(f"{command[0]}: {rule}") from None
     except subprocess.CalledProcessError as error:
         raise CaptureError(f"{' '.join(command)}: status {error.returncode}: {error.stderr.strip()}") from None
     except subprocess.TimeoutExpired:

@@ -76,14 +76,12 @@ class Client:
         return self._taken(self._answered("PUT", path, params=query, content=content, headers=headers, timeout=limits))
 
     def send(self, method: str, path: str, query: dict[str, str], content: Any, media: str) -> dict[str, Any]:
-        """What the service answers to bytes, or to what iterates over them for as long as it likes. Raises Unanswered."""
+        """What the service answers to bytes, or to what iterates over them however long it takes. Raises Unanswered."""
         import httpx2
 
         limits = httpx2.Timeout(_TIMEOUT, read=None, write=None)
         headers = {"Content-Type": media}
-        return self._taken(
-            self._answered(method, path, params=query, content=content, headers=headers, timeout=limits)
-        )
+        return self._taken(self._answered(method, path, params=query, content=content, headers=headers, timeout=limits))
 
     def _taken(self, reply: Any) -> dict[str, Any]:
         return self._document(reply.status_code, reply.content) if reply.content else {}

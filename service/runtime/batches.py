@@ -76,8 +76,9 @@ def _is_short(found: asyncio.Task[ExitColumns], least: int) -> bool:
 async def window_of(
     batch: EventRecord, after: int, most: int, part_of: Callable[[int, int], Awaitable[ExitColumns]]
 ) -> Window | None:
-    """Up to ``most`` violations of ``batch`` with ids above ``after``, at least one; all are of one part. ``part_of`` is
-    given a part and how many records it has at least.
+    """Up to ``most`` violations of ``batch`` with ids above ``after``, at least one; all are of one part.
+
+    ``part_of`` is given a part and how many records it has at least.
 
     None when the rest of the batch has no exit records: they passed the limit of the replay, or are not kept any more.
     """

@@ -139,8 +139,6 @@ def test_a_reader_that_vanishes_ends_the_recording_and_not_the_guest(fake: Fake,
         )
         pidfd = os.pidfd_open(int(done.stdout)) if Path(f"/proc/{int(done.stdout)}").exists() else None
         if pidfd is not None:
-
-
             assert select.select([pidfd], [], [], 60)[0], "the guest still waits"
             os.close(pidfd)
         said.seek(0)
