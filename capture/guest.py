@@ -58,7 +58,7 @@ def small_guest(folder: Path) -> SmallGuest:
 
 
 def _command(kernel: Path, initramfs: Path, more: Sequence[str], append: str) -> list[str]:
-    machine = (
+    machine = [
         "qemu-system-x86_64",
         "-M",
         "pc,accel=tcg",
@@ -69,10 +69,11 @@ def _command(kernel: Path, initramfs: Path, more: Sequence[str], append: str) ->
         "none",
         "-display",
         "none",
-    )
+        "-no-reboot",
+    ]
     words = f"console=ttyS0 nokaslr quiet panic=-1 {append}".strip()
     files = ("-kernel", str(kernel), "-initrd", str(initramfs), "-append", words)
-    return [*machine, "-no-reboot", *files, *more]
+    return [*machine, *files, *more]
 
 
 def _unpacked(folder: Path, package: str, pattern: str, target: Path) -> None:
@@ -96,9 +97,8 @@ def _run(command: Sequence[str], folder: Path | None = None) -> subprocess.Compl
             command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=_SECONDS
         )
     except FileNotFoundError:
-        raise CaptureError(
-            f"{command[0]}: there is no such program; the demonstration needs Debian or Ubuntu"
-        ) from None
+        rule = "there is no such program; the demonstration needs Debian or Ubuntu"
+        raise CaptureError(f"{command[0]}: {rule}") from None
     except subprocess.CalledProcessError as error:
         raise CaptureError(f"{' '.join(command)}: status {error.returncode}: {error.stderr.strip()}") from None
     except subprocess.TimeoutExpired:

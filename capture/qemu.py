@@ -22,7 +22,7 @@ _4_GIB = 1 << 32
 # Interface 1 tells where in a block of RAM a store landed. That is a guest-physical address only in the first block, as
 # long as it has no part above 4 GiB.
 MOST_RAM_OF_INTERFACE_1 = 3 << 30
-_VERSION_SECONDS = 30
+_VERSION_SECONDS = 120  # a machine under load starts slowly
 _QUIT_SECONDS = 10
 _OTHER_ACCELERATORS = ("kvm", "xen", "hvf", "nvmm", "whpx")
 # Options that take QEMU out of our hands, and why.

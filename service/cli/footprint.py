@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from service.cli import show as shows
 from service.cli.commands import AsJson, Group, command
 from service.cli.progress import Move, ProgressOption, bar
 from service.cli.trace import AddressOption
 from service.cli.trace_options import Columns, Format, FormatOption, Record, RecordOption, SkipUnknown
 
 if TYPE_CHECKING:
+    from engine.footprint.places import Footprint
     from engine.footprint.question import Question
 
 footprint = typer.Typer(
@@ -75,6 +77,7 @@ def build(
     columns: Columns = None,
     skip_unknown: SkipUnknown = False,
     progress: ProgressOption = None,
+    as_json: AsJson = False,
 ) -> None:
     """Reduce traces to a footprint; of several, it is that of all."""
     from engine.footprint.combine import merge
@@ -94,8 +97,8 @@ def build(
             parts.append(files.built(path, level, apart, reading, counted))
     found = merge(parts)
     files.saved(found, output)
-    typer.echo(f"{found.records:,} accesses in {len(found):,} places written to {output}")
-    typer.echo(f"subpage footprint cost {output} --policies FOLDER")
+    if _written(found, output, as_json):
+        typer.echo(f"subpage footprint cost {output} --policies FOLDER")
 
 
 @command(footprint, "subpage footprint show boot.footprint")
@@ -120,6 +123,7 @@ def show(
 def merge(
     footprints: Annotated[list[Path], typer.Argument(help="Footprints of one level, in any order.")],
     output: Output,
+    as_json: AsJson = False,
 ) -> None:
     """Add footprints up. The file is the same in whatever order they are given."""
     from engine.footprint.combine import merge as merged
@@ -129,7 +133,7 @@ def merge(
     with files.told():
         found = merged([files.loaded(path) for path in footprints])
     files.saved(found, output)
-    typer.echo(f"{len(found.origins)} traces, {found.records:,} accesses in {len(found):,} places written to {output}")
+    _written(found, output, as_json)
 
 
 @command(footprint, "subpage footprint subtract all.footprint user.footprint -o rest.footprint")
@@ -137,6 +141,7 @@ def subtract(
     whole: Annotated[Path, typer.Argument(help="A footprint.")],
     part: Annotated[Path, typer.Argument(help="One that was added to it.")],
     output: Output,
+    as_json: AsJson = False,
 ) -> None:
     """Take a footprint out of another that it was added to."""
     from engine.footprint.combine import subtract as subtracted
@@ -146,9 +151,8 @@ def subtract(
     with files.told():
         found = subtracted(files.loaded(whole), files.loaded(part))
     files.saved(found, output)
-    typer.echo(f"{found.records:,} accesses in {len(found):,} places written to {output}")
     unknown = int((found.trace < 0).sum())
-    if unknown:
+    if _written(found, output, as_json) and unknown:
         typer.echo(f"{unknown:,} places whose first access is not known any more: it was of a trace that is gone")
 
 
@@ -215,6 +219,18 @@ def advise(
         return
     for line in report.advice_lines(found, wanted, question, advice):
         typer.echo(line)
+
+
+def _written(found: Footprint, output: Path, as_json: bool) -> bool:
+    """Say what a file has; whether it was said to people."""
+    traces, places = len(found.origins), len(found)
+    if as_json:
+        told = {"file": str(output), "traces": traces, "records": int(found.records), "places": places}
+        shows.document(told)
+    else:
+        of = "" if traces == 1 else f"{traces} traces, "
+        typer.echo(f"{of}{found.records:,} accesses in {places:,} places written to {output}")
+    return not as_json
 
 
 def _question(slots: list[str] | None, profile: Profile) -> Question:

@@ -80,8 +80,11 @@ def show(service: Service, vm: VmArgument, as_json: AsJson = False) -> None:
 
 @command(kvmi, f"subpage kvmi disconnect {_GUEST}")
 @remote
-def disconnect(service: Service, vm: VmArgument) -> None:
+def disconnect(service: Service, vm: VmArgument, as_json: AsJson = False) -> None:
     """Detach a machine from its tool; pages that it has restricted get their rights back."""
     with service.client() as client:
         client.call("deleteKvmi", path={"vm": vm})
-    typer.echo(f"{vm}: detached")
+    if as_json:
+        shows.document({"detached": vm})
+    else:
+        typer.echo(f"{vm}: detached")

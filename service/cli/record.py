@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from service.cli import show
+from service.cli.commands import AsJson
 from service.cli.progress import ProgressOption
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ def record(
     only: Only = None,
     most: Most = None,
     progress: ProgressOption = None,
+    as_json: AsJson = False,
 ) -> None:
     """Record every store of a guest that runs in QEMU, for `subpage replay` and `POST …/traces`. Ctrl-C ends the guest
     and closes the file.
@@ -64,9 +68,12 @@ def record(
     except CaptureError as error:
         raise Failure(str(error)) from None
     size = output.stat().st_size
-    typer.echo(f"{watch.told()} in {output}, {size / (1 << 20):.1f} MiB")
-    typer.echo(left_out(recording))
-    typer.echo(NOT_SEEN)
+    if as_json:
+        show.document({"file": str(output), "bytes": size, **asdict(recording.counts)})
+    else:
+        typer.echo(f"{watch.told()} in {output}, {size / (1 << 20):.1f} MiB")
+        typer.echo(left_out(recording))
+        typer.echo(NOT_SEEN)
     ended(recording, "record")
 
 

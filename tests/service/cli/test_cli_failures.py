@@ -209,7 +209,8 @@ def test_traces_that_are_none(tmp_path: Path, policy: str) -> None:
         given = [name, *(() if name == "replay" else ("--trace",))]
         assert said(*given, str(folder), "--policy", policy) == f"subpage {name}: {folder}: is a folder, not a file"
         assert said(*given, str(tmp_path / "no.bin"), "--policy", policy).endswith("no.bin: there is no such file")
-        assert "in one of .parquet, .arrow" in said(*given, str(odd), "--policy", policy)
+    assert "the table has no line of names" in said("replay", str(odd), "--policy", policy)
+    assert "in one of .parquet, .arrow" in said("demo", "--trace", str(odd), "--policy", policy)
 
 
 def test_policies_that_are_none(tmp_path: Path) -> None:

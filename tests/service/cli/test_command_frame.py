@@ -295,6 +295,14 @@ def filled(client: ContractClient, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return {GUEST: url.rpartition("/")[2], JOB: job.json()["id"]}
 
 
+def footprints() -> None:
+    """Those that the examples name."""
+    for name in ("boot", "user"):
+        assert run("footprint", "build", "boot.parquet", "-o", f"{name}.footprint").exit_code == 0
+    assert run("footprint", "build", "boot.parquet", "-o", "bytes.footprint", "--level", "bytes").exit_code == 0
+    assert run("footprint", "merge", "boot.footprint", "user.footprint", "-o", "all.footprint").exit_code == 0
+
+
 # Served, recorded, waited for or attached elsewhere: these go on, take minutes, or need a guest or a tool.
 _ELSEWHERE = {
     *(("serve",), ("demo",), ("attach",), ("record",), ("live",)),
@@ -303,7 +311,10 @@ _ELSEWHERE = {
 
 
 # What is done once, or under a name that nothing else has.
-_ONCE = {("vm", "delete"), ("vm", "clone"), ("protect",), ("unprotect",), ("backup",), ("token", "revoke")}
+_ONCE = {
+    *(("footprint", "build"), ("vm", "delete"), ("vm", "clone"), ("protect",), ("unprotect",)),
+    *(("backup",), ("token", "revoke")),
+}
 
 
 @pytest.mark.parametrize("words", [words for words in ALL if words not in _ELSEWHERE], ids=" ".join)
@@ -315,6 +326,8 @@ def test_examples_run(words: tuple[str, ...], filled: dict[str, str], client: Co
         store_a_machine()
     if words == ("restore",):
         assert run("backup", "all.backup").exit_code == 0
+    if words[0] == "footprint" and words != ("footprint", "build"):
+        footprints()
     for line in examples_of(ALL[words]):
         typed = shlex.split(line)[1:]
         if "--follow" in typed:

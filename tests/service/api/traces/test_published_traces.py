@@ -9,7 +9,6 @@ import json
 import queue
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -106,18 +105,15 @@ def same(one: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in one.items() if name not in apart}
 
 
-@pytest.fixture(params=["memory", "sqlite", "postgresql"])
-def stored(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param != "postgresql":
-        yield "memory" if request.param == "memory" else f"sqlite:///{tmp_path}/subpage.db"
-        return
-    server = request.getfixturevalue("postgres")
-    server.sql("CREATE DATABASE published", database="postgres")
-    yield str(server.url.rpartition("/")[0] + "/published")
-    server.sql("DROP DATABASE published WITH (FORCE)", database="postgres")
+def test_in_memory_the_end_is_that_of_one_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    published_as_one_replay("memory", monkeypatch)
 
 
-def test_what_has_come_is_committed_and_the_end_is_that_of_one_replay(stored: str, monkeypatch: Any) -> None:
+def test_in_a_store_the_end_is_that_of_one_replay(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    published_as_one_replay(store_url, monkeypatch)
+
+
+def published_as_one_replay(stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of four records: some grow from one commit to the next, in memory and in a store."""
     for module in (batches, changes, publishing, trace_records, traces):
         monkeypatch.setattr(module, "PART", 4)
@@ -248,18 +244,12 @@ def test_each_piece_has_its_time() -> None:
         asyncio.run(waited())
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_kill_leaves_every_bit_that_was_seen(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_kill_leaves_every_bit_that_was_seen(store_url: str) -> None:
     """kill -9 while records come: what a reader was shown is there, the trace is interrupted, and nothing is half."""
-    store = f"sqlite:///{tmp_path}/subpage.db"
-    if kind == "postgresql":
-        server = request.getfixturevalue("postgres")
-        server.sql("CREATE DATABASE killed", database="postgres")
-        store = server.url.rpartition("/")[0] + "/killed"
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with httpx2.Client(base_url=url, timeout=120.0) as client:
-        with served(port, store) as process:
+        with served(port, store_url) as process:
             vm = new_vm(client)
             assert client.post(f"{vm}/protections", json=OBJECT).status_code == 201
             sender = Sender(url, vm)
@@ -270,7 +260,7 @@ def test_kill_leaves_every_bit_that_was_seen(kind: str, tmp_path: Path, request:
             sender.send(*[0x2000] * 100)
             process.kill()
             process.wait()
-        with served(port, store):
+        with served(port, store_url):
             found = last(client, vm)
             assert found["state"] == "interrupted" and found["records"] >= seen
             assert found["records"] == found["violations"] == found["resume_at"]
