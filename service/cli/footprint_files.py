@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from engine.errors import EngineError
 from engine.footprint import stored
@@ -75,7 +76,7 @@ def by_of(texts: Sequence[str]) -> By:
 def built(path: Path, level: str, by: By, reading: Reading, move: Move) -> Footprint:
     """The footprint of one trace. Raises Failure."""
     with opened(path) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
     how = reading
     with opened_trace(path, how.format, record=how.record, skip_unknown=how.skip_unknown, columns=how.columns) as trace:
         # The numbers of the hash are nobody's choice: no trace is slow on purpose.
