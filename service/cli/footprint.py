@@ -84,19 +84,10 @@ def build(
     reading = files.Reading(format, record, columns, skip_unknown, address)
     with interruptible("footprint build"):
         parts = []
-        for number, path in enumerate(traces):
+        for number, path in enumerate(traces, 1):
+            beside = f" of file {number} of {len(traces)}" if len(traces) > 1 else ""
             with bar("counting", progress) as move:
-                parts.append(
-                    files.built(
-                        path,
-                        level,
-                        apart,
-                        reading,
-                        lambda share, done, file=number: move(
-                            share, done=f"{done} of file {file + 1} of {len(traces)}" if len(traces) > 1 else done
-                        ),
-                    )
-                )
+                parts.append(files.built(path, level, apart, reading, move, beside))
         found = merge(parts)
         files.saved(found, output)
     typer.echo(f"{found.records:,} accesses in {len(found):,} places written to {output}")
