@@ -82,7 +82,7 @@ def built(path: Path, level: str, by: By, reading: Reading, move: Move, beside: 
         builder = Builder(level, by, mix=(secrets.randbits(63), secrets.randbits(63)))
         columns = ["gpa", "size", "access"]
         for chunk in trace:
-            address = _address(trace, how.address)
+            _address(trace, how.address)
             columns += ["kind", "linear", "source"] if chunk.kinds else []
             columns += [name for name in ("time", "pc") if name in chunk.carry]
             with told(path):
