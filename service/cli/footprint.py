@@ -11,7 +11,7 @@ import typer
 
 from service.cli import show as shows
 from service.cli.commands import AsJson, Group, command
-from service.cli.progress import Move, ProgressOption, bar
+from service.cli.progress import ProgressOption, bar
 from service.cli.trace import AddressOption
 from service.cli.trace_options import Columns, Format, FormatOption, Record, RecordOption, SkipUnknown
 
@@ -88,13 +88,9 @@ def build(
     reading = files.Reading(format, record, columns, skip_unknown, address)
     parts = []
     for number, path in enumerate(traces, 1):
+        beside = f" of file {number} of {len(traces)}" if len(traces) > 1 else ""
         with bar("counting", progress) as move:
-            which = f" of file {number} of {len(traces)}" if len(traces) > 1 else ""
-
-            def counted(share: float, done: str, move: Move = move, which: str = which) -> None:
-                move(share, done=done + which)
-
-            parts.append(files.built(path, level, apart, reading, counted))
+            parts.append(files.built(path, level, apart, reading, move, beside))
     found = merge(parts)
     files.saved(found, output)
     if _written(found, output, as_json):

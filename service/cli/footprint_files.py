@@ -19,6 +19,7 @@ from engine.kvm.protections import Protection
 from engine.kvm.slots import SlotSpec
 from service.cli.numbers import parse_range as ram_range
 from service.cli.policy_files import read_policy, said
+from service.cli.progress import Move
 from service.cli.trace import Address, addressed
 from service.cli.trace_files import TraceFile, opened_trace
 from service.cli.trace_parquet import replacing
@@ -28,8 +29,6 @@ _MEMORY = 64 << 30  # that reading a footprint may take: it is the user's own fi
 _TIMES = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 _HOST_PAGES = {"2MiB": 1 << 21, "1GiB": 1 << 30}
 _MILLION = 1_000_000
-
-Move = Callable[[float, str], object]
 
 
 @contextmanager
@@ -73,8 +72,8 @@ def by_of(texts: Sequence[str]) -> By:
     return found
 
 
-def built(path: Path, level: str, by: By, reading: Reading, move: Move) -> Footprint:
-    """The footprint of one trace. Raises Failure."""
+def built(path: Path, level: str, by: By, reading: Reading, move: Move, beside: str = "") -> Footprint:
+    """The footprint of one trace; ``beside`` is said while it is read. Raises Failure."""
     with opened(path) as file:
         digest = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
     how = reading
@@ -83,12 +82,13 @@ def built(path: Path, level: str, by: By, reading: Reading, move: Move) -> Footp
         builder = Builder(level, by, mix=(secrets.randbits(63), secrets.randbits(63)))
         columns = ["gpa", "size", "access"]
         for chunk in trace:
-            address = _address(trace, how.address)
+            _address(trace, how.address)
             columns += ["kind", "linear", "source"] if chunk.kinds else []
             columns += [name for name in ("time", "pc") if name in chunk.carry]
             with told(path):
                 builder.feed(chunk._replace(records=addressed(chunk, trace, how.address)))
-            move(trace.progress.share, f"{builder.records_done:,} records, {builder.places:,} places")
+            done = f"{builder.records_done:,} records, {builder.places:,} places{beside}"
+            move(trace.progress.share, done=done)
         address = _address(trace, how.address)
         names = tuple(dict.fromkeys(columns))
         return builder.finish(Origin(digest, 0, trace.format_name, names, address, path.name))
