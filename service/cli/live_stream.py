@@ -57,7 +57,9 @@ class Machine:
         home = f"/v1/vms/{vm['id']}"
         if symbols is not None:
             with opened(symbols) as file:
-                client.send("POST", f"{home}/symbols", {}, file.read(), "application/octet-stream")
+                # The machine's memory is empty: there is no kernel in it to be found.
+                where = {"slide": "0x0", "phys_base": "0x0"}
+                client.send("POST", f"{home}/symbols", where, file.read(), "application/octet-stream")
         covered = client.call("POST", f"{home}/protections", policy.model_dump(mode="json", exclude_unset=True))
         return cls(client, home, policy.name, guest, covered)
 
