@@ -37,7 +37,8 @@ _TOTALS = (
 
 def record_of(trace: Trace) -> TraceRecord:
     """``trace`` with all its exit records. Takes a second for ten million of them: call it in a thread."""
-    exits = trace.result.exit_columns
+    exits, first = trace.result.exit_columns, 0 if trace.publication is None else trace.publication.first
+    least = 1 if first == 0 else 0  # a trace has a part, be it empty
     return TraceRecord(
         id=trace.id,
         sequence=trace.sequence,
@@ -45,8 +46,8 @@ def record_of(trace: Trace) -> TraceRecord:
         exit_records=trace.exit_records,
         head=json.dumps(_head(trace)),
         object_index=pack(exits.object_index._asdict()),
-        parts=[pack(_columns(exits[start : start + PART])) for start in range(0, max(len(exits), 1), PART)],
-        first_part=0 if trace.publication is None else trace.publication.first // PART,
+        parts=[pack(_columns(exits[start : start + PART])) for start in range(0, max(len(exits), least), PART)],
+        first_part=first // PART,
         goes_on=trace.publication is not None and trace.publication.goes_on,
     )
 
