@@ -55,18 +55,10 @@ class Machine:
         document = {"name": f"live {policy.name}"[:200], "vcpus": guest.vcpus, "memory_slots": slots, "spp": True}
         vm = client.vm(client.call("createVm", json=document).json()["id"])
         if symbols is not None:
-<<<<<<< HEAD
-            vm.load_symbols(symbols)
+            # The machine's memory is empty: there is no kernel in it to be found.
+            vm.load_symbols(symbols, slide="0x0", phys_base="0x0")
         covered = vm.protect(policy.model_dump(mode="json", exclude_unset=True), name=policy.name)
         return cls(vm, policy.name, guest, covered)
-=======
-            with opened(symbols) as file:
-                # The machine's memory is empty: there is no kernel in it to be found.
-                where = {"slide": "0x0", "phys_base": "0x0"}
-                client.send("POST", f"{home}/symbols", where, file.read(), "application/octet-stream")
-        covered = client.call("POST", f"{home}/protections", policy.model_dump(mode="json", exclude_unset=True))
-        return cls(client, home, policy.name, guest, covered)
->>>>>>> live
 
     def stream(self, recording: Recording, watch: Watch, every: str) -> dict[str, Any]:
         """Let the guest run; the trace that came of it. Raises Unanswered, CaptureError."""

@@ -17,7 +17,9 @@ from typing import Any
 Schema = dict[str, Any] | bool
 
 # Keywords that say nothing about what is allowed.
-SILENT = frozenset({"title", "description", "examples", "example", "default", "deprecated", "format", "discriminator"})
+SILENT = frozenset(
+    {"title", "description", "examples", "example", "default", "deprecated", "format", "discriminator", "writeOnly"}
+)
 # (keyword, the one that is stricter of two values)
 LOWER_BOUNDS = ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties")
 UPPER_BOUNDS = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties")

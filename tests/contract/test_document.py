@@ -111,7 +111,9 @@ def must_be_documented(path: str, method: str, described: dict[str, Any]) -> set
     needed = {"406"} if any("content" in reply for s, reply in described["responses"].items() if s < "300") else set()
     if path.startswith("/v1/"):
         needed |= {"401", "403", "429", "503"}
-    if "{vm}" in path:
+    if path.endswith("/kvmi"):
+        needed |= {"404"}  # an attachment is the service's, and no change of the machine
+    elif "{vm}" in path:
         needed |= {"404"} if method == "get" else {"404", "409"}
         if method in ("put", "patch", "delete"):
             needed |= {"412", "428"}

@@ -72,7 +72,7 @@ def test_files(vm: Vm, tmp_path: Path, name: str) -> None:
         ".gz": lambda: gzip.compress(LINES),
         ".json": lambda: json.dumps({"accesses": RECORDS}).encode(),
         ".bin": lambda: b"".join(int(gpa).to_bytes(8, "little") + bytes([8, 0, 1, 0, 0, 0, 0, 0]) for gpa in GPAS),
-        ".trace": lambda: b"".join(b" S %x,8\n" % gpa for gpa in GPAS),  # Valgrind's lackey
+        ".trace": lambda: b"".join(b" S %08x,8\n" % gpa for gpa in GPAS),  # Valgrind's lackey
     }[path.suffix]()
     path.write_bytes(data)
     said: list[tuple[int, int | None]] = []

@@ -35,6 +35,6 @@ def test_connect_show_and_disconnect(tmp_path: Path) -> None:
             until(lambda: json.loads(run("show", vm, "--json", *here).output)["state"] == "connected")
             assert "no violation can come: the tool has enabled PF on no vCPU" in run("show", vm, *here).output
             assert run("disconnect", vm, *here).output == f"{vm}: detached\n"
-        assert "404" in run("show", vm, *here, status=1).output
+        assert "404" in run("show", vm, *here, status=6).output
         refused = run("connect", vm, "/etc/tool", *here, status=1).output
         assert "SUBPAGE_KVMI_SOCKETS" in refused
