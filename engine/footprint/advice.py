@@ -20,7 +20,7 @@ from engine.footprint.costs import Cost, Costs, refused_places
 from engine.footprint.intervals import touched, united
 from engine.footprint.places import BYTES, By, Footprint
 from engine.footprint.question import Question
-from engine.kvm.protections import ProtectedObject, Protection
+from engine.kvm.protections import ProtectedObject, Protection, page_masks
 
 MOVE, NARROW = "move", "narrow"
 MOST_NEIGHBOURS = 8
@@ -80,7 +80,7 @@ def advise(
     if footprint.level != BYTES:
         rule = "must be bytes: sub-pages do not tell an object from its neighbours"
         raise InvalidValue(rule, field="level", value=footprint.level)
-    question = question or Question()
+    question, policy = question or Question(), by_objects(policy)
     fine = coarser(footprint, by=By())
     costs = Costs(fine, question)
     (cost,) = costs.of([policy])
@@ -96,8 +96,17 @@ def advise(
     return Report(cost, neighbours, tuple(useful), together, cut)
 
 
+def by_objects(policy: Protection) -> Protection:
+    """A policy without its nameless pages where these only repeat what its objects cover: an object takes them along
+    when it moves."""
+    whole, named = page_masks(policy.objects, policy.ranges), page_masks(policy.objects)
+    repeats = all(np.array_equal(one, other) for one, other in zip(whole, named, strict=True))
+    return replace(policy, ranges=()) if repeats else policy
+
+
 def applied(policy: Protection, advice: Advice) -> Protection:
     """The policy with an edit."""
+    policy = by_objects(policy)
     changes = {"gpa": advice.to} if advice.action == MOVE else {"granularity": "subpage"}
     objects = (replace(item, **changes) if item.name == advice.object else item for item in policy.objects)
     return replace(policy, objects=tuple(objects))
