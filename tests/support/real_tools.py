@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 QEMU = shutil.which("qemu-system-x86_64")
-# `make execlog` builds it: no package of Debian has it.
+# No package of Debian has it: docs/your-own-guest.md says how it is built.
 EXECLOG = ROOT / "build" / "execlog" / "libexeclog.so"
 
 # Bytes of each instruction, and what it is.

@@ -54,7 +54,7 @@ def test_lackey(tmp_path: Path) -> None:
     assert writes == [(8 * n, 8) for n in range(64)] + [(64 * n, 8) for n in range(8)]
 
 
-@pytest.mark.skipif(QEMU is None or not EXECLOG.exists(), reason="needs qemu-system-x86_64 and `make execlog`")
+@pytest.mark.skipif(QEMU is None or not EXECLOG.exists(), reason="needs qemu-system-x86_64 and build/execlog")
 def test_execlog(tmp_path: Path) -> None:
     """It has no sizes: 8 bytes are assumed of each. A read-modify-write is two accesses of one instruction."""
     trace = tmp_path / "trace.txt"
