@@ -153,10 +153,12 @@ class Attachment(Tool, Owner):
         link = self._link = Link(self, self.identity, Connection(self.guest, self.wanted.dialect))
         loop = asyncio.get_running_loop()
         try:
-            if self.wanted.address.path is not None:
-                await loop.create_unix_connection(lambda: link, sock=made)
-            else:
-                await loop.create_connection(lambda: link, sock=made)
+            open_link = loop.create_connection if self.wanted.address.path is None else loop.create_unix_connection
+            try:
+                await open_link(lambda: link, sock=made)
+            except BaseException:
+                made.close()  # a tool may have left by now
+                raise
             if self._ending is not None:
                 link.close("the attachment has ended")
             reason = await link.over

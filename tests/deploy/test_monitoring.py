@@ -33,6 +33,9 @@ def expressions() -> Iterator[tuple[str, str]]:
         yield f"alert {rule['alert']}", rule["expr"]
 
 
+EXPRESSIONS = list(expressions())
+
+
 @pytest.fixture(scope="module")
 def exported() -> dict[str, str]:
     """The kind of each metric, by name: counters as they are sampled."""
@@ -41,7 +44,7 @@ def exported() -> dict[str, str]:
     return {f"{one.name}_total" if one.type == "counter" else one.name: one.type for one in families}
 
 
-@pytest.mark.parametrize(("where", "expression"), expressions(), ids=[where for where, _ in expressions()])
+@pytest.mark.parametrize(("where", "expression"), EXPRESSIONS, ids=[where for where, _ in EXPRESSIONS])
 def test_each_metric_is_exported(where: str, expression: str, exported: dict[str, str]) -> None:
     names = re.findall(r"\b(?:subpage|process)_\w+", expression)
     assert names or expression.startswith("up{"), where
@@ -56,7 +59,7 @@ def test_each_metric_is_exported(where: str, expression: str, exported: dict[str
             assert "histogram_quantile(" in expression and re.search(r"by \([^)]*\ble\b", expression), where
 
 
-@pytest.mark.parametrize(("where", "expression"), expressions(), ids=[where for where, _ in expressions()])
+@pytest.mark.parametrize(("where", "expression"), EXPRESSIONS, ids=[where for where, _ in EXPRESSIONS])
 def test_each_label_is_one_of_the_metrics(where: str, expression: str) -> None:
     source = "\n".join(
         path.read_text(encoding="utf-8")

@@ -26,7 +26,7 @@ class CloneRequest(Document):
 
 
 @routes.post(
-    "/{vm}:clone",
+    "/{vm:id}:clone",
     operation_id="cloneVm",
     summary="Clone a VM",
     description=(

@@ -375,7 +375,7 @@ async def list_vms(request: Request, limit: Limit = None, cursor: Cursor = None)
 
 
 @routes.get(
-    "/{vm}",
+    "/{vm:id}",
     operation_id="getVm",
     summary="Read a VM",
     responses=documented(
@@ -392,7 +392,7 @@ async def get_vm(request: Request, vm: VmId) -> Response:
 
 
 @routes.delete(
-    "/{vm}",
+    "/{vm:id}",
     operation_id="deleteVm",
     summary="Delete a VM",
     status_code=204,

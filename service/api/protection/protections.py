@@ -204,7 +204,7 @@ async def list_protections(request: Request, vm: VmId, limit: Limit = None, curs
 
 
 @routes.get(
-    "/{name}",
+    "/{name:id}",
     operation_id="getProtection",
     summary="Read a protection",
     responses=documented(
@@ -238,7 +238,7 @@ class Retranslation(Document):
 
 
 @routes.post(
-    "/{name}:retranslate",
+    "/{name:id}:retranslate",
     operation_id="retranslateProtection",
     summary="Follow objects that the guest has moved",
     description=(
@@ -265,7 +265,7 @@ async def retranslate_protection(request: Request, vm: VmId, name: ProtectionNam
 
 
 @routes.delete(
-    "/{name}",
+    "/{name:id}",
     operation_id="deleteProtection",
     summary="Delete a protection",
     description="What other protections cover stays covered; what was SET stays SET.",

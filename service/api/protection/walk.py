@@ -250,11 +250,11 @@ async def explain_access(
     ] = None,
     cr3: Annotated[Hex64 | None, Query(description="With `gva`: the address space in place of the vCPU's CR3.")] = None,
 ) -> Response:
+    machine = find(request, vm).machine
     if (gpa is None) == (gva is None):
         raise InvalidDocument("must be given, or gva, and not both", field="gpa", value=gpa)
     if gva is None and cr3 is not None:
         raise InvalidDocument("must be left out: it is for a walk by gva", field="cr3", value=cr3)
-    machine = find(request, vm).machine
     small = machine.counters()["memory_bytes"] <= _INLINE_BYTES
     guest: tuple[TableEntry, ...] = ()
     if gva is not None:

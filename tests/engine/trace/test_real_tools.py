@@ -13,10 +13,9 @@ import pytest
 
 from engine.arch import access as acc
 from engine.trace.readers import open_trace
-from tests.support.real_tools import ACCESSES, EXECLOG, HALT, MMIO, QEMU, qemu, rom
+from tests.support.real_tools import ACCESSES, EXECLOG, HALT, QEMU, qemu, rom
 
 VALGRIND, GCC, BOCHS = shutil.which("valgrind"), shutil.which("gcc"), shutil.which("bochs-bin")
-UNSHARE = shutil.which("unshare")
 VGA_BIOS = Path("/usr/share/bochs/VGABIOS-lgpl-latest")
 DISPLAYS = "/usr/lib", "*/bochs/plugins/libbx_sdl2*.so"
 
@@ -86,36 +85,3 @@ def test_bochs(tmp_path: Path) -> None:
             check=False,
         )
     assert read(trace, "bochs") == list(ACCESSES)
-
-
-# In an instance of tracefs, and a name space, of its own: the machine's mounts and its own trace stay as they are.
-TRACED = """
-mount -t tracefs nodev /sys/kernel/tracing || exit 77
-instance=/sys/kernel/tracing/instances/subpage-$$ && mkdir $instance || exit 77
-trace=$1; shift
-echo 1 > $instance/options/event-fork
-echo $$ > $instance/set_event_pid
-for event in kvm_mmio kvm_page_fault; do echo 1 > $instance/events/kvm/$event/enable || exit 77; done
-"$@"
-cat $instance/trace > $trace
-rmdir $instance
-"""
-
-
-@pytest.mark.skipif(
-    QEMU is None or UNSHARE is None or not os.access("/dev/kvm", os.W_OK) or os.geteuid() != 0,
-    reason="needs qemu-system-x86_64, unshare, a writable /dev/kvm and root",
-)
-def test_ftrace(tmp_path: Path) -> None:
-    """Where there is no memory every access is an event; where there is, those that found no mapping yet."""
-    trace = tmp_path / "trace.txt"
-    machine = [QEMU, "-m", "16", "-nodefaults", "-display", "none", "-accel", "kvm", "-bios", rom(tmp_path)]
-    machine += ["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]
-    command = [UNSHARE, "--mount", "sh", "-c", TRACED, "sh", trace, *machine]
-    done = subprocess.run([*map(str, command)], timeout=240, capture_output=True, text=True, check=False)
-    if done.returncode == 77:
-        pytest.skip(f"KVM cannot be traced here: {done.stderr[-200:]}")
-    found = read(trace, "ftrace")
-    assert [one for one in found if 0xB8000 <= one[0] < 0xB9000] == list(MMIO)
-    touched = {0xF0000, 0xFFFFF000, 0xFF000, *(address & ~0xFFF for address, _, _ in ACCESSES)}
-    assert {address & ~0xFFF for address, _, _ in found} <= touched
