@@ -162,6 +162,7 @@ class Attachment(Tool, Owner):
             if self._ending is not None:
                 link.close("the attachment has ended")
             reason = await link.over
+            made.detach()  # the loop had its descriptor, and has closed it
         finally:
             self._link = None
             self._release()
