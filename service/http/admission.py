@@ -61,7 +61,8 @@ class Declared(Protocol):
 def gated(route: Declared, app: ASGIApp) -> ASGIApp:
     """``app``, the inside of ``route``, behind its gate."""
     stored = route.path.startswith(API)
-    inside = with_machine(app) if route.path.startswith(_MACHINE) and route.path not in _WITHOUT else app
+    about = route.path.replace("{vm:id}", "{vm}")
+    inside = with_machine(app) if about.startswith(_MACHINE) and about not in _WITHOUT else app
 
     async def gate(scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["app"].state
