@@ -6,9 +6,8 @@ Schemathesis takes them from the contract: each operation by itself at the edges
 chains along the links, so that calls meet machines with a past. Every reply must be documented: its status, its media
 type, its headers, its body; none may be a 5xx but for what is documented; and no route may forget to ask for a token.
 
-Two of its checks are left out: ``positive_data_acceptance`` wants every request accepted that its schema allows, and
-whether a GFN lies in a memory slot is not in a schema; ``ensure_resource_availability`` wants whatever a link leads to
-to be there, and a machine that was just made is attached to no KVMI tool.
+One of its checks is left out: ``positive_data_acceptance`` wants every request accepted that its schema allows, and
+whether a GFN lies in a memory slot is not in a schema.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ CHECKS = (
     "allow_header_conformance",
     "ignored_auth",
     "use_after_free",
+    "what_links_lead_to_is_there",
 )
 # So many machines as random chains leave behind, and nothing in one that takes long or much memory.
 SETTINGS = {
