@@ -51,7 +51,8 @@ class Declared(Protocol):
     """A route that says what it demands; None, for one that forgot to say, is answered as ``admin``."""
 
     permission: Permission | None
-    path: str
+    # Without what its parameters are converted by.
+    path_format: str
     # The media types of its successes. A route with one is held to Accept here. It chooses itself where it has several,
     # or also answers without a body.
     offers: tuple[str, ...]
@@ -60,9 +61,9 @@ class Declared(Protocol):
 
 def gated(route: Declared, app: ASGIApp) -> ASGIApp:
     """``app``, the inside of ``route``, behind its gate."""
-    stored = route.path.startswith(API)
-    about = route.path.replace("{vm:id}", "{vm}")
-    inside = with_machine(app) if about.startswith(_MACHINE) and about not in _WITHOUT else app
+    path = route.path_format
+    stored = path.startswith(API)
+    inside = with_machine(app) if path.startswith(_MACHINE) and path not in _WITHOUT else app
 
     async def gate(scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["app"].state
