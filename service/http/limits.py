@@ -104,7 +104,7 @@ def bounded(
 
 def _published(scope: Scope) -> bool:
     """Whether it is a trace that is published while it comes: it may be as long as a guest runs."""
-    return _trace(scope) and any(part.startswith(b"publish_every=") for part in scope["query_string"].split(b"&"))
+    return _trace(scope) and _has_parameter(scope, b"publish_every")
 
 
 def _alive(receive: Receive, headers: Mapping[bytes, bytes], settings: Settings) -> Receive:
@@ -161,7 +161,12 @@ def _memory(scope: Scope) -> bool:
 
 def _image(scope: Scope) -> bool:
     """Whether it is guest memory that says what format it has."""
-    return _memory(scope) and any(part.startswith(b"format=") for part in scope["query_string"].split(b"&"))
+    return _memory(scope) and _has_parameter(scope, b"format")
+
+
+def _has_parameter(scope: Scope, name: bytes) -> bool:
+    """Whether the query has one of that name, whatever its value."""
+    return any(part.startswith(name + b"=") for part in scope["query_string"].split(b"&"))
 
 
 def punctual(receive: Receive, seconds: float, rate: int) -> Receive:

@@ -454,8 +454,8 @@ async def create_trace(
         columns=columns,
         longest=settings.max_body_bytes,
     )
+    access, caller = access_of(request), principal_of(request)
     if publish_every is not None:
-        access, caller = access_of(request), principal_of(request)
         state = request.app.state
         trace = await publish_body(
             entry,
@@ -480,7 +480,6 @@ async def create_trace(
         will_answer(request, await _created(entry, trace, settings))
 
     keyed = tell if "idempotency-key" in request.headers else None
-    access, caller = access_of(request), principal_of(request)
     trace = await replay_body(
         entry,
         wanted,
