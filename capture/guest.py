@@ -13,7 +13,6 @@ from pathlib import Path
 from capture.errors import CaptureError
 
 INIT = Path(__file__).parent / "guest_init.sh"
-IMAGE_BASE = 0xFFFFFFFF80000000  # where the kernel's image lies under nokaslr, at guest-physical address 0
 START = "__x64_sys_sync"
 _SECONDS = 600
 

@@ -6,28 +6,17 @@ all stretches. What was published need not be held any longer: exit records are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from engine.state.frame_store import Draft
-from engine.trace import object_hits
 from engine.trace.columns import TraceChunk
 from engine.trace.interactive import InteractiveReplay
 from engine.trace.results import TraceResult
-from engine.trace.session import Replay, ReplayOptions
+from engine.trace.session import Replay
 
 
 class PublishedReplay(InteractiveReplay):
     """An interactive replay that asks nobody: it does what ``on_violation`` says, and pauses where it is told to."""
 
-    def __init__(
-        self,
-        draft: Draft,
-        options: ReplayOptions,
-        targets: object_hits.Targets,
-        before: Callable[[TraceChunk], None] | None = None,
-    ) -> None:
-        super().__init__(draft, options, targets, before)
-        self._handed = 0
+    # Exit records before this position are not held any more.
+    _handed = 0
 
     def _stop(self, chunk: TraceChunk, base: int, position: int) -> None:
         Replay._stop(self, chunk, base, position)

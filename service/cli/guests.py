@@ -44,7 +44,6 @@ class Watch:
         self._began = time.monotonic()
         self._looked = (self._began, 0)
         self._status: Any = None
-        self._recording = recording
         self.stores = 0
         self.seconds = 0.0
         self.extra = ""

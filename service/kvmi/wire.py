@@ -10,7 +10,6 @@ import struct
 from typing import NamedTuple
 
 V6, V7 = "v6", "v7"
-DIALECTS = (V7, V6)
 
 # id, bytes that follow, sequence number of the exchange.
 HEADER = struct.Struct("<HHI")

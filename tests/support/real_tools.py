@@ -53,7 +53,6 @@ ACCESSES = (
     *((0x6FFE, 2, WRITE), (0x5008, 2, READ)),
     *((0xB8010, 1, WRITE), (0xB8020, 2, READ)),
 )
-MMIO = ACCESSES[-2:]
 
 
 def rom(folder: Path) -> Path:
