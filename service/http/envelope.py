@@ -123,7 +123,7 @@ class Envelope:
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         method = scope.get("method", "WEBSOCKET")
         # A path that no route has is whatever strangers type: it must not make a time series.
-        template = getattr(scope.get("route"), "path", "(none)")
+        template = getattr(scope.get("route"), "path_format", "(none)")
         self._metrics.request(method if method in _METHODS else "(other)", template, status, seconds)
         if self._log_requests:
             fields = {"method": method, "path": cut(scope["path"]), "status": status, "seconds": round(seconds, 6)}
