@@ -35,7 +35,7 @@ ENGINE_SOURCES := $(shell find engine -name '*.py' 2>/dev/null)
 ENGINE_TESTS   := $(wildcard tests/engine tests/property)
 # Tests of plain Python, which the compiler makes no difference to.
 WITHOUT_KERNELS := tests/engine/nested/* tests/engine/vcpu/* tests/engine/trace/test_readers_*
-WITHOUT_JIT     := -m "not jit and not soak and not bench and not image and not install and not abuse" \
+WITHOUT_JIT     := -m "not jit and not soak and not bench and not image and not install and not abuse and not console" \
                    $(WITHOUT_KERNELS:%=--ignore-glob=%) $(ENGINE_TESTS)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -106,7 +106,7 @@ install-test: $(DEVELOPED) ## Install both locks with pips of four ages, beside 
 	$(BIN)/python -m pytest -m install -o faulthandler_timeout=0 tests/deploy/test_install.py $(ARGS)
 
 console-test: $(DEVELOPED) $(WARMED) ## The console in Chromium: every flow, keyboard alone, axe; pictures of all screens in build/console/
-	$(BIN)/python -m pytest -p no:xdist --durations=5 tests/console tests/service/console $(ARGS)
+	$(BIN)/python -m pytest -p no:xdist -m console --durations=5 tests/console $(ARGS)
 
 mutants: $(DEVELOPED) ## Put faults into engine/ one at a time; the tests must notice each (ARGS="--only ID --jobs N")
 	@$(BIN)/python -m tests.mutants $(ARGS)

@@ -17,6 +17,7 @@ COMMANDS = {
     "image": "make image-test",
     "install": "make install-test",
     "abuse": "make abuse-test",
+    "console": "make console-test",
     "jit": "the compiled run of make test",
 }
 _COUNTS = pytest.StashKey[Counter[str]]()

@@ -13,6 +13,8 @@ from tests.console.chromium import Visit, visiting
 from tests.support.http import new_vm
 from tests.support.server import Running, running
 
+pytestmark = pytest.mark.console
+
 MARKUP = "<img src=x onerror=\"document.title='owned'\"><b>&amp;"
 
 
@@ -43,6 +45,7 @@ def test_names_are_text(visit: Visit, service: Running) -> None:
 def test_a_machine_that_is_deleted_under_the_page(visit: Visit, service: Running) -> None:
     vm = new_vm(service.client)
     page = visit.open(f"/vms/{vm.split('/')[-1]}/walk?gpa=0x10000")
+    expect(page.locator(".sentence")).to_be_visible()
     service.client.delete(vm)
     page.get_by_role("button", name="Walk", exact=True).click()
     expect(page.get_by_text("This machine does not exist any more")).to_be_visible()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import expect
 
 from tests.console.chromium import Visit, lines
 from tests.support.http import map_of, new_vm
 from tests.support.server import Running
+
+pytestmark = pytest.mark.console
 
 WRITES = [{"gpa": hex(0x10000 + 128 * n), "size": 8} for n in range(32)] * 4
 

@@ -6,11 +6,14 @@ Frames are bounded generously: other tests share the processor with the browser.
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from playwright.sync_api import expect
 
 from tests.console.chromium import Visit
 from tests.support.http import new_vm
 from tests.support.server import Running
+
+pytestmark = pytest.mark.console
 
 OCTETS = {"Content-Type": "application/octet-stream"}
 

@@ -9,6 +9,8 @@ from tests.console.chromium import NARROW, SETTLED, WIDE, lines, picture, seriou
 from tests.support.http import access, new_vm, set_map
 from tests.support.server import Running
 
+pytestmark = pytest.mark.console
+
 SCREENS = ("start", "map", "replay", "result", "walk", "live", "processor", "compare", "operator")
 LOOKS = [(WIDE, False), (WIDE, True), (NARROW, False), (NARROW, True)]
 

@@ -42,6 +42,9 @@ export function field(label, control, hint) {
   return h("div", { class: "field" }, h("label", { for: control.id }, label), control, about);
 }
 
+/** What is wider than the window scrolls by itself, by keyboard too. */
+export const tableScroll = (...children) => h("div", { class: "table-scroll", tabindex: 0, role: "group", "aria-label": "Table" }, ...children);
+
 export function select(options, chosen, properties = {}) {
   return h("select", properties, options.map((one) => {
     const [value, text] = Array.isArray(one) ? one : [one, one];

@@ -43,8 +43,8 @@ export function entryCard(entry, { deciding = false, hit = 0, edit = null, tell 
     const [where, label, about] = names[name] ?? ["", name.replaceAll("_", " "), ""];
     const shown = name === "memory_type" ? `${Number(value)} ${MEMORY_TYPES[value] ?? "reserved"}` : value === "0x0" || value === "0x1" ? Number(value) : value;
     const say = () => tell(`${label}${where ? `, bit${where.includes(":") ? "s" : ""} ${where}` : ""}: ${about}`);
-    return h("button", { type: "button", class: `bit ${value === "0x0" ? "off" : ""} ${name === "reserved" ? "wrong" : ""}`, onmouseenter: say, onfocus: say, onclick: say, "aria-label": `${label}: ${shown}. ${about}` },
-      h("span", {}, label, where && h("span", { class: "muted" }, ` ${where}`)), h("b", {}, shown));
+    return h("button", { type: "button", class: `bit ${value === "0x0" ? "off" : ""} ${name === "reserved" ? "wrong" : ""}`, onmouseenter: say, onfocus: say, onclick: say, "aria-description": about },
+      h("span", {}, label, where && h("span", { class: "muted" }, ` ${where}`)), h("span", { class: "sr" }, ": "), h("b", {}, shown));
   });
   const vector = entry.fields.writable_subpages;
   return h("article", { class: `entry ${deciding ? "deciding" : ""}`, "aria-label": entry.structure },

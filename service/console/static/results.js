@@ -1,6 +1,6 @@
 // The parts of a result that several views show.
 
-import { h } from "./dom.js";
+import { h, tableScroll } from "./dom.js";
 import { count, plural, seconds, short } from "./format.js";
 
 const factor = (trace) => (trace.violations ? trace.page_granular_violations / trace.violations : null);
@@ -40,7 +40,7 @@ export function objectTable(trace, choose) {
   const buttons = new Map();
   const element = h("section", { class: "panel flush", "aria-label": "By object" },
     h("div", { class: "map-tools" }, h("h2", {}, "By object"), h("span", { class: "muted small" }, "Choose one to see only its exits")),
-    entries.length ? h("div", { class: "table-scroll" }, h("table", {},
+    entries.length ? tableScroll(h("table", {},
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Object"), h("th", { scope: "col", class: "number" }, "Sub-pages"), h("th", { scope: "col", class: "number" }, "Refused"), h("th", { scope: "col", class: "share" }, h("span", { class: "sr" }, "Share")), h("th", { scope: "col", class: "number" }, "Neighbours only"), h("th", { scope: "col", class: "number" }, "First record"))),
       h("tbody", {}, entries.map(([name, hit]) => {
         const button = h("button", { type: "button", class: "small", "aria-pressed": "false", disabled: !hit.violations, onclick: () => choose(name) }, name);
@@ -60,6 +60,6 @@ export function writerTable(exits) {
   const order = [...sums.keys()].filter((id) => id && sums[id]).sort((a, b) => sums[b] - sums[a]);
   const most = sums[order[0]] || 1;
   return h("section", { class: "panel flush", "aria-label": "By writer" }, h("div", { class: "map-tools" }, h("h2", {}, "By writer"), h("span", { class: "muted small" }, `${plural(order.length, "instruction")}${order.length > MOST ? `, the first ${MOST}` : ""}`)),
-    h("div", { class: "table-scroll" }, h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Instruction"), h("th", { scope: "col", class: "number" }, "Refused"), h("th", { scope: "col", class: "share" }, h("span", { class: "sr" }, "Share")))),
+    tableScroll(h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Instruction"), h("th", { scope: "col", class: "number" }, "Refused"), h("th", { scope: "col", class: "share" }, h("span", { class: "sr" }, "Share")))),
       h("tbody", {}, order.slice(0, MOST).map((id) => h("tr", {}, h("th", { scope: "row", class: "mono" }, exits.writers.texts[id]), h("td", { class: "number" }, count(sums[id])), h("td", { class: "share", style: { width: "30%" } }, h("span", { class: "meter", style: { width: `${(100 * sums[id]) / most}%`, "margin-top": "0.5em" } }))))))));
 }

@@ -1,6 +1,6 @@
 // Two results side by side: two policies over one trace, or one policy before and after a change.
 
-import { h, fill, add, field, select, problemBox } from "../dom.js";
+import { h, fill, add, field, select, problemBox, tableScroll } from "../dom.js";
 import { ago, count, plural, seconds, short } from "../format.js";
 import * as api from "../api.js";
 
@@ -62,8 +62,8 @@ export function comparison(a, b) {
     h("section", { class: "panel hero", "aria-label": "Outcome" }, h("h2", {}, sentence), h("div", { class: "bars" }, bar("First, sub-pages", a.violations), bar("Second, sub-pages", b.violations), bar("First, whole pages", a.page_granular_violations, true), bar("Second, whole pages", b.page_granular_violations, true)),
       a.writes !== b.writes && h("p", { class: "note" }, `They are not of one trace: ${count(a.writes)} writes and ${count(b.writes)}.`)),
     h("div", { class: "columns" },
-      h("section", { class: "panel flush", "aria-label": "Totals" }, h("div", { class: "map-tools" }, h("h2", {}, "Totals")), h("div", { class: "table-scroll" }, h("table", {}, head("Total"), h("tbody", {},
+      h("section", { class: "panel flush", "aria-label": "Totals" }, h("div", { class: "map-tools" }, h("h2", {}, "Totals")), tableScroll(h("table", {}, head("Total"), h("tbody", {},
         line("Writes replayed", (one) => one.writes), line("Refused writes", (one) => one.violations), line("With whole pages", (one) => one.page_granular_violations), line("Exits, internal ones too", (one) => Object.values(one.exits).reduce((sum, value) => sum + value, 0)), line("Not enforced", (one) => one.unenforced_writes), line("Outside of memory", (one) => one.mmio), line("Took", (one) => one.seconds, seconds))))),
-      h("section", { class: "panel flush", "aria-label": "By object" }, h("div", { class: "map-tools" }, h("h2", {}, "Refused, by object")), rows.length ? h("div", { class: "table-scroll" }, h("table", {}, head("Object"), h("tbody", {}, rows.map((row) => h("tr", { class: row.a || row.b ? "" : "dim" }, h("th", { scope: "row" }, row.name), h("td", { class: "number" }, row.a === null ? "–" : count(row.a)), h("td", { class: "number" }, row.b === null ? "–" : count(row.b)), h("td", { class: "number" }, change(row.a ?? 0, row.b ?? 0))))))) : h("p", { class: "empty" }, "No object was protected in either."))),
+      h("section", { class: "panel flush", "aria-label": "By object" }, h("div", { class: "map-tools" }, h("h2", {}, "Refused, by object")), rows.length ? tableScroll(h("table", {}, head("Object"), h("tbody", {}, rows.map((row) => h("tr", { class: row.a || row.b ? "" : "dim" }, h("th", { scope: "row" }, row.name), h("td", { class: "number" }, row.a === null ? "–" : count(row.a)), h("td", { class: "number" }, row.b === null ? "–" : count(row.b)), h("td", { class: "number" }, change(row.a ?? 0, row.b ?? 0))))))) : h("p", { class: "empty" }, "No object was protected in either."))),
   ];
 }

@@ -1,6 +1,6 @@
 // The map: a row a page, 32 cells a row. From the whole guest down to the bytes of a sub-page.
 
-import { h, fill, add, field, icon, select, problemBox, toast, newId } from "../dom.js";
+import { h, fill, add, field, icon, select, problemBox, toast, newId, tableScroll } from "../dom.js";
 import { bytes, count, hex, parseAddress, plural } from "../format.js";
 import { bitsText, exitsOf } from "../exits.js";
 import { PageMap } from "../pagemap.js";
@@ -195,7 +195,7 @@ function slotsPanel(machine, pages) {
   const slots = machine.vm.memory_slots;
   if (!slots.length) return null;
   return h("section", { class: "panel flush" }, h("div", { class: "map-tools" }, h("h2", {}, plural(slots.length, "memory slot"))),
-    h("div", { class: "table-scroll" }, h("table", {},
+    tableScroll(h("table", {},
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Slot"), h("th", { scope: "col" }, "Guest-physical"), h("th", { scope: "col", class: "number" }, "Size"), h("th", { scope: "col", class: "number" }, "Protected pages"), h("th", { scope: "col" }, "Host pages"), h("th", { scope: "col" }, ""))),
       h("tbody", {}, slots.map((slot) => {
         const first = Number(slot.gpa) / 4096;
@@ -213,7 +213,7 @@ function pageTable(pages, select) {
   const MOST = 400;
   const body = h("tbody", {});
   const title = h("summary", {});
-  const element = h("details", { class: "panel" }, title, h("div", { class: "table-scroll" }, h("table", {},
+  const element = h("details", { class: "panel" }, title, tableScroll(h("table", {},
     h("thead", {}, h("tr", {}, ["Page", "Objects", "Denied sub-pages", "Refused writes"].map((text, n) => h("th", { scope: "col", class: n === 3 ? "number" : "" }, text)))), body)));
   element.addEventListener("toggle", () => update());
   function update() {

@@ -1,6 +1,6 @@
 // Operator: is the service well, what is it doing, and what waits.
 
-import { h, fill, add, problemBox, toast } from "../dom.js";
+import { h, fill, add, problemBox, toast, tableScroll } from "../dom.js";
 import { ago, bytes, count, plural, seconds, short } from "../format.js";
 import * as api from "../api.js";
 
@@ -86,7 +86,7 @@ export async function show({ root, signal }) {
       else if (name.endsWith("_bucket")) { const edge = labels.le === "+Inf" ? Infinity : Number(labels.le); row.buckets.set(edge, (row.buckets.get(edge) ?? 0) + value); }
     }
     const rows = [...found].sort(([, a], [, b]) => b.count - a.count).slice(0, 40);
-    fill(routes, h("div", { class: "map-tools" }, h("h2", {}, "Requests since the start")), h("div", { class: "table-scroll" }, h("table", {},
+    fill(routes, h("div", { class: "map-tools" }, h("h2", {}, "Requests since the start")), tableScroll(h("table", {},
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Route"), ["Requests", "Half below", "99 % below", "5xx"].map((text) => h("th", { scope: "col", class: "number" }, text)))),
       h("tbody", {}, rows.map(([key, row]) => h("tr", {}, h("th", { scope: "row", class: "mono" }, key), h("td", { class: "number" }, count(row.count)), h("td", { class: "number" }, seconds(quantile(row.buckets, 0.5))), h("td", { class: "number" }, seconds(quantile(row.buckets, 0.99))), h("td", { class: "number" }, row.bad ? h("span", { class: "chip bad" }, count(row.bad)) : "0")))))));
   }
@@ -99,7 +99,7 @@ export async function show({ root, signal }) {
     const kinds = { succeeded: "good", failed: "bad", interrupted: "bad", running: "denied", queued: "warn" };
     const MOST = 50;
     fill(jobs, h("div", { class: "map-tools" }, h("h2", {}, found.length ? plural(found.length, "job") : "Jobs"), found.length > MOST && h("span", { class: "muted small" }, `the last ${MOST}`)),
-      found.length ? h("div", { class: "table-scroll" }, h("table", {}, h("thead", {}, h("tr", {}, ["Job", "State", "Machine", "Records", "Accepted", ""].map((text, n) => h("th", { scope: "col", class: n === 3 ? "number" : "" }, text || h("span", { class: "sr" }, "Cancel"))))),
+      found.length ? tableScroll(h("table", {}, h("thead", {}, h("tr", {}, ["Job", "State", "Machine", "Records", "Accepted", ""].map((text, n) => h("th", { scope: "col", class: n === 3 ? "number" : "" }, text || h("span", { class: "sr" }, "Cancel"))))),
         h("tbody", {}, found.slice(0, MOST).map((job) => h("tr", {}, h("th", { scope: "row", class: "mono" }, job.id), h("td", {}, h("span", { class: `chip ${kinds[job.state] ?? ""}` }, job.state), job.error && h("div", { class: "small muted" }, job.error.detail ?? job.error.title)),
           h("td", { class: "mono" }, h("a", { href: job.result ? `#/vms/${job.vm}/replay/${job.result.split("/").pop()}` : `#/vms/${job.vm}` }, job.vm)), h("td", { class: "number" }, short(job.records_done)), h("td", {}, ago(job.created)),
           h("td", {}, ["queued", "running"].includes(job.state) && h("button", { type: "button", class: "small", "data-job": job.id, onclick: () => cancel(job.id) }, "Cancel")))))))

@@ -1,6 +1,6 @@
 // Processor: what each virtual processor has cached, what it has still to flush, and what decides over its nested state.
 
-import { h, fill, add, field, select, problemBox } from "../dom.js";
+import { h, fill, add, field, select, problemBox, tableScroll } from "../dom.js";
 import { bytes, count, plural } from "../format.js";
 import * as api from "../api.js";
 
@@ -36,7 +36,7 @@ function refused(title, problem) {
 function vpPanel(partitions, chosen) {
   if (partitions instanceof Error) return refused("Partitions", partitions);
   return h("section", { class: "panel flush", "aria-label": "Virtual processors" }, h("div", { class: "map-tools" }, h("h2", {}, "Virtual processors"), h("span", { class: "chip" }, `L0: ${partitions.l0}`)),
-    h("div", { class: "table-scroll" }, h("table", {}, h("thead", {}, h("tr", {}, ["vCPU", "VP", "Partition", "Nested flush", "Direct hypercalls"].map((text) => h("th", { scope: "col" }, text)))),
+    tableScroll(h("table", {}, h("thead", {}, h("tr", {}, ["vCPU", "VP", "Partition", "Nested flush", "Direct hypercalls"].map((text) => h("th", { scope: "col" }, text)))),
       h("tbody", {}, partitions.vps.map((vp) => h("tr", {}, h("th", { scope: "row" }, vp.vcpu, String(vp.vcpu) === chosen && h("span", { class: "sr" }, " (shown)")), h("td", {}, vp.vp_index), h("td", { class: "mono" }, vp.vm_id),
         h("td", {}, vp.nested_flush ? h("span", { class: "chip good" }, "on") : h("span", { class: "muted" }, "off")), h("td", {}, vp.direct_hypercall ? h("span", { class: "chip good" }, "on") : h("span", { class: "muted" }, "off"))))))));
 }
@@ -53,7 +53,7 @@ function tlbPanel(entries, cache) {
   const MOST = 500;
   const rights = (one) => `${one.readable ? "r" : "-"}${one.writable ? "w" : "-"}${one.executable ? "x" : "-"}`;
   return h("section", { class: "panel flush", "aria-label": "Translation cache" }, h("div", { class: "map-tools spread" }, h("h2", {}, `Translation cache · ${plural(entries.length, "entry", "entries")}`), entries.length > MOST && h("span", { class: "muted small" }, `the first ${MOST}`)),
-    entries.length ? h("div", { class: "table-scroll" }, h("table", {}, h("thead", {}, h("tr", {}, ["Kind", "Address", "Guest-physical", "Size", "Rights", "EPT root", "VPID", "Leaf", "Sub-pages"].map((text) => h("th", { scope: "col" }, text)))),
+    entries.length ? tableScroll(h("table", {}, h("thead", {}, h("tr", {}, ["Kind", "Address", "Guest-physical", "Size", "Rights", "EPT root", "VPID", "Leaf", "Sub-pages"].map((text) => h("th", { scope: "col" }, text)))),
       h("tbody", {}, entries.slice(0, MOST).map((one) => h("tr", {}, h("td", {}, one.kind, one.global && " · global"), h("td", { class: "mono" }, one.address), h("td", { class: "mono" }, one.gpa), h("td", {}, bytes(2 ** one.page_bits)), h("td", { class: "mono" }, rights(one)), h("td", { class: "mono" }, one.ept_root), h("td", {}, one.vpid ?? "–"), h("td", { class: "mono" }, one.leaf), h("td", { class: "mono" }, one.spp_vector ?? "–"))))))
       : h("div", { class: "empty" }, h("p", {}, cache === "off" ? "This machine models no stale translations: every access reads the tables. Make one with “Model stale translations” to see what a forgotten flush leaves behind." : "Nothing is cached.")));
 }
@@ -67,7 +67,7 @@ function nestedPanel(home, nested, signal) {
     if (!told) return;
     const trail = told.trail.filter((check) => !only.checked || check.outcome !== "pass");
     fill(place, h("p", { class: "sentence" }, told.errno ? `Refused: ${told.says} (${told.errno}).` : `Accepted: ${told.says}.`),
-      h("div", { class: "table-scroll" }, h("table", {}, h("thead", {}, h("tr", {}, ["Check", "Outcome", "Field", "Found", "Required"].map((text) => h("th", { scope: "col" }, text)))),
+      tableScroll(h("table", {}, h("thead", {}, h("tr", {}, ["Check", "Outcome", "Field", "Found", "Required"].map((text) => h("th", { scope: "col" }, text)))),
         h("tbody", {}, trail.map((check) => h("tr", {}, h("td", { class: "mono" }, check.check), h("td", {}, h("span", { class: `chip ${check.outcome === "pass" ? "good" : check.outcome === "fail" ? "bad" : ""}` }, check.outcome)), h("td", { class: "mono" }, check.field ?? "–"), h("td", {}, check.found ?? "–"), h("td", {}, check.required ?? check.says)))))));
   }
   api.call("POST", `${home}/nested-state:explain`, { json: nested, signal }).then((answer) => { told = answer; draw(); }).catch((error) => { if (!api.isAbort(error)) fill(place, problemBox(error)); });

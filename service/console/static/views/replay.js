@@ -1,6 +1,6 @@
 // Replay: drop a trace, follow it, and look at what came of it.
 
-import { h, fill, add, field, icon, select, problemBox, toast } from "../dom.js";
+import { h, fill, add, field, icon, select, problemBox, toast, tableScroll } from "../dom.js";
 import { ago, count, plural, seconds, short } from "../format.js";
 import { replayFile } from "../replaying.js";
 import { exitsOf } from "../exits.js";
@@ -25,7 +25,7 @@ export async function show({ root, machine, rest, signal }) {
 // ---- a trace comes in
 
 function dropPanel(machine, signal) {
-  const input = h("input", { type: "file", class: "sr", id: "trace-file", onchange: () => input.files[0] && run(input.files[0]) });
+  const input = h("input", { type: "file", class: "sr", id: "trace-file", "aria-label": "Trace file", onchange: () => input.files[0] && run(input.files[0]) });
   const format = select(FORMATS, "");
   const record = select(RECORDS, "");
   const answer = select(ANSWERS, "skip");
@@ -91,7 +91,7 @@ function policyPanel(machine, signal) {
     const found = [];
     await api.pages(`${machine.path}/protections`, "protections", (page) => found.push(...page), { signal });
     fill(box, found.length
-      ? h("div", { class: "table-scroll" }, h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Protection"), h("th", { scope: "col", class: "number" }, "Objects"), h("th", { scope: "col", class: "number" }, "Pages"), h("th", { scope: "col" }, h("span", { class: "sr" }, "Lift")))),
+      ? tableScroll(h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Protection"), h("th", { scope: "col", class: "number" }, "Objects"), h("th", { scope: "col", class: "number" }, "Pages"), h("th", { scope: "col" }, h("span", { class: "sr" }, "Lift")))),
         h("tbody", {}, found.map((one) => h("tr", {}, h("th", { scope: "row" }, one.name, one.about && h("div", { class: "hint" }, one.about)), h("td", { class: "number" }, count(one.objects.length)), h("td", { class: "number" }, count(one.pages)),
           h("td", { class: "number" }, h("button", { type: "button", class: "small quiet danger", "aria-label": `Lift ${one.name}`, onclick: () => remove(one.name) }, icon("trash"))))))))
       : h("p", { class: "muted" }, "Nothing is protected yet: a replay would refuse only what the map denies."));
@@ -103,7 +103,7 @@ function policyPanel(machine, signal) {
 function list(machine, traces) {
   if (!traces.length) return h("section", { class: "panel empty" }, h("strong", {}, "No replay yet"), h("p", {}, "Its result stays here: what was refused, by object, and what whole pages would have cost."));
   return h("section", { class: "panel flush" }, h("div", { class: "map-tools spread" }, h("h2", {}, plural(traces.length, "result")), traces.length > 1 && h("a", { class: "button", href: `#/compare?a=${machine.id}/${traces[1].id}&b=${machine.id}/${traces[0].id}` }, "Compare the last two")),
-    h("div", { class: "table-scroll" }, h("table", {},
+    tableScroll(h("table", {},
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Result"), h("th", { scope: "col" }, "When"), h("th", { scope: "col", class: "number" }, "Writes"), h("th", { scope: "col", class: "number" }, "Refused"), h("th", { scope: "col", class: "number" }, "With whole pages"), h("th", { scope: "col" }, "Refused writes"), h("th", { scope: "col" }, "Format"), h("th", { scope: "col", class: "number" }, "Took"))),
       h("tbody", {}, traces.map((trace) => h("tr", {},
         h("td", { class: "mono" }, h("a", { href: `#/vms/${machine.id}/replay/${trace.id}` }, trace.id)),
