@@ -13,8 +13,8 @@ from service.storage.records import Block, Change
 class Transaction:
     """One transaction of the owner.
 
-    ``octets`` are heads, blocks, exit records, events, answers and footprints, before the database's own overhead; ``seconds`` run
-    from its first statement to the end of its commit. ``stored`` tells whether it was committed.
+    ``octets`` are heads, blocks, exit records, events, answers and footprints, before the database's own overhead;
+    ``seconds`` run from its first statement to the end of its commit. ``stored`` tells whether it was committed.
     """
 
     changes: int

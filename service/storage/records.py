@@ -111,9 +111,9 @@ class AnswerRecord:
 
 @dataclass(frozen=True, slots=True)
 class FootprintRecord:
-    """A footprint: ``head`` is the JSON of what is in its file, which has ``size`` bytes in ``parts``; those are left out
-    where they are not looked at. ``created`` is RFC 3339 in UTC with six decimals, ``vm`` the id of the machine whose
-    replay it was collected beside, or empty."""
+    """A footprint: ``head`` is the JSON of what is in its file, which has ``size`` bytes in ``parts``; those are left
+    out where they are not looked at. ``created`` is RFC 3339 in UTC with six decimals, ``vm`` the id of the machine
+    whose replay it was collected beside, or empty."""
 
     id: str
     tenant: str

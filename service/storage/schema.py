@@ -94,8 +94,8 @@ events = sa.Table(
     sa.Column("trace", sa.Text),
 )
 
-# A trace reduced to its places. `vm` is the id of the machine whose replay it was collected beside, no reference, and empty
-# where there was none; `head` says what is in its file, whose `size` bytes are in parts. `created` as in events.
+# A trace reduced to its places. `vm` is the id of the machine whose replay it was collected beside, no reference, and
+# empty where there was none; `head` says what is in its file, whose `size` bytes are in parts. `created` as in events.
 footprints = sa.Table(
     "footprints",
     metadata,
@@ -116,8 +116,8 @@ footprint_parts = sa.Table(
     sa.Column("data", sa.LargeBinary, nullable=False),
 )
 
-# Long work that was accepted. `vm` is an id and no reference: a job is remembered longer than its machine may live. It is
-# empty where a footprint is built; `trace` is the id of what came of it, a trace or a footprint.
+# Long work that was accepted. `vm` is an id and no reference: a job is remembered longer than its machine may live.
+# It is empty where a footprint is built; `trace` is the id of what came of it, a trace or a footprint.
 # Times are RFC 3339; `error` is the JSON of a problem.
 jobs = sa.Table(
     "jobs",
