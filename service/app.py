@@ -20,6 +20,7 @@ from engine.warm.progress import progress_lines, progress_on
 from engine.warm.whole import Group, compile_kernels, load_kernels
 from service import __version__
 from service.api.events import events, introspection, kvmi
+from service.api.footprints import costs, footprints, places
 from service.api.hyperv import hypercalls, hyperv, kvm_pages
 from service.api.machines import clones, counters, vm_capabilities, vms
 from service.api.memory import dirty, host_memory, memory, memory_slots, symbols
@@ -39,6 +40,7 @@ from service.http.route import HeadRoute
 from service.kvmi.attachment import Attachments
 from service.runtime import census
 from service.runtime.answers import answers_of
+from service.runtime.footprints import Footprints
 from service.runtime.jobs import Jobs
 from service.runtime.memory_files import MemoryFiles
 from service.runtime.registry import Registry
@@ -71,6 +73,9 @@ RESOURCES = (
     introspection,
     kvmi,
     jobs,
+    footprints,
+    costs,
+    places,
     tables,
     vcpus,
     nested_state,
@@ -257,7 +262,8 @@ def create_app(settings: Settings | None = None, *, tokens: TokenStore | None = 
     )
     app.state.bodies = HeldBodies(settings.max_held_body_bytes)
     app.state.metrics = Metrics()
-    app.state.jobs = Jobs(settings, registry, app.state.metrics, lambda: access.tenants)
+    app.state.footprints = Footprints(settings, registry.repository, lambda: access.tenants)
+    app.state.jobs = Jobs(settings, registry, app.state.footprints, app.state.metrics, lambda: access.tenants)
     _watch(app.state.metrics, registry, app.state.jobs)
     app.state.ready = app.state.warm = app.state.draining = False
     handlers.install(app)

@@ -114,6 +114,19 @@ class Settings(BaseSettings):
     max_body_memory_bytes: int = Field(
         GIB, ge=MIB, description="The same of all such bodies that are read at one time, over all tenants."
     )
+    footprint_memory_bytes: int = Field(
+        512 * MIB, ge=MIB, description="Memory that one footprint may take while it is built, or asked."
+    )
+    max_footprint_memory_bytes: int = Field(
+        768 * MIB,
+        ge=MIB,
+        description="The same of all footprints that are built or asked at one time, over all tenants.",
+    )
+    loaded_footprint_bytes: int = Field(
+        256 * MIB,
+        ge=0,
+        description="Memory of footprints that were asked before, and are kept there to be asked again.",
+    )
     max_document_bytes: int = Field(32 * MIB, ge=1, description="Largest body of every other call.")
     max_held_body_bytes: int = Field(
         256 * MIB,
@@ -219,6 +232,14 @@ class Settings(BaseSettings):
     kept_traces: int = Field(100, ge=1, description="Trace results kept per machine; the oldest go first.")
     kept_exit_records: int = Field(20_000_000, ge=0, description="Exit records kept per machine over all its traces.")
     kept_trace_days: float = Field(30, ge=0, description="Trace results older than this go; 0 keeps them.")
+    kept_footprints: int = Field(100, ge=1, description="Footprints kept per tenant; the oldest go first.")
+    kept_footprint_bytes: int = Field(
+        256 * MIB,
+        ge=1,
+        description="Bytes of the files of one tenant's footprints; the oldest go first, the newest stays.",
+    )
+    kept_footprint_days: float = Field(30, ge=0, description="Footprints older than this go; 0 keeps them.")
+    max_policies: int = Field(10_000, ge=1, description="Policies whose cost one call may ask for.")
     kept_events: int = Field(
         20_000, ge=1, description="Rows of one machine's event log that are kept; a replay's violations are one."
     )

@@ -14,6 +14,7 @@ from engine.footprint.places import BYTES, LEVELS, SPANS, UNITS, By, Footprint, 
 from engine.state.config import choices
 from engine.trace.addresses import frozen
 from engine.trace.columns import TraceChunk
+from engine.trace.readers.budget import Budget
 from engine.trace.record_checks import DONE
 from engine.trace.session import refused_record
 
@@ -35,7 +36,10 @@ _STATE = (
 class Table:
     """A hash table of ``kernels`` that grows by being moved to one of twice the rows. At most 5 of 8 rows are used."""
 
-    def __init__(self, most: int, what: str, mix: tuple[int, int] = MIX, fine: int = 0) -> None:
+    def __init__(
+        self, most: int, what: str, mix: tuple[int, int] = MIX, fine: int = 0, budget: Budget | None = None
+    ) -> None:
+        self._budget = budget or Budget(1 << 62)
         self._most = most
         self._fine = fine
         self._what = what
@@ -44,6 +48,7 @@ class Table:
         self._make(FIRST_ROWS)
 
     def _make(self, rows: int) -> None:
+        self._budget.keep(rows * kernels.ROW_WORDS * 8, f"the {self._what} of a footprint")
         self.words: NDArray[np.int64] = np.zeros(rows * kernels.ROW_WORDS, dtype=np.int64)
         bits = rows.bit_length() - 1
         odd0, odd1 = self._odd
@@ -51,7 +56,7 @@ class Table:
         self.limit = min(rows * 5 // 8, self._most)
 
     def grow(self) -> None:
-        """Make room. Raises LimitExceeded."""
+        """Make room. Raises LimitExceeded, and what the budget does."""
         if self.limit == self._most:
             raise LimitExceeded(
                 f"a footprint has at most {self._most} {self._what}", field=self._what, value=self._most + 1
@@ -59,6 +64,7 @@ class Table:
         smaller = self.words
         self._make(2 * len(smaller) // kernels.ROW_WORDS)
         kernels.move_rows(smaller, self.words, self.mix)
+        self._budget.keep(-smaller.nbytes, "")
 
     def rows(self) -> NDArray[np.int64]:
         """int64[n, ROW_WORDS] of those in use, in no order."""
@@ -69,12 +75,18 @@ class Table:
 class Builder:
     """Takes chunks and gives a footprint.
 
-    ``level`` is one of LEVELS; ``by`` what places are apart by beside; ``most`` bounds the places; ``mix`` is two
-    numbers for the hash, which change nothing but who can slow it down. Other threads may read ``records_done``.
+    ``level`` is one of LEVELS; ``by`` what places are apart by beside; ``most`` bounds the places, and ``budget`` the
+    memory of the tables; ``mix`` is two numbers for the hash, which change nothing but who can slow it down. Other
+    threads may read ``records_done``.
     """
 
     def __init__(
-        self, level: str = SPANS, by: By | None = None, most: int = MAX_PLACES, mix: tuple[int, int] = MIX
+        self,
+        level: str = SPANS,
+        by: By | None = None,
+        most: int = MAX_PLACES,
+        mix: tuple[int, int] = MIX,
+        budget: Budget | None = None,
     ) -> None:
         choices(level, LEVELS, "level")
         self._by = by or By()
@@ -82,8 +94,11 @@ class Builder:
         if not 1 <= most <= MAX_PLACES:
             raise InvalidValue(f"must be from 1 to {MAX_PLACES}", field="most", value=most)
         self._level = level
-        self._places = Table(most, "places", mix, _FINE[level])
-        self._contexts = Table(min(most, MAX_CONTEXTS), "buckets and writers", mix) if by and any(by) else None
+        self._places = Table(most, "places", mix, _FINE[level], budget)
+        self._contexts = (
+            Table(min(most, MAX_CONTEXTS), "buckets and writers", mix, budget=budget) if by and any(by) else None
+        )
+        self._seen = dict.fromkeys(("gpa", "size", "access"))
         self._none = np.zeros(0, dtype=np.int64)
         self._times: list[int] = []  # the earliest and the latest
         self.records_done = 0
@@ -130,6 +145,8 @@ class Builder:
             else:
                 raise refused_record(status, words, position, base + position)
         self.records_done = base + len(chunk.records)
+        names = ("kind", "linear", "source") if chunk.kinds else ()
+        self._seen |= dict.fromkeys((*names, *(name for name in ("time", "pc") if name in chunk.carry)))
         times = chunk.carry.get("time")
         if times is not None and len(times):
             both = [*self._times, int(times.min()), int(times.max())]
@@ -158,7 +175,7 @@ class Builder:
             table.grow()
 
     def finish(self, origin: Origin) -> Footprint:
-        """The footprint of everything so far, which ``origin`` describes but for its length."""
+        """The footprint of everything so far, which ``origin`` describes but for its length and its columns."""
         rows = self._places.rows()
         key = rows[:, 1]
         columns: dict[str, NDArray[Any]] = {
@@ -179,7 +196,9 @@ class Builder:
         order = ordered(columns)
         columns = {name: np.ascontiguousarray(column[order]) for name, column in columns.items()}
         lasted = self._times[1] - self._times[0] if self._times else 0
-        origin = origin._replace(records=self.records_done, nanoseconds=min(lasted, (1 << 63) - 1))
+        origin = origin._replace(
+            records=self.records_done, columns=tuple(self._seen), nanoseconds=min(lasted, (1 << 63) - 1)
+        )
         return made(self._level, self._by, (origin,), columns)
 
 

@@ -94,6 +94,19 @@ def write(footprint: Footprint, sink: Any) -> None:
     )
 
 
+def recognised(source: Any, memory: int | Budget) -> bool:
+    """Whether a Parquet file says that it is a footprint, whatever else is wrong with it. ``source`` is read from its
+    beginning afterwards."""
+    try:
+        read_footer(source, Budget.of(memory))
+        metadata = pq.read_metadata(pa.BufferReader(directory(source))).metadata
+        return HEAD in (metadata or {})
+    except Exception:  # noqa: BLE001 - whatever a hostile file makes of the library, its reader reports it
+        return False
+    finally:
+        source.seek(0)
+
+
 def read(source: Any, memory: int | Budget) -> Footprint:
     """The footprint in a file, a ``source`` with ``read``, ``seek`` and ``tell``, in ``memory`` bytes.
 

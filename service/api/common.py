@@ -22,6 +22,7 @@ from service.http.route import Routes
 from service.problems import responses
 from service.runtime.asking import Asker
 from service.runtime.entry import Listed
+from service.runtime.footprints import Footprints
 from service.runtime.jobs import Jobs
 from service.runtime.memory_files import MemoryFiles
 from service.runtime.registry import Entry, Registry, unknown_vm
@@ -134,6 +135,10 @@ def memory_files_of(request: HTTPConnection) -> MemoryFiles:
 
 def jobs_of(request: HTTPConnection) -> Jobs:
     return cast(Jobs, request.app.state.jobs)
+
+
+def footprints_of(request: HTTPConnection) -> Footprints:
+    return cast(Footprints, request.app.state.footprints)
 
 
 def metrics_of(request: HTTPConnection) -> Metrics:

@@ -24,6 +24,7 @@ from service.cli.trace import Address, addressed
 from service.cli.trace_files import TraceFile, opened_trace
 from service.cli.trace_parquet import replacing
 from service.platform.failures import Failure, opened
+from service.runtime.footprint_documents import seconds_of
 
 _MEMORY = 64 << 30  # that reading a footprint may take: it is the user's own file
 _TIMES = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
@@ -80,18 +81,14 @@ def built(path: Path, level: str, by: By, reading: Reading, move: Move, beside: 
     with opened_trace(path, how.format, record=how.record, skip_unknown=how.skip_unknown, columns=how.columns) as trace:
         # The numbers of the hash are nobody's choice: no trace is slow on purpose.
         builder = Builder(level, by, mix=(secrets.randbits(63), secrets.randbits(63)))
-        columns = ["gpa", "size", "access"]
         for chunk in trace:
             _address(trace, how.address)
-            columns += ["kind", "linear", "source"] if chunk.kinds else []
-            columns += [name for name in ("time", "pc") if name in chunk.carry]
             with told(path):
                 builder.feed(chunk._replace(records=addressed(chunk, trace, how.address)))
             done = f"{builder.records_done:,} records, {builder.places:,} places{beside}"
             move(trace.progress.share, done=done)
         address = _address(trace, how.address)
-        names = tuple(dict.fromkeys(columns))
-        return builder.finish(Origin(digest, 0, trace.format_name, names, address, path.name))
+        return builder.finish(Origin(digest, 0, trace.format_name, (), address, path.name))
 
 
 def _address(trace: TraceFile, wanted: Address | None) -> str:
@@ -168,12 +165,6 @@ def slots_of(texts: Sequence[str]) -> Iterator[SlotSpec]:
             raise Failure(f"--memory-slots {text}: {wrong[0]} must be ro, {' or '.join(_HOST_PAGES)}")
         pages = next((_HOST_PAGES[flag] for flag in flags if flag in _HOST_PAGES), 4096)
         yield SlotSpec(number, begin, end - begin, "ro" in flags, pages)
-
-
-def seconds_of(footprint: Footprint) -> float | None:
-    """How long its traces are together; None unless all of them have times."""
-    lengths = [origin.nanoseconds for origin in footprint.origins]
-    return sum(lengths) / 1e9 if all(lengths) else None
 
 
 def budget_of(footprint: Footprint, per_second: float | None, per_million: float | None) -> float | None:

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 
 from engine.footprint.advice import MOVE, Report
-from engine.footprint.costs import Cost, First
+from engine.footprint.costs import Cost
 from engine.footprint.places import Footprint
 from engine.footprint.question import Question
 from engine.footprint.summaries import Counts, pages, timeline, writers
 from engine.kvm.protections import Protection
-from service.cli.footprint_files import seconds_of
+from service.runtime.footprint_documents import NO_SLOTS, asked, costed, seconds_of, totals
 
-_NO_SLOTS = "writable memory everywhere: no memory slots were given"
 _MILLION = 1_000_000
 
 
@@ -26,7 +25,7 @@ def contents(footprint: Footprint, top: int) -> dict[str, Any]:
     """A footprint as numbers and texts."""
     by_page = pages(footprint)
     found: dict[str, Any] = {
-        **_about(footprint),
+        **totals(footprint),
         "pages": len(by_page.key),
         "subpages": int(np.bitwise_count(by_page.subpages).sum()),
         "traces": [dict(origin._asdict()) for origin in footprint.origins],
@@ -51,18 +50,6 @@ def contents(footprint: Footprint, top: int) -> dict[str, Any]:
 
 def _row(counts: Counts, at: int, name: str, key: Any) -> dict[str, Any]:
     return {name: key, "accesses": int(counts.accesses[at]), "writes": int(counts.writes[at])}
-
-
-def _about(footprint: Footprint) -> dict[str, Any]:
-    by = footprint.by
-    return {
-        "level": footprint.level,
-        "by": {"time": by.time or None, "records": by.records or None, "pc": by.pc},
-        "places": len(footprint),
-        "records": footprint.records,
-        "writes": footprint.writes,
-        "seconds": seconds_of(footprint),
-    }
 
 
 def contents_lines(name: str, found: Mapping[str, Any]) -> Iterator[str]:
@@ -98,56 +85,10 @@ def ranked(costs: Mapping[str, Cost]) -> list[str]:
 def cost_document(footprint: Footprint, question: Question, costs: Mapping[str, Cost]) -> dict[str, Any]:
     """Policies by name, the cheapest first."""
     return {
-        "footprint": _about(footprint),
-        **_asked(question),
-        "policies": {name: _cost(footprint, costs[name]) for name in ranked(costs)},
+        "footprint": totals(footprint),
+        **asked(question),
+        "policies": {name: costed(footprint.origins, costs[name]) for name in ranked(costs)},
     }
-
-
-def _asked(question: Question) -> dict[str, Any]:
-    slots = question.memory_slots
-    return {
-        "profile": question.profile,
-        "memory_slots": None
-        if slots is None
-        else [
-            {"gpa": f"{s.gpa:#x}", "size": f"{s.size:#x}", "read_only": s.read_only, "host_page_size": s.host_page_size}
-            for s in slots
-        ],
-        "assumed": _NO_SLOTS if slots is None else None,
-    }
-
-
-def _cost(footprint: Footprint, cost: Cost) -> dict[str, Any]:
-    return {
-        "violations": cost.violations,
-        "page_granular_violations": cost.page_granular_violations,
-        "by_object": {
-            name: {
-                "subpages": item.subpages,
-                "violations": item.violations,
-                "collateral": item.collateral,
-                **_first(footprint, item.first),
-            }
-            for name, item in cost.by_object.items()
-        },
-        "mmio": cost.mmio,
-        "unenforced_writes": cost.unenforced_writes,
-        **_first(footprint, cost.first),
-        "subpages": cost.subpages,
-        "pages": cost.pages,
-    }
-
-
-def _first(footprint: Footprint, first: First | None) -> dict[str, Any]:
-    if first is None:
-        return {"first_index": None, "first_trace": None}
-    return {"first_index": first.record, "first_trace": _trace(footprint, first)}
-
-
-def _trace(footprint: Footprint, first: First) -> str:
-    origin = footprint.origins[first.trace]
-    return origin.name or origin.digest
 
 
 def _head(name: str, footprint: Footprint, question: Question) -> Iterator[str]:
@@ -156,7 +97,7 @@ def _head(name: str, footprint: Footprint, question: Question) -> Iterator[str]:
         f"({footprint.level}); {question.profile}"
     )
     if question.memory_slots is None:
-        yield f"{_NO_SLOTS} (--memory-slots GPA:SIZE)"
+        yield f"{NO_SLOTS} (--memory-slots GPA:SIZE)"
 
 
 def cost_lines(
@@ -215,8 +156,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
 def advice_document(footprint: Footprint, question: Question, report: Report) -> dict[str, Any]:
     """All of it; every cost is that of the whole policy with the edit."""
     return {
-        **_asked(question),
-        "cost": _cost(footprint, report.cost),
+        **asked(question),
+        "cost": costed(footprint.origins, report.cost),
         "neighbours": {
             name: [{"gpa": f"{item.gpa:#x}", "size": item.size, "violations": item.violations} for item in items]
             for name, items in report.neighbours.items()
@@ -227,17 +168,17 @@ def advice_document(footprint: Footprint, question: Question, report: Report) ->
                 "action": item.action,
                 "to": None if item.to is None else f"{item.to:#x}",
                 "saves": item.saves,
-                "cost": _cost(footprint, item.cost),
+                "cost": costed(footprint.origins, item.cost),
             }
             for item in report.advice
         ],
-        "all_moved": None if report.together is None else _cost(footprint, report.together),
+        "all_moved": None if report.together is None else costed(footprint.origins, report.together),
         "within_budget": None
         if report.cut is None
         else {
             "exits": report.cut.budget,
             "dropped": list(report.cut.dropped),
-            "cost": _cost(footprint, report.cut.cost),
+            "cost": costed(footprint.origins, report.cut.cost),
         },
     }
 

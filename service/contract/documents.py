@@ -57,6 +57,7 @@ TAGS: list[dict[str, Any]] = [
     {"name": "page access", "description": "Read, write and execute of whole pages, paired with the write bitmap."},
     {"name": "protections", "description": "Named objects that may not be written."},
     {"name": "traces", "description": "Replay of recorded guest accesses, and the exits that they cause."},
+    {"name": "footprints", "description": "Traces reduced to their places, and what any policy costs there."},
     {"name": "events", "description": "What happened to a VM, in order: read in pages or followed as it happens."},
     {
         "name": "introspection",

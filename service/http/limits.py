@@ -148,11 +148,16 @@ def _kept(receive: Receive, held: Held) -> Receive:
 
 def _streamed(scope: Scope) -> bool:
     """Whether the body is taken piece by piece: it is a trace or a memory image."""
-    return _trace(scope) or _image(scope)
+    return _accesses(scope) or _image(scope)
 
 
 def _trace(scope: Scope) -> bool:
     return bool(scope["method"] == "POST" and scope["path"].endswith("/traces"))
+
+
+def _accesses(scope: Scope) -> bool:
+    """Whether it is a trace, replayed or reduced to a footprint."""
+    return _trace(scope) or bool(scope["method"] == "POST" and scope["path"] == "/v1/footprints")
 
 
 def _memory(scope: Scope) -> bool:
@@ -197,7 +202,7 @@ def punctual(receive: Receive, seconds: float, rate: int) -> Receive:
 
 def limit_of(scope: Scope, settings: Settings) -> int:
     """The largest body of this call in bytes."""
-    if _trace(scope):
+    if _accesses(scope):
         return settings.max_body_bytes
     if _image(scope):
         return settings.max_image_bytes

@@ -149,7 +149,8 @@ class Keyed:
 def _changed(change: Change) -> str:
     """URL of what a change makes or changes."""
     if change.after is None:
-        return ""
+        made = [record.id for side in change.sides for record in side.footprints]
+        return f"/v1/footprints/{made[0]}" if made else ""
     vm = f"/v1/vms/{change.after.id}"
     return f"{vm}/traces/{change.traces[-1].id}" if change.traces else vm
 

@@ -11,12 +11,21 @@ from service.runtime.shares import Share, Tenants, one_tenant
 
 
 class BodyMemory:
-    """At most ``most`` bytes, of which each tenant has its share, and ``one`` for one body. From any thread."""
+    """At most ``most`` bytes, of which each tenant has its share, and ``one`` for one body. From any thread.
 
-    def __init__(self, one: int, most: int, tenants: Tenants = one_tenant) -> None:
+    The setting ``name`` bounds ``what``, which need not be bodies.
+    """
+
+    def __init__(
+        self,
+        one: int,
+        most: int,
+        tenants: Tenants = one_tenant,
+        name: str = "max_body_memory_bytes",
+        what: str = "the Arrow and Parquet bodies that are read at one time",
+    ) -> None:
         self._one = one
-        what = "bytes of memory may be taken by the Arrow and Parquet bodies that are read at one time"
-        self._share = Share("max_body_memory_bytes", most, what, tenants, firm=True)
+        self._share = Share(name, most, f"bytes of memory may be taken by {what}", tenants, firm=True)
         self._lock = threading.Lock()
 
     @property

@@ -1,4 +1,4 @@
-"""One job: a replay whose client does not wait for it, from its acceptance to its end."""
+"""One job: a replay, or a footprint, whose client does not wait for it, from its acceptance to its end."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from engine.errors import TraceError
 from engine.trace.readers import RECORD_BYTES, Budget, row_count
 from service.problems import Interrupted, describe
+from service.runtime.footprint_builds import FootprintRequest
 from service.runtime.spool import JobStopped, Spool
 from service.runtime.traces import TraceRequest
 from service.storage.records import JobRecord
@@ -24,10 +25,11 @@ STATES = (QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED, INTERRUPTED)
 ENDED = frozenset({SUCCEEDED, FAILED, CANCELLED, INTERRUPTED})
 
 _ENDED_EARLY = "the service ended before the replay did; the VM is as it was before it"
+_NOT_BUILT = "the service ended before the footprint was built"
 
 
 class Progress(Protocol):
-    """A replay under way."""
+    """A replay, or a footprint, under way."""
 
     @property
     def records_done(self) -> int: ...
@@ -37,6 +39,7 @@ class Progress(Protocol):
 class Job:
     """What is known of a job. Changed on the event loop only, but for ``progress``, which its thread sets.
 
+    Of one that builds a footprint ``vm`` is empty; ``trace`` is the id of what came of it, a trace or a footprint.
     ``wanted`` and ``spool`` are there until it has ended; ``waits`` while its task waits for the machine; ``halt`` is
     the state in which it is to end early; ``fault`` the exception that it failed with, and ``error`` the same as a
     problem. ``stored`` tells whether its end is.
@@ -53,7 +56,7 @@ class Job:
     records: int = 0
     trace: str | None = None
     error: dict[str, Any] | None = None
-    wanted: TraceRequest | None = None
+    wanted: TraceRequest | FootprintRequest | None = None
     spool: Spool | None = None
     total: int | None = None
     progress: Progress | None = None
@@ -77,7 +80,7 @@ class Job:
         self.started, self.finished = _time(record.started), _time(record.finished)
         self.error = json.loads(record.error) if record.error is not None else None
         if self.state == INTERRUPTED and self.error is None:
-            self.error, _ = describe(Interrupted(_ENDED_EARLY), self.instance)
+            self.error, _ = describe(Interrupted(_ENDED_EARLY if self.vm else _NOT_BUILT), self.instance)
         if self.state in ENDED:
             self.ended.set()
 
@@ -101,7 +104,12 @@ class Job:
     @property
     def instance(self) -> str:
         """The path whose call it is."""
-        return f"/v1/vms/{self.vm}/traces"
+        return f"/v1/vms/{self.vm}/traces" if self.vm else "/v1/footprints"
+
+    @property
+    def result(self) -> str:
+        """The path of what came of it, if something did."""
+        return f"{self.instance}/{self.trace}"
 
     @property
     def url(self) -> str:

@@ -24,15 +24,17 @@ from service.runtime import job as states
 from service.runtime.bodies import PIECE, Upload
 from service.runtime.body_memory import BodyMemory
 from service.runtime.commit_hooks import CommitHooks
+from service.runtime.footprint_builds import Collecting, FootprintRequest, build
+from service.runtime.footprints import Footprints
 from service.runtime.job import Job
 from service.runtime.offload import finished
 from service.runtime.registry import Registry
-from service.runtime.replays import committed
+from service.runtime.replays import beside, committed
 from service.runtime.shares import Share, Tenants, one_tenant
 from service.runtime.spool import JobStopped, Spool, Spools
 from service.runtime.traces import Trace, TraceRequest, replay
 from service.settings import Settings
-from service.storage.records import Change, JobRecord, Side
+from service.storage.records import Change, FootprintRecord, JobRecord, Side
 from service.telemetry.metrics import Metrics
 
 logger = logging.getLogger("subpage.jobs")
@@ -53,9 +55,17 @@ class Jobs:
     row is stored, and done with the commit of its replay, whichever the process lives to see.
     """
 
-    def __init__(self, settings: Settings, registry: Registry, metrics: Metrics, tenants: Tenants = one_tenant) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        registry: Registry,
+        footprints: Footprints,
+        metrics: Metrics,
+        tenants: Tenants = one_tenant,
+    ) -> None:
         self._settings = settings
         self._registry = registry
+        self._footprints = footprints
         self._metrics = metrics
         self._executor: Executor | None = None
         self._jobs: dict[str, Job] = {}  # in the order of acceptance
@@ -123,7 +133,13 @@ class Jobs:
             return await self.spools.fill(upload, tenant)
 
     async def accept(
-        self, vm: str, tenant: str, wanted: TraceRequest, spool: Spool, hooks: CommitHooks, told: Callable[[Job], None]
+        self,
+        vm: str,
+        tenant: str,
+        wanted: TraceRequest | FootprintRequest,
+        spool: Spool,
+        hooks: CommitHooks,
+        told: Callable[[Job], None],
     ) -> Job:
         """A job of what was received, stored with what ``hooks`` say. ``told`` sees it before that.
 
@@ -188,13 +204,17 @@ class Jobs:
         """The ids of those whose results can be read."""
         found: set[str] = set()
         stored: dict[str, str] = {}
+        built: dict[str, str] = {}
         for job in jobs:
+            if job.trace is not None and not job.vm:
+                built[job.trace] = job.id
             if job.trace is None or (entry := self._registry.find(job.vm)) is None:
                 continue
             if entry.loaded is None or entry.doubtful:
                 stored[job.trace] = job.id
             elif entry.traces.has(job.trace):
                 found.add(job.id)
+        found |= {built[footprint] for footprint in await self._footprints.kept(list(built))}
         return found | {stored[trace] for trace in await self._registry.repository.kept_traces(list(stored))}
 
     def by_state(self) -> dict[str, int]:
@@ -243,7 +263,7 @@ class Jobs:
 
     def _next(self) -> Job | None:
         """Tenants in rotation: of the one with the fewest that run, and then of the one whose last began earliest."""
-        busy = {job.vm for job in self._running}
+        busy = {job.vm for job in self._running} - {""}
         free = (job for job in self._queue if job.vm not in busy and self._turns.room(job.tenant) > 0)
         return min(free, key=lambda job: (self._turns.of(job.tenant), self._served.get(job.tenant, 0)), default=None)
 
@@ -262,7 +282,7 @@ class Jobs:
     async def _outcome(self, job: Job) -> JobRecord:
         """Do it. Returns what it has become; the store knows already if it succeeded."""
         try:
-            return await self._replay(job)
+            return await (self._replay(job) if job.vm else self._build(job))
         except JobStopped:
             return self._ended_early(job)
         except asyncio.CancelledError:
@@ -279,9 +299,32 @@ class Jobs:
             logger.exception("job %s met a defect", job.id)
             return self._failed(job, error)
 
+    async def _build(self, job: Job) -> JobRecord:
+        """A footprint."""
+        wanted = job.wanted
+        assert isinstance(wanted, FootprintRequest) and self._executor is not None
+        ended: list[JobRecord] = []
+        job.check()
+        job.begin()
+        with self.memory.budget(job.tenant) as budget, self._footprints.memory.budget(job.tenant) as room:
+            thread = self._executor.submit(
+                lambda: build(wanted, job.source(budget), job.check, budget, room, job.follow)
+            )
+            found = await finished(thread)
+
+            def told(kept: FootprintRecord) -> list[JobRecord]:
+                job.check()
+                now = datetime.now(UTC)
+                ended.append(job.record(states.SUCCEEDED, now, trace=kept.id, records=found.records))
+                return ended
+
+            await self._footprints.add(job.tenant, found, (), told)
+        job.stored = True
+        return ended[0]
+
     async def _replay(self, job: Job) -> JobRecord:
         wanted = job.wanted
-        assert wanted is not None
+        assert isinstance(wanted, TraceRequest)
         done: list[JobRecord] = []
 
         async def tell(trace: Trace) -> None:
@@ -295,27 +338,31 @@ class Jobs:
             entry = self._registry.get(job.vm)
             job.check()
             job.waits = True
-            await committed(
-                entry,
-                wanted,
-                self._metrics,
-                lambda machine: self._turn(job, machine),
-                (ends,),
-                tell=tell,
-                patient=True,
-            )
+            with beside(self._footprints, job.tenant, wanted) as collecting:
+                await committed(
+                    entry,
+                    wanted,
+                    self._metrics,
+                    lambda machine: self._turn(job, machine, collecting),
+                    (ends,),
+                    tell=tell,
+                    patient=True,
+                    collected=(self._footprints, collecting),
+                )
         job.stored = True
         return done[0]
 
-    async def _turn(self, job: Job, machine: VirtualMachine) -> tuple[TraceResult, tuple[str, ...]]:
+    async def _turn(
+        self, job: Job, machine: VirtualMachine, collecting: Collecting | None
+    ) -> tuple[TraceResult, tuple[str, ...]]:
         """The machine is there for it."""
         wanted = job.wanted
-        assert wanted is not None and self._executor is not None
+        assert isinstance(wanted, TraceRequest) and self._executor is not None
         job.waits = False
         job.begin()
         with self.memory.budget(job.tenant) as budget:
             thread = self._executor.submit(
-                lambda: replay(machine, wanted, job.source(budget), job.check, job.follow, budget)
+                lambda: replay(machine, wanted, job.source(budget), job.check, job.follow, budget, collecting)
             )
             return await finished(thread)
 
@@ -366,7 +413,7 @@ class Jobs:
         self._places.count(job.tenant, -1)
         job.adopt(record)
         if job.state == states.INTERRUPTED:
-            job.fault = Interrupted("the service ended before the replay did")
+            job.fault = Interrupted("the service ended before the work did")
         self._metrics.job_ended(job.state)
         if job.id in self._jobs:
             self._ended.append(job)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import TypeVar
 
 from starlette.requests import Request
 
@@ -17,13 +19,19 @@ from service.runtime.bodies import Upload
 from service.runtime.body_memory import BodyMemory
 from service.runtime.commit_hooks import CommitHooks
 from service.runtime.entry import Entry
+from service.runtime.footprint_builds import Collecting, by_of
+from service.runtime.footprints import Footprints
+from service.runtime.offload import finished
 from service.runtime.publishing import Publisher
 from service.runtime.shares import Share
 from service.runtime.spool import Spools
 from service.runtime.traces import SPOOLED_FORMATS, Trace, TraceRequest, replay
 from service.runtime.turns import Turns
 from service.settings import Settings
+from service.storage.records import Change, Side
 from service.telemetry.metrics import Metrics
+
+T = TypeVar("T")
 
 Work = Callable[[VirtualMachine], Awaitable[tuple[TraceResult, tuple[str, ...]]]]
 """Replays on the machine that it is given; see ``service.runtime.traces.replay``."""
@@ -43,6 +51,15 @@ class Replaying:
     spools: Spools
     memory: BodyMemory
 
+    async def compute(self, tenant: str, work: Callable[[], T]) -> T:
+        """``work()`` in a thread when it is the tenant's turn; it is waited for whatever happens."""
+        turn = self.turns.of(tenant)
+        await turn.take()
+        try:
+            return await finished(self.executor.submit(work))
+        finally:
+            turn.give()
+
 
 async def replay_body(
     entry: Entry,
@@ -53,6 +70,7 @@ async def replay_body(
     metrics: Metrics,
     hooks: CommitHooks,
     check: Check,
+    footprints: Footprints,
     tell: Tell | None = None,
     asker: Asker | None = None,
 ) -> Trace:
@@ -65,7 +83,9 @@ async def replay_body(
     turn = replaying.turns.of(entry.tenant)
     with replaying.places.place(entry.tenant):
         async with Upload(request, replaying.executor, settings.body_queue_bytes, turn) as upload:
-            return await _replay_upload(entry, wanted, upload, replaying, settings, metrics, hooks, check, tell, asker)
+            return await _replay_upload(
+                entry, wanted, upload, replaying, settings, metrics, hooks, check, footprints, tell, asker
+            )
 
 
 async def publish_body(
@@ -102,6 +122,7 @@ async def _replay_upload(
     metrics: Metrics,
     hooks: CommitHooks,
     check: Check,
+    footprints: Footprints,
     tell: Tell | None,
     asker: Asker | None,
 ) -> Trace:
@@ -122,18 +143,32 @@ async def _replay_upload(
                     trace = _traced(entry, wanted, result, ignored, began, asker.trace)
                     await _keep(entry, trace, metrics, tell)
                 return trace
-            return await committed(
-                entry,
-                wanted,
-                metrics,
-                lambda vm: upload.run(lambda pipe: replay(vm, wanted, spool or pipe, pipe.check, memory=budget)),
-                hooks,
-                check=check,
-                tell=tell,
-            )
+            with beside(footprints, entry.tenant, wanted) as collecting:
+                return await committed(
+                    entry,
+                    wanted,
+                    metrics,
+                    lambda vm: upload.run(
+                        lambda pipe: replay(vm, wanted, spool or pipe, pipe.check, memory=budget, beside=collecting)
+                    ),
+                    hooks,
+                    check=check,
+                    tell=tell,
+                    collected=(footprints, collecting),
+                )
     finally:
         if spool is not None:
             replaying.spools.free(spool, entry.tenant)
+
+
+@contextmanager
+def beside(footprints: Footprints, tenant: str, wanted: TraceRequest) -> Iterator[Collecting | None]:
+    """What collects the footprint that a replay is to have, in memory of its tenant; None if it is to have none."""
+    if wanted.footprint is None:
+        yield None
+        return
+    with footprints.memory.budget(tenant) as room:
+        yield Collecting(wanted.footprint, by_of(wanted.footprint_by), wanted.address, room)
 
 
 async def committed(
@@ -146,18 +181,31 @@ async def committed(
     check: Check = lambda: None,
     tell: Tell | None = None,
     patient: bool = False,
+    collected: tuple[Footprints, Collecting | None] | None = None,
 ) -> Trace:
-    """Do ``work`` as a mutation of the machine, and commit the trace that it makes with the state that it leaves.
+    """Do ``work`` as a mutation of the machine, and commit the trace that it makes with the state that it leaves, and
+    with the footprint that was ``collected`` beside it.
 
     ``tell`` is called with the trace before the commit, which may not come about; ``hooks`` and ``patient`` as in
     ``mutation``.
     """
-    async with entry.mutation(hooks, patient=patient) as change:
+    sides: list[Side] = []
+
+    def kept(change: Change) -> Side | None:
+        return sides[0] if sides else None
+
+    async with entry.mutation((*hooks, kept), patient=patient) as change:
         began = time.perf_counter()
         result, ignored = await work(change.machine)
         check()
         trace = _traced(entry, wanted, result, ignored, began)
+        if collected is not None and collected[1] is not None:
+            footprints, collecting = collected
+            sides.append(await footprints.coming(entry.tenant, collecting.known_as(trace.id), entry.id))
+            trace = replace(trace, footprint=sides[0].footprints[0].id)
         await _keep(entry, trace, metrics, tell)
+    if sides and collected is not None:
+        collected[0].settle(sides[0])
     return trace
 
 

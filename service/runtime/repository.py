@@ -13,7 +13,7 @@ from service.runtime.commit_hooks import CommitHooks
 from service.runtime.events import Load
 from service.runtime.traces import Trace
 from service.storage.meter import Observer, nobody
-from service.storage.records import AnswerRecord, JobRecord, LogChange, Side, VmRecord
+from service.storage.records import AnswerRecord, FootprintRecord, JobRecord, LogChange, Side, VmRecord
 
 NO_LOG = LogChange()
 
@@ -127,3 +127,15 @@ class Repository:
     async def answers_used(self, owner: str, now: int) -> int:
         """Bytes that the answers of ``owner`` take at ``now`` (ms). Raises StoreUnavailable."""
         return 0
+
+    async def footprints(self, tenant: str, after: str = "", limit: int | None = None) -> list[FootprintRecord]:
+        """Those of a tenant created ``after`` a time, oldest first, without their files. Raises StoreUnavailable."""
+        return []
+
+    async def footprints_called(self, ids: Collection[str]) -> list[FootprintRecord]:
+        """Those of these that are kept, without their files. Raises StoreUnavailable."""
+        return []
+
+    async def footprint_parts(self, footprint: str) -> list[bytes]:
+        """The file of a footprint; nothing when it is not kept. Raises StoreUnavailable."""
+        return []

@@ -24,6 +24,7 @@ from service.storage.records import (
     AnswerRecord,
     Change,
     EventRecord,
+    FootprintRecord,
     JobRecord,
     LogChange,
     Side,
@@ -203,6 +204,15 @@ class StoredRepository(Repository):
 
     async def answers_used(self, owner: str, now: int) -> int:
         return await anyio.to_thread.run_sync(self._reading().answers_used, owner, now)
+
+    async def footprints(self, tenant: str, after: str = "", limit: int | None = None) -> list[FootprintRecord]:
+        return await anyio.to_thread.run_sync(self._reading().footprints, tenant, after, limit)
+
+    async def footprints_called(self, ids: Collection[str]) -> list[FootprintRecord]:
+        return await anyio.to_thread.run_sync(self._reading().footprints_called, ids) if ids else []
+
+    async def footprint_parts(self, footprint: str) -> list[bytes]:
+        return await anyio.to_thread.run_sync(self._reading().footprint_parts, footprint)
 
     def _reading(self) -> Reader:
         if self._reader is None or not self._open:

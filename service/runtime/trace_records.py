@@ -76,6 +76,7 @@ def trace_of(record: TraceRecord) -> Trace:
         seconds=head["seconds"],
         exit_records=record.exit_records,
         publication=_publication(head.get("publication")),
+        footprint=head.get("footprint"),
     )
 
 
@@ -142,6 +143,7 @@ def _head(trace: Trace) -> dict[str, Any]:
             "rate": publication.rate,
         },
         "request": asdict(trace.request),
+        "footprint": trace.footprint,
         "result": {
             **{name: int(getattr(result, name)) for name in _TOTALS},
             "by_object": [

@@ -15,6 +15,7 @@ from engine.trace.readers import DEFAULT_MEMORY, Budget, Source, TraceReader, op
 from engine.trace.results import EXIT_COLUMNS, ExitColumns, TraceResult, join
 from engine.trace.session import ReplayOptions, ReplayTransaction
 from service.problems import trace_not_kept
+from service.runtime.footprint_builds import Collecting
 
 # These need the whole body before the first access: a Parquet file's directory comes last.
 SPOOLED_FORMATS = frozenset({"parquet"})
@@ -31,7 +32,8 @@ NO_RECORDS = ExitColumns(
 class TraceRequest:
     """What the client asked for; see the query parameters of the call. ``goes_on``: it named a ``start``.
 
-    ``longest`` as in ``open_trace``: the limit of bodies.
+    ``longest`` as in ``open_trace``: the limit of bodies. ``footprint`` is the level of one that is collected beside
+    the replay, ``footprint_by`` as the client said it.
     """
 
     format: str
@@ -46,6 +48,8 @@ class TraceRequest:
     skip_unknown: bool = False
     columns: str | None = None
     longest: int = 0
+    footprint: str | None = None
+    footprint_by: str | None = None
 
     def reader(self, source: Source, memory: int | Budget) -> TraceReader:
         """Of a body of the format. ``memory`` as in ``open_trace``."""
@@ -102,7 +106,8 @@ class Publication:
 class Trace:
     """One replay: what was asked, what came out. ``seconds`` runs from its start to its publication.
 
-    ``exit_records`` is how many the result has, also where ``result.exit_columns`` were left out.
+    ``exit_records`` is how many the result has, also where ``result.exit_columns`` were left out. ``footprint`` is the
+    id of the one that was collected beside it.
     """
 
     id: str
@@ -114,6 +119,7 @@ class Trace:
     seconds: float
     exit_records: int
     publication: Publication | None = None
+    footprint: str | None = None
 
     @property
     def running(self) -> bool:
@@ -132,13 +138,14 @@ def replay(
     check: Callable[[], None] = lambda: None,
     follow: Callable[[ReplayTransaction], None] = lambda run: None,
     memory: int | Budget = DEFAULT_MEMORY,
+    beside: Collecting | None = None,
 ) -> tuple[TraceResult, tuple[str, ...]]:
     """Replay ``source`` on ``machine`` and publish the outcome; blocking, for a thread of its own.
 
     ``check`` is called before every chunk and before publication, and raises when the client has left. ``follow`` is
     given the replay when it begins, whose ``records_done`` other threads may read. Whatever is raised, the machine is
-    as it was before. ``memory`` is what the body may take while it is read (``open_trace``). Returns the result and the
-    names of the columns that were ignored.
+    as it was before. ``memory`` is what the body may take while it is read (``open_trace``). ``beside`` collects a
+    footprint. Returns the result and the names of the columns that were ignored.
     """
     reader = request.reader(source, memory)
     with machine.replay(request.options()) as run:
@@ -147,7 +154,11 @@ def replay(
             check()
             if not run.feed(chunk):
                 break
+            if beside is not None:
+                beside.feed(chunk)
         check()
+        if beside is not None:
+            beside.finish("", request.format if reader.taken is None else reader.taken.format)
         return replace(run.finish(), taken=reader.taken), reader.ignored_columns
 
 
@@ -262,11 +273,16 @@ class TraceStore:
     def _is_too_old(self, trace: Trace) -> bool:
         return self._kept_for is not None and trace.created < datetime.now(UTC) - self._kept_for
 
-    async def get(self, trace_id: str) -> Trace:
-        """The whole result. Raises NotFound, also for a result that was dropped."""
+    def known(self, trace_id: str) -> Trace:
+        """The result without its exit records. Raises NotFound, also for a result that was dropped."""
         trace = self._traces.get(trace_id)
         if trace is None or self._is_too_old(trace):
             raise trace_not_kept(trace_id)
+        return trace
+
+    async def get(self, trace_id: str) -> Trace:
+        """The whole result. Raises as ``known``."""
+        trace = self.known(trace_id)
         columns = self._columns.pop(trace_id, None)
         if columns is None and self._load is None:
             columns = await anyio.to_thread.run_sync(_joined, tuple(self._pieces.get(trace_id, ())))

@@ -13,8 +13,8 @@ from service.storage.records import Block, Change
 class Transaction:
     """One transaction of the owner.
 
-    ``octets`` are heads, blocks, exit records, events and answers, before the database's own overhead; ``seconds`` run
-    from its first statement to the end of its commit. ``stored`` tells whether it was committed.
+    ``octets`` are heads, blocks, exit records, events, answers and footprints, before the database's own overhead;
+    ``seconds`` run from its first statement to the end of its commit. ``stored`` tells whether it was committed.
     """
 
     changes: int
@@ -45,6 +45,7 @@ class Meter:
         self._octets += sum(map(len, parts)) + sum(len(trace.head) for trace in change.traces)
         self._octets += sum(len(event.body) for event in change.log.events)
         self._octets += sum(answer.size for side in change.sides for answer in side.answers)
+        self._octets += sum(record.size + len(record.head) for side in change.sides for record in side.footprints)
 
         def head() -> str:
             text = change.head()

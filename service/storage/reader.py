@@ -10,9 +10,9 @@ import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.problems import StoreUnavailable, trace_not_kept
-from service.storage import event_rows, rows, side_rows
+from service.storage import event_rows, footprint_rows, rows, side_rows
 from service.storage.database import reason_of
-from service.storage.records import AnswerRecord, EventRecord, JobRecord, TraceRecord, VmRecord
+from service.storage.records import AnswerRecord, EventRecord, FootprintRecord, JobRecord, TraceRecord, VmRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +95,18 @@ class Reader:
         """Bytes that the answers of ``owner`` take at ``now`` (ms)."""
         with self._transaction() as connection:
             return side_rows.answers_used(connection, owner, now)
+
+    def footprints(self, tenant: str, after: str, limit: int | None) -> list[FootprintRecord]:
+        """See ``footprint_rows.listed``."""
+        with self._transaction() as connection:
+            return footprint_rows.listed(connection, tenant, after, limit)
+
+    def footprints_called(self, ids: Collection[str]) -> list[FootprintRecord]:
+        """Those of these that are kept, without their files."""
+        with self._transaction() as connection:
+            return footprint_rows.found(connection, ids)
+
+    def footprint_parts(self, footprint: str) -> list[bytes]:
+        """The file of a footprint; nothing when it is not kept."""
+        with self._transaction() as connection:
+            return footprint_rows.parts_of(connection, footprint)

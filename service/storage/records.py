@@ -110,16 +110,34 @@ class AnswerRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class FootprintRecord:
+    """A footprint: ``head`` is the JSON of what is in its file, which has ``size`` bytes in ``parts``; those are left
+    out where they are not looked at. ``created`` is RFC 3339 in UTC with six decimals, ``vm`` the id of the machine
+    whose replay it was collected beside, or empty."""
+
+    id: str
+    tenant: str
+    vm: str
+    created: str
+    size: int
+    head: str
+    parts: Sequence[bytes] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Side:
     """What is no machine's: stored with a change of one, or alone. Jobs and answers replace those of before.
 
-    ``forgotten`` are ids of jobs that go; answers whose time ended at ``expired`` (ms) or before go, too.
+    ``forgotten`` are ids of jobs that go, ``dropped`` those of footprints; answers whose time ended at ``expired`` (ms)
+    or before go, too.
     """
 
     jobs: Sequence[JobRecord] = ()
     forgotten: Sequence[str] = ()
     answers: Sequence[AnswerRecord] = ()
     expired: int = 0
+    footprints: Sequence[FootprintRecord] = ()
+    dropped: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

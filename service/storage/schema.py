@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 # What `alembic upgrade head` leaves in alembic_version; a store that has it needs no migration.
-REVISION = "0004"
+REVISION = "0005"
 
 metadata = sa.MetaData()
 
@@ -94,7 +94,30 @@ events = sa.Table(
     sa.Column("trace", sa.Text),
 )
 
+# A trace reduced to its places. `vm` is the id of the machine whose replay it was collected beside, no reference, and
+# empty where there was none; `head` says what is in its file, whose `size` bytes are in parts. `created` as in events.
+footprints = sa.Table(
+    "footprints",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("tenant", sa.Text, nullable=False),
+    sa.Column("vm", sa.Text, nullable=False),
+    sa.Column("created", sa.Text, nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("head", sa.Text, nullable=False),
+    sa.Index("ix_footprints_tenant_created", "tenant", "created"),
+)
+
+footprint_parts = sa.Table(
+    "footprint_parts",
+    metadata,
+    sa.Column("footprint", sa.Text, sa.ForeignKey("footprints.id"), primary_key=True),
+    sa.Column("part", sa.BigInteger, primary_key=True),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+)
+
 # Long work that was accepted. `vm` is an id and no reference: a job is remembered longer than its machine may live.
+# It is empty where a footprint is built; `trace` is the id of what came of it, a trace or a footprint.
 # Times are RFC 3339; `error` is the JSON of a problem.
 jobs = sa.Table(
     "jobs",

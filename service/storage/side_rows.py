@@ -1,4 +1,4 @@
-"""Statements about what is no machine's: jobs, and answers under Idempotency-Keys."""
+"""Statements about what is no machine's: jobs, answers under Idempotency-Keys, and footprints (``footprint_rows``)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 import sqlalchemy as sa
 
+from service.storage import footprint_rows
 from service.storage.records import AnswerRecord, JobRecord, Side
 from service.storage.schema import answers, jobs, traces
 from service.storage.upserts import upsert
@@ -28,6 +29,7 @@ def write(connection: sa.Connection, side: Side) -> None:
     if side.expired:
         connection.execute(sa.delete(answers).where(answers.c.until <= side.expired))
     _replace(connection, answers, [asdict(answer) for answer in side.answers])
+    footprint_rows.write(connection, side.footprints, side.dropped)
 
 
 def _replace(connection: sa.Connection, table: sa.Table, rows: Sequence[dict[str, object]]) -> None:

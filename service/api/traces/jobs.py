@@ -32,10 +32,10 @@ from service.http.idempotency import hooks_of, will_answer
 from service.http.wire_types import Document, decimal, examples
 from service.platform.stamps import stamp
 from service.problems import Problem
-from service.runtime.entry import Entry
+from service.runtime.footprint_builds import FootprintRequest
 from service.runtime.job import CANCELLED
 from service.runtime.job import Job as KnownJob
-from service.runtime.traces import Trace, TraceRequest
+from service.runtime.traces import TraceRequest
 
 routes = router("jobs", "/v1/jobs", reads="read", writes="write")
 
@@ -66,7 +66,7 @@ def _moment(about: str) -> Any:
 
 
 class Job(Document):
-    """Long work on a VM."""
+    """Long work: a replay on a VM, or a footprint that is built."""
 
     model_config = ConfigDict(json_schema_extra=examples(_EXAMPLE))
 
@@ -77,8 +77,8 @@ class Job(Document):
             "`cancelled` by a client; `interrupted` by the end of the service. Only `succeeded` changed the VM."
         )
     )
-    vm: str = Field(description="Id of the VM.")
-    records_done: int = Field(description="Accesses replayed so far.")
+    vm: str | None = Field(description="Id of the VM; null where a footprint is built.")
+    records_done: int = Field(description="Accesses replayed, or counted, so far.")
     rate: float | None = Field(description="Accesses a second.")
     eta: float | None = Field(description="Seconds to its end, where that can be told.")
     result: str | None = Field(description="URL of the result, while it is kept.")
@@ -107,11 +107,11 @@ def job_document(job: KnownJob, with_result: Collection[str] = ()) -> dict[str, 
     return {
         "id": job.id,
         "state": job.state,
-        "vm": job.vm,
+        "vm": job.vm or None,
         "records_done": job.records_done,
         "rate": None if rate is None else round(rate, 1),
         "eta": None if eta is None else round(eta, 3),
-        "result": f"/v1/vms/{job.vm}/traces/{job.trace}" if job.id in with_result else None,
+        "result": job.result if job.id in with_result else None,
         "error": job.error,
         "created": _shown(job.created),
         "started": _shown(job.started),
@@ -134,21 +134,22 @@ def wanted_async(request: Request) -> prefer.Preferences | None:
     return wishes if wishes.any or large else None
 
 
-async def replay_as_job(
-    request: Request, entry: Entry, wanted: TraceRequest, wishes: prefer.Preferences
-) -> Response | tuple[Trace, dict[str, str]]:
-    """Accept the body of ``request`` as a job. The reply that says so, or the trace and the headers of its reply if
-    the job has succeeded while the client was willing to wait.
+async def done_as_job(
+    request: Request, vm: str, wanted: TraceRequest | FootprintRequest, wishes: prefer.Preferences
+) -> Response | tuple[str, dict[str, str]]:
+    """Accept the body of ``request`` as a job, for the machine ``vm`` or, where that is empty, as a footprint. The
+    reply that says so, or the id of what came of it and the headers of its reply if the job has succeeded while the
+    client was willing to wait.
 
     Raises what the job failed with if that was while the client waited, LimitExceeded, NotReady, StoreUnavailable.
     """
-    jobs = jobs_of(request)
+    jobs, tenant = jobs_of(request), tenant_of(request)
     accepted = prefer.applied(respond_async=wishes.respond_async, wait=wishes.wait)
-    with jobs.place(entry.tenant):
-        spool = await jobs.receive(request, entry.tenant)
+    with jobs.place(tenant):
+        spool = await jobs.receive(request, tenant)
         job = await jobs.accept(
-            entry.id,
-            entry.tenant,
+            vm,
+            tenant,
             wanted,
             spool,
             hooks_of(request),
@@ -157,7 +158,7 @@ async def replay_as_job(
     if wishes.wait is None or not await jobs.wait(job, wishes.wait):
         return _accepted(job, accepted)
     if job.trace is not None:
-        return await entry.traces.get(job.trace), prefer.applied(wait=wishes.wait)
+        return job.trace, prefer.applied(wait=wishes.wait)
     if job.state == CANCELLED:
         raise Conflict("the job was cancelled while its result was waited for", field="job", value=job.id)
     assert job.fault is not None

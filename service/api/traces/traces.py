@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Query
 from pydantic import ConfigDict, Field
@@ -23,6 +23,7 @@ from service.api.common import (
     asker_of,
     documented,
     find,
+    footprints_of,
     headers,
     json_response,
     metrics_of,
@@ -52,7 +53,7 @@ from service.api.traces.exits import (
     exit_rows,
     exits_url,
 )
-from service.api.traces.jobs import ACCEPTED, PREFER, replay_as_job, wanted_async
+from service.api.traces.jobs import ACCEPTED, PREFER, done_as_job, wanted_async
 from service.api.traces.notes import MMIO_PERCENT, notes_of
 from service.api.traces.publication import PublicationTotals, PublishEvery, interval_of, publication_totals
 from service.api.traces.translations import (
@@ -71,6 +72,7 @@ from service.http.negotiation import ARROW, CSV, JSON, NDJSON, OCTETS, PARQUET, 
 from service.http.wire_types import Access, Document, Hex64, Kind, Linear, Source, examples
 from service.platform.stamps import stamp
 from service.problems import InvalidDocument
+from service.runtime.footprint_builds import by_of
 from service.runtime.offload import maybe_in_thread
 from service.runtime.registry import Entry
 from service.runtime.replays import publish_body, replay_body
@@ -106,6 +108,7 @@ _SUMMARY = {
     "sizes": None,
     "skipped": None,
     "notes": [],
+    "footprint": None,
     "state": "finished",
     "resume_at": None,
     "published": None,
@@ -247,6 +250,7 @@ class TraceSummary(TranslationTotals, BodyTotals, PublicationTotals):
     notes: list[str] = Field(
         description=f"What looks like a mistake, in words: accesses outside of every slot from {MMIO_PERCENT} % on."
     )
+    footprint: str | None = Field(None, description="Id of the footprint that was collected beside it.")
     seconds: float = Field(description="From the start of the replay to the publication of its effects.")
 
 
@@ -309,6 +313,7 @@ def _summary(vm_id: str, trace: Trace) -> dict[str, Any]:
         "ignored_columns": list(trace.ignored_columns),
         **body_totals(trace.request.format, result),
         "notes": notes_of(result),
+        "footprint": trace.footprint,
         **publication_totals(trace),
         "seconds": round(trace.seconds, 6),
     }
@@ -338,6 +343,34 @@ async def _rendered(entry: Entry, trace: Trace, settings: Settings) -> dict[str,
 async def _created(entry: Entry, trace: Trace, settings: Settings, extra: dict[str, str] | None = None) -> Response:
     location = {"Location": f"/v1/vms/{entry.id}/traces/{trace.id}"}
     return json_response(await _rendered(entry, trace, settings), status=201, extra=location | (extra or {}))
+
+
+def check_beside(wanted: TraceRequest, *, published: bool) -> None:
+    """Refuse a footprint beside a replay that has none: of what depends on what was before. Raises InvalidDocument."""
+    if wanted.footprint is None:
+        if wanted.footprint_by is not None:
+            rule = "goes with footprint=spans or footprint=bytes"
+            raise InvalidDocument(rule, field="footprint_by", value=wanted.footprint_by)
+        return
+    rule = "must be left out: a footprint is of a whole trace, and this replay "
+    if wanted.on_violation in (ASK, "stop"):
+        raise InvalidDocument(f"{rule}may end before it does (on_violation)", field="footprint", value=wanted.footprint)
+    if wanted.start:
+        raise InvalidDocument(f"{rule}begins behind its beginning (start)", field="footprint", value=wanted.footprint)
+    if published:
+        raise InvalidDocument(f"{rule}is many commits (publish_every)", field="footprint", value=wanted.footprint)
+    static(wanted.address)
+    by_of(wanted.footprint_by)
+
+
+def static(address: str) -> None:
+    """Refuse addresses that a guest's page tables translate. Raises InvalidDocument."""
+    if address == "gva":
+        rule = (
+            "must be gpa or flat for a footprint: addresses of a guest go through its page tables, which change while "
+            "it runs. Replay the trace without a footprint"
+        )
+        raise InvalidDocument(rule, field="address", value=address)
 
 
 def carried_columns(carry: str | None) -> tuple[str, ...]:
@@ -438,6 +471,13 @@ async def create_trace(
             )
         ),
     ] = "gpa",
+    footprint: Annotated[
+        Literal["spans", "bytes"] | None,
+        Query(description="Collect a footprint beside the replay: of runs of sub-pages, or of bytes."),
+    ] = None,
+    footprint_by: Annotated[
+        str | None, Query(max_length=100, description="As `by` of `createFootprint`; with `footprint`.")
+    ] = None,
 ) -> Response:
     entry = find(request, vm)
     settings = settings_of(request)
@@ -453,7 +493,10 @@ async def create_trace(
         skip_unknown=skip_unknown,
         columns=columns,
         longest=settings.max_body_bytes,
+        footprint=footprint,
+        footprint_by=footprint_by,
     )
+    check_beside(wanted, published=publish_every is not None)
     access, caller = access_of(request), principal_of(request)
     if publish_every is not None:
         state = request.app.state
@@ -473,8 +516,10 @@ async def create_trace(
     asker = asker_of(request, entry, traced=True) if on_violation == ASK else None
     wishes = wanted_async(request) if asker is None else None
     if wishes is not None:
-        outcome = await replay_as_job(request, entry, wanted, wishes)
-        return outcome if isinstance(outcome, Response) else await _created(entry, outcome[0], settings, outcome[1])
+        outcome = await done_as_job(request, entry.id, wanted, wishes)
+        if isinstance(outcome, Response):
+            return outcome
+        return await _created(entry, await entry.traces.get(outcome[0]), settings, outcome[1])
 
     async def tell(trace: Trace) -> None:
         will_answer(request, await _created(entry, trace, settings))
@@ -489,6 +534,7 @@ async def create_trace(
         metrics_of(request),
         hooks_of(request),
         lambda: access.check(caller),
+        footprints_of(request),
         keyed,
         asker,
     )

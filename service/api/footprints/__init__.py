@@ -1,0 +1,1 @@
+"""Footprints: traces reduced to their places, what is there, and what policies cost there."""

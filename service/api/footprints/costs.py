@@ -1,0 +1,184 @@
+"""What policies cost on a footprint: what a replay of each would count, without one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.errors import EngineError, LimitExceeded
+from engine.footprint.costs import Cost
+from engine.footprint.places import Origin
+from engine.footprint.question import Question
+from engine.kvm.protections import MAX_PAGES
+from engine.kvm.protections import Protection as EngineProtection
+from engine.kvm.slots import SlotSpec
+from engine.state.profiles import ProfileName
+from service.api.common import documented, encode, footprints_of, replaying_of, router, settings_of, tenant_of
+from service.api.footprints.footprints import FootprintId
+from service.api.protection.policies import EXAMPLE, ProtectionRequest
+from service.http.route import permission
+from service.http.wire_types import Document, Hex64, examples
+from service.problems import ServiceError
+from service.runtime.footprint_documents import NO_SLOTS, asked, costed
+from service.runtime.footprints import Asked
+
+routes = router("footprints", "/v1/footprints/{footprint}/costs", reads="read", writes="write")
+
+_MOST_POLICIES = 1 << 17
+_SLOT = {"gpa": "0x0", "size": "0x40000000", "read_only": False, "host_page_size": 4096}
+_OBJECT = {"subpages": 3, "violations": 12, "collateral": 12, "first_index": 4711, "first_trace": "boot"}
+_COST = {
+    "name": "kernel",
+    "violations": 12,
+    "page_granular_violations": 902,
+    "by_object": {"modprobe_path": _OBJECT},
+    "mmio": 3021,
+    "unenforced_writes": 0,
+    "first_index": 4711,
+    "first_trace": "boot",
+    "subpages": 3,
+    "pages": 1,
+}
+
+
+class AssumedSlot(Document):
+    """Memory of the guest that is asked about."""
+
+    model_config = ConfigDict(json_schema_extra=examples(_SLOT))
+
+    gpa: Hex64 = Field(description="Guest-physical address of the first byte; a multiple of 4096.")
+    size: Hex64 = Field(description="Size in bytes; a multiple of 4096, not zero.")
+    read_only: bool = Field(False, description="Writes are MMIO exits.")
+    host_page_size: int = Field(4096, description="Page size of the host memory behind it.")
+
+
+class CostsRequest(Document):
+    """Policies, and the guest that they are asked for."""
+
+    model_config = ConfigDict(json_schema_extra=examples({"policies": [EXAMPLE], "memory_slots": [_SLOT]}))
+
+    policies: list[ProtectionRequest] = Field(
+        min_length=1, max_length=_MOST_POLICIES, description="As protections are; at most `max_policies` of them."
+    )
+    memory_slots: list[AssumedSlot] | None = Field(
+        None, max_length=512, description="Null: every place is writable memory."
+    )
+    profile: ProfileName = Field("kvm-2019", description="Which KVM.")
+
+
+class ObjectCost(Document):
+    """What one object of a policy costs."""
+
+    subpages: int = Field(description="How many sub-pages it covers.")
+    violations: int = Field(description="Accesses refused that touch one of its protected sub-pages.")
+    collateral: int | None = Field(
+        description="Those among them that touch none of its own bytes; null where it takes bytes to tell."
+    )
+    first_index: int | None = Field(description="The first such access; null if there is none or it is not known.")
+    first_trace: str | None = Field(description="The trace that it is in: its label, or its digest.")
+
+
+class PolicyCost(Document):
+    """What one policy costs: what a replay with `on_violation=skip` counts."""
+
+    model_config = ConfigDict(json_schema_extra=examples(_COST))
+
+    name: str = Field(description="Of the policy.")
+    violations: int = Field(description="Accesses that sub-page protection refuses.")
+    page_granular_violations: int = Field(description="Writes that plain EPT write protection would have refused.")
+    by_object: dict[str, ObjectCost] = Field(description="By the name of the object.")
+    mmio: int = Field(description="Accesses outside of every memory slot, and writes to read-only ones.")
+    unenforced_writes: int = Field(description="Writes that go through though the policy refuses them.")
+    first_index: int | None = Field(description="The first violation; null if there is none or it is not known.")
+    first_trace: str | None = Field(description="The trace that it is in: its label, or its digest.")
+    subpages: int = Field(description="Distinct sub-pages that the policy covers.")
+    pages: int = Field(description="Distinct pages with one of them.")
+
+
+class Costs(Document):
+    """What policies cost, in the order in which they were given."""
+
+    model_config = ConfigDict(
+        json_schema_extra=examples(
+            {"profile": "kvm-2019", "memory_slots": [_SLOT], "assumed": None, "costs": [_COST]},
+            {"profile": "kvm-2019", "memory_slots": None, "assumed": NO_SLOTS, "costs": [_COST]},
+        )
+    )
+
+    profile: str = Field(description="Which KVM.")
+    memory_slots: list[AssumedSlot] | None = Field(description="The memory that was asked about.")
+    assumed: str | None = Field(description="What was taken for granted where nothing was said.")
+    costs: list[PolicyCost] = Field(description="One for each policy.")
+
+
+@routes.post(
+    "",
+    operation_id="costPolicies",
+    summary="Cost policies on a footprint",
+    description=(
+        "Of each policy exactly what a replay of the traces counts with `on_violation=skip`, on a VM with these memory "
+        "slots, without nesting, and protected before its guest began. Changes nothing. Slots with a dirty log or of "
+        "system-management mode are refused: what they do depends on what was before."
+    ),
+    responses=documented(
+        {200: {"model": Costs, "description": "In the order of the policies."}},
+        "not-found",
+        "malformed-body",
+        "body-too-large",
+        "unsupported-media-type",
+        "invalid-value",
+        "limit-exceeded",
+        "invalid-trace",
+        "not-yet-supported",
+    ),
+)
+@permission("read")
+async def cost_policies(request: Request, footprint: FootprintId, body: CostsRequest) -> Response:
+    most, tenant = settings_of(request).max_policies, tenant_of(request)
+    if len(body.policies) > most:
+        rule = f"must be at most {most} policies: ask for the others in another call"
+        raise LimitExceeded(rule, field="max_policies", value=len(body.policies))
+    slots = body.memory_slots
+    question = Question(None if slots is None else tuple(_spec(*item) for item in enumerate(slots)), body.profile)
+    question.validate()
+    replaying = replaying_of(request)
+    async with footprints_of(request).asked(tenant, footprint) as known:
+        content = await replaying.compute(tenant, lambda: _answer(known, question, body.policies))
+    return Response(content, media_type="application/json")
+
+
+def _spec(number: int, slot: AssumedSlot) -> SlotSpec:
+    return SlotSpec(number, slot.gpa, slot.size, slot.read_only, slot.host_page_size)
+
+
+def _answer(known: Asked, question: Question, given: Sequence[ProtectionRequest]) -> bytes:
+    """The reply, in a thread."""
+    policies = [_policy(number, policy) for number, policy in enumerate(given)]
+    pages = sum(item.npages for policy in policies for item in policy.ranges)
+    if pages > MAX_PAGES:
+        rule = f"must have at most {MAX_PAGES} pages in the lists `pages` of all policies together"
+        raise LimitExceeded(rule, field="policies", value=pages)
+    try:
+        costs = known.costs(question).of(policies)
+    except EngineError as error:
+        if len(policies) == 1:  # of several the engine says which
+            error.field = f"policies[0].{error.field}"
+        raise
+    rows = [_row(known.footprint.origins, policy.name, cost) for policy, cost in zip(policies, costs, strict=True)]
+    return encode({**asked(question), "costs": rows})
+
+
+def _policy(number: int, policy: ProtectionRequest) -> EngineProtection:
+    try:
+        return policy.protection()
+    except ServiceError as error:
+        error.field = f"policies[{number}].{error.field}"
+        raise
+
+
+def _row(origins: Sequence[Origin], name: str, cost: Cost) -> dict[str, Any]:
+    return {"name": name, **costed(origins, cost)}

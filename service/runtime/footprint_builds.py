@@ -1,0 +1,202 @@
+"""Bodies reduced to footprints, for themselves or beside a replay."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
+
+from engine.footprint.build import Builder
+from engine.footprint.places import SPANS, By, Footprint, Origin
+from engine.trace.addresses import Addresses
+from engine.trace.columns import TraceChunk
+from engine.trace.readers import Budget, Source, open_trace
+from service.problems import InvalidDocument
+
+# Of a place while the rows of the table become columns in order.
+_FINISHING = 120
+_PIECE = 1 << 20
+_TOGETHER = By()
+
+
+@dataclass(frozen=True, slots=True)
+class FootprintRequest:
+    """What the client asked for; see the query parameters of the call. ``level`` None: spans, or what a footprint that
+    is the body has. ``longest`` as in ``open_trace``."""
+
+    format: str
+    record: str | None = None
+    level: str | None = None
+    by: By = _TOGETHER
+    address: str = "gpa"
+    skip_unknown: bool = False
+    columns: str | None = None
+    name: str = ""
+    longest: int = 0
+    start: ClassVar[int] = 0
+
+
+class Progress(Protocol):
+    """What is told of the work before it begins."""
+
+    def __call__(self, building: Collecting, /) -> None: ...
+
+
+def by_of(text: str | None) -> By:
+    """What ``by`` says. Raises InvalidDocument."""
+    found = By()
+    for part in text.split(",") if text is not None else ():
+        match = re.fullmatch(r"pc|(records|time):([1-9][0-9]{0,18})", part)
+        if match is None or (match[1] is None and found.pc) or (match[1] is not None and found.buckets):
+            rule = "must be time:N or records:N, or pc, or one of each with a comma between them"
+            raise InvalidDocument(rule, field="by", value=text)
+        found = found._replace(pc=True) if match[1] is None else found._replace(**{match[1]: int(match[2])})
+    found.validate()
+    return found
+
+
+class Collecting:
+    """A footprint that grows with a trace, in memory of ``room``. ``records_done`` may be read from other threads."""
+
+    def __init__(self, level: str, by: By, address: str, room: Budget) -> None:
+        # The numbers of the hash are nobody's choice: no trace is slow on purpose.
+        self._builder = Builder(level, by, mix=(secrets.randbits(63), secrets.randbits(63)), budget=room)
+        self._addresses = Addresses(address, modelled=False)
+        self._address = address
+        self._room = room
+        self.footprint: Footprint | None = None
+
+    @property
+    def records_done(self) -> int:
+        return self._builder.records_done
+
+    def feed(self, chunk: TraceChunk) -> None:
+        """Raises what ``Builder.feed`` does."""
+        self._builder.feed(self._addresses.of(chunk, self._builder.records_done))
+
+    def finish(self, digest: str, format: str, name: str = "") -> Footprint:
+        """The footprint of what was fed. Raises what a budget does."""
+        self._room.check(self._builder.places * _FINISHING, "the places of a footprint")
+        self.footprint = self._builder.finish(Origin(digest, 0, format, (), self._address, name))
+        return self.footprint
+
+    def known_as(self, digest: str) -> Footprint:
+        """What was collected, of a trace that this tells apart."""
+        assert self.footprint is not None
+        (origin,) = self.footprint.origins
+        return replace(self.footprint, origins=(origin._replace(digest=digest),))
+
+
+class _Hashed:
+    """A body that is hashed while it is read."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._hash = hashlib.sha256()
+        into = getattr(source, "readinto", None)
+        if into is not None:
+            self.readinto = self._hashing(into)
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._source.read(size)
+        self._hash.update(data)
+        return data
+
+    def _hashing(self, into: Callable[[memoryview], int]) -> Callable[[memoryview], int]:
+        def readinto(target: memoryview) -> int:
+            count = into(target)
+            self._hash.update(memoryview(target)[:count])
+            return count
+
+        return readinto
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return False
+
+    @property
+    def closed(self) -> bool:
+        return False
+
+    def digest(self) -> str:
+        """Of the whole body, whose rest is read first."""
+        while self.read(_PIECE):
+            pass
+        return self._hash.hexdigest()
+
+
+def build(
+    request: FootprintRequest,
+    source: Any,
+    check: Callable[[], None],
+    memory: Budget,
+    room: Budget,
+    follow: Progress = lambda building: None,
+) -> Footprint:
+    """The footprint of a body; blocking, for a thread of its own. A Parquet body, which can be sought in, may be a
+    footprint itself.
+
+    ``check`` is called before every chunk, and raises when nobody wants it any more; ``memory`` is what the body may
+    take while it is read, ``room`` what the footprint may. Raises what readers do, and ``Builder.feed``.
+    """
+    if request.format == "parquet":
+        from engine.footprint import stored  # noqa: PLC0415 - the Arrow library is 33 MB
+
+        if stored.recognised(source, memory):
+            return _taken(request, stored.read(source, room))
+        digest = hashlib.file_digest(_Blocks(source), "sha256").hexdigest()  # type: ignore[arg-type]
+        source.seek(0)
+        return _built(request, source, lambda: digest, check, memory, room, follow)
+    hashed = _Hashed(source)
+    return _built(request, hashed, hashed.digest, check, memory, room, follow)
+
+
+class _Blocks:
+    """What ``hashlib.file_digest`` asks of a file."""
+
+    def __init__(self, source: Any) -> None:
+        self.readinto = source.readinto
+
+    def readable(self) -> bool:
+        return True
+
+
+def _built(
+    request: FootprintRequest,
+    source: Any,
+    digest: Callable[[], str],
+    check: Callable[[], None],
+    memory: Budget,
+    room: Budget,
+    follow: Progress,
+) -> Footprint:
+    reader = open_trace(
+        request.format,
+        source,
+        record=request.record,
+        memory=memory,
+        skip_unknown=request.skip_unknown,
+        columns=request.columns,
+        longest=request.longest,
+    )
+    building = Collecting(request.level or SPANS, request.by, request.address, room)
+    follow(building)
+    for chunk in reader:
+        check()
+        building.feed(chunk)
+    check()
+    form = request.format if reader.taken is None else reader.taken.format
+    return building.finish(digest(), form, request.name)
+
+
+def _taken(request: FootprintRequest, found: Footprint) -> Footprint:
+    """A footprint that was the body, at the level that was asked for. Raises InvalidValue for one that is not there to
+    be had."""
+    from engine.footprint.combine import coarser  # noqa: PLC0415
+
+    return coarser(found, request.level, request.by if any(request.by) else None)

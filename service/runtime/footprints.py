@@ -1,0 +1,271 @@
+"""Footprints that are kept for their tenants: added within limits, listed, asked, dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Protocol
+
+from engine.errors import NotFound
+from engine.footprint.costs import Costs
+from engine.footprint.places import Footprint
+from engine.footprint.question import Question
+from engine.footprint.summaries import Counts
+from engine.trace.readers import Budget
+from service.platform.stamps import EPOCH, moment, stamp
+from service.runtime.body_memory import BodyMemory
+from service.runtime.commit_hooks import CommitHooks
+from service.runtime.footprint_documents import about
+from service.runtime.offload import maybe_in_thread
+from service.runtime.repository import Repository
+from service.runtime.shares import Tenants, one_tenant
+from service.settings import Settings
+from service.storage.records import FootprintRecord, JobRecord, Side
+
+# Of its file, as it is stored: some megabytes, so that no row is very large.
+PART = 4 << 20
+# Memory of a place while it is asked: its columns, and the sums that are made of them once.
+ASKED_BYTES = 160
+
+
+def footprint_not_kept(footprint: str) -> NotFound:
+    """There is no such footprint, or it was dropped."""
+    return NotFound("must be the id of a footprint that is still kept", field="footprint", value=footprint)
+
+
+@dataclass(slots=True, eq=False)
+class Asked:
+    """A footprint in memory, and what was last worked out of it. From any thread."""
+
+    record: FootprintRecord
+    footprint: Footprint
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _costs: Costs | None = None
+    _counts: tuple[Callable[[Footprint], Counts], Counts] | None = None
+
+    def costs(self, question: Question) -> Costs:
+        """What policies cost under a question: made once for the last one."""
+        with self._lock:
+            if self._costs is None or self._costs.question != question:
+                self._costs = None  # not both in memory
+                self._costs = Costs(self.footprint, question)
+            return self._costs
+
+    def counts(self, count: Callable[[Footprint], Counts]) -> Counts:
+        """One of ``engine.footprint.summaries``: counted once for the last one."""
+        with self._lock:
+            if self._counts is None or self._counts[0] is not count:
+                self._counts = (count, count(self.footprint))
+            return self._counts[1]
+
+
+class Keeping(Protocol):
+    """Where footprints are: a repository, or ``FootprintsInMemory``."""
+
+    async def footprints(self, tenant: str, after: str = "", limit: int | None = None) -> list[FootprintRecord]: ...
+
+    async def footprints_called(self, ids: Collection[str]) -> list[FootprintRecord]: ...
+
+    async def footprint_parts(self, footprint: str) -> list[bytes]: ...
+
+
+class FootprintsInMemory:
+    """Footprints for as long as the process lives."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, FootprintRecord] = {}  # in the order of their creation
+
+    def settle(self, side: Side) -> None:
+        for footprint in side.dropped:
+            self._records.pop(footprint, None)
+        self._records |= {record.id: record for record in side.footprints}
+
+    async def footprints(self, tenant: str, after: str = "", limit: int | None = None) -> list[FootprintRecord]:
+        mine = [record for record in self._records.values() if record.tenant == tenant and record.created > after]
+        return mine[:limit]
+
+    async def footprints_called(self, ids: Collection[str]) -> list[FootprintRecord]:
+        return [self._records[name] for name in ids if name in self._records]
+
+    async def footprint_parts(self, footprint: str) -> list[bytes]:
+        record = self._records.get(footprint)
+        return [] if record is None else list(record.parts)
+
+
+class Footprints:
+    """The footprints of one application; used from the event loop only.
+
+    Each belongs to a tenant, of which the last ones are kept. They never change, so that whoever has one in memory need
+    not look whether it is still the same. ``memory`` is what those may take that are built or asked.
+    """
+
+    def __init__(self, settings: Settings, repository: Repository, tenants: Tenants = one_tenant) -> None:
+        self._settings = settings
+        self._repository = repository
+        self._memory = None if repository.durable else FootprintsInMemory()
+        self._kept: Keeping = self._memory or repository
+        self._adding = asyncio.Lock()
+        self._latest: dict[str, datetime] = {}
+        self._loaded: OrderedDict[str, Asked] = OrderedDict()
+        self._loading: dict[str, asyncio.Lock] = {}
+        self.memory = BodyMemory(
+            settings.footprint_memory_bytes,
+            settings.max_footprint_memory_bytes,
+            tenants,
+            "max_footprint_memory_bytes",
+            "footprints that are built or asked at one time",
+        )
+
+    # Adding
+
+    async def add(
+        self,
+        tenant: str,
+        footprint: Footprint,
+        hooks: CommitHooks,
+        told: Callable[[FootprintRecord], Sequence[JobRecord]] = lambda record: (),
+    ) -> FootprintRecord:
+        """Keep it, stored with what ``hooks`` say. ``told`` sees it before that, and says which jobs end with it.
+
+        Raises StoreUnavailable.
+        """
+        async with self._adding:
+            side = await self.coming(tenant, footprint)
+            (record,) = side.footprints
+            side = Side(jobs=tuple(told(record)), footprints=side.footprints, dropped=side.dropped)
+            await self._repository.note(side, hooks)
+            self.settle(side)
+        return record
+
+    async def coming(self, tenant: str, footprint: Footprint, vm: str = "") -> Side:
+        """What is stored when a footprint is kept: it, and that others go for it. ``settle`` follows the commit."""
+        head, parts = await maybe_in_thread(False, _encoded, footprint)
+        now = max(datetime.now(UTC), self._latest.get(tenant, EPOCH) + timedelta(microseconds=1))
+        self._latest[tenant] = now
+        size = sum(map(len, parts))
+        record = FootprintRecord(f"fp_{secrets.token_hex(8)}", tenant, vm, stamp(now), size, head, parts)
+        known = await self._kept.footprints(tenant)
+        return Side(footprints=(record,), dropped=self._going(known, size))
+
+    def _going(self, known: Sequence[FootprintRecord], size: int) -> tuple[str, ...]:
+        """Those of a tenant, oldest first, that have to go for one of ``size`` bytes."""
+        settings, gone = self._settings, []
+        count, total = len(known) + 1, sum(record.size for record in known) + size
+        for record in known:
+            if (
+                count <= settings.kept_footprints
+                and total <= settings.kept_footprint_bytes
+                and not self._is_too_old(record)
+            ):
+                break
+            count, total = count - 1, total - record.size
+            gone.append(record.id)
+        return tuple(gone)
+
+    def settle(self, side: Side) -> None:
+        """A commit with ``side`` has been made."""
+        for footprint in side.dropped:
+            self._loaded.pop(footprint, None)
+        if self._memory is not None:
+            self._memory.settle(side)
+
+    async def delete(self, tenant: str, footprint: str, hooks: CommitHooks) -> None:
+        """Raises NotFound, StoreUnavailable."""
+        record = await self.get(tenant, footprint)
+        side = Side(dropped=(record.id,))
+        await self._repository.note(side, hooks)
+        self.settle(side)
+
+    # Reading
+
+    def _is_too_old(self, record: FootprintRecord) -> bool:
+        days = self._settings.kept_footprint_days
+        return bool(days) and record.created < stamp(datetime.now(UTC) - timedelta(days=days))
+
+    async def get(self, tenant: str, footprint: str) -> FootprintRecord:
+        """Without its file. Raises NotFound, also for one of another tenant, StoreUnavailable."""
+        found = await self._kept.footprints_called([footprint])
+        if not found or found[0].tenant != tenant or self._is_too_old(found[0]):
+            raise footprint_not_kept(footprint)
+        return found[0]
+
+    async def kept(self, ids: Collection[str]) -> set[str]:
+        """Those of these that can be read."""
+        found = await self._kept.footprints_called(ids) if ids else []
+        return {record.id for record in found if not self._is_too_old(record)}
+
+    async def page(self, tenant: str, after: int, limit: int) -> tuple[list[FootprintRecord], int | None]:
+        """Up to ``limit`` footprints of a tenant after the moment ``after``, and where the next page starts."""
+        since = stamp(EPOCH + timedelta(microseconds=after))
+        found = await self._kept.footprints(tenant, since, limit + 1)
+        shown = [record for record in found[:limit] if not self._is_too_old(record)]
+        following = moment(datetime.fromisoformat(found[limit - 1].created)) if len(found) > limit else None
+        return shown, following
+
+    async def file(self, tenant: str, footprint: str) -> bytes:
+        """The Parquet file. Raises NotFound, StoreUnavailable."""
+        record = await self.get(tenant, footprint)
+        parts = await self._kept.footprint_parts(record.id)
+        if not parts:
+            raise footprint_not_kept(footprint)
+        return await maybe_in_thread(record.size < PART, b"".join, parts)
+
+    @asynccontextmanager
+    async def asked(self, tenant: str, footprint: str) -> AsyncIterator[Asked]:
+        """The footprint in memory, which it takes for the time of the context.
+
+        Raises NotFound, StoreUnavailable, and ShareExceeded or LimitExceeded where there is too little memory.
+        """
+        record = await self.get(tenant, footprint)
+        size = json.loads(record.head)["places"] * ASKED_BYTES
+        with self.memory.budget(tenant) as budget:
+            budget.keep(size, "a footprint that is asked")
+            lock = self._loading.setdefault(record.id, asyncio.Lock())
+            try:
+                async with lock:
+                    found = self._loaded.get(record.id) or await self._load(record)
+            finally:
+                if not lock.locked():
+                    self._loading.pop(record.id, None)
+            self._remember(found, size)
+            yield found
+
+    async def _load(self, record: FootprintRecord) -> Asked:
+        parts = await self._kept.footprint_parts(record.id)
+        if not parts:
+            raise footprint_not_kept(record.id)
+        return Asked(record, await maybe_in_thread(False, _decoded, parts))
+
+    def _remember(self, asked: Asked, size: int) -> None:
+        """Keep what was asked last in memory, as much as may be there."""
+        most = self._settings.loaded_footprint_bytes
+        self._loaded.pop(asked.record.id, None)
+        if size <= most:
+            self._loaded[asked.record.id] = asked
+        while sum(len(item.footprint) * ASKED_BYTES for item in self._loaded.values()) > most:
+            self._loaded.popitem(last=False)
+
+
+def _encoded(footprint: Footprint) -> tuple[str, list[bytes]]:
+    """What a record says of it, and its file in parts."""
+    from engine.footprint import stored  # noqa: PLC0415 - the Arrow library is 33 MB
+
+    sink = io.BytesIO()
+    stored.write(footprint, sink)
+    data = sink.getbuffer()
+    return json.dumps(about(footprint)), [bytes(data[at : at + PART]) for at in range(0, len(data), PART)]
+
+
+def _decoded(parts: Sequence[bytes]) -> Footprint:
+    from engine.footprint import stored  # noqa: PLC0415
+
+    # It is ours, and counted: what it may take was looked at when it came.
+    return stored.read(io.BytesIO(b"".join(parts)), Budget(1 << 62))

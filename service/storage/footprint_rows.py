@@ -1,0 +1,46 @@
+"""Statements about footprints, which belong to a tenant and to no machine."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import sqlalchemy as sa
+
+from service.storage.records import FootprintRecord
+from service.storage.schema import footprint_parts, footprints
+
+_HEAD = tuple(footprints.c[name] for name in ("id", "tenant", "vm", "created", "size", "head"))
+
+
+def write(connection: sa.Connection, added: Sequence[FootprintRecord], dropped: Collection[str]) -> None:
+    """Drop some, then add others."""
+    if dropped:
+        connection.execute(sa.delete(footprint_parts).where(footprint_parts.c.footprint.in_(dropped)))
+        connection.execute(sa.delete(footprints).where(footprints.c.id.in_(dropped)))
+    for record in added:
+        row = {column.name: getattr(record, column.name) for column in _HEAD}
+        connection.execute(sa.insert(footprints).values(row))
+        for part, data in enumerate(record.parts):
+            connection.execute(sa.insert(footprint_parts).values(footprint=record.id, part=part, data=data))
+
+
+def listed(
+    connection: sa.Connection, tenant: str | None, after: str = "", limit: int | None = None
+) -> list[FootprintRecord]:
+    """Those of a tenant, or of all, that were created ``after`` a time, oldest first, without their files."""
+    wanted = sa.select(*_HEAD).where(footprints.c.created > after).order_by(footprints.c.created, footprints.c.id)
+    if tenant is not None:
+        wanted = wanted.where(footprints.c.tenant == tenant)
+    return [FootprintRecord(*row) for row in connection.execute(wanted.limit(limit))]
+
+
+def found(connection: sa.Connection, ids: Collection[str]) -> list[FootprintRecord]:
+    """Those of these that there are, without their files."""
+    return [FootprintRecord(*row) for row in connection.execute(sa.select(*_HEAD).where(footprints.c.id.in_(ids)))]
+
+
+def parts_of(connection: sa.Connection, footprint: str) -> list[bytes]:
+    """The file of a footprint; nothing when it is not kept."""
+    part = footprint_parts.c
+    read = sa.select(part.data).where(part.footprint == footprint).order_by(part.part)
+    return [bytes(data) for (data,) in connection.execute(read)]
