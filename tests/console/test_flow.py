@@ -56,6 +56,8 @@ def test_by_keyboard_from_a_trace_to_a_comparison(visit: Visit, service: Running
     keys.press("Enter")
     expect(page.locator("aside").get_by_text("0x10100", exact=True)).to_be_visible()
     assert visit.focused().startswith("Heatmap")
+    # What that would cost is said before it is done.
+    expect(page.get_by_text("Denying it would refuse 4 writes of this trace, its whole page 128.")).to_be_visible()
     keys.press("Space")
     expect(page.locator("aside").get_by_text("denied", exact=True)).to_be_visible()
     assert map_of(service.client, vm, 0x10) == 0xFFFFFFFB

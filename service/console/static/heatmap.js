@@ -222,6 +222,9 @@ export class Heatmap {
 
   heatOf(hits) { return hits ? 0.25 + 0.75 * (Math.log1p(hits) / Math.log1p(this.pages.hottest)) : 0; }
 
+  /** How strongly a page is coloured that is written so often. */
+  warmthOf(writes) { return 0.12 + 0.58 * (Math.log1p(writes) / Math.log1p(this.pages.busiest)); }
+
   paint() {
     if (!this.colors) this.#palette();
     const context = this.canvas.getContext("2d");
@@ -261,6 +264,7 @@ export class Heatmap {
       const word = this.pages.word(gfn);
       const counts = this.pages.refused.get(gfn);
       const written = this.pages.written.get(gfn) ?? 0;
+      const touched = this.pages.touched.get(gfn);
       const tall = rowHeight - gap;
       if (before !== null && gfn !== before + 1) {
         context.fillStyle = colors["strong-line"];
@@ -275,6 +279,12 @@ export class Heatmap {
         const open = (word >>> s) & 1;
         context.fillStyle = open ? colors.writable : hatch;
         context.fillRect(x, y, wide, tall);
+        if (open && (touched?.subpages >>> s) & 1) {
+          context.globalAlpha = this.warmthOf(touched.writes);
+          context.fillStyle = colors.written;
+          context.fillRect(x, y, wide, tall);
+          context.globalAlpha = 1;
+        }
         if ((written >>> s) & 1) { context.fillStyle = colors.written; context.fillRect(x, y + tall * 0.7, wide, Math.max(1, tall * 0.3)); }
         const hits = counts?.[s] ?? 0;
         if (hits) {
@@ -340,7 +350,7 @@ export class Heatmap {
       let line = painted.get(y);
       if (!line) painted.set(y, (line = { denied: 0, heat: null, written: 0 }));
       line.denied |= ~this.pages.word(gfn);
-      line.written |= this.pages.written.get(gfn) ?? 0;
+      line.written |= (this.pages.written.get(gfn) ?? 0) | ((this.pages.touched.get(gfn)?.subpages ?? 0) & this.pages.word(gfn));
       const counts = this.pages.refused.get(gfn);
       if (counts) { line.heat ??= new Float64Array(32); for (let s = 0; s < 32; s++) line.heat[s] = Math.max(line.heat[s], counts[s]); }
     }

@@ -4,6 +4,7 @@ import * as api from "./api.js";
 
 const WINDOW = 1 << 18; // pages of one call: 1 MiB of bitmaps
 const MOST_SCANNED = 1 << 22; // 16 GiB of guest
+const MOST_TOUCHED = 100_000; // pages of a footprint
 
 export class PageMap {
   constructor(machine) {
@@ -11,6 +12,8 @@ export class PageMap {
     this.words = new Map(); // gfn → bitmap, of pages that are not all ones
     this.refused = new Map(); // gfn → Uint32Array(33): by sub-page, and their sum
     this.written = new Map(); // gfn → bitmap, where dirty tracking says so
+    this.touched = new Map(); // gfn → { writes, subpages }, where a footprint says so
+    this.busiest = 1;
     this.objects = []; // { name, gpa, end, protection }, by gpa
     this.byPage = new Map(); // gfn → objects
     this.scanned = true;
@@ -100,9 +103,29 @@ export class PageMap {
     }
   }
 
+  /** Where a trace wrote: the pages of its footprint, the most written first; null for none. Whether these are all. */
+  async setFootprint(url, signal) {
+    this.touched.clear();
+    this.busiest = 1;
+    this.rows = null;
+    if (!url) return true;
+    const touched = new Map();
+    let total = 0;
+    for (let next = `${url}?order=writes&limit=1000`; next && touched.size < MOST_TOUCHED; ) {
+      const page = await api.get(next, { signal });
+      for (const one of page.pages) if (one.writes) touched.set(Number(one.gfn), { writes: one.writes, subpages: Number(one.subpages) });
+      total = page.total;
+      next = page.next;
+    }
+    this.touched = touched;
+    for (const one of touched.values()) this.busiest = Math.max(this.busiest, one.writes);
+    this.rows = null;
+    return total <= MOST_TOUCHED;
+  }
+
   /** Pages that have something to show, in order. */
   interesting() {
-    this.rows ??= Float64Array.from(new Set([...this.words.keys(), ...this.refused.keys(), ...this.written.keys(), ...this.byPage.keys()])).sort();
+    this.rows ??= Float64Array.from(new Set([...this.words.keys(), ...this.refused.keys(), ...this.written.keys(), ...this.touched.keys(), ...this.byPage.keys()])).sort();
     return this.rows;
   }
 

@@ -38,12 +38,13 @@ export async function show({ root, machine, query, signal }) {
       h("button", { type: "button", class: "small", "aria-label": "Zoom in", title: "Zoom in (+)", onclick: () => heat.zoom(1.5) }, icon("plus")),
       h("button", { type: "button", class: "small", "aria-label": "Fit everything", title: "Fit everything (0)", onclick: () => heat.fit() }, icon("fit"))),
     h("form", { onsubmit: (event) => { event.preventDefault(); jump(); } }, go, names),
-    traces.length > 0 && field("Refused by", which));
+    traces.length > 0 && field("Trace", which));
 
   const legend = h("div", { class: "legend" },
     h("span", {}, h("i", {}), "may be written"),
     h("span", {}, h("i", { class: "denied" }), "denied"),
     h("span", {}, h("i", { class: "refused" }), "writes refused, few to many"),
+    traces.some((trace) => trace.footprint) && h("span", {}, h("i", { class: "written" }), "written by the trace, little to much"),
     pages.tracking !== "off" && h("span", {}, h("i", { class: "written" }), "written since the last harvest"),
     h("span", { class: "wide-only" }, "Arrows move, space sets or clears a bit, + − zoom, 0 fits"));
 
@@ -75,6 +76,7 @@ export async function show({ root, machine, query, signal }) {
 
   function useTrace(id) {
     const trace = traces.find((one) => one.id === id);
+    useFootprint(id, trace?.footprint);
     if (!trace) { pages.setExits(null); heat.changed(); table.update(); return; }
     const exits = exitsOf(machine.id, trace.id, trace.violations);
     exits.watch(() => {
@@ -83,6 +85,32 @@ export async function show({ root, machine, query, signal }) {
       heat.changed();
       table.update();
     }, signal);
+  }
+
+  let footprint = null;
+  async function useFootprint(id, wanted = null) {
+    footprint = wanted;
+    try {
+      const whole = await pages.setFootprint(wanted && `${machine.path}/traces/${id}/pages`, signal);
+      if (!whole) toast("This trace writes to more than 100,000 pages: the map has those that it writes most.");
+      if (wanted !== footprint) return;
+      heat.changed();
+      table.update();
+    } catch (error) { if (!api.isAbort(error)) toast(machine.guard(error).message, "bad"); }
+  }
+
+  /** How many writes of the trace denying one sub-page would refuse, from the trace's footprint; null without one. */
+  async function costOf(gfn, s) {
+    if (!footprint) return null;
+    const memory_slots = machine.vm.memory_slots.filter((slot) => slot.address_space === 0).map(({ gpa, size, read_only, host_page_size }) => ({ gpa, size, read_only, host_page_size }));
+    const objects = [{ name: "here", gpa: hex(gfn * 4096 + s * 128), size: 128 }];
+    const asked = { policies: [{ name: "this-sub-page", objects }], memory_slots, profile: machine.vm.profile };
+    try {
+      return (await api.call("POST", `/v1/footprints/${footprint}/costs`, { json: asked, signal })).costs[0];
+    } catch (error) {
+      if (api.isAbort(error)) throw error;
+      return { unknown: error.message };
+    }
   }
 
   async function toggle(gfn, s) {
@@ -118,22 +146,24 @@ export async function show({ root, machine, query, signal }) {
     if (!slotOf(machine.vm, gfn)) return;
     let details = null;
     let content = null;
+    let cost = null;
     if (how !== "pointer" || !inspector.firstChild) await new Promise((resolve) => setTimeout(resolve, 60)); // arrows held down
     if (mine !== inspected) return;
     try {
-      [details, content] = await Promise.all([
+      [details, content, cost] = await Promise.all([
         machine.vm.spp ? layers(gfn) : null,
         api.octets(`${machine.path}/memory`, { query: { gpa: gfn * 4096 + s * 128, size: 128 }, signal }),
+        open && machine.vm.spp ? costOf(gfn, s) : null,
       ]);
     } catch (error) {
       if (!api.isAbort(error)) fill(inspector, problemBox(machine.guard(error)));
       return;
     }
     if (mine !== inspected) return;
-    drawInspector(gfn, s, { objects, counts, open, details, content });
+    drawInspector(gfn, s, { objects, counts, open, details, content, cost });
   }
 
-  function drawInspector(gfn, s, { objects, counts, open, details, content }) {
+  function drawInspector(gfn, s, { objects, counts, open, details, content, cost }) {
     const address = gfn * 4096 + s * 128;
     const byProtection = details && !((~details.covered >>> s) & 1) && !((details.granted >>> s) & 1);
     const setOpen = details && (details.set >>> s) & 1;
@@ -155,18 +185,21 @@ export async function show({ root, machine, query, signal }) {
         h("dt", {}, "Sub-page"), h("dd", {}, `${s}, bytes ${s * 128} – ${s * 128 + 127}`),
         h("dt", {}, "Objects"), h("dd", {}, objects.length ? objects.map((one) => h("div", {}, one.name, h("span", { class: "muted" }, ` in ${one.protection}`))) : h("span", { class: "muted" }, "none here")),
         counts && [h("dt", {}, "Refused"), h("dd", {}, `${plural(counts[s], "write")} here, ${count(counts[32])} in the page`)],
+        pages.touched.has(gfn) && [h("dt", {}, "The trace"), h("dd", {}, `${plural(pages.touched.get(gfn).writes, "write")} to the page, in sub-pages ${bitsText(pages.touched.get(gfn).subpages)}`)],
         pages.written.has(gfn) && [h("dt", {}, "Written"), h("dd", {}, `sub-pages ${bitsText(pages.written.get(gfn))}`)],
         details && [h("dt", {}, "Denied by"), h("dd", {}, open ? h("span", { class: "muted" }, "nothing") : [!setOpen && "its SET bit", byProtection && "a protection"].filter(Boolean).join(" and "))]),
       details && h("div", { class: "actions" },
         h("button", { type: "button", class: setOpen ? "" : "primary", "data-keep": "toggle", onclick: () => toggle(gfn, s) }, setOpen ? (byProtection ? "Clear its SET bit, too" : "Deny writes here") : "Allow writes here"),
         h("a", { class: "button", href: `#/vms/${machine.id}/walk?gpa=${hex(address)}` }, "Walk")),
+      cost?.unknown && h("p", { class: "note" }, `What denying it would cost is not known: ${cost.unknown}`),
+      cost && !cost.unknown && h("p", { class: "note" }, cost.violations ? `Denying it would refuse ${plural(cost.violations, "write")} of this trace, its whole page ${count(cost.page_granular_violations)}.` : `No write of this trace comes here: denying it costs nothing, its whole page ${plural(cost.page_granular_violations, "exit")}.`),
       details && setOpen && byProtection ? h("p", { class: "note" }, "The SET bit is 1 already; the protection denies it. It ends with the protection, or by a grant.") : null,
       details && !setOpen && (counts?.[s] ?? 0) > 0 ? h("p", { class: "note" }, `Allowing it would let ${plural(counts[s], "refused write")} of this trace land.`) : null,
       h("div", { class: "hexdump", tabindex: "0", role: "region", "aria-label": "Bytes of the sub-page" }, dump(address, new Uint8Array(content)))));
     if (again) inspector.querySelector(`[data-keep="${again}"]`)?.focus();
   }
 
-  const wanted = query.get("trace") ?? traces.find((trace) => trace.violations)?.id ?? "";
+  const wanted = query.get("trace") ?? traces.find((trace) => trace.violations || trace.footprint)?.id ?? "";
   which.value = wanted;
   if (wanted) useTrace(wanted);
   const at = query.has("gpa") ? parseAddress(query.get("gpa")) : null;

@@ -13,6 +13,7 @@ import * as api from "../api.js";
 const FORMATS = [["", "by name or content"], "lackey", "drmemtrace", "execlog", "bochs", "gem5", "champsim", "ftrace", "perf-script", "perf-mem", "hyperdbg", "csv"];
 const RECORDS = [["", "no"], "gpa8", "record16"];
 const ANSWERS = [["skip", "is dropped, the guest goes on"], ["allow", "lands once"], ["grant", "opens its sub-pages"], ["stop", "ends the replay"], ["ask", "is asked of the attached tools"]];
+const PARTIAL = new Set(["stop", "ask"]); // such a replay may end before its trace: it has no footprint
 
 export async function show({ root, machine, rest, signal }) {
   if (rest) { await showResult({ root, machine, id: rest, signal }); return; }
@@ -29,6 +30,7 @@ function dropPanel(machine, signal) {
   const format = select(FORMATS, "");
   const record = select(RECORDS, "");
   const answer = select(ANSWERS, "skip");
+  const where = h("input", { type: "checkbox", checked: true });
   const status = h("div", { role: "status", "aria-live": "polite", class: "small" });
   const bar = h("progress", { max: 1, hidden: true, "aria-label": "Progress" });
   const cancel = h("button", { type: "button", hidden: true }, "Cancel");
@@ -45,7 +47,7 @@ function dropPanel(machine, signal) {
     cancel.onclick = () => { stop.abort(); fill(status, "Calling it off…"); };
     bar.removeAttribute("value");
     try {
-      const id = await replayFile(machine.id, file, { format: format.value, record: record.value, query: { on_violation: answer.value } }, {
+      const id = await replayFile(machine.id, file, { format: format.value, record: record.value, query: { on_violation: answer.value, footprint: where.checked && !PARTIAL.has(answer.value) && "spans" } }, {
         signal, cancel: stop.signal,
         progress: ({ text, part }) => { fill(status, text); if (part === null) bar.removeAttribute("value"); else bar.value = part; },
       });
@@ -62,7 +64,8 @@ function dropPanel(machine, signal) {
   }
 
   return h("section", { class: "panel", "aria-label": "Replay a trace" }, h("h2", {}, "Replay a trace"), zone,
-    h("div", { class: "fields" }, field("A refused write", answer), field("Format", format), field("Packed records", record)));
+    h("div", { class: "fields" }, field("A refused write", answer), field("Format", format), field("Packed records", record)),
+    h("label", { class: "check small" }, where, "Keep where it wrote, for the map and for what a denial would cost"));
 }
 
 // ---- what it is held against
