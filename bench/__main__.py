@@ -25,6 +25,7 @@ SECTIONS: dict[str, tuple[str, Callable[[int], list[sections.Row]]]] = {
     "calls": ("Small calls, 16 keep-alive connections", sections.single_calls),
     "readers": ("Reading what tools write, one core, the records and nothing else", sections.readers),
     "footprints": ("Traces reduced to their places, one core, and what policies cost there", sections.footprints),
+    "console": ("The console in Chromium", sections.console),
     "memory": ("A 1 TiB guest with ten protected pages", sections.large_guest),
 }
 

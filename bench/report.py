@@ -53,6 +53,8 @@ SUMMARY: tuple[tuple[str, str, str, str, Any, str], ...] = (
     ("footprint of bytes, records/s", "footprints", "built, bytes", "per_second", min, ">= 50 M a core"),
     ("10,000 policies, slowest, ms", "footprints", "10,000 policies", "milliseconds", max, "<= 3,000"),
     ("one more policy, slowest, ms", "footprints", "one more", "milliseconds", max, "<= 0.5"),
+    ("console, first paint, ms", "console", "first paint", "milliseconds", max, "<= 1,000"),
+    ("console, frame while panning, ms", "console", "frame", "milliseconds", max, "<= 33: 30 a second"),
     ("1 TiB guest, peak growth, bytes", "memory", "1 TiB", "peak_growth_bytes", max, "< 20 M"),
 )
 

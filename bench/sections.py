@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench import console as console_pages
 from bench.asking import AskedReplay
 from bench.c_walk import CSum, CWalk
 from bench.client import CALLS, ClientBitmaps, ClientReplay, RawBitmaps, RawReplay
@@ -187,6 +188,12 @@ def single_calls(rounds: int) -> list[Row]:
         }
         for name, rates in zip(names, zip(*pairs, strict=True), strict=True)
     ]
+
+
+def console(rounds: int) -> list[Row]:
+    """(m) What a person waits for."""
+    with service(SUBPAGE_MAX_VMS=str(console_pages.MACHINES)) as port:
+        return console_pages.measure(port, rounds)
 
 
 def large_guest(_rounds: int) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,9 +17,10 @@ START_SECONDS = 300  # compiling every kernel on a fresh machine is part of the 
 
 
 @contextmanager
-def serving(command: Sequence[str], ready: str) -> Iterator[int]:
+def serving(command: Sequence[str], ready: str, **settings: str) -> Iterator[int]:
     """Run ``python -m <command>`` until the block ends; gives the port it says it listens on, once ``ready`` is 200."""
-    process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, **settings}
+    process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -40,11 +42,10 @@ def serving(command: Sequence[str], ready: str) -> Iterator[int]:
 
 
 @contextmanager
-def service() -> Iterator[int]:
-    """``subpage serve``."""
-    with serving(
-        ("service.cli", "serve", "--host", "127.0.0.1", "--port", "0", "--store", "memory"), "/readyz"
-    ) as port:
+def service(**settings: str) -> Iterator[int]:
+    """``subpage serve``; ``settings`` by the names that they have in the environment."""
+    command = ("service.cli", "serve", "--host", "127.0.0.1", "--port", "0", "--store", "memory")
+    with serving(command, "/readyz", **settings) as port:
         yield port
 
 

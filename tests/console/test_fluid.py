@@ -1,7 +1,4 @@
-"""A thousand machines, a hundred thousand protected pages: the first paint comes within a second, and lists stay light.
-
-Frames are bounded generously: other tests share the processor with the browser. ``-m bench`` measures.
-"""
+"""A thousand machines, a hundred thousand protected pages: lists stay light. ``bench`` measures speed."""
 
 from __future__ import annotations
 
@@ -23,8 +20,6 @@ def test_a_thousand_machines(visit: Visit, service: Running) -> None:
         assert service.client.post("/v1/vms", json={"name": f"machine {number}"}).is_success
     page = visit.open()
     expect(page.get_by_role("heading", name="1,000 machines")).to_be_visible()
-    paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? 0")
-    assert paint < 3000, f"first paint after {paint:.0f} ms"
     assert page.locator(".machine-row").count() < 60
     # The last one is reached, and found by its name.
     page.locator(".virtual").evaluate("(list) => { list.scrollTop = list.scrollHeight; }")
@@ -47,14 +42,3 @@ def test_a_hundred_thousand_protected_pages(visit: Visit, service: Running) -> N
     page.keyboard.press("End")
     expect(page.locator("aside dd").first).to_have_text("0x1869f")
     page.keyboard.press("0")  # everything at once
-    frame = page.evaluate(
-        """() => new Promise((done) => {
-        const map = document.querySelector(".map"); const times = []; let last = performance.now();
-        const end = last + 1500;
-        const step = (now) => { times.push(now - last); last = now;
-          map.dispatchEvent(new WheelEvent("wheel", {deltaY: 40, cancelable: true}));
-          if (now < end) return requestAnimationFrame(step);
-          times.sort((a, b) => a - b); done(times[times.length >> 1]); };
-        requestAnimationFrame(step); })"""
-    )
-    assert frame < 200, f"{frame:.0f} ms a frame"
