@@ -31,6 +31,7 @@ from subpage.errors import (
     Untrusted,
     VersionMismatch,
 )
+from subpage.footprints import AsyncFootprint, Footprint
 from subpage.html import Document
 from subpage.introspection import AsyncTool, Question, Tool
 from subpage.jobs import AsyncJob, Job
@@ -45,6 +46,7 @@ __version__ = VERSION
 __all__ = [
     "ROUTES",
     "AsyncClient",
+    "AsyncFootprint",
     "AsyncJob",
     "AsyncStream",
     "AsyncTool",
@@ -55,6 +57,7 @@ __all__ = [
     "Client",
     "Document",
     "Error",
+    "Footprint",
     "Forbidden",
     "Interrupted",
     "Job",

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from subpage.core import Core
+from subpage.footprints import AsyncFootprint, Footprint, FootprintCalls
 from subpage.html import Document
 from subpage.jobs import AsyncJob, Job, JobOperations
 from subpage.machines import AsyncVm, Vm, VmOperations
@@ -175,7 +176,7 @@ class ClientOperations(Generic[V, J]):
         return f"<{type(self).__name__} of {self.url}>"
 
 
-class Client(ClientOperations[Vm, Job], Blocking):
+class Client(ClientOperations[Vm, Job], FootprintCalls[Footprint], Blocking):
     """One service, for one token. Use as a context, or close it in the end.
 
     ``ca``: a PEM file of the authorities to trust, where it is not one that the system trusts. ``timeout``: seconds
@@ -189,7 +190,7 @@ class Client(ClientOperations[Vm, Job], Blocking):
         'subpage'
     """
 
-    _vm, _job, _carrier = Vm, Job, BlockingTransport
+    _vm, _job, _carrier, _footprint = Vm, Job, BlockingTransport, Footprint
 
     def close(self) -> None:
         """Close its connections."""
@@ -202,7 +203,7 @@ class Client(ClientOperations[Vm, Job], Blocking):
         self.close()
 
 
-class AsyncClient(ClientOperations[AsyncVm, AsyncJob], Awaiting):
+class AsyncClient(ClientOperations[AsyncVm, AsyncJob], FootprintCalls[AsyncFootprint], Awaiting):
     """As ``Client``, for asyncio: its methods are awaited, its streams are read with ``async for``. ::
 
     >>> async def name():
@@ -212,7 +213,7 @@ class AsyncClient(ClientOperations[AsyncVm, AsyncJob], Awaiting):
     'subpage'
     """
 
-    _vm, _job, _carrier = AsyncVm, AsyncJob, AsyncTransport
+    _vm, _job, _carrier, _footprint = AsyncVm, AsyncJob, AsyncTransport, AsyncFootprint
 
     async def aclose(self) -> None:
         """Close its connections."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from subpage.client import Client
+from subpage.footprints import Footprint
 from subpage.jobs import Job
 from subpage.machines import Vm
 from subpage.modes import Method
@@ -19,7 +20,7 @@ def methods() -> dict[str, list[str]]:
     ['Vm.access']
     """
     found: dict[str, list[str]] = {name: [] for name in ROUTES}
-    for kind in (Client, Vm, Trace, Job):
+    for kind in (Client, Vm, Trace, Job, Footprint):
         for base in kind.__mro__:
             for name, value in vars(base).items():
                 for used in value.uses if isinstance(value, Method) else ():

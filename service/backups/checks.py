@@ -3,6 +3,7 @@ right. Each check raises BadBackup with a sentence that names the member."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
@@ -13,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from engine.arch.access import ACCESS_NAMES
 from engine.arch.sppt import SUBPAGE_SHIFT
+from engine.errors import EngineError
 from engine.kvm.resolutions import RESOLUTION_NAMES
 from engine.machine import VirtualMachine
 from engine.machine.durable import head_today
@@ -20,15 +22,18 @@ from engine.machine.summary import summary_from_head
 from engine.trace.object_hits import index_of
 from engine.trace.results import EXIT_COLUMNS, ExitColumns
 from service.runtime.events import KINDS
+from service.runtime.footprint_documents import about
 from service.runtime.trace_records import columns_of, trace_of
 from service.runtime.traces import PART
 from service.security.tokens import TENANT
 from service.storage.columns import sizes
-from service.storage.records import Block, EventRecord, TraceRecord, VmRecord
+from service.storage.records import Block, EventRecord, FootprintRecord, TraceRecord, VmRecord
 
 BLOCK_BYTES = 4096
 # Of the columns of one section before compression: sixteen times what a full one of exit records has.
 MAX_COLUMN_BYTES = 256 << 20
+# Memory of a footprint while it is looked at.
+MAX_FOOTPRINT_BYTES = 4 << 30
 # Sub-pages of 52 address bits.
 _TOP = 1 << 52
 
@@ -55,6 +60,7 @@ def _object(text: str) -> str:
     return text
 
 
+_STAMP = r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\z"
 _Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 _Moment = Annotated[str, Field(max_length=40), AfterValidator(_moment)]
 _Json = Annotated[str, AfterValidator(_object)]
@@ -92,16 +98,28 @@ class EventRow(_Section):
 
     first: Annotated[int, Field(ge=1, lt=1 << 62)]
     count: Annotated[int, Field(ge=1, lt=1 << 40)]
-    created: Annotated[str, Field(pattern=r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z\z"), AfterValidator(_moment)]
+    created: Annotated[str, Field(pattern=_STAMP), AfterValidator(_moment)]
     kind: Literal[tuple(KINDS)]  # type: ignore[valid-type]
     body: _Json
     trace: _TraceId | None = None
+
+
+class FootprintSection(_Section):
+    """``F``."""
+
+    id: Annotated[str, Field(pattern=r"\Afp_[0-9a-f]{16}\z")]
+    tenant: Annotated[str, Field(pattern=rf"\A{TENANT}\z")]
+    vm: Annotated[str, Field(pattern=r"\A(vm_[0-9a-f]{16})?\z")]
+    created: Annotated[str, Field(pattern=_STAMP), AfterValidator(_moment)]
+    size: _Count
+    head: _Json
 
 
 class EndSection(_Section):
     """``E``."""
 
     machines: _Count
+    footprints: _Count = 0
 
 
 _events: TypeAdapter[list[EventRow]] = TypeAdapter(list[EventRow])
@@ -206,6 +224,20 @@ def check_trace(trace: TraceRecord) -> None:
             raise ValueError(f"exit_records says {trace.exit_records}, there are {count}")
     except Exception as error:  # as above
         raise BadBackup(f"result {trace.id} of the backup cannot be read: {error!s:.300}") from error
+
+
+def check_footprint(record: FootprintRecord) -> None:
+    """The file of a footprint is one, and is what the record says."""
+    from engine.footprint import stored  # noqa: PLC0415 - the Arrow library is 33 MB
+
+    if sum(map(len, record.parts)) != record.size:
+        raise BadBackup(f"footprint {record.id} of the backup is damaged: its file has not {record.size} bytes")
+    try:
+        found = about(stored.read(io.BytesIO(b"".join(record.parts)), MAX_FOOTPRINT_BYTES))
+    except EngineError as error:
+        raise BadBackup(f"footprint {record.id} of the backup cannot be read: {error!s:.300}") from error
+    if json.loads(json.dumps(found)) != json.loads(record.head):
+        raise BadBackup(f"footprint {record.id} of the backup is damaged: its head is not that of its file")
 
 
 def _check_columns(exits: ExitColumns, *, last: bool) -> None:

@@ -1,4 +1,4 @@
-"""Machines as files: one machine or all of a store, for another store, another release, another place.
+"""Machines, and footprints, as files: one machine or all of a store, for another store, another release, another place.
 
 Layout, everything little-endian:
 
@@ -8,7 +8,8 @@ Layout, everything little-endian:
 
 Kinds: ``V`` a machine begins, JSON; ``B`` blocks of it, columns ``kind``, ``block``, ``data``; ``T`` a result of a
 replay, JSON, followed by ``I`` its lookup tables and ``P`` its parts, as the store has them; ``L`` rows of the event
-log, JSON; ``E`` the end, JSON with the number of machines. A file without its ``E`` was cut. Format 1 has no logs.
+log, JSON; after all machines ``F`` a footprint, JSON, followed by ``D`` its Parquet file in parts; ``E`` the end, JSON
+with the number of machines and of footprints. A file without its ``E`` was cut. Format 1 has no logs, 2 no footprints.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from service.backups.checks import (
     BLOCK_BYTES,
     BadBackup,
     EndSection,
+    FootprintSection,
     MachineSection,
     TraceSection,
     check_events,
+    check_footprint,
     check_trace,
     columns_are_bounded,
     machine_of,
@@ -38,16 +41,16 @@ from service.backups.checks import (
 )
 from service.backups.checks import event_rows as event_rows_of
 from service.platform.stamps import stamp
-from service.storage import event_rows, rows, side_rows
+from service.storage import event_rows, footprint_rows, rows, side_rows
 from service.storage.columns import pack, unpack
-from service.storage.records import Block, Change, EventRecord, LogChange, TraceRecord, VmRecord
+from service.storage.records import Block, Change, EventRecord, FootprintRecord, LogChange, TraceRecord, VmRecord
 
-__all__ = ["BadBackup", "read_backup", "restore_machine", "write_backup"]
+__all__ = ["BadBackup", "read_backup", "restore_footprint", "restore_machine", "write_backup"]
 
 RESTORED = '{"change":"restored"}'
 
 MAGIC = b"SUBPAGE\0"
-FORMAT = 2
+FORMAT = 3
 
 # Blocks of one section: 16 MiB before compression.
 _BLOCKS = 4096
@@ -69,8 +72,13 @@ class Saved:
 # Writing
 
 
-def write_backup(file: IO[bytes], connection: sa.Connection, machines: Sequence[VmRecord]) -> None:
-    """Write these machines as the transaction of ``connection`` sees them."""
+def write_backup(
+    file: IO[bytes],
+    connection: sa.Connection,
+    machines: Sequence[VmRecord],
+    footprints: Sequence[FootprintRecord] = (),
+) -> None:
+    """Write these machines and footprints as the transaction of ``connection`` sees them."""
     file.write(MAGIC + FORMAT.to_bytes(4, "little"))
     for record in machines:
         members = asdict(record)
@@ -87,7 +95,13 @@ def write_backup(file: IO[bytes], connection: sa.Connection, machines: Sequence[
                 _write(file, b"P", part)
         for some in event_rows.every(connection, record.number):
             _write(file, b"L", json.dumps([asdict(event) for event in some]).encode())
-    _write(file, b"E", json.dumps({"machines": len(machines)}).encode())
+    for footprint in footprints:
+        members = asdict(footprint)
+        del members["parts"]
+        _write(file, b"F", json.dumps(members).encode())
+        for part in footprint_rows.parts_of(connection, footprint.id):
+            _write(file, b"D", part)
+    _write(file, b"E", json.dumps({"machines": len(machines), "footprints": len(footprints)}).encode())
 
 
 def _write(file: IO[bytes], kind: bytes, data: bytes) -> None:
@@ -135,24 +149,42 @@ def _sections(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
             return
 
 
-def read_backup(file: IO[bytes]) -> Iterator[Saved]:
-    """One machine after the other. Raises BadBackup, at the latest where the damage is."""
+def read_backup(file: IO[bytes]) -> Iterator[Saved | FootprintRecord]:
+    """One machine after the other, then the footprints. Raises BadBackup, at the latest where the damage is."""
     machine: Saved | None = None
+    footprint: FootprintRecord | None = None
     seen: set[str] = set()
     results: set[str] = set()
+    footprints: set[str] = set()
     for kind, data in _sections(file):
-        if kind in "VE" and machine is not None:
+        if kind in "VFE" and machine is not None:
             _check_whole(machine, results)
             yield machine
             machine = None
-        if kind == "V":
+        if kind in "VFE" and footprint is not None:
+            check_footprint(footprint)
+            yield footprint
+            footprint = None
+        if kind == "F":
+            footprint = FootprintRecord(**section_of(FootprintSection, kind, data).model_dump())
+            if footprint.id in footprints:
+                raise BadBackup(f"the backup is damaged: footprint {footprint.id} is in it twice")
+            footprints.add(footprint.id)
+        elif kind == "D" and footprint is not None:
+            footprint = replace(footprint, parts=[*footprint.parts, data])
+        elif kind == "V":
+            if footprints:
+                raise BadBackup("the backup is damaged: a machine comes after the footprints")
             machine = Saved(VmRecord(**section_of(MachineSection, kind, data).model_dump()))
             if machine.record.id in seen:
                 raise BadBackup(f"the backup is damaged: machine {machine.record.id} is in it twice")
             seen.add(machine.record.id)
         elif kind == "E":
-            if section_of(EndSection, kind, data).machines != len(seen):
+            end = section_of(EndSection, kind, data)
+            if end.machines != len(seen):
                 raise BadBackup("the backup is damaged: it has not the machines that it says")
+            if end.footprints != len(footprints):
+                raise BadBackup("the backup is damaged: it has not the footprints that it says")
         elif machine is None:
             raise BadBackup("the backup is damaged: a machine's data come before the machine")
         else:
@@ -233,3 +265,12 @@ def restore_machine(connection: sa.Connection, number: int, machine: Saved, *, r
     change = Change(number, None, placed, lambda: record.head, lambda: iter(machine.blocks), machine.traces, log=log)
     rows.write(connection, change)
     return placed
+
+
+def restore_footprint(connection: sa.Connection, footprint: FootprintRecord) -> None:
+    """Put a footprint into a store that may have it already: none ever changes. Raises BadBackup when the store has
+    another tenant's under its id."""
+    known = footprint_rows.found(connection, [footprint.id])
+    if known and known[0].tenant != footprint.tenant:
+        raise BadBackup(f"footprint {footprint.id} of the backup is one of another tenant in the store")
+    footprint_rows.write(connection, [footprint] if not known else [], [])

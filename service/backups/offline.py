@@ -11,12 +11,13 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from service.backups.files import BadBackup, read_backup, restore_machine, write_backup
+from service.backups.files import BadBackup, read_backup, restore_footprint, restore_machine, write_backup
 from service.platform.failures import Failure, opened
-from service.storage import rows
+from service.storage import footprint_rows, rows
 from service.storage.database import connect, reason_of
 from service.storage.lease import lease_of
 from service.storage.migrate import NewerSchema, migrate, stored_revision
+from service.storage.records import FootprintRecord
 from service.storage.schema import REVISION
 from service.storage.urls import MEMORY, SQLITE, StoreUrl
 
@@ -69,12 +70,15 @@ def _transaction(url: StoreUrl, *, writes: bool) -> Iterator[sa.Connection]:
 def backup(url: StoreUrl, path: Path, vm: str | None) -> int:
     """Write all machines of a store, or the one called ``vm``, to a new file; how many. Raises OfflineError.
 
+    All footprints go with them, or those that were collected beside replays of the one.
+
     A running service goes on: what is written is one state of the store.
     """
     with _transaction(url, writes=False) as connection:
         machines = [record for record in rows.vm_records(connection) if vm in (None, record.id)]
         if vm is not None and not machines:
             raise OfflineError(f"the store has no VM {vm}")
+        footprints = [record for record in footprint_rows.listed(connection, None) if vm in (None, record.vm)]
         if path.exists():
             raise OfflineError(f"{path} exists")
         try:
@@ -83,7 +87,7 @@ def backup(url: StoreUrl, path: Path, vm: str | None) -> int:
             unfinished = Path(name)
             try:
                 with os.fdopen(number, "wb") as file:
-                    write_backup(file, connection, machines)
+                    write_backup(file, connection, machines, footprints)
                     file.flush()
                     os.fsync(file.fileno())
                 unfinished.rename(path)
@@ -97,16 +101,20 @@ def backup(url: StoreUrl, path: Path, vm: str | None) -> int:
 def restore(url: StoreUrl, path: Path, vm: str | None, *, replace: bool) -> list[str]:
     """Put the machines of a backup, or the one called ``vm``, into a store: all of them or none. Their ids.
 
-    The store is made when there is none. Raises OfflineError, also while a service owns the store.
+    Footprints come with them, as in ``backup``. The store is made when there is none. Raises OfflineError, also while
+    a service owns the store.
     """
     restored: list[str] = []
     try:
         with opened(path) as file, _transaction(url, writes=True) as connection:
             number = max((record.number for record in rows.vm_records(connection)), default=0)
-            for machine in read_backup(file):
-                if vm in (None, machine.record.id):
+            for saved in read_backup(file):
+                if isinstance(saved, FootprintRecord):
+                    if vm in (None, saved.vm):
+                        restore_footprint(connection, saved)
+                elif vm in (None, saved.record.id):
                     number += 1
-                    restored.append(restore_machine(connection, number, machine, replace_known=replace).id)
+                    restored.append(restore_machine(connection, number, saved, replace_known=replace).id)
             if vm is not None and not restored:
                 raise OfflineError(f"the backup has no VM {vm}")
     except BadBackup as error:

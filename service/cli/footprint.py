@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from service.cli import show as shows
 from service.cli.commands import AsJson, Group, command
+from service.cli.connection import Service, remote
 from service.cli.progress import ProgressOption, bar
 from service.cli.trace import AddressOption
 from service.cli.trace_options import Columns, Format, FormatOption, Record, RecordOption, SkipUnknown
@@ -40,6 +42,7 @@ class Profile(StrEnum):
     KVM_LATEST = "kvm-latest"
 
 
+_SERVICE = "On a service"
 File = Annotated[Path, typer.Argument(help="A footprint, as `footprint build` writes it.")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="The file to write.")]
 Slots = Annotated[
@@ -237,3 +240,84 @@ def _question(slots: list[str] | None, profile: Profile) -> Question:
     with files.told():
         found.validate()
     return found
+
+
+@command(footprint, "subpage footprint push boot.footprint", panel=_SERVICE)
+@remote
+def push(
+    service: Service,
+    file: Annotated[Path, typer.Argument(help="A footprint, or a trace, which the service reduces.")],
+    level: Annotated[Level | None, typer.Option(help="spans or bytes; of a footprint what it has.")] = None,
+    by: Annotated[str | None, typer.Option(help="time:N (nanoseconds) or records:N, and pc, with a comma.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the trace; by default the file's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a footprint, or that of a trace, on a service; says its id."""
+    with service.client() as client:
+        query = {"level": None if level is None else level.value, "by": by, "name": name or file.name}
+        found = client.create_footprint(file, **query)
+    if as_json:
+        shows.document(found.document)
+        return
+    typer.echo(f"{found.id}: {found['records']:,} accesses in {found['places']:,} places")
+
+
+@command(footprint, "subpage footprint list", name="list", panel=_SERVICE)
+@remote
+def list_(service: Service, as_json: AsJson = False) -> None:
+    """List the footprints that a service keeps, oldest first."""
+    with service.client() as client:
+        found = [item.document for item in client.footprints()]
+    if as_json:
+        shows.document(found)
+        return
+    rows = [
+        (item["id"], shows.moment(item["created"]), item["level"], item["records"], item["places"], _label(item))
+        for item in found
+    ]
+    shows.table(("id", "created", "level", "records", "places", "trace"), rows, right=("records", "places"))
+
+
+@command(footprint, "subpage footprint pull fp_1b7e0c55d2a94f63 -o boot.footprint", panel=_SERVICE)
+@remote
+def pull(
+    service: Service,
+    footprint: Annotated[str, typer.Argument(help="Id of the footprint.")],
+    output: Output,
+    as_json: AsJson = False,
+) -> None:
+    """Get a footprint from a service, to be asked here."""
+    from service.cli.trace_parquet import replacing
+
+    with service.client() as client:
+        found = client.footprint(footprint)
+        content = found.parquet()
+    with replacing(output) as beside:
+        beside.write_bytes(content)
+    if as_json:
+        shows.document({"file": str(output), **found.document})
+        return
+    typer.echo(f"{found['records']:,} accesses in {found['places']:,} places written to {output}")
+
+
+@command(footprint, "subpage footprint delete fp_1b7e0c55d2a94f63", panel=_SERVICE)
+@remote
+def delete(
+    service: Service,
+    footprint: Annotated[str, typer.Argument(help="Id of the footprint.")],
+    as_json: AsJson = False,
+) -> None:
+    """Delete a footprint on a service."""
+    with service.client() as client:
+        client.call("deleteFootprint", path={"footprint": footprint})
+    if as_json:
+        shows.document({"id": footprint, "deleted": True})
+        return
+    typer.echo(f"{footprint} deleted")
+
+
+def _label(found: Mapping[str, Any]) -> str:
+    """What its traces are called."""
+    first = found["traces"][0]
+    more = f" and {found['traces_total'] - 1} more" if found["traces_total"] > 1 else ""
+    return str(first["name"] or first["digest"][:16]) + more

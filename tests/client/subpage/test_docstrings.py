@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import subpage
-from subpage import bitmaps, client, errors, jobs, machines, policies, traces, values
+from subpage import bitmaps, client, errors, footprints, jobs, machines, policies, traces, values
 from subpage.modes import Method
 
 # In this order: the examples of one class build on each other, and a trace is made by those of machines.
-MODULES = (subpage, client, bitmaps, policies, values, machines, traces, jobs, errors)
+MODULES = (subpage, client, bitmaps, policies, values, machines, traces, jobs, footprints, errors)
 # Without an example of their own: what others show, or what needs a library that is optional.
 WITHOUT = {"write_memory", "pandas", "polars"}
 
@@ -60,7 +60,7 @@ def test_the_page(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     known["client"].close()
 
 
-@pytest.mark.parametrize("kind", [subpage.Client, subpage.Vm, subpage.Trace, subpage.Job])
+@pytest.mark.parametrize("kind", [subpage.Client, subpage.Vm, subpage.Trace, subpage.Job, subpage.Footprint])
 def test_every_method_has_an_example(kind: type) -> None:
     methods = {name: value for base in kind.__mro__ for name, value in vars(base).items() if isinstance(value, Method)}
     assert methods

@@ -61,6 +61,8 @@ def test_a_store_of_the_release_before(tmp_path: Path) -> None:
         url,
         "DROP TABLE events",
         "ALTER TABLE vms DROP COLUMN next_event",
+        "DROP TABLE footprint_parts",
+        "DROP TABLE footprints",
         "DROP TABLE answers",
         "DROP TABLE jobs",
         "DROP TABLE tokens",

@@ -1,0 +1,137 @@
+"""Footprints outlive the process, go with backups, and are never there in part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from service.problems import StoreUnavailable
+from service.runtime.stored_repository import StoredRepository
+from tests.faults.kill import wait_until_ready
+from tests.faults.nursery import nursery
+from tests.support.bodies import packed, table
+from tests.support.http import done, key, new_vm
+from tests.support.job_calls import ASYNC, ended
+from tests.support.stores import command, rows_in, section, serving
+
+BODY = packed(table(gpa=[0x1000, 0x1000, 0x2080]))
+POLICY = {"name": "p", "objects": [{"name": "o", "gpa": 0x2080, "size": 64}]}
+PARQUET = {"Accept": "application/vnd.apache.parquet"}
+
+
+def made(client: httpx2.Client, query: str = "level=bytes", **headers: str) -> dict[str, Any]:
+    url = f"/v1/footprints?{BODY.query}&{query}"
+    return done(client.post(url, content=BODY.content, headers=BODY.headers | headers))
+
+
+def seen(client: httpx2.Client) -> list[Any]:
+    """What a client sees of all footprints."""
+    found = client.get("/v1/footprints").json()["footprints"]
+    paths = [f"/v1/footprints/{item['id']}" for item in found]
+    costs = [client.post(f"{path}/costs", json={"policies": [POLICY]}).json() for path in paths]
+    return [found, costs, [client.get(path, headers=PARQUET).content for path in paths]]
+
+
+def beside(client: httpx2.Client, vm: str, query: str = "footprint=spans", **headers: str) -> httpx2.Response:
+    url = f"{vm}/traces?{BODY.query}&{query}"
+    return client.post(url, content=BODY.content, headers=BODY.headers | headers)
+
+
+def test_they_are_known_after_a_restart(store_url: str) -> None:
+    with serving(store_url) as service:
+        client = service.client
+        vm = new_vm(client)
+        one = made(client)
+        result = done(beside(client, vm))
+        job = ended(
+            client,
+            client.post(f"/v1/footprints?{BODY.query}", content=BODY.content, headers=BODY.headers | ASYNC).headers[
+                "Location"
+            ],
+        )
+        before = seen(client)
+        assert [item["id"] for item in before[0]] == [one["id"], result["footprint"], job["result"].rpartition("/")[2]]
+        answered = made(client, **key("again"))
+    with serving(store_url) as service:
+        client = service.client
+        after = seen(client)
+        assert made(client, **key("again")) == answered
+        assert [part[:3] for part in after] == before and after[0][3]["id"] == answered["id"]
+        assert client.get(f"{vm}/traces/{result['id']}/pages").json()["total"] == 2
+        assert client.get(f"/v1/jobs/{job['id']}").json()["result"] == job["result"]
+        client.delete(vm)
+        assert client.get(f"/v1/footprints/{result['footprint']}").status_code == 200, "it is its tenant's"
+        assert client.delete(f"/v1/footprints/{one['id']}").status_code == 204
+    assert rows_in(store_url, "footprints") == 3 and rows_in(store_url, "footprint_parts") == 3
+
+
+def test_old_ones_go(store_url: str) -> None:
+    with serving(store_url, kept_footprints=2) as service:
+        ids = [made(service.client)["id"] for _ in range(3)]
+        ids.append(done(beside(service.client, new_vm(service.client)))["footprint"])
+        assert [item["id"] for item in service.client.get("/v1/footprints").json()["footprints"]] == ids[2:]
+    assert rows_in(store_url, "footprints") == 2 and rows_in(store_url, "footprint_parts") == 2
+
+
+def test_a_commit_that_fails_leaves_nothing(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(store_url) as service:
+        client = service.client
+        vm = new_vm(client)
+        made(client)
+
+        async def fails(self: StoredRepository, *arguments: Any, **more: Any) -> None:
+            raise StoreUnavailable("not now; nothing was changed")
+
+        monkeypatch.setattr(StoredRepository, "_store", fails)
+        url = f"/v1/footprints?{BODY.query}"
+        assert client.post(url, content=BODY.content, headers=BODY.headers).status_code == 503
+        assert beside(client, vm).status_code == 503
+        listed = client.get("/v1/footprints").json()["footprints"]
+        assert client.delete(f"/v1/footprints/{listed[0]['id']}").status_code == 503
+        monkeypatch.undo()
+        assert client.get("/v1/footprints").json()["footprints"] == listed and len(listed) == 1
+        assert client.get(vm).json()["revision"] == 1
+
+
+def test_kill_keeps_what_was_acknowledged(store_url: str) -> None:
+    with nursery() as home:
+        server = home.start(store=store_url)
+        wait_until_ready(server)
+        with httpx2.Client(base_url=server.url, timeout=60.0) as http:
+            vm = new_vm(http)
+            kept = [made(http)["id"], done(beside(http, vm))["footprint"]]
+            before = seen(http)
+        server.kill()
+        server = home.start(store=store_url)
+        wait_until_ready(server)
+        with httpx2.Client(base_url=server.url, timeout=60.0) as http:
+            assert [item["id"] for item in seen(http)[0]] == kept and seen(http) == before
+
+
+def test_backups_have_them(store_url: str, tmp_path: Path) -> None:
+    with serving(store_url) as service:
+        vm, other = new_vm(service.client), new_vm(service.client)
+        ids = [made(service.client)["id"], *(done(beside(service.client, url))["footprint"] for url in (vm, other))]
+        before = seen(service.client)
+        whole, one = tmp_path / "whole.backup", tmp_path / "one.backup"
+        assert command("backup", whole, "--store", store_url).exit_code == 0
+        assert command("backup", one, "--vm", vm.rpartition("/")[2], "--store", store_url).exit_code == 0
+    for file, kept in ((whole, ids), (one, ids[1:2])):
+        url = f"sqlite:///{tmp_path}/{file.stem}.db"
+        for again in ((), ("--replace",)):
+            assert command("restore", file, *again, "--store", url).exit_code == 0
+            with serving(url) as service:
+                assert [item["id"] for item in service.client.get("/v1/footprints").json()["footprints"]] == kept
+                if file is whole:
+                    assert seen(service.client) == before
+    data = whole.read_bytes()
+    cut = data[: data.rindex(b"PAR1")]
+    damaged = tmp_path / "damaged.backup"
+    damaged.write_bytes(cut)
+    assert "was cut" in command("restore", damaged, "--store", f"sqlite:///{tmp_path}/none.db").output
+    body = b'{"machines": 0, "footprints": 1}'
+    damaged.write_bytes(data[:12] + section(b"E", body))
+    assert "not the footprints" in command("restore", damaged, "--store", f"sqlite:///{tmp_path}/none.db").output
