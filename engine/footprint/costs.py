@@ -272,8 +272,20 @@ def _first(rank: int) -> First | None:
     return None if rank in (NEVER, UNKNOWN) else First(rank >> INDEX_BITS, rank & (1 << INDEX_BITS) - 1)
 
 
+class Outcome(NamedTuple):
+    """Masks over the places of a footprint: those that violate, and those that page granularity would have stopped."""
+
+    refused: NDArray[np.bool_]
+    page_granular: NDArray[np.bool_]
+
+
 def refused_places(footprint: Footprint, policy: Protection, question: Question | None = None) -> NDArray[np.bool_]:
     """Which places of a footprint violate under a policy. Raises what ``Costs`` and its ``of`` do."""
+    return outcome(footprint, policy, question).refused
+
+
+def outcome(footprint: Footprint, policy: Protection, question: Question | None = None) -> Outcome:
+    """What becomes of the places of a footprint under a policy. Raises what ``Costs`` and its ``of`` do."""
     question = question or Question()
     question.validate()
     validate(policy, WIDTH)
@@ -285,7 +297,9 @@ def refused_places(footprint: Footprint, policy: Protection, question: Question 
     refused = found.plain & touched(covered, first, last)
     refused |= found.paging & touched(pages, first >> _PAGE, last >> _PAGE)
     refused[mixed.at] = _refused(mixed, covered, pages)
-    return refused
+    page_granular = found.guarded & touched(pages, first >> _PAGE, last >> _PAGE)
+    page_granular[mixed.at] |= refused[mixed.at] & ~mixed.writes
+    return Outcome(refused, page_granular)
 
 
 def _refused(mixed: Mixed, covered: tuple[Numbers, Numbers], pages: tuple[Numbers, Numbers]) -> NDArray[np.bool_]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from engine.arch import access as acc
 from engine.errors import InvalidValue
+from engine.footprint.costs import Outcome
 from engine.footprint.intervals import Numbers
 from engine.footprint.places import Footprint
 
@@ -50,6 +51,25 @@ def pages(footprint: Footprint, refused: Mask | None = None) -> Counts:
 def timeline(footprint: Footprint, refused: Mask | None = None) -> Counts:
     """By bucket, those without an access left out. Raises InvalidValue where places are not apart by them."""
     return _counted(_there(footprint.bucket, "time or records"), footprint, None, refused, None)
+
+
+class Bucket(NamedTuple):
+    """Its number, and what a policy costs in it."""
+
+    bucket: int
+    violations: int
+    page_granular_violations: int
+
+
+def costs_over_time(footprint: Footprint, found: Outcome) -> list[Bucket]:
+    """What a policy costs by bucket, those in which it costs nothing left out. Raises as ``timeline`` does."""
+    bucket, count = _there(footprint.bucket, "time or records"), footprint.count
+    taken = found.refused | found.page_granular
+    keys, place = np.unique(bucket[taken], return_inverse=True)
+    sums = [np.zeros(len(keys), dtype=np.int64) for _ in found]
+    for total, mask in zip(sums, found, strict=True):
+        np.add.at(total, place, np.where(mask[taken], count[taken], 0))
+    return [Bucket(*row) for row in zip(keys.tolist(), *(total.tolist() for total in sums), strict=True)]
 
 
 def writers(footprint: Footprint, refused: Mask | None = None) -> Counts:

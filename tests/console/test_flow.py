@@ -65,6 +65,7 @@ def test_by_keyboard_from_a_trace_to_a_comparison(visit: Visit, service: Running
     replay()
     expect(page.get_by_role("heading", name=re.compile("32.* times as many exits"))).to_be_visible()
     expect(page.get_by_role("heading", name="4 exits")).to_be_visible()
+    expect(page.get_by_role("region", name="Timeline").get_by_text("with whole pages")).to_be_visible()
     traces = service.client.get(f"{vm}/traces").json()["traces"]
     assert [trace["violations"] for trace in traces] == [0, 4]
 

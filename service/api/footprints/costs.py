@@ -10,9 +10,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.errors import EngineError, LimitExceeded
-from engine.footprint.costs import Cost
+from engine.footprint.costs import Cost, outcome
 from engine.footprint.places import Origin
 from engine.footprint.question import Question
+from engine.footprint.summaries import costs_over_time
 from engine.kvm.protections import MAX_PAGES
 from engine.kvm.protections import Protection as EngineProtection
 from engine.kvm.slots import SlotSpec
@@ -22,13 +23,14 @@ from service.api.footprints.footprints import FootprintId
 from service.api.protection.policies import EXAMPLE, ProtectionRequest
 from service.http.route import permission
 from service.http.wire_types import Document, Hex64, examples
-from service.problems import ServiceError
+from service.problems import InvalidDocument, ServiceError
 from service.runtime.footprint_documents import NO_SLOTS, asked, costed
 from service.runtime.footprints import Asked
 
 routes = router("footprints", "/v1/footprints/{footprint}/costs", reads="read", writes="write")
 
 _MOST_POLICIES = 1 << 17
+_MOST_BUCKETS = 10_000
 _SLOT = {"gpa": "0x0", "size": "0x40000000", "read_only": False, "host_page_size": 4096}
 _OBJECT = {"subpages": 3, "violations": 12, "collateral": 12, "first_index": 4711, "first_trace": "boot"}
 _COST = {
@@ -42,6 +44,7 @@ _COST = {
     "first_trace": "boot",
     "subpages": 3,
     "pages": 1,
+    "timeline": None,
 }
 
 
@@ -68,6 +71,9 @@ class CostsRequest(Document):
         None, max_length=512, description="Null: every place is writable memory."
     )
     profile: ProfileName = Field("kvm-2019", description="Which KVM.")
+    timeline: bool = Field(
+        False, description="Also by bucket, of one policy: the footprint was made with `by=time:N` or `by=records:N`."
+    )
 
 
 class ObjectCost(Document):
@@ -80,6 +86,14 @@ class ObjectCost(Document):
     )
     first_index: int | None = Field(description="The first such access; null if there is none or it is not known.")
     first_trace: str | None = Field(description="The trace that it is in: its label, or its digest.")
+
+
+class BucketCost(Document):
+    """What one policy costs in a bucket of time, or of records."""
+
+    bucket: int = Field(description="Its number: the time, or the index of the record, by the size of a bucket.")
+    violations: int = Field(description="Accesses that sub-page protection refuses.")
+    page_granular_violations: int = Field(description="Writes that plain EPT write protection would have refused.")
 
 
 class PolicyCost(Document):
@@ -97,6 +111,9 @@ class PolicyCost(Document):
     first_trace: str | None = Field(description="The trace that it is in: its label, or its digest.")
     subpages: int = Field(description="Distinct sub-pages that the policy covers.")
     pages: int = Field(description="Distinct pages with one of them.")
+    timeline: list[BucketCost] | None = Field(
+        None, description="By bucket, those in which it costs nothing left out; null where it was not asked for."
+    )
 
 
 class Costs(Document):
@@ -142,12 +159,14 @@ async def cost_policies(request: Request, footprint: FootprintId, body: CostsReq
     if len(body.policies) > most:
         rule = f"must be at most {most} policies: ask for the others in another call"
         raise LimitExceeded(rule, field="max_policies", value=len(body.policies))
+    if body.timeline and len(body.policies) > 1:
+        raise InvalidDocument("must be false where there is more than one policy", field="timeline", value=True)
     slots = body.memory_slots
     question = Question(None if slots is None else tuple(_spec(*item) for item in enumerate(slots)), body.profile)
     question.validate()
     replaying = replaying_of(request)
     async with footprints_of(request).asked(tenant, footprint) as known:
-        content = await replaying.compute(tenant, lambda: _answer(known, question, body.policies))
+        content = await replaying.compute(tenant, lambda: _answer(known, question, body.policies, body.timeline))
     return Response(content, media_type="application/json")
 
 
@@ -155,7 +174,7 @@ def _spec(number: int, slot: AssumedSlot) -> SlotSpec:
     return SlotSpec(number, slot.gpa, slot.size, slot.read_only, slot.host_page_size)
 
 
-def _answer(known: Asked, question: Question, given: Sequence[ProtectionRequest]) -> bytes:
+def _answer(known: Asked, question: Question, given: Sequence[ProtectionRequest], timeline: bool) -> bytes:
     """The reply, in a thread."""
     policies = [_policy(number, policy) for number, policy in enumerate(given)]
     pages = sum(item.npages for policy in policies for item in policy.ranges)
@@ -169,7 +188,18 @@ def _answer(known: Asked, question: Question, given: Sequence[ProtectionRequest]
             error.field = f"policies[0].{error.field}"
         raise
     rows = [_row(known.footprint.origins, policy.name, cost) for policy, cost in zip(policies, costs, strict=True)]
+    if timeline:
+        rows[0]["timeline"] = _timeline(known, policies[0], question)
     return encode({**asked(question), "costs": rows})
+
+
+def _timeline(known: Asked, policy: EngineProtection, question: Question) -> list[dict[str, int]]:
+    """Raises InvalidValue where there are no buckets, LimitExceeded where there are too many."""
+    buckets = costs_over_time(known.footprint, outcome(known.footprint, policy, question))
+    if len(buckets) > _MOST_BUCKETS:
+        rule = f"must be false where a policy costs something in more than {_MOST_BUCKETS} buckets: make them larger"
+        raise LimitExceeded(rule, field="timeline", value=len(buckets))
+    return [bucket._asdict() for bucket in buckets]
 
 
 def _policy(number: int, policy: ProtectionRequest) -> EngineProtection:
@@ -181,4 +211,4 @@ def _policy(number: int, policy: ProtectionRequest) -> EngineProtection:
 
 
 def _row(origins: Sequence[Origin], name: str, cost: Cost) -> dict[str, Any]:
-    return {"name": name, **costed(origins, cost)}
+    return {"name": name, **costed(origins, cost), "timeline": None}

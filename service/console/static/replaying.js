@@ -21,6 +21,16 @@ export function sentAs(name, { format = "", record = "" } = {}) {
   return { media: "application/octet-stream", query: { format: "auto" } };
 }
 
+// Bytes of a record, about; and in how many parts of the trace its map is told apart.
+const RECORD_BYTES = { ".parquet": 2, ".arrow": 9, ".arrows": 9 };
+const BUCKETS = 250;
+
+/** The query that keeps where a trace of this file writes, by parts of it. */
+export function keeping(file) {
+  const suffix = /\.[a-z0-9]+$/i.exec(file.name)?.[0].toLowerCase() ?? "";
+  return { footprint: "spans", footprint_by: `records:${Math.max(1, Math.ceil(file.size / (RECORD_BYTES[suffix] ?? 20) / BUCKETS))}` };
+}
+
 const pause = (milliseconds, signal) => new Promise((resolve, reject) => {
   const timer = setTimeout(resolve, milliseconds);
   signal?.addEventListener("abort", () => { clearTimeout(timer); reject(new DOMException("cancelled", "AbortError")); }, { once: true });

@@ -7,10 +7,10 @@ import pytest
 
 from engine.errors import InvalidValue
 from engine.footprint.build import Builder
-from engine.footprint.costs import refused_places
+from engine.footprint.costs import outcome, refused_places
 from engine.footprint.places import BYTES, LEVELS, By, Footprint, Origin
 from engine.footprint.question import Question
-from engine.footprint.summaries import Counts, pages, timeline, writers
+from engine.footprint.summaries import Counts, costs_over_time, pages, timeline, writers
 from engine.kvm.protections import ProtectedObject, Protection
 from engine.kvm.slots import SlotSpec
 from engine.trace.columns import TraceChunk
@@ -51,18 +51,27 @@ def test_by_bucket_and_by_writer() -> None:
     assert rows(writers(found))[0] == (7, 3, 3, 0)
 
 
+def test_costs_by_bucket() -> None:
+    """The second record comes to a page that whole pages would guard."""
+    found = apart()
+    assert costs_over_time(found, outcome(found, POLICY)) == [(0, 0, 1), (3, 2, 2)]
+    with pytest.raises(InvalidValue, match="must have been made by"):
+        costs_over_time(footprint_of(RECORDS, BYTES), outcome(footprint_of(RECORDS, BYTES), POLICY))
+
+
 @pytest.mark.parametrize("counted", [timeline, writers])
 def test_what_places_are_not_apart_by_cannot_be_told(counted: object) -> None:
     with pytest.raises(InvalidValue, match="must have been made by"):
         counted(footprint_of(RECORDS, BYTES))  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_violations_of_places_are_those_of_a_replay(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(12))
+def test_what_becomes_of_places_is_what_a_replay_counts(seed: int) -> None:
     made = scene(seed, "kvm-2019")
     found = footprint_of(made.records, BYTES)
-    refused = refused_places(found, made.policy, made.question)
-    assert int(found.count[refused].sum()) == replayed(made.question, made.policy, made.records).violations
+    sums = [int(found.count[mask].sum()) for mask in outcome(found, made.policy, made.question)]
+    result = replayed(made.question, made.policy, made.records)
+    assert sums == [result.violations, result.page_granular_violations]
 
 
 def test_a_question_that_cannot_be_answered_is_refused_with_the_reason() -> None:

@@ -94,6 +94,8 @@ export async function show({ root, params, query, signal }) {
 }
 
 /** The slot that a page is in. */
+/** The slots as costs of policies are asked for. */
+export const assumedSlots = (vm) => vm.memory_slots.filter((slot) => slot.address_space === 0).map(({ gpa, size, read_only, host_page_size }) => ({ gpa, size, read_only, host_page_size }));
 export const slotOf = (vm, gfn) => vm.memory_slots.find((slot) => gfn * 4096 >= Number(slot.gpa) && gfn * 4096 < Number(slot.gpa) + Number(slot.size));
 
 /** Where a slot lies, for people. */

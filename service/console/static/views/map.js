@@ -5,7 +5,7 @@ import { bytes, count, hex, parseAddress, plural } from "../format.js";
 import { bitsText, exitsOf } from "../exits.js";
 import { PageMap } from "../pagemap.js";
 import { Heatmap } from "../heatmap.js";
-import { slotOf, slotText } from "./machine.js";
+import { assumedSlots, slotOf, slotText } from "./machine.js";
 import * as api from "../api.js";
 
 export async function show({ root, machine, query, signal }) {
@@ -96,15 +96,15 @@ export async function show({ root, machine, query, signal }) {
       if (wanted !== footprint) return;
       heat.changed();
       table.update();
+      if (heat.cursor) heat.goTo(heat.cursor.gfn, heat.cursor.s, true); // other rows are around it now
     } catch (error) { if (!api.isAbort(error)) toast(machine.guard(error).message, "bad"); }
   }
 
   /** How many writes of the trace denying one sub-page would refuse, from the trace's footprint; null without one. */
   async function costOf(gfn, s) {
     if (!footprint) return null;
-    const memory_slots = machine.vm.memory_slots.filter((slot) => slot.address_space === 0).map(({ gpa, size, read_only, host_page_size }) => ({ gpa, size, read_only, host_page_size }));
     const objects = [{ name: "here", gpa: hex(gfn * 4096 + s * 128), size: 128 }];
-    const asked = { policies: [{ name: "this-sub-page", objects }], memory_slots, profile: machine.vm.profile };
+    const asked = { policies: [{ name: "this-sub-page", objects }], memory_slots: assumedSlots(machine.vm), profile: machine.vm.profile };
     try {
       return (await api.call("POST", `/v1/footprints/${footprint}/costs`, { json: asked, signal })).costs[0];
     } catch (error) {

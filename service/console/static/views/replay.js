@@ -1,18 +1,21 @@
 // Replay: drop a trace, follow it, and look at what came of it.
 
 import { h, fill, add, field, icon, select, problemBox, toast, tableScroll } from "../dom.js";
-import { ago, count, plural, seconds, short } from "../format.js";
-import { replayFile } from "../replaying.js";
+import { ago, count, hex, plural, seconds, short } from "../format.js";
+import { keeping, replayFile } from "../replaying.js";
 import { exitsOf } from "../exits.js";
 import { hero, objectTable, writerTable, totals } from "../results.js";
 import { timeline } from "../timeline.js";
 import { exitTable } from "../exittable.js";
 import { go } from "../app.js";
+import { PageMap } from "../pagemap.js";
+import { assumedSlots } from "./machine.js";
 import * as api from "../api.js";
 
 const FORMATS = [["", "by name or content"], "lackey", "drmemtrace", "execlog", "bochs", "gem5", "champsim", "ftrace", "perf-script", "perf-mem", "hyperdbg", "csv"];
 const RECORDS = [["", "no"], "gpa8", "record16"];
 const ANSWERS = [["skip", "is dropped, the guest goes on"], ["allow", "lands once"], ["grant", "opens its sub-pages"], ["stop", "ends the replay"], ["ask", "is asked of the attached tools"]];
+const MOST_PAGES = 65536; // of a policy that is asked about
 const PARTIAL = new Set(["stop", "ask"]); // such a replay may end before its trace: it has no footprint
 
 export async function show({ root, machine, rest, signal }) {
@@ -47,7 +50,7 @@ function dropPanel(machine, signal) {
     cancel.onclick = () => { stop.abort(); fill(status, "Calling it off…"); };
     bar.removeAttribute("value");
     try {
-      const id = await replayFile(machine.id, file, { format: format.value, record: record.value, query: { on_violation: answer.value, footprint: where.checked && !PARTIAL.has(answer.value) && "spans" } }, {
+      const id = await replayFile(machine.id, file, { format: format.value, record: record.value, query: { on_violation: answer.value, ...(where.checked && !PARTIAL.has(answer.value) && keeping(file)) } }, {
         signal, cancel: stop.signal,
         progress: ({ text, part }) => { fill(status, text); if (part === null) bar.removeAttribute("value"); else bar.value = part; },
       });
@@ -65,7 +68,7 @@ function dropPanel(machine, signal) {
 
   return h("section", { class: "panel", "aria-label": "Replay a trace" }, h("h2", {}, "Replay a trace"), zone,
     h("div", { class: "fields" }, field("A refused write", answer), field("Format", format), field("Packed records", record)),
-    h("label", { class: "check small" }, where, "Keep where it wrote, for the map and for what a denial would cost"));
+    h("label", { class: "check small" }, where, "Keep where it wrote: for the map, for what a denial would cost, and for what whole pages cost over time"));
 }
 
 // ---- what it is held against
@@ -116,13 +119,33 @@ function list(machine, traces) {
 
 // ---- a result
 
+/** What whole pages would have cost, by parts of the trace: null without a footprint, or where the policy is another by now. */
+async function wholePages(machine, trace, signal) {
+  if (!trace.footprint || !trace.page_granular_violations) return null;
+  const about = await api.get(`/v1/footprints/${trace.footprint}`, { signal });
+  if (!about.by.records) return null;
+  const cost = await costNow(machine, trace.footprint, signal);
+  const same = cost && ["violations", "page_granular_violations"].every((total) => cost[total] === trace[total]);
+  return same ? { width: about.by.records, buckets: cost.timeline } : null;
+}
+
+/** What all that the machine's map denies would cost on a footprint; null where that cannot be told. */
+async function costNow(machine, footprint, signal) {
+  const map = new PageMap(machine);
+  await map.load(signal);
+  const pages = [...map.words].map(([gfn, word]) => [gfn, 1, hex(word >>> 0)]);
+  if (!pages.length || pages.length > MOST_PAGES) return null;
+  const asked = { policies: [{ name: "now", pages }], memory_slots: assumedSlots(machine.vm), profile: machine.vm.profile, timeline: true };
+  return (await api.call("POST", `/v1/footprints/${footprint}/costs`, { json: asked, signal })).costs[0];
+}
+
 async function showResult({ root, machine, id, signal }) {
   const trace = await api.get(`${machine.path}/traces/${encodeURIComponent(id)}`, { signal });
   const exits = exitsOf(machine.id, trace.id, trace.violations);
   const columns = h("div", { class: "columns" });
   const range = { from: -Infinity, to: Infinity, object: "" };
   const table = exitTable(machine, exits, range, signal);
-  const chart = timeline(trace, exits, (from, to) => { range.from = from; range.to = to; table.filter(); }, signal);
+  const chart = timeline(trace, exits, wholePages(machine, trace, signal), (from, to) => { range.from = from; range.to = to; table.filter(); }, signal);
   const chooseObject = (name) => { range.object = range.object === name ? "" : name; table.filter(); chart.object(range.object); objects.mark(range.object); };
   const objects = objectTable(trace, chooseObject);
   exits.watch(() => fill(columns, objects.element, exits.writers.texts.length > 1 && writerTable(exits)), signal);
@@ -130,7 +153,7 @@ async function showResult({ root, machine, id, signal }) {
     h("div", { class: "spread" }, h("p", {}, h("a", { href: `#/vms/${machine.id}/replay` }, "All results"), h("span", { class: "muted mono small" }, `  ${trace.id}`)),
       h("div", { class: "actions" }, h("a", { class: "button", href: `#/vms/${machine.id}/map?trace=${trace.id}` }, "Show on the map"), h("a", { class: "button", href: `#/compare?a=${machine.id}/${trace.id}` }, "Compare with…"))),
     hero(trace), totals(trace),
-    trace.violations > 0 && h("section", { class: "panel", "aria-label": "Timeline" }, h("header", {}, h("h2", {}, "Refused writes over the trace"), chart.tools), chart.element),
+    trace.violations > 0 && h("section", { class: "panel", "aria-label": "Timeline" }, h("header", {}, h("h2", {}, "Refused writes over the trace"), chart.tools), chart.element, chart.legend),
     columns,
     trace.violations > 0 && table.element,
   ]);

@@ -171,6 +171,12 @@ def test_beside_a_replay(client: ContractClient, vm: str, level: str) -> None:
     assert client.get(f"{trace}/writers?limit=1").json()["writers"] == [{"pc": "0x7", "accesses": 9, "writes": 8}]
     cost = ask(client, found["id"], POLICY, memory_slots=SLOTS).json()["costs"][0]
     assert cost["violations"] == result["violations"] and cost["first_trace"] == result["id"]
+    assert cost["timeline"] is None
+    timed = ask(client, found["id"], POLICY, memory_slots=SLOTS, timeline=True).json()["costs"][0]["timeline"]
+    for total in ("violations", "page_granular_violations"):
+        assert sum(bucket[total] for bucket in timed) == result[total] > 0
+    reply = ask(client, found["id"], POLICY, {**POLICY, "name": "q"}, timeline=True)
+    assert reply.status_code == 422 and reply.json()["field"] == "timeline"
     for name in ("pages", "timeline", "writers"):
         reply = client.get(f"{vm}/traces/{plain['id']}/{name}")
         assert reply.status_code == 404 and "footprint=spans" in reply.json()["rule"]
