@@ -5,7 +5,7 @@ import { ago, bytes, count, hex, parseSize, plural } from "../format.js";
 import { VirtualList } from "../virtual.js";
 import { go } from "../app.js";
 import * as api from "../api.js";
-import { replayFile } from "../replaying.js";
+import { keeping, replayFile } from "../replaying.js";
 
 const memoryOf = (vm) => vm.memory_slots.reduce((sum, slot) => sum + Number(slot.size), 0);
 
@@ -78,7 +78,7 @@ function welcome(signal) {
       say("Fetching 16 million recorded writes of a Linux boot…");
       const body = await api.octets("/console/samples/boot.parquet", { signal });
       const file = new File([body], "boot.parquet");
-      const result = await replayFile(vm.id, file, {}, { signal, progress: (stage) => { say(stage.text); if (stage.part === null) bar.removeAttribute("value"); else bar.value = stage.part; } });
+      const result = await replayFile(vm.id, file, { query: keeping(file) }, { signal, progress: (stage) => { say(stage.text); if (stage.part === null) bar.removeAttribute("value"); else bar.value = stage.part; } });
       go(`/vms/${vm.id}/replay/${result}`);
     } catch (error) {
       if (api.isAbort(error)) return;
