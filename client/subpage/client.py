@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from subpage.core import Core
@@ -12,7 +12,7 @@ from subpage.html import Document
 from subpage.jobs import AsyncJob, Job, JobOperations
 from subpage.machines import AsyncVm, Vm, VmOperations
 from subpage.modes import Awaiting, Blocking, operation, run, stream
-from subpage.transports import AsyncTransport, BlockingTransport, Transport
+from subpage.transports import AWAITING, BLOCKING, Transport, Way
 from subpage.values import ioctl_request, size_of
 from subpage.wire import Pieces, Reply
 
@@ -23,16 +23,11 @@ URL = "http://127.0.0.1:8000"
 
 
 class ClientOperations(Generic[V, J]):
-    """One service, for one token.
-
-    ``ca``: a PEM file of the authorities to trust, where it is not one that the system trusts. ``timeout``: seconds
-    for a connection, and without a byte of a reply. ``patience``: for how many seconds a call that failed for a passing
-    reason is tried again; a POST has an idempotency key then, so that it is not done twice. ``most_bytes``: of a reply.
-    """
+    """What both clients do."""
 
     _vm: type[V]
     _job: type[J]
-    _carrier: Any
+    _way: Way
 
     def __init__(
         self,
@@ -44,8 +39,8 @@ class ClientOperations(Generic[V, J]):
         patience: float = 15.0,
         most_bytes: int = 1 << 30,
     ) -> None:
-        carrier: Transport = self._carrier(url, ca, timeout)
-        self._core = Core(url, token, carrier, timeout=timeout, patience=patience, most_bytes=most_bytes)
+        transport = Transport(self._way, url, ca, timeout)
+        self._core = Core(url, token, transport, timeout=timeout, patience=patience, most_bytes=most_bytes)
 
     @property
     def url(self) -> str:
@@ -75,14 +70,13 @@ class ClientOperations(Generic[V, J]):
         return await self._core.call(operation_id, path=path, query=query, again=again, **options)
 
     @stream("listVms")
-    async def vms(self) -> AsyncGenerator[V, None]:
+    def vms(self) -> AsyncGenerator[V, None]:
         """The machines of the tenant, oldest first. ::
 
         >>> vm.id in [machine.id for machine in client.vms()]
         True
         """
-        async for found in self._core.pages("listVms", "vms"):
-            yield self._vm(self._core, found)
+        return self._core.pages("listVms", "vms", partial(self._vm, self._core))
 
     @operation("getVm")
     async def vm(self, id: str) -> V:
@@ -114,15 +108,14 @@ class ClientOperations(Generic[V, J]):
         return self._vm(self._core, await self._core.document("createVm", json=document))
 
     @stream("listJobs")
-    async def jobs(self) -> AsyncGenerator[J, None]:
+    def jobs(self) -> AsyncGenerator[J, None]:
         """The jobs of the tenant, oldest first. ::
 
         >>> job = vm.submit([{"gpa": 0x10040}])
         >>> job.id in [job.id for job in client.jobs()]
         True
         """
-        async for found in self._core.pages("listJobs", "jobs"):
-            yield self._job(self._core, found)
+        return self._core.pages("listJobs", "jobs", partial(self._job, self._core))
 
     @operation("getJob")
     async def job(self, id: str) -> J:
@@ -140,7 +133,7 @@ class ClientOperations(Generic[V, J]):
         >>> client.version()["name"]
         'subpage'
         """
-        return Document(await self._core.document("getVersion"))
+        return await self._core.document("getVersion")
 
     @operation("getCapabilities")
     async def capabilities(self) -> Document:
@@ -149,7 +142,7 @@ class ClientOperations(Generic[V, J]):
         >>> client.capabilities()["profiles"]
         ['kvm-2019', 'kvm-latest']
         """
-        return Document(await self._core.document("getCapabilities"))
+        return await self._core.document("getCapabilities")
 
     @operation("getReadyz")
     async def ready(self) -> bool:
@@ -169,7 +162,7 @@ class ClientOperations(Generic[V, J]):
         """
         query = {"profile": members.pop("profile", None)}
         document = ioctl_request(data, members)
-        return Document(await self._core.document("callSystemIoctl", path={"name": name}, query=query, json=document))
+        return await self._core.document("callSystemIoctl", path={"name": name}, query=query, json=document)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.url}>"
@@ -189,7 +182,7 @@ class Client(ClientOperations[Vm, Job], Blocking):
         'subpage'
     """
 
-    _vm, _job, _carrier = Vm, Job, BlockingTransport
+    _vm, _job, _way = Vm, Job, BLOCKING
 
     def close(self) -> None:
         """Close its connections."""
@@ -198,7 +191,7 @@ class Client(ClientOperations[Vm, Job], Blocking):
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
@@ -212,7 +205,7 @@ class AsyncClient(ClientOperations[AsyncVm, AsyncJob], Awaiting):
     'subpage'
     """
 
-    _vm, _job, _carrier = AsyncVm, AsyncJob, AsyncTransport
+    _vm, _job, _way = AsyncVm, AsyncJob, AWAITING
 
     async def aclose(self) -> None:
         """Close its connections."""
@@ -221,7 +214,5 @@ class AsyncClient(ClientOperations[AsyncVm, AsyncJob], Awaiting):
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()

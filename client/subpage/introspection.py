@@ -9,7 +9,6 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 from subpage.core import Core, filled
@@ -225,7 +224,7 @@ class Tool(_Tool):
     def __enter__(self) -> Tool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: object, *rest: object) -> None:
         self.close()
         if kind is None:
             self._raise()
@@ -268,9 +267,7 @@ class AsyncTool(_Tool):
         if self._serving is not None:
             await asyncio.shield(self._serving)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: object, *rest: object) -> None:
         self._ending = True
         if self._socket is not None:
             await self._socket.close()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 from subpage.bitmaps import Bitmap, to_wire
 from subpage.bodies import OCTETS, TEXT, Body, body_of
-from subpage.core import Core
 from subpage.errors import BadInput
 from subpage.events import following
-from subpage.html import Document, of_members
+from subpage.handles import Handle
+from subpage.html import Document
 from subpage.introspection import AsyncTool, Handler, Tool
 from subpage.jobs import AsyncJob, Job, JobOperations
 from subpage.modes import Awaiting, Blocking, operation, stream
@@ -21,35 +22,23 @@ from subpage.traces import AsyncTrace, Trace, TraceOperations
 from subpage.values import address, ioctl_request
 from subpage.wire import Reply
 
+_OCTETS = {"Accept": OCTETS}
+
 R = TypeVar("R", bound=TraceOperations)
 J = TypeVar("J", bound=JobOperations[Any])
 
 
-class VmOperations(Generic[R, J]):
-    """One machine. ``document`` is what was last read of it; items are its members."""
+class VmOperations(Handle, Generic[R, J]):
+    """One machine."""
 
+    _names: ClassVar = {"vm": "id"}
     _trace: type[R]
     _job: type[J]
-
-    def __init__(self, core: Core, found: Mapping[str, Any]) -> None:
-        self._core, self.document = core, Document(found)
-        self._place = {"vm": self.document["id"]}
-
-    @property
-    def id(self) -> str:
-        """Its id, ``vm_…``."""
-        return str(self.document["id"])
 
     @property
     def name(self) -> str:
         """Its label."""
         return str(self.document["name"])
-
-    def __getitem__(self, member: str) -> Any:
-        return self.document[member]
-
-    async def _document(self, operation_id: str, **options: Any) -> Document:
-        return Document(await self._core.document(operation_id, path=self._place | options.pop("path", {}), **options))
 
     # The machine itself
 
@@ -60,8 +49,19 @@ class VmOperations(Generic[R, J]):
         >>> vm.call("getTlb", path={"n": 0}).status
         200
         """
-        again = not callable(options.get("content"))
-        return await self._core.call(operation_id, path={**self._place, **(path or {})}, again=again, **options)
+        return await self._call(operation_id, path=path, again=not callable(options.get("content")), **options)
+
+    @operation("cloneVm")
+    async def clone(self, name: str | None = None) -> Self:
+        """Another machine that is as this one is now, copied on write: to try a second policy beside the first. ::
+
+        >>> second = vm.clone("second")
+        >>> second.set_subpages(0x10, 0)
+        >>> hex(vm.subpages(0x10)[0])
+        '0xfffffffe'
+        >>> second.delete()
+        """
+        return type(self)(self._core, await self._document("cloneVm", json={} if name is None else {"name": name}))
 
     @operation("getVm")
     async def refresh(self) -> Document:
@@ -79,7 +79,7 @@ class VmOperations(Generic[R, J]):
 
         >>> client.create_vm("another").delete()
         """
-        await self._core.call("deleteVm", path=self._place)
+        await self._call("deleteVm")
 
     @operation("getCounters")
     async def counters(self) -> dict[str, int]:
@@ -96,7 +96,7 @@ class VmOperations(Generic[R, J]):
 
         >>> vm.enable_spp()
         """
-        await self._core.call("putSpp", path=self._place, json={"active": True})
+        await self._call("putSpp", json={"active": True})
 
     # Memory
 
@@ -107,7 +107,7 @@ class VmOperations(Generic[R, J]):
         >>> [slot["gpa"] for slot in vm.slots()]
         ['0x0']
         """
-        return [Document(slot) for slot in (await self._document("listMemorySlots"))["memory_slots"]]
+        return list(map(Document, (await self._document("listMemorySlots"))["memory_slots"]))
 
     @operation("putMemorySlot")
     async def set_slot(self, /, slot: int, gpa: int | str, size: int | str, **members: Any) -> Document:
@@ -125,7 +125,7 @@ class VmOperations(Generic[R, J]):
 
         >>> vm.delete_slot(1)
         """
-        await self._core.call("deleteMemorySlot", path={**self._place, "slot": slot})
+        await self._call("deleteMemorySlot", path={"slot": slot})
 
     @operation("readMemory")
     async def read_memory(self, gpa: int | str, size: int) -> bytes:
@@ -135,20 +135,14 @@ class VmOperations(Generic[R, J]):
         >>> vm.read_memory(0x3000, 7)
         b'subpage'
         """
-        headers = {"Accept": OCTETS}
         query = {"gpa": address(gpa), "size": size}
-        return (await self._core.call("readMemory", path=self._place, query=query, headers=headers)).content
+        return (await self._call("readMemory", query=query, headers=_OCTETS)).content
 
     @operation("writeMemory")
     async def write_memory(self, gpa: int | str, data: Any) -> None:
         """Write as the host does: no permission of the guest is asked."""
-        await self._core.call(
-            "writeMemory",
-            path=self._place,
-            query={"gpa": address(gpa)},
-            content=bytes(data),
-            headers={"Content-Type": OCTETS},
-        )
+        query, headers = {"gpa": address(gpa)}, {"Content-Type": OCTETS}
+        await self._call("writeMemory", query=query, content=bytes(data), headers=headers)
 
     @operation("writeMemory")
     async def load_image(
@@ -200,14 +194,13 @@ class VmOperations(Generic[R, J]):
         return await self._document("createProtection", json=policy_of(policy, name, pages))
 
     @stream("listProtections")
-    async def protections(self) -> AsyncGenerator[Document, None]:
+    def protections(self) -> AsyncGenerator[Document, None]:
         """What is protected, in order of creation. ::
 
         >>> [protection["name"] for protection in vm.protections()]
         ['kernel']
         """
-        async for found in self._core.pages("listProtections", "protections", path=self._place):
-            yield Document(found)
+        return self._core.pages("listProtections", "protections", path=self._place)
 
     @operation("deleteProtection")
     async def unprotect(self, name: str) -> None:
@@ -215,7 +208,7 @@ class VmOperations(Generic[R, J]):
 
         >>> vm.unprotect("kernel")
         """
-        await self._core.call("deleteProtection", path={**self._place, "name": name})
+        await self._call("deleteProtection", path={"name": name})
 
     @operation("getSubpages")
     async def subpages(self, gfn: int, npages: int = 1, *, layer: str | None = None) -> Bitmap:
@@ -224,8 +217,8 @@ class VmOperations(Generic[R, J]):
         >>> print(vm.subpages(0x10))
         0x10  .###############################
         """
-        query = {"gfn": gfn, "npages": npages} if layer is None else {"gfn": gfn, "npages": npages, "layer": layer}
-        reply = await self._core.call("getSubpages", path=self._place, query=query, headers=_OCTETS)
+        query = {"gfn": gfn, "npages": npages, "layer": layer}
+        reply = await self._call("getSubpages", query=query, headers=_OCTETS)
         return Bitmap(gfn, reply.content, reply.etag)
 
     @operation("putSubpages")
@@ -241,7 +234,7 @@ class VmOperations(Generic[R, J]):
         words = to_wire(access)
         headers = {"Content-Type": OCTETS} if etag is None else {"Content-Type": OCTETS, "If-Match": etag}
         query = {"gfn": gfn, "npages": len(words) // 4}
-        await self._core.call("putSubpages", path=self._place, query=query, content=words, headers=headers)
+        await self._call("putSubpages", query=query, content=words, headers=headers)
 
     @operation("patchSubpages")
     async def patch_subpages(self, ranges: Iterable[Mapping[str, Any]]) -> None:
@@ -249,7 +242,7 @@ class VmOperations(Generic[R, J]):
 
         >>> vm.patch_subpages([{"gfn": 0x20, "access": 0}, {"gfn": 0x40, "npages": 2, "access": "0xffffffff"}])
         """
-        await self._core.call("patchSubpages", path=self._place, json={"ranges": [dict(item) for item in ranges]})
+        await self._call("patchSubpages", json={"ranges": [dict(item) for item in ranges]})
 
     @operation("getPageAccess")
     async def page_access(self, gfn: int, npages: int = 1) -> list[Document]:
@@ -259,7 +252,7 @@ class VmOperations(Generic[R, J]):
         'r-x'
         """
         found = await self._document("getPageAccess", query={"gfn": gfn, "npages": npages})
-        return [Document(page) for page in found["pages"]]
+        return list(map(Document, found["pages"]))
 
     @operation("patchPageAccess")
     async def set_page_access(self, entries: Iterable[Mapping[str, Any]], *, mode: str = "atomic") -> list[Document]:
@@ -269,9 +262,8 @@ class VmOperations(Generic[R, J]):
         'applied'
         """
         document = {"mode": mode, "entries": [dict(entry) for entry in entries]}
-        return [
-            Document(result) for result in (await self._document("patchPageAccess", json=document)).get("results", [])
-        ]
+        found = await self._document("patchPageAccess", json=document)
+        return list(map(Document, found.get("results", [])))
 
     # Accesses
 
@@ -308,9 +300,8 @@ class VmOperations(Generic[R, J]):
         >>> vm.walk(0x10040)["then"]["resolution"]
         'violation'
         """
-        return await self._document(
-            "explainAccess", query={"gpa": address(gpa), "access": access, "size": size, **query}
-        )
+        query = {"gpa": address(gpa), "access": access, "size": size, **query}
+        return await self._document("explainAccess", query=query)
 
     @operation("createTrace", "getJob", "getTrace")
     async def replay(self, /, source: Any, *, media: str | None = None, progress: Progress = False, **query: Any) -> R:
@@ -328,8 +319,7 @@ class VmOperations(Generic[R, J]):
         """
         reply = await self._replay(source, media, progress, query, {})
         if reply.status == 202:
-            result: R = await self._job(self._core, reply.json()).finished(progress)
-            return result
+            return cast(R, await JobOperations.wait(self._job(self._core, reply.json()), progress=progress))
         return self._trace(self._core, reply.json())
 
     @operation("createTrace")
@@ -354,27 +344,19 @@ class VmOperations(Generic[R, J]):
         """A body in pieces; the reply may take as long as it takes."""
         report = report_of(progress, what)
         try:
-            return await self._core.call(
-                name,
-                path=self._place,
-                query=query,
-                content=body.reporting(report),
-                headers={**body.headers(), **headers},
-                again=not body.once,
-                patience=None,
-            )
+            options: dict[str, Any] = {"content": body.reporting(report), "headers": {**body.headers(), **headers}}
+            return await self._call(name, query=query, again=not body.once, patience=None, **options)
         finally:
             closed(report)
 
     @stream("listTraces", "getTrace")
-    async def traces(self) -> AsyncGenerator[R, None]:
+    def traces(self) -> AsyncGenerator[R, None]:
         """The results that are kept, oldest first, without their exit records. ::
 
         >>> [trace.violations for trace in vm.traces()][-1]
         1
         """
-        async for found in self._core.pages("listTraces", "traces", path=self._place):
-            yield self._trace(self._core, found)
+        return self._core.pages("listTraces", "traces", partial(self._trace, self._core), path=self._place)
 
     @operation("getTrace")
     async def trace(self, id: str) -> R:
@@ -393,19 +375,19 @@ class VmOperations(Generic[R, J]):
         ['0x10040']
         """
         if trace is None:
-            async for found in self._core.pages("listTraces", "traces", path=self._place):
-                trace = found["id"]
+            async for found in VmOperations.traces(self):
+                trace = found.id
         if trace is None:
             raise BadInput(f"{self.id} has no results; replay a trace first")
         of = TraceOperations(self._core, {"vm": self.id, "id": trace})
-        async with aclosing(of.exit_records(limit)) as records:
+        async with aclosing(TraceOperations.exits(of, limit)) as records:
             async for record in records:
                 yield record
 
     # What happens
 
     @stream("getEvents")
-    async def events(
+    def events(
         self,
         /,
         *,
@@ -424,9 +406,7 @@ class VmOperations(Generic[R, J]):
         'lifecycle'
         """
         chosen = kinds if kinds is None or isinstance(kinds, str) else ",".join(kinds)
-        async with aclosing(following(self._core, self.id, {"kinds": chosen, **query}, after, follow)) as events:
-            async for event in events:
-                yield event
+        return following(self._core, self.id, {"kinds": chosen, **query}, after, follow)
 
     @operation("hostMemoryEvent")
     async def host_memory(self, event: str, gfn: int | None = None, npages: int | None = None) -> Document:
@@ -440,14 +420,13 @@ class VmOperations(Generic[R, J]):
         return await self._document("hostMemoryEvent", json=document)
 
     @stream("getDirty")
-    async def dirty(self, /, **query: Any) -> AsyncGenerator[Document, None]:
+    def dirty(self, /, **query: Any) -> AsyncGenerator[Document, None]:
         """Pages that were written since the last harvest, by ``slot``, or by ``gfn`` and ``npages``; takes nothing. ::
 
         >>> list(vm.dirty())
         []
         """
-        async for page in self._core.pages("getDirty", "pages", path=self._place, query=query):
-            yield Document(page)
+        return self._core.pages("getDirty", "pages", path=self._place, query=query)
 
     # The processor
 
@@ -462,9 +441,8 @@ class VmOperations(Generic[R, J]):
         True
         """
         document = ioctl_request(data, members)
-        if vcpu is None:
-            return await self._document("callVmIoctl", path={"name": name}, json=document)
-        return await self._document("callVcpuIoctl", path={"name": name, "n": vcpu}, json=document)
+        called, of = ("callVmIoctl", {}) if vcpu is None else ("callVcpuIoctl", {"n": vcpu})
+        return await self._document(called, path={"name": name, **of}, json=document)
 
     @operation("executeHypercall")
     async def hypercall(self, /, vcpu: int = 0, **members: Any) -> Document:
@@ -477,9 +455,6 @@ class VmOperations(Generic[R, J]):
 
     def __repr__(self) -> str:
         return f"<vm {self.id} {self.name!r}>"
-
-    def _repr_html_(self) -> str:
-        return of_members(self.document, self.id)
 
 
 class Vm(VmOperations[Trace, Job], Blocking):
@@ -508,6 +483,3 @@ class AsyncVm(VmOperations[AsyncTrace, AsyncJob], Awaiting):
     def attach(self, handler: Handler, *, workers: int = 8, **wishes: Any) -> AsyncTool:
         """As ``Vm.attach``, for ``async with``; the handler may be a coroutine function."""
         return AsyncTool(self._core, self.id, handler, wishes, workers)
-
-
-_OCTETS = {"Accept": OCTETS}

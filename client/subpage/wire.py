@@ -102,25 +102,6 @@ def checked(headers: Mapping[str, str], most: int) -> None:
         raise TooLarge(f"the reply has {length[:20]} bytes, the client takes {most}: raise most_bytes, or ask for less")
 
 
-class Gathered:
-    """A body put together, up to a bound."""
-
-    def __init__(self, most: int) -> None:
-        self.parts: list[bytes] = []
-        self._left = self._most = most
-
-    def add(self, piece: bytes) -> None:
-        """Raises TooLarge."""
-        self._left -= len(piece)
-        if self._left < 0:
-            raise TooLarge(f"the reply has more bytes than the {self._most} that the client takes: raise most_bytes")
-        self.parts.append(piece)
-
-    def whole(self) -> bytes:
-        """All of it."""
-        return self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
-
-
 def document(line: bytes) -> dict[str, Any]:
     """A line as JSON. Raises StreamBroken."""
     try:
