@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Generic, TypeVar
 
 from subpage.core import Core
 from subpage.html import Document, of_members
 from subpage.wire import Reply
+
+T = TypeVar("T")
+
+
+class Member(Generic[T]):
+    """A member of the document, as what ``kind`` makes of it."""
+
+    def __init__(self, kind: Callable[[Any], T], about: str) -> None:
+        self._kind, self.__doc__ = kind, about
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Handle, owner: type) -> T:
+        return self._kind(instance.document[self._name])
 
 
 class Handle:
@@ -15,15 +30,11 @@ class Handle:
 
     # Names of its path, and the members of its document that they are.
     _names: ClassVar[Mapping[str, str]]
+    id = Member(str, "Its id: ``vm_…``, ``tr_…``, ``job_…``.")
 
     def __init__(self, core: Core, found: Mapping[str, Any]) -> None:
         self._core, self.document = core, Document(found)
         self._place = {name: str(self.document[member]) for name, member in self._names.items()}
-
-    @property
-    def id(self) -> str:
-        """Its id: ``vm_…``, ``tr_…``, ``job_…``."""
-        return str(self.document["id"])
 
     def __getitem__(self, member: str) -> Any:
         return self.document[member]

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import ClassVar, Generic, TypeVar
 
 from subpage.errors import Error, Interrupted, problem_of
-from subpage.handles import Handle
+from subpage.handles import Handle, Member
 from subpage.html import Document
 from subpage.modes import Awaiting, Blocking, operation
 from subpage.progress import Progress, closed, report_of
@@ -24,11 +24,7 @@ class JobOperations(Handle, Generic[R]):
 
     _names: ClassVar = {"job": "id"}
     _trace: type[R]
-
-    @property
-    def state(self) -> str:
-        """``queued``, ``running``, ``succeeded``, ``failed``, ``cancelled`` or ``interrupted``."""
-        return str(self.document["state"])
+    state = Member(str, "``queued``, ``running``, ``succeeded``, ``failed``, ``cancelled`` or ``interrupted``.")
 
     @operation("getJob")
     async def refresh(self) -> Document:

@@ -11,7 +11,7 @@ from subpage.bitmaps import Bitmap, to_wire
 from subpage.bodies import OCTETS, TEXT, Body, body_of
 from subpage.errors import BadInput
 from subpage.events import following
-from subpage.handles import Handle
+from subpage.handles import Handle, Member
 from subpage.html import Document
 from subpage.introspection import AsyncTool, Handler, Tool
 from subpage.jobs import AsyncJob, Job, JobOperations
@@ -34,11 +34,7 @@ class VmOperations(Handle, Generic[R, J]):
     _names: ClassVar = {"vm": "id"}
     _trace: type[R]
     _job: type[J]
-
-    @property
-    def name(self) -> str:
-        """Its label."""
-        return str(self.document["name"])
+    name = Member(str, "Its label.")
 
     # The machine itself
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 Report = Callable[[int, int | None], object]
 """Takes what is done, and how much there is, None where nobody knows: bytes sent, or records replayed by a job."""
@@ -51,11 +50,15 @@ def closed(report: Report | None) -> None:
         report.close()
 
 
-def counted(pieces: Iterator[Any], total: int | None, report: Report) -> Iterator[Any]:
-    """``pieces``, with their bytes counted as they go."""
+def counting(total: int | None, report: Report) -> Callable[[bytes], bytes]:
+    """Passes pieces on, and tells how many bytes have been passed."""
     done = 0
     report(done, total)
-    for piece in pieces:
-        yield piece
+
+    def told(piece: bytes) -> bytes:
+        nonlocal done
         done += len(piece)
         report(done, total)
+        return piece
+
+    return told

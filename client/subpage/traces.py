@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from subpage.bitmaps import library
 from subpage.bodies import ARROW, NDJSON
-from subpage.handles import Handle
+from subpage.handles import Handle, Member
 from subpage.html import Document, of_members, table
 from subpage.modes import Awaiting, Blocking, operation, stream
 from subpage.wire import document
@@ -22,26 +22,10 @@ class TraceOperations(Handle):
     """The result of one replay, as it was when it ended."""
 
     _names: ClassVar = {"vm": "vm", "trace": "id"}
-
-    @property
-    def records(self) -> int:
-        """Accesses that were replayed."""
-        return int(self.document["records"])
-
-    @property
-    def violations(self) -> int:
-        """Exits that the policy costs."""
-        return int(self.document["violations"])
-
-    @property
-    def page_granular_violations(self) -> int:
-        """Exits that whole pages would have cost."""
-        return int(self.document["page_granular_violations"])
-
-    @property
-    def by_object(self) -> dict[str, dict[str, int]]:
-        """``violations`` and ``collateral`` of each protected object."""
-        return dict(self.document["by_object"])
+    records = Member(int, "Accesses that were replayed.")
+    violations = Member(int, "Exits that the policy costs.")
+    page_granular_violations = Member(int, "Exits that whole pages would have cost.")
+    by_object = Member(dict[str, dict[str, int]], "``violations`` and ``collateral`` of each protected object.")
 
     @stream("getExits")
     async def exits(self, limit: int | None = None) -> AsyncGenerator[Document, None]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import httpx2
 import websockets.asyncio.client
 import websockets.exceptions
-import websockets.sync.client
+from websockets.typing import Subprotocol
 
 from subpage.errors import StreamBroken, TooLarge, Unreachable, refusal
 from subpage.wire import LINE_BYTES, MESSAGE_BYTES, Reply, Request, SocketClosed, checked, told, trusting
@@ -29,24 +29,18 @@ async def _later(value: Any) -> Any:
 
 
 class Way(NamedTuple):
-    """What the two ways are made of, and what the libraries call things there. ``done`` gives what a call has made, or
-    what it will have made."""
+    """One of the two, as the libraries call things there. ``done`` gives what a call has made, or will have made."""
 
     done: Callable[[Any], Any]
     sleep: Callable[[float], Any]
     http: Any
-    dial: Any
     next: Any
     pieces: str
-    enter: str
     close: str
 
 
-BLOCKING = Way(_now, time.sleep, httpx2.Client, websockets.sync.client.connect, next, "iter_raw", "__enter__", "close")
-AWAITING = Way(
-    _later, asyncio.sleep, httpx2.AsyncClient, websockets.asyncio.client.connect, anext, "aiter_raw", "__aenter__",
-    "aclose",
-)  # fmt: skip
+BLOCKING = Way(_now, time.sleep, httpx2.Client, next, "iter_raw", "close")
+AWAITING = Way(_later, asyncio.sleep, httpx2.AsyncClient, anext, "aiter_raw", "aclose")
 
 
 class Transport:
@@ -80,23 +74,23 @@ class Transport:
             raise told(self._url, error) from None
 
     async def dial(self, url: str, headers: dict[str, str], protocol: str) -> Socket:
-        """Raises Unreachable, Problem."""
+        """A WebSocket, which is awaited either way. Raises Unreachable, Problem."""
         trust = None if self._trust is True else self._trust
         try:
-            # The blocking one is connected by then, the other one when it is entered.
-            dialled = self._way.dial(
-                url,
-                additional_headers=headers,
-                subprotocols=[protocol],
-                ssl=trust if url.startswith("wss:") else None,
-                open_timeout=self._connect,
-                ping_interval=_KEEPALIVE,
-                ping_timeout=_KEEPALIVE,
-                close_timeout=2,
-                max_size=MESSAGE_BYTES,
-                compression=None,
+            return Socket(
+                await websockets.asyncio.client.connect(
+                    url,
+                    additional_headers=headers,
+                    subprotocols=[Subprotocol(protocol)],
+                    ssl=trust if url.startswith("wss:") else None,
+                    open_timeout=self._connect,
+                    ping_interval=_KEEPALIVE,
+                    ping_timeout=_KEEPALIVE,
+                    close_timeout=2,
+                    max_size=MESSAGE_BYTES,
+                    compression=None,
+                )
             )
-            return Socket(self._way, await self._way.done(getattr(dialled, self._way.enter)()))
         except SOCKET_FAILURES as error:
             raise _undialled(self._url, error) from None
 
@@ -143,26 +137,23 @@ class Opened:
 class Socket:
     """A WebSocket of text messages; its methods raise SocketClosed."""
 
-    def __init__(self, way: Way, socket: Any) -> None:
-        self._way, self._socket = way, socket
-
-    async def _done(self, method: str, *given: str) -> Any:
-        try:
-            return await self._way.done(getattr(self._socket, method)(*given))
-        except SOCKET_FAILURES as error:
-            raise _closed(error) from None
+    def __init__(self, socket: websockets.asyncio.client.ClientConnection) -> None:
+        self._socket = socket
+        self.close = socket.close
 
     async def receive(self) -> str:
         """The next message."""
-        return str(await self._done("recv"))
+        try:
+            return str(await self._socket.recv())
+        except SOCKET_FAILURES as error:
+            raise _closed(error) from None
 
     async def send(self, text: str) -> None:
         """Send one."""
-        await self._done("send", text)
-
-    async def close(self) -> None:
-        """Say goodbye."""
-        await self._done("close")
+        try:
+            await self._socket.send(text)
+        except SOCKET_FAILURES as error:
+            raise _closed(error) from None
 
 
 async def lines(opened: Opened) -> AsyncGenerator[bytes, None]:

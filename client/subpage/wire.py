@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import ssl
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import httpx2
 
-from subpage.errors import BadInput, Error, NotSubpage, StreamBroken, TooLarge, Unreachable, Untrusted
+from subpage.errors import BadInput, Error, NotSubpage, StreamBroken, TooLarge, Unreachable, Untrusted, parsed
 
 Pieces = Callable[[], Any]
 """Makes an iterator, or an asynchronous iterator, of the bytes of a body; where it is called again, once more."""
@@ -41,10 +40,10 @@ class Reply:
 
     def json(self) -> Any:
         """The document in it, None where there is no body. Raises NotSubpage."""
-        try:
-            return json.loads(self.content) if self.content else None
-        except (ValueError, RecursionError):
-            raise NotSubpage("the reply is not the JSON that Subpage would have sent") from None
+        found = parsed(self.content)
+        if found is None and self.content:
+            raise NotSubpage("the reply is not the JSON that Subpage would have sent")
+        return found
 
     @property
     def etag(self) -> str | None:
@@ -104,10 +103,7 @@ def checked(headers: Mapping[str, str], most: int) -> None:
 
 def document(line: bytes) -> dict[str, Any]:
     """A line as JSON. Raises StreamBroken."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        found = None
+    found = parsed(line)
     if not isinstance(found, dict):
         raise StreamBroken("a line of the stream is not JSON")
     return found
