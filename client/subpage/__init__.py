@@ -30,7 +30,7 @@ from subpage.errors import (
     Unreachable,
     Untrusted,
     VersionMismatch,
-)
+)  # fmt: skip
 from subpage.html import Document
 from subpage.introspection import AsyncTool, Question, Tool
 from subpage.jobs import AsyncJob, Job
@@ -43,36 +43,8 @@ from subpage.wire import Reply
 __version__ = VERSION
 
 __all__ = [
-    "ROUTES",
-    "AsyncClient",
-    "AsyncJob",
-    "AsyncStream",
-    "AsyncTool",
-    "AsyncTrace",
-    "AsyncVm",
-    "BadInput",
-    "Bitmap",
-    "Client",
-    "Document",
-    "Error",
-    "Forbidden",
-    "Interrupted",
-    "Job",
-    "NotFound",
-    "NotInstalled",
-    "NotSubpage",
-    "Problem",
-    "Question",
-    "Reply",
-    "Stream",
-    "StreamBroken",
-    "TooLarge",
-    "Tool",
-    "Trace",
-    "Unauthenticated",
-    "Unreachable",
-    "Untrusted",
-    "VersionMismatch",
-    "Vm",
-    "__version__",
-]
+    "ROUTES", "AsyncClient", "AsyncJob", "AsyncStream", "AsyncTool", "AsyncTrace", "AsyncVm", "BadInput", "Bitmap",
+    "Client", "Document", "Error", "Forbidden", "Interrupted", "Job", "NotFound", "NotInstalled", "NotSubpage",
+    "Problem", "Question", "Reply", "Stream", "StreamBroken", "TooLarge", "Tool", "Trace", "Unauthenticated",
+    "Unreachable", "Untrusted", "VersionMismatch", "Vm", "__version__",
+]  # fmt: skip

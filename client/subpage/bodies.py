@@ -81,9 +81,7 @@ class Body:
 
 def body_of(source: Any, media: str | None = None, default: str = TEXT) -> Body:
     """``source`` as a body. Raises BadInput for what is none, NotInstalled where a table needs pyarrow.
-
-    ``media`` is its type where neither a name nor its first bytes tell.
-    """
+    ``media`` is its type where neither a name nor its first bytes tell."""
     if isinstance(source, (str, os.PathLike)):
         return of_file(Path(source), media, default)
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -99,7 +97,9 @@ def body_of(source: Any, media: str | None = None, default: str = TEXT) -> Body:
     if hasattr(source, "read"):
         return _of_iterator(iter(lambda: source.read(1 << 18), b""), media, default)
     if isinstance(source, AsyncIterator):
-        return Body(lambda: source, _needed(media), once=True)
+        if media is None:
+            raise BadInput("say with media= what an asynchronous iterator gives, such as application/x-ndjson")
+        return Body(lambda: source, media, once=True)
     if isinstance(source, Iterable):
         return _of_iterator(iter(source), media, default)
     raise BadInput(f"a {type(source).__name__} cannot be sent: give a path, bytes, an iterator or a table of Arrow")
@@ -183,9 +183,3 @@ def _by_magic(head: bytes, default: str) -> str:
     if head.startswith(b"ARROW1"):
         raise BadInput("this is a file of Arrow (Feather), which is read from its end: send a stream, or its table")
     return next((media for magic, media in _MAGIC if head.lstrip().startswith(magic)), default)
-
-
-def _needed(media: str | None) -> str:
-    if media is None:
-        raise BadInput("say with media= what an asynchronous iterator gives, such as application/x-ndjson")
-    return media

@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 from subpage.errors import BadInput, Error, NotSubpage, Problem, Unreachable, VersionMismatch, refusal
 from subpage.html import Document
 from subpage.routes import ROUTES, VERSION, Route
-from subpage.transports import Opened, Transport, lines
+from subpage.transports import Transport, lines
 from subpage.wire import Pieces, Reply, Request
 
 JSON = "application/json"
@@ -51,9 +51,7 @@ class Core:
 
     async def call(self, operation: str, *, again: bool = True, **options: Any) -> Reply:
         """The reply to an operation of the contract; ``options`` are those of ``request``.
-
-        ``again``: the body can be sent a second time.
-        """
+        ``again``: the body can be sent a second time."""
         request = await self.request(operation, **options)
         again = again and self.patience > 0
         keyed = request.method != "POST"  # as often as you like: the same in the end
@@ -117,20 +115,12 @@ class Core:
             merged.setdefault("Content-Type", JSON)
         return Request(route.method, url, merged, content, self.timeout if patience == -1.0 else patience)
 
-    async def opened(self, operation: str, **options: Any) -> Opened:
-        """A reply in pieces; refusals are raised."""
-        opened = await self.transport.open(await self.request(operation, **options))
-        if opened.status < 400:
-            return opened
-        try:
-            raise refusal(self.url, opened.status, opened.headers, await opened.rest(_REFUSAL_BYTES))
-        finally:
-            await opened.close()
-
     async def lines(self, operation: str, **options: Any) -> AsyncGenerator[bytes, None]:
         """The lines of a streamed reply. Raises StreamBroken where it ends in the middle."""
-        opened = await self.opened(operation, **options)
+        opened = await self.transport.open(await self.request(operation, **options))
         try:
+            if opened.status >= 400:
+                raise refusal(self.url, opened.status, opened.headers, await opened.rest(_REFUSAL_BYTES))
             async for line in lines(opened):
                 yield line
         finally:
@@ -173,15 +163,12 @@ class Core:
         return release
 
     async def _difference(self) -> str:
-        theirs = set(await self._contract())
-        parts = [
-            f"{who}: {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}"
-            for who, names in (
-                ("only the service has", sorted(theirs - set(ROUTES))),
-                ("only the client knows", sorted(set(ROUTES) - theirs)),
-            )
-            if names
-        ]
+        try:
+            ours, theirs = set(ROUTES), set(await self._contract())
+        except Error:  # the call itself may still go well
+            return "what differs cannot be read from it"
+        listed = {"only the service has": sorted(theirs - ours), "only the client knows": sorted(ours - theirs)}
+        parts = (f"{who}: {', '.join(names[:8])}{' …' * (len(names) > 8)}" for who, names in listed.items() if names)
         return "; ".join(parts) or "both have the same operations"
 
     async def _contract(self) -> dict[str, Route]:

@@ -13,9 +13,7 @@ class Error(Exception):
 
 class Unreachable(Error):
     """There was no answer: no service, no such host, a connection that was lost, silence.
-
-    ``unsent``: the request cannot have arrived.
-    """
+    ``unsent``: the request cannot have arrived."""
 
     def __init__(self, text: str, *, unsent: bool = False) -> None:
         super().__init__(text)

@@ -39,10 +39,10 @@ class Handle:
     def __getitem__(self, member: str) -> Any:
         return self.document[member]
 
-    async def _call(self, operation_id: str, *, path: Mapping[str, Any] | None = None, **options: Any) -> Reply:
+    async def _call(self, operation_id: str, *, path: Any = None, **options: Any) -> Reply:
         return await self._core.call(operation_id, path={**self._place, **(path or {})}, **options)
 
-    async def _document(self, operation_id: str, *, path: Mapping[str, Any] | None = None, **options: Any) -> Document:
+    async def _document(self, operation_id: str, *, path: Any = None, **options: Any) -> Document:
         return await self._core.document(operation_id, path={**self._place, **(path or {})}, **options)
 
     def _repr_html_(self) -> str:

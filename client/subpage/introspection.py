@@ -182,9 +182,7 @@ def _read(text: str) -> dict[str, Any]:
 
 class Tool(_Tool):
     """A tool that answers from threads of its own, until it is closed. Use as a context.
-
-    Leaving it raises what the handler raised first, if it did; ``wait`` returns when the machine is gone.
-    """
+    Leaving it raises what the handler raised first, if it did; ``wait`` returns when the machine is gone."""
 
     def __init__(self, core: Core, vm: str, handler: Handler, wishes: Mapping[str, Any], workers: int) -> None:
         super().__init__(core, vm, handler, wishes, workers)

@@ -10,7 +10,7 @@ from subpage.errors import Error, Interrupted, problem_of
 from subpage.handles import Handle, Member
 from subpage.html import Document
 from subpage.modes import Awaiting, Blocking, operation
-from subpage.progress import Progress, closed, report_of
+from subpage.progress import Progress, reporting
 from subpage.traces import AsyncTrace, Trace, TraceOperations
 
 R = TypeVar("R", bound=TraceOperations)
@@ -28,54 +28,40 @@ class JobOperations(Handle, Generic[R]):
 
     @operation("getJob")
     async def refresh(self) -> Document:
-        """Read it again. ::
-
-        >>> vm.submit([{"gpa": 0x10040}]).refresh()["vm"] == vm.id
-        True
-        """
+        """Read it again: ``vm.submit([{"gpa": 0x10040}]).refresh()["vm"] == vm.id`` is ``True``."""
         self.document = await self._document("getJob")
         return self.document
 
     @operation("cancelJob")
     async def cancel(self) -> str:
-        """Ask it to end; its state then, which may still be ``running`` for a moment, or ``succeeded``. ::
-
-        >>> job = vm.submit([{"gpa": 0x10040}])
-        >>> job.cancel() in ("cancelled", "running", "succeeded")
-        True
-        """
+        """Ask it to end; its state then, which may still be ``running`` for a moment, or ``succeeded``:
+        ``vm.submit([0x10040]).cancel() in ("cancelled", "running", "succeeded")`` is ``True``."""
         self.document = await self._document("cancelJob")
         return self.state
 
     @operation("getJob", "getTrace")
     async def wait(self, *, progress: Progress = False, timeout: float | None = None) -> R:  # noqa: ASYNC109
-        """Its result, once there is one; the job is cancelled when the wait is interrupted.
-
-        Raises the Problem that it failed with, Interrupted, TimeoutError after ``timeout`` seconds: the job goes on. ::
-
-        >>> vm.submit([{"gpa": 0x10040}]).wait().violations
-        1
-        """
-        report = report_of(progress, "replayed")
+        """Its result, once there is one; the job is cancelled when the wait is interrupted. Raises the Problem that it
+        failed with, Interrupted, TimeoutError after ``timeout`` seconds: the job goes on.
+        ``vm.submit([0x10040]).wait().violations`` is ``1``."""
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = 0.02
-        try:
-            while self.state in UNFINISHED:
-                if deadline is not None and time.monotonic() + pause > deadline:
-                    raise TimeoutError(f"{self.id} has not ended within {timeout} seconds, and goes on")
-                await self._core.transport.sleep(pause)
-                pause = min(_LONGEST_PAUSE, pause * 1.5)
-                await JobOperations.refresh(self)
-                if report is not None:
-                    report(self["records_done"], None)
-        except (TimeoutError, Error):
-            raise
-        except BaseException:  # Ctrl-C, or the cancellation of a task
-            with suppress(Error):  # there is nobody left to tell
-                await JobOperations.cancel(self)
-            raise
-        finally:
-            closed(report)
+        with reporting(progress, "replayed") as report:
+            try:
+                while self.state in UNFINISHED:
+                    if deadline is not None and time.monotonic() + pause > deadline:
+                        raise TimeoutError(f"{self.id} has not ended within {timeout} seconds, and goes on")
+                    await self._core.transport.sleep(pause)
+                    pause = min(_LONGEST_PAUSE, pause * 1.5)
+                    await JobOperations.refresh(self)
+                    if report is not None:
+                        report(self["records_done"], None)
+            except (TimeoutError, Error):
+                raise
+            except BaseException:  # Ctrl-C, or the cancellation of a task
+                with suppress(Error):  # there is nobody left to tell
+                    await JobOperations.cancel(self)
+                raise
         if self.state == "failed":
             raise problem_of(self["error"], int(self["error"]["status"]))
         if self.state != "succeeded":

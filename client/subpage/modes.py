@@ -87,8 +87,7 @@ class Method(Generic[P, B, A]):
     """A method of both kinds of objects, over the function ``flow``: blocking ones are given a B, awaiting ones an A.
 
     ``uses`` are the operations that it calls. Of a class, it is ``flow`` itself: so ``help`` shows it, and so flows
-    call each other.
-    """
+    call each other."""
 
     def __init__(self, flow: Callable[..., Any], uses: tuple[str, ...], blocking: Any, awaiting: Any) -> None:
         self.flow, self.uses = flow, uses

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 Report = Callable[[int, int | None], object]
 """Takes what is done, and how much there is, None where nobody knows: bytes sent, or records replayed by a job."""
@@ -39,15 +40,14 @@ class Line:
         self._width = len(text)
 
 
-def report_of(progress: Progress, what: str) -> Report | None:
-    """What is called while it goes on."""
-    return progress if callable(progress) else Line(what) if progress else None
-
-
-def closed(report: Report | None) -> None:
-    """The end, however it came."""
-    if isinstance(report, Line):
-        report.close()
+@contextmanager
+def reporting(progress: Progress, what: str) -> Iterator[Report | None]:
+    """What is called while it goes on; a line is gone in the end, however that comes."""
+    line = Line(what)
+    try:
+        yield progress if callable(progress) else line if progress else None
+    finally:
+        line.close()
 
 
 def counting(total: int | None, report: Report) -> Callable[[bytes], bytes]:

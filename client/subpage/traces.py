@@ -29,12 +29,8 @@ class TraceOperations(Handle):
 
     @stream("getExits")
     async def exits(self, limit: int | None = None) -> AsyncGenerator[Document, None]:
-        """Its exit records, in order, as they come. Raises StreamBroken, NotFound once the result is not kept. ::
-
-        >>> for exit in trace.exits(limit=1):
-        ...     exit["gpa"], exit["denied"]
-        ('0x10040', '0x1')
-        """
+        """Its exit records, in order, as they come. Raises StreamBroken, NotFound once the result is not kept.
+        ``[(exit["gpa"], exit["denied"]) for exit in trace.exits(limit=1)]`` is ``[('0x10040', '0x1')]``."""
         options: dict[str, Any] = {"query": {"limit": limit}, "headers": {"Accept": NDJSON}, "patience": None}
         async with aclosing(self._core.lines("getExits", path=self._place, **options)) as lines:
             async for line in lines:
@@ -42,11 +38,7 @@ class TraceOperations(Handle):
 
     @operation("getExits")
     async def arrow(self, limit: int | None = None) -> Any:
-        """Its exit records as a ``pyarrow.Table``. Raises NotInstalled. ::
-
-        >>> trace.arrow()["gpa"].to_pylist()
-        [65600]
-        """
+        """A ``pyarrow.Table`` of them. Raises NotInstalled. ``trace.arrow()["gpa"].to_pylist()`` is ``[65600]``."""
         arrow = library("pyarrow")
         return arrow.ipc.open_stream(await self._exits_arrow(limit)).read_all()
 
@@ -64,22 +56,14 @@ class TraceOperations(Handle):
 
     @operation("getExits")
     async def numpy(self, limit: int | None = None) -> dict[str, Any]:
-        """Its exit records as arrays of numpy by column. Raises NotInstalled. ::
-
-        >>> int(trace.numpy()["gpa"][0])
-        65600
-        """
+        """Its exit records as arrays of numpy. Raises NotInstalled. ``int(trace.numpy()["gpa"][0])`` is ``65600``."""
         numpy = library("numpy")
         return {name: numpy.asarray(column) for name, column in (await TraceOperations.columns(self, limit)).items()}
 
     @operation("getExits")
     async def columns(self, limit: int | None = None) -> dict[str, Any]:
         """Its exit records by column, with nothing installed: a ``memoryview`` of 64-bit words where every value is a
-        number, else a list. ::
-
-        >>> trace.columns()["gpa"][0]
-        65600
-        """
+        number, else a list. ``trace.columns()["gpa"][0]`` is ``65600``."""
         columns: dict[str, list[Any]] = {}
         count = 0
         async for record in TraceOperations.exits(self, limit):

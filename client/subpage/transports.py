@@ -77,20 +77,19 @@ class Transport:
         """A WebSocket, which is awaited either way. Raises Unreachable, Problem."""
         trust = None if self._trust is True else self._trust
         try:
-            return Socket(
-                await websockets.asyncio.client.connect(
-                    url,
-                    additional_headers=headers,
-                    subprotocols=[Subprotocol(protocol)],
-                    ssl=trust if url.startswith("wss:") else None,
-                    open_timeout=self._connect,
-                    ping_interval=_KEEPALIVE,
-                    ping_timeout=_KEEPALIVE,
-                    close_timeout=2,
-                    max_size=MESSAGE_BYTES,
-                    compression=None,
-                )
+            dialled = await websockets.asyncio.client.connect(
+                url,
+                additional_headers=headers,
+                subprotocols=[Subprotocol(protocol)],
+                ssl=trust if url.startswith("wss:") else None,
+                open_timeout=self._connect,
+                ping_interval=_KEEPALIVE,
+                ping_timeout=_KEEPALIVE,
+                close_timeout=2,
+                max_size=MESSAGE_BYTES,
+                compression=None,
             )
+            return Socket(dialled)
         except SOCKET_FAILURES as error:
             raise _undialled(self._url, error) from None
 
