@@ -6,13 +6,12 @@ harvests what is dirty, would copy that, and acknowledges. The same figures are 
 Run: `.venv/bin/python examples/checkpoint.py [URL]`; without a URL it starts a service of its own.
 """
 
-import io
 import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from connect import ARROW, USER, connect, guest
+from connect import USER, connect, guest
 
 STEPS = 12
 RAM_BYTES = 1 << 30
@@ -30,31 +29,23 @@ def counted(trace: pa.Table) -> tuple[int, int]:
     return len(np.unique(touched >> 12)) * 4096, len(np.unique(touched >> 7)) * 128
 
 
-def body(trace: pa.Table) -> bytes:
-    """A trace as an Arrow stream."""
-    sink = io.BytesIO()
-    with pa.ipc.new_stream(sink, trace.schema) as writer:
-        writer.write_table(trace)
-    return sink.getvalue()
-
-
 def main(url: str | None) -> None:
     trace = pq.read_table(USER, columns=["gpa", "size"])
     records = len(trace) // STEPS
     pages = subpages = 0
-    with connect(url) as client, guest(client) as home:
-        client.put(f"{home}/dirty", json={"tracking": "subpage"}).raise_for_status()
+    with connect(url) as client, guest(client) as vm:
+        vm.call("putDirty", json={"tracking": "subpage"})
         print(f"{'step':>4} {'pages, KiB':>12} {'sub-pages, KiB':>15}")
         for step in range(STEPS):
             part = trace.slice(step * records, records)
-            client.post(f"{home}/traces", content=body(part), headers={"Content-Type": ARROW}).raise_for_status()
-            harvest = client.post(f"{home}/dirty:harvest").raise_for_status().json()
-            client.post(f"{home}/dirty:acknowledge", json={"harvest": harvest["harvest"]}).raise_for_status()
+            vm.replay(part)
+            harvest = vm.call("harvestDirty").json()
+            vm.call("acknowledgeDirty", json={"harvest": harvest["harvest"]})
             found = harvest["dirty_bytes_page_granular"], harvest["dirty_bytes_subpage"]
             print(f"{step + 1:4} {found[0] / 1024:12.0f} {found[1] / 1024:15.1f}")
             assert found == counted(part)
             pages, subpages = pages + found[0], subpages + found[1]
-        assert client.get(f"{home}/dirty").json()["npages"] == 0
+        assert not list(vm.dirty())
     print(f"{pages - subpages} bytes saved: {subpages} instead of {pages}, {pages / subpages:.1f} times less")
     assert (pages, subpages) == (BY_PAGE, BY_SUBPAGE)
 

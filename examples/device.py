@@ -6,10 +6,9 @@ first 128 bytes, which it writes least, play the doorbell. Whole-page protection
 Run: `.venv/bin/python examples/device.py [URL]`; without a URL it starts a service of its own.
 """
 
-import json
 import sys
 
-from connect import PARQUET, USER, connect, guest
+from connect import USER, connect, guest
 
 RING = 0x29B7
 DOORBELL = RING << 12
@@ -21,31 +20,22 @@ RINGS = 7776
 
 
 def main(url: str | None) -> None:
-    with connect(url) as client, guest(client, profile="kvm-latest") as home:
-        entry = {"gfn": hex(RING), "write_bitmap": ALL_BUT_THE_FIRST}
-        client.patch(f"{home}/page-access", json={"entries": [entry]}).raise_for_status()
+    with connect(url) as client, guest(client, profile="kvm-latest") as vm:
+        vm.set_page_access([{"gfn": hex(RING), "write_bitmap": ALL_BUT_THE_FIRST}])
 
         # One by one, as a device model sees it: the descriptor lands, the doorbell exits and tells its address.
-        descriptor = {"gpa": hex(DOORBELL + 128), "access": "write", "data": "0011223344556677", "size": 8}
-        assert client.post(f"{home}/accesses", json=descriptor).raise_for_status().json()["allowed"]
-        ring = client.post(f"{home}/accesses", json={**descriptor, "gpa": hex(DOORBELL)}).raise_for_status().json()
+        descriptor = bytes.fromhex("0011223344556677")
+        assert vm.access(DOORBELL + 128, data=descriptor)["allowed"]
+        ring = vm.access(DOORBELL, data=descriptor)
         print(f"doorbell: {ring['run']['name']} at {ring['run']['spp']['addr']}")
         assert not ring["allowed"] and ring["run"]["name"] == "KVM_EXIT_SPP"
         assert int(ring["run"]["spp"]["addr"], 16) == DOORBELL
-        memory = client.get(f"{home}/memory", params={"gpa": hex(DOORBELL), "size": 256}).raise_for_status().content
-        assert memory == bytes(128) + bytes.fromhex(descriptor["data"]) + bytes(120)
+        assert vm.read_memory(DOORBELL, 256) == bytes(128) + descriptor + bytes(120)
 
         # And the whole run: the device serves each ring, the guest goes on.
-        reply = client.post(
-            f"{home}/traces",
-            params={"on_violation": "allow"},
-            content=USER.read_bytes(),
-            headers={"Content-Type": PARQUET},
-        ).raise_for_status()
-        result = reply.json()
-        listed = client.get(f"{reply.headers['Location']}/exits", headers={"Accept": "application/x-ndjson"})
-        exits = [json.loads(line) for line in listed.raise_for_status().text.splitlines()]
-    trapped, whole = result["violations"], result["page_granular_violations"]
+        trace = vm.replay(USER, on_violation="allow")
+        exits = list(trace.exits())
+    trapped, whole = trace.violations, trace.page_granular_violations
     print(f"{whole} writes to the ring, {trapped} exits for the doorbell: {whole / trapped:.0f} times fewer")
     assert (trapped, whole) == (RINGS, WRITES)
     assert len(exits) == RINGS and {int(item["gpa"], 16) >> 7 for item in exits} == {DOORBELL >> 7}

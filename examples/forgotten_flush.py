@@ -10,8 +10,9 @@ Run: `.venv/bin/python examples/forgotten_flush.py [URL]`; without a URL it star
 import sys
 from typing import Any
 
-import httpx2
 from connect import connect
+
+import subpage
 
 PAGE = 0x1000
 TABLES, OLD_FRAME, NEW_FRAME = 0x100000, 0x11000, 0x12000
@@ -23,49 +24,29 @@ CPUID = [{"function": "0x40000001", "eax": "0x31237648"}, {"function": "0x400000
 class Guest:
     """A VM whose vCPU 1 has VP index 5."""
 
-    def __init__(self, client: httpx2.Client) -> None:
-        self.client = client
-        vm = client.post(
-            "/v1/vms",
-            json={
-                "memory_slots": [{"slot": 0, "gpa": 0, "size": "0x1000000"}],
-                "vcpus": [{"id": 0, "cpuid": CPUID}, {"id": 1, "vp_index": 5, "cpuid": CPUID}],
-                "translation_cache": "model",
-                "flush_policy": "tlfs",
-            },
-        )
-        self.url = vm.raise_for_status().headers["Location"]
-        client.put(f"{self.url}/vcpus/0/msrs", json={"msrs": [GUEST_OS_ID]}).raise_for_status()
+    def __init__(self, client: subpage.Client) -> None:
+        vcpus = [{"id": 0, "cpuid": CPUID}, {"id": 1, "vp_index": 5, "cpuid": CPUID}]
+        self.vm = client.create_vm(memory="16MiB", vcpus=vcpus, translation_cache="model", flush_policy="tlfs")
+        self.vm.call("putMsrs", path={"n": 0}, json={"msrs": [GUEST_OS_ID]})
         for level in range(3):
             table = TABLES + level * PAGE
             self.store(table + 8 * (LINEAR >> (39 - 9 * level) & 511), table + PAGE | 0x67)
         for vcpu in (0, 1):
-            client.put(f"{self.url}/vcpus/{vcpu}/vmcs", json={"cr3": hex(TABLES)}).raise_for_status()
+            self.vm.call("putVmcs", path={"n": vcpu}, json={"cr3": hex(TABLES)})
 
     def store(self, gpa: int, word: int) -> None:
-        octets = {"Content-Type": "application/octet-stream"}
-        content = word.to_bytes(8, "little")
-        self.client.put(f"{self.url}/memory", params={"gpa": hex(gpa)}, content=content, headers=octets)
+        self.vm.write_memory(gpa, word.to_bytes(8, "little"))
 
     def map(self, frame: int) -> None:
         self.store(TABLES + 3 * PAGE + 8 * (LINEAR >> 12 & 511), frame | 0x67)
 
     def write(self, vcpu: int) -> tuple[str, bool]:
-        body = {"gva": hex(LINEAR), "size": 8, "vcpu": vcpu, "data": "00" * 8}
-        done = self.client.post(f"{self.url}/accesses", json=body).raise_for_status().json()
+        done = self.vm.access(gva=hex(LINEAR), vcpu=vcpu, data=bytes(8))
         return done["gpa"], done["stale"]
 
-    def replay(self, records: list[dict[str, Any]]) -> dict[str, Any]:
-        reply = self.client.post(f"{self.url}/traces", json={"accesses": records})
-        found: dict[str, Any] = reply.raise_for_status().json()
-        return found
-
-    def flush(self, mask: int) -> dict[str, Any]:
+    def flush(self, mask: int) -> subpage.Document:
         call = {"name": "HvCallFlushVirtualAddressList", "address_space": hex(TABLES), "processor_mask": mask}
-        body = {"call": {**call, "ranges": [hex(LINEAR)]}, "input_gpa": "0x5000"}
-        reply = self.client.post(f"{self.url}/vcpus/0/hypercalls", json=body)
-        found: dict[str, Any] = reply.raise_for_status().json()
-        return found
+        return self.vm.hypercall(0, call={**call, "ranges": [hex(LINEAR)]}, input_gpa="0x5000")
 
 
 def recorded_write(vcpu: int, frame: int) -> dict[str, Any]:
@@ -84,7 +65,7 @@ def replay_it(guest: Guest) -> None:
     trace = [recorded_write(1, OLD_FRAME), recorded_flush(1 << 1), recorded_write(0, NEW_FRAME)]
     trace += [recorded_write(1, NEW_FRAME), recorded_flush(1 << 5), recorded_write(1, NEW_FRAME)]
     guest.flush(1 << 5 | 1)
-    result = guest.replay(trace)
+    result = guest.vm.replay(trace)
     assert result["stale_translations"] == 1
     (stale,) = result["stale_records"]
     assert (stale["index"], stale["cached_gpa"], stale["gpa"]) == (3, hex(OLD_FRAME), hex(NEW_FRAME))
@@ -107,7 +88,7 @@ def main(url: str | None) -> None:
             print(f"flush of VPs {mask:#b}: targets {flush['targeted']}, {dropped} translations dropped")
             print(f"vCPU 1 writes to {gpa}: {'a stale translation, the flush missed VP 5' if stale else 'as mapped'}")
         replay_it(guest)
-        client.delete(guest.url)
+        guest.vm.delete()
 
 
 if __name__ == "__main__":

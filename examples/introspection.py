@@ -6,11 +6,10 @@ reads who wrote what. Writes to the same 128 bytes that touch no byte of an obje
 Run: `.venv/bin/python examples/introspection.py [URL]`; without a URL it starts a service of its own.
 """
 
-import json
 import sys
 from collections import Counter
 
-from connect import BOOT, PARQUET, POLICY, connect, guest
+from connect import BOOT, POLICY, connect, guest
 
 # What the 16 million writes of the boot come to, counted beforehand by other means (tests/data/ground-truth.json).
 VIOLATIONS = 2550
@@ -19,36 +18,28 @@ ONLY_NEIGHBOURS = {"modprobe_path", "init_nsproxy"}
 
 
 def main(url: str | None) -> None:
-    policy = json.loads(POLICY.read_text(encoding="utf-8"))
-    with connect(url) as client, guest(client) as home:
-        client.post(f"{home}/protections", json=policy).raise_for_status()
-        reply = client.post(
-            f"{home}/traces",
-            params={"on_violation": "allow", "carry": "pc_low32"},
-            content=BOOT.read_bytes(),
-            headers={"Content-Type": PARQUET},
-        ).raise_for_status()
-        result = reply.json()
-        listed = client.get(f"{reply.headers['Location']}/exits", headers={"Accept": "application/x-ndjson"})
-        exits = [json.loads(line) for line in listed.raise_for_status().text.splitlines()]
+    with connect(url) as client, guest(client) as vm:
+        vm.protect(POLICY)
+        trace = vm.replay(BOOT, on_violation="allow", carry="pc_low32")
+        exits = list(trace.exits())
 
-    writers = {name: Counter[int]() for name in result["by_object"]}
+    writers = {name: Counter[int]() for name in trace.by_object}
     for item in exits:
         for name in item["objects"]:
             writers[name][item["pc_low32"]] += 1
     print(f"{'object':24} {'hits':>6} {'collateral':>10}  most often written from")
-    for name, hits in result["by_object"].items():
+    for name, hits in trace.by_object.items():
         pcs = ", ".join(f"{pc:#x} ({count})" for pc, count in writers[name].most_common(2))
         print(f"{name:24} {hits['violations']:6} {hits['collateral']:10}  {pcs}")
-    print(f"{len(exits)} events; whole pages would have made {result['page_granular_violations']}")
+    print(f"{len(exits)} events; whole pages would have made {trace.page_granular_violations}")
 
-    assert (result["violations"], result["page_granular_violations"]) == (VIOLATIONS, WITH_WHOLE_PAGES)
+    assert (trace.violations, trace.page_granular_violations) == (VIOLATIONS, WITH_WHOLE_PAGES)
     assert len(exits) == VIOLATIONS and all(item["resolution"] == "violation" for item in exits)
-    for name, hits in result["by_object"].items():
+    for name, hits in trace.by_object.items():
         assert sum(writers[name].values()) == hits["violations"]
         if name in ONLY_NEIGHBOURS:
             assert hits["violations"] == hits["collateral"] > 0, name
-    assert sum(hits["violations"] for hits in result["by_object"].values()) >= VIOLATIONS
+    assert sum(hits["violations"] for hits in trace.by_object.values()) >= VIOLATIONS
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Run: `.venv/bin/python examples/live_introspection.py [URL]`; without a URL it s
 import sys
 from collections import Counter
 
-from connect import connect
+from connect import connect, guest
 
 import subpage
 
@@ -26,8 +26,7 @@ WRITES = [TABLE, TABLE + 0x80, SCRATCH, SCRATCH + 8, TRUSTED, TRUSTED + 8, TABLE
 
 def main(url: str | None) -> None:
     said: Counter[str] = Counter()
-    with connect(url) as http, subpage.Client(str(http.base_url)) as client:
-        vm = client.create_vm("guest", memory="1GiB")
+    with connect(url) as client, guest(client) as vm:
         vm.protect(OBJECTS, name="driver")
         vm.set_subpages(SCRATCH >> 12, 0)
 
@@ -46,7 +45,6 @@ def main(url: str | None) -> None:
 
         with vm.attach(decide, priority=10, default_action="stop"):
             trace = vm.replay(WRITES, on_violation="ask")
-        vm.delete()
 
     print(f"{said.total()} questions: {', '.join(f'{action} {count}' for action, count in sorted(said.items()))}")
     assert said == {"allow": 2, "skip": 2, "grant": 1, "retry": 1}

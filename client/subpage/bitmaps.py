@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
@@ -97,8 +98,6 @@ def to_wire(access: Any) -> bytes:
 
 def library(name: str) -> Any:
     """One of the libraries that the client uses where it is there. Raises NotInstalled."""
-    import importlib  # noqa: PLC0415
-
     try:
         return importlib.import_module(name)
     except ImportError:

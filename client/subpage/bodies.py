@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 from subpage.bitmaps import library
 from subpage.errors import BadInput
-from subpage.progress import Report, counted
+from subpage.progress import Report, counting
 from subpage.wire import file_pieces
 
 PARQUET = "application/vnd.apache.parquet"
@@ -65,24 +66,22 @@ class Body:
         return headers
 
     def reporting(self, report: Report | None) -> Callable[[], Any]:
-        """The pieces, told to ``report`` as they go."""
+        """The pieces, told to ``report`` as they are taken."""
         if report is None:
             return self.pieces
 
         def pieces() -> Any:
-            made = self.pieces()
-            if not isinstance(made, AsyncIterator):
-                return counted(iter([made]) if isinstance(made, bytes) else iter(made), self.size, report)
-            return _counted_later(made, self.size, report)
+            made, told = self.pieces(), counting(self.size, report)
+            if isinstance(made, AsyncIterator):
+                return (told(piece) async for piece in made)
+            return map(told, [made] if isinstance(made, bytes) else made)
 
         return pieces
 
 
 def body_of(source: Any, media: str | None = None, default: str = TEXT) -> Body:
     """``source`` as a body. Raises BadInput for what is none, NotInstalled where a table needs pyarrow.
-
-    ``media`` is its type where neither a name nor its first bytes tell.
-    """
+    ``media`` is its type where neither a name nor its first bytes tell."""
     if isinstance(source, (str, os.PathLike)):
         return of_file(Path(source), media, default)
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -98,7 +97,9 @@ def body_of(source: Any, media: str | None = None, default: str = TEXT) -> Body:
     if hasattr(source, "read"):
         return _of_iterator(iter(lambda: source.read(1 << 18), b""), media, default)
     if isinstance(source, AsyncIterator):
-        return Body(lambda: source, _needed(media), once=True)
+        if media is None:
+            raise BadInput("say with media= what an asynchronous iterator gives, such as application/x-ndjson")
+        return Body(lambda: source, media, once=True)
     if isinstance(source, Iterable):
         return _of_iterator(iter(source), media, default)
     raise BadInput(f"a {type(source).__name__} cannot be sent: give a path, bytes, an iterator or a table of Arrow")
@@ -156,35 +157,20 @@ def _arrow(table: Any) -> Iterator[bytes]:
     """A table as a stream of Arrow, a batch at a time."""
     arrow = library("pyarrow")
     reader = arrow.RecordBatchReader.from_stream(table)
-    held = _Sink()
-    with arrow.ipc.new_stream(arrow.PythonFile(held, mode="w"), reader.schema) as writer:
+    held = io.BytesIO()
+    with arrow.ipc.new_stream(held, reader.schema) as writer:
         for batch in reader:
             writer.write_batch(batch)
-            yield held.taken()
-    yield held.taken()
+            yield _taken(held)
+    yield _taken(held)
 
 
-class _Sink:
-    """What a writer has written since it was last asked."""
-
-    closed = False
-
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
-
-    def write(self, data: Any) -> int:
-        self.parts.append(bytes(data))
-        return len(data)
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def close(self) -> None:
-        """Nor is anything open."""
-
-    def taken(self) -> bytes:
-        data, self.parts = b"".join(self.parts), []
-        return data
+def _taken(held: io.BytesIO) -> bytes:
+    """What was written since it was last asked."""
+    data = held.getvalue()
+    held.seek(0)
+    held.truncate()
+    return data
 
 
 def _ndjson(records: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
@@ -197,17 +183,3 @@ def _by_magic(head: bytes, default: str) -> str:
     if head.startswith(b"ARROW1"):
         raise BadInput("this is a file of Arrow (Feather), which is read from its end: send a stream, or its table")
     return next((media for magic, media in _MAGIC if head.lstrip().startswith(magic)), default)
-
-
-def _needed(media: str | None) -> str:
-    if media is None:
-        raise BadInput("say with media= what an asynchronous iterator gives, such as application/x-ndjson")
-    return media
-
-
-async def _counted_later(pieces: AsyncIterator[bytes], total: int | None, report: Report) -> AsyncIterator[bytes]:
-    done = 0
-    async for piece in pieces:
-        yield piece
-        done += len(piece)
-        report(done, total)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from subpage.core import Core
@@ -13,8 +13,8 @@ from subpage.html import Document
 from subpage.jobs import AsyncJob, Job, JobOperations
 from subpage.machines import AsyncVm, Vm, VmOperations
 from subpage.modes import Awaiting, Blocking, operation, run, stream
-from subpage.transports import AsyncTransport, BlockingTransport, Transport
-from subpage.values import ioctl_request, size_of
+from subpage.transports import AWAITING, BLOCKING, Transport, Way
+from subpage.values import members_of, size_of
 from subpage.wire import Pieces, Reply
 
 V = TypeVar("V", bound=VmOperations[Any, Any])
@@ -24,16 +24,11 @@ URL = "http://127.0.0.1:8000"
 
 
 class ClientOperations(Generic[V, J]):
-    """One service, for one token.
-
-    ``ca``: a PEM file of the authorities to trust, where it is not one that the system trusts. ``timeout``: seconds
-    for a connection, and without a byte of a reply. ``patience``: for how many seconds a call that failed for a passing
-    reason is tried again; a POST has an idempotency key then, so that it is not done twice. ``most_bytes``: of a reply.
-    """
+    """What both clients do."""
 
     _vm: type[V]
     _job: type[J]
-    _carrier: Any
+    _way: Way
 
     def __init__(
         self,
@@ -45,13 +40,10 @@ class ClientOperations(Generic[V, J]):
         patience: float = 15.0,
         most_bytes: int = 1 << 30,
     ) -> None:
-        carrier: Transport = self._carrier(url, ca, timeout)
-        self._core = Core(url, token, carrier, timeout=timeout, patience=patience, most_bytes=most_bytes)
-
-    @property
-    def url(self) -> str:
+        transport = Transport(self._way, url, ca, timeout)
+        self._core = Core(url, token, transport, timeout=timeout, patience=patience, most_bytes=most_bytes)
+        self.url = self._core.url
         """Where the service is."""
-        return self._core.url
 
     @operation()
     async def call(
@@ -65,33 +57,19 @@ class ClientOperations(Generic[V, J]):
         headers: Mapping[str, str] | None = None,
     ) -> Reply:
         """Any operation of the contract, by its id; the reply has ``status``, ``headers``, ``content``, ``json()``.
-
-        Raises Problem, Unreachable, BadInput for an operation or a path that is none. ::
-
-        >>> client.call("getSpp", path={"vm": vm.id}).json()["active"]
-        True
-        """
+        Raises Problem, BadInput. ``client.call("getSpp", path={"vm": vm.id}).json()["active"]`` is ``True``."""
         again = content is None or isinstance(content, bytes)
         options: dict[str, Any] = {"json": json, "content": content, "headers": headers}
         return await self._core.call(operation_id, path=path, query=query, again=again, **options)
 
     @stream("listVms")
-    async def vms(self) -> AsyncGenerator[V, None]:
-        """The machines of the tenant, oldest first. ::
-
-        >>> vm.id in [machine.id for machine in client.vms()]
-        True
-        """
-        async for found in self._core.pages("listVms", "vms"):
-            yield self._vm(self._core, found)
+    def vms(self) -> AsyncGenerator[V, None]:
+        """The machines of the tenant, oldest first: ``vm.id in [found.id for found in client.vms()]`` is ``True``."""
+        return self._core.pages("listVms", "vms", partial(self._vm, self._core))
 
     @operation("getVm")
     async def vm(self, id: str) -> V:
-        """One machine. Raises NotFound. ::
-
-        >>> client.vm(vm.id).name
-        'example'
-        """
+        """One machine. Raises NotFound. ``client.vm(vm.id).name`` is ``'example'``."""
         return self._vm(self._core, await self._core.document("getVm", path={"vm": id}))
 
     @operation("createVm")
@@ -115,62 +93,37 @@ class ClientOperations(Generic[V, J]):
         return self._vm(self._core, await self._core.document("createVm", json=document))
 
     @stream("listJobs")
-    async def jobs(self) -> AsyncGenerator[J, None]:
-        """The jobs of the tenant, oldest first. ::
-
-        >>> job = vm.submit([{"gpa": 0x10040}])
-        >>> job.id in [job.id for job in client.jobs()]
-        True
-        """
-        async for found in self._core.pages("listJobs", "jobs"):
-            yield self._job(self._core, found)
+    def jobs(self) -> AsyncGenerator[J, None]:
+        """Jobs of the tenant, oldest first: ``vm.submit([1]).id in [job.id for job in client.jobs()]`` is ``True``."""
+        return self._core.pages("listJobs", "jobs", partial(self._job, self._core))
 
     @operation("getJob")
     async def job(self, id: str) -> J:
-        """One job. Raises NotFound. ::
-
-        >>> client.job(vm.submit([{"gpa": 0x10040}]).id).wait().records
-        1
-        """
+        """One job. Raises NotFound. ``client.job(vm.submit([{"gpa": 0x10040}]).id).wait().records`` is ``1``."""
         return self._job(self._core, await self._core.document("getJob", path={"job": id}))
 
     @operation("getVersion")
     async def version(self) -> Document:
-        """Which release the service is. ::
-
-        >>> client.version()["name"]
-        'subpage'
-        """
-        return Document(await self._core.document("getVersion"))
+        """Which release the service is: ``client.version()["name"]`` is ``'subpage'``."""
+        return await self._core.document("getVersion")
 
     @operation("getCapabilities")
     async def capabilities(self) -> Document:
-        """Profiles, formats, limits and other names that the service knows. ::
-
-        >>> client.capabilities()["profiles"]
-        ['kvm-2019', 'kvm-latest']
-        """
-        return Document(await self._core.document("getCapabilities"))
+        """Profiles, formats, limits, and names: ``client.capabilities()["profiles"][0]`` is ``'kvm-2019'``."""
+        return await self._core.document("getCapabilities")
 
     @operation("getReadyz")
     async def ready(self) -> bool:
-        """Whether it serves at full speed; waits for as long as ``patience`` says. ::
-
-        >>> client.ready()
-        True
-        """
+        """Whether it serves at full speed; waits for as long as ``patience`` says: ``client.ready()`` is ``True``."""
         return bool((await self._core.document("getReadyz"))["status"] == "ready")
 
     @operation("callSystemIoctl")
     async def ioctl(self, /, name: str, data: bytes | None = None, **members: Any) -> Document:
-        """An ioctl of ``/dev/kvm``; see ``vm.ioctl``. ``profile`` is one of the members. ::
-
-        >>> client.ioctl("KVM_GET_API_VERSION", arg=0)["return"]
-        12
-        """
+        """An ioctl of ``/dev/kvm``; see ``vm.ioctl``. ``profile`` is one of the members.
+        ``client.ioctl("KVM_GET_API_VERSION", arg=0)["return"]`` is ``12``."""
         query = {"profile": members.pop("profile", None)}
-        document = ioctl_request(data, members)
-        return Document(await self._core.document("callSystemIoctl", path={"name": name}, query=query, json=document))
+        document = members_of(data=data, **members)
+        return await self._core.document("callSystemIoctl", path={"name": name}, query=query, json=document)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self.url}>"
@@ -181,16 +134,14 @@ class Client(ClientOperations[Vm, Job], FootprintCalls[Footprint], Blocking):
 
     ``ca``: a PEM file of the authorities to trust, where it is not one that the system trusts. ``timeout``: seconds
     for a connection, and without a byte of a reply. ``patience``: for how many seconds a call that failed for a passing
-    reason is tried again; a POST has an idempotency key then, so that it is not done twice. ``most_bytes``: of a reply.
+    reason is tried again; a POST has an idempotency key then, so it is done once. ``most_bytes``: of a reply. ::
 
-    ::
-
-        >>> with Client(url) as service:
-        ...     service.version()["name"]
-        'subpage'
+    >>> with Client(url) as service:
+    ...     service.version()["name"]
+    'subpage'
     """
 
-    _vm, _job, _carrier, _footprint = Vm, Job, BlockingTransport, Footprint
+    _vm, _job, _footprint, _way = Vm, Job, Footprint, BLOCKING
 
     def close(self) -> None:
         """Close its connections."""
@@ -199,7 +150,7 @@ class Client(ClientOperations[Vm, Job], FootprintCalls[Footprint], Blocking):
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
@@ -213,7 +164,7 @@ class AsyncClient(ClientOperations[AsyncVm, AsyncJob], FootprintCalls[AsyncFootp
     'subpage'
     """
 
-    _vm, _job, _carrier, _footprint = AsyncVm, AsyncJob, AsyncTransport, AsyncFootprint
+    _vm, _job, _footprint, _way = AsyncVm, AsyncJob, AsyncFootprint, AWAITING
 
     async def aclose(self) -> None:
         """Close its connections."""
@@ -222,7 +173,5 @@ class AsyncClient(ClientOperations[AsyncVm, AsyncJob], FootprintCalls[AsyncFootp
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()

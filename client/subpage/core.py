@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json as jsonlib
 import random
 import time
@@ -10,11 +11,12 @@ import warnings
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from subpage.errors import BadInput, Error, NotSubpage, Problem, Unreachable, VersionMismatch, refusal
+from subpage.html import Document
 from subpage.routes import ROUTES, VERSION, Route
-from subpage.transports import Opened, Transport, lines
+from subpage.transports import Transport, lines
 from subpage.wire import Pieces, Reply, Request
 
 JSON = "application/json"
@@ -23,7 +25,7 @@ PASSING = frozenset({"vm-busy", "not-ready", "rate-limited", "idempotency-in-pro
 # Seconds between attempts, and the longest that a service may ask for.
 DELAYS = (0.1, 0.2, 0.5, 1.0, 2.0)
 LONGEST_DELAY = 30.0
-_CONTRACT_BYTES = 16 << 20
+_CONTRACT_BYTES, _REFUSAL_BYTES = 16 << 20, 1 << 20
 _TOLD: set[tuple[str, str]] = set()  # services whose other version was told of
 
 
@@ -47,21 +49,10 @@ class Core:
         self.met: dict[str, Any] | None = None
         self._routes: Mapping[str, Route] = ROUTES
 
-    async def call(
-        self,
-        operation: str,
-        *,
-        path: Mapping[str, Any] | None = None,
-        query: Mapping[str, Any] | None = None,
-        json: Any = None,
-        content: bytes | Pieces | None = None,
-        headers: Mapping[str, str] | None = None,
-        again: bool = True,
-        patience: float | None = -1.0,
-        most: int | None = None,
-    ) -> Reply:
-        """The reply to an operation of the contract. ``again``: the body can be sent a second time."""
-        request = await self.request(operation, path, query, json, content, headers, patience)
+    async def call(self, operation: str, *, again: bool = True, **options: Any) -> Reply:
+        """The reply to an operation of the contract; ``options`` are those of ``request``.
+        ``again``: the body can be sent a second time."""
+        request = await self.request(operation, **options)
         again = again and self.patience > 0
         keyed = request.method != "POST"  # as often as you like: the same in the end
         if again and not keyed:
@@ -70,7 +61,7 @@ class Core:
         while True:
             failed: Error
             try:
-                reply = await self.transport.send(request, self.most_bytes if most is None else most)
+                reply = await self.transport.send(request, self.most_bytes)
             except Unreachable as error:
                 failed, wait = error, None
                 uncertain = uncertain or not error.unsent
@@ -90,24 +81,25 @@ class Core:
             failures += 1
             await self.transport.sleep(pause)
 
-    async def document(self, operation: str, **options: Any) -> dict[str, Any]:
-        """The document that an operation answers; ``{}`` where that is none."""
+    async def document(self, operation: str, **options: Any) -> Document:
+        """The document that an operation answers; an empty one where that is none."""
         found = (await self.call(operation, **options)).json()
         if not isinstance(found, dict) and found is not None:
             raise NotSubpage(f"{self.url} answers {operation}, and not as Subpage does")
-        return found or {}
+        return Document(found or {})
 
     async def request(
         self,
         operation: str,
-        path: Mapping[str, Any] | None,
-        query: Mapping[str, Any] | None,
-        json: Any,
-        content: bytes | Pieces | None,
-        headers: Mapping[str, str] | None,
+        *,
+        path: Mapping[str, Any] | None = None,
+        query: Mapping[str, Any] | None = None,
+        json: Any = None,
+        content: bytes | Pieces | None = None,
+        headers: Mapping[str, str] | None = None,
         patience: float | None = -1.0,
     ) -> Request:
-        """An operation as a request. Raises BadInput for what it does not have."""
+        """An operation as a request; ``patience`` -1: that of the client. Raises BadInput for what it does not have."""
         if self.met is None and operation != "getVersion":
             await self.meet()
         route = self._routes.get(operation) or await self._route(operation)
@@ -123,31 +115,19 @@ class Core:
             merged.setdefault("Content-Type", JSON)
         return Request(route.method, url, merged, content, self.timeout if patience == -1.0 else patience)
 
-    async def opened(self, operation: str, **options: Any) -> Opened:
-        """A reply in pieces; refusals are raised."""
-        wanted = {"path": None, "query": None, "json": None, "content": None, "headers": None, **options}
-        opened = await self.transport.open(await self.request(operation, **wanted))
-        if opened.status < 400:
-            return opened
-        parts: list[bytes] = []
-        try:
-            while sum(map(len, parts)) < 1 << 20 and (piece := await opened.piece()):
-                parts.append(piece)
-        finally:
-            await opened.close()
-        raise refusal(self.url, opened.status, opened.headers, b"".join(parts))
-
     async def lines(self, operation: str, **options: Any) -> AsyncGenerator[bytes, None]:
         """The lines of a streamed reply. Raises StreamBroken where it ends in the middle."""
-        opened = await self.opened(operation, **options)
+        opened = await self.transport.open(await self.request(operation, **options))
         try:
+            if opened.status >= 400:
+                raise refusal(self.url, opened.status, opened.headers, await opened.rest(_REFUSAL_BYTES))
             async for line in lines(opened):
                 yield line
         finally:
             await opened.close()
 
-    async def pages(self, operation: str, member: str, **options: Any) -> AsyncGenerator[dict[str, Any], None]:
-        """The items of a list that comes in pages."""
+    async def pages(self, operation: str, member: str, of: Any = Document, **options: Any) -> AsyncGenerator[Any, None]:
+        """The items of a list that comes in pages, each as what ``of`` makes of it."""
         query = dict(options.pop("query", None) or {})
         while True:
             page = await self.document(operation, query=query, **options)
@@ -155,20 +135,20 @@ class Core:
             if not isinstance(items, list):
                 raise NotSubpage(f"{self.url} answers {operation} without {member!r}: it is not Subpage's contract")
             for item in items:
-                yield item
-            following = dict(_pairs(page.get("next")))
+                yield of(item)
+            following = dict(parse_qsl(urlsplit(str(page.get("next") or "")).query))
             if not following:
                 return
             if following == query:
                 raise NotSubpage(f"{self.url}: the next page of {operation} is the same again")
             query = following
 
+    async def _get(self, path: str, most: int) -> Reply:
+        return await self.transport.send(Request("GET", self.url + path, dict(self.headers), None, self.timeout), most)
+
     async def meet(self) -> dict[str, Any]:
         """Which release the service is; told once where it is another than the client's. Raises NotSubpage."""
-        reply = await self.transport.send(
-            Request("GET", f"{self.url}/version", dict(self.headers), None, self.timeout), 1 << 16
-        )
-        release = None
+        reply, release = await self._get("/version", 1 << 16), None
         if reply.status == 200:
             with suppress(NotSubpage):
                 release = reply.json()
@@ -183,21 +163,17 @@ class Core:
         return release
 
     async def _difference(self) -> str:
-        theirs = set(await self._contract())
-        parts = [
-            f"{who}: {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}"
-            for who, names in (
-                ("only the service has", sorted(theirs - set(ROUTES))),
-                ("only the client knows", sorted(set(ROUTES) - theirs)),
-            )
-            if names
-        ]
+        try:
+            ours, theirs = set(ROUTES), set(await self._contract())
+        except Error:  # the call itself may still go well
+            return "what differs cannot be read from it"
+        listed = {"only the service has": sorted(theirs - ours), "only the client knows": sorted(ours - theirs)}
+        parts = (f"{who}: {', '.join(names[:8])}{' …' * (len(names) > 8)}" for who, names in listed.items() if names)
         return "; ".join(parts) or "both have the same operations"
 
     async def _contract(self) -> dict[str, Route]:
         """The operations that the service itself lists."""
-        url = f"{self.url}/openapi.json"
-        reply = await self.transport.send(Request("GET", url, dict(self.headers), None, self.timeout), _CONTRACT_BYTES)
+        reply = await self._get("/openapi.json", _CONTRACT_BYTES)
         try:
             return {
                 operation["operationId"]: Route(method.upper(), path)
@@ -206,15 +182,13 @@ class Core:
                 if isinstance(operation, dict)
             }
         except (KeyError, TypeError, AttributeError):
-            raise NotSubpage(f"{url} is not the contract of Subpage") from None
+            raise NotSubpage(f"{self.url}/openapi.json is not the contract of Subpage") from None
 
     async def _route(self, operation: str) -> Route:
         """An operation that is younger than the client."""
         found = await self._contract()
         self._routes = {**found, **ROUTES}
         if operation not in self._routes:
-            import difflib  # noqa: PLC0415
-
             near = difflib.get_close_matches(operation, self._routes, 1)
             hint = f"; perhaps {near[0]}" if near else ""
             raise BadInput(f"{operation!r} is no operation of {self.url}{hint}")
@@ -252,10 +226,3 @@ def _plain(value: Any) -> Any:
         if hasattr(value, name):
             return getattr(value, name)()
     raise TypeError(f"{type(value).__name__} is not a value of JSON")
-
-
-def _pairs(following: Any) -> list[tuple[str, str]]:
-    """The query of the URL of a next page."""
-    from urllib.parse import parse_qsl  # noqa: PLC0415
-
-    return parse_qsl(urlsplit(following).query) if isinstance(following, str) else []

@@ -13,9 +13,7 @@ class Error(Exception):
 
 class Unreachable(Error):
     """There was no answer: no service, no such host, a connection that was lost, silence.
-
-    ``unsent``: the request cannot have arrived.
-    """
+    ``unsent``: the request cannot have arrived."""
 
     def __init__(self, text: str, *, unsent: bool = False) -> None:
         super().__init__(text)
@@ -72,9 +70,7 @@ class Problem(Error):
     """
 
     def __init__(self, document: Mapping[str, Any], status: int, retry_after: float | None = None) -> None:
-        self.document = dict(document)
-        self.status = status
-        self.retry_after = retry_after
+        self.document, self.status, self.retry_after = dict(document), status, retry_after
         self.code = str(document.get("code", "unknown"))
         self.title = str(document.get("title", ""))
         self.detail = str(document.get("detail", "no reason given"))
@@ -111,6 +107,14 @@ class Forbidden(Problem):
 _KINDS: Mapping[int, type[Problem]] = {401: Unauthenticated, 403: Forbidden, 404: NotFound}
 
 
+def parsed(data: bytes | str) -> Any:
+    """The document in ``data``; None where it is not JSON."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
 def problem_of(document: Mapping[str, Any], status: int, retry_after: float | None = None) -> Problem:
     """The problem of a document."""
     return _KINDS.get(status, Problem)(document, status, retry_after)
@@ -118,10 +122,7 @@ def problem_of(document: Mapping[str, Any], status: int, retry_after: float | No
 
 def refusal(url: str, status: int, headers: Mapping[str, str], content: bytes) -> Error:
     """What a reply with an error status says."""
-    try:
-        document = json.loads(content)
-    except (ValueError, RecursionError):
-        document = None
+    document = parsed(content)
     if not isinstance(document, dict) or "code" not in document:
         return NotSubpage(f"{url} answers {status}, and not as Subpage does: is that where the service is?")
     after = headers.get("retry-after", "")

@@ -72,9 +72,7 @@ async def following(
 
 async def _fields(lines: AsyncGenerator[bytes, None], follow: bool) -> AsyncGenerator[tuple[str, str], None]:
     """``data`` and ``id`` of Server-Sent Events; the service puts an event on one line. Or the lines of NDJSON.
-
-    The id of an event counts once the event was taken, so it comes after it.
-    """
+    The id of an event counts once the event was taken, so it comes after it."""
     number = ""
     async for line in lines:
         text = line.decode("utf-8", "replace")

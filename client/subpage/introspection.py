@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import json
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from subpage.core import Core, filled
-from subpage.errors import Error, NotSubpage, Problem, Unauthenticated, Unreachable, problem_of
+from subpage.errors import NotSubpage, Problem, Unauthenticated, Unreachable, parsed, problem_of
 from subpage.events import PAUSES
 from subpage.html import Document
 from subpage.modes import run
 from subpage.transports import Socket
 from subpage.wire import SocketClosed
+
+T = TypeVar("T")
 
 LOG = logging.getLogger("subpage")
 
@@ -61,12 +63,14 @@ Handler = Callable[[Question], str | Awaitable[str]]
 class _Tool:
     """What a tool of either kind is: its wishes, and one connection after the other."""
 
-    def __init__(self, core: Core, vm: str, handler: Handler, wishes: Mapping[str, Any]) -> None:
+    def __init__(self, core: Core, vm: str, handler: Handler, wishes: Mapping[str, Any], workers: int) -> None:
         self._core, self._vm, self._handler = core, vm, handler
         self._attach = {"type": "attach", **{name: wish for name, wish in wishes.items() if wish is not None}}
-        self._socket: Socket | None = None
+        self._room = asyncio.Semaphore(workers)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._serving: asyncio.Task[None]
+        self._socket: Socket
         self._ending = False
-        self._waiting = 0
         self.attached: Document | None = None
         """What the service said when it was attached last: ``tool``, ``timeout``, ``tools`` and so on."""
         self.answered = 0
@@ -76,8 +80,6 @@ class _Tool:
 
     async def _connected(self) -> Socket:
         """A socket that is attached. Raises Problem, Unreachable."""
-        if self._core.met is None:
-            await self._core.meet()
         url = "ws" + self._core.url.removeprefix("http") + filled("introspection", PATH, {"vm": self._vm})
         headers = {name: self._core.headers[name] for name in ("Authorization",) if name in self._core.headers}
         socket = await self._core.transport.dial(url, headers, PROTOCOL)
@@ -96,7 +98,20 @@ class _Tool:
         self.attached, self._socket = Document(message), socket
         return socket
 
-    async def _serve(self, socket: Socket, take: Callable[[Socket, Question], object]) -> None:
+    async def _begin(self) -> None:
+        """Attached, and answering. Raises Problem, Unreachable."""
+        self._serving = asyncio.create_task(self._serve(await self._connected()))
+
+    async def _end(self) -> None:
+        """Left: what is not answered yet goes to the next tool."""
+        self._ending = True
+        await self._socket.close()
+        everything = [*self._tasks, self._serving]
+        for task in everything:
+            task.cancel()
+        await asyncio.gather(*everything, return_exceptions=True)
+
+    async def _serve(self, socket: Socket) -> None:
         """Until the end of the machine, of the token, or of the tool."""
         while True:
             try:
@@ -104,9 +119,10 @@ class _Tool:
                     message = _read(await socket.receive())
                     if message["type"] == "violation":
                         question = Question(message)
-                        if self._waiting < WAITING:
-                            self._waiting += 1
-                            take(socket, question)
+                        if len(self._tasks) < WAITING:
+                            task = asyncio.create_task(self._answer(socket, question))
+                            self._tasks.add(task)
+                            task.add_done_callback(self._tasks.discard)
                         else:
                             await self._say(socket, question, "pass")
                     elif message["type"] == "error":
@@ -120,25 +136,33 @@ class _Tool:
             socket = await self._again()
 
     async def _again(self) -> Socket:
-        """Attached once more. Raises Unreachable when the tool has left meanwhile."""
-        failures = 0
+        """Attached once more, however long that takes. Raises Problem."""
+        pauses = itertools.chain(PAUSES, itertools.repeat(PAUSES[-1]))
         while True:
-            await self._core.transport.sleep(PAUSES[min(failures, len(PAUSES) - 1)])
-            failures += 1
+            await asyncio.sleep(next(pauses))
             try:
-                socket = await self._connected()
+                return await self._connected()
+            except Unreachable:
+                continue
             except Problem as problem:
                 if problem.status not in (429, 503):
                     raise
-            except Unreachable:
-                if self._ending:
-                    raise
-            else:
-                if not self._ending:
-                    return socket
-                await socket.close()
-            if self._ending:
-                raise Unreachable("the tool has left")
+
+    async def _answer(self, socket: Socket, question: Question) -> None:
+        """Ask the handler; what it fails at is passed on."""
+        async with self._room:
+            try:
+                if inspect.iscoroutinefunction(self._handler):
+                    answer = await self._handler(question)
+                else:
+                    answer = await asyncio.to_thread(self._handler, question)
+                if answer not in ANSWERS:
+                    raise ValueError(f"a handler answers with one of {', '.join(sorted(ANSWERS))}, not {answer!r}")
+            except Exception as error:
+                LOG.error("the handler failed at %r, which is passed on", question, exc_info=error)
+                self.errors += [error][: _KEPT_ERRORS - len(self.errors)]
+                answer = "pass"
+            await self._say(socket, question, answer)
 
     async def _say(self, socket: Socket, question: Question, answer: str) -> None:
         """An answer, to the connection that asked; where that is gone, the question is gone, too."""
@@ -148,28 +172,9 @@ class _Tool:
         except SocketClosed:
             LOG.info("the answer to %s came after the end of its connection", question.id)
 
-    def _failed(self, question: Question, error: Exception) -> str:
-        LOG.error("the handler failed at %r, which is passed on", question, exc_info=error)
-        if len(self.errors) < _KEPT_ERRORS:
-            self.errors.append(error)
-        return "pass"
-
-    def _raise(self) -> None:
-        if self.errors:
-            raise self.errors[0]
-
-
-def _checked(answer: Any) -> str:
-    if answer not in ANSWERS:
-        raise ValueError(f"a handler answers with one of {', '.join(sorted(ANSWERS))}, not {answer!r}")
-    return str(answer)
-
 
 def _read(text: str) -> dict[str, Any]:
-    try:
-        message = json.loads(text)
-    except (ValueError, RecursionError):
-        message = None
+    message = parsed(text)
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise SocketClosed(1002, "a message is not one of the protocol")
     return message
@@ -177,106 +182,68 @@ def _read(text: str) -> dict[str, Any]:
 
 class Tool(_Tool):
     """A tool that answers from threads of its own, until it is closed. Use as a context.
-
-    Leaving it raises what the handler raised first, if it did; ``wait`` returns when the machine is gone.
-    """
+    Leaving it raises what the handler raised first, if it did; ``wait`` returns when the machine is gone."""
 
     def __init__(self, core: Core, vm: str, handler: Handler, wishes: Mapping[str, Any], workers: int) -> None:
-        super().__init__(core, vm, handler, wishes)
-        first = run(self._connected())
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="subpage-tool")
-        self._lock = threading.Lock()
-        self._end: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(first,), name="subpage-attach", daemon=True)
+        super().__init__(core, vm, handler, wishes, workers)
+        if core.met is None:
+            run(core.meet())
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(workers, thread_name_prefix="subpage-tool"))
+        self._thread = threading.Thread(target=self._loop.run_forever, name="subpage-attach", daemon=True)
         self._thread.start()
-
-    def _run(self, first: Socket) -> None:
         try:
-            run(self._serve(first, lambda socket, question: self._pool.submit(self._answer, socket, question)))
-        except Error as error:
-            self._end = None if self._ending else error
-        except Exception as error:  # noqa: BLE001 - a thread has nobody else to tell
-            self._end = error
+            self._done(self._begin())
+        except BaseException:
+            self._stop()
+            raise
 
-    def _answer(self, socket: Socket, question: Question) -> None:
-        try:
-            answer = _checked(self._handler(question))
-        except Exception as error:  # noqa: BLE001 - whatever a handler raises
-            answer = self._failed(question, error)
-        with self._lock:
-            self._waiting -= 1
-        run(self._say(socket, question, answer))
+    def _done(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _stop(self) -> None:
+        self._done(self._loop.shutdown_default_executor())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Whether the machine is gone within ``timeout`` seconds. Raises Problem, Unauthenticated."""
-        self._thread.join(timeout)
-        if self._end is not None:
-            raise self._end
-        return not self._thread.is_alive()
+        if not self._serving.done():
+            self._done(asyncio.wait([self._serving], timeout=timeout))
+        if self._serving.done() and not self._serving.cancelled():
+            self._serving.result()
+        return self._serving.done()
 
     def close(self) -> None:
         """Leave: what is not answered yet goes to the next tool."""
-        self._ending = True
-        if self._socket is not None:
-            run(self._socket.close())
-        self._thread.join(10)
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if not self._ending:
+            self._done(self._end())
+            self._stop()
 
     def __enter__(self) -> Tool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: object, *rest: object) -> None:
         self.close()
-        if kind is None:
-            self._raise()
+        if kind is None and self.errors:
+            raise self.errors[0]
 
 
 class AsyncTool(_Tool):
     """A tool that answers from tasks. Use with ``async with``."""
 
-    def __init__(self, core: Core, vm: str, handler: Handler, wishes: Mapping[str, Any], workers: int) -> None:
-        super().__init__(core, vm, handler, wishes)
-        self._room = asyncio.Semaphore(workers)
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._serving: asyncio.Task[None] | None = None
-
     async def __aenter__(self) -> AsyncTool:
-        first = await self._connected()
-        self._serving = asyncio.create_task(self._serve(first, self._take))
+        if self._core.met is None:
+            await self._core.meet()
+        await self._begin()
         return self
-
-    def _take(self, socket: Socket, question: Question) -> None:
-        task = asyncio.create_task(self._answer(socket, question))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _answer(self, socket: Socket, question: Question) -> None:
-        async with self._room:
-            try:
-                if inspect.iscoroutinefunction(self._handler):
-                    said: Any = await self._handler(question)
-                else:
-                    said = await asyncio.to_thread(self._handler, question)
-                answer = _checked(said)
-            except Exception as error:  # noqa: BLE001 - whatever a handler raises
-                answer = self._failed(question, error)
-            self._waiting -= 1
-            await self._say(socket, question, answer)
 
     async def wait(self) -> None:
         """Until the machine is gone. Raises Problem, Unauthenticated."""
-        if self._serving is not None:
-            await asyncio.shield(self._serving)
+        await asyncio.shield(self._serving)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        self._ending = True
-        if self._socket is not None:
-            await self._socket.close()
-        everything: list[asyncio.Task[None]] = [*self._tasks, *([self._serving] if self._serving else [])]
-        for task in everything:
-            task.cancel()
-        await asyncio.gather(*everything, return_exceptions=True)
-        if kind is None:
-            self._raise()
+    async def __aexit__(self, kind: object, *rest: object) -> None:
+        await self._end()
+        if kind is None and self.errors:
+            raise self.errors[0]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
-from subpage.core import Core
 from subpage.errors import Error, Interrupted, problem_of
+from subpage.handles import Handle, Member
 from subpage.html import Document
 from subpage.modes import Awaiting, Blocking, operation
-from subpage.progress import Progress, closed, report_of
+from subpage.progress import Progress, reporting
 from subpage.traces import AsyncTrace, Trace, TraceOperations
 
 R = TypeVar("R", bound=TraceOperations)
@@ -20,87 +19,49 @@ UNFINISHED = frozenset({"queued", "running"})
 _LONGEST_PAUSE = 5.0
 
 
-class JobOperations(Generic[R]):
-    """One job. ``document`` is what was last read of it."""
+class JobOperations(Handle, Generic[R]):
+    """One job."""
 
+    _names: ClassVar = {"job": "id"}
     _trace: type[R]
-
-    def __init__(self, core: Core, found: Mapping[str, Any]) -> None:
-        self._core, self.document = core, Document(found)
-
-    @property
-    def id(self) -> str:
-        """Its id, ``job_…``."""
-        return str(self.document["id"])
-
-    @property
-    def state(self) -> str:
-        """``queued``, ``running``, ``succeeded``, ``failed``, ``cancelled`` or ``interrupted``."""
-        return str(self.document["state"])
-
-    def __getitem__(self, member: str) -> Any:
-        return self.document[member]
+    state = Member(str, "``queued``, ``running``, ``succeeded``, ``failed``, ``cancelled`` or ``interrupted``.")
 
     @operation("getJob")
     async def refresh(self) -> Document:
-        """Read it again. ::
-
-        >>> vm.submit([{"gpa": 0x10040}]).refresh()["vm"] == vm.id
-        True
-        """
-        return await self._refresh()
-
-    async def _refresh(self) -> Document:
-        self.document = Document(await self._core.document("getJob", path={"job": self.id}))
+        """Read it again: ``vm.submit([{"gpa": 0x10040}]).refresh()["vm"] == vm.id`` is ``True``."""
+        self.document = await self._document("getJob")
         return self.document
 
     @operation("cancelJob")
     async def cancel(self) -> str:
-        """Ask it to end; its state then, which may still be ``running`` for a moment, or ``succeeded``. ::
-
-        >>> job = vm.submit([{"gpa": 0x10040}])
-        >>> job.cancel() in ("cancelled", "running", "succeeded")
-        True
-        """
-        return await self._cancel()
-
-    async def _cancel(self) -> str:
-        self.document = Document(await self._core.document("cancelJob", path={"job": self.id}))
+        """Ask it to end; its state then, which may still be ``running`` for a moment, or ``succeeded``:
+        ``vm.submit([0x10040]).cancel() in ("cancelled", "running", "succeeded")`` is ``True``."""
+        self.document = await self._document("cancelJob")
         return self.state
 
     @operation("getJob", "getTrace")
     async def wait(self, *, progress: Progress = False, timeout: float | None = None) -> R:  # noqa: ASYNC109
-        """Its result, once there is one; the job is cancelled when the wait is interrupted.
-
-        Raises the Problem that it failed with, Interrupted, TimeoutError after ``timeout`` seconds: the job goes on. ::
-
-        >>> vm.submit([{"gpa": 0x10040}]).wait().violations
-        1
-        """
-        return await self.finished(progress, timeout)
-
-    async def finished(self, progress: Progress = False, timeout: float | None = None) -> R:  # noqa: ASYNC109
-        """What ``wait`` does."""
-        report = report_of(progress, "replayed")
+        """Its result, once there is one; the job is cancelled when the wait is interrupted. Raises the Problem that it
+        failed with, Interrupted, TimeoutError after ``timeout`` seconds: the job goes on.
+        ``vm.submit([0x10040]).wait().violations`` is ``1``."""
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = 0.02
-        try:
-            while self.state in UNFINISHED:
-                if deadline is not None and time.monotonic() + pause > deadline:
-                    raise TimeoutError(f"{self.id} has not ended within {timeout} seconds, and goes on")
-                await self._core.transport.sleep(pause)
-                pause = min(_LONGEST_PAUSE, pause * 1.5)
-                await self._refresh()
-                if report is not None:
-                    report(self["records_done"], None)
-        except (TimeoutError, Error):
-            raise
-        except BaseException:  # Ctrl-C, or the cancellation of a task
-            with suppress(Error):  # there is nobody left to tell
-                await self._cancel()
-            raise
-        finally:
-            closed(report)
+        with reporting(progress, "replayed") as report:
+            try:
+                while self.state in UNFINISHED:
+                    if deadline is not None and time.monotonic() + pause > deadline:
+                        raise TimeoutError(f"{self.id} has not ended within {timeout} seconds, and goes on")
+                    await self._core.transport.sleep(pause)
+                    pause = min(_LONGEST_PAUSE, pause * 1.5)
+                    await JobOperations.refresh(self)
+                    if report is not None:
+                        report(self["records_done"], None)
+            except (TimeoutError, Error):
+                raise
+            except BaseException:  # Ctrl-C, or the cancellation of a task
+                with suppress(Error):  # there is nobody left to tell
+                    await JobOperations.cancel(self)
+                raise
         if self.state == "failed":
             raise problem_of(self["error"], int(self["error"]["status"]))
         if self.state != "succeeded":
@@ -112,9 +73,6 @@ class JobOperations(Generic[R]):
 
     def __repr__(self) -> str:
         return f"<job {self.id}: {self.state}>"
-
-    def _repr_html_(self) -> str:
-        return self.document._repr_html_()
 
 
 class Job(JobOperations[Trace], Blocking):

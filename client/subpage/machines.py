@@ -4,184 +4,124 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 from subpage.bitmaps import Bitmap, to_wire
 from subpage.bodies import OCTETS, TEXT, Body, body_of
-from subpage.core import Core
 from subpage.errors import BadInput
 from subpage.events import following
-from subpage.html import Document, of_members
+from subpage.handles import Handle, Member
+from subpage.html import Document
 from subpage.introspection import AsyncTool, Handler, Tool
 from subpage.jobs import AsyncJob, Job, JobOperations
 from subpage.modes import Awaiting, Blocking, operation, stream
 from subpage.policies import policy_of
-from subpage.progress import Progress, closed, report_of
+from subpage.progress import Progress, reporting
 from subpage.traces import AsyncTrace, Trace, TraceOperations
-from subpage.values import address, ioctl_request
+from subpage.values import address, members_of
 from subpage.wire import Reply
+
+_OCTETS = {"Accept": OCTETS}
 
 R = TypeVar("R", bound=TraceOperations)
 J = TypeVar("J", bound=JobOperations[Any])
 
 
-class VmOperations(Generic[R, J]):
-    """One machine. ``document`` is what was last read of it; items are its members."""
+class VmOperations(Handle, Generic[R, J]):
+    """One machine."""
 
+    _names: ClassVar = {"vm": "id"}
     _trace: type[R]
     _job: type[J]
-
-    def __init__(self, core: Core, found: Mapping[str, Any]) -> None:
-        self._core, self.document = core, Document(found)
-        self._place = {"vm": self.document["id"]}
-
-    @property
-    def id(self) -> str:
-        """Its id, ``vm_…``."""
-        return str(self.document["id"])
-
-    @property
-    def name(self) -> str:
-        """Its label."""
-        return str(self.document["name"])
-
-    def __getitem__(self, member: str) -> Any:
-        return self.document[member]
-
-    async def _document(self, operation_id: str, **options: Any) -> Document:
-        return Document(await self._core.document(operation_id, path=self._place | options.pop("path", {}), **options))
+    name = Member(str, "Its label.")
 
     # The machine itself
 
     @operation()
     async def call(self, /, operation_id: str, *, path: Mapping[str, Any] | None = None, **options: Any) -> Reply:
-        """As ``client.call``, with the machine in the path. ::
+        """As ``client.call``, with the machine in the path: ``vm.call("getTlb", path={"n": 0}).status`` is ``200``."""
+        return await self._call(operation_id, path=path, again=not callable(options.get("content")), **options)
 
-        >>> vm.call("getTlb", path={"n": 0}).status
-        200
-        """
-        again = not callable(options.get("content"))
-        return await self._core.call(operation_id, path={**self._place, **(path or {})}, again=again, **options)
+    @operation("cloneVm")
+    async def clone(self, name: str | None = None) -> Self:
+        """Another machine that is as this one is now, copied on write: to try a second policy beside the first.
+        ``vm.clone("second").subpages(0x10) == vm.subpages(0x10)`` is ``True``."""
+        return type(self)(self._core, await self._document("cloneVm", json=members_of(name=name)))
 
     @operation("getVm")
     async def refresh(self) -> Document:
-        """Read it again. ::
-
-        >>> vm.refresh()["spp"]
-        True
-        """
+        """Read it again: ``vm.refresh()["spp"]`` is ``True``."""
         self.document = await self._document("getVm")
         return self.document
 
     @operation("deleteVm")
     async def delete(self) -> None:
-        """Delete it, and all that is kept of it. ::
-
-        >>> client.create_vm("another").delete()
-        """
-        await self._core.call("deleteVm", path=self._place)
+        """Delete it, and all that is kept of it: ``client.create_vm("another").delete()``."""
+        await self._call("deleteVm")
 
     @operation("getCounters")
     async def counters(self) -> dict[str, int]:
-        """Totals: exits by kind, faults, flushes, frames, memory. ::
-
-        >>> vm.counters()["exits_ept_violation"] >= 0
-        True
-        """
+        """Totals of exits, faults, flushes, memory: ``vm.counters()["exits_ept_violation"] >= 0`` is ``True``."""
         return dict((await self._document("getCounters"))["counters"])
 
     @operation("putSpp")
     async def enable_spp(self) -> None:
-        """Enable sub-page permissions; there is no way back. ::
-
-        >>> vm.enable_spp()
-        """
-        await self._core.call("putSpp", path=self._place, json={"active": True})
+        """Enable sub-page permissions; there is no way back: ``vm.enable_spp()``."""
+        await self._call("putSpp", json={"active": True})
 
     # Memory
 
     @operation("listMemorySlots")
     async def slots(self) -> list[Document]:
-        """Its memory slots. ::
-
-        >>> [slot["gpa"] for slot in vm.slots()]
-        ['0x0']
-        """
-        return [Document(slot) for slot in (await self._document("listMemorySlots"))["memory_slots"]]
+        """Its memory slots: ``[slot["gpa"] for slot in vm.slots()]`` is ``['0x0']``."""
+        return list(map(Document, (await self._document("listMemorySlots"))["memory_slots"]))
 
     @operation("putMemorySlot")
     async def set_slot(self, /, slot: int, gpa: int | str, size: int | str, **members: Any) -> Document:
-        """Create, move or change a slot. ::
-
-        >>> vm.set_slot(1, 0x10000000, "1MiB", log_dirty=True)["size"]
-        '0x100000'
-        """
+        """Create, move, change one: ``vm.set_slot(1, 1 << 28, "1MiB", log_dirty=True)["size"]`` is ``'0x100000'``."""
         document = {"gpa": address(gpa), "size": address(size), **members}
         return await self._document("putMemorySlot", path={"slot": slot}, json=document)
 
     @operation("deleteMemorySlot")
     async def delete_slot(self, slot: int) -> None:
-        """Take a slot away. ::
-
-        >>> vm.delete_slot(1)
-        """
-        await self._core.call("deleteMemorySlot", path={**self._place, "slot": slot})
-
-    @operation("readMemory")
-    async def read_memory(self, gpa: int | str, size: int) -> bytes:
-        """Bytes of its RAM, as the host sees them. ::
-
-        >>> vm.write_memory(0x3000, b"subpage")
-        >>> vm.read_memory(0x3000, 7)
-        b'subpage'
-        """
-        headers = {"Accept": OCTETS}
-        query = {"gpa": address(gpa), "size": size}
-        return (await self._core.call("readMemory", path=self._place, query=query, headers=headers)).content
+        """Take a slot away: ``vm.delete_slot(1)``."""
+        await self._call("deleteMemorySlot", path={"slot": slot})
 
     @operation("writeMemory")
     async def write_memory(self, gpa: int | str, data: Any) -> None:
-        """Write as the host does: no permission of the guest is asked."""
-        await self._core.call(
-            "writeMemory",
-            path=self._place,
-            query={"gpa": address(gpa)},
-            content=bytes(data),
-            headers={"Content-Type": OCTETS},
-        )
+        """Write as the host does: no permission of the guest is asked. ``vm.write_memory(0x3000, b"subpage")``."""
+        query, headers = {"gpa": address(gpa)}, {"Content-Type": OCTETS}
+        await self._call("writeMemory", query=query, content=bytes(data), headers=headers)
+
+    @operation("readMemory")
+    async def read_memory(self, gpa: int | str, size: int) -> bytes:
+        """Bytes of its RAM, as the host sees them: ``vm.read_memory(0x3000, 7)`` is ``b'subpage'``."""
+        query = {"gpa": address(gpa), "size": size}
+        return (await self._call("readMemory", query=query, headers=_OCTETS)).content
 
     @operation("writeMemory")
     async def load_image(
         self, source: Any, *, format: str = "auto", gpa: int | str | None = None, progress: Progress = False
     ) -> Document:
-        """Load a memory image: a raw one, an ELF core, LiME; from a path, bytes or an iterator. ::
-
-        >>> vm.load_image(b"bytes" * 100, format="raw", gpa=0x4000)["format"]
-        'raw'
-        """
-        query = {"format": format, "gpa": None if gpa is None else address(gpa)}
-        reply = await self._send("writeMemory", body_of(source, OCTETS), query, {}, progress, "loaded")
+        """Load a memory image: a raw one, an ELF core, LiME; from a path, bytes or an iterator.
+        ``vm.load_image(b"bytes" * 100, format="raw", gpa=0x4000)["format"]`` is ``'raw'``."""
+        query = {"format": format, "gpa": address(gpa)}
+        reply = await self._send("writeMemory", body_of(source, OCTETS), query, progress)
         return Document(reply.json() or {})
 
     @operation("loadSymbols")
     async def load_symbols(self, /, source: Any, **options: Any) -> Document:
         """Load the names of the guest's kernel: kallsyms, System.map, ISF, an ELF image. ``options`` are ``format``,
-        ``slide``, ``phys_base``. ::
-
-        >>> vm.load_symbols(b"ffffffff81000000 T _text\\nffffffff82a5c6a0 D modprobe_path\\n", slide=0)["symbols"]
-        2
-        """
+        ``slide``, ``phys_base``. ``vm.load_symbols(b"ff2a5c6a0 D modprobe_path\\n", slide=0)["symbols"]`` is ``1``."""
         query = {name: address(value) if isinstance(value, int) else value for name, value in options.items()}
-        return Document((await self._send("loadSymbols", body_of(source, OCTETS), query, {}, False, "loaded")).json())
+        return Document((await self._send("loadSymbols", body_of(source, OCTETS), query, False)).json())
 
     @operation("getSymbols")
     async def symbols(self, name: str | None = None, at: int | str | None = None) -> Document:
-        """What is loaded, and the symbols of a name or around an address. ::
-
-        >>> vm.symbols("modprobe_path")["matches"][0]["name"]
-        'modprobe_path'
-        """
-        return await self._document("getSymbols", query={"name": name, "at": None if at is None else address(at)})
+        """What is loaded, and the symbols of a name or around an address.
+        ``vm.symbols("modprobe_path")["matches"][0]["name"]`` is ``'modprobe_path'``."""
+        return await self._document("getSymbols", query={"name": name, "at": address(at)})
 
     # Protection
 
@@ -200,22 +140,14 @@ class VmOperations(Generic[R, J]):
         return await self._document("createProtection", json=policy_of(policy, name, pages))
 
     @stream("listProtections")
-    async def protections(self) -> AsyncGenerator[Document, None]:
-        """What is protected, in order of creation. ::
-
-        >>> [protection["name"] for protection in vm.protections()]
-        ['kernel']
-        """
-        async for found in self._core.pages("listProtections", "protections", path=self._place):
-            yield Document(found)
+    def protections(self) -> AsyncGenerator[Document, None]:
+        """What is protected, in order: ``[found["name"] for found in vm.protections()]`` is ``['kernel']``."""
+        return self._core.pages("listProtections", "protections", path=self._place)
 
     @operation("deleteProtection")
     async def unprotect(self, name: str) -> None:
-        """End a protection. ::
-
-        >>> vm.unprotect("kernel")
-        """
-        await self._core.call("deleteProtection", path={**self._place, "name": name})
+        """End a protection: ``vm.unprotect("kernel")``."""
+        await self._call("deleteProtection", path={"name": name})
 
     @operation("getSubpages")
     async def subpages(self, gfn: int, npages: int = 1, *, layer: str | None = None) -> Bitmap:
@@ -224,8 +156,8 @@ class VmOperations(Generic[R, J]):
         >>> print(vm.subpages(0x10))
         0x10  .###############################
         """
-        query = {"gfn": gfn, "npages": npages} if layer is None else {"gfn": gfn, "npages": npages, "layer": layer}
-        reply = await self._core.call("getSubpages", path=self._place, query=query, headers=_OCTETS)
+        query = {"gfn": gfn, "npages": npages, "layer": layer}
+        reply = await self._call("getSubpages", query=query, headers=_OCTETS)
         return Bitmap(gfn, reply.content, reply.etag)
 
     @operation("putSubpages")
@@ -241,37 +173,27 @@ class VmOperations(Generic[R, J]):
         words = to_wire(access)
         headers = {"Content-Type": OCTETS} if etag is None else {"Content-Type": OCTETS, "If-Match": etag}
         query = {"gfn": gfn, "npages": len(words) // 4}
-        await self._core.call("putSubpages", path=self._place, query=query, content=words, headers=headers)
+        await self._call("putSubpages", query=query, content=words, headers=headers)
 
     @operation("patchSubpages")
     async def patch_subpages(self, ranges: Iterable[Mapping[str, Any]]) -> None:
-        """Set many places at once: ranges with ``gfn``, ``npages`` and ``access``, a word or a list. ::
-
-        >>> vm.patch_subpages([{"gfn": 0x20, "access": 0}, {"gfn": 0x40, "npages": 2, "access": "0xffffffff"}])
-        """
-        await self._core.call("patchSubpages", path=self._place, json={"ranges": [dict(item) for item in ranges]})
+        """Set many places at once: ranges with ``gfn``, ``npages`` and ``access``, a word or a list.
+        ``vm.patch_subpages([{"gfn": 0x20, "access": 0}, {"gfn": 0x40, "npages": 2, "access": "0xffffffff"}])``."""
+        await self._call("patchSubpages", json={"ranges": [dict(item) for item in ranges]})
 
     @operation("getPageAccess")
     async def page_access(self, gfn: int, npages: int = 1) -> list[Document]:
-        """Rights of whole pages, with their write bitmaps. ::
-
-        >>> vm.page_access(0x20)[0]["access"]
-        'r-x'
-        """
+        """Rights of whole pages, with their write bitmaps: ``vm.page_access(0x20)[0]["access"]`` is ``'r-x'``."""
         found = await self._document("getPageAccess", query={"gfn": gfn, "npages": npages})
-        return [Document(page) for page in found["pages"]]
+        return list(map(Document, found["pages"]))
 
     @operation("patchPageAccess")
     async def set_page_access(self, entries: Iterable[Mapping[str, Any]], *, mode: str = "atomic") -> list[Document]:
-        """Set rights of pages: entries with ``gfn``, ``access``, ``write_bitmap``; what became of each. ::
-
-        >>> vm.set_page_access([{"gfn": 0x21, "access": "r--"}])[0]["result"]
-        'applied'
-        """
+        """Set rights of pages: entries with ``gfn``, ``access``, ``write_bitmap``; what became of each.
+        ``vm.set_page_access([{"gfn": 0x21, "access": "r--"}])[0]["result"]`` is ``'applied'``."""
         document = {"mode": mode, "entries": [dict(entry) for entry in entries]}
-        return [
-            Document(result) for result in (await self._document("patchPageAccess", json=document)).get("results", [])
-        ]
+        found = await self._document("patchPageAccess", json=document)
+        return list(map(Document, found.get("results", [])))
 
     # Accesses
 
@@ -287,30 +209,18 @@ class VmOperations(Generic[R, J]):
         data: bytes | None = None,
         **members: Any,
     ) -> Document:
-        """One access, executed. ``on_violation`` is ``skip``, ``allow``, ``grant`` or ``ask``. ::
-
-        >>> outcome = vm.access(0x10040)
-        >>> outcome["allowed"], outcome["exits"][-1]["denied"]
-        (False, '0x1')
-        """
-        document: dict[str, Any] = {"size": size, "access": access, "on_violation": on_violation, **members}
-        if gpa is not None:
-            document["gpa"] = address(gpa)
-        if data is not None:
-            document["data"] = bytes(data).hex()
-        patience = None if on_violation == "ask" else -1.0
+        """One access, executed. ``on_violation`` is ``skip``, ``allow``, ``grant`` or ``ask``.
+        ``vm.access(0x10040)["exits"][-1]["denied"]`` is ``'0x1'``."""
+        members |= {"gpa": address(gpa), "size": size, "access": access, "on_violation": on_violation}
+        document, patience = members_of(data=data, **members), None if on_violation == "ask" else -1.0
         return await self._document("executeAccess", json=document, patience=patience)
 
     @operation("explainAccess")
     async def walk(self, /, gpa: int | str, access: str = "write", size: int = 8, **query: Any) -> Document:
-        """Every EPT and SPPT entry that an access reads, and how it ends; changes nothing. ::
-
-        >>> vm.walk(0x10040)["then"]["resolution"]
-        'violation'
-        """
-        return await self._document(
-            "explainAccess", query={"gpa": address(gpa), "access": access, "size": size, **query}
-        )
+        """Every EPT and SPPT entry that an access reads, and how it ends; changes nothing.
+        ``vm.walk(0x10040)["then"]["resolution"]`` is ``'violation'``."""
+        query = {"gpa": address(gpa), "access": access, "size": size, **query}
+        return await self._document("explainAccess", query=query)
 
     @operation("createTrace", "getJob", "getTrace")
     async def replay(self, /, source: Any, *, media: str | None = None, progress: Progress = False, **query: Any) -> R:
@@ -326,86 +236,54 @@ class VmOperations(Generic[R, J]):
         >>> trace.violations, trace.page_granular_violations
         (1, 2)
         """
-        reply = await self._replay(source, media, progress, query, {})
+        reply = await self._replay(source, media, progress, query)
         if reply.status == 202:
-            result: R = await self._job(self._core, reply.json()).finished(progress)
-            return result
+            return cast(R, await JobOperations.wait(self._job(self._core, reply.json()), progress=progress))
         return self._trace(self._core, reply.json())
 
     @operation("createTrace")
     async def submit(self, /, source: Any, *, media: str | None = None, progress: Progress = False, **query: Any) -> J:
-        """As ``replay``, as a job that goes on without its client. ::
-
-        >>> vm.submit([{"gpa": 0x10040}]).wait().violations
-        1
-        """
-        reply = await self._replay(source, media, progress, query, {"Prefer": "respond-async"})
+        """``replay``, as a job that goes on by itself: ``vm.submit([{"gpa": 0x10040}]).wait().violations`` is ``1``."""
+        reply = await self._replay(source, media, progress, query, Prefer="respond-async")
         return self._job(self._core, reply.json())
 
-    async def _replay(
-        self, source: Any, media: str | None, progress: Progress, query: dict[str, Any], headers: dict[str, str]
-    ) -> Reply:
+    async def _replay(self, source: Any, media: str | None, progress: Progress, query: Any, **headers: str) -> Reply:
         body = body_of(source, media, OCTETS if query.get("record") else TEXT)
-        return await self._send("createTrace", body, {**body.query, **query}, headers, progress, "sent")
+        return await self._send("createTrace", body, {**body.query, **query}, progress, **headers)
 
-    async def _send(
-        self, name: str, body: Body, query: dict[str, Any], headers: dict[str, str], progress: Progress, what: str
-    ) -> Reply:
+    async def _send(self, name: str, body: Body, query: Any, progress: Progress, **headers: str) -> Reply:
         """A body in pieces; the reply may take as long as it takes."""
-        report = report_of(progress, what)
-        try:
-            return await self._core.call(
-                name,
-                path=self._place,
-                query=query,
-                content=body.reporting(report),
-                headers={**body.headers(), **headers},
-                again=not body.once,
-                patience=None,
-            )
-        finally:
-            closed(report)
+        with reporting(progress, "sent") as report:
+            options: dict[str, Any] = {"content": body.reporting(report), "headers": {**body.headers(), **headers}}
+            return await self._call(name, query=query, again=not body.once, patience=None, **options)
 
     @stream("listTraces", "getTrace")
-    async def traces(self) -> AsyncGenerator[R, None]:
-        """The results that are kept, oldest first, without their exit records. ::
-
-        >>> [trace.violations for trace in vm.traces()][-1]
-        1
-        """
-        async for found in self._core.pages("listTraces", "traces", path=self._place):
-            yield self._trace(self._core, found)
+    def traces(self) -> AsyncGenerator[R, None]:
+        """Results that are kept, oldest first: ``[trace.violations for trace in vm.traces()][-1]`` is ``1``."""
+        return self._core.pages("listTraces", "traces", partial(self._trace, self._core), path=self._place)
 
     @operation("getTrace")
     async def trace(self, id: str) -> R:
-        """A result. Raises NotFound. ::
-
-        >>> vm.trace(trace.id).records
-        2
-        """
+        """A result. Raises NotFound. ``vm.trace(trace.id).records`` is ``2``."""
         return self._trace(self._core, await self._document("getTrace", path={"trace": id}))
 
     @stream("getExits", "listTraces")
     async def exits(self, trace: str | None = None, limit: int | None = None) -> AsyncGenerator[Document, None]:
-        """Exit records of a result, of the last one unless its id is given. ::
-
-        >>> [exit["gpa"] for exit in vm.exits()]
-        ['0x10040']
-        """
+        """Exit records of a result, or of the last one: ``[exit["gpa"] for exit in vm.exits()]`` is ``['0x10040']``."""
         if trace is None:
-            async for found in self._core.pages("listTraces", "traces", path=self._place):
-                trace = found["id"]
+            async for found in VmOperations.traces(self):
+                trace = found.id
         if trace is None:
             raise BadInput(f"{self.id} has no results; replay a trace first")
         of = TraceOperations(self._core, {"vm": self.id, "id": trace})
-        async with aclosing(of.exit_records(limit)) as records:
+        async with aclosing(TraceOperations.exits(of, limit)) as records:
             async for record in records:
                 yield record
 
     # What happens
 
     @stream("getEvents")
-    async def events(
+    def events(
         self,
         /,
         *,
@@ -415,39 +293,22 @@ class VmOperations(Generic[R, J]):
         **query: Any,
     ) -> AsyncGenerator[Document, None]:
         """What happened, oldest first, after the id ``after``; ``"latest"``: what happens once it is being read.
-
         ``query``: ``gfn``, ``npages``, ``object``, ``expand``. With ``follow`` it goes on until the machine is deleted,
         and by itself after every interruption, a restart of the service included: no event is left out, and none comes
-        twice. ::
-
-        >>> [event["kind"] for event in vm.events()][0]
-        'lifecycle'
-        """
+        twice. ``[event["kind"] for event in vm.events()][0]`` is ``'lifecycle'``."""
         chosen = kinds if kinds is None or isinstance(kinds, str) else ",".join(kinds)
-        async with aclosing(following(self._core, self.id, {"kinds": chosen, **query}, after, follow)) as events:
-            async for event in events:
-                yield event
+        return following(self._core, self.id, {"kinds": chosen, **query}, after, follow)
 
     @operation("hostMemoryEvent")
     async def host_memory(self, event: str, gfn: int | None = None, npages: int | None = None) -> Document:
-        """Something that the host does to the memory: ``unmap``, ``migrate``, ``write-protect``, ``zap`` and so on. ::
-
-        >>> vm.host_memory("zap")["event"]
-        'zap'
-        """
-        members = {"event": event, "gfn": gfn, "npages": npages}
-        document = {name: member for name, member in members.items() if member is not None}
-        return await self._document("hostMemoryEvent", json=document)
+        """What a host does: ``unmap``, ``zap`` and others. ``vm.host_memory("zap")["event"]`` is ``'zap'``."""
+        return await self._document("hostMemoryEvent", json=members_of(event=event, gfn=gfn, npages=npages))
 
     @stream("getDirty")
-    async def dirty(self, /, **query: Any) -> AsyncGenerator[Document, None]:
-        """Pages that were written since the last harvest, by ``slot``, or by ``gfn`` and ``npages``; takes nothing. ::
-
-        >>> list(vm.dirty())
-        []
-        """
-        async for page in self._core.pages("getDirty", "pages", path=self._place, query=query):
-            yield Document(page)
+    def dirty(self, /, **query: Any) -> AsyncGenerator[Document, None]:
+        """Pages that were written since the last harvest, by ``slot``, or by ``gfn`` and ``npages``; takes nothing.
+        ``list(vm.dirty())`` is ``[]``."""
+        return self._core.pages("getDirty", "pages", path=self._place, query=query)
 
     # The processor
 
@@ -456,30 +317,20 @@ class VmOperations(Generic[R, J]):
         self, /, name: str, data: bytes | None = None, *, vcpu: int | None = None, **members: Any
     ) -> Document:
         """An ioctl of the machine, or of a ``vcpu``; ``data`` are the bytes at its argument. ``members``: ``arg``,
-        ``memory``, ``read_only``. The reply has ``return`` and ``errno``. ::
-
-        >>> vm.ioctl("KVM_CHECK_EXTENSION", arg=0)["errno"] is None
-        True
-        """
-        document = ioctl_request(data, members)
-        if vcpu is None:
-            return await self._document("callVmIoctl", path={"name": name}, json=document)
-        return await self._document("callVcpuIoctl", path={"name": name, "n": vcpu}, json=document)
+        ``memory``, ``read_only``. ``vm.ioctl("KVM_CHECK_EXTENSION", arg=0)["errno"] is None`` is ``True``."""
+        document = members_of(data=data, **members)
+        called, of = ("callVmIoctl", {}) if vcpu is None else ("callVcpuIoctl", {"n": vcpu})
+        return await self._document(called, path={"name": name, **of}, json=document)
 
     @operation("executeHypercall")
     async def hypercall(self, /, vcpu: int = 0, **members: Any) -> Document:
-        """A Hyper-V hypercall of a vCPU: by ``call``, or by ``registers``; see docs/tlb-flush.md. ::
-
-        >>> vm.hypercall(call={"name": "HvCallFlushVirtualAddressSpace", "flags": 3, "fast": True})["outcome"]
-        'native'
-        """
+        """A Hyper-V hypercall of a vCPU: by ``call``, or by ``registers``; see docs/tlb-flush.md.
+        ``vm.hypercall(call={"name": "HvCallFlushVirtualAddressSpace", "flags": 3, "fast": True})["outcome"]`` is
+        ``'native'``."""
         return await self._document("executeHypercall", path={"n": vcpu}, json=members)
 
     def __repr__(self) -> str:
         return f"<vm {self.id} {self.name!r}>"
-
-    def _repr_html_(self) -> str:
-        return of_members(self.document, self.id)
 
 
 class Vm(VmOperations[Trace, Job], Blocking):
@@ -508,6 +359,3 @@ class AsyncVm(VmOperations[AsyncTrace, AsyncJob], Awaiting):
     def attach(self, handler: Handler, *, workers: int = 8, **wishes: Any) -> AsyncTool:
         """As ``Vm.attach``, for ``async with``; the handler may be a coroutine function."""
         return AsyncTool(self._core, self.id, handler, wishes, workers)
-
-
-_OCTETS = {"Accept": OCTETS}

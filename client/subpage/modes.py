@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from types import MethodType
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
 P = ParamSpec("P")
+A = TypeVar("A")
+B = TypeVar("B")
 T = TypeVar("T")
-S = TypeVar("S")
 
 
 class Blocking:
@@ -33,11 +35,13 @@ def run(awaitable: Awaitable[T]) -> T:
     raise RuntimeError("a transport that blocks has suspended")
 
 
-class Stream(Generic[T]):
-    """What comes in the course of time, one after the other. Close it, or use it as a context, to stop early."""
-
+class _Streamed(Generic[T]):
     def __init__(self, source: AsyncGenerator[T, None]) -> None:
         self._source = source
+
+
+class Stream(_Streamed[T]):
+    """What comes in the course of time, one after the other. Close it, or use it as a context, to stop early."""
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -59,11 +63,8 @@ class Stream(Generic[T]):
         run(self._source.aclose())
 
 
-class AsyncStream(Generic[T]):
+class AsyncStream(_Streamed[T]):
     """As ``Stream``, for ``async for`` and ``async with``."""
-
-    def __init__(self, source: AsyncGenerator[T, None]) -> None:
-        self._source = source
 
     def __aiter__(self) -> AsyncStream[T]:
         return self
@@ -82,58 +83,39 @@ class AsyncStream(Generic[T]):
         await self._source.aclose()
 
 
-class Method:
-    """A method of both kinds of objects, over the function ``flow``; ``uses`` are the operations that it calls."""
+class Method(Generic[P, B, A]):
+    """A method of both kinds of objects, over the function ``flow``: blocking ones are given a B, awaiting ones an A.
+
+    ``uses`` are the operations that it calls. Of a class, it is ``flow`` itself: so ``help`` shows it, and so flows
+    call each other."""
 
     def __init__(self, flow: Callable[..., Any], uses: tuple[str, ...], blocking: Any, awaiting: Any) -> None:
-        self.flow, self.uses, self._blocking, self._awaiting = flow, uses, blocking, awaiting
+        self.flow, self.uses = flow, uses
+        self._blocking = functools.wraps(flow)(lambda *given, **named: blocking(flow(*given, **named)))
+        self._awaiting = functools.wraps(flow)(lambda *given, **named: awaiting(flow(*given, **named)))
         functools.update_wrapper(cast(Any, self), flow)
 
-    def bound(self, instance: object | None) -> Callable[..., Any]:
-        """What ``instance`` has of it; the function itself, so that ``help`` shows it, where there is none."""
-        flow: Any = self.flow
+    @overload
+    def __get__(self, instance: None, owner: type) -> Callable[..., Any]: ...
+    @overload
+    def __get__(self, instance: Blocking, owner: type) -> Callable[P, B]: ...
+    @overload
+    def __get__(self, instance: Awaiting, owner: type) -> Callable[P, A]: ...
+    def __get__(self, instance: object | None, owner: type) -> Callable[..., Any]:
         if instance is None:
             return self.flow
-        kind = self._awaiting if isinstance(instance, Awaiting) else self._blocking
-        bound: Any = functools.wraps(flow)(lambda *given, **named: kind(flow(instance, *given, **named)))
-        return cast(Callable[..., Any], bound)
-
-
-class Operation(Method, Generic[P, T]):
-    """A method that is a coroutine function inside."""
-
-    @overload
-    def __get__(self, instance: None, owner: type) -> Callable[..., Any]: ...
-    @overload
-    def __get__(self, instance: Blocking, owner: type) -> Callable[P, T]: ...
-    @overload
-    def __get__(self, instance: Awaiting, owner: type) -> Callable[P, Coroutine[Any, Any, T]]: ...
-    def __get__(self, instance: object | None, owner: type) -> Callable[..., Any]:
-        return self.bound(instance)
-
-
-class Streaming(Method, Generic[P, T]):
-    """A method that is an asynchronous generator inside."""
-
-    @overload
-    def __get__(self, instance: None, owner: type) -> Callable[..., Any]: ...
-    @overload
-    def __get__(self, instance: Blocking, owner: type) -> Callable[P, Stream[T]]: ...
-    @overload
-    def __get__(self, instance: Awaiting, owner: type) -> Callable[P, AsyncStream[T]]: ...
-    def __get__(self, instance: object | None, owner: type) -> Callable[..., Any]:
-        return self.bound(instance)
+        return MethodType(self._awaiting if isinstance(instance, Awaiting) else self._blocking, instance)
 
 
 def operation(
     *uses: str,
-) -> Callable[[Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]], Operation[P, T]]:
+) -> Callable[[Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]], Method[P, T, Coroutine[Any, Any, T]]]:
     """Make a coroutine function a method of both kinds of objects."""
-    return lambda flow: Operation(flow, uses, run, lambda coroutine: coroutine)
+    return lambda flow: Method(flow, uses, run, lambda coroutine: coroutine)
 
 
 def stream(
     *uses: str,
-) -> Callable[[Callable[Concatenate[Any, P], AsyncGenerator[T, None]]], Streaming[P, T]]:
-    """Make an asynchronous generator function a method of both kinds of objects."""
-    return lambda flow: Streaming(flow, uses, Stream, AsyncStream)
+) -> Callable[[Callable[Concatenate[Any, P], AsyncGenerator[T, None]]], Method[P, Stream[T], AsyncStream[T]]]:
+    """Make what gives an asynchronous generator a method of both kinds of objects."""
+    return lambda flow: Method(flow, uses, Stream, AsyncStream)

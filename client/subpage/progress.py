@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import contextmanager
 
 Report = Callable[[int, int | None], object]
 """Takes what is done, and how much there is, None where nobody knows: bytes sent, or records replayed by a job."""
@@ -40,22 +40,25 @@ class Line:
         self._width = len(text)
 
 
-def report_of(progress: Progress, what: str) -> Report | None:
-    """What is called while it goes on."""
-    return progress if callable(progress) else Line(what) if progress else None
+@contextmanager
+def reporting(progress: Progress, what: str) -> Iterator[Report | None]:
+    """What is called while it goes on; a line is gone in the end, however that comes."""
+    line = Line(what)
+    try:
+        yield progress if callable(progress) else line if progress else None
+    finally:
+        line.close()
 
 
-def closed(report: Report | None) -> None:
-    """The end, however it came."""
-    if isinstance(report, Line):
-        report.close()
-
-
-def counted(pieces: Iterator[Any], total: int | None, report: Report) -> Iterator[Any]:
-    """``pieces``, with their bytes counted as they go."""
+def counting(total: int | None, report: Report) -> Callable[[bytes], bytes]:
+    """Passes pieces on, and tells how many bytes have been passed."""
     done = 0
     report(done, total)
-    for piece in pieces:
-        yield piece
+
+    def told(piece: bytes) -> bytes:
+        nonlocal done
         done += len(piece)
         report(done, total)
+        return piece
+
+    return told

@@ -4,69 +4,33 @@ from __future__ import annotations
 
 import io
 from array import array
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, ClassVar
 
 from subpage.bitmaps import library
 from subpage.bodies import ARROW, NDJSON
-from subpage.core import Core
+from subpage.handles import Handle, Member
 from subpage.html import Document, of_members, table
 from subpage.modes import Awaiting, Blocking, operation, stream
-from subpage.wire import Gathered, document
+from subpage.wire import document
 
 _TOTALS = ("records", "writes", "violations", "page_granular_violations", "mmio", "exit_records_dropped", "stopped_at")
 
 
-class TraceOperations:
+class TraceOperations(Handle):
     """The result of one replay, as it was when it ended."""
 
-    def __init__(self, core: Core, found: Mapping[str, Any]) -> None:
-        self._core, self.document = core, Document(found)
-        self._place = {"vm": self.document["vm"], "trace": self.document["id"]}
-
-    @property
-    def id(self) -> str:
-        """Its id, ``tr_…``."""
-        return str(self.document["id"])
-
-    @property
-    def records(self) -> int:
-        """Accesses that were replayed."""
-        return int(self.document["records"])
-
-    @property
-    def violations(self) -> int:
-        """Exits that the policy costs."""
-        return int(self.document["violations"])
-
-    @property
-    def page_granular_violations(self) -> int:
-        """Exits that whole pages would have cost."""
-        return int(self.document["page_granular_violations"])
-
-    @property
-    def by_object(self) -> dict[str, dict[str, int]]:
-        """``violations`` and ``collateral`` of each protected object."""
-        return dict(self.document["by_object"])
-
-    def __getitem__(self, member: str) -> Any:
-        return self.document[member]
+    _names: ClassVar = {"vm": "vm", "trace": "id"}
+    records = Member(int, "Accesses that were replayed.")
+    violations = Member(int, "Exits that the policy costs.")
+    page_granular_violations = Member(int, "Exits that whole pages would have cost.")
+    by_object = Member(dict[str, dict[str, int]], "``violations`` and ``collateral`` of each protected object.")
 
     @stream("getExits")
     async def exits(self, limit: int | None = None) -> AsyncGenerator[Document, None]:
-        """Its exit records, in order, as they come. Raises StreamBroken, NotFound once the result is not kept. ::
-
-        >>> for exit in trace.exits(limit=1):
-        ...     exit["gpa"], exit["denied"]
-        ('0x10040', '0x1')
-        """
-        async with aclosing(self.exit_records(limit)) as records:
-            async for record in records:
-                yield record
-
-    async def exit_records(self, limit: int | None) -> AsyncGenerator[Document, None]:
-        """What ``exits`` does."""
+        """Its exit records, in order, as they come. Raises StreamBroken, NotFound once the result is not kept.
+        ``[(exit["gpa"], exit["denied"]) for exit in trace.exits(limit=1)]`` is ``[('0x10040', '0x1')]``."""
         options: dict[str, Any] = {"query": {"limit": limit}, "headers": {"Accept": NDJSON}, "patience": None}
         async with aclosing(self._core.lines("getExits", path=self._place, **options)) as lines:
             async for line in lines:
@@ -74,11 +38,7 @@ class TraceOperations:
 
     @operation("getExits")
     async def arrow(self, limit: int | None = None) -> Any:
-        """Its exit records as a ``pyarrow.Table``. Raises NotInstalled. ::
-
-        >>> trace.arrow()["gpa"].to_pylist()
-        [65600]
-        """
+        """A ``pyarrow.Table`` of them. Raises NotInstalled. ``trace.arrow()["gpa"].to_pylist()`` is ``[65600]``."""
         arrow = library("pyarrow")
         return arrow.ipc.open_stream(await self._exits_arrow(limit)).read_all()
 
@@ -86,7 +46,7 @@ class TraceOperations:
     async def pandas(self, limit: int | None = None) -> Any:
         """Its exit records as a ``pandas.DataFrame``. Raises NotInstalled."""
         pandas = library("pandas")
-        return pandas.DataFrame(await self._columns(limit))
+        return pandas.DataFrame(await TraceOperations.columns(self, limit))
 
     @operation("getExits")
     async def polars(self, limit: int | None = None) -> Any:
@@ -96,44 +56,25 @@ class TraceOperations:
 
     @operation("getExits")
     async def numpy(self, limit: int | None = None) -> dict[str, Any]:
-        """Its exit records as arrays of numpy by column. Raises NotInstalled. ::
-
-        >>> int(trace.numpy()["gpa"][0])
-        65600
-        """
+        """Its exit records as arrays of numpy. Raises NotInstalled. ``int(trace.numpy()["gpa"][0])`` is ``65600``."""
         numpy = library("numpy")
-        return {name: numpy.asarray(column) for name, column in (await self._columns(limit)).items()}
+        return {name: numpy.asarray(column) for name, column in (await TraceOperations.columns(self, limit)).items()}
 
     @operation("getExits")
     async def columns(self, limit: int | None = None) -> dict[str, Any]:
         """Its exit records by column, with nothing installed: a ``memoryview`` of 64-bit words where every value is a
-        number, else a list. ::
-
-        >>> trace.columns()["gpa"][0]
-        65600
-        """
-        return await self._columns(limit)
-
-    async def _columns(self, limit: int | None) -> dict[str, Any]:
+        number, else a list. ``trace.columns()["gpa"][0]`` is ``65600``."""
         columns: dict[str, list[Any]] = {}
         count = 0
-        async for record in self.exit_records(limit):
+        async for record in TraceOperations.exits(self, limit):
             for name, value in record.items():
                 columns.setdefault(name, [None] * count).append(_number(value))
             count += 1
         return {name: _packed(column) for name, column in columns.items()}
 
     async def _exits_arrow(self, limit: int | None) -> bytes:
-        opened = await self._core.opened(
-            "getExits", path=self._place, query={"limit": limit}, headers={"Accept": ARROW}, patience=None
-        )
-        body = Gathered(self._core.most_bytes)
-        try:
-            while piece := await opened.piece():
-                body.add(piece)
-        finally:
-            await opened.close()
-        return body.whole()
+        headers = {"Accept": ARROW}
+        return (await self._call("getExits", query={"limit": limit}, headers=headers, patience=None)).content
 
     def __repr__(self) -> str:
         return f"<trace {self.id}: {self.violations} violations in {self.records} records>"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from subpage.errors import BadInput
@@ -24,13 +23,16 @@ def size_of(given: int | str) -> int:
     return int(found[1], 0) * _UNITS[found[2] or ""]
 
 
-def address(given: int | str) -> str:
+def address(given: int | str | None) -> str | None:
     """An address or a size as ``0x…``. Raises BadInput."""
+    if given is None:
+        return None
     if isinstance(given, int) and given < 0:
         raise BadInput(f"{given}: must not be negative")
     return hex(size_of(given) if isinstance(given, str) else int(given))
 
 
-def ioctl_request(data: bytes | None, members: Mapping[str, Any]) -> dict[str, Any]:
-    """The document of an ioctl."""
-    return dict(members) if data is None else {"data": bytes(data).hex(), **members}
+def members_of(*, data: bytes | None = None, **members: Any) -> dict[str, Any]:
+    """A document of the members that are there, with ``data`` in hex."""
+    members["data"] = None if data is None else bytes(data).hex()
+    return {name: value for name, value in members.items() if value is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import ssl
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import httpx2
 
-from subpage.errors import BadInput, Error, NotSubpage, StreamBroken, TooLarge, Unreachable, Untrusted
+from subpage.errors import BadInput, Error, NotSubpage, StreamBroken, TooLarge, Unreachable, Untrusted, parsed
 
 Pieces = Callable[[], Any]
 """Makes an iterator, or an asynchronous iterator, of the bytes of a body; where it is called again, once more."""
@@ -41,10 +40,10 @@ class Reply:
 
     def json(self) -> Any:
         """The document in it, None where there is no body. Raises NotSubpage."""
-        try:
-            return json.loads(self.content) if self.content else None
-        except (ValueError, RecursionError):
-            raise NotSubpage("the reply is not the JSON that Subpage would have sent") from None
+        found = parsed(self.content)
+        if found is None and self.content:
+            raise NotSubpage("the reply is not the JSON that Subpage would have sent")
+        return found
 
     @property
     def etag(self) -> str | None:
@@ -102,31 +101,9 @@ def checked(headers: Mapping[str, str], most: int) -> None:
         raise TooLarge(f"the reply has {length[:20]} bytes, the client takes {most}: raise most_bytes, or ask for less")
 
 
-class Gathered:
-    """A body put together, up to a bound."""
-
-    def __init__(self, most: int) -> None:
-        self.parts: list[bytes] = []
-        self._left = self._most = most
-
-    def add(self, piece: bytes) -> None:
-        """Raises TooLarge."""
-        self._left -= len(piece)
-        if self._left < 0:
-            raise TooLarge(f"the reply has more bytes than the {self._most} that the client takes: raise most_bytes")
-        self.parts.append(piece)
-
-    def whole(self) -> bytes:
-        """All of it."""
-        return self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
-
-
 def document(line: bytes) -> dict[str, Any]:
     """A line as JSON. Raises StreamBroken."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        found = None
+    found = parsed(line)
     if not isinstance(found, dict):
         raise StreamBroken("a line of the stream is not JSON")
     return found

@@ -1,4 +1,4 @@
-"""``subpage open``: the pages of a service, in a browser."""
+"""``subpage open``: the console of a service, in a browser."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from service.cli import show
 from service.cli.commands import AsJson
 from service.cli.connection import Service, remote
 
-_PAGE = "/docs"
+_PAGE = "/"
 
 
 @remote
@@ -19,7 +19,7 @@ def open_(
     print_only: Annotated[bool, typer.Option("--print", help="Print the address, and open nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Open the pages of the service in a browser, and print their address."""
+    """Open the console of the service in a browser, and print its address."""
     with service.client() as client:
         client.version()
         url = f"{client.url}{_PAGE}"

@@ -16,10 +16,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from engine.trace.readers import FORMATS
+from service.cli.client_calls import table as operations_text
 from service.kvmi.about import page_text
 from service.problems import PROBLEMS
 from service.settings import GIB, MIB, Settings
-from subpage.coverage import table as operations_text
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference.md"
 # Pages with a table between two lines.

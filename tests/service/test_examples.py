@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.contract.client import ContractClient
+from tests.support.notebooks import shown_by
 
 ROOT = Path(__file__).parents[2]
 # What each of them prints, beside asserting its figures.
@@ -51,6 +52,19 @@ def test_the_forgotten_flush_is_found(client: ContractClient) -> None:
 @pytest.mark.jit
 def test_an_example_brings_its_own_service() -> None:
     assert "times fewer" in run("device")
+
+
+@pytest.mark.jit
+def test_the_notebook_shows_what_it_says(client: ContractClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its outputs are those of Jupyter, but for ids."""
+    path = ROOT / "examples" / "cost_a_policy.ipynb"
+    assert path.stat().st_size < 30_000
+    monkeypatch.setenv("SUBPAGE_SERVER", str(client.base_url))
+    monkeypatch.delenv("SUBPAGE_TOKEN", raising=False)
+    monkeypatch.chdir(path.parent)
+    for cell, now, then in shown_by(path):
+        both = [[re.sub(r"\b(tr|vm)_[0-9a-f]+", r"\1", text) for text in texts] for texts in (now, then)]
+        assert both[0] == both[1], cell
 
 
 def test_make_runs_them_all() -> None:

@@ -13,7 +13,7 @@ import pytest
 import subpage
 from subpage import Client
 from subpage.core import Core
-from subpage.transports import BlockingTransport
+from subpage.transports import BLOCKING, Transport
 from subpage.wire import LINE_BYTES
 from tests.client.stub import VERSION, Answer, problem, stub
 
@@ -215,7 +215,7 @@ def test_a_page_that_follows_itself() -> None:
 
 
 def test_a_base_path_is_kept() -> None:
-    transport = BlockingTransport("http://here", None, 1)
+    transport = Transport(BLOCKING, "http://here", None, 1)
     core = Core("http://here/proxied/", None, transport, timeout=1, patience=1, most_bytes=1)
     assert core.url == "http://here/proxied"
 

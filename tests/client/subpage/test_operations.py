@@ -11,8 +11,8 @@ import pytest
 
 import service
 import subpage
+from service.cli.client_calls import methods, table
 from subpage.core import filled
-from subpage.coverage import methods, table
 
 ROOT = Path(__file__).parents[3]
 CONTRACT = json.loads((ROOT / "openapi" / "openapi.json").read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ import pytest
 import subpage
 from subpage import Vm
 from subpage.bodies import body_of
+from subpage.jobs import JobOperations
 
 RECORDS = [{"gpa": 0x10040 + 128 * number, "size": 8} for number in range(64)]
 GPAS = np.array([record["gpa"] for record in RECORDS], dtype=np.uint64)
@@ -145,9 +146,12 @@ def test_an_interrupted_wait_cancels(vm: Vm, monkeypatch: pytest.MonkeyPatch) ->
     async def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    cancelled = []
+    async def abandoned(job: subpage.Job) -> None:
+        cancelled.append(job.id)
+
+    cancelled: list[str] = []
     monkeypatch.setattr(job._core.transport, "sleep", interrupted)
-    monkeypatch.setattr(job, "_cancel", lambda: cancelled.append(job.id) or job._refresh())
+    monkeypatch.setattr(JobOperations, "cancel", abandoned)
     with pytest.raises(KeyboardInterrupt):
         job.wait()
     assert cancelled == [job.id]

@@ -25,6 +25,7 @@ from service.cli.statuses import Status
 from service.platform.failures import FileError
 from service.security.tokens import MemoryTokens, mint
 from service.settings import Settings
+from subpage.jobs import JobOperations
 from tests.contract.client import ContractClient
 from tests.support import bodies
 from tests.support.http import access, new_vm
@@ -108,7 +109,7 @@ def test_the_main_job(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert "set 2 pages from 0x8 on" in run("bitmap", "set", vm, "8", "--from", "words")
         assert document("bitmap", "get", vm, "8", "-n", "2")["access"] == ["0x000000ff", "0x00000000"]
         assert "protection" in run("events", vm) and "change=created" in run("events", clone)
-        assert run("open", "--print").strip() == f"{service.url}/docs"
+        assert run("open", "--print").strip() == f"{service.url}/"
         assert run("vm", "delete", vm, "second").splitlines() == [f"deleted {vm}", f"deleted {clone}"]
         assert document("vm", "list") == []
 
@@ -165,8 +166,8 @@ def test_ctrl_c_cancels_the_replay(server: Running, vm: str, monkeypatch: pytest
         cancelled.append(self.id)
 
     monkeypatch.setattr(subpage.Job, "state", property(lambda self: "running"))
-    monkeypatch.setattr(subpage.Job, "_refresh", pending)
-    monkeypatch.setattr(subpage.Job, "_cancel", abandoned)
+    monkeypatch.setattr(JobOperations, "refresh", pending)
+    monkeypatch.setattr(JobOperations, "cancel", abandoned)
     told = run("replay", "trace.parquet", "--vm", vm.rpartition("/")[2], status=Status.INTERRUPTED)
     assert told == "subpage replay: interrupted\n" and cancelled[0].startswith("job_")
 
