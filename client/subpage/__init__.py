@@ -44,8 +44,8 @@ from subpage.wire import Reply
 __version__ = VERSION
 
 __all__ = [
-    "ROUTES", "AsyncClient", "AsyncFootprint", "AsyncJob", "AsyncStream", "AsyncTool", "AsyncTrace", "AsyncVm", "BadInput", "Bitmap",
-    "Client", "Document", "Error", "Footprint", "Forbidden", "Interrupted", "Job", "NotFound", "NotInstalled", "NotSubpage",
-    "Problem", "Question", "Reply", "Stream", "StreamBroken", "TooLarge", "Tool", "Trace", "Unauthenticated",
+    "ROUTES", "AsyncClient", "AsyncFootprint", "AsyncJob", "AsyncStream", "AsyncTool", "AsyncTrace", "AsyncVm",
+    "BadInput", "Bitmap", "Client", "Document", "Error", "Footprint", "Forbidden", "Interrupted", "Job", "NotFound", "NotInstalled",
+    "NotSubpage", "Problem", "Question", "Reply", "Stream", "StreamBroken", "TooLarge", "Tool", "Trace", "Unauthenticated",
     "Unreachable", "Untrusted", "VersionMismatch", "Vm", "__version__",
 ]  # fmt: skip

@@ -23,7 +23,7 @@ class FootprintOperations(Handle):
 
     @operation("costPolicies")
     async def costs(
-        self, policies: Iterable[Any], *, memory_slots: Sequence[Mapping[str, Any]] | None = None, **asked: Any
+        self, /, policies: Iterable[Any], *, memory_slots: Sequence[Mapping[str, Any]] | None = None, **asked: Any
     ) -> list[Document]:
         """What each policy costs, a file or a document each, in order; without slots all is writable memory. ``asked``
         are further members of the question, ``profile`` and ``timeline``. ::
@@ -103,6 +103,6 @@ class FootprintCalls(Generic[F]):
 
     @operation("getFootprint")
     async def footprint(self, id: str) -> F:
-        """One footprint. Raises NotFound. 
+        """One footprint. Raises NotFound.
         ``client.footprint(client.create_footprint([0x10040]).id)["records"]`` is ``1``."""
         return self._footprint(self._core, await self._core.document("getFootprint", path={"footprint": id}))
