@@ -45,7 +45,7 @@ __version__ = VERSION
 
 __all__ = [
     "ROUTES", "AsyncClient", "AsyncFootprint", "AsyncJob", "AsyncStream", "AsyncTool", "AsyncTrace", "AsyncVm",
-    "BadInput", "Bitmap", "Client", "Document", "Error", "Footprint", "Forbidden", "Interrupted", "Job", "NotFound", "NotInstalled",
-    "NotSubpage", "Problem", "Question", "Reply", "Stream", "StreamBroken", "TooLarge", "Tool", "Trace", "Unauthenticated",
-    "Unreachable", "Untrusted", "VersionMismatch", "Vm", "__version__",
+    "BadInput", "Bitmap", "Client", "Document", "Error", "Footprint", "Forbidden", "Interrupted", "Job", "NotFound",
+    "NotInstalled", "NotSubpage", "Problem", "Question", "Reply", "Stream", "StreamBroken", "TooLarge", "Tool",
+    "Trace", "Unauthenticated", "Unreachable", "Untrusted", "VersionMismatch", "Vm", "__version__",
 ]  # fmt: skip
