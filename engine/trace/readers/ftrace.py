@@ -131,6 +131,7 @@ FTRACE = ToolFormat(
         skip(_OTHER, until("kvm_"), text("kvm_"), choice_of(A, dict.fromkeys(_FREQUENT, 0)), text(": ")),
         _page_fault(first=False),
         _mmio(first=False),
+        skip(EXITS, until("kvm_exit: ")),
         skip("comment", text("#")),
         skip(_OTHER, until(" ["), text(" ["), decimal(A), text("]"), until(": ")),
         skip(_OTHER, stamp(TIME)),

@@ -158,6 +158,7 @@ def test_a_line(format: str, line: str, wanted: dict[str, int], end: str) -> Non
 SKIPPED: list[tuple[str, str, str]] = [
     ("ftrace", "t-1 [0] . 1.0: kvm_exit: vcpu 0 reason EPT_VIOLATION rip 0x1 info1 0x182 info2 0x0", "kvm_exit has no address"),
     ("ftrace", "t-1 [0] . 1.0: kvm_exit: reason EPT_VIOLATION rip 0x1 info 182 0", "kvm_exit has no address"),
+    ("ftrace", "kvm_run-1 [0] 1.0: kvm_exit:       reason EXIT_NPF rip 0x1 info 100000014 1000", "kvm_exit has no address"),
     ("ftrace", "t-1 [0] . 1.0: kvm_mmio: mmio unsatisfied-read len 2 gpa 0x9000 val 0x0", "unsatisfied-read"),
     ("ftrace", "t-1 [0] . 1.0: kvm_userspace_exit: reason KVM_EXIT_MMIO (6)", "event other than"),
     ("ftrace", "kworker/0:1-12 [000] ..... 1.0: workqueue_execute_start: work struct 0000: function x", "event other than"),
