@@ -35,7 +35,7 @@ ENGINE_SOURCES := $(shell find engine -name '*.py' 2>/dev/null)
 ENGINE_TESTS   := $(wildcard tests/engine tests/property)
 # Tests of plain Python, which the compiler makes no difference to.
 WITHOUT_KERNELS := tests/engine/nested/* tests/engine/vcpu/* tests/engine/trace/test_readers_*
-WITHOUT_JIT     := -m "not jit and not soak and not bench and not image and not install and not abuse and not console" \
+WITHOUT_JIT     := -m "not jit and not soak and not bench and not image and not install and not abuse and not console and not tools" \
                    $(WITHOUT_KERNELS:%=--ignore-glob=%) $(ENGINE_TESTS)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -44,7 +44,7 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # all targets share one environment
-.PHONY: help plugin guest-demo demo examples serve warm test coverage soak kill-test fault-test load-test abuse-test image-test install-test console-test mutants conformance differential lint format openapi contract contract-tools api-fuzz bench lock clean
+.PHONY: help plugin guest-demo demo examples serve warm test coverage soak kill-test fault-test load-test abuse-test tool-test image-test install-test console-test mutants conformance differential lint format openapi contract contract-tools api-fuzz bench lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -98,6 +98,9 @@ load-test: $(DEVELOPED) $(WARMED) ## 4 replays of a real boot and 200 bitmap cal
 
 abuse-test: $(DEVELOPED) $(WARMED) ## All attacks: bombs, floods, COUNT mutated bodies, MINUTES of hostile values; figures of memory and stalls
 	@$(BIN)/python -m tests.abuse --minutes $(MINUTES) --count $(COUNT) --seed $(SEED) $(ARGS)
+
+tool-test: $(DEVELOPED) $(WARMED) ## Traces as every tool that is installed writes them, KVM in a guest's kernel among them (fetches 100 MB once)
+	$(BIN)/python -m pytest -p no:xdist -m "tools or not tools" tests/guest/test_kvm_events.py tests/engine/trace/test_real_tools.py $(ARGS)
 
 image-test: $(DEVELOPED) ## Carry out the steps of the Dockerfile in an empty folder, and run what comes of it (minutes, needs a network)
 	$(BIN)/python -m pytest -m image -o faulthandler_timeout=0 tests/deploy/test_image.py $(ARGS)

@@ -6,7 +6,7 @@ import gzip
 import shutil
 import stat
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,15 +35,8 @@ def small_guest(folder: Path) -> SmallGuest:
     folder.mkdir(parents=True, exist_ok=True)
     kernel, initramfs, symbols = folder / "vmlinuz", folder / "initramfs.gz", folder / "kallsyms"
     if not kernel.exists():
-        package = _run(["apt-cache", "depends", "linux-image-amd64"]).stdout
-        names = [line.split()[-1] for line in package.splitlines() if "Depends: linux-image" in line]
-        if not names:
-            raise CaptureError("apt knows no package linux-image-amd64: apt-get update, on Debian")
-        _unpacked(folder, names[0], "boot/vmlinuz-*", kernel)
-    busybox = folder / "busybox"
-    if not busybox.exists():
-        _unpacked(folder, "busybox-static", "*bin/busybox", busybox)
-    initramfs.write_bytes(gzip.compress(_archive(busybox.read_bytes(), INIT.read_bytes()), 1, mtime=0))
+        fetch_files(folder, kernel_package(), {"boot/vmlinuz-*": kernel})
+    initramfs.write_bytes(initramfs_of({"init": INIT.read_bytes(), "bin/busybox": busybox(folder)}))
     if not symbols.exists():
         raw = folder / "kallsyms.raw"
         serial = ("-serial", "file:/dev/null", "-serial", f"file:{raw}")
@@ -63,18 +56,36 @@ def _command(kernel: Path, initramfs: Path, more: Sequence[str], append: str) ->
     return [*machine.split(), *files, *more]
 
 
-def _unpacked(folder: Path, package: str, pattern: str, target: Path) -> None:
-    """Fetch a package, and take one file out of it."""
+def kernel_package() -> str:
+    """The name of the package that has Debian's newest kernel. Raises CaptureError."""
+    package = _run(["apt-cache", "depends", "linux-image-amd64"]).stdout
+    names = [line.split()[-1] for line in package.splitlines() if "Depends: linux-image" in line]
+    if not names:
+        raise CaptureError("apt knows no package linux-image-amd64: apt-get update, on Debian")
+    return names[0]
+
+
+def busybox(folder: Path) -> bytes:
+    """The program, which needs no library; fetched unless ``folder`` has it. Raises CaptureError."""
+    program = folder / "busybox"
+    if not program.exists():
+        fetch_files(folder, "busybox-static", {"bin/busybox": program})
+    return program.read_bytes()
+
+
+def fetch_files(folder: Path, package: str, wanted: Mapping[str, Path]) -> None:
+    """Fetch a package, and take files out of it, by patterns of their names. Raises CaptureError."""
     apart = folder / "package"
     shutil.rmtree(apart, ignore_errors=True)
     apart.mkdir()
     _run(["apt-get", "download", package], apart)
     (archive,) = apart.glob("*.deb")
     _run(["dpkg-deb", "-x", archive.name, "content"], apart)
-    found = sorted((apart / "content").rglob(pattern.rpartition("/")[2]))
-    if not found:
-        raise CaptureError(f"the package {package} has no {pattern}")
-    found[0].replace(target)
+    for pattern, target in wanted.items():
+        found = [path for path in sorted((apart / "content").rglob(pattern)) if path.is_file()]
+        if not found:
+            raise CaptureError(f"the package {package} has no {pattern}")
+        found[0].replace(target)
     shutil.rmtree(apart)
 
 
@@ -92,15 +103,16 @@ def _run(command: Sequence[str], folder: Path | None = None) -> subprocess.Compl
         raise CaptureError(f"{command[0]} did not end within {_SECONDS} s") from None
 
 
-def _archive(busybox: bytes, init: bytes) -> bytes:
-    """An initramfs (cpio, "newc"): the programs, and the console that the kernel opens for the first process."""
-    folders = [(name, stat.S_IFDIR | 0o755, b"", (0, 0)) for name in ("bin", "dev", "proc")]
-    programs = [(name, stat.S_IFREG | 0o755, data, (0, 0)) for name, data in (("bin/busybox", busybox), ("init", init))]
+def initramfs_of(programs: Mapping[str, bytes]) -> bytes:
+    """A compressed initramfs (cpio, "newc"): programs by their paths, and the first process's console."""
+    above = {str(folder) for path in programs for folder in Path(path).parents} - {"."}
+    folders = [(name, stat.S_IFDIR | 0o755, b"", (0, 0)) for name in sorted({*above, "dev", "proc"})]
+    files = [(name, stat.S_IFREG | 0o755, data, (0, 0)) for name, data in programs.items()]
     console = ("dev/console", stat.S_IFCHR | 0o600, b"", (5, 1))
     out = bytearray()
-    for number, (name, mode, data, device) in enumerate((*folders, *programs, console, ("TRAILER!!!", 0, b"", (0, 0)))):
+    for number, (name, mode, data, device) in enumerate((*folders, *files, console, ("TRAILER!!!", 0, b"", (0, 0)))):
         fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(name) + 1, 0)
         out += b"070701" + b"".join(b"%08x" % field for field in fields) + name.encode() + b"\0"
         out += bytes(-len(out) % 4) + data
         out += bytes(-len(out) % 4)
-    return bytes(out)
+    return gzip.compress(bytes(out), 1, mtime=0)

@@ -5,14 +5,18 @@ It is a ROM of its own, so that nothing else runs before it.
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
+import numpy as np
+
+from engine.trace.readers import open_trace
+
 QEMU = shutil.which("qemu-system-x86_64")
-# No package of Debian has it: docs/your-own-guest.md says how it is built.
-EXECLOG = ROOT / "build" / "execlog" / "libexeclog.so"
 
 # Bytes of each instruction, and what it is.
 _CODE = (
@@ -53,6 +57,30 @@ ACCESSES = (
     *((0x6FFE, 2, WRITE), (0x5008, 2, READ)),
     *((0xB8010, 1, WRITE), (0xB8020, 2, READ)),
 )
+
+
+class Access(NamedTuple):
+    """A record of a trace; 0 is what its format does not have."""
+
+    gpa: int
+    size: int
+    access: int
+    vcpu: int
+    pc: int
+    time: int
+
+
+def accesses_of(trace: Path, format: str) -> tuple[list[Access], Mapping[str, int]]:
+    """The records of a file, which must be recognised by its content, and how many lines were skipped why."""
+    reader = open_trace("auto", io.BytesIO(trace.read_bytes()))
+    found: list[Access] = []
+    for chunk in reader:
+        word, none = chunk.records[:, 1], np.zeros(len(chunk.records), dtype=np.uint64)
+        fields = (word >> np.uint64(shift) & np.uint64(mask) for shift, mask in ((0, 0xFFFF), (16, 0xFF), (32, 0xFFFF)))
+        columns = chunk.records[:, 0], *fields, chunk.carry.get("pc", none), chunk.carry.get("time", none)
+        found += map(Access, *(column.tolist() for column in columns))
+    assert reader.taken is not None and reader.taken.format == format
+    return found, reader.taken.skipped
 
 
 def rom(folder: Path) -> Path:
