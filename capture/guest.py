@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import shutil
 import stat
+import struct
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ from capture.errors import CaptureError
 
 INIT = Path(__file__).parent / "guest_init.sh"
 START = "__x64_sys_sync"
+# The smallest kernel of Debian's: it needs the drivers of no real machine.
+_KERNEL = "linux-image-cloud-amd64"
 _SECONDS = 600
+
+# What the guest's program /bin/crosses stores, and where: four bytes of each of two pages. Its load is of the page before.
+CROSSING = 0x1122334455667788
+CROSSING_GVA = 0x401FFC
+CROSSING_PC, CROSSING_LOAD_PC = 0x400082, 0x40008A
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +43,25 @@ def small_guest(folder: Path) -> SmallGuest:
     folder.mkdir(parents=True, exist_ok=True)
     kernel, initramfs, symbols = folder / "vmlinuz", folder / "initramfs.gz", folder / "kallsyms"
     if not kernel.exists():
-        package = _run(["apt-cache", "depends", "linux-image-amd64"]).stdout
+        package = _run(["apt-cache", "depends", _KERNEL]).stdout
         names = [line.split()[-1] for line in package.splitlines() if "Depends: linux-image" in line]
         if not names:
-            raise CaptureError("apt knows no package linux-image-amd64: apt-get update, on Debian")
+            raise CaptureError(f"apt knows no package {_KERNEL}: apt-get update, on Debian")
         _unpacked(folder, names[0], "boot/vmlinuz-*", kernel)
     busybox = folder / "busybox"
     if not busybox.exists():
         _unpacked(folder, "busybox-static", "*bin/busybox", busybox)
     initramfs.write_bytes(gzip.compress(_archive(busybox.read_bytes(), INIT.read_bytes()), 1, mtime=0))
     if not symbols.exists():
-        raw = folder / "kallsyms.raw"
+        raw = folder / "kallsyms.gz"
         serial = ("-serial", "file:/dev/null", "-serial", f"file:{raw}")
         _run(_command(kernel, initramfs, serial, "subpage=symbols"))
-        text = raw.read_bytes().replace(b"\r\n", b"\n")
+        try:
+            text = gzip.decompress(raw.read_bytes())
+        except (OSError, EOFError) as error:
+            raise CaptureError(f"{raw}: the guest did not show its symbols: {error}") from None
         if b" modprobe_path\n" not in text:
-            raise CaptureError(f"{raw}: the guest did not show its symbols")
+            raise CaptureError(f"{raw}: the symbols that the guest shows have no modprobe_path")
         symbols.write_bytes(text)
         raw.unlink()
     return SmallGuest(kernel, initramfs, symbols)
@@ -95,7 +106,8 @@ def _run(command: Sequence[str], folder: Path | None = None) -> subprocess.Compl
 def _archive(busybox: bytes, init: bytes) -> bytes:
     """An initramfs (cpio, "newc"): the programs, and the console that the kernel opens for the first process."""
     folders = [(name, stat.S_IFDIR | 0o755, b"", (0, 0)) for name in ("bin", "dev", "proc")]
-    programs = [(name, stat.S_IFREG | 0o755, data, (0, 0)) for name, data in (("bin/busybox", busybox), ("init", init))]
+    files = (("bin/busybox", busybox), ("bin/crosses", _crosses()), ("init", init))
+    programs = [(name, stat.S_IFREG | 0o755, data, (0, 0)) for name, data in files]
     console = ("dev/console", stat.S_IFCHR | 0o600, b"", (5, 1))
     out = bytearray()
     for number, (name, mode, data, device) in enumerate((*folders, *programs, console, ("TRAILER!!!", 0, b"", (0, 0)))):
@@ -104,3 +116,17 @@ def _archive(busybox: bytes, init: bytes) -> bytes:
         out += bytes(-len(out) % 4) + data
         out += bytes(-len(out) % 4)
     return bytes(out)
+
+
+def _crosses() -> bytes:
+    """A program (ELF) that makes one store over two pages, says so with a byte, and stays: its memory can be looked at."""
+    code = b"\x48\xb8" + struct.pack("<Q", CROSSING)  # mov rax, CROSSING
+    code += b"\x48\x89\x04\x25" + struct.pack("<I", CROSSING_GVA)  # mov [CROSSING_GVA], rax
+    code += b"\x48\x8b\x1c\x25" + struct.pack("<I", CROSSING_GVA - 0x10)  # mov rbx, [...]
+    code += bytes.fromhex("b801000000 bf01000000 be00004000 ba01000000 0f05")  # write(1, 0x400000, 1)
+    code += bytes.fromhex("b822000000 0f05 ebf7")  # pause(), for ever
+    base, ends = 0x400000, 0x78 + len(code)
+    header = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
+    header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, base + 0x78, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    header += struct.pack("<IIQQQQQQ", 1, 7, 0, base, base, ends, 0x3000, 0x1000)
+    return header + code

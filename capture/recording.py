@@ -82,7 +82,7 @@ class Recording:
         most = self._wanted.most
         self.qemu.go()
         while most is None or self.taken < most:
-            running = self.qemu.running
+            running = self.qemu.guest_runs
             found = self._ring.records(BATCH if most is None else min(BATCH, most - self.taken))
             self.taken += len(found)
             if not len(found) and not running:

@@ -26,7 +26,7 @@ def main(folder: Path) -> int:
     symbols = read_symbols(guest.symbols)
     known = [Wanted(name) for name in PROTECTED if symbols.table.find(name)]
     policy = folder / "policy.json"
-    policy.write_text(text_of(policy_from(symbols, known, "kernel objects")), encoding="utf-8")
+    policy.write_text(text_of(policy_from(symbols, known, "kernel-objects")), encoding="utf-8")
     command = [sys.executable, "-P", "-m", "service.cli", "live", "--policy", str(policy)]
     command += ["--symbols", str(guest.symbols), "--start", START, "--", *guest.command()]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
