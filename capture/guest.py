@@ -19,7 +19,7 @@ START = "__x64_sys_sync"
 _KERNEL = "linux-image-cloud-amd64"
 _SECONDS = 600
 
-# What the guest's program /bin/crosses stores, and where: four bytes of each of two pages. Its load is of the page before.
+# What the guest's program /bin/crosses stores, and where: four bytes of each of two pages. It loads, too.
 CROSSING = 0x1122334455667788
 CROSSING_GVA = 0x401FFC
 CROSSING_PC, CROSSING_LOAD_PC = 0x400082, 0x40008A
@@ -119,7 +119,7 @@ def _archive(busybox: bytes, init: bytes) -> bytes:
 
 
 def _crosses() -> bytes:
-    """A program (ELF) that makes one store over two pages, says so with a byte, and stays: its memory can be looked at."""
+    """A program (ELF) that makes one store over two pages, says so with a byte, and stays with its memory."""
     code = b"\x48\xb8" + struct.pack("<Q", CROSSING)  # mov rax, CROSSING
     code += b"\x48\x89\x04\x25" + struct.pack("<I", CROSSING_GVA)  # mov [CROSSING_GVA], rax
     code += b"\x48\x8b\x1c\x25" + struct.pack("<I", CROSSING_GVA - 0x10)  # mov rbx, [...]

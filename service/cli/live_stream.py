@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,9 @@ from capture.recording import Recording
 from service.cli.connection import Service, Unanswered
 from service.cli.demo import report_of
 from service.cli.guests import Watch
+from service.cli.live_verdicts import Verdicts
 from service.cli.recorded_files import SMALL, WORDS
+from service.cli.rules import Rules
 from service.cli.symbol_policies import read_symbols
 
 if TYPE_CHECKING:
@@ -65,11 +67,32 @@ class Machine:
         table = None if symbols is None else read_symbols(symbols, slide=0, phys_base=0).table
         return cls(vm, policy.name, guest, covered, table)
 
-    def stream(self, recording: Recording, watch: Watch, every: str) -> dict[str, Any]:
+    def stream(self, recording: Recording, watch: Watch, every: str, on_violation: str) -> dict[str, Any]:
         """Let the guest run; the trace that came of it. Raises Unanswered, CaptureError."""
-        media = "application/vnd.apache.arrow.stream"
-        trace = self._vm.replay(_body(recording, watch), media=media, publish_every=every, on_violation="allow")
-        return trace.document
+        import subpage
+
+        options = {"media": "application/vnd.apache.arrow.stream", "publish_every": every, "on_violation": on_violation}
+        try:
+            return self._vm.replay(_body(recording, watch), **options).document
+        except subpage.Error:
+            if not recording.ended:
+                raise
+            # An answer has ended the trace, and the service the connection over which the guest came.
+            (found,) = self._vm.traces()
+            return self._vm.trace(found.id).document
+
+    def verdicts(self, service: Service, recording: Recording) -> Verdicts:
+        """What holds the guest until its stores are judged. Raises CaptureError."""
+        return Verdicts(service, self._vm, recording)
+
+    def answering(self, rules: Rules) -> AbstractContextManager[Any]:
+        """A tool that answers by rules."""
+        return self._vm.attach(lambda question: rules.answer(question.exit), default_action="allow")
+
+    @property
+    def id(self) -> str:
+        """The machine's."""
+        return self._vm.id
 
     @contextmanager
     def telling(self, service: Service, watch: Watch) -> Iterator[None]:

@@ -16,7 +16,9 @@ from engine.trace.results import ExitColumns
 PASS = "pass"
 # What cannot become of an access that has happened: those of a guest that runs while it is watched.
 UNDONE = "skip"
-LANDED_RULE = "must not be skip while a guest runs that is watched live: its stores have landed when they are asked about"
+LANDED_RULE = (
+    "must not be skip while a guest runs that is watched live: its stores have landed when they are asked about"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +158,8 @@ class Broker:
                 question.answer.set_result(None)
 
     def answer(self, tool: Tool, question_id: str, action: str) -> None:
-        """What a tool says. Raises NotFound for a question that does not wait, Conflict for another tool's, InvalidValue
-        for what cannot become of the access; the question waits on then."""
+        """What a tool says. Raises NotFound for a question that does not wait, Conflict for another tool's,
+        InvalidValue for what cannot become of the access; the question waits on then."""
         question = self.questions.get(question_id)
         if question is None:
             raise NotFound("must be the id of a question that waits for an answer", field="id", value=question_id)

@@ -8,7 +8,6 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ ROOT = Path(__file__).parents[2]
 IMAGE, DIRECT = 0xFFFFFFFF80000000, 0xFFFF888000000000
 DIRECT_END = DIRECT + (64 << 40)
 # The same guest each time: time is what it executes, and begins on a day of ours.
-SAME = "-icount shift=0,sleep=off -rtc base=2026-01-01T00:00:00,clock=vm -seed 1".split()
+SAME = ("-icount", "shift=0,sleep=off", "-rtc", "base=2026-01-01T00:00:00,clock=vm", "-seed", "1")
 WRITTEN = {"modprobe_path": b"/bin/true\0", "core_pattern": b"|/bin/false\0"}
 
 runner = CliRunner()
@@ -62,7 +61,7 @@ class Recorded:
 
 
 @pytest.fixture(scope="module")
-def guest() -> Iterator[SmallGuest]:
+def guest() -> SmallGuest:
     """Made once for a working tree: fetching it and asking it for its symbols takes longer than the tests."""
     folder = ROOT / "build" / "guest"
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +73,7 @@ def guest() -> Iterator[SmallGuest]:
             if os.environ.get("CI"):
                 raise
             pytest.skip(f"no guest: {error}")
-    yield made
+    return made
 
 
 @pytest.fixture(scope="module")
