@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import shutil
 import stat
+import struct
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ from capture.errors import CaptureError
 
 INIT = Path(__file__).parent / "guest_init.sh"
 START = "__x64_sys_sync"
+# The smallest kernel of Debian's: it needs the drivers of no real machine.
+_KERNEL = "linux-image-cloud-amd64"
 _SECONDS = 600
+
+# What the guest's program /bin/crosses stores, and where: four bytes of each of two pages. It loads, too.
+CROSSING = 0x1122334455667788
+CROSSING_GVA = 0x401FFC
+CROSSING_PC, CROSSING_LOAD_PC = 0x400082, 0x40008A
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +43,19 @@ def small_guest(folder: Path) -> SmallGuest:
     folder.mkdir(parents=True, exist_ok=True)
     kernel, initramfs, symbols = folder / "vmlinuz", folder / "initramfs.gz", folder / "kallsyms"
     if not kernel.exists():
-        fetch_files(folder, kernel_package(), {"boot/vmlinuz-*": kernel})
-    initramfs.write_bytes(initramfs_of({"init": INIT.read_bytes(), "bin/busybox": busybox(folder)}))
+        fetch_files(folder, kernel_package(_KERNEL), {"boot/vmlinuz-*": kernel})
+    programs = {"bin/busybox": busybox(folder), "bin/crosses": _crosses(), "init": INIT.read_bytes()}
+    initramfs.write_bytes(initramfs_of(programs))
     if not symbols.exists():
-        raw = folder / "kallsyms.raw"
+        raw = folder / "kallsyms.gz"
         serial = ("-serial", "file:/dev/null", "-serial", f"file:{raw}")
         _run(_command(kernel, initramfs, serial, "subpage=symbols"))
-        text = raw.read_bytes().replace(b"\r\n", b"\n")
+        try:
+            text = gzip.decompress(raw.read_bytes())
+        except (OSError, EOFError) as error:
+            raise CaptureError(f"{raw}: the guest did not show its symbols: {error}") from None
         if b" modprobe_path\n" not in text:
-            raise CaptureError(f"{raw}: the guest did not show its symbols")
+            raise CaptureError(f"{raw}: the symbols that the guest shows have no modprobe_path")
         symbols.write_bytes(text)
         raw.unlink()
     return SmallGuest(kernel, initramfs, symbols)
@@ -56,12 +68,12 @@ def _command(kernel: Path, initramfs: Path, more: Sequence[str], append: str) ->
     return [*machine.split(), *files, *more]
 
 
-def kernel_package() -> str:
-    """The name of the package that has Debian's newest kernel. Raises CaptureError."""
-    package = _run(["apt-cache", "depends", "linux-image-amd64"]).stdout
+def kernel_package(newest: str = "linux-image-amd64") -> str:
+    """The name of the package that has the kernel which the package ``newest`` stands for. Raises CaptureError."""
+    package = _run(["apt-cache", "depends", newest]).stdout
     names = [line.split()[-1] for line in package.splitlines() if "Depends: linux-image" in line]
     if not names:
-        raise CaptureError("apt knows no package linux-image-amd64: apt-get update, on Debian")
+        raise CaptureError(f"apt knows no package {newest}: apt-get update, on Debian")
     return names[0]
 
 
@@ -116,3 +128,17 @@ def initramfs_of(programs: Mapping[str, bytes]) -> bytes:
         out += bytes(-len(out) % 4) + data
         out += bytes(-len(out) % 4)
     return gzip.compress(bytes(out), 1, mtime=0)
+
+
+def _crosses() -> bytes:
+    """A program (ELF) that makes one store over two pages, says so with a byte, and stays with its memory."""
+    code = b"\x48\xb8" + struct.pack("<Q", CROSSING)  # mov rax, CROSSING
+    code += b"\x48\x89\x04\x25" + struct.pack("<I", CROSSING_GVA)  # mov [CROSSING_GVA], rax
+    code += b"\x48\x8b\x1c\x25" + struct.pack("<I", CROSSING_GVA - 0x10)  # mov rbx, [...]
+    code += bytes.fromhex("b801000000 bf01000000 be00004000 ba01000000 0f05")  # write(1, 0x400000, 1)
+    code += bytes.fromhex("b822000000 0f05 ebf7")  # pause(), for ever
+    base, ends = 0x400000, 0x78 + len(code)
+    header = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
+    header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, base + 0x78, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    header += struct.pack("<IIQQQQQQ", 1, 7, 0, base, base, ends, 0x3000, 0x1000)
+    return header + code

@@ -6,10 +6,13 @@ mount -t proc proc /proc
 mount -t devtmpfs dev /dev
 if grep -q subpage=symbols /proc/cmdline; then
     echo 0 > /proc/sys/kernel/kptr_restrict
-    cat /proc/kallsyms > /dev/ttyS1
+    stty raw -F /dev/ttyS1
+    gzip -c -1 /proc/kallsyms > /dev/ttyS1
     poweroff -f
 fi
 sync # the mark at which recording starts
+crosses > /crossed &
+while [ ! -s /crossed ]; do sleep 1; done
 echo /bin/true > /proc/sys/kernel/modprobe
 echo '|/bin/false' > /proc/sys/kernel/core_pattern
 echo "guest: modprobe is $(cat /proc/sys/kernel/modprobe), core_pattern is $(cat /proc/sys/kernel/core_pattern)"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 MAGIC = 0x31474E4952425553
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 4096
 
 MADE, LOADED, STARTED, ENDED = range(4)  # states of the recorder
 
-KERNEL, SPLIT = 1, 2  # flags of a record
+KERNEL, SPLIT, HELD = 1, 2, 4  # flags of a record
+
+GUARD_SHIFT = 7  # a guard is a bit for each 128 bytes
+GUARD_BYTES = 1 << 24  # 16 GiB of memory; what no guard is set in is never there
 
 HEADER = np.dtype(
     [
@@ -22,7 +25,8 @@ HEADER = np.dtype(
         ("start_n", "<u8"),
         ("low_gpa", "<u8"),
         ("high_gpa", "<u8"),
-        ("reserved", "<u8", 9),
+        ("guard_bytes", "<u8"),
+        ("reserved", "<u8", 8),
         ("head", "<u8"),
         ("state", "<u4"),
         ("interface", "<u4"),
@@ -35,7 +39,9 @@ HEADER = np.dtype(
         ("tail", "<u8"),
         ("wanted", "<u8"),
         ("closed", "<u8"),
-        ("reserved2", "<u8", 5),
+        ("judged", "<u8"),
+        ("guarding", "<u8"),
+        ("reserved2", "<u8", 3),
     ]
 )
 

@@ -116,6 +116,7 @@ class Qemu:
     def __init__(self, program: Program, command: Sequence[str], plugin: Path, ring: Ring) -> None:
         self._ring = ring
         self._word: str | None = None
+        self._off = False
         self._stays = "-S" in command
         ours, theirs = socket.socketpair()
         self._socket = ours
@@ -182,9 +183,16 @@ class Qemu:
         """What QEMU ended with; negative: the number of the signal."""
         return self._process.poll()
 
+    @property
+    def guest_runs(self) -> bool:
+        """Whether QEMU runs, and the guest has not switched itself off in it (``-no-shutdown``)."""
+        self.word()
+        return not self._off and self.running
+
     def word(self) -> str | None:
         """What ended the guest, as far as QEMU has said so."""
         for event in self._qmp.events():
+            self._off = self._off or event["event"] == "SHUTDOWN"
             self._word = _word_of(event) or self._word
         return self._word
 

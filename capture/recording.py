@@ -52,7 +52,10 @@ class Recording:
         self._stack = ExitStack()
         self._stopping: float | None = None
         self._word: str | None = None
+        self._over: str | None = None
+        self._guarding = False
         self.taken = 0
+        self.held = 0  # the records before this one have one that waits for its verdict
         self.program: Program
         self.guest: Guest
         self.qemu: Qemu
@@ -82,19 +85,23 @@ class Recording:
         most = self._wanted.most
         self.qemu.go()
         while most is None or self.taken < most:
-            running = self.qemu.running
+            running = self.qemu.guest_runs
             found = self._ring.records(BATCH if most is None else min(BATCH, most - self.taken))
-            self.taken += len(found)
-            if not len(found) and not running:
+            if (not len(found) and not running) or self._over:
                 break
+            if self._guarding and len(under := np.flatnonzero(found["flags"] & layout.HELD)):
+                self.held = self.taken + int(under[-1]) + 1
+            self.taken += len(found)
             yield found
             self._ring.release()
             self._stop_if_asked()
         else:
             self._word = "as many stores as were asked for"
+        if self._over:  # before the vCPU that waits goes on
+            self.qemu.kill()
         self._counts = self._ring.counts
         self._ring.close()
-        self._word = self._word or self.qemu.word()
+        self._word = self._over or self._word or self.qemu.word()
         if most is not None and self.taken >= most:
             self.qemu.quit()
 
@@ -102,8 +109,26 @@ class Recording:
         """End the guest and take what it has still done; may be called from a signal handler."""
         self._stopping = self._stopping or time.monotonic()
 
+    def end(self, word: str) -> None:
+        """End the guest where it is, and say this; from any thread. Records that were not taken are none."""
+        self._over = word
+
+    def guard(self, masks: NDArray[np.uint32]) -> None:
+        """See ``Ring.guard``; from any thread."""
+        self._guarding = True
+        self._ring.guard(masks)
+
+    def judge(self, until: int) -> None:
+        """There is a verdict on the records before this one; from any thread."""
+        self._ring.judge(until)
+
+    def let_go(self) -> None:
+        """See ``Ring.let_go``."""
+        self._ring.let_go()
+
     def _stop_if_asked(self) -> None:
         if self._stopping is not None and self.qemu.running:
+            self._ring.let_go()
             if time.monotonic() - self._stopping > _ENDING_SECONDS:
                 self.qemu.kill()
             else:
@@ -120,6 +145,11 @@ class Recording:
         return getattr(self, "_counts", None) or self._ring.counts
 
     @property
+    def ended(self) -> bool:
+        """Whether ``end`` ended it."""
+        return self._over is not None
+
+    @property
     def stopped(self) -> bool:
         """Whether ``stop`` ended it."""
         return self._stopping is not None
@@ -127,7 +157,7 @@ class Recording:
     @property
     def failed(self) -> bool:
         """Whether QEMU has ended as it should not have."""
-        return not self.stopped and not self._complete and self.qemu.status not in (0, None)
+        return not self.stopped and not self._over and not self._complete and self.qemu.status not in (0, None)
 
     @property
     def _complete(self) -> bool:

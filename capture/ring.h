@@ -1,10 +1,13 @@
 /*
  * The shared memory between the recorder in QEMU (which writes) and its reader (which made it): a page of words, then
- * records. capture/layout.py has the same numbers; a test compares them. All little-endian.
+ * records, then guards. capture/layout.py has the same numbers; a test compares them. All little-endian.
  *
  * A record belongs to the slot that its vCPU took from `head`; the order of slots is the order of the trace. It is
  * complete when `lap` is the lap of its slot, which is written last: head / capacity + 1. The reader sets `tail` to the
  * first slot that it has not read, and a vCPU that finds no free slot waits for that: nothing is ever dropped.
+ *
+ * Guards are a bit for each 128 bytes of guest-physical memory. A vCPU that stores to where one is set goes on when
+ * `judged` is beyond the slot of its record.
  */
 #ifndef SUBPAGE_RING_H
 #define SUBPAGE_RING_H
@@ -12,7 +15,7 @@
 #include <stdint.h>
 
 #define RING_MAGIC 0x31474E4952425553ull /* "SUBRING1" */
-#define RING_VERSION 1u
+#define RING_VERSION 2u
 #define RING_HEADER_BYTES 4096
 
 enum ring_state { RING_MADE = 0, RING_LOADED = 1, RING_STARTED = 2, RING_ENDED = 3 };
@@ -27,7 +30,8 @@ struct ring_header {
     uint64_t start_n;  /* and from the n-th time that it runs, at least 1 */
     uint64_t low_gpa;  /* record stores at these guest-physical addresses only: low <= gpa < high */
     uint64_t high_gpa;
-    uint64_t reserved[9];
+    uint64_t guard_bytes; /* after the records */
+    uint64_t reserved[8];
 
     /* written by the recorder: one cache line */
     uint64_t head; /* slots taken */
@@ -41,14 +45,19 @@ struct ring_header {
     uint64_t loads;     /* loads that QEMU reported though stores were asked for */
 
     /* written by the reader: one cache line */
-    uint64_t tail;   /* slots read */
-    uint64_t wanted; /* the reader sleeps until head is here */
-    uint64_t closed; /* not 0: the reader takes no more, the guest goes on unrecorded */
-    uint64_t reserved2[5];
+    uint64_t tail;     /* slots read */
+    uint64_t wanted;   /* the reader sleeps until head is here */
+    uint64_t closed;   /* not 0: the reader takes no more, the guest goes on unrecorded */
+    uint64_t judged;   /* of slots below there is a verdict */
+    uint64_t guarding; /* not 0: some guard may be set */
+    uint64_t reserved2[3];
 };
 
 #define RECORD_KERNEL 1 /* the instruction lies in the upper half */
 #define RECORD_SPLIT 2  /* part of a store over two pages */
+#define RECORD_HELD 4   /* the vCPU waits for a verdict on it */
+
+#define RING_GUARD_SHIFT 7
 
 struct ring_record {
     uint64_t gpa;

@@ -50,12 +50,14 @@ class Ring:
         address runs for the ``start_n``-th time."""
         if capacity <= 0 or capacity & (capacity - 1):
             raise ValueError(f"a ring has a power of two of records, not {capacity}")
-        size = layout.HEADER_BYTES + capacity * layout.RECORD.itemsize
+        behind = layout.HEADER_BYTES + capacity * layout.RECORD.itemsize
+        size = behind + layout.GUARD_BYTES
         self._memory_fd = os.memfd_create("subpage-capture", os.MFD_CLOEXEC)
         os.ftruncate(self._memory_fd, size)
         self._map = mmap.mmap(self._memory_fd, size)
         self._header: Any = np.frombuffer(self._map, dtype=layout.HEADER, count=1)
-        self._records = np.frombuffer(self._map, dtype=layout.RECORD, offset=layout.HEADER_BYTES)
+        self._records = np.frombuffer(self._map, dtype=layout.RECORD, count=capacity, offset=layout.HEADER_BYTES)
+        self._guards = np.frombuffer(self._map, dtype="<u4", offset=behind)
         self._capacity = capacity
         self._tail = 0
         self._held = 0
@@ -67,6 +69,7 @@ class Ring:
             ("start_pc", start_pc),
             ("start_n", start_n),
             ("high_gpa", _HIGHEST),
+            ("guard_bytes", layout.GUARD_BYTES),
         ):
             self._header[name] = value
         self._room_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -87,6 +90,23 @@ class Ring:
     def only(self, low: int, high: int) -> None:
         """Record stores to these guest-physical addresses, ``low`` to below ``high``, from now on."""
         self._header["low_gpa"], self._header["high_gpa"] = low, high
+
+    def guard(self, masks: NDArray[np.uint32]) -> None:
+        """A word for each guest page from 0 on: the guest waits after a store to a sub-page whose bit is set, until it
+        is ``judged``. Pages beyond are not guarded; there may be up to ``layout.GUARD_BYTES`` / 4."""
+        changed = np.flatnonzero(self._guards[: len(masks)] != masks)
+        self._guards[changed] = masks[changed]
+        self._header["guarding"] = int(masks.any())
+
+    def judge(self, until: int) -> None:
+        """There is a verdict on the records before this one."""
+        self._header["judged"] = until
+        self._wake()
+
+    def let_go(self) -> None:
+        """Nobody waits for a verdict any more."""
+        self._header["guarding"] = 0
+        self.judge(_HIGHEST)
 
     @property
     def state(self) -> int:
@@ -122,12 +142,15 @@ class Ring:
         self._tail += self._held
         self._held = 0
         self._header["tail"] = self._tail
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_write(self._room_fd, 1)
+        self._wake()
 
     def close(self) -> None:
         """Take no more: the guest goes on, and is not recorded."""
         self._header["closed"] = 1
+        self._wake()
+
+    def _wake(self) -> None:
+        """Whoever waits in QEMU looks again."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self._room_fd, 1)
 
@@ -157,6 +180,6 @@ class Ring:
         for fd in self._open:
             os.close(fd)
         self._open = []
-        self._header = self._records = np.zeros(0, dtype=layout.HEADER)
+        self._header = self._records = self._guards = np.zeros(0, dtype=layout.HEADER)
         with contextlib.suppress(BufferError):  # somebody still looks at records; the memory goes with them
             self._map.close()

@@ -31,6 +31,9 @@ EXPORT int qemu_plugin_version = 2;
 
 static struct ring_header *ring;
 static struct ring_record *records;
+static uint64_t *guards; /* one bit for each 1 << RING_GUARD_SHIFT bytes of guest-physical memory */
+static uint64_t guard_count;
+static size_t mapped;
 static uint64_t capacity;
 static unsigned lap_shift;
 static int room_fd = -1, data_fd = -1, reader_fd = -1;
@@ -101,8 +104,44 @@ static bool wait_for_room(uint64_t slot)
     }
 }
 
-static inline void append(uint64_t gpa, uint64_t gva, uint64_t pc, unsigned size, unsigned vcpu, unsigned flags)
+/* Wait until there is a verdict on the record in slot, or nobody left to give one. */
+static void wait_for_verdict(uint64_t slot)
 {
+    wake_reader();
+    while (__atomic_load_n(&ring->judged, __ATOMIC_ACQUIRE) <= slot && !__atomic_load_n(&ring->closed, __ATOMIC_ACQUIRE)) {
+        struct pollfd at[2] = {{.fd = room_fd, .events = POLLIN}, {.fd = reader_fd, .events = POLLIN}};
+        if (poll(at, 2, 5) > 0) {
+            uint64_t count;
+            if (at[1].revents & (POLLHUP | POLLERR | POLLNVAL)) {
+                stop_recording("the reader has gone; the guest goes on and is not recorded any more");
+                return;
+            }
+            if (at[0].revents & POLLIN) {
+                ssize_t done = read(room_fd, &count, sizeof count);
+                (void)done; /* it may have been meant for another vCPU, which looks again by itself */
+            }
+        }
+    }
+}
+
+static bool is_guarded(uint64_t gpa, unsigned size)
+{
+    uint64_t last = (gpa + size - 1) >> RING_GUARD_SHIFT;
+    for (uint64_t at = gpa >> RING_GUARD_SHIFT; at <= last && at < guard_count; at++) {
+        if (__atomic_load_n(&guards[at >> 6], __ATOMIC_RELAXED) >> (at & 63) & 1) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Where nobody reads any more the record goes nowhere. *held becomes its slot + 1 if it lies under a guard. */
+static inline void append(
+    uint64_t gpa, uint64_t gva, uint64_t pc, unsigned size, unsigned vcpu, unsigned flags, uint64_t *held)
+{
+    if (unlikely(__atomic_load_n(&ring->guarding, __ATOMIC_RELAXED)) && is_guarded(gpa, size)) {
+        flags |= RECORD_HELD;
+    }
     uint64_t slot;
     if (several) {
         slot = __atomic_fetch_add(&ring->head, 1, __ATOMIC_RELAXED);
@@ -121,6 +160,9 @@ static inline void append(uint64_t gpa, uint64_t gva, uint64_t pc, unsigned size
     record->vcpu = (uint8_t)vcpu;
     record->flags = (uint8_t)flags;
     __atomic_store_n(&record->lap, (uint32_t)(slot >> lap_shift) + 1, __ATOMIC_RELEASE);
+    if (unlikely(flags & RECORD_HELD)) {
+        *held = slot + 1;
+    }
     if (unlikely(slot + 1 == __atomic_load_n(&ring->wanted, __ATOMIC_RELAXED))) {
         wake_reader();
     }
@@ -128,7 +170,8 @@ static inline void append(uint64_t gpa, uint64_t gva, uint64_t pc, unsigned size
 
 /* ---- what QEMU calls */
 
-static void one_page(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t gva, unsigned size, uint64_t pc, unsigned flags)
+static void one_page(
+    unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t gva, unsigned size, uint64_t pc, unsigned flags, uint64_t *held)
 {
     struct qemu_plugin_hwaddr *where = qemu_plugin_get_hwaddr(info, gva);
     if (unlikely(!where)) {
@@ -144,7 +187,7 @@ static void one_page(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t gva, un
         __atomic_fetch_add(&ring->elsewhere, 1, __ATOMIC_RELAXED);
         return;
     }
-    append(gpa, gva, pc, size, vcpu, flags);
+    append(gpa, gva, pc, size, vcpu, flags, held);
 }
 
 static void on_access(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t gva, void *instruction)
@@ -162,14 +205,18 @@ static void on_access(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t gva, v
     uint64_t pc = (uint64_t)(uintptr_t)instruction;
     unsigned size = 1u << qemu_plugin_mem_size_shift(info), flags = pc >> 63 ? RECORD_KERNEL : 0;
     unsigned room = PAGE_SIZE - (unsigned)(gva & (PAGE_SIZE - 1));
+    uint64_t held = 0;
     if (unlikely(size > room)) {
         /* One call with the address of the first byte; the second page may lie anywhere. */
         __atomic_fetch_add(&ring->split, 1, __ATOMIC_RELAXED);
-        one_page(vcpu, info, gva, room, pc, flags | RECORD_SPLIT);
-        one_page(vcpu, info, gva + room, size - room, pc, flags | RECORD_SPLIT);
-        return;
+        one_page(vcpu, info, gva, room, pc, flags | RECORD_SPLIT, &held);
+        one_page(vcpu, info, gva + room, size - room, pc, flags | RECORD_SPLIT, &held);
+    } else {
+        one_page(vcpu, info, gva, size, pc, flags, &held);
     }
-    one_page(vcpu, info, gva, size, pc, flags);
+    if (unlikely(held)) {
+        wait_for_verdict(held - 1);
+    }
 }
 
 static void on_start(unsigned vcpu, void *unused)
@@ -243,7 +290,7 @@ static bool take_argument(const char *argument)
         }
         ring = at;
         records = (struct ring_record *)((char *)at + RING_HEADER_BYTES);
-        capacity = (uint64_t)(found.st_size - RING_HEADER_BYTES) / sizeof(struct ring_record);
+        mapped = (size_t)found.st_size;
         return true;
     }
     return false;
@@ -259,8 +306,10 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int
     if (!ring || room_fd < 0 || data_fd < 0 || reader_fd < 0) {
         return refuse("is started by `subpage record` and `subpage live`, not by hand");
     }
+    capacity = ring->capacity;
     if (ring->magic != RING_MAGIC || ring->version != RING_VERSION || ring->record_bytes != sizeof(struct ring_record) ||
-        ring->capacity != capacity || !capacity || capacity & (capacity - 1)) {
+        !capacity || capacity & (capacity - 1) || capacity > mapped / sizeof(struct ring_record) ||
+        mapped != RING_HEADER_BYTES + capacity * sizeof(struct ring_record) + ring->guard_bytes) {
         return refuse("was built for another version of its reader: run `make plugin` again");
     }
     if (!info->system_emulation || strcmp(info->target_name, "x86_64")) {
@@ -269,6 +318,8 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int
     several = info->system.max_vcpus > 1;
     lap_shift = (unsigned)__builtin_ctzll(capacity);
     free_until = capacity;
+    guards = (uint64_t *)(records + capacity);
+    guard_count = ring->guard_bytes / sizeof *guards * 64;
     ring->interface = (uint32_t)qemu_plugin_version;
     __atomic_store_n(&ring->state, ring->start_pc ? RING_LOADED : RING_STARTED, __ATOMIC_RELEASE);
     recording = !ring->start_pc;

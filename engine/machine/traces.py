@@ -76,10 +76,10 @@ class Traces(Operations):
         if earlier is not None:
             earlier.go_on(change, targets, runs)
             return earlier
-        if options.on_violation == ASK:
-            return InteractiveReplay(change, options, targets, runs)
         if options.published:
             return PublishedReplay(change, options, targets, runs)
+        if options.on_violation == ASK:
+            return InteractiveReplay(change, options, targets, runs)
         return TimedReplay(change, options, targets, runs, TraceOperations(change))
 
     def walk(self, request: AccessRequest, run: Execute) -> walks.Walk:

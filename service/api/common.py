@@ -164,11 +164,12 @@ def tenant_of(request: HTTPConnection) -> str:
     return principal_of(request).tenant
 
 
-def asker_of(request: HTTPConnection, entry: Entry, *, traced: bool) -> Asker:
-    """Who asks the tools of a machine for this request; ``traced``: about a replay, whose result gets an id now."""
+def asker_of(request: HTTPConnection, entry: Entry, *, traced: bool, landed: bool = False) -> Asker:
+    """Who asks the tools of a machine for this request; ``traced``: about a replay, whose result gets an id now;
+    ``landed``: of a guest that runs meanwhile."""
     state = request.app.state
     trace = entry.traces.next_id()[0] if traced else None
-    return Asker(entry, settings_of(request), metrics_of(request), lambda: state.draining, trace)
+    return Asker(entry, settings_of(request), metrics_of(request), lambda: state.draining, trace, landed)
 
 
 def find(request: HTTPConnection, vm_id: str) -> Entry:

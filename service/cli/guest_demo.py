@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 from capture.errors import CaptureError
-from capture.guest import START, small_guest
+from capture.guest import START, SmallGuest, small_guest
 from service.cli.symbol_policies import Wanted, policy_from, read_symbols, text_of
+from service.platform.failures import Failure
 
 PROTECTED = ("sys_call_table", "modprobe_path", "core_pattern", "poweroff_cmd", "init_cred", "security_hook_heads")
 TAMPERED = ("modprobe_path", "core_pattern")
@@ -20,13 +21,10 @@ def main(folder: Path) -> int:
     """0 when the report names both objects and who wrote to them."""
     try:
         guest = small_guest(folder)
-    except CaptureError as error:
+        policy = policy_of(guest, folder / "policy.json")
+    except (CaptureError, Failure) as error:
         sys.stderr.write(f"guest-demo: {error}\n")
         return 1
-    symbols = read_symbols(guest.symbols)
-    known = [Wanted(name) for name in PROTECTED if symbols.table.find(name)]
-    policy = folder / "policy.json"
-    policy.write_text(text_of(policy_from(symbols, known, "kernel objects")), encoding="utf-8")
     command = [sys.executable, "-P", "-m", "service.cli", "live", "--policy", str(policy)]
     command += ["--symbols", str(guest.symbols), "--start", START, "--", *guest.command()]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -35,6 +33,14 @@ def main(folder: Path) -> int:
     if missing:
         sys.stderr.write(f"guest-demo: nobody was seen to write to {', '.join(missing)}\n")
     return done.returncode or bool(missing)
+
+
+def policy_of(guest: SmallGuest, path: Path) -> Path:
+    """The policy of the demonstration, at the places that this guest's kernel has them. Raises Failure."""
+    symbols = read_symbols(guest.symbols)
+    known = [Wanted(name) for name in PROTECTED if symbols.table.find(name)]
+    path.write_text(text_of(policy_from(symbols, known, "kernel-objects")), encoding="utf-8")
+    return path
 
 
 if __name__ == "__main__":

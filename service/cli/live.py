@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.cli import show
+from service.cli import complete, show
 from service.cli.commands import AsJson, Given, is_typed
 from service.cli.connection import Service, remote
 from service.cli.progress import ProgressOption
 from service.cli.record import GuestCommand, Most, Only, Start, SymbolFile, ended, left_out, wanted_of
+
+if TYPE_CHECKING:
+    from service.cli.rules import Rules
+
+ON_VIOLATION = ("allow", "ask")
 
 
 @remote
@@ -27,13 +32,26 @@ def live(
     symbols: SymbolFile = None,
     only: Only = None,
     most: Most = None,
-    publish_every: Annotated[str, typer.Option(help="How often what the guest did is committed.")] = "200ms",
+    publish_every: Annotated[
+        str | None, typer.Option(help="How often what the guest did is committed: 200ms, with ask 50ms.")
+    ] = None,
+    on_violation: Annotated[
+        str,
+        typer.Option(
+            help="`ask`: the vCPU waits after a store that is refused until a tool has answered.",
+            autocompletion=complete.one_of(*ON_VIOLATION),
+        ),
+    ] = "allow",
+    rules: Annotated[
+        Path | None, typer.Option(help="With ask: rules that answer (docs/command-line.md); others may attach too.")
+    ] = None,
     progress: ProgressOption = None,
     as_json: AsJson = False,
     given: Given = None,
 ) -> None:
     """Watch a guest that runs in QEMU as if its processor had sub-page protection: violations of the policy as they
-    happen, and the report at the end. The stores land: what is refused is told, and the guest goes on. Ctrl-C ends it.
+    happen, and the report at the end. The stores land: what is refused is told, and the guest goes on, with ask once a
+    tool has said so. Ctrl-C ends it.
 
     Without --server there is a service for the time of it.
     """
@@ -49,6 +67,11 @@ def live(
     from service.cli.report import print_report
     from service.platform.failures import Failure
 
+    if on_violation not in ON_VIOLATION:
+        rule = "TCG tells of a store when it has landed: it can be let be (allow) or asked about (ask), not undone"
+        raise Failure(f"--on-violation {on_violation}: {rule}")
+    asks = on_violation == "ask"
+    answers = read_live_rules(rules, asks)
     wanted = wanted_of(start, symbols, only, most)
     protected = read_policy(policy)
     try:
@@ -66,7 +89,13 @@ def live(
             stack.enter_context(stopping(recording))
             watch = stack.enter_context(watched("watching", recording, progress))
             stack.enter_context(machine.telling(service, watch))
-            result = machine.stream(recording, watch, publish_every)
+            if asks:
+                stack.enter_context(machine.verdicts(service, recording).given())
+                where = f"subpage attach {machine.id} --server {service.url}"
+                typer.echo(f"subpage live: asks about what is refused: {where}", err=True)
+            if answers is not None:
+                stack.enter_context(machine.answering(answers))
+            result = machine.stream(recording, watch, publish_every or ("50ms" if asks else "200ms"), on_violation)
             writers = machine.writers(result)
     except CaptureError as error:
         raise Failure(str(error)) from None
@@ -80,3 +109,21 @@ def live(
         typer.echo(left_out(recording))
         typer.echo(NOT_SEEN)
     ended(recording, "live")
+
+
+def read_live_rules(path: Path | None, asks: bool) -> Rules | None:
+    """The rules of ``--rules``, if they answer what a guest that runs can honour. Raises Failure."""
+    from service.cli.rules import read_rules
+    from service.platform.failures import Failure
+
+    if path is None:
+        return None
+    if not asks:
+        raise Failure(f"--rules {path}: goes with --on-violation ask")
+    rules = read_rules(path)
+    if "skip" in (rules.otherwise, *(rule.answer for rule in rules.rules)):
+        rule = (
+            "skip cannot be honoured, since stores have landed when they are asked about (`answer` is skip by default)"
+        )
+        raise Failure(f"--rules {path}: {rule}")
+    return rules

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,14 @@ from capture.recording import Recording
 from service.cli.connection import Service, Unanswered
 from service.cli.demo import report_of
 from service.cli.guests import Watch
+from service.cli.live_verdicts import Verdicts
 from service.cli.recorded_files import SMALL, WORDS
+from service.cli.rules import Rules
+from service.cli.symbol_policies import read_symbols
 
 if TYPE_CHECKING:
     import subpage
+    from engine.symbols.table import SymbolTable
     from service.api.protection.policies import ProtectionRequest
 
 _SIGN_OF_LIFE = 1.0  # seconds after which an idle guest sends an empty batch
@@ -42,8 +46,10 @@ def bare_client(url: str) -> httpx2.Client:
 class Machine:
     """The machine of a service that stands for the guest's processor."""
 
-    def __init__(self, vm: subpage.Vm, policy: str, guest: Guest, covered: dict[str, Any]) -> None:
-        self._vm, self._policy, self._guest, self._covered = vm, policy, guest, covered
+    def __init__(
+        self, vm: subpage.Vm, policy: str, guest: Guest, covered: dict[str, Any], symbols: SymbolTable | None
+    ) -> None:
+        self._vm, self._policy, self._guest, self._covered, self._symbols = vm, policy, guest, covered, symbols
 
     @classmethod
     def make(cls, client: subpage.Client, guest: Guest, policy: ProtectionRequest, symbols: Path | None) -> Machine:
@@ -58,13 +64,35 @@ class Machine:
             # The machine's memory is empty: there is no kernel in it to be found.
             vm.load_symbols(symbols, slide="0x0", phys_base="0x0")
         covered = vm.protect(policy.model_dump(mode="json", exclude_unset=True), name=policy.name)
-        return cls(vm, policy.name, guest, covered)
+        table = None if symbols is None else read_symbols(symbols, slide=0, phys_base=0).table
+        return cls(vm, policy.name, guest, covered, table)
 
-    def stream(self, recording: Recording, watch: Watch, every: str) -> dict[str, Any]:
+    def stream(self, recording: Recording, watch: Watch, every: str, on_violation: str) -> dict[str, Any]:
         """Let the guest run; the trace that came of it. Raises Unanswered, CaptureError."""
-        media = "application/vnd.apache.arrow.stream"
-        trace = self._vm.replay(_body(recording, watch), media=media, publish_every=every, on_violation="allow")
-        return trace.document
+        import subpage
+
+        options = {"media": "application/vnd.apache.arrow.stream", "publish_every": every, "on_violation": on_violation}
+        try:
+            return self._vm.replay(_body(recording, watch), **options).document
+        except subpage.Error:
+            if not recording.ended:
+                raise
+            # An answer has ended the trace, and the service the connection over which the guest came.
+            (found,) = self._vm.traces()
+            return self._vm.trace(found.id).document
+
+    def verdicts(self, service: Service, recording: Recording) -> Verdicts:
+        """What holds the guest until its stores are judged. Raises CaptureError."""
+        return Verdicts(service, self._vm, recording)
+
+    def answering(self, rules: Rules) -> AbstractContextManager[Any]:
+        """A tool that answers by rules."""
+        return self._vm.attach(lambda question: rules.answer(question.exit), default_action="allow")
+
+    @property
+    def id(self) -> str:
+        """The machine's."""
+        return self._vm.id
 
     @contextmanager
     def telling(self, service: Service, watch: Watch) -> Iterator[None]:
@@ -78,7 +106,7 @@ class Machine:
                     for event in vm.events(after=after, kinds="violation"):
                         after, told = str(event["id"]), told + 1
                         if told <= _TOLD:
-                            sys.stderr.write(f"{_told(event['detail'])}\n")
+                            sys.stderr.write(f"{_told(event['detail'], self._symbols)}\n")
                     watch.extra = f", {told:,} violations"
 
         thread = threading.Thread(target=look, name="violations", daemon=True)
@@ -105,9 +133,14 @@ class Machine:
         return report_of(command, self._policy, memory, self._covered, result, seconds)
 
 
-def _told(detail: dict[str, Any]) -> str:
+def _told(detail: dict[str, Any], symbols: SymbolTable | None) -> str:
+    """A violation in a line: what was written to, by whom, where."""
     who = ", ".join(detail.get("objects", ())) or "no object"
-    return f"violation: {who}: {detail.get('size')} bytes at {detail.get('gpa')}, record {detail.get('index')}"
+    pc = detail.get("pc")
+    writer = symbols.label(int(pc, 16)) if symbols is not None and pc else None
+    gva = f" (gva {detail['gva']})" if detail.get("gva") else ""
+    by = f" by {writer or pc}" if pc else ""
+    return f"violation: {who}: {detail['size']} bytes at {detail['gpa']}{gva}{by}, record {detail['index']:,}"
 
 
 def _body(recording: Recording, watch: Watch) -> Iterator[bytes]:

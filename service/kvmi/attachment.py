@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import NAMESPACE_URL, UUID, uuid5
 
-from engine.errors import Conflict, EngineError, NotFound
+from engine.errors import Conflict, EngineError, InvalidValue, NotFound
 from engine.kvm.resolutions import VIOLATION
 from service.kvmi import events
 from service.kvmi.connection import ALLOW, Connection
@@ -25,7 +25,7 @@ from service.kvmi.machine import MachineGuest, described
 from service.kvmi.wire import NO_ADDRESS, V7
 from service.platform.sockets import Address, NotAllowed, connected
 from service.problems import ServiceError
-from service.runtime.broker import Interest, Question, Resolution, Tool
+from service.runtime.broker import PASS, Interest, Question, Resolution, Tool
 from service.runtime.entry import Entry
 from service.security.access import AccessControl, Principal
 from service.security.audit import AuditLog
@@ -311,6 +311,9 @@ class Attachment(Tool, Owner):
     def answered(self, token: Question, action: str) -> None:
         try:
             self._entry.broker.answer(self, token.id, action)
+        except InvalidValue:  # a store of a guest that runs cannot be skipped: another tool, or the default, decides
+            self._entry.broker.answer(self, token.id, PASS)
+            action = PASS
         except (NotFound, Conflict):
             return  # it has waited too long, or what asked has ended
         self._audit.write("answer", self._principal, vm=self._entry.id, tool=self.id, question=token.id, action=action)

@@ -20,7 +20,7 @@ from engine.trace.results import ExitColumns, TraceResult
 from engine.trace.single import AccessRequest, AccessResult
 from service.problems import RESUME_AT, NotReady
 from service.runtime.bodies import Upload
-from service.runtime.broker import Question
+from service.runtime.broker import UNDONE, Question
 from service.runtime.commit_hooks import CommitHooks
 from service.runtime.entry import Entry
 from service.runtime.traces import TraceRequest
@@ -36,7 +36,8 @@ class Tallied(Protocol):
 
 
 class Asker:
-    """Asks about one replay or access; ``trace`` is the id that its result will have."""
+    """Asks about one replay or access; ``trace`` is the id that its result will have. ``landed``: of a guest that runs,
+    whose accesses have happened."""
 
     def __init__(
         self,
@@ -45,12 +46,14 @@ class Asker:
         metrics: Tallied,
         draining: Callable[[], bool],
         trace: str | None = None,
+        landed: bool = False,
     ) -> None:
         self._entry = entry
         self._settings = settings
         self._metrics = metrics
         self._draining = draining
         self.trace = trace
+        self._landed = landed
         self._last: tuple[int, int] = (-1, 0)
 
     async def ask(self, asked: ExitColumns) -> str:
@@ -62,9 +65,10 @@ class Asker:
         if self._entry.gone:
             raise self._entry.absence()
         self._metrics.asked()
+        default = self._settings.ask_default_action
         resolution = await self._entry.broker.ask(
-            Question(asked, self.trace, attempt),
-            self._settings.ask_default_action,
+            Question(asked, self.trace, attempt, self._landed),
+            "allow" if self._landed and default == UNDONE else default,
             self._settings.max_questions,
             self._give_up,
         )

@@ -6,14 +6,19 @@ import asyncio
 import contextlib
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from engine.errors import Conflict, LimitExceeded, NotFound
+from engine.errors import Conflict, InvalidValue, LimitExceeded, NotFound
 from engine.trace.results import ExitColumns
 
 # What a tool answers when another one is to decide.
 PASS = "pass"
+# What cannot become of an access that has happened: those of a guest that runs while it is watched.
+UNDONE = "skip"
+LANDED_RULE = (
+    "must not be skip while a guest runs that is watched live: its stores have landed when they are asked about"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +36,13 @@ class Question:
     """One exit that a replay or an access waits at. ``attempt`` counts from 1: each ``retry`` may ask again.
 
     ``trace`` is the id that the result of the replay will have, None for a single access; ``exit`` is one record.
+    ``landed``: the access has happened, and cannot be undone.
     """
 
     exit: ExitColumns
     trace: str | None
     attempt: int
+    landed: bool = False
     id: str = field(default_factory=lambda: f"q_{secrets.token_hex(8)}")
     tool: Tool | None = None
     answer: asyncio.Future[str | None] | None = None
@@ -101,6 +108,26 @@ class Broker:
         self.connections: set[Tool] = set()
         self._holding: set[Tool] = set()
         self._let_go = asyncio.Event()
+        self._live = 0
+
+    # Guests that run
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """A guest runs meanwhile, whose accesses have happened when they are asked about. Raises Conflict where a tool
+        is attached that leaves the undoing of them as its default."""
+        if any(tool.default_action == UNDONE for tool in self.tools):
+            raise Conflict(f"the default_action of an attached tool {LANDED_RULE}", field="on_violation", value="ask")
+        self._live += 1
+        try:
+            yield
+        finally:
+            self._live -= 1
+
+    def check_default(self, action: str | None) -> None:
+        """Whether a tool may attach with this default. Raises InvalidValue."""
+        if self._live and action == UNDONE:
+            raise InvalidValue(LANDED_RULE, field="default_action", value=action)
 
     # Tools
 
@@ -131,12 +158,15 @@ class Broker:
                 question.answer.set_result(None)
 
     def answer(self, tool: Tool, question_id: str, action: str) -> None:
-        """What a tool says. Raises NotFound for a question that does not wait, Conflict for another tool's."""
+        """What a tool says. Raises NotFound for a question that does not wait, Conflict for another tool's,
+        InvalidValue for what cannot become of the access; the question waits on then."""
         question = self.questions.get(question_id)
         if question is None:
             raise NotFound("must be the id of a question that waits for an answer", field="id", value=question_id)
         if question.tool is not tool or question.answer is None or question.answer.done():
             raise Conflict("the question is not put to this tool, or not any more", field="id", value=question_id)
+        if question.landed and action == UNDONE:
+            raise InvalidValue(LANDED_RULE, field="action", value=action)
         question.answer.set_result(action)
 
     def end(self, why: Callable[[], Exception]) -> None:

@@ -18,8 +18,9 @@ from engine.machine import VirtualMachine
 from engine.trace.columns import TraceChunk
 from engine.trace.published import PublishedReplay
 from engine.trace.readers import Budget, TraceReader
-from engine.trace.results import TraceResult
+from engine.trace.results import ExitColumns, TraceResult
 from service.problems import RESUME_AT, NotReady
+from service.runtime.asking import Asker
 from service.runtime.bodies import BodyPipe, Upload
 from service.runtime.commit_hooks import CommitHooks
 from service.runtime.entry import Entry
@@ -96,11 +97,14 @@ class Publisher:
         hooks: CommitHooks,
         check: Callable[[], None],
         draining: Callable[[], bool],
+        asker: Asker | None = None,
     ) -> None:
         self._entry, self._wanted, self._every = entry, wanted, every
         self._executor, self._turn = executor, turn
         self._hooks, self._check, self._draining = hooks, check, draining
-        self._id, self._sequence = entry.traces.next_id()[0], 0
+        self._asker = asker
+        self._id, self._sequence = (asker and asker.trace) or entry.traces.next_id()[0], 0
+        self._left: deque[TraceChunk] = deque()  # what comes after the record that is asked about
         self._replay: PublishedReplay | None = None
         self._began = time.perf_counter()
         self._created = datetime.now(UTC)
@@ -132,6 +136,9 @@ class Publisher:
                 chunks = inbox.take()
                 if chunks:
                     going = await self._publish(chunks, ())
+                    while self._question is not None:
+                        action = await self._answer(upload)
+                        going = await self._publish([], (), action=action)
                 elif done:
                     break
             if going:
@@ -171,13 +178,27 @@ class Publisher:
                 other.cancel()
         return reading.done()
 
-    async def _publish(self, chunks: list[TraceChunk], ignored: tuple[str, ...], ended: bool = False) -> bool:
-        """Replay, and commit what came out. False: the replay has ended at a record (``on_violation=stop``)."""
+    @property
+    def _question(self) -> ExitColumns | None:
+        return self._replay.question if self._replay is not None else None
+
+    async def _answer(self, upload: Upload) -> str:
+        """What is to become of the access at which the replay has paused."""
+        assert self._asker is not None and self._question is not None
+        if self._asker.held:
+            await upload.until(self._asker.released())
+        return await upload.until(self._asker.ask(self._question))
+
+    async def _publish(
+        self, chunks: list[TraceChunk], ignored: tuple[str, ...], ended: bool = False, action: str | None = None
+    ) -> bool:
+        """Replay, and commit what came out; what was answered first. False: the replay has ended at a record
+        (``on_violation=stop``)."""
         async with self._entry.mutation(self._hooks, patient=True) as change:
             await self._turn.take()
             try:
                 machine = change.machine
-                result, kept = await finished(self._executor.submit(self._stretch, machine, chunks))
+                result, kept = await finished(self._executor.submit(self._stretch, machine, chunks, action))
             finally:
                 self._turn.give()
             self._check()
@@ -188,14 +209,17 @@ class Publisher:
         self._last = trace
         return result.stopped_at is None
 
-    def _stretch(self, machine: VirtualMachine, chunks: list[TraceChunk]) -> tuple[TraceResult, int]:
+    def _stretch(
+        self, machine: VirtualMachine, chunks: list[TraceChunk], action: str | None
+    ) -> tuple[TraceResult, int]:
         """In a thread: the totals with the exit records that are not stored in whole parts yet, and how many are."""
         with machine.replay(self._wanted.options(published=True), self._replay) as run:
             assert isinstance(run.replay, PublishedReplay)
             self._replay = run.replay
-            for chunk in chunks:
-                if not run.feed(chunk):
-                    break
+            self._left.extend(chunks)
+            going = action is None or self._replay.answer(action)
+            while going and self._left:
+                going = run.feed(self._left.popleft())
             told = self._last.exit_records if self._last is not None else 0
             first = told // PART * PART
             result = run.replay.result_from(first)

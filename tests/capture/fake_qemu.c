@@ -110,6 +110,9 @@ const uint64_t fake_offsets[] = {
     offsetof(struct ring_header, loads),
     offsetof(struct ring_header, tail),
     offsetof(struct ring_header, closed),
+    offsetof(struct ring_header, guard_bytes),
+    offsetof(struct ring_header, judged),
+    offsetof(struct ring_header, guarding),
     offsetof(struct ring_record, size),
     offsetof(struct ring_record, lap),
 };

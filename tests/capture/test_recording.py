@@ -34,9 +34,20 @@ def recorded(command: list[str], wanted: Wanted | None = None, capacity: int = 1
 
 
 def test_the_two_descriptions_of_the_ring_are_one(libraries: dict[int, Path]) -> None:
-    words = (ctypes.c_uint64 * 10).in_dll(ctypes.CDLL(str(libraries[2])), "fake_offsets")
+    words = (ctypes.c_uint64 * 13).in_dll(ctypes.CDLL(str(libraries[2])), "fake_offsets")
     fields = {**(layout.HEADER.fields or {})}
-    names = ("capacity", "high_gpa", "head", "interface", "loads", "tail", "closed")
+    names = (
+        "capacity",
+        "high_gpa",
+        "head",
+        "interface",
+        "loads",
+        "tail",
+        "closed",
+        "guard_bytes",
+        "judged",
+        "guarding",
+    )
     assert list(words) == [
         layout.MAGIC,
         *(fields[name][1] for name in names),
@@ -80,6 +91,38 @@ def test_a_full_ring_holds_the_guest_and_loses_nothing(fake: Fake) -> None:
     found, recording = recorded(fake(run=[1, 20000]), capacity=64)
     assert found["pc"].tolist() == list(range(0x1000, 0x1000 + 20000))
     assert recording.counts.waits > 0
+
+
+def test_a_store_under_a_guard_holds_its_vcpu_until_the_verdict(fake: Fake) -> None:
+    """The one over two pages waits for the verdict on both of its records."""
+    accesses = [[0, STORE | 3, gva, PC] for gva in (0x7000, 0x7080, 0x7FFC, 0x7100)]
+    with Recording(fake(accesses=accesses), Wanted()) as recording:
+        masks = np.zeros(16, dtype=np.uint32)
+        masks[6], masks[9] = 1 << 1, 1  # stand-in: 0x7000 lies at 0x6000, 0x8000 at 0x9000
+        recording.guard(masks)
+        found, seen, verdicts = [], [], iter((1, 2, 3, 4))
+        for records in recording:
+            found += records["gva"].tolist()
+            if len(records) == 0 and len(found) and recording.held >= len(found):
+                seen.append((len(found), recording.held))
+                recording.judge(next(verdicts))
+    assert found == [0x7000, 0x7080, 0x7FFC, 0x8000, 0x7100]
+    assert list(dict.fromkeys(seen)) == [(2, 2), (4, 4)]
+    assert len(seen) == 4, "each held one went on with the verdict on itself, and not before"
+
+
+def test_a_held_guest_is_let_go_when_it_is_stopped_and_ended_where_it_stands(fake: Fake) -> None:
+    for stop in (Recording.stop, lambda recording: recording.end("a tool stopped the guest")):
+        with Recording(
+            fake(accesses=[[0, STORE, 0x7000, PC], [0, STORE, 0x9000, PC]], sleep=60), Wanted()
+        ) as recording:
+            recording.guard(np.full(16, 0xFFFFFFFF, dtype=np.uint32))
+            taken = 0
+            for records in recording:
+                taken += len(records)
+                if recording.held == 1:
+                    stop(recording)
+    assert (taken, recording.word, recording.failed) == (1, "a tool stopped the guest", False)
 
 
 def test_vcpus_have_one_order_and_each_keeps_its_own(fake: Fake) -> None:

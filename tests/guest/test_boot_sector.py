@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from capture.qmp import Qmp
 from service.cli.app import app
+from service.settings import Settings
+from tests.support.server import running
+from tests.support.tools import tool
+from tests.support.waiting import until
 
+ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.guest,
     pytest.mark.skipif(
@@ -41,6 +52,44 @@ def machine(tmp_path: Path) -> list[str]:
     disk.write_bytes(CODE.ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
     qemu = "qemu-system-x86_64 -M pc,accel=tcg -m 16M -nodefaults -vga none -display none"
     return [*qemu.split(), "-drive", f"file={disk},format=raw,if=ide"]
+
+
+def test_a_guest_has_not_printed_while_the_question_about_its_store_stands(tmp_path: Path) -> None:
+    """A store to a protected word, then a letter to a port: the vCPU waits between them, and the store has landed."""
+    disk, printed, policy = tmp_path / "disk.img", tmp_path / "printed", tmp_path / "policy.json"
+    code = bytes.fromhex("fa31c08ed8 c70600803412 b058e6e9 ba0406b80020ef f4ebfd")
+    disk.write_bytes(code.ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
+    policy.write_text(json.dumps({"name": "policy", "objects": [{"name": "secret", "gpa": "0x8000", "size": 8}]}))
+    qemu = [
+        "qemu-system-x86_64",
+        *["-M", "pc,accel=tcg", "-m", "16M", "-nodefaults", "-vga", "none", "-display", "none", "-S"],
+    ]
+    qemu += ["-drive", f"file={disk},format=raw,if=ide", "-debugcon", f"file:{printed}"]
+    qemu += ["-qmp", f"unix:{tmp_path / 'qmp'},server=on,wait=off"]
+    with running(Settings(warm_up=False)) as server:
+        command = [sys.executable, "-m", "service.cli", "live", "--server", server.url, "--policy", str(policy)]
+        command += ["--start", "0x7c00", "--on-violation", "ask", "--json", "--", *qemu]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as live:
+            try:
+                until(lambda: bool(server.client.get("/v1/vms").json()["vms"]))
+                vm = "/v1/vms/" + server.client.get("/v1/vms").json()["vms"][0]["id"]
+                with tool(server, vm, timeout=120) as asked, socket.socket(socket.AF_UNIX) as control:
+                    control.connect(str(tmp_path / "qmp"))
+                    qmp = Qmp(control)
+                    qmp.begin()
+                    qmp.execute("cont")
+                    question = asked.receive("violation", 120)
+                    assert question["exit"]["objects"] == ["secret"]
+                    time.sleep(0.3)
+                    assert printed.read_bytes() == b""
+                    assert "0x1234" in qmp.monitor("xp /1xh 0x8000")
+                    asked.answer(question, "allow")
+                    assert asked.receive("resolved")["action"] == "allow"
+                said, _ = live.communicate(timeout=120)
+            finally:
+                live.kill()
+    assert (live.returncode, printed.read_bytes()) == (0, b"X")
+    assert json.loads(said)["by_object"]["secret"]["violations"] == 1
 
 
 def recorded(path: Path, machine: list[str], *options: str) -> str:

@@ -356,6 +356,7 @@ class Session(Tool):
             raise InvalidDocument(
                 "must not be sent again: it is the first message, once", field="type", value=message.type
             )
+        self._entry.broker.check_default(message.default_action)
         self.attached = True
         self.priority = message.priority
         self.timeout = message.timeout or self.timeout

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from fastapi import Query
 from pydantic import Field
 
-from engine.trace.option_names import ASK
 from service.http.wire_types import Document
 from service.platform.stamps import stamp
 from service.problems import InvalidDocument
@@ -62,9 +61,6 @@ def interval_of(text: str, wanted: TraceRequest, keyed: bool) -> float:
         raise InvalidDocument("must be from 50ms to 60s", field="publish_every", value=text)
     if wanted.format != "arrow":
         rule = "goes with Arrow streams, whose batches say what can be replayed already"
-        raise InvalidDocument(rule, field="publish_every", value=text)
-    if wanted.on_violation == ASK:
-        rule = "does not go with on_violation=ask, which publishes at each question"
         raise InvalidDocument(rule, field="publish_every", value=text)
     if keyed:
         rule = "does not go with publish_every: what was committed stays, and is not done again by sending it again"

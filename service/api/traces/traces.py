@@ -511,6 +511,7 @@ async def create_trace(
             hooks_of(request),
             lambda: access.check(caller),
             lambda: bool(state.draining),
+            asker_of(request, entry, traced=True, landed=True) if on_violation == ASK else None,
         )
         return await _created(entry, await entry.traces.get(trace.id), settings)
     asker = asker_of(request, entry, traced=True) if on_violation == ASK else None

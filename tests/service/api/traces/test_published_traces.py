@@ -24,6 +24,7 @@ from tests.support.bodies import ARROW, arrow, packed, table
 from tests.support.http import done, new_vm, replayed
 from tests.support.processes import free_port, served
 from tests.support.stores import serving
+from tests.support.tools import tool
 from tests.support.waiting import until
 
 OBJECT = {"name": "policy", "objects": [{"name": "secret", "gpa": "0x2000", "size": 128}]}
@@ -204,13 +205,68 @@ def test_stop_ends_it_at_the_refusal(client: ContractClient, service: Any, vm: s
     assert (result["stopped_at"], result["resume_at"], result["state"]) == (1, 1, "finished")
 
 
+def test_a_guest_that_runs_is_held_at_a_question(client: ContractClient, service: Any, vm: str) -> None:
+    """Until a record is behind ``resume_at`` its verdict is not there, however much comes after it."""
+    assert client.post(f"{vm}/protections", json=OBJECT).status_code == 201
+    with tool(service, vm, timeout=60, default_action="allow") as asked:
+        sender = Sender(service.url, vm, f"{LIVE}&on_violation=ask")
+        sender.send(0x1000, 0x2000, 0x2008, 0x3000)
+        question = asked.receive("violation")
+        assert (question["exit"]["index"], question["exit"]["objects"]) == (1, ["secret"])
+        sender.send(0x4000)
+        found = last(client, vm)
+        assert found["id"] == question["trace"]
+        assert (found["state"], found["records"], found["resume_at"], found["violations"]) == ("running", 1, 1, 1)
+        exits = client.get(f"{vm}/traces/{found['id']}").json()["exit_records"]
+        assert [item["index"] for item in exits] == [1]
+        asked.answer(question, "skip")
+        assert asked.receive("error")["problem"]["field"] == "action"
+        asked.answer(question, "allow")
+        assert asked.receive("resolved")["action"] == "allow"
+        question = asked.receive("violation")
+        found = last(client, vm)
+        assert (found["records"], found["resume_at"], found["violations"]) == (2, 2, 2)
+        asked.answer(question, "grant")
+        assert records_of(client, vm, 5)["resume_at"] == 5
+        with tool(service, vm, attach=False) as other:
+            other.send(type="attach", default_action="skip")
+            refused = other.receive("error")["problem"]
+            assert (refused["field"], refused["value"]) == ("default_action", "skip")
+            assert other.attach(default_action="stop")["tools"] == 2
+        sender.send(0x2010)
+        result = done(sender.reply())
+    assert (result["records"], result["violations"], result["state"]) == (6, 2, "finished")
+    told = [json.loads(line)["detail"]["index"] for line in events(client, vm) if '"kind":"violation"' in line]
+    assert told == [1, 2]
+
+
+def test_a_guest_that_runs_can_be_stopped_and_its_stores_land_by_default(
+    client: ContractClient, service: Any, vm: str
+) -> None:
+    assert client.post(f"{vm}/protections", json=OBJECT).status_code == 201
+    query = f"{LIVE}&on_violation=ask"
+    sender = Sender(service.url, vm, query)  # nobody is attached, and the setting says skip
+    sender.send(0x2000, 0x1000)
+    result = done(sender.reply())
+    assert (result["records"], result["violations"]) == (2, 1)
+    with tool(service, vm, timeout=60, default_action="skip"):
+        body = arrow(table(gpa=[0x2000]))
+        reply = client.post(f"{vm}/traces?{query}", content=body.content, headers=body.headers)
+        assert reply.status_code == 409 and "default_action" in reply.json()["detail"]
+    with tool(service, vm, timeout=60) as asked:
+        sender = Sender(service.url, vm, query)
+        sender.send(0x1000, 0x2000, 0x3000)
+        asked.answer(asked.receive("violation"), "stop")
+        result = done(sender.reply())
+    assert (result["stopped_at"], result["resume_at"], result["records"]) == (1, 1, 1)
+
+
 @pytest.mark.parametrize(
     ("query", "headers", "field"),
     [
         ("publish_every=10ms", {}, "publish_every"),
         ("publish_every=61s", {}, "publish_every"),
         ("publish_every=1h", {}, "publish_every"),
-        ("publish_every=1s&on_violation=ask", {}, "publish_every"),
         ("publish_every=1s&record=record16", {"Content-Type": "application/octet-stream"}, "publish_every"),
         ("publish_every=1s", {"Idempotency-Key": "once"}, "Idempotency-Key"),
     ],

@@ -1,0 +1,102 @@
+"""Holding a guest that is watched live: after a store to what is protected it waits for the verdict of the service."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from capture import layout
+from capture.errors import CaptureError
+from capture.recording import Recording
+from service.cli.connection import Service, Unanswered
+
+if TYPE_CHECKING:
+    import subpage
+
+_PAGE_SHIFT = 12
+_ALL = 0xFFFFFFFF
+_MOST_WINDOW = 1 << 18
+_MOST_PAGES = layout.GUARD_BYTES // 4
+_POLL_SECONDS = 0.01
+# How late the guest may be held for what is protected while it runs.
+_LOOK_SECONDS = 0.1
+
+
+class Verdicts:
+    """What the recorder is told meanwhile: which sub-pages are protected by now, and up to where stores are judged."""
+
+    def __init__(self, service: Service, vm: subpage.Vm, recording: Recording) -> None:
+        """Raises CaptureError for a guest whose memory is too large to be guarded."""
+        self._service, self._recording = service, recording
+        self._id = vm.id
+        end = max(first + size for first, size in recording.guest.ranges)
+        if end >> _PAGE_SHIFT > _MOST_PAGES:
+            rule = f"guards reach up to {_MOST_PAGES >> 18} GiB, and the guest has memory up to {end / (1 << 30):g} GiB"
+            raise CaptureError(f"--on-violation ask: {rule}")
+        self._pages = end >> _PAGE_SHIFT
+        self._trace: str | None = None
+        self._looked = 0.0
+        self._guard(vm)
+
+    @contextmanager
+    def given(self) -> Iterator[None]:
+        """Give them for as long as the context lasts, in a thread."""
+        ending = threading.Event()
+        thread = threading.Thread(target=self._run, args=(ending,), name="verdicts", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ending.set()
+            thread.join()
+
+    def _run(self, ending: threading.Event) -> None:
+        try:
+            with self._service.client() as client:
+                vm = client.vm(self._id)
+                judged = 0
+                while not ending.wait(_POLL_SECONDS):
+                    if time.monotonic() - self._looked >= _LOOK_SECONDS:
+                        self._guard(vm)
+                    if self._recording.held > judged:
+                        judged = self._judged(vm, judged)
+        except Unanswered:
+            pass  # whoever sends the body says why
+        finally:
+            self._recording.let_go()
+
+    def _judged(self, vm: subpage.Vm, before: int) -> int:
+        """Pass on how far the service is."""
+        if self._trace is None:
+            self._trace = next((trace.id for trace in vm.traces()), None)
+            if self._trace is None:
+                return before
+        trace = vm.trace(self._trace).document
+        if trace["stopped_at"] is not None:
+            self._recording.end(f"the guest was stopped at record {trace['stopped_at']:,}, as was answered")
+        elif trace["resume_at"] > before:
+            self._recording.judge(trace["resume_at"])
+            return int(trace["resume_at"])
+        return before
+
+    def _guard(self, vm: subpage.Vm) -> None:
+        """What is protected by now is what the guest waits at."""
+        masks = np.concatenate(
+            [
+                ~np.frombuffer(vm.subpages(first, min(_MOST_WINDOW, self._pages - first)).words, dtype=np.uint32)
+                for first in range(0, self._pages, _MOST_WINDOW)
+            ]
+        )
+        for protection in vm.protections():
+            for item in protection["objects"]:
+                if item["granularity"] == "page":
+                    for piece in item["pieces"] or [item]:
+                        first, size = int(piece["gpa"], 16), piece["size"]
+                        masks[first >> _PAGE_SHIFT : (first + size - 1 >> _PAGE_SHIFT) + 1] = _ALL
+        self._recording.guard(masks)
+        self._looked = time.monotonic()
