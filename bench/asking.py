@@ -12,6 +12,14 @@ from bench.data import Policy, Trace
 from bench.http_replay import HttpReplay
 
 
+class AllowedReplay(HttpReplay):
+    """As its base, with ``allow``."""
+
+    def __init__(self, port: int, kind: str, trace: Trace, policy: Policy) -> None:
+        super().__init__(port, kind, trace, policy)
+        self._query += "&on_violation=allow"
+
+
 class AskedReplay(HttpReplay):
     """As its base, with a tool that says ``skip`` each time. ``questions`` counts those of the last round."""
 

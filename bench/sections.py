@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from bench import console as console_pages
-from bench.asking import AskedReplay
+from bench.asking import AllowedReplay, AskedReplay
 from bench.c_walk import CSum, CWalk
 from bench.client import CALLS, ClientBitmaps, ClientReplay, RawBitmaps, RawReplay
 from bench.data import POLICIES, TRACES, Answer, expected, load_policy, load_trace
 from bench.footprints import Building, Costing
 from bench.guest_virtual import GuestVirtualReplay
 from bench.http_replay import BODIES, HttpReplay
+from bench.kvmi import READS, KvmiReplay, Reads, Tool, attach, image, loaded, place
 from bench.large_guest import measure
 from bench.numpy_check import NumpyCheck
 from bench.readers import FORMATS, Reading
 from bench.replay import EngineReplay
-from bench.servers import empty_app, service
+from bench.servers import empty_app, service, service_and_constants
 from bench.single_calls import SingleCalls
 from bench.timing import Method, Timing, alternate, median_ratio, one_core
 from bench.unicorn_hook import WRITES, UnicornHook
@@ -25,6 +26,8 @@ from engine.footprint.places import LEVELS
 Row = dict[str, Any]
 
 PLAIN, ASKED = "skip (i)", "asked (i)"
+ALLOWED, ASKED_BY_KVMI = "allow (i)", "KVMI (i)"
+READ_BY_KVMI, CONSTANTS = "KVMI read (m)", "constants (m)"
 BY_GVA = "by gva (j)"
 A, B, C, D, E = "numpy bitmap (a)", "C walk (b)", "Unicorn hook (c)", "C sum (d)", "engine (e)"
 
@@ -126,21 +129,55 @@ def http_replay(rounds: int) -> list[Row]:
 
 
 def asking(rounds: int) -> list[Row]:
-    """(i) The same trace with ``skip`` and with ``ask``, a tool answering ``skip`` each time."""
+    """(i) The same trace with ``skip`` and with ``ask``, a tool answering ``skip`` each time; and ``allow`` so."""
     trace, policy = load_trace(TRACES[0]), load_policy(POLICIES[0])
-    with service() as port:
-        plain, asked = HttpReplay(port, "packed", trace, policy), AskedReplay(port, "packed", trace, policy)
-        timings = alternate({PLAIN: plain, ASKED: asked}, rounds)
-        for name, method in ((PLAIN, plain), (ASKED, asked)):
+    with place() as directory, service(SUBPAGE_KVMI_SOCKETS=f'["unix:{directory}"]') as port:
+        methods = {
+            PLAIN: HttpReplay(port, "packed", trace, policy),
+            ASKED: AskedReplay(port, "packed", trace, policy),
+            ALLOWED: AllowedReplay(port, "packed", trace, policy),
+            ASKED_BY_KVMI: KvmiReplay(port, "packed", trace, policy, directory),
+        }
+        timings = alternate(methods, rounds)
+        for name, method in methods.items():
             _verify(name, trace.name, policy.name, method.answer())
             method.close()
-    questions = asked.questions
-    extra = [late - early for early, late in zip(timings[PLAIN].seconds, timings[ASKED].seconds, strict=True)]
-    each = sorted(extra)[len(extra) // 2] / questions * 1e6
-    ratio = median_ratio(timings[ASKED], timings[PLAIN])
+    rows = []
+    for name, beside in ((PLAIN, PLAIN), (ASKED, PLAIN), (ALLOWED, ALLOWED), (ASKED_BY_KVMI, ALLOWED)):
+        row = _row(trace.name, policy.name, name, len(trace), timings[name])
+        row["of_plain"] = median_ratio(timings[name], timings[beside])
+        method = methods[name]
+        if isinstance(method, AskedReplay | KvmiReplay):
+            pairs = zip(timings[beside].seconds, timings[name].seconds, strict=True)
+            extra = sorted(late - early for early, late in pairs)
+            row["microseconds"] = extra[len(extra) // 2] / method.questions * 1e6
+        rows.append(row)
+    return rows
+
+
+def kvmi_reads(rounds: int) -> list[Row]:
+    """(m) Pages of a guest by KVMI, and constants of the same size from the same loop."""
+    raw = image()
+    with place() as directory:
+        constants = Tool(directory / "constants")
+        with service_and_constants(str(constants.path), SUBPAGE_KVMI_SOCKETS=f'["unix:{directory}"]') as port:
+            constants.accept(greet=False)
+            tool = Tool(directory / "tool")
+            attach(port, loaded(port, raw), tool)
+            reads = Reads(tool, raw)
+            if not reads.check():
+                raise WrongAnswer(READ_BY_KVMI)
+            timings = alternate({READ_BY_KVMI: reads, CONSTANTS: Reads(constants, raw)}, rounds)
+            tool.close()
+        constants.close()
     return [
-        _row(trace.name, policy.name, PLAIN, len(trace), timings[PLAIN], of_plain=1.0),
-        _row(trace.name, policy.name, ASKED, len(trace), timings[ASKED], of_plain=ratio, microseconds=each),
+        {
+            "method": name,
+            "per_second": timing.rate(READS),
+            "of_constant": median_ratio(timing, timings[CONSTANTS]),
+            "seconds": list(timing.seconds),
+        }
+        for name, timing in timings.items()
     ]
 
 

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,10 +17,11 @@ START_SECONDS = 300  # compiling every kernel on a fresh machine is part of the 
 
 
 @contextmanager
-def serving(command: Sequence[str], ready: str, **settings: str) -> Iterator[int]:
+def serving(command: Sequence[str], ready: str, variables: Mapping[str, str] | None = None) -> Iterator[int]:
     """Run ``python -m <command>`` until the block ends; gives the port it says it listens on, once ``ready`` is 200."""
-    environment = {**os.environ, **settings}
-    process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, env=os.environ | (variables or {})
+    )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -42,10 +43,17 @@ def serving(command: Sequence[str], ready: str, **settings: str) -> Iterator[int
 
 
 @contextmanager
-def service(**settings: str) -> Iterator[int]:
-    """``subpage serve``; ``settings`` by the names that they have in the environment."""
+def service(**variables: str) -> Iterator[int]:
+    """``subpage serve``, with environment variables."""
     command = ("service.cli", "serve", "--host", "127.0.0.1", "--port", "0", "--store", "memory")
-    with serving(command, "/readyz", **settings) as port:
+    with serving(command, "/readyz", variables) as port:
+        yield port
+
+
+@contextmanager
+def service_and_constants(path: str, **variables: str) -> Iterator[int]:
+    """The service, and on its loop a connection to a path that answers with constants."""
+    with serving(("bench.kvmi_constant", path), "/readyz", variables) as port:
         yield port
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.cpu import frames
-from engine.cpu.guest_memory import locate
+from engine.cpu import frames, radix
+from engine.cpu.guest_memory import ROOT_MEMORY, locate
 from engine.cpu.memory_files import NO_FILE
 from engine.errors import InvalidValue
 from engine.images.base import Block
@@ -37,9 +37,34 @@ class Memory(Operations):
 
     def read(self, gpa: int, size: int) -> bytes:
         """Guest RAM contents, zero where nothing was written."""
+        if 0 < size <= PAGE_SIZE - gpa % PAGE_SIZE and (found := self.read_in_page(gpa, size)) is not None:
+            return found
         now = self._state.current
         _check(now, gpa, size, "size")
         return page_contents.read_bytes(now.snapshot.machine, gpa, size)
+
+    def read_in_page(self, gpa: int, size: int) -> bytes | None:
+        """The same of bytes that lie in one page; None where that has no slot.
+
+        The walk is that of ``cpu.guest_memory.locate``. Tools read a guest page by page, and to enter a kernel takes
+        many times as long.
+        """
+        now = self._state.current
+        if now.slots.holding(gpa >> PAGE_SHIFT) is None:
+            return None
+        m = now.snapshot.machine
+        if now.slots.files:
+            return page_contents.read_bytes(m, gpa, size)
+        row_of, rows = m.row_of.item, m.rows
+        frame, shift = rows.item(row_of(frames.STATE_FRAME), ROOT_MEMORY), radix.TREE_LEVELS * radix.INDEX_BITS
+        while frame and shift:
+            shift -= radix.INDEX_BITS
+            frame = rows.item(row_of(frame), gpa >> PAGE_SHIFT + shift & radix.INDEX_MASK)
+        if not frame:
+            return bytes(size)
+        content = rows[row_of(frame)].tobytes()
+        at = gpa % PAGE_SIZE
+        return content if size == PAGE_SIZE else content[at : at + size]
 
     def write(self, gpa: int, data: bytes) -> None:
         """Store bytes; the dirty logs are told."""

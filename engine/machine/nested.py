@@ -16,6 +16,7 @@ from engine.abi import UserBuffer
 from engine.arch import vmx_msrs
 from engine.arch.hyperv_cpuid import CpuidEntry
 from engine.arch.kvm_nested_state import NO_ADDRESS
+from engine.cpu.frames import FIRST_VCPU_FRAME
 from engine.cpu.memory_slots import space_of_record
 from engine.errors import InvalidValue, Unsupported
 from engine.kvm.memory_views import GuestMemory
@@ -119,6 +120,14 @@ class NestedOperations(Operations):
     def vcpu(self, vcpu: int) -> Vcpu:
         """The vCPU as it is: a copy, which may be used up. Its methods and ``engine.nested`` answer the rest."""
         return self.read(vcpu)[0]
+
+    def registers_version(self, vcpu: int) -> tuple[object, ...]:
+        """Equal to an earlier one as long as no register and no MSR of the vCPU has changed; soon found, unlike them."""
+        now = self._state.current
+        snapshot = now.snapshot
+        m = snapshot.machine
+        words = m.rows[m.row_of[FIRST_VCPU_FRAME + now.config.vcpu_position(vcpu)]].tobytes()
+        return now.config, now.nested, now.spp_active, words
 
     def identities(self) -> list[tuple[int, tuple[CpuidEntry, ...]]]:
         """VP index and CPUID of every vCPU in the order of the configuration, without the cost of the whole vCPUs."""

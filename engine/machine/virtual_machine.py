@@ -159,6 +159,10 @@ class VirtualMachine:
         """Guest RAM contents, zero where nothing was written."""
         return self._memory.read(gpa, size)
 
+    def read_in_page(self, gpa: int, size: int) -> bytes | None:
+        """The same of bytes that lie in one page, soon found; None where that has no slot."""
+        return self._memory.read_in_page(gpa, size)
+
     def write_memory(self, gpa: int, data: bytes) -> None:
         """Store bytes in guest RAM from the host's side: no permission applies."""
         self._memory.write(gpa, data)

@@ -76,6 +76,8 @@ class InteractiveReplay(Replay):
     ) -> None:
         super().__init__(draft, options, targets, before)
         self._place: Place | None = None
+        # What ``answer`` has left of a chunk: the chunk, the index of its first record, and the position to go on at.
+        self._left: Place | None = None
         self._counted = np.zeros_like(self.tally)
         self._sets = [targets]
         self._set = 0
@@ -119,13 +121,14 @@ class InteractiveReplay(Replay):
             self._tables.forget()
         if targets is not self._targets:
             self._take_objects(targets)
-        if before is not None and self._place is not None:
-            before(self._place.chunk)
+        place = self._place or self._left
+        if before is not None and place is not None:
+            before(place.chunk)
 
     # The answer
 
-    def answer(self, action: str) -> bool:
-        """Do to the access what was answered and replay the rest of its chunk.
+    def answer(self, action: str, most: int | None = None) -> bool:
+        """Do to the access what was answered and replay the rest of its chunk, or its next ``most`` records.
 
         False: the replay ends there, or has paused again. Raises InvalidValue for what is no answer.
         """
@@ -141,8 +144,7 @@ class InteractiveReplay(Replay):
             self._drain(place.chunk, place.base)
             self._seen.fill(-1)
             self._touched.fill(-1)
-            self._place = None
-            return self._run(place.chunk, place.base, place.position)
+            return self._run_on(place, 0, most)
         with self._aimed(place.record, place.words[1] & 0xFFFF):
             if action == "grant" and place.access == acc.WRITE and (self._grants(place) or self._changed):
                 self._attempt(place)
@@ -151,8 +153,22 @@ class InteractiveReplay(Replay):
                     self._land(place)
                 self.tally[reg.RECORDS] += 1
                 self.tally[reg.WRITES] += place.access == acc.WRITE
+        return self._run_on(place, 1, most)
+
+    def _run_on(self, place: Place, past: int, most: int | None) -> bool:
+        """Go on at a place or so many records past it, for ``most`` records."""
         self._place = None
-        return self._run(place.chunk, place.base, place.position + 1)
+        begin = place.position + past
+        end = None if most is None else begin + most
+        going = self._run(place.chunk, place.base, begin, end)
+        if going and end is not None and end < len(place.chunk.records):
+            self._left = place._replace(position=end)
+        return going
+
+    def finish_chunk(self) -> bool:
+        """Replay what ``answer`` has left of its chunk. False as there."""
+        left, self._left = self._left, None
+        return left is None or self._run(left.chunk, left.base, left.position)
 
     def _ready(self) -> Machine:
         self._draft.ensure()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from service.kvmi import events
 from service.kvmi.commands import COMMANDS, UNKNOWN
@@ -37,8 +37,7 @@ _LONGEST_INSTRUCTION = 15
 _EXPIRED = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(NamedTuple):
     """A message to the tool, in one piece."""
 
     data: bytes
@@ -261,10 +260,10 @@ class Connection:
     @property
     def paused(self) -> bool:
         """Whether a vCPU is paused, or will be as soon as its open event is answered."""
-        return any(
-            vcpu.pauses or (vcpu.open is not None and vcpu.open.kind == events.PAUSE_VCPU)
-            for vcpu in self._vcpus.values()
-        )
+        for vcpu in self._vcpus.values():
+            if vcpu.pauses or (vcpu.open is not None and vcpu.open.kind == events.PAUSE_VCPU):
+                return True
+        return False
 
     def ask(self, fault: Fault) -> None:
         """Ask the tool about an access."""

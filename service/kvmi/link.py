@@ -112,11 +112,15 @@ class Link(asyncio.Protocol):
         if self._again is not None:
             self._again.cancel()
             self._again = None
-        until = self._loop.time() + _TURN_SECONDS
+        until = 0.0
         while self._transport is not None and not self._full:
+            if until and self._loop.time() > until:
+                self._again = self._loop.call_soon(self.turn)
+                break
             step = self.connection.step()
             if step is None:
                 break
+            until = until or self._loop.time() + _TURN_SECONDS
             if isinstance(step, Send):
                 self._transport.write(step.data)
             elif isinstance(step, Answer):
@@ -125,9 +129,6 @@ class Link(asyncio.Protocol):
                 self._making = self._loop.create_task(self._make(step.change))
             elif isinstance(step, Close):
                 self.close(step.reason)
-            if self._loop.time() > until:
-                self._again = self._loop.call_soon(self.turn)
-                break
         self._listen()
         self._owner.served()
 

@@ -19,7 +19,6 @@ from service.kvmi.wire import (
     ENOMEM,
     EOPNOTSUPP,
     FULL_BITMAP,
-    PAGE_SIZE,
     Refused,
 )
 from service.problems import NotReady, StoreUnavailable
@@ -54,6 +53,7 @@ class MachineGuest:
         self._max_gfn = 0
         # vCPUs by index. Those that come later stand behind those that were there.
         self._ids: list[int] = []
+        self._registers: dict[int, tuple[tuple[int, ...], tuple[object, ...], Registers]] = {}
 
     # As it is
 
@@ -90,7 +90,13 @@ class MachineGuest:
         return machine.spp_active or (host.supports_spp and not host.nested)
 
     def registers(self, vcpu: int, msrs: Sequence[int]) -> Registers:
-        return Registers(*registers_of(self._machine, self._known()[vcpu], msrs))
+        # Every event shows them, and they are seldom others than those of the last one.
+        id, wanted = self._known()[vcpu], tuple(msrs)
+        version = self._machine.nested.registers_version(id)
+        known = self._registers.get(id)
+        if known is None or known[0] != wanted or known[1] != version:
+            known = self._registers[id] = wanted, version, Registers(*registers_of(self._machine, id, wanted))
+        return known[2]
 
     def cpuid(self, vcpu: int, function: int, index: int) -> tuple[int, int, int, int]:
         leaves = self._machine.nested.cpuid(self._known()[vcpu])
@@ -102,9 +108,10 @@ class MachineGuest:
         return leaf.eax, leaf.ebx, leaf.ecx, leaf.edx
 
     def read(self, gpa: int, size: int) -> bytes:
-        if not self.has_memory(gpa // PAGE_SIZE):
+        found = self._machine.read_in_page(gpa, size)
+        if found is None:
             raise Refused(ENOENT)
-        return self._machine.read_memory(gpa, size)
+        return found
 
     def page(self, gfn: int) -> PageRights:
         [found] = self._machine.page_access.read((gfn,))

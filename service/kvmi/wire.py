@@ -17,6 +17,7 @@ HEADER = struct.Struct("<HHI")
 MAX_PAYLOAD = 8192 - HEADER.size
 # The start of a reply: 0 or minus an error, and padding.
 ERROR_CODE = struct.Struct("<iI")
+_REPLY = struct.Struct("<HHIiI")  # both
 # The start of a command to a vCPU, and of a reply to an event: index of the vCPU, and padding.
 VCPU_HEADER = struct.Struct("<HHI")
 
@@ -62,8 +63,9 @@ def message(id: int, seq: int, payload: bytes) -> bytes:
 
 def reply(id: int, seq: int, errno: int = 0, data: bytes = b"") -> bytes:
     """The reply to a command: exactly 8 bytes after the header where it failed."""
-    code = ERROR_CODE.pack(-errno, 0)
-    return message(id, seq, code if errno else code + data)
+    if errno:
+        data = b""
+    return _REPLY.pack(id, ERROR_CODE.size + len(data), seq, -errno, 0) + data
 
 
 class Framer:

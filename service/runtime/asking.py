@@ -95,8 +95,12 @@ class Asker:
         return None
 
 
+# Refusals come in swarms: records that are replayed on the event loop after an answer, as a thread takes longer to wake.
+_BRIEF = 128
+
+
 class _Stretches:
-    """One replay that asks, from its first stretch to its last. ``run`` is for a thread."""
+    """One replay that asks, from its first stretch to its last. ``run`` is for a thread, ``briefly`` for the loop."""
 
     def __init__(self, request: TraceRequest, source: Source, memory: Budget) -> None:
         self._request = request
@@ -105,16 +109,26 @@ class _Stretches:
         self._reader: TraceReader | None = None
         self._chunks: Iterator[TraceChunk] = iter(())
         self._replay: InteractiveReplay | None = None
+        self._stopped = False
         self.asked: ExitColumns | None = None
 
     @property
     def paused_at(self) -> int | None:
         return self._replay.paused_at if self._replay is not None else None
 
-    def run(
-        self, machine: VirtualMachine, action: str | None, check: Callable[[], None]
-    ) -> tuple[TraceResult, tuple[str, ...]] | None:
-        """Do what was answered and go on to the next question (None) or to the end."""
+    def briefly(self, machine: VirtualMachine, action: str) -> bool:
+        """Do what was answered and go on for a few records; whether there is a question again. ``run`` does the rest."""
+        assert self._replay is not None
+        with machine.replay(self._request.options(), self._replay) as run:
+            going = self._replay.answer(action, _BRIEF)
+            self._stopped = not going and self._replay.paused_at is None
+            if self._replay.paused_at is not None:
+                self.asked = self._replay.asked
+            run.pause()
+        return self._replay.paused_at is not None
+
+    def run(self, machine: VirtualMachine, check: Callable[[], None]) -> tuple[TraceResult, tuple[str, ...]] | None:
+        """Go on to the next question (None) or to the end."""
         if self._reader is None:
             self._reader = self._request.reader(self._source, self._memory)
             self._chunks = iter(self._reader)
@@ -122,7 +136,7 @@ class _Stretches:
             assert isinstance(run.replay, InteractiveReplay)
             self._replay = run.replay
             check()
-            going = action is None or self._replay.answer(action)
+            going = not self._stopped and self._replay.finish_chunk()
             while going and (chunk := next(self._chunks, None)) is not None:
                 check()
                 going = run.feed(chunk)
@@ -158,8 +172,9 @@ async def last_stretch(
             if asker.held:
                 await upload.until(asker.released())
             async with entry.mutation(hooks) as change:
-                taken, machine = action, change.machine
-                found = await upload.run(lambda pipe: stretches.run(machine, taken, pipe.check))  # noqa: B023
+                machine, found = change.machine, None
+                if action is None or not stretches.briefly(machine, action):
+                    found = await upload.run(lambda pipe: stretches.run(machine, pipe.check))  # noqa: B023
                 check_caller()
                 if found is not None:
                     yield found

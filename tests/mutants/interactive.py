@@ -44,10 +44,18 @@ MUTANTS = (
     Mutant(
         "interactive-retry-skips",
         INTERACTIVE_PY,
-        "return self._run(place.chunk, place.base, place.position)",
-        "return self._run(place.chunk, place.base, place.position + 1)",
+        "return self._run_on(place, 0, most)",
+        "return self._run_on(place, 1, most)",
         "retry runs the same record",
         named(INTERACTIVE, "retry_runs_on_the_state_as_it_is"),
+    ),
+    Mutant(
+        "interactive-rest-forgotten",
+        INTERACTIVE_PY,
+        "self._left = place._replace(position=end)",
+        "pass",
+        "what an answer has left of a chunk is replayed",
+        named(INTERACTIVE, "an_answer_and_a_few_records_at_a_time"),
     ),
     Mutant(
         "interactive-retry-seen",

@@ -74,8 +74,11 @@ def make(profile: str = "kvm-2019", **options: Any) -> VirtualMachine:
     return vm
 
 
-def ask(vm: VirtualMachine, policy: Policy, *chunks: Any, **options: Any) -> TraceResult:
-    """Replay with ``ask``; ``policy`` answers, and may change the machine before it does."""
+def ask(vm: VirtualMachine, policy: Policy, *chunks: Any, most: int | None = None, **options: Any) -> TraceResult:
+    """Replay with ``ask``; ``policy`` answers, and may change the machine before it does.
+
+    With ``most``, each answer and so many records are a transaction, and what is left of the chunk another one.
+    """
     asked = ReplayOptions(on_violation="ask", **options)
     parts = iter([part if isinstance(part, TraceChunk) else chunk(part) for part in chunks])
     run_of: InteractiveReplay | None = None
@@ -84,7 +87,11 @@ def ask(vm: VirtualMachine, policy: Policy, *chunks: Any, **options: Any) -> Tra
         with vm.replay(asked, run_of) as run:
             assert isinstance(run.replay, InteractiveReplay)
             run_of = run.replay
-            going = action is None or run_of.answer(action)
+            going = run_of.finish_chunk() if action in (None, "rest") else run_of.answer(action, most)
+            if going and most is not None and action not in (None, "rest"):
+                run.pause()
+                action = "rest"
+                continue
             while going and (part := next(parts, None)) is not None:
                 going = run.feed(part)
             if run_of.paused_at is None:
@@ -120,6 +127,18 @@ def test_always_the_same_answer(profile: str, include: str, action: str, cache: 
     assert found.exit_columns.objects() == known.exit_columns.objects()
     assert asked.counters() == plain.counters()
     assert picture(asked) == picture(plain)
+    assert_sound(asked)
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 5])
+@pytest.mark.parametrize("action", ["skip", "allow", "grant", "stop"])
+def test_an_answer_and_a_few_records_at_a_time(action: str, most: int) -> None:
+    plain, asked = make(), make()
+    known = replay(plain, *split(ROWS, 4), on_violation=action)
+    found = ask(asked, always(action), *split(ROWS, 4), most=most)
+    assert totals(found) == totals(known) and found.stopped_at == known.stopped_at
+    assert exits(found, *LISTED) == exits(known, *LISTED)
+    assert asked.counters() == plain.counters() and picture(asked) == picture(plain)
     assert_sound(asked)
 
 
