@@ -131,7 +131,7 @@ def test_backups_have_them(store_url: str, tmp_path: Path) -> None:
     cut = data[: data.rindex(b"PAR1")]
     damaged = tmp_path / "damaged.backup"
     damaged.write_bytes(cut)
-    assert "was cut" in command("restore", damaged, "--store", f"sqlite:///{tmp_path}/none.db").output
+    assert "is damaged" in command("restore", damaged, "--store", f"sqlite:///{tmp_path}/none.db").output
     body = b'{"machines": 0, "footprints": 1}'
     damaged.write_bytes(data[:12] + section(b"E", body))
     assert "not the footprints" in command("restore", damaged, "--store", f"sqlite:///{tmp_path}/none.db").output
