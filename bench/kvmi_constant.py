@@ -1,4 +1,4 @@
-"""The service, and on its loop what a KVMI connection is measured against: every request is answered by one constant."""
+"""The service, and on its loop what a KVMI connection is measured against: one constant for every request."""
 
 from __future__ import annotations
 
