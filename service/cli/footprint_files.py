@@ -20,8 +20,9 @@ from engine.kvm.slots import SlotSpec
 from service.cli.numbers import parse_range as ram_range
 from service.cli.policy_files import read_policy, said
 from service.cli.progress import Move
-from service.cli.trace import Address, addressed
+from service.cli.trace import addressed
 from service.cli.trace_files import TraceFile, opened_trace
+from service.cli.trace_options import Address
 from service.cli.trace_parquet import replacing
 from service.platform.failures import Failure, opened
 

@@ -128,6 +128,7 @@ class Options:
     max_exit_records: int | None = None
     columns: str | None = None
     skip_unknown: bool = False
+    address: str = "gpa"
 
     def request(self, path: Path, settings: Settings) -> TraceRequest:
         """What is asked for, of a file whose format it is or is found out. Raises Failure."""
@@ -148,6 +149,7 @@ class Options:
             kept,
             skip_unknown=self.skip_unknown,
             columns=self.columns,
+            address=self.address,
         )
 
 

@@ -12,7 +12,16 @@ from service.cli import complete, show
 from service.cli.commands import AsJson, Given, is_typed
 from service.cli.connection import Service, remote
 from service.cli.progress import ProgressOption, bar
-from service.cli.trace_options import FILE_HELP, Columns, Format, FormatOption, Record, RecordOption, SkipUnknown
+from service.cli.trace_options import (
+    FILE_HELP,
+    Address,
+    Columns,
+    Format,
+    FormatOption,
+    Record,
+    RecordOption,
+    SkipUnknown,
+)
 from service.cli.vms import machine
 
 if TYPE_CHECKING:
@@ -68,6 +77,13 @@ def replay(
     record: RecordOption = Record.RECORD16,
     columns: Columns = None,
     skip_unknown: SkipUnknown = False,
+    address: Annotated[
+        Address,
+        typer.Option(
+            help="Whose its addresses are. gpa: a guest's physical ones. gva: linear ones of the guest, through its "
+            "own page tables, with --vm. flat: linear ones of a process, taken for physical ones."
+        ),
+    ] = Address.GPA,
     on_violation: Annotated[
         OnViolation, typer.Option(help="What becomes of a write that is refused.")
     ] = OnViolation.SKIP,
@@ -95,11 +111,17 @@ def replay(
         )
     if keep and (policy is None or not by_service):
         raise typer.BadParameter("is for a machine that --server is told to make", param_hint="--keep")
+    if address is Address.GVA and vm is None:
+        raise typer.BadParameter(
+            "gva needs the guest's page tables: load its memory (`subpage vm load IMAGE`), and give that --vm",
+            param_hint="--address",
+        )
     if by_service:
         query = {
             **_sent_as(file, format, columns, record),
             "columns": columns,
             "skip_unknown": skip_unknown or None,
+            "address": None if address is Address.GPA else address.value,
             "on_violation": on_violation.value,
             "start": start or None,
             "include": include.value,
@@ -108,7 +130,7 @@ def replay(
         }
         _by_service(service, file, policy, vm, query, exits if as_json else None, keep, progress)
         return
-    options = (format, record, on_violation, start, include, carry, max_exit_records, columns, skip_unknown)
+    options = (format, record, on_violation, start, include, carry, max_exit_records, columns, skip_unknown, address)
     _here(context, file, policy, options, exits if as_json else None, progress)
 
 

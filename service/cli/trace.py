@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,16 @@ import typer
 from service.cli import show
 from service.cli.commands import AsJson, Group, command
 from service.cli.progress import ProgressOption, bar
-from service.cli.trace_options import FILE_HELP, Columns, Format, FormatOption, Record, RecordOption, SkipUnknown
+from service.cli.trace_options import (
+    FILE_HELP,
+    Address,
+    Columns,
+    Format,
+    FormatOption,
+    Record,
+    RecordOption,
+    SkipUnknown,
+)
 from service.platform.failures import Failure
 
 if TYPE_CHECKING:
@@ -25,14 +33,6 @@ if TYPE_CHECKING:
     from service.cli.trace_summary import Summary
 
 trace = typer.Typer(cls=Group, help="Convert trace files of other tools, and look into them.", no_args_is_help=True)
-
-
-class Address(StrEnum):
-    """Which address of a trace becomes its column gpa."""
-
-    GPA = "gpa"
-    GVA = "gva"
-    FLAT = "flat"
 
 
 File = Annotated[Path, typer.Argument(help=FILE_HELP)]
@@ -206,6 +206,7 @@ def _next(file: TraceFile, summary: Summary, address: Address | None, output: Pa
         yield from _slots(summary)
     elif address is Address.GVA or (taken is not None and taken.address == "guest-virtual"):
         yield "its addresses are virtual ones of a guest: replay it with address=gva, on a machine with its memory"
+        yield f"subpage replay {output} --vm VM --address gva"
     else:
         yield f"subpage replay {output} --policy POLICY"
         if summary.virtual is not None:

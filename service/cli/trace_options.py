@@ -40,6 +40,14 @@ class Record(StrEnum):
     GPA8 = "gpa8"
 
 
+class Address(StrEnum):
+    """Which address of a trace is meant, and whose it is."""
+
+    GPA = "gpa"
+    GVA = "gva"
+    FLAT = "flat"
+
+
 FILE_HELP = "The trace: text of a tool, Parquet, Arrow, NDJSON, JSON or packed; also .gz, .zst, .xz."
 
 FormatOption = Annotated[Format, typer.Option(help="Of the file; auto recognises it by its content.")]

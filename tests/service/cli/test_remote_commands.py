@@ -108,6 +108,8 @@ def test_the_main_job(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert "set 2 pages from 0x8 on" in run("bitmap", "set", vm, "8", "--from", "words")
         assert document("bitmap", "get", vm, "8", "-n", "2")["access"] == ["0x000000ff", "0x00000000"]
         assert "protection" in run("events", vm) and "change=created" in run("events", clone)
+        Path("linear.ndjson").write_text('{"gva": 8320}\n')  # no tables there
+        assert document("replay", "linear.ndjson", "--vm", vm, "--address", "gva")["untranslated"] == 1
         assert run("open", "--print").strip() == f"{service.url}/docs"
         assert run("vm", "delete", vm, "second").splitlines() == [f"deleted {vm}", f"deleted {clone}"]
         assert document("vm", "list") == []

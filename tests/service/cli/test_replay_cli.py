@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from engine.trace import option_names
 from service.cli import local, replay
 from service.cli.app import app
+from service.cli.trace_options import Address
 from service.runtime.job import Job
 from service.settings import Settings
 from tests.contract.client import ContractClient
@@ -113,6 +114,9 @@ def test_options(policy: Path, write: Callable[[str], Path], tmp_path: Path) -> 
     assert limited["exit_records_dropped"] == 2 and len(limited["exit_records"]) == 1
     path.write_text('{"gpa": 8320, "pc": 7}\n')
     assert result("--carry", "pc")["exit_records"][0]["pc"] == 7
+    path.write_text('{"gpa": 4096, "gva": 8320}\n')
+    assert [result("--address", whose)["violations"] for whose in ("gpa", "flat")] == [0, 1]
+    assert "load its memory" in run(path, "--policy", policy, "--address", "gva", status=2)
     path = tmp_path / "trace"
     path.write_bytes((0x2080).to_bytes(8, "little"))
     assert result("--format", "packed", "--record", "gpa8")["violations"] == 1
@@ -258,5 +262,6 @@ def test_a_defect_is_not_hidden(policy: Path, write: Callable[[str], Path], monk
 
 def test_the_choices_are_those_of_the_engine() -> None:
     """The command line names them again, so that a help text does not load the engine."""
+    assert {item.value for item in Address} == set(option_names.ADDRESSES)
     assert set(replay.Include) == set(option_names.INCLUDE)
     assert set(replay.OnViolation) == set(option_names.ON_VIOLATION) - {option_names.ASK}
