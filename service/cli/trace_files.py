@@ -16,7 +16,7 @@ from engine.trace.columns import TraceChunk
 from engine.trace.compressed import DECODERS, FAULTS, Decoder, Zstandard, compression_of
 from engine.trace.option_names import FORMATS, TOOL_FORMATS
 from engine.trace.readers import FORMATS as TOOLS
-from engine.trace.readers import Source, TraceReader, open_trace, recognised, what_else
+from engine.trace.readers import Source, TraceReader, open_trace, recognised, unnamed_table, what_else
 from engine.trace.taken import Taken
 from service.cli.policy_files import said
 from service.platform.failures import Failure, opened
@@ -255,6 +255,8 @@ def _recognised(path: Path, head: bytes) -> str:
         return _SUFFIXES[names[-1]]
     if not head:
         raise TraceFileError(f"{path}: is empty")
+    if (table := unnamed_table(head)) is not None:
+        raise TraceFileError(f"{path}: {table} (--columns)")
     raise TraceFileError(f"{path}: is of no format that is recognised; say --format, one of {', '.join(NAMES)}")
 
 

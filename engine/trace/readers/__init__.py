@@ -19,7 +19,7 @@ from engine.trace.readers.budget import DEFAULT_MEMORY, Budget
 from engine.trace.readers.formats import FORMATS, recognised
 from engine.trace.readers.hints import HintingReader
 from engine.trace.readers.json_bodies import JsonReader, NdjsonReader
-from engine.trace.readers.no_traces import what_else
+from engine.trace.readers.no_traces import unnamed_table, what_else
 from engine.trace.readers.packed import RECORD_BYTES, PackedReader
 from engine.trace.readers.tools import ToolReader
 
@@ -33,6 +33,7 @@ __all__ = [
     "open_trace",
     "recognised",
     "row_count",
+    "unnamed_table",
     "what_else",
 ]
 

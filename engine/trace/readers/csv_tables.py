@@ -113,9 +113,10 @@ class _Table:
                 rule = f"names the column {given!r} for {name}; the table has {', '.join(titles)}: {shown(head)!r}"
                 raise TraceError(rule, index=0, field="columns", value=said)
         ours = {given: name for name, given in named.items()}
+        titles = [title if title in ours else _known(title, titles) for title in titles]
         # A column that another is mapped to means nothing under its own name.
         names = [ours.get(title, f"{title} (unmapped)" if title in named else title) for title in titles]
-        if "gpa" not in names:
+        if "gpa" not in names and "gva" not in names:
             rule = f"the table has no column gpa: name it with columns=gpa=NAME, of {', '.join(titles)}"
             raise TraceError(rule, index=0, field="columns", value=said or shown(head))
         if "arg" in names:
@@ -147,12 +148,27 @@ class _Table:
             raise _at_fault(str(error), block, line, done) from error
         columns = {name: _column(name, table.column(name), done) for name in self._read}
         try:
-            yield from self._converter.chunks(Batch(table.num_rows, columns, None))
+            for chunk in self._converter.chunks(Batch(table.num_rows, columns, None)):
+                _check_sizes(chunk, self._converter.done - len(chunk.records))
+                yield chunk
         except TraceError as error:
             if error.index is not None and b"\n\n" not in block and b"\r\n\r\n" not in block:
                 error.rule = f"line {line + error.index - done}: {error.rule}"
                 error.args = (error.rule,)
             raise
+
+
+def _check_sizes(chunk: TraceChunk, done: int) -> None:
+    """Raise TraceError for an access of no bytes; ``done`` records came before the chunk."""
+    none = chunk.records[:, 1] & np.uint64(0xFFFF) == 0
+    if chunk.operations is None and none.any():
+        raise TraceError("size must be from 1 to 65535", index=done + int(np.argmax(none)), field="size", value=0)
+
+
+def _known(title: str, titles: Sequence[str]) -> str:
+    """A name in capitals as that of the column that it is, unless there is one of that very name."""
+    name = title.lower()
+    return name if name in USABLE and titles.count(name) == 0 else title
 
 
 def _text(head: bytes) -> str:

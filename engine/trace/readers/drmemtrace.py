@@ -53,6 +53,7 @@ MAX_PAGES = 1 << 22  # of one mapping: 16 GiB that a process uses
 
 _PREFIX: tuple[Parts, ...] = (
     maybe(spaces(0), decimal(A), spaces(1), decimal(B), text(":")),
+    maybe(spaces(0), decimal(A), text(":")),  # up to 2022: RECORD: TTHREAD
     *(spaces(0), until(" "), spaces(1)),
 )
 _AT: tuple[Parts, ...] = (spaces(0), decimal(SIZE), text(" byte(s) @ "), sure(), hexadecimal(ADDRESS))
@@ -145,7 +146,8 @@ DRMEMTRACE = ToolFormat(
     executes="`ifetch`",
     columns=("gpa", "size", "access", "gva", "pc", "time"),
     mark=re.compile(
-        rb"^(?:<--record#-> <--instr#->: |[^\n]{0,80}(?:<marker: version \d+>| \d+ byte\(s\) @ 0x))", re.MULTILINE
+        rb"^(?:<--record#-> <--instr#->: |<record#>: T<tid> |[^\n]{0,80}(?:<marker: version \d+>| \d+ byte\(s\) @ 0x))",
+        re.MULTILINE,
     ),
     lines=(
         record(
@@ -180,9 +182,12 @@ DRMEMTRACE = ToolFormat(
         skip("prefetch or flush", *_PREFIX, text("dflush "), until(" byte(s) @ 0x")),
         skip("heading", text("Output format:")),
         skip("heading", text("<--record#->")),
+        skip("heading", text("<record#>: ")),
         skip("heading", text("-----")),
         skip("totals", text("View tool results:")),
+        skip("totals", text("=====")),
         skip("totals", spaces(0), decimal(A), text(" : total instructions")),
+        skip("further bytes of an instruction", *_PREFIX[:-1], spaces(20)),
         skip("further bytes of an instruction", spaces(20)),
     ),
     refine=_Pages,

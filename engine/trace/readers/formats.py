@@ -43,7 +43,7 @@ CSV_TABLE = ToolFormat(
     executes="`access` 2, `execute`, `x` or `fetch`",
     columns=tuple(name for name in USABLE if name != "arg"),
     # A word, then several more with the same mark between them, one of which is that of an address.
-    mark=re.compile(rb"\A(?:\xef\xbb\xbf)?(?:[^\n]*[,;\t])?\"?gpa\"?(?:[,;\t][^\n]*)?\r?(?:\n|\Z)"),
+    mark=re.compile(rb"\A(?:\xef\xbb\xbf)?(?:[^\n]*[,;\t])?\"? *(?i:gpa|gva)\"?(?:[,;\t][^\n]*)?\r?(?:\n|\Z)"),
     media=(CSV, TEXT),
 )
 

@@ -109,6 +109,7 @@ def _page_fault(*, first: bool) -> Line:
 _FREQUENT = ("entry", "userspace_exit", "pio", "msr", "cr", "apic", "inj_virq", "eoi", "cpuid", "fpu", "ack_irq")
 _OTHER = "event other than kvm_mmio and kvm_page_fault"
 EXITS = "kvm_exit has no address of memory: record the events kvm_mmio and kvm_page_fault, too"
+PAGE_FAULTS = "page_fault_user and page_fault_kernel have virtual addresses: `perf script` of exceptions:* is read"
 
 FTRACE = ToolFormat(
     name="ftrace",
@@ -132,6 +133,7 @@ FTRACE = ToolFormat(
         _page_fault(first=False),
         _mmio(first=False),
         skip(EXITS, until("kvm_exit: ")),
+        skip(PAGE_FAULTS, until(": page_fault_"), text(": page_fault_")),
         skip("comment", text("#")),
         skip(_OTHER, until(" ["), text(" ["), decimal(A), text("]"), until(": ")),
         skip(_OTHER, stamp(TIME)),

@@ -140,6 +140,7 @@ GEM5 = ToolFormat(
         skip("instruction without an access", *_TICK, spaces(0), until(" T"), text(" T"), decimal(A), text(" : ")),
         skip("instruction without an access", *_TICK, spaces(0), until(" : 0x")),
         skip("other message of gem5", spaces(0), decimal(TIME), text(": "), until(": ")),
+        skip("other message of gem5", until(".cc:"), text(".cc:"), decimal(A), text(": ")),
         skip("other message of gem5", text("gem5 ")),
         skip("other message of gem5", text("warn: ")),
         skip("other message of gem5", text("info: ")),

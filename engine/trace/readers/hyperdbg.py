@@ -25,6 +25,7 @@ from engine.trace.lines.patterns import (
     B,
     choice_of,
     constant,
+    decimal,
     hexadecimal,
     maybe,
     record,
@@ -71,6 +72,9 @@ HYPERDBG = ToolFormat(
     mark=re.compile(rb"^[^\n]{0,200}?\bcontext(?: \(address\))?: *(?:0x)?[0-9a-f`]{8,17}", re.MULTILINE),
     assumed_size=ASSUMED_SIZE,
     lines=(
+        # What was typed, which may have the words of a record: `HyperDbg> …`, in the kernel `0: kHyperDbg> …`.
+        skip("command of HyperDbg", text("HyperDbg>")),
+        skip("command of HyperDbg", decimal(A), text(": kHyperDbg>")),
         record(
             _SHAPE,
             *(until("context"), text("context"), maybe(text(" (address)")), text(":"), sure(), spaces(0)),
@@ -82,8 +86,8 @@ HYPERDBG = ToolFormat(
             maybe(start(), until("access: "), text("access: "), choice_of(ACCESS, _ACCESSES)),
             rest(),
         ),
-        skip("message of HyperDbg", text("HyperDbg>")),
         skip("message of HyperDbg", text("[*] ")),
+        skip("message of HyperDbg", text("debuggee is running")),
     ),
     refine=_Halves,
 )

@@ -26,6 +26,7 @@ from engine.trace.lines.patterns import (
     skip,
     sure,
     text,
+    until,
 )
 from engine.trace.readers.tool_format import ToolFormat
 
@@ -53,14 +54,18 @@ LACKEY = ToolFormat(
     writes="` S`, a store, and ` M`, a modification: kind read-modify-write",
     executes="`I`, an instruction: its address is the `pc` of the accesses that follow",
     columns=("gpa", "size", "access", "kind", "pc"),
-    mark=re.compile(rb"^(?:==\d+== Lackey,|I  [0-9a-f]{8,16},\d+\r?$| [LSM] [0-9a-f]{8,16},\d+\r?$)", re.MULTILINE),
+    mark=re.compile(
+        rb"^(?:==(?:[\d:.]+ )?\d+== Lackey,|I  [0-9a-f]{8,16},\d+\r?$| [LSM] [0-9a-f]{8,16},\d+\r?$)", re.MULTILINE
+    ),
     lines=(
         _INSTRUCTION,
         _data("S", acc.WRITE, acc.DATA),
         _data("L", acc.READ, acc.DATA),
         _data("M", acc.WRITE, acc.READ_MODIFY_WRITE),
-        skip("message of Valgrind", text("=="), decimal(B), text("==")),
-        skip("message of Valgrind", text("--"), decimal(B), text("--")),
-        skip("message of Valgrind", text("**"), decimal(B), text("**")),
+        # Behind the process with --time-stamp=yes: ==00:00:00:01.234 4242==
+        skip("message of Valgrind", text("=="), decimal(B), until("==")),
+        skip("message of Valgrind", text("--"), decimal(B), until("--")),
+        skip("message of Valgrind", text("**"), decimal(B), until("**")),
+        skip("superblock, of --trace-superblocks=yes", text("SB "), hexadecimal(B)),
     ),
 )

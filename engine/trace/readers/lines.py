@@ -164,6 +164,8 @@ class LineReader(TraceReader):
             rule = f"the line is none of {name}, which has {forms}"
             if other is not None and other is not self._tool:
                 rule += f"; it looks like {other.name}, and a body has one format"
+            else:
+                rule += "; skip_unknown (--skip-unknown) passes over such lines"
         return _at_line(number, rule, self._done, "body", found)
 
     def _line_text(self, start: int, stop: int) -> str:

@@ -12,7 +12,7 @@ from engine.trace.readers.base import Source, TraceReader, read_up_to
 from engine.trace.readers.champsim import ChampsimReader
 from engine.trace.readers.formats import FORMATS, recognised
 from engine.trace.readers.lines import LineReader
-from engine.trace.readers.no_traces import what_else
+from engine.trace.readers.no_traces import unnamed_table, what_else
 
 # Of the beginning of a body, by which it is recognised.
 HEAD_BYTES = 1 << 16
@@ -87,7 +87,8 @@ class ToolReader(TraceReader):
         tool = FORMATS.get(self._format) or recognised(head) or (FORMATS["csv"] if self._named else None)
         if tool is None:
             names = ", ".join(name for name in TOOL_FORMATS if name != "auto")
-            rule = f"the body is of no format that is recognised: name one with format, of {names}"
+            hint = unnamed_table(head) or f"name one with format, of {names}"
+            rule = f"the body is of no format that is recognised: {hint}"
             raise TraceError(rule, index=0, field="format", value=self._format)
         if tool.name == "csv":
             from engine.trace.readers.csv_tables import CsvReader  # noqa: PLC0415 - the Arrow library is 33 MB

@@ -40,6 +40,20 @@ def test_named_columns(read, words) -> None:
 def test_auto_knows_tables(read) -> None:
     assert len(read("auto", b"gpa,size\n1,2\n").records) == 1
     assert len(read("auto", b"addr,size\n1,2\n", columns="gpa=addr").records) == 1
+    with pytest.raises(TraceError, match=r"looks like a table without a column gpa: .* columns=gpa=NAME"):
+        list(open_trace("auto", io.BytesIO(b"addr,size\n1,2\n")))
+
+
+def test_names_in_capitals(read, words) -> None:
+    got = read("auto", b"GPA,Size,ACCESS,Note\n0x10,4,W,a\n")
+    assert got.records.tolist() == words((16, 4, 1, 0)) and got.ignored == ("Note",)
+    assert read("auto", b"gpa,GPA\n1,2\n").ignored == ("GPA",)
+    assert read("csv", b"SIZE,size\n1,2\n", columns="gpa=SIZE").records.tolist() == words((1, 2, 1, 0))
+
+
+def test_a_table_of_linear_addresses() -> None:
+    (chunk,) = open_trace("auto", io.BytesIO(b"gva,size\n0x10,4\n"))
+    assert chunk.gva is not None and chunk.gva.tolist() == [16] and not chunk.has_gpa
 
 
 @pytest.mark.parametrize(
@@ -58,6 +72,7 @@ def test_auto_knows_tables(read) -> None:
         (b"gpa,size\n1,2\n1\0,3\n", None, "line 3: "),
         (b"gpa,size\n1,2\n,3\n", None, "line 3: gpa must not be null"),
         (b"gpa,size\n1,2\n5,65536\n", None, "line 3: size must be an integer from 0 to 65535"),
+        (b"gpa,size\n1,2\n5,0\n", None, "line 3: size must be from 1 to 65535"),
         (b"gpa,access\n1,r\n5,q\n", None, "access must be an integer from 0 to 255, or one of read"),
         (b"gpa,size\n1,2\n" + b"1" * 70_000 + b",2\n", None, "line 3: "),
     ],

@@ -117,6 +117,7 @@ LINES: list[tuple[str, str, dict[str, int]]] = [
     ("drmemtrace", "6 1: W0.T4242 read        32 byte(s) @ 0x4a9000 by PC 0x401624", {"size": 32, "access": R}),
     ("drmemtrace", "  6  1:  4242 ifetch       4 byte(s) @ 0x0000000000401624 48 89 04 d1          mov    %rax, (%rcx)", {"gpa": 0x401624, "access": X, "pc": 0x401624}),
     ("drmemtrace", "  6  1:  4242 ifetch       2 byte(s) @ 0x401624 taken conditional jump", {"access": X, "size": 2}),
+    ("drmemtrace", "   173371: T1774669 write        8 byte(s) @ 0x00004a9000 by PC 0x401624", {"gpa": 0x4A9000, "pc": 0x401624}),
     ("drmemtrace", "T4242 write 8 byte(s) @ 0x4a9000 by PC 0x401624", {"gpa": 0x4A9000, "access": W}),
     ("perf-script", "               w  4242 1132.196672: page-faults:           4a6270 ffffffff817554ea", {"gpa": 0x4A6270, "access": W, "size": 8, "pc": 0xFFFFFFFF817554EA, "time": 1132196672000}),
     ("perf-script", "               w  4242 1132.196715: page-faults:           4014f0           4014f0", {"access": X}),
@@ -166,6 +167,9 @@ SKIPPED: list[tuple[str, str, str]] = [
     ("ftrace", "cpus=2", "number of processors"),
     ("ftrace", "CPU:1 [LOST 123 EVENTS]", "lost events"),
     ("ftrace", " => kvm_vcpu_ioctl", "call chain"),
+    ("ftrace", "w-42 [001] d.... 1.0: page_fault_user: address=0x4a6270 ip=0x4014f0 error_code=0x6", "virtual addresses"),
+    ("lackey", "==00:00:00:01.234 4242== Command: ./w", "message of Valgrind"),
+    ("lackey", "SB 04016b80", "superblock"),
     ("execlog", '0, 0xa12, 0xf8012400, "movs r4, #0"', "instruction without an access"),
     ("execlog", '0, 0xa12, "movs r4, #0", r4 -> 0x00000000', "instruction without an access"),
     ("bochs", "(0).[1234] [0x000000007c00] 0000:7c00 (unk. ctxt): cli ; fa", "instruction"),
@@ -177,17 +181,22 @@ SKIPPED: list[tuple[str, str, str]] = [
     ("gem5", "77000: system.cpu: A0 T0 : 0x401624 @main    : ldr x0 : MemRead : Predicated False", "predicated false"),
     ("gem5", "77000: system.physmem: 00000000  4d 00 00 00 00 00 00 00   M", "other message"),
     ("gem5", "77000: system.physmem: Cache responding to 0x40: not responding", "other message"),
+    ("gem5", "src/sim/simulate.cc:194: info: Entering event queue @ 0.  Starting simulation...", "other message"),
     ("gem5", "info: Entering event queue @ 0.  Starting simulation...", "other message"),
     ("drmemtrace", "  1  0: 4242 <marker: cache line size 64>", "marker"),
     ("drmemtrace", "  1  0: 4242 <thread 4242 exited>", "end of a thread"),
     ("drmemtrace", "  1  0: 4242 pref-r-L1    1 byte(s) @ 0x0000000000401624 by PC 0x0000000000401624", "prefetch"),
     ("drmemtrace", "  1  0: 4242 ifetch       2 byte(s) @ 0x0000000000401624 non-fetched instruction", "not fetched again"),
     ("drmemtrace", "       123 : total instructions", "totals"),
+    ("drmemtrace", "<record#>: T<tid> <record details>", "heading"),
+    ("drmemtrace", f"          94          68:      296231 {' ' * 43}00", "further bytes of an instruction"),
     ("perf-script", "\tffffffff81775b9a elf_load", "call chain"),
     ("perf-script", "# captured on    : Mon Jan  1", "heading"),
     ("perf-script", "w 42 1.0: memory:     7f8283c84b70     7f8283c84b00", "neither name nor data source"),
     ("perf-script", "w 42 1.0: cpu/mem-loads/P:  7f8 68501042 |OP PFETCH|LVL L1 hit", "prefetch"),
-    ("hyperdbg", "HyperDbg> !monitor w fffff80512345680 l 100", "message of HyperDbg"),
+    ("hyperdbg", "HyperDbg> !monitor w fffff80512345680 l 100", "command of HyperDbg"),
+    ("hyperdbg", '0: kHyperDbg> !monitor w 1000 l 8 script { printf("context: %llx\\n", $context); }', "command of HyperDbg"),
+    ("hyperdbg", "debuggee is running...", "message of HyperDbg"),
 ]  # fmt: skip
 
 
@@ -403,3 +412,16 @@ def test_what_is_no_trace(body: str, rule: str) -> None:
     with pytest.raises(TraceError) as caught:
         read("auto", body)
     assert rule in caught.value.rule
+
+
+def test_the_output_of_gem5_is_no_packet_trace() -> None:
+    memory = "77000: system.physmem: Write of size 8 on address 0x299000 data 0x4d C"
+    found, taken = read("auto", f"gem5 Simulator System.  https://www.gem5.org\n\ngem5 version 23.0\n{memory}\n")
+    assert taken.format == "gem5" and [one["gpa"] for one in found] == [0x299000]
+    with pytest.raises(TraceError, match="is gem5's packet trace"):
+        read("auto", "gem5\x0b\n\x05name")
+
+
+def test_a_foreign_line_says_how_it_is_passed_over() -> None:
+    with pytest.raises(TraceError, match=r"line 2: .*; skip_unknown \(--skip-unknown\) passes over such lines"):
+        read("lackey", "I  00401628,4\nhello\n")
