@@ -21,7 +21,7 @@ class Document(dict[str, Any]):
 def of_members(document: Mapping[str, Any], title: str = "") -> str:
     """Names and values; lists of documents as tables of their own below."""
     plain = {name: value for name, value in document.items() if not _records(value)}
-    parts = [table(("", title), plain.items())]
+    parts = [table(("", title), plain.items())] if plain else []
     parts += [f"<b>{escape(name)}</b>{of_records(rows)}" for name, rows in document.items() if _records(rows)]
     return "".join(parts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,8 @@ def pasted(blocks: list[str], url: str) -> tuple[str, list[list[str]]]:
 def test_what_is_pasted_answers_as_shown(name: str) -> None:
     with running() as started:
         script, shown = pasted(blocks((ROOT / name).read_text(encoding="utf-8")), started.url)
+        folder = str(Path(sys.executable).parent)  # where the command is, which the README has in .venv
+        script = script.replace("$PWD/.venv/bin", folder)
         done = subprocess.run(
             ["bash", "-u"], input=script, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
         )
