@@ -30,11 +30,11 @@ def fast_path_serves(config: VmConfig, machine: frames.Machine) -> bool:
     if not len(machine.row_of):
         return True
     first = int(frames.FIRST_VCPU_FRAME)
+    if len(config.vcpus) < 2:  # the usual case, looked at with each change of a machine
+        return not config.vcpus or not machine.rows.item(machine.row_of.item(first), ctl.V_SPACE)
     rows = machine.row_of[first : first + len(config.vcpus)]
     if machine.rows[rows, ctl.V_SPACE].any():
         return False
-    if len(rows) <= 1:
-        return True
     words = machine.rows[np.ix_(rows, np.array(_SHARED))]
     return bool((words == words[0]).all()) and _same_sppt(machine, rows)
 

@@ -204,7 +204,7 @@ class FrameStore:
     def publish(self, draft: Draft) -> None:
         """Make a draft the published state. Raises LimitExceeded if it has more frames than the machine may have."""
         draft.check()
-        assert draft.machine.top.min() >= 0, "a change took more frames than it had asked for"
+        assert min(draft.machine.top.tolist()) >= 0, "a change took more frames than it had asked for"
         before = self.published
         old = before.machine.row_of
         replaced = np.empty(len(old), dtype=np.int64)
