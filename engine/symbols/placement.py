@@ -25,6 +25,7 @@ LINKED_TEXT = START_KERNEL_MAP + 0x100_0000
 # The direct map of a kernel without KASLR, with four levels of tables.
 PAGE_OFFSET = 0xFFFF_8880_0000_0000
 ALIGNMENT = 1 << 21
+KERNEL_HALF = 1 << 63
 # What a GPA may be at most: addresses above are virtual.
 GPA_END = 1 << 52
 
@@ -139,23 +140,37 @@ def placed(table: SymbolTable, placement: Placement) -> SymbolTable:
     return table.moved(START_KERNEL_MAP, placement.slide)
 
 
-def located(table: SymbolTable, placement: Placement, name: str) -> tuple[int, int, int]:
-    """(gva, gpa, size or 0) of the one symbol of a name. Raises InvalidValue, which says what to pass instead."""
+def only(table: SymbolTable, name: str) -> tuple[int, int]:
+    """(address, size or 0) of the one symbol of a name. Raises InvalidValue."""
     found = table.find(name)
     if not found:
-        raise InvalidValue("is not the name of a symbol", field="symbol", value=name)
+        module = table.module_of(name)
+        others = f"; a module has one: {module}" if module else ""
+        raise InvalidValue(f"is not the name of a symbol{others}", field="symbol", value=name)
     distinct = {item.address: item for item in found}
     if len(distinct) > 1:
         places = ", ".join(f"{address:#x}" for address in list(distinct)[:4])
         more = f" and {len(distinct) - 4} more" if len(distinct) > 4 else ""
         rule = f"is the name of {len(distinct)} symbols, at {places}{more}: give the address of the one that is meant"
         raise InvalidValue(rule, field="symbol", value=name)
-    address, symbol = distinct.popitem()
+    return found[0].address, max(item.size for item in found)
+
+
+def by_tables(placement: Placement, address: int) -> bool:
+    """Whether only the guest's page tables say where an address is: modules, and what vmalloc gives."""
+    return address >= KERNEL_HALF and not START_KERNEL_MAP <= address < IMAGE_END and placement.gpa(address) is None
+
+
+def located(table: SymbolTable, placement: Placement, name: str) -> tuple[int, int, int]:
+    """(gva, gpa, size or 0) of the one symbol of a name. Raises InvalidValue, which says what to pass instead."""
+    address, size = only(table, name)
     gpa = placement.gpa(address)
     if gpa is not None:
-        return address, gpa, max(item.size for item in found)
+        return address, gpa, size
     if START_KERNEL_MAP <= address < IMAGE_END:
         rule = f"is at {address:#x}, and where the kernel lies in memory is not known: {WHAT_TO_PASS}"
     else:
         rule = f"is at {address:#x}, outside the kernel's image (a module, or per CPU): give its guest-physical address"
-    raise InvalidValue(rule, field="symbol", value=symbol.name)
+        if by_tables(placement, address):
+            rule += ", or load the guest's memory and let the machine look (an object with `symbol`, or by `gva`)"
+    raise InvalidValue(rule, field="symbol", value=name)

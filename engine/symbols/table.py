@@ -72,6 +72,12 @@ class SymbolTable:
         candidates = sorted(self.by_hash[first:last].tolist())
         return [self.symbol(position) for position in candidates if self._bytes(position) == wanted]
 
+    def module_of(self, name: str) -> str | None:
+        """The first ``name [module]``; None where no module has such a symbol."""
+        at = self.names.find(name.encode(errors="replace") + b" [")
+        position = int(np.searchsorted(self.bounds, at)) if at >= 0 else len(self)
+        return self.name(position) if position < len(self) and self.bounds[position] == at else None
+
     def positions_at(self, addresses: Words) -> NDArray[np.int64]:
         """Position of the symbol that each address lies in, -1 where there is none."""
         if not len(self):

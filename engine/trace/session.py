@@ -41,8 +41,11 @@ COUNTED_ONCE = (reg.VIOLATIONS, reg.PAGE_GRANULAR, reg.STALE_ACCESSES)
 REFUSALS = {
     record_checks.BAD_SIZE: ("size", "must be at least one byte"),
     record_checks.BAD_ACCESS: ("access", "must be 0 read, 1 write or 2 execute"),
-    record_checks.BAD_VCPU: ("vcpu", "must be the id of a vCPU of this machine"),
-    record_checks.BAD_ADDRESS: ("gpa", "must keep the access at or below guest-physical address 2^52"),
+    record_checks.BAD_VCPU: ("vcpu", "must be the id of a vCPU of this machine: make it with as many as the trace has"),
+    record_checks.BAD_ADDRESS: (
+        "gpa",
+        "must keep the access at or below guest-physical address 2^52; is it a virtual one (address=gva)?",
+    ),
     record_checks.BAD_RESERVED: ("record", "must have zeros in its reserved bytes"),
     record_checks.BAD_KIND: ("kind", acc.KIND_RULE),
     record_checks.BAD_SOURCE: ("source", acc.SOURCE_RULE),

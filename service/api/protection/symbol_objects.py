@@ -1,10 +1,13 @@
-"""Objects that a policy names by a symbol: their addresses, out of the symbols of the machine."""
+"""Objects that a policy names by a symbol: their addresses, out of the symbols of the machine.
+
+Those of modules, and all for which a vCPU or a CR3 is given, are looked up in the guest's page tables.
+"""
 
 from __future__ import annotations
 
 from engine.errors import InvalidValue
 from engine.machine import VirtualMachine
-from engine.symbols.placement import located
+from engine.symbols.placement import by_tables, located, only
 from engine.symbols.stored import Symbols
 from service.api.protection.policies import ObjectRequest, ProtectionRequest, no_symbols
 from service.problems import InvalidDocument
@@ -30,7 +33,9 @@ def _placed(item: ObjectRequest, where: str, symbols: Symbols | None) -> ObjectR
         if getattr(item, name) is not None:
             raise InvalidDocument("must be left out where `symbol` says the place", field=f"{where}.{name}")
     try:
-        gva, gpa, known = located(symbols.table, symbols.placement, item.symbol)
+        gva, known = only(symbols.table, item.symbol)
+        walked = item.vcpu is not None or item.cr3 is not None or by_tables(symbols.placement, gva)
+        gpa = None if walked else located(symbols.table, symbols.placement, item.symbol)[1]
     except InvalidValue as error:
         raise InvalidDocument(error.rule, field=f"{where}.symbol", value=item.symbol) from None
     size = known - item.offset if item.size is None else item.size
@@ -46,7 +51,8 @@ def _placed(item: ObjectRequest, where: str, symbols: Symbols | None) -> ObjectR
             "symbol": None,
             "offset": 0,
             "gva": (gva + item.offset) % (1 << 64),
-            "gpa": gpa + item.offset,
+            "gpa": None if gpa is None else gpa + item.offset,
+            "vcpu": item.vcpu or 0 if walked else None,
             "size": size,
             "about": item.about or (ASSUMED if assumed else None),
         }

@@ -11,6 +11,7 @@ import pytest
 from service.settings import MIB
 from tests.contract.client import ContractClient
 from tests.support import symbol_files
+from tests.support.guest_pages import MODES, GuestPages
 from tests.support.http import OCTETS
 from tests.support.stores import serving
 
@@ -124,9 +125,27 @@ def test_objects_by_symbol_are_those_of_its_addresses(guest: str, client: Contra
     ]
 
 
+def test_objects_of_modules_are_where_the_guests_tables_say(guest: str, client: ContractClient) -> None:
+    probe, root = 0xFFFFFFFFC0201000, 3 * MIB
+    pages = GuestPages(MODES["4-level"], root)
+    pages.map(probe, 2 * MIB)
+    pages.map(0xFFFFFFFF82A5C000, 5 * MIB)
+    pages.store(lambda gpa, data: client.put(f"{guest}/memory?gpa={gpa}", content=data, headers=OCTETS))
+    load(client, guest)
+    module = {"symbol": "e1000_probe [e1000]", "size": 16, "offset": 8}
+    refused = client.post(f"{guest}/protections", json={"name": "k", "objects": [module]})  # its vCPU's CR3 is 0
+    assert refused.json()["field"] == "objects[0].gva" and "must translate" in refused.json()["detail"]
+    objects = [{**module, "cr3": root}, {"symbol": "modprobe_path", "cr3": root}]
+    made = client.post(f"{guest}/protections", json={"name": "k", "objects": objects}).json()["objects"]
+    places = [(item["gva"], item["gpa"], item["vcpu"], item["cr3"]) for item in made]
+    assert places[0] == (hex(probe + 8), hex(2 * MIB + 8), 0, hex(root))
+    assert places[1] == ("0xffffffff82a5c6a0", hex(5 * MIB + 0x6A0), 0, hex(root))
+
+
 @pytest.mark.parametrize(
     ("item", "field", "told"),
     [
+        ({"symbol": "e1000_probe"}, "symbol", "a module has one: e1000_probe [e1000]"),
         ({"symbol": "nothing"}, "symbol", "is not the name"),
         ({"symbol": "twice"}, "symbol", "is the name of 2 symbols"),
         ({"symbol": "cpu_info"}, "symbol", "outside the kernel's image"),
