@@ -197,13 +197,17 @@ class Service:
 
 @contextlib.contextmanager
 def service(settings: Sequence[str] = ()) -> Iterator[Service]:
-    """A service for the time of the context, with the kernels of the main job, under ``settings`` as NAME=VALUE."""
+    """A service for the time of the context, with the kernels of the main job, under ``settings`` as NAME=VALUE.
+
+    It does not outlive this process.
+    """
     # -P: what is called `service` in the current folder is another one.
     command = [
         sys.executable,
         "-P",
         "-m",
-        "service.cli",
+        "service.cli.child",
+        str(os.getpid()),
         "serve",
         "--host",
         "127.0.0.1",

@@ -38,6 +38,7 @@ class Watch:
     """How far a recording is: stores, pages that they touch, time."""
 
     def __init__(self, recording: Recording) -> None:
+        self.recording = recording
         end = max(first + size for first, size in recording.guest.ranges)
         self._last = np.uint64(end >> 12)  # for what lies elsewhere
         self._touched = np.zeros((end >> 12) + 1, dtype=np.bool_)

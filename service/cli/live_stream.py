@@ -107,7 +107,9 @@ class Machine:
                         after, told = str(event["id"]), told + 1
                         if told <= _TOLD:
                             sys.stderr.write(f"{_told(event['detail'], self._symbols)}\n")
-                    watch.extra = f", {told:,} violations"
+                    judged = next((trace.records for trace in vm.traces()), 0)
+                    lag = max(0, watch.stores - judged) + watch.recording.behind
+                    watch.extra = f", {told:,} violations, {lag:,} stores ahead of the verdict"
 
         thread = threading.Thread(target=look, name="violations", daemon=True)
         thread.start()

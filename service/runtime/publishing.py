@@ -70,6 +70,11 @@ class _Inbox:
         self.full.clear()
         return taken
 
+    @property
+    def waiting(self) -> int:
+        """How many records."""
+        return self._records
+
     def close(self) -> None:
         with self._room:
             self._closed = True
@@ -104,6 +109,7 @@ class Publisher:
         self._hooks, self._check, self._draining = hooks, check, draining
         self._asker = asker
         self._id, self._sequence = (asker and asker.trace) or entry.traces.next_id()[0], 0
+        self._inbox: _Inbox
         self._left: deque[TraceChunk] = deque()  # what comes after the record that is asked about
         self._replay: PublishedReplay | None = None
         self._began = time.perf_counter()
@@ -117,7 +123,7 @@ class Publisher:
         Raises what the reader, the replay and ``Entry.mutation`` raise, with the record to resume at; the trace is
         interrupted then.
         """
-        inbox = _Inbox(asyncio.get_running_loop())
+        inbox = self._inbox = _Inbox(asyncio.get_running_loop())
         readers: list[TraceReader] = []
 
         def read(pipe: BodyPipe) -> None:
@@ -238,6 +244,7 @@ class Publisher:
             resume_at=self._replay.resume_at,
             at=datetime.now(UTC),
             rate=rate,
+            lag=None if ended else self._inbox.waiting + sum(len(chunk.records) for chunk in self._left),
             first=first,
             told=before.exit_records if before is not None else 0,
             violations_told=before.result.violations if before is not None else 0,

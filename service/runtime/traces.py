@@ -82,7 +82,8 @@ class Publication:
     """One commit of a trace that is published while it comes.
 
     ``state`` is running, finished or interrupted; ``resume_at`` the first record that has not been run, ``at`` when
-    that was so, ``rate`` records a second since the commit before. The exit records of the trace's result are those
+    that was so, ``rate`` records a second since the commit before, ``lag`` the records that had come by then and
+    wait. The exit records of the trace's result are those
     from position ``first`` on, a multiple of PART: those before it are stored. Earlier commits, if it ``goes_on``
     after any, have ``told`` so many exit records and ``violations_told`` violations.
     """
@@ -91,6 +92,7 @@ class Publication:
     resume_at: int
     at: datetime
     rate: float | None = None
+    lag: int | None = None
     first: int = 0
     told: int = 0
     violations_told: int = 0
@@ -99,7 +101,7 @@ class Publication:
     @property
     def without_more(self) -> Publication:
         """As it is when nothing more will come."""
-        return replace(self, state="interrupted" if self.state == "running" else self.state, rate=None)
+        return replace(self, state="interrupted" if self.state == "running" else self.state, rate=None, lag=None)
 
 
 @dataclass(frozen=True, slots=True)

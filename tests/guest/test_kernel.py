@@ -5,9 +5,11 @@ live comes to the same as replaying the recording.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,10 +92,10 @@ def recorded(guest: SmallGuest, symbols: SymbolTable, tmp_path_factory: pytest.T
     return record(guest, symbols, tmp_path_factory.mktemp("recorded") / "guest.parquet")
 
 
-def record(guest: SmallGuest, symbols: SymbolTable, file: Path, *more: str) -> Recorded:
+def record(guest: SmallGuest, symbols: SymbolTable, file: Path, *more: str, same: Sequence[str] = SAME) -> Recorded:
     """The guest from its mark to its end. With -no-shutdown its memory is there still."""
     wanted = Wanted(start_pc=address(symbols, guests.START))
-    with Recording(guest.command("-no-shutdown", *SAME, *more), wanted) as recording:
+    with Recording(guest.command("-no-shutdown", *same, *more), wanted) as recording:
         out = RecordedFile(file, file.suffix, recording.identity())
         parts = []
         for records in recording:
@@ -169,6 +171,32 @@ def test_watched_live_and_recorded_come_to_the_same(guest: SmallGuest, recorded:
         assert watched["by_object"]["core_pattern"]["violations"] == len(WRITTEN["core_pattern"])
         exits = [exits_of(server.client, trace) for trace in (watched, replayed)]
         assert exits[0] == exits[1] and len(exits[0]) == watched["violations"]
+
+
+@pytest.mark.soak
+def test_two_recordings_are_one_file(
+    guest: SmallGuest, symbols: SymbolTable, recorded: Recorded, tmp_path: Path
+) -> None:
+    again = record(guest, symbols, tmp_path / "again.parquet")
+    two = [record(guest, symbols, tmp_path / f"{name}.parquet", "-smp", "2") for name in ("one", "two")]
+    assert digest(again.file) == digest(recorded.file)
+    assert digest(two[0].file) == digest(two[1].file) != digest(recorded.file)
+    assert set(two[0].records["vcpu"].tolist()) == {0, 1}
+
+
+@pytest.mark.soak
+def test_two_vcpus_that_run_at_once_have_one_order(guest: SmallGuest, symbols: SymbolTable, tmp_path: Path) -> None:
+    """In threads of their own; what each of them stored is all there, as memory has it."""
+    found = record(guest, symbols, tmp_path / "two.parquet", "-smp", "2", same=())
+    assert set(found.records["vcpu"].tolist()) == {0, 1}
+    test_the_guest_s_memory_is_what_its_script_wrote_and_each_byte_is_a_record(found, symbols)
+    test_each_address_of_the_kernel_leads_where_the_kernel_says(found, symbols)
+    test_a_store_over_two_pages_is_whole(found)
+    test_loads_are_no_records(found, symbols)
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def totals(trace: dict[str, Any]) -> dict[str, Any]:

@@ -39,18 +39,20 @@ class PublicationTotals(Document):
         None, description="The last commit, RFC 3339, UTC; null as above.", json_schema_extra={"format": "date-time"}
     )
     rate: float | None = Field(None, description="Records a second between the last two commits, while it is running.")
+    lag: int | None = Field(None, description="Records that had come and waited at the last commit, while it is running.")
 
 
 def publication_totals(trace: Trace) -> dict[str, Any]:
     """The members of ``PublicationTotals``."""
     publication = trace.publication
     if publication is None:
-        return {"state": "finished", "resume_at": None, "published": None, "rate": None}
+        return {"state": "finished", "resume_at": None, "published": None, "rate": None, "lag": None}
     return {
         "state": publication.state,
         "resume_at": int(publication.resume_at),
         "published": stamp(publication.at),
         "rate": None if publication.rate is None else round(publication.rate, 1),
+        "lag": publication.lag,
     }
 
 

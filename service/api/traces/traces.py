@@ -113,6 +113,7 @@ _SUMMARY = {
     "resume_at": None,
     "published": None,
     "rate": None,
+    "lag": None,
     "seconds": 0.21,
 }
 _RESULT = {
