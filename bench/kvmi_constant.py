@@ -1,4 +1,4 @@
-"""The service, and on its loop what a KVMI connection is measured against: one constant for every request."""
+"""The service, and on its loop what KVMI is measured against: every request is answered by one constant."""
 
 from __future__ import annotations
 

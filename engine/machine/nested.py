@@ -122,7 +122,7 @@ class NestedOperations(Operations):
         return self.read(vcpu)[0]
 
     def registers_version(self, vcpu: int) -> tuple[object, ...]:
-        """Equal to an earlier one as long as no register and no MSR of the vCPU has changed; soon found, unlike them."""
+        """Equal to an earlier one as long as no register and no MSR of the vCPU has changed; soon found."""
         now = self._state.current
         snapshot = now.snapshot
         m = snapshot.machine

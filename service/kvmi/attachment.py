@@ -168,6 +168,8 @@ class Attachment(Tool, Owner):
             self._release()
         if link.hooked:
             self._tell("disconnected", reason=reason)
+        if self._ending is None:
+            self.state = CONNECTING
         self.connected_at = None
         self._failed(reason)
         # The tool's restrictions still stand; whatever they refuse until they are lifted lands, too.
@@ -272,6 +274,11 @@ class Attachment(Tool, Owner):
     def tell(self, question: Question, resolution: Resolution) -> None:
         if self._link is not None:
             self._link.connection.withdraw(question)
+            self._link.turn()
+
+    def vcpus_came(self) -> None:
+        if self._link is not None:
+            self._link.connection.vcpus_came()
             self._link.turn()
 
     def _fault(self, question: Question) -> Fault:

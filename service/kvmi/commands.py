@@ -50,6 +50,7 @@ _LEAF = struct.Struct("<II")
 _ACCESS_ENTRY = struct.Struct("<QB7s")
 _BITMAP_ENTRY = struct.Struct("<QII")
 _GPA = struct.Struct("<Q")
+_GVA = struct.Struct("<Q")
 _COUNT = struct.Struct("<H6s")
 _VIEW = struct.Struct("<H6s")
 _REPLIES = struct.Struct("<BBBB4x")  # on, from this reply on, flags, padding
@@ -310,6 +311,11 @@ def _get_view(connection: Connection, vcpu: int, given: Given, rest: bytes) -> b
     return bytes(8)
 
 
+def _translate(connection: Connection, vcpu: int, given: Given, rest: bytes) -> bytes:
+    (gva,) = given
+    return struct.pack("<Q", connection.guest.translate(vcpu, gva))
+
+
 def _control_singlestep(connection: Connection, vcpu: int, given: Given, rest: bytes) -> bytes:
     on, pad = given
     if pad != bytes(7):
@@ -433,7 +439,15 @@ COMMANDS = {
         Command(32, "SWITCH_EPT_VIEW", _VIEW, _switch_view, of_vcpu=True, about="to view 0, where it is; EOPNOTSUPP"),
         Command(33, "DISABLE_VE", of_vcpu=True, about=_NOT_SERVED),
         Command(34, "GET_EPT_VIEW", handler=_get_view, of_vcpu=True, replies=True, about="0"),
-        Command(35, "TRANSLATE_GVA", of_vcpu=True, about=_NOT_SERVED),
+        Command(
+            35,
+            "TRANSLATE_GVA",
+            _GVA,
+            _translate,
+            of_vcpu=True,
+            replies=True,
+            about="by the guest's page tables under the vCPU's registers; all ones for nowhere",
+        ),
         Command(36, "CONTROL_EPT_VIEW", of_vcpu=True, about=_NOT_SERVED),
         Command(37, "GET_XCR", of_vcpu=True, about=_NOT_SERVED),
         Command(38, "SET_XSAVE", of_vcpu=True, about=_NOT_SERVED),

@@ -106,6 +106,7 @@ class Connection:
         self._replies = self._replies_next = True
         self._sequence = 0
         self._vcpus: dict[int, _Vcpu] = {}
+        self._known_vcpus = guest.vcpus()
         self._of_vm: set[int] = set()
         self._expired: deque[tuple[int, int]] = deque(maxlen=_EXPIRED)
 
@@ -264,6 +265,15 @@ class Connection:
             if vcpu.pauses or (vcpu.open is not None and vcpu.open.kind == events.PAUSE_VCPU):
                 return True
         return False
+
+    def vcpus_came(self) -> None:
+        """Tell a tool that wants to know of vCPUs that are new."""
+        known, self._known_vcpus = self._known_vcpus, self.guest.vcpus()
+        if events.CREATE_VCPU not in self._of_vm:
+            return
+        for index in range(known, self._known_vcpus):
+            self._vcpu(index).waiting.append(_Event(events.CREATE_VCPU))
+            self._pump(index)
 
     def ask(self, fault: Fault) -> None:
         """Ask the tool about an access."""

@@ -73,7 +73,9 @@ EVENTS = {
         ),
         EventKind(TRAP, "TRAP"),
         EventKind(DESCRIPTOR, "DESCRIPTOR"),
-        EventKind(CREATE_VCPU, "CREATE_VCPU", "CONTROL_VM_EVENTS"),
+        EventKind(
+            CREATE_VCPU, "CREATE_VCPU", "CONTROL_VM_EVENTS", "when a vCPU is created while the tool is connected"
+        ),
         EventKind(PAUSE_VCPU, "PAUSE_VCPU", "PAUSE_VCPU", "after PAUSE_VCPU, once for each"),
         EventKind(
             SINGLESTEP,

@@ -103,6 +103,9 @@ class Guest(Protocol):
     def read(self, gpa: int, size: int) -> bytes:
         """Bytes of one page."""
 
+    def translate(self, vcpu: int, gva: int) -> int:
+        """Where the guest's page tables lead a linear address; NO_ADDRESS for nowhere."""
+
     def page(self, gfn: int) -> PageRights:
         """What a page in a memory slot has."""
 

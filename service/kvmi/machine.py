@@ -19,6 +19,7 @@ from service.kvmi.wire import (
     ENOMEM,
     EOPNOTSUPP,
     FULL_BITMAP,
+    NO_ADDRESS,
     Refused,
 )
 from service.problems import NotReady, StoreUnavailable
@@ -112,6 +113,12 @@ class MachineGuest:
         if found is None:
             raise Refused(ENOENT)
         return found
+
+    def translate(self, vcpu: int, gva: int) -> int:
+        try:
+            return self._machine.guest_walk(gva, 1, self._known()[vcpu]).gpa
+        except InvalidValue:
+            return NO_ADDRESS
 
     def page(self, gfn: int) -> PageRights:
         [found] = self._machine.page_access.read((gfn,))

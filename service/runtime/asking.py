@@ -95,7 +95,7 @@ class Asker:
         return None
 
 
-# Refusals come in swarms: records that are replayed on the event loop after an answer, as a thread takes longer to wake.
+# Refusals come in swarms: so many records are replayed on the loop after an answer, as a thread takes longer to wake.
 _BRIEF = 128
 
 
@@ -117,7 +117,7 @@ class _Stretches:
         return self._replay.paused_at if self._replay is not None else None
 
     def briefly(self, machine: VirtualMachine, action: str) -> bool:
-        """Do what was answered and go on for a few records; whether there is a question again. ``run`` does the rest."""
+        """Do what was answered and go on for a few records; whether there is a question again. ``run`` goes on."""
         assert self._replay is not None
         with machine.replay(self._request.options(), self._replay) as run:
             going = self._replay.answer(action, _BRIEF)

@@ -94,6 +94,9 @@ class Tool(ABC):
     def tell(self, question: Question, resolution: Resolution) -> None:
         """What became of a question that was put to it."""
 
+    def vcpus_came(self) -> None:
+        """The machine has vCPUs that it had not."""
+
     @abstractmethod
     def dismiss(self, why: Exception) -> None:
         """The machine is gone: the connection ends."""
@@ -177,6 +180,11 @@ class Broker:
         for tool in list(self.tools):
             self.release(tool)
             tool.dismiss(why())
+
+    def vcpus_came(self) -> None:
+        """The machine has vCPUs that it had not."""
+        for tool in list(self.tools):
+            tool.vcpus_came()
 
     # Holding the guest
 

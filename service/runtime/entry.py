@@ -164,6 +164,8 @@ class Entry:
             self.room.settle(0 if self.lost else after.frames_in_use)
         self.loaded = after
         self.revision += 1
+        if len(after.config.vcpus) > len(before.config.vcpus):
+            self.broker.vcpus_came()
 
     def record(self, revision: int | None = None, next_event: int | None = None) -> VmRecord:
         """The entry as the store keeps it, without its head."""

@@ -51,6 +51,9 @@ class FakeGuest:
             raise Refused(ENOENT)
         return bytes((gpa + i) & 0xFF for i in range(size))
 
+    def translate(self, vcpu: int, gva: int) -> int:
+        return gva & 0x7FFF_FFFF if gva >> 63 else (1 << 64) - 1
+
     def page(self, gfn: int) -> PageRights:
         return self.pages.get(gfn, PageRights(7, 0xFFFF_FFFF))
 

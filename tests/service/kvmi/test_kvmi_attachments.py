@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import platform
+import socket
 import struct
 import threading
 import time
@@ -251,7 +254,61 @@ def test_a_pause_holds_what_asks(client: ContractClient, vm: str, guest: Guest) 
     assert going.result().json()["landed"]
 
 
+def test_a_vcpu_that_is_created(client: ContractClient, listener: Listening) -> None:
+    vm = client.post("/v1/ioctls/KVM_CREATE_VM", json={}).headers["Location"]
+    attach(client, vm, listener)
+    with listener.accept() as guest:
+        guest.done("CONTROL_VM_EVENTS", kvmi.switch(kvmi.CREATE_VCPU, True))
+        for place in range(2):
+            made = client.post(f"{vm}/ioctls/KVM_CREATE_VCPU", json={"arg": 4 * place})
+            assert made.status_code == 200 and made.json()["errno"] is None, made.text
+            event = guest.event(kvmi.CREATE_VCPU)
+            assert event.vcpu == place and guest.done("GET_GUEST_INFO")[0] == place + 1
+            guest.answer(event, kvmi.CONTINUE)
+    client.delete(vm, headers={"If-Match": client.get(vm).headers["ETag"]})
+
+
+def test_a_linear_address(client: ContractClient, vm: str, guest: Guest) -> None:
+    """Through a direct map of 1-GiB pages, and through none where paging is off."""
+    store(client, vm, 0x1000, struct.pack("<Q", 0x2003) + bytes(8))
+    store(client, vm, 0x2000, struct.pack("<Q", 0x83) + bytes(8))
+    registers = {"cr0": "0x80050033", "cr3": "0x1000", "cr4": "0x20", "efer": "0xd01"}
+    assert client.put(f"{vm}/vcpus/0/vmcs", json=registers).status_code == 200
+    for gva, gpa in ((0x12345, 0x12345), (1 << 30, (1 << 64) - 1), (1 << 63, (1 << 64) - 1)):
+        assert guest.done("TRANSLATE_GVA", kvmi.vcpu(0) + struct.pack("<Q", gva)) == struct.pack("<Q", gpa)
+
+
+def test_pages_without_a_slot_are_left_out(client: ContractClient, vm: str, guest: Guest) -> None:
+    """As in the kernel; the others of the batch are set."""
+    guest.done("SET_PAGE_WRITE_BITMAP", kvmi.bitmap_list((16 << 20, 0), (0x5000, 0xFF), ((1 << 64) - 4096, 0)))
+    guest.done("SET_PAGE_ACCESS", kvmi.access_list((1 << 40, 5), (0x6000, 5)))
+    assert page(client, vm, 5) == ("r-x", 0xFF) and page(client, vm, 6) == ("r-x", 0)
+    assert state(client, vm)["restricted_pages"] == 2
+    outside = kvmi.gpa_list(16 << 20, 0x5000)
+    assert guest.done("GET_PAGE_ACCESS", outside) == b"\7\5"
+    assert guest.call("WRITE_PHYSICAL", kvmi.span(16 << 20, 8) + bytes(8)).error == kvmi.ENOENT
+
+
 # ---- what ends a connection
+
+
+@pytest.mark.parametrize("by", ["tool", "client", "crash of the tool"])
+def test_a_guest_is_not_left_paused(client: ContractClient, vm: str, guest: Guest, by: str) -> None:
+    """Nor is anything lost that the tool was told is done."""
+    guest.pause_all(2)
+    guest.done("WRITE_PHYSICAL", kvmi.span(0x9100, 8) + b"subpage!")
+    going = write(client, vm, 0x9000)
+    if by == "client":
+        assert client.delete(f"{vm}/kvmi").status_code == 204
+    elif by == "tool":
+        guest.socket.close()
+    else:
+        guest.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        guest.socket.sendall(kvmi.frame(kvmi.IDS["SET_PAGE_ACCESS"], 7, kvmi.access_list((0x7000, 5)))[:-3])
+        guest.socket.close()
+    assert going.result().json()["landed"]
+    assert stored(client, vm, 0x9100) == b"subpage!"
+    assert page(client, vm, 7) == ("rwx", 0xFFFF_FFFF)
 
 
 def test_a_tool_that_leaves_in_mid_event(client: ContractClient, vm: str, guest: Guest) -> None:
@@ -369,6 +426,23 @@ def test_ten_thousand_commands_at_once(client: ContractClient, vm: str, guest: G
     sender.join()
 
 
+def test_thousands_of_changes_at_once(client: ContractClient, vm: str, guest: Guest) -> None:
+    """While they are made one after the other the service serves others, and a tool that leaves leaves nothing."""
+    batch = b"".join(
+        kvmi.frame(kvmi.IDS["SET_PAGE_ACCESS"], seq, kvmi.access_list((seq % 64 << 12, READ_ONLY)))
+        for seq in range(2000)
+    )
+    sender = threading.Thread(target=guest.socket.sendall, args=(batch,), daemon=True)
+    sender.start()
+    assert client.get("/livez").status_code == 200
+    for seq in range(500):
+        assert guest._next() == kvmi.Reply(kvmi.IDS["SET_PAGE_ACCESS"], seq, 0, b"")
+    guest.socket.shutdown(socket.SHUT_RDWR)
+    sender.join()
+    until(lambda: state(client, vm)["restricted_pages"] == 0)
+    assert page(client, vm, 1) == ("rwx", 0xFFFF_FFFF)
+
+
 def test_a_torn_message(guest: Guest) -> None:
     whole = kvmi.frame(kvmi.IDS["READ_PHYSICAL"], 9, kvmi.span(0, 8))
     for piece in (whole[:3], whole[3:11], whole[11:]):
@@ -418,6 +492,25 @@ def test_places(sockets: Path, tmp_path: Path) -> None:
                 assert reply.json()["field"] == "connect"
 
 
+def test_who_may_attach(sockets: Path) -> None:
+    """Nobody with scope read, and nobody another tenant's."""
+    tokens, store_of = {}, MemoryTokens()
+    for name, tenant, scope in (("own", "red", "write"), ("reader", "red", "read"), ("stranger", "blue", "admin")):
+        record, tokens[name] = mint(name, tenant=tenant, scope=scope, now=datetime.now(UTC))
+        store_of.add(record)
+    with running(Settings(warm_up=False, kvmi_sockets=(f"unix:{sockets}",)), store_of) as service:
+        client, body = service.client, {"connect": f"unix:{sockets}/nobody"}
+        headers = {name: {"Authorization": f"Bearer {token}"} for name, token in tokens.items()}
+        vm = client.post("/v1/vms", json={}, headers=headers["own"]).headers["Location"]
+        assert client.put(f"{vm}/kvmi", json=body, headers=headers["reader"]).status_code == 403
+        assert client.put(f"{vm}/kvmi", json=body, headers=headers["stranger"]).status_code == 404
+        assert client.put(f"{vm}/kvmi", json=body, headers=headers["own"]).status_code == 201
+        assert client.get(f"{vm}/kvmi", headers=headers["reader"]).status_code == 200
+        assert client.delete(f"{vm}/kvmi", headers=headers["reader"]).status_code == 403
+        for method in (client.get, client.delete):
+            assert method(f"{vm}/kvmi", headers=headers["stranger"]).status_code == 404
+
+
 def test_none_by_default(tmp_path: Path) -> None:
     with running() as service:
         vm = new_vm(service.client)
@@ -448,6 +541,29 @@ def test_whose_socket_in_a_directory_of_all(client: ContractClient, vm: str, soc
         with listener.accept() as guest:
             assert guest.call("GET_VERSION").error == 0
     assert os.geteuid() in (0, shared.stat().st_uid)
+
+
+_SETRESUID = 117
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or platform.machine() != "x86_64", reason="takes another user's place")
+def test_anothers_socket_in_a_directory_of_all(client: ContractClient, vm: str, sockets: Path) -> None:
+    """A process of another user than the service's, the directory's owner and root is nobody's tool."""
+    shared = sockets / "open"
+    shared.mkdir()
+    shared.chmod(0o777)
+    with listening(shared / "tool") as listener:
+
+        def listen_as_nobody() -> None:
+            """The system call is of this thread, and who listens is who the peer will be."""
+            ctypes.CDLL(None).syscall(_SETRESUID, -1, 65534, -1)
+            listener.socket.listen(0)
+
+        thread = threading.Thread(target=listen_as_nobody)
+        thread.start()
+        thread.join()
+        attach(client, vm, listener)
+        until(lambda: "runs as user 65534" in (state(client, vm)["last_error"] or ""))
 
 
 def test_unhook_has_an_end(client: ContractClient, vm: str, guest: Guest) -> None:

@@ -221,16 +221,23 @@ def test_unknown_and_unserved_commands(dialect: str, errno: int) -> None:
     wire = Wire(dialect=dialect)
     for id in (1, 12, 40, 61, 0x7FFF, 0xFFFF):
         assert wire.read(wire.send(kvmi.frame(id, 7, b"anything"))) == [kvmi.Reply(id, 7, errno, b"")]
-    for name in ("GET_XSAVE", "TRANSLATE_GVA"):
-        assert wire.call(name, bytes(16)).error == kvmi.EOPNOTSUPP
+    assert wire.call("GET_XSAVE", bytes(16)).error == kvmi.EOPNOTSUPP
     # A command of v12: VM_GET_INFO and its pause.
     assert wire.read(wire.send(kvmi.frame(16, 9, bytes(8))))[0].error == kvmi.EOPNOTSUPP
     assert wire.call("CHECK_COMMAND", struct.pack("<HHI", 26, 0, 0)).error == 0
-    assert wire.call("CHECK_COMMAND", struct.pack("<HHI", 35, 0, 0)).error == 1
+    assert wire.call("CHECK_COMMAND", struct.pack("<HHI", 16, 0, 0)).error == 1
     assert wire.call("CHECK_COMMAND", struct.pack("<HHI", 99, 0, 0)).error == kvmi.EINVAL
     assert wire.call("CHECK_EVENT", struct.pack("<HHI", 6, 0, 0)).error == 0
     assert wire.call("CHECK_EVENT", struct.pack("<HHI", 13, 0, 0)).error == (0 if dialect == V7 else kvmi.EINVAL)
     assert wire.closed is None
+
+
+def test_a_linear_address() -> None:
+    wire = Wire()
+    for gva, gpa in (((1 << 63) + 0x1234, 0x1234), (0x1234, (1 << 64) - 1)):
+        assert wire.call("TRANSLATE_GVA", kvmi.vcpu(1) + struct.pack("<Q", gva)).data == struct.pack("<Q", gpa)
+    assert wire.call("TRANSLATE_GVA", kvmi.vcpu(2) + bytes(8)).error == kvmi.EINVAL
+    assert wire.call("TRANSLATE_GVA", kvmi.vcpu(0)).error == kvmi.EINVAL
 
 
 def test_bitmaps() -> None:
@@ -481,6 +488,21 @@ def test_unhook_is_sent_only_to_who_wants_it() -> None:
     assert wire.connection.unhook()
     [event] = wire.events()
     assert event.kind == kvmi.UNHOOK and event.payload == raw("20 02 00 00 00 00 00 00") + bytes(536)
+
+
+def test_a_vcpu_that_comes_is_told_of_where_that_is_wanted() -> None:
+    wire = Wire()
+    wire.guest.count = 3
+    wire.connection.vcpus_came()
+    assert wire.events() == []
+    wire.call("CONTROL_VM_EVENTS", kvmi.switch(kvmi.CREATE_VCPU, True))
+    wire.guest.count = 5
+    wire.connection.vcpus_came()
+    wire.connection.ask(fault(vcpu=3))
+    told = wire.events()
+    assert [(event.kind, event.vcpu, event.mode) for event in told] == [(kvmi.CREATE_VCPU, n, 8) for n in (3, 4)]
+    answer = kvmi.event_reply(3, kvmi.CONTINUE, kvmi.CREATE_VCPU)
+    assert [event.kind for event in wire.read(wire.send(kvmi.frame(0, told[0].seq, answer)))] == [kvmi.PF]
 
 
 def test_messages_may_be_torn_anywhere() -> None:
