@@ -71,7 +71,11 @@ class Machine:
         """Let the guest run; the trace that came of it. Raises Unanswered, CaptureError."""
         import subpage
 
-        options = {"media": "application/vnd.apache.arrow.stream", "publish_every": every, "on_violation": on_violation}
+        options: dict[str, Any] = {
+            "media": "application/vnd.apache.arrow.stream",
+            "publish_every": every,
+            "on_violation": on_violation,
+        }
         try:
             return self._vm.replay(_body(recording, watch), **options).document
         except subpage.Error:

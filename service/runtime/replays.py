@@ -202,8 +202,8 @@ async def committed(
         result, ignored = await work(change.machine)
         check()
         trace = _traced(entry, wanted, result, ignored, began)
-        if collected is not None and collected[1] is not None:
-            footprints, collecting = collected
+        if collected is not None and (collecting := collected[1]) is not None:
+            footprints = collected[0]
             sides.append(await footprints.coming(entry.tenant, collecting.known_as(trace.id), entry.id))
             trace = replace(trace, footprint=sides[0].footprints[0].id)
         await _keep(entry, trace, metrics, tell)
