@@ -15,6 +15,7 @@ from engine.errors import Busy, Conflict, EngineError, InvalidValue, LimitExceed
 from engine.kvm import bitmaps, page_contents, slot_changes, spp_set
 from engine.kvm import protections as protections_module
 from engine.kvm.protections import ProtectedObject
+from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec
 from engine.machine import SubpageRange, VirtualMachine
 from engine.state.config import HostConfig, VcpuConfig, VmConfig
@@ -811,6 +812,14 @@ def test_overtaken_memory_read_answers_from_the_state_it_began_with(monkeypatch:
     vm = machine()
     vm.write_memory(0x1000, b"original")
     overtaken(vm, monkeypatch, page_contents, "read_bytes")
+    assert vm.read_memory(0xFFC, 12) == b"\0\0\0\0original"
+    assert vm.read_memory(0xFFC, 12) == b"\0\0\0\0" + b"\7" * 8
+
+
+def test_overtaken_read_of_one_page_answers_from_the_state_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    vm = machine()
+    vm.write_memory(0x1000, b"original")
+    overtaken(vm, monkeypatch, SlotMap, "holding")
     assert vm.read_memory(0x1000, 8) == b"original"
     assert vm.read_memory(0x1000, 8) == b"\7" * 8
 
