@@ -82,7 +82,10 @@ class ObjectRequest(Document):
         None, max_length=MAX_OBJECTS, description="As a reply has them; an object by `gva` is looked up anew."
     )
     symbol: str | None = Field(
-        None, max_length=256, description="Symbol of the machine (`…/symbols`) whose place it has."
+        None,
+        max_length=256,
+        description="Symbol of the machine (`…/symbols`) whose place it has: by the guest's page tables with `vcpu` or "
+        "`cr3`, and in a module.",
     )
     offset: Hex32 = Field(0, description="Bytes from the symbol to the object; only with `symbol`.")
     about: str | None = Field(None, max_length=_ABOUT, description=ABOUT)
