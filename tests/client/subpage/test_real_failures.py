@@ -32,7 +32,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("tls")
     certificate, key = folder / "certificate.pem", folder / "key.pem"
     made = ("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    names = ("-days", "1", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
+    names = ("-days", "1", "-subj", "/CN=subpage", "-addext", "subjectAltName=IP:127.0.0.1")
     subprocess.run([*made, *names, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
     with process(SUBPAGE_TLS_CERTIFICATE=str(certificate), SUBPAGE_TLS_KEY=str(key)) as (started, url, _):
         yield Service(started, url, certificate)
@@ -72,7 +72,7 @@ def test_a_service_that_speaks_tls_is_no_plain_one(guarded: Service) -> None:
 def test_the_command_line_tells_it(guarded: Service) -> None:
     typed = [sys.executable, "-m", "service.cli", "vm", "list", "--server", guarded.url]
     refused, served = (
-        subprocess.run([*typed, *more], capture_output=True, text=True, timeout=120, check=False)
+        subprocess.run([*typed, *more], capture_output=True, text=True, timeout=300, check=False)
         for more in ([], ["--ca", str(guarded.authority)])
     )
     assert refused.returncode == 4 and refused.stderr.count("\n") == 1 and "is not trusted" in refused.stderr

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -176,17 +177,21 @@ def test_ctrl_c_ends_the_replay(
     command = [sys.executable, "-c", code, "replay", "trace.parquet", "--policy", "policy.json", "--server", server.url]
     ours, theirs = pty.openpty()
     settings = termios.tcgetattr(theirs)
+    said = bytearray()
+    reader = threading.Thread(target=_drain, args=(ours, said))
+    reader.start()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=variables) as typed:
         try:
             if moment == "replaying":
                 until(lambda: bool(gate.begun))
                 typed.send_signal(signal.SIGINT)
-            assert typed.wait(60) == Status.INTERRUPTED
+            assert typed.wait(300) == Status.INTERRUPTED
         finally:
             typed.kill()
     assert termios.tcgetattr(theirs) == settings
     os.close(theirs)
-    told = _drained(ours)
+    reader.join()
+    told = said.decode(errors="replace")
     assert "subpage replay: interrupted" in told and "Traceback" not in told
     assert told.count("\x1b[?25l") <= told.count("\x1b[?25h"), "the cursor is there again"
     assert len(document("vm", "list")) == before
@@ -194,14 +199,12 @@ def test_ctrl_c_ends_the_replay(
     assert all(job["state"] == "cancelled" for job in made), made
 
 
-def _drained(terminal: int) -> str:
-    """What a terminal was sent whose other end is closed."""
-    said = b""
+def _drain(terminal: int, said: bytearray) -> None:
+    """What a terminal is sent until its other end is closed."""
     with contextlib.suppress(OSError):
         while piece := os.read(terminal, 65536):
             said += piece
     os.close(terminal)
-    return said.decode(errors="replace")
 
 
 # ---- attach
