@@ -185,6 +185,9 @@ def _by_service(
     progress: bool | None,
 ) -> None:
     """On a machine of a service: one that there is, or one that is made for the policy."""
+    from service.cli.demo import memory_for
+    from service.cli.interrupts import held
+    from service.cli.policy_files import read_policy
     from service.platform.failures import opened
 
     opened(file).close()
@@ -193,30 +196,22 @@ def _by_service(
             assert vm is not None
             _replayed(machine(client, vm), file, query, exits, progress)
             return
-        made, covered, memory = _made(client, policy)
+        wanted = read_policy(policy)
+        memory = memory_for(wanted)
+        made: subpage.Vm | None = None
         try:
-            _replayed(made, file, query, exits, progress, policy=str(covered["name"]), memory=memory)
-        finally:
-            if not keep:
+            with held():
+                made = client.create_vm(f"replay {wanted.name}", memory=memory)
+            made.protect(wanted.model_dump(mode="json", exclude_unset=True), name=wanted.name)
+            _replayed(made, file, query, exits, progress, policy=wanted.name, memory=memory)
+        except BaseException:
+            if made is not None:
                 made.delete()
+            raise
         if keep:
             typer.echo(f"the machine is {made.id}", err=True)
-
-
-def _made(client: subpage.Client, policy: Path) -> tuple[subpage.Vm, Any, int]:
-    """A machine with memory enough for a policy, and the policy's protection."""
-    from service.cli.demo import memory_for
-    from service.cli.policy_files import read_policy
-
-    wanted = read_policy(policy)
-    memory = memory_for(wanted)
-    made = client.create_vm(f"replay {wanted.name}", memory=memory)
-    try:
-        covered = made.protect(wanted.model_dump(mode="json", exclude_unset=True), name=wanted.name)
-    except BaseException:
-        made.delete()
-        raise
-    return made, covered, memory
+        else:
+            made.delete()
 
 
 def _replayed(
@@ -238,10 +233,7 @@ def _replayed(
 
     began = time.perf_counter()
     size = file.stat().st_size or None
-    with bar("sending", progress, size) as move:
-        job = vm.submit(file, progress=lambda done, total: move(done), **query)
-    with bar("replaying", progress) as move:
-        trace = job.wait(progress=lambda done, total: move(0.0, done=f"{done:,} records"))
+    trace = _result(vm, file, query, progress, size)
     seconds = time.perf_counter() - began
     if exits is not None:
         records = [dict(one) for one in itertools.islice(trace.exits(), exits)]
@@ -254,6 +246,34 @@ def _replayed(
     report = report_of(str(file), name, memory, covered, trace.document, seconds)
     further = (f"subpage exits {vm.id} {trace.id}", f"subpage traces {vm.id}") if policy is None else ()
     print_report(report, how="over HTTP", further=further)
+
+
+def _result(
+    vm: subpage.Vm, file: Path, query: dict[str, Any], progress: bool | None, size: int | None
+) -> subpage.Trace:
+    """What comes of a job. Until all is sent Ctrl-C ends it with the connection; then it is cancelled by its id."""
+    from contextlib import ExitStack, suppress
+
+    import subpage
+    from service.cli.interrupts import held
+
+    job: subpage.Job | None = None
+    try:
+        with bar("sending", progress, size) as move, ExitStack() as answer:
+
+            def sent(done: int, total: int | None) -> None:
+                move(done)
+                if done == size:
+                    answer.enter_context(held())
+
+            job = vm.submit(file, progress=sent, **query)
+        with bar("replaying", progress) as move:
+            return job.wait(progress=lambda done, total: move(0.0, done=f"{done:,} records"))
+    except KeyboardInterrupt:
+        if job is not None:
+            with suppress(subpage.Error):  # there is nobody left to tell
+                job.cancel()
+        raise
 
 
 def _told(job: Job) -> str:

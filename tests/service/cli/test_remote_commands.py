@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,10 +28,10 @@ from service.cli.statuses import Status
 from service.platform.failures import FileError
 from service.security.tokens import MemoryTokens, mint
 from service.settings import Settings
-from subpage.jobs import JobOperations
 from tests.contract.client import ContractClient
 from tests.support import bodies
 from tests.support.http import access, new_vm
+from tests.support.job_calls import Gate
 from tests.support.server import Running, running
 from tests.support.stores import serving
 from tests.support.waiting import until
@@ -158,20 +161,52 @@ def test_a_refusal_names_the_record(server: Running, vm: str) -> None:
     assert told.startswith("subpage replay: 422: record 1: ")
 
 
-def test_ctrl_c_cancels_the_replay(server: Running, vm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cancelled: list[str] = []
+@pytest.mark.parametrize("moment", ["sending", "sent", "replaying"])
+def test_ctrl_c_ends_the_replay(
+    moment: str, server: Running, client: ContractClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the file is sent, between its end and the answer, and while the job is under way: on a real terminal."""
+    gate, before = Gate(monkeypatch), len(document("vm", "list"))
+    jobs_before = {job["id"] for job in document("jobs")}
+    code = "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    if moment != "replaying":
+        code += "import subpage.bodies as b; real = b.counting; "
+        code += "b.counting = lambda total, report: real(total, lambda done, of: (report(done, of), "
+        code += f"done == {'0' if moment == 'sending' else 'total'} and os.kill(os.getpid(), signal.SIGINT))); "
+    code += "from service.cli.app import main; main()"
+    root = str(Path(__file__).parents[3])
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join((root, f"{root}/client")), "TERM": "xterm"}
+    command = [sys.executable, "-c", code, "replay", "trace.parquet", "--policy", "policy.json", "--server", server.url]
+    ours, theirs = pty.openpty()
+    settings = termios.tcgetattr(theirs)
+    said = bytearray()
+    reader = threading.Thread(target=_drain, args=(ours, said))
+    reader.start()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=variables) as typed:
+        try:
+            if moment == "replaying":
+                until(lambda: bool(gate.begun))
+                typed.send_signal(signal.SIGINT)
+            assert typed.wait(300) == Status.INTERRUPTED
+        finally:
+            typed.kill()
+    assert termios.tcgetattr(theirs) == settings
+    os.close(theirs)
+    reader.join()
+    told = said.decode(errors="replace")
+    assert "subpage replay: interrupted" in told and "Traceback" not in told
+    assert told.count("\x1b[?25l") <= told.count("\x1b[?25h"), "the cursor is there again"
+    assert len(document("vm", "list")) == before
+    made = [job for job in document("jobs") if job["id"] not in jobs_before]
+    assert all(job["state"] == "cancelled" for job in made), made
 
-    async def pending(self: Any) -> None:
-        raise KeyboardInterrupt
 
-    async def abandoned(self: Any) -> None:
-        cancelled.append(self.id)
-
-    monkeypatch.setattr(subpage.Job, "state", property(lambda self: "running"))
-    monkeypatch.setattr(JobOperations, "refresh", pending)
-    monkeypatch.setattr(JobOperations, "cancel", abandoned)
-    told = run("replay", "trace.parquet", "--vm", vm.rpartition("/")[2], status=Status.INTERRUPTED)
-    assert told == "subpage replay: interrupted\n" and cancelled[0].startswith("job_")
+def _drain(terminal: int, said: bytearray) -> None:
+    """What a terminal is sent until its other end is closed."""
+    with contextlib.suppress(OSError):
+        while piece := os.read(terminal, 65536):
+            said += piece
+    os.close(terminal)
 
 
 # ---- attach
