@@ -22,6 +22,10 @@ FIRST_ROWS = 1 << 12
 MAX_CONTEXTS = 1 << 32  # pairs of a bucket and a pc
 MAX_PLACES = 1 << 30
 
+FIRST_PLOTS = 1 << 10
+LEAST_FILLED = 3
+_PLACES = "the places of a footprint"
+
 # Odd multipliers of the hash: any will do for places that nobody chose to collide.
 # Stores are mostly of 8 bytes, one behind the other.
 _FINE = {SPANS: 0, BYTES: 3}
@@ -58,9 +62,7 @@ class Table:
     def grow(self) -> None:
         """Make room. Raises LimitExceeded, and what the budget does."""
         if self.limit == self._most:
-            raise LimitExceeded(
-                f"a footprint has at most {self._most} {self._what}", field=self._what, value=self._most + 1
-            )
+            raise too_many(self._most, self._what)
         smaller = self.words
         self._make(2 * len(smaller) // kernels.ROW_WORDS)
         kernels.move_rows(smaller, self.words, self.mix)
@@ -70,6 +72,64 @@ class Table:
         """int64[n, ROW_WORDS] of those in use, in no order."""
         rows: NDArray[np.int64] = self.words.reshape(-1, kernels.ROW_WORDS)
         return np.compress(rows[:, 2] != 0, rows, axis=0)
+
+
+class Fields:
+    """The plots of ``kernels``, which are made room for twice as many at a time.
+
+    Where fewer than LEAST_FILLED of sixteen cells have a place, no more are made: places are so far apart that the
+    table takes less.
+    """
+
+    def __init__(self, mix: tuple[int, int], budget: Budget | None = None) -> None:
+        self._budget = budget or Budget(1 << 62)
+        self._odd = np.int64(signed(mix[0] | 1))
+        self._used = np.zeros(2, dtype=np.int64)
+        self._open = np.ones(1, dtype=np.int64)
+        self._keys, self._cells = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        self.plots: kernels.Plots
+        self._make(FIRST_PLOTS)
+
+    def _make(self, count: int) -> None:
+        """Room for so many. What is there stays where it is, if it can: it is most of the memory."""
+        rows = 2 * count
+        self._budget.keep(8 * (count - len(self._keys)) * (kernels.PLOT_WORDS + 5), _PLACES)
+        self._keys.resize(count, refcheck=False)
+        self._cells.resize(count * kernels.PLOT_WORDS, refcheck=False)
+        index = np.full(2 * rows, kernels.NO_KEY, dtype=np.int64)
+        mix = self._odd, 64 - (rows.bit_length() - 1)
+        self.plots = kernels.Plots(index, self._keys, self._cells, self._used, mix, self._open)
+        kernels.index_plots(self.plots)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the plots."""
+        return sum(array.nbytes for array in (self.plots.index, self._keys, self._cells))
+
+    @property
+    def places(self) -> int:
+        """How many there are in them."""
+        return int(self._used[1])
+
+    def grow(self) -> None:
+        """Make room, if that is worth it. Raises what the budget does."""
+        if self.places < LEAST_FILLED * len(self._keys):
+            self._open[0] = 0
+        else:
+            self._make(2 * len(self._keys))
+
+    def columns(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Their places and ``rows`` of the table, all of them in order."""
+        keys = self._keys[: int(self._used[0])]
+        kind = keys & (1 << kernels.PLOT_NUMBER) - 1
+        order = np.argsort(kind << 50 | keys >> kernels.PLOT_NUMBER)
+        _, counts = np.unique(kind, return_counts=True)
+        count = self.places + len(rows)
+        kinds = {"begin": np.int64, "extent": np.int64, "what": np.uint8, "count": np.int64, "first": np.int64}
+        found: dict[str, NDArray[Any]] = {name: np.empty(count, dtype=kind) for name, kind in kinds.items()}
+        runs = np.zeros((len(counts), kernels.RUN_WORDS), dtype=np.int64)
+        kernels.merged(self.plots, order, np.cumsum(counts), runs, rows, *found.values())
+        return {**found, "begin": found["begin"].view(np.uint64), "trace": np.zeros(count, dtype=np.int32)}
 
 
 class Builder:
@@ -95,6 +155,8 @@ class Builder:
             raise InvalidValue(f"must be from 1 to {MAX_PLACES}", field="most", value=most)
         self._level = level
         self._places = Table(most, "places", mix, _FINE[level], budget)
+        self._fields = Fields(mix, budget)
+        self._most = most
         self._contexts = (
             Table(min(most, MAX_CONTEXTS), "buckets and writers", mix, budget=budget) if by and any(by) else None
         )
@@ -106,12 +168,12 @@ class Builder:
     @property
     def places(self) -> int:
         """How many there are so far."""
-        return int(self._places.used[0])
+        return int(self._places.used[0]) + self._fields.places
 
     @property
     def nbytes(self) -> int:
         """Memory of the tables."""
-        return self._places.words.nbytes + (self._contexts.words.nbytes if self._contexts else 0)
+        return self._places.words.nbytes + self._fields.nbytes + (self._contexts.words.nbytes if self._contexts else 0)
 
     def feed(self, chunk: TraceChunk) -> None:
         """Count a chunk. Raises TraceError, with the absolute record index, for a record that is no access, that a
@@ -132,14 +194,19 @@ class Builder:
                     base,
                     chunk.kinds,
                     UNITS[self._level],
+                    self._fields.plots,
                     table.words,
                     table.mix,
                     table.limit,
                     table.used,
                 )
             )
+            if self.places > self._most:
+                raise too_many(self._most, "places")
             if status == kernels.NEED_ROOM:
                 table.grow()
+            elif status == kernels.NEED_PLOTS:
+                self._fields.grow()
             elif status == DONE:
                 break
             else:
@@ -174,8 +241,15 @@ class Builder:
                 return numbers
             table.grow()
 
-    def finish(self, origin: Origin) -> Footprint:
-        """The footprint of everything so far, which ``origin`` describes but for its length and its columns."""
+    def _evenly(self) -> dict[str, NDArray[Any]]:
+        """The places in order, where they are apart by nothing beside."""
+        rows = self._places.rows()
+        begin, key = rows[:, 0], rows[:, 1]
+        order = np.lexsort((key >> kernels.WHAT_SHIFT, key & 0xFFFF, begin))
+        return self._fields.columns(np.ascontiguousarray(rows[order]))
+
+    def _apart(self) -> dict[str, NDArray[Any]]:
+        """The places in order, apart by buckets and writers: all of them are in the table."""
         rows = self._places.rows()
         key = rows[:, 1]
         columns: dict[str, NDArray[Any]] = {
@@ -186,20 +260,29 @@ class Builder:
             "trace": np.zeros(len(rows), dtype=np.int32),
             "first": rows[:, 3],
         }
-        if self._contexts is not None:
-            contexts = self._contexts.rows()
-            contexts = contexts[np.argsort(contexts[:, 2])][key >> kernels.CONTEXT_SHIFT].view(np.uint64)
-            if self._by.buckets:
-                columns["bucket"] = contexts[:, 1]
-            if self._by.pc:
-                columns["pc"] = contexts[:, 0]
+        assert self._contexts is not None
+        contexts = self._contexts.rows()
+        contexts = contexts[np.argsort(contexts[:, 2])][key >> kernels.CONTEXT_SHIFT].view(np.uint64)
+        if self._by.buckets:
+            columns["bucket"] = contexts[:, 1]
+        if self._by.pc:
+            columns["pc"] = contexts[:, 0]
         order = ordered(columns)
-        columns = {name: np.ascontiguousarray(column[order]) for name, column in columns.items()}
+        return {name: np.ascontiguousarray(column[order]) for name, column in columns.items()}
+
+    def finish(self, origin: Origin) -> Footprint:
+        """The footprint of everything so far, which ``origin`` describes but for its length and its columns."""
+        columns = self._evenly() if self._contexts is None else self._apart()
         lasted = self._times[1] - self._times[0] if self._times else 0
         origin = origin._replace(
             records=self.records_done, columns=tuple(self._seen), nanoseconds=min(lasted, (1 << 63) - 1)
         )
         return made(self._level, self._by, (origin,), columns)
+
+
+def too_many(most: int, what: str) -> LimitExceeded:
+    """The refusal of more than a footprint has."""
+    return LimitExceeded(f"a footprint has at most {most} {what}", field=what, value=most + 1)
 
 
 def _along(chunk: TraceChunk, name: str, base: int) -> NDArray[np.uint64]:

@@ -222,11 +222,12 @@ def _lines() -> None:
 
 
 def _footprints() -> None:
-    """Places of a trace, more than the first table has room for, and apart by the instruction."""
+    """Places of a trace, even ones and others, more than there is room for at first, and apart by the instruction."""
     for kinds in (False, True):
         builder = Builder(by=By(pc=True)) if kinds else Builder("bytes")
-        records = np.full((FIRST_ROWS, 2), 8 | 1 << 16, dtype=np.uint64)
-        records[:, 0] = np.arange(FIRST_ROWS) << 7
+        records = np.full((3 * FIRST_ROWS, 2), 8 | 1 << 16, dtype=np.uint64)
+        records[:, 0] = np.arange(3 * FIRST_ROWS) << 3
+        records[2 * FIRST_ROWS :, 1] = 3 | 1 << 16
         builder.feed(TraceChunk(records, None, {"pc": records[:, 0]}, kinds))
         found = builder.finish(Origin("", 0, "", ()))
         costs(found, [Protection("warm", (ProtectedObject("object", 0x4010, 0x100),))])

@@ -89,10 +89,26 @@ MUTANTS = (
     Mutant(
         "footprint-first",
         KERNELS_PY,
-        "table[at | THREE] = base + np.int64(i)",
-        "table[at | THREE] = np.int64(i)",
+        "cells[at | FIRSTS] = base + np.int64(i)",
+        "cells[at | FIRSTS] = np.int64(i)",
         "indices are absolute",
         named(f"{FOOTPRINTS}/test_footprint_build.py", "any_cut_into_chunks_gives_the_same"),
+    ),
+    Mutant(
+        "footprint-uneven",
+        KERNELS_PY,
+        "even = more == (1 << shift) - 1 and gpa & more == 0",
+        "even = more == (1 << shift) - 1",
+        "an access that is no multiple of its size is in no cell",
+        named(f"{FOOTPRINTS}/test_footprint_build.py", "even_and_uneven_places_come_in_order"),
+    ),
+    Mutant(
+        "footprint-no-plot",
+        KERNELS_PY,
+        "last_key = key if status == DONE else np.int64(NO_KEY)",
+        "last_key = key",
+        "a place without a plot is in no cell of the plot before",
+        named(f"{FOOTPRINTS}/test_footprint_build.py", "places_far_apart_go_to_the_table"),
     ),
     Mutant(
         "footprint-untranslated",

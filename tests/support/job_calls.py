@@ -34,7 +34,7 @@ class Gate:
         self.begun: list[str] = []
         real = jobs.replay
 
-        def held(machine: Any, wanted: Any, source: Any, check: Any, follow: Any, memory: int) -> Any:
+        def held(machine: Any, wanted: Any, source: Any, check: Any, *others: Any) -> Any:
             self.begun.append(wanted.format)
 
             def look() -> None:
@@ -42,6 +42,6 @@ class Gate:
                     check()
                 check()
 
-            return real(machine, wanted, source, look, follow, memory)
+            return real(machine, wanted, source, look, *others)
 
         monkeypatch.setattr(jobs, "replay", held)

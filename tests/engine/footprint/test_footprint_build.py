@@ -11,7 +11,7 @@ import pytest
 
 from engine.arch import access as acc
 from engine.errors import InvalidValue, LimitExceeded, TraceError
-from engine.footprint.build import FIRST_ROWS, Builder
+from engine.footprint.build import FIRST_PLOTS, FIRST_ROWS, Builder
 from engine.footprint.places import BYTES, LEVELS, SPANS, By, Footprint, Origin
 from engine.trace.columns import TraceChunk
 from engine.trace.operations import INVLPG, Operation, Operations
@@ -198,3 +198,36 @@ def test_places_are_bounded() -> None:
     builder = Builder(most=10)
     with pytest.raises(LimitExceeded, match="at most 10 places"):
         builder.feed(chunk([(at << 12, 8) for at in range(11)]))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_even_and_uneven_places_come_in_order(level: str) -> None:
+    """Stores of every size at every address, each counted as often as it is there, whatever they are counted in."""
+    draw = random.Random(level)
+    stores = [
+        (draw.randrange(3 << 7), draw.choice([1, 2, 3, 4, 7, 8, 16, 17, 32, 200]), draw.choice([0, 1]))
+        for _ in range(4000)
+    ]
+    found = build(chunk(stores), level=level)
+    unit = 7 if level == SPANS else 0
+    wanted: dict[tuple[int, int, int], list[int]] = {}
+    for index, (gpa, size, access) in enumerate(stores):
+        begin = gpa >> unit
+        place = wanted.setdefault((begin, (gpa + size - 1 >> unit) - begin + 1, access), [0, index])
+        place[0] += 1
+    counted = rows(found, "begin", "extent", "what", "count", "first")
+    assert counted == [(*place, *told) for place, told in sorted(wanted.items())]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_places_far_apart_go_to_the_table(level: str) -> None:
+    """Where plots would stay empty no more are made, and what is in some already is counted there for ever."""
+    far = [(number << 20, 8) for number in range(3 * FIRST_PLOTS) for _ in range(2)]
+    near = [(number << 3, 8) for number in range(64)]
+    builder = Builder(level)
+    for part in (near, far, near, far[::-1], near):
+        builder.feed(chunk(part))
+    assert builder.nbytes < 2_000_000
+    found = builder.finish(ORIGIN)
+    assert builder.places == len(found) == 3 * FIRST_PLOTS - 1 + (4 if level == SPANS else 64)
+    assert found.records == 3 * len(near) + 2 * len(far) and bool((np.diff(found.begin.view(np.int64)) > 0).all())
