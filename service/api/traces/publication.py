@@ -39,7 +39,9 @@ class PublicationTotals(Document):
         None, description="The last commit, RFC 3339, UTC; null as above.", json_schema_extra={"format": "date-time"}
     )
     rate: float | None = Field(None, description="Records a second between the last two commits, while it is running.")
-    lag: int | None = Field(None, description="Records that had come and waited at the last commit, while it is running.")
+    lag: int | None = Field(
+        None, description="Records that had come and waited at the last commit, while it is running."
+    )
 
 
 def publication_totals(trace: Trace) -> dict[str, Any]:
