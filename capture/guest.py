@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 import stat
 import struct
@@ -42,15 +43,16 @@ def small_guest(folder: Path) -> SmallGuest:
     """The guest, made in ``folder`` unless it is there. Fetches Debian packages. Raises CaptureError."""
     folder.mkdir(parents=True, exist_ok=True)
     kernel, initramfs, symbols = folder / "vmlinuz", folder / "initramfs.gz", folder / "kallsyms"
-    if not kernel.exists():
-        package = _run(["apt-cache", "depends", _KERNEL]).stdout
-        names = [line.split()[-1] for line in package.splitlines() if "Depends: linux-image" in line]
-        if not names:
-            raise CaptureError(f"apt knows no package {_KERNEL}: apt-get update, on Debian")
-        _unpacked(folder, names[0], "boot/vmlinuz-*", kernel)
     busybox = folder / "busybox"
-    if not busybox.exists():
-        _unpacked(folder, "busybox-static", "*bin/busybox", busybox)
+    for package, pattern, target in ((_KERNEL, "vmlinuz-*", kernel), ("busybox-static", "busybox", busybox)):
+        if not target.exists():
+            try:
+                _unpacked(folder, package, pattern, target)
+            except CaptureError:
+                if os.geteuid() != 0:
+                    raise
+                _run(["apt-get", "update"])  # what apt knows is too old, or nothing
+                _unpacked(folder, package, pattern, target)
     initramfs.write_bytes(gzip.compress(_archive(busybox.read_bytes(), INIT.read_bytes()), 1, mtime=0))
     if not symbols.exists():
         raw = folder / "kallsyms.gz"
@@ -75,14 +77,20 @@ def _command(kernel: Path, initramfs: Path, more: Sequence[str], append: str) ->
 
 
 def _unpacked(folder: Path, package: str, pattern: str, target: Path) -> None:
-    """Fetch a package, and take one file out of it."""
+    """Fetch a package, of the kernel the one that it is now, and take one file out of it. Raises CaptureError."""
+    if package == _KERNEL:
+        told = _run(["apt-cache", "depends", package]).stdout
+        names = [line.split()[-1] for line in told.splitlines() if "Depends: linux-image" in line]
+        if not names:
+            raise CaptureError(f"apt knows no package {package}: apt-get update, on Debian")
+        package = names[0]
     apart = folder / "package"
     shutil.rmtree(apart, ignore_errors=True)
     apart.mkdir()
     _run(["apt-get", "download", package], apart)
     (archive,) = apart.glob("*.deb")
     _run(["dpkg-deb", "-x", archive.name, "content"], apart)
-    found = sorted((apart / "content").rglob(pattern.rpartition("/")[2]))
+    found = sorted(path for path in (apart / "content").rglob(pattern) if path.is_file() and not path.is_symlink())
     if not found:
         raise CaptureError(f"the package {package} has no {pattern}")
     found[0].replace(target)
