@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 import stat
 import struct
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from capture.errors import CaptureError
+
+T = TypeVar("T")
 
 INIT = Path(__file__).parent / "guest_init.sh"
 START = "__x64_sys_sync"
@@ -43,8 +47,8 @@ def small_guest(folder: Path) -> SmallGuest:
     folder.mkdir(parents=True, exist_ok=True)
     kernel, initramfs, symbols = folder / "vmlinuz", folder / "initramfs.gz", folder / "kallsyms"
     if not kernel.exists():
-        fetch_files(folder, kernel_package(_KERNEL), {"boot/vmlinuz-*": kernel})
-    programs = {"bin/busybox": busybox(folder), "bin/crosses": _crosses(), "init": INIT.read_bytes()}
+        _known(lambda: fetch_files(folder, kernel_package(_KERNEL), {"boot/vmlinuz-*": kernel}))
+    programs = {"bin/busybox": _known(lambda: busybox(folder)), "bin/crosses": _crosses(), "init": INIT.read_bytes()}
     initramfs.write_bytes(initramfs_of(programs))
     if not symbols.exists():
         raw = folder / "kallsyms.gz"
@@ -66,6 +70,17 @@ def _command(kernel: Path, initramfs: Path, more: Sequence[str], append: str) ->
     words = f"console=ttyS0 nokaslr quiet panic=-1 {append}".strip()
     files = ("-kernel", str(kernel), "-initrd", str(initramfs), "-append", words)
     return [*machine.split(), *files, *more]
+
+
+def _known(step: Callable[[], T]) -> T:
+    """Do what asks apt, once more where what apt knows is too old, or nothing. Raises CaptureError."""
+    try:
+        return step()
+    except CaptureError:
+        if os.geteuid() != 0:
+            raise
+        _run(["apt-get", "update"])
+        return step()
 
 
 def kernel_package(newest: str = "linux-image-amd64") -> str:
@@ -94,7 +109,9 @@ def fetch_files(folder: Path, package: str, wanted: Mapping[str, Path]) -> None:
     (archive,) = apart.glob("*.deb")
     _run(["dpkg-deb", "-x", archive.name, "content"], apart)
     for pattern, target in wanted.items():
-        found = [path for path in sorted((apart / "content").rglob(pattern)) if path.is_file()]
+        found = [
+            path for path in sorted((apart / "content").rglob(pattern)) if path.is_file() and not path.is_symlink()
+        ]
         if not found:
             raise CaptureError(f"the package {package} has no {pattern}")
         found[0].replace(target)

@@ -10,6 +10,12 @@ if grep -q subpage=symbols /proc/cmdline; then
     gzip -c -1 /proc/kallsyms > /dev/ttyS1
     poweroff -f
 fi
+if grep -q subpage=live /proc/cmdline; then
+    echo 0 > /proc/sys/kernel/kptr_restrict
+    stty raw -echo -F /dev/ttyS1
+    gzip -c -1 /proc/kallsyms > /dev/ttyS1
+    head -c 1 /dev/ttyS1 > /dev/null # they have been taken
+fi
 if grep -q subpage=work /proc/cmdline; then
     sync # the mark at which recording starts, as below
     from=$(cut -d' ' -f1 /proc/uptime)

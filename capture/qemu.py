@@ -113,7 +113,10 @@ def _check_options(options: Sequence[str]) -> None:
 class Qemu:
     """A QEMU process with the recorder in it, as a context manager: ended when the context is."""
 
-    def __init__(self, program: Program, command: Sequence[str], plugin: Path, ring: Ring) -> None:
+    def __init__(
+        self, program: Program, command: Sequence[str], plugin: Path, ring: Ring, line: socket.socket | None = None
+    ) -> None:
+        """With ``line`` the guest has one more serial line, its last one, whose other end that is."""
         self._ring = ring
         self._word: str | None = None
         self._off = False
@@ -127,10 +130,12 @@ class Qemu:
             "-S",
             "-no-reboot",
         ]
+        passed = [*ring.fds, theirs.fileno()]
+        if line is not None:
+            added += ["-chardev", f"socket,id=subpage-line,fd={line.fileno()}", "-serial", "chardev:subpage-line"]
+            passed.append(line.fileno())
         try:
-            self._process = subprocess.Popen(
-                [program.path, *command[1:], *added], pass_fds=(*ring.fds, theirs.fileno())
-            )
+            self._process = subprocess.Popen([program.path, *command[1:], *added], pass_fds=passed)
         except OSError as error:
             ours.close()
             raise CaptureError(f"{program.path}: cannot be run: {error.strerror or error}") from None

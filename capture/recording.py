@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from capture.qemu import Guest, Program, Qemu, program_of
 from capture.ring import CAPACITY, Counts, Ring
 
 BATCH = 1 << 17  # records that are handed out at once, at most
+LATER = 1  # a start_pc: ``Recording.start_at`` will say where
 _ENDING_SECONDS = 10.0
 
 NOT_SEEN = (
@@ -45,7 +47,12 @@ class Recording:
     come now and then while the guest does nothing.
     """
 
-    def __init__(self, command: Sequence[str], wanted: Wanted, capacity: int = CAPACITY) -> None:
+    def __init__(
+        self, command: Sequence[str], wanted: Wanted, capacity: int = CAPACITY, *, has_line: bool = False
+    ) -> None:
+        """With ``has_line`` the guest has one more serial line, its last one, which ends at ``line``."""
+        self._has_line = has_line
+        self.line: socket.socket
         self._command = list(command)
         self._wanted = wanted
         self._capacity = capacity
@@ -68,7 +75,10 @@ class Recording:
         with ExitStack() as stack:
             ring = Ring(self._capacity, start_pc=wanted.start_pc, start_n=wanted.start_n)
             self._ring = stack.enter_context(ring)
-            self.qemu = stack.enter_context(Qemu(self.program, self._command, path, self._ring))
+            theirs = None
+            if self._has_line:
+                self.line, theirs = map(stack.enter_context, socket.socketpair())
+            self.qemu = stack.enter_context(Qemu(self.program, self._command, path, self._ring, theirs))
             self.guest = self.qemu.begin()
             high = min(wanted.high, (1 << 64) - 1)
             if self.guest.interface == 1:
@@ -108,6 +118,10 @@ class Recording:
     def stop(self) -> None:
         """End the guest and take what it has still done; may be called from a signal handler."""
         self._stopping = self._stopping or time.monotonic()
+
+    def start_at(self, pc: int) -> None:
+        """What was LATER is here. Only code that has not run before is noticed."""
+        self._ring.start_at(pc)
 
     def end(self, word: str) -> None:
         """End the guest where it is, and say this; from any thread. Records that were not taken are none."""

@@ -91,6 +91,10 @@ class Ring:
         """Record stores to these guest-physical addresses, ``low`` to below ``high``, from now on."""
         self._header["low_gpa"], self._header["high_gpa"] = low, high
 
+    def start_at(self, pc: int) -> None:
+        """Begin when the instruction here runs, as if it had been said at the beginning."""
+        self._header["start_pc"] = pc
+
     def guard(self, masks: NDArray[np.uint32]) -> None:
         """A word for each guest page from 0 on: the guest waits after a store to a sub-page whose bit is set, until it
         is ``judged``. Pages beyond are not guarded; there may be up to ``layout.GUARD_BYTES`` / 4."""

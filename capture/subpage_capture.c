@@ -15,6 +15,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,6 +41,7 @@ static int room_fd = -1, data_fd = -1, reader_fd = -1;
 static bool several; /* vCPUs run in threads of their own */
 
 static volatile bool recording;
+static volatile bool guest_runs;
 static uint64_t starts_seen;
 static uint64_t free_until; /* tail + capacity as last seen: slots below it are free */
 static pthread_mutex_t starting = PTHREAD_MUTEX_INITIALIZER;
@@ -235,6 +237,7 @@ static void on_start(unsigned vcpu, void *unused)
 static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *block)
 {
     (void)id;
+    guest_runs = true;
     size_t count = qemu_plugin_tb_n_insns(block);
     for (size_t i = 0; i < count; i++) {
         struct qemu_plugin_insn *instruction = qemu_plugin_tb_get_insn(block, i);
@@ -254,6 +257,33 @@ static void on_exit_of_qemu(qemu_plugin_id_t id, void *unused)
     recording = false;
     __atomic_store_n(&ring->state, RING_ENDED, __ATOMIC_RELEASE);
     wake_reader();
+}
+
+/* ---- the reader's end */
+
+/* A thread. A guest that stands still because its reader was about to look at it would do so for ever. */
+static void *wait_for_end_of_reader(void *unused)
+{
+    struct pollfd at = {.fd = reader_fd, .events = POLLIN};
+    while (poll(&at, 1, -1) < 0 && errno == EINTR) {
+    }
+    if (!guest_runs) {
+        say("the reader has gone before the guest ran");
+        _exit(1);
+    }
+    stop_recording("the reader has gone; the guest goes on and is not recorded any more");
+    return unused;
+}
+
+static bool watch_reader(void)
+{
+    sigset_t all, before;
+    pthread_t thread;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are QEMU's */
+    int failed = pthread_create(&thread, NULL, wait_for_end_of_reader, NULL);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return !failed && !pthread_detach(thread);
 }
 
 /* ---- loading */
@@ -314,6 +344,9 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int
     }
     if (!info->system_emulation || strcmp(info->target_name, "x86_64")) {
         return refuse("records x86-64 machines (qemu-system-x86_64) only");
+    }
+    if (!watch_reader()) {
+        return refuse("could not start a thread");
     }
     several = info->system.max_vcpus > 1;
     lap_shift = (unsigned)__builtin_ctzll(capacity);

@@ -30,6 +30,10 @@ def live(
     ],
     start: Start = None,
     symbols: SymbolFile = None,
+    kallsyms_from_guest: Annotated[
+        bool,
+        typer.Option("--kallsyms-from-guest", help="The guest shows its symbols on a serial line of its own."),
+    ] = False,
     only: Only = None,
     most: Most = None,
     publish_every: Annotated[
@@ -58,11 +62,12 @@ def live(
     import signal
 
     from capture.errors import CaptureError
-    from capture.recording import NOT_SEEN, Recording
+    from capture.recording import LATER, NOT_SEEN, Recording
     from service.cli import live_stream
     from service.cli.common import common_flags, flag_texts
     from service.cli.demo import service as service_of_our_own
     from service.cli.guests import stopping, watched
+    from service.cli.live_symbols import GuestSymbols
     from service.cli.policy_files import read_policy
     from service.cli.report import print_report
     from service.platform.failures import Failure
@@ -72,11 +77,13 @@ def live(
         raise Failure(f"--on-violation {on_violation}: {rule}")
     asks = on_violation == "ask"
     answers = read_live_rules(rules, asks)
-    wanted = wanted_of(start, symbols, only, most)
-    protected = read_policy(policy)
+    if kallsyms_from_guest and symbols is not None:
+        raise Failure("--symbols does not go with --kallsyms-from-guest: the guest has one kernel")
+    wanted = wanted_of(start, symbols, only, most, later=kallsyms_from_guest)
+    protected = read_policy(policy, named=kallsyms_from_guest or symbols is not None)
     try:
         with ExitStack() as stack:
-            recording = stack.enter_context(Recording(command, wanted))
+            recording = stack.enter_context(Recording(command, wanted, has_line=kallsyms_from_guest))
             if not is_typed(context, "server"):
                 # A service of our own ends when we say so, not by the Ctrl-C that ends the guest.
                 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -85,7 +92,9 @@ def live(
                 service = Service(started.url())
                 started.wait_until_ready(stack.enter_context(live_stream.bare_client(service.url)))
             client = stack.enter_context(service.client())
-            machine = live_stream.Machine.make(client, recording.guest, protected, symbols)
+            machine = live_stream.Machine.make(client, recording.guest, protected)
+            if not kallsyms_from_guest:
+                machine.name_and_protect(client, symbols)
             stack.enter_context(stopping(recording))
             watch = stack.enter_context(watched("watching", recording, progress))
             stack.enter_context(machine.telling(service, watch))
@@ -95,6 +104,10 @@ def live(
                 typer.echo(f"subpage live: asks about what is refused: {where}", err=True)
             if answers is not None:
                 stack.enter_context(machine.answering(answers))
+            if kallsyms_from_guest:
+                named = wanted.start_pc == LATER
+                shown = GuestSymbols(service, machine, recording, start if named else None)
+                stack.enter_context(shown.expected())
             result = machine.stream(recording, watch, publish_every or ("50ms" if asks else "200ms"), on_violation)
             writers = machine.writers(result)
     except CaptureError as error:

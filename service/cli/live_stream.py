@@ -46,26 +46,26 @@ def bare_client(url: str) -> httpx2.Client:
 class Machine:
     """The machine of a service that stands for the guest's processor."""
 
-    def __init__(
-        self, vm: subpage.Vm, policy: str, guest: Guest, covered: dict[str, Any], symbols: SymbolTable | None
-    ) -> None:
-        self._vm, self._policy, self._guest, self._covered, self._symbols = vm, policy, guest, covered, symbols
+    def __init__(self, vm: subpage.Vm, policy: ProtectionRequest, guest: Guest) -> None:
+        self._vm, self._policy, self._guest = vm, policy, guest
+        self._covered: dict[str, Any] = {"pages": 0, "subpages": 0}
+        self._symbols: SymbolTable | None = None
 
     @classmethod
-    def make(cls, client: subpage.Client, guest: Guest, policy: ProtectionRequest, symbols: Path | None) -> Machine:
-        """With slots like the guest's RAM, the policy's objects protected, and the symbols if there are any.
-
-        Raises Failure.
-        """
+    def make(cls, client: subpage.Client, guest: Guest, policy: ProtectionRequest) -> Machine:
+        """With slots like the guest's RAM; nothing is protected yet. Raises Failure."""
         slots = [{"slot": n, "gpa": hex(first), "size": hex(size)} for n, (first, size) in enumerate(guest.ranges)]
         document = {"name": f"live {policy.name}"[:200], "vcpus": guest.vcpus, "memory_slots": slots, "spp": True}
-        vm = client.vm(client.call("createVm", json=document).json()["id"])
+        return cls(client.vm(client.call("createVm", json=document).json()["id"]), policy, guest)
+
+    def name_and_protect(self, client: subpage.Client, symbols: Path | None) -> None:
+        """The symbols, if there are any, and then what the policy protects. Raises Failure."""
+        vm, policy = client.vm(self._vm.id), self._policy
         if symbols is not None:
             # The machine's memory is empty: there is no kernel in it to be found.
             vm.load_symbols(symbols, slide="0x0", phys_base="0x0")
-        covered = vm.protect(policy.model_dump(mode="json", exclude_unset=True), name=policy.name)
-        table = None if symbols is None else read_symbols(symbols, slide=0, phys_base=0).table
-        return cls(vm, policy.name, guest, covered, table)
+            self._symbols = read_symbols(symbols, slide=0, phys_base=0).table
+        self._covered = vm.protect(policy.model_dump(mode="json", exclude_unset=True), name=policy.name)
 
     def stream(self, recording: Recording, watch: Watch, every: str, on_violation: str) -> dict[str, Any]:
         """Let the guest run; the trace that came of it. Raises Unanswered, CaptureError."""
@@ -136,7 +136,7 @@ class Machine:
     def report(self, command: str, result: dict[str, Any], seconds: float) -> dict[str, Any]:
         """What ``service.cli.report`` prints."""
         memory = sum(size for _, size in self._guest.ranges)
-        return report_of(command, self._policy, memory, self._covered, result, seconds)
+        return report_of(command, self._policy.name, memory, self._covered, result, seconds)
 
 
 def _told(detail: dict[str, Any], symbols: SymbolTable | None) -> str:

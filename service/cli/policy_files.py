@@ -26,9 +26,10 @@ _WIDEST = 52
 _LOOKED_AT = 1 << 13
 
 
-def read_policy(path: Path) -> ProtectionRequest:
-    """The policy in a file; one without a name has that of the file. Raises FileError."""
-    return policy_of(path, policy_document(path))
+def read_policy(path: Path, *, named: bool = False) -> ProtectionRequest:
+    """The policy in a file; one without a name has that of the file. ``named``: the machine that it is for has symbols,
+    and will say which of its objects cannot be. Raises FileError."""
+    return policy_of(path, policy_document(path), named=named)
 
 
 def policy_document(path: Path) -> dict[str, Any]:
@@ -41,11 +42,12 @@ def policy_document(path: Path) -> dict[str, Any]:
     return read_document(path)
 
 
-def policy_of(path: Path, document: Mapping[str, Any]) -> ProtectionRequest:
-    """The policy that ``document``, read from ``path``, is. Raises FileError."""
+def policy_of(path: Path, document: Mapping[str, Any], *, named: bool = False) -> ProtectionRequest:
+    """The policy that ``document``, read from ``path``, is; ``named`` as above. Raises FileError."""
     try:
         policy = ProtectionRequest.model_validate({"name": name_of_file(path), **document})
-        checked(policy)
+        if not named:
+            checked(policy)
     except ValidationError as error:
         raise FileError(f"{path}: {said(refusal(error.errors()))}") from None
     except (EngineError, ServiceError) as error:

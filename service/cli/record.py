@@ -98,20 +98,14 @@ def ended(recording: Recording, name: str) -> None:
         raise typer.Exit(1)
 
 
-def wanted_of(start: str | None, symbols: Path | None, only: str | None, most: int | None) -> Wanted:
-    """The options as one. Raises Failure, naming the option."""
+def wanted_of(
+    start: str | None, symbols: Path | None, only: str | None, most: int | None, *, later: bool = False
+) -> Wanted:
+    """The options as one; ``later``: symbols will be there. Raises Failure, naming the option."""
     from capture.recording import Wanted
     from service.platform.failures import Failure
 
-    pc, count = 0, 1
-    if start is not None:
-        where, _, times = start.rpartition(":") if ":" in start else (start, "", "1")
-        count = _number(times, f"--start {start}: the N of WHERE:N")
-        if count < 1:
-            raise Failure(f"--start {start}: the N of WHERE:N must be at least 1")
-        pc = _number(where, f"--start {start}") if where.startswith("0x") else _address(where, start, symbols)
-        if not 0 < pc < 1 << 64:
-            raise Failure(f"--start {start}: must be an address of 64 bits, not 0")
+    pc, count = start_of(start, symbols, later=later) if start is not None else (0, 1)
     low, high = 0, 1 << 64
     if only is not None:
         first, dash, last = only.partition("-")
@@ -119,6 +113,24 @@ def wanted_of(start: str | None, symbols: Path | None, only: str | None, most: i
         if not low < high <= 1 << 52:
             raise Failure(f"--only {only}: must be LOW-HIGH with LOW below HIGH, and HIGH at most 2^52")
     return Wanted(pc, count, low, high, most)
+
+
+def start_of(start: str, symbols: Path | None, *, later: bool = False) -> tuple[int, int]:
+    """``WHERE[:N]``: the address, and how often. ``later``: a symbol has no address yet. Raises Failure."""
+    from capture.recording import LATER
+    from service.platform.failures import Failure
+
+    where, _, times = start.rpartition(":") if ":" in start else (start, "", "1")
+    count = _number(times, f"--start {start}: the N of WHERE:N")
+    if count < 1:
+        raise Failure(f"--start {start}: the N of WHERE:N must be at least 1")
+    if where.startswith("0x"):
+        pc = _number(where, f"--start {start}")
+    else:
+        pc = LATER if later else _address(where, start, symbols)
+    if not 0 < pc < 1 << 64:
+        raise Failure(f"--start {start}: must be an address of 64 bits, not 0")
+    return pc, count
 
 
 def _address(name: str, start: str, symbols: Path | None) -> int:

@@ -8,7 +8,25 @@ from .paths import INTERACTIVE, named
 INTERACTIVE_PY = "engine/trace/interactive.py"
 ACCESS_PY = "engine/trace/interactive_access.py"
 
+PUBLISHED_PY = "engine/trace/published.py"
+
 MUTANTS = (
+    Mutant(
+        "published-question-without-its-chunk",
+        PUBLISHED_PY,
+        "self._drain(self._place.chunk, self._place.base)",
+        "pass",
+        "an exit that is published before it is answered has the columns that it carries",
+        named(INTERACTIVE, "published_at_each_question"),
+    ),
+    Mutant(
+        "published-resumes-behind-the-question",
+        PUBLISHED_PY,
+        "return max(self._next, self._options.start) if paused is None else paused",
+        "return max(self._next, self._options.start)",
+        "the record that is asked about has not been run",
+        named(INTERACTIVE, "published_at_each_question"),
+    ),
     Mutant(
         "interactive-writes",
         INTERACTIVE_PY,

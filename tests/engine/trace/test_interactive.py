@@ -18,6 +18,7 @@ from engine.trace import interactive
 from engine.trace.columns import TraceChunk
 from engine.trace.interactive import InteractiveReplay
 from engine.trace.interactive_access import InteractiveAccess
+from engine.trace.published import PublishedReplay
 from engine.trace.results import ExitColumns, TraceResult
 from engine.trace.session import ReplayOptions
 from engine.trace.single import AccessRequest, AccessResult
@@ -195,6 +196,52 @@ def test_carried_columns_and_gva() -> None:
     found = ask(asked, skip, chunk(ROWS, gva, {"mark": marks}), carry=("mark",))
     assert found.exit_columns.carry["mark"].tolist() == known.exit_columns.carry["mark"].tolist()
     assert exits(found, *LISTED) == exits(known, *LISTED)
+
+
+@pytest.mark.parametrize("action", ["allow", "grant", "retry", "stop"])
+def test_what_is_published_at_each_question_adds_up(action: str) -> None:
+    """Each exit record is handed out once, with what it carries, and the question's own before its answer."""
+    asked, plain = make(), make()
+    marks = np.arange(len(ROWS), dtype=np.uint32) * 7
+    rows = chunk(ROWS, [0] * len(ROWS), {"mark": marks})
+    known = ask(plain, again_and_then_allow(action), rows, carry=("mark",))
+    options = ReplayOptions(on_violation="ask", published=True, carry=("mark",))
+    answer, found, replay_ = again_and_then_allow(action), [], None
+    answered: str | None = None
+    while True:
+        with asked.replay(options, replay_) as run:
+            replay_ = run.replay
+            assert isinstance(replay_, PublishedReplay)
+            going = run.feed(rows) if answered is None else replay_.answer(answered)
+            question = replay_.question
+            result = replay_.result_from(sum(map(len, found)))
+            found.append(result.exit_columns)
+            run.pause()
+        if question is None:
+            break
+        assert not going and replay_.resume_at == question.column("index")[0] == result.records
+        assert found[-1].column("index")[-1] == replay_.resume_at
+        answered = answer(asked, question)
+    assert totals(result) == totals(known) and result.by_object == known.by_object
+    assert replay_.resume_at == (1 if action == "stop" else len(ROWS))
+    for name in LISTED:
+        assert (
+            np.concatenate([part.column(name) for part in found]).tolist() == known.exit_columns.column(name).tolist()
+        )
+    assert np.concatenate([part.carry["mark"] for part in found]).tolist() == known.exit_columns.carry["mark"].tolist()
+    assert asked.counters() == plain.counters() and picture(asked) == picture(plain)
+
+
+def again_and_then_allow(action: str) -> Policy:
+    """Always that; `retry` once for each record."""
+    last = [-1]
+
+    def decide(vm: VirtualMachine, question: ExitColumns) -> str:
+        index = int(question.column("index")[0])
+        twice, last[0] = index == last[0], index
+        return "allow" if action == "retry" and twice else action
+
+    return decide
 
 
 def test_answers_may_differ() -> None:
