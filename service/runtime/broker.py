@@ -89,6 +89,7 @@ class Tool(ABC):
 
     def vcpus_came(self) -> None:
         """The machine has vCPUs that it had not."""
+        return
 
     @abstractmethod
     def dismiss(self, why: Exception) -> None:
