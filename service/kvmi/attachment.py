@@ -92,8 +92,7 @@ class Attachment(Tool, Owner):
         self.attempts = 0
         self.connected_at: datetime | None = None
         self.last_error: str | None = None
-        self.commands = 0
-        self.events = 0
+        self._counts = (0, 0)
         self._entry = entry
         self._principal = principal
         self._access = access
@@ -164,6 +163,7 @@ class Attachment(Tool, Owner):
             reason = await link.over
             made.detach()  # the loop had its descriptor, and has closed it
         finally:
+            self._counts = self._counted()
             self._link = None
             self._release()
         if link.hooked:
@@ -329,7 +329,6 @@ class Attachment(Tool, Owner):
         link = self._link
         if link is None:
             return
-        self.commands, self.events = link.connection.commands, link.connection.events
         paused = link.connection.paused and not self._withdrawn
         if paused and not self._paused:
             self._paused = True
@@ -359,6 +358,20 @@ class Attachment(Tool, Owner):
             link.turn()
 
     # What it tells of itself
+
+    def _counted(self) -> tuple[int, int]:
+        """Commands of the tool that is connected or was last, and events that were sent to it."""
+        if self._link is None:
+            return self._counts
+        return self._link.connection.commands, self._link.connection.events
+
+    @property
+    def commands(self) -> int:
+        return self._counted()[0]
+
+    @property
+    def events(self) -> int:
+        return self._counted()[1]
 
     @property
     def silence(self) -> str | None:

@@ -117,6 +117,11 @@ class Command:
     replies: bool = False
     about: str = ""
 
+    @property
+    def queries(self) -> bool:
+        """Whether it asks for something of the machine, and no vCPU, with nothing behind its layout."""
+        return self.replies and not self.of_vcpu and not self.tail
+
 
 def _about_itself(connection: Connection, vcpu: int, given: Given, rest: bytes) -> bytes:
     version = _VERSION.pack(1, 0)

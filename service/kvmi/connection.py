@@ -20,6 +20,7 @@ from service.kvmi.wire import (
     CRASH,
     EINVAL,
     EOPNOTSUPP,
+    HEADER,
     V6,
     V7,
     VCPU_HEADER,
@@ -120,6 +121,31 @@ class Connection:
     def receive(self, data: bytes) -> None:
         """Bytes from the tool."""
         self._framer.feed(data)
+
+    def at_once(self, data: bytes) -> bytes | None:
+        """The reply to what has arrived, if that is one query of the machine, nothing is before it and it is answered
+        well; None where it is to be received and served like all. What tools do most is to read page after page."""
+        if self._framer or self._out or self._pending is not None or not self._replies or self._closed:
+            return None
+        if len(data) < HEADER.size:
+            return None
+        id, size, seq = HEADER.unpack_from(data)
+        row = COMMANDS.get(id)
+        if (
+            row is None
+            or row.handler is None
+            or not row.queries
+            or not size == row.layout.size == len(data) - HEADER.size
+        ):
+            return None
+        try:
+            found = row.handler(self, 0, row.layout.unpack_from(data, HEADER.size), b"")
+        except Refused:
+            return None
+        assert isinstance(found, bytes)
+        self.commands += 1
+        self._replies = self._replies_next
+        return reply(id, seq, 0, found)
 
     def step(self) -> Step | None:
         """What is to be done next; None while there is nothing, or a change is being made."""

@@ -86,6 +86,11 @@ class Link(asyncio.Protocol):
             self.hooked = True
             data = bytes(self._greeting)
             self._owner.hooked()
+        elif not self._full and self._transport is not None:
+            answer = self.connection.at_once(data)
+            if answer is not None:
+                self._transport.write(answer)
+                return
         self.connection.receive(data)
         self.turn()
 

@@ -96,6 +96,7 @@ class Tool(ABC):
 
     def vcpus_came(self) -> None:  # noqa: B027 - of interest to few
         """The machine has vCPUs that it had not."""
+        return
 
     @abstractmethod
     def dismiss(self, why: Exception) -> None:

@@ -216,6 +216,34 @@ def test_memory() -> None:
     assert wire.closed is not None
 
 
+def test_a_query_that_comes_alone_is_answered_as_all_are() -> None:
+    """And left alone where it is not alone, not whole, not one, or not answered well."""
+    for name, body in (("READ_PHYSICAL", kvmi.span(0x1100, 64)), ("GET_MAX_GFN", b""), ("GET_GUEST_INFO", b"")):
+        sent = kvmi.frame(kvmi.IDS[name], 7, body)
+        wire = Wire()
+        assert [wire.connection.at_once(sent)] == Wire().send(sent) and wire.connection.commands == 1
+        for other in (sent[:-1], sent + b"\0", sent * 2, sent[:3], b""):
+            assert wire.connection.at_once(other) is None
+        wire.connection.receive(sent[:5])
+        assert wire.connection.at_once(sent) is None
+        wire = Wire()
+        wire.send(kvmi.frame(27, 1, kvmi.replies(False, True)))
+        assert wire.connection.at_once(sent) is None
+        wire.send(kvmi.frame(27, 2, kvmi.replies(False, False)))
+        wire = Wire()
+        wire.connection.pause(0)
+        assert wire.connection.at_once(sent) is None
+        [event] = wire.events()
+        assert event.kind == kvmi.PAUSE and wire.connection.at_once(sent) is not None
+    for id, body in (
+        (17, kvmi.span(0x1FFF, 2)),
+        (17, kvmi.span(0x2000_0000, 1)),
+        (99, b""),
+        (27, kvmi.replies(True, True)),
+    ):
+        assert Wire().connection.at_once(kvmi.frame(id, 1, body)) is None
+
+
 @pytest.mark.parametrize(("dialect", "errno"), [(V7, kvmi.ENOSYS), (V6, kvmi.EOPNOTSUPP)])
 def test_unknown_and_unserved_commands(dialect: str, errno: int) -> None:
     wire = Wire(dialect=dialect)
