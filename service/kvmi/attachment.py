@@ -99,6 +99,8 @@ class Attachment(Tool, Owner):
         self._audit = audit
         self._places = settings.kvmi_sockets
         self._link: Link | None = None
+        # What it has last looked at whether it wants to be asked.
+        self._seen: Fault | None = None
         self._paused = False
         self._withdrawn = False
         self._hold_limit: asyncio.TimerHandle | None = None
@@ -255,12 +257,13 @@ class Attachment(Tool, Owner):
     def wants(self, question: Question) -> bool:
         """What this tool's restrictions refuse, where it wants to hear of it; as the kernel asks no other."""
         exit = question.exit
-        if int(exit.column("gfn")[0]) not in self.guest.restricted:
+        page = self.guest.restricted.get(int(exit.column("gfn")[0]))
+        if page is None or int(exit.column("resolution")[0]) != VIOLATION:
             return False
-        if int(exit.column("resolution")[0]) != VIOLATION or _on_the_way(int(exit.column("qualification")[0])):
+        if _on_the_way(int(exit.column("qualification")[0])):
             return False
-        fault = self._fault(question)
-        if not fault.refused_by(self.guest.page(fault.gpa >> 12)):
+        fault = self._seen = self._fault(question)
+        if not fault.refused_by(page):
             return False
         return self._link is None or self._link.connection.wants(events.PF, fault.vcpu)
 
@@ -268,7 +271,8 @@ class Attachment(Tool, Owner):
         if self._link is None:
             self.answered(question, ALLOW)
             return
-        self._link.connection.ask(self._fault(question))
+        seen = self._seen
+        self._link.connection.ask(seen if seen is not None and seen.token is question else self._fault(question))
         self._link.turn()
 
     def tell(self, question: Question, resolution: Resolution) -> None:

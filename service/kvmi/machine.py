@@ -30,6 +30,7 @@ from service.runtime.offload import maybe_in_thread
 # Pages that one tool may have restricted at a time: 1 GiB of guest memory, page by page.
 MAX_RESTRICTED = 1 << 18
 _INLINE_PAGES = 64
+_OPEN = PageRights(ALL_RIGHTS, FULL_BITMAP)
 # What becomes of an exception, first fit.
 _ERRORS: tuple[tuple[type[Exception], int], ...] = (
     (Busy, EAGAIN),
@@ -45,11 +46,12 @@ _ERRORS: tuple[tuple[type[Exception], int], ...] = (
 
 
 class MachineGuest:
-    """A ``guest.Guest``. Pages that the tool has restricted are in ``restricted``, until they are given back."""
+    """A ``guest.Guest``. Pages that the tool has restricted are in ``restricted``, as it has left them, until they are
+    given back."""
 
     def __init__(self, entry: Entry) -> None:
         self._entry = entry
-        self.restricted: set[int] = set()
+        self.restricted: dict[int, PageRights] = {}
         self._slots: SlotMap | None = None
         self._max_gfn = 0
         # vCPUs by index. Those that come later stand behind those that were there.
@@ -155,9 +157,12 @@ class MachineGuest:
         self._note(applied)
         return errno
 
-    def _note(self, applied: dict[int, bool]) -> None:
-        for gfn, restricted in applied.items():
-            (self.restricted.add if restricted else self.restricted.discard)(gfn)
+    def _note(self, applied: dict[int, PageRights]) -> None:
+        for gfn, page in applied.items():
+            if page == _OPEN:
+                self.restricted.pop(gfn, None)
+            else:
+                self.restricted[gfn] = page
 
     async def give_back(self) -> None:
         """Lift what the tool has restricted, some at a time. Raises what a mutation does; the rest is still to lift."""
@@ -170,11 +175,12 @@ class MachineGuest:
                     access = mutation.machine.page_access
                     await maybe_in_thread(len(lifted) <= _INLINE_PAGES, access.set, lifted, "apply-all")
                     self._entry.events.note("page-access", pages_set([item.gfn for item in lifted]))
-            self.restricted.difference_update(some)
+            for gfn in some:
+                self.restricted.pop(gfn, None)
 
 
-def _set_pages(machine: VirtualMachine, wanted: SetPages) -> tuple[int, dict[int, bool]]:
-    """The first error, 0 for none, and for each page that was set whether it is restricted now.
+def _set_pages(machine: VirtualMachine, wanted: SetPages) -> tuple[int, dict[int, PageRights]]:
+    """The first error, 0 for none, and what each page has now that was set.
 
     A page without a slot is passed over, as the kernel forgets what is said of one.
     """
@@ -199,8 +205,8 @@ def _set_pages(machine: VirtualMachine, wanted: SetPages) -> tuple[int, dict[int
             elif result.outcome == "refused":
                 errors[place] = EINVAL
     pages = machine.page_access.read(applied) if applied else ()
-    restricted = {page.gfn: (page.rights, page.bitmap) != (ALL_RIGHTS, FULL_BITMAP) for page in pages}
-    return next((errno for errno in errors if errno), 0), restricted
+    found = {page.gfn: PageRights(page.rights, page.bitmap) for page in pages}
+    return next((errno for errno in errors if errno), 0), found
 
 
 def described(change: Change) -> dict[str, Any]:

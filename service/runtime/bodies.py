@@ -226,8 +226,9 @@ async def first(coming: Coroutine[Any, Any, T], failing: asyncio.Task[None]) -> 
             await failing
         return waiting.result()
     finally:
-        waiting.cancel()
-        await asyncio.wait((waiting,))
+        if not waiting.done():
+            waiting.cancel()
+            await asyncio.wait((waiting,))
         if not waiting.cancelled():
             waiting.exception()
 

@@ -99,10 +99,11 @@ class EventLog:
 
     def coming(self, others: Iterable[Note] = ()) -> tuple[LogChange, int]:
         """What the next commit stores, ``others`` after what was noted; and the id that the next event gets then."""
-        now = stamp()
         next_id = self.next_id
         self._coming = []
-        for note in (*self._notes, *others):
+        notes = (*self._notes, *others)
+        now = stamp() if notes else ""
+        for note in notes:
             body = json.dumps(note.detail, separators=(",", ":"))
             self._coming.append(EventRecord(next_id, note.count, now, note.kind, body, note.trace))
             next_id += note.count
