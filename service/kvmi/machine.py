@@ -43,6 +43,11 @@ _ERRORS: tuple[tuple[type[Exception], int], ...] = (
     (Conflict, EOPNOTSUPP),
     (InvalidValue, EINVAL),
 )
+_FAILURES = (EngineError, NotReady, StoreUnavailable)
+
+
+def _errno_of(error: Exception) -> int:
+    return next((errno for kind, errno in _ERRORS if isinstance(error, kind)), EINVAL)
 
 
 class MachineGuest:
@@ -95,10 +100,13 @@ class MachineGuest:
     def registers(self, vcpu: int, msrs: Sequence[int]) -> Registers:
         # Every event shows them, and they are seldom others than those of the last one.
         id, wanted = self._known()[vcpu], tuple(msrs)
-        version = self._machine.nested.registers_version(id)
-        known = self._registers.get(id)
-        if known is None or known[0] != wanted or known[1] != version:
-            known = self._registers[id] = wanted, version, Registers(*registers_of(self._machine, id, wanted))
+        try:
+            version = self._machine.nested.registers_version(id)
+            known = self._registers.get(id)
+            if known is None or known[0] != wanted or known[1] != version:
+                known = self._registers[id] = wanted, version, Registers(*registers_of(self._machine, id, wanted))
+        except _FAILURES as error:
+            raise Refused(_errno_of(error)) from None
         return known[2]
 
     def cpuid(self, vcpu: int, function: int, index: int) -> tuple[int, int, int, int]:
@@ -111,7 +119,10 @@ class MachineGuest:
         return leaf.eax, leaf.ebx, leaf.ecx, leaf.edx
 
     def read(self, gpa: int, size: int) -> bytes:
-        found = self._machine.read_in_page(gpa, size)
+        try:
+            found = self._machine.read_in_page(gpa, size)
+        except _FAILURES as error:  # what is behind a slot is not there any more
+            raise Refused(_errno_of(error)) from None
         if found is None:
             raise Refused(ENOENT)
         return found
@@ -121,9 +132,14 @@ class MachineGuest:
             return self._machine.guest_walk(gva, 1, self._known()[vcpu]).gpa
         except InvalidValue:
             return NO_ADDRESS
+        except _FAILURES as error:
+            raise Refused(_errno_of(error)) from None
 
     def page(self, gfn: int) -> PageRights:
-        [found] = self._machine.page_access.read((gfn,))
+        try:
+            [found] = self._machine.page_access.read((gfn,))
+        except _FAILURES as error:
+            raise Refused(_errno_of(error)) from None
         return PageRights(found.rights, found.bitmap)
 
     def resting(self) -> bool:
@@ -135,8 +151,8 @@ class MachineGuest:
         """Make a change and commit it; 0 or its error, and then nothing or, of pages, the others have changed."""
         try:
             return await self._make(change)
-        except (EngineError, NotReady, StoreUnavailable) as error:
-            return next((errno for kind, errno in _ERRORS if isinstance(error, kind)), EINVAL)
+        except _FAILURES as error:
+            return _errno_of(error)
 
     async def _make(self, change: Change) -> int:
         pages = change.then if isinstance(change, SwitchSppOn) else change if isinstance(change, SetPages) else None

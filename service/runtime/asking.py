@@ -96,7 +96,11 @@ class Asker:
 
 
 # Refusals come in swarms: so many records are replayed on the loop after an answer, as a thread takes longer to wake.
-_BRIEF = 128
+_BRIEF = 32
+# So often in a row: then it is the others' turn, too.
+_BRIEFLY = 16
+# A machine with more frames is not changed on the loop: a copy of its rows, when they grow, takes longer.
+_FRAMES = 4096
 
 
 class _Stretches:
@@ -110,6 +114,7 @@ class _Stretches:
         self._chunks: Iterator[TraceChunk] = iter(())
         self._replay: InteractiveReplay | None = None
         self._stopped = False
+        self._in_a_row = 0
         self.asked: ExitColumns | None = None
 
     @property
@@ -127,8 +132,20 @@ class _Stretches:
             run.pause()
         return self._replay.paused_at is not None
 
-    def run(self, machine: VirtualMachine, check: Callable[[], None]) -> tuple[TraceResult, tuple[str, ...]] | None:
-        """Go on to the next question (None) or to the end."""
+    def is_brief(self, machine: VirtualMachine, action: str) -> bool:
+        """Whether what follows an answer is little work, for a while."""
+        self._in_a_row += 1
+        # Translations, and what lies between accesses, are of a whole chunk; ``retry`` ends what a chunk has come to.
+        whole = self._request.address == "gva" or machine.config.host.hyperv is not None or action == "retry"
+        if whole or self._in_a_row > _BRIEFLY or machine.frames_in_use > _FRAMES:
+            self._in_a_row = 0
+            return False
+        return True
+
+    def run(
+        self, machine: VirtualMachine, check: Callable[[], None], action: str | None = None
+    ) -> tuple[TraceResult, tuple[str, ...]] | None:
+        """Do what was answered, if it is not done, and go on to the next question (None) or to the end."""
         if self._reader is None:
             self._reader = self._request.reader(self._source, self._memory)
             self._chunks = iter(self._reader)
@@ -136,7 +153,10 @@ class _Stretches:
             assert isinstance(run.replay, InteractiveReplay)
             self._replay = run.replay
             check()
-            going = not self._stopped and self._replay.finish_chunk()
+            if action is not None:
+                going = self._replay.answer(action)
+            else:
+                going = not self._stopped and self._replay.finish_chunk()
             while going and (chunk := next(self._chunks, None)) is not None:
                 check()
                 going = run.feed(chunk)
@@ -173,8 +193,12 @@ async def last_stretch(
                 await upload.until(asker.released())
             async with entry.mutation(hooks) as change:
                 machine, found = change.machine, None
-                if action is None or not stretches.briefly(machine, action):
-                    found = await upload.run(lambda pipe: stretches.run(machine, pipe.check))  # noqa: B023
+                if action is not None and stretches.is_brief(machine, action):
+                    left, asked = None, stretches.briefly(machine, action)
+                else:
+                    left, asked = action, False
+                if not asked:
+                    found = await upload.run(lambda pipe: stretches.run(machine, pipe.check, left))  # noqa: B023
                 check_caller()
                 if found is not None:
                     yield found

@@ -94,7 +94,7 @@ class Tool(ABC):
     def tell(self, question: Question, resolution: Resolution) -> None:
         """What became of a question that was put to it."""
 
-    def vcpus_came(self) -> None:  # noqa: B027 - of interest to few
+    def vcpus_came(self) -> None:
         """The machine has vCPUs that it had not."""
         return
 

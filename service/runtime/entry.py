@@ -165,7 +165,8 @@ class Entry:
         self.loaded = after
         self.revision += 1
         if len(after.config.vcpus) > len(before.config.vcpus):
-            self.broker.vcpus_came()
+            # What tools make of it is no part of the commit, which has been made.
+            asyncio.get_running_loop().call_soon(self.broker.vcpus_came)
 
     def record(self, revision: int | None = None, next_event: int | None = None) -> VmRecord:
         """The entry as the store keeps it, without its head."""
