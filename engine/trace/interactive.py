@@ -145,7 +145,7 @@ class InteractiveReplay(Replay):
             self._seen.fill(-1)
             self._touched.fill(-1)
             return self._run_on(place, 0, most)
-        with self._aimed(place.record, place.words[1] & 0xFFFF):
+        with self._aimed(place.base, place.position, place.words[1] & 0xFFFF):
             if action == "grant" and place.access == acc.WRITE and (self._grants(place) or self._changed):
                 self._attempt(place)
             else:

@@ -255,19 +255,21 @@ class Replay:
         self, tables: GuestTables, words: NDArray[np.int64], gvas: NDArray[np.int64], position: int, base: int
     ) -> tuple[int, int]:
         """Run the last record of ``words``, whose frames are no neighbours."""
-        with self._aimed(base + position, int(words[2 * position + 1]) & 0xFFFF):
+        with self._aimed(base, position, int(words[2 * position + 1]) & 0xFFFF):
             status, after = self._replay(words, gvas, position, base)
         if after > position:
             tables.begin(after)
         return status, after
 
     @contextmanager
-    def _aimed(self, index: int, size: int) -> Iterator[None]:
-        """While a record runs: if its frames are no neighbours, the machine knows them, and the log will be told."""
+    def _aimed(self, base: int, position: int, size: int) -> Iterator[None]:
+        """While the record at a position of the chunk runs: if its frames are no neighbours, the machine knows them, and
+        the log will be told."""
         tables = self._tables
-        if tables is None or tables.why != guest_virtual.SPLIT:
+        if tables is None or tables.why != guest_virtual.SPLIT or position != tables.ready:
             yield
             return
+        index = base + position
         places = self._draft.machine.places
         places[:] = tables.places
         self._split.pop(index, None)

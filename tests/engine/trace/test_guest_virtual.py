@@ -309,6 +309,29 @@ def test_an_interactive_replay_asks_about_both_frames(action: str) -> None:
     assert vm.subpages(8196, 1, "granted").tolist() == ([1 << 31] if action == "grant" else [0])
 
 
+def test_an_answer_is_about_its_own_record_though_a_later_one_is_translated() -> None:
+    """Translation has run ahead to the record whose frames are no neighbours when the first one pauses."""
+    at = KERNEL + 0x402_000 - 8
+    rows = [(at - 0xF8, 8), (at - 0xE00, 8), (at, 16)]
+    results = []
+    for on_violation in ("allow", "ask"):
+        vm, _, _ = mapped("4-level")
+        vm.unprotect("data")
+        b.protect(vm, "near", (32 * M + 16 * K + 0xF00, 0x80))
+        b.protect(vm, "far", (32 * M + 4 * K, 4))
+        options = ReplayOptions(on_violation=on_violation, address="gva")
+        with vm.replay(options) as run:
+            going = run.feed(b.chunk(rows))
+            while on_violation == "ask" and not going:
+                assert isinstance(run.replay, InteractiveReplay)
+                going = run.replay.answer("allow")
+            results.append(run.finish())
+    allowed, asked = results
+    assert (b.totals(asked), columns(asked)) == (b.totals(allowed), columns(allowed))
+    assert asked.exit_columns.objects() == [["near"], ["far"]]
+    assert asked.by_object["far"].first_index == 2
+
+
 def test_memory_that_changes_at_a_pause_is_walked_again() -> None:
     """Translations go by the tables as they are when a record is reached."""
     vm, pages = guest()
