@@ -149,6 +149,10 @@ def unpacked(path: Path, file: Source, compression: str) -> io.BufferedReader[An
 
 def look(path: Path, format: str = AUTO, columns: str | None = None) -> str:
     """The format of a file: the one of that name, or the one that it is recognised as. Raises Failure."""
+    if path.is_fifo():  # what is looked at would be gone from it
+        raise TraceFileError(
+            f"{path}: is a pipe, and is read more than once: write it to a file first, or send it by `vm.replay`"
+        )
     with opened(path) as raw, _told(path):
         file = io.BufferedReader(cast(Any, raw), HEAD_BYTES)
         compression = compression_of(file.peek(8))

@@ -146,7 +146,9 @@ def test_files_that_are_none(server: Running, vm: str) -> None:
     name = vm.rpartition("/")[2]
     Path("folder.parquet").mkdir()
     Path("empty.parquet").touch()
-    for file, told in (("none.parquet", "no such file"), ("folder.parquet", "folder"), ("empty.parquet", "empty")):
+    os.mkfifo("pipe.parquet")
+    for file, told in (("none", "no such file"), ("folder", "folder"), ("empty", "empty"), ("pipe", "is a pipe")):
+        file = f"{file}.parquet"
         assert told in run("replay", file, "--vm", name, status=Status.FAILED)
     assert "no such file" in run("protect", name, "none.json", status=Status.FAILED)
     assert "trace.parquet: " in run("protect", name, "trace.parquet", status=Status.FAILED)
