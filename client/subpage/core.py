@@ -57,20 +57,23 @@ class Core:
         keyed = request.method != "POST"  # as often as you like: the same in the end
         if again and not keyed:
             request.headers.setdefault("Idempotency-Key", uuid.uuid4().hex)
-        deadline, uncertain, failures = time.monotonic() + self.patience, False, 0
+        deadline, failures = time.monotonic() + self.patience, 0
+        uncertain: Unreachable | None = None
         while True:
             failed: Error
             try:
                 reply = await self.transport.send(request, self.most_bytes)
             except Unreachable as error:
                 failed, wait = error, None
-                uncertain = uncertain or not error.unsent
+                uncertain = uncertain or (None if error.unsent else error)
             else:
                 if 300 <= reply.status < 400 and reply.status != 304:
                     where = reply.headers.get("location", "")[:200]
                     raise NotSubpage(f"{self.url} leads elsewhere ({where}): give the URL of the service itself")
                 if reply.status < 400 or (uncertain and request.method == "DELETE" and reply.status == 404):
                     return reply
+                if uncertain and reply.status == 412:
+                    raise uncertain  # it may have been what was done before that is there now
                 failed = refusal(self.url, reply.status, reply.headers, reply.content)
                 if not isinstance(failed, Problem) or failed.code not in PASSING or failed.resume_at is not None:
                     raise failed
@@ -203,8 +206,8 @@ def filled(operation: str, template: str, given: Mapping[str, Any]) -> str:
         if place not in template:
             raise BadInput(f"{operation} has no {name!r} in its path {template}")
         text = _word(value)
-        if not text:
-            raise BadInput(f"{operation}: {name!r} is empty")
+        if not text.strip("."):
+            raise BadInput(f"{operation}: {name!r} is empty, or dots, which a path has a meaning for")
         result = result.replace(place, quote(text, safe=""))
     if "{" in result:
         raise BadInput(f"{operation}: the path {template} needs {result.partition('{')[2].partition('}')[0]!r}")

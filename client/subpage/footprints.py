@@ -91,7 +91,7 @@ class FootprintCalls(Generic[F]):
         """Reduce a trace to its places; ``source`` and ``media`` as in ``vm.replay``, or a footprint as a file.
         ``query`` are the parameters of the call: ``level``, ``by``, ``name``, ``format``, ``record`` and others.
         ``client.create_footprint([{"gpa": 0x10040}, {"gpa": 0x10080}], level="bytes")["places"]`` is ``2``."""
-        body = body_of(source, media, OCTETS if query.get("record") else TEXT)
+        body = await self._core.transport.away(body_of, source, media, OCTETS if query.get("record") else TEXT)
         options: dict[str, Any] = {"content": body.pieces, "headers": body.headers(), "patience": None}
         options |= {"query": {**body.query, **query}, "again": not body.once}
         return self._footprint(self._core, await self._core.document("createFootprint", **options))

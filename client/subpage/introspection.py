@@ -91,6 +91,7 @@ class _Tool:
             if message["type"] != "attached":
                 raise NotSubpage(f"{url} does not speak {PROTOCOL}")
         except SocketClosed as end:
+            await socket.close()
             raise Unreachable(f"the connection for introspection was closed: {end.code} {end.reason}") from None
         except BaseException:
             await socket.close()
@@ -118,7 +119,7 @@ class _Tool:
                 while True:
                     message = _read(await socket.receive())
                     if message["type"] == "violation":
-                        question = Question(message)
+                        question = _question(message)
                         if len(self._tasks) < WAITING:
                             task = asyncio.create_task(self._answer(socket, question))
                             self._tasks.add(task)
@@ -128,6 +129,7 @@ class _Tool:
                     elif message["type"] == "error":
                         LOG.info("an answer was not taken: %s", message["problem"].get("detail"))
             except SocketClosed as end:
+                await socket.close()  # where it was what came that was wrong, it is open
                 if self._ending or end.code == _GONE:
                     return
                 if end.code == _POLICY and "token" in end.reason:
@@ -178,6 +180,13 @@ def _read(text: str) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise SocketClosed(1002, "a message is not one of the protocol")
     return message
+
+
+def _question(message: dict[str, Any]) -> Question:
+    try:
+        return Question(message)
+    except (KeyError, TypeError, ValueError) as error:
+        raise SocketClosed(1002, f"a question is not one of the protocol: {error!r}") from None
 
 
 class Tool(_Tool):

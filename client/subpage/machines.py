@@ -41,7 +41,8 @@ class VmOperations(Handle, Generic[R, J]):
     @operation()
     async def call(self, /, operation_id: str, *, path: Mapping[str, Any] | None = None, **options: Any) -> Reply:
         """As ``client.call``, with the machine in the path: ``vm.call("getTlb", path={"n": 0}).status`` is ``200``."""
-        return await self._call(operation_id, path=path, again=not callable(options.get("content")), **options)
+        again = options.get("content") is None or isinstance(options["content"], bytes)
+        return await self._call(operation_id, path=path, again=again, **options)
 
     @operation("cloneVm")
     async def clone(self, name: str | None = None) -> Self:
@@ -106,8 +107,8 @@ class VmOperations(Handle, Generic[R, J]):
     ) -> Document:
         """Load a memory image: a raw one, an ELF core, LiME; from a path, bytes or an iterator.
         ``vm.load_image(b"bytes" * 100, format="raw", gpa=0x4000)["format"]`` is ``'raw'``."""
-        query = {"format": format, "gpa": address(gpa)}
-        reply = await self._send("writeMemory", body_of(source, OCTETS), query, progress)
+        body = await self._core.transport.away(body_of, source, OCTETS)
+        reply = await self._send("writeMemory", body, {"format": format, "gpa": address(gpa)}, progress)
         return Document(reply.json() or {})
 
     @operation("loadSymbols")
@@ -115,7 +116,8 @@ class VmOperations(Handle, Generic[R, J]):
         """Load the names of the guest's kernel: kallsyms, System.map, ISF, an ELF image. ``options`` are ``format``,
         ``slide``, ``phys_base``. ``vm.load_symbols(b"ff2a5c6a0 D modprobe_path\\n", slide=0)["symbols"]`` is ``1``."""
         query = {name: address(value) if isinstance(value, int) else value for name, value in options.items()}
-        return Document((await self._send("loadSymbols", body_of(source, OCTETS), query, False)).json())
+        body = await self._core.transport.away(body_of, source, OCTETS)
+        return Document((await self._send("loadSymbols", body, query, False)).json())
 
     @operation("getSymbols")
     async def symbols(self, name: str | None = None, at: int | str | None = None) -> Document:
@@ -137,7 +139,8 @@ class VmOperations(Handle, Generic[R, J]):
         >>> found["subpages"], vm.subpages(8)[0]
         (2, 4294967292)
         """
-        return await self._document("createProtection", json=policy_of(policy, name, pages))
+        document = await self._core.transport.away(policy_of, policy, name, pages)
+        return await self._document("createProtection", json=document)
 
     @stream("listProtections")
     def protections(self) -> AsyncGenerator[Document, None]:
@@ -248,14 +251,15 @@ class VmOperations(Handle, Generic[R, J]):
         return self._job(self._core, reply.json())
 
     async def _replay(self, source: Any, media: str | None, progress: Progress, query: Any, **headers: str) -> Reply:
-        body = body_of(source, media, OCTETS if query.get("record") else TEXT)
+        body = await self._core.transport.away(body_of, source, media, OCTETS if query.get("record") else TEXT)
         return await self._send("createTrace", body, {**body.query, **query}, progress, **headers)
 
     async def _send(self, name: str, body: Body, query: Any, progress: Progress, **headers: str) -> Reply:
         """A body in pieces; the reply may take as long as it takes."""
         with reporting(progress, "sent") as report:
             options: dict[str, Any] = {"content": body.reporting(report), "headers": {**body.headers(), **headers}}
-            return await self._call(name, query=query, again=not body.once, patience=None, **options)
+            again = not body.once and "publish_every" not in query
+            return await self._call(name, query=query, again=again, patience=None, **options)
 
     @stream("listTraces", "getTrace")
     def traces(self) -> AsyncGenerator[R, None]:

@@ -37,10 +37,17 @@ class Way(NamedTuple):
     next: Any
     pieces: str
     close: str
+    away: Callable[..., Any]
 
 
-BLOCKING = Way(_now, time.sleep, httpx2.Client, next, "iter_raw", "close")
-AWAITING = Way(_later, asyncio.sleep, httpx2.AsyncClient, anext, "aiter_raw", "aclose")
+BLOCKING = Way(_now, time.sleep, httpx2.Client, next, "iter_raw", "close", lambda does, *given: does(*given))
+AWAITING = Way(_later, asyncio.sleep, httpx2.AsyncClient, anext, "aiter_raw", "aclose", asyncio.to_thread)
+
+
+class _Dial(websockets.asyncio.client.connect):
+    def process_redirect(self, exc: Exception) -> Exception:
+        """Nowhere else: what is said there is for the service."""
+        return exc
 
 
 class Transport:
@@ -77,7 +84,7 @@ class Transport:
         """A WebSocket, which is awaited either way. Raises Unreachable, Problem."""
         trust = None if self._trust is True else self._trust
         try:
-            dialled = await websockets.asyncio.client.connect(
+            dialled = await _Dial(
                 url,
                 additional_headers=headers,
                 subprotocols=[Subprotocol(protocol)],
@@ -96,6 +103,10 @@ class Transport:
     async def sleep(self, seconds: float) -> None:
         """Wait."""
         await self._way.done(self._way.sleep(seconds))
+
+    async def away(self, does: Callable[..., Any], *given: Any) -> Any:
+        """What may block, where it blocks nobody."""
+        return await self._way.done(self._way.away(does, *given))
 
     async def close(self) -> None:
         """Close what is open."""

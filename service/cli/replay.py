@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -185,6 +186,7 @@ def _by_service(
     progress: bool | None,
 ) -> None:
     """On a machine of a service: one that there is, or one that is made for the policy."""
+    import subpage
     from service.cli.demo import memory_for
     from service.cli.interrupts import held
     from service.cli.policy_files import read_policy
@@ -205,8 +207,9 @@ def _by_service(
             made.protect(wanted.model_dump(mode="json", exclude_unset=True), name=wanted.name)
             _replayed(made, file, query, exits, progress, policy=wanted.name, memory=memory)
         except BaseException:
-            if made is not None:
-                made.delete()
+            if made is not None and not keep:
+                with suppress(subpage.Error):  # of the two, the first failure says more
+                    made.delete()
             raise
         if keep:
             typer.echo(f"the machine is {made.id}", err=True)
@@ -252,7 +255,7 @@ def _result(
     vm: subpage.Vm, file: Path, query: dict[str, Any], progress: bool | None, size: int | None
 ) -> subpage.Trace:
     """What comes of a job. Until all is sent Ctrl-C ends it with the connection; then it is cancelled by its id."""
-    from contextlib import ExitStack, suppress
+    from contextlib import ExitStack
 
     import subpage
     from service.cli.interrupts import held
