@@ -165,6 +165,35 @@ def test_a_delete_whose_answer_was_lost_is_done() -> None:
         client.create_vm().delete()
 
 
+def test_a_conditional_change_whose_answer_was_lost_is_not_refused_by_its_own_effect() -> None:
+    made, lost = Answer(201, {"id": "vm_1", "name": ""}), Answer(200, {}, cut=1)
+    with stub(made, lost, problem(412, "precondition-failed")) as server, Client(server.url) as client:
+        vm = client.create_vm()
+        with pytest.raises(subpage.Unreachable):
+            vm.set_subpages(1, 0, etag='"1"')
+
+
+def test_what_can_be_read_once_is_sent_once() -> None:
+    made = Answer(201, {"id": "vm_1", "name": ""})
+    with stub(made, problem(409, "vm-busy", 0), made) as server, Client(server.url) as client:
+        vm = client.create_vm()
+        with pytest.raises(subpage.Problem):
+            vm.call("createTrace", content=iter([b"once"]))
+        assert len(server.requests) == 2
+
+
+def test_a_published_replay_has_no_key() -> None:
+    made = Answer(201, {"id": "vm_1", "name": ""})
+    with stub(made, Answer(201, {"id": "tr_1", "vm": "vm_1"})) as server, Client(server.url) as client:
+        client.create_vm().replay(b"ARROW", media="application/vnd.apache.arrow.stream", publish_every="200ms")
+        assert "Idempotency-Key" not in server.requests[1][2]
+
+
+def test_dots_are_no_name(vm: subpage.Vm) -> None:
+    with pytest.raises(subpage.BadInput, match="dots"):
+        vm.unprotect("..")
+
+
 @pytest.mark.parametrize(
     "refused", [problem(429, "limit-exceeded", 5), problem(422, "invalid-value"), problem(500, "x")]
 )
