@@ -158,7 +158,8 @@ def only(table: SymbolTable, name: str) -> tuple[int, int]:
 
 def by_tables(placement: Placement, address: int) -> bool:
     """Whether only the guest's page tables say where an address is: modules, and what vmalloc gives."""
-    return address >= KERNEL_HALF and not START_KERNEL_MAP <= address < IMAGE_END and placement.gpa(address) is None
+    in_image = START_KERNEL_MAP <= address < IMAGE_END
+    return address >= KERNEL_HALF and not in_image and placement.gpa(address) is None
 
 
 def located(table: SymbolTable, placement: Placement, name: str) -> tuple[int, int, int]:

@@ -74,9 +74,14 @@ class SymbolTable:
 
     def module_of(self, name: str) -> str | None:
         """The first ``name [module]``; None where no module has such a symbol."""
-        at = self.names.find(name.encode(errors="replace") + b" [")
-        position = int(np.searchsorted(self.bounds, at)) if at >= 0 else len(self)
-        return self.name(position) if position < len(self) and self.bounds[position] == at else None
+        wanted = name.encode(errors="replace") + b" ["
+        at = self.names.find(wanted)
+        while at >= 0:
+            position = int(np.searchsorted(self.bounds, at))
+            if self.bounds[position] == at:
+                return self.name(position)
+            at = self.names.find(wanted, at + 1)
+        return None
 
     def positions_at(self, addresses: Words) -> NDArray[np.int64]:
         """Position of the symbol that each address lies in, -1 where there is none."""

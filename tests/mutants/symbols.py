@@ -24,6 +24,22 @@ MUTANTS = (
         named(TABLE, "beyond_a_size_of_the_file_there_is_no_name", "lookups_agree_with_a_plain_search"),
     ),
     Mutant(
+        "symbols-inside-a-name",
+        TABLE_PY,
+        "if self.bounds[position] == at:",
+        "if position:",
+        "a name that ends like another is not that of a module",
+        named(TABLE, "a_name_that_modules_alone_have"),
+    ),
+    Mutant(
+        "placement-by-tables",
+        PLACEMENT_PY,
+        "return address >= KERNEL_HALF and not in_image and placement.gpa(address) is None",
+        "return not in_image and placement.gpa(address) is None",
+        "data per CPU have offsets for addresses, which no table has",
+        named(TABLE, "what_only_tables_say_is_neither_image_nor_direct_map"),
+    ),
+    Mutant(
         "symbols-far-apart",
         TABLE_PY,
         "gaps[gaps >= _APART] = 0",

@@ -162,6 +162,7 @@ ROWS = st.dictionaries(
 )
 
 
+@settings(deadline=None)  # machines that are busy
 @given(ROWS)
 def test_every_form_of_the_same_symbols_reads_the_same(wanted: dict[str, tuple[int, int]]) -> None:
     rows = [(address, "D", name, size) for name, (address, size) in wanted.items()]
@@ -183,6 +184,7 @@ def test_every_form_of_the_same_symbols_reads_the_same(wanted: dict[str, tuple[i
 
 
 @settings(max_examples=50)
+@settings(deadline=None)  # machines that are busy
 @given(st.binary(max_size=300), st.sampled_from([None, *formats.FORMATS]))
 def test_no_bytes_but_a_refusal_or_a_table(data: bytes, format: str | None) -> None:
     for body in (data, symbol_files.elf()[:200] + data, json.dumps({"symbols": data.hex()}).encode() + data):
@@ -192,6 +194,7 @@ def test_no_bytes_but_a_refusal_or_a_table(data: bytes, format: str | None) -> N
             continue
 
 
+@settings(deadline=None)  # machines that are busy
 @given(st.data())
 def test_a_cut_or_changed_elf_is_refused_or_read(data: st.DataObject) -> None:
     image = bytearray(symbol_files.elf())

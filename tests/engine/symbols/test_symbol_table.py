@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InvalidValue
 from engine.symbols import formats, placement, stored
-from engine.symbols.placement import Placement, located, placed, stated
+from engine.symbols.placement import Placement, by_tables, located, placed, stated
 from engine.symbols.table import each, table_of
 from tests.support import symbol_files
 
@@ -53,6 +53,7 @@ def test_every_symbol_of_a_name_is_found() -> None:
     assert TABLE.find("") == TABLE.find("\ud800") == []
 
 
+@settings(deadline=None)  # machines that are busy
 @given(st.lists(st.tuples(st.integers(0, 40), st.sampled_from("abcdef"), st.integers(0, 5)), min_size=1, max_size=12))
 def test_lookups_agree_with_a_plain_search(rows: list[tuple[int, str, int]]) -> None:
     table = table_of([name.encode() for _, name, _ in rows], [at for at, _, _ in rows], [size for _, _, size in rows])
@@ -86,6 +87,19 @@ def test_a_kernel_where_it_is_linked_is_where_its_addresses_say() -> None:
     assert located(TABLE, found, "modprobe_path") == (MODPROBE, 0x2A5C6A0, 256)
     assert found.gpa(0xFFFF888000001000) == 0x1000  # the direct map
     assert found.image_address(0x2A5C6B0) == found.image_address(0xFFFF888002A5C6B0) == MODPROBE + 0x10
+
+
+def test_what_only_tables_say_is_neither_image_nor_direct_map() -> None:
+    still = Placement(0, 0, 0xFFFF888000000000, "given")
+    assert by_tables(still, 0xFFFFFFFFC0201000) and by_tables(still, 0xFFFFC90000000000)  # a module, vmalloc
+    assert not by_tables(still, MODPROBE) and not by_tables(still, 0xFFFF888000001000)
+    assert not by_tables(Placement(), MODPROBE)  # phys_base is what is missing
+    assert not by_tables(still, 0x1F000)  # an offset into memory per CPU
+
+
+def test_a_name_that_modules_alone_have() -> None:
+    table = formats.read(b"ffffffffc0001000 t one_a [b]\nffffffffc0002000 t a [b]\nffffffffc0003000 t a [c]\n").table
+    assert [table.module_of(name) for name in ("a", "one_a", "one", "b")] == ["a [b]", "one_a [b]", None, None]
 
 
 def test_slide_and_phys_base_move_the_image_apart() -> None:
