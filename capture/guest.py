@@ -53,7 +53,10 @@ def small_guest(folder: Path) -> SmallGuest:
                     raise
                 _run(["apt-get", "update"])  # what apt knows is too old, or nothing
                 _unpacked(folder, package, pattern, target)
-    initramfs.write_bytes(gzip.compress(_archive(busybox.read_bytes(), INIT.read_bytes()), 1, mtime=0))
+    archive = gzip.compress(_archive(busybox.read_bytes(), INIT.read_bytes()), 1, mtime=0)
+    if not initramfs.exists() or initramfs.read_bytes() != archive:  # another guest may just be reading it
+        initramfs.with_suffix(".new").write_bytes(archive)
+        initramfs.with_suffix(".new").replace(initramfs)
     if not symbols.exists():
         raw = folder / "kallsyms.gz"
         serial = ("-serial", "file:/dev/null", "-serial", f"file:{raw}")
