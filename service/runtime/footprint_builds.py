@@ -53,7 +53,12 @@ def by_of(text: str | None) -> By:
         if match is None or (match[1] is None and found.pc) or (match[1] is not None and found.buckets):
             rule = "must be time:N or records:N, or pc, or one of each with a comma between them"
             raise InvalidDocument(rule, field="by", value=text)
-        found = found._replace(pc=True) if match[1] is None else found._replace(**{match[1]: int(match[2])})
+        if match[1] is None:
+            found = found._replace(pc=True)
+        elif match[1] == "time":
+            found = found._replace(time=int(match[2]))
+        else:
+            found = found._replace(records=int(match[2]))
     found.validate()
     return found
 
@@ -149,7 +154,7 @@ def build(
 
         if stored.recognised(source, memory):
             return _taken(request, stored.read(source, room))
-        digest = hashlib.file_digest(_Blocks(source), "sha256").hexdigest()  # type: ignore[arg-type]
+        digest = hashlib.file_digest(_Blocks(source), "sha256").hexdigest()
         source.seek(0)
         return _built(request, source, lambda: digest, check, memory, room, follow)
     hashed = _Hashed(source)

@@ -199,13 +199,13 @@ async def committed(
         result, ignored = await work(change.machine)
         check()
         trace = _traced(entry, wanted, result, ignored, began)
-        if collected is not None and collected[1] is not None:
-            footprints, collecting = collected
+        footprints, collecting = collected or (None, None)
+        if footprints is not None and collecting is not None:
             sides.append(await footprints.coming(entry.tenant, collecting.known_as(trace.id), entry.id))
             trace = replace(trace, footprint=sides[0].footprints[0].id)
         await _keep(entry, trace, metrics, tell)
-    if sides and collected is not None:
-        collected[0].settle(sides[0])
+    if sides and footprints is not None:
+        footprints.settle(sides[0])
     return trace
 
 
