@@ -53,8 +53,12 @@ def by_of(text: str | None) -> By:
         if match is None or (match[1] is None and found.pc) or (match[1] is not None and found.buckets):
             rule = "must be time:N or records:N, or pc, or one of each with a comma between them"
             raise InvalidDocument(rule, field="by", value=text)
-        change: dict[str, Any] = {"pc": True} if match[1] is None else {match[1]: int(match[2])}
-        found = found._replace(**change)
+        if match[1] is None:
+            found = found._replace(pc=True)
+        elif match[1] == "time":
+            found = found._replace(time=int(match[2]))
+        else:
+            found = found._replace(records=int(match[2]))
     found.validate()
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
@@ -100,16 +99,14 @@ async def publish_body(
     hooks: CommitHooks,
     check: Check,
     draining: Callable[[], bool],
-    asker: Asker | None,
 ) -> Trace:
     """Replay the body of ``request`` and commit what has come every so many seconds (``service.runtime.publishing``).
 
     Only the thread that replays needs a turn: the other one mostly waits.
     """
     turn = replaying.turns.of(entry.tenant)
-    publisher = Publisher(entry, wanted, every, replaying.executor, turn, hooks, check, draining, asker)
-    live = entry.broker.live() if asker is not None else contextlib.nullcontext()
-    with live, replaying.places.place(entry.tenant), replaying.memory.budget(entry.tenant) as budget:
+    publisher = Publisher(entry, wanted, every, replaying.executor, turn, hooks, check, draining)
+    with replaying.places.place(entry.tenant), replaying.memory.budget(entry.tenant) as budget:
         async with Upload(request, replaying.executor, settings.body_queue_bytes) as upload:
             trace = await publisher.run(upload, budget)
     metrics.replayed(trace.result)
@@ -202,13 +199,13 @@ async def committed(
         result, ignored = await work(change.machine)
         check()
         trace = _traced(entry, wanted, result, ignored, began)
-        if collected is not None and (collecting := collected[1]) is not None:
-            footprints = collected[0]
+        footprints, collecting = collected or (None, None)
+        if footprints is not None and collecting is not None:
             sides.append(await footprints.coming(entry.tenant, collecting.known_as(trace.id), entry.id))
             trace = replace(trace, footprint=sides[0].footprints[0].id)
         await _keep(entry, trace, metrics, tell)
-    if sides and collected is not None:
-        collected[0].settle(sides[0])
+    if sides and footprints is not None:
+        footprints.settle(sides[0])
     return trace
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -11,6 +13,7 @@ import anyio.to_thread
 import numpy as np
 
 from engine.machine import VirtualMachine
+from engine.trace.columns import TraceChunk
 from engine.trace.readers import DEFAULT_MEMORY, Budget, Source, TraceReader, open_trace
 from engine.trace.results import EXIT_COLUMNS, ExitColumns, TraceResult, join
 from engine.trace.session import ReplayOptions, ReplayTransaction
@@ -133,6 +136,28 @@ class Trace:
         return replace(self, result=replace(self.result, exit_columns=NO_RECORDS))
 
 
+@contextmanager
+def _fed(run: ReplayTransaction, beside: Collecting | None) -> Iterator[Callable[[TraceChunk], bool]]:
+    """What takes the chunks of a replay: it alone, or beside it what collects, in a thread of its own, so that each
+    waits for the other only before the next chunk."""
+    if beside is None:
+        yield run.feed
+        return
+    with ThreadPoolExecutor(1, "footprint") as helper:
+
+        def feed(chunk: TraceChunk) -> bool:
+            counting = helper.submit(beside.feed, chunk)
+            try:
+                going = run.feed(chunk)
+            except BaseException:
+                counting.exception()  # what the replay says of a record comes first
+                raise
+            counting.result()
+            return going
+
+        yield feed
+
+
 def replay(
     machine: VirtualMachine,
     request: TraceRequest,
@@ -150,14 +175,12 @@ def replay(
     footprint. Returns the result and the names of the columns that were ignored.
     """
     reader = request.reader(source, memory)
-    with machine.replay(request.options()) as run:
+    with machine.replay(request.options()) as run, _fed(run, beside) as feed:
         follow(run)
         for chunk in reader:
             check()
-            if not run.feed(chunk):
+            if not feed(chunk):
                 break
-            if beside is not None:
-                beside.feed(chunk)
         check()
         if beside is not None:
             beside.finish("", request.format if reader.taken is None else reader.taken.format)

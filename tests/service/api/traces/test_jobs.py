@@ -248,9 +248,9 @@ def test_cancel_of_a_replay_that_does_not_look(
     go = threading.Event()
     real = jobs.replay
 
-    def deaf(machine: Any, wanted: Any, source: Any, check: Any, follow: Any, memory: int) -> Any:
+    def deaf(*given: Any) -> Any:
         go.wait(PATIENCE)
-        return real(machine, wanted, source, check, follow)
+        return real(*given)
 
     monkeypatch.setattr(jobs, "replay", deaf)
     monkeypatch.setattr(jobs, "_NOTICE_SECONDS", 0.01)
