@@ -33,7 +33,7 @@ from engine.footprint.places import (
     made,
 )
 from engine.trace.readers.budget import Budget
-from engine.trace.readers.parquet_bounds import check_pages, directory, read_footer
+from engine.trace.readers.parquet_bounds import check_pages, directory, leaves_of, read_footer
 
 SCHEMA = 1  # of the file; a file of a later one is refused
 HEAD = b"subpage.footprint"
@@ -125,7 +125,7 @@ def read(source: Any, memory: int | Budget) -> Footprint:
             at = schema.get_field_index(names[name])
             if at < 0 or schema.field(at).type != _TYPES[name]:
                 raise InvalidValue(f"must have a column {names[name]} of {_TYPES[name]}", field=names[name])
-        check_pages(source, footer, [names[name] for name in wanted], budget)
+        check_pages(source, footer, leaves_of(metadata), [names[name] for name in wanted], budget)
         file = pq.ParquetFile(pa.PythonFile(source, mode="r"), metadata=metadata, page_checksum_verification=True)
         table = file.read(columns=[names[name] for name in wanted], use_threads=False)
         table.validate(full=True)

@@ -19,6 +19,8 @@ from engine.footprint.combine import coarser, merge, subtract
 from engine.footprint.places import BYTES, LEVELS, SPANS, UNKNOWN, By, Footprint, Origin
 from engine.footprint.stored import HEAD, read, write
 from engine.trace.columns import TraceChunk
+from engine.trace.readers.budget import Budget
+from tests.abuse.footers import LIES, refooted
 
 MEMORY = 64 << 20
 
@@ -229,3 +231,22 @@ def test_a_damaged_file_is_refused(end: int) -> None:
 def test_memory_is_bounded() -> None:
     with pytest.raises(EngineError, match="bytes of memory"):
         read(io.BytesIO(file(footprint(1, count=3000))), 4000)
+
+
+def halves(found: Footprint) -> bytes:
+    """Its file, in row groups of which the first two are equally long."""
+    table = pq.read_table(io.BytesIO(file(found)))
+    sink = io.BytesIO()
+    pq.write_table(table, sink, row_group_size=len(table) // 2)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_directory_that_lies_is_refused(lie: str) -> None:
+    """What is decoded is what memory was reckoned for."""
+    body = halves(footprint(1))
+    assert same(read(io.BytesIO(refooted(body, lambda tree: None)), MEMORY), footprint(1))
+    budget = Budget(MEMORY)
+    with pytest.raises(EngineError, match=r"values|records|once"):
+        read(io.BytesIO(refooted(body, LIES[lie])), budget)
+    assert budget.kept >= 0
