@@ -182,6 +182,8 @@ def _origin(trace: Mapping[str, Any]) -> Origin:
         if not isinstance(text, str) or len(text) > _MAX_TEXT:
             raise ValueError("a text is none, or too long")
     records, nanoseconds = (_number(trace[name]) for name in ("records", "nanoseconds"))
+    if records > 1 << INDEX_BITS:
+        raise ValueError(f"a trace has up to 2^{INDEX_BITS} records")
     return Origin(records=records, columns=columns, nanoseconds=nanoseconds, **texts)
 
 
@@ -247,7 +249,9 @@ def _ascending(columns: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
 
 def _check_total(counts: NDArray[np.int64], origins: tuple[Origin, ...]) -> None:
     """What places count is what the traces have."""
-    total, wanted = sum(counts.tolist()), sum(origin.records for origin in origins)
+    # In halves, whose sums fit. The traces have less than 2^63 together, which every sum of counts is then.
+    total = (int((counts >> 32).sum()) << 32) + int((counts & 0xFFFF_FFFF).sum())
+    wanted = sum(origin.records for origin in origins)
     if total != wanted:
         raise InvalidValue(f"must be {wanted} in all, the records of the traces", field="count", value=total)
 

@@ -161,6 +161,9 @@ def changed(found: Footprint, change: Any = None, **head: Any) -> io.BytesIO:
     return io.BytesIO(sink.getvalue())
 
 
+TRACE = dict(footprint(1).origins[0]._asdict())
+
+
 def column(name: str, value: int) -> Any:
     """Replace the third value of a column."""
 
@@ -208,6 +211,7 @@ def test_a_file_that_is_wrong_is_refused(change: Any, match: str) -> None:
         ({"traces": []}, "1 to"),
         ({"traces": [{}]}, "damaged"),
         ({"traces": 3}, "damaged"),
+        ({"traces": [{**TRACE, "records": (1 << 46) + 1}]}, "up to 2\\^46 records"),
     ],
 )
 def test_a_head_that_is_wrong_is_refused(head: dict[str, Any], match: str) -> None:
@@ -250,3 +254,19 @@ def test_a_directory_that_lies_is_refused(lie: str) -> None:
     with pytest.raises(EngineError, match=r"values|records|once"):
         read(io.BytesIO(refooted(body, LIES[lie])), budget)
     assert budget.kept >= 0
+
+
+def test_counts_that_pass_what_a_sum_can_be_are_refused() -> None:
+    """Beside their true sum they had one that wraps."""
+    most = (1 << 63) - 1
+
+    def change(table: pa.Table) -> pa.Table:
+        counts = pa.array([most, most, 1, *table["count"].to_pylist()[3:]], type=pa.uint64())
+        return table.set_column(table.schema.get_field_index("count"), "count", counts)
+
+    traces = [{**TRACE, "records": number} for number in (most, most, 298)]
+    with pytest.raises(InvalidValue, match="up to 2\\^46 records"):
+        read(changed(footprint(1), change, traces=traces), MEMORY)
+    with pytest.raises(InvalidValue, match="records of the traces") as refused:
+        read(changed(footprint(1), change), MEMORY)
+    assert refused.value.value > 1 << 64
