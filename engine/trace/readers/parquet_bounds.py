@@ -62,11 +62,13 @@ class Chunk(NamedTuple):
 
 
 class Footer(NamedTuple):
-    """What is looked at of the directory of a file of ``size`` bytes. Each group has its chunks in order."""
+    """What is looked at of the directory of a file of ``size`` bytes. Each group has its chunks in order; ``memory`` is
+    what the library takes for the directory at most."""
 
     size: int
     rows: int
     groups: list[list[Chunk]]
+    memory: int = 0
 
 
 def directory(source: Any) -> bytes:
@@ -97,7 +99,8 @@ def read_footer(source: Any, budget: Budget) -> Footer:
     Raises TraceError. The source is left anywhere.
     """
     size = int(source.seek(0, FROM_END))
-    walk = Walk(directory(source)[:-TAIL_BYTES], budget.limit // 2)
+    data = directory(source)
+    walk = Walk(data[:-TAIL_BYTES], budget.limit // 2)
     rows, groups = 0, []
     try:
         for number, kind in walk.fields():
@@ -114,7 +117,7 @@ def read_footer(source: Any, budget: Budget) -> Footer:
         raise TraceError(f"the Parquet file is not valid: its directory is damaged: {error}") from None
     if rows < 0:
         raise TraceError("the Parquet file is not valid: it has a number of records below 0", value=rows)
-    return Footer(size, rows, groups)
+    return Footer(size, rows, groups, budget.limit // 2 - walk.left + 2 * len(data))
 
 
 def _structs(walk: Walk) -> int:

@@ -211,6 +211,17 @@ def test_a_file_that_is_wrong_is_refused(change: Any, match: str) -> None:
         ({"traces": []}, "1 to"),
         ({"traces": [{}]}, "damaged"),
         ({"traces": 3}, "damaged"),
+        ({"traces": [{**TRACE, "digest": "00" * 33}]}, "a digest is"),
+        ({"traces": [{**TRACE, "digest": 7}]}, "damaged"),
+        ({"traces": [{**TRACE, "format": "x" * 4000}]}, "a format"),
+        ({"traces": [{**TRACE, "format": []}]}, "damaged"),
+        ({"traces": [{**TRACE, "address": "hva"}]}, "what addresses are"),
+        ({"traces": [{**TRACE, "columns": ["x" * 64]}]}, "columns are"),
+        ({"traces": [{**TRACE, "columns": ["gpa"] * 17}]}, "columns are"),
+        ({"traces": [{**TRACE, "columns": [["gpa"]]}]}, "damaged"),
+        ({"traces": [{**TRACE, "name": "x" * 256}]}, "up to 255 characters"),
+        ({"traces": [{**TRACE, "name": None}]}, "up to 255 characters"),
+        ({"traces": [{**TRACE, "name": "half \ud800"}]}, "damaged"),
         ({"traces": [{**TRACE, "records": (1 << 46) + 1}]}, "up to 2\\^46 records"),
     ],
 )
@@ -270,3 +281,12 @@ def test_counts_that_pass_what_a_sum_can_be_are_refused() -> None:
     with pytest.raises(InvalidValue, match="records of the traces") as refused:
         read(changed(footprint(1), change), MEMORY)
     assert refused.value.value > 1 << 64
+
+
+def test_a_head_of_much_is_too_much_before_it_is_read() -> None:
+    """Empty objects are the most of three bytes."""
+    body = changed(footprint(1), traces=[{}] * 100_000)
+    with pytest.raises(EngineError, match="the traces of a footprint may take up to 7000000 bytes"):
+        read(body, 7_000_000)
+    with pytest.raises(InvalidValue, match="1 to 65536 traces"):
+        read(body, MEMORY)
