@@ -7,6 +7,7 @@ nothing.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,13 +33,21 @@ from engine.footprint.places import (
     Origin,
     made,
 )
+from engine.trace.columns import USABLE
+from engine.trace.option_names import ADDRESSES, FORMATS, TOOL_FORMATS
 from engine.trace.readers.budget import Budget
-from engine.trace.readers.parquet_bounds import check_pages, directory, read_footer
+from engine.trace.readers.parquet_bounds import DIRECTORY, check_pages, directory, leaves_of, read_footer
 
 SCHEMA = 1  # of the file; a file of a later one is refused
 HEAD = b"subpage.footprint"
 ROW_GROUP = 1 << 20
-_MAX_TEXT = 1024
+# Of a trace in the head. A name is at most that of a file.
+_DIGEST = re.compile(r"[0-9a-f]{0,64}|tr_[0-9a-f]{16}")
+_FORMATS = frozenset({"", *FORMATS, *TOOL_FORMATS})
+_MAX_COLUMNS = 16
+MAX_NAME = 255
+_HEAD_BYTES = 24  # of Python for one of the head, at most: empty objects
+_ORIGINS_BYTES = 6  # of them stays
 
 _PLACE = {SPANS: ("first_subpage", "subpages"), BYTES: ("gpa", "size")}
 _TYPES = {
@@ -54,6 +63,7 @@ _TYPES = {
     "trace": pa.uint32(),
     "first_index": pa.uint64(),
 }
+_TRACES = "the traces of a footprint"
 _NULLABLE = ("trace", "first_index")
 _ROW_BYTES = 64  # of a place while it is read
 
@@ -115,8 +125,9 @@ def read(source: Any, memory: int | Budget) -> Footprint:
     budget = Budget.of(memory)
     try:
         footer = read_footer(source, budget)
+        budget.keep(footer.memory, DIRECTORY)
         metadata = pq.read_metadata(pa.BufferReader(directory(source)))
-        level, by, origins = _said(metadata.metadata or {})
+        level, by, origins = _said(metadata.metadata or {}, budget)
         names = _names(level)
         wanted = [name for name in _TYPES if (name != "bucket" or by.buckets) and (name != "pc" or by.pc)]
         budget.keep(footer.rows * _ROW_BYTES, "the places of a footprint")
@@ -125,7 +136,7 @@ def read(source: Any, memory: int | Budget) -> Footprint:
             at = schema.get_field_index(names[name])
             if at < 0 or schema.field(at).type != _TYPES[name]:
                 raise InvalidValue(f"must have a column {names[name]} of {_TYPES[name]}", field=names[name])
-        check_pages(source, footer, [names[name] for name in wanted], budget)
+        check_pages(source, footer, leaves_of(metadata), [names[name] for name in wanted], budget)
         file = pq.ParquetFile(pa.PythonFile(source, mode="r"), metadata=metadata, page_checksum_verification=True)
         table = file.read(columns=[names[name] for name in wanted], use_threads=False)
         table.validate(full=True)
@@ -150,13 +161,15 @@ def _head(footprint: Footprint) -> dict[str, Any]:
     }
 
 
-def _said(metadata: Mapping[bytes, bytes]) -> tuple[str, By, tuple[Origin, ...]]:
+def _said(metadata: Mapping[bytes, bytes], budget: Budget) -> tuple[str, By, tuple[Origin, ...]]:
     """Level, dimensions and traces of a file, from what is beside its columns. Raises InvalidValue."""
     if HEAD not in metadata:
         raise InvalidValue(
             "is no footprint: it does not say what it is of. A trace becomes one by `subpage footprint build`",
             field="footprint",
         )
+    budget.check(len(metadata[HEAD]) * _HEAD_BYTES, _TRACES)
+    budget.keep(len(metadata[HEAD]) * _ORIGINS_BYTES, _TRACES)
     try:
         head = json.loads(metadata[HEAD])
         schema = head["schema"]
@@ -176,13 +189,22 @@ def _said(metadata: Mapping[bytes, bytes]) -> tuple[str, By, tuple[Origin, ...]]
 
 
 def _origin(trace: Mapping[str, Any]) -> Origin:
-    texts = {name: trace[name] for name in ("digest", "format", "address", "name")}
+    """A trace of the head: it is told in lists, and in answers, so all of it is short. Raises ValueError and others."""
+    digest, form, address, name = (trace[text] for text in ("digest", "format", "address", "name"))
     columns = tuple(trace["columns"])
-    for text in (*texts.values(), *columns):
-        if not isinstance(text, str) or len(text) > _MAX_TEXT:
-            raise ValueError("a text is none, or too long")
+    if not _DIGEST.fullmatch(digest):
+        raise ValueError("a digest is that of SHA-256 in hexadecimal, or the id of a trace")
+    if form not in _FORMATS or address not in ADDRESSES:
+        raise ValueError("a format, or what addresses are, is none that there is")
+    if len(columns) > _MAX_COLUMNS or not USABLE.keys() >= set(columns):
+        raise ValueError("columns are some of those of a trace")
+    if not isinstance(name, str) or len(name) > MAX_NAME:
+        raise ValueError(f"a name is a text of up to {MAX_NAME} characters")
+    name.encode()  # half of a surrogate pair could not be written again
     records, nanoseconds = (_number(trace[name]) for name in ("records", "nanoseconds"))
-    return Origin(records=records, columns=columns, nanoseconds=nanoseconds, **texts)
+    if records > 1 << INDEX_BITS:
+        raise ValueError(f"a trace has up to 2^{INDEX_BITS} records")
+    return Origin(digest, records, form, columns, address, name, nanoseconds)
 
 
 def _number(value: Any) -> int:
@@ -247,7 +269,9 @@ def _ascending(columns: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
 
 def _check_total(counts: NDArray[np.int64], origins: tuple[Origin, ...]) -> None:
     """What places count is what the traces have."""
-    total, wanted = sum(counts.tolist()), sum(origin.records for origin in origins)
+    # In halves, whose sums fit. The traces have less than 2^63 together, which every sum of counts is then.
+    total = (int((counts >> 32).sum()) << 32) + int((counts & 0xFFFF_FFFF).sum())
+    wanted = sum(origin.records for origin in origins)
     if total != wanted:
         raise InvalidValue(f"must be {wanted} in all, the records of the traces", field="count", value=total)
 

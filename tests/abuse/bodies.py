@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from service.settings import MIB
+from tests.abuse.footers import refooted, rows
 
 HEAP = 100_000  # an offset far outside of what was sent
 
@@ -104,6 +105,12 @@ def large_pages(mib: int = 48) -> bytes:
         max_rows_per_page=mib << 17,
     )
     return sink.getvalue()
+
+
+def pages_of_runs(count: int = 1 << 20) -> bytes:
+    """So many records in some hundred bytes, of a file that says it has one."""
+    zeros = pa.array(np.zeros(count, np.uint64))
+    return refooted(parquet(pa.table({"gpa": zeros, "size": zeros}), row_group_size=count), rows(1))
 
 
 def one_argument_in_a_page() -> bytes:
@@ -223,6 +230,7 @@ ATTACKS: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "shared-fields": (ARROW, shared_fields, "1024 columns"),
     "shared-name": (ARROW, shared_name, "a name has more than 256 bytes"),
     "pages": (PARQUET, large_pages, "memory"),
+    "pages-of-runs": (PARQUET, pages_of_runs, "1048576 values, and the file 1 records"),
     "one-argument-in-a-page": (PARQUET, one_argument_in_a_page, "argument has up to 4120 bytes"),
     "deltas-of-bytes": (PARQUET, deltas_of_bytes, "encoded"),
     "shared-metadata": (PARQUET, shared_metadata, ""),

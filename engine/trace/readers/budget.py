@@ -43,7 +43,9 @@ class Budget:
             self._taken += more
 
     def keep(self, size: int, what: str) -> None:
-        """Take them; a negative size gives back."""
+        """Take them; a negative size gives back what was kept."""
         if size > 0:
             self.check(size, what)
+        elif self.kept + size < 0:
+            raise ValueError("more is given back than was kept")
         self.kept += size

@@ -23,6 +23,7 @@ from engine.trace.readers.parquet_bounds import (
     Footer,
     check_pages,
     directory,
+    leaves_of,
     read_footer,
 )
 from engine.trace.readers.thrift import Walk
@@ -48,7 +49,7 @@ class ParquetReader(TraceReader):
             converter = BatchConverter(kinds, self._carry)
             self.ignored_columns = converter.plan.ignored
             columns = list(converter.names)
-            check_pages(source, footer, columns, self._budget)
+            check_pages(source, footer, leaves_of(metadata), columns, self._budget)
             file = pq.ParquetFile(
                 pa.PythonFile(source, mode="r"),
                 metadata=metadata,

@@ -1,20 +1,22 @@
 """What a Parquet file may cost, found out before it is decoded.
 
 The library that decodes believes what a file says of itself: it unfolds the directory at the end, and makes room for
-each page and dictionary as large as its header claims. So the directory is walked over here first, and then the headers
-of all pages of the columns that are needed (Apache Parquet format, parquet.thrift).
+each page and dictionary as large as its header claims, for each column of as many values as its chunks claim. So the
+directory is walked over here first, and then the headers of all pages of the columns that are needed (Apache Parquet
+format, parquet.thrift). A page of some bytes can be two thousand million values, so that the number of records, which
+callers reckon with, is true of every chunk and page, or the file is refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from engine.errors import TraceError
 from engine.trace.operations import LARGEST_ARGUMENT
 from engine.trace.readers.budget import Budget
-from engine.trace.readers.thrift import BINARY, I32, I64, LIST, STRUCT, TooMuch, Walk
+from engine.trace.readers.thrift import I32, I64, LIST, STRUCT, TooMuch, Walk
 
 FROM_END = 2  # of seek
 MAGIC = b"PAR1"
@@ -32,7 +34,6 @@ NUM_ROWS, ROW_GROUPS = (3, I64), (4, LIST)  # FileMetaData, each with its type
 COLUMNS, COLUMN_METADATA = 1, 3  # RowGroup, ColumnChunk
 # ColumnMetaData, the numbers each with its type: readers step over one of another
 PHYSICAL_TYPE, VALUES, PACKED_SIZE, DATA_AT, DICTIONARY_AT = (1, I32), (5, I64), (7, I64), (9, I64), (11, I64)
-PATH = 3
 BYTE_ARRAY = 6
 PAGE_TYPE, UNPACKED, PACKED, DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_2 = 1, 2, 3, 5, 7, 8
 NUM_VALUES = 1
@@ -51,9 +52,8 @@ A_VALUE = 16
 
 
 class Chunk(NamedTuple):
-    """A column of one row group, one that is not part of another: how many values, and where its pages are."""
+    """A column of one row group: how many values, nulls among them, and where its pages are."""
 
-    name: str
     physical_type: int
     values: int
     packed: int
@@ -62,11 +62,13 @@ class Chunk(NamedTuple):
 
 
 class Footer(NamedTuple):
-    """What is looked at of the directory of a file of ``size`` bytes."""
+    """What is looked at of the directory of a file of ``size`` bytes. Each group has its chunks in order; ``memory`` is
+    what the library takes for the directory at most."""
 
     size: int
     rows: int
     groups: list[list[Chunk]]
+    memory: int = 0
 
 
 def directory(source: Any) -> bytes:
@@ -97,7 +99,8 @@ def read_footer(source: Any, budget: Budget) -> Footer:
     Raises TraceError. The source is left anywhere.
     """
     size = int(source.seek(0, FROM_END))
-    walk = Walk(directory(source)[:-TAIL_BYTES], budget.limit // 2)
+    data = directory(source)
+    walk = Walk(data[:-TAIL_BYTES], budget.limit // 2)
     rows, groups = 0, []
     try:
         for number, kind in walk.fields():
@@ -110,9 +113,11 @@ def read_footer(source: Any, budget: Budget) -> Footer:
     except TooMuch:
         rule = f"{DIRECTORY} may take up to {budget.limit // 2} bytes of memory: write fewer row groups and columns"
         raise TraceError(rule) from None
-    except (IndexError, UnicodeDecodeError) as error:
+    except IndexError as error:
         raise TraceError(f"the Parquet file is not valid: its directory is damaged: {error}") from None
-    return Footer(size, rows, groups)
+    if rows < 0:
+        raise TraceError("the Parquet file is not valid: it has a number of records below 0", value=rows)
+    return Footer(size, rows, groups, budget.limit // 2 - walk.left + 2 * len(data))
 
 
 def _structs(walk: Walk) -> int:
@@ -123,38 +128,33 @@ def _structs(walk: Walk) -> int:
 
 
 def _group(walk: Walk) -> list[Chunk]:
-    """The columns of a RowGroup that are not parts of others."""
+    """The columns of a RowGroup."""
     chunks: list[Chunk] = []
     for number, kind in walk.fields():
         if number == COLUMNS and kind == LIST:
-            for _ in range(_structs(walk)):
-                chunks += _chunks(walk)
+            chunks += [_chunk(walk) for _ in range(_structs(walk))]
         else:
             walk.skip(kind)
     return chunks
 
 
-def _chunks(walk: Walk) -> list[Chunk]:
-    """What a ColumnChunk says, if it is a column."""
-    found: list[Chunk] = []
+_NOTHING = Chunk(0, 0, 0, 0, 0)
+
+
+def _chunk(walk: Walk) -> Chunk:
+    """What a ColumnChunk says. Its path does not matter: the library finds the chunks of a column by their place."""
+    found = _NOTHING
     for number, kind in walk.fields():
         if number != COLUMN_METADATA or kind != STRUCT:
             walk.skip(kind)
             continue
         numbers: dict[tuple[int, int], int] = {}
-        path: list[bytes] = []
         for inner, inner_kind in walk.fields():
             if inner_kind in (I32, I64):
                 numbers[inner, inner_kind] = walk.integer(inner_kind)
-            elif inner == PATH and inner_kind == LIST:
-                count, element = walk.elements()
-                if element != BINARY and count:
-                    raise IndexError("a path is not one of names")
-                path = [walk.binary() for _ in range(count)]
             else:
                 walk.skip(inner_kind)
-        places = [numbers.get(at, 0) for at in (PHYSICAL_TYPE, VALUES, PACKED_SIZE, DATA_AT, DICTIONARY_AT)]
-        found = [Chunk(path[0].decode(), *places)] if len(path) == 1 else []
+        found = Chunk(*(numbers.get(at, 0) for at in (PHYSICAL_TYPE, VALUES, PACKED_SIZE, DATA_AT, DICTIONARY_AT)))
     return found
 
 
@@ -169,39 +169,65 @@ class _Page(NamedTuple):
     encoding: int
 
 
-def check_pages(source: Any, footer: Footer, names: Sequence[str], budget: Budget) -> None:
-    """See that the pages of some columns are not too large to be decoded, before any is.
+def leaves_of(metadata: Any) -> list[str]:
+    """The names of all columns, in order, of what the library made of a directory."""
+    schema = metadata.schema
+    return [schema.column(place).path for place in range(len(schema))]
+
+
+def check_pages(source: Any, footer: Footer, leaves: Sequence[str], names: Sequence[str], budget: Budget) -> None:
+    """See that some columns have a value for each record and no more, and that their pages are not too large to be
+    decoded, before any is. ``leaves`` are the names of all columns of the file, in order.
 
     Raises TraceError. The source is left anywhere.
     """
     most = max(MANY_RECORDS, RECORDS_A_BYTE * footer.size)
     if footer.rows > most:
         raise TraceError(f"a Parquet file of {footer.size} bytes may have up to {most} records", value=footer.rows)
-    largest = dict.fromkeys(names, 0)
+    needed = frozenset(names)
+    wanted = {place: name for place, name in enumerate(leaves) if name in needed}
+    _check_values(footer, len(leaves), wanted)
+    largest = dict.fromkeys(wanted, 0)
     pages = 0
     for group in footer.groups:
-        for chunk in group:
+        for place, name in wanted.items():
             # Without values none of its pages is read, and writers leave out where they are.
-            if chunk.name in largest and chunk.values:
-                memory = _Pages(source, chunk, footer.size, MAX_PAGES - pages)
+            if group[place].values:
+                memory = _Pages(source, name, group[place], footer.size, MAX_PAGES - pages)
                 pages += memory.pages
-                largest[chunk.name] = max(largest[chunk.name], memory.bytes)
+                largest[place] = max(largest[place], memory.bytes)
         budget.check(sum(largest.values()), WHAT)
+
+
+def _check_values(footer: Footer, columns: int, wanted: Mapping[int, str]) -> None:
+    """As many values as records, in the chunks of each column together."""
+    if any(len(group) != columns for group in footer.groups):
+        raise TraceError(f"the Parquet file is not valid: a row group has not each of the {columns} columns once")
+    for place, name in wanted.items():
+        values = [group[place].values for group in footer.groups]
+        if min(values, default=0) < 0:
+            raise _bad(name, "a part of it has a number of values below 0")
+        if sum(values) != footer.rows:
+            raise _bad(name, f"it has {sum(values)} values, and the file {footer.rows} records")
+
+
+def _bad(name: str, rule: str) -> TraceError:
+    return TraceError(f"the column {name[:64]} is not valid: {rule}", field=name[:64])
 
 
 class _Pages:
     """The pages of one column of one row group: how many, and the memory that the largest need together."""
 
-    def __init__(self, source: Any, chunk: Chunk, size: int, most: int) -> None:
+    def __init__(self, source: Any, name: str, chunk: Chunk, size: int, most: int) -> None:
         self._source = source
-        self._name = chunk.name
+        self._name = name
         self._bytes_of_any_length = chunk.physical_type == BYTE_ARRAY
         start = chunk.dictionary_at if 0 < chunk.dictionary_at < chunk.data_at else chunk.data_at
         end = start + chunk.packed
         if not 0 <= start <= end <= size:
             raise self._bad("its pages are not within the file")
         self.pages = 0
-        dictionary = largest = packed = 0
+        dictionary = largest = packed = values = 0
         while start < end:
             page = self._header(start, end)
             self.pages += 1
@@ -211,8 +237,11 @@ class _Pages:
                 dictionary = max(dictionary, page.unpacked)
             else:
                 largest = max(largest, page.unpacked)
+                values += page.values if page.type in (DATA, DATA_2) else 0
             packed = max(packed, page.packed)
             start += page.header + page.packed
+        if values != chunk.values:
+            raise self._bad(f"it says {chunk.values} values, and its pages {values}")
         self.bytes = 2 * dictionary + largest + packed
 
     def _header(self, start: int, end: int) -> _Page:
@@ -242,7 +271,7 @@ class _Pages:
             raise self._bad(f"an argument has up to {LARGEST_ARGUMENT} bytes")
 
     def _bad(self, rule: str) -> TraceError:
-        return TraceError(f"the column {self._name[:64]} is not valid: {rule}", field=self._name[:64])
+        return _bad(self._name, rule)
 
 
 # The header that nearly every page has, in one step: field by field takes ten times as long, thousands of times a file.

@@ -19,6 +19,8 @@ from engine.footprint.combine import coarser, merge, subtract
 from engine.footprint.places import BYTES, LEVELS, SPANS, UNKNOWN, By, Footprint, Origin
 from engine.footprint.stored import HEAD, read, write
 from engine.trace.columns import TraceChunk
+from engine.trace.readers.budget import Budget
+from tests.abuse.footers import LIES, refooted
 
 MEMORY = 64 << 20
 
@@ -159,6 +161,9 @@ def changed(found: Footprint, change: Any = None, **head: Any) -> io.BytesIO:
     return io.BytesIO(sink.getvalue())
 
 
+TRACE = dict(footprint(1).origins[0]._asdict())
+
+
 def column(name: str, value: int) -> Any:
     """Replace the third value of a column."""
 
@@ -206,6 +211,18 @@ def test_a_file_that_is_wrong_is_refused(change: Any, match: str) -> None:
         ({"traces": []}, "1 to"),
         ({"traces": [{}]}, "damaged"),
         ({"traces": 3}, "damaged"),
+        ({"traces": [{**TRACE, "digest": "00" * 33}]}, "a digest is"),
+        ({"traces": [{**TRACE, "digest": 7}]}, "damaged"),
+        ({"traces": [{**TRACE, "format": "x" * 4000}]}, "a format"),
+        ({"traces": [{**TRACE, "format": []}]}, "damaged"),
+        ({"traces": [{**TRACE, "address": "hva"}]}, "what addresses are"),
+        ({"traces": [{**TRACE, "columns": ["x" * 64]}]}, "columns are"),
+        ({"traces": [{**TRACE, "columns": ["gpa"] * 17}]}, "columns are"),
+        ({"traces": [{**TRACE, "columns": [["gpa"]]}]}, "damaged"),
+        ({"traces": [{**TRACE, "name": "x" * 256}]}, "up to 255 characters"),
+        ({"traces": [{**TRACE, "name": None}]}, "up to 255 characters"),
+        ({"traces": [{**TRACE, "name": "half \ud800"}]}, "damaged"),
+        ({"traces": [{**TRACE, "records": (1 << 46) + 1}]}, "up to 2\\^46 records"),
     ],
 )
 def test_a_head_that_is_wrong_is_refused(head: dict[str, Any], match: str) -> None:
@@ -229,3 +246,47 @@ def test_a_damaged_file_is_refused(end: int) -> None:
 def test_memory_is_bounded() -> None:
     with pytest.raises(EngineError, match="bytes of memory"):
         read(io.BytesIO(file(footprint(1, count=3000))), 4000)
+
+
+def halves(found: Footprint) -> bytes:
+    """Its file, in row groups of which the first two are equally long."""
+    table = pq.read_table(io.BytesIO(file(found)))
+    sink = io.BytesIO()
+    pq.write_table(table, sink, row_group_size=len(table) // 2)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_directory_that_lies_is_refused(lie: str) -> None:
+    """What is decoded is what memory was reckoned for."""
+    body = halves(footprint(1))
+    assert same(read(io.BytesIO(refooted(body, lambda tree: None)), MEMORY), footprint(1))
+    budget = Budget(MEMORY)
+    with pytest.raises(EngineError, match=r"values|records|once"):
+        read(io.BytesIO(refooted(body, LIES[lie])), budget)
+    assert budget.kept >= 0
+
+
+def test_counts_that_pass_what_a_sum_can_be_are_refused() -> None:
+    """Beside their true sum they had one that wraps."""
+    most = (1 << 63) - 1
+
+    def change(table: pa.Table) -> pa.Table:
+        counts = pa.array([most, most, 1, *table["count"].to_pylist()[3:]], type=pa.uint64())
+        return table.set_column(table.schema.get_field_index("count"), "count", counts)
+
+    traces = [{**TRACE, "records": number} for number in (most, most, 298)]
+    with pytest.raises(InvalidValue, match="up to 2\\^46 records"):
+        read(changed(footprint(1), change, traces=traces), MEMORY)
+    with pytest.raises(InvalidValue, match="records of the traces") as refused:
+        read(changed(footprint(1), change), MEMORY)
+    assert refused.value.value > 1 << 64
+
+
+def test_a_head_of_much_is_too_much_before_it_is_read() -> None:
+    """Empty objects are the most of three bytes."""
+    body = changed(footprint(1), traces=[{}] * 100_000)
+    with pytest.raises(EngineError, match="the traces of a footprint may take up to 7000000 bytes"):
+        read(body, 7_000_000)
+    with pytest.raises(InvalidValue, match="1 to 65536 traces"):
+        read(body, MEMORY)

@@ -13,8 +13,10 @@ import pytest
 from engine.errors import TraceError
 from engine.trace.columns import CHUNK_RECORDS
 from engine.trace.readers import open_trace
+from engine.trace.readers.budget import Budget
 from engine.trace.readers.parquet_bounds import directory
 from tests.abuse.bodies import with_arrow_schema
+from tests.abuse.footers import LIES, refooted
 from tests.engine.trace.conftest import table
 from tests.support import recorded
 
@@ -176,3 +178,21 @@ def test_the_committed_traces(name, count):
     whole = pq.read_table(recorded.trace(name), columns=["gpa", "size"])
     assert int(sums[0]) == int(whole["gpa"].to_numpy().sum(dtype=np.uint64))
     assert int(sums[1]) == int(whole["size"].to_numpy().astype(np.uint64).sum()) + (count << 16)
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_directory_that_lies_is_refused(read, lie):
+    """The number of records, which memory and limits are reckoned by, is that of every column."""
+    body = file(table(1_000), row_group_size=500)
+    assert len(read("parquet", refooted(body, lambda tree: None)).records) == 1_000
+    with pytest.raises(TraceError, match=r"values|records|once"):
+        read("parquet", refooted(body, LIES[lie]))
+
+
+def test_what_was_not_kept_is_not_given_back():
+    budget = Budget(100)
+    budget.keep(60, "it")
+    with pytest.raises(ValueError, match="kept"):
+        budget.keep(-61, "it")
+    budget.keep(-60, "it")
+    assert budget.kept == 0
