@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
@@ -99,14 +100,16 @@ async def publish_body(
     hooks: CommitHooks,
     check: Check,
     draining: Callable[[], bool],
+    asker: Asker | None,
 ) -> Trace:
     """Replay the body of ``request`` and commit what has come every so many seconds (``service.runtime.publishing``).
 
     Only the thread that replays needs a turn: the other one mostly waits.
     """
     turn = replaying.turns.of(entry.tenant)
-    publisher = Publisher(entry, wanted, every, replaying.executor, turn, hooks, check, draining)
-    with replaying.places.place(entry.tenant), replaying.memory.budget(entry.tenant) as budget:
+    publisher = Publisher(entry, wanted, every, replaying.executor, turn, hooks, check, draining, asker)
+    live = entry.broker.live() if asker is not None else contextlib.nullcontext()
+    with live, replaying.places.place(entry.tenant), replaying.memory.budget(entry.tenant) as budget:
         async with Upload(request, replaying.executor, settings.body_queue_bytes) as upload:
             trace = await publisher.run(upload, budget)
     metrics.replayed(trace.result)
