@@ -263,8 +263,8 @@ class Replay:
 
     @contextmanager
     def _aimed(self, base: int, position: int, size: int) -> Iterator[None]:
-        """While the record at a position of the chunk runs: if its frames are no neighbours, the machine knows them, and
-        the log will be told."""
+        """While the record at a position of the chunk runs: if its frames are no neighbours, the machine knows them,
+        and the log will be told."""
         tables = self._tables
         if tables is None or tables.why != guest_virtual.SPLIT or position != tables.ready:
             yield
