@@ -62,7 +62,7 @@ class Memory(Operations):
             frame = rows.item(row_of(frame), gpa >> PAGE_SHIFT + shift & radix.INDEX_MASK)
         if not frame:
             return bytes(size)
-        content = rows[row_of(frame)].tobytes()
+        content: bytes = rows[row_of(frame)].tobytes()
         at = gpa % PAGE_SIZE
         return content if size == PAGE_SIZE else content[at : at + size]
 
