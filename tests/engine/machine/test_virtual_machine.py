@@ -15,6 +15,7 @@ from engine.errors import Busy, Conflict, EngineError, InvalidValue, LimitExceed
 from engine.kvm import bitmaps, page_contents, slot_changes, spp_set
 from engine.kvm import protections as protections_module
 from engine.kvm.protections import ProtectedObject
+from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec
 from engine.machine import SubpageRange, VirtualMachine
 from engine.state.config import HostConfig, VcpuConfig, VmConfig
@@ -807,12 +808,16 @@ def test_overtaken_get_answers_from_the_state_it_began_with(monkeypatch: pytest.
     assert maps(vm, 1) == [7]
 
 
-def test_overtaken_memory_read_answers_from_the_state_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("place", "name", "before"), [(page_contents, "read_bytes", 1), (SlotMap, "holding", 0)])
+def test_overtaken_memory_read_answers_from_the_state_it_began_with(
+    place: Any, name: str, before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two pages, and of one."""
     vm = machine()
     vm.write_memory(0x1000, b"original")
-    overtaken(vm, monkeypatch, page_contents, "read_bytes")
-    assert vm.read_memory(0x1000, 8) == b"original"
-    assert vm.read_memory(0x1000, 8) == b"\7" * 8
+    overtaken(vm, monkeypatch, place, name)
+    assert vm.read_memory(0x1000 - before, before + 8)[before:] == b"original"
+    assert vm.read_memory(0x1000 - before, before + 8)[before:] == b"\7" * 8
 
 
 def test_overtaken_walk_answers_from_the_state_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
