@@ -276,7 +276,7 @@ class Attachment(Tool, Owner):
         self._link.turn()
 
     def tell(self, question: Question, resolution: Resolution) -> None:
-        if self._link is not None:
+        if self._link is not None and resolution.by != self.id:
             self._link.connection.withdraw(question)
             self._link.turn()
 

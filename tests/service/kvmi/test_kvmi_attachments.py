@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from service.security.tokens import MemoryTokens, mint
+from service.security.tokens import MemoryTokens, TokenScope, mint
 from service.settings import Settings
 from tests.contract.client import ContractClient
 from tests.kvmi import kvmi_messages as kvmi
@@ -495,7 +495,12 @@ def test_places(sockets: Path, tmp_path: Path) -> None:
 def test_who_may_attach(sockets: Path) -> None:
     """Nobody with scope read, and nobody another tenant's."""
     tokens, store_of = {}, MemoryTokens()
-    for name, tenant, scope in (("own", "red", "write"), ("reader", "red", "read"), ("stranger", "blue", "admin")):
+    people: tuple[tuple[str, str, TokenScope], ...] = (
+        ("own", "red", "write"),
+        ("reader", "red", "read"),
+        ("stranger", "blue", "admin"),
+    )
+    for name, tenant, scope in people:
         record, tokens[name] = mint(name, tenant=tenant, scope=scope, now=datetime.now(UTC))
         store_of.add(record)
     with running(Settings(warm_up=False, kvmi_sockets=(f"unix:{sockets}",)), store_of) as service:
