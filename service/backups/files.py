@@ -30,6 +30,7 @@ from service.backups.checks import (
     BadBackup,
     EndSection,
     FootprintSection,
+    LeftOut,
     MachineSection,
     TraceSection,
     check_events,
@@ -45,7 +46,7 @@ from service.storage import event_rows, footprint_rows, rows, side_rows
 from service.storage.columns import pack, unpack
 from service.storage.records import Block, Change, EventRecord, FootprintRecord, LogChange, TraceRecord, VmRecord
 
-__all__ = ["BadBackup", "read_backup", "restore_footprint", "restore_machine", "write_backup"]
+__all__ = ["BadBackup", "LeftOut", "read_backup", "restore_footprint", "restore_machine", "write_backup"]
 
 RESTORED = '{"change":"restored"}'
 
@@ -149,7 +150,7 @@ def _sections(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
             return
 
 
-def read_backup(file: IO[bytes]) -> Iterator[Saved | FootprintRecord]:
+def read_backup(file: IO[bytes]) -> Iterator[Saved | FootprintRecord | LeftOut]:
     """One machine after the other, then the footprints. Raises BadBackup, at the latest where the damage is."""
     machine: Saved | None = None
     footprint: FootprintRecord | None = None
@@ -162,8 +163,7 @@ def read_backup(file: IO[bytes]) -> Iterator[Saved | FootprintRecord]:
             yield machine
             machine = None
         if kind in "VFE" and footprint is not None:
-            check_footprint(footprint)
-            yield footprint
+            yield check_footprint(footprint)
             footprint = None
         if kind == "F":
             footprint = FootprintRecord(**section_of(FootprintSection, kind, data).model_dump())
