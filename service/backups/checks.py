@@ -33,7 +33,7 @@ from service.storage.records import Block, EventRecord, FootprintRecord, TraceRe
 BLOCK_BYTES = 4096
 # Of the columns of one section before compression: sixteen times what a full one of exit records has.
 MAX_COLUMN_BYTES = 256 << 20
-# Memory of a footprint while it is looked at.
+# Of the file of a footprint, and memory while it is looked at.
 MAX_FOOTPRINT_BYTES = 4 << 30
 # Sub-pages of 52 address bits.
 _TOP = 1 << 52
@@ -112,7 +112,7 @@ class FootprintSection(_Section):
     tenant: Annotated[str, Field(pattern=rf"\A{TENANT}\z")]
     vm: Annotated[str, Field(pattern=r"\A(vm_[0-9a-f]{16})?\z")]
     created: Annotated[str, Field(pattern=_STAMP), AfterValidator(_moment)]
-    size: _Count
+    size: Annotated[int, Field(ge=0, le=MAX_FOOTPRINT_BYTES)]
     head: _Json
 
 

@@ -154,6 +154,7 @@ def read_backup(file: IO[bytes]) -> Iterator[Saved | FootprintRecord | LeftOut]:
     """One machine after the other, then the footprints. Raises BadBackup, at the latest where the damage is."""
     machine: Saved | None = None
     footprint: FootprintRecord | None = None
+    parts: list[bytes] = []
     seen: set[str] = set()
     results: set[str] = set()
     footprints: set[str] = set()
@@ -163,15 +164,17 @@ def read_backup(file: IO[bytes]) -> Iterator[Saved | FootprintRecord | LeftOut]:
             yield machine
             machine = None
         if kind in "VFE" and footprint is not None:
-            yield check_footprint(footprint)
-            footprint = None
+            yield check_footprint(replace(footprint, parts=parts))
+            footprint, parts = None, []
         if kind == "F":
             footprint = FootprintRecord(**section_of(FootprintSection, kind, data).model_dump())
             if footprint.id in footprints:
                 raise BadBackup(f"the backup is damaged: footprint {footprint.id} is in it twice")
             footprints.add(footprint.id)
         elif kind == "D" and footprint is not None:
-            footprint = replace(footprint, parts=[*footprint.parts, data])
+            parts.append(data)
+            if not data or sum(map(len, parts)) > footprint.size:
+                raise BadBackup(f"footprint {footprint.id} of the backup is damaged: its file has not its size")
         elif kind == "V":
             if footprints:
                 raise BadBackup("the backup is damaged: a machine comes after the footprints")
