@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from engine.arch import access as acc
-from engine.errors import EngineError, InvalidValue
+from engine.errors import EngineError, InvalidValue, LimitExceeded
 from engine.footprint import kernels
 from engine.footprint.places import (
     BYTES,
@@ -46,6 +46,7 @@ _DIGEST = re.compile(r"[0-9a-f]{0,64}|tr_[0-9a-f]{16}")
 _FORMATS = frozenset({"", *FORMATS, *TOOL_FORMATS})
 _MAX_COLUMNS = 16
 MAX_NAME = 255
+MAX_HEAD_BYTES = 12 << 20  # the rest of MAX_FOOTER_BYTES is for the row groups of MAX_PLACES
 _HEAD_BYTES = 24  # of Python for one of the head, at most: empty objects
 _ORIGINS_BYTES = 6  # of them stays
 
@@ -69,7 +70,7 @@ _ROW_BYTES = 64  # of a place while it is read
 
 
 def write(footprint: Footprint, sink: Any) -> None:
-    """Write the file to ``sink``, which has ``write``."""
+    """Write the file to ``sink``, which has ``write``. Raises LimitExceeded for more traces than can be read again."""
     unknown = footprint.trace == UNKNOWN
     columns: dict[str, NDArray[Any] | None] = {
         "begin": footprint.begin,
@@ -91,17 +92,29 @@ def write(footprint: Footprint, sink: Any) -> None:
             hidden = unknown if name in _NULLABLE else None
             kept = values if hidden is None else np.where(hidden, 0, values)
             arrays[names[name]] = pa.array(kept, type=_TYPES[name], mask=hidden, safe=False)
-    head = json.dumps(_head(footprint), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    table = pa.table(arrays).replace_schema_metadata({HEAD: head.encode()})
+    # A name that is none of Unicode, as those of files may be, is no reason not to write.
+    head = json.dumps(_head(footprint), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(
+        errors="replace"
+    )
+    _check_head(len(head))
+    table = pa.table(arrays)
     words = [names["begin"], "first_index", *(name for name in ("pc",) if name in arrays)]
-    pq.write_table(
-        table,
+    with pq.ParquetWriter(
         sink,
+        table.schema,
         compression="zstd",
-        row_group_size=ROW_GROUP,
         use_dictionary=[name for name in arrays if name not in words],
         column_encoding=dict.fromkeys(words, "DELTA_BINARY_PACKED"),
-    )
+        store_schema=False,  # it would have the head once more
+    ) as writer:
+        writer.write_table(table, row_group_size=ROW_GROUP)
+        writer.add_key_value_metadata({HEAD: head})
+
+
+def _check_head(size: int) -> None:
+    if size > MAX_HEAD_BYTES:
+        rule = f"what a footprint says of its traces has at most {MAX_HEAD_BYTES} bytes: keep it in parts"
+        raise LimitExceeded(rule, field="traces", value=size)
 
 
 def recognised(source: Any, memory: int | Budget) -> bool:
@@ -168,6 +181,7 @@ def _said(metadata: Mapping[bytes, bytes], budget: Budget) -> tuple[str, By, tup
             "is no footprint: it does not say what it is of. A trace becomes one by `subpage footprint build`",
             field="footprint",
         )
+    _check_head(len(metadata[HEAD]))
     budget.check(len(metadata[HEAD]) * _HEAD_BYTES, _TRACES)
     budget.keep(len(metadata[HEAD]) * _ORIGINS_BYTES, _TRACES)
     try:

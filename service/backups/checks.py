@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -32,7 +33,7 @@ from service.storage.records import Block, EventRecord, FootprintRecord, TraceRe
 BLOCK_BYTES = 4096
 # Of the columns of one section before compression: sixteen times what a full one of exit records has.
 MAX_COLUMN_BYTES = 256 << 20
-# Memory of a footprint while it is looked at.
+# Of the file of a footprint, and memory while it is looked at.
 MAX_FOOTPRINT_BYTES = 4 << 30
 # Sub-pages of 52 address bits.
 _TOP = 1 << 52
@@ -111,7 +112,7 @@ class FootprintSection(_Section):
     tenant: Annotated[str, Field(pattern=rf"\A{TENANT}\z")]
     vm: Annotated[str, Field(pattern=r"\A(vm_[0-9a-f]{16})?\z")]
     created: Annotated[str, Field(pattern=_STAMP), AfterValidator(_moment)]
-    size: _Count
+    size: Annotated[int, Field(ge=0, le=MAX_FOOTPRINT_BYTES)]
     head: _Json
 
 
@@ -226,8 +227,20 @@ def check_trace(trace: TraceRecord) -> None:
         raise BadBackup(f"result {trace.id} of the backup cannot be read: {error!s:.300}") from error
 
 
-def check_footprint(record: FootprintRecord) -> None:
-    """The file of a footprint is one, and is what the record says."""
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A footprint whose file this release cannot read, and why. ``vm`` as in the record."""
+
+    id: str
+    vm: str
+    why: str
+
+
+def check_footprint(record: FootprintRecord) -> FootprintRecord | LeftOut:
+    """The footprint with the head of today, if its file is one and is what the record says.
+
+    A tenant chooses what its footprints are; one that cannot be read is no reason to lose the machines of others.
+    """
     from engine.footprint import stored  # noqa: PLC0415 - the Arrow library is 33 MB
 
     if sum(map(len, record.parts)) != record.size:
@@ -235,9 +248,16 @@ def check_footprint(record: FootprintRecord) -> None:
     try:
         found = about(stored.read(io.BytesIO(b"".join(record.parts)), MAX_FOOTPRINT_BYTES))
     except EngineError as error:
-        raise BadBackup(f"footprint {record.id} of the backup cannot be read: {error!s:.300}") from error
-    if json.loads(json.dumps(found)) != json.loads(record.head):
-        raise BadBackup(f"footprint {record.id} of the backup is damaged: its head is not that of its file")
+        return LeftOut(record.id, record.vm, f"{error!s:.300}")
+    head = json.dumps(found)
+    if (place := heads_differ(record.head, head)) is not None:
+        raise BadBackup(f"footprint {record.id} of the backup is damaged: its {place} is not that of its file")
+    return replace(record, head=head)
+
+
+def heads_differ(given: str, made: str) -> str | None:
+    """Where what a footprint says of itself is not what another one does, which may say more."""
+    return _differs(json.loads(given), json.loads(made), "head")
 
 
 def _check_columns(exits: ExitColumns, *, last: bool) -> None:

@@ -30,6 +30,7 @@ from service.backups.checks import (
     BadBackup,
     EndSection,
     FootprintSection,
+    LeftOut,
     MachineSection,
     TraceSection,
     check_events,
@@ -45,7 +46,7 @@ from service.storage import event_rows, footprint_rows, rows, side_rows
 from service.storage.columns import pack, unpack
 from service.storage.records import Block, Change, EventRecord, FootprintRecord, LogChange, TraceRecord, VmRecord
 
-__all__ = ["BadBackup", "read_backup", "restore_footprint", "restore_machine", "write_backup"]
+__all__ = ["BadBackup", "LeftOut", "read_backup", "restore_footprint", "restore_machine", "write_backup"]
 
 RESTORED = '{"change":"restored"}'
 
@@ -149,10 +150,11 @@ def _sections(file: IO[bytes]) -> Iterator[tuple[str, bytes]]:
             return
 
 
-def read_backup(file: IO[bytes]) -> Iterator[Saved | FootprintRecord]:
+def read_backup(file: IO[bytes]) -> Iterator[Saved | FootprintRecord | LeftOut]:
     """One machine after the other, then the footprints. Raises BadBackup, at the latest where the damage is."""
     machine: Saved | None = None
     footprint: FootprintRecord | None = None
+    parts: list[bytes] = []
     seen: set[str] = set()
     results: set[str] = set()
     footprints: set[str] = set()
@@ -162,16 +164,17 @@ def read_backup(file: IO[bytes]) -> Iterator[Saved | FootprintRecord]:
             yield machine
             machine = None
         if kind in "VFE" and footprint is not None:
-            check_footprint(footprint)
-            yield footprint
-            footprint = None
+            yield check_footprint(replace(footprint, parts=parts))
+            footprint, parts = None, []
         if kind == "F":
             footprint = FootprintRecord(**section_of(FootprintSection, kind, data).model_dump())
             if footprint.id in footprints:
                 raise BadBackup(f"the backup is damaged: footprint {footprint.id} is in it twice")
             footprints.add(footprint.id)
         elif kind == "D" and footprint is not None:
-            footprint = replace(footprint, parts=[*footprint.parts, data])
+            parts.append(data)
+            if not data or sum(map(len, parts)) > footprint.size:
+                raise BadBackup(f"footprint {footprint.id} of the backup is damaged: its file has not its size")
         elif kind == "V":
             if footprints:
                 raise BadBackup("the backup is damaged: a machine comes after the footprints")

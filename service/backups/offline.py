@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from service.backups.files import BadBackup, read_backup, restore_footprint, restore_machine, write_backup
+from service.backups.files import BadBackup, LeftOut, read_backup, restore_footprint, restore_machine, write_backup
 from service.platform.failures import Failure, opened
 from service.storage import footprint_rows, rows
 from service.storage.database import connect, reason_of
@@ -98,18 +98,23 @@ def backup(url: StoreUrl, path: Path, vm: str | None) -> int:
     return len(machines)
 
 
-def restore(url: StoreUrl, path: Path, vm: str | None, *, replace: bool) -> list[str]:
+def restore(
+    url: StoreUrl, path: Path, vm: str | None, *, replace: bool, told: Callable[[str], None] = lambda text: None
+) -> list[str]:
     """Put the machines of a backup, or the one called ``vm``, into a store: all of them or none. Their ids.
 
-    Footprints come with them, as in ``backup``. The store is made when there is none. Raises OfflineError, also while
-    a service owns the store.
+    Footprints come with them, as in ``backup``; ``told`` hears of those that are left out. The store is made when
+    there is none. Raises OfflineError, also while a service owns the store.
     """
     restored: list[str] = []
     try:
         with opened(path) as file, _transaction(url, writes=True) as connection:
             number = max((record.number for record in rows.vm_records(connection)), default=0)
             for saved in read_backup(file):
-                if isinstance(saved, FootprintRecord):
+                if isinstance(saved, LeftOut):
+                    if vm in (None, saved.vm):
+                        told(f"footprint {saved.id} is left out, its file cannot be read: {saved.why}")
+                elif isinstance(saved, FootprintRecord):
                     if vm in (None, saved.vm):
                         restore_footprint(connection, saved)
                 elif vm in (None, saved.record.id):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -188,7 +189,7 @@ def restore(
     """Put the VMs of a backup into a store, under their own ids: all of them or, if one cannot be, none."""
     from service.backups import offline
 
-    ids = offline.restore(_store_url(context, store), file, vm, replace=replace)
+    ids = offline.restore(_store_url(context, store), file, vm, replace=replace, told=partial(typer.echo, err=True))
     if as_json:
         show.document({"vms": ids})
         return

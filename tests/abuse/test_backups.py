@@ -305,3 +305,22 @@ def test_what_was_not_tampered_with_is_restored(good: Sections, tmp_path: Path) 
     file.write_bytes(packed(member("V", "id", "vm_0123456789abcdef")(good)))
     with pytest.raises(offline.OfflineError, match="of another machine"):
         offline.restore(StoreUrl.parse(url), file, "vm_0123456789abcdef", replace=False)
+
+
+FOOTPRINT: dict[str, Any] = {"id": "fp_0123456789abcdef", "tenant": "default", "vm": "", "size": 8, "head": "{}"}
+FOOTPRINT |= {"created": "2026-11-29T12:00:00.000000Z"}
+
+
+@pytest.mark.parametrize(
+    ("size", "parts", "word"),
+    [
+        (1 << 62, [b"PAR1"], "size"),
+        (8, [b"PAR1" * 2, b"P"], "has not its size"),
+        (8, [b""], "has not its size"),
+        (8, [b"PAR1"], "has not 8 bytes"),
+    ],
+)
+def test_the_file_of_a_footprint_has_its_size(size: int, parts: list[bytes], word: str) -> None:
+    """It is refused as soon as there is more, and not when all of that is in memory."""
+    sections = [("F", json.dumps({**FOOTPRINT, "size": size}).encode()), *(("D", part) for part in parts)]
+    assert word in refusal(packed([*sections, ("E", b'{"machines": 0, "footprints": 1}')]))

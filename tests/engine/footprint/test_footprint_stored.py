@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from engine.errors import EngineError, InvalidValue
+from engine.errors import EngineError, InvalidValue, LimitExceeded
 from engine.footprint.build import Builder
 from engine.footprint.combine import coarser, merge, subtract
-from engine.footprint.places import BYTES, LEVELS, SPANS, UNKNOWN, By, Footprint, Origin
+from engine.footprint.places import BYTES, LEVELS, SPANS, UNKNOWN, By, Footprint, Origin, made
 from engine.footprint.stored import HEAD, read, write
 from engine.trace.columns import TraceChunk
 from engine.trace.readers.budget import Budget
@@ -290,3 +290,28 @@ def test_a_head_of_much_is_too_much_before_it_is_read() -> None:
         read(body, 7_000_000)
     with pytest.raises(InvalidValue, match="1 to 65536 traces"):
         read(body, MEMORY)
+
+
+def of_traces(count: int, name: str) -> Footprint:
+    """A footprint of one access, and of so many traces more without any."""
+    one = Builder()
+    one.feed(TraceChunk(np.array([[0, 1 << 16 | 8]], dtype=np.uint64), None, {}))
+    found = one.finish(Origin("", 0, "packed", ("gpa",)))
+    others = [Origin(f"{at:064x}", 0, "packed", ("gpa", "size", "access"), name=f"{at} {name}") for at in range(count)]
+    return made(found.level, found.by, (*found.origins, *others), found.columns())
+
+
+def test_what_is_written_can_be_read() -> None:
+    """The file has what it says of its traces once, and no more of it than is read."""
+    many = of_traces(50_000, "boot")
+    assert read(io.BytesIO(file(many)), 1 << 30).origins == many.origins
+    sink = io.BytesIO()
+    with pytest.raises(LimitExceeded, match="keep it in parts"):
+        write(of_traces(50_000, "x" * 200), sink)
+    assert not sink.getvalue()
+
+
+def test_a_name_that_is_not_unicode_is_written() -> None:
+    (origin,) = footprint(1).origins
+    odd = made(BYTES, By(), (origin._replace(name="half \udcff"),), footprint(1).columns())
+    assert read(io.BytesIO(file(odd)), MEMORY).origins[0].name == "half ?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,23 @@ def test_backups_have_them(store_url: str, tmp_path: Path) -> None:
     body = b'{"machines": 0, "footprints": 1}'
     damaged.write_bytes(data[:12] + section(b"E", body))
     assert "not the footprints" in command("restore", damaged, "--store", f"sqlite:///{tmp_path}/none.db").output
+
+
+def test_a_footprint_that_cannot_be_read_takes_no_machine_with_it(store_url: str, tmp_path: Path) -> None:
+    """Tenants say what is in theirs; checksums of the backup are right."""
+    with serving(store_url) as service:
+        vm = new_vm(service.client).rpartition("/")[2]
+        bad, good = (made(service.client) for _ in range(2))
+        file = service.client.get(f"/v1/footprints/{bad['id']}", headers=PARQUET).content
+    whole = tmp_path / "whole.backup"
+    assert command("backup", whole, "--store", store_url).exit_code == 0
+    damaged = file[:40] + bytes(40) + file[80:]
+    first, _, rest = whole.read_bytes().partition(section(b"D", file))
+    whole.write_bytes(first + section(b"D", damaged) + rest)
+    url = f"sqlite:///{tmp_path}/other.db"
+    result = command("restore", whole, "--json", "--store", url)
+    assert result.exit_code == 0 and json.loads(result.stdout) == {"vms": [vm]}
+    assert f"footprint {bad['id']} is left out" in result.stderr and good["id"] not in result.stderr
+    with serving(url) as service:
+        assert service.client.get(f"/v1/vms/{vm}").status_code == 200
+        assert [item["id"] for item in service.client.get("/v1/footprints").json()["footprints"]] == [good["id"]]
