@@ -7,7 +7,7 @@ nested guests, host events, translation caches) depends on more than the accesse
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -21,10 +21,11 @@ from engine.footprint.combine import coarser as coarser_footprint
 from engine.footprint.hits import NEVER, Lines
 from engine.footprint.intervals import Numbers, coarser, touched, united
 from engine.footprint.places import BYTES, INDEX_BITS, SPANS, UNKNOWN, By, Footprint
-from engine.footprint.question import WIDTH, Mixed, Question, mixed_places, sort_places
-from engine.kvm.protections import GRANULARITIES, Protection, validate
+from engine.footprint.question import WIDTH, Check, Mixed, Question, mixed_places, sort_places, unbounded
+from engine.kvm.protections import GRANULARITIES, ProtectedObject, Protection, validate
 
 _PAGE = 12 - SUBPAGE_SHIFT
+_TOGETHER = 32  # policies that are asked at one time
 
 
 class First(NamedTuple):
@@ -67,16 +68,14 @@ class Cost:
 class _Policies:
     """Many policies as arrays: what each covers, and where its objects are."""
 
-    def __init__(self, policies: Sequence[Protection], question: Question) -> None:
+    def __init__(self, policies: Sequence[Protection]) -> None:
         objects = [item for policy in policies for item in policy.objects]
-        gpa = np.fromiter((item.gpa for item in objects), dtype=np.int64, count=len(objects))
-        size = np.fromiter((item.size for item in objects), dtype=np.int64, count=len(objects))
+        gpa, size = _places(objects)
         shift = np.fromiter((GRANULARITIES[item.granularity] for item in objects), dtype=np.int64, count=len(objects))
         first = gpa >> shift << shift - SUBPAGE_SHIFT
         last = ((gpa + size - 1 >> shift) + 1 << shift - SUBPAGE_SHIFT) - 1
         counts = np.array([len(policy.objects) for policy in policies], dtype=np.int64)
         owner = np.repeat(np.arange(len(policies)), counts)
-        _check_slots(policies, question, owner, gpa, size)
         self.names: list[tuple[str, ...]] = []
         numbers = np.empty(len(objects), dtype=np.int64)
         at = used = 0
@@ -99,35 +98,64 @@ class _Policies:
         self.own = united(numbers, gpa, gpa + size - 1, used)
 
 
+def _places(objects: Sequence[ProtectedObject]) -> tuple[Numbers, Numbers]:
+    """First bytes and sizes."""
+    gpa = np.fromiter((item.gpa for item in objects), dtype=np.int64, count=len(objects))
+    return gpa, np.fromiter((item.size for item in objects), dtype=np.int64, count=len(objects))
+
+
+def runs_of(policies: Sequence[Protection]) -> int:
+    """How many runs of sub-pages the nameless ranges of policies cover, page by page: what asking them takes is made of
+    these."""
+    return sum(
+        item.npages * (item.mask & ~(item.mask << 1)).bit_count() for policy in policies for item in policy.ranges
+    )
+
+
 def _ranges(policies: Sequence[Protection]) -> tuple[Numbers, Numbers, Numbers]:
     """(policy, first, last sub-page) of the nameless ranges of policies: runs of sub-pages that are covered."""
-    parts: list[tuple[Numbers, Numbers, Numbers]] = [(np.zeros(0, dtype=np.int64),) * 3]
-    for number, policy in enumerate(policies):
-        for item in policy.ranges:
-            covered = np.append(np.append(0, item.mask >> np.arange(32) & 1), 0)
-            begins, ends = np.flatnonzero(np.diff(covered) == 1), np.flatnonzero(np.diff(covered) == -1) - 1
-            base = np.repeat(np.arange(item.gfn, item.gfn + item.npages) << _PAGE, len(begins))
-            first, last = base + np.tile(begins, item.npages), base + np.tile(ends, item.npages)
-            parts.append((np.full(len(first), number, dtype=np.int64), first, last))
-    policy_of, first, last = (np.concatenate([part[at] for part in parts]) for at in range(3))
-    return policy_of, first, last
+    rows = [
+        (number, item.gfn, item.npages, item.mask) for number, policy in enumerate(policies) for item in policy.ranges
+    ]
+    policy_of, gfn, npages, mask = np.array(rows, dtype=np.int64).reshape(-1, 4).T
+    covered = np.zeros((len(rows), 34), dtype=np.int8)
+    covered[:, 1:-1] = np.unpackbits(mask.astype("<u4").view(np.uint8), bitorder="little").reshape(-1, 32)
+    edges = np.diff(covered, axis=1)
+    item, begin = np.nonzero(edges == 1)
+    end = np.nonzero(edges == -1)[1] - 1
+    pages = npages[item]
+    run = np.repeat(np.arange(len(item)), pages)
+    page = np.arange(len(run)) - np.repeat(np.cumsum(pages) - pages, pages) + gfn[item][run] << _PAGE
+    return policy_of[item][run], page + begin[run], page + end[run]
 
 
-def _check_slots(
-    policies: Sequence[Protection], question: Question, owner: Numbers, gpa: Numbers, size: Numbers
-) -> None:
+def _check_slots(policies: Sequence[Protection], question: Question) -> None:
     """Refuse what a machine with these slots would: a policy over pages without one."""
-    missing = question.without_slot(gpa >> 12, gpa + size - 1 >> 12)
+    if question.memory_slots is None:
+        return
+    gpa, size = _places([item for policy in policies for item in policy.objects])
+    _check_pages(policies, question, gpa >> 12, gpa + size - 1 >> 12, named=True)
+    rows = [(item.gfn, item.gfn + item.npages - 1) for policy in policies for item in policy.ranges]
+    first, last = np.array(rows, dtype=np.int64).reshape(-1, 2).T
+    _check_pages(policies, question, first, last, named=False)
+
+
+def _check_pages(
+    policies: Sequence[Protection], question: Question, first: Numbers, last: Numbers, *, named: bool
+) -> None:
+    """``_check_slots`` of the pages of all objects, or of all ranges, of policies."""
+    missing = question.without_slot(first, last)
     lacking = np.flatnonzero(missing >= 0)
-    if len(lacking):
-        at = int(lacking[0])
-        position = at - int(np.searchsorted(owner, owner[at]))
-        raise _no_slot(policies, int(owner[at]), f"objects[{position}].gpa", int(gpa[at]), int(missing[at]))
-    for number, policy in enumerate(policies):
-        for position, item in enumerate(policy.ranges):
-            page = int(question.without_slot(np.array([item.gfn]), np.array([item.gfn + item.npages - 1]))[0])
-            if page >= 0:
-                raise _no_slot(policies, number, f"pages[{position}][0]", item.gfn, page)
+    if not len(lacking):
+        return
+    counts = [len(policy.objects if named else policy.ranges) for policy in policies]
+    number = int(np.searchsorted(np.cumsum(counts), lacking[0], side="right"))
+    position = int(lacking[0]) - sum(counts[:number])
+    if named:
+        where, value = f"objects[{position}].gpa", policies[number].objects[position].gpa
+    else:
+        where, value = f"pages[{position}][0]", policies[number].ranges[position].gfn
+    raise _no_slot(policies, number, where, value, int(missing[lacking[0]]))
 
 
 def _no_slot(policies: Sequence[Protection], number: int, field: str, value: int, page: int) -> InvalidValue:
@@ -166,39 +194,57 @@ class Costs:
         fine, found = self._fine, self._sorted
         return _lines(found.plain | found.paging, fine.begin.view(np.int64), fine.last, fine.count, None)
 
-    def of(self, policies: Sequence[Protection]) -> list[Cost]:
+    @property
+    def mixed(self) -> int:
+        """Places over pages of several sorts, and the pages of them: each is looked at for each policy and object."""
+        return len(self._mixed.at) + len(self._mixed.owner)
+
+    def of(self, policies: Sequence[Protection], check: Check = unbounded) -> list[Cost]:
         """What each policy costs. Raises EngineError, with the position of the policy where there are several, for one
-        that no machine with these slots takes."""
+        that no machine with these slots takes, and what ``check`` does, which is called every moment."""
         for number, policy in enumerate(policies):
+            check(0)
             try:
                 validate(policy, WIDTH)
             except EngineError as error:
                 error.field = error.field if len(policies) == 1 else f"policies[{number}].{error.field}"
                 raise
-        given = _Policies(policies, self.question)
-        violations, ranks = self._plain.touching(given.covered)
-        paging, paging_ranks = self._paging_pages.touching(given.pages)
+        _check_slots(policies, self.question)
+        found: list[Cost] = []
+        for begin in range(0, len(policies), _TOGETHER):
+            found += self._of(policies[begin : begin + _TOGETHER], lambda: check(0))
+        return found
+
+    def _of(self, policies: Sequence[Protection], check: Callable[[], None]) -> list[Cost]:
+        """What each of some policies costs, which are valid."""
+        check()
+        given = _Policies(policies)
+        violations, ranks = self._plain.touching(given.covered, check)
+        paging, paging_ranks = self._paging_pages.touching(given.pages, check)
         violations, ranks = violations + paging, np.minimum(ranks, paging_ranks)
-        guarded, _ = self._guarded.touching(given.pages)
-        passing, _ = self._passing.touching(given.covered)
+        guarded, _ = self._guarded.touching(given.pages, check)
+        passing, _ = self._passing.touching(given.covered, check)
         mmio = np.full(len(policies), self._mmio, dtype=np.int64)
-        hits, first = self._plain.touching(given.objects)
-        more, more_first = self._paging.touching(given.objects)
+        hits, first = self._plain.touching(given.objects, check)
+        more, more_first = self._paging.touching(given.objects, check)
         hits, first = hits + more, np.minimum(first, more_first)
-        own = self._own.touching(given.own)[0] if self._in_bytes else np.zeros(len(hits), dtype=np.int64)
+        own = self._own.touching(given.own, check)[0] if self._in_bytes else np.zeros(len(hits), dtype=np.int64)
         objects = np.append(0, np.cumsum([len(names) for names in given.names]))
         totals = _Totals(violations, ranks, guarded, passing, mmio, hits, first, own)
         if len(self._mixed.at):
             for number in range(len(policies)):
-                self._add_mixed(totals, given, number, int(objects[number]), int(objects[number + 1]))
+                self._add_mixed(totals, given, number, range(int(objects[number]), int(objects[number + 1])), check)
         return self._costs(policies, given, totals, objects)
 
     def of_nothing(self, name: str) -> Cost:
         """What the accesses cost where nothing is protected."""
         return Cost(name, 0, 0, {}, self._mmio, 0, None, 0, 0)
 
-    def _add_mixed(self, totals: _Totals, given: _Policies, number: int, begin: int, end: int) -> None:
+    def _add_mixed(
+        self, totals: _Totals, given: _Policies, number: int, objects: range, check: Callable[[], None]
+    ) -> None:
         """Add the places over pages of several sorts, one by one, for one policy and its objects."""
+        check()
         mixed = self._mixed
         covered, pages = given.covered.lot(number), given.pages.lot(number)
         near = touched(pages, mixed.first >> _PAGE, mixed.last >> _PAGE)
@@ -215,7 +261,8 @@ class Costs:
         totals.passing[number] += count[lands].sum()
         if not refused.any():
             return
-        for item in range(begin, end):
+        for item in objects:
+            check()
             hit = refused & touched(given.objects.lot(item), mixed.first, mixed.last)
             totals.hits[item] += count[hit].sum()
             totals.first[item] = min(totals.first[item], rank[hit].min(initial=NEVER))
@@ -289,7 +336,8 @@ def outcome(footprint: Footprint, policy: Protection, question: Question | None 
     question = question or Question()
     question.validate()
     validate(policy, WIDTH)
-    given = _Policies([policy], question)
+    _check_slots([policy], question)
+    given = _Policies([policy])
     found = sort_places(footprint, question)
     mixed = mixed_places(footprint, question, found)
     first, last = footprint.first_subpage, footprint.last_subpage

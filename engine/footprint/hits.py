@@ -6,6 +6,7 @@ place reaches, each is looked at.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from engine.jit import kernel
 NEVER = int(np.iinfo(np.int64).max)  # rank of what does not happen
 BLOCK = 64  # ranks of which the least is kept
 _BLOCK_SHIFT = 6
+LOTS = 256  # that are looked up at one time
 
 # Places of one table extend so far at most; of how many are looked at before a range goes with it.
 EXTENTS = (0, 7, 63, 1023, 1 << 17)
@@ -100,12 +102,17 @@ class Lines:
             if taken.any():
                 self._lines.append(_line(low[taken], high[taken], count[taken], None if rank is None else rank[taken]))
 
-    def touching(self, intervals: Intervals) -> tuple[Numbers, Numbers]:
-        """(counts, ranks) of the accesses that touch the ranges of each lot; NEVER for the rank of none."""
+    def touching(self, intervals: Intervals, check: Callable[[], None] = lambda: None) -> tuple[Numbers, Numbers]:
+        """(counts, ranks) of the accesses that touch the ranges of each lot; NEVER for the rank of none. ``check`` is
+        called every moment: a lot may have to look at every place."""
         lots = len(intervals.offsets) - 1
         counts, ranks = np.zeros(lots, dtype=np.int64), np.full(lots, NEVER, dtype=np.int64)
         for line in self._lines:
-            count_touching(line, *intervals, counts, ranks)
+            for begin in range(0, lots, LOTS):
+                check()
+                part = slice(begin, min(begin + LOTS, lots))
+                offsets = intervals.offsets[begin : part.stop + 1]
+                count_touching(line, intervals.first, intervals.last, offsets, counts[part], ranks[part])
         return counts, ranks
 
 

@@ -7,6 +7,7 @@ is worked out once. The rules are those of the replay: ``kvm.ept_violation``, ``
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -25,6 +26,14 @@ WIDTH = 52  # bits of the widest guest-physical address
 _PAGE_SUBPAGES = 5  # as a shift
 _REGION = 512  # pages of the smallest large page
 _FAR = np.int64(1 << 60)
+
+Check = Callable[[int], None]
+"""Told how many bytes are about to be taken for a while, 0 between steps of what takes long; raises where they are too
+many, or nobody waits for the outcome any more."""
+
+
+def unbounded(size: int) -> None:
+    """The Check of those who have all memory and all time."""
 
 
 @dataclass(frozen=True)
