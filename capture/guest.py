@@ -49,7 +49,10 @@ def small_guest(folder: Path) -> SmallGuest:
     if not kernel.exists():
         _known(lambda: fetch_files(folder, kernel_package(_KERNEL), {"boot/vmlinuz-*": kernel}))
     programs = {"bin/busybox": _known(lambda: busybox(folder)), "bin/crosses": _crosses(), "init": INIT.read_bytes()}
-    initramfs.write_bytes(initramfs_of(programs))
+    archive = initramfs_of(programs)
+    if not initramfs.exists() or initramfs.read_bytes() != archive:  # another guest may just be reading it
+        initramfs.with_suffix(".new").write_bytes(archive)
+        initramfs.with_suffix(".new").replace(initramfs)
     if not symbols.exists():
         raw = folder / "kallsyms.gz"
         serial = ("-serial", "file:/dev/null", "-serial", f"file:{raw}")

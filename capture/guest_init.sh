@@ -19,7 +19,7 @@ fi
 if grep -q subpage=work /proc/cmdline; then
     sync # the mark at which recording starts, as below
     from=$(cut -d' ' -f1 /proc/uptime)
-    for round in 1 2 3; do
+    for round in 1 2; do
         gzip -c /bin/busybox > /work.gz
         gunzip -c /work.gz | sha256sum > /dev/null
         ls -lR /proc/sys | sort > /dev/null

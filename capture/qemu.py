@@ -199,7 +199,16 @@ class Qemu:
         for event in self._qmp.events():
             self._off = self._off or event["event"] == "SHUTDOWN"
             self._word = _word_of(event) or self._word
+            if event["event"] == "STOP" and self._status() in ("finish-migrate", "postmigrate"):
+                self._off, self._word = True, "the guest has migrated: a recording ends there"
         return self._word
+
+    def _status(self) -> str | None:
+        """What QEMU says that the guest does."""
+        try:
+            return str(self._qmp.execute("query-status")["status"])
+        except QmpClosed:
+            return None
 
     def terminate(self) -> None:
         """Ask QEMU to end, the guest with it."""

@@ -71,13 +71,10 @@ class Machine:
         """Let the guest run; the trace that came of it. Raises Unanswered, CaptureError."""
         import subpage
 
-        options: dict[str, Any] = {
-            "media": "application/vnd.apache.arrow.stream",
-            "publish_every": every,
-            "on_violation": on_violation,
-        }
+        media = "application/vnd.apache.arrow.stream"
+        body = _body(recording, watch)
         try:
-            return self._vm.replay(_body(recording, watch), **options).document
+            return self._vm.replay(body, media=media, publish_every=every, on_violation=on_violation).document
         except subpage.Error:
             if not recording.ended:
                 raise

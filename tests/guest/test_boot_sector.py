@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from capture.qmp import Qmp
+from capture.recording import Recording, Wanted
 from service.cli.app import app
 from service.settings import Settings
 from tests.support.server import running
@@ -90,6 +91,28 @@ def test_a_guest_has_not_printed_while_the_question_about_its_store_stands(tmp_p
                 live.kill()
     assert (live.returncode, printed.read_bytes()) == (0, b"X")
     assert json.loads(said)["by_object"]["secret"]["violations"] == 1
+
+
+@pytest.mark.parametrize("ends", ["resets", "migrates"])
+def test_a_guest_that_is_not_there_any_more_is_told(ends: str, tmp_path: Path) -> None:
+    """What was stored before is recorded. The one asks the keyboard's controller for a reset, the other one halts."""
+    disk = tmp_path / "disk.img"
+    code = bytes.fromhex("fa31c08ed8 c70600803412" + ("b0fee664" if ends == "resets" else "") + "f4ebfd")
+    disk.write_bytes(code.ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
+    qemu = ["qemu-system-x86_64", "-M", "pc,accel=tcg", "-m", "16M", "-nodefaults", "-vga", "none", "-display", "none"]
+    qemu += ["-drive", f"file={disk},format=raw,if=ide", "-qmp", f"unix:{tmp_path / 'qmp'},server=on,wait=off"]
+    stored = 0
+    with Recording(qemu, Wanted(start_pc=0x7C00)) as recording, socket.socket(socket.AF_UNIX) as control:
+        control.connect(str(tmp_path / "qmp"))
+        for records in recording:
+            stored += len(records)
+            if ends == "migrates" and len(records):
+                qmp = Qmp(control)
+                qmp.begin()
+                qmp.execute("migrate", uri="exec:cat >/dev/null")
+        assert stored == 1
+        assert recording.word.startswith({"resets": "the guest reset", "migrates": "the guest has migrated"}[ends])
+        assert not recording.failed
 
 
 def recorded(path: Path, machine: list[str], *options: str) -> str:

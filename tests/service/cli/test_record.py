@@ -89,3 +89,24 @@ def test_what_cannot_be_recorded_leaves_no_file(fake: Fake, tmp_path: Path) -> N
     assert "-enable-kvm: under kvm" in record("-o", path, "--", *fake(), "-enable-kvm", status=1)
     assert "QEMU ended with status 1" in record("-o", path, "--", *fake(status=1), status=1)
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (("--on-violation", "skip"), "--on-violation skip: TCG tells of a store when it has landed"),
+        (("--rules", "rules.toml"), "--rules rules.toml: goes with --on-violation ask"),
+        (("--on-violation", "ask", "--rules", "rules.toml"), "--rules rules.toml: skip cannot be honoured"),
+        (("--kallsyms-from-guest", "--symbols", "kallsyms"), "--symbols does not go with --kallsyms-from-guest"),
+        (("--kallsyms-from-guest", "--start", "do_exit:0"), "--start do_exit:0: the N of WHERE:N must be at least 1"),
+        (("--start", "do_exit"), "do_exit is a symbol, which --symbols FILE must have"),
+    ],
+)
+def test_what_a_guest_that_runs_cannot_honour_is_refused(
+    arguments: tuple[str, ...], rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rules.toml").write_text('[[rules]]\nanswer = "allow"\nobject = "secret"\n')  # and skip otherwise
+    Path("policy.json").write_text('{"objects": [{"name": "secret", "gpa": "0x1000", "size": 128}]}')
+    result = runner.invoke(app, ["live", "--policy", "policy.json", *arguments, "--", "qemu-system-nowhere"])
+    assert result.exit_code == 1 and rule in result.output, result.output
