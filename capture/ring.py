@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import select
+import threading
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -61,6 +62,8 @@ class Ring:
         self._capacity = capacity
         self._tail = 0
         self._held = 0
+        self._lock = threading.Lock()  # verdicts come from another thread than the end of waiting for them
+        self._waits = True
         for name, value in (
             ("magic", layout.MAGIC),
             ("version", layout.VERSION),
@@ -100,16 +103,20 @@ class Ring:
         is ``judged``. Pages beyond are not guarded; there may be up to ``layout.GUARD_BYTES`` / 4."""
         changed = np.flatnonzero(self._guards[: len(masks)] != masks)
         self._guards[changed] = masks[changed]
-        self._header["guarding"] = int(masks.any())
+        with self._lock:
+            self._header["guarding"] = int(self._waits and masks.any())
 
     def judge(self, until: int) -> None:
         """There is a verdict on the records before this one."""
-        self._header["judged"] = until
+        with self._lock:
+            self._header["judged"] = until if self._waits else _HIGHEST
         self._wake()
 
     def let_go(self) -> None:
-        """Nobody waits for a verdict any more."""
-        self._header["guarding"] = 0
+        """Nobody waits for a verdict any more, whatever ``guard`` and ``judge`` say from now on."""
+        with self._lock:
+            self._waits = False
+            self._header["guarding"] = 0
         self.judge(_HIGHEST)
 
     @property
@@ -184,6 +191,7 @@ class Ring:
         for fd in self._open:
             os.close(fd)
         self._open = []
-        self._header = self._records = self._guards = np.zeros(0, dtype=layout.HEADER)
+        self._header = self._header.copy()  # what was counted can still be asked for
+        self._records, self._guards = np.zeros(0, dtype=layout.RECORD), np.zeros(0, dtype="<u4")
         with contextlib.suppress(BufferError):  # somebody still looks at records; the memory goes with them
             self._map.close()

@@ -86,12 +86,12 @@ class Verdicts:
 
     def _guard(self, vm: subpage.Vm) -> None:
         """What is protected by now is what the guest waits at."""
-        masks = np.concatenate(
-            [
-                ~np.frombuffer(vm.subpages(first, min(_MOST_WINDOW, self._pages - first)).words, dtype=np.uint32)
-                for first in range(0, self._pages, _MOST_WINDOW)
-            ]
-        )
+        masks = np.zeros(self._pages, dtype=np.uint32)
+        for gpa, size in self._recording.guest.ranges:  # there are no bitmaps between them
+            end = gpa + size >> _PAGE_SHIFT
+            for first in range(gpa >> _PAGE_SHIFT, end, _MOST_WINDOW):
+                words = vm.subpages(first, min(_MOST_WINDOW, end - first)).numpy()
+                masks[first : first + len(words)] = ~words
         for protection in vm.protections():
             for item in protection["objects"]:
                 if item["granularity"] == "page":

@@ -105,4 +105,7 @@ def answer(control: socket.socket, guest: dict[str, Any], vcpus: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(json.loads(Path(os.environ["FAKE_GUEST"]).read_text(encoding="utf-8")), sys.argv[1:]))
+    status = main(json.loads(Path(os.environ["FAKE_GUEST"]).read_text(encoding="utf-8")), sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # an interpreter that ends by itself heeds SIGTERM for a while, which QEMU has done with by then

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import select
 import subprocess
@@ -123,6 +124,18 @@ def test_a_held_guest_is_let_go_when_it_is_stopped_and_ended_where_it_stands(fak
                 if recording.held == 1:
                     stop(recording)
     assert (taken, recording.word, recording.failed) == (1, "a tool stopped the guest", False)
+
+
+def test_a_verdict_that_comes_late_holds_nobody_again() -> None:
+    masks = np.full(1, 0xFFFFFFFF, dtype=np.uint32)
+    with Ring(64) as ring, mmap.mmap(ring.fds[0], layout.HEADER_BYTES) as memory:
+        words = [(layout.HEADER.fields or {})[name][1] for name in ("guarding", "judged")]
+        found = []
+        for step in (lambda: ring.guard(masks), lambda: ring.judge(3), ring.let_go) * 2:
+            step()
+            found.append(tuple(int.from_bytes(memory[at : at + 8], "little") for at in words))
+    let_go = (0, (1 << 64) - 1)
+    assert found == [(1, 0), (1, 3), let_go, let_go, let_go, let_go]
 
 
 def test_vcpus_have_one_order_and_each_keeps_its_own(fake: Fake) -> None:
