@@ -207,7 +207,9 @@ def _by_service(
             made.protect(wanted.model_dump(mode="json", exclude_unset=True), name=wanted.name)
             _replayed(made, file, query, exits, progress, policy=wanted.name, memory=memory)
         except BaseException:
-            if made is not None and not keep:
+            if made is not None and keep:
+                typer.echo(f"the machine is {made.id}", err=True)
+            elif made is not None:
                 with suppress(subpage.Error):  # of the two, the first failure says more
                     made.delete()
             raise
