@@ -99,7 +99,7 @@ class PolicyCost(Document):
     pages: int = Field(description="Distinct pages with one of them.")
 
 
-class Costs(Document):
+class PolicyCosts(Document):
     """What policies cost, in the order in which they were given."""
 
     model_config = ConfigDict(
@@ -125,7 +125,7 @@ class Costs(Document):
         "system-management mode are refused: what they do depends on what was before."
     ),
     responses=documented(
-        {200: {"model": Costs, "description": "In the order of the policies."}},
+        {200: {"model": PolicyCosts, "description": "In the order of the policies."}},
         "not-found",
         "malformed-body",
         "body-too-large",
