@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,10 @@ _TYPES = {
 }
 _TRACES = "the traces of a footprint"
 _NULLABLE = ("trace", "first_index")
-_ROW_BYTES = 64  # of a place while it is read
+ROW_BYTES = 256  # of a place while it is read: half of it is Arrow's
+_STEPS = 64
+# What the library raises for a damaged file, beside OSError without a number.
+_DAMAGE = (pa.ArrowException, ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
 
 
 def write(footprint: Footprint, sink: Any) -> None:
@@ -124,16 +127,17 @@ def recognised(source: Any, memory: int | Budget) -> bool:
         read_footer(source, Budget.of(memory))
         metadata = pq.read_metadata(pa.BufferReader(directory(source))).metadata
         return HEAD in (metadata or {})
-    except Exception:  # noqa: BLE001 - whatever a hostile file makes of the library, its reader reports it
+    except (EngineError, OSError, *_DAMAGE):  # its reader reports it
         return False
     finally:
         source.seek(0)
 
 
-def read(source: Any, memory: int | Budget) -> Footprint:
+def read(source: Any, memory: int | Budget, check: Callable[[], None] = lambda: None) -> Footprint:
     """The footprint in a file, a ``source`` with ``read``, ``seek`` and ``tell``, in ``memory`` bytes.
 
-    Raises InvalidValue for what is no footprint, TraceError for a damaged Parquet file.
+    ``check`` is called between steps, and raises when nobody wants it any more. Raises that, InvalidValue for what is
+    no footprint, TraceError for a damaged Parquet file, and what the source does.
     """
     budget = Budget.of(memory)
     try:
@@ -143,7 +147,7 @@ def read(source: Any, memory: int | Budget) -> Footprint:
         level, by, origins = _said(metadata.metadata or {}, budget)
         names = _names(level)
         wanted = [name for name in _TYPES if (name != "bucket" or by.buckets) and (name != "pc" or by.pc)]
-        budget.keep(footer.rows * _ROW_BYTES, "the places of a footprint")
+        budget.keep(footer.rows * ROW_BYTES, "the places of a footprint")
         schema = metadata.schema.to_arrow_schema()
         for name in wanted:
             at = schema.get_field_index(names[name])
@@ -151,13 +155,29 @@ def read(source: Any, memory: int | Budget) -> Footprint:
                 raise InvalidValue(f"must have a column {names[name]} of {_TYPES[name]}", field=names[name])
         check_pages(source, footer, leaves_of(metadata), [names[name] for name in wanted], budget)
         file = pq.ParquetFile(pa.PythonFile(source, mode="r"), metadata=metadata, page_checksum_verification=True)
-        table = file.read(columns=[names[name] for name in wanted], use_threads=False)
+        count = file.num_row_groups
+        step = -(-count // _STEPS) or 1
+        parts = []
+        for at in range(0, count, step):
+            check()
+            some = range(at, min(at + step, count))
+            parts.append(file.read_row_groups(some, columns=[names[name] for name in wanted], use_threads=False))
+        table = pa.concat_tables(parts or [file.schema_arrow.empty_table()])
         table.validate(full=True)
-    except EngineError:
+    except (EngineError, MemoryError):
         raise
-    except Exception as error:
-        raise InvalidValue(f"the Parquet file is not valid: {error}", field="footprint") from error
+    except OSError as error:
+        if error.errno is not None:  # of our disk
+            raise
+        raise _damaged(error) from error
+    except _DAMAGE as error:
+        raise _damaged(error) from error
+    check()
     return _checked(level, by, origins, {name: table.column(names[name]) for name in wanted})
+
+
+def _damaged(error: Exception) -> InvalidValue:
+    return InvalidValue(f"the Parquet file is not valid: {error}", field="footprint")
 
 
 def _names(level: str) -> Mapping[str, str]:

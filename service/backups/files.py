@@ -37,6 +37,7 @@ from service.backups.checks import (
     check_footprint,
     check_trace,
     columns_are_bounded,
+    heads_differ,
     machine_of,
     section_of,
 )
@@ -272,8 +273,10 @@ def restore_machine(connection: sa.Connection, number: int, machine: Saved, *, r
 
 def restore_footprint(connection: sa.Connection, footprint: FootprintRecord) -> None:
     """Put a footprint into a store that may have it already: none ever changes. Raises BadBackup when the store has
-    another tenant's under its id."""
+    another one under its id."""
     known = footprint_rows.found(connection, [footprint.id])
     if known and known[0].tenant != footprint.tenant:
         raise BadBackup(f"footprint {footprint.id} of the backup is one of another tenant in the store")
+    if known and (known[0].size != footprint.size or heads_differ(known[0].head, footprint.head) is not None):
+        raise BadBackup(f"footprint {footprint.id} of the backup is another one than that of this id in the store")
     footprint_rows.write(connection, [footprint] if not known else [], [])

@@ -253,8 +253,12 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Put a footprint, or that of a trace, on a service; says its id."""
+    from service.cli import footprint_files as files
+
+    # Traces of a footprint have their names.
+    called = name or (None if file.is_file() and files.is_one(file) else file.name)
     with service.client() as client:
-        query = {"level": None if level is None else level.value, "by": by, "name": name or file.name}
+        query = {"level": None if level is None else level.value, "by": by, "name": called}
         found = client.create_footprint(file, **query)
     if as_json:
         shows.document(found.document)

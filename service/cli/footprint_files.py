@@ -111,9 +111,15 @@ def loaded(path: Path) -> Footprint:
         return stored.read(file, _MEMORY)
 
 
+def is_one(path: Path) -> bool:
+    """Whether a file says that it is a footprint. Raises Failure."""
+    with opened(path) as file:
+        return stored.recognised(file, _MEMORY)
+
+
 def saved(footprint: Footprint, path: Path) -> None:
     """Write the file, whole or not at all. Raises Failure."""
-    with replacing(path) as beside, beside.open("wb") as file:
+    with told(path), replacing(path) as beside, beside.open("wb") as file:
         stored.write(footprint, file)
 
 

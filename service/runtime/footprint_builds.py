@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
+from engine.errors import InvalidValue
 from engine.footprint.build import Builder
 from engine.footprint.places import SPANS, By, Footprint, Origin
 from engine.trace.addresses import Addresses
@@ -17,7 +18,8 @@ from engine.trace.readers import Budget, Source, open_trace
 from service.problems import InvalidDocument
 
 # Of a place while the rows of the table become columns in order.
-_FINISHING = 120
+_FINISHING = 160
+_COARSER = 200  # of a place while those of a footprint are put together
 _PIECE = 1 << 20
 _TOGETHER = By()
 
@@ -153,8 +155,8 @@ def build(
         from engine.footprint import stored  # noqa: PLC0415 - the Arrow library is 33 MB
 
         if stored.recognised(source, memory):
-            return _taken(request, stored.read(source, room))
-        digest = hashlib.file_digest(_Blocks(source), "sha256").hexdigest()
+            return _taken(request, stored.read(source, room, check), room)
+        digest = hashlib.file_digest(_Blocks(source, check), "sha256").hexdigest()
         source.seek(0)
         return _built(request, source, lambda: digest, check, memory, room, follow)
     hashed = _Hashed(source)
@@ -162,10 +164,15 @@ def build(
 
 
 class _Blocks:
-    """What ``hashlib.file_digest`` asks of a file."""
+    """What ``hashlib.file_digest`` asks of a file. ``check`` is called for each block."""
 
-    def __init__(self, source: Any) -> None:
-        self.readinto = source.readinto
+    def __init__(self, source: Any, check: Callable[[], None]) -> None:
+        self._into = source.readinto
+        self._check = check
+
+    def readinto(self, target: bytearray) -> int:
+        self._check()
+        return int(self._into(target))
 
     def readable(self) -> bool:
         return True
@@ -199,9 +206,19 @@ def _built(
     return building.finish(digest(), form, request.name)
 
 
-def _taken(request: FootprintRequest, found: Footprint) -> Footprint:
+def _taken(request: FootprintRequest, found: Footprint, room: Budget) -> Footprint:
     """A footprint that was the body, at the level that was asked for. Raises InvalidValue for one that is not there to
     be had."""
     from engine.footprint.combine import coarser  # noqa: PLC0415
 
+    for name, given in (
+        ("name", request.name),
+        ("columns", request.columns),
+        ("skip_unknown", request.skip_unknown),
+        ("address", request.address != "gpa"),
+    ):
+        if given:
+            rule = "is about a trace: the body is a footprint, whose traces were read already"
+            raise InvalidValue(rule, field=name, value=getattr(request, name))
+    room.check(len(found) * _COARSER, "the places of a footprint")
     return coarser(found, request.level, request.by if any(request.by) else None)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import sqlalchemy as sa
 
 from service.storage.records import FootprintRecord
 from service.storage.schema import footprint_parts, footprints
 
+_AT_ONCE = 1000  # ids in one statement, which takes some ten thousand parameters at most
 _HEAD = tuple(footprints.c[name] for name in ("id", "tenant", "vm", "created", "size", "head"))
 
 
 def write(connection: sa.Connection, added: Sequence[FootprintRecord], dropped: Collection[str]) -> None:
     """Drop some, then add others."""
-    if dropped:
-        connection.execute(sa.delete(footprint_parts).where(footprint_parts.c.footprint.in_(dropped)))
-        connection.execute(sa.delete(footprints).where(footprints.c.id.in_(dropped)))
+    for some in _batches(dropped):
+        connection.execute(sa.delete(footprint_parts).where(footprint_parts.c.footprint.in_(some)))
+        connection.execute(sa.delete(footprints).where(footprints.c.id.in_(some)))
     for record in added:
         row = {column.name: getattr(record, column.name) for column in _HEAD}
         connection.execute(sa.insert(footprints).values(row))
@@ -36,7 +37,8 @@ def listed(
 
 def found(connection: sa.Connection, ids: Collection[str]) -> list[FootprintRecord]:
     """Those of these that there are, without their files."""
-    return [FootprintRecord(*row) for row in connection.execute(sa.select(*_HEAD).where(footprints.c.id.in_(ids)))]
+    wanted = [sa.select(*_HEAD).where(footprints.c.id.in_(some)) for some in _batches(ids)]
+    return [FootprintRecord(*row) for statement in wanted for row in connection.execute(statement)]
 
 
 def parts_of(connection: sa.Connection, footprint: str) -> list[bytes]:
@@ -44,3 +46,8 @@ def parts_of(connection: sa.Connection, footprint: str) -> list[bytes]:
     part = footprint_parts.c
     read = sa.select(part.data).where(part.footprint == footprint).order_by(part.part)
     return [bytes(data) for (data,) in connection.execute(read)]
+
+
+def _batches(ids: Collection[str]) -> Iterator[list[str]]:
+    rest = list(ids)
+    return (rest[at : at + _AT_ONCE] for at in range(0, len(rest), _AT_ONCE))

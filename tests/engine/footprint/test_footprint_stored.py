@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import itertools
 import json
@@ -315,3 +317,60 @@ def test_a_name_that_is_not_unicode_is_written() -> None:
     (origin,) = footprint(1).origins
     odd = made(BYTES, By(), (origin._replace(name="half \udcff"),), footprint(1).columns())
     assert read(io.BytesIO(file(odd)), MEMORY).origins[0].name == "half ?"
+
+
+class Stopped(Exception):
+    """Nobody wants it any more."""
+
+
+@pytest.mark.parametrize("error", [Stopped(), OSError(errno.EIO, "the disk"), MemoryError()])
+def test_what_is_not_the_files_fault_is_not_said_to_be(error: Exception) -> None:
+    body = file(footprint(1))
+
+    class Failing(io.BytesIO):
+        """Fails where the first pages are read by the library."""
+
+        failing = False
+
+        def read(self, size: int | None = -1) -> bytes:
+            if self.failing and self.tell() < 100:
+                raise error
+            return super().read(size)
+
+    source = Failing(body)
+
+    def check() -> None:
+        source.failing = True
+
+    with pytest.raises(type(error)) as raised:
+        read(source, MEMORY, check)
+    assert not isinstance(raised.value, EngineError)
+
+
+def test_it_is_asked_between_steps_whether_to_go_on() -> None:
+    asked = []
+    read(io.BytesIO(halves(footprint(1))), MEMORY, lambda: asked.append(1))
+    assert len(asked) > 2
+
+    def check() -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        read(io.BytesIO(file(footprint(1))), MEMORY, check)
+
+
+def test_memory_of_a_place_is_that_of_both_libraries() -> None:
+    found = footprint(1)
+    budget = Budget(MEMORY)
+    read(io.BytesIO(file(found)), budget)
+    assert budget.kept > 256 * len(found)
+
+
+def test_damage_is_refused_and_nothing_else() -> None:
+    body = file(footprint(1, count=50))
+    draw = random.Random(7)
+    for _ in range(100):
+        changed = bytearray(body)
+        changed[draw.randrange(len(changed))] = draw.choice([0, 1, 0x7F, 0x80, 0xFF])
+        with contextlib.suppress(EngineError):
+            read(io.BytesIO(bytes(changed)), MEMORY)

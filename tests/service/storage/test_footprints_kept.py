@@ -11,12 +11,17 @@ import pytest
 
 from service.problems import StoreUnavailable
 from service.runtime.stored_repository import StoredRepository
+from service.storage import footprint_rows
+from service.storage.database import connect
+from service.storage.migrate import migrate
+from service.storage.records import FootprintRecord
+from service.storage.urls import StoreUrl
 from tests.faults.kill import wait_until_ready
 from tests.faults.nursery import nursery
 from tests.support.bodies import packed, table
 from tests.support.http import done, key, new_vm
 from tests.support.job_calls import ASYNC, ended
-from tests.support.stores import command, rows_in, section, serving
+from tests.support.stores import command, rows_in, run_sql, section, serving
 
 BODY = packed(table(gpa=[0x1000, 0x1000, 0x2080]))
 POLICY = {"name": "p", "objects": [{"name": "o", "gpa": 0x2080, "size": 64}]}
@@ -156,3 +161,29 @@ def test_a_footprint_that_cannot_be_read_takes_no_machine_with_it(store_url: str
     with serving(url) as service:
         assert service.client.get(f"/v1/vms/{vm}").status_code == 200
         assert [item["id"] for item in service.client.get("/v1/footprints").json()["footprints"]] == [good["id"]]
+
+
+def test_another_one_under_the_same_id_is_not_taken_for_it(tmp_path: Path) -> None:
+    store, file = f"sqlite:///{tmp_path}/store.db", tmp_path / "one.backup"
+    with serving(store) as service:
+        made(service.client)
+    assert command("backup", file, "--store", store).exit_code == 0
+    assert command("restore", file, "--store", store).exit_code == 0, "it has the same"
+    run_sql(store, "UPDATE footprints SET size = size + 1")
+    assert "is another one" in command("restore", file, "--store", store).output
+    run_sql(store, "UPDATE footprints SET size = size - 1, head = replace(head, 'bytes', 'spans')")
+    assert "is another one" in command("restore", file, "--store", store).output
+
+
+def test_more_go_than_a_statement_can_name(tmp_path: Path) -> None:
+    """SQLite takes 32,766 parameters in one."""
+    ids = [f"fp_{number:016x}" for number in range(40_000)]
+    engine = connect(StoreUrl.parse(f"sqlite:///{tmp_path}/store.db"))
+    with engine.connect().execution_options(writes=True) as connection, connection.begin():
+        migrate(connection)
+        record = FootprintRecord(ids[-1], "default", "", "2026-11-29T12:00:00.000000Z", 1, "{}", [b"x"])
+        footprint_rows.write(connection, [record], ids[:-1])
+        assert [found.id for found in footprint_rows.found(connection, ids)] == ids[-1:]
+        footprint_rows.write(connection, [], ids)
+        assert not footprint_rows.found(connection, ids) and not footprint_rows.parts_of(connection, ids[-1])
+    engine.dispose()
