@@ -6,14 +6,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from capture import layout
 from capture.errors import CaptureError
 from capture.recording import Recording
-from service.cli.connection import Service, Unanswered
+from service.cli.connection import Service
+from service.platform.failures import Failure
 
 if TYPE_CHECKING:
     import subpage
@@ -51,11 +52,15 @@ class Verdicts:
         thread.start()
         try:
             yield
+        except BaseException:
+            self._recording.end("its stores are not judged any more", failed=True)
+            raise
         finally:
             ending.set()
             thread.join()
 
     def _run(self, ending: threading.Event) -> None:
+        why = ""
         try:
             with self._service.client() as client:
                 vm = client.vm(self._id)
@@ -65,10 +70,11 @@ class Verdicts:
                         self._guard(vm)
                     if self._recording.held > judged:
                         judged = self._judged(vm, judged)
-        except Unanswered:
-            pass  # whoever sends the body says why
+        except Failure as error:
+            why = f": {error}"
         finally:
-            self._recording.let_go()
+            if not ending.is_set():  # a guest that nobody holds would pass what is asked about
+                self._recording.end(f"verdicts do not come any more{why}", failed=True)
 
     def _judged(self, vm: subpage.Vm, before: int) -> int:
         """Pass on how far the service is."""
@@ -77,9 +83,7 @@ class Verdicts:
             if self._trace is None:
                 return before
         trace = vm.trace(self._trace).document
-        if trace["stopped_at"] is not None:
-            self._recording.end(f"the guest was stopped at record {trace['stopped_at']:,}, as was answered")
-        elif trace["resume_at"] > before:
+        if not end_if_stopped(self._recording, trace) and trace["resume_at"] > before:
             self._recording.judge(trace["resume_at"])
             return int(trace["resume_at"])
         return before
@@ -100,3 +104,11 @@ class Verdicts:
                         masks[first >> _PAGE_SHIFT : (first + size - 1 >> _PAGE_SHIFT) + 1] = _ALL
         self._recording.guard(masks)
         self._looked = time.monotonic()
+
+
+def end_if_stopped(recording: Recording, trace: dict[str, Any]) -> bool:
+    """End the guest where it stands if an answer has stopped its trace; whether one has."""
+    at = trace["stopped_at"]
+    if at is not None:
+        recording.end(f"the guest was stopped at record {at:,}, as was answered")
+    return at is not None

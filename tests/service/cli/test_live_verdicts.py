@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 import subpage
 from capture.recording import Recording
 from service.cli.connection import Service
+from service.cli.live_stream import Machine
 from service.cli.live_verdicts import Verdicts
 from service.settings import Settings
 from tests.support.server import Running, running
+from tests.support.waiting import until
 
 
 class Guest:
@@ -25,9 +27,14 @@ class Guest:
 
     def __init__(self) -> None:
         self.guards: list[NDArray[np.uint32]] = []
+        self.ended: list[tuple[str, bool]] = []
+        self.held = 0
 
     def guard(self, masks: NDArray[np.uint32]) -> None:
         self.guards.append(masks)
+
+    def end(self, word: str, *, failed: bool = False) -> None:
+        self.ended.append((word, failed))
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +61,58 @@ def test_what_is_protected_is_guarded_on_both_sides_of_a_hole(server: Running, v
     (masks,) = guest.guards
     assert {page: int(mask) for page, mask in enumerate(masks) if mask} == {1: 1 << 1, 0x2F: 1}
     assert len(masks) == 0x30
+
+
+def test_a_guest_whose_verdicts_cannot_be_had_is_ended_and_not_let_go(server: Running, vm: subpage.Vm) -> None:
+    guest = Guest()
+    with verdicts(server, vm, guest).given():
+        vm.delete()
+        until(lambda: bool(guest.ended))
+    ((word, failed),) = guest.ended
+    assert word.startswith("verdicts do not come any more: 404: ") and failed
+
+
+def test_a_guest_ends_where_it_stands_when_its_watcher_fails(server: Running, vm: subpage.Vm) -> None:
+    guest = Guest()
+    with pytest.raises(subpage.Unreachable), verdicts(server, vm, guest).given():
+        raise subpage.Unreachable("the connection is lost")
+    assert guest.ended == [("its stores are not judged any more", True)]
+    with verdicts(server, vm, guest := Guest()).given():
+        pass
+    assert guest.ended == []
+
+
+class Stopped:
+    """Stands in for a machine whose trace an answer has stopped: the connection is lost, or was not yet."""
+
+    def __init__(self, at: int | None, *, lost: bool) -> None:
+        self.document, self.id, self.lost = {"stopped_at": at}, "trace", lost
+
+    def replay(self, *_: Any, **options: Any) -> Stopped:
+        if self.lost:
+            raise subpage.Unreachable("the connection is lost")
+        return self
+
+    def traces(self) -> list[Any]:
+        return [SimpleNamespace(id="other", document={"stopped_at": None}), self]
+
+    def trace(self, name: str) -> Stopped:
+        assert name == self.id
+        return self
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_stop_is_the_end_of_the_guest_though_its_connection_ends_first(lost: bool) -> None:
+    guest = Guest()
+    machine = Machine(cast(Any, Stopped(1234, lost=lost)), cast(Any, None), cast(Any, None))
+    result = machine.stream(cast(Recording, guest), cast(Any, None), "50ms", "ask")
+    assert (result, guest.ended) == (
+        {"stopped_at": 1234},
+        [("the guest was stopped at record 1,234, as was answered", False)],
+    )
+
+
+def test_a_connection_that_is_lost_without_a_stop_is_told() -> None:
+    machine = Machine(cast(Any, Stopped(None, lost=True)), cast(Any, None), cast(Any, None))
+    with pytest.raises(subpage.Unreachable):
+        machine.stream(cast(Recording, Guest()), cast(Any, None), "50ms", "ask")
