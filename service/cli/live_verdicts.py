@@ -26,6 +26,7 @@ _MOST_PAGES = layout.GUARD_BYTES // 4
 _POLL_SECONDS = 0.01
 # How late the guest may be held for what is protected while it runs.
 _LOOK_SECONDS = 0.1
+_CHANGES = "lifecycle,memory-slot,protection,subpages,page-access,host-memory"  # events after which bitmaps may differ
 
 
 class Verdicts:
@@ -42,7 +43,8 @@ class Verdicts:
         self._pages = end >> _PAGE_SHIFT
         self._trace: str | None = None
         self._looked = 0.0
-        self._guard(vm)
+        self._seen: tuple[int, int] | None = None
+        self._look(vm)
 
     @contextmanager
     def given(self) -> Iterator[None]:
@@ -67,7 +69,7 @@ class Verdicts:
                 judged = 0
                 while not ending.wait(_POLL_SECONDS):
                     if time.monotonic() - self._looked >= _LOOK_SECONDS:
-                        self._guard(vm)
+                        self._look(vm)
                     if self._recording.held > judged:
                         judged = self._judged(vm, judged)
         except Failure as error:
@@ -88,6 +90,16 @@ class Verdicts:
             return int(trace["resume_at"])
         return before
 
+    def _look(self, vm: subpage.Vm) -> None:
+        """Guard anew where something has changed: all bitmaps are 16 MiB, and verdicts wait meanwhile."""
+        self._looked = time.monotonic()
+        before = self._seen
+        events = vm.call("getEvents", query={"kinds": _CHANGES, "after": before[0] if before else None}).json()
+        # A grant is part of a replay, and no event of its own.
+        self._seen = events["last"], vm.counters()["grants"]
+        if before is None or events["events"] or self._seen[1] != before[1]:
+            self._guard(vm)
+
     def _guard(self, vm: subpage.Vm) -> None:
         """What is protected by now is what the guest waits at."""
         masks = np.zeros(self._pages, dtype=np.uint32)
@@ -103,7 +115,6 @@ class Verdicts:
                         first, size = int(piece["gpa"], 16), piece["size"]
                         masks[first >> _PAGE_SHIFT : (first + size - 1 >> _PAGE_SHIFT) + 1] = _ALL
         self._recording.guard(masks)
-        self._looked = time.monotonic()
 
 
 def end_if_stopped(recording: Recording, trace: dict[str, Any]) -> bool:

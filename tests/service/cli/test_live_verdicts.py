@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -61,6 +61,25 @@ def test_what_is_protected_is_guarded_on_both_sides_of_a_hole(server: Running, v
     (masks,) = guest.guards
     assert {page: int(mask) for page, mask in enumerate(masks) if mask} == {1: 1 << 1, 0x2F: 1}
     assert len(masks) == 0x30
+
+
+def test_guards_are_read_anew_after_a_change_and_not_otherwise(server: Running, vm: subpage.Vm) -> None:
+    vm.protect([{"name": "object", "gpa": 0x1080, "size": 8}], name="policy")
+    looking = verdicts(server, vm, guest := Guest())
+
+    def after(step: Callable[[], object]) -> list[int]:
+        del guest.guards[:]
+        step()
+        looking._look(vm)
+        return [int(masks[1]) for masks in guest.guards]
+
+    write = [{"gpa": "0x1080", "size": 8, "access": 1}]
+    assert after(lambda: None) == []
+    assert after(lambda: vm.replay(write)) == [], "a replay changes no bitmap"
+    assert after(lambda: vm.set_subpages(1, 0xFFFFFFFE)) == [0b11]
+    assert after(lambda: None) == []
+    assert after(lambda: vm.replay(write, on_violation="grant")) == [0b01]
+    assert after(lambda: vm.unprotect("policy")) == [0b01]
 
 
 def test_a_guest_whose_verdicts_cannot_be_had_is_ended_and_not_let_go(server: Running, vm: subpage.Vm) -> None:
