@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner
@@ -156,17 +157,24 @@ def test_loads_are_no_records(recorded: Recorded, symbols: SymbolTable) -> None:
 
 
 def test_watched_live_and_recorded_come_to_the_same(guest: SmallGuest, recorded: Recorded, tmp_path: Path) -> None:
+    """Up to a little before the end: what is stored after the power is off hangs on when QEMU stops the guest."""
     policy = policy_of(guest, tmp_path / "policy.json")
+    count = len(recorded.records) - 1000
+    whole = pq.read_table(recorded.file)
+    pq.write_table(whole.slice(0, count), tmp_path / "most.parquet")
     with running(Settings(warm_up=False)) as server:
         options = ["--server", server.url, "--json", "--policy", policy, "--symbols", guest.symbols]
-        live = runner.invoke(app, ["live", *map(str, options), "--start", guests.START, "--", *guest.command(*SAME)])
+        options += ["--max", count, "--start", guests.START, "--", *guest.command(*SAME)]
+        live = runner.invoke(app, ["live", *map(str, options)])
         assert live.exit_code == 0, live.output
         watched = json.loads(live.stdout)
         vm = new_vm(server.client, memory_slots=[{"slot": 0, "gpa": 0, "size": 512 * MIB}])
         server.client.post(f"{vm}/protections", json=json.loads(policy.read_text())).raise_for_status()
-        replayed = replayed_on(server.client, vm, Body(recorded.file.read_bytes(), PARQUET), "on_violation=allow")
+        replayed = replayed_on(
+            server.client, vm, Body((tmp_path / "most.parquet").read_bytes(), PARQUET), "on_violation=allow"
+        )
         assert totals(watched) == totals(replayed)
-        assert watched["records"] == len(recorded.records)
+        assert watched["records"] == count
         assert watched["by_object"]["modprobe_path"]["violations"] == len(WRITTEN["modprobe_path"])
         assert watched["by_object"]["core_pattern"]["violations"] == len(WRITTEN["core_pattern"])
         exits = [exits_of(server.client, trace) for trace in (watched, replayed)]

@@ -17,7 +17,7 @@ MUTANTS = (
         "self._drain(self._place.chunk, self._place.base)",
         "pass",
         "an exit that is published before it is answered has the columns that it carries",
-        named(INTERACTIVE, "published_at_each_question"),
+        named(INTERACTIVE, "what_is_published_at_each_question_adds_up"),
     ),
     Mutant(
         "published-resumes-behind-the-question",
@@ -25,7 +25,7 @@ MUTANTS = (
         "return max(self._next, self._options.start) if paused is None else paused",
         "return max(self._next, self._options.start)",
         "the record that is asked about has not been run",
-        named(INTERACTIVE, "published_at_each_question"),
+        named(INTERACTIVE, "what_is_published_at_each_question_adds_up"),
     ),
     Mutant(
         "interactive-writes",
