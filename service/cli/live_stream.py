@@ -25,6 +25,7 @@ from service.cli.guests import Watch
 from service.cli.live_verdicts import Verdicts, end_if_stopped
 from service.cli.recorded_files import SMALL, WORDS
 from service.cli.rules import Rules
+from service.cli.show import printable
 from service.cli.symbol_policies import read_symbols
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class Machine:
                     for event in vm.events(after=after, kinds="violation"):
                         after, told = str(event["id"]), told + 1
                         if told <= _TOLD:
-                            sys.stderr.write(f"{_told(event['detail'], self._symbols)}\n")
+                            sys.stderr.write(f"{printable(_told(event['detail'], self._symbols))}\n")
                     judged = next((trace.records for trace in vm.traces()), 0)
                     lag = max(0, watch.stores - judged) + watch.recording.behind
                     watch.extra = f", {told:,} violations, {lag:,} stores ahead of the verdict"
@@ -139,7 +140,7 @@ class Machine:
         pairs = Counter(
             (name, record.get("writer") or record.get("pc", "?")) for record in found for name in record["objects"]
         )
-        lines = [f"  {name}: {count:,} writes by {writer}" for (name, writer), count in pairs.most_common()]
+        lines = [printable(f"  {name}: {count:,} writes by {writer}") for (name, writer), count in pairs.most_common()]
         some = f", of the first {_LISTED:,}" if result["violations"] > len(found) else ""
         return [f"Who wrote to what{some}:", *lines] if lines else []
 

@@ -9,15 +9,19 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from typer.testing import CliRunner
 
 import subpage
 from capture.recording import Recording
+from service.cli.app import app
 from service.cli.connection import Service
 from service.cli.live_stream import Machine
 from service.cli.live_verdicts import Verdicts
 from service.settings import Settings
 from tests.support.server import Running, running
 from tests.support.waiting import until
+
+runner = CliRunner()
 
 
 class Guest:
@@ -99,6 +103,23 @@ def test_a_guest_ends_where_it_stands_when_its_watcher_fails(server: Running, vm
     with verdicts(server, vm, guest := Guest()).given():
         pass
     assert guest.ended == []
+
+
+def test_names_that_a_guest_shows_command_no_terminal() -> None:
+    machine = Machine(cast(Any, Hostile()), cast(Any, None), cast(Any, None))
+    assert machine.writers({"id": "trace", "violations": 1})[1] == r"  secret: 1 writes by evil\x9b2J\x1b[2J [ü]"
+    said = runner.invoke(app, ["live", "--policy", "\x1b]0;x", "--", "qemu"])
+    assert said.exit_code == 1 and r"\x1b]0;x" in said.output and "\x1b]" not in said.output
+
+
+class Hostile:
+    """Stands in for a machine whose symbols a guest has made up."""
+
+    def trace(self, name: str) -> Hostile:
+        return self
+
+    def exits(self) -> list[Any]:
+        return [{"objects": ["secret"], "writer": "evil\x9b2J\x1b[2J [ü]"}]
 
 
 class Stopped:
