@@ -60,6 +60,7 @@ class Recording:
         self._stopping: float | None = None
         self._word: str | None = None
         self._over: str | None = None
+        self._broken = False
         self._guarding = False
         self.taken = 0
         self.held = 0  # the records before this one have one that waits for its verdict
@@ -107,11 +108,9 @@ class Recording:
             self._stop_if_asked()
         else:
             self._word = "as many stores as were asked for"
-        if self._over:  # before the vCPU that waits goes on
-            self.qemu.kill()
         self._counts = self._ring.counts
         self._ring.close()
-        self._word = self._over or self._word or self.qemu.word()
+        self._word = self._word or self.qemu.word()
         if most is not None and self.taken >= most:
             self.qemu.quit()
 
@@ -123,9 +122,12 @@ class Recording:
         """What was LATER is here. Only code that has not run before is noticed."""
         self._ring.start_at(pc)
 
-    def end(self, word: str) -> None:
-        """End the guest where it is, and say this; from any thread. Records that were not taken are none."""
-        self._over = word
+    def end(self, word: str, *, failed: bool = False) -> None:
+        """End the guest where it stands, and say this, unless it was ended before; from any thread. A vCPU that waits
+        for a verdict does not go on, whoever lets it go from now on. Records that were not taken are none."""
+        if self._over is None:
+            self._over, self._broken = word, failed
+        self.qemu.kill()
 
     def guard(self, masks: NDArray[np.uint32]) -> None:
         """See ``Ring.guard``; from any thread."""
@@ -135,10 +137,6 @@ class Recording:
     def judge(self, until: int) -> None:
         """There is a verdict on the records before this one; from any thread."""
         self._ring.judge(until)
-
-    def let_go(self) -> None:
-        """See ``Ring.let_go``."""
-        self._ring.let_go()
 
     def _stop_if_asked(self) -> None:
         if self._stopping is not None and self.qemu.running:
@@ -159,19 +157,16 @@ class Recording:
         return getattr(self, "_counts", None) or self._ring.counts
 
     @property
-    def ended(self) -> bool:
-        """Whether ``end`` ended it."""
-        return self._over is not None
-
-    @property
     def stopped(self) -> bool:
         """Whether ``stop`` ended it."""
         return self._stopping is not None
 
     @property
     def failed(self) -> bool:
-        """Whether QEMU has ended as it should not have."""
-        return not self.stopped and not self._over and not self._complete and self.qemu.status not in (0, None)
+        """Whether the guest has ended as it should not have."""
+        if self._over:
+            return self._broken
+        return not self.stopped and not self._complete and self.qemu.status not in (0, None)
 
     @property
     def _complete(self) -> bool:
@@ -183,6 +178,8 @@ class Recording:
         status = self.qemu.status
         if self.stopped:
             return "interrupted"
+        if self._over:
+            return self._over
         if self._word is None and status is not None and status < 0:
             return f"QEMU was ended by {signal.Signals(-status).name}"
         if self.failed:

@@ -6,7 +6,7 @@
  *
  * ring: the shared memory. room: the recorder waits at this eventfd for free slots. data: the reader waits at this one
  * for records. reader: a pipe whose other end only the reader has, so that its end is noticed. The reader opened all of
- * them and QEMU inherited them: when both have ended, however they did, nothing is left.
+ * them and QEMU inherited them: when the reader has ended, however it did, the shared memory goes; with QEMU, the rest.
  */
 #define _GNU_SOURCE
 #include "qemu_plugin_api.h"
@@ -272,6 +272,9 @@ static void *wait_for_end_of_reader(void *unused)
         _exit(1);
     }
     stop_recording("the reader has gone; the guest goes on and is not recorded any more");
+    /* The ring's memory goes, and zeros are there for a vCPU that is just looking: nothing is guarded, or begins. */
+    void *none = mmap(ring, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    (void)none; /* where that fails it goes with QEMU */
     return unused;
 }
 
@@ -315,6 +318,7 @@ static bool take_argument(const char *argument)
             return false;
         }
         void *at = mmap(NULL, (size_t)found.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        close(fd);
         if (at == MAP_FAILED) {
             return false;
         }

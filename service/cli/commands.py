@@ -27,7 +27,9 @@ class Command(TyperCommand):
         try:
             return super().invoke(ctx)
         except Failure as failure:
-            typer.echo(f"{name_of(ctx)}: {failure}", err=True)
+            from service.cli.show import printable
+
+            typer.echo(printable(f"{name_of(ctx)}: {failure}", also="\n"), err=True)
             raise typer.Exit(failure.status) from None
         except KeyboardInterrupt:
             typer.echo(f"{name_of(ctx)}: interrupted", err=True)

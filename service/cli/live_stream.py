@@ -22,9 +22,10 @@ from capture.recording import Recording
 from service.cli.connection import Service, Unanswered
 from service.cli.demo import report_of
 from service.cli.guests import Watch
-from service.cli.live_verdicts import Verdicts
+from service.cli.live_verdicts import Verdicts, end_if_stopped
 from service.cli.recorded_files import SMALL, WORDS
 from service.cli.rules import Rules
+from service.cli.show import printable
 from service.cli.symbol_policies import read_symbols
 
 if TYPE_CHECKING:
@@ -73,14 +74,27 @@ class Machine:
 
         media = "application/vnd.apache.arrow.stream"
         body = _body(recording, watch)
+        result: dict[str, Any]
         try:
-            return self._vm.replay(body, media=media, publish_every=every, on_violation=on_violation).document
+            result = self._vm.replay(body, media=media, publish_every=every, on_violation=on_violation).document
         except subpage.Error:
-            if not recording.ended:
+            # An answer ends the trace, and the service with it the connection over which the guest comes.
+            stopped = self._stopped() if on_violation == "ask" else None
+            if stopped is None:
                 raise
-            # An answer has ended the trace, and the service the connection over which the guest came.
-            (found,) = self._vm.traces()
-            return self._vm.trace(found.id).document
+            result = stopped
+        end_if_stopped(recording, result)
+        return result
+
+    def _stopped(self) -> dict[str, Any] | None:
+        """The trace that an answer has stopped, if there is one and the service can be asked."""
+        import subpage
+
+        with suppress(subpage.Error):
+            for trace in self._vm.traces():
+                if trace.document["stopped_at"] is not None:
+                    return self._vm.trace(trace.id).document
+        return None
 
     def verdicts(self, service: Service, recording: Recording) -> Verdicts:
         """What holds the guest until its stores are judged. Raises CaptureError."""
@@ -107,7 +121,7 @@ class Machine:
                     for event in vm.events(after=after, kinds="violation"):
                         after, told = str(event["id"]), told + 1
                         if told <= _TOLD:
-                            sys.stderr.write(f"{_told(event['detail'], self._symbols)}\n")
+                            sys.stderr.write(f"{printable(_told(event['detail'], self._symbols))}\n")
                     judged = next((trace.records for trace in vm.traces()), 0)
                     lag = max(0, watch.stores - judged) + watch.recording.behind
                     watch.extra = f", {told:,} violations, {lag:,} stores ahead of the verdict"
@@ -126,7 +140,7 @@ class Machine:
         pairs = Counter(
             (name, record.get("writer") or record.get("pc", "?")) for record in found for name in record["objects"]
         )
-        lines = [f"  {name}: {count:,} writes by {writer}" for (name, writer), count in pairs.most_common()]
+        lines = [printable(f"  {name}: {count:,} writes by {writer}") for (name, writer), count in pairs.most_common()]
         some = f", of the first {_LISTED:,}" if result["violations"] > len(found) else ""
         return [f"Who wrote to what{some}:", *lines] if lines else []
 

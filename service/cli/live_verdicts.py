@@ -6,14 +6,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from capture import layout
 from capture.errors import CaptureError
 from capture.recording import Recording
-from service.cli.connection import Service, Unanswered
+from service.cli.connection import Service
+from service.platform.failures import Failure
 
 if TYPE_CHECKING:
     import subpage
@@ -25,6 +26,7 @@ _MOST_PAGES = layout.GUARD_BYTES // 4
 _POLL_SECONDS = 0.01
 # How late the guest may be held for what is protected while it runs.
 _LOOK_SECONDS = 0.1
+_CHANGES = "lifecycle,memory-slot,protection,subpages,page-access,host-memory"  # events after which bitmaps may differ
 
 
 class Verdicts:
@@ -41,7 +43,8 @@ class Verdicts:
         self._pages = end >> _PAGE_SHIFT
         self._trace: str | None = None
         self._looked = 0.0
-        self._guard(vm)
+        self._seen: tuple[int, int] | None = None
+        self._look(vm)
 
     @contextmanager
     def given(self) -> Iterator[None]:
@@ -51,24 +54,29 @@ class Verdicts:
         thread.start()
         try:
             yield
+        except BaseException:
+            self._recording.end("its stores are not judged any more", failed=True)
+            raise
         finally:
             ending.set()
             thread.join()
 
     def _run(self, ending: threading.Event) -> None:
+        why = ""
         try:
             with self._service.client() as client:
                 vm = client.vm(self._id)
                 judged = 0
                 while not ending.wait(_POLL_SECONDS):
                     if time.monotonic() - self._looked >= _LOOK_SECONDS:
-                        self._guard(vm)
+                        self._look(vm)
                     if self._recording.held > judged:
                         judged = self._judged(vm, judged)
-        except Unanswered:
-            pass  # whoever sends the body says why
+        except Failure as error:
+            why = f": {error}"
         finally:
-            self._recording.let_go()
+            if not ending.is_set():  # a guest that nobody holds would pass what is asked about
+                self._recording.end(f"verdicts do not come any more{why}", failed=True)
 
     def _judged(self, vm: subpage.Vm, before: int) -> int:
         """Pass on how far the service is."""
@@ -77,12 +85,20 @@ class Verdicts:
             if self._trace is None:
                 return before
         trace = vm.trace(self._trace).document
-        if trace["stopped_at"] is not None:
-            self._recording.end(f"the guest was stopped at record {trace['stopped_at']:,}, as was answered")
-        elif trace["resume_at"] > before:
+        if not end_if_stopped(self._recording, trace) and trace["resume_at"] > before:
             self._recording.judge(trace["resume_at"])
             return int(trace["resume_at"])
         return before
+
+    def _look(self, vm: subpage.Vm) -> None:
+        """Guard anew where something has changed: all bitmaps are 16 MiB, and verdicts wait meanwhile."""
+        self._looked = time.monotonic()
+        before = self._seen
+        events = vm.call("getEvents", query={"kinds": _CHANGES, "after": before[0] if before else None}).json()
+        # A grant is part of a replay, and no event of its own.
+        self._seen = events["last"], vm.counters()["grants"]
+        if before is None or events["events"] or self._seen[1] != before[1]:
+            self._guard(vm)
 
     def _guard(self, vm: subpage.Vm) -> None:
         """What is protected by now is what the guest waits at."""
@@ -99,4 +115,11 @@ class Verdicts:
                         first, size = int(piece["gpa"], 16), piece["size"]
                         masks[first >> _PAGE_SHIFT : (first + size - 1 >> _PAGE_SHIFT) + 1] = _ALL
         self._recording.guard(masks)
-        self._looked = time.monotonic()
+
+
+def end_if_stopped(recording: Recording, trace: dict[str, Any]) -> bool:
+    """End the guest where it stands if an answer has stopped its trace; whether one has."""
+    at = trace["stopped_at"]
+    if at is not None:
+        recording.end(f"the guest was stopped at record {at:,}, as was answered")
+    return at is not None

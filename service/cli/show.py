@@ -106,7 +106,7 @@ def _plain(text: str) -> Any:
 
 
 def _cell(value: object) -> str:
-    """A value as people read it; characters that would move the cursor are shown escaped."""
+    """A value as people read it, in a line."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -114,7 +114,15 @@ def _cell(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
+    return printable(text)
+
+
+def printable(text: str, also: str = "") -> str:
+    """Text from elsewhere, a guest perhaps: characters that move the cursor, or command a terminal, are shown escaped.
+    Those of ``also`` stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in also else c.encode("unicode_escape").decode() for c in text)
 
 
 def size(octets: int) -> str:

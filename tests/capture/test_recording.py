@@ -6,8 +6,10 @@ import ctypes
 import mmap
 import os
 import select
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from capture.recording import Recording, Wanted
 from capture.ring import Ring
 from tests.capture.conftest import DEVICE, STORE, UNKNOWN, Fake
 from tests.capture.fake_qemu import TREE
+from tests.support.waiting import until
 
 KERNEL = 0xFFFFFFFF81000000
 PC = 0xFFFFFFFF81234567
@@ -126,14 +129,28 @@ def test_a_held_guest_is_let_go_when_it_is_stopped_and_ended_where_it_stands(fak
     assert (taken, recording.word, recording.failed) == (1, "a tool stopped the guest", False)
 
 
+def test_a_guest_that_was_ended_does_not_go_on_when_its_reader_leaves(fake: Fake) -> None:
+    """The reader leaves in the middle, as a body does whose connection is lost: the waiting vCPU is let go then."""
+    with Recording(fake(accesses=[[0, STORE, 0x7000, PC], [0, STORE, 0x9000, PC]]), Wanted()) as recording:
+        recording.guard(np.full(16, 0xFFFFFFFF, dtype=np.uint32))
+        for _ in recording:
+            if recording.held == 1:
+                recording.end("a tool stopped the guest")
+                recording.end("nobody judges it any more", failed=True)
+                break
+    assert (recording.qemu.status, recording.counts.taken) == (-signal.SIGKILL, 1)
+    assert (recording.word, recording.failed) == ("a tool stopped the guest", False)
+
+
 def test_a_verdict_that_comes_late_holds_nobody_again() -> None:
     masks = np.full(1, 0xFFFFFFFF, dtype=np.uint32)
     with Ring(64) as ring, mmap.mmap(ring.fds[0], layout.HEADER_BYTES) as memory:
-        words = [(layout.HEADER.fields or {})[name][1] for name in ("guarding", "judged")]
         found = []
-        for step in (lambda: ring.guard(masks), lambda: ring.judge(3), ring.let_go) * 2:
+        steps: list[Callable[[], None]] = [lambda: ring.guard(masks), lambda: ring.judge(3), ring.let_go]
+        for step in steps * 2:
             step()
-            found.append(tuple(int.from_bytes(memory[at : at + 8], "little") for at in words))
+            header = np.frombuffer(memory[:], dtype=layout.HEADER, count=1)
+            found.append((int(header["guarding"][0]), int(header["judged"][0])))
     let_go = (0, (1 << 64) - 1)
     assert found == [(1, 0), (1, 3), let_go, let_go, let_go, let_go]
 
@@ -182,23 +199,35 @@ def test_the_end_of_a_guest_is_told(fake: Fake) -> None:
 
 
 def test_a_reader_that_vanishes_ends_the_recording_and_not_the_guest(fake: Fake, tmp_path: Path) -> None:
-    """The reader dies with a full ring; the guest, which waits for it, is let go and ends by itself."""
-    command = fake(run=[1, 100000])
+    """The reader dies with a full ring; the guest, which waits for it, is let go, goes on without a ring, and ends
+    when it is told to (the stand-in heeds that between its stores)."""
+    command = fake(run=[1, 100000], sleep=60)
     reader = (
         "import os, sys; from capture.recording import *\n"
         "with Recording(sys.argv[1:], Wanted(), 64) as recording:\n"
         "    print(recording.qemu._process.pid, flush=True); recording.qemu.go(); os._exit(9)\n"
     )
-    with (tmp_path / "said").open("w+b") as said:
-        done = subprocess.run(
-            [sys.executable, "-c", reader, *command], stdout=subprocess.PIPE, stderr=said, check=False, timeout=120
-        )
-        pidfd = os.pidfd_open(int(done.stdout)) if Path(f"/proc/{int(done.stdout)}").exists() else None
-        if pidfd is not None:
-            assert select.select([pidfd], [], [], 60)[0], "the guest still waits"
-            os.close(pidfd)
+    with (
+        (tmp_path / "said").open("w+b") as said,
+        subprocess.Popen([sys.executable, "-c", reader, *command], stdout=subprocess.PIPE, stderr=said) as process,
+    ):
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())  # its end comes with the guest's
+        pidfd = os.pidfd_open(pid)
+        assert process.wait(120) == 9
+        until(lambda: b"subpage-capture" not in _mapped(pid))
+        assert not select.select([pidfd], [], [], 0)[0], "the guest has ended"
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        assert select.select([pidfd], [], [], 60)[0], "the guest still waits"
+        os.close(pidfd)
         said.seek(0)
         assert b"the reader has gone; the guest goes on and is not recorded any more" in said.read()
+
+
+def _mapped(pid: int) -> bytes:
+    """The files that a process has mapped and open."""
+    opened = (str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir())
+    return Path(f"/proc/{pid}/maps").read_bytes() + "\n".join(opened).encode()
 
 
 def test_another_version_of_the_ring_is_refused(

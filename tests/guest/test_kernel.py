@@ -157,7 +157,7 @@ def test_loads_are_no_records(recorded: Recorded, symbols: SymbolTable) -> None:
 
 
 def test_watched_live_and_recorded_come_to_the_same(guest: SmallGuest, recorded: Recorded, tmp_path: Path) -> None:
-    """Up to a little before the end: what is stored after the power is off hangs on when QEMU's main thread stops it."""
+    """Up to a little before the end: what is stored after the power is off hangs on when QEMU stops the guest."""
     policy = policy_of(guest, tmp_path / "policy.json")
     count = len(recorded.records) - 1000
     whole = pq.read_table(recorded.file)
