@@ -122,6 +122,9 @@ class Settings(BaseSettings):
         ge=MIB,
         description="The same of all footprints that are built or asked at one time, over all tenants.",
     )
+    footprint_seconds: float = Field(
+        120, ge=0, description="Seconds that one question about a footprint may take to compute; 0: any time."
+    )
     loaded_footprint_bytes: int = Field(
         256 * MIB,
         ge=0,
@@ -239,7 +242,7 @@ class Settings(BaseSettings):
         description="Bytes of the files of one tenant's footprints; the oldest go first, the newest stays.",
     )
     kept_footprint_days: float = Field(30, ge=0, description="Footprints older than this go; 0 keeps them.")
-    max_policies: int = Field(10_000, ge=1, description="Policies whose cost one call may ask for.")
+    max_policies: int = Field(10_000, ge=1, le=1 << 17, description="Policies whose cost one call may ask for.")
     kept_events: int = Field(
         20_000, ge=1, description="Rows of one machine's event log that are kept; a replay's violations are one."
     )
