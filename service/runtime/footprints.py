@@ -141,7 +141,7 @@ class FootprintsInMemory:
 
     async def footprints(self, tenant: str, after: str = "", limit: int | None = None) -> list[FootprintRecord]:
         mine = [record for record in self._records.values() if record.tenant == tenant and record.created > after]
-        return mine[:limit]
+        return sorted(mine, key=lambda record: (record.created, record.id))[:limit]
 
     async def footprints_called(self, ids: Collection[str]) -> list[FootprintRecord]:
         return [self._records[name] for name in ids if name in self._records]
@@ -163,7 +163,7 @@ class Footprints:
         self._repository = repository
         self._memory = None if repository.durable else FootprintsInMemory()
         self._kept: Keeping = self._memory or repository
-        self._adding = asyncio.Lock()
+        self._adding: dict[str, asyncio.Lock] = {}
         self._latest: dict[str, datetime] = {}
         self._loaded: OrderedDict[str, Asked] = OrderedDict()
         self._loading: dict[str, asyncio.Lock] = {}
@@ -189,17 +189,25 @@ class Footprints:
 
         Raises StoreUnavailable.
         """
-        async with self._adding:
-            side = await self.coming(tenant, footprint)
+        async with self.coming(tenant, footprint) as side:
             (record,) = side.footprints
             side = Side(jobs=tuple(told(record)), footprints=side.footprints, dropped=side.dropped)
             await self._repository.note(side, hooks)
             self.settle(side)
         return record
 
-    async def coming(self, tenant: str, footprint: Footprint, vm: str = "") -> Side:
-        """What is stored when a footprint is kept: it, and that others go for it. ``settle`` follows the commit."""
+    @asynccontextmanager
+    async def coming(self, tenant: str, footprint: Footprint, vm: str = "") -> AsyncIterator[Side]:
+        """What is stored when a footprint is kept: it, and that others go for it. ``settle`` follows the commit.
+
+        The context ends behind the commit: until then none of the tenant's others comes, which would not count this
+        one, and might be created after it and stored before.
+        """
         head, parts = await maybe_in_thread(False, _encoded, footprint)
+        async with self._adding.setdefault(tenant, asyncio.Lock()):
+            yield await self._side(tenant, head, parts, vm)
+
+    async def _side(self, tenant: str, head: str, parts: list[bytes], vm: str) -> Side:
         now = max(datetime.now(UTC), self._latest.get(tenant, EPOCH) + timedelta(microseconds=1))
         self._latest[tenant] = now
         size = sum(map(len, parts))
@@ -263,13 +271,18 @@ class Footprints:
         following = moment(datetime.fromisoformat(found[limit - 1].created)) if len(found) > limit else None
         return shown, following
 
-    async def file(self, tenant: str, footprint: str) -> bytes:
-        """The Parquet file. Raises NotFound, StoreUnavailable."""
-        record = await self.get(tenant, footprint)
-        parts = await self._kept.footprint_parts(record.id)
-        if not parts:
-            raise footprint_not_kept(footprint)
-        return await maybe_in_thread(record.size < PART, b"".join, parts)
+    @asynccontextmanager
+    async def file(self, tenant: str, record: FootprintRecord) -> AsyncIterator[list[bytes]]:
+        """The Parquet file in parts, in memory for the time of the context.
+
+        Raises NotFound, StoreUnavailable, and ShareExceeded or LimitExceeded where there is too little memory.
+        """
+        with self.memory.budget(tenant) as budget:
+            Room(budget, self._settings.max_footprint_memory_bytes).keep(record.size)
+            parts = await self._kept.footprint_parts(record.id)
+            if not parts:
+                raise footprint_not_kept(record.id)
+            yield parts
 
     @asynccontextmanager
     async def asked(self, tenant: str, footprint: str) -> AsyncIterator[tuple[Asked, Room]]:

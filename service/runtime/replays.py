@@ -234,18 +234,19 @@ async def committed(
     def kept(change: Change) -> Side | None:
         return sides[0] if sides else None
 
-    async with entry.mutation((*hooks, kept), patient=patient) as change:
-        began = time.perf_counter()
-        result, ignored = await work(change.machine)
-        check()
-        trace = _traced(entry, wanted, result, ignored, began)
-        if collected is not None and (collecting := collected[1]) is not None:
-            footprints = collected[0]
-            sides.append(await footprints.coming(entry.tenant, collecting.known_as(trace.id), entry.id))
-            trace = replace(trace, footprint=sides[0].footprints[0].id)
-        await _keep(entry, trace, metrics, tell)
-    if sides and collected is not None:
-        collected[0].settle(sides[0])
+    async with contextlib.AsyncExitStack() as held:
+        async with entry.mutation((*hooks, kept), patient=patient) as change:
+            began = time.perf_counter()
+            result, ignored = await work(change.machine)
+            check()
+            trace = _traced(entry, wanted, result, ignored, began)
+            if collected is not None and (collecting := collected[1]) is not None:
+                coming = collected[0].coming(entry.tenant, collecting.known_as(trace.id), entry.id)
+                sides.append(await held.enter_async_context(coming))
+                trace = replace(trace, footprint=sides[0].footprints[0].id)
+            await _keep(entry, trace, metrics, tell)
+        if sides and collected is not None:
+            collected[0].settle(sides[0])
     return trace
 
 
