@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -260,6 +260,13 @@ class Settings(BaseSettings):
             if not directory.is_absolute() or ".." in directory.parts:
                 raise ValueError(f"a directory is an absolute path without ..: {directory}")
         return value
+
+    @model_validator(mode="after")
+    def _one_within_all(self) -> Self:
+        one, most = self.footprint_memory_bytes, self.max_footprint_memory_bytes
+        if "footprint_memory_bytes" in self.model_fields_set and one > most:
+            raise ValueError(f"footprint_memory_bytes is at most max_footprint_memory_bytes, {most}: {one}")
+        return self
 
     @field_validator("kvmi_sockets")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import secrets
@@ -24,6 +25,7 @@ from engine.footprint.question import Check, Question
 from engine.footprint.summaries import Counts
 from engine.trace.readers import Budget
 from service.platform.stamps import EPOCH, moment, stamp
+from service.problems import ServiceError
 from service.runtime.body_memory import BodyMemory
 from service.runtime.commit_hooks import CommitHooks
 from service.runtime.footprint_documents import about
@@ -251,10 +253,20 @@ class Footprints:
         days = self._settings.kept_footprint_days
         return bool(days) and record.created < stamp(datetime.now(UTC) - timedelta(days=days))
 
+    async def _without_old(self, found: Sequence[FootprintRecord]) -> list[FootprintRecord]:
+        """Those of these whose days are not over; the others are dropped, if the store takes that now."""
+        old = tuple(record.id for record in found if self._is_too_old(record))
+        if old:
+            side = Side(dropped=old)
+            with contextlib.suppress(ServiceError):
+                await self._repository.note(side)
+                self.settle(side)
+        return [record for record in found if record.id not in old]
+
     async def get(self, tenant: str, footprint: str) -> FootprintRecord:
         """Without its file. Raises NotFound, also for one of another tenant, StoreUnavailable."""
         found = await self._kept.footprints_called([footprint])
-        if not found or found[0].tenant != tenant or self._is_too_old(found[0]):
+        if not found or found[0].tenant != tenant or not await self._without_old(found):
             raise footprint_not_kept(footprint)
         return found[0]
 
@@ -267,7 +279,7 @@ class Footprints:
         """Up to ``limit`` footprints of a tenant after the moment ``after``, and where the next page starts."""
         since = stamp(EPOCH + timedelta(microseconds=min(after, _LAST)))
         found = await self._kept.footprints(tenant, since, limit + 1)
-        shown = [record for record in found[:limit] if not self._is_too_old(record)]
+        shown = await self._without_old(found[:limit])
         following = moment(datetime.fromisoformat(found[limit - 1].created)) if len(found) > limit else None
         return shown, following
 
