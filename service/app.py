@@ -108,8 +108,9 @@ _SETTLE_SECONDS = 5.0
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     registry: Registry = app.state.registry
-    # One for each replay under way, whether it has its turn or waits for more of its body, and for each job.
-    threads = settings.max_replays * 2 + settings.running_jobs
+    # One for each replay under way, whether it has its turn or waits for more of its body, for each question about a
+    # footprint that has its turn, and for each job.
+    threads = settings.max_replays * 2 + settings.replay_threads + settings.running_jobs
     with ThreadPoolExecutor(threads, "replay") as executor:
         app.state.executor = executor
         app.state.replaying = _replaying(settings, executor, app.state.jobs, lambda: app.state.access.tenants)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -121,6 +121,9 @@ class Settings(BaseSettings):
         768 * MIB,
         ge=MIB,
         description="The same of all footprints that are built or asked at one time, over all tenants.",
+    )
+    footprint_seconds: float = Field(
+        120, ge=0, description="Seconds that one question about a footprint may take to compute; 0: any time."
     )
     loaded_footprint_bytes: int = Field(
         256 * MIB,
@@ -239,7 +242,7 @@ class Settings(BaseSettings):
         description="Bytes of the files of one tenant's footprints; the oldest go first, the newest stays.",
     )
     kept_footprint_days: float = Field(30, ge=0, description="Footprints older than this go; 0 keeps them.")
-    max_policies: int = Field(10_000, ge=1, description="Policies whose cost one call may ask for.")
+    max_policies: int = Field(10_000, ge=1, le=1 << 17, description="Policies whose cost one call may ask for.")
     kept_events: int = Field(
         20_000, ge=1, description="Rows of one machine's event log that are kept; a replay's violations are one."
     )
@@ -257,6 +260,13 @@ class Settings(BaseSettings):
             if not directory.is_absolute() or ".." in directory.parts:
                 raise ValueError(f"a directory is an absolute path without ..: {directory}")
         return value
+
+    @model_validator(mode="after")
+    def _one_within_all(self) -> Self:
+        one, most = self.footprint_memory_bytes, self.max_footprint_memory_bytes
+        if "footprint_memory_bytes" in self.model_fields_set and one > most:
+            raise ValueError(f"footprint_memory_bytes is at most max_footprint_memory_bytes, {most}: {one}")
+        return self
 
     @field_validator("kvmi_sockets")
     @classmethod

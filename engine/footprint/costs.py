@@ -21,7 +21,7 @@ from engine.footprint.combine import coarser as coarser_footprint
 from engine.footprint.hits import NEVER, Lines
 from engine.footprint.intervals import Numbers, coarser, touched, united
 from engine.footprint.places import BYTES, INDEX_BITS, SPANS, UNKNOWN, By, Footprint
-from engine.footprint.question import WIDTH, Check, Mixed, Question, mixed_places, sort_places, unbounded
+from engine.footprint.question import WIDTH, Check, Mixed, Question, mixed_places, slices, sort_places, unbounded
 from engine.kvm.protections import GRANULARITIES, ProtectedObject, Protection, validate
 
 _PAGE = 12 - SUBPAGE_SHIFT
@@ -167,14 +167,14 @@ def _no_slot(policies: Sequence[Protection], number: int, field: str, value: int
 class Costs:
     """What policies cost on one footprint, under one question. Made once; each further policy is a few look-ups."""
 
-    def __init__(self, footprint: Footprint, question: Question | None = None) -> None:
-        """Raises InvalidValue for a question that means nothing or has no answer."""
+    def __init__(self, footprint: Footprint, question: Question | None = None, check: Check = unbounded) -> None:
+        """Raises InvalidValue for a question that means nothing or has no answer, and what ``check`` does."""
         self.question = question or Question()
         self.question.validate()
         self._fine = coarser_footprint(footprint, by=By())
         self._spans = coarser_footprint(self._fine, SPANS)
         spans = self._spans
-        found = sort_places(spans, self.question)
+        found = sort_places(spans, self.question, check)
         first, last = spans.first_subpage, spans.last_subpage
         rank, count = spans.rank, spans.count
         self._mmio = int(count[found.mmio].sum())
@@ -184,9 +184,9 @@ class Costs:
         self._passing = _lines(found.passing, first, last, count, None)
         self._guarded = _lines(found.guarded, first >> _PAGE, last >> _PAGE, count, None)
         self._in_bytes = self._fine.level == BYTES
-        sorted_fine = found if self._fine is spans else sort_places(self._fine, self.question)
+        sorted_fine = found if self._fine is spans else sort_places(self._fine, self.question, check)
         self._sorted = sorted_fine
-        self._mixed = mixed_places(self._fine, self.question, sorted_fine)
+        self._mixed = mixed_places(self._fine, self.question, sorted_fine, check)
 
     @cached_property
     def _own(self) -> Lines:
@@ -331,13 +331,20 @@ def refused_places(footprint: Footprint, policy: Protection, question: Question 
     return outcome(footprint, policy, question).refused
 
 
-def outcome(footprint: Footprint, policy: Protection, question: Question | None = None) -> Outcome:
+def outcome(
+    footprint: Footprint, policy: Protection, question: Question | None = None, check: Check = unbounded
+) -> Outcome:
     """What becomes of the places of a footprint under a policy. Raises what ``Costs`` and its ``of`` do."""
     question = question or Question()
     question.validate()
     validate(policy, WIDTH)
     _check_slots([policy], question)
     given = _Policies([policy])
+    parts = [_outcome(part, given, question) for part in slices(footprint, check)]
+    return Outcome(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _outcome(footprint: Footprint, given: _Policies, question: Question) -> Outcome:
     found = sort_places(footprint, question)
     mixed = mixed_places(footprint, question, found)
     first, last = footprint.first_subpage, footprint.last_subpage

@@ -7,8 +7,8 @@ is worked out once. The rules are those of the replay: ``kvm.ept_violation``, ``
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from engine.arch import access as acc
 from engine.errors import InvalidValue
 from engine.footprint.intervals import Numbers
-from engine.footprint.places import Footprint
+from engine.footprint.places import Footprint, made
 from engine.kvm.slots import SlotSpec
 from engine.state.profiles import KVM_2019, kvm_version
 
@@ -26,6 +26,9 @@ WIDTH = 52  # bits of the widest guest-physical address
 _PAGE_SUBPAGES = 5  # as a shift
 _REGION = 512  # pages of the smallest large page
 _FAR = np.int64(1 << 60)
+_SLICE = 1 << 14  # places that are worked on at one time
+# Memory of a mixed place and of each of its pages, while a policy is held against them.
+_MIXED, _PIECE = 128, 128
 
 Check = Callable[[int], None]
 """Told how many bytes are about to be taken for a while, 0 between steps of what takes long; raises where they are too
@@ -152,8 +155,23 @@ class Sorted:
     """How many pages of each come before the first that is MMIO."""
 
 
-def sort_places(footprint: Footprint, question: Question) -> Sorted:
+def slices(footprint: Footprint, check: Check = unbounded) -> Iterator[Footprint]:
+    """A footprint in pieces of some thousand places, one at least, so that what is worked out of the pages of each is
+    small: a place may be over 17 of them. ``check`` is called before each."""
+    for begin in range(0, len(footprint) or 1, _SLICE):
+        check(0)
+        part = slice(begin, begin + _SLICE)
+        columns = {name: column[part] for name, column in footprint.columns().items()}
+        yield made(footprint.level, footprint.by, footprint.origins, columns)
+
+
+def sort_places(footprint: Footprint, question: Question, check: Check = unbounded) -> Sorted:
     """What slots and profile make of the places of a footprint."""
+    parts = [_sorted(part, question) for part in slices(footprint, check)]
+    return Sorted(*(np.concatenate([getattr(part, item.name) for part in parts]) for item in fields(Sorted)))
+
+
+def _sorted(footprint: Footprint, question: Question) -> Sorted:
     access, kind, source = footprint.access, footprint.kind, footprint.source
     guest, emulated = source == acc.GUEST, source == acc.EMULATED
     writes = access == acc.WRITE
@@ -217,9 +235,10 @@ class Mixed:
     piece_last: Numbers
 
 
-def mixed_places(footprint: Footprint, question: Question, found: Sorted) -> Mixed:
+def mixed_places(footprint: Footprint, question: Question, found: Sorted, check: Check = unbounded) -> Mixed:
     """Those of a footprint."""
     at = np.flatnonzero(found.mixed)
+    check(int(found.clear[at].sum()) * _PIECE + len(at) * _MIXED)
     first, last = footprint.first_subpage[at], footprint.last_subpage[at]
     clear = found.clear[at]
     owner = np.repeat(np.arange(len(at)), clear)

@@ -84,7 +84,9 @@ def gated(route: Declared, app: ASGIApp) -> ASGIApp:
             if scope["type"] == "http" and scope["method"] in WITH_BODY:
                 held = Held(cast(HeldBodies, state.bodies), principal.tenant)
                 receive = bounded(scope, receive, headers, cast(Settings, state.settings), held)
-                if b"idempotency-key" in headers and scope["method"] == "POST":
+                # What changes nothing may be done again: no answer of it is kept.
+                keyed = scope["method"] == "POST" and route.permission != "read"
+                if keyed and b"idempotency-key" in headers:
                     keys = cast(Idempotency, state.idempotency)
                     await keys.once(headers[b"idempotency-key"], inside, scope, receive, send)
                     return

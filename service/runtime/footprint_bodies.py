@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from starlette.requests import Request
 
 from engine.footprint.places import Footprint
@@ -13,15 +16,17 @@ from service.runtime.traces import SPOOLED_FORMATS
 from service.settings import Settings
 
 
-async def build_body(
+@asynccontextmanager
+async def built_body(
     wanted: FootprintRequest,
     request: Request,
     tenant: str,
     replaying: Replaying,
     memory: BodyMemory,
     settings: Settings,
-) -> Footprint:
-    """The footprint of the body of ``request``, built while it arrives where its format allows that.
+) -> AsyncIterator[Footprint]:
+    """The footprint of the body of ``request``, built while it arrives where its format allows that. Its memory and its
+    place are its own until the context ends.
 
     Raises what ``build`` and reading a body raise.
     """
@@ -35,7 +40,7 @@ async def build_body(
                 await upload.begun()
             try:
                 with replaying.memory.budget(tenant) as budget, memory.budget(tenant) as room:
-                    return await upload.run(lambda pipe: build(wanted, spool or pipe, pipe.check, budget, room))
+                    yield await upload.run(lambda pipe: build(wanted, spool or pipe, pipe.check, budget, room))
             finally:
                 if spool is not None:
                     replaying.spools.free(spool, tenant)

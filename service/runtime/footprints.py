@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import secrets
@@ -14,13 +15,17 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
-from engine.errors import NotFound
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import LimitExceeded, NotFound
 from engine.footprint.costs import Costs
 from engine.footprint.places import Footprint
-from engine.footprint.question import Question
+from engine.footprint.question import Check, Question
 from engine.footprint.summaries import Counts
 from engine.trace.readers import Budget
 from service.platform.stamps import EPOCH, moment, stamp
+from service.problems import ServiceError
 from service.runtime.body_memory import BodyMemory
 from service.runtime.commit_hooks import CommitHooks
 from service.runtime.footprint_documents import about
@@ -32,13 +37,26 @@ from service.storage.records import FootprintRecord, JobRecord, Side
 
 # Of its file, as it is stored: some megabytes, so that no row is very large.
 PART = 4 << 20
-# Memory of a place while it is asked: its columns, and the sums that are made of them once.
-ASKED_BYTES = 160
+# Memory of a place while it is asked: its columns, the sums that are made of them once, and what making them takes;
+# the same of one that is apart by time or by the instruction, which is first made one that is not.
+ASKED_BYTES, ASKED_APART_BYTES = 240, 480
+# Of the sums alone.
+_SUMS, _SUMS_APART = 100, 180
+# Of each that is in memory, however few places it has, and of each of its traces.
+_EACH, _ORIGIN = 4096, 1024
+# The last moment that there is, in microseconds.
+_LAST = moment(datetime.max.replace(tzinfo=UTC))
 
 
 def footprint_not_kept(footprint: str) -> NotFound:
     """There is no such footprint, or it was dropped."""
     return NotFound("must be the id of a footprint that is still kept", field="footprint", value=footprint)
+
+
+class Count(Protocol):
+    """One of ``engine.footprint.summaries``."""
+
+    def __call__(self, footprint: Footprint, *, check: Check) -> Counts: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -49,22 +67,57 @@ class Asked:
     footprint: Footprint
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _costs: Costs | None = None
-    _counts: tuple[Callable[[Footprint], Counts], Counts] | None = None
+    _counts: tuple[Count, Counts, NDArray[np.int64]] | None = None
 
-    def costs(self, question: Question) -> Costs:
-        """What policies cost under a question: made once for the last one."""
+    @property
+    def nbytes(self) -> int:
+        """What it takes, with all that was worked out of it."""
+        places, counts = len(self.footprint), self._counts
+        sums = 0 if self._costs is None else places * (_SUMS_APART if any(self.footprint.by) else _SUMS)
+        listed = 0 if counts is None else sum(column.nbytes for column in (*counts[1], counts[2]))
+        return _EACH + _ORIGIN * len(self.footprint.origins) + self.footprint.nbytes + sums + listed
+
+    def costs(self, question: Question, check: Check) -> Costs:
+        """What policies cost under a question: made once for the last one. Raises what ``check`` does."""
         with self._lock:
             if self._costs is None or self._costs.question != question:
                 self._costs = None  # not both in memory
-                self._costs = Costs(self.footprint, question)
+                self._costs = Costs(self.footprint, question, check)
             return self._costs
 
-    def counts(self, count: Callable[[Footprint], Counts]) -> Counts:
-        """One of ``engine.footprint.summaries``: counted once for the last one."""
+    def counts(self, count: Count, check: Check, *, most: bool) -> tuple[Counts, NDArray[np.int64]]:
+        """One of ``engine.footprint.summaries``, counted once for the last one, and the order of those with the most
+        first, empty unless it is asked for. Raises what ``check`` and counting do."""
         with self._lock:
             if self._counts is None or self._counts[0] is not count:
-                self._counts = (count, count(self.footprint))
-            return self._counts[1]
+                self._counts = None
+                self._counts = (count, count(self.footprint, check=check), np.zeros(0, dtype=np.int64))
+            _, counts, order = self._counts
+            if most and len(order) < len(counts.key):
+                check(len(counts.key) * 40)
+                order = counts.order()
+                self._counts = (count, counts, order)
+            return counts, order
+
+
+class Room:
+    """The memory of one question. Whoever works on it asks before something large is made."""
+
+    def __init__(self, budget: Budget, most: int) -> None:
+        self._budget = budget
+        self._most = most
+
+    def check(self, size: int) -> None:
+        """Raise LimitExceeded or ShareExceeded unless ``size`` bytes more may be taken for a while."""
+        if size > self._most - self._budget.kept:
+            rule = f"asking a footprint may take up to {self._most} bytes of memory: ask one of fewer places"
+            raise LimitExceeded(rule, field="footprint_memory_bytes", value=self._budget.kept + size)
+        self._budget.check(size, "a footprint that is asked")
+
+    def keep(self, size: int) -> None:
+        """The same of what stays until the end."""
+        self.check(size)
+        self._budget.keep(size, "a footprint that is asked")
 
 
 class Keeping(Protocol):
@@ -90,7 +143,7 @@ class FootprintsInMemory:
 
     async def footprints(self, tenant: str, after: str = "", limit: int | None = None) -> list[FootprintRecord]:
         mine = [record for record in self._records.values() if record.tenant == tenant and record.created > after]
-        return mine[:limit]
+        return sorted(mine, key=lambda record: (record.created, record.id))[:limit]
 
     async def footprints_called(self, ids: Collection[str]) -> list[FootprintRecord]:
         return [self._records[name] for name in ids if name in self._records]
@@ -112,10 +165,11 @@ class Footprints:
         self._repository = repository
         self._memory = None if repository.durable else FootprintsInMemory()
         self._kept: Keeping = self._memory or repository
-        self._adding = asyncio.Lock()
+        self._adding: dict[str, asyncio.Lock] = {}
         self._latest: dict[str, datetime] = {}
         self._loaded: OrderedDict[str, Asked] = OrderedDict()
         self._loading: dict[str, asyncio.Lock] = {}
+        self._drops = 0
         self.memory = BodyMemory(
             settings.footprint_memory_bytes,
             settings.max_footprint_memory_bytes,
@@ -137,17 +191,25 @@ class Footprints:
 
         Raises StoreUnavailable.
         """
-        async with self._adding:
-            side = await self.coming(tenant, footprint)
+        async with self.coming(tenant, footprint) as side:
             (record,) = side.footprints
             side = Side(jobs=tuple(told(record)), footprints=side.footprints, dropped=side.dropped)
             await self._repository.note(side, hooks)
             self.settle(side)
         return record
 
-    async def coming(self, tenant: str, footprint: Footprint, vm: str = "") -> Side:
-        """What is stored when a footprint is kept: it, and that others go for it. ``settle`` follows the commit."""
+    @asynccontextmanager
+    async def coming(self, tenant: str, footprint: Footprint, vm: str = "") -> AsyncIterator[Side]:
+        """What is stored when a footprint is kept: it, and that others go for it. ``settle`` follows the commit.
+
+        The context ends behind the commit: until then none of the tenant's others comes, which would not count this
+        one, and might be created after it and stored before.
+        """
         head, parts = await maybe_in_thread(False, _encoded, footprint)
+        async with self._adding.setdefault(tenant, asyncio.Lock()):
+            yield await self._side(tenant, head, parts, vm)
+
+    async def _side(self, tenant: str, head: str, parts: list[bytes], vm: str) -> Side:
         now = max(datetime.now(UTC), self._latest.get(tenant, EPOCH) + timedelta(microseconds=1))
         self._latest[tenant] = now
         size = sum(map(len, parts))
@@ -172,6 +234,7 @@ class Footprints:
 
     def settle(self, side: Side) -> None:
         """A commit with ``side`` has been made."""
+        self._drops += len(side.dropped)
         for footprint in side.dropped:
             self._loaded.pop(footprint, None)
         if self._memory is not None:
@@ -190,10 +253,20 @@ class Footprints:
         days = self._settings.kept_footprint_days
         return bool(days) and record.created < stamp(datetime.now(UTC) - timedelta(days=days))
 
+    async def _without_old(self, found: Sequence[FootprintRecord]) -> list[FootprintRecord]:
+        """Those of these whose days are not over; the others are dropped, if the store takes that now."""
+        old = tuple(record.id for record in found if self._is_too_old(record))
+        if old:
+            side = Side(dropped=old)
+            with contextlib.suppress(ServiceError):
+                await self._repository.note(side)
+                self.settle(side)
+        return [record for record in found if record.id not in old]
+
     async def get(self, tenant: str, footprint: str) -> FootprintRecord:
         """Without its file. Raises NotFound, also for one of another tenant, StoreUnavailable."""
         found = await self._kept.footprints_called([footprint])
-        if not found or found[0].tenant != tenant or self._is_too_old(found[0]):
+        if not found or found[0].tenant != tenant or not await self._without_old(found):
             raise footprint_not_kept(footprint)
         return found[0]
 
@@ -204,30 +277,38 @@ class Footprints:
 
     async def page(self, tenant: str, after: int, limit: int) -> tuple[list[FootprintRecord], int | None]:
         """Up to ``limit`` footprints of a tenant after the moment ``after``, and where the next page starts."""
-        since = stamp(EPOCH + timedelta(microseconds=after))
+        since = stamp(EPOCH + timedelta(microseconds=min(after, _LAST)))
         found = await self._kept.footprints(tenant, since, limit + 1)
-        shown = [record for record in found[:limit] if not self._is_too_old(record)]
+        shown = await self._without_old(found[:limit])
         following = moment(datetime.fromisoformat(found[limit - 1].created)) if len(found) > limit else None
         return shown, following
 
-    async def file(self, tenant: str, footprint: str) -> bytes:
-        """The Parquet file. Raises NotFound, StoreUnavailable."""
-        record = await self.get(tenant, footprint)
-        parts = await self._kept.footprint_parts(record.id)
-        if not parts:
-            raise footprint_not_kept(footprint)
-        return await maybe_in_thread(record.size < PART, b"".join, parts)
-
     @asynccontextmanager
-    async def asked(self, tenant: str, footprint: str) -> AsyncIterator[Asked]:
-        """The footprint in memory, which it takes for the time of the context.
+    async def file(self, tenant: str, record: FootprintRecord) -> AsyncIterator[list[bytes]]:
+        """The Parquet file in parts, in memory for the time of the context.
 
         Raises NotFound, StoreUnavailable, and ShareExceeded or LimitExceeded where there is too little memory.
         """
-        record = await self.get(tenant, footprint)
-        size = json.loads(record.head)["places"] * ASKED_BYTES
         with self.memory.budget(tenant) as budget:
-            budget.keep(size, "a footprint that is asked")
+            Room(budget, self._settings.max_footprint_memory_bytes).keep(record.size)
+            parts = await self._kept.footprint_parts(record.id)
+            if not parts:
+                raise footprint_not_kept(record.id)
+            yield parts
+
+    @asynccontextmanager
+    async def asked(self, tenant: str, footprint: str) -> AsyncIterator[tuple[Asked, Room]]:
+        """The footprint in memory, which it takes for the time of the context, and room for what is made of it.
+
+        Raises NotFound, StoreUnavailable, and ShareExceeded or LimitExceeded where there is too little memory.
+        """
+        drops = self._drops
+        record = await self.get(tenant, footprint)
+        head = json.loads(record.head)
+        with self.memory.budget(tenant) as budget:
+            room = Room(budget, self._settings.footprint_memory_bytes)
+            each = ASKED_APART_BYTES if any(head["by"].values()) else ASKED_BYTES
+            room.keep(head["places"] * each + head["traces_total"] * _ORIGIN + _EACH)
             lock = self._loading.setdefault(record.id, asyncio.Lock())
             try:
                 async with lock:
@@ -235,8 +316,11 @@ class Footprints:
             finally:
                 if not lock.locked():
                     self._loading.pop(record.id, None)
-            self._remember(found, size)
-            yield found
+            try:
+                yield found, room
+            finally:
+                if drops == self._drops:  # otherwise it may be gone by now
+                    self._remember(found)
 
     async def _load(self, record: FootprintRecord) -> Asked:
         parts = await self._kept.footprint_parts(record.id)
@@ -244,13 +328,13 @@ class Footprints:
             raise footprint_not_kept(record.id)
         return Asked(record, await maybe_in_thread(False, _decoded, parts))
 
-    def _remember(self, asked: Asked, size: int) -> None:
+    def _remember(self, asked: Asked) -> None:
         """Keep what was asked last in memory, as much as may be there."""
         most = self._settings.loaded_footprint_bytes
         self._loaded.pop(asked.record.id, None)
-        if size <= most:
+        if asked.nbytes <= most:
             self._loaded[asked.record.id] = asked
-        while sum(len(item.footprint) * ASKED_BYTES for item in self._loaded.values()) > most:
+        while sum(item.nbytes for item in self._loaded.values()) > most:
             self._loaded.popitem(last=False)
 
 

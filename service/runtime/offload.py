@@ -32,8 +32,11 @@ async def maybe_in_thread(small: bool, function: Callable[P, T], *args: P.args, 
         raise refused.with_traceback(None) from refused.__cause__
 
 
-async def finished(future: Future[T]) -> T:
-    """The outcome of a future that is waited for whatever happens: a cancelled caller takes note of it first."""
+async def finished(future: Future[T], unwanted: Callable[[], None] = lambda: None) -> T:
+    """The outcome of a future that is waited for whatever happens: a cancelled caller takes note of it first.
+
+    ``unwanted`` is then called, and may let it end sooner.
+    """
     waiting = asyncio.wrap_future(future)
     cancelled = False
     while not waiting.done():
@@ -41,6 +44,7 @@ async def finished(future: Future[T]) -> T:
             await asyncio.wait((waiting,))
         except asyncio.CancelledError:
             cancelled = True
+            unwanted()
     result = waiting.result()
     if cancelled:
         task = asyncio.current_task()

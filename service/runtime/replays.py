@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import math
+import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
 from starlette.requests import Request
 
+from engine.errors import LimitExceeded
 from engine.machine import VirtualMachine
 from engine.trace.results import TraceResult
 from service.runtime.asking import Asker, last_stretch
-from service.runtime.bodies import Upload
+from service.runtime.bodies import Upload, while_connected
 from service.runtime.body_memory import BodyMemory
 from service.runtime.commit_hooks import CommitHooks
 from service.runtime.entry import Entry
@@ -52,14 +56,47 @@ class Replaying:
     spools: Spools
     memory: BodyMemory
 
-    async def compute(self, tenant: str, work: Callable[[], T]) -> T:
-        """``work()`` in a thread when it is the tenant's turn; it is waited for whatever happens."""
+    @asynccontextmanager
+    async def computing(self, tenant: str) -> AsyncIterator[None]:
+        """A place and a turn of the tenant, for ``compute``: what it needs in memory is loaded when it has them.
+
+        Raises ShareExceeded.
+        """
         turn = self.turns.of(tenant)
-        await turn.take()
-        try:
-            return await finished(self.executor.submit(work))
-        finally:
-            turn.give()
+        with self.places.place(tenant):
+            await turn.take()
+            try:
+                yield
+            finally:
+                turn.give()
+
+    async def compute(self, request: Request, seconds: float, work: Callable[[Callable[[], None]], T]) -> T:
+        """``work(check)`` in a thread. ``check`` raises, and should be called every moment, when the client of
+        ``request``, whose body was read, has gone or is given up, and LimitExceeded after ``seconds``, 0 for any time.
+
+        The thread is waited for whatever happens.
+        """
+        gone = threading.Event()
+        until = time.monotonic() + seconds if seconds else math.inf
+
+        def check() -> None:
+            if gone.is_set():
+                raise _Unwanted
+            if time.monotonic() > until:
+                rule = f"takes longer than {seconds:g} seconds: ask for less in one call"
+                raise LimitExceeded(rule, field="footprint_seconds", value=seconds)
+
+        async def computed() -> T:
+            try:
+                return await finished(self.executor.submit(work, check), gone.set)
+            except _Unwanted:
+                raise asyncio.CancelledError from None
+
+        return await while_connected(request, computed())
+
+
+class _Unwanted(Exception):
+    """Nobody waits for what a thread works out."""
 
 
 async def replay_body(
@@ -197,18 +234,19 @@ async def committed(
     def kept(change: Change) -> Side | None:
         return sides[0] if sides else None
 
-    async with entry.mutation((*hooks, kept), patient=patient) as change:
-        began = time.perf_counter()
-        result, ignored = await work(change.machine)
-        check()
-        trace = _traced(entry, wanted, result, ignored, began)
-        footprints, collecting = collected or (None, None)
-        if footprints is not None and collecting is not None:
-            sides.append(await footprints.coming(entry.tenant, collecting.known_as(trace.id), entry.id))
-            trace = replace(trace, footprint=sides[0].footprints[0].id)
-        await _keep(entry, trace, metrics, tell)
-    if sides and footprints is not None:
-        footprints.settle(sides[0])
+    async with contextlib.AsyncExitStack() as held:
+        async with entry.mutation((*hooks, kept), patient=patient) as change:
+            began = time.perf_counter()
+            result, ignored = await work(change.machine)
+            check()
+            trace = _traced(entry, wanted, result, ignored, began)
+            if collected is not None and (collecting := collected[1]) is not None:
+                coming = collected[0].coming(entry.tenant, collecting.known_as(trace.id), entry.id)
+                sides.append(await held.enter_async_context(coming))
+                trace = replace(trace, footprint=sides[0].footprints[0].id)
+            await _keep(entry, trace, metrics, tell)
+        if sides and collected is not None:
+            collected[0].settle(sides[0])
     return trace
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import ConfigDict, Field
@@ -10,9 +11,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.errors import EngineError, LimitExceeded
-from engine.footprint.costs import Cost, outcome
+from engine.footprint.costs import Cost, outcome, runs_of
 from engine.footprint.places import Origin
-from engine.footprint.question import Question
+from engine.footprint.question import Check, Question
 from engine.footprint.summaries import costs_over_time
 from engine.kvm.protections import MAX_PAGES
 from engine.kvm.protections import Protection as EngineProtection
@@ -31,6 +32,11 @@ routes = router("footprints", "/v1/footprints/{footprint}/costs", reads="read", 
 
 _MOST_POLICIES = 1 << 17
 _MOST_BUCKETS = 10_000
+# Memory of a run of sub-pages, or of an object, while it is asked.
+_RUN = 160
+# Of pages of mixed places, times policies and objects: minutes.
+_MOST_MIXED = 1 << 28
+_OF_POLICY = re.compile(r"name|(objects|pages)\b")
 _SLOT = {"gpa": "0x0", "size": "0x40000000", "read_only": False, "host_page_size": 4096}
 _OBJECT = {"subpages": 3, "violations": 12, "collateral": 12, "first_index": 4711, "first_trace": "boot"}
 _COST = {
@@ -165,8 +171,18 @@ async def cost_policies(request: Request, footprint: FootprintId, body: CostsReq
     question = Question(None if slots is None else tuple(_spec(*item) for item in enumerate(slots)), body.profile)
     question.validate()
     replaying = replaying_of(request)
-    async with footprints_of(request).asked(tenant, footprint) as known:
-        content = await replaying.compute(tenant, lambda: _answer(known, question, body.policies, body.timeline))
+    seconds = settings_of(request).footprint_seconds
+    async with replaying.computing(tenant), footprints_of(request).asked(tenant, footprint) as (known, room):
+
+        def work(going_on: Callable[[], None]) -> bytes:
+            def check(size: int) -> None:
+                going_on()
+                if size:
+                    room.check(size)
+
+            return _answer(known, question, body.policies, body.timeline, check)
+
+        content = await replaying.compute(request, seconds, work)
     return Response(content, media_type="application/json")
 
 
@@ -174,32 +190,47 @@ def _spec(number: int, slot: AssumedSlot) -> SlotSpec:
     return SlotSpec(number, slot.gpa, slot.size, slot.read_only, slot.host_page_size)
 
 
-def _answer(known: Asked, question: Question, given: Sequence[ProtectionRequest], timeline: bool) -> bytes:
+def _answer(
+    known: Asked, question: Question, given: Sequence[ProtectionRequest], timeline: bool, check: Check
+) -> bytes:
     """The reply, in a thread."""
     policies = [_policy(number, policy) for number, policy in enumerate(given)]
     pages = sum(item.npages for policy in policies for item in policy.ranges)
     if pages > MAX_PAGES:
         rule = f"must have at most {MAX_PAGES} pages in the lists `pages` of all policies together"
         raise LimitExceeded(rule, field="policies", value=pages)
+    runs, objects = runs_of(policies), sum(len(policy.objects) for policy in policies)
+    if runs > MAX_PAGES:
+        rule = (
+            f"must cover at most {MAX_PAGES} runs of sub-pages in the lists `pages` of all policies together: ask for "
+            "the others in another call"
+        )
+        raise LimitExceeded(rule, field="policies", value=runs)
+    check((runs + objects) * _RUN)
     try:
-        costs = known.costs(question).of(policies)
+        found = known.costs(question, check)
+        if found.mixed * (objects + len(policies)) > _MOST_MIXED:
+            rule = (
+                f"must be fewer: {found.mixed} pages of places that reach over several sorts of memory are looked at "
+                f"one by one for each policy and object, {_MOST_MIXED} times at most in one call"
+            )
+            raise LimitExceeded(rule, field="policies", value=len(policies))
+        costs = found.of(policies, check)
     except EngineError as error:
-        if len(policies) == 1:  # of several the engine says which
+        # Of several policies the engine says which; what is about all of them, or the question, is of none.
+        if len(policies) == 1 and error.field is not None and _OF_POLICY.match(error.field):
             error.field = f"policies[0].{error.field}"
         raise
     rows = [_row(known.footprint.origins, policy.name, cost) for policy, cost in zip(policies, costs, strict=True)]
     if timeline:
-        rows[0]["timeline"] = _timeline(known, policies[0], question)
+        rows[0]["timeline"] = _timeline(known, policies[0], question, check)
     return encode({**asked(question), "costs": rows})
 
 
-def _timeline(known: Asked, policy: EngineProtection, question: Question) -> list[dict[str, int]]:
+def _timeline(known: Asked, policy: EngineProtection, question: Question, check: Check) -> list[dict[str, int]]:
     """Raises InvalidValue where there are no buckets, LimitExceeded where there are too many."""
-    buckets = costs_over_time(known.footprint, outcome(known.footprint, policy, question))
-    if len(buckets) > _MOST_BUCKETS:
-        rule = f"must be false where a policy costs something in more than {_MOST_BUCKETS} buckets: make them larger"
-        raise LimitExceeded(rule, field="timeline", value=len(buckets))
-    return [bucket._asdict() for bucket in buckets]
+    found = outcome(known.footprint, policy, question, check)
+    return [bucket._asdict() for bucket in costs_over_time(known.footprint, found, _MOST_BUCKETS, check)]
 
 
 def _policy(number: int, policy: ProtectionRequest) -> EngineProtection:

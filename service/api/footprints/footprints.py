@@ -9,6 +9,7 @@ from fastapi import Path, Query
 from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from engine.trace.option_names import Address, RecordFormat, ToolFormatName
 from service.api.common import (
@@ -33,8 +34,10 @@ from service.http import conditional, cursors
 from service.http.idempotency import hooks_of, will_answer
 from service.http.negotiation import ARROW, CSV, JSON, NDJSON, OCTETS, PARQUET, TEXT, content_type, preferred
 from service.http.wire_types import Document, examples
-from service.runtime.footprint_bodies import build_body
+from service.runtime.footprint_bodies import built_body
 from service.runtime.footprint_builds import FootprintRequest, by_of
+from service.runtime.footprints import Footprints
+from service.runtime.offload import maybe_in_thread
 from service.storage.records import FootprintRecord, JobRecord
 
 routes = router("footprints", "/v1/footprints", reads="read", writes="write")
@@ -42,6 +45,8 @@ routes = router("footprints", "/v1/footprints", reads="read", writes="write")
 # Positions are moments of creation.
 _CURSOR = "footprints by moment"
 _OFFERS = (JSON, PARQUET)
+# Footprints whose documents are read on the event loop: each tells up to 100 traces.
+_INLINE = 4
 _ABOUT_LEVEL = (
     "What places are made of. `spans`: runs of sub-pages. `bytes`: runs of bytes, which tell collateral exactly."
 )
@@ -212,13 +217,13 @@ async def create_footprint(
         if isinstance(outcome, Response):
             return outcome
         return _created(await footprints.get(tenant, outcome[0]), outcome[1])
-    found = await build_body(wanted, request, tenant, replaying_of(request), footprints.memory, settings)
 
     def told(kept: FootprintRecord) -> list[JobRecord]:
         will_answer(request, _created(kept))
         return []
 
-    return _created(await footprints.add(tenant, found, hooks_of(request), told))
+    async with built_body(wanted, request, tenant, replaying_of(request), footprints.memory, settings) as found:
+        return _created(await footprints.add(tenant, found, hooks_of(request), told))
 
 
 @routes.get(
@@ -234,7 +239,26 @@ async def list_footprints(request: Request, limit: Limit = None, cursor: Cursor 
     after = cursors.decode(_CURSOR, cursor) if cursor is not None else 0
     found, following = await footprints_of(request).page(tenant_of(request), after, size)
     follow = cursors.next_url("/v1/footprints", _CURSOR, following, limit) if following is not None else None
-    return json_response({"footprints": [footprint_document(record) for record in found], "next": follow})
+    documents = await maybe_in_thread(len(found) <= _INLINE, lambda: [footprint_document(record) for record in found])
+    return json_response({"footprints": documents, "next": follow})
+
+
+class _File(Response):
+    """The file of a footprint, in memory of its tenant while it is sent."""
+
+    media_type = PARQUET
+
+    def __init__(self, footprints: Footprints, record: FootprintRecord, headers: dict[str, str]) -> None:
+        super().__init__(headers=headers)
+        self._footprints = footprints
+        self._record = record
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._footprints.file(self._record.tenant, self._record) as parts:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            for part in parts:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 @routes.get(
@@ -268,7 +292,10 @@ async def get_footprint(request: Request, footprint: FootprintId) -> Response:
     if conditional.not_modified(request, told["ETag"]):
         return Response(status_code=304, headers=told)
     told["Content-Disposition"] = f'attachment; filename="{record.id}.footprint"'
-    return Response(await footprints.file(tenant, footprint), media_type=PARQUET, headers=told)
+    told["Content-Length"] = str(record.size)
+    if request.method == "HEAD":
+        return Response(media_type=PARQUET, headers=told)
+    return _File(footprints, record, told)
 
 
 @routes.delete(

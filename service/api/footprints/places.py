@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from fastapi import Query
 from pydantic import ConfigDict, Field
 from starlette.requests import Request
@@ -13,7 +12,6 @@ from starlette.responses import Response
 
 from engine.errors import NotFound
 from engine.footprint import summaries
-from engine.footprint.places import Footprint
 from engine.footprint.summaries import Counts
 from service.api.common import (
     Cursor,
@@ -32,12 +30,12 @@ from service.api.footprints.footprints import FootprintId
 from service.api.traces.exits import TraceId
 from service.http import cursors
 from service.http.wire_types import Document, Hex32, Hex64, examples
+from service.runtime.footprints import Count
 
 routes = router("footprints", "/v1", reads="read")
 
 _ABOUT_ORDER = "`place`: by address or time. `writes`: those with the most writes first."
 Order = Annotated[Literal["place", "writes"], Query(description=_ABOUT_ORDER)]
-Count = Callable[[Footprint], Counts]
 
 _PAGE = {"gfn": "0x2a5c", "accesses": 902, "writes": 902, "subpages": "0x0000e000"}
 _BUCKET = {"bucket": 12, "accesses": 131072, "writes": 131072}
@@ -129,16 +127,20 @@ async def _list(
     kind = f"{name} of {footprint} by {order}"
     start = cursors.decode(kind, cursor) if cursor is not None else 0
 
-    def work() -> tuple[list[dict[str, Any]], int]:
-        counts = known.counts(count)
-        total = len(counts.key)
-        end = min(start + size, total)
-        if order == "place":
-            return _rows(name, counts, slice(start, end)), total
-        return _rows(name, counts, np.array(counts.most(end)[start:], dtype=np.int64)), total
+    replaying = replaying_of(request)
+    async with replaying.computing(tenant), footprints_of(request).asked(tenant, footprint) as (known, room):
 
-    async with footprints_of(request).asked(tenant, footprint) as known:
-        rows, total = await replaying_of(request).compute(tenant, work)
+        def work(going_on: Callable[[], None]) -> tuple[list[dict[str, Any]], int]:
+            def check(bytes_more: int) -> None:
+                going_on()
+                if bytes_more:
+                    room.check(bytes_more)
+
+            counts, ranked = known.counts(count, check, most=order != "place")
+            part = slice(start, start + size)
+            return _rows(name, counts, part if order == "place" else ranked[part]), len(counts.key)
+
+        rows, total = await replaying.compute(request, settings.footprint_seconds, work)
     follow = None
     if start + size < total:
         follow = cursors.next_url(path, kind, start + size, limit)

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.errors import InvalidValue
 from engine.symbols.stored import Symbols
 from engine.trace.option_names import ASK, Address, Include, OnViolation, RecordFormat, ToolFormatName
 from service.api.common import (
@@ -361,7 +362,11 @@ def check_beside(wanted: TraceRequest, *, published: bool) -> None:
     if published:
         raise InvalidDocument(f"{rule}is many commits (publish_every)", field="footprint", value=wanted.footprint)
     static(wanted.address)
-    by_of(wanted.footprint_by)
+    try:
+        by_of(wanted.footprint_by)
+    except (InvalidDocument, InvalidValue) as error:
+        error.field = "footprint_by"
+        raise
 
 
 def static(address: str) -> None:

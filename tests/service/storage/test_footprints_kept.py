@@ -82,6 +82,17 @@ def test_old_ones_go(store_url: str) -> None:
     assert rows_in(store_url, "footprints") == 2 and rows_in(store_url, "footprint_parts") == 2
 
 
+def test_those_whose_days_are_over_go_when_somebody_looks(store_url: str) -> None:
+    with serving(store_url, kept_footprint_days=1e-9) as service:
+        ids = [made(service.client)["id"] for _ in range(2)]
+        assert rows_in(store_url, "footprints") == 1
+        assert service.client.get(f"/v1/footprints/{ids[1]}").status_code == 404
+        assert rows_in(store_url, "footprints") == 0
+        made(service.client)
+        assert service.client.get("/v1/footprints").json()["footprints"] == []
+    assert rows_in(store_url, "footprints") == 0 and rows_in(store_url, "footprint_parts") == 0
+
+
 def test_a_commit_that_fails_leaves_nothing(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(store_url) as service:
         client = service.client

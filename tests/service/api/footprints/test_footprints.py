@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.footprint import stored
+from service.http import cursors
 from service.security.tokens import MemoryTokens, mint
 from service.settings import MIB, Settings
 from tests.contract.client import ContractClient
@@ -191,7 +192,7 @@ def test_beside_a_replay(client: ContractClient, vm: str, level: str) -> None:
         ("footprint=spans&on_violation=ask", "footprint", "on_violation"),
         ("footprint=spans&start=1", "footprint", "start"),
         ("footprint=spans&address=gva", "address", "page tables"),
-        ("footprint=spans&footprint_by=hours", "by", "time:N"),
+        ("footprint=spans&footprint_by=hours", "footprint_by", "time:N"),
         ("footprint_by=pc", "footprint_by", "footprint=spans"),
         ("footprint=spans&footprint_by=pc", "by.pc", "column pc"),
         ("footprint=pages", "footprint", ""),
@@ -326,9 +327,42 @@ def test_limits_of_a_question(small: Callable[..., ContractClient]) -> None:
     assert ask(client, found, whole).status_code == 200
     reply = ask(client, found, whole, whole)
     assert reply.status_code == 429 and reply.json()["field"] == "policies"
+    torn = {"name": "torn", "pages": [["0x0", 1 << 17, 0x55555555]]}
+    reply = ask(client, found, torn)
+    assert reply.status_code == 429 and reply.json()["field"] == "policies" and "runs" in reply.json()["rule"]
+    assert client.get(
+        "/v1/footprints", params={"cursor": cursors.encode("footprints by moment", 2**64 - 1)}
+    ).json() == {
+        "footprints": [],
+        "next": None,
+    }
     assert client.get(f"/v1/footprints/{found}/pages?limit=100000").status_code == 422
     assert client.get(f"/v1/footprints/{found}/pages?cursor=x").status_code == 422
     assert make(client, Body(b"1" * 2000, "application/json", "by=" + "pc," * 40)).status_code == 422
+
+
+def test_a_question_has_its_time_and_its_memory(small: Callable[..., ContractClient]) -> None:
+    client = small(footprint_seconds=1e-9)
+    found = made(client)["id"]
+    for reply in (ask(client, found, POLICY), client.get(f"/v1/footprints/{found}/pages")):
+        assert reply.status_code == 429 and reply.json()["field"] == "footprint_seconds", reply.text
+    client = small(footprint_memory_bytes=MIB, loaded_footprint_bytes=0)
+    wide = packed(table(gpa=[0x10000 + 4096 * n for n in range(2000)], size=[65535] * 2000))
+    found = made(client, wide)["id"]
+    assert client.get(f"/v1/footprints/{found}/pages?order=writes&limit=2").json()["total"] == 2015
+    reply = ask(client, found, POLICY, memory_slots=[{"gpa": 0, "size": 1 << 24}], timeline=True)
+    assert reply.status_code == 422 and reply.json()["field"] == "by"
+    many = made(client, packed(table(gpa=[0x10000 + 128 * n for n in range(5000)])))["id"]
+    reply = ask(client, many, POLICY)
+    assert reply.status_code == 429 and reply.json()["field"] == "footprint_memory_bytes", reply.text
+
+
+def test_the_answer_to_a_question_is_not_kept(client: ContractClient) -> None:
+    found = made(client)["id"]
+    url = f"/v1/footprints/{found}/costs"
+    for policy in (POLICY, {**POLICY, "name": "q"}):
+        reply = client.post(url, json={"policies": [policy]}, headers=key("asked"))
+        assert reply.json()["costs"][0]["name"] == policy["name"] and "Idempotency-Replayed" not in reply.headers
 
 
 def test_a_footprint_is_its_tenants_own() -> None:
