@@ -58,16 +58,19 @@ MANY, ONE = b"\x15\x80\x80\x08\x15\x00\0", b"\x15\x02\x15\x00\0"  # 64 Ki values
     ],
 )
 def test_the_values_of_a_page_are_those_of_its_type(header):
-    chunk = Chunk("arg", 6, 1, len(header), 0, 0)
+    chunk = Chunk(6, 1, len(header), 0, 0)
     assert LARGEST_ARGUMENT + 1024 < 1 << 16
     with pytest.raises(TraceError):
-        check_pages(io.BytesIO(header), Footer(len(header), 1, [[chunk]]), ["arg"], Budget(1 << 20))
+        check_pages(io.BytesIO(header), Footer(len(header), 1, [[chunk]]), ["arg"], ["arg"], Budget(1 << 20))
 
 
-@pytest.mark.parametrize("header", [DATA + SIZES + b"\x2c" + MANY + b"\0", DICTIONARY + SIZES + b"\x4c" + MANY + b"\0"])
-def test_a_page_with_as_many_values_as_it_has_room_for(header):
-    chunk = Chunk("arg", 6, 1, len(header), 0, 0)
-    check_pages(io.BytesIO(header), Footer(len(header), 1, [[chunk]]), ["arg"], Budget(1 << 20))
+@pytest.mark.parametrize(
+    ("header", "values"),
+    [(DATA + SIZES + b"\x2c" + MANY + b"\0", 1 << 16), (DICTIONARY + SIZES + b"\x4c" + MANY + b"\0", 0)],
+)
+def test_a_page_with_as_many_values_as_it_has_room_for(header, values):
+    chunk = Chunk(6, values, len(header), 0, 0)
+    check_pages(io.BytesIO(header), Footer(1 << 20, values, [[chunk]]), ["arg"], ["arg"], Budget(1 << 20))
 
 
 def chunk_of(kind, packed_at=b"\x26\x00", dictionary_at=b"\x26\x00"):
@@ -79,12 +82,12 @@ def chunk_of(kind, packed_at=b"\x26\x00", dictionary_at=b"\x26\x00"):
 
 
 def test_a_column_as_it_is_written():
-    assert chunk_of(b"\x15\x0c", dictionary_at=b"\x26\x08") == Chunk("arg", 6, 1, 0, 0, 4)
+    assert chunk_of(b"\x15\x0c", dictionary_at=b"\x26\x08") == Chunk(6, 1, 0, 0, 4)
 
 
 def test_a_number_of_another_type_is_none():
     """The library steps over it."""
-    assert chunk_of(b"\x15\x0c", dictionary_at=b"\x25\x08") == Chunk("arg", 6, 1, 0, 0, 0)
+    assert chunk_of(b"\x15\x0c", dictionary_at=b"\x25\x08") == Chunk(6, 1, 0, 0, 0)
     assert chunk_of(b"\x16\x0c").physical_type == 0
 
 
@@ -102,7 +105,8 @@ def test_a_number_of_values_that_does_not_fit_32_bits(kind):
     with pytest.raises(TraceError, match="32 bits"):
         check_pages(
             io.BytesIO(header),
-            Footer(len(header), 1, [[Chunk("arg", 6, 1, len(header), 0, 0)]]),
+            Footer(len(header), 1, [[Chunk(6, 1, len(header), 0, 0)]]),
+            ["arg"],
             ["arg"],
             Budget(1 << 20),
         )

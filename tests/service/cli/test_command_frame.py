@@ -38,6 +38,7 @@ from tests.support.stores import serving
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "command-line.md"
 GUEST, TOKEN_ID, JOB = "vm_3f9c2a1be07d4c55", "3f9c2a1be07d", "job_5d2f80a96c1be743"
+FOOTPRINT = "fp_1b7e0c55d2a94f63"
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +110,10 @@ def test_what_the_client_raises_has_a_status(error: Exception, status: Status) -
     [
         ("vmm list", "there is no command 'vmm': did you mean `subpage vm`?"),
         ("vm lst", "there is no command 'lst': did you mean `subpage vm list`?"),
-        ("list", "there is no command 'list': did you mean `subpage vm list` or `subpage token list`?"),
+        (
+            "list",
+            "there is no command 'list': did you mean `subpage vm list` or `subpage footprint list` or `subpage token list`?",
+        ),
         ("xyzzy", "there is no command 'xyzzy'; see `subpage --help`"),
         ("vm list --jsn", "subpage vm list: there is no option --jsn: did you mean `--json`?"),
         ("replay x.bin --polcy p", "did you mean `--policy`?"),
@@ -312,7 +316,8 @@ _ELSEWHERE = {
 
 # What is done once, or under a name that nothing else has.
 _ONCE = {
-    *(("footprint", "build"), ("vm", "delete"), ("vm", "clone"), ("protect",), ("unprotect",)),
+    *(("footprint", "build"), ("footprint", "delete"), ("vm", "delete"), ("vm", "clone")),
+    *(("protect",), ("unprotect",)),
     *(("backup",), ("token", "revoke")),
 }
 
@@ -328,6 +333,9 @@ def test_examples_run(words: tuple[str, ...], filled: dict[str, str], client: Co
         assert run("backup", "all.backup").exit_code == 0
     if words[0] == "footprint" and words != ("footprint", "build"):
         footprints()
+    if words in {("footprint", "pull"), ("footprint", "delete")}:
+        octets = {"Content-Type": "application/octet-stream"}
+        filled[FOOTPRINT] = client.post("/v1/footprints?record=gpa8", content=bytes(8), headers=octets).json()["id"]
     for line in examples_of(ALL[words]):
         typed = shlex.split(line)[1:]
         if "--follow" in typed:
