@@ -44,10 +44,11 @@ def values(count: int, *, everywhere: bool = True, agreed: bool = True) -> Calla
     records."""
 
     def change(tree: Tree) -> None:
+        more = count - chunks(tree)[0][METADATA][1][VALUES][1]
         for chunk in chunks(tree) if everywhere else chunks(tree)[:1]:
             chunk[METADATA][1][VALUES] = (_I64, count)
         if agreed:
-            tree[NUM_ROWS] = (_I64, count)
+            tree[NUM_ROWS] = (_I64, tree[NUM_ROWS][1] + more)
 
     return change
 

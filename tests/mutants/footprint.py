@@ -9,6 +9,7 @@ COMBINE_PY = "engine/footprint/combine.py"
 COSTS_PY = "engine/footprint/costs.py"
 HITS_PY = "engine/footprint/hits.py"
 KERNELS_PY = "engine/footprint/kernels.py"
+PARQUET_BOUNDS_PY = "engine/trace/readers/parquet_bounds.py"
 QUESTION_PY = "engine/footprint/question.py"
 
 _REPLAYS = named(f"{FOOTPRINTS}/test_footprint_costs.py", "a_footprint_answers_as_a_replay_does")
@@ -133,5 +134,21 @@ MUTANTS = (
         'columns["trace"] = np.where(gone, np.int32(0), columns["trace"])',
         "where the first access was of a trace that is gone, it is not known",
         named(f"{FOOTPRINTS}/test_footprint_stored.py", "what_was_added_can_be_taken_away"),
+    ),
+    Mutant(
+        "footprint-values-of-pages",
+        PARQUET_BOUNDS_PY,
+        "if values != chunk.values:",
+        "if values < 0:",
+        "the pages of a column have as many values as it says",
+        named(f"{FOOTPRINTS}/test_footprint_stored.py", "a_directory_that_lies_is_refused"),
+    ),
+    Mutant(
+        "footprint-values-of-columns",
+        PARQUET_BOUNDS_PY,
+        "if sum(values) != footer.rows:",
+        "if sum(values) < footer.rows:",
+        "a column has as many values as the file has records, for which memory is asked",
+        named(f"{FOOTPRINTS}/test_footprint_stored.py", "a_directory_that_lies_is_refused"),
     ),
 )

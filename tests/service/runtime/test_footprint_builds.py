@@ -18,6 +18,7 @@ from engine.trace.columns import TraceChunk
 from engine.trace.readers import Budget
 from service.runtime.footprint_builds import FootprintRequest, build
 from tests.abuse.bodies import parquet
+from tests.abuse.footers import refooted, rows, values
 
 PLACES = 1000
 
@@ -79,3 +80,11 @@ def test_a_body_that_nobody_wants_is_not_read_on(body: bytes, trace: bool) -> No
     with pytest.raises(Stopped):
         build(FootprintRequest("parquet"), Source(body), check, Budget(1 << 26), Budget(1 << 26))
     assert not seen
+
+
+@pytest.mark.parametrize("lie", [rows(0), rows(1), rows(-(1 << 60)), values(1), values(-1), values(1 << 30)])
+def test_a_footprint_that_lies_about_its_length_is_refused(body: bytes, lie: Callable[[Any], None]) -> None:
+    memory = Budget(1 << 26)
+    with pytest.raises(EngineError):
+        made(refooted(body, lie), room=memory)
+    assert memory.kept >= 0
