@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from engine.errors import InvalidValue
+from engine.footprint.costs import Costs, runs_of
 from engine.footprint.places import BYTES, SPANS
-from tests.engine.footprint.asking import answers, cost_of, replayed, said, scene
+from engine.footprint.question import Question
+from engine.kvm.protections import ProtectedPages, Protection
+from engine.kvm.slots import SlotSpec
+from tests.engine.footprint.asking import answers, cost_of, footprint_of, replayed, said, scene
 
 PROFILES = ("kvm-2019", "kvm-latest")
 
@@ -35,3 +40,31 @@ def test_a_footprint_answers_as_a_replay_does(seed: int, profile: str) -> None:
 def test_many_footprints_answer_as_replays_do(first: int, profile: str) -> None:
     for seed in range(first, first + 100):
         agree(seed, profile)
+
+
+def test_pages_without_a_slot_are_told_by_policy_and_position() -> None:
+    ranges = tuple(ProtectedPages(gfn, 1, 0) for gfn in (0, 3, 4))
+    policies = [Protection("one", (), ranges[:1]), Protection("two", (), ranges)]
+    costs = Costs(footprint_of(scene(0, PROFILES[0]).records, SPANS), Question((SlotSpec(0, 0, 0x4000),)))
+    with pytest.raises(InvalidValue, match="GFN 0x4 has none") as caught:
+        costs.of(policies)
+    assert caught.value.field == "policies[1].pages[2][0]"
+
+
+def test_many_policies_at_a_time_answer_as_each_alone_and_can_be_ended() -> None:
+    made = scene(3, PROFILES[0])
+    policies = [made.policy, Protection("torn", (), (ProtectedPages(made.policy.objects[0].first_gfn, 1, 0x5A5A5A5A),))]
+    assert runs_of(policies[1:]) == 13
+    costs = Costs(footprint_of(made.records, BYTES), made.question)
+    alone = [costs.of([policy])[0] for policy in policies]
+    assert costs.of(policies * 40) == alone * 40
+
+    def gone(size: int) -> None:
+        nonlocal looks
+        looks -= 1
+        if not looks:
+            raise TimeoutError
+
+    looks = 100
+    with pytest.raises(TimeoutError):
+        costs.of(policies * 40, gone)
