@@ -110,10 +110,7 @@ def test_what_the_client_raises_has_a_status(error: Exception, status: Status) -
     [
         ("vmm list", "there is no command 'vmm': did you mean `subpage vm`?"),
         ("vm lst", "there is no command 'lst': did you mean `subpage vm list`?"),
-        (
-            "list",
-            "there is no command 'list': did you mean `subpage vm list` or `subpage footprint list` or `subpage token list`?",
-        ),
+        ("list", "did you mean `subpage vm list` or `subpage footprint list` or `subpage token list`?"),
         ("xyzzy", "there is no command 'xyzzy'; see `subpage --help`"),
         ("vm list --jsn", "subpage vm list: there is no option --jsn: did you mean `--json`?"),
         ("replay x.bin --polcy p", "did you mean `--policy`?"),
