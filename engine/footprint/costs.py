@@ -117,7 +117,9 @@ def _ranges(policies: Sequence[Protection]) -> tuple[Numbers, Numbers, Numbers]:
     rows = [
         (number, item.gfn, item.npages, item.mask) for number, policy in enumerate(policies) for item in policy.ranges
     ]
-    policy_of, gfn, npages, mask = np.array(rows, dtype=np.int64).reshape(-1, 4).T
+    if not rows:
+        return (np.zeros(0, dtype=np.int64),) * 3
+    policy_of, gfn, npages, mask = np.array(rows, dtype=np.int64).T
     covered = np.zeros((len(rows), 34), dtype=np.int8)
     covered[:, 1:-1] = np.unpackbits(mask.astype("<u4").view(np.uint8), bitorder="little").reshape(-1, 32)
     edges = np.diff(covered, axis=1)
@@ -136,8 +138,9 @@ def _check_slots(policies: Sequence[Protection], question: Question) -> None:
     gpa, size = _places([item for policy in policies for item in policy.objects])
     _check_pages(policies, question, gpa >> 12, gpa + size - 1 >> 12, named=True)
     rows = [(item.gfn, item.gfn + item.npages - 1) for policy in policies for item in policy.ranges]
-    first, last = np.array(rows, dtype=np.int64).reshape(-1, 2).T
-    _check_pages(policies, question, first, last, named=False)
+    if rows:
+        first, last = np.array(rows, dtype=np.int64).T
+        _check_pages(policies, question, first, last, named=False)
 
 
 def _check_pages(

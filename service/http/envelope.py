@@ -132,9 +132,10 @@ class Envelope:
 
     def _audit_mutation(self, scope: Scope, identity: str, status: int, seconds: float) -> None:
         method = scope.get("method", "WEBSOCKET")
+        if method in _SAFE or not self._audit.on:
+            return
         # Where the path has no such method, the route is one of another method.
-        reads = getattr(scope.get("route"), "permission", "") == "read" and status != HTTPStatus.METHOD_NOT_ALLOWED
-        if method in _SAFE or not self._audit.on or reads:
+        if getattr(scope.get("route"), "permission", "") == "read" and status != HTTPStatus.METHOD_NOT_ALLOWED:
             return
         principal: Principal = scope.get("principal", NOBODY)
         query = scope["query_string"].decode("latin-1")

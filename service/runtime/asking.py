@@ -96,7 +96,7 @@ class Asker:
 
 
 # Refusals come in swarms: so many records are replayed on the loop after an answer, as a thread takes longer to wake.
-_BRIEF = 32
+_BRIEF = 64
 # So often in a row: then it is the others' turn, too.
 _BRIEFLY = 16
 # A machine with more frames is not changed on the loop: a copy of its rows, when they grow, takes longer.
