@@ -131,7 +131,7 @@ class Attachment(Tool, Owner):
                 self.state = CONNECTING
                 try:
                     await self._once()
-                except (NotAllowed, OSError) as error:
+                except (NotAllowed, OSError, EngineError, ServiceError) as error:
                     self._failed(str(error))
                 await self._restore()
                 if self._ending is None:
@@ -151,7 +151,11 @@ class Attachment(Tool, Owner):
             made.close()
             return
         self.state = HANDSHAKE
-        link = self._link = Link(self, self.identity, Connection(self.guest, self.wanted.dialect))
+        try:
+            link = self._link = Link(self, self.identity, Connection(self.guest, self.wanted.dialect))
+        except BaseException:  # the machine cannot be read just now
+            made.close()
+            raise
         loop = asyncio.get_running_loop()
         try:
             open_link = loop.create_connection if self.wanted.address.path is None else loop.create_unix_connection
