@@ -130,7 +130,9 @@ class MachineGuest:
     def translate(self, vcpu: int, gva: int) -> int:
         try:
             return self._machine.guest_walk(gva, 1, self._known()[vcpu]).gpa
-        except InvalidValue:
+        except InvalidValue as error:
+            if error.field != "gva":  # a vCPU in guest mode: its linear addresses are another guest's
+                raise Refused(EOPNOTSUPP) from None
             return NO_ADDRESS
         except _FAILURES as error:
             raise Refused(_errno_of(error)) from None
