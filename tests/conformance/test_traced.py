@@ -33,7 +33,7 @@ def test_bochs(tmp_path: Path) -> None:
     disk = BOOT_SECTOR.ljust(510, b"\0") + b"\x55\xaa"
     (tmp_path / "disk.img").write_bytes(disk.ljust(bochs.CYLINDER, b"\0"))
     (tmp_path / "bochsrc").write_text(bochs.CONFIGURATION)
-    (tmp_path / "debugger").write_text("pb 0x7c00\nc\ntrace-mem on\ns 60\nquit\n")
+    (tmp_path / "debugger").write_text("pb 0x7c00\nc\ntrace-mem on\ns 43\nquit\n")
     environment = {**os.environ, "SDL_VIDEODRIVER": "dummy", "SDL_AUDIODRIVER": "dummy"}
     with (tmp_path / "trace.txt").open("wb") as out:
         command = ("timeout", "250", "bochs-bin", "-q", "-f", "bochsrc", "-rc", "debugger")
