@@ -45,16 +45,15 @@ def examples() -> Iterator[tuple[str, str, str, Any]]:
 EXAMPLES = list(examples())
 
 
-def address(method: str, path: str, vm: str) -> str:
-    """The path with the examples of its parameters, and of those that the query must have."""
+def address(method: str, path: str, given: dict[str, str]) -> str:
+    """The path with ``given`` or the examples of its parameters, and of those that the query must have."""
     query = []
     for parameter in contract().document["paths"][path][method].get("parameters", []):
         schema = parameter["schema"]
         shown = parameter.get("example", next(iter(schema.get("examples", [])), None))
         if "examples" in parameter:
             shown = next(iter(parameter["examples"].values()))["value"]
-        if parameter["name"] == "vm":
-            shown = vm.rpartition("/")[2]
+        shown = given.get(parameter["name"], shown)
         if parameter["in"] == "path":
             path = path.replace("{" + parameter["name"] + "}", str(shown))
         elif parameter["in"] == "query" and parameter.get("required"):
@@ -69,7 +68,12 @@ def run(client: ContractClient, vm: str, name: str) -> list[Any]:
         found += [(m, path, None) for m, o in item.items() if o["operationId"] == name and not found]
     replies = []
     for method, path, body in found:
-        url = address(method, path, vm)
+        given = {"vm": vm.rpartition("/")[2]}
+        if "{footprint}" in path:
+            octets = {"Content-Type": "application/octet-stream"}
+            kept = client.post("/v1/footprints?record=gpa8&by=records:1", content=bytes(8), headers=octets)
+            given["footprint"] = kept.json()["id"]
+        url = address(method, path, given)
         reply = client.request(method.upper(), url, json=body)
         assert 200 <= reply.status_code < 300, (name, body, reply.text)
         replies.append(reply)
