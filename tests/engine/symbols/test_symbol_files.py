@@ -183,8 +183,7 @@ def test_every_form_of_the_same_symbols_reads_the_same(wanted: dict[str, tuple[i
                 assert item.size == distinct[distinct.index(item.address) + 1] - item.address
 
 
-@settings(max_examples=50)
-@settings(deadline=None)  # machines that are busy
+@settings(max_examples=50, deadline=None)  # machines that are busy
 @given(st.binary(max_size=300), st.sampled_from([None, *formats.FORMATS]))
 def test_no_bytes_but_a_refusal_or_a_table(data: bytes, format: str | None) -> None:
     for body in (data, symbol_files.elf()[:200] + data, json.dumps({"symbols": data.hex()}).encode() + data):
