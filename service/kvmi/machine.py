@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 from engine.errors import Busy, Conflict, EngineError, InvalidValue, LimitExceeded, NotFound, OutOfMemory, Unsupported
 from engine.ioctls import registers_of
@@ -27,6 +28,9 @@ from service.runtime.changes import pages_set
 from service.runtime.entry import Entry
 from service.runtime.offload import maybe_in_thread
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 # Pages that one tool may have restricted at a time: 1 GiB of guest memory, page by page.
 MAX_RESTRICTED = 1 << 18
 _INLINE_PAGES = 64
@@ -48,6 +52,19 @@ _FAILURES = (EngineError, NotReady, StoreUnavailable)
 
 def _errno_of(error: Exception) -> int:
     return next((errno for kind, errno in _ERRORS if isinstance(error, kind)), EINVAL)
+
+
+def _query(read: Callable[P, T]) -> Callable[P, T]:
+    """What the machine fails at while a query reads it, as what behind a slot is not there any more, is its error."""
+
+    @functools.wraps(read)
+    def answered(*given: P.args, **named: P.kwargs) -> T:
+        try:
+            return read(*given, **named)
+        except _FAILURES as error:
+            raise Refused(_errno_of(error)) from None
+
+    return answered
 
 
 class MachineGuest:
@@ -97,18 +114,17 @@ class MachineGuest:
         host = machine.config.host
         return machine.spp_active or (host.supports_spp and not host.nested)
 
+    @_query
     def registers(self, vcpu: int, msrs: Sequence[int]) -> Registers:
         # Every event shows them, and they are seldom others than those of the last one.
         id, wanted = self._known()[vcpu], tuple(msrs)
-        try:
-            version = self._machine.nested.registers_version(id)
-            known = self._registers.get(id)
-            if known is None or known[0] != wanted or known[1] != version:
-                known = self._registers[id] = wanted, version, Registers(*registers_of(self._machine, id, wanted))
-        except _FAILURES as error:
-            raise Refused(_errno_of(error)) from None
+        version = self._machine.nested.registers_version(id)
+        known = self._registers.get(id)
+        if known is None or known[0] != wanted or known[1] != version:
+            known = self._registers[id] = wanted, version, Registers(*registers_of(self._machine, id, wanted))
         return known[2]
 
+    @_query
     def cpuid(self, vcpu: int, function: int, index: int) -> tuple[int, int, int, int]:
         leaves = self._machine.nested.cpuid(self._known()[vcpu])
         fitting = [leaf for leaf in leaves if leaf.function == function]
@@ -118,15 +134,14 @@ class MachineGuest:
             raise Refused(ENOENT)
         return leaf.eax, leaf.ebx, leaf.ecx, leaf.edx
 
+    @_query
     def read(self, gpa: int, size: int) -> bytes:
-        try:
-            found = self._machine.read_in_page(gpa, size)
-        except _FAILURES as error:  # what is behind a slot is not there any more
-            raise Refused(_errno_of(error)) from None
+        found = self._machine.read_in_page(gpa, size)
         if found is None:
             raise Refused(ENOENT)
         return found
 
+    @_query
     def translate(self, vcpu: int, gva: int) -> int:
         try:
             return self._machine.guest_walk(gva, 1, self._known()[vcpu]).gpa
@@ -134,14 +149,10 @@ class MachineGuest:
             if error.field != "gva":  # a vCPU in guest mode: its linear addresses are another guest's
                 raise Refused(EOPNOTSUPP) from None
             return NO_ADDRESS
-        except _FAILURES as error:
-            raise Refused(_errno_of(error)) from None
 
+    @_query
     def page(self, gfn: int) -> PageRights:
-        try:
-            [found] = self._machine.page_access.read((gfn,))
-        except _FAILURES as error:
-            raise Refused(_errno_of(error)) from None
+        [found] = self._machine.page_access.read((gfn,))
         return PageRights(found.rights, found.bitmap)
 
     def resting(self) -> bool:

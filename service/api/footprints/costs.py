@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ConfigDict, Field
@@ -19,7 +19,8 @@ from engine.kvm.protections import MAX_PAGES
 from engine.kvm.protections import Protection as EngineProtection
 from engine.kvm.slots import SlotSpec
 from engine.state.profiles import ProfileName
-from service.api.common import documented, encode, footprints_of, replaying_of, router, settings_of, tenant_of
+from service.api.common import documented, encode, router, settings_of
+from service.api.footprints.asking import ask
 from service.api.footprints.footprints import FootprintId
 from service.api.protection.policies import EXAMPLE, ProtectionRequest
 from service.http.route import permission
@@ -161,7 +162,7 @@ class PolicyCosts(Document):
 )
 @permission("read")
 async def cost_policies(request: Request, footprint: FootprintId, body: CostsRequest) -> Response:
-    most, tenant = settings_of(request).max_policies, tenant_of(request)
+    most = settings_of(request).max_policies
     if len(body.policies) > most:
         rule = f"must be at most {most} policies: ask for the others in another call"
         raise LimitExceeded(rule, field="max_policies", value=len(body.policies))
@@ -170,19 +171,9 @@ async def cost_policies(request: Request, footprint: FootprintId, body: CostsReq
     slots = body.memory_slots
     question = Question(None if slots is None else tuple(_spec(*item) for item in enumerate(slots)), body.profile)
     question.validate()
-    replaying = replaying_of(request)
-    seconds = settings_of(request).footprint_seconds
-    async with replaying.computing(tenant), footprints_of(request).asked(tenant, footprint) as (known, room):
-
-        def work(going_on: Callable[[], None]) -> bytes:
-            def check(size: int) -> None:
-                going_on()
-                if size:
-                    room.check(size)
-
-            return _answer(known, question, body.policies, body.timeline, check)
-
-        content = await replaying.compute(request, seconds, work)
+    content = await ask(
+        request, footprint, lambda known, check: _answer(known, question, body.policies, body.timeline, check)
+    )
     return Response(content, media_type="application/json")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import Query
@@ -12,6 +11,7 @@ from starlette.responses import Response
 
 from engine.errors import NotFound
 from engine.footprint import summaries
+from engine.footprint.question import Check
 from engine.footprint.summaries import Counts
 from service.api.common import (
     Cursor,
@@ -19,18 +19,16 @@ from service.api.common import (
     VmId,
     documented,
     find,
-    footprints_of,
     json_response,
-    replaying_of,
     router,
     settings_of,
-    tenant_of,
 )
+from service.api.footprints.asking import ask
 from service.api.footprints.footprints import FootprintId
 from service.api.traces.exits import TraceId
 from service.http import cursors
 from service.http.wire_types import Document, Hex32, Hex64, examples
-from service.runtime.footprints import Count
+from service.runtime.footprints import Asked, Count
 
 routes = router("footprints", "/v1", reads="read")
 
@@ -122,25 +120,17 @@ async def _list(
 ) -> Response:
     """One page of one of the three lists, which ``path`` ends in the name of."""
     name = path.rpartition("/")[2]
-    settings, tenant = settings_of(request), tenant_of(request)
+    settings = settings_of(request)
     size = cursors.page_limit(limit, settings.page_size, settings.max_page_size)
     kind = f"{name} of {footprint} by {order}"
     start = cursors.decode(kind, cursor) if cursor is not None else 0
 
-    replaying = replaying_of(request)
-    async with replaying.computing(tenant), footprints_of(request).asked(tenant, footprint) as (known, room):
+    def work(known: Asked, check: Check) -> tuple[list[dict[str, Any]], int]:
+        counts, ranked = known.counts(count, check, most=order != "place")
+        part = slice(start, start + size)
+        return _rows(name, counts, part if order == "place" else ranked[part]), len(counts.key)
 
-        def work(going_on: Callable[[], None]) -> tuple[list[dict[str, Any]], int]:
-            def check(bytes_more: int) -> None:
-                going_on()
-                if bytes_more:
-                    room.check(bytes_more)
-
-            counts, ranked = known.counts(count, check, most=order != "place")
-            part = slice(start, start + size)
-            return _rows(name, counts, part if order == "place" else ranked[part]), len(counts.key)
-
-        rows, total = await replaying.compute(request, settings.footprint_seconds, work)
+    rows, total = await ask(request, footprint, work)
     follow = None
     if start + size < total:
         follow = cursors.next_url(path, kind, start + size, limit)

@@ -94,8 +94,14 @@ export async function show({ root, params, query, signal }) {
 }
 
 /** The slot that a page is in. */
-/** The slots as costs of policies are asked for. */
-export const assumedSlots = (vm) => vm.memory_slots.filter((slot) => slot.address_space === 0).map(({ gpa, size, read_only, host_page_size }) => ({ gpa, size, read_only, host_page_size }));
+const assumedSlots = (vm) => vm.memory_slots.filter((slot) => slot.address_space === 0).map(({ gpa, size, read_only, host_page_size }) => ({ gpa, size, read_only, host_page_size }));
+
+/** What one policy costs on a footprint, for a machine like this one; `more` are further members of the question. */
+export async function costOf(machine, footprint, policy, signal, more = {}) {
+  const asked = { policies: [policy], memory_slots: assumedSlots(machine.vm), profile: machine.vm.profile, ...more };
+  return (await api.call("POST", `/v1/footprints/${footprint}/costs`, { json: asked, signal })).costs[0];
+}
+
 export const slotOf = (vm, gfn) => vm.memory_slots.find((slot) => gfn * 4096 >= Number(slot.gpa) && gfn * 4096 < Number(slot.gpa) + Number(slot.size));
 
 /** Where a slot lies, for people. */

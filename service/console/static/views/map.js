@@ -5,7 +5,7 @@ import { bytes, count, hex, parseAddress, plural } from "../format.js";
 import { bitsText, exitsOf } from "../exits.js";
 import { PageMap } from "../pagemap.js";
 import { Heatmap } from "../heatmap.js";
-import { assumedSlots, slotOf, slotText } from "./machine.js";
+import { costOf, slotOf, slotText } from "./machine.js";
 import * as api from "../api.js";
 
 export async function show({ root, machine, query, signal }) {
@@ -101,12 +101,11 @@ export async function show({ root, machine, query, signal }) {
   }
 
   /** How many writes of the trace denying one sub-page would refuse, from the trace's footprint; null without one. */
-  async function costOf(gfn, s) {
+  async function denialCost(gfn, s) {
     if (!footprint) return null;
     const objects = [{ name: "here", gpa: hex(gfn * 4096 + s * 128), size: 128 }];
-    const asked = { policies: [{ name: "this-sub-page", objects }], memory_slots: assumedSlots(machine.vm), profile: machine.vm.profile };
     try {
-      return (await api.call("POST", `/v1/footprints/${footprint}/costs`, { json: asked, signal })).costs[0];
+      return await costOf(machine, footprint, { name: "this-sub-page", objects }, signal);
     } catch (error) {
       if (api.isAbort(error)) throw error;
       return { unknown: error.message };
@@ -153,7 +152,7 @@ export async function show({ root, machine, query, signal }) {
       [details, content, cost] = await Promise.all([
         machine.vm.spp ? layers(gfn) : null,
         api.octets(`${machine.path}/memory`, { query: { gpa: gfn * 4096 + s * 128, size: 128 }, signal }),
-        open && machine.vm.spp ? costOf(gfn, s) : null,
+        open && machine.vm.spp ? denialCost(gfn, s) : null,
       ]);
     } catch (error) {
       if (!api.isAbort(error)) fill(inspector, problemBox(machine.guard(error)));

@@ -9,7 +9,7 @@ import { timeline } from "../timeline.js";
 import { exitTable } from "../exittable.js";
 import { go } from "../app.js";
 import { PageMap } from "../pagemap.js";
-import { assumedSlots } from "./machine.js";
+import { costOf } from "./machine.js";
 import * as api from "../api.js";
 
 const FORMATS = [["", "by name or content"], "lackey", "drmemtrace", "execlog", "bochs", "gem5", "champsim", "ftrace", "perf-script", "perf-mem", "hyperdbg", "csv"];
@@ -135,8 +135,7 @@ async function costNow(machine, footprint, signal) {
   await map.load(signal);
   const pages = [...map.words].map(([gfn, word]) => [gfn, 1, hex(word >>> 0)]);
   if (!pages.length || pages.length > MOST_PAGES) return null;
-  const asked = { policies: [{ name: "now", pages }], memory_slots: assumedSlots(machine.vm), profile: machine.vm.profile, timeline: true };
-  return (await api.call("POST", `/v1/footprints/${footprint}/costs`, { json: asked, signal })).costs[0];
+  return costOf(machine, footprint, { name: "now", pages }, signal, { timeline: true });
 }
 
 async function showResult({ root, machine, id, signal }) {
