@@ -12,7 +12,6 @@ from tests.support.server import Running
 pytestmark = pytest.mark.console
 
 SCREENS = ("start", "map", "replay", "result", "walk", "live", "processor", "compare", "operator")
-LOOKS = [(WIDE, False), (WIDE, True), (NARROW, False), (NARROW, True)]
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +45,16 @@ def places(service: Running) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize(
-    ("size", "dark"), LOOKS, ids=[f"{size[0]}-{'dark' if dark else 'light'}" for size, dark in LOOKS]
-)
-def test_screens(
-    browser: Browser, service: Running, places: dict[str, str], size: tuple[int, int], *, dark: bool
-) -> None:
-    with visiting(browser, service.url, size, dark=dark, axe=True) as visit:
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=lambda size: str(size[0]))
+def test_screens(browser: Browser, service: Running, places: dict[str, str], size: tuple[int, int]) -> None:
+    with visiting(browser, service.url, size, axe=True) as visit:
         for name in SCREENS:
             page = visit.open(places[name])
             page.wait_for_load_state("networkidle") if name not in ("live", "operator") else None
-            page.wait_for_timeout(SETTLED)
-            picture(page, f"{name}-{size[0]}-{'dark' if dark else 'light'}")
-            assert serious(page) == [], name
+            for look in ("light", "dark"):
+                page.emulate_media(color_scheme=look)
+                page.wait_for_timeout(SETTLED)
+                picture(page, f"{name}-{size[0]}-{look}")
+                assert serious(page) == [], f"{name}, {look}"
+            page.emulate_media(color_scheme="light")
             assert page.evaluate("document.documentElement.scrollWidth") <= size[0], f"{name} scrolls sideways"

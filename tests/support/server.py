@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import uvicorn
 from fastapi import FastAPI
 
-from service.app import create_app
+from service.app import create_app, drain, end_streams
 from service.http.frames import PatientSocket
 from service.http.sockets import MESSAGE_BYTES
 from service.security.tokens import TokenStore
@@ -29,12 +30,26 @@ class Running:
     port: int
 
 
+class _Server(uvicorn.Server):
+    """Lets go of those who read events before it waits for them, as the service's own does."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
+        super().__init__(config)
+        self._app = app
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        drain(self._app)
+        end_streams(self._app)
+        await super().shutdown(sockets)
+
+
 @contextlib.contextmanager
 def running(settings: Settings | None = None, tokens: TokenStore | None = None) -> Iterator[Running]:
     """Start a service, stop it at the end."""
     app = create_app(settings or Settings(warm_up=False), tokens=tokens)
-    server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_level="error", access_log=False, ws=PatientSocket, ws_max_size=MESSAGE_BYTES)
+    server = _Server(
+        uvicorn.Config(app, port=0, log_level="error", access_log=False, ws=PatientSocket, ws_max_size=MESSAGE_BYTES),
+        app,
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
