@@ -102,10 +102,11 @@ def visiting(
         context.close()
 
 
-def serious(page: Page) -> list[str]:
-    """What axe finds wrong that is serious or worse: the rule, and the element."""
+def serious(page: Page, *rules: str) -> list[str]:
+    """What axe finds wrong that is serious or worse, by ``rules`` or all of them: the rule, and the element."""
     page.evaluate(AXE.read_text(encoding="utf-8"))
-    result: dict[str, Any] = page.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
+    options = {"resultTypes": ["violations"], **({"runOnly": rules} if rules else {})}
+    result: dict[str, Any] = page.evaluate("(options) => axe.run(document, options)", options)
     return [
         f"{violation['id']}: {violation['help']}: {node['html'][:160]} {node['failureSummary'][:200]}"
         for violation in result["violations"]
