@@ -35,6 +35,8 @@ class Contract:
 
     def __init__(self, document: dict[str, Any]) -> None:
         self.committed, self.document = document, followed(document)
+        # By the identity of the schema, which the document keeps alive.
+        self._validators: dict[int, Draft202012Validator] = {}
         resource = Resource.from_contents(document, default_specification=DRAFT202012)
         self._registry: Registry[Any] = Registry().with_resource(_ROOT, resource)
         self._paths = [
@@ -52,11 +54,16 @@ class Contract:
                     return operation, True
         return None, any(pattern.match(path) for pattern, _ in self._paths)
 
+    def _validator(self, schema: dict[str, Any]) -> Draft202012Validator:
+        if id(schema) not in self._validators:
+            # Fragments are looked up from the root of the document.
+            rooted = json.loads(json.dumps(schema).replace('"#/', f'"{_ROOT}#/'))
+            self._validators[id(schema)] = Draft202012Validator(rooted, registry=self._registry)
+        return self._validators[id(schema)]
+
     def valid(self, value: Any, schema: dict[str, Any], what: str) -> None:
         """Raise ContractBroken unless ``schema`` allows ``value``."""
-        # Fragments are looked up from the root of the document.
-        rooted = json.loads(json.dumps(schema).replace('"#/', f'"{_ROOT}#/'))
-        fault = next(iter(Draft202012Validator(rooted, registry=self._registry).iter_errors(value)), None)
+        fault = next(iter(self._validator(schema).iter_errors(value)), None)
         if fault is not None:
             raise ContractBroken(f"{what}: {fault.json_path}: {fault.message}")
 
