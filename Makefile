@@ -13,6 +13,7 @@ MINUTES = 20
 COUNT  = 1000000
 SECONDS = 30
 STORE  = sqlite
+BASE   = HEAD~1
 ARGS   =
 JOBS   = auto
 PYTHON ?= python3
@@ -45,7 +46,7 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # all targets share one environment
-.PHONY: help plugin guest-demo guest-test demo examples serve warm test coverage soak kill-test fault-test load-test abuse-test tool-test image-test install-test console-test mutants conformance differential lint format openapi contract contract-tools api-fuzz bench lock clean
+.PHONY: help plugin guest-demo guest-test demo examples serve warm test coverage soak kill-test fault-test load-test abuse-test tool-test image-test install-test console-test mutants conformance differential lint format openapi contract contract-tools api-fuzz bench bench-compare bench-curves lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -159,6 +160,12 @@ api-fuzz: $(DEVELOPED) $(WARMED) ## MINUTES of requests made up from the contrac
 
 bench: $(DEVELOPED) $(WARMED) ## Measure replay and single calls side by side with the alternatives
 	$(BIN)/python -m bench $(ARGS)
+
+bench-compare: $(DEVELOPED) $(WARMED) ## The same beside another revision, BASE, in turn (ARGS="--only checks calls")
+	@$(BIN)/python -m bench.compare $(BASE) $(ARGS)
+
+bench-curves: $(DEVELOPED) $(WARMED) ## How cost grows with records, pages, machines, exits, policies, vCPUs; drawn into docs/images/
+	@$(BIN)/python -m bench.curves $(ARGS)
 
 lock: ## Resolve the dependencies again into the lock files (UPGRADE=--upgrade moves all of them)
 	@mkdir -p build

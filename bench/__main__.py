@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from bench import sections
+from bench.environment import environment
 from bench.report import print_section, print_summary, summary
 
 SECTIONS: dict[str, tuple[str, Callable[[int], list[sections.Row]]]] = {
@@ -29,19 +27,6 @@ SECTIONS: dict[str, tuple[str, Callable[[int], list[sections.Row]]]] = {
     "console": ("The console in Chromium", sections.console),
     "memory": ("A 1 TiB guest with ten protected pages", sections.large_guest),
 }
-
-
-def environment() -> dict[str, Any]:
-    """What the figures depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.processor())
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("numpy", "numba", "pyarrow", "fastapi", "uvicorn")},
-    }
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.__main__ import environment
+from bench.environment import environment
 from capture.guest import START, SmallGuest, small_guest
 from capture.recording import Recording, Wanted
 from service.cli.recorded_files import RecordedFile

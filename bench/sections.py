@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import statistics
+import tempfile
 from typing import Any
 
 from bench import console as console_pages
@@ -205,26 +208,39 @@ def client(rounds: int) -> list[Row]:
 
 
 def single_calls(rounds: int) -> list[Row]:
-    """(g) GET of one page's map and GET of an empty endpoint, in turn, both servers up throughout."""
-    policy = load_policy(POLICIES[0])
-    with service() as port, empty_app() as empty_port:
-        vm = HttpReplay(port, "packed", load_trace(TRACES[0], 0), policy)
-        vm.prepare()
-        get = SingleCalls(port, f"{vm.path}/subpages?gfn=0x2000&npages=1")
-        empty = SingleCalls(empty_port, "/")
-        alternate({"get": get, "empty": empty}, rounds)
-    pairs = list(zip(get.rates[1:], empty.rates[1:], strict=True))
-    ratio = sorted(a / b for a, b in pairs)[len(pairs) // 2]
-    names = ("GET subpages (g)", "empty endpoint (g)")
+    """(g) GET and SET of one page's map, in memory and in SQLite, and GET of an empty endpoint, in turn."""
+    set_one = json.dumps({"access": ["0xfffffff0"]})
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        service() as port,
+        service(f"sqlite:///{folder}/bench.db") as kept,
+        empty_app() as empty_port,
+    ):
+        window = _window(port)
+        methods = {
+            "empty endpoint (g)": SingleCalls(empty_port, "/"),
+            "GET subpages (g)": SingleCalls(port, window),
+            "SET subpages, memory (g)": SingleCalls(port, window, "PUT", set_one),
+            "SET subpages, SQLite (g)": SingleCalls(kept, _window(kept), "PUT", set_one),
+        }
+        alternate(methods, rounds)
+    empty = next(iter(methods.values())).rates[1:]
     return [
         {
             "method": name,
-            "per_second": sorted(rates)[len(rates) // 2],
-            "rates": rates,
-            "of_empty": ratio if name == names[0] else 1.0,
+            "per_second": statistics.median(method.rates[1:]),
+            "rates": method.rates[1:],
+            "of_empty": statistics.median(rate / beside for rate, beside in zip(method.rates[1:], empty, strict=True)),
         }
-        for name, rates in zip(names, zip(*pairs, strict=True), strict=True)
+        for name, method in methods.items()
     ]
+
+
+def _window(port: int) -> str:
+    """The path of one page's map, on a machine of its own."""
+    vm = HttpReplay(port, "packed", load_trace(TRACES[0], 0), load_policy(POLICIES[0]))
+    vm.prepare()
+    return f"{vm.path}/subpages?gfn=0x2000&npages=1"
 
 
 def console(rounds: int) -> list[Row]:
