@@ -43,9 +43,9 @@ def serving(command: Sequence[str], ready: str, variables: Mapping[str, str] | N
 
 
 @contextmanager
-def service(**variables: str) -> Iterator[int]:
+def service(store: str = "memory", **variables: str) -> Iterator[int]:
     """``subpage serve``, with environment variables."""
-    command = ("service.cli", "serve", "--host", "127.0.0.1", "--port", "0", "--store", "memory")
+    command = ("service.cli", "serve", "--host", "127.0.0.1", "--port", "0", "--store", store)
     with serving(command, "/readyz", variables) as port:
         yield port
 

@@ -20,8 +20,9 @@ from engine.state.frame_store import Draft
 from engine.trace import guest_virtual, object_hits, record_checks, replay, scattered
 from engine.trace.addresses import RULES, Addresses, GuestTables, frozen, refusal
 from engine.trace.columns import TraceChunk
+from engine.trace.gathered import Gathered
 from engine.trace.option_names import ADDRESSES, ASK, INCLUDE, ON_VIOLATION
-from engine.trace.results import ExitColumns, ObjectHits, TraceResult, Untranslated, columns_of_log, join
+from engine.trace.results import ExitColumns, ObjectHits, TraceResult, Untranslated, columns_of_log
 from engine.trace.serving import Run
 
 # Rows of the exit buffer: drained into columns when full, so a replay's memory is its kept exits and this.
@@ -121,7 +122,7 @@ class Replay:
         self._log = np.zeros((LOG_ROWS, vcpu_run.EXIT_WORDS), dtype=np.int64)
         self._used = np.zeros(1, dtype=np.int64)
         self._no_gva = frozen(np.zeros(0, dtype=np.uint64))
-        self._parts: list[ExitColumns] = []
+        self._exits = Gathered()
         self._kept = 0
         self._dropped = 0
         self._next = 0
@@ -312,7 +313,7 @@ class Replay:
         self._dropped += count - kept
         if kept:
             self._kept += kept
-            self._parts.append(self._columns(self._log[:kept], chunk, base))
+            self._exits.add(self._columns(self._log[:kept], chunk, base))
         if self._split:
             self._split = dict([self._split.popitem()])  # the last one may still be under way
 
@@ -350,7 +351,7 @@ class Replay:
             },
             exit_records_dropped=self._dropped,
             stopped_at=self.stopped_at,
-            exit_columns=join(self._parts, empty),
+            exit_columns=self._exits.exits(empty),
             untranslated=t[reg.UNTRANSLATED],
             untranslated_records=tuple(self._untranslated),
         )
