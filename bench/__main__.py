@@ -15,6 +15,10 @@ from bench.report import print_section, print_summary, summary
 
 SECTIONS: dict[str, tuple[str, Callable[[int], list[sections.Row]]]] = {
     "checks": ("Checking every write of a recorded trace, one core, 16-byte records", sections.checks),
+    "exits": (
+        "Refused writes and first touches, one core; refused writes until SQLite has the exits",
+        sections.exits,
+    ),
     "gva": ("The same trace by linear addresses, through the guest's page tables", sections.guest_virtual),
     "unicorn": ("Calling Python for every write", sections.unicorn),
     "http": ("Replay over HTTP, from the first byte sent to the result", sections.http_replay),

@@ -22,6 +22,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "of_raw": ("x httpx2", "{:.3f}"),
     "of_plain": ("x plain", "{:.3f}"),
     "of_gpa": ("x by GPA", "{:.2f}"),
+    "bytes_kept": ("bytes kept", "{:.1f}"),
     "microseconds": ("µs each question", "{:,.0f}"),
     "places": ("places", "{:,}"),
     "milliseconds": ("ms", "{:,.2f}"),
@@ -34,8 +35,14 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 # Figure, part of the run, name of the methods, field, and which of the rows counts.
 SUMMARY: tuple[tuple[str, str, str, str, Any, str], ...] = (
-    ("replay / C walk", "checks", "engine", "of_c_walk", min, ">= 0.8"),
-    ("replay / numpy", "checks", "engine", "of_numpy", min, ">= 1.2"),
+    ("replay of records / C walk", "checks", "engine (e)", "of_c_walk", min, ">= 0.8"),
+    ("replay of records / numpy", "checks", "engine (e)", "of_numpy", min, ">= 1.2"),
+    ("replay of columns / C walk", "checks", "engine, columns", "of_c_walk", min, ">= 1.5, hot pages 1.0"),
+    ("replay of columns / numpy", "checks", "engine, columns", "of_numpy", min, ">= 1.3"),
+    ("exits/s, in this process", "exits", "refused, engine", "per_second", min, ">= 20 M"),
+    ("exits/s, over HTTP until SQLite has them", "exits", "refused, HTTP", "per_second", min, ">= 10 M"),
+    ("exit record in the store, bytes", "exits", "refused, HTTP", "bytes_kept", max, "<= 24"),
+    ("first touches, pages/s", "exits", "touched, engine", "per_second", min, ">= 3 M"),
     ("C walk / C sum", "checks", "C walk", "of_sum", min, ">= 0.2, or the baseline is wrong"),
     ("HTTP packed, slowest, records/s", "http", "HTTP packed", "per_second", min, ">= 30 M"),
     ("HTTP Arrow, slowest, records/s", "http", "HTTP arrow", "per_second", min, ">= 30 M"),

@@ -8,6 +8,7 @@ import tempfile
 from typing import Any
 
 from bench import console as console_pages
+from bench import exits as exit_traces
 from bench.asking import AllowedReplay, AskedReplay
 from bench.c_walk import CSum, CWalk
 from bench.client import CALLS, ClientBitmaps, ClientReplay, RawBitmaps, RawReplay
@@ -19,7 +20,7 @@ from bench.kvmi import READS, KvmiReplay, Reads, Tool, attach, image, loaded, pl
 from bench.large_guest import measure
 from bench.numpy_check import NumpyCheck
 from bench.readers import FORMATS, Reading
-from bench.replay import EngineReplay
+from bench.replay import ColumnReplay, EngineReplay
 from bench.servers import empty_app, service, service_and_constants
 from bench.single_calls import SingleCalls
 from bench.timing import Method, Timing, alternate, median_ratio, one_core
@@ -33,6 +34,7 @@ ALLOWED, ASKED_BY_KVMI = "allow (i)", "KVMI (i)"
 READ_BY_KVMI, CONSTANTS = "KVMI read (m)", "constants (m)"
 BY_GVA = "by gva (j)"
 A, B, C, D, E = "numpy bitmap (a)", "C walk (b)", "Unicorn hook (c)", "C sum (d)", "engine (e)"
+E_COLUMNS = "engine, columns (e)"
 
 
 class WrongAnswer(Exception):
@@ -62,11 +64,11 @@ def checks(rounds: int) -> list[Row]:
     for trace in map(load_trace, TRACES):
         for policy in map(load_policy, POLICIES):
             numpy_check, c_walk, c_sum = NumpyCheck(trace, policy), CWalk(trace, policy), CSum(trace)
-            engine = EngineReplay(trace, policy)
-            methods: dict[str, Method] = {A: numpy_check, B: c_walk, D: c_sum, E: engine}
+            engine, columns = EngineReplay(trace, policy), ColumnReplay(trace, policy)
+            methods: dict[str, Method] = {A: numpy_check, B: c_walk, D: c_sum, E: engine, E_COLUMNS: columns}
             with one_core():
                 timings = alternate(methods, rounds)
-            for name, method in ((A, numpy_check), (B, c_walk), (E, engine)):
+            for name, method in ((A, numpy_check), (B, c_walk), (E, engine), (E_COLUMNS, columns)):
                 _verify(name, trace.name, policy.name, method.answer())
             if not c_sum.check():
                 raise WrongAnswer(f"{D} on {trace.name}")
@@ -84,6 +86,31 @@ def checks(rounds: int) -> list[Row]:
                 )
                 for name, timing in timings.items()
             ]
+    return rows
+
+
+def exits(rounds: int) -> list[Row]:
+    """(n) Refused writes, to the result and to the store, and first touches, beside the C walk of the same records."""
+    rows = []
+    for trace, policy in (exit_traces.refused(), exit_traces.touched()):
+        c_walk, engine = CWalk(trace, policy), ColumnReplay(trace, policy)
+        names = walk, ours, durable = [f"{trace.name}, {name}" for name in ("C walk", "engine", "HTTP and SQLite")]
+        with one_core():
+            timings = alternate({walk: c_walk, ours: engine}, rounds)
+        answer, totals = engine.answer(), c_walk.totals
+        if (answer.violations, answer.page_granular) != (totals.violations, totals.page_granular):
+            raise WrongAnswer(ours)
+        c_walk.close()
+        if answer.violations:
+            with exit_traces.durable(trace, policy) as replay:
+                timings |= alternate({durable: replay}, rounds)
+                if replay.answer().violations != answer.violations:
+                    raise WrongAnswer(durable)
+        for name in names[: len(timings)]:
+            ratio = median_ratio(timings[name], timings[walk])
+            rows.append(_row(trace.name, policy.name, name, len(trace), timings[name], of_c_walk=ratio))
+        if answer.violations and engine.result is not None:
+            rows[-1]["bytes_kept"] = exit_traces.stored_bytes(engine.result.exit_columns) / answer.violations
     return rows
 
 

@@ -34,6 +34,7 @@ _KERNEL_SOURCES = (
     "trace/replay.py",
     "trace/results.py",
     "trace/scattered.py",
+    "trace/serving.py",
     "trace/taken.py",
     "trace/translated.py",
     "trace/translations.py",

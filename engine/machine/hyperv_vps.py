@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from engine.arch import controls as ctl
 from engine.arch.hyperv_pages import DIRECT_HYPERCALL
 from engine.cpu import frames
@@ -112,8 +110,7 @@ class Runs:
         if self._quiet:
             self._quiet = chunk.operations is None
             return
-        vcpus = {int(vcpu) for vcpu in np.unique(chunk.records[:, 1] >> np.uint64(32) & np.uint64(0xFFFF))}
-        known = {vcpu for vcpu in vcpus if vcpu < len(m.vcpu_of_id) and m.vcpu_of_id[vcpu] >= 0}
+        known = {vcpu for vcpu in chunk.vcpus() if vcpu < len(m.vcpu_of_id) and m.vcpu_of_id[vcpu] >= 0}
         for vcpu in sorted(known):
             enter(self._change, vcpu)
         self._ran |= known

@@ -58,7 +58,7 @@ class Addresses:
             if not chunk.has_gpa:
                 raise without_gpa(base)
             return chunk
-        count = len(chunk.records)
+        count = len(chunk)
         if len(self._records) < count:
             self._records = np.zeros((count, 2), dtype=np.uint64)
         records = self._records[:count]
@@ -67,7 +67,7 @@ class Addresses:
         records[:, 0] = gva
         if self._address == "gva":
             self._check(chunk, base)
-        return chunk._replace(records=records, gva=gva, has_gpa=True)
+        return chunk.moved(records, gva)
 
     def _check(self, chunk: TraceChunk, base: int) -> None:
         """Refuse what cannot be between accesses, or beside them, whose addresses are translated now."""

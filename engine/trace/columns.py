@@ -1,14 +1,14 @@
 """The columns of a guest access, and the chunk in which accesses travel from a reader to the replay.
 
 A trace is a sequence of accesses in guest order. Whatever the body looks like on the wire, inside the engine it is runs
-of ``TraceChunk``: two 64-bit words per access, which is also the packed ``record16`` format, so that the fastest body
-needs no conversion at all.
+of ``TraceChunk``: two 64-bit words per access, which is also the packed ``record16`` format; or, of accesses that are
+alike but for place and length, these two columns as they came. Neither of the two fast bodies is converted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,6 +80,10 @@ COLUMNS: tuple[Column, ...] = (
 )
 # The columns that share bytes of a record: what kind of access it is, whose, and how long its instruction.
 KINDS = frozenset({"kind", "linear", "source", "insn_len"})
+# Those beside place and length that a record has: where all of a chunk are alike in them, it is no more than columns.
+SHARED = frozenset({"access", "vcpu", *KINDS})
+# The longest access that such a chunk can have.
+SHORT = 255
 _DEFAULT_ACCESS = np.array(acc.DEFAULT_ACCESS, dtype=np.uint8)
 
 USABLE: Mapping[str, Column] = {column.name: column for column in COLUMNS}
@@ -102,10 +106,21 @@ RECORD16 = np.dtype(
 )
 
 
-class TraceChunk(NamedTuple):
+class Columns(NamedTuple):
+    """Accesses that are alike but for place and length: ``gpa`` uint64[n], ``size`` uint8[n], both contiguous;
+    ``above`` is word 1 of each, the size left out."""
+
+    gpa: npt.NDArray[np.uint64]
+    size: npt.NDArray[np.uint8]
+    above: int
+
+
+@dataclass(slots=True)
+class TraceChunk:
     """A run of consecutive accesses. Valid until the next chunk is asked for: readers fill the same memory again.
 
-    ``records``: uint64[n, 2], C-contiguous, writable. Word 0 is the GPA. Word 1 holds the size in bytes in bits 15:0,
+    ``packed``: uint64[n, 2], C-contiguous, writable; or None, and ``columns`` has what it would hold. Word 0 is the
+    GPA. Word 1 holds the size in bytes in bits 15:0,
     the access in bits 23:16, the vCPU id in bits 47:32; bits 31:24 and 63:48 are zero in a valid record, but where
     ``kinds`` is set bits 30:24 hold the columns kind and linear, 49:48 source and 57:50 insn_len
     (``arch.access.record_bits``). A packed body never sets it: those bits of its records are zero.
@@ -115,14 +130,60 @@ class TraceChunk(NamedTuple):
     ``operations``: what is between the accesses and under which page tables each is, None for a trace that has neither;
     the row of an operation has its vCPU and nothing else that counts.
     ``has_gpa``: not, where some record has no column ``gpa``; the trace has ``gva`` then (``trace.addresses``).
+    ``room``: uint64[at least n, 2] to pack columns into, or None.
     """
 
-    records: npt.NDArray[np.uint64]
+    packed: npt.NDArray[np.uint64] | None
     gva: npt.NDArray[np.uint64] | None
     carry: dict[str, npt.NDArray[Any]]
     kinds: bool = False
     operations: Operations | None = None
     has_gpa: bool = True
+    columns: Columns | None = None
+    room: npt.NDArray[np.uint64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.columns.gpa) if self.columns is not None else len(self.records)
+
+    @property
+    def records(self) -> npt.NDArray[np.uint64]:
+        """``packed``; columns are packed when somebody asks for it."""
+        if self.packed is None:
+            assert self.columns is not None
+            gpa, size, above = self.columns
+            packed = np.empty((len(gpa), 2), dtype=np.uint64) if self.room is None else self.room[: len(gpa)]
+            packed[:, 0] = gpa
+            np.bitwise_or(size, np.uint64(above), out=packed[:, 1])
+            self.packed = packed  # whole: two threads may want it
+        return self.packed
+
+    def at(self, position: int) -> tuple[int, int]:
+        """The two words of a record, signed as kernels have them."""
+        if self.columns is not None:
+            gpa, size, above = self.columns
+            return int(gpa[position : position + 1].view(np.int64)[0]), above | int(size[position])
+        gpa, word = self.records[position].view(np.int64).tolist()
+        return gpa, word
+
+    def vcpus(self) -> set[int]:
+        """The ids of the vCPUs that it says."""
+        if self.columns is not None:
+            return {self.columns.above >> 32 & 0xFFFF}
+        return {int(vcpu) for vcpu in np.unique(self.records[:, 1] >> np.uint64(32) & np.uint64(0xFFFF))}
+
+    def moved(self, records: npt.NDArray[np.uint64], gva: npt.NDArray[np.uint64] | None) -> TraceChunk:
+        """The same accesses at other addresses: ``records`` are theirs."""
+        return replace(self, packed=records, gva=gva, has_gpa=True, columns=None, room=None)
+
+    def copy(self) -> TraceChunk:
+        """The same, valid for ever."""
+        gva = None if self.gva is None else self.gva.copy()
+        carry = {name: column.copy() for name, column in self.carry.items()}
+        if self.columns is None:
+            return replace(self, packed=self.records.copy(), gva=gva, carry=carry)
+        gpa, size, above = self.columns
+        columns = Columns(gpa.copy(), size.copy(), above)
+        return replace(self, packed=None, gva=gva, carry=carry, columns=columns, room=None)
 
 
 class MalformedBody(TraceError):
@@ -231,6 +292,7 @@ class ChunkBuffer:
             self._gva = self._columns["gva"] = np.zeros(capacity, dtype=np.uint64)
         for name, column in self._columns.items():
             column[:] = RECORD[name].default or 0
+        self._eights: npt.NDArray[np.uint8] | None = None
         self._kinds = not used.isdisjoint(KINDS)
         self._kind_says_access = "kind" in used and "access" not in used
         self._byte3 = fields["zero"]
@@ -263,6 +325,42 @@ class ChunkBuffer:
         else:
             shared[:] = shared & np.uint16(3) | values << 2
 
+    def alike(self, parts: Mapping[str, npt.NDArray[Any]]) -> Columns | None:
+        """The columns of a chunk, known to be allowed, if they are those of accesses that are alike but for place and
+        length, and short. Two columns that fit are not copied."""
+        if self.beside or "gpa" not in parts or not len(parts["gpa"]):
+            return None
+        if any(len(values) and (values != values[0]).any() for name, values in parts.items() if name in SHARED):
+            return None
+        size = parts.get("size")
+        if size is None:
+            if self._eights is None:
+                self._eights = np.full(self.capacity, RECORD["size"].default, dtype=np.uint8)
+            size = self._eights[: len(parts["gpa"])]
+        elif size.dtype != np.uint8 and size.max() > SHORT:
+            return None
+        for name, values in parts.items():
+            if name in SHARED:
+                self.fill(name, values[:1])
+        above = int(self.records[0, 1]) >> 16 << 16
+        return Columns(_contiguous(parts["gpa"], np.uint64), _contiguous(size, np.uint8), above)
+
+    def chunk_of(
+        self,
+        parts: Mapping[str, npt.NDArray[Any]],
+        carry: dict[str, npt.NDArray[Any]],
+        operations: Operations | None = None,
+    ) -> TraceChunk:
+        """The accesses of some columns, known to be allowed and of one length."""
+        columns = self.alike(parts)
+        if columns is not None:
+            gva = parts.get("gva")
+            gva = None if gva is None else _contiguous(gva, np.uint64)
+            return TraceChunk(None, gva, carry, self._kinds, columns=columns, room=self.records)
+        for name, values in parts.items():
+            self.fill(name, values)
+        return self.chunk(max(len(values) for values in parts.values()), carry, operations)
+
     def chunk(
         self, length: int, carry: dict[str, npt.NDArray[Any]], operations: Operations | None = None
     ) -> TraceChunk:
@@ -275,3 +373,9 @@ class ChunkBuffer:
             operations,
             self._has_gpa,
         )
+
+
+def _contiguous(values: npt.NDArray[Any], dtype: type[np.unsignedinteger[Any]]) -> npt.NDArray[Any]:
+    """Values that fit, as kernels take them: without a copy if they lie so."""
+    same = values.view(dtype) if values.dtype.kind in "iu" and values.itemsize == np.dtype(dtype).itemsize else values
+    return np.require(same, dtype=dtype, requirements="CA")

@@ -30,7 +30,7 @@ from engine.trace.addresses import frozen
 from engine.trace.columns import TraceChunk
 from engine.trace.option_names import ANSWERS, ASK
 from engine.trace.results import ExitColumns, ObjectHits, TraceResult
-from engine.trace.session import COUNTED_ONCE, Replay, ReplayOptions
+from engine.trace.session import COUNTED_ONCE, Replay, ReplayOptions, run_of
 
 # Exit records find their objects by address. Where the objects change during a replay, the bits above an address
 # (52 and up) number the set of objects that counted when the exit happened.
@@ -53,8 +53,7 @@ class Place(NamedTuple):
     @property
     def words(self) -> tuple[int, int]:
         """The two words of the record."""
-        gpa, word = self.chunk.records[self.position].view(np.int64).tolist()
-        return gpa, word
+        return self.chunk.at(self.position)
 
     @property
     def access(self) -> int:
@@ -161,7 +160,7 @@ class InteractiveReplay(Replay):
         begin = place.position + past
         end = None if most is None else begin + most
         going = self._run(place.chunk, place.base, begin, end)
-        if going and end is not None and end < len(place.chunk.records):
+        if going and end is not None and end < len(place.chunk):
             self._left = place._replace(position=end)
         return going
 
@@ -208,7 +207,7 @@ class InteractiveReplay(Replay):
     def _run_one(self, place: Place) -> bool:
         """Run one record as ``skip`` does; whether that listed exits."""
         chunk, at = place.chunk, place.position
-        words = frozen(chunk.records[at : at + 1].reshape(-1))
+        run = run_of(chunk, at, at + 1)
         gvas = self._no_gva if chunk.gva is None else frozen(chunk.gva[at : at + 1])
         options = self._words.copy()
         options[replay.OPTION_ON_VIOLATION] = replay.SKIP
@@ -216,7 +215,7 @@ class InteractiveReplay(Replay):
             listed = int(self._used[0])
             status, _ = replay.replay(
                 self._draft.machine,
-                words,
+                run,
                 gvas,
                 0,
                 place.record,
@@ -233,7 +232,7 @@ class InteractiveReplay(Replay):
             elif status == record_checks.DONE:
                 return int(self._used[0]) > listed
             else:
-                self._refuse_in(chunk, status, words, 0, place.record)
+                self._refuse_in(chunk, status, run, 0, place.record)
 
     # Objects that come and go
 

@@ -7,6 +7,7 @@ all stretches. What was published need not be held any longer: exit records are 
 from __future__ import annotations
 
 from engine.trace.columns import TraceChunk
+from engine.trace.gathered import Gathered
 from engine.trace.interactive import InteractiveReplay
 from engine.trace.option_names import ASK
 from engine.trace.results import ExitColumns, TraceResult
@@ -46,6 +47,8 @@ class PublishedReplay(InteractiveReplay):
             self._drain(self._place.chunk, self._place.base)
         found = self.result()
         left = found.exit_columns[first - self._handed :]
-        self._parts = [left] if len(left) else []
+        self._exits = Gathered()
+        if len(left):
+            self._exits.add(left)
         self._handed = first
         return found.with_exits(left)

@@ -13,13 +13,14 @@ from engine.arch.sppt import FULL_ACCESS
 from engine.cpu import access_over_pages, ept, fastpath, guest_tables
 from engine.cpu.frames import FIRST_VCPU_FRAME, STATE_FRAME, ample, read_word
 from engine.cpu.memory_slots import find_slot, home, space_of, within
-from engine.jit import kernel, stands_alone
+from engine.jit import kernel
 from engine.kvm import bitmaps, dirty_marking, emulator, exit_handling, shadow_paging, vcpu_run
 from engine.kvm import resolutions as res
 from engine.kvm import state_frame as reg
 from engine.kvm.granted_subpages import grant_touched
 from engine.kvm.slots import writable_bytes
 from engine.trace.record_checks import DONE, describe, refusal
+from engine.trace.serving import BUT_LENGTH, WHOLE, count_of, record_at, serve
 
 # Why the loop came back, beside DONE and what is wrong with a record
 NEED_FRAMES = 1
@@ -45,13 +46,6 @@ LISTED = 1
 COUNTED = 2
 
 NO_GVA = np.int64(0)
-ONE = np.uint64(1)
-CACHE_MASK = np.uint64(fastpath.CACHE_MASK)
-PAGES = np.uint64(fastpath.PAGES)
-
-# Word 1 without the instruction length; nothing but a report to user space depends on that.
-BUT_LENGTH = ~(acc.RECORD_LENGTH_MASK << acc.RECORD_LENGTH_SHIFT)
-WHOLE = -1
 
 
 @kernel
@@ -168,72 +162,8 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
 
 
 @kernel
-def served_head(positions, head):
-    """Whether records with ``head`` above the size in word 1 are plain accesses of a known vCPU."""
-    vcpu = head >> 16
-    plain = head & 0xFFFF
-    return 0 <= vcpu < positions.shape[0] and positions[vcpu] >= 0 and plain <= acc.EXECUTE
-
-
-@kernel
-def skim(cache, words, start, head, seen, writing):
-    """Serve records of one ``head`` from the fast path up to the first that it cannot; returns (position, guarded).
-
-    ``seen`` are the bits of word 1 that count; ``guarded`` counts writes to pages with a sub-page that may not be
-    written. This is where a trace spends its time, so a record costs one test: that of ``miss``, which is 0 if word 1
-    has ``head`` and a size of at least one byte, and the tag is the GFN of the last byte; no GFN but that of the first
-    byte can be in its place.
-    """
-    count = np.uint64(words.shape[0] >> 1)
-    guarded = np.int64(0)
-    above = head << 16
-    i = np.uint64(start)
-    while i < count:
-        gpa = words[i << ONE]
-        more = ((words[(i << ONE) | ONE] & seen) ^ above) - 1
-        at = np.uint64(gpa >> 12) & CACHE_MASK
-        miss = (cache[at] ^ ((gpa + more) >> 12)) | (more >> 16)
-        if miss != 0:
-            if miss != fastpath.GUARDED:
-                break
-            if writing:
-                last = (gpa & 0xFFF) + more
-                touched = (2 << (last >> 7)) - (1 << ((gpa >> 7) & 31))
-                if touched & ~cache[PAGES | at] != 0:
-                    break
-                guarded += 1
-        i += ONE
-    return np.int64(i), guarded
-
-
-@kernel
-def serve(cache, positions, words, start, seen, tally):
-    """Serve records from the fast path up to the first that it cannot; returns its position.
-
-    Who accesses how is checked once for each run of records in which it stays the same. ``seen`` are the bits of
-    word 1 that count.
-    """
-    stands_alone()
-    count = words.shape[0] >> 1
-    i = start
-    while i < count:
-        head = (words[2 * i + 1] & seen) >> 16
-        if not served_head(positions, head):
-            break
-        writing = head & 0xFFFF == acc.WRITE
-        stop, guarded = skim(cache, words, i, head, seen, writing)
-        tally[reg.PAGE_GRANULAR] += guarded
-        if writing:
-            tally[reg.WRITES] += stop - i
-        if stop == i or (stop < count and (words[2 * stop + 1] & seen) >> 16 == head):
-            return stop
-        i = stop
-    return i
-
-
-@kernel
-def replay(m, words, gvas, start, base, options, trail, log, used, tally):
-    """Replay ``words`` (int64[2n], two a record) from position ``start``; ``base`` is the index of the chunk's first.
+def replay(m, run, gvas, start, base, options, trail, log, used, tally):
+    """Replay a ``serving.Run`` of n records from position ``start``; ``base`` is the index of the chunk's first.
 
     ``gvas`` is int64[n] or empty. Returns (status, position): DONE with n, or why it came back and the record it has
     not run; NEED_FRAMES and LOG_FULL ask the caller to make room and call again from there, UNTRANSLATED to take note
@@ -244,10 +174,11 @@ def replay(m, words, gvas, start, base, options, trail, log, used, tally):
     nowhere = np.int64(0)
     seen = BUT_LENGTH if options[OPTION_KINDS] else WHOLE
     while True:
-        i = serve(m.cache, m.vcpu_of_id, words, i, seen, tally)
-        if 2 * i == words.shape[0]:
+        i = serve(m.cache, m.vcpu_of_id, run, i, seen, tally)
+        if i == count_of(run):
             break
-        if options[OPTION_NOWHERE] and words[2 * i] >= guest_tables.NOWHERE:
+        gpa, word = record_at(run, i)
+        if options[OPTION_NOWHERE] and gpa >= guest_tables.NOWHERE:
             if options[OPTION_NOWHERE] == LISTED:
                 status = UNTRANSLATED
                 break
@@ -261,7 +192,7 @@ def replay(m, words, gvas, start, base, options, trail, log, used, tally):
             status = LOG_FULL
             break
         gva = gvas[i] if gvas.shape[0] else NO_GVA
-        status = run_record(m, words[2 * i], words[2 * i + 1], base + i, gva, options, trail, log, used, tally)
+        status = run_record(m, gpa, word, base + i, gva, options, trail, log, used, tally)
         if status != DONE:
             break
         i += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,8 +20,10 @@ from engine.state.frame_store import Draft
 from engine.trace import guest_virtual, object_hits, record_checks, replay, scattered
 from engine.trace.addresses import RULES, Addresses, GuestTables, frozen, refusal
 from engine.trace.columns import TraceChunk
+from engine.trace.gathered import Gathered
 from engine.trace.option_names import ADDRESSES, ASK, INCLUDE, ON_VIOLATION
-from engine.trace.results import ExitColumns, ObjectHits, TraceResult, Untranslated, columns_of_log, join
+from engine.trace.results import ExitColumns, ObjectHits, TraceResult, Untranslated, columns_of_log
+from engine.trace.serving import Run
 
 # Rows of the exit buffer: drained into columns when full, so a replay's memory is its kept exits and this.
 LOG_ROWS = 1 << 15
@@ -55,6 +57,11 @@ REFUSALS = {
 
 # How many records that do not translate are listed; totals count them all.
 MOST_UNTRANSLATED = 100
+
+
+_NO_GPAS = frozen(np.zeros(0, dtype=np.uint64))
+_NO_SIZES = np.zeros(0, dtype=np.uint8)
+_NO_SIZES.flags.writeable = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +122,7 @@ class Replay:
         self._log = np.zeros((LOG_ROWS, vcpu_run.EXIT_WORDS), dtype=np.int64)
         self._used = np.zeros(1, dtype=np.int64)
         self._no_gva = frozen(np.zeros(0, dtype=np.uint64))
-        self._parts: list[ExitColumns] = []
+        self._exits = Gathered()
         self._kept = 0
         self._dropped = 0
         self._next = 0
@@ -154,7 +161,7 @@ class Replay:
         chunk = self._addresses.of(chunk, self._next)
         if self._before is not None:
             self._before(chunk)
-        count = len(chunk.records)
+        count = len(chunk)
         self._has_gva = self._has_gva or chunk.gva is not None
         self._words[replay.OPTION_KINDS] = chunk.kinds
         base = self._next
@@ -180,12 +187,12 @@ class Replay:
 
     def _run(self, chunk: TraceChunk, base: int, position: int, end: int | None = None) -> bool:
         """Replay a chunk, whose first record has index ``base``, from a position up to an end. False: it stopped."""
-        words = frozen(chunk.records[:end].reshape(-1))
+        run = run_of(chunk, 0, len(chunk) if end is None else end)
         gvas = self._no_gva if chunk.gva is None else frozen(chunk.gva)
         if self._tables is not None:
             self._tables.begin(position)
-        while position < len(words) // 2:
-            status, position = self._enter(chunk, words, gvas, position, base)
+        while position < run.count:
+            status, position = self._enter(chunk, run, gvas, position, base)
             if status == replay.UNTRANSLATED:
                 self._pass_over(chunk, base, position)
                 position += 1
@@ -197,13 +204,13 @@ class Replay:
                 self._stop(chunk, base, position)
                 return False
             elif status != record_checks.DONE:
-                self._refuse_in(chunk, status, words, position, base)
+                self._refuse_in(chunk, status, run, position, base)
         self._end_chunk(chunk, base)
         return True
 
     def _identity(self, chunk: TraceChunk, base: int, position: int) -> tuple[int, int, int]:
         """Index and words of a record, the address as it was given."""
-        address, word = chunk.records[position].view(np.int64).tolist()
+        address, word = chunk.at(position)
         if self._tables is not None and chunk.gva is not None:
             address = int(chunk.gva[position : position + 1].view(np.int64)[0])
         return base + position, address, word
@@ -222,9 +229,7 @@ class Replay:
         """What is to be added to the totals of the machine, handed out once."""
         return self.tally
 
-    def _enter(
-        self, chunk: TraceChunk, words: NDArray[np.int64], gvas: NDArray[np.int64], position: int, base: int
-    ) -> tuple[int, int]:
+    def _enter(self, chunk: TraceChunk, run: Run, gvas: NDArray[np.int64], position: int, base: int) -> tuple[int, int]:
         """Go on from a position of the chunk; returns why the kernel came back, and the record it has not run.
 
         Operations are for ``trace.timed``; an interactive replay refuses them rather than pass them over.
@@ -234,29 +239,29 @@ class Replay:
             if chunk.operations is not None and not chunk.operations.plain:
                 rule = "a replay that asks, or is published while it runs, takes no operations and no address spaces"
                 raise TraceError(rule, index=base + position, field="op")
-            return self._replay(words, gvas, position, base)
+            return self._replay(run, gvas, position, base)
         if position == tables.ready and tables.why == record_checks.DONE:
             tables.translate(self._draft.machine, chunk, self._words)
         if position < tables.ready:
-            return self._replay(words[: 2 * tables.ready], gvas, position, base)
+            return self._replay(run.upto(tables.ready), gvas, position, base)
         if tables.why == guest_virtual.SPLIT:
-            return self._enter_split(tables, words[: 2 * position + 2], gvas, position, base)
+            return self._enter_split(tables, run.upto(position + 1), gvas, position, base)
         return tables.why, position
 
-    def _replay(self, words: NDArray[np.int64], gvas: NDArray[np.int64], position: int, base: int) -> tuple[int, int]:
+    def _replay(self, run: Run, gvas: NDArray[np.int64], position: int, base: int) -> tuple[int, int]:
         m = self._draft.machine
         options, trail = self._words, self._trail
         status, position = replay.replay(
-            m, words, gvas, position, base, options, trail, self._log, self._used, self.tally
+            m, run, gvas, position, base, options, trail, self._log, self._used, self.tally
         )
         return int(status), int(position)
 
     def _enter_split(
-        self, tables: GuestTables, words: NDArray[np.int64], gvas: NDArray[np.int64], position: int, base: int
+        self, tables: GuestTables, run: Run, gvas: NDArray[np.int64], position: int, base: int
     ) -> tuple[int, int]:
-        """Run the last record of ``words``, whose frames are no neighbours."""
-        with self._aimed(base, position, int(words[2 * position + 1]) & 0xFFFF):
-            status, after = self._replay(words, gvas, position, base)
+        """Run the last record of a run, whose frames are no neighbours."""
+        with self._aimed(base, position, run.at(position)[1] & 0xFFFF):
+            status, after = self._replay(run, gvas, position, base)
         if after > position:
             tables.begin(after)
         return status, after
@@ -288,11 +293,11 @@ class Replay:
         if len(self._untranslated) == MOST_UNTRANSLATED:
             self._words[replay.OPTION_NOWHERE] = replay.COUNTED
 
-    def _refuse_in(self, chunk: TraceChunk, status: int, words: NDArray[np.int64], position: int, base: int) -> None:
+    def _refuse_in(self, chunk: TraceChunk, status: int, run: Run, position: int, base: int) -> None:
         """Raise TraceError for the record at a position of the chunk."""
         if status in RULES:
             raise refusal(status, chunk, base, position)
-        raise refused_record(status, words, position, base + position)
+        raise refused_record(status, run.at(position), 0, base + position)
 
     def _drain(self, chunk: TraceChunk | None = None, base: int = 0) -> None:
         """Turn the exit buffer into columns; what is carried is taken from the chunk that the exits are in."""
@@ -308,7 +313,7 @@ class Replay:
         self._dropped += count - kept
         if kept:
             self._kept += kept
-            self._parts.append(self._columns(self._log[:kept], chunk, base))
+            self._exits.add(self._columns(self._log[:kept], chunk, base))
         if self._split:
             self._split = dict([self._split.popitem()])  # the last one may still be under way
 
@@ -346,7 +351,7 @@ class Replay:
             },
             exit_records_dropped=self._dropped,
             stopped_at=self.stopped_at,
-            exit_columns=join(self._parts, empty),
+            exit_columns=self._exits.exits(empty),
             untranslated=t[reg.UNTRANSLATED],
             untranslated_records=tuple(self._untranslated),
         )
@@ -361,7 +366,16 @@ class Replay:
         }
 
 
-def refused_record(status: int, words: NDArray[np.int64], position: int, index: int) -> TraceError:
+def run_of(chunk: TraceChunk, begin: int, end: int) -> Run:
+    """Records of a chunk as kernels take them."""
+    if chunk.columns is None:
+        return Run(frozen(chunk.records[begin:end].reshape(-1)), _NO_GPAS, _NO_SIZES, np.int64(0))
+    sizes = chunk.columns.size[begin:end]
+    sizes.flags.writeable = False
+    return Run(_NO_GPAS, frozen(chunk.columns.gpa[begin:end]), sizes, np.int64(chunk.columns.above))
+
+
+def refused_record(status: int, words: Sequence[int] | NDArray[np.int64], position: int, index: int) -> TraceError:
     """What is wrong (a status of ``record_checks``) with the record at a position of ``words``, which has an index."""
     name, rule = REFUSALS[status]
     gpa, word = (int(w) & ((1 << 64) - 1) for w in words[2 * position : 2 * position + 2])

@@ -18,6 +18,7 @@ from engine.trace import object_hits, record_checks, translated
 from engine.trace.columns import TraceChunk
 from engine.trace.operations import NO_SPACE, Operation
 from engine.trace.results import TraceResult
+from engine.trace.serving import Run
 from engine.trace.session import Replay, ReplayOptions
 from engine.trace.translations import MOST_LISTED, Translations
 
@@ -65,15 +66,13 @@ class TimedReplay(Replay):
         self._no_spaces: NDArray[np.uint64] = np.zeros(0, dtype=np.uint64)
         self._listed = 0
 
-    def _enter(
-        self, chunk: TraceChunk, words: NDArray[np.int64], gvas: NDArray[np.int64], position: int, base: int
-    ) -> tuple[int, int]:
+    def _enter(self, chunk: TraceChunk, run: Run, gvas: NDArray[np.int64], position: int, base: int) -> tuple[int, int]:
         beside = chunk.operations
         if beside is None or (beside.plain and not len(self._uses)) or self._tables is not None:
-            return super()._enter(chunk, words, gvas, position, base)
+            return super()._enter(chunk, run, gvas, position, base)
         self._check_modelled(chunk, position, base)
         following = int(np.searchsorted(beside.at, position))
-        end = len(words) // 2
+        end = run.count
         stop = min(int(beside.at[following]), end) if following < len(beside.at) else end
         if stop == position:
             self._perform(chunk, beside.items[following], base + position)
@@ -82,7 +81,7 @@ class TimedReplay(Replay):
         self._enter_guest(TraceChunk(part, None, {}, operations=beside))
         status, position = translated.replay(
             self._draft.machine,
-            words,
+            run.words,  # columns have no operations
             gvas,
             beside.spaces.view(np.int64),
             position,
@@ -121,9 +120,9 @@ class TimedReplay(Replay):
         self._listed += used
         self._count[translated.COUNT_NOTED] = self._listed < MOST_LISTED
 
-    def _refuse_in(self, chunk: TraceChunk, status: int, words: NDArray[np.int64], position: int, base: int) -> None:
+    def _refuse_in(self, chunk: TraceChunk, status: int, run: Run, position: int, base: int) -> None:
         if status not in _RULES:
-            super()._refuse_in(chunk, status, words, position, base)
+            super()._refuse_in(chunk, status, run, position, base)
         name, rule = _RULES[status]
         assert chunk.operations is not None
         column = chunk.gva if status == translated.BAD_OFFSET else chunk.operations.spaces

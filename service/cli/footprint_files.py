@@ -85,7 +85,7 @@ def built(path: Path, level: str, by: By, reading: Reading, move: Move, beside: 
         for chunk in trace:
             _address(trace, how.address)
             with told(path):
-                builder.feed(chunk._replace(records=addressed(chunk, trace, how.address)))
+                builder.feed(chunk.moved(addressed(chunk, trace, how.address), chunk.gva))
             done = f"{builder.records_done:,} records, {builder.places:,} places{beside}"
             move(trace.progress.share, done=done)
         address = _address(trace, how.address)

@@ -46,7 +46,7 @@ class _Inbox:
 
     def put(self, chunk: TraceChunk, check: Callable[[], None]) -> bool:
         """Keep a copy of ``chunk``, in the thread; waits for room. False: nobody takes it. ``check`` may raise."""
-        kept = _copied(chunk)
+        kept = chunk.copy()  # readers fill the same memory again
         with self._room:
             while self._records >= MOST_WAITING and not self._closed:
                 self._room.wait(0.1)
@@ -54,7 +54,7 @@ class _Inbox:
             if self._closed:
                 return False
             self._chunks.append(kept)
-            self._records += len(kept.records)
+            self._records += len(kept)
             full = self._records >= MOST_WAITING
         self._loop.call_soon_threadsafe((self.full if full else self.arrived).set)
         return True
@@ -79,13 +79,6 @@ class _Inbox:
         with self._room:
             self._closed = True
             self._room.notify()
-
-
-def _copied(chunk: TraceChunk) -> TraceChunk:
-    """Readers fill the same memory again."""
-    gva = None if chunk.gva is None else chunk.gva.copy()
-    carry = {name: column.copy() for name, column in chunk.carry.items()}
-    return chunk._replace(records=chunk.records.copy(), gva=gva, carry=carry)
 
 
 class Publisher:
@@ -129,7 +122,7 @@ class Publisher:
         def read(pipe: BodyPipe) -> None:
             readers.append(self._wanted.reader(pipe, memory))
             for chunk in readers[0]:
-                if len(chunk.records) and not inbox.put(chunk, pipe.check):
+                if len(chunk) and not inbox.put(chunk, pipe.check):
                     return
 
         reading = asyncio.ensure_future(upload.run(read))
@@ -244,7 +237,7 @@ class Publisher:
             resume_at=self._replay.resume_at,
             at=datetime.now(UTC),
             rate=rate,
-            lag=None if ended else self._inbox.waiting + sum(len(chunk.records) for chunk in self._left),
+            lag=None if ended else self._inbox.waiting + sum(len(chunk) for chunk in self._left),
             first=first,
             told=before.exit_records if before is not None else 0,
             violations_told=before.result.violations if before is not None else 0,

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from datetime import datetime
 from typing import Any
 
-import numpy as np
-
-from engine.trace import scattered
 from engine.trace.object_hits import ObjectIndex
-from engine.trace.results import ExitColumns, ObjectHits, TraceResult, Untranslated
-from engine.trace.scattered import NONE, Scattered
+from engine.trace.results import ExitColumns, ObjectHits, TraceResult, Untranslated, join
 from engine.trace.taken import SkippedLine, Taken
+from service.runtime import exit_parts
 from service.runtime.traces import NO_RECORDS, PART, Publication, Trace, TraceRequest
 from service.runtime.translation_records import translations_of
 from service.storage.columns import pack, unpack
 from service.storage.records import TraceRecord
 
-_RECORD_GPA = "record_gpa"
-_COLUMN = "column:"
-_CARRY = "carry:"
-_SCATTERED = "scattered:"
 _TOTALS = (
     "records",
     "writes",
@@ -46,7 +39,7 @@ def record_of(trace: Trace) -> TraceRecord:
         exit_records=trace.exit_records,
         head=json.dumps(_head(trace)),
         object_index=pack(exits.object_index._asdict()),
-        parts=[pack(_columns(exits[start : start + PART])) for start in range(0, max(len(exits), least), PART)],
+        parts=[pack(exit_parts.stored(exits[at : at + PART])) for at in range(0, max(len(exits), least), PART)],
         first_part=first // PART,
         goes_on=trace.publication is not None and trace.publication.goes_on,
     )
@@ -83,20 +76,9 @@ def trace_of(record: TraceRecord) -> Trace:
 def columns_of(record: TraceRecord, parts: Sequence[bytes]) -> ExitColumns:
     """The exit records of a trace."""
     head = json.loads(record.head)
-    pieces = [unpack(part) for part in parts]
-    found = [_scattered(piece) for piece in pieces]
-    places = scattered.joined(found, [len(piece[_RECORD_GPA]) for piece in pieces])
-    names = [name for name in pieces[0] if not name.startswith(_SCATTERED)]
-    joined: dict[str, Any] = {name: np.concatenate([piece[name] for piece in pieces]) for name in names}
-    return ExitColumns(
-        {name.removeprefix(_COLUMN): joined[name] for name in names if name.startswith(_COLUMN)},
-        joined[_RECORD_GPA],
-        head["has_gva"],
-        {name.removeprefix(_CARRY): joined[name] for name in names if name.startswith(_CARRY)},
-        ObjectIndex(**unpack(record.object_index)),
-        tuple(head["object_names"]),
-        places,
-    )
+    found = [exit_parts.read(unpack(part), head["has_gva"]) for part in parts]
+    index = ObjectIndex(**unpack(record.object_index))
+    return replace(join(found, found[0]), object_index=index, object_names=tuple(head["object_names"]))
 
 
 def _publication(stored: Mapping[str, Any] | None) -> Publication | None:
@@ -113,22 +95,6 @@ def _taken(stored: Sequence[Any] | None) -> Taken | None:
         return None
     found = Taken(*stored)
     return found._replace(first=tuple(SkippedLine(*line) for line in found.first))
-
-
-def _scattered(piece: Mapping[str, Any]) -> Scattered:
-    """Those among the records of a part; parts without any, and of before there were any, say nothing of them."""
-    if _SCATTERED + "rows" not in piece:
-        return NONE
-    return Scattered(*(piece[_SCATTERED + name] for name in Scattered._fields))
-
-
-def _columns(exits: ExitColumns) -> dict[str, Any]:
-    return {
-        _RECORD_GPA: exits.record_gpa,
-        **{_COLUMN + name: column for name, column in exits.columns.items()},
-        **{_CARRY + name: column for name, column in exits.carry.items()},
-        **({_SCATTERED + k: v for k, v in exits.scattered._asdict().items()} if len(exits.scattered.rows) else {}),
-    }
 
 
 def _head(trace: Trace) -> dict[str, Any]:

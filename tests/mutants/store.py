@@ -9,7 +9,7 @@ STORE_PY = "engine/state/frame_store.py"
 CLONES = "tests/engine/machine/test_clones.py"
 FRAMES_PY = "engine/cpu/frames.py"
 FASTPATH_PY = "engine/cpu/fastpath.py"
-REPLAY_PY = "engine/trace/replay.py"
+SERVING_PY = "engine/trace/serving.py"
 
 SUMMARY_PY = "engine/machine/summary.py"
 SUMMARY = "tests/engine/machine/test_summary.py"
@@ -274,25 +274,25 @@ MUTANTS = (
     ),
     Mutant(
         "fastpath-two-pages",
-        REPLAY_PY,
-        "miss = (cache[at] ^ ((gpa + more) >> 12)) | (more >> 16)",
-        "miss = (cache[at] ^ (gpa >> 12)) | (more >> 16)",
+        SERVING_PY,
+        "return (cache[np.uint64(gpa >> 12) & CACHE_MASK] ^ ((gpa + more) >> 12)) | (more >> 16)",
+        "return (cache[np.uint64(gpa >> 12) & CACHE_MASK] ^ (gpa >> 12)) | (more >> 16)",
         "an access over two pages is not served",
         named(FASTPATH, "access_to_two_pages_is_not_served"),
     ),
     Mutant(
         "fastpath-last-sub-page",
-        REPLAY_PY,
-        "touched = (2 << (last >> 7)) - (1 << ((gpa >> 7) & 31))",
+        SERVING_PY,
+        "touched = (2 << last) - (1 << ((gpa >> 7) & 31))",
         "touched = 1 << ((gpa >> 7) & 31)",
         "every touched sub-page must be writable",
         named(FASTPATH, "only_sub_pages_that_may_be_written_are_served"),
     ),
     Mutant(
         "fastpath-another-head",
-        REPLAY_PY,
-        "miss = (cache[at] ^ ((gpa + more) >> 12)) | (more >> 16)",
-        "miss = cache[at] ^ ((gpa + more) >> 12)",
+        SERVING_PY,
+        "return (cache[np.uint64(gpa >> 12) & CACHE_MASK] ^ ((gpa + more) >> 12)) | (more >> 16)",
+        "return cache[np.uint64(gpa >> 12) & CACHE_MASK] ^ ((gpa + more) >> 12)",
         "a record without bytes, or of another vCPU, is not served",
         named(FASTPATH, "record_that_is_no_access_is_never_served"),
     ),

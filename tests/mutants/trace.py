@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import LINE_PATTERNS, OBJECTS, REPLAY, TOOL_LINES, named
+from .paths import COLUMNAR, LINE_PATTERNS, OBJECTS, REPLAY, TOOL_LINES, named
 
 RECORD_CHECKS_PY = "engine/trace/record_checks.py"
 REPLAY_PY = "engine/trace/replay.py"
+SERVING_PY = "engine/trace/serving.py"
 SESSION_PY = "engine/trace/session.py"
 OBJECTS_PY = "engine/trace/object_hits.py"
 SCAN_PY = "engine/trace/lines/scan.py"
@@ -15,11 +16,54 @@ READERS = "engine/trace/readers"
 MUTANTS = (
     Mutant(
         "replay-guarded",
-        REPLAY_PY,
-        "guarded += 1",
+        SERVING_PY,
+        "guarded += missed >> GUARDED_BIT",
         "guarded += 0",
         "page-granular violations count allowed writes to guarded pages",
         named(REPLAY, "page_granular_counts_writes_to_pages_with_any_refused_sub_page"),
+        "skim_some",
+    ),
+    Mutant(
+        "columns-guarded",
+        SERVING_PY,
+        "guarded += missed >> GUARDED_BIT",
+        "guarded += 0",
+        "columns count allowed writes to guarded pages as packed records do",
+        named(COLUMNAR, "columns_are_served_like_packed_records"),
+        "skim_some_columns",
+    ),
+    Mutant(
+        "columns-refused",
+        SERVING_PY,
+        "if missed & ~GUARDED | refuses(cache, gpa, more) & minding:",
+        "if missed & ~GUARDED:",
+        "a write by columns is served as far as the map of its page goes",
+        named(COLUMNAR, "columns_are_served_like_packed_records"),
+        "skim_some_columns",
+    ),
+    Mutant(
+        "columns-block",
+        SERVING_PY,
+        "missed |= miss(cache, gpas[at], np.int64(sizes[at]) - 1)",
+        "missed = miss(cache, gpas[at], np.int64(sizes[at]) - 1)",
+        "a block is passed over if all of it is served",
+        named(COLUMNAR, "columns_are_served_like_packed_records"),
+    ),
+    Mutant(
+        "columns-alike",
+        "engine/trace/columns.py",
+        "if any(len(values) and (values != values[0]).any() for name, values in parts.items() if name in SHARED):",
+        "if False:",
+        "columns are left as they are where the accesses are alike in all else",
+        named(COLUMNAR, "what_differs_in_more_than_place_and_length_is_packed"),
+    ),
+    Mutant(
+        "columns-short",
+        "engine/trace/columns.py",
+        "elif size.dtype != np.uint8 and size.max() > SHORT:",
+        "elif False:",
+        "sizes that do not fit into a byte are packed",
+        named(COLUMNAR, "what_differs_in_more_than_place_and_length_is_packed"),
     ),
     Mutant(
         "replay-guarded-straddle",

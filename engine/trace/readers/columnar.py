@@ -72,7 +72,6 @@ class BatchConverter:
         for name, (values, null) in parts.items():
             self._refuse_nulls(name, null, spared)
             _check_range(name, values, self.done)
-            self._buffer.fill(name, values)
         carry = {}
         for name in self.plan.carried:
             values, null = self._part(name, batch.numbers[name], start, length)
@@ -81,7 +80,7 @@ class BatchConverter:
                 _check_range(name, values, self.done)
             carry[name] = values.astype(np.uint64) if name in ALONG else values
         operations = self._operations(batch, start, length, ops, parts.get("gva")) if beside else None
-        return self._buffer.chunk(length, carry, operations)
+        return self._buffer.chunk_of({name: values for name, (values, _) in parts.items()}, carry, operations)
 
     def _operations(
         self,

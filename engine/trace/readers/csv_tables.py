@@ -149,7 +149,7 @@ class _Table:
         columns = {name: _column(name, table.column(name), done) for name in self._read}
         try:
             for chunk in self._converter.chunks(Batch(table.num_rows, columns, None)):
-                _check_sizes(chunk, self._converter.done - len(chunk.records))
+                _check_sizes(chunk, self._converter.done - len(chunk))
                 yield chunk
         except TraceError as error:
             if error.index is not None and b"\n\n" not in block and b"\r\n\r\n" not in block:
@@ -160,7 +160,7 @@ class _Table:
 
 def _check_sizes(chunk: TraceChunk, done: int) -> None:
     """Raise TraceError for an access of no bytes; ``done`` records came before the chunk."""
-    none = chunk.records[:, 1] & np.uint64(0xFFFF) == 0
+    none = chunk.records[:, 1] & np.uint64(0xFFFF) == 0 if chunk.columns is None else chunk.columns.size == 0
     if chunk.operations is None and none.any():
         raise TraceError("size must be from 1 to 65535", index=done + int(np.argmax(none)), field="size", value=0)
 

@@ -54,9 +54,7 @@ class PackedReader(TraceReader):
             if not done and (said := mistaken(bytes(target[: min(stored, _HEAD)]), binary=width == 8)) is not None:
                 raise TraceError(said, index=0, field="record")
             if length:
-                if width == 8:
-                    buffer.fill("gpa", addresses[:length])
-                yield buffer.chunk(length, {})
+                yield buffer.chunk_of({"gpa": addresses[:length]}, {}) if width == 8 else buffer.chunk(length, {})
                 done += length
             if rest:
                 raise TraceError(f"the body ends {rest} bytes into a record of {width}", index=done)

@@ -10,8 +10,9 @@ import pytest
 
 from engine.cpu import fastpath, frames
 from engine.kvm import state_frame as reg
-from engine.trace.replay import BUT_LENGTH, WHOLE, serve
-from engine.trace.session import frozen
+from engine.trace.columns import TraceChunk
+from engine.trace.serving import BUT_LENGTH, WHOLE, serve
+from engine.trace.session import run_of
 from tests.engine.builders import FULL, READ, WRITE, bare_draft, records
 
 
@@ -23,7 +24,7 @@ def m() -> frames.Machine:
 def run(m: frames.Machine, rows: np.ndarray, seen: int = WHOLE) -> tuple[int, int, int]:
     """How many records are served from the cache, and the writes and guarded writes among them."""
     tally = np.zeros(len(reg.COUNTERS), dtype=np.int64)
-    position = serve(m.cache, m.vcpu_of_id, frozen(rows.reshape(-1)), 0, np.int64(seen), tally)
+    position = serve(m.cache, m.vcpu_of_id, run_of(TraceChunk(rows, None, {}), 0, len(rows)), 0, np.int64(seen), tally)
     return int(position), int(tally[reg.WRITES]), int(tally[reg.PAGE_GRANULAR])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -190,7 +191,7 @@ def test_kinds_are_refused_where_records_have_none() -> None:
 )
 def test_what_depends_on_history_is_refused_with_the_reason(operations: Operations, field: str) -> None:
     with pytest.raises(TraceError, match="what was before") as caught:
-        Builder().feed(chunk([(0, 8), (0, 8)])._replace(operations=operations))
+        Builder().feed(replace(chunk([(0, 8), (0, 8)]), operations=operations))
     assert caught.value.field == field
 
 

@@ -91,7 +91,7 @@ def replayed(wanted: Protection, change: Callable[[np.ndarray], np.ndarray] = la
     vm.protect(wanted.name, wanted.objects, wanted.ranges)
     with recorded.trace("boot").open("rb") as file, vm.replay(ReplayOptions(max_exit_records=0)) as run:
         for chunk in open_trace("parquet", file):
-            run.feed(chunk._replace(records=change(chunk.records)))
+            run.feed(chunk.moved(change(chunk.records), chunk.gva))
         return run.finish()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from engine.arch import hypercall as hv
@@ -84,8 +85,9 @@ def parts(chunk: Any, size: int) -> Any:
             for item, here in zip(found.items, inside.tolist(), strict=True)
             if here
         )
-        yield chunk._replace(
-            records=chunk.records[start:end].copy(),
+        yield replace(
+            chunk,
+            packed=chunk.records[start:end].copy(),
             gva=None if chunk.gva is None else chunk.gva[start:end].copy(),
             carry={name: column[start:end] for name, column in chunk.carry.items()},
             operations=found._replace(at=found.at[inside] - start, items=items, spaces=found.spaces[start:end].copy()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -561,7 +562,7 @@ def test_the_machine_comes_back_from_its_durable_form(vm: VirtualMachine) -> Non
 def test_other_replays_refuse_operations(vm: VirtualMachine) -> None:
     """They would be passed over there."""
     operations = Operations(np.zeros(0, dtype=np.int64), (), np.zeros(1, dtype=np.uint64))
-    beside = chunk([OLD])._replace(operations=operations)
+    beside = replace(chunk([OLD]), operations=operations)
     with vm.state.change() as draft, pytest.raises(TraceError, match="takes no operations") as caught:
         Replay(draft, ReplayOptions(), targets_of(())).feed(beside)
     assert (caught.value.index, caught.value.field) == (0, "op")

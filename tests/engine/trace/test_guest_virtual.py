@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -368,7 +369,7 @@ def test_a_record_may_have_an_address_space_of_its_own(mode: str) -> None:
     load(vm, first)
     for page in (16, 20):
         b.protect(vm, str(page), (page * M, 8))
-    part = b.chunk([at] * 5)._replace(operations=spaces([None, 34 * M, 2 * M, 34 * M, None]))
+    part = replace(b.chunk([at] * 5), operations=spaces([None, 34 * M, 2 * M, 34 * M, None]))
     result = b.replay(vm, part, address="gva")
     assert [gpa // M for (gpa,) in b.exits(result, "gpa")] == [16, 20, 16, 20, 16]
 
@@ -398,7 +399,8 @@ def test_gva_has_the_address_where_there_are_two_columns() -> None:
 def test_flat_takes_a_linear_address_for_a_gpa() -> None:
     vm = b.machine(slots=SLOTS)
     b.protect(vm, "p", (16 * M, 8))
-    for part in (b.chunk([16 * M]), b.chunk([4096], gva=[16 * M]), b.chunk([0], gva=[16 * M])._replace(has_gpa=False)):
+    without = replace(b.chunk([0], gva=[16 * M]), has_gpa=False)
+    for part in (b.chunk([16 * M]), b.chunk([4096], gva=[16 * M]), without):
         result = b.replay(vm, part, address="flat")
         assert b.exits(result, "gpa", "gva") == [(16 * M, 16 * M)]
     with pytest.raises(TraceError, match=r"2\^52"):
@@ -408,7 +410,7 @@ def test_flat_takes_a_linear_address_for_a_gpa() -> None:
 def test_a_trace_without_gpa_needs_to_say_what_its_addresses_are() -> None:
     vm = b.machine()
     with pytest.raises(TraceError, match="address=gva") as caught:
-        b.replay(vm, b.chunk([0], gva=[16 * M])._replace(has_gpa=False))
+        b.replay(vm, replace(b.chunk([0], gva=[16 * M]), has_gpa=False))
     assert (caught.value.index, caught.value.field) == (0, "gpa")
 
 
@@ -454,7 +456,7 @@ def test_a_vcpu_in_guest_mode_has_no_tables_to_walk() -> None:
 def test_an_address_space_is_a_value_of_cr3() -> None:
     vm, pages = guest()
     load(vm, pages)
-    part = b.chunk([KERNEL] * 2)._replace(operations=spaces([None, 1 << 60]))
+    part = replace(b.chunk([KERNEL] * 2), operations=spaces([None, 1 << 60]))
     with pytest.raises(TraceError) as caught:
         b.replay(vm, part, address="gva")
     assert (caught.value.index, caught.value.field, caught.value.value) == (1, "address_space", 1 << 60)
@@ -462,10 +464,9 @@ def test_an_address_space_is_a_value_of_cr3() -> None:
 
 def test_operations_and_the_model_want_gpas() -> None:
     operation = Operation(1, 3, None, KERNEL, None)
-    with_operation = b.chunk([KERNEL] * 2)._replace(
-        operations=Operations(np.array([1]), (operation,), np.zeros(0, dtype=np.uint64))
-    )
-    with_space = b.chunk([KERNEL] * 2)._replace(operations=spaces([None, ROOT]))
+    between = Operations(np.array([1]), (operation,), np.zeros(0, dtype=np.uint64))
+    with_operation = replace(b.chunk([KERNEL] * 2), operations=between)
+    with_space = replace(b.chunk([KERNEL] * 2), operations=spaces([None, ROOT]))
     vm, pages = guest(translation_cache="model")
     pages.map(KERNEL, 16 * M)
     load(vm, pages)

@@ -26,10 +26,7 @@ def words(*values: int) -> bytes:
 
 
 def chunks(name: str, body: bytes, **options: Any) -> list[TraceChunk]:
-    return [
-        chunk._replace(records=chunk.records.copy(), gva=None if chunk.gva is None else chunk.gva.copy())
-        for chunk in open_trace(name, io.BytesIO(body), **options)
-    ]
+    return [chunk.copy() for chunk in open_trace(name, io.BytesIO(body), **options)]
 
 
 def one(name: str, body: bytes) -> TraceChunk:
