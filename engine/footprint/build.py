@@ -77,7 +77,7 @@ class Table:
 class Fields:
     """The plots of ``kernels``, which are made room for twice as many at a time.
 
-    Where fewer than LEAST_FILLED of sixteen cells have a place, no more are made: places are so far apart that the
+    Where fewer than LEAST_FILLED of all cells of a plot have a place, no more are made: places are so far apart that the
     table takes less.
     """
 
@@ -86,25 +86,35 @@ class Fields:
         self._odd = np.int64(signed(mix[0] | 1))
         self._used = np.zeros(2, dtype=np.int64)
         self._open = np.ones(1, dtype=np.int64)
-        self._keys, self._cells = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        self._keys = np.zeros(0, dtype=np.int64)
+        self._counts = self._firsts = np.zeros(0, dtype=np.uint32)
+        self._kept = 0
         self.plots: kernels.Plots
         self._make(FIRST_PLOTS)
 
     def _make(self, count: int) -> None:
-        """Room for so many. What is there stays where it is, if it can: it is most of the memory."""
-        rows = 2 * count
-        self._budget.keep(8 * (count - len(self._keys)) * (kernels.PLOT_WORDS + 5), _PLACES)
-        self._keys.resize(count, refcheck=False)
-        self._cells.resize(count * kernels.PLOT_WORDS, refcheck=False)
+        """Room for so many, with those that there are."""
+        rows, some = 4 * count, int(self._used[0])
+        size = 8 * count + 8 * count * kernels.PLOT_PLACES + 16 * rows
+        self._budget.keep(size, _PLACES)
+        # New arrays have large pages of memory, which ones that grow have not: a third of the time.
+        keys = np.zeros(count, dtype=np.int64)
+        counts, firsts = (np.zeros(count * kernels.PLOT_PLACES, dtype=np.uint32) for _ in range(2))
+        keys[:some] = self._keys[:some]
+        for new, old in ((counts, self._counts), (firsts, self._firsts)):
+            new[: some * kernels.PLOT_PLACES] = old[: some * kernels.PLOT_PLACES]
         index = np.full(2 * rows, kernels.NO_KEY, dtype=np.int64)
-        mix = self._odd, 64 - (rows.bit_length() - 1)
-        self.plots = kernels.Plots(index, self._keys, self._cells, self._used, mix, self._open)
+        self._keys, self._counts, self._firsts = keys, counts, firsts
+        mix = self._odd, np.uint64(64 - (rows.bit_length() - 1))
+        self.plots = kernels.Plots(index, keys, counts, firsts, self._used, mix, self._open)
         kernels.index_plots(self.plots)
+        self._budget.keep(-self._kept, _PLACES)
+        self._kept = size
 
     @property
     def nbytes(self) -> int:
         """Memory of the plots."""
-        return sum(array.nbytes for array in (self.plots.index, self._keys, self._cells))
+        return self._kept
 
     @property
     def places(self) -> int:
@@ -118,17 +128,17 @@ class Fields:
         else:
             self._make(2 * len(self._keys))
 
-    def columns(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """Their places and ``rows`` of the table, all of them in order."""
+    def columns(self, since: int, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Their places, counted since that record, and ``rows`` of the table, all of them in order."""
         keys = self._keys[: int(self._used[0])]
-        kind = keys & (1 << kernels.PLOT_NUMBER) - 1
-        order = np.argsort(kind << 50 | keys >> kernels.PLOT_NUMBER)
-        _, counts = np.unique(kind, return_counts=True)
+        order = np.argsort(keys)
+        kind = keys[order] >> kernels.PLOT_SHIFTS
+        ends = np.append(np.flatnonzero(np.diff(kind)) + 1, len(keys))
         count = self.places + len(rows)
         kinds = {"begin": np.int64, "extent": np.int64, "what": np.uint8, "count": np.int64, "first": np.int64}
         found: dict[str, NDArray[Any]] = {name: np.empty(count, dtype=kind) for name, kind in kinds.items()}
-        runs = np.zeros((len(counts), kernels.RUN_WORDS), dtype=np.int64)
-        kernels.merged(self.plots, order, np.cumsum(counts), runs, rows, *found.values())
+        runs = np.zeros((len(ends), kernels.RUN_WORDS), dtype=np.int64)
+        kernels.merged(self.plots, since, order, ends, runs, rows, *found.values())
         return {**found, "begin": found["begin"].view(np.uint64), "trace": np.zeros(count, dtype=np.int32)}
 
 
@@ -163,6 +173,7 @@ class Builder:
         self._seen = dict.fromkeys(("gpa", "size", "access"))
         self._none = np.zeros(0, dtype=np.int64)
         self._times: list[int] = []  # the earliest and the latest
+        self._since = 0  # the first record that is counted in the plots
         self.records_done = 0
 
     @property
@@ -192,6 +203,7 @@ class Builder:
                     contexts,
                     position,
                     base,
+                    self._since,
                     chunk.kinds,
                     UNITS[self._level],
                     self._fields.plots,
@@ -246,7 +258,7 @@ class Builder:
         rows = self._places.rows()
         begin, key = rows[:, 0], rows[:, 1]
         order = np.lexsort((key >> kernels.WHAT_SHIFT, key & 0xFFFF, begin))
-        return self._fields.columns(np.ascontiguousarray(rows[order]))
+        return self._fields.columns(self._since, np.ascontiguousarray(rows[order]))
 
     def _apart(self) -> dict[str, NDArray[Any]]:
         """The places in order, apart by buckets and writers: all of them are in the table."""
@@ -262,7 +274,7 @@ class Builder:
         }
         assert self._contexts is not None
         contexts = self._contexts.rows()
-        contexts = contexts[np.argsort(contexts[:, 2])][key >> kernels.CONTEXT_SHIFT].view(np.uint64)
+        contexts = contexts[np.argsort(contexts[:, 2])][(key >> kernels.CONTEXT_SHIFT) - 1].view(np.uint64)
         if self._by.buckets:
             columns["bucket"] = contexts[:, 1]
         if self._by.pc:
