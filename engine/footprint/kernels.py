@@ -35,12 +35,6 @@ MOST_RECORDS = (1 << 32) - 1  # that are counted in plots
 PLOT_SHIFTS = 48
 PLOT_WHAT = 51
 NO_KEY = -1 << 62  # nor is it any place, be its address valid or not
-# Where a run of plots in order is: position among all, cell, and ``rank_of`` the place there.
-RUN_AT, RUN_CELL, RUN_RANK, RUN_WORDS = range(4)
-NO_MORE = (1 << 63) - 1
-# A rank: ``what_of`` in bits 7:0, shift in 10:8, where it begins above.
-RANK_SHIFTS = 8
-RANK_BEGIN = 11
 LARGEST_SHIFT = 4  # of sizes in plots
 LARGEST = 1 << LARGEST_SHIFT
 LAST_OF_SUBPAGE = (1 << SUBPAGE_SHIFT) - 1
@@ -67,7 +61,9 @@ class Plots(NamedTuple):
     """The plots so far. ``index`` int64[2n] a hash table of keys and first cells, NO_KEY where there is none, n a power
     of two; ``keys`` int64[m] by position, and uint32[m * PLOT_PLACES] of their cells ``counts`` and ``firsts``, apart
     because counts alone are looked at again and again; ``used`` int64[2] how many plots there are, and how many cells
-    with a place; ``mix`` an odd multiplier, and by how many bits its product is shifted down; ``open`` int64[1], 0 where no more are to be made: then the table takes their places."""
+    with a place; ``mix`` an odd multiplier, by how many bits its product is shifted down, and how many low bits of keys
+    it leaves alone, so that neighbours lie in one block; ``open`` int64[1], 0 where no more are to be made: then the
+    table takes their places."""
 
     index: Any
     keys: Any
@@ -110,16 +106,16 @@ def row_of(table, mix, word0, word1):
 
 
 @kernel
-def home_of(key, mix, mask):
-    """The word of the index where a plot is looked for first. Neighbours of one kind are in one block of rows."""
-    odd, down = mix
-    return (np.uint64((key >> BLOCK_BITS) * odd) >> down ^ np.uint64(key)) << ONE & mask
+def home_of(key, mix):
+    """The word of the index where a plot is looked for first."""
+    odd, down, near = mix
+    return (np.uint64((key >> near) * odd) >> down ^ np.uint64(key & (1 << near) - 1)) << ONE
 
 
 @kernel
 def row_beyond(index, key, row, mask):
-    """The row after ``row`` that has a key, or the empty one where it would be. Apart from the loops that need it, as it
-    is seldom, for the sake of what they have in registers."""
+    """The row from ``row`` on that has a key, or the empty one where it would be. The loops that need it call it, which
+    is seldom, so that all that they need themselves is in registers."""
     stands_alone()
     while index[row] != key and index[row] != NO_KEY:
         row = (row + TWO) & mask
@@ -131,8 +127,7 @@ def plot_of(plots, key):
     """(first cell, DONE) of the plot with a key, which is made if there is none; beside DONE, NEED_PLOTS where there is
     no room for it, NO_PLOT where no more are made."""
     index, used = plots.index, plots.used
-    mask = np.uint64(index.shape[0] - 1)
-    row = row_beyond(index, key, home_of(key, plots.mix, mask), mask)
+    row = row_beyond(index, key, home_of(key, plots.mix), np.uint64(index.shape[0] - 1))
     if index[row] != key:
         if plots.open[0] == 0:
             return np.uint64(0), NO_PLOT
@@ -202,6 +197,7 @@ def count_spans(words, start, now, seen, head, kind, index, counts, firsts, mix,
     stands_alone()
     count = np.uint64(words.shape[0] >> 1)
     i, mask = np.uint64(start), np.uint64(index.shape[0] - 1)
+    odd, down, _ = mix
     last, cell, begin = np.int64(NO_KEY), np.uint64(0), i
     while i < count:
         gpa = words[i << ONE]
@@ -211,7 +207,7 @@ def count_spans(words, start, now, seen, head, kind, index, counts, firsts, mix,
         place = gpa >> SUBPAGE_SHIFT
         if place != last:
             key = place >> PLOT_BITS | kind
-            row = home_of(key, mix, mask)
+            row = np.uint64(key * odd) >> down << ONE  # ``home_of``, near being 0
             if index[row] != key:
                 row = row_beyond(index, key, row, mask)
                 if index[row] != key:
@@ -245,7 +241,7 @@ def count_bytes(words, start, now, seen, head, kind, index, counts, firsts, mix,
         place = gpa >> shift
         key = place >> PLOT_BITS | shift << PLOT_SHIFTS | kind
         if key != last:
-            row = home_of(key, mix, mask)
+            row = home_of(key, mix)
             if index[row] != key:
                 row = row_beyond(index, key, row, mask)
                 if index[row] != key:
@@ -327,9 +323,7 @@ def count_places(words, contexts, start, base, since, kinds, unit, plots, table,
                 words, contexts, i, base, since, seen, head, what, unit, plots, table, mix, limit, used
             )
         else:
-            i, status = count_together(
-                words, i, base, since, seen, head, what, unit, plots, table, mix, limit, used
-            )
+            i, status = count_together(words, i, base, since, seen, head, what, unit, plots, table, mix, limit, used)
         if status != DONE:
             return status, i
     return DONE, i
@@ -342,85 +336,9 @@ def index_plots(plots):
     mask = np.uint64(index.shape[0] - 1)
     for position in range(plots.used[0]):
         key = plots.keys[position]
-        row = row_beyond(index, key, home_of(key, plots.mix, mask), mask)
+        row = row_beyond(index, key, home_of(key, plots.mix), mask)
         index[row] = key
         index[row + ONE] = position << PLOT_BITS
-
-
-@kernel
-def next_cell(plots, order, run, end):
-    """Bring a run of plots to its next cell with a place, from the one that it is at: ``run`` int64[RUN_WORDS], see
-    ``merged``. ``end`` is how many plots ``order`` has up to the end of the run."""
-    at, cell = run[RUN_AT], run[RUN_CELL]
-    while at < end:
-        key = plots.keys[order[at]]
-        base = order[at] << PLOT_BITS
-        while cell < PLOT_PLACES:
-            if plots.counts[base | cell] != 0:
-                run[RUN_AT], run[RUN_CELL], run[RUN_RANK] = at, cell, rank_of(key, cell)
-                return
-            cell += 1
-        at += 1
-        cell = 0
-    run[RUN_AT], run[RUN_RANK] = at, NO_MORE
-
-
-@kernel
-def rank_of(key, cell):
-    """Of the place in a cell of the plot with a key: its beginning, shift and ``what_of``, in this order."""
-    shift = key >> PLOT_SHIFTS & 7
-    number = key & (1 << PLOT_SHIFTS) - 1
-    return (number << PLOT_BITS | cell) << shift << RANK_BEGIN | shift << RANK_SHIFTS | key >> PLOT_WHAT
-
-
-@kernel
-def merged(plots, since, order, ends, runs, rows, begin, extent, what, count, first):
-    """All places in order, as columns. ``order`` int64[plots] are positions of plots, of which each run up to one of
-    ``ends`` is in order; ``runs`` int64[len(ends), RUN_WORDS] room for where they are; ``rows`` int64[n, ROW_WORDS]
-    those of the table, in order; ``since`` what the first index of a cell is added to."""
-    for number in range(ends.shape[0]):
-        runs[number, RUN_AT] = ends[number - 1] if number else 0
-        runs[number, RUN_CELL] = 0
-        next_cell(plots, order, runs[number], ends[number])
-    row = done = 0
-    while done < begin.shape[0]:
-        least, low, second = 0, np.int64(NO_MORE), np.int64(NO_MORE)
-        for number in range(ends.shape[0]):
-            rank = runs[number, RUN_RANK]
-            if rank < low:
-                least, low, second = number, rank, low
-            else:
-                second = min(second, rank)
-        while row < rows.shape[0] and before(rows[row], low):
-            begin[done], count[done], first[done] = rows[row, 0], rows[row, 2], rows[row, 3]
-            extent[done], what[done] = rows[row, 1] & 0xFFFF, rows[row, 1] >> WHAT_SHIFT
-            row += 1
-            done += 1
-        if low == NO_MORE:
-            return
-        stop = second  # the run goes on up to whatever comes in between
-        if row < rows.shape[0]:
-            stop = min(stop, rows[row, 0] << RANK_BEGIN)
-        run, end = runs[least], ends[least]
-        while True:
-            cell = order[run[RUN_AT]] << PLOT_BITS | run[RUN_CELL]
-            begin[done], what[done] = low >> RANK_BEGIN, low & 0xFF
-            extent[done] = 1 << (low >> RANK_SHIFTS & 7)
-            count[done], first[done] = plots.counts[cell], since + plots.firsts[cell]
-            done += 1
-            run[RUN_CELL] += 1
-            next_cell(plots, order, run, end)
-            low = run[RUN_RANK]
-            if low >= stop:
-                break
-
-
-@kernel
-def before(row, rank):
-    """Whether the place of a row of the table comes before one of this rank."""
-    begin = rank >> RANK_BEGIN
-    extent, what = row[1] & 0xFFFF, row[1] >> WHAT_SHIFT
-    return row[0] < begin or (row[0] == begin and (extent << 8 | what) < (1 << (rank >> RANK_SHIFTS & 7) + 8 | rank & 0xFF))
 
 
 @kernel
