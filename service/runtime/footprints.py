@@ -9,7 +9,7 @@ import json
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -127,7 +127,9 @@ class Keeping(Protocol):
 
     async def footprints_called(self, ids: Collection[str]) -> list[FootprintRecord]: ...
 
-    async def footprint_parts(self, footprint: str) -> list[bytes]: ...
+    async def footprints_before(self, created: str) -> list[str]: ...
+
+    async def footprint_part(self, footprint: str, part: int) -> bytes | None: ...
 
 
 class FootprintsInMemory:
@@ -148,9 +150,12 @@ class FootprintsInMemory:
     async def footprints_called(self, ids: Collection[str]) -> list[FootprintRecord]:
         return [self._records[name] for name in ids if name in self._records]
 
-    async def footprint_parts(self, footprint: str) -> list[bytes]:
+    async def footprints_before(self, created: str) -> list[str]:
+        return [record.id for record in self._records.values() if record.created < created]
+
+    async def footprint_part(self, footprint: str, part: int) -> bytes | None:
         record = self._records.get(footprint)
-        return [] if record is None else list(record.parts)
+        return None if record is None or part >= len(record.parts) else record.parts[part]
 
 
 class Footprints:
@@ -215,7 +220,14 @@ class Footprints:
         size = sum(map(len, parts))
         record = FootprintRecord(f"fp_{secrets.token_hex(8)}", tenant, vm, stamp(now), size, head, parts)
         known = await self._kept.footprints(tenant)
-        return Side(footprints=(record,), dropped=self._going(known, size))
+        return Side(footprints=(record,), dropped=(*self._going(known, size), *await self._of_others(tenant, known)))
+
+    async def _of_others(self, tenant: str, known: Sequence[FootprintRecord]) -> list[str]:
+        """Those of other tenants whose days are over: theirs may never look again."""
+        if not self._settings.kept_footprint_days:
+            return []
+        mine = {record.id for record in known}
+        return [name for name in await self._kept.footprints_before(self._oldest()) if name not in mine]
 
     def _going(self, known: Sequence[FootprintRecord], size: int) -> tuple[str, ...]:
         """Those of a tenant, oldest first, that have to go for one of ``size`` bytes."""
@@ -250,8 +262,11 @@ class Footprints:
     # Reading
 
     def _is_too_old(self, record: FootprintRecord) -> bool:
-        days = self._settings.kept_footprint_days
-        return bool(days) and record.created < stamp(datetime.now(UTC) - timedelta(days=days))
+        return bool(self._settings.kept_footprint_days) and record.created < self._oldest()
+
+    def _oldest(self) -> str:
+        """Those that were created before this time have had their days."""
+        return stamp(datetime.now(UTC) - timedelta(days=self._settings.kept_footprint_days))
 
     async def _without_old(self, found: Sequence[FootprintRecord]) -> list[FootprintRecord]:
         """Those of these whose days are not over; the others are dropped, if the store takes that now."""
@@ -283,18 +298,21 @@ class Footprints:
         following = moment(datetime.fromisoformat(found[limit - 1].created)) if len(found) > limit else None
         return shown, following
 
-    @asynccontextmanager
-    async def file(self, tenant: str, record: FootprintRecord) -> AsyncIterator[list[bytes]]:
-        """The Parquet file in parts, in memory for the time of the context.
+    async def file(self, tenant: str, record: FootprintRecord) -> AsyncGenerator[bytes, None]:
+        """The Parquet file in parts, one of which is in memory at a time.
 
-        Raises NotFound, StoreUnavailable, and ShareExceeded or LimitExceeded where there is too little memory.
+        Raises NotFound, also where it is dropped meanwhile, StoreUnavailable, and ShareExceeded or LimitExceeded where
+        there is too little memory.
         """
         with self.memory.budget(tenant) as budget:
-            Room(budget, self._settings.max_footprint_memory_bytes).keep(record.size)
-            parts = await self._kept.footprint_parts(record.id)
-            if not parts:
-                raise footprint_not_kept(record.id)
-            yield parts
+            Room(budget, self._settings.max_footprint_memory_bytes).keep(min(record.size, PART))
+            part = sent = 0
+            while sent < record.size:
+                data = await self._kept.footprint_part(record.id, part)
+                if not data:
+                    raise footprint_not_kept(record.id)
+                yield data
+                part, sent = part + 1, sent + len(data)
 
     @asynccontextmanager
     async def asked(self, tenant: str, footprint: str) -> AsyncIterator[tuple[Asked, Room]]:
@@ -323,9 +341,12 @@ class Footprints:
                     self._remember(found)
 
     async def _load(self, record: FootprintRecord) -> Asked:
-        parts = await self._kept.footprint_parts(record.id)
-        if not parts:
-            raise footprint_not_kept(record.id)
+        parts: list[bytes] = []
+        while sum(map(len, parts)) < record.size:
+            part = await self._kept.footprint_part(record.id, len(parts))
+            if not part:
+                raise footprint_not_kept(record.id)
+            parts.append(part)
         return Asked(record, await maybe_in_thread(False, _decoded, parts))
 
     def _remember(self, asked: Asked) -> None:

@@ -46,7 +46,7 @@ MUTANTS = (
         "return not kvm_version(self.profile).subpages.force_small",
         "return False",
         "the first series enforces nothing on large pages",
-        _REPLAYS,
+        named(f"{FOOTPRINTS}/test_footprint_costs.py", "large_pages_are_not_enforced_by_the_first_series"),
     ),
     Mutant(
         "footprint-emulated",
