@@ -27,6 +27,11 @@ _FINE = {SPANS: 0, BYTES: 3}
 # Plots of bytes are many, so that the index of them is out of the cache.
 _NEAR = {SPANS: 0, BYTES: 3}
 
+# Memory while places are brought in order: of one in a plot (its columns, and what its plot takes), of one in the table
+# (its row twice, and the keys of the order), of one that is apart by something beside, of one that is put together with
+# those of plots before.
+_CELL, _ROW, _APART, _TOGETHER = 48, 160, 200, 200
+
 _STATE = (
     "a footprint has no address spaces and no operations between accesses: what they do depends on what was before. "
     "Replay the trace"
@@ -73,8 +78,11 @@ class Builder:
     @property
     def places(self) -> int:
         """How many there are so far, at most: some of a trace beyond 2^32 records count twice."""
-        sealed = len(self._sealed["begin"]) if self._sealed else 0
-        return int(self._places.used[0]) + self._fields.places + sealed
+        return int(self._places.used[0]) + self._fields.places + self._sealed_places
+
+    @property
+    def _sealed_places(self) -> int:
+        return len(self._sealed["begin"]) if self._sealed else 0
 
     @property
     def nbytes(self) -> int:
@@ -82,6 +90,16 @@ class Builder:
         sealed = sum(column.nbytes for column in self._sealed.values())
         contexts = self._contexts.words.nbytes if self._contexts else 0
         return self._places.words.nbytes + self._fields.nbytes + contexts + sealed
+
+    @property
+    def finishing(self) -> int:
+        """Memory that ``finish`` takes beside the tables, at most."""
+        rows = int(self._places.used[0])
+        if self._contexts is not None:
+            return rows * _APART
+        sealed = self._sealed_places
+        cells = self._fields.places
+        return cells * _CELL + rows * _ROW + ((cells + rows + sealed) * _TOGETHER if sealed else 0)
 
     def feed(self, chunk: TraceChunk) -> None:
         """Count a chunk. Raises TraceError, with the absolute record index, for a record that is no access, that a

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from engine.errors import LimitExceeded, NotFound
 from engine.footprint.costs import Costs
-from engine.footprint.places import Footprint
+from engine.footprint.places import BYTES, SPANS, Footprint
 from engine.footprint.question import Check, Question
 from engine.footprint.summaries import Counts
 from engine.trace.readers import Budget
@@ -37,11 +37,15 @@ from service.storage.records import FootprintRecord, JobRecord, Side
 
 # Of its file, as it is stored: some megabytes, so that no row is very large.
 PART = 4 << 20
-# Memory of a place while it is asked: its columns, the sums that are made of them once, and what making them takes;
-# the same of one that is apart by time or by the instruction, which is first made one that is not.
-ASKED_BYTES, ASKED_APART_BYTES = 240, 480
+# Memory of a place while it is asked: its columns, the sums that are made of them once, and what making them takes
+# (where bytes become spans first, what these take is asked for when it is known how many there are); the same of one
+# that is apart by time or by the instruction, which is first made one that is not.
+ASKED_BYTES = {SPANS: 200, BYTES: 100}
+ASKED_APART_BYTES = 300
 # Of the sums alone.
-_SUMS, _SUMS_APART = 100, 180
+_SUMS, _SUMS_APART = {SPANS: 110, BYTES: 60}, 180
+# Of those that are read at one time.
+_READ = 1 << 24
 # Of each that is in memory, however few places it has, and of each of its traces.
 _EACH, _ORIGIN = 4096, 1024
 # The last moment that there is, in microseconds.
@@ -73,7 +77,11 @@ class Asked:
     def nbytes(self) -> int:
         """What it takes, with all that was worked out of it."""
         places, counts = len(self.footprint), self._counts
-        sums = 0 if self._costs is None else places * (_SUMS_APART if any(self.footprint.by) else _SUMS)
+        sums = (
+            0
+            if self._costs is None
+            else places * (_SUMS_APART if any(self.footprint.by) else _SUMS[self.footprint.level])
+        )
         listed = 0 if counts is None else sum(column.nbytes for column in (*counts[1], counts[2]))
         return _EACH + _ORIGIN * len(self.footprint.origins) + self.footprint.nbytes + sums + listed
 
@@ -325,8 +333,9 @@ class Footprints:
         head = json.loads(record.head)
         with self.memory.budget(tenant) as budget:
             room = Room(budget, self._settings.footprint_memory_bytes)
-            each = ASKED_APART_BYTES if any(head["by"].values()) else ASKED_BYTES
+            each = ASKED_APART_BYTES if any(head["by"].values()) else ASKED_BYTES[head["level"]]
             room.keep(head["places"] * each + head["traces_total"] * _ORIGIN + _EACH)
+            room.check(min(head["places"] * each, _READ))
             lock = self._loading.setdefault(record.id, asyncio.Lock())
             try:
                 async with lock:
