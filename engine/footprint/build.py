@@ -62,7 +62,7 @@ class Builder:
         budget = budget or Budget(1 << 62)
         self._level = level
         self._places = Table(most, "places", mix, _FINE[level], budget)
-        self._fields = Fields(mix, _NEAR[level], budget)
+        self._fields = Fields(mix, _NEAR[level], budget, closed=any(self._by))
         self._most = most
         self._contexts = (
             Table(min(most, MAX_CONTEXTS), "buckets and writers", mix, budget=budget) if by and any(by) else None

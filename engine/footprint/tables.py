@@ -65,17 +65,18 @@ class Fields:
     takes less.
     """
 
-    def __init__(self, mix: tuple[int, int], near: int, budget: Budget | None = None) -> None:
+    def __init__(self, mix: tuple[int, int], near: int, budget: Budget | None = None, *, closed: bool = False) -> None:
+        """``closed`` for none at all."""
         self._budget = budget or Budget(1 << 62)
         self._near = near
         self._odd = np.int64(signed(mix[0] | 1))
         self._used = np.zeros(2, dtype=np.int64)
-        self._open = np.ones(1, dtype=np.int64)
+        self._open = np.full(1, 0 if closed else 1, dtype=np.int64)
         self._keys = np.zeros(0, dtype=np.int64)
         self._counts = self._firsts = np.zeros(0, dtype=np.uint32)
         self._kept = 0
         self.plots: kernels.Plots
-        self._make(FIRST_PLOTS)
+        self._make(1 if closed else FIRST_PLOTS)
 
     def _make(self, count: int) -> None:
         """Room for so many, with those that there are."""
