@@ -143,7 +143,7 @@ MUTANTS = (
         "stop = min(stop, rows[row, 0] << RANK_BEGIN)",
         "stop = min(stop, rows[row, 0] + 1 << RANK_BEGIN)",
         "places that begin alike are in order of their sizes, wherever they were counted",
-        named(f"{FOOTPRINTS}/test_footprint_build.py", "even_and_uneven_places_come_in_order"),
+        named(f"{FOOTPRINTS}/test_footprint_build.py", "an_uneven_place_comes_between_those_of_a_plot"),
     ),
     Mutant(
         "footprint-untranslated",

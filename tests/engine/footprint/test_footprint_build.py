@@ -245,3 +245,8 @@ def test_more_records_than_a_cell_can_count_are_counted(level: str, monkeypatch:
     for length in (900, 70, 33):
         parts = [chunk(stores[at : at + length]) for at in range(0, len(stores), length)]
         assert rows(build(*parts, level=level)) == rows(whole)
+
+
+def test_an_uneven_place_comes_between_those_of_a_plot() -> None:
+    found = build(chunk([(0, 8), (8, 8), (16, 8), (8, 3), (8, 12)]), level=BYTES)
+    assert rows(found, "begin", "extent") == [(0, 8), (8, 3), (8, 8), (8, 12), (16, 8)]
