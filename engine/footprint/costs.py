@@ -279,12 +279,12 @@ class Costs:
                 totals.own[item] += count[refused & touched(given.own.lot(item), low, high)].sum()
 
     def _costs(self, policies: Sequence[Protection], given: _Policies, totals: _Totals, objects: Numbers) -> list[Cost]:
-        collateral = self._collateral(given, totals)
-        subpages = given.objects.sizes.tolist()
+        subpages = given.objects.sizes
+        collateral = self._collateral(given, totals, subpages)
         hits, firsts = totals.hits.tolist(), [_first(rank) for rank in totals.first.tolist()]
         items = [
             ObjectCost(violations, beside, first, covers)
-            for violations, beside, first, covers in zip(hits, collateral, firsts, subpages, strict=True)
+            for violations, beside, first, covers in zip(hits, collateral, firsts, subpages.tolist(), strict=True)
         ]
         columns = zip(
             policies,
@@ -314,11 +314,11 @@ class Costs:
             for policy, names, begin, violations, guarded, mmio, passing, rank, covers, pages in columns
         ]
 
-    def _collateral(self, given: _Policies, totals: _Totals) -> list[int | None]:
+    def _collateral(self, given: _Policies, totals: _Totals, subpages: Numbers) -> list[int | None]:
         """Of each object; without bytes it is known where there is nothing, or no byte is a neighbour's."""
         if self._in_bytes:
             return list((totals.hits - totals.own).tolist())
-        filled = given.own.sizes == given.objects.sizes << SUBPAGE_SHIFT
+        filled = given.own.sizes == subpages << SUBPAGE_SHIFT
         known = filled | (totals.hits == 0)
         return [0 if certain else None for certain in known.tolist()]
 
