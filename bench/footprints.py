@@ -42,21 +42,25 @@ class Building:
 
 
 class Costing:
-    """So many policies on one footprint; the table of the places is there already."""
+    """So many policies on one footprint, all at once or each in a call of its own; the table of the places is there
+    already."""
 
-    def __init__(self, footprint: Footprint, count: int) -> None:
+    def __init__(self, footprint: Footprint, count: int, *, alone: bool = False) -> None:
         draw = random.Random(count)
         objects = _objects(load_policy("kernel_control_data"))
         self._costs = Costs(footprint, RAM)
         self._policies = [
             Protection(f"{number}", tuple(_moved(draw, item) for item in objects)) for number in range(count)
         ]
+        self.count = count
+        self._calls = [[policy] for policy in self._policies] if alone else [self._policies]
 
     def prepare(self) -> None:
         pass
 
     def run(self) -> None:
-        self._costs.of(self._policies)
+        for policies in self._calls:
+            self._costs.of(policies)
 
     def violations(self, policy: Policy) -> int:
         """What a recorded policy costs."""

@@ -24,6 +24,7 @@ _KERNEL_SOURCES = (
     "footprint/hits.py",
     "footprint/intervals.py",
     "footprint/kernels.py",
+    "footprint/ordering.py",
     "jit.py",
     "kvm",
     "trace/__init__.py",

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.arch.words import signed
-from engine.errors import InvalidValue, LimitExceeded, TraceError
+from engine.errors import InvalidValue, TraceError
 from engine.footprint import kernels
+from engine.footprint.combine import gathered
 from engine.footprint.places import BYTES, LEVELS, SPANS, UNITS, By, Footprint, Origin, made, ordered
+from engine.footprint.tables import MIX, PLACES, Fields, Table, too_many
 from engine.state.config import choices
 from engine.trace.addresses import frozen
 from engine.trace.columns import TraceChunk
@@ -18,118 +19,23 @@ from engine.trace.readers.budget import Budget
 from engine.trace.record_checks import DONE
 from engine.trace.session import refused_record
 
-FIRST_ROWS = 1 << 12
 MAX_CONTEXTS = 1 << 32  # pairs of a bucket and a pc
 MAX_PLACES = 1 << 30
 
-FIRST_PLOTS = 1 << 10
-LEAST_FILLED = 3
-_PLACES = "the places of a footprint"
-
-# Odd multipliers of the hash: any will do for places that nobody chose to collide.
-# Stores are mostly of 8 bytes, one behind the other.
+# By how many low bits neighbours are not told apart: stores are mostly of 8 bytes, one behind the other.
 _FINE = {SPANS: 0, BYTES: 3}
-MIX = (0x9E37_79B9_7F4A_7C15, 0xC2B2_AE3D_27D4_EB4F)
+# Plots of bytes are many, so that the index of them is out of the cache.
+_NEAR = {SPANS: 0, BYTES: 3}
+
+# Memory while places are brought in order: of one in a plot (its columns, and what its plot takes), of one in the table
+# (its row twice, and the keys of the order), of one that is apart by something beside, of one that is put together with
+# those of plots before.
+_CELL, _ROW, _APART, _TOGETHER = 48, 160, 200, 200
 
 _STATE = (
     "a footprint has no address spaces and no operations between accesses: what they do depends on what was before. "
     "Replay the trace"
 )
-
-
-class Table:
-    """A hash table of ``kernels`` that grows by being moved to one of twice the rows. At most 5 of 8 rows are used."""
-
-    def __init__(
-        self, most: int, what: str, mix: tuple[int, int] = MIX, fine: int = 0, budget: Budget | None = None
-    ) -> None:
-        self._budget = budget or Budget(1 << 62)
-        self._most = most
-        self._fine = fine
-        self._what = what
-        self._odd = [np.int64(signed(word | 1)) for word in mix]
-        self.used = np.zeros(1, dtype=np.int64)
-        self._make(FIRST_ROWS)
-
-    def _make(self, rows: int) -> None:
-        self._budget.keep(rows * kernels.ROW_WORDS * 8, f"the {self._what} of a footprint")
-        self.words: NDArray[np.int64] = np.zeros(rows * kernels.ROW_WORDS, dtype=np.int64)
-        bits = rows.bit_length() - 1
-        odd0, odd1 = self._odd
-        self.mix = odd0, odd1, 64 - bits + kernels.BLOCK_BITS, self._fine
-        self.limit = min(rows * 5 // 8, self._most)
-
-    def grow(self) -> None:
-        """Make room. Raises LimitExceeded, and what the budget does."""
-        if self.limit == self._most:
-            raise too_many(self._most, self._what)
-        smaller = self.words
-        self._make(2 * len(smaller) // kernels.ROW_WORDS)
-        kernels.move_rows(smaller, self.words, self.mix)
-        self._budget.keep(-smaller.nbytes, "")
-
-    def rows(self) -> NDArray[np.int64]:
-        """int64[n, ROW_WORDS] of those in use, in no order."""
-        rows: NDArray[np.int64] = self.words.reshape(-1, kernels.ROW_WORDS)
-        return np.compress(rows[:, 2] != 0, rows, axis=0)
-
-
-class Fields:
-    """The plots of ``kernels``, which are made room for twice as many at a time.
-
-    Where fewer than LEAST_FILLED of sixteen cells have a place, no more are made: places are so far apart that the
-    table takes less.
-    """
-
-    def __init__(self, mix: tuple[int, int], budget: Budget | None = None) -> None:
-        self._budget = budget or Budget(1 << 62)
-        self._odd = np.int64(signed(mix[0] | 1))
-        self._used = np.zeros(2, dtype=np.int64)
-        self._open = np.ones(1, dtype=np.int64)
-        self._keys, self._cells = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        self.plots: kernels.Plots
-        self._make(FIRST_PLOTS)
-
-    def _make(self, count: int) -> None:
-        """Room for so many. What is there stays where it is, if it can: it is most of the memory."""
-        rows = 2 * count
-        self._budget.keep(8 * (count - len(self._keys)) * (kernels.PLOT_WORDS + 5), _PLACES)
-        self._keys.resize(count, refcheck=False)
-        self._cells.resize(count * kernels.PLOT_WORDS, refcheck=False)
-        index = np.full(2 * rows, kernels.NO_KEY, dtype=np.int64)
-        mix = self._odd, 64 - (rows.bit_length() - 1)
-        self.plots = kernels.Plots(index, self._keys, self._cells, self._used, mix, self._open)
-        kernels.index_plots(self.plots)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the plots."""
-        return sum(array.nbytes for array in (self.plots.index, self._keys, self._cells))
-
-    @property
-    def places(self) -> int:
-        """How many there are in them."""
-        return int(self._used[1])
-
-    def grow(self) -> None:
-        """Make room, if that is worth it. Raises what the budget does."""
-        if self.places < LEAST_FILLED * len(self._keys):
-            self._open[0] = 0
-        else:
-            self._make(2 * len(self._keys))
-
-    def columns(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """Their places and ``rows`` of the table, all of them in order."""
-        keys = self._keys[: int(self._used[0])]
-        kind = keys & (1 << kernels.PLOT_NUMBER) - 1
-        order = np.argsort(kind << 50 | keys >> kernels.PLOT_NUMBER)
-        _, counts = np.unique(kind, return_counts=True)
-        count = self.places + len(rows)
-        kinds = {"begin": np.int64, "extent": np.int64, "what": np.uint8, "count": np.int64, "first": np.int64}
-        found: dict[str, NDArray[Any]] = {name: np.empty(count, dtype=kind) for name, kind in kinds.items()}
-        runs = np.zeros((len(counts), kernels.RUN_WORDS), dtype=np.int64)
-        kernels.merged(self.plots, order, np.cumsum(counts), runs, rows, *found.values())
-        return {**found, "begin": found["begin"].view(np.uint64), "trace": np.zeros(count, dtype=np.int32)}
 
 
 class Builder:
@@ -153,9 +59,10 @@ class Builder:
         self._by.validate()
         if not 1 <= most <= MAX_PLACES:
             raise InvalidValue(f"must be from 1 to {MAX_PLACES}", field="most", value=most)
+        budget = budget or Budget(1 << 62)
         self._level = level
         self._places = Table(most, "places", mix, _FINE[level], budget)
-        self._fields = Fields(mix, budget)
+        self._fields = Fields(mix, _NEAR[level], budget, closed=any(self._by))
         self._most = most
         self._contexts = (
             Table(min(most, MAX_CONTEXTS), "buckets and writers", mix, budget=budget) if by and any(by) else None
@@ -163,17 +70,36 @@ class Builder:
         self._seen = dict.fromkeys(("gpa", "size", "access"))
         self._none = np.zeros(0, dtype=np.int64)
         self._times: list[int] = []  # the earliest and the latest
+        self._budget, self._mix = budget, mix
+        self._since = 0  # the first record that is counted in the plots
+        self._sealed: dict[str, NDArray[Any]] = {}  # places of plots before
         self.records_done = 0
 
     @property
     def places(self) -> int:
-        """How many there are so far."""
-        return int(self._places.used[0]) + self._fields.places
+        """How many there are so far, at most: some of a trace beyond 2^32 records count twice."""
+        return int(self._places.used[0]) + self._fields.places + self._sealed_places
+
+    @property
+    def _sealed_places(self) -> int:
+        return len(self._sealed["begin"]) if self._sealed else 0
 
     @property
     def nbytes(self) -> int:
         """Memory of the tables."""
-        return self._places.words.nbytes + self._fields.nbytes + (self._contexts.words.nbytes if self._contexts else 0)
+        sealed = sum(column.nbytes for column in self._sealed.values())
+        contexts = self._contexts.words.nbytes if self._contexts else 0
+        return self._places.words.nbytes + self._fields.nbytes + contexts + sealed
+
+    @property
+    def finishing(self) -> int:
+        """Memory that ``finish`` takes beside the tables, at most."""
+        rows = int(self._places.used[0])
+        if self._contexts is not None:
+            return rows * _APART
+        sealed = self._sealed_places
+        cells = self._fields.places
+        return cells * _CELL + rows * _ROW + ((cells + rows + sealed) * _TOGETHER if sealed else 0)
 
     def feed(self, chunk: TraceChunk) -> None:
         """Count a chunk. Raises TraceError, with the absolute record index, for a record that is no access, that a
@@ -183,34 +109,13 @@ class Builder:
             raise _not_of_a_footprint(chunk, base)
         words = frozen(chunk.records.reshape(-1))
         contexts = self._none if self._contexts is None else self._numbered(chunk, base)
-        table, position = self._places, 0
-        while True:
-            status, position = (
-                int(value)
-                for value in kernels.count_places(
-                    words,
-                    contexts,
-                    position,
-                    base,
-                    chunk.kinds,
-                    UNITS[self._level],
-                    self._fields.plots,
-                    table.words,
-                    table.mix,
-                    table.limit,
-                    table.used,
-                )
-            )
-            if self.places > self._most:
-                raise too_many(self._most, "places")
-            if status == kernels.NEED_ROOM:
-                table.grow()
-            elif status == kernels.NEED_PLOTS:
-                self._fields.grow()
-            elif status == DONE:
-                break
-            else:
-                raise refused_record(status, words, position, base + position)
+        begin = 0
+        while begin < len(chunk.records):
+            if base + begin - self._since == kernels.MOST_RECORDS:
+                self._seal(base + begin)
+            end = min(len(chunk.records), self._since + kernels.MOST_RECORDS - base)
+            self._count(words[: 2 * end], contexts, begin, base, chunk.kinds)
+            begin = end
         self.records_done = base + len(chunk.records)
         names = ("kind", "linear", "source") if chunk.kinds else ()
         self._seen |= dict.fromkeys((*names, *(name for name in ("time", "pc") if name in chunk.carry)))
@@ -218,6 +123,57 @@ class Builder:
         if times is not None and len(times):
             both = [*self._times, int(times.min()), int(times.max())]
             self._times = [min(both), max(both)]
+
+    def _count(
+        self, words: NDArray[np.int64], contexts: NDArray[np.int64], position: int, base: int, kinds: bool
+    ) -> None:
+        """Count the records from ``position``, with more room where there is need of it."""
+        table = self._places
+        while True:
+            plots, since = self._fields.plots, self._since
+            found = kernels.count_places(
+                words,
+                contexts,
+                position,
+                base,
+                since,
+                kinds,
+                UNITS[self._level],
+                plots,
+                table.words,
+                table.mix,
+                table.limit,
+                table.used,
+            )
+            status, position = int(found[0]), int(found[1])
+            if self.places > self._most:
+                raise too_many(self._most, "places")
+            if status == kernels.NEED_ROOM:
+                table.grow()
+            elif status == kernels.NEED_PLOTS:
+                self._fields.grow()
+            elif status == DONE:
+                return
+            else:
+                raise refused_record(status, words, position, base + position)
+
+    def _seal(self, record: int) -> None:
+        """Begin anew with the plots at a record, as cells have no room for more."""
+        nothing = np.zeros((0, kernels.ROW_WORDS), dtype=np.int64)
+        sealed = self._with_sealed(self._fields.columns(self._since, nothing))
+        self._budget.keep(sum(column.nbytes for column in sealed.values()), PLACES)
+        self._budget.keep(-sum(column.nbytes for column in self._sealed.values()), PLACES)
+        self._budget.keep(-self._fields.nbytes, PLACES)
+        self._sealed = sealed
+        self._fields = Fields(self._mix, _NEAR[self._level], self._budget)
+        self._since = record
+
+    def _with_sealed(self, columns: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Columns together with those of the plots before."""
+        if not self._sealed:
+            return columns
+        both = {name: np.concatenate([column, self._sealed[name]]) for name, column in columns.items()}
+        return gathered(self._level, self._by, (), both).columns()
 
     def _numbered(self, chunk: TraceChunk, base: int) -> NDArray[np.int64]:
         """The number of the context of each record."""
@@ -246,7 +202,7 @@ class Builder:
         rows = self._places.rows()
         begin, key = rows[:, 0], rows[:, 1]
         order = np.lexsort((key >> kernels.WHAT_SHIFT, key & 0xFFFF, begin))
-        return self._fields.columns(np.ascontiguousarray(rows[order]))
+        return self._with_sealed(self._fields.columns(self._since, np.ascontiguousarray(rows[order])))
 
     def _apart(self) -> dict[str, NDArray[Any]]:
         """The places in order, apart by buckets and writers: all of them are in the table."""
@@ -262,7 +218,7 @@ class Builder:
         }
         assert self._contexts is not None
         contexts = self._contexts.rows()
-        contexts = contexts[np.argsort(contexts[:, 2])][key >> kernels.CONTEXT_SHIFT].view(np.uint64)
+        contexts = contexts[np.argsort(contexts[:, 2])][(key >> kernels.CONTEXT_SHIFT) - 1].view(np.uint64)
         if self._by.buckets:
             columns["bucket"] = contexts[:, 1]
         if self._by.pc:
@@ -278,11 +234,6 @@ class Builder:
             records=self.records_done, columns=tuple(self._seen), nanoseconds=min(lasted, (1 << 63) - 1)
         )
         return made(self._level, self._by, (origin,), columns)
-
-
-def too_many(most: int, what: str) -> LimitExceeded:
-    """The refusal of more than a footprint has."""
-    return LimitExceeded(f"a footprint has at most {most} {what}", field=what, value=most + 1)
 
 
 def _along(chunk: TraceChunk, name: str, base: int) -> NDArray[np.uint64]:

@@ -7,7 +7,7 @@ accesses the least (trace, index) stays.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from engine.footprint.places import BYTES, KEYS, MAX_ORIGINS, SPANS, UNKNOWN, By
 
 Columns = dict[str, NDArray[Any]]
 _LAST = np.iinfo(np.int64).max
+_SLICE = 1 << 17  # places that are put together at one time
+_GATHERED = 200  # memory of each meanwhile
 
 
 def merge(footprints: Sequence[Footprint]) -> Footprint:
@@ -65,18 +67,37 @@ def subtract(whole: Footprint, part: Footprint) -> Footprint:
     return made(whole.level, whole.by, origins, {name: column[there] for name, column in found.columns().items()})
 
 
-def coarser(footprint: Footprint, level: str | None = None, by: By | None = None) -> Footprint:
+def coarser(
+    footprint: Footprint,
+    level: str | None = None,
+    by: By | None = None,
+    check: Callable[[int], None] = lambda size: None,
+) -> Footprint:
     """The same accesses at a level that is the same or ``spans``, apart by less: every part of ``by`` that is not
-    given is given up. Raises InvalidValue for what is not there to be had."""
+    given is given up. ``check`` is told how many bytes are about to be taken for a while. Raises InvalidValue for what
+    is not there to be had, and what ``check`` does."""
     level, by = level or footprint.level, footprint.by if by is None else by
     if (level, footprint.level) == (BYTES, SPANS):
         raise InvalidValue("must be spans: bytes are not known any more", field="level", value=level)
     for name, old, new in zip(By._fields, footprint.by, by, strict=True):
         if new not in (old, type(new)()):
             raise InvalidValue("must be as it was, or nothing", field=f"by.{name}", value=new)
-    columns = footprint.columns()
     if (level, by) == (footprint.level, footprint.by):
         return footprint
+    parts: list[Footprint] = []
+    for begin in range(0, len(footprint) or 1, _SLICE):
+        check(min(len(footprint), _SLICE) * _GATHERED)
+        rows = {name: column[begin : begin + _SLICE] for name, column in footprint.columns().items()}
+        parts.append(_coarser(made(footprint.level, footprint.by, footprint.origins, rows), level, by))
+    if len(parts) == 1:
+        return parts[0]
+    check(sum(map(len, parts)) * _GATHERED)
+    columns = {name: np.concatenate([part.columns()[name] for part in parts]) for name in parts[0].columns()}
+    return gathered(level, by, footprint.origins, columns)
+
+
+def _coarser(footprint: Footprint, level: str, by: By) -> Footprint:
+    columns = footprint.columns()
     if level != footprint.level:
         columns["begin"] = footprint.first_subpage.view(np.uint64)
         columns["extent"] = footprint.last_subpage - footprint.first_subpage + 1

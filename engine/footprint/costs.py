@@ -20,11 +20,12 @@ from engine.errors import EngineError, InvalidValue
 from engine.footprint.combine import coarser as coarser_footprint
 from engine.footprint.hits import NEVER, Lines
 from engine.footprint.intervals import Numbers, coarser, touched, united
-from engine.footprint.places import BYTES, INDEX_BITS, SPANS, UNKNOWN, By, Footprint
+from engine.footprint.places import BYTES, INDEX_BITS, SPANS, UNKNOWN, By, Footprint, made
 from engine.footprint.question import WIDTH, Check, Mixed, Question, mixed_places, slices, sort_places, unbounded
 from engine.kvm.protections import GRANULARITIES, ProtectedObject, Protection, validate
 
 _PAGE = 12 - SUBPAGE_SHIFT
+_SPAN = 200  # memory of a span while sums are made of it
 _TOGETHER = 32  # policies that are asked at one time
 
 
@@ -174,28 +175,32 @@ class Costs:
         """Raises InvalidValue for a question that means nothing or has no answer, and what ``check`` does."""
         self.question = question or Question()
         self.question.validate()
-        self._fine = coarser_footprint(footprint, by=By())
-        self._spans = coarser_footprint(self._fine, SPANS)
-        spans = self._spans
+        self._fine = coarser_footprint(footprint, by=By(), check=check)
+        spans = coarser_footprint(self._fine, SPANS, check=check)
+        check(len(spans) * _SPAN)
         found = sort_places(spans, self.question, check)
-        first, last = spans.first_subpage, spans.last_subpage
+        first, extent = spans.first_subpage, spans.extent
+        page = first >> _PAGE
+        pages = (spans.last_subpage >> _PAGE) - page + 1
         rank, count = spans.rank, spans.count
         self._mmio = int(count[found.mmio].sum())
-        self._plain = _lines(found.plain, first, last, count, rank)
-        self._paging = _lines(found.paging, first, last, count, rank)
-        self._paging_pages = _lines(found.paging, first >> _PAGE, last >> _PAGE, count, rank)
-        self._passing = _lines(found.passing, first, last, count, None)
-        self._guarded = _lines(found.guarded, first >> _PAGE, last >> _PAGE, count, None)
+        self._plain = Lines(found.plain, first, extent, count, rank)
+        self._paging = Lines(found.paging, first, extent, count, rank)
+        self._paging_pages = Lines(found.paging, page, pages, count, rank)
+        self._passing = Lines(found.passing, first, extent, count, None)
+        self._guarded = Lines(found.guarded, page, pages, count, None)
         self._in_bytes = self._fine.level == BYTES
         sorted_fine = found if self._fine is spans else sort_places(self._fine, self.question, check)
         self._sorted = sorted_fine
         self._mixed = mixed_places(self._fine, self.question, sorted_fine, check)
+        columns = {name: column[self._mixed.at] for name, column in self._fine.columns().items()}
+        self._mixed_fine = made(self._fine.level, self._fine.by, self._fine.origins, columns)
 
     @cached_property
     def _own(self) -> Lines:
         """Places that violate if they touch a byte of an object, in bytes."""
         fine, found = self._fine, self._sorted
-        return _lines(found.plain | found.paging, fine.begin.view(np.int64), fine.last, fine.count, None)
+        return Lines(found.plain | found.paging, fine.begin.view(np.int64), fine.extent, fine.count, None)
 
     @property
     def mixed(self) -> int:
@@ -253,9 +258,9 @@ class Costs:
         near = touched(pages, mixed.first >> _PAGE, mixed.last >> _PAGE)
         if not near.any():
             return
-        fine = self._fine
+        fine = self._mixed_fine
         refused = _refused(mixed, covered, pages)
-        count, rank = fine.count[mixed.at], fine.rank[mixed.at]
+        count, rank = fine.count, fine.rank
         totals.violations[number] += count[refused].sum()
         totals.ranks[number] = min(totals.ranks[number], rank[refused].min(initial=NEVER))
         totals.mmio[number] -= count[refused & mixed.mmio].sum()
@@ -270,16 +275,16 @@ class Costs:
             totals.hits[item] += count[hit].sum()
             totals.first[item] = min(totals.first[item], rank[hit].min(initial=NEVER))
             if self._in_bytes:
-                low, high = fine.begin.view(np.int64)[mixed.at], fine.last[mixed.at]
+                low, high = fine.begin.view(np.int64), fine.last
                 totals.own[item] += count[refused & touched(given.own.lot(item), low, high)].sum()
 
     def _costs(self, policies: Sequence[Protection], given: _Policies, totals: _Totals, objects: Numbers) -> list[Cost]:
-        collateral = self._collateral(given, totals)
-        subpages = given.objects.sizes.tolist()
+        subpages = given.objects.sizes
+        collateral = self._collateral(given, totals, subpages)
         hits, firsts = totals.hits.tolist(), [_first(rank) for rank in totals.first.tolist()]
         items = [
             ObjectCost(violations, beside, first, covers)
-            for violations, beside, first, covers in zip(hits, collateral, firsts, subpages, strict=True)
+            for violations, beside, first, covers in zip(hits, collateral, firsts, subpages.tolist(), strict=True)
         ]
         columns = zip(
             policies,
@@ -309,11 +314,11 @@ class Costs:
             for policy, names, begin, violations, guarded, mmio, passing, rank, covers, pages in columns
         ]
 
-    def _collateral(self, given: _Policies, totals: _Totals) -> list[int | None]:
+    def _collateral(self, given: _Policies, totals: _Totals, subpages: Numbers) -> list[int | None]:
         """Of each object; without bytes it is known where there is nothing, or no byte is a neighbour's."""
         if self._in_bytes:
             return list((totals.hits - totals.own).tolist())
-        filled = given.own.sizes == given.objects.sizes << SUBPAGE_SHIFT
+        filled = given.own.sizes == subpages << SUBPAGE_SHIFT
         known = filled | (totals.hits == 0)
         return [0 if certain else None for certain in known.tolist()]
 
@@ -384,10 +389,6 @@ class _Totals(NamedTuple):
     hits: Numbers
     first: Numbers
     own: Numbers
-
-
-def _lines(taken: NDArray[np.bool_], low: Numbers, high: Numbers, count: Numbers, rank: Numbers | None) -> Lines:
-    return Lines(low[taken], high[taken], count[taken], None if rank is None else rank[taken])
 
 
 def costs(footprint: Footprint, policies: Sequence[Protection], question: Question | None = None) -> list[Cost]:

@@ -21,7 +21,7 @@ _BLOCK_SHIFT = 6
 LOTS = 256  # that are looked up at one time
 
 # Places of one table extend so far at most; of how many are looked at before a range goes with it.
-EXTENTS = (0, 7, 63, 1023, 1 << 17)
+EXTENTS = (1, 8, 64, 1024, 1 << 17)
 
 
 class Line(NamedTuple):
@@ -92,15 +92,20 @@ def count_touching(line: Any, first: Any, last: Any, offsets: Any, counts: Any, 
 class Lines:
     """Places of a footprint in tables by how far they extend, so that a few long ones do not slow all the others."""
 
-    def __init__(self, low: Numbers, high: Numbers, count: Numbers, rank: Numbers | None) -> None:
-        """``low`` ascends; without ``rank`` first accesses are not known."""
+    def __init__(
+        self, taken: NDArray[np.bool_], low: Numbers, extent: Numbers, count: Numbers, rank: Numbers | None
+    ) -> None:
+        """Of places that begin at ``low``, which ascends, those that are ``taken``; without ``rank`` first accesses are
+        not known."""
         self._lines: list[Line] = []
-        extent, beyond = high - low, -1
+        beyond = 0
         for most in EXTENTS:
-            taken = (extent > beyond) & (extent <= most)
+            some = (extent > beyond) & (extent <= most)
+            some &= taken
             beyond = most
-            if taken.any():
-                self._lines.append(_line(low[taken], high[taken], count[taken], None if rank is None else rank[taken]))
+            if some.any():
+                ranks = None if rank is None else rank[some]
+                self._lines.append(_line(low[some], extent[some], count[some], ranks))
 
     def touching(self, intervals: Intervals, check: Callable[[], None] = lambda: None) -> tuple[Numbers, Numbers]:
         """(counts, ranks) of the accesses that touch the ranges of each lot; NEVER for the rank of none. ``check`` is
@@ -116,10 +121,15 @@ class Lines:
         return counts, ranks
 
 
-def _line(low: Numbers, high: Numbers, count: Numbers, rank: Numbers | None) -> Line:
-    total = np.append(0, np.cumsum(count))
+def _line(low: Numbers, extent: Numbers, count: Numbers, rank: Numbers | None) -> Line:
+    """``extent`` becomes the ends: there may be millions of places."""
+    reach = int(extent.max()) - 1
+    extent += low
+    extent -= 1
+    total = np.zeros(len(low) + 1, dtype=np.int64)
+    np.cumsum(count, out=total[1:])
     if rank is None:
         nothing: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
-        return Line(low, high, total, nothing, nothing, int((high - low).max()))
+        return Line(low, extent, total, nothing, nothing, reach)
     blocks = np.minimum.reduceat(rank, np.arange(0, len(rank), BLOCK))
-    return Line(low, high, total, np.ascontiguousarray(rank), blocks, int((high - low).max()))
+    return Line(low, extent, total, rank, blocks, reach)

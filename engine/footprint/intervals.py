@@ -26,24 +26,43 @@ class Intervals(NamedTuple):
     @property
     def sizes(self) -> Numbers:
         """How much the ranges of each lot hold."""
-        total: Numbers = np.append(0, np.cumsum(self.last - self.first + 1))
-        return np.diff(total[self.offsets])
+        total = np.zeros(len(self.first) + 1, dtype=np.int64)
+        np.cumsum(self.last - self.first + 1, out=total[1:])
+        held: Numbers = total[self.offsets[1:]] - total[self.offsets[:-1]]
+        return held
 
 
 def united(lot: Numbers, first: Numbers, last: Numbers, lots: int) -> Intervals:
     """Ranges in any order, of the lots that they say (from 0 to ``lots``), as Intervals."""
+    if not len(lot):
+        return Intervals(first, last, np.zeros(lots + 1, dtype=np.int64))
     order = np.lexsort((first, lot))
     lot, first, last = lot[order], first[order], last[order]
-    # The furthest end so far, lot by lot: one running maximum over the places of ends in order, lifted by the lot.
-    ends, place = np.unique(last, return_inverse=True)
-    lift = lot * len(ends)
-    reached = ends[np.maximum.accumulate(place + lift) - lift] if len(lot) else last
-    begins = np.ones(len(lot), dtype=np.bool_)
-    begins[1:] = (lot[1:] != lot[:-1]) | (first[1:] > reached[:-1] + 1)
-    at = np.flatnonzero(begins)
-    closing = np.append(at[1:], len(lot)) - 1 if len(at) else at
-    offsets = np.searchsorted(lot[at], np.arange(lots + 1)).astype(np.int64)
-    return Intervals(np.ascontiguousarray(first[at]), np.ascontiguousarray(reached[closing]), offsets)
+    reached = _furthest(lot, last, lots)
+    begins = np.empty(len(lot), dtype=np.bool_)
+    begins[0] = True
+    np.greater(first[1:], reached[:-1] + 1, out=begins[1:])
+    begins[1:] |= lot[1:] != lot[:-1]
+    at = begins.nonzero()[0]
+    closing = np.empty(len(at), dtype=np.int64)
+    closing[:-1] = at[1:] - 1
+    closing[-1] = len(lot) - 1
+    return Intervals(first[at], reached[closing], lot[at].searchsorted(np.arange(lots + 1)))
+
+
+def _furthest(lot: Numbers, last: Numbers, lots: int) -> Numbers:
+    """The furthest end so far, lot by lot: one running maximum, lifted by the lot."""
+    height = int(last.max()) + 1
+    if lots * height >= 1 << 62:  # of bytes, where there are more than some thousand: lifted by their places instead
+        ends, place = np.unique(last, return_inverse=True)
+        lift = lot * len(ends)
+        furthest: Numbers = ends[np.maximum.accumulate(place + lift) - lift]
+        return furthest
+    lift = lot * height
+    reached = last + lift
+    np.maximum.accumulate(reached, out=reached)
+    reached -= lift
+    return reached
 
 
 def coarser(intervals: Intervals, shift: int) -> Intervals:

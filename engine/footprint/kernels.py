@@ -1,11 +1,12 @@
 """Counting the places of a trace: one look-up for each record, and no allocation.
 
-Most places are of neighbours: stores of one size, one behind the other. Sixteen such places, of one size and one kind,
-are a *plot* (``Plots``): one key for all of them, and cells that are found by the address alone. What lies askew (sizes
-that are no power of two, addresses that are no multiple of the size, runs of several sub-pages) is in a hash table.
+Most places are of neighbours: stores of one size, one behind the other. Thirty-two such places, of one size and one
+kind, are a *plot* (``Plots``): one key for all of them, and cells that are found by the address alone. What lies askew
+(sizes that are no power of two, addresses that are no multiple of the size, runs of several sub-pages) is in a hash
+table.
 
 A table is int64[4 * rows], four words a row, as many rows as a power of two: two words of the key, how often (0 for an
-empty row), and the index of the first record. Its key is multiplied by two odd numbers of the caller's choice, so that
+empty row), and the index of the first record. Keys are multiplied by odd numbers of the caller's choice, so that
 nobody who does not know them can make a trace whose places collide.
 """
 
@@ -14,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.arch import access as acc
+from engine.arch.sppt import SUBPAGE_SHIFT
 from engine.jit import kernel, stands_alone
-from engine.trace.record_checks import DONE, describe, refusal_of_place, refusal_of_word
+from engine.trace.record_checks import BAD_ADDRESS, DONE, describe, refusal_of_place, refusal_of_word
 
 ROW_WORDS = 4
 BLOCK_BITS = 3
@@ -25,18 +27,17 @@ NEED_ROOM = 1
 NEED_PLOTS = 2
 NO_PLOT = 3
 
-# A plot: sixteen cells, each of a count and the index of the first record.
-PLOT_BITS = 4
+# A plot: cells, each of a count and the index of the first record; of 32 bits, which are in half the cache lines.
+PLOT_BITS = 5
 PLOT_PLACES = 1 << PLOT_BITS
-PLOT_WORDS = 2 * PLOT_PLACES
-# Its key: by how much places are shifted in bits 2:0, ``what_of`` in bits 10:3, then the number of the plot.
-PLOT_WHAT = 3
-PLOT_NUMBER = 11
-NO_KEY = -1
-# Where a run of plots in order is: position among all, cell, and of the place there the beginning, and extent and what.
-RUN_AT, RUN_CELL, RUN_BEGIN, RUN_REST, RUN_WORDS = range(5)
-NO_MORE = 1 << 62
-LARGEST_SHIFT = 4  # of sizes: 16 bytes
+MOST_RECORDS = (1 << 32) - 1  # that are counted in plots
+# Its key: the number of the plot, by how much places are shifted in bits 50:48, ``what_of`` above.
+PLOT_SHIFTS = 48
+PLOT_WHAT = 51
+NO_KEY = -1 << 62  # nor is it any place, be its address valid or not
+LARGEST_SHIFT = 4  # of sizes in plots
+LARGEST = 1 << LARGEST_SHIFT
+LAST_OF_SUBPAGE = (1 << SUBPAGE_SHIFT) - 1
 
 # What an access is, as far as a decision depends on it: access in bits 1:0, then
 KIND_SHIFT = 2  # 3 bits
@@ -53,18 +54,21 @@ BUT_VCPU_AND_LENGTH = BUT_VCPU & ~(acc.RECORD_LENGTH_MASK << acc.RECORD_LENGTH_S
 
 ADDRESS_BITS = 52
 ONE, TWO, THREE = np.uint64(1), np.uint64(2), np.uint64(3)
-PLOT_SHIFT, FIRSTS = np.uint64(PLOT_BITS + 1), np.uint64(PLOT_PLACES)
+ONCE = np.uint32(1)
 
 
 class Plots(NamedTuple):
-    """The plots so far. ``index`` int64[2n] a hash table of keys and positions, NO_KEY where there is none, n a power
-    of two; ``keys`` int64[m] and ``cells`` int64[m * PLOT_WORDS] by position, counts before firsts; ``used`` int64[2]
-    how many plots there are, and how many cells with a place; ``mix`` an odd multiplier, and by how many bits its
-    product is shifted down; ``open`` int64[1], 0 where no more are to be made: then the table takes their places."""
+    """The plots so far. ``index`` int64[2n] a hash table of keys and first cells, NO_KEY where there is none, n a power
+    of two; ``keys`` int64[m] by position, and uint32[m * PLOT_PLACES] of their cells ``counts`` and ``firsts``, apart
+    because counts alone are looked at again and again; ``used`` int64[2] how many plots there are, and how many cells
+    with a place; ``mix`` an odd multiplier, by how many bits its product is shifted down, and how many low bits of keys
+    it leaves alone, so that neighbours lie in one block; ``open`` int64[1], 0 where no more are to be made: then the
+    table takes their places."""
 
     index: Any
     keys: Any
-    cells: Any
+    counts: Any
+    firsts: Any
     used: Any
     mix: Any
     open: Any
@@ -102,39 +106,44 @@ def row_of(table, mix, word0, word1):
 
 
 @kernel
+def home_of(key, mix):
+    """The word of the index where a plot is looked for first."""
+    odd, down, near = mix
+    return (np.uint64((key >> near) * odd) >> down ^ np.uint64(key & (1 << near) - 1)) << ONE
+
+
+@kernel
+def row_beyond(index, key, row, mask):
+    """The row from ``row`` on that has a key, or the empty one where it would be. The loops that need it call it, which
+    is seldom, so that all that they need themselves is in registers."""
+    stands_alone()
+    while index[row] != key and index[row] != NO_KEY:
+        row = (row + TWO) & mask
+    return row
+
+
+@kernel
 def plot_of(plots, key):
-    """(position, DONE) of the plot with a key, which is made if there is none; beside DONE, NEED_PLOTS where there is
+    """(first cell, DONE) of the plot with a key, which is made if there is none; beside DONE, NEED_PLOTS where there is
     no room for it, NO_PLOT where no more are made."""
-    odd, down = plots.mix
     index, used = plots.index, plots.used
-    mask = np.uint64((index.shape[0] >> 1) - 1)
-    at = np.uint64(key * odd >> down) & mask
-    while True:
-        known = index[at << ONE]
-        if known == key:
-            return np.uint64(index[at << ONE | ONE]), DONE
-        if known == NO_KEY:
-            if plots.open[0] == 0:
-                return np.uint64(0), NO_PLOT
-            if used[0] == plots.keys.shape[0]:
-                return np.uint64(0), NEED_PLOTS
-            position = np.uint64(used[0])
-            plots.keys[position] = key
-            index[at << ONE] = key
-            index[at << ONE | ONE] = used[0]
-            used[0] += 1
-            return position, DONE
-        at = (at + ONE) & mask
+    row = row_beyond(index, key, home_of(key, plots.mix), np.uint64(index.shape[0] - 1))
+    if index[row] != key:
+        if plots.open[0] == 0:
+            return np.uint64(0), NO_PLOT
+        if used[0] == plots.keys.shape[0]:
+            return np.uint64(0), NEED_PLOTS
+        plots.keys[used[0]] = key
+        index[row] = key
+        index[row + ONE] = used[0] << PLOT_BITS
+        used[0] += 1
+    return np.uint64(index[row + ONE]), DONE
 
 
 @kernel
 def shift_of(size):
-    """By how much a size up to 16 bytes, a power of two, shifts: 0 for 1."""
-    shift = 0
-    while size > 1:
-        size >>= 1
-        shift += 1
-    return shift
+    """By how much a size that is a power of two up to LARGEST shifts: 0 for 1. No loop, and no branch."""
+    return (size >> 1) - (size >> 3) - (size >> 4 << 1)
 
 
 @kernel
@@ -153,76 +162,146 @@ def count_row(table, mix, limit, used, begin, key, index):
 
 
 @kernel
-def count_run(words, contexts, start, base, seen, head, what, unit, plots, table, mix, limit, used):
-    """Count records with ``head`` above the size in word 1, up to the first other; returns (position, status).
-
-    Indices are unsigned: signed ones are looked at whether they count from the end, which costs a third of the time.
-    """
+def count_one(gpa, size, what, context, index, since, unit, plots, table, mix, limit, used):
+    """Count one record, wherever its place is; returns DONE, NEED_ROOM, NEED_PLOTS, or BAD_ADDRESS for no place."""
     stands_alone()
-    count = np.uint64(words.shape[0] >> 1)
-    i = np.uint64(start)
-    cells, filled, index = plots.cells, plots.used, plots.index
-    odd, down = plots.mix
-    mask = np.uint64((index.shape[0] >> 1) - 1)
-    plain = contexts.shape[0] == 0
-    kind = what << PLOT_WHAT
-    last_key = np.int64(NO_KEY)
-    plot = np.uint64(0)
-    status = DONE
-    while i < count:
-        gpa = words[i << ONE]
-        more = ((words[i << ONE | ONE] & seen) ^ head) - 1
-        if (more >> 16) | (gpa >> ADDRESS_BITS) != 0:
-            break
-        last = gpa + more
-        if last >> ADDRESS_BITS != 0:
-            break
-        begin = gpa >> unit
-        if unit != 0:
-            shift = 0
-            even = last >> unit == begin
-        elif more == 7:
-            shift = 3
-            even = gpa & 7 == 0
-        else:
-            shift = shift_of(more + 1) if more < 1 << LARGEST_SHIFT else 0
-            even = more == (1 << shift) - 1 and gpa & more == 0
-        if even and plain:
-            place = begin >> shift
-            key = place >> PLOT_BITS << PLOT_NUMBER | kind | shift
-            if key != last_key:
-                at = np.uint64(key * odd >> down) & mask
-                if index[at << ONE] == key:  # nearly always; the call takes longer
-                    plot = np.uint64(index[at << ONE | ONE])
-                    status = DONE
-                else:
-                    plot, status = plot_of(plots, key)
-                    if status == NEED_PLOTS:
-                        break
-                last_key = key if status == DONE else np.int64(NO_KEY)
-            if status == DONE:
-                at = plot << PLOT_SHIFT | np.uint64(place & PLOT_PLACES - 1)
-                before = cells[at]
-                cells[at] = before + 1
-                if before == 0:
-                    cells[at | FIRSTS] = base + np.int64(i)
-                    filled[1] += 1
-                i += ONE
-                continue
-        key = ((last >> unit) - begin + 1) | what << WHAT_SHIFT
-        if not plain:
-            key |= contexts[i] << CONTEXT_SHIFT
-        status = NEED_ROOM if count_row(table, mix, limit, used, begin, key, base + np.int64(i)) else DONE
-        if status != DONE:
-            break
-        i += ONE
-    return np.int64(i), status
+    if refusal_of_place(gpa, size) != DONE:
+        return BAD_ADDRESS
+    begin = gpa >> unit
+    extent = (gpa + size - 1 >> unit) - begin + 1
+    shift = shift_of(extent) if extent <= LARGEST and unit == 0 else 0
+    if extent == 1 << shift and begin & extent - 1 == 0 and context == 0:
+        place = begin >> shift
+        plot, status = plot_of(plots, place >> PLOT_BITS | shift << PLOT_SHIFTS | what << PLOT_WHAT)
+        if status == DONE:
+            cell = plot | np.uint64(place & PLOT_PLACES - 1)
+            if plots.counts[cell] == 0:
+                plots.firsts[cell] = np.uint32(index - since)
+                plots.used[1] += 1
+            plots.counts[cell] += ONCE
+        if status != NO_PLOT:
+            return status
+    key = extent | what << WHAT_SHIFT | context << CONTEXT_SHIFT
+    return NEED_ROOM if count_row(table, mix, limit, used, begin, key, index) else DONE
 
 
 @kernel
-def count_places(words, contexts, start, base, kinds, unit, plots, table, mix, limit, used):
+def count_spans(words, start, now, seen, head, kind, index, counts, firsts, mix, filled):
+    """Count records with ``head`` above the size in word 1 that are in cells, up to the first that is in none; returns
+    its position. ``now`` is the index of the first record, from the one with which the plots began.
+
+    One place is accessed many times in a row, which is added at its end: its cell would be waited for each time.
+    Indices are unsigned: signed ones are looked at whether they count from the end. What is not for this loop is not in
+    it, so that all that it needs is in registers. Together these are half of the time.
+    """
+    stands_alone()
+    count = np.uint64(words.shape[0] >> 1)
+    i, mask = np.uint64(start), np.uint64(index.shape[0] - 1)
+    odd, down, _ = mix
+    last, cell, begin = np.int64(NO_KEY), np.uint64(0), i
+    while i < count:
+        gpa = words[i << ONE]
+        more = ((words[i << ONE | ONE] & seen) ^ head) - 1
+        if ((gpa & LAST_OF_SUBPAGE) + more | more) >> SUBPAGE_SHIFT != 0:
+            break
+        place = gpa >> SUBPAGE_SHIFT
+        if place != last:
+            key = place >> PLOT_BITS | kind
+            row = np.uint64(key * odd) >> down << ONE  # ``home_of``, near being 0
+            if index[row] != key:
+                row = row_beyond(index, key, row, mask)
+                if index[row] != key:
+                    break
+            counts[cell] += np.uint32(i - begin)
+            begin = i
+            last = place
+            cell = np.uint64(index[row + ONE] | place & PLOT_PLACES - 1)
+            if counts[cell] == 0:
+                firsts[cell] = np.uint32(now + np.int64(i))
+                filled[1] += 1
+        i += ONE
+    counts[cell] += np.uint32(i - begin)
+    return np.int64(i)
+
+
+@kernel
+def count_bytes(words, start, now, seen, head, kind, index, counts, firsts, mix, filled):
+    """The same of bytes, of which most places are new or are in the plot of the one before."""
+    stands_alone()
+    count = np.uint64(words.shape[0] >> 1)
+    i, mask = np.uint64(start), np.uint64(index.shape[0] - 1)
+    last, plot = np.int64(NO_KEY), np.uint64(0)
+    while i < count:
+        gpa = words[i << ONE]
+        size = (words[i << ONE | ONE] & seen) ^ head
+        more = size - 1
+        if ((size | gpa) & more) | (more >> LARGEST_SHIFT) | (gpa >> ADDRESS_BITS) != 0:
+            break
+        shift = shift_of(size)
+        place = gpa >> shift
+        key = place >> PLOT_BITS | shift << PLOT_SHIFTS | kind
+        if key != last:
+            row = home_of(key, mix)
+            if index[row] != key:
+                row = row_beyond(index, key, row, mask)
+                if index[row] != key:
+                    break
+            plot = np.uint64(index[row + ONE])
+            last = key
+        cell = plot | np.uint64(place & PLOT_PLACES - 1)
+        counted = counts[cell]
+        counts[cell] = counted + ONCE
+        if counted == 0:
+            firsts[cell] = np.uint32(now + np.int64(i))
+            filled[1] += 1
+        i += ONE
+    return np.int64(i)
+
+
+@kernel
+def count_together(words, start, base, since, seen, head, what, unit, plots, table, mix, limit, used):
+    """Count records with ``head`` above the size in word 1, up to the first other; returns (position, status)."""
+    count = words.shape[0] >> 1
+    kind = what << PLOT_WHAT
+    cells = plots.index, plots.counts, plots.firsts, plots.mix, plots.used
+    i = start
+    while i < count:
+        if unit != 0:
+            i = count_spans(words, i, base - since, seen, head, kind, *cells)
+        else:
+            i = count_bytes(words, i, base - since, seen, head, kind, *cells)
+        if i == count:
+            break
+        size = (words[2 * i + 1] & seen) ^ head
+        if size - 1 >> 16 != 0:
+            break
+        status = count_one(words[2 * i], size, what, 0, base + i, since, unit, plots, table, mix, limit, used)
+        if status != DONE:
+            return i, status
+        i += 1
+    return i, DONE
+
+
+@kernel
+def count_apart(words, contexts, start, base, since, seen, head, what, unit, plots, table, mix, limit, used):
+    """The same of either level where places are apart by ``contexts`` too: numbers above 0."""
+    stands_alone()
+    for i in range(start, words.shape[0] >> 1):
+        size = (words[2 * i + 1] & seen) ^ head
+        if size - 1 >> 16 != 0:
+            return i, DONE
+        at, context = base + i, contexts[i]
+        status = count_one(words[2 * i], size, what, context, at, since, unit, plots, table, mix, limit, used)
+        if status != DONE:
+            return i, status
+    return words.shape[0] >> 1, DONE
+
+
+@kernel
+def count_places(words, contexts, start, base, since, kinds, unit, plots, table, mix, limit, used):
     """Count the places of ``words`` (int64[2n], two a record) from position ``start``; ``base`` is the index of the
-    chunk's first record, ``kinds`` as in a chunk, ``contexts`` int64[n] numbers or empty, ``unit`` the level's shift.
+    chunk's first record, ``since`` that of the first that is counted in the plots, ``kinds`` as in a chunk,
+    ``contexts`` int64[n] numbers above 0 or empty, ``unit`` the level's shift.
 
     ``used`` int64[1] is how many rows of the table have a place, ``limit`` how many may. Returns (status, position):
     DONE, NEED_ROOM for a larger table, NEED_PLOTS for more of them, or what is wrong with the record there.
@@ -239,7 +318,12 @@ def count_places(words, contexts, start, base, kinds, unit, plots, table, mix, l
             return bad, i
         head = word & seen & ~0xFFFF
         what = what_of(word)
-        i, status = count_run(words, contexts, i, base, seen, head, what, unit, plots, table, mix, limit, used)
+        if contexts.shape[0] != 0:
+            i, status = count_apart(
+                words, contexts, i, base, since, seen, head, what, unit, plots, table, mix, limit, used
+            )
+        else:
+            i, status = count_together(words, i, base, since, seen, head, what, unit, plots, table, mix, limit, used)
         if status != DONE:
             return status, i
     return DONE, i
@@ -248,75 +332,18 @@ def count_places(words, contexts, start, base, kinds, unit, plots, table, mix, l
 @kernel
 def index_plots(plots):
     """Enter all plots into an empty index."""
-    odd, down = plots.mix
     index = plots.index
-    mask = np.uint64((index.shape[0] >> 1) - 1)
+    mask = np.uint64(index.shape[0] - 1)
     for position in range(plots.used[0]):
         key = plots.keys[position]
-        at = np.uint64(key * odd >> down) & mask
-        while index[at << ONE] != NO_KEY:
-            at = (at + ONE) & mask
-        index[at << ONE] = key
-        index[at << ONE | ONE] = position
-
-
-@kernel
-def next_cell(plots, order, run, number):
-    """Bring a run of plots to its next cell with a place, from the one that it is at: ``run`` int64[RUN_WORDS], see
-    ``merged``. ``number`` is how many plots ``order`` has up to the end of the run."""
-    at, cell = run[RUN_AT], run[RUN_CELL]
-    while at < number:
-        key = plots.keys[order[at]]
-        base = order[at] * PLOT_WORDS
-        while cell < PLOT_PLACES:
-            if plots.cells[base + cell] != 0:
-                shift = key & 7
-                run[RUN_AT], run[RUN_CELL] = at, cell
-                run[RUN_BEGIN] = (key >> PLOT_NUMBER << PLOT_BITS | cell) << shift
-                run[RUN_REST] = 1 << shift + 8 | key >> PLOT_WHAT & 0xFF
-                return
-            cell += 1
-        at += 1
-        cell = 0
-    run[RUN_AT] = at
-    run[RUN_BEGIN] = NO_MORE
-
-
-@kernel
-def merged(plots, order, ends, runs, rows, begin, extent, what, count, first):
-    """All places in order, as columns. ``order`` int64[plots] are positions of plots, of which each run up to one of
-    ``ends`` is in order; ``runs`` int64[len(ends), RUN_WORDS] room for where they are; ``rows`` int64[n, ROW_WORDS]
-    those of the table, in order."""
-    for number in range(ends.shape[0]):
-        run = runs[number]
-        run[RUN_AT] = ends[number - 1] if number else 0
-        run[RUN_CELL] = 0
-        next_cell(plots, order, run, ends[number])
-    row = 0
-    for done in range(begin.shape[0]):
-        least, low, rest = -1, np.int64(NO_MORE), np.int64(0)
-        if row < rows.shape[0]:
-            low = rows[row, 0]
-            rest = (rows[row, 1] & 0xFFFF) << 8 | rows[row, 1] >> WHAT_SHIFT
-        for number in range(ends.shape[0]):
-            at = runs[number, RUN_BEGIN]
-            if at < low or (at == low and runs[number, RUN_REST] < rest):
-                least, low, rest = number, at, runs[number, RUN_REST]
-        begin[done], extent[done], what[done] = low, rest >> 8, rest & 0xFF
-        if least < 0:
-            count[done], first[done] = rows[row, 2], rows[row, 3]
-            row += 1
-        else:
-            run = runs[least]
-            cell = order[run[RUN_AT]] * PLOT_WORDS + run[RUN_CELL]
-            count[done], first[done] = plots.cells[cell], plots.cells[cell + PLOT_PLACES]
-            run[RUN_CELL] += 1
-            next_cell(plots, order, run, ends[least])
+        row = row_beyond(index, key, home_of(key, plots.mix), mask)
+        index[row] = key
+        index[row + ONE] = position << PLOT_BITS
 
 
 @kernel
 def number_contexts(pcs, buckets, start, numbers, table, mix, limit, used):
-    """Give each pair of a pc and a bucket (int64[n] both) a number, from 0 in order of appearance; returns how far."""
+    """Give each pair of a pc and a bucket (int64[n] both) a number, from 1 in order of appearance; returns how far."""
     for i in range(start, numbers.shape[0]):
         at = row_of(table, mix, pcs[i], buckets[i])
         if table[at | TWO] == 0:
@@ -326,7 +353,7 @@ def number_contexts(pcs, buckets, start, numbers, table, mix, limit, used):
             table[at] = pcs[i]
             table[at | ONE] = buckets[i]
             table[at | TWO] = used[0]
-        numbers[i] = table[at | TWO] - 1
+        numbers[i] = table[at | TWO]
     return numbers.shape[0]
 
 

@@ -30,6 +30,9 @@ UNITS = {SPANS: SUBPAGE_SHIFT, BYTES: 0}
 UNKNOWN = -1  # position of a trace: which one was first here is not known
 
 MAX_ORIGINS = 1 << 16
+# Places that are written to a file at one time, and memory of each meanwhile.
+ROW_GROUP = 1 << 20
+WRITTEN_BYTES = 80
 INDEX_BITS = 46  # of the index of a record; the position of its trace is above
 
 

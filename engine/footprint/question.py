@@ -151,8 +151,8 @@ class Sorted:
     mixed: NDArray[np.bool_]
     guarded: NDArray[np.bool_]
     mmio: NDArray[np.bool_]
-    clear: Numbers
-    """How many pages of each come before the first that is MMIO."""
+    clear: NDArray[np.uint8]
+    """How many pages of each, 17 at most, come before the first that is MMIO."""
 
 
 def slices(footprint: Footprint, check: Check = unbounded) -> Iterator[Footprint]:
@@ -191,7 +191,7 @@ def _sorted(footprint: Footprint, question: Question) -> Sorted:
         mixed=obeying & enforced & (~whole | unenforced),
         guarded=obeying & writes | plain & (kind == acc.PAGING_READ),
         mmio=~whole,
-        clear=clear,
+        clear=clear.astype(np.uint8),
     )
 
 
@@ -240,7 +240,7 @@ def mixed_places(footprint: Footprint, question: Question, found: Sorted, check:
     at = np.flatnonzero(found.mixed)
     check(int(found.clear[at].sum()) * _PIECE + len(at) * _MIXED)
     first, last = footprint.first_subpage[at], footprint.last_subpage[at]
-    clear = found.clear[at]
+    clear = found.clear[at].astype(np.int64)
     owner = np.repeat(np.arange(len(at)), clear)
     page = (first >> _PAGE_SUBPAGES)[owner] + np.arange(len(owner)) - np.repeat(np.cumsum(clear) - clear, clear)
     enforced = ~question.pages(page)[2]

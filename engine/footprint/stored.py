@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from engine.footprint.places import (
     KEYS,
     LEVELS,
     MAX_ORIGINS,
+    ROW_GROUP,
     SPANS,
     UNITS,
     UNKNOWN,
@@ -40,7 +42,6 @@ from engine.trace.readers.parquet_bounds import DIRECTORY, check_pages, director
 
 SCHEMA = 1  # of the file; a file of a later one is refused
 HEAD = b"subpage.footprint"
-ROW_GROUP = 1 << 20
 # Of a trace in the head. A name is at most that of a file.
 _DIGEST = re.compile(r"[0-9a-f]{0,64}|tr_[0-9a-f]{16}")
 _FORMATS = frozenset({"", *FORMATS, *TOOL_FORMATS})
@@ -66,52 +67,65 @@ _TYPES = {
 }
 _TRACES = "the traces of a footprint"
 _NULLABLE = ("trace", "first_index")
-ROW_BYTES = 256  # of a place while it is read: half of it is Arrow's
-_STEPS = 64
+# Memory of a place, of one that is apart by time or by the instruction, and of those that are read at one time: half of
+# it is Arrow's.
+PLACE_BYTES, APART_BYTES, ROW_BYTES = 40, 56, 256
+BATCH = 1 << 16
 # What the library raises for a damaged file, beside OSError without a number.
 _DAMAGE = (pa.ArrowException, ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
 
 
 def write(footprint: Footprint, sink: Any) -> None:
     """Write the file to ``sink``, which has ``write``. Raises LimitExceeded for more traces than can be read again."""
-    unknown = footprint.trace == UNKNOWN
-    columns: dict[str, NDArray[Any] | None] = {
-        "begin": footprint.begin,
-        "extent": footprint.extent,
-        "access": footprint.access,
-        "kind": footprint.kind,
-        "linear": footprint.translated,
-        "source": footprint.source,
-        "bucket": footprint.bucket,
-        "pc": footprint.pc,
-        "count": footprint.count,
-        "trace": footprint.trace,
-        "first_index": footprint.first,
-    }
-    names = _names(footprint.level)
-    arrays = {}
-    for name, values in columns.items():
-        if values is not None:
-            hidden = unknown if name in _NULLABLE else None
-            kept = values if hidden is None else np.where(hidden, 0, values)
-            arrays[names[name]] = pa.array(kept, type=_TYPES[name], mask=hidden, safe=False)
     # A name that is none of Unicode, as those of files may be, is no reason not to write.
     head = json.dumps(_head(footprint), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(
         errors="replace"
     )
     _check_head(len(head))
-    table = pa.table(arrays)
-    words = [names["begin"], "first_index", *(name for name in ("pc",) if name in arrays)]
+    names = _names(footprint.level)
+    step = min(len(footprint), ROW_GROUP) or 1
+    tables = (_table(footprint, slice(at, at + step)) for at in range(0, len(footprint) or 1, step))
+    first = next(tables)
+    words = [names["begin"], "first_index", *(name for name in ("pc",) if name in first.column_names)]
     with pq.ParquetWriter(
         sink,
-        table.schema,
+        first.schema,
         compression="zstd",
-        use_dictionary=[name for name in arrays if name not in words],
+        use_dictionary=[name for name in first.column_names if name not in words],
         column_encoding=dict.fromkeys(words, "DELTA_BINARY_PACKED"),
         store_schema=False,  # it would have the head once more
     ) as writer:
-        writer.write_table(table, row_group_size=ROW_GROUP)
+        for table in chain([first], tables):
+            writer.write_table(table, row_group_size=ROW_GROUP)
         writer.add_key_value_metadata({HEAD: head})
+
+
+def _table(footprint: Footprint, rows: slice) -> Any:
+    """Some places as a table of Arrow: a row group of the file."""
+    columns = {name: column[rows] for name, column in footprint.columns().items()}
+    part = made(footprint.level, footprint.by, footprint.origins, columns)
+    unknown = part.trace == UNKNOWN
+    given: dict[str, NDArray[Any] | None] = {
+        "begin": part.begin,
+        "extent": part.extent,
+        "access": part.access,
+        "kind": part.kind,
+        "linear": part.translated,
+        "source": part.source,
+        "bucket": part.bucket,
+        "pc": part.pc,
+        "count": part.count,
+        "trace": part.trace,
+        "first_index": part.first,
+    }
+    names = _names(footprint.level)
+    arrays = {}
+    for name, values in given.items():
+        if values is not None:
+            hidden = unknown if name in _NULLABLE else None
+            kept = values if hidden is None else np.where(hidden, 0, values)
+            arrays[names[name]] = pa.array(kept, type=_TYPES[name], mask=hidden, safe=False)
+    return pa.table(arrays)
 
 
 def _check_head(size: int) -> None:
@@ -147,7 +161,9 @@ def read(source: Any, memory: int | Budget, check: Callable[[], None] = lambda: 
         level, by, origins = _said(metadata.metadata or {}, budget)
         names = _names(level)
         wanted = [name for name in _TYPES if (name != "bucket" or by.buckets) and (name != "pc" or by.pc)]
-        budget.keep(footer.rows * ROW_BYTES, "the places of a footprint")
+        rows = footer.rows
+        budget.keep(rows * (APART_BYTES if any(by) else PLACE_BYTES), "the places of a footprint")
+        budget.check(min(rows, BATCH) * ROW_BYTES, "the places of a footprint")
         schema = metadata.schema.to_arrow_schema()
         for name in wanted:
             at = schema.get_field_index(names[name])
@@ -155,15 +171,21 @@ def read(source: Any, memory: int | Budget, check: Callable[[], None] = lambda: 
                 raise InvalidValue(f"must have a column {names[name]} of {_TYPES[name]}", field=names[name])
         check_pages(source, footer, leaves_of(metadata), [names[name] for name in wanted], budget)
         file = pq.ParquetFile(pa.PythonFile(source, mode="r"), metadata=metadata, page_checksum_verification=True)
-        count = file.num_row_groups
-        step = -(-count // _STEPS) or 1
-        parts = []
-        for at in range(0, count, step):
+        columns = _empty(by, rows)
+        done = 0
+        check()
+        wants = [names[name] for name in wanted]
+        for batch in file.iter_batches(batch_size=BATCH, columns=wants, use_threads=False):
             check()
-            some = range(at, min(at + step, count))
-            parts.append(file.read_row_groups(some, columns=[names[name] for name in wanted], use_threads=False))
-        table = pa.concat_tables(parts or [file.schema_arrow.empty_table()])
-        table.validate(full=True)
+            batch.validate(full=True)
+            if done + len(batch) > rows:
+                raise ValueError("there are more rows than it says")
+            given = {name: batch.column(names[name]) for name in wanted}
+            for name, column in _checked(level, origins, given, done).items():
+                columns[name][done : done + len(batch)] = column
+            done += len(batch)
+        if done != rows:
+            raise ValueError("there are fewer rows than it says")
     except (EngineError, MemoryError):
         raise
     except OSError as error:
@@ -173,7 +195,17 @@ def read(source: Any, memory: int | Budget, check: Callable[[], None] = lambda: 
     except _DAMAGE as error:
         raise _damaged(error) from error
     check()
-    return _checked(level, by, origins, {name: table.column(names[name]) for name in wanted})
+    _check_order(level, columns)
+    _check_total(columns["count"], origins)
+    return made(level, by, origins, columns)
+
+
+def _empty(by: By, rows: int) -> dict[str, NDArray[Any]]:
+    """Room for the columns of a footprint."""
+    kinds = {"begin": np.uint64, "extent": np.int64, "what": np.uint8, "count": np.int64, "trace": np.int32}
+    more = {"bucket": by.buckets, "pc": by.pc}
+    there = {**kinds, "first": np.int64, **{name: np.uint64 for name, has in more.items() if has}}
+    return {name: np.empty(rows, dtype=kind) for name, kind in there.items()}
 
 
 def _damaged(error: Exception) -> InvalidValue:
@@ -247,16 +279,18 @@ def _number(value: Any) -> int:
     return value
 
 
-def _checked(level: str, by: By, origins: tuple[Origin, ...], given: Mapping[str, pa.ChunkedArray]) -> Footprint:
-    """The footprint of the columns of a file. Raises InvalidValue, with the row."""
-    unknown = given["trace"].is_null().to_numpy() if len(given["trace"]) else np.zeros(0, dtype=np.bool_)
+def _checked(
+    level: str, origins: tuple[Origin, ...], given: Mapping[str, pa.Array], done: int
+) -> dict[str, NDArray[Any]]:
+    """The columns of a footprint of some rows of a file, behind ``done`` others. Raises InvalidValue, with the row."""
+    unknown = given["trace"].is_null().to_numpy(zero_copy_only=False)
     values: dict[str, NDArray[Any]] = {}
     for name, column in given.items():
         if name in _NULLABLE:
             column = column.fill_null(0)
         elif column.null_count:
             raise InvalidValue("must not be null", field=_names(level)[name])
-        values[name] = column.to_numpy()
+        values[name] = column.to_numpy(zero_copy_only=False)
     begin, extent = values["begin"], values["extent"].astype(np.int64)
     unit = UNITS[level]
     most = (65535 + (1 << unit) - 2 >> unit) + 1
@@ -264,18 +298,24 @@ def _checked(level: str, by: By, origins: tuple[Origin, ...], given: Mapping[str
     access, linear = values["access"].astype(np.int64), values["linear"].astype(np.int64)
     possible = np.int64(acc.POSSIBLE) >> (4 * kind + access) & 1 == 1
     plain = (kind == acc.DATA) & (access != acc.EXECUTE)
-    _all(extent - 1 < np.int64(most), level, "extent", f"must be 1 to {most}")
-    _all(extent > 0, level, "extent", f"must be 1 to {most}")
-    _all(begin <= np.uint64(1 << 52 - unit) - extent.astype(np.uint64), level, "begin", "must end below 2^52")
-    _all((kind < len(acc.KIND_NAMES)) & (access <= acc.EXECUTE) & possible, level, "kind", acc.KIND_RULE)
-    _all((source == 0) | (source <= acc.HOST) & plain, level, "source", acc.SOURCE_RULE)
-    _all((linear == 1) | (linear == 0) & (kind == acc.PAGING_READ), level, "linear", "must be 1, or 0 of a paging read")
-    _all((values["count"] > 0) & (values["count"] < 1 << 63), level, "count", "must be from 1 to 2^63 - 1")
-    _all(values["trace"] < len(origins), level, "trace", "must be the position of a trace")
-    _all(values["first_index"] < 1 << INDEX_BITS, level, "first_index", f"must be below 2^{INDEX_BITS}")
+    _all(extent - 1 < np.int64(most), level, done, "extent", f"must be 1 to {most}")
+    _all(extent > 0, level, done, "extent", f"must be 1 to {most}")
+    _all(begin <= np.uint64(1 << 52 - unit) - extent.astype(np.uint64), level, done, "begin", "must end below 2^52")
+    _all((kind < len(acc.KIND_NAMES)) & (access <= acc.EXECUTE) & possible, level, done, "kind", acc.KIND_RULE)
+    _all((source == 0) | (source <= acc.HOST) & plain, level, done, "source", acc.SOURCE_RULE)
+    _all(
+        (linear == 1) | (linear == 0) & (kind == acc.PAGING_READ),
+        level,
+        done,
+        "linear",
+        "must be 1, or 0 of a paging read",
+    )
+    _all((values["count"] > 0) & (values["count"] < 1 << 63), level, done, "count", "must be from 1 to 2^63 - 1")
+    _all(values["trace"] < len(origins), level, done, "trace", "must be the position of a trace")
+    _all(values["first_index"] < 1 << INDEX_BITS, level, done, "first_index", f"must be below 2^{INDEX_BITS}")
     what = access | kind << kernels.KIND_SHIFT | source << kernels.SOURCE_SHIFT
     what |= np.where(linear == 0, kernels.UNTRANSLATED, 0)
-    columns: dict[str, NDArray[Any]] = {
+    return {
         "begin": begin,
         "extent": extent,
         "what": what.astype(np.uint8),
@@ -284,9 +324,14 @@ def _checked(level: str, by: By, origins: tuple[Origin, ...], given: Mapping[str
         "first": np.where(unknown, UNKNOWN, values["first_index"].astype(np.int64)),
         **{name: values[name] for name in ("bucket", "pc") if name in values},
     }
-    _all(_ascending(columns), level, "begin", "must be places in order, each once")
-    _check_total(columns["count"], origins)
-    return made(level, by, origins, columns)
+
+
+def _check_order(level: str, columns: Mapping[str, NDArray[Any]]) -> None:
+    """Each place is behind the one before it."""
+    for begin in range(0, len(columns["begin"]), BATCH):
+        at = max(begin - 1, 0)  # the last one of those before
+        some = {name: columns[name][at : begin + BATCH] for name in KEYS if name in columns}
+        _all(_ascending(some), level, at, "begin", "must be places in order, each once")
 
 
 def _ascending(columns: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
@@ -310,6 +355,6 @@ def _check_total(counts: NDArray[np.int64], origins: tuple[Origin, ...]) -> None
         raise InvalidValue(f"must be {wanted} in all, the records of the traces", field="count", value=total)
 
 
-def _all(fine: NDArray[np.bool_], level: str, name: str, rule: str) -> None:
+def _all(fine: NDArray[np.bool_], level: str, done: int, name: str, rule: str) -> None:
     if not fine.all():
-        raise InvalidValue(rule, field=f"{_names(level)[name]}[{int(np.argmin(fine))}]")
+        raise InvalidValue(rule, field=f"{_names(level)[name]}[{done + int(np.argmin(fine))}]")

@@ -16,9 +16,10 @@ from engine.arch.hypercall import GUEST_PHYSICAL_SPACE, LIST, SPACE
 from engine.arch.hyperv_cpuid import INTERFACE_SIGNATURE, LEAF_INTERFACE, LEAF_RECOMMENDATIONS, CpuidEntry
 from engine.cpu import frames
 from engine.cpu.ept import TRAIL_ROWS
-from engine.footprint.build import FIRST_ROWS, Builder
+from engine.footprint.build import Builder
 from engine.footprint.costs import costs
 from engine.footprint.places import By, Origin
+from engine.footprint.tables import FIRST_ROWS
 from engine.hyperv import nested_paging
 from engine.hyperv.encode import CallFields
 from engine.hyperv.flush_execution import drop_nested

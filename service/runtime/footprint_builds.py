@@ -11,15 +11,12 @@ from typing import Any, ClassVar, Protocol
 
 from engine.errors import InvalidValue
 from engine.footprint.build import Builder
-from engine.footprint.places import SPANS, By, Footprint, Origin
+from engine.footprint.places import ROW_GROUP, SPANS, WRITTEN_BYTES, By, Footprint, Origin
 from engine.trace.addresses import Addresses
 from engine.trace.columns import TraceChunk
 from engine.trace.readers import Budget, Source, open_trace
 from service.problems import InvalidDocument
 
-# Of a place while the rows of the table become columns in order.
-_FINISHING = 160
-_COARSER = 200  # of a place while those of a footprint are put together
 _PIECE = 1 << 20
 _TOGETHER = By()
 
@@ -86,8 +83,10 @@ class Collecting:
 
     def finish(self, digest: str, format: str, name: str = "") -> Footprint:
         """The footprint of what was fed. Raises what a budget does."""
-        self._room.check(self._builder.places * _FINISHING, "the places of a footprint")
+        self._room.check(self._builder.finishing, "the places of a footprint")
         self.footprint = self._builder.finish(Origin(digest, 0, format, (), self._address, name))
+        self._room.keep(self.footprint.nbytes, "the places of a footprint")
+        self._room.check(min(len(self.footprint), ROW_GROUP) * WRITTEN_BYTES, "the file of a footprint")
         return self.footprint
 
     def known_as(self, digest: str) -> Footprint:
@@ -220,5 +219,9 @@ def _taken(request: FootprintRequest, found: Footprint, room: Budget) -> Footpri
         if given:
             rule = "is about a trace: the body is a footprint, whose traces were read already"
             raise InvalidValue(rule, field=name, value=getattr(request, name))
-    room.check(len(found) * _COARSER, "the places of a footprint")
-    return coarser(found, request.level, request.by if any(request.by) else None)
+    by = request.by if any(request.by) else None
+    made = coarser(found, request.level, by, lambda size: room.check(size, "the places of a footprint"))
+    if made is not found:
+        room.keep(made.nbytes, "the places of a footprint")
+    room.check(min(len(made), ROW_GROUP) * WRITTEN_BYTES, "the file of a footprint")
+    return made

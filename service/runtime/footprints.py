@@ -9,7 +9,7 @@ import json
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from engine.errors import LimitExceeded, NotFound
 from engine.footprint.costs import Costs
-from engine.footprint.places import Footprint
+from engine.footprint.places import BYTES, SPANS, Footprint
 from engine.footprint.question import Check, Question
 from engine.footprint.summaries import Counts
 from engine.trace.readers import Budget
@@ -37,11 +37,15 @@ from service.storage.records import FootprintRecord, JobRecord, Side
 
 # Of its file, as it is stored: some megabytes, so that no row is very large.
 PART = 4 << 20
-# Memory of a place while it is asked: its columns, the sums that are made of them once, and what making them takes;
-# the same of one that is apart by time or by the instruction, which is first made one that is not.
-ASKED_BYTES, ASKED_APART_BYTES = 240, 480
+# Memory of a place while it is asked: its columns, the sums that are made of them once, and what making them takes
+# (where bytes become spans first, what these take is asked for when it is known how many there are); the same of one
+# that is apart by time or by the instruction, which is first made one that is not.
+ASKED_BYTES = {SPANS: 200, BYTES: 100}
+ASKED_APART_BYTES = 300
 # Of the sums alone.
-_SUMS, _SUMS_APART = 100, 180
+_SUMS, _SUMS_APART = {SPANS: 110, BYTES: 60}, 180
+# Of those that are read at one time.
+_READ = 1 << 24
 # Of each that is in memory, however few places it has, and of each of its traces.
 _EACH, _ORIGIN = 4096, 1024
 # The last moment that there is, in microseconds.
@@ -73,7 +77,11 @@ class Asked:
     def nbytes(self) -> int:
         """What it takes, with all that was worked out of it."""
         places, counts = len(self.footprint), self._counts
-        sums = 0 if self._costs is None else places * (_SUMS_APART if any(self.footprint.by) else _SUMS)
+        sums = (
+            0
+            if self._costs is None
+            else places * (_SUMS_APART if any(self.footprint.by) else _SUMS[self.footprint.level])
+        )
         listed = 0 if counts is None else sum(column.nbytes for column in (*counts[1], counts[2]))
         return _EACH + _ORIGIN * len(self.footprint.origins) + self.footprint.nbytes + sums + listed
 
@@ -127,7 +135,9 @@ class Keeping(Protocol):
 
     async def footprints_called(self, ids: Collection[str]) -> list[FootprintRecord]: ...
 
-    async def footprint_parts(self, footprint: str) -> list[bytes]: ...
+    async def footprints_before(self, created: str) -> list[str]: ...
+
+    async def footprint_part(self, footprint: str, part: int) -> bytes | None: ...
 
 
 class FootprintsInMemory:
@@ -148,9 +158,12 @@ class FootprintsInMemory:
     async def footprints_called(self, ids: Collection[str]) -> list[FootprintRecord]:
         return [self._records[name] for name in ids if name in self._records]
 
-    async def footprint_parts(self, footprint: str) -> list[bytes]:
+    async def footprints_before(self, created: str) -> list[str]:
+        return [record.id for record in self._records.values() if record.created < created]
+
+    async def footprint_part(self, footprint: str, part: int) -> bytes | None:
         record = self._records.get(footprint)
-        return [] if record is None else list(record.parts)
+        return None if record is None or part >= len(record.parts) else record.parts[part]
 
 
 class Footprints:
@@ -215,7 +228,14 @@ class Footprints:
         size = sum(map(len, parts))
         record = FootprintRecord(f"fp_{secrets.token_hex(8)}", tenant, vm, stamp(now), size, head, parts)
         known = await self._kept.footprints(tenant)
-        return Side(footprints=(record,), dropped=self._going(known, size))
+        return Side(footprints=(record,), dropped=(*self._going(known, size), *await self._of_others(tenant, known)))
+
+    async def _of_others(self, tenant: str, known: Sequence[FootprintRecord]) -> list[str]:
+        """Those of other tenants whose days are over: theirs may never look again."""
+        if not self._settings.kept_footprint_days:
+            return []
+        mine = {record.id for record in known}
+        return [name for name in await self._kept.footprints_before(self._oldest()) if name not in mine]
 
     def _going(self, known: Sequence[FootprintRecord], size: int) -> tuple[str, ...]:
         """Those of a tenant, oldest first, that have to go for one of ``size`` bytes."""
@@ -250,8 +270,11 @@ class Footprints:
     # Reading
 
     def _is_too_old(self, record: FootprintRecord) -> bool:
-        days = self._settings.kept_footprint_days
-        return bool(days) and record.created < stamp(datetime.now(UTC) - timedelta(days=days))
+        return bool(self._settings.kept_footprint_days) and record.created < self._oldest()
+
+    def _oldest(self) -> str:
+        """Those that were created before this time have had their days."""
+        return stamp(datetime.now(UTC) - timedelta(days=self._settings.kept_footprint_days))
 
     async def _without_old(self, found: Sequence[FootprintRecord]) -> list[FootprintRecord]:
         """Those of these whose days are not over; the others are dropped, if the store takes that now."""
@@ -283,18 +306,21 @@ class Footprints:
         following = moment(datetime.fromisoformat(found[limit - 1].created)) if len(found) > limit else None
         return shown, following
 
-    @asynccontextmanager
-    async def file(self, tenant: str, record: FootprintRecord) -> AsyncIterator[list[bytes]]:
-        """The Parquet file in parts, in memory for the time of the context.
+    async def file(self, tenant: str, record: FootprintRecord) -> AsyncGenerator[bytes, None]:
+        """The Parquet file in parts, one of which is in memory at a time.
 
-        Raises NotFound, StoreUnavailable, and ShareExceeded or LimitExceeded where there is too little memory.
+        Raises NotFound, also where it is dropped meanwhile, StoreUnavailable, and ShareExceeded or LimitExceeded where
+        there is too little memory.
         """
         with self.memory.budget(tenant) as budget:
-            Room(budget, self._settings.max_footprint_memory_bytes).keep(record.size)
-            parts = await self._kept.footprint_parts(record.id)
-            if not parts:
-                raise footprint_not_kept(record.id)
-            yield parts
+            Room(budget, self._settings.max_footprint_memory_bytes).keep(min(record.size, PART))
+            part = sent = 0
+            while sent < record.size:
+                data = await self._kept.footprint_part(record.id, part)
+                if not data:
+                    raise footprint_not_kept(record.id)
+                yield data
+                part, sent = part + 1, sent + len(data)
 
     @asynccontextmanager
     async def asked(self, tenant: str, footprint: str) -> AsyncIterator[tuple[Asked, Room]]:
@@ -307,8 +333,9 @@ class Footprints:
         head = json.loads(record.head)
         with self.memory.budget(tenant) as budget:
             room = Room(budget, self._settings.footprint_memory_bytes)
-            each = ASKED_APART_BYTES if any(head["by"].values()) else ASKED_BYTES
+            each = ASKED_APART_BYTES if any(head["by"].values()) else ASKED_BYTES[head["level"]]
             room.keep(head["places"] * each + head["traces_total"] * _ORIGIN + _EACH)
+            room.check(min(head["places"] * each, _READ))
             lock = self._loading.setdefault(record.id, asyncio.Lock())
             try:
                 async with lock:
@@ -323,9 +350,12 @@ class Footprints:
                     self._remember(found)
 
     async def _load(self, record: FootprintRecord) -> Asked:
-        parts = await self._kept.footprint_parts(record.id)
-        if not parts:
-            raise footprint_not_kept(record.id)
+        parts: list[bytes] = []
+        while sum(map(len, parts)) < record.size:
+            part = await self._kept.footprint_part(record.id, len(parts))
+            if not part:
+                raise footprint_not_kept(record.id)
+            parts.append(part)
         return Asked(record, await maybe_in_thread(False, _decoded, parts))
 
     def _remember(self, asked: Asked) -> None:

@@ -136,6 +136,10 @@ class Repository:
         """Those of these that are kept, without their files. Raises StoreUnavailable."""
         return []
 
-    async def footprint_parts(self, footprint: str) -> list[bytes]:
-        """The file of a footprint; nothing when it is not kept. Raises StoreUnavailable."""
+    async def footprints_before(self, created: str) -> list[str]:
+        """Ids of those of all tenants created before a time, some of them. Raises StoreUnavailable."""
         return []
+
+    async def footprint_part(self, footprint: str, part: int) -> bytes | None:
+        """A part of the file of a footprint; None when there is no more, or it is not kept. Raises StoreUnavailable."""
+        return None

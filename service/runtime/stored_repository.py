@@ -211,8 +211,11 @@ class StoredRepository(Repository):
     async def footprints_called(self, ids: Collection[str]) -> list[FootprintRecord]:
         return await anyio.to_thread.run_sync(self._reading().footprints_called, ids) if ids else []
 
-    async def footprint_parts(self, footprint: str) -> list[bytes]:
-        return await anyio.to_thread.run_sync(self._reading().footprint_parts, footprint)
+    async def footprints_before(self, created: str) -> list[str]:
+        return await anyio.to_thread.run_sync(self._reading().footprints_before, created)
+
+    async def footprint_part(self, footprint: str, part: int) -> bytes | None:
+        return await anyio.to_thread.run_sync(self._reading().footprint_part, footprint, part)
 
     def _reading(self) -> Reader:
         if self._reader is None or not self._open:

@@ -48,6 +48,20 @@ def parts_of(connection: sa.Connection, footprint: str) -> list[bytes]:
     return [bytes(data) for (data,) in connection.execute(read)]
 
 
+def part_of(connection: sa.Connection, footprint: str, number: int) -> bytes | None:
+    """One part of the file of a footprint; None when it is not kept or has no such part."""
+    part = footprint_parts.c
+    read = sa.select(part.data).where(part.footprint == footprint, part.part == number)
+    found = connection.execute(read).scalar()
+    return None if found is None else bytes(found)
+
+
+def older(connection: sa.Connection, created: str) -> list[str]:
+    """Ids of those of all tenants that were created before a time, oldest first, as many as one statement drops."""
+    wanted = sa.select(footprints.c.id).where(footprints.c.created < created).order_by(footprints.c.created)
+    return [name for (name,) in connection.execute(wanted.limit(_AT_ONCE))]
+
+
 def _batches(ids: Collection[str]) -> Iterator[list[str]]:
     rest = list(ids)
     return (rest[at : at + _AT_ONCE] for at in range(0, len(rest), _AT_ONCE))

@@ -106,7 +106,12 @@ class Reader:
         with self._transaction() as connection:
             return footprint_rows.found(connection, ids)
 
-    def footprint_parts(self, footprint: str) -> list[bytes]:
-        """The file of a footprint; nothing when it is not kept."""
+    def footprints_before(self, created: str) -> list[str]:
+        """See ``footprint_rows.older``."""
         with self._transaction() as connection:
-            return footprint_rows.parts_of(connection, footprint)
+            return footprint_rows.older(connection, created)
+
+    def footprint_part(self, footprint: str, part: int) -> bytes | None:
+        """See ``footprint_rows.part_of``."""
+        with self._transaction() as connection:
+            return footprint_rows.part_of(connection, footprint, part)

@@ -9,6 +9,7 @@ COMBINE_PY = "engine/footprint/combine.py"
 COSTS_PY = "engine/footprint/costs.py"
 HITS_PY = "engine/footprint/hits.py"
 KERNELS_PY = "engine/footprint/kernels.py"
+ORDERING_PY = "engine/footprint/ordering.py"
 PARQUET_BOUNDS_PY = "engine/trace/readers/parquet_bounds.py"
 QUESTION_PY = "engine/footprint/question.py"
 
@@ -45,7 +46,7 @@ MUTANTS = (
         "return not kvm_version(self.profile).subpages.force_small",
         "return False",
         "the first series enforces nothing on large pages",
-        _REPLAYS,
+        named(f"{FOOTPRINTS}/test_footprint_costs.py", "large_pages_are_not_enforced_by_the_first_series"),
     ),
     Mutant(
         "footprint-emulated",
@@ -90,26 +91,59 @@ MUTANTS = (
     Mutant(
         "footprint-first",
         KERNELS_PY,
-        "cells[at | FIRSTS] = base + np.int64(i)",
-        "cells[at | FIRSTS] = np.int64(i)",
+        "firsts[cell] = np.uint32(now + np.int64(i))",
+        "firsts[cell] = np.uint32(np.int64(i))",
         "indices are absolute",
         named(f"{FOOTPRINTS}/test_footprint_build.py", "any_cut_into_chunks_gives_the_same"),
+        "count_bytes",
+    ),
+    Mutant(
+        "footprint-first-of-a-plot",
+        KERNELS_PY,
+        "plots.firsts[cell] = np.uint32(index - since)",
+        "plots.firsts[cell] = np.uint32(index)",
+        "first indices of a cell count from the record with which the plots began",
+        named(f"{FOOTPRINTS}/test_footprint_build.py", "more_records_than_a_cell_can_count_are_counted"),
+    ),
+    Mutant(
+        "footprint-run",
+        KERNELS_PY,
+        "begin = i",
+        "begin = i + ONE",
+        "accesses to one place in a row count each, the first one too",
+        named(f"{FOOTPRINTS}/test_footprint_build.py", "places_are_runs_of_sub_pages"),
     ),
     Mutant(
         "footprint-uneven",
         KERNELS_PY,
-        "even = more == (1 << shift) - 1 and gpa & more == 0",
-        "even = more == (1 << shift) - 1",
+        "if ((size | gpa) & more) | (more >> LARGEST_SHIFT) | (gpa >> ADDRESS_BITS) != 0:",
+        "if (size & more) | (more >> LARGEST_SHIFT) | (gpa >> ADDRESS_BITS) != 0:",
         "an access that is no multiple of its size is in no cell",
         named(f"{FOOTPRINTS}/test_footprint_build.py", "even_and_uneven_places_come_in_order"),
     ),
     Mutant(
-        "footprint-no-plot",
+        "footprint-uneven-plot",
         KERNELS_PY,
-        "last_key = key if status == DONE else np.int64(NO_KEY)",
-        "last_key = key",
-        "a place without a plot is in no cell of the plot before",
+        "if extent == 1 << shift and begin & extent - 1 == 0 and context == 0:",
+        "if extent == 1 << shift and context == 0:",
+        "an access that is no multiple of its size makes no plot",
+        named(f"{FOOTPRINTS}/test_footprint_build.py", "even_and_uneven_places_come_in_order"),
+    ),
+    Mutant(
+        "footprint-far",
+        KERNELS_PY,
+        "if plots.open[0] == 0:",
+        "if False:",
+        "where plots would stay empty no more are made",
         named(f"{FOOTPRINTS}/test_footprint_build.py", "places_far_apart_go_to_the_table"),
+    ),
+    Mutant(
+        "footprint-order",
+        ORDERING_PY,
+        "stop = min(stop, rows[row, 0] << RANK_BEGIN)",
+        "stop = min(stop, rows[row, 0] + 1 << RANK_BEGIN)",
+        "places that begin alike are in order of their sizes, wherever they were counted",
+        named(f"{FOOTPRINTS}/test_footprint_build.py", "an_uneven_place_comes_between_those_of_a_plot"),
     ),
     Mutant(
         "footprint-untranslated",

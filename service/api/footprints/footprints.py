@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from fastapi import Path, Query
@@ -244,7 +245,7 @@ async def list_footprints(request: Request, limit: Limit = None, cursor: Cursor 
 
 
 class _File(Response):
-    """The file of a footprint, in memory of its tenant while it is sent."""
+    """The file of a footprint, of which one part is in memory of its tenant while it is sent."""
 
     media_type = PARQUET
 
@@ -254,11 +255,14 @@ class _File(Response):
         self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._footprints.file(self._record.tenant, self._record) as parts:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            for part in parts:
+        begun = False
+        async with aclosing(self._footprints.file(self._record.tenant, self._record)) as parts:
+            async for part in parts:
+                if not begun:  # what is wrong with the first one is told as it is
+                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                begun = True
                 await send({"type": "http.response.body", "body": part, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 @routes.get(

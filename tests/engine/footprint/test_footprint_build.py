@@ -12,8 +12,10 @@ import pytest
 
 from engine.arch import access as acc
 from engine.errors import InvalidValue, LimitExceeded, TraceError
-from engine.footprint.build import FIRST_PLOTS, FIRST_ROWS, Builder
+from engine.footprint import kernels
+from engine.footprint.build import Builder
 from engine.footprint.places import BYTES, LEVELS, SPANS, By, Footprint, Origin
+from engine.footprint.tables import FIRST_PLOTS, FIRST_ROWS
 from engine.trace.columns import TraceChunk
 from engine.trace.operations import INVLPG, Operation, Operations
 
@@ -232,3 +234,20 @@ def test_places_far_apart_go_to_the_table(level: str) -> None:
     found = builder.finish(ORIGIN)
     assert builder.places == len(found) == 3 * FIRST_PLOTS - 1 + (4 if level == SPANS else 64)
     assert found.records == 3 * len(near) + 2 * len(far) and bool((np.diff(found.begin.view(np.int64)) > 0).all())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_more_records_than_a_cell_can_count_are_counted(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots begin anew after so many, wherever a chunk ends."""
+    draw = random.Random(level)
+    stores = [(draw.randrange(1 << 10), draw.choice([1, 4, 8, 8, 200])) for _ in range(900)]
+    whole = build(chunk(stores), level=level)
+    monkeypatch.setattr(kernels, "MOST_RECORDS", 70)
+    for length in (900, 70, 33):
+        parts = [chunk(stores[at : at + length]) for at in range(0, len(stores), length)]
+        assert rows(build(*parts, level=level)) == rows(whole)
+
+
+def test_an_uneven_place_comes_between_those_of_a_plot() -> None:
+    found = build(chunk([(0, 8), (8, 8), (16, 8), (8, 3), (8, 12)]), level=BYTES)
+    assert rows(found, "begin", "extent") == [(0, 8), (8, 3), (8, 8), (8, 12), (16, 8)]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from engine.errors import InvalidValue
 from engine.footprint.costs import Costs, runs_of
 from engine.footprint.places import BYTES, SPANS
 from engine.footprint.question import Question
-from engine.kvm.protections import ProtectedPages, Protection
+from engine.kvm.protections import ProtectedObject, ProtectedPages, Protection
 from engine.kvm.slots import SlotSpec
 from tests.engine.footprint.asking import answers, cost_of, footprint_of, replayed, said, scene
 
@@ -32,6 +33,19 @@ def agree(seed: int, profile: str) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_a_footprint_answers_as_a_replay_does(seed: int, profile: str) -> None:
     agree(seed, profile)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_large_pages_are_not_enforced_by_the_first_series(profile: str) -> None:
+    """Nor where an access goes on from one to a page that is."""
+    end = 1 << 21
+    question = Question((SlotSpec(0, 0, end, False, 1 << 21), SlotSpec(1, end, 0x1000)), profile)
+    policy = Protection("p", (ProtectedObject("large", end - 64, 64), ProtectedObject("small", end, 64)))
+    stores = [(gpa, 8 | 1 << 16) for gpa in (end - 8, end - 8, end - 4, end, end + 256)]
+    records = np.array(stores, dtype=np.uint64)
+    found = said(cost_of(records, BYTES, question, policy))
+    assert found == answers(replayed(question, policy, records))
+    assert (found["violations"], found["unenforced_writes"]) == ((2, 2) if profile == "kvm-2019" else (4, 0))
 
 
 @pytest.mark.soak

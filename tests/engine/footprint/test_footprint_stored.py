@@ -361,9 +361,10 @@ def test_it_is_asked_between_steps_whether_to_go_on() -> None:
 
 def test_memory_of_a_place_is_that_of_both_libraries() -> None:
     found = footprint(1)
-    budget = Budget(MEMORY)
+    taken: list[int] = []
+    budget = Budget(MEMORY, taken.append)
     read(io.BytesIO(file(found)), budget)
-    assert budget.kept > 256 * len(found)
+    assert budget.kept > found.nbytes and sum(taken) > budget.kept + 200 * len(found)
 
 
 def test_damage_is_refused_and_nothing_else() -> None:

@@ -59,7 +59,7 @@ def test_of_a_footprint_nothing_is_asked_that_is_about_a_trace(body: bytes, give
 def test_memory_is_asked_for_before_a_footprint_becomes_coarser(body: bytes) -> None:
     taken: list[int] = []
     made(body, room=Budget(1 << 26, taken.append), level="spans")
-    assert sum(taken) > PLACES * (stored.ROW_BYTES + 190)
+    assert sum(taken) > PLACES * (stored.PLACE_BYTES + 190)
 
 
 @pytest.mark.parametrize("trace", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
@@ -11,6 +12,7 @@ from engine.footprint.places import SPANS
 from service.runtime.footprints import Footprints
 from service.runtime.repository import Repository
 from service.settings import MIB, Settings
+from service.storage.records import Side
 from tests.engine.footprint.asking import footprint_of, scene
 
 ONE = footprint_of(scene(0, "kvm-2019").records, SPANS)
@@ -44,6 +46,18 @@ def test_a_tenant_does_not_wait_for_another() -> None:
         footprints = Footprints(Settings(store="memory"), Repository())
         async with footprints.coming("red", ONE), asyncio.timeout(60):
             await footprints.add("blue", ONE, ())
+
+    asyncio.run(run())
+
+
+def test_those_whose_days_are_over_go_whoever_comes() -> None:
+    async def run() -> None:
+        footprints = Footprints(Settings(store="memory", kept_footprint_days=1), Repository())
+        old = await footprints.add("red", ONE, ())
+        assert footprints._memory is not None
+        footprints._memory.settle(Side(footprints=(replace(old, created="2001-01-01T00:00:00.000000Z"),)))
+        new = await footprints.add("blue", ONE, ())
+        assert set(footprints._memory._records) == {new.id}
 
     asyncio.run(run())
 

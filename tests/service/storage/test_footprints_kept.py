@@ -10,6 +10,7 @@ import httpx2
 import pytest
 
 from service.problems import StoreUnavailable
+from service.runtime import footprints
 from service.runtime.stored_repository import StoredRepository
 from service.storage import footprint_rows
 from service.storage.database import connect
@@ -91,6 +92,26 @@ def test_those_whose_days_are_over_go_when_somebody_looks(store_url: str) -> Non
         made(service.client)
         assert service.client.get("/v1/footprints").json()["footprints"] == []
     assert rows_in(store_url, "footprints") == 0 and rows_in(store_url, "footprint_parts") == 0
+
+
+def test_a_file_is_read_part_by_part(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(footprints, "PART", 500)
+    with serving(store_url) as service:
+        client = service.client
+        one = made(client)
+        parts = -(-one["size"] // 500)
+        assert parts > 2 and rows_in(store_url, "footprint_parts") == parts
+        content = client.get(f"/v1/footprints/{one['id']}", headers=PARQUET).content
+        assert len(content) == one["size"]
+        again = done(client.post("/v1/footprints", content=content, headers={"Content-Type": PARQUET["Accept"]}))
+        assert again["traces"] == one["traces"] and again["places"] == 2
+        costs = client.post(f"/v1/footprints/{one['id']}/costs", json={"policies": [POLICY]})
+        assert costs.json()["costs"][0]["violations"] == 1
+        # One that goes while it is read ends in the middle, and not as if that were all.
+        first, second = store_url, f"part > 0 AND footprint = '{one['id']}'"
+        run_sql(first, f"DELETE FROM footprint_parts WHERE {second}")
+        with pytest.raises(httpx2.RemoteProtocolError):
+            client.get(f"/v1/footprints/{one['id']}", headers=PARQUET)
 
 
 def test_a_commit_that_fails_leaves_nothing(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -352,8 +352,8 @@ def test_a_question_has_its_time_and_its_memory(small: Callable[..., ContractCli
     assert client.get(f"/v1/footprints/{found}/pages?order=writes&limit=2").json()["total"] == 2015
     reply = ask(client, found, POLICY, memory_slots=[{"gpa": 0, "size": 1 << 24}], timeline=True)
     assert reply.status_code == 422 and reply.json()["field"] == "by"
-    apart = packed(table(gpa=[0x10000 + 128 * n for n in range(2500)]))
-    many = made(client, apart, "by=records:1")["id"]
+    apart = packed(table(gpa=[0x10000 + 128 * n for n in range(3000)]))
+    many = made(client, apart)["id"]
     reply = ask(client, many, POLICY)
     assert reply.status_code == 429 and reply.json()["field"] == "footprint_memory_bytes", reply.text
 
