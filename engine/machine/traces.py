@@ -50,7 +50,8 @@ class Traces(Operations):
         With ``on_violation`` ask, or ``published``, it may pause; given as ``earlier``, it goes on in the next
         transaction.
         """
-        options.validate()
+        if earlier is None:
+            options.validate()
         change = self._state.open()
         try:
             runs = Runs(change)
@@ -61,8 +62,7 @@ class Traces(Operations):
 
         def publish(done: Replay) -> None:
             try:
-                _count(change, done.uncounted())
-                _note_stop(change, done.stop)
+                _count(change, done.uncounted(), done.stop)
                 runs.finish()
             except BaseException:
                 self._state.abandon(change)
@@ -105,14 +105,10 @@ class Traces(Operations):
         return explain.explain(self._published.machine, position, request.gpa, request.size, request.how)
 
 
-def _note_stop(change: Change, stop: tuple[int, int, int]) -> None:
-    """Keep the record at which a replay stopped, for the one that goes on there."""
+def _count(change: Change, tally: NDArray[np.int64], stop: tuple[int, int, int] | None = None) -> None:
+    """Add to the totals; of a replay, keep the record at which it has stopped, for the one that goes on there."""
     machine = change.machine
-    row = frames.own(machine, frames.STATE_FRAME)
-    machine.rows[row, reg.STOPPED_AT : reg.STOPPED_WORD + 1] = stop
-
-
-def _count(change: Change, tally: NDArray[np.int64]) -> None:
-    machine = change.machine
-    row = frames.own(machine, frames.STATE_FRAME)
-    machine.rows[row, reg.COUNTERS_AT : reg.COUNTERS_AT + len(tally)] += tally
+    words = machine.rows[frames.own(machine, frames.STATE_FRAME)]
+    words[reg.COUNTERS_AT : reg.COUNTERS_AT + len(tally)] += tally
+    if stop is not None:
+        words[reg.STOPPED_AT : reg.STOPPED_WORD + 1] = stop

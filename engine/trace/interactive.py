@@ -56,10 +56,6 @@ class Place(NamedTuple):
         gpa, word = self.chunk.records[self.position].view(np.int64).tolist()
         return gpa, word
 
-    @property
-    def access(self) -> int:
-        return self.words[1] >> 16 & acc.ACCESS_MASK
-
 
 class InteractiveReplay(Replay):
     """An interactive replay. ``feed`` returns False at a pause too: ``asked`` is then the exit that is asked about.
@@ -132,7 +128,8 @@ class InteractiveReplay(Replay):
 
         False: the replay ends there, or has paused again. Raises InvalidValue for what is no answer.
         """
-        choices(action, ANSWERS, "action")
+        if action not in ANSWERS:
+            choices(action, ANSWERS, "action")
         place = self._place
         assert place is not None
         if action == "stop":
@@ -145,14 +142,16 @@ class InteractiveReplay(Replay):
             self._seen.fill(-1)
             self._touched.fill(-1)
             return self._run_on(place, 0, most)
-        with self._aimed(place.base, place.position, place.words[1] & 0xFFFF):
-            if action == "grant" and place.access == acc.WRITE and (self._grants(place) or self._changed):
+        gpa, word = place.words
+        writes = word >> 16 & acc.ACCESS_MASK == acc.WRITE
+        with self._aimed(place.base, place.position, word & 0xFFFF):
+            if action == "grant" and writes and (self._grants(gpa, word) or self._changed):
                 self._attempt(place)
             else:
-                if action == "allow":
-                    self._land(place)
+                if action == "allow" and writes:
+                    self._land(gpa, word)
                 self.tally[reg.RECORDS] += 1
-                self.tally[reg.WRITES] += place.access == acc.WRITE
+                self.tally[reg.WRITES] += writes
         return self._run_on(place, 1, most)
 
     def _run_on(self, place: Place, past: int, most: int | None) -> bool:
@@ -174,10 +173,9 @@ class InteractiveReplay(Replay):
         self._draft.ensure()
         return self._draft.machine
 
-    def _land(self, place: Place) -> None:
+    def _land(self, gpa: int, word: int) -> None:
         """Tell the dirty logs of a write that lands though it was refused."""
-        gpa, word = place.words
-        if place.access == acc.WRITE and self._ended_in == res.VIOLATION:
+        if self._ended_in == res.VIOLATION:
             m = self._ready()
             host = word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK == acc.HOST
             space = 0 if host else space_of_record(m, int(m.vcpu_of_id[word >> 32 & 0xFFFF]))
@@ -187,8 +185,7 @@ class InteractiveReplay(Replay):
         """How the last exit of the log ended."""
         return int(self._log[int(self._used[0]) - 1, vcpu_run.EXIT_REASON]) >> 16 & 0xFF
 
-    def _grants(self, place: Place) -> bool:
-        gpa, word = place.words
+    def _grants(self, gpa: int, word: int) -> bool:
         granted = bool(grant_touched(self._ready(), gpa, word & 0xFFFF, self._trail))
         self.tally[reg.GRANTS] += granted
         return granted

@@ -97,8 +97,8 @@ class Asker:
 
 # Refusals come in swarms: so many records are replayed on the loop after an answer, as a thread takes longer to wake.
 _BRIEF = 64
-# So often in a row: then it is the others' turn, too.
-_BRIEFLY = 16
+# So often in a row: then it is the others' turn to compute, too. Between any two of them the loop is theirs anyway.
+_BRIEFLY = 256
 # A machine with more frames is not changed on the loop: a copy of its rows, when they grow, takes longer.
 _FRAMES = 4096
 
@@ -115,6 +115,7 @@ class _Stretches:
         self._replay: InteractiveReplay | None = None
         self._stopped = False
         self._in_a_row = 0
+        self._options = request.options()
         self.asked: ExitColumns | None = None
 
     @property
@@ -124,7 +125,7 @@ class _Stretches:
     def briefly(self, machine: VirtualMachine, action: str) -> bool:
         """Do what was answered and go on for a few records; whether there is a question again. ``run`` goes on."""
         assert self._replay is not None
-        with machine.replay(self._request.options(), self._replay) as run:
+        with machine.replay(self._options, self._replay) as run:
             going = self._replay.answer(action, _BRIEF)
             self._stopped = not going and self._replay.paused_at is None
             if self._replay.paused_at is not None:
@@ -149,7 +150,7 @@ class _Stretches:
         if self._reader is None:
             self._reader = self._request.reader(self._source, self._memory)
             self._chunks = iter(self._reader)
-        with machine.replay(self._request.options(), self._replay) as run:
+        with machine.replay(self._options, self._replay) as run:
             assert isinstance(run.replay, InteractiveReplay)
             self._replay = run.replay
             check()

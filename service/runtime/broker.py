@@ -14,6 +14,8 @@ from engine.trace.results import ExitColumns
 
 # What a tool answers when another one is to decide.
 PASS = "pass"
+# In place of an answer: there was none in time.
+_LATE = "late"
 # What cannot become of an access that has happened: those of a guest that runs while it is watched.
 UNDONE = "skip"
 LANDED_RULE = (
@@ -231,13 +233,9 @@ class Broker:
         try:
             while (tool := self._next(question, asked)) is not None:
                 asked.append(tool)
-                action = None
-                try:
-                    async with asyncio.timeout(tool.timeout):
-                        action = await self._put(question, tool)
-                except TimeoutError:
-                    timeouts += 1
-                if action not in (None, PASS):
+                action = await self._put(question, tool)
+                timeouts += action is _LATE
+                if action not in (None, PASS, _LATE):
                     resolution = Resolution(action, "answer", tool.id, timeouts)
                     return resolution
                 reason = give_up() if tool not in self.tools else None
@@ -257,11 +255,19 @@ class Broker:
         return next((tool for tool in fitting if tool.entitled), None)
 
     async def _put(self, question: Question, tool: Tool) -> str | None:
-        question.tool, question.answer = tool, asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[str | None] = loop.create_future()
+        question.tool, question.answer = tool, answer
+        limit = loop.call_later(tool.timeout, _end_waiting, answer)
         try:
             tool.ask(question)
-            return await question.answer
+            return await answer
         finally:
+            limit.cancel()
             question.tool = None
-            with contextlib.suppress(asyncio.InvalidStateError):
-                question.answer.cancel()
+            answer.cancel()
+
+
+def _end_waiting(answer: asyncio.Future[str | None]) -> None:
+    if not answer.done():
+        answer.set_result(_LATE)

@@ -30,7 +30,7 @@ MUTANTS = (
     Mutant(
         "interactive-writes",
         INTERACTIVE_PY,
-        "self.tally[reg.WRITES] += place.access == acc.WRITE",
+        "self.tally[reg.WRITES] += writes",
         "self.tally[reg.WRITES] += 1",
         "only a write that was answered is a write",
         named(INTERACTIVE, "always_the_same_answer"),
@@ -46,8 +46,8 @@ MUTANTS = (
     Mutant(
         "interactive-landing",
         INTERACTIVE_PY,
-        "if place.access == acc.WRITE and self._ended_in == res.VIOLATION:",
-        "if place.access == acc.READ and self._ended_in == res.VIOLATION:",
+        "if self._ended_in == res.VIOLATION:",
+        "if self._ended_in != res.VIOLATION:",
         "dirty logs are told of a write that was allowed",
         named(INTERACTIVE, "dirty_logs_are_told_as_by_a_replay"),
     ),
