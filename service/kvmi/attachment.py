@@ -93,6 +93,7 @@ class Attachment(Tool, Owner):
         self.connected_at: datetime | None = None
         self.last_error: str | None = None
         self._counts = (0, 0)
+        self._loop = asyncio.get_running_loop()
         self._entry = entry
         self._principal = principal
         self._access = access
@@ -120,7 +121,7 @@ class Attachment(Tool, Owner):
         self._entry.broker.attach(self)
         self._entry.uses += 1
         self._until_end.enter_context(self._access.watching(self._principal, self.expel))
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task = self._loop.create_task(self._run())
         return self._task
 
     # The life of it
@@ -156,7 +157,7 @@ class Attachment(Tool, Owner):
         except BaseException:  # the machine cannot be read just now
             made.close()
             raise
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         try:
             open_link = loop.create_connection if self.wanted.address.path is None else loop.create_unix_connection
             try:
@@ -215,7 +216,7 @@ class Attachment(Tool, Owner):
         """Have it end: a tool that wants to be told has ``seconds`` to go by itself."""
         self._seconds = min(self._seconds, seconds)
         if self._ending is None:
-            self._ending = asyncio.get_running_loop().create_task(self._end())
+            self._ending = self._loop.create_task(self._end())
         return self._ending
 
     async def _end(self) -> None:
@@ -337,16 +338,24 @@ class Attachment(Tool, Owner):
         link = self._link
         if link is None:
             return
+        for index, seq in link.connection.boundless():
+            self._loop.call_later(self.timeout, self._give_up, link, index, seq)
         paused = link.connection.paused and not self._withdrawn
         if paused and not self._paused:
             self._paused = True
             self._entry.broker.hold(self)
             # The guest does not wait for ever for a tool that has forgotten it.
-            self._hold_limit = asyncio.get_running_loop().call_later(self.timeout, self._entry.broker.release, self)
+            self._hold_limit = self._loop.call_later(self.timeout, self._entry.broker.release, self)
         elif self._paused and not paused:
             self._release()
         if paused and self._entry.lock.held and self._resting is None:
-            self._resting = asyncio.get_running_loop().create_task(self._rest(link))
+            self._resting = self._loop.create_task(self._rest(link))
+
+    def _give_up(self, link: Link, index: int, seq: int) -> None:
+        """An event that is about no access does not stand for ever, either."""
+        if self._link is link:
+            link.connection.give_up(index, seq)
+            link.turn()
 
     def _release(self) -> None:
         self._paused = False
@@ -416,6 +425,7 @@ class Attachments:
 
         Raises Conflict where a tool is connected, LimitExceeded.
         """
+        made = Attachment(entry, wanted, principal, self._access, self._audit, self._settings)
         before = self._known.get(entry.id)
         if before is not None:
             if before.connected:
@@ -424,7 +434,6 @@ class Attachments:
             await asyncio.wait([before.begin_end()])
         if self._known.get(entry.id) is not None:
             raise Conflict("another request attaches the machine", field="kvmi", value=CONNECTING, errno="EEXIST")
-        made = Attachment(entry, wanted, principal, self._access, self._audit, self._settings)
         made.start(self._settings.max_tools).add_done_callback(lambda _: self._forget(made))
         self._known[entry.id] = made
         return made, before is None

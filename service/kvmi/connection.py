@@ -34,8 +34,8 @@ from service.kvmi.wire import (
 
 ALLOW, AGAIN, STOP, SKIP = "allow", "retry", "stop", "skip"
 _LONGEST_INSTRUCTION = 15
-# Events that were given up, whose late answers are passed over.
-_EXPIRED = 64
+# Events that were given up, whose late answers are passed over: as many as pauses of a vCPU may wait.
+_EXPIRED = 1 << 10
 
 
 class Send(NamedTuple):
@@ -110,6 +110,7 @@ class Connection:
         self._known_vcpus = guest.vcpus()
         self._of_vm: set[int] = set()
         self._expired: deque[tuple[int, int]] = deque(maxlen=_EXPIRED)
+        self._boundless: list[tuple[int, int]] = []
 
     # In and out
 
@@ -313,9 +314,21 @@ class Connection:
                 event for event in vcpu.waiting if event.fault is None or event.fault.token is not token
             )
             if vcpu.open is not None and vcpu.open.fault is not None and vcpu.open.fault.token is token:
-                self._expired.append((index, vcpu.open.seq))
-                vcpu.open = None
-                self._pump(index)
+                self.give_up(index, vcpu.open.seq)
+
+    def boundless(self) -> list[tuple[int, int]]:
+        """vCPU and number of the events sent since this was asked last that are about no access, which alone has an
+        end: whoever has a clock gives them up."""
+        found, self._boundless = self._boundless, []
+        return found
+
+    def give_up(self, index: int, seq: int) -> None:
+        """An event has stood too long: it is as good as answered by CONTINUE, and a late answer is passed over."""
+        vcpu = self._vcpu(index)
+        if vcpu.open is not None and vcpu.open.seq == seq:
+            self._expired.append((index, seq))
+            vcpu.open = None
+            self._pump(index)
 
     def unhook(self) -> bool:
         """Ask the tool to go, if it wants to be asked; False if not."""
@@ -361,6 +374,8 @@ class Connection:
             own = events.singlestep_part(self.dialect)
         event.seq = self._send_event(events.common_part(index, event.kind, event.registers) + own)
         self._vcpus[index].open = event
+        if fault is None:
+            self._boundless.append((index, event.seq))
 
     # Answers
 
@@ -374,13 +389,13 @@ class Connection:
             self._out.append(Send(reply(events.EVENT_REPLY, given.seq, EINVAL)))
             return
         vcpu = self._vcpu(index)
-        if (index, given.seq) in self._expired:
-            self._expired.remove((index, given.seq))
-            return
         event = vcpu.open
-        if event is None:
-            return
-        if given.seq != event.seq:
+        if event is None or given.seq != event.seq:
+            if (index, given.seq) in self._expired:
+                self._expired.remove((index, given.seq))
+                return
+            if event is None:
+                return
             raise Broken(f"an answer to event {given.seq} of vCPU {index}, which waits for that to {event.seq}")
         action, stepped = self._parsed(given, event)
         vcpu.open = None

@@ -256,7 +256,7 @@ def test_a_pause_holds_what_asks(client: ContractClient, vm: str, guest: Guest) 
 
 def test_a_vcpu_that_is_created(client: ContractClient, listener: Listening) -> None:
     vm = client.post("/v1/ioctls/KVM_CREATE_VM", json={}).headers["Location"]
-    attach(client, vm, listener)
+    attach(client, vm, listener, timeout=0.2)
     with listener.accept() as guest:
         guest.done("CONTROL_VM_EVENTS", kvmi.switch(kvmi.CREATE_VCPU, True))
         for place in range(2):
@@ -264,7 +264,11 @@ def test_a_vcpu_that_is_created(client: ContractClient, listener: Listening) -> 
             assert made.status_code == 200 and made.json()["errno"] is None, made.text
             event = guest.event(kvmi.CREATE_VCPU)
             assert event.vcpu == place and guest.done("GET_GUEST_INFO")[0] == place + 1
-            guest.answer(event, kvmi.CONTINUE)
+        # It is not answered: what comes behind it does not wait for ever.
+        guest.done("PAUSE_VCPU", kvmi.vcpu(1) + bytes(8))
+        assert guest.event(kvmi.PAUSE).vcpu == 1
+        guest.answer(event, kvmi.CONTINUE)
+        assert guest.call("GET_MAX_GFN").error == 0
     client.delete(vm, headers={"If-Match": client.get(vm).headers["ETag"]})
 
 

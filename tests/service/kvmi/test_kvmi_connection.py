@@ -533,6 +533,26 @@ def test_a_vcpu_that_comes_is_told_of_where_that_is_wanted() -> None:
     assert [event.kind for event in wire.read(wire.send(kvmi.frame(0, told[0].seq, answer)))] == [kvmi.PF]
 
 
+def test_an_event_about_no_access_is_given_up() -> None:
+    """Whoever has a clock does it: what waits behind it comes then, and its late answer is passed over."""
+    wire = Wire()
+    wire.connection.ask(fault(vcpu=1, token="a"))
+    wire.send(kvmi.frame(kvmi.IDS["PAUSE_VCPU"], 1, kvmi.vcpu(0) + bytes(8)))
+    [(index, seq)] = wire.connection.boundless()
+    assert index == 0 and wire.connection.boundless() == []
+    wire.connection.ask(fault(vcpu=0, token="b"))
+    wire.connection.give_up(0, seq + 1)
+    wire.connection.give_up(1, seq)
+    assert wire.events() == [] and wire.connection.paused
+    wire.connection.give_up(0, seq)
+    [event] = wire.events()
+    assert (event.kind, event.vcpu) == (kvmi.PF, 0) and not wire.connection.paused
+    wire.connection.give_up(0, seq)
+    assert wire.send(kvmi.frame(0, seq, kvmi.event_reply(0, kvmi.CONTINUE, kvmi.PAUSE))) == []
+    wire.send(kvmi.frame(0, event.seq, kvmi.event_reply(0, kvmi.CONTINUE, kvmi.PF)))
+    assert wire.answers == [("b", "allow")] and wire.closed is None
+
+
 def test_messages_may_be_torn_anywhere() -> None:
     """And sequence numbers come in any order."""
     whole = b"".join(kvmi.frame(29, seq) for seq in (7, 3, 0xFFFF_FFFF, 3))
