@@ -18,6 +18,7 @@ from engine.machine.state import Change, Operations
 from engine.machine.trace_operations import TraceOperations
 from engine.trace.access_execution import Execute
 from engine.trace.interactive import InteractiveReplay
+from engine.trace.interactive_timed import InteractiveTimedReplay, Watched, nobody_watches
 from engine.trace.option_names import ASK
 from engine.trace.published import PublishedReplay
 from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
@@ -44,18 +45,20 @@ class Traces(Operations):
                 return result.with_data(b"".join(page_contents.read_bytes(change.machine, *place) for place in places))
         return result
 
-    def replay(self, options: ReplayOptions, earlier: InteractiveReplay | None = None) -> ReplayTransaction:
+    def replay(
+        self, options: ReplayOptions, earlier: InteractiveReplay | None = None, watched: Watched = nobody_watches
+    ) -> ReplayTransaction:
         """A replay, one transaction: ``with traces.replay(options) as r: r.feed(chunk) …; r.finish()``.
 
         With ``on_violation`` ask, or ``published``, it may pause; given as ``earlier``, it goes on in the next
-        transaction.
+        transaction. One that asks pauses before the loads of CR3 that are ``watched``, too.
         """
         if earlier is None:
             options.validate()
         change = self._state.open()
         try:
             runs = Runs(change)
-            replay = self._begin(change, options, runs, earlier)
+            replay = self._begin(change, options, runs, earlier, watched)
         except BaseException:
             self._state.abandon(change)
             raise
@@ -71,7 +74,14 @@ class Traces(Operations):
 
         return ReplayTransaction(replay, publish, lambda: self._state.abandon(change))
 
-    def _begin(self, change: Change, options: ReplayOptions, runs: Runs, earlier: InteractiveReplay | None) -> Replay:
+    def _begin(
+        self,
+        change: Change,
+        options: ReplayOptions,
+        runs: Runs,
+        earlier: InteractiveReplay | None,
+        watched: Watched,
+    ) -> Replay:
         targets = self._state.current.targets
         if earlier is not None:
             earlier.go_on(change, targets, runs)
@@ -79,7 +89,7 @@ class Traces(Operations):
         if options.published:
             return PublishedReplay(change, options, targets, runs)
         if options.on_violation == ASK:
-            return InteractiveReplay(change, options, targets, runs)
+            return InteractiveTimedReplay(change, options, targets, runs, TraceOperations(change), watched)
         return TimedReplay(change, options, targets, runs, TraceOperations(change))
 
     def walk(self, request: AccessRequest, run: Execute) -> walks.Walk:

@@ -57,6 +57,14 @@ class Place(NamedTuple):
         return gpa, word
 
 
+class Load(NamedTuple):
+    """A MOV to CR3: index of its record, the id of the vCPU, and the operand as it is recorded."""
+
+    index: int
+    vcpu: int
+    operand: int
+
+
 class InteractiveReplay(Replay):
     """An interactive replay. ``feed`` returns False at a pause too: ``asked`` is then the exit that is asked about.
 
@@ -84,6 +92,9 @@ class InteractiveReplay(Replay):
         self.attempted = False
 
     # The pause
+
+    # A load of CR3 that is asked about in place of an exit: see ``trace.interactive_timed``.
+    load: Load | None = None
 
     def _stop(self, chunk: TraceChunk, base: int, position: int) -> None:
         self._place = Place(chunk, int(base), int(position))
@@ -123,8 +134,9 @@ class InteractiveReplay(Replay):
 
     # The answer
 
-    def answer(self, action: str, most: int | None = None) -> bool:
-        """Do to the access what was answered and replay the rest of its chunk, or its next ``most`` records.
+    def answer(self, action: str, most: int | None = None, value: int | None = None) -> bool:
+        """Do to the access what was answered and replay the rest of its chunk, or its next ``most`` records. ``value``
+        is what ``allow`` loads in place of what is recorded, where a load is asked about.
 
         False: the replay ends there, or has paused again. Raises InvalidValue for what is no answer.
         """
@@ -142,7 +154,7 @@ class InteractiveReplay(Replay):
             self._seen.fill(-1)
             self._touched.fill(-1)
             return self._run_on(place, 0, most)
-        gpa, word = place.words
+        gpa, word = self._accessed(place)
         writes = word >> 16 & acc.ACCESS_MASK == acc.WRITE
         with self._aimed(place.base, place.position, word & 0xFFFF):
             if action == "grant" and writes and (self._grants(gpa, word) or self._changed):
@@ -153,6 +165,10 @@ class InteractiveReplay(Replay):
                 self.tally[reg.RECORDS] += 1
                 self.tally[reg.WRITES] += writes
         return self._run_on(place, 1, most)
+
+    def _accessed(self, place: Place) -> tuple[int, int]:
+        """GPA of the first byte of the access that is asked about, and the second word of its record."""
+        return place.words
 
     def _run_on(self, place: Place, past: int, most: int | None) -> bool:
         """Go on at a place or so many records past it, for ``most`` records."""
