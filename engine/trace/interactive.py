@@ -60,7 +60,7 @@ class Place(NamedTuple):
 class Load(NamedTuple):
     """A MOV to CR3: index of its record, the id of the vCPU, and the operand as it is recorded."""
 
-    index: int
+    record: int
     vcpu: int
     operand: int
 
@@ -104,6 +104,11 @@ class InteractiveReplay(Replay):
     def paused_at(self) -> int | None:
         """Index of the record that is asked about; None unless the replay has paused."""
         return self._place.record if self._place is not None else None
+
+    @property
+    def timed(self) -> bool:
+        """Whether the chunk in which it has paused has operations."""
+        return self._place is not None and self._place.chunk.operations is not None
 
     @property
     def asked(self) -> ExitColumns:

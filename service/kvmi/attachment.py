@@ -16,13 +16,14 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 
 from engine.errors import Conflict, EngineError, InvalidValue, NotFound
 from engine.kvm.resolutions import VIOLATION
+from engine.trace.interactive import Load
 from service.kvmi import events
-from service.kvmi.connection import ALLOW, Connection
-from service.kvmi.guest import Change, Fault
+from service.kvmi.connection import ALLOW, CR3, Connection
+from service.kvmi.guest import Change, Fault, RegisterLoad
 from service.kvmi.handshake import Identity
 from service.kvmi.link import Link, Owner
 from service.kvmi.machine import MachineGuest, described
-from service.kvmi.wire import NO_ADDRESS, V7
+from service.kvmi.wire import NO_ADDRESS, V6, V7
 from service.platform.sockets import Address, NotAllowed, connected
 from service.problems import ServiceError
 from service.runtime.broker import PASS, Interest, Question, Resolution, Tool
@@ -172,6 +173,7 @@ class Attachment(Tool, Owner):
         finally:
             self._counts = self._counted()
             self._link = None
+            self._watch(frozenset())
             self._release()
         if link.hooked:
             self._tell("disconnected", reason=reason)
@@ -260,7 +262,12 @@ class Attachment(Tool, Owner):
         self.begin_end()
 
     def wants(self, question: Question) -> bool:
-        """What this tool's restrictions refuse, where it wants to hear of it; as the kernel asks no other."""
+        """What this tool's restrictions refuse, where it wants to hear of it; as the kernel asks no other. And loads of
+        CR3, which v6 tells of only where they change it."""
+        if question.load is not None:
+            if self._link is None or question.load.vcpu not in self.watched:
+                return False
+            return self.wanted.dialect != V6 or self._load(question, question.load).old != question.load.operand
         exit = question.exit
         page = self.guest.restricted.get(int(exit.column("gfn")[0]))
         if page is None or int(exit.column("resolution")[0]) != VIOLATION:
@@ -275,6 +282,10 @@ class Attachment(Tool, Owner):
     def ask(self, question: Question) -> None:
         if self._link is None:
             self.answered(question, ALLOW)
+            return
+        if question.load is not None:
+            self._link.connection.ask_about(self._load(question, question.load))
+            self._link.turn()
             return
         seen = self._seen
         self._link.connection.ask(seen if seen is not None and seen.token is question else self._fault(question))
@@ -306,6 +317,15 @@ class Attachment(Tool, Owner):
             token=question,
         )
 
+    def _load(self, question: Question, load: Load) -> RegisterLoad:
+        index = self.guest.index_of(load.vcpu)
+        return RegisterLoad(index, CR3, self.guest.registers(index, events.EVENT_MSRS).cr3, load.operand, question)
+
+    def _watch(self, vcpus: frozenset[int]) -> None:
+        if vcpus != self.watched:
+            self.watched = vcpus
+            self._entry.broker.watch()
+
     # As the owner of a link
 
     def hooked(self) -> None:
@@ -324,7 +344,8 @@ class Attachment(Tool, Owner):
         )
         return errno
 
-    def answered(self, token: Question, action: str) -> None:
+    def answered(self, token: Question, action: str, value: int | None = None) -> None:
+        token.value = value
         try:
             self._entry.broker.answer(self, token.id, action)
         except InvalidValue:  # a store of a guest that runs cannot be skipped: another tool, or the default, decides
@@ -340,6 +361,8 @@ class Attachment(Tool, Owner):
             return
         for index, seq in link.connection.boundless():
             self._loop.call_later(self.timeout, self._give_up, link, index, seq)
+        if link.connection.loads or self.watched:
+            self._watch(self.guest.ids_of(link.connection.loads))
         paused = link.connection.paused and not self._withdrawn
         if paused and not self._paused:
             self._paused = True

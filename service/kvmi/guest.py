@@ -15,7 +15,7 @@ from service.kvmi.wire import NO_ADDRESS, PAGE_SIZE, WRITE
 
 # Where struct kvm_regs has RIP, and struct kvm_sregs the parts of CS and EFER that tell the mode.
 RIP_AT = 128
-_CS_DB_AT, _CS_L_AT, _EFER_AT = 17, 19, 264
+_CS_DB_AT, _CS_L_AT, _CR3_AT, _EFER_AT = 17, 19, 240, 264
 _EFER_LMA = 1 << 10
 
 
@@ -26,6 +26,11 @@ class Registers:
     regs: bytes
     sregs: bytes
     msrs: tuple[int, ...] = ()
+
+    @property
+    def cr3(self) -> int:
+        """What CR3 has."""
+        return int.from_bytes(self.sregs[_CR3_AT : _CR3_AT + 8], "little")
 
     @property
     def mode(self) -> int:
@@ -77,6 +82,17 @@ class Fault:
         last = min(first + max(self.size, 1), PAGE_SIZE) - 1
         touched = ((2 << (last >> 7)) - 1) & ~((1 << (first >> 7)) - 1)
         return bool(touched & ~page.bitmap)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RegisterLoad:
+    """A load of a control register that waits for a tool. ``token`` is the caller's."""
+
+    vcpu: int
+    register: int
+    old: int
+    new: int
+    token: Any
 
 
 class Guest(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from engine.errors import Busy, Conflict, EngineError, InvalidValue, LimitExceeded, NotFound, OutOfMemory, Unsupported
@@ -98,6 +98,11 @@ class MachineGuest:
     def index_of(self, vcpu: int) -> int:
         """The index of a KVM vCPU id."""
         return self._known().index(vcpu)
+
+    def ids_of(self, indices: Iterable[int]) -> frozenset[int]:
+        """The KVM vCPU ids of indices."""
+        known = self._known()
+        return frozenset(known[index] for index in indices)
 
     def max_gfn(self) -> int:
         slots = self._machine.memory_slots.known

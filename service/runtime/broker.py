@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from engine.errors import Conflict, InvalidValue, LimitExceeded, NotFound
+from engine.trace.interactive import Load
 from engine.trace.results import ExitColumns
 
 # What a tool answers when another one is to decide.
@@ -38,19 +39,24 @@ class Question:
     """One exit that a replay or an access waits at. ``attempt`` counts from 1: each ``retry`` may ask again.
 
     ``trace`` is the id that the result of the replay will have, None for a single access; ``exit`` is one record.
-    ``landed``: the access has happened, and cannot be undone.
+    ``landed``: the access has happened, and cannot be undone. With ``load`` it is about a load of CR3 instead, and
+    ``exit`` has no record; ``value`` is what is loaded if the answer is allow, None for what is recorded.
     """
 
     exit: ExitColumns
     trace: str | None
     attempt: int
     landed: bool = False
+    load: Load | None = None
+    value: int | None = None
     id: str = field(default_factory=lambda: f"q_{secrets.token_hex(8)}")
     tool: Tool | None = None
     answer: asyncio.Future[str | None] | None = None
 
     def fits(self, interest: Interest) -> bool:
         """Whether a tool wants to be asked."""
+        if self.load is not None:
+            return False
         gfn = int(self.exit.column("gfn")[0])
         return (
             (interest.kinds is None or self.exit.resolution_names()[0] in interest.kinds)
@@ -78,6 +84,8 @@ class Tool(ABC):
     interest: Interest
     timeout: float
     default_action: str | None
+    # vCPUs, by KVM's ids, whose loads of CR3 it wants to be asked about. Whoever changes it tells the broker.
+    watched: frozenset[int] = frozenset()
 
     @property
     @abstractmethod
@@ -115,6 +123,7 @@ class Broker:
         self._holding: set[Tool] = set()
         self._let_go = asyncio.Event()
         self._live = 0
+        self._watched: frozenset[int] = frozenset()
 
     # Guests that run
 
@@ -153,12 +162,14 @@ class Broker:
         """Ask it from now on."""
         self.tools.append(tool)
         self.tools.sort(key=lambda known: -known.priority)  # stable: of equals the first that came
+        self.watch()
 
     def detach(self, tool: Tool) -> None:
         """Ask it no more; what it was asked goes to the next."""
         if tool not in self.tools:
             return
         self.tools.remove(tool)
+        self.watch()
         for question in self.questions.values():
             if question.tool is tool and question.answer is not None and not question.answer.done():
                 question.answer.set_result(None)
@@ -188,6 +199,14 @@ class Broker:
         """The machine has vCPUs that it had not."""
         for tool in list(self.tools):
             tool.vcpus_came()
+
+    def watch(self) -> None:
+        """Look again which loads of CR3 the tools want to be asked about."""
+        self._watched = frozenset().union(*(tool.watched for tool in self.tools))
+
+    def watches(self, vcpu: int) -> bool:
+        """Whether a tool wants to be asked about the loads of CR3 of a vCPU, by KVM's id. From any thread."""
+        return vcpu in self._watched
 
     # Holding the guest
 

@@ -90,6 +90,7 @@ class Wire:
         self.guest = guest or FakeGuest()
         self.connection = Connection(self.guest, dialect)
         self.answers: list[tuple[Any, str]] = []
+        self.values: list[int | None] = []
         self.closed: str | None = None
         self._seq = 100
 
@@ -109,6 +110,7 @@ class Wire:
                     self.connection.done(self.guest.do(step.change))
                 case Answer():
                     self.answers.append((step.token, step.action))
+                    self.values.append(step.value)
                 case Close():
                     self.closed = step.reason
         return sent

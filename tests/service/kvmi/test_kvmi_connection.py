@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from service.kvmi.guest import Fault, PageRights
+from service.kvmi.guest import Fault, PageRights, RegisterLoad
 from service.kvmi.handshake import Identity, cookie_hash, hello, take_answer
 from service.kvmi.wire import Broken
 from tests.kvmi import kvmi_messages as kvmi
@@ -531,6 +531,43 @@ def test_a_vcpu_that_comes_is_told_of_where_that_is_wanted() -> None:
     assert [(event.kind, event.vcpu, event.mode) for event in told] == [(kvmi.CREATE_VCPU, n, 8) for n in (3, 4)]
     answer = kvmi.event_reply(3, kvmi.CONTINUE, kvmi.CREATE_VCPU)
     assert [event.kind for event in wire.read(wire.send(kvmi.frame(0, told[0].seq, answer)))] == [kvmi.PF]
+
+
+def load(vcpu: int, token: Any) -> RegisterLoad:
+    return RegisterLoad(vcpu, 3, 0x1000, 0x2000, token)
+
+
+def test_loads_of_cr3() -> None:
+    """Where CR is enabled and CONTROL_CR says CR3; the answer says what is loaded, 0 if it says nothing."""
+    wire = Wire()
+    connection = wire.connection
+    cr3 = kvmi.register_switch(3, True)
+    wire.call("CONTROL_CR", kvmi.vcpu(1) + cr3)
+    wire.call("CONTROL_EVENTS", kvmi.vcpu(0) + kvmi.switch(kvmi.CR, True))
+    wire.call("CONTROL_CR", kvmi.vcpu(0) + kvmi.register_switch(4, True))
+    assert connection.loads == frozenset()
+    wire.call("CONTROL_CR", kvmi.vcpu(0) + cr3)
+    wire.call("CONTROL_EVENTS", kvmi.vcpu(1) + kvmi.switch(kvmi.CR, True))
+    assert connection.loads == {0, 1}
+    wire.call("CONTROL_CR", kvmi.vcpu(0) + kvmi.register_switch(3, False))
+    assert connection.loads == {1}
+    given = ((kvmi.CONTINUE, b"\0\x30" + bytes(6)), (kvmi.CONTINUE, b""), (kvmi.RETRY, bytes(8)), (kvmi.CRASH, b""))
+    for token, (action, own) in enumerate(given):
+        connection.ask_about(load(1, str(token)))
+        [event] = wire.events()
+        assert (event.kind, event.vcpu, event.load) == (kvmi.CR, 1, (3, 0x1000, 0x2000))
+        assert connection.asked() == [str(token)] and connection.boundless() == []
+        wire.send(kvmi.frame(0, event.seq, kvmi.event_reply(1, action, kvmi.CR, own)))
+    assert wire.answers == [("0", "allow"), ("1", "allow"), ("2", "skip"), ("3", "stop")]
+    assert wire.values == [0x3000, 0, None, None]
+    connection.ask_about(load(1, "late"))
+    [event] = wire.events()
+    connection.withdraw("late")
+    assert wire.send(kvmi.frame(0, event.seq, kvmi.event_reply(1, 0, kvmi.CR, bytes(8)))) == [] and wire.closed is None
+    connection.ask_about(load(1, "long"))
+    [event] = wire.events()
+    wire.send(kvmi.frame(0, event.seq, kvmi.event_reply(1, 0, kvmi.CR, bytes(9))))
+    assert wire.closed is not None and connection.asked() == ["long"]
 
 
 def test_an_event_about_no_access_is_given_up() -> None:
