@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import INTERACTIVE, named
+from .paths import INTERACTIVE, INTERACTIVE_TIMED, named
 
 INTERACTIVE_PY = "engine/trace/interactive.py"
 ACCESS_PY = "engine/trace/interactive_access.py"
 
+TIMED_PY = "engine/trace/interactive_timed.py"
 PUBLISHED_PY = "engine/trace/published.py"
 
 MUTANTS = (
@@ -106,6 +107,22 @@ MUTANTS = (
         "elif name == self._gone:",
         "an object that comes back goes on to be counted",
         named(INTERACTIVE, "objects_that_come_and_go"),
+    ),
+    Mutant(
+        "interactive-granted-where-recorded",
+        TIMED_PY,
+        "records[at, 0] = self._accessed(place)[0]",
+        "pass",
+        "what is granted by a stale translation runs where that leads",
+        named(INTERACTIVE_TIMED, "always_the_same_answer"),
+    ),
+    Mutant(
+        "interactive-load-beside-its-space",
+        TIMED_PY,
+        "space = operation.address_space if operation.arg is not None else None",
+        "space = operation.address_space",
+        "the recorded operand of a load is not the space that another value is loaded under",
+        named(INTERACTIVE_TIMED, "what_is_loaded_may_be_another_value"),
     ),
     Mutant(
         "asked-access-counts-again",
