@@ -106,6 +106,9 @@ class Attachment(Tool, Owner):
         self._paused = False
         self._withdrawn = False
         self._hold_limit: asyncio.TimerHandle | None = None
+        # When the event that is open is given up, by the vCPU's index; of those about no access.
+        self._limits: dict[int, asyncio.TimerHandle] = {}
+        self._loads: frozenset[int] = frozenset()
         self._resting: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._ending: asyncio.Task[None] | None = None
@@ -143,6 +146,7 @@ class Attachment(Tool, Owner):
         except Exception:
             logger.exception("the attachment of %s has failed", self._entry.id)
             self.begin_end()
+            await self._restore()
 
     async def _once(self) -> None:
         """One connection, from its beginning to its end."""
@@ -173,7 +177,11 @@ class Attachment(Tool, Owner):
         finally:
             self._counts = self._counted()
             self._link = None
-            self._watch(frozenset())
+            self._loads = frozenset()
+            self._watch(self._loads)
+            for limit in self._limits.values():
+                limit.cancel()
+            self._limits.clear()
             self._release()
         if link.hooked:
             self._tell("disconnected", reason=reason)
@@ -319,7 +327,7 @@ class Attachment(Tool, Owner):
 
     def _load(self, question: Question, load: Load) -> RegisterLoad:
         index = self.guest.index_of(load.vcpu)
-        return RegisterLoad(index, CR3, self.guest.registers(index, events.EVENT_MSRS).cr3, load.operand, question)
+        return RegisterLoad(index, CR3, self.guest.shown(index).cr3, load.operand, question)
 
     def _watch(self, vcpus: frozenset[int]) -> None:
         if vcpus != self.watched:
@@ -360,9 +368,12 @@ class Attachment(Tool, Owner):
         if link is None:
             return
         for index, seq in link.connection.boundless():
-            self._loop.call_later(self.timeout, self._give_up, link, index, seq)
-        if link.connection.loads or self.watched:
-            self._watch(self.guest.ids_of(link.connection.loads))
+            if (before := self._limits.get(index)) is not None:
+                before.cancel()
+            self._limits[index] = self._loop.call_later(self.timeout, self._give_up, link, index, seq)
+        if link.connection.loads is not self._loads:
+            self._loads = link.connection.loads
+            self._watch(self.guest.ids_of(self._loads))
         paused = link.connection.paused and not self._withdrawn
         if paused and not self._paused:
             self._paused = True

@@ -393,7 +393,7 @@ class Connection:
 
     def _open(self, index: int, event: _Event) -> None:
         fault, own = event.fault, b""
-        event.registers = self.guest.registers(index, events.EVENT_MSRS).at(fault.rip if fault is not None else None)
+        event.registers = self.guest.shown(index).at(fault.rip if fault is not None else None)
         if event.kind == events.PF:
             assert fault is not None
             own = events.pf_part(fault.gva, fault.gpa, fault.access)

@@ -113,6 +113,9 @@ class Guest(Protocol):
     def registers(self, vcpu: int, msrs: Sequence[int]) -> Registers:
         """The registers, and as many MSRs; 0 for one that the vCPU does not have."""
 
+    def shown(self, vcpu: int) -> Registers:
+        """The registers of an event, with the MSRs of ``events.EVENT_MSRS``; zeros where they cannot be read."""
+
     def cpuid(self, vcpu: int, function: int, index: int) -> tuple[int, int, int, int]:
         """A leaf: EAX, EBX, ECX, EDX."""
 

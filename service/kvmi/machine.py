@@ -11,6 +11,7 @@ from engine.ioctls import registers_of
 from engine.kvm.slot_map import SlotMap
 from engine.machine import VirtualMachine
 from engine.machine.page_access import MAX_ENTRIES, AccessChange
+from service.kvmi.events import EVENT_MSRS
 from service.kvmi.guest import Change, PageRights, Registers, SetPages, SwitchSppOn, WriteMemory
 from service.kvmi.wire import (
     ALL_RIGHTS,
@@ -34,6 +35,7 @@ T = TypeVar("T")
 # Pages that one tool may have restricted at a time: 1 GiB of guest memory, page by page.
 MAX_RESTRICTED = 1 << 18
 _INLINE_PAGES = 64
+UNKNOWN_REGISTERS = Registers(bytes(144), bytes(312), (0,) * len(EVENT_MSRS))
 _OPEN = PageRights(ALL_RIGHTS, FULL_BITMAP)
 # What becomes of an exception, first fit.
 _ERRORS: tuple[tuple[type[Exception], int], ...] = (
@@ -128,6 +130,12 @@ class MachineGuest:
         if known is None or known[0] != wanted or known[1] != version:
             known = self._registers[id] = wanted, version, Registers(*registers_of(self._machine, id, wanted))
         return known[2]
+
+    def shown(self, vcpu: int) -> Registers:
+        try:
+            return self.registers(vcpu, EVENT_MSRS)
+        except Refused:
+            return UNKNOWN_REGISTERS
 
     @_query
     def cpuid(self, vcpu: int, function: int, index: int) -> tuple[int, int, int, int]:

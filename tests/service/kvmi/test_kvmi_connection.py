@@ -640,7 +640,10 @@ def fuzz(frames: int, seed: int) -> None:
         wire = Wire(dialect=chance.choice((V6, V7)))
         asked: list[int] = []
         for token in range(chance.randrange(4)):
-            wire.connection.ask(fault(chance.randrange(2), token=token))
+            if chance.random() < 0.3:
+                wire.connection.ask_about(load(chance.randrange(2), token))
+            else:
+                wire.connection.ask(fault(chance.randrange(2), token=token))
             asked.append(token)
         wire.read(wire.turn())
         for _ in range(8):
@@ -650,6 +653,9 @@ def fuzz(frames: int, seed: int) -> None:
             wire.read(wire.send(stream[cut:]))
             if wire.closed is not None:
                 break
+            for index, seq in wire.connection.boundless():
+                if chance.random() < 0.5:
+                    wire.connection.give_up(index, seq)
         served += wire.connection.commands + 1
         assert sorted(wire.connection.asked() + [token for token, _ in wire.answers]) == asked
 
