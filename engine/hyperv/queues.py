@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from engine.arch.hypercall import EVERYTHING
 from engine.arch.words import signed, unsigned
 from engine.cpu.frames import Words
@@ -49,7 +51,7 @@ def requested(queues: Words, vcpu: int) -> bool:
 
 def any_requested(queues: Words) -> bool:
     """Whether any vCPU was told to."""
-    return bool(queues[:, OWN_QUEUE, _REQUEST].any())
+    return bool(np.count_nonzero(queues[:, OWN_QUEUE, _REQUEST]))
 
 
 def acknowledge(queues: Words, vcpu: int) -> None:

@@ -25,6 +25,7 @@ from engine.machine.hyperv_vps import enter
 from engine.machine.missed_flushes import Done, Place, explanation, nearest, told
 from engine.machine.nested_states import record_of
 from engine.machine.state import Change
+from engine.state.frame_store import Draft
 from engine.state.retry import new_trail
 from engine.trace import translated
 from engine.trace.operations import HYPERCALL, INVLPG, MOV_CR3, OP_NAMES, Operation, hypercall_of, operand_of
@@ -45,6 +46,11 @@ class TraceOperations:
         self._done: deque[Done] = deque(maxlen=MOST_SEARCHED)
         self._performed: list[PerformedOperation] = []
         self._stale: list[StaleTranslation] = []
+
+    def go_on(self, draft: Draft) -> None:
+        """What comes is part of another change."""
+        assert isinstance(draft, Change)
+        self._change = draft
 
     def perform(self, index: int, vcpu: int, operation: Operation, tally: NDArray[np.int64]) -> None:
         """Execute the operation of record ``index`` on the vCPU of that id. Raises TraceError."""

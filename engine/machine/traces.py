@@ -18,6 +18,7 @@ from engine.machine.state import Change, Operations
 from engine.machine.trace_operations import TraceOperations
 from engine.trace.access_execution import Execute
 from engine.trace.interactive import InteractiveReplay
+from engine.trace.interactive_timed import InteractiveTimedReplay, Watched, nobody_watches
 from engine.trace.option_names import ASK
 from engine.trace.published import PublishedReplay
 from engine.trace.session import Replay, ReplayOptions, ReplayTransaction
@@ -44,25 +45,27 @@ class Traces(Operations):
                 return result.with_data(b"".join(page_contents.read_bytes(change.machine, *place) for place in places))
         return result
 
-    def replay(self, options: ReplayOptions, earlier: InteractiveReplay | None = None) -> ReplayTransaction:
+    def replay(
+        self, options: ReplayOptions, earlier: InteractiveReplay | None = None, watched: Watched = nobody_watches
+    ) -> ReplayTransaction:
         """A replay, one transaction: ``with traces.replay(options) as r: r.feed(chunk) …; r.finish()``.
 
         With ``on_violation`` ask, or ``published``, it may pause; given as ``earlier``, it goes on in the next
-        transaction.
+        transaction. One that asks pauses before the loads of CR3 that are ``watched``, too.
         """
-        options.validate()
+        if earlier is None:
+            options.validate()
         change = self._state.open()
         try:
             runs = Runs(change)
-            replay = self._begin(change, options, runs, earlier)
+            replay = self._begin(change, options, runs, earlier, watched)
         except BaseException:
             self._state.abandon(change)
             raise
 
         def publish(done: Replay) -> None:
             try:
-                _count(change, done.uncounted())
-                _note_stop(change, done.stop)
+                _count(change, done.uncounted(), done.stop)
                 runs.finish()
             except BaseException:
                 self._state.abandon(change)
@@ -71,7 +74,14 @@ class Traces(Operations):
 
         return ReplayTransaction(replay, publish, lambda: self._state.abandon(change))
 
-    def _begin(self, change: Change, options: ReplayOptions, runs: Runs, earlier: InteractiveReplay | None) -> Replay:
+    def _begin(
+        self,
+        change: Change,
+        options: ReplayOptions,
+        runs: Runs,
+        earlier: InteractiveReplay | None,
+        watched: Watched,
+    ) -> Replay:
         targets = self._state.current.targets
         if earlier is not None:
             earlier.go_on(change, targets, runs)
@@ -79,7 +89,7 @@ class Traces(Operations):
         if options.published:
             return PublishedReplay(change, options, targets, runs)
         if options.on_violation == ASK:
-            return InteractiveReplay(change, options, targets, runs)
+            return InteractiveTimedReplay(change, options, targets, runs, TraceOperations(change), watched)
         return TimedReplay(change, options, targets, runs, TraceOperations(change))
 
     def walk(self, request: AccessRequest, run: Execute) -> walks.Walk:
@@ -105,14 +115,10 @@ class Traces(Operations):
         return explain.explain(self._published.machine, position, request.gpa, request.size, request.how)
 
 
-def _note_stop(change: Change, stop: tuple[int, int, int]) -> None:
-    """Keep the record at which a replay stopped, for the one that goes on there."""
+def _count(change: Change, tally: NDArray[np.int64], stop: tuple[int, int, int] | None = None) -> None:
+    """Add to the totals; of a replay, keep the record at which it has stopped, for the one that goes on there."""
     machine = change.machine
-    row = frames.own(machine, frames.STATE_FRAME)
-    machine.rows[row, reg.STOPPED_AT : reg.STOPPED_WORD + 1] = stop
-
-
-def _count(change: Change, tally: NDArray[np.int64]) -> None:
-    machine = change.machine
-    row = frames.own(machine, frames.STATE_FRAME)
-    machine.rows[row, reg.COUNTERS_AT : reg.COUNTERS_AT + len(tally)] += tally
+    words = machine.rows[frames.own(machine, frames.STATE_FRAME)]
+    words[reg.COUNTERS_AT : reg.COUNTERS_AT + len(tally)] += tally
+    if stop is not None:
+        words[reg.STOPPED_AT : reg.STOPPED_WORD + 1] = stop

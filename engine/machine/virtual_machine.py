@@ -40,6 +40,7 @@ from engine.state.config import VmConfig
 from engine.state.frame_store import Snapshot
 from engine.trace.access_execution import Execute, execute
 from engine.trace.interactive import InteractiveReplay
+from engine.trace.interactive_timed import Watched, nobody_watches
 from engine.trace.session import ReplayOptions, ReplayTransaction
 from engine.trace.single import AccessRequest, AccessResult
 
@@ -222,12 +223,15 @@ class VirtualMachine:
         """One guest access, executed by ``run``: on its own, or as one that asks (see ``trace.interactive_access``)."""
         return self._traces.access(request, run)
 
-    def replay(self, options: ReplayOptions, earlier: InteractiveReplay | None = None) -> ReplayTransaction:
+    def replay(
+        self, options: ReplayOptions, earlier: InteractiveReplay | None = None, watched: Watched = nobody_watches
+    ) -> ReplayTransaction:
         """A replay, one transaction: ``with vm.replay(options) as r: r.feed(chunk) …; r.finish()``.
 
-        With ``on_violation`` ask it may pause; given as ``earlier``, it goes on in the next transaction.
+        With ``on_violation`` ask it may pause, before loads of CR3 that are ``watched``, too; given as ``earlier``, it
+        goes on in the next transaction.
         """
-        return self._traces.replay(options, earlier)
+        return self._traces.replay(options, earlier, watched)
 
     def walk(
         self,

@@ -29,6 +29,7 @@ FIRST_FRAMES = 64
 _MOST_RESERVED = 1 << 22
 
 _EMPTY_CACHE = np.full(CACHE_WORDS, EMPTY, dtype=np.int64)
+_NO_PLACES = np.full(frames.MOST_PAGES, frames.NO_PLACE, dtype=np.int64)
 
 T = TypeVar("T", bound=np.generic)
 
@@ -90,7 +91,7 @@ class FrameStore:
                 cache=np.full(CACHE_WORDS, EMPTY, dtype=np.int64),
                 tlb=tlb.new_table() if modelled else tlb.no_table(),
                 queues=np.zeros((vcpus, 2, frames.QUEUE_WORDS), dtype=np.int64),
-                places=np.full(frames.MOST_PAGES, frames.NO_PLACE, dtype=np.int64),
+                places=_NO_PLACES.copy(),
             )
         )
 
@@ -275,7 +276,7 @@ class Draft:
             cache=_copy(_EMPTY_CACHE),
             tlb=base.tlb.copy(),
             queues=base.queues.copy(),
-            places=np.full(frames.MOST_PAGES, frames.NO_PLACE, dtype=np.int64),
+            places=_copy(_NO_PLACES),
             lost=np.zeros(1, dtype=np.int64),
         )
         self.ensure()

@@ -55,9 +55,13 @@ class Place(NamedTuple):
         """The two words of the record."""
         return self.chunk.at(self.position)
 
-    @property
-    def access(self) -> int:
-        return self.words[1] >> 16 & acc.ACCESS_MASK
+
+class Load(NamedTuple):
+    """A MOV to CR3: index of its record, the id of the vCPU, and the operand as it is recorded."""
+
+    record: int
+    vcpu: int
+    operand: int
 
 
 class InteractiveReplay(Replay):
@@ -88,6 +92,9 @@ class InteractiveReplay(Replay):
 
     # The pause
 
+    # A load of CR3 that is asked about in place of an exit: see ``trace.interactive_timed``.
+    load: Load | None = None
+
     def _stop(self, chunk: TraceChunk, base: int, position: int) -> None:
         self._place = Place(chunk, int(base), int(position))
         self._ended_in = self._ending()
@@ -96,6 +103,11 @@ class InteractiveReplay(Replay):
     def paused_at(self) -> int | None:
         """Index of the record that is asked about; None unless the replay has paused."""
         return self._place.record if self._place is not None else None
+
+    @property
+    def timed(self) -> bool:
+        """Whether the chunk in which it has paused has operations."""
+        return self._place is not None and self._place.chunk.operations is not None
 
     @property
     def asked(self) -> ExitColumns:
@@ -126,12 +138,14 @@ class InteractiveReplay(Replay):
 
     # The answer
 
-    def answer(self, action: str, most: int | None = None) -> bool:
-        """Do to the access what was answered and replay the rest of its chunk, or its next ``most`` records.
+    def answer(self, action: str, most: int | None = None, value: int | None = None) -> bool:
+        """Do to the access what was answered and replay the rest of its chunk, or its next ``most`` records. ``value``
+        is what ``allow`` loads in place of what is recorded, where a load is asked about.
 
         False: the replay ends there, or has paused again. Raises InvalidValue for what is no answer.
         """
-        choices(action, ANSWERS, "action")
+        if action not in ANSWERS:
+            choices(action, ANSWERS, "action")
         place = self._place
         assert place is not None
         if action == "stop":
@@ -144,15 +158,21 @@ class InteractiveReplay(Replay):
             self._seen.fill(-1)
             self._touched.fill(-1)
             return self._run_on(place, 0, most)
-        with self._aimed(place.base, place.position, place.words[1] & 0xFFFF):
-            if action == "grant" and place.access == acc.WRITE and (self._grants(place) or self._changed):
+        gpa, word = self._accessed(place)
+        writes = word >> 16 & acc.ACCESS_MASK == acc.WRITE
+        with self._aimed(place.base, place.position, word & 0xFFFF):
+            if action == "grant" and writes and (self._grants(gpa, word) or self._changed):
                 self._attempt(place)
             else:
-                if action == "allow":
-                    self._land(place)
+                if action == "allow" and writes:
+                    self._land(gpa, word)
                 self.tally[reg.RECORDS] += 1
-                self.tally[reg.WRITES] += place.access == acc.WRITE
+                self.tally[reg.WRITES] += writes
         return self._run_on(place, 1, most)
+
+    def _accessed(self, place: Place) -> tuple[int, int]:
+        """GPA of the first byte of the access that is asked about, and the second word of its record."""
+        return place.words
 
     def _run_on(self, place: Place, past: int, most: int | None) -> bool:
         """Go on at a place or so many records past it, for ``most`` records."""
@@ -173,10 +193,9 @@ class InteractiveReplay(Replay):
         self._draft.ensure()
         return self._draft.machine
 
-    def _land(self, place: Place) -> None:
+    def _land(self, gpa: int, word: int) -> None:
         """Tell the dirty logs of a write that lands though it was refused."""
-        gpa, word = place.words
-        if place.access == acc.WRITE and self._ended_in == res.VIOLATION:
+        if self._ended_in == res.VIOLATION:
             m = self._ready()
             host = word >> acc.RECORD_SOURCE_SHIFT & acc.RECORD_SOURCE_MASK == acc.HOST
             space = 0 if host else space_of_record(m, int(m.vcpu_of_id[word >> 32 & 0xFFFF]))
@@ -186,8 +205,7 @@ class InteractiveReplay(Replay):
         """How the last exit of the log ended."""
         return int(self._log[int(self._used[0]) - 1, vcpu_run.EXIT_REASON]) >> 16 & 0xFF
 
-    def _grants(self, place: Place) -> bool:
-        gpa, word = place.words
+    def _grants(self, gpa: int, word: int) -> bool:
         granted = bool(grant_touched(self._ready(), gpa, word & 0xFFFF, self._trail))
         self.tally[reg.GRANTS] += granted
         return granted

@@ -29,9 +29,9 @@ class PublishedReplay(InteractiveReplay):
         else:
             Replay._stop(self, chunk, base, position)
 
-    def answer(self, action: str, most: int | None = None) -> bool:
+    def answer(self, action: str, most: int | None = None, value: int | None = None) -> bool:
         self.question = None
-        return super().answer(action, most)
+        return super().answer(action, most, value)
 
     @property
     def resume_at(self) -> int:

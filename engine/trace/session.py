@@ -232,12 +232,12 @@ class Replay:
     def _enter(self, chunk: TraceChunk, run: Run, gvas: NDArray[np.int64], position: int, base: int) -> tuple[int, int]:
         """Go on from a position of the chunk; returns why the kernel came back, and the record it has not run.
 
-        Operations are for ``trace.timed``; an interactive replay refuses them rather than pass them over.
+        Operations are for ``trace.timed``; others refuse them rather than pass them over.
         """
         tables = self._tables
         if tables is None:
             if chunk.operations is not None and not chunk.operations.plain:
-                rule = "a replay that asks, or is published while it runs, takes no operations and no address spaces"
+                rule = "a replay that is published while it runs takes no operations and no address spaces"
                 raise TraceError(rule, index=base + position, field="op")
             return self._replay(run, gvas, position, base)
         if position == tables.ready and tables.why == record_checks.DONE:

@@ -35,6 +35,9 @@ _OFF = "operations and address spaces are about the translation cache: the VM ha
 class Performs(Protocol):
     """What a replay asks of whoever knows operations."""
 
+    def go_on(self, draft: Draft) -> None:
+        """What comes is done to the machine as it is now."""
+
     def perform(self, index: int, vcpu: int, operation: Operation, tally: NDArray[np.int64]) -> None:
         """Execute the operation of record ``index``. Raises TraceError for one that cannot be."""
 
@@ -45,21 +48,14 @@ class Performs(Protocol):
         """Everything so far; ``stale`` accesses went by stale translations."""
 
 
-class TimedReplay(Replay):
-    """A replay whose chunks may have operations. Chunks without go the way of every replay."""
+class Operating(Replay):
+    """What replays have in common whose chunks may have operations. Chunks without go the way of every replay."""
 
-    def __init__(
-        self,
-        draft: Draft,
-        options: ReplayOptions,
-        targets: object_hits.Targets,
-        before: Callable[[TraceChunk], None],
-        performs: Performs,
-    ) -> None:
-        super().__init__(draft, options, targets, before)
+    def _operate(self, before: Callable[[TraceChunk], None], performs: Performs) -> None:
+        """To be called when one is made."""
         self._enter_guest = before
         self._performs = performs
-        rows = len(draft.machine.tlb)
+        rows = len(self._draft.machine.tlb)
         self._uses = np.full((rows, translated.USE_WORDS), translated.NEVER, dtype=np.int64)
         self._found = np.zeros((FOUND_ROWS, translated.FOUND_WORDS), dtype=np.int64)
         self._count = np.array([0, 0, 1], dtype=np.int64)
@@ -75,8 +71,7 @@ class TimedReplay(Replay):
         end = run.count
         stop = min(int(beside.at[following]), end) if following < len(beside.at) else end
         if stop == position:
-            self._perform(chunk, beside.items[following], base + position)
-            return record_checks.DONE, position + 1
+            return self._come_to(chunk, beside.items[following], position, base)
         part = chunk.records[position:stop]
         self._enter_guest(TraceChunk(part, None, {}, operations=beside))
         status, position = translated.replay(
@@ -104,6 +99,11 @@ class TimedReplay(Replay):
             return
         field = "op" if len(chunk.operations.at) or not len(chunk.operations.spaces) else "address_space"
         raise TraceError(_OFF, index=base + position, field=field, value="off")
+
+    def _come_to(self, chunk: TraceChunk, operation: Operation, position: int, base: int) -> tuple[int, int]:
+        """Do what is at a position of the chunk; returns as ``_enter``."""
+        self._perform(chunk, operation, base + position)
+        return record_checks.DONE, position + 1
 
     def _perform(self, chunk: TraceChunk, operation: Operation, index: int) -> None:
         vcpu = int(chunk.records[operation.position, 1]) >> 32 & 0xFFFF
@@ -133,6 +133,21 @@ class TimedReplay(Replay):
         """Totals, exit records, and what was found out about translations."""
         found = self._performs.translations(int(self._count[translated.COUNT_STALE]))
         return super().result().with_translations(found)
+
+
+class TimedReplay(Operating):
+    """A replay of a trace that may have operations."""
+
+    def __init__(
+        self,
+        draft: Draft,
+        options: ReplayOptions,
+        targets: object_hits.Targets,
+        before: Callable[[TraceChunk], None],
+        performs: Performs,
+    ) -> None:
+        super().__init__(draft, options, targets, before)
+        self._operate(before, performs)
 
 
 assert translated.NO_SPACE == NO_SPACE - (1 << 64), "one sentinel, signed and unsigned"

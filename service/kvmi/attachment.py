@@ -16,13 +16,14 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 
 from engine.errors import Conflict, EngineError, InvalidValue, NotFound
 from engine.kvm.resolutions import VIOLATION
+from engine.trace.interactive import Load
 from service.kvmi import events
-from service.kvmi.connection import ALLOW, Connection
-from service.kvmi.guest import Change, Fault
+from service.kvmi.connection import ALLOW, CR3, Connection
+from service.kvmi.guest import Change, Fault, RegisterLoad
 from service.kvmi.handshake import Identity
 from service.kvmi.link import Link, Owner
 from service.kvmi.machine import MachineGuest, described
-from service.kvmi.wire import NO_ADDRESS, V7
+from service.kvmi.wire import NO_ADDRESS, V6, V7
 from service.platform.sockets import Address, NotAllowed, connected
 from service.problems import ServiceError
 from service.runtime.broker import PASS, Interest, Question, Resolution, Tool
@@ -93,6 +94,7 @@ class Attachment(Tool, Owner):
         self.connected_at: datetime | None = None
         self.last_error: str | None = None
         self._counts = (0, 0)
+        self._loop = asyncio.get_running_loop()
         self._entry = entry
         self._principal = principal
         self._access = access
@@ -104,6 +106,9 @@ class Attachment(Tool, Owner):
         self._paused = False
         self._withdrawn = False
         self._hold_limit: asyncio.TimerHandle | None = None
+        # When the event that is open is given up, by the vCPU's index; of those about no access.
+        self._limits: dict[int, asyncio.TimerHandle] = {}
+        self._loads: frozenset[int] = frozenset()
         self._resting: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._ending: asyncio.Task[None] | None = None
@@ -120,7 +125,7 @@ class Attachment(Tool, Owner):
         self._entry.broker.attach(self)
         self._entry.uses += 1
         self._until_end.enter_context(self._access.watching(self._principal, self.expel))
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task = self._loop.create_task(self._run())
         return self._task
 
     # The life of it
@@ -141,6 +146,7 @@ class Attachment(Tool, Owner):
         except Exception:
             logger.exception("the attachment of %s has failed", self._entry.id)
             self.begin_end()
+            await self._restore()
 
     async def _once(self) -> None:
         """One connection, from its beginning to its end."""
@@ -156,7 +162,7 @@ class Attachment(Tool, Owner):
         except BaseException:  # the machine cannot be read just now
             made.close()
             raise
-        loop = asyncio.get_running_loop()
+        loop = self._loop
         try:
             open_link = loop.create_connection if self.wanted.address.path is None else loop.create_unix_connection
             try:
@@ -171,6 +177,11 @@ class Attachment(Tool, Owner):
         finally:
             self._counts = self._counted()
             self._link = None
+            self._loads = frozenset()
+            self._watch(self._loads)
+            for limit in self._limits.values():
+                limit.cancel()
+            self._limits.clear()
             self._release()
         if link.hooked:
             self._tell("disconnected", reason=reason)
@@ -215,7 +226,7 @@ class Attachment(Tool, Owner):
         """Have it end: a tool that wants to be told has ``seconds`` to go by itself."""
         self._seconds = min(self._seconds, seconds)
         if self._ending is None:
-            self._ending = asyncio.get_running_loop().create_task(self._end())
+            self._ending = self._loop.create_task(self._end())
         return self._ending
 
     async def _end(self) -> None:
@@ -259,7 +270,12 @@ class Attachment(Tool, Owner):
         self.begin_end()
 
     def wants(self, question: Question) -> bool:
-        """What this tool's restrictions refuse, where it wants to hear of it; as the kernel asks no other."""
+        """What this tool's restrictions refuse, where it wants to hear of it; as the kernel asks no other. And loads of
+        CR3, which v6 tells of only where they change it."""
+        if question.load is not None:
+            if self._link is None or question.load.vcpu not in self.watched:
+                return False
+            return self.wanted.dialect != V6 or self._load(question, question.load).old != question.load.operand
         exit = question.exit
         page = self.guest.restricted.get(int(exit.column("gfn")[0]))
         if page is None or int(exit.column("resolution")[0]) != VIOLATION:
@@ -274,6 +290,10 @@ class Attachment(Tool, Owner):
     def ask(self, question: Question) -> None:
         if self._link is None:
             self.answered(question, ALLOW)
+            return
+        if question.load is not None:
+            self._link.connection.ask_about(self._load(question, question.load))
+            self._link.turn()
             return
         seen = self._seen
         self._link.connection.ask(seen if seen is not None and seen.token is question else self._fault(question))
@@ -305,6 +325,15 @@ class Attachment(Tool, Owner):
             token=question,
         )
 
+    def _load(self, question: Question, load: Load) -> RegisterLoad:
+        index = self.guest.index_of(load.vcpu)
+        return RegisterLoad(index, CR3, self.guest.shown(index).cr3, load.operand, question)
+
+    def _watch(self, vcpus: frozenset[int]) -> None:
+        if vcpus != self.watched:
+            self.watched = vcpus
+            self._entry.broker.watch()
+
     # As the owner of a link
 
     def hooked(self) -> None:
@@ -323,7 +352,8 @@ class Attachment(Tool, Owner):
         )
         return errno
 
-    def answered(self, token: Question, action: str) -> None:
+    def answered(self, token: Question, action: str, value: int | None = None) -> None:
+        token.value = value
         try:
             self._entry.broker.answer(self, token.id, action)
         except InvalidValue:  # a store of a guest that runs cannot be skipped: another tool, or the default, decides
@@ -337,16 +367,29 @@ class Attachment(Tool, Owner):
         link = self._link
         if link is None:
             return
+        for index, seq in link.connection.boundless():
+            if (before := self._limits.get(index)) is not None:
+                before.cancel()
+            self._limits[index] = self._loop.call_later(self.timeout, self._give_up, link, index, seq)
+        if link.connection.loads is not self._loads:
+            self._loads = link.connection.loads
+            self._watch(self.guest.ids_of(self._loads))
         paused = link.connection.paused and not self._withdrawn
         if paused and not self._paused:
             self._paused = True
             self._entry.broker.hold(self)
             # The guest does not wait for ever for a tool that has forgotten it.
-            self._hold_limit = asyncio.get_running_loop().call_later(self.timeout, self._entry.broker.release, self)
+            self._hold_limit = self._loop.call_later(self.timeout, self._entry.broker.release, self)
         elif self._paused and not paused:
             self._release()
         if paused and self._entry.lock.held and self._resting is None:
-            self._resting = asyncio.get_running_loop().create_task(self._rest(link))
+            self._resting = self._loop.create_task(self._rest(link))
+
+    def _give_up(self, link: Link, index: int, seq: int) -> None:
+        """An event that is about no access does not stand for ever, either."""
+        if self._link is link:
+            link.connection.give_up(index, seq)
+            link.turn()
 
     def _release(self) -> None:
         self._paused = False
@@ -416,6 +459,7 @@ class Attachments:
 
         Raises Conflict where a tool is connected, LimitExceeded.
         """
+        made = Attachment(entry, wanted, principal, self._access, self._audit, self._settings)
         before = self._known.get(entry.id)
         if before is not None:
             if before.connected:
@@ -424,7 +468,6 @@ class Attachments:
             await asyncio.wait([before.begin_end()])
         if self._known.get(entry.id) is not None:
             raise Conflict("another request attaches the machine", field="kvmi", value=CONNECTING, errno="EEXIST")
-        made = Attachment(entry, wanted, principal, self._access, self._audit, self._settings)
         made.start(self._settings.max_tools).add_done_callback(lambda _: self._forget(made))
         self._known[entry.id] = made
         return made, before is None

@@ -82,6 +82,9 @@ class Connection(Protocol):
     def switch_event(self, vcpu: int, event: int, on: bool) -> None:
         """Whether the tool wants an event of a vCPU."""
 
+    def switch_register(self, vcpu: int, register: int, on: bool) -> None:
+        """Whether the tool wants to know of loads of a control register, where it has enabled CR."""
+
     def switch_stepping(self, vcpu: int, on: bool) -> None:
         """Whether the tool wants to know when the access that it is asked about has landed."""
 
@@ -184,9 +187,10 @@ def _control_events(connection: Connection, vcpu: int, given: Given, rest: bytes
 
 
 def _control_cr(connection: Connection, vcpu: int, given: Given, rest: bytes) -> bytes:
-    _, pad, register = given
+    on, pad, register = given
     if pad != bytes(3) or register not in _CRS:
         raise Refused(EINVAL)
+    connection.switch_register(vcpu, register, bool(on))
     return b""
 
 
@@ -365,7 +369,12 @@ COMMANDS = {
         Command(8, "CONTROL_VM_EVENTS", _SWITCH, _control_vm_events, about="see the events"),
         Command(9, "CONTROL_EVENTS", _SWITCH, _control_events, of_vcpu=True, about="see the events"),
         Command(
-            10, "CONTROL_CR", _REGISTER_SWITCH, _control_cr, of_vcpu=True, about="CR0, CR3, CR4: taken, no event comes"
+            10,
+            "CONTROL_CR",
+            _REGISTER_SWITCH,
+            _control_cr,
+            of_vcpu=True,
+            about="CR3: see the events; CR0, CR4: taken, no event comes",
         ),
         Command(11, "CONTROL_MSR", _REGISTER_SWITCH, _control_msr, of_vcpu=True, about="taken, no event comes"),
         Command(

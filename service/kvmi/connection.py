@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from service.kvmi import events
 from service.kvmi.commands import COMMANDS, UNKNOWN
-from service.kvmi.guest import RIP_AT, Change, Fault, Guest, Registers
+from service.kvmi.guest import RIP_AT, Change, Fault, Guest, RegisterLoad, Registers
 from service.kvmi.wire import (
     CONTINUE,
     CRASH,
@@ -34,8 +34,9 @@ from service.kvmi.wire import (
 
 ALLOW, AGAIN, STOP, SKIP = "allow", "retry", "stop", "skip"
 _LONGEST_INSTRUCTION = 15
-# Events that were given up, whose late answers are passed over.
-_EXPIRED = 64
+CR3 = 3
+# Events that were given up, whose late answers are passed over: as many as pauses of a vCPU may wait.
+_EXPIRED = 1 << 10
 
 
 class Send(NamedTuple):
@@ -53,10 +54,12 @@ class Do:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What becomes of an access: allow, retry, stop or skip. ``token`` is that of its fault."""
+    """What becomes of an access, or a load: allow, retry, stop or skip. ``token`` is that of what was asked about,
+    ``value`` what is loaded."""
 
     token: Any
     action: str
+    value: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,13 @@ class _Event:
     seq: int = 0
     registers: Registers | None = None
     moved_rip: bool = False
+    load: RegisterLoad | None = None
+
+    @property
+    def token(self) -> Any:
+        """Of what is asked about; None for an event about nothing that waits."""
+        about = self.fault or self.load
+        return about.token if about is not None else None
 
 
 @dataclass(slots=True)
@@ -86,6 +96,7 @@ class _Vcpu:
     """What the tool wants of one vCPU, and what it was asked."""
 
     enabled: set[int] = field(default_factory=set)
+    registers: set[int] = field(default_factory=set)
     stepping: bool = False
     open: _Event | None = None
     waiting: deque[_Event] = field(default_factory=deque)
@@ -100,6 +111,8 @@ class Connection:
         self.dialect = dialect
         self.commands = 0
         self.events = 0
+        # vCPUs whose loads of CR3 the tool wants to be asked about.
+        self.loads: frozenset[int] = frozenset()
         self._framer = Framer()
         self._out: deque[Step] = deque()
         self._pending: Message | None = None
@@ -110,6 +123,7 @@ class Connection:
         self._known_vcpus = guest.vcpus()
         self._of_vm: set[int] = set()
         self._expired: deque[tuple[int, int]] = deque(maxlen=_EXPIRED)
+        self._boundless: list[tuple[int, int]] = []
 
     # In and out
 
@@ -231,6 +245,17 @@ class Connection:
     def switch_event(self, vcpu: int, event: int, on: bool) -> None:
         enabled = self._vcpu(vcpu).enabled
         (enabled.add if on else enabled.discard)(event)
+        if event == events.CR:
+            self._look_for_loads()
+
+    def switch_register(self, vcpu: int, register: int, on: bool) -> None:
+        registers = self._vcpu(vcpu).registers
+        (registers.add if on else registers.discard)(register)
+        self._look_for_loads()
+
+    def _look_for_loads(self) -> None:
+        watched = (i for i, vcpu in self._vcpus.items() if events.CR in vcpu.enabled and CR3 in vcpu.registers)
+        self.loads = frozenset(watched)
 
     def switch_stepping(self, vcpu: int, on: bool) -> None:
         self._vcpu(vcpu).stepping = on
@@ -306,16 +331,31 @@ class Connection:
         self._vcpu(fault.vcpu).waiting.append(_Event(events.PF, fault))
         self._pump(fault.vcpu)
 
+    def ask_about(self, load: RegisterLoad) -> None:
+        """Ask the tool about a load."""
+        self._vcpu(load.vcpu).waiting.append(_Event(events.CR, load=load))
+        self._pump(load.vcpu)
+
     def withdraw(self, token: Any) -> None:
-        """An access waits no more: its event is no longer open, and a late answer is passed over."""
+        """What was asked about waits no more: its event is no longer open, and a late answer is passed over."""
         for index, vcpu in self._vcpus.items():
-            vcpu.waiting = deque(
-                event for event in vcpu.waiting if event.fault is None or event.fault.token is not token
-            )
-            if vcpu.open is not None and vcpu.open.fault is not None and vcpu.open.fault.token is token:
-                self._expired.append((index, vcpu.open.seq))
-                vcpu.open = None
-                self._pump(index)
+            vcpu.waiting = deque(event for event in vcpu.waiting if event.token is not token)
+            if vcpu.open is not None and vcpu.open.token is token:
+                self.give_up(index, vcpu.open.seq)
+
+    def boundless(self) -> list[tuple[int, int]]:
+        """vCPU and number of the events sent since this was asked last that are about no access, which alone has an
+        end: whoever has a clock gives them up."""
+        found, self._boundless = self._boundless, []
+        return found
+
+    def give_up(self, index: int, seq: int) -> None:
+        """An event has stood too long: it is as good as answered by CONTINUE, and a late answer is passed over."""
+        vcpu = self._vcpu(index)
+        if vcpu.open is not None and vcpu.open.seq == seq:
+            self._expired.append((index, seq))
+            vcpu.open = None
+            self._pump(index)
 
     def unhook(self) -> bool:
         """Ask the tool to go, if it wants to be asked; False if not."""
@@ -325,11 +365,11 @@ class Connection:
         return True
 
     def asked(self) -> list[Any]:
-        """The tokens of all accesses that the tool has not answered."""
+        """The tokens of all accesses and loads that the tool has not answered."""
         known: Iterable[_Event] = (
             event for vcpu in self._vcpus.values() for event in (vcpu.open, *vcpu.waiting) if event is not None
         )
-        return [event.fault.token for event in known if event.fault is not None]
+        return [event.token for event in known if event.token is not None]
 
     def _vcpu(self, index: int) -> _Vcpu:
         return self._vcpus.setdefault(index, _Vcpu())
@@ -353,14 +393,18 @@ class Connection:
 
     def _open(self, index: int, event: _Event) -> None:
         fault, own = event.fault, b""
-        event.registers = self.guest.registers(index, events.EVENT_MSRS).at(fault.rip if fault is not None else None)
+        event.registers = self.guest.shown(index).at(fault.rip if fault is not None else None)
         if event.kind == events.PF:
             assert fault is not None
             own = events.pf_part(fault.gva, fault.gpa, fault.access)
+        elif event.load is not None:
+            own = events.cr_part(event.load.register, event.load.old, event.load.new)
         elif event.kind == events.SINGLESTEP:
             own = events.singlestep_part(self.dialect)
         event.seq = self._send_event(events.common_part(index, event.kind, event.registers) + own)
         self._vcpus[index].open = event
+        if event.token is None:
+            self._boundless.append((index, event.seq))
 
     # Answers
 
@@ -374,17 +418,21 @@ class Connection:
             self._out.append(Send(reply(events.EVENT_REPLY, given.seq, EINVAL)))
             return
         vcpu = self._vcpu(index)
-        if (index, given.seq) in self._expired:
-            self._expired.remove((index, given.seq))
-            return
         event = vcpu.open
-        if event is None:
-            return
-        if given.seq != event.seq:
+        if event is None or given.seq != event.seq:
+            if (index, given.seq) in self._expired:
+                self._expired.remove((index, given.seq))
+                return
+            if event is None:
+                return
             raise Broken(f"an answer to event {given.seq} of vCPU {index}, which waits for that to {event.seq}")
         action, stepped = self._parsed(given, event)
         vcpu.open = None
-        self._conclude(index, vcpu, event, action, stepped)
+        if event.load is not None:
+            [value] = events.CR_ANSWER.unpack(given.payload[events.ANSWER.size :].ljust(events.CR_ANSWER.size, b"\0"))
+            self._conclude_load(event.load, action, value)
+        else:
+            self._conclude(index, vcpu, event, action, stepped)
         self._pump(index)
 
     def _parsed(self, given: Message, event: _Event) -> tuple[int, bool]:
@@ -422,6 +470,13 @@ class Connection:
                 self._out.append(Answer(fault.token, ALLOW))
         else:
             self._out.append(Answer(fault.token, AGAIN))
+
+    def _conclude_load(self, load: RegisterLoad, action: int, value: int) -> None:
+        """What an answer to CR comes to: without a value it means 0, and what is no action of it refuses the load."""
+        if action == CONTINUE:
+            self._out.append(Answer(load.token, ALLOW, value))
+        else:
+            self._out.append(Answer(load.token, STOP if action == CRASH else SKIP))
 
     def _steps(self, vcpu: _Vcpu) -> bool:
         return vcpu.stepping and events.SINGLESTEP in vcpu.enabled

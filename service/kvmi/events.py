@@ -28,6 +28,10 @@ _REGISTERS = COMMON_SIZE - _COMMON.size
 
 # gva, gpa, access, padding, view, padding.
 _PF = struct.Struct("<QQBxHI")
+# Which register, padding, what it has, what it is to have.
+_CR = struct.Struct("<H6xQQ")
+# What it gets, after the start of the answer.
+CR_ANSWER = struct.Struct("<Q")
 # Whether the step failed, padding; v7 only.
 _SINGLESTEP = struct.Struct("<B7x")
 
@@ -60,7 +64,13 @@ EVENTS = {
             "CONTROL_VM_EVENTS",
             "when the attachment is deleted, the VM is, or the service stops; the tool closes then",
         ),
-        EventKind(CR, "CR", answer_size=8),
+        EventKind(
+            CR,
+            "CR",
+            "CONTROL_EVENTS, CONTROL_CR",
+            "before a `mov-cr3` of a trace that asks; CR0 and CR4: never",
+            answer_size=CR_ANSWER.size,
+        ),
         EventKind(MSR, "MSR", answer_size=8),
         EventKind(XSETBV, "XSETBV"),
         EventKind(BREAKPOINT, "BREAKPOINT"),
@@ -107,6 +117,11 @@ def unhook_part() -> bytes:
 def pf_part(gva: int, gpa: int, access: int) -> bytes:
     """What PF has of its own."""
     return _PF.pack(gva, gpa, access, 0, 0)
+
+
+def cr_part(register: int, old: int, new: int) -> bytes:
+    """What CR has of its own."""
+    return _CR.pack(register, old, new)
 
 
 def singlestep_part(dialect: str) -> bytes:

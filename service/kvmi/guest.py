@@ -15,7 +15,7 @@ from service.kvmi.wire import NO_ADDRESS, PAGE_SIZE, WRITE
 
 # Where struct kvm_regs has RIP, and struct kvm_sregs the parts of CS and EFER that tell the mode.
 RIP_AT = 128
-_CS_DB_AT, _CS_L_AT, _EFER_AT = 17, 19, 264
+_CS_DB_AT, _CS_L_AT, _CR3_AT, _EFER_AT = 17, 19, 240, 264
 _EFER_LMA = 1 << 10
 
 
@@ -26,6 +26,11 @@ class Registers:
     regs: bytes
     sregs: bytes
     msrs: tuple[int, ...] = ()
+
+    @property
+    def cr3(self) -> int:
+        """What CR3 has."""
+        return int.from_bytes(self.sregs[_CR3_AT : _CR3_AT + 8], "little")
 
     @property
     def mode(self) -> int:
@@ -79,6 +84,17 @@ class Fault:
         return bool(touched & ~page.bitmap)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RegisterLoad:
+    """A load of a control register that waits for a tool. ``token`` is the caller's."""
+
+    vcpu: int
+    register: int
+    old: int
+    new: int
+    token: Any
+
+
 class Guest(Protocol):
     """The machine as it is now. ``vcpu`` is always an index. What cannot be is Refused."""
 
@@ -96,6 +112,9 @@ class Guest(Protocol):
 
     def registers(self, vcpu: int, msrs: Sequence[int]) -> Registers:
         """The registers, and as many MSRs; 0 for one that the vCPU does not have."""
+
+    def shown(self, vcpu: int) -> Registers:
+        """The registers of an event, with the MSRs of ``events.EVENT_MSRS``; zeros where they cannot be read."""
 
     def cpuid(self, vcpu: int, function: int, index: int) -> tuple[int, int, int, int]:
         """A leaf: EAX, EBX, ECX, EDX."""

@@ -33,8 +33,8 @@ class Owner(ABC):
         """Make a change; its error, or 0."""
 
     @abstractmethod
-    def answered(self, token: Any, action: str) -> None:
-        """What becomes of an access that was asked about."""
+    def answered(self, token: Any, action: str, value: int | None = None) -> None:
+        """What becomes of an access that was asked about, or of a load, of ``value``."""
 
     @abstractmethod
     def hooked(self) -> None:
@@ -129,7 +129,7 @@ class Link(asyncio.Protocol):
             if isinstance(step, Send):
                 self._transport.write(step.data)
             elif isinstance(step, Answer):
-                self._owner.answered(step.token, step.action)
+                self._owner.answered(step.token, step.action, step.value)
             elif isinstance(step, Do):
                 self._making = self._loop.create_task(self._make(step.change))
             elif isinstance(step, Close):

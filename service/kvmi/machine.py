@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from engine.errors import Busy, Conflict, EngineError, InvalidValue, LimitExceeded, NotFound, OutOfMemory, Unsupported
@@ -11,6 +11,7 @@ from engine.ioctls import registers_of
 from engine.kvm.slot_map import SlotMap
 from engine.machine import VirtualMachine
 from engine.machine.page_access import MAX_ENTRIES, AccessChange
+from service.kvmi.events import EVENT_MSRS
 from service.kvmi.guest import Change, PageRights, Registers, SetPages, SwitchSppOn, WriteMemory
 from service.kvmi.wire import (
     ALL_RIGHTS,
@@ -34,6 +35,7 @@ T = TypeVar("T")
 # Pages that one tool may have restricted at a time: 1 GiB of guest memory, page by page.
 MAX_RESTRICTED = 1 << 18
 _INLINE_PAGES = 64
+UNKNOWN_REGISTERS = Registers(bytes(144), bytes(312), (0,) * len(EVENT_MSRS))
 _OPEN = PageRights(ALL_RIGHTS, FULL_BITMAP)
 # What becomes of an exception, first fit.
 _ERRORS: tuple[tuple[type[Exception], int], ...] = (
@@ -99,6 +101,11 @@ class MachineGuest:
         """The index of a KVM vCPU id."""
         return self._known().index(vcpu)
 
+    def ids_of(self, indices: Iterable[int]) -> frozenset[int]:
+        """The KVM vCPU ids of indices."""
+        known = self._known()
+        return frozenset(known[index] for index in indices)
+
     def max_gfn(self) -> int:
         slots = self._machine.memory_slots.known
         if slots is not self._slots:
@@ -123,6 +130,12 @@ class MachineGuest:
         if known is None or known[0] != wanted or known[1] != version:
             known = self._registers[id] = wanted, version, Registers(*registers_of(self._machine, id, wanted))
         return known[2]
+
+    def shown(self, vcpu: int) -> Registers:
+        try:
+            return self.registers(vcpu, EVENT_MSRS)
+        except Refused:
+            return UNKNOWN_REGISTERS
 
     @_query
     def cpuid(self, vcpu: int, function: int, index: int) -> tuple[int, int, int, int]:

@@ -9,7 +9,8 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 def stamp(when: datetime | None = None) -> str:
     """RFC 3339 in UTC with six decimals, of now unless given."""
-    return (when or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    # Several times as fast as strftime, which counts where questions come in swarms.
+    return (when or datetime.now(UTC)).astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
 
 
 def moment(time: datetime) -> int:

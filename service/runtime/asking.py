@@ -13,8 +13,9 @@ from typing import Protocol
 
 from engine.machine import VirtualMachine
 from engine.trace.columns import TraceChunk
-from engine.trace.interactive import InteractiveReplay
+from engine.trace.interactive import InteractiveReplay, Load
 from engine.trace.interactive_access import InteractiveAccess
+from engine.trace.interactive_timed import Watched
 from engine.trace.readers import Budget, Source, TraceReader
 from engine.trace.results import ExitColumns, TraceResult
 from engine.trace.single import AccessRequest, AccessResult
@@ -23,7 +24,7 @@ from service.runtime.bodies import Upload
 from service.runtime.broker import UNDONE, Question
 from service.runtime.commit_hooks import CommitHooks
 from service.runtime.entry import Entry
-from service.runtime.traces import TraceRequest
+from service.runtime.traces import NO_RECORDS, TraceRequest
 from service.settings import Settings
 
 
@@ -76,6 +77,19 @@ class Asker:
         assert resolution.action is not None
         return resolution.action
 
+    async def ask_about(self, load: Load) -> tuple[str, int | None]:
+        """What is to become of a load of CR3, and what is loaded in place of what is recorded. One that nobody answers
+        takes place."""
+        self._last = (-1, 0)
+        if self._entry.gone:
+            raise self._entry.absence()
+        self._metrics.asked()
+        question = Question(NO_RECORDS, self.trace, 1, load=load)
+        resolution = await self._entry.broker.ask(question, "allow", self._settings.max_questions, self._give_up)
+        self._metrics.answered(resolution.action, resolution.reason, resolution.timeouts)
+        assert resolution.action is not None
+        return resolution.action, question.value if resolution.reason == "answer" else None
+
     async def released(self) -> None:
         """Wait while a tool holds the guest. Raises why it does not go on: the machine is gone, the service stops."""
         await self._entry.broker.released()
@@ -97,8 +111,8 @@ class Asker:
 
 # Refusals come in swarms: so many records are replayed on the loop after an answer, as a thread takes longer to wake.
 _BRIEF = 64
-# So often in a row: then it is the others' turn, too.
-_BRIEFLY = 16
+# So often in a row: then it is the others' turn to compute, too. Between any two of them the loop is theirs anyway.
+_BRIEFLY = 256
 # A machine with more frames is not changed on the loop: a copy of its rows, when they grow, takes longer.
 _FRAMES = 4096
 
@@ -106,7 +120,8 @@ _FRAMES = 4096
 class _Stretches:
     """One replay that asks, from its first stretch to its last. ``run`` is for a thread, ``briefly`` for the loop."""
 
-    def __init__(self, request: TraceRequest, source: Source, memory: Budget) -> None:
+    def __init__(self, request: TraceRequest, source: Source, memory: Budget, watched: Watched) -> None:
+        self._watched = watched
         self._request = request
         self._source = source
         self._memory = memory
@@ -115,20 +130,24 @@ class _Stretches:
         self._replay: InteractiveReplay | None = None
         self._stopped = False
         self._in_a_row = 0
-        self.asked: ExitColumns | None = None
+        self._options = request.options()
+        self.asked: ExitColumns | Load | None = None
 
     @property
     def paused_at(self) -> int | None:
         return self._replay.paused_at if self._replay is not None else None
 
+    def _note_asked(self, replay: InteractiveReplay) -> None:
+        if replay.paused_at is not None:
+            self.asked = replay.load or replay.asked
+
     def briefly(self, machine: VirtualMachine, action: str) -> bool:
         """Do what was answered and go on for a few records; whether there is a question again. ``run`` goes on."""
         assert self._replay is not None
-        with machine.replay(self._request.options(), self._replay) as run:
+        with machine.replay(self._options, self._replay) as run:
             going = self._replay.answer(action, _BRIEF)
             self._stopped = not going and self._replay.paused_at is None
-            if self._replay.paused_at is not None:
-                self.asked = self._replay.asked
+            self._note_asked(self._replay)
             run.pause()
         return self._replay.paused_at is not None
 
@@ -137,24 +156,25 @@ class _Stretches:
         self._in_a_row += 1
         # Translations, and what lies between accesses, are of a whole chunk; ``retry`` ends what a chunk has come to.
         whole = self._request.address == "gva" or machine.config.host.hyperv is not None or action == "retry"
-        if whole or self._in_a_row > _BRIEFLY or machine.frames_in_use > _FRAMES:
+        assert self._replay is not None
+        if whole or self._replay.timed or self._in_a_row > _BRIEFLY or machine.frames_in_use > _FRAMES:
             self._in_a_row = 0
             return False
         return True
 
     def run(
-        self, machine: VirtualMachine, check: Callable[[], None], action: str | None = None
+        self, machine: VirtualMachine, check: Callable[[], None], action: str | None = None, value: int | None = None
     ) -> tuple[TraceResult, tuple[str, ...]] | None:
         """Do what was answered, if it is not done, and go on to the next question (None) or to the end."""
         if self._reader is None:
             self._reader = self._request.reader(self._source, self._memory)
             self._chunks = iter(self._reader)
-        with machine.replay(self._request.options(), self._replay) as run:
+        with machine.replay(self._options, self._replay, self._watched) as run:
             assert isinstance(run.replay, InteractiveReplay)
             self._replay = run.replay
             check()
             if action is not None:
-                going = self._replay.answer(action)
+                going = self._replay.answer(action, None, value)
             else:
                 going = not self._stopped and self._replay.finish_chunk()
             while going and (chunk := next(self._chunks, None)) is not None:
@@ -162,7 +182,7 @@ class _Stretches:
                 going = run.feed(chunk)
             check()
             if self._replay.paused_at is not None:
-                self.asked = self._replay.asked
+                self._note_asked(self._replay)
                 run.pause()
                 return None
             return replace(run.finish(), taken=self._reader.taken), self._reader.ignored_columns
@@ -184,8 +204,9 @@ async def last_stretch(
     ``check_caller`` is called before each commit, and raises when the caller may not change the machine any more.
     ``hooks`` as in ``Entry.mutation``, for each of them; ``memory`` is what the body may take while it is read.
     """
-    stretches = _Stretches(request, source, memory)
+    stretches = _Stretches(request, source, memory, entry.broker.watches)
     action: str | None = None
+    value: int | None = None
     committed: int | None = None
     try:
         while True:
@@ -198,14 +219,18 @@ async def last_stretch(
                 else:
                     left, asked = action, False
                 if not asked:
-                    found = await upload.run(lambda pipe: stretches.run(machine, pipe.check, left))  # noqa: B023
+                    found = await upload.run(lambda pipe: stretches.run(machine, pipe.check, left, value))  # noqa: B023
                 check_caller()
                 if found is not None:
                     yield found
                     return
             committed = stretches.paused_at
-            assert stretches.asked is not None
-            action = await upload.until(asker.ask(stretches.asked))
+            asked_about = stretches.asked
+            assert asked_about is not None
+            if isinstance(asked_about, Load):
+                action, value = await upload.until(asker.ask_about(asked_about))
+            else:
+                action, value = await upload.until(asker.ask(asked_about)), None
     except Exception as error:
         if committed is not None:
             setattr(error, RESUME_AT, committed)

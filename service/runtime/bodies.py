@@ -233,6 +233,35 @@ async def first(coming: Coroutine[Any, Any, T], failing: asyncio.Task[None]) -> 
             waiting.exception()
 
 
+async def unless_first(coming: Coroutine[Any, Any, T], failing: asyncio.Task[None]) -> T:
+    """As ``first``, in the task that asks: what is awaited has to end when it is cancelled, as threads do not."""
+    task = asyncio.current_task()
+    assert task is not None
+    waits = not failing.done()
+    failed = False
+
+    def give_up(_: asyncio.Task[None]) -> None:
+        nonlocal failed
+        if waits:  # the callback may be on its way when the outcome is there
+            failed = True
+            task.cancel()
+
+    failing.add_done_callback(give_up)
+    try:
+        if not waits:
+            coming.close()
+            failing.result()
+        return await coming
+    except asyncio.CancelledError:
+        # Cancelled from elsewhere as well, it is that.
+        if failed and not task.uncancel():
+            failing.result()
+        raise
+    finally:
+        waits = False
+        failing.remove_done_callback(give_up)
+
+
 async def while_connected(request: Request, coming: Coroutine[Any, Any, T]) -> T:
     """The outcome of ``coming`` for a request whose body was read; ClientDisconnect when its client leaves before."""
 
@@ -279,7 +308,7 @@ class Upload:
 
     async def until(self, coming: Coroutine[Any, Any, T]) -> T:
         """The outcome of something else than work in a thread, unless the request fails first."""
-        return await first(coming, self._pump)
+        return await unless_first(coming, self._pump)
 
     async def begun(self) -> None:
         """Wait for the beginning of the body, without a thread."""

@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from engine.errors import Conflict, InvalidValue, LimitExceeded, NotFound
+from engine.trace.interactive import Load
 from engine.trace.results import ExitColumns
 
 # What a tool answers when another one is to decide.
 PASS = "pass"
+# In place of an answer: there was none in time.
+_LATE = "late"
 # What cannot become of an access that has happened: those of a guest that runs while it is watched.
 UNDONE = "skip"
 LANDED_RULE = (
@@ -36,19 +39,24 @@ class Question:
     """One exit that a replay or an access waits at. ``attempt`` counts from 1: each ``retry`` may ask again.
 
     ``trace`` is the id that the result of the replay will have, None for a single access; ``exit`` is one record.
-    ``landed``: the access has happened, and cannot be undone.
+    ``landed``: the access has happened, and cannot be undone. With ``load`` it is about a load of CR3 instead, and
+    ``exit`` has no record; ``value`` is what is loaded if the answer is allow, None for what is recorded.
     """
 
     exit: ExitColumns
     trace: str | None
     attempt: int
     landed: bool = False
+    load: Load | None = None
+    value: int | None = None
     id: str = field(default_factory=lambda: f"q_{secrets.token_hex(8)}")
     tool: Tool | None = None
     answer: asyncio.Future[str | None] | None = None
 
     def fits(self, interest: Interest) -> bool:
         """Whether a tool wants to be asked."""
+        if self.load is not None:
+            return False
         gfn = int(self.exit.column("gfn")[0])
         return (
             (interest.kinds is None or self.exit.resolution_names()[0] in interest.kinds)
@@ -76,6 +84,8 @@ class Tool(ABC):
     interest: Interest
     timeout: float
     default_action: str | None
+    # vCPUs, by KVM's ids, whose loads of CR3 it wants to be asked about. Whoever changes it tells the broker.
+    watched: frozenset[int] = frozenset()
 
     @property
     @abstractmethod
@@ -113,6 +123,7 @@ class Broker:
         self._holding: set[Tool] = set()
         self._let_go = asyncio.Event()
         self._live = 0
+        self._watched: frozenset[int] = frozenset()
 
     # Guests that run
 
@@ -151,12 +162,14 @@ class Broker:
         """Ask it from now on."""
         self.tools.append(tool)
         self.tools.sort(key=lambda known: -known.priority)  # stable: of equals the first that came
+        self.watch()
 
     def detach(self, tool: Tool) -> None:
         """Ask it no more; what it was asked goes to the next."""
         if tool not in self.tools:
             return
         self.tools.remove(tool)
+        self.watch()
         for question in self.questions.values():
             if question.tool is tool and question.answer is not None and not question.answer.done():
                 question.answer.set_result(None)
@@ -186,6 +199,14 @@ class Broker:
         """The machine has vCPUs that it had not."""
         for tool in list(self.tools):
             tool.vcpus_came()
+
+    def watch(self) -> None:
+        """Look again which loads of CR3 the tools want to be asked about."""
+        self._watched = frozenset().union(*(tool.watched for tool in self.tools))
+
+    def watches(self, vcpu: int) -> bool:
+        """Whether a tool wants to be asked about the loads of CR3 of a vCPU, by KVM's id. From any thread."""
+        return vcpu in self._watched
 
     # Holding the guest
 
@@ -231,13 +252,9 @@ class Broker:
         try:
             while (tool := self._next(question, asked)) is not None:
                 asked.append(tool)
-                action = None
-                try:
-                    async with asyncio.timeout(tool.timeout):
-                        action = await self._put(question, tool)
-                except TimeoutError:
-                    timeouts += 1
-                if action not in (None, PASS):
+                action = await self._put(question, tool)
+                timeouts += action is _LATE
+                if action not in (None, PASS, _LATE):
                     resolution = Resolution(action, "answer", tool.id, timeouts)
                     return resolution
                 reason = give_up() if tool not in self.tools else None
@@ -257,11 +274,19 @@ class Broker:
         return next((tool for tool in fitting if tool.entitled), None)
 
     async def _put(self, question: Question, tool: Tool) -> str | None:
-        question.tool, question.answer = tool, asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[str | None] = loop.create_future()
+        question.tool, question.answer = tool, answer
+        limit = loop.call_later(tool.timeout, _end_waiting, answer)
         try:
             tool.ask(question)
-            return await question.answer
+            return await answer
         finally:
+            limit.cancel()
             question.tool = None
-            with contextlib.suppress(asyncio.InvalidStateError):
-                question.answer.cancel()
+            answer.cancel()
+
+
+def _end_waiting(answer: asyncio.Future[str | None]) -> None:
+    if not answer.done():
+        answer.set_result(_LATE)

@@ -82,6 +82,10 @@ class Entry:
     doubtful: bool = False
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
     broker: Broker = field(default_factory=Broker)
+    created_text: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.created_text = self.created.astimezone(UTC).isoformat()
 
     @property
     def machine(self) -> VirtualMachine:
@@ -112,7 +116,8 @@ class Entry:
         Raises Busy after the configured wait unless ``patient``, NotFound if the machine was deleted meanwhile,
         StoreUnavailable.
         """
-        async with self.lock.hold(patient=patient):
+        await self.lock.take(patient=patient)
+        try:
             await self.load()
             before = self.machine
             if before.borrows_frames:
@@ -141,6 +146,8 @@ class Entry:
                 raise
             if failed is not None:
                 raise failed
+        finally:
+            self.lock.give()
 
     async def _commit(self, before: VirtualMachine, change: Mutation) -> None:
         """Make the change durable, then show it. Nothing is awaited between the one and the other."""
@@ -170,10 +177,9 @@ class Entry:
 
     def record(self, revision: int | None = None, next_event: int | None = None) -> VmRecord:
         """The entry as the store keeps it, without its head."""
-        created = self.created.astimezone(UTC).isoformat()
         revision = self.revision if revision is None else revision
         next_event = self.events.next_id if next_event is None else next_event
-        return VmRecord(self.sequence, self.id, created, revision, tenant=self.tenant, next_event=next_event)
+        return VmRecord(self.sequence, self.id, self.created_text, revision, tenant=self.tenant, next_event=next_event)
 
     async def load(self) -> None:
         """Read the machine from the store unless it is here. Raises NotFound if it is gone, StoreUnavailable."""

@@ -47,8 +47,11 @@ class Room:
 
     def check(self, machine: VirtualMachine) -> None:
         """Refuse what a change has made of the machine if that is too large. Raises ShareExceeded."""
+        used = machine.frames_in_use
+        if used <= self._before:
+            return
         self._bound = self._limit()  # others may have grown meanwhile
-        if machine.frames_in_use > self._bound:
+        if used > self._bound:
             raise self.refusal()
 
     def _limit(self) -> int:

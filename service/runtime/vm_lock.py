@@ -31,6 +31,14 @@ class VmLock:
 
         Raises Busy when it was not to be had.
         """
+        await self.take(patient=patient)
+        try:
+            yield
+        finally:
+            self.give()
+
+    async def take(self, *, patient: bool = False) -> None:
+        """``hold`` without a context: ``give`` ends it."""
         if self._lock.locked() and not patient:
             try:
                 async with asyncio.timeout(self._timeout):
@@ -39,7 +47,7 @@ class VmLock:
                 raise Busy("another mutation of this machine is under way; try again") from None
         else:
             await self._lock.acquire()
-        try:
-            yield
-        finally:
-            self._lock.release()
+
+    def give(self) -> None:
+        """Let the next one have the right."""
+        self._lock.release()

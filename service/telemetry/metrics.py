@@ -96,6 +96,8 @@ class Metrics:
             ["action", "reason"],
             registry=self._known,
         )
+        # Looked up for each question otherwise.
+        self._answers_by: dict[tuple[str | None, str], Counter] = {}
         self._timeouts = Counter(
             "subpage_introspection_timeouts", "Questions that a tool did not answer in time.", registry=self._known
         )
@@ -157,8 +159,12 @@ class Metrics:
 
     def answered(self, action: str | None, reason: str, timeouts: int) -> None:
         """It was decided what becomes of one, after so many tools that did not answer in time."""
-        self._answers.labels(action, reason).inc()
-        self._timeouts.inc(timeouts)
+        known = self._answers_by.get((action, reason))
+        if known is None:
+            known = self._answers_by[action, reason] = self._answers.labels(action, reason)
+        known.inc()
+        if timeouts:
+            self._timeouts.inc(timeouts)
 
     def stored(self, transaction: Transaction) -> None:
         """The store committed changes, or failed to. From any thread."""

@@ -128,6 +128,12 @@ class Event:
         found: tuple[int, int, int] = struct.unpack_from("<QQB", self.payload, 544)
         return found
 
+    @property
+    def load(self) -> tuple[int, int, int]:
+        """Register, old and new value of CR."""
+        found: tuple[int, int, int] = struct.unpack_from("<H6xQQ", self.payload, 544)
+        return found
+
     def _word(self, at: int) -> int:
         return int.from_bytes(self.payload[at : at + 8], "little")
 
@@ -136,7 +142,7 @@ def parsed(id: int, seq: int, payload: bytes) -> Any:
     """A message of the hypervisor: an Event or a Reply. Its form is held against the protocol's."""
     if id == EVENT and len(payload) > 8:  # 8 bytes are the error of a tool that sends an event
         size = int.from_bytes(payload[:2], "little")
-        own = {PF: 24, SINGLESTEP: len(payload) - 544}.get(payload[4], 0)
+        own = {PF: 24, CR: 24, SINGLESTEP: len(payload) - 544}.get(payload[4], 0)
         assert size == 544 and len(payload) == 544 + own, (size, len(payload))
         return Event(seq, payload)
     error, pad = struct.unpack_from("<iI", payload)

@@ -74,8 +74,8 @@ class Guest:
         assert isinstance(found, kvmi.Event) and kind in (None, found.kind), found
         return found
 
-    def answer(self, event: kvmi.Event, action: int) -> None:
-        own = bytes(272) if event.kind == kvmi.PF else b""
+    def answer(self, event: kvmi.Event, action: int, value: int | None = None) -> None:
+        own = bytes(272) if event.kind == kvmi.PF else b"" if value is None else struct.pack("<Q", value)
         self.socket.sendall(
             kvmi.frame(kvmi.IDS["EVENT_REPLY"], event.seq, kvmi.event_reply(event.vcpu, action, event.kind, own))
         )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import INTERACTIVE, named
+from .paths import INTERACTIVE, INTERACTIVE_TIMED, named
 
 INTERACTIVE_PY = "engine/trace/interactive.py"
 ACCESS_PY = "engine/trace/interactive_access.py"
 
+TIMED_PY = "engine/trace/interactive_timed.py"
 PUBLISHED_PY = "engine/trace/published.py"
 
 MUTANTS = (
@@ -30,7 +31,7 @@ MUTANTS = (
     Mutant(
         "interactive-writes",
         INTERACTIVE_PY,
-        "self.tally[reg.WRITES] += place.access == acc.WRITE",
+        "self.tally[reg.WRITES] += writes",
         "self.tally[reg.WRITES] += 1",
         "only a write that was answered is a write",
         named(INTERACTIVE, "always_the_same_answer"),
@@ -46,8 +47,8 @@ MUTANTS = (
     Mutant(
         "interactive-landing",
         INTERACTIVE_PY,
-        "if place.access == acc.WRITE and self._ended_in == res.VIOLATION:",
-        "if place.access == acc.READ and self._ended_in == res.VIOLATION:",
+        "if self._ended_in == res.VIOLATION:",
+        "if self._ended_in != res.VIOLATION:",
         "dirty logs are told of a write that was allowed",
         named(INTERACTIVE, "dirty_logs_are_told_as_by_a_replay"),
     ),
@@ -106,6 +107,22 @@ MUTANTS = (
         "elif name == self._gone:",
         "an object that comes back goes on to be counted",
         named(INTERACTIVE, "objects_that_come_and_go"),
+    ),
+    Mutant(
+        "interactive-granted-where-recorded",
+        TIMED_PY,
+        "records[at, 0] = self._accessed(place)[0]",
+        "pass",
+        "what is granted by a stale translation runs where that leads",
+        named(INTERACTIVE_TIMED, "always_the_same_answer"),
+    ),
+    Mutant(
+        "interactive-load-beside-its-space",
+        TIMED_PY,
+        "space = operation.address_space if operation.arg is not None else None",
+        "space = operation.address_space",
+        "the recorded operand of a load is not the space that another value is loaded under",
+        named(INTERACTIVE_TIMED, "what_is_loaded_may_be_another_value"),
     ),
     Mutant(
         "asked-access-counts-again",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.kvmi.connection import Answer, Close, Connection, Do, Send
+from service.kvmi.events import EVENT_MSRS
 from service.kvmi.guest import PageRights, Registers, SetPages, SwitchSppOn, WriteMemory
 from service.kvmi.wire import ENOENT, Refused
 from tests.kvmi import kvmi_messages as kvmi
@@ -40,6 +41,9 @@ class FakeGuest:
         struct.pack_into("<Q", sregs, 240, 0x1000 + vcpu)
         struct.pack_into("<Q", sregs, 264, 0xD01)
         return Registers(bytes(144), bytes(sregs), tuple(index & 0xFF for index in msrs))
+
+    def shown(self, vcpu: int) -> Registers:
+        return self.registers(vcpu, EVENT_MSRS)
 
     def cpuid(self, vcpu: int, function: int, index: int) -> tuple[int, int, int, int]:
         if function != 1:
@@ -90,6 +94,7 @@ class Wire:
         self.guest = guest or FakeGuest()
         self.connection = Connection(self.guest, dialect)
         self.answers: list[tuple[Any, str]] = []
+        self.values: list[int | None] = []
         self.closed: str | None = None
         self._seq = 100
 
@@ -109,6 +114,7 @@ class Wire:
                     self.connection.done(self.guest.do(step.change))
                 case Answer():
                     self.answers.append((step.token, step.action))
+                    self.values.append(step.value)
                 case Close():
                     self.closed = step.reason
         return sent

@@ -193,6 +193,52 @@ def test_a_step_is_a_record(client: ContractClient, vm: str, guest: Guest) -> No
     assert going.result().json()["violations"] == 3
 
 
+@pytest.mark.parametrize("dialect", ["v7", "v6"])
+def test_loads_of_cr3(client: ContractClient, make_vm: Callable[..., str], listener: Listening, dialect: str) -> None:
+    """Each `mov-cr3` of a vCPU where they are asked about; what is answered is loaded. v6 tells of changes only."""
+    vm = make_vm(vcpus=[{"id": 0}, {"id": 5}], translation_cache="model")
+    assert client.put(f"{vm}/vcpus/5/vmcs", json={"cr3": "0x1000"}).status_code == 200
+
+    def cr3(vcpu: int = 5) -> int:
+        return int(client.get(f"{vm}/vcpus/{vcpu}/vmcs").json()["cr3"], 16)
+
+    def row(vcpu: int, value: int) -> dict[str, Any]:
+        return {"gpa": 0, "size": 8, "vcpu": vcpu, "op": "mov-cr3", "address_space": value}
+
+    attach(client, vm, listener, dialect=dialect, timeout=2.0)
+    with listener.accept() as guest:
+        guest.restrict(5, READ_ONLY)
+        guest.enable(1, kvmi.CR, kvmi.PF)
+        guest.done("CONTROL_CR", kvmi.vcpu(1) + kvmi.register_switch(3, True))
+        values = [0x1000, 0x2000, 0x3000, 0x4000]
+        rows = [row(0, 0x9000), *(row(5, value) for value in values), {"gpa": 0x5000, "vcpu": 5}, row(5, 0x6000)]
+        going = Background(lambda: client.post(f"{vm}/traces", params={"on_violation": "ask"}, json={"accesses": rows}))
+        if dialect == "v7":
+            event = guest.event(kvmi.CR)
+            assert event.load == (3, 0x1000, 0x1000)
+            guest.answer(event, kvmi.CONTINUE, 0x1000)
+        event = guest.event(kvmi.CR)
+        assert (event.vcpu, event.load, event.cr3) == (1, (3, 0x1000, 0x2000), 0x1000)
+        guest.answer(event, kvmi.CONTINUE, 0x7000)
+        event = guest.event(kvmi.CR)
+        assert event.load == (3, 0x7000, 0x3000) and cr3() == 0x7000
+        guest.answer(event, kvmi.RETRY, 0x3000)  # no action of it: the load is refused
+        event = guest.event(kvmi.CR)
+        assert event.load == (3, 0x7000, 0x4000)
+        guest.answer(event, kvmi.CONTINUE)
+        fault = guest.event(kvmi.PF)
+        assert (fault.fault[1], fault.cr3) == (0x5000, 0)
+        guest.answer(fault, kvmi.CONTINUE)
+        guest.event(kvmi.CR)  # is not answered: what is recorded takes place
+        result = going.result().json()
+        assert (result["violations"], result["records"], result["operations"]["mov_cr3"]) == (1, 1, 5)
+        assert cr3() == 0x6000 and cr3(0) == 0x9000
+        guest.done("CONTROL_CR", kvmi.vcpu(1) + kvmi.register_switch(3, False))
+        params = {"on_violation": "ask"}
+        assert client.post(f"{vm}/traces", params=params, json={"accesses": [row(5, 0x8000)]}).status_code == 201
+    client.delete(f"{vm}/kvmi")
+
+
 def test_always_continue_counts_as_allow(
     client: ContractClient, vm: str, guest: Guest, make_vm: Callable[..., str]
 ) -> None:
@@ -256,7 +302,7 @@ def test_a_pause_holds_what_asks(client: ContractClient, vm: str, guest: Guest) 
 
 def test_a_vcpu_that_is_created(client: ContractClient, listener: Listening) -> None:
     vm = client.post("/v1/ioctls/KVM_CREATE_VM", json={}).headers["Location"]
-    attach(client, vm, listener)
+    attach(client, vm, listener, timeout=0.2)
     with listener.accept() as guest:
         guest.done("CONTROL_VM_EVENTS", kvmi.switch(kvmi.CREATE_VCPU, True))
         for place in range(2):
@@ -264,7 +310,11 @@ def test_a_vcpu_that_is_created(client: ContractClient, listener: Listening) -> 
             assert made.status_code == 200 and made.json()["errno"] is None, made.text
             event = guest.event(kvmi.CREATE_VCPU)
             assert event.vcpu == place and guest.done("GET_GUEST_INFO")[0] == place + 1
-            guest.answer(event, kvmi.CONTINUE)
+        # It is not answered: what comes behind it does not wait for ever.
+        guest.done("PAUSE_VCPU", kvmi.vcpu(1) + bytes(8))
+        assert guest.event(kvmi.PAUSE).vcpu == 1
+        guest.answer(event, kvmi.CONTINUE)
+        assert guest.call("GET_MAX_GFN").error == 0
     client.delete(vm, headers={"If-Match": client.get(vm).headers["ETag"]})
 
 

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from service.kvmi.guest import Fault, PageRights
+from service.kvmi.guest import Fault, PageRights, RegisterLoad
 from service.kvmi.handshake import Identity, cookie_hash, hello, take_answer
 from service.kvmi.wire import Broken
 from tests.kvmi import kvmi_messages as kvmi
@@ -533,6 +533,63 @@ def test_a_vcpu_that_comes_is_told_of_where_that_is_wanted() -> None:
     assert [event.kind for event in wire.read(wire.send(kvmi.frame(0, told[0].seq, answer)))] == [kvmi.PF]
 
 
+def load(vcpu: int, token: Any) -> RegisterLoad:
+    return RegisterLoad(vcpu, 3, 0x1000, 0x2000, token)
+
+
+def test_loads_of_cr3() -> None:
+    """Where CR is enabled and CONTROL_CR says CR3; the answer says what is loaded, 0 if it says nothing."""
+    wire = Wire()
+    connection = wire.connection
+    cr3 = kvmi.register_switch(3, True)
+    wire.call("CONTROL_CR", kvmi.vcpu(1) + cr3)
+    wire.call("CONTROL_EVENTS", kvmi.vcpu(0) + kvmi.switch(kvmi.CR, True))
+    wire.call("CONTROL_CR", kvmi.vcpu(0) + kvmi.register_switch(4, True))
+    assert connection.loads == frozenset()
+    wire.call("CONTROL_CR", kvmi.vcpu(0) + cr3)
+    wire.call("CONTROL_EVENTS", kvmi.vcpu(1) + kvmi.switch(kvmi.CR, True))
+    assert connection.loads == {0, 1}
+    wire.call("CONTROL_CR", kvmi.vcpu(0) + kvmi.register_switch(3, False))
+    assert connection.loads == {1}
+    given = ((kvmi.CONTINUE, b"\0\x30" + bytes(6)), (kvmi.CONTINUE, b""), (kvmi.RETRY, bytes(8)), (kvmi.CRASH, b""))
+    for token, (action, own) in enumerate(given):
+        connection.ask_about(load(1, str(token)))
+        [event] = wire.events()
+        assert (event.kind, event.vcpu, event.load) == (kvmi.CR, 1, (3, 0x1000, 0x2000))
+        assert connection.asked() == [str(token)] and connection.boundless() == []
+        wire.send(kvmi.frame(0, event.seq, kvmi.event_reply(1, action, kvmi.CR, own)))
+    assert wire.answers == [("0", "allow"), ("1", "allow"), ("2", "skip"), ("3", "stop")]
+    assert wire.values == [0x3000, 0, None, None]
+    connection.ask_about(load(1, "late"))
+    [event] = wire.events()
+    connection.withdraw("late")
+    assert wire.send(kvmi.frame(0, event.seq, kvmi.event_reply(1, 0, kvmi.CR, bytes(8)))) == [] and wire.closed is None
+    connection.ask_about(load(1, "long"))
+    [event] = wire.events()
+    wire.send(kvmi.frame(0, event.seq, kvmi.event_reply(1, 0, kvmi.CR, bytes(9))))
+    assert wire.closed is not None and connection.asked() == ["long"]
+
+
+def test_an_event_about_no_access_is_given_up() -> None:
+    """Whoever has a clock does it: what waits behind it comes then, and its late answer is passed over."""
+    wire = Wire()
+    wire.connection.ask(fault(vcpu=1, token="a"))
+    wire.send(kvmi.frame(kvmi.IDS["PAUSE_VCPU"], 1, kvmi.vcpu(0) + bytes(8)))
+    [(index, seq)] = wire.connection.boundless()
+    assert index == 0 and wire.connection.boundless() == []
+    wire.connection.ask(fault(vcpu=0, token="b"))
+    wire.connection.give_up(0, seq + 1)
+    wire.connection.give_up(1, seq)
+    assert wire.events() == [] and wire.connection.paused
+    wire.connection.give_up(0, seq)
+    [event] = wire.events()
+    assert (event.kind, event.vcpu) == (kvmi.PF, 0) and not wire.connection.paused
+    wire.connection.give_up(0, seq)
+    assert wire.send(kvmi.frame(0, seq, kvmi.event_reply(0, kvmi.CONTINUE, kvmi.PAUSE))) == []
+    wire.send(kvmi.frame(0, event.seq, kvmi.event_reply(0, kvmi.CONTINUE, kvmi.PF)))
+    assert wire.answers == [("b", "allow")] and wire.closed is None
+
+
 def test_messages_may_be_torn_anywhere() -> None:
     """And sequence numbers come in any order."""
     whole = b"".join(kvmi.frame(29, seq) for seq in (7, 3, 0xFFFF_FFFF, 3))
@@ -583,7 +640,10 @@ def fuzz(frames: int, seed: int) -> None:
         wire = Wire(dialect=chance.choice((V6, V7)))
         asked: list[int] = []
         for token in range(chance.randrange(4)):
-            wire.connection.ask(fault(chance.randrange(2), token=token))
+            if chance.random() < 0.3:
+                wire.connection.ask_about(load(chance.randrange(2), token))
+            else:
+                wire.connection.ask(fault(chance.randrange(2), token=token))
             asked.append(token)
         wire.read(wire.turn())
         for _ in range(8):
@@ -593,6 +653,9 @@ def fuzz(frames: int, seed: int) -> None:
             wire.read(wire.send(stream[cut:]))
             if wire.closed is not None:
                 break
+            for index, seq in wire.connection.boundless():
+                if chance.random() < 0.5:
+                    wire.connection.give_up(index, seq)
         served += wire.connection.commands + 1
         assert sorted(wire.connection.asked() + [token for token, _ in wire.answers]) == asked
 

@@ -46,6 +46,11 @@ def test_errors_are_of_the_query() -> None:
             assert refused.value.errno == errno
 
 
+def test_an_event_shows_zeros_where_registers_cannot_be_read() -> None:
+    shown = guest(LOST).shown(0)
+    assert (len(shown.regs), len(shown.sregs), len(shown.msrs), shown.cr3, shown.mode) == (144, 312, 9, 0, 2)
+
+
 def test_an_address_without_a_translation_is_told_from_one_that_cannot_be_looked_up() -> None:
     assert guest(NOWHERE).translate(0, 0x1000) == NO_ADDRESS
     for error in (NESTED, LOST):
