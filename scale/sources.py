@@ -58,7 +58,9 @@ def _expanded(text: str) -> list[Source]:
 
     files, folder = filesystem((base or before or ".") + options)
     with _said(text):
-        listed = files.get_file_info(fs.FileSelector(folder, allow_not_found=True, recursive="/" in pattern))
+        listed = files.get_file_info(
+            fs.FileSelector(folder, allow_not_found=True, recursive="/" in pattern or "**" in pattern)
+        )
     wanted, inside = re.compile(_regular(pattern)), folder.rstrip("/") + "/"
     there = ((item.path.removeprefix(inside), item) for item in listed if item.type == fs.FileType.File)
     found = sorted(_source(before + name + options, item) for name, item in there if wanted.fullmatch(name))
