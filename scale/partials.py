@@ -109,11 +109,16 @@ class Partials:
 
     def clear(self) -> None:
         """Remove all of them, and the folder if nothing else is in it."""
-        from pyarrow import fs  # noqa: PLC0415
-
         files, folder = filesystem(self.folder)
         for name in self.names():
             files.delete_file(f"{folder.rstrip('/')}/{name}")
+        self.leave()
+
+    def leave(self) -> None:
+        """Remove the folder if nothing is in it."""
+        from pyarrow import fs  # noqa: PLC0415
+
+        files, folder = filesystem(self.folder)
         try:
             if not files.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
                 files.delete_dir(folder)

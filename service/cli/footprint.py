@@ -68,7 +68,7 @@ ProfileOption = Annotated[Profile, typer.Option(help="Which KVM the guest runs u
 @command(
     footprint,
     "subpage footprint build boot.parquet -o boot.footprint",
-    "subpage footprint build 's3://traces/boots/*.parquet' --ray auto -o boots.footprint",
+    "subpage footprint build '*.parquet' -o all.footprint",
 )
 def build(
     traces: Annotated[

@@ -76,7 +76,7 @@ def _tell_kept(job: building.Job, sources: Sequence[Source]) -> None:
         said = f"the footprints of {count:,} of {len(sources):,} files are kept"
         typer.echo(f"{said} in {kept.folder}: the same command goes on from there", err=True)
     elif kept is not None:
-        kept.clear()
+        kept.leave()
 
 
 def _here(job: building.Job, sources: Sequence[Source], reducing: Reducing, wanted: bool | None) -> Footprint:
