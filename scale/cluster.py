@@ -65,6 +65,20 @@ def _check_place(address: str) -> None:
         socket.create_connection((match[1], int(match[2])), _SECONDS).close()
     except (OSError, OverflowError, UnicodeError) as error:
         raise _not_there(address, error) from None
+    if os.environ.get("RAY_USE_TLS", "0") == "0" and not _speaks_grpc(f"{match[1]}:{match[2]}"):
+        raise _not_there(address, TimeoutError("what listens there is something else"))
+
+
+def _speaks_grpc(place: str) -> bool:
+    """As the head of a cluster does. Ray would try for a minute, and end the process then."""
+    import grpc  # noqa: PLC0415 - comes with Ray
+
+    with grpc.insecure_channel(place) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=_SECONDS)
+        except grpc.FutureTimeoutError:
+            return False
+    return True
 
 
 def _not_there(address: str, error: Exception) -> ScaleError:

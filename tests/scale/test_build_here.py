@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from engine.footprint import stored
 from engine.footprint.combine import merge
 from engine.footprint.places import BYTES, SPANS, By, Footprint
 from scale import groups
@@ -17,13 +15,7 @@ from scale.build import Progress, here
 from scale.errors import ScaleError
 from scale.sources import Source, expand
 from scale.tree import FAN_IN, Tree, rounds
-from tests.scale.traces import job, reducing, write
-
-
-def content(footprint: Footprint) -> bytes:
-    sink = io.BytesIO()
-    stored.write(footprint, sink)
-    return sink.getvalue()
+from tests.scale.traces import content, job, reducing, write
 
 
 def follow() -> Progress:

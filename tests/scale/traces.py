@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.footprint.places import SPANS, By
+from engine.footprint import stored
+from engine.footprint.places import SPANS, By, Footprint
 from scale.build import Job
 from service.cli.footprint_files import Reading, Reducing
 
@@ -31,6 +33,13 @@ def write(path: Path, seed: int, records: int = 3000, groups: int = 1) -> Path:
 def reducing(level: str = SPANS, by: By | None = None) -> Reducing:
     """As the command line does it without options."""
     return Reducing(level, by or By(), Reading("auto", "record16", None, False, None))
+
+
+def content(footprint: Footprint) -> bytes:
+    """The file of a footprint."""
+    sink = io.BytesIO()
+    stored.write(footprint, sink)
+    return sink.getvalue()
 
 
 def job(made: Reducing, partials: Path | None = None, split: int = 1 << 40) -> Job:
