@@ -31,6 +31,7 @@ RUN .venv/bin/python deploy/install.py requirements.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY capture/ capture/
 COPY engine/ engine/
+COPY scale/ scale/
 COPY service/ service/
 COPY client/ client/
 RUN .venv/bin/python deploy/install.py requirements.lock . \

@@ -22,6 +22,7 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
+SCALED    := $(VENV)/.scaled
 WARMED    := $(VENV)/.warmed
 COVERAGE  := build/coverage
 
@@ -37,7 +38,7 @@ ENGINE_SOURCES := $(shell find engine -name '*.py' 2>/dev/null)
 ENGINE_TESTS   := $(wildcard tests/engine tests/property)
 # Tests of plain Python, which the compiler makes no difference to.
 WITHOUT_KERNELS := tests/engine/nested/* tests/engine/vcpu/* tests/engine/trace/test_readers_*
-WITHOUT_JIT     := -m "not jit and not soak and not bench and not image and not install and not abuse and not console and not tools" \
+WITHOUT_JIT     := -m "not jit and not soak and not bench and not image and not install and not abuse and not console and not tools and not scale" \
                    $(WITHOUT_KERNELS:%=--ignore-glob=%) $(ENGINE_TESTS)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -46,7 +47,7 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # all targets share one environment
-.PHONY: help plugin guest-demo guest-test demo examples serve warm test coverage soak kill-test fault-test load-test abuse-test tool-test image-test install-test console-test mutants conformance differential lint format openapi contract contract-tools api-fuzz bench bench-compare bench-curves lock clean
+.PHONY: help plugin guest-demo guest-test demo examples serve warm test coverage soak kill-test fault-test load-test abuse-test tool-test image-test install-test console-test scale-test scale-tools mutants conformance differential lint format openapi contract contract-tools api-fuzz bench bench-compare bench-curves lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -117,6 +118,11 @@ install-test: $(DEVELOPED) ## Install both locks with pips of four ages, beside 
 console-test: $(DEVELOPED) $(WARMED) ## The console in Chromium: every flow, keyboard alone, axe; pictures of all screens in build/console/
 	$(BIN)/python -m pytest -p no:xdist -m console --durations=5 tests/console $(ARGS)
 
+scale-test: scale-tools $(WARMED) ## Footprints by two nodes of Ray on this machine, one of them killed, and a store that speaks S3
+	$(BIN)/python -m pytest -p no:xdist -m scale --durations=5 tests/scale $(ARGS)
+
+scale-tools: $(SCALED) ## Install what `make scale-test` needs beside: Ray and a store of objects
+
 mutants: $(DEVELOPED) ## Put faults into engine/ one at a time; the tests must notice each (ARGS="--only ID --jobs N")
 	@$(BIN)/python -m tests.mutants $(ARGS)
 
@@ -174,6 +180,7 @@ lock: ## Resolve the dependencies again into the lock files (UPGRADE=--upgrade m
 	echo 'uv>=0.13,<0.14' | $(call pip_compile,requirements-installer.lock,-)
 	$(call pip_compile,requirements.lock,pyproject.toml,--all-build-deps)
 	$(call pip_compile,requirements-dev.lock,pyproject.toml,--all-build-deps --extra=bench --extra=dev --extra=telemetry --constraint=requirements.lock)
+	$(call pip_compile,requirements-scale.lock,pyproject.toml,--all-build-deps --extra=bench --extra=dev --extra=scale --extra=scale-test --extra=telemetry --constraint=requirements-dev.lock)
 	$(call pip_compile,$(CLIENTS)/python/requirements.lock,$(CLIENTS)/python/requirements.in)
 	@mkdir -p build/lock-node && cp $(CLIENTS)/node/package.json build/lock-node/
 	cd build/lock-node && $(NPM) install --package-lock-only --omit-lockfile-registry-resolved
@@ -192,6 +199,11 @@ $(INSTALLED): requirements.lock requirements-installer.lock deploy/install.py py
 	@touch $@
 
 $(DEVELOPED): requirements-dev.lock $(INSTALLED)
+	$(call install,$<)
+	@touch $@
+
+# All that develops, and what the tests of clusters need. When the environment is made again, so is this.
+$(SCALED): requirements-scale.lock $(DEVELOPED)
 	$(call install,$<)
 	@touch $@
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "install": "make install-test",
     "abuse": "make abuse-test",
     "console": "make console-test",
+    "scale": "make scale-test",
     "jit": "the compiled run of make test",
 }
 _COUNTS = pytest.StashKey[Counter[str]]()

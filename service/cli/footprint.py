@@ -54,14 +54,30 @@ Slots = Annotated[
         "repeat. Without it there is writable memory everywhere.",
     ),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Have it done by a cluster of Ray: local, auto, HOST:PORT or ray://HOST:PORT. Needs the extra `scale`.",
+    ),
+]
 ProfileOption = Annotated[Profile, typer.Option(help="Which KVM the guest runs under.")]
 
 
-@command(footprint, "subpage footprint build boot.parquet -o boot.footprint")
+@command(
+    footprint,
+    "subpage footprint build boot.parquet -o boot.footprint",
+    "subpage footprint build '*.parquet' -o all.footprint",
+)
 def build(
     traces: Annotated[
-        list[Path],
-        typer.Argument(help="Traces: text of a tool, Parquet, Arrow, NDJSON, JSON or packed; .gz, .zst, .xz."),
+        list[str],
+        typer.Argument(
+            help="Traces: text of a tool, Parquet, Arrow, NDJSON, JSON or packed; .gz, .zst, .xz. Paths, addresses of "
+            "objects (s3://, gs://), or patterns of either in quotes: * for a part of a name, ** for folders.",
+            metavar="TRACES...",
+        ),
     ],
     output: Output,
     level: Annotated[
@@ -79,23 +95,25 @@ def build(
     record: RecordOption = Record.RECORD16,
     columns: Columns = None,
     skip_unknown: SkipUnknown = False,
+    ray: Ray = None,
+    partials: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where the footprints of single files are kept, a path or an address; the next run takes them from "
+            "there. By default beside the output until that is there.",
+        ),
+    ] = None,
     progress: ProgressOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Reduce traces to a footprint; of several, it is that of all."""
-    from engine.footprint.combine import merge
+    """Reduce traces to a footprint; of several, it is that of all. With --ray by the workers of a cluster."""
     from service.cli import footprint_files as files
+    from service.cli import footprint_scale as scaled
 
-    apart = files.by_of(by or ())
-    files.check_output(output, traces)
     reading = files.Reading(format, record, columns, skip_unknown, address)
-    parts = []
-    for number, path in enumerate(traces, 1):
-        beside = f" of file {number} of {len(traces)}" if len(traces) > 1 else ""
-        with bar("counting", progress) as move:
-            parts.append(files.built(path, level, apart, reading, move, beside))
-    found = merge(parts)
-    files.saved(found, output)
+    reducing = files.Reducing(level.value, files.by_of(by or ()), reading)
+    found = scaled.build(traces, output, reducing, ray, partials, progress)
     if _written(found, output, as_json):
         typer.echo(f"subpage footprint cost {output} --policies FOLDER")
 
@@ -164,6 +182,7 @@ def cost(
     memory_slots: Slots = None,
     profile: ProfileOption = Profile.KVM_2019,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Rows of the table.")] = 50,
+    ray: Ray = None,
     as_json: AsJson = False,
     progress: ProgressOption = None,
 ) -> None:
@@ -171,13 +190,17 @@ def cost(
     from engine.footprint.costs import Costs
     from service.cli import footprint_files as files
     from service.cli import footprint_report as report
+    from service.cli import footprint_scale as scaled
 
     question = _question(memory_slots, profile)
     with bar("reading policies", progress) as move:
         named = files.policies_of(policies, lambda share: move(share, done=""))
         found = files.loaded(file)
-        with files.told():
-            costs = Costs(found, question).of(list(named.values()))
+        if ray is None:
+            with files.told():
+                costs = Costs(found, question).of(list(named.values()))
+        else:
+            costs = scaled.costs(found, question, list(named.values()), ray, move)
     answers = dict(zip(named, costs, strict=True))
     if as_json:
         typer.echo(json.dumps(report.cost_document(found, question, answers), indent=1))

@@ -7,9 +7,9 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from engine.errors import EngineError
 from engine.footprint import stored
@@ -17,11 +17,16 @@ from engine.footprint.build import Builder
 from engine.footprint.places import By, Footprint, Origin
 from engine.kvm.protections import Protection
 from engine.kvm.slots import SlotSpec
+from scale import sources
+from scale.errors import ScaleError
+from scale.groups import Piece, Rows
+from scale.sources import Source
+from service import __version__
 from service.cli.numbers import parse_range as ram_range
 from service.cli.policy_files import read_policy, said
 from service.cli.progress import Move
 from service.cli.trace import addressed
-from service.cli.trace_files import TraceFile, opened_trace
+from service.cli.trace_files import TraceFile, trace_in
 from service.cli.trace_options import Address
 from service.cli.trace_parquet import replacing
 from service.platform.failures import Failure, opened
@@ -34,7 +39,7 @@ _MILLION = 1_000_000
 
 
 @contextmanager
-def told(path: Path | None = None) -> Iterator[None]:
+def told(path: Path | str | None = None) -> Iterator[None]:
     """What the engine refuses, in a line with the name of the file. Raises Failure."""
     try:
         yield
@@ -74,22 +79,59 @@ def by_of(texts: Sequence[str]) -> By:
     return found
 
 
-def built(path: Path, level: str, by: By, reading: Reading, move: Move, beside: str = "") -> Footprint:
-    """The footprint of one trace; ``beside`` is said while it is read. Raises Failure."""
-    with opened(path) as file:
-        digest = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
-    how = reading
-    with opened_trace(path, how.format, record=how.record, skip_unknown=how.skip_unknown, columns=how.columns) as trace:
+@dataclass(frozen=True, slots=True)
+class Reducing:
+    """What makes the footprint of one trace; it is sent to workers, if there are some."""
+
+    level: str
+    by: By
+    reading: Reading
+
+    @property
+    def how(self) -> str:
+        """Everything that what comes of a trace depends on beside."""
+        return f"{__version__} {self.reading}"
+
+    def __call__(self, source: Source, piece: Piece | None = None) -> Footprint:
+        """Raises ScaleError."""
+        try:
+            return self.followed(source, lambda share, **said: None, "", piece)
+        except Failure as failure:
+            raise ScaleError(str(failure)) from None
+
+    def followed(self, source: Source, move: Move, beside: str = "", piece: Piece | None = None) -> Footprint:
+        """The same, with ``beside`` said while it is read. Raises Failure, ScaleError."""
+        with sources.opened(source) if sources.is_address(source.name) else opened(Path(source.name)) as file:
+            if piece is not None:
+                return self._piece(source, piece, file, move)
+            digest = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+            file.seek(0)
+            how = self.reading
+            trace = trace_in(file, source.size, source.name, how.format, how.record, how.skip_unknown, how.columns)
+            return self._built(source, trace, digest, move, beside)
+
+    def _piece(self, source: Source, piece: Piece, file: Any, move: Move) -> Footprint:
+        """Of some row groups: without the digest, which is of a whole file."""
+        called = f"{source.name}, counted from record {piece.record:,}"
+        trace = trace_in(cast(BinaryIO, Rows(file, piece)), source.size, called, "arrow")
+        found = self._built(source, trace, "", move, first=piece.record)
+        (origin,) = found.origins
+        return replace(found, origins=(origin._replace(format="parquet", records=origin.records - piece.record),))
+
+    def _built(
+        self, source: Source, trace: TraceFile, digest: str, move: Move, beside: str = "", first: int = 0
+    ) -> Footprint:
         # The numbers of the hash are nobody's choice: no trace is slow on purpose.
-        builder = Builder(level, by, mix=(secrets.randbits(63), secrets.randbits(63)))
+        builder = Builder(self.level, self.by, mix=(secrets.randbits(63), secrets.randbits(63)))
+        builder.records_done = first  # indices, and buckets of them, are those of the file
         for chunk in trace:
-            _address(trace, how.address)
-            with told(path):
-                builder.feed(chunk.moved(addressed(chunk, trace, how.address), chunk.gva))
+            _address(trace, self.reading.address)
+            with told(source.name):
+                builder.feed(chunk.moved(addressed(chunk, trace, self.reading.address), chunk.gva))
             done = f"{builder.records_done:,} records, {builder.places:,} places{beside}"
             move(trace.progress.share, done=done)
-        address = _address(trace, how.address)
-        return builder.finish(Origin(digest, 0, trace.format_name, (), address, path.name))
+        address = _address(trace, self.reading.address)
+        return builder.finish(Origin(digest, 0, trace.format_name, (), address, source.label))
 
 
 def _address(trace: TraceFile, wanted: Address | None) -> str:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, BinaryIO, cast
 
@@ -83,7 +83,7 @@ class TraceFile:
     """A file being read. ``format`` is what it was taken for; iterating gives its chunks once, and raises
     TraceFileError for what is wrong in it."""
 
-    path: Path
+    path: Path | str
     format: str
     compression: str | None
     reader: TraceReader
@@ -99,14 +99,14 @@ class TraceFile:
             yield from self.reader
 
 
-def fault_in(path: Path, error: EngineError | ServiceError) -> TraceFileError:
+def fault_in(path: Path | str, error: EngineError | ServiceError) -> TraceFileError:
     """What is wrong in a file, with its name: of text the line, of others the record."""
     rule = str(getattr(error, "rule", ""))
     return TraceFileError(f"{path}: {rule if rule.startswith('line ') else said(error)}")
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _told(path: Path | str) -> Iterator[None]:
     """What is wrong in a file, with its name."""
     try:
         yield
@@ -127,7 +127,21 @@ def opened_trace(
 ) -> Iterator[TraceFile]:
     """Open a file of a format, or of the one that it is recognised as. Raises Failure."""
     with opened(path) as raw, _told(path):
-        progress = Progress(path.stat().st_size)
+        yield trace_in(raw, path.stat().st_size, path, format, record, skip_unknown, columns)
+
+
+def trace_in(
+    raw: BinaryIO,
+    size: int,
+    path: Path | str,
+    format: str = AUTO,
+    record: str = "record16",
+    skip_unknown: bool = False,
+    columns: str | None = None,
+) -> TraceFile:
+    """A trace in a file that is open, or in an object of a store, whose address ``path`` is then. Raises Failure."""
+    with _told(path):
+        progress = Progress(size)
         counted = io.BufferedReader(_Counted(raw, progress), 1 << 18)
         compression = compression_of(counted.peek(8))
         plain = counted if compression is None else unpacked(path, counted, compression)
@@ -136,13 +150,13 @@ def opened_trace(
         tool = TOOLS.get(kind)
         carry = ("value",) if tool is not None and tool.lines and "value" in tool.columns else ()
         reader = open_trace(kind, plain, record=layout, carry=carry, skip_unknown=skip_unknown, columns=columns)
-        yield TraceFile(path, kind, compression, reader, progress)
+        return TraceFile(path, kind, compression, reader, progress)
 
 
 _DECODERS: Mapping[str, Callable[[], Decoder]] = MappingProxyType({**DECODERS, "zstd": lambda: Zstandard(_WINDOW)})
 
 
-def unpacked(path: Path, file: Source, compression: str) -> io.BufferedReader[Any]:
+def unpacked(path: Path | str, file: Source, compression: str) -> io.BufferedReader[Any]:
     """What is in a compressed file."""
     return io.BufferedReader(_Unpacked(file, _DECODERS[compression](), path), HEAD_BYTES)
 
@@ -160,7 +174,9 @@ def look(path: Path, format: str = AUTO, columns: str | None = None) -> str:
         return _kind(path, plain, compression, format, columns)
 
 
-def _kind(path: Path, plain: io.BufferedReader[Any], compression: str | None, format: str, columns: str | None) -> str:
+def _kind(
+    path: Path | str, plain: io.BufferedReader[Any], compression: str | None, format: str, columns: str | None
+) -> str:
     """Raises TraceFileError."""
     head = plain.peek(HEAD_BYTES)[:HEAD_BYTES]
     if format == AUTO:
@@ -176,7 +192,7 @@ def _kind(path: Path, plain: io.BufferedReader[Any], compression: str | None, fo
 class _Unpacked(io.RawIOBase):
     """Unpacked data: each read gives as much as it is asked for, but at the end. Damage raises TraceFileError."""
 
-    def __init__(self, file: Source, decoder: Decoder, path: Path) -> None:
+    def __init__(self, file: Source, decoder: Decoder, path: Path | str) -> None:
         self._pieces = self._decoded(file, decoder)
         self._path = path
         self._left = memoryview(b"")
@@ -210,7 +226,7 @@ class _Unpacked(io.RawIOBase):
 
 
 def lines_about(
-    path: Path, name: str, compression: str | None, taken: Taken | None, ignored: Sequence[str]
+    path: Path | str, name: str, compression: str | None, taken: Taken | None, ignored: Sequence[str]
 ) -> Iterator[str]:
     """What a file was taken for, and what of it was left out. ``name`` is its format where no tool wrote it."""
     packed_in = f", {compression}" if compression else ""
@@ -243,7 +259,7 @@ _SUFFIXES = {
 _COMPRESSED = {".gz", ".zst", ".zstd", ".xz"}
 
 
-def _recognised(path: Path, head: bytes) -> str:
+def _recognised(path: Path | str, head: bytes) -> str:
     """The format of a file by its beginning, then by its name. Raises TraceFileError."""
     if head.startswith(_PARQUET):
         return "parquet"
@@ -254,7 +270,7 @@ def _recognised(path: Path, head: bytes) -> str:
         return tool.name
     if head.lstrip()[:1] == b"{" and b"\0" not in head[:8]:
         return _of_json(head)
-    names = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED]
+    names = [suffix for suffix in PurePath(path).suffixes if suffix not in _COMPRESSED]
     if names and names[-1] in _SUFFIXES:
         return _SUFFIXES[names[-1]]
     if not head:

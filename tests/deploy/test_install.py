@@ -99,6 +99,7 @@ def test_every_extra_that_is_asked_for_is_in_the_lock(name: str) -> None:
 
 def test_development_only_adds() -> None:
     assert versions(ROOT / "requirements.lock").items() <= versions(ROOT / "requirements-dev.lock").items()
+    assert versions(ROOT / "requirements-dev.lock").items() <= versions(ROOT / "requirements-scale.lock").items()
 
 
 LISTED = [

@@ -18,7 +18,7 @@ import pytest
 from tests.support import recorded
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("capture", "client", "engine", "service", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("capture", "client", "engine", "scale", "service", "pyproject.toml", "README.md", "LICENSE")
 
 
 class Installed:
@@ -63,7 +63,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 def test_it_holds_what_runs_and_nothing_else(installed: Installed) -> None:
     with zipfile.ZipFile(installed.wheel) as wheel:
         names = [name for name in wheel.namelist() if ".dist-info/" not in name]
-    assert {name.partition("/")[0] for name in names} == {"capture", "engine", "service", "subpage"}
+    assert {name.partition("/")[0] for name in names} == {"capture", "engine", "scale", "service", "subpage"}
     kept = subprocess.run(
         [
             "git",
@@ -73,6 +73,7 @@ def test_it_holds_what_runs_and_nothing_else(installed: Installed) -> None:
             "--exclude-standard",
             "capture",
             "engine",
+            "scale",
             "service",
             "client/subpage",
         ],
