@@ -73,7 +73,9 @@ class Runs:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.guest_rates", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only", metavar="WORDS", help="the ways whose names have these words, thrown away beside them")
+    given = parser.parse_args()
+    rounds = given.rounds
     print("  ".join(f"{name} {value}" for name, value in environment().items()))
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(small_guest(ROOT / "build" / "guest"), Path(folder))
@@ -85,6 +87,8 @@ def main() -> None:
             "live, 20 objects": lambda: runs.live(20),
             "live, 2,000 objects": lambda: runs.live(2000),
         }
+        if given.only:
+            ways = {name: run for name, run in ways.items() if given.only in name or name == "thrown away"}
         found: dict[str, list[tuple[float, int, float, float]]] = {name: [] for name in ways}
         for _ in range(rounds):
             for name, run in ways.items():
