@@ -73,7 +73,7 @@ class Runs:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.guest_rates", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", metavar="WORDS", help="the ways whose names have these words, thrown away beside them")
+    parser.add_argument("--only", metavar="WORDS", help="ways whose names have these words, thrown away beside them")
     given = parser.parse_args()
     rounds = given.rounds
     print("  ".join(f"{name} {value}" for name, value in environment().items()))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 MAGIC = 0x31474E4952425553
-VERSION = 2
+VERSION = 3
 HEADER_BYTES = 4096
 
-MADE, LOADED, STARTED, ENDED = range(4)  # states of the recorder
+MADE, LOADED, STARTED, ENDED, STOPPED = range(5)  # states of the recorder
 
 KERNEL, SPLIT, HELD = 1, 2, 4  # flags of a record
 
@@ -26,7 +26,11 @@ HEADER = np.dtype(
         ("low_gpa", "<u8"),
         ("high_gpa", "<u8"),
         ("guard_bytes", "<u8"),
-        ("reserved", "<u8", 8),
+        ("stop_pc", "<u8"),
+        ("stop_n", "<u8"),
+        ("reserved", "<u8", 5),
+        ("several", "<u4"),
+        ("reserved1", "<u4"),
         ("head", "<u8"),
         ("state", "<u4"),
         ("interface", "<u4"),

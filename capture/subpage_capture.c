@@ -42,7 +42,7 @@ static bool several; /* vCPUs run in threads of their own */
 
 static volatile bool recording;
 static volatile bool guest_runs;
-static uint64_t starts_seen;
+static uint64_t starts_seen, stops_seen;
 static uint64_t free_until; /* tail + capacity as last seen: slots below it are free */
 static pthread_mutex_t starting = PTHREAD_MUTEX_INITIALIZER;
 
@@ -234,6 +234,19 @@ static void on_start(unsigned vcpu, void *unused)
     pthread_mutex_unlock(&starting);
 }
 
+static void on_stop(unsigned vcpu, void *unused)
+{
+    (void)vcpu;
+    (void)unused;
+    pthread_mutex_lock(&starting);
+    if (recording && ++stops_seen == ring->stop_n) {
+        recording = false;
+        __atomic_store_n(&ring->state, RING_STOPPED, __ATOMIC_RELEASE);
+        wake_reader();
+    }
+    pthread_mutex_unlock(&starting);
+}
+
 static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *block)
 {
     (void)id;
@@ -245,6 +258,9 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *block)
         if (ring->start_pc && pc == ring->start_pc) {
             qemu_plugin_register_vcpu_insn_exec_cb(instruction, on_start, QEMU_PLUGIN_CB_NO_REGS, NULL);
         }
+        if (ring->stop_pc && pc == ring->stop_pc) {
+            qemu_plugin_register_vcpu_insn_exec_cb(instruction, on_stop, QEMU_PLUGIN_CB_NO_REGS, NULL);
+        }
         qemu_plugin_register_vcpu_mem_cb(
             instruction, on_access, QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_MEM_W, (void *)(uintptr_t)pc);
     }
@@ -255,7 +271,9 @@ static void on_exit_of_qemu(qemu_plugin_id_t id, void *unused)
     (void)id;
     (void)unused;
     recording = false;
-    __atomic_store_n(&ring->state, RING_ENDED, __ATOMIC_RELEASE);
+    if (ring->state != RING_STOPPED) {
+        __atomic_store_n(&ring->state, RING_ENDED, __ATOMIC_RELEASE);
+    }
     wake_reader();
 }
 
@@ -357,6 +375,7 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int
     free_until = capacity;
     guards = (uint64_t *)(records + capacity);
     guard_count = ring->guard_bytes / sizeof *guards * 64;
+    ring->several = several;
     ring->interface = (uint32_t)qemu_plugin_version;
     __atomic_store_n(&ring->state, ring->start_pc ? RING_LOADED : RING_STARTED, __ATOMIC_RELEASE);
     recording = !ring->start_pc;
