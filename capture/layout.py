@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 MAGIC = 0x31474E4952425553
@@ -28,7 +30,8 @@ HEADER = np.dtype(
         ("guard_bytes", "<u8"),
         ("stop_pc", "<u8"),
         ("stop_n", "<u8"),
-        ("reserved", "<u8", 5),
+        ("wide", "<u8"),
+        ("reserved", "<u8", 4),
         ("several", "<u4"),
         ("reserved1", "<u4"),
         ("head", "<u8"),
@@ -49,15 +52,16 @@ HEADER = np.dtype(
     ]
 )
 
-RECORD = np.dtype(
-    [
-        ("gpa", "<u8"),
-        ("gva", "<u8"),
-        ("pc", "<u8"),
-        ("size", "|u1"),
-        ("vcpu", "|u1"),
-        ("flags", "|u1"),
-        ("reserved", "|u1"),
-        ("lap", "<u4"),
-    ]
-)
+_FIELDS: list[Any] = [
+    ("gpa", "<u8"),
+    ("gva", "<u8"),
+    ("pc", "<u8"),
+    ("size", "|u1"),
+    ("vcpu", "|u1"),
+    ("flags", "|u1"),
+    ("reserved", "|u1"),
+    ("lap", "<u4"),
+]
+RECORD = np.dtype(_FIELDS)
+# With CR3, and the first ``size`` bytes of ``value`` as they were stored.
+WIDE_RECORD = np.dtype([*_FIELDS, ("cr3", "<u8"), ("value", "|u1", 16), ("reserved2", "<u8")])

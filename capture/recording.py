@@ -32,7 +32,8 @@ NOT_SEEN = (
 class Wanted:
     """What is to be recorded: from the ``start_n``-th time that the instruction at ``start_pc`` runs (0: from the
     beginning) to the ``stop_n``-th time that the one at ``stop_pc`` does (0: to the end), stores to guest-physical
-    addresses ``low`` to below ``high``, ``most`` of them (None: all)."""
+    addresses ``low`` to below ``high``, ``most`` of them (None: all). ``wide``: as ``layout.WIDE_RECORD``, with CR3
+    and what was stored."""
 
     start_pc: int = 0
     start_n: int = 1
@@ -41,13 +42,14 @@ class Wanted:
     most: int | None = None
     stop_pc: int = 0
     stop_n: int = 1
+    wide: bool = False
 
 
 class Recording:
     """A guest being recorded; a context manager, and iterable once inside. Raises CaptureError on entry.
 
-    Each run of records (``layout.RECORD``) is a view of the ring, valid until the next one is asked for. Empty ones
-    come now and then while the guest does nothing.
+    Each run of records (``layout.RECORD``, or the wide one) is a view of the ring, valid until the next
+    one is asked for. Empty ones come now and then while the guest does nothing.
     """
 
     def __init__(
@@ -79,7 +81,8 @@ class Recording:
         path = plugin.built()
         with ExitStack() as stack:
             start, stop = (wanted.start_pc, wanted.start_n), (wanted.stop_pc, wanted.stop_n)
-            ring = Ring(self._capacity, start_pc=start[0], start_n=start[1], stop_pc=stop[0], stop_n=stop[1])
+            places = {"start_pc": start[0], "start_n": start[1], "stop_pc": stop[0], "stop_n": stop[1]}
+            ring = Ring(self._capacity, **places, wide=wanted.wide)
             self._ring = stack.enter_context(ring)
             theirs = None
             if self._has_line:

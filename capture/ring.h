@@ -33,7 +33,8 @@ struct ring_header {
     uint64_t guard_bytes; /* after the records */
     uint64_t stop_pc;     /* record until the instruction at this address runs; 0: to the end */
     uint64_t stop_n;      /* until the n-th time since recording began, at least 1 */
-    uint64_t reserved[5];
+    uint64_t wide;        /* not 0: records are of 64 bytes, with CR3 and what was stored */
+    uint64_t reserved[4];
 
     /* written by the recorder when it is loaded */
     uint32_t several; /* vCPUs fill slots at once: the last one that is complete is not the last that was taken */
@@ -76,6 +77,14 @@ struct ring_record {
     uint32_t lap;
 };
 
+struct ring_wide_record {
+    struct ring_record record;
+    uint64_t cr3;
+    uint8_t value[16]; /* the first `size` bytes, as they are in memory */
+    uint64_t reserved;
+};
+
+_Static_assert(sizeof(struct ring_wide_record) == 64, "ring_wide_record");
 _Static_assert(sizeof(struct ring_header) == 256, "ring_header");
 _Static_assert(sizeof(struct ring_record) == 32, "ring_record");
 

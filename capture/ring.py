@@ -48,19 +48,28 @@ class Ring:
     """
 
     def __init__(
-        self, capacity: int = CAPACITY, *, start_pc: int = 0, start_n: int = 1, stop_pc: int = 0, stop_n: int = 1
+        self,
+        capacity: int = CAPACITY,
+        *,
+        start_pc: int = 0,
+        start_n: int = 1,
+        stop_pc: int = 0,
+        stop_n: int = 1,
+        wide: bool = False,
     ) -> None:
         """A ring of so many records, a power of two. With ``start_pc`` the recorder begins when the instruction at that
-        address runs for the ``start_n``-th time, and with ``stop_pc`` it ends the same way."""
+        address runs for the ``start_n``-th time, and with ``stop_pc`` it ends the same way. ``wide``: with CR3
+        and what was stored."""
         if capacity <= 0 or capacity & (capacity - 1):
             raise ValueError(f"a ring has a power of two of records, not {capacity}")
-        behind = layout.HEADER_BYTES + capacity * layout.RECORD.itemsize
+        kind = layout.WIDE_RECORD if wide else layout.RECORD
+        behind = layout.HEADER_BYTES + capacity * kind.itemsize
         size = behind + layout.GUARD_BYTES
         self._memory_fd = os.memfd_create("subpage-capture", os.MFD_CLOEXEC)
         os.ftruncate(self._memory_fd, size)
         self._map = mmap.mmap(self._memory_fd, size)
         self._header: Any = np.frombuffer(self._map, dtype=layout.HEADER, count=1)
-        self._records = np.frombuffer(self._map, dtype=layout.RECORD, count=capacity, offset=layout.HEADER_BYTES)
+        self._records = np.frombuffer(self._map, dtype=kind, count=capacity, offset=layout.HEADER_BYTES)
         self._guards = np.frombuffer(self._map, dtype="<u4", offset=behind)
         self._capacity = capacity
         self._worth = min(_WORTH_WAKING, max(1, capacity // 2))
@@ -71,12 +80,13 @@ class Ring:
         for name, value in (
             ("magic", layout.MAGIC),
             ("version", layout.VERSION),
-            ("record_bytes", layout.RECORD.itemsize),
+            ("record_bytes", kind.itemsize),
             ("capacity", capacity),
             ("start_pc", start_pc),
             ("start_n", start_n),
             ("stop_pc", stop_pc),
             ("stop_n", stop_n),
+            ("wide", wide),
             ("high_gpa", _HIGHEST),
             ("guard_bytes", layout.GUARD_BYTES),
         ):

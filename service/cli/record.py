@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,6 +50,10 @@ def record(
     symbols: SymbolFile = None,
     only: Only = None,
     most: Most = None,
+    values: Annotated[
+        bool,
+        typer.Option("--values", help="With the CR3 and the bytes that are stored, which QEMU 9.2 and later tell."),
+    ] = False,
     progress: ProgressOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -64,10 +68,10 @@ def record(
     from service.platform.failures import Failure
 
     suffix = suffix_of(output)
-    wanted = wanted_of(start, until, symbols, only, most)
+    wanted = replace(wanted_of(start, until, symbols, only, most), wide=values)
     try:
         with Recording(command, wanted) as recording, stopping(recording), replacing(output) as beside:
-            file = RecordedFile(beside, suffix, recording.identity())
+            file = RecordedFile(beside, suffix, recording.identity(), wide=values)
             with watched("recording", recording, progress) as watch:
                 for records in recording:
                     file.add(records)
