@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.__main__ import environment
-from capture.guest import START, SmallGuest, small_guest
+from capture.guest import QEMU, START, SmallGuest, small_guest
 from capture.recording import Recording, Wanted
 from service.cli.recorded_files import RecordedFile
 from service.cli.symbol_policies import read_symbols
@@ -74,11 +74,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.guest_rates", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", metavar="WORDS", help="ways whose names have these words, thrown away beside them")
+    parser.add_argument("--qemu", default=QEMU, metavar="PROGRAM", help="another one than is installed")
     given = parser.parse_args()
     rounds = given.rounds
     print("  ".join(f"{name} {value}" for name, value in environment().items()))
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(small_guest(ROOT / "build" / "guest"), Path(folder))
+        runs = Runs(small_guest(ROOT / "build" / "guest", given.qemu), Path(folder))
         ways: dict[str, Callable[[], tuple[float, int]]] = {
             "alone": runs.alone,
             "thrown away": runs.thrown_away,

@@ -34,7 +34,7 @@ def schema_of(identity: dict[str, Any] | None = None, *, wide: bool = False) -> 
     ]
     if wide:
         fields += [
-            pa.field("address_space", pa.uint64(), nullable=False),
+            pa.field("cr3", pa.uint64(), nullable=False),
             pa.field("value", pa.binary(), nullable=False),
         ]
     return pa.schema(fields, metadata=None if identity is None else {METADATA: json.dumps(identity)})
