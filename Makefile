@@ -8,6 +8,7 @@ OPS    = 200000
 SEED   = 1
 ROUNDS = 200
 KILLS  = 20
+QEMU   = qemu-system-x86_64
 SEQUENCES = 100000
 MINUTES = 20
 COUNT  = 1000000
@@ -47,7 +48,7 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # all targets share one environment
-.PHONY: help plugin guest-demo guest-test demo examples serve warm test coverage soak kill-test fault-test load-test abuse-test tool-test image-test install-test console-test scale-test scale-tools mutants conformance differential lint format openapi contract contract-tools api-fuzz bench bench-compare bench-curves lock clean
+.PHONY: help plugin guest-demo guest-test newer-qemu demo examples serve warm test coverage soak kill-test fault-test load-test abuse-test tool-test image-test install-test console-test scale-test scale-tools mutants conformance differential lint format openapi contract contract-tools api-fuzz bench bench-compare bench-curves lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,8 +60,11 @@ guest-demo: $(WARMED) ## Boot a real kernel in QEMU, protect its objects by name
 	@$(BIN)/python -m service.cli.guest_demo build/guest
 
 guest-test: $(DEVELOPED) $(WARMED) ## All tests of guests in QEMU, the long ones too, and KILLS of reader, service and QEMU (Debian)
-	$(BIN)/python -m pytest -m guest -p no:xdist --durations=5 tests/guest $(ARGS)
-	@$(BIN)/python -m tests.guest.kill --rounds $(KILLS)
+	QEMU=$(QEMU) $(BIN)/python -m pytest -m guest -p no:xdist --durations=5 tests/guest $(ARGS)
+	@QEMU=$(QEMU) $(BIN)/python -m tests.guest.kill --rounds $(KILLS)
+
+newer-qemu: ## Fetch QEMU 10 into build/qemu-10/, beside the installed one: make guest-test QEMU=build/qemu-10/qemu-system-x86_64 (Debian 12)
+	@$(PYTHON) -m capture.newer_qemu build/qemu-10
 
 examples: $(WARMED) ## Run the examples: introspection, checkpoint, device virtualization, a forgotten flush
 	@for example in introspection live_introspection checkpoint device forgotten_flush; do \

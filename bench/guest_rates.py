@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.environment import environment
-from capture.guest import START, SmallGuest, small_guest
+from capture.guest import QEMU, START, SmallGuest, small_guest
 from capture.recording import Recording, Wanted
 from service.cli.recorded_files import RecordedFile
 from service.cli.symbol_policies import read_symbols
@@ -73,10 +73,13 @@ class Runs:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.guest_rates", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only", metavar="WORDS", help="ways whose names have these words, thrown away beside them")
+    parser.add_argument("--qemu", default=QEMU, metavar="PROGRAM", help="another one than is installed")
+    given = parser.parse_args()
+    rounds = given.rounds
     print("  ".join(f"{name} {value}" for name, value in environment().items()))
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(small_guest(ROOT / "build" / "guest"), Path(folder))
+        runs = Runs(small_guest(ROOT / "build" / "guest", given.qemu), Path(folder))
         ways: dict[str, Callable[[], tuple[float, int]]] = {
             "alone": runs.alone,
             "thrown away": runs.thrown_away,
@@ -85,6 +88,8 @@ def main() -> None:
             "live, 20 objects": lambda: runs.live(20),
             "live, 2,000 objects": lambda: runs.live(2000),
         }
+        if given.only:
+            ways = {name: run for name, run in ways.items() if given.only in name or name == "thrown away"}
         found: dict[str, list[tuple[float, int, float, float]]] = {name: [] for name in ways}
         for _ in range(rounds):
             for name, run in ways.items():

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 INIT = Path(__file__).parent / "guest_init.sh"
 START = "__x64_sys_sync"
+QEMU = "qemu-system-x86_64"
 # The smallest kernel of Debian's: it needs the drivers of no real machine.
 _KERNEL = "linux-image-cloud-amd64"
 _SECONDS = 600
@@ -36,13 +37,14 @@ class SmallGuest:
     kernel: Path
     initramfs: Path
     symbols: Path
+    qemu: str = QEMU
 
     def command(self, *more: str, append: str = "") -> list[str]:
         """QEMU's command line; the guest's console is standard output."""
-        return _command(self.kernel, self.initramfs, ("-serial", "stdio", *more), append)
+        return _command(self.qemu, self.kernel, self.initramfs, ("-serial", "stdio", *more), append)
 
 
-def small_guest(folder: Path) -> SmallGuest:
+def small_guest(folder: Path, qemu: str = QEMU) -> SmallGuest:
     """The guest, made in ``folder`` unless it is there. Fetches Debian packages. Raises CaptureError."""
     folder.mkdir(parents=True, exist_ok=True)
     kernel, initramfs, symbols = folder / "vmlinuz", folder / "initramfs.gz", folder / "kallsyms"
@@ -56,7 +58,7 @@ def small_guest(folder: Path) -> SmallGuest:
     if not symbols.exists():
         raw = folder / "kallsyms.gz"
         serial = ("-serial", "file:/dev/null", "-serial", f"file:{raw}")
-        _run(_command(kernel, initramfs, serial, "subpage=symbols"))
+        run(_command(qemu, kernel, initramfs, serial, "subpage=symbols"))
         try:
             text = gzip.decompress(raw.read_bytes())
         except (OSError, EOFError) as error:
@@ -65,14 +67,14 @@ def small_guest(folder: Path) -> SmallGuest:
             raise CaptureError(f"{raw}: the symbols that the guest shows have no modprobe_path")
         symbols.write_bytes(text)
         raw.unlink()
-    return SmallGuest(kernel, initramfs, symbols)
+    return SmallGuest(kernel, initramfs, symbols, qemu)
 
 
-def _command(kernel: Path, initramfs: Path, more: Sequence[str], append: str) -> list[str]:
-    machine = "qemu-system-x86_64 -M pc,accel=tcg -m 512M -nodefaults -vga none -display none -no-reboot"
-    words = f"console=ttyS0 nokaslr quiet panic=-1 {append}".strip()
+def _command(qemu: str, kernel: Path, initramfs: Path, more: Sequence[str], append: str) -> list[str]:
+    machine = "-M pc,accel=tcg -m 512M -nodefaults -vga none -display none -no-reboot"
+    words = f"console=ttyS0 nokaslr quiet panic=-1 no_timer_check {append}".strip()
     files = ("-kernel", str(kernel), "-initrd", str(initramfs), "-append", words)
-    return [*machine.split(), *files, *more]
+    return [qemu, *machine.split(), *files, *more]
 
 
 def _known(step: Callable[[], T]) -> T:
@@ -82,13 +84,13 @@ def _known(step: Callable[[], T]) -> T:
     except CaptureError:
         if os.geteuid() != 0:
             raise
-        _run(["apt-get", "update"])
+        run(["apt-get", "update"])
         return step()
 
 
 def kernel_package(newest: str = "linux-image-amd64") -> str:
     """The name of the package that has the kernel which the package ``newest`` stands for. Raises CaptureError."""
-    package = _run(["apt-cache", "depends", newest]).stdout
+    package = run(["apt-cache", "depends", newest]).stdout
     names = [line.split()[-1] for line in package.splitlines() if "Depends: linux-image" in line]
     if not names:
         raise CaptureError(f"apt knows no package {newest}: apt-get update, on Debian")
@@ -108,9 +110,9 @@ def fetch_files(folder: Path, package: str, wanted: Mapping[str, Path]) -> None:
     apart = folder / "package"
     shutil.rmtree(apart, ignore_errors=True)
     apart.mkdir()
-    _run(["apt-get", "download", package], apart)
+    run(["apt-get", "download", package], apart)
     (archive,) = apart.glob("*.deb")
-    _run(["dpkg-deb", "-x", archive.name, "content"], apart)
+    run(["dpkg-deb", "-x", archive.name, "content"], apart)
     for pattern, target in wanted.items():
         found = [
             path for path in sorted((apart / "content").rglob(pattern)) if path.is_file() and not path.is_symlink()
@@ -121,7 +123,8 @@ def fetch_files(folder: Path, package: str, wanted: Mapping[str, Path]) -> None:
     shutil.rmtree(apart)
 
 
-def _run(command: Sequence[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(command: Sequence[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """What a program says that ends well. Raises CaptureError."""
     try:
         return subprocess.run(
             command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=_SECONDS

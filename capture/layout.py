@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 MAGIC = 0x31474E4952425553
-VERSION = 2
+VERSION = 3
 HEADER_BYTES = 4096
 
-MADE, LOADED, STARTED, ENDED = range(4)  # states of the recorder
+MADE, LOADED, STARTED, ENDED, STOPPED = range(5)  # states of the recorder
 
 KERNEL, SPLIT, HELD = 1, 2, 4  # flags of a record
 
@@ -26,7 +28,12 @@ HEADER = np.dtype(
         ("low_gpa", "<u8"),
         ("high_gpa", "<u8"),
         ("guard_bytes", "<u8"),
-        ("reserved", "<u8", 8),
+        ("stop_pc", "<u8"),
+        ("stop_n", "<u8"),
+        ("wide", "<u8"),
+        ("reserved", "<u8", 4),
+        ("several", "<u4"),
+        ("reserved1", "<u4"),
         ("head", "<u8"),
         ("state", "<u4"),
         ("interface", "<u4"),
@@ -45,15 +52,16 @@ HEADER = np.dtype(
     ]
 )
 
-RECORD = np.dtype(
-    [
-        ("gpa", "<u8"),
-        ("gva", "<u8"),
-        ("pc", "<u8"),
-        ("size", "|u1"),
-        ("vcpu", "|u1"),
-        ("flags", "|u1"),
-        ("reserved", "|u1"),
-        ("lap", "<u4"),
-    ]
-)
+_FIELDS: list[Any] = [
+    ("gpa", "<u8"),
+    ("gva", "<u8"),
+    ("pc", "<u8"),
+    ("size", "|u1"),
+    ("vcpu", "|u1"),
+    ("flags", "|u1"),
+    ("reserved", "|u1"),
+    ("lap", "<u4"),
+]
+RECORD = np.dtype(_FIELDS)
+# With CR3, and the first ``size`` bytes of ``value`` as they were stored.
+WIDE_RECORD = np.dtype([*_FIELDS, ("cr3", "<u8"), ("value", "|u1", 16), ("reserved2", "<u8")])

@@ -34,16 +34,18 @@ typedef struct {
     };
 } qemu_info_t;
 
-enum { QEMU_PLUGIN_CB_NO_REGS = 0 };
+enum { QEMU_PLUGIN_CB_NO_REGS = 0, QEMU_PLUGIN_CB_R_REGS = 1 };
 enum { QEMU_PLUGIN_MEM_R = 1, QEMU_PLUGIN_MEM_W = 2, QEMU_PLUGIN_MEM_RW = 3 };
 
 typedef void (*qemu_plugin_udata_cb)(qemu_plugin_id_t, void *);
+typedef void (*qemu_plugin_vcpu_simple_cb)(qemu_plugin_id_t, unsigned vcpu);
 typedef void (*qemu_plugin_vcpu_udata_cb)(unsigned vcpu, void *);
 typedef void (*qemu_plugin_tb_trans_cb)(qemu_plugin_id_t, struct qemu_plugin_tb *);
 typedef void (*qemu_plugin_mem_cb)(unsigned vcpu, qemu_plugin_meminfo_t, uint64_t address, void *);
 
 void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t, qemu_plugin_tb_trans_cb);
 void qemu_plugin_register_atexit_cb(qemu_plugin_id_t, qemu_plugin_udata_cb, void *);
+void qemu_plugin_register_vcpu_init_cb(qemu_plugin_id_t, qemu_plugin_vcpu_simple_cb);
 void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *, qemu_plugin_vcpu_udata_cb, int flags, void *);
 void qemu_plugin_register_vcpu_mem_cb(struct qemu_plugin_insn *, qemu_plugin_mem_cb, int flags, int direction, void *);
 size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *);
@@ -57,5 +59,39 @@ uint64_t qemu_plugin_hwaddr_phys_addr(const struct qemu_plugin_hwaddr *);
 
 /* Only interface 1 has it: where it is missing, its address is null. */
 int qemu_plugin_n_vcpus(void) __attribute__((weak));
+
+/* From interface 4 on (QEMU 9.2): what is stored. From 2 on, registers, which come in arrays of GLib, as QEMU uses it. */
+typedef struct {
+    int type; /* log2 of the bytes */
+    union {
+        uint64_t low;
+        struct {
+            uint64_t low, high;
+        } u128;
+    } data;
+} qemu_plugin_mem_value;
+
+struct qemu_plugin_register;
+typedef struct {
+    struct qemu_plugin_register *handle;
+    const char *name, *feature;
+} qemu_plugin_reg_descriptor;
+
+typedef struct {
+    char *data;
+    unsigned len;
+} GArray;
+typedef struct {
+    uint8_t *data;
+    unsigned len;
+} GByteArray;
+
+qemu_plugin_mem_value qemu_plugin_mem_get_value(qemu_plugin_meminfo_t) __attribute__((weak));
+bool qemu_plugin_mem_is_big_endian(qemu_plugin_meminfo_t) __attribute__((weak));
+GArray *qemu_plugin_get_registers(void) __attribute__((weak));
+int qemu_plugin_read_register(struct qemu_plugin_register *, GByteArray *) __attribute__((weak));
+char *g_array_free(GArray *, int with_data) __attribute__((weak));
+GByteArray *g_byte_array_new(void) __attribute__((weak));
+GByteArray *g_byte_array_set_size(GByteArray *, unsigned) __attribute__((weak));
 
 #endif

@@ -18,7 +18,7 @@ from capture import layout, plugin
 from capture.qemu import Guest, Program, Qemu, program_of
 from capture.ring import CAPACITY, Counts, Ring
 
-BATCH = 1 << 17  # records that are handed out at once, at most
+BATCH = 1 << 16  # records that are handed out at once, at most
 LATER = 1  # a start_pc: ``Recording.start_at`` will say where
 _ENDING_SECONDS = 10.0
 
@@ -31,20 +31,25 @@ NOT_SEEN = (
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What is to be recorded: from the ``start_n``-th time that the instruction at ``start_pc`` runs (0: from the
-    beginning), stores to guest-physical addresses ``low`` to below ``high``, ``most`` of them (None: all)."""
+    beginning) to the ``stop_n``-th time that the one at ``stop_pc`` does (0: to the end), stores to guest-physical
+    addresses ``low`` to below ``high``, ``most`` of them (None: all). ``wide``: as ``layout.WIDE_RECORD``, with CR3
+    and what was stored."""
 
     start_pc: int = 0
     start_n: int = 1
     low: int = 0
     high: int = 1 << 64
     most: int | None = None
+    stop_pc: int = 0
+    stop_n: int = 1
+    wide: bool = False
 
 
 class Recording:
     """A guest being recorded; a context manager, and iterable once inside. Raises CaptureError on entry.
 
-    Each run of records (``layout.RECORD``) is a view of the ring, valid until the next one is asked for. Empty ones
-    come now and then while the guest does nothing.
+    Each run of records (``layout.RECORD``, or the wide one) is a view of the ring, valid until the next
+    one is asked for. Empty ones come now and then while the guest does nothing.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class Recording:
         self._over: str | None = None
         self._broken = False
         self._guarding = False
+        self._stopped = False
         self.taken = 0
         self.held = 0  # the records before this one have one that waits for its verdict
         self.program: Program
@@ -74,7 +80,9 @@ class Recording:
         self.program = program_of(self._command)
         path = plugin.built()
         with ExitStack() as stack:
-            ring = Ring(self._capacity, start_pc=wanted.start_pc, start_n=wanted.start_n)
+            start, stop = (wanted.start_pc, wanted.start_n), (wanted.stop_pc, wanted.stop_n)
+            places = {"start_pc": start[0], "start_n": start[1], "stop_pc": stop[0], "stop_n": stop[1]}
+            ring = Ring(self._capacity, **places, wide=wanted.wide)
             self._ring = stack.enter_context(ring)
             theirs = None
             if self._has_line:
@@ -96,7 +104,7 @@ class Recording:
         most = self._wanted.most
         self.qemu.go()
         while most is None or self.taken < most:
-            running = self.qemu.guest_runs
+            running = self.qemu.guest_runs and self._ring.state != layout.STOPPED
             found = self._ring.records(BATCH if most is None else min(BATCH, most - self.taken))
             if (not len(found) and not running) or self._over:
                 break
@@ -108,10 +116,13 @@ class Recording:
             self._stop_if_asked()
         else:
             self._word = "as many stores as were asked for"
+        if self._ring.state == layout.STOPPED:
+            self._stopped = True
+            self._word = f"the guest came to {self._wanted.stop_pc:#x}, where recording ends"
         self._counts = self._ring.counts
         self._ring.close()
         self._word = self._word or self.qemu.word()
-        if most is not None and self.taken >= most:
+        if self._complete:
             self.qemu.quit()
 
     def stop(self) -> None:
@@ -170,7 +181,7 @@ class Recording:
 
     @property
     def _complete(self) -> bool:
-        return self._wanted.most is not None and self.taken >= self._wanted.most
+        return self._stopped or (self._wanted.most is not None and self.taken >= self._wanted.most)
 
     @property
     def word(self) -> str:
@@ -198,5 +209,6 @@ class Recording:
             "vcpus": self.guest.vcpus,
             "ram": [[hex(first), hex(size)] for first, size in self.guest.ranges],
             "start": [hex(wanted.start_pc), wanted.start_n] if wanted.start_pc else None,
+            "until": [hex(wanted.stop_pc), wanted.stop_n] if wanted.stop_pc else None,
             "only": [hex(wanted.low), hex(wanted.high)] if (wanted.low, wanted.high) != (0, 1 << 64) else None,
         }

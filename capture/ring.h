@@ -15,10 +15,10 @@
 #include <stdint.h>
 
 #define RING_MAGIC 0x31474E4952425553ull /* "SUBRING1" */
-#define RING_VERSION 2u
+#define RING_VERSION 3u
 #define RING_HEADER_BYTES 4096
 
-enum ring_state { RING_MADE = 0, RING_LOADED = 1, RING_STARTED = 2, RING_ENDED = 3 };
+enum ring_state { RING_MADE = 0, RING_LOADED = 1, RING_STARTED = 2, RING_ENDED = 3, RING_STOPPED = 4 };
 
 struct ring_header {
     /* written by the reader before QEMU starts */
@@ -31,7 +31,14 @@ struct ring_header {
     uint64_t low_gpa;  /* record stores at these guest-physical addresses only: low <= gpa < high */
     uint64_t high_gpa;
     uint64_t guard_bytes; /* after the records */
-    uint64_t reserved[8];
+    uint64_t stop_pc;     /* record until the instruction at this address runs; 0: to the end */
+    uint64_t stop_n;      /* until the n-th time since recording began, at least 1 */
+    uint64_t wide;        /* not 0: records are of 64 bytes, with CR3 and what was stored */
+    uint64_t reserved[4];
+
+    /* written by the recorder when it is loaded */
+    uint32_t several; /* vCPUs fill slots at once: the last one that is complete is not the last that was taken */
+    uint32_t reserved1;
 
     /* written by the recorder: one cache line */
     uint64_t head; /* slots taken */
@@ -70,6 +77,14 @@ struct ring_record {
     uint32_t lap;
 };
 
+struct ring_wide_record {
+    struct ring_record record;
+    uint64_t cr3;
+    uint8_t value[16]; /* the first `size` bytes, as they are in memory */
+    uint64_t reserved;
+};
+
+_Static_assert(sizeof(struct ring_wide_record) == 64, "ring_wide_record");
 _Static_assert(sizeof(struct ring_header) == 256, "ring_header");
 _Static_assert(sizeof(struct ring_record) == 32, "ring_record");
 

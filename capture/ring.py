@@ -18,8 +18,9 @@ from capture import layout
 
 CAPACITY = 1 << 20  # records, 32 MiB: some 30 ms of a fast guest
 _HIGHEST = (1 << 64) - 1
-# The reader is woken for so many records, or after so many milliseconds for fewer.
-_WORTH_WAKING = 1 << 14
+# The reader is woken for so many records, or after so many milliseconds for fewer: small runs cost the guest more than
+# they tell earlier, since both of them look at the same memory.
+_WORTH_WAKING = 1 << 16
 _PATIENCE_MS = 20
 
 
@@ -46,20 +47,32 @@ class Ring:
     Use as a context manager. ``records`` are views of the shared memory, valid until ``release``.
     """
 
-    def __init__(self, capacity: int = CAPACITY, *, start_pc: int = 0, start_n: int = 1) -> None:
+    def __init__(
+        self,
+        capacity: int = CAPACITY,
+        *,
+        start_pc: int = 0,
+        start_n: int = 1,
+        stop_pc: int = 0,
+        stop_n: int = 1,
+        wide: bool = False,
+    ) -> None:
         """A ring of so many records, a power of two. With ``start_pc`` the recorder begins when the instruction at that
-        address runs for the ``start_n``-th time."""
+        address runs for the ``start_n``-th time, and with ``stop_pc`` it ends the same way. ``wide``: with CR3
+        and what was stored."""
         if capacity <= 0 or capacity & (capacity - 1):
             raise ValueError(f"a ring has a power of two of records, not {capacity}")
-        behind = layout.HEADER_BYTES + capacity * layout.RECORD.itemsize
+        kind = layout.WIDE_RECORD if wide else layout.RECORD
+        behind = layout.HEADER_BYTES + capacity * kind.itemsize
         size = behind + layout.GUARD_BYTES
         self._memory_fd = os.memfd_create("subpage-capture", os.MFD_CLOEXEC)
         os.ftruncate(self._memory_fd, size)
         self._map = mmap.mmap(self._memory_fd, size)
         self._header: Any = np.frombuffer(self._map, dtype=layout.HEADER, count=1)
-        self._records = np.frombuffer(self._map, dtype=layout.RECORD, count=capacity, offset=layout.HEADER_BYTES)
+        self._records = np.frombuffer(self._map, dtype=kind, count=capacity, offset=layout.HEADER_BYTES)
         self._guards = np.frombuffer(self._map, dtype="<u4", offset=behind)
         self._capacity = capacity
+        self._worth = min(_WORTH_WAKING, max(1, capacity // 2))
         self._tail = 0
         self._held = 0
         self._lock = threading.Lock()  # verdicts come from another thread than the end of waiting for them
@@ -67,10 +80,13 @@ class Ring:
         for name, value in (
             ("magic", layout.MAGIC),
             ("version", layout.VERSION),
-            ("record_bytes", layout.RECORD.itemsize),
+            ("record_bytes", kind.itemsize),
             ("capacity", capacity),
             ("start_pc", start_pc),
             ("start_n", start_n),
+            ("stop_pc", stop_pc),
+            ("stop_n", stop_n),
+            ("wide", wide),
             ("high_gpa", _HIGHEST),
             ("guard_bytes", layout.GUARD_BYTES),
         ):
@@ -140,11 +156,11 @@ class Ring:
         return Counts(int(self._header["head"][0]), *(int(self._header[name][0]) for name in names))
 
     def records(self, most: int, patience_ms: int = _PATIENCE_MS) -> NDArray[np.void]:
-        """The next records in order, at most so many; none after ``patience_ms`` without one."""
+        """The next records in order, at most so many; fewer, or none, after ``patience_ms`` without enough of them."""
+        worth = min(self._worth, most)
+        if self.behind < worth:
+            self._sleep(worth, patience_ms)
         found = self._complete(most)
-        if not len(found):
-            self._sleep(patience_ms)
-            found = self._complete(most)
         self._held = len(found)
         return found
 
@@ -170,15 +186,17 @@ class Ring:
         count = min(int(self._header["head"][0]) - self._tail, self._capacity - at, most)
         found = self._records[at : at + max(count, 0)]
         lap = self._tail // self._capacity + 1 & 0xFFFFFFFF
+        if len(found) and not self._header["several"][0] and found["lap"][-1] == lap:
+            return found  # one vCPU fills them in order
         # A vCPU may have taken a slot and not filled it yet: what is after it waits for it.
         unfinished = np.flatnonzero(found["lap"] != lap)
         return found[: unfinished[0]] if len(unfinished) else found
 
-    def _sleep(self, patience_ms: int) -> None:
+    def _sleep(self, worth: int, patience_ms: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._data_fd)
-        self._header["wanted"] = self._tail + _WORTH_WAKING
-        if int(self._header["head"][0]) - self._tail < _WORTH_WAKING and self.state != layout.ENDED:
+        self._header["wanted"] = self._tail + worth
+        if self.behind < worth and self.state < layout.ENDED:
             poll = select.poll()
             poll.register(self._data_fd, select.POLLIN)
             poll.poll(patience_ms)

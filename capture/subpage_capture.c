@@ -31,7 +31,8 @@
 EXPORT int qemu_plugin_version = 2;
 
 static struct ring_header *ring;
-static struct ring_record *records;
+static char *records;
+static unsigned record_shift; /* log2 of the bytes of one */
 static uint64_t *guards; /* one bit for each 1 << RING_GUARD_SHIFT bytes of guest-physical memory */
 static uint64_t guard_count;
 static size_t mapped;
@@ -39,10 +40,11 @@ static uint64_t capacity;
 static unsigned lap_shift;
 static int room_fd = -1, data_fd = -1, reader_fd = -1;
 static bool several; /* vCPUs run in threads of their own */
+static bool wide;    /* records have CR3 and what was stored */
 
 static volatile bool recording;
 static volatile bool guest_runs;
-static uint64_t starts_seen;
+static uint64_t starts_seen, stops_seen;
 static uint64_t free_until; /* tail + capacity as last seen: slots below it are free */
 static pthread_mutex_t starting = PTHREAD_MUTEX_INITIALIZER;
 
@@ -51,6 +53,8 @@ __attribute__((constructor)) static void plugin_version_of_qemu(void)
 {
     if (qemu_plugin_n_vcpus) {
         qemu_plugin_version = 1;
+    } else if (qemu_plugin_mem_get_value) {
+        qemu_plugin_version = 4;
     }
 }
 
@@ -137,10 +141,20 @@ static bool is_guarded(uint64_t gpa, unsigned size)
     return false;
 }
 
-/* Where nobody reads any more the record goes nowhere. *held becomes its slot + 1 if it lies under a guard. */
-static inline void append(
-    uint64_t gpa, uint64_t gva, uint64_t pc, unsigned size, unsigned vcpu, unsigned flags, uint64_t *held)
+/* One store as the callback is told of it; `value` is all of it. */
+struct store {
+    qemu_plugin_meminfo_t info;
+    uint64_t pc;
+    unsigned vcpu, flags;
+    uint64_t held; /* the slot of its last record under a guard, + 1 */
+    uint64_t cr3;
+    uint8_t value[16];
+};
+
+/* A record of `size` bytes of a store, those from its byte `from` on. Where nobody reads any more it goes nowhere. */
+static inline void append(struct store *store, uint64_t gpa, uint64_t gva, unsigned size, unsigned from)
 {
+    unsigned flags = store->flags;
     if (unlikely(__atomic_load_n(&ring->guarding, __ATOMIC_RELAXED)) && is_guarded(gpa, size)) {
         flags |= RECORD_HELD;
     }
@@ -154,16 +168,22 @@ static inline void append(
     if (unlikely(slot >= __atomic_load_n(&free_until, __ATOMIC_RELAXED)) && !wait_for_room(slot)) {
         return;
     }
-    struct ring_record *record = &records[slot & (capacity - 1)];
+    struct ring_record *record = (struct ring_record *)(records + ((slot & (capacity - 1)) << record_shift));
     record->gpa = gpa;
     record->gva = gva;
-    record->pc = pc;
+    record->pc = store->pc;
     record->size = (uint8_t)size;
-    record->vcpu = (uint8_t)vcpu;
+    record->vcpu = (uint8_t)store->vcpu;
     record->flags = (uint8_t)flags;
+    if (wide) {
+        struct ring_wide_record *more = (struct ring_wide_record *)record;
+        more->cr3 = store->cr3;
+        memset(more->value, 0, sizeof more->value);
+        memcpy(more->value, store->value + from, size <= sizeof more->value - from ? size : sizeof more->value - from);
+    }
     __atomic_store_n(&record->lap, (uint32_t)(slot >> lap_shift) + 1, __ATOMIC_RELEASE);
     if (unlikely(flags & RECORD_HELD)) {
-        *held = slot + 1;
+        store->held = slot + 1;
     }
     if (unlikely(slot + 1 == __atomic_load_n(&ring->wanted, __ATOMIC_RELAXED))) {
         wake_reader();
@@ -172,10 +192,59 @@ static inline void append(
 
 /* ---- what QEMU calls */
 
-static void one_page(
-    unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t gva, unsigned size, uint64_t pc, unsigned flags, uint64_t *held)
+#define MOST_VCPUS 256 /* a record has a byte for their number */
+
+static struct qemu_plugin_register *cr3_handle[MOST_VCPUS];
+static GByteArray *cr3_bytes[MOST_VCPUS];
+
+static void on_vcpu(qemu_plugin_id_t id, unsigned vcpu)
 {
-    struct qemu_plugin_hwaddr *where = qemu_plugin_get_hwaddr(info, gva);
+    (void)id;
+    GArray *found = qemu_plugin_get_registers();
+    const qemu_plugin_reg_descriptor *each = found ? (const void *)found->data : NULL;
+    for (unsigned i = 0; found && vcpu < MOST_VCPUS && i < found->len; i++) {
+        if (!strcmp(each[i].name, "cr3")) {
+            cr3_bytes[vcpu] = g_byte_array_new();
+            cr3_handle[vcpu] = each[i].handle;
+        }
+    }
+    if (found) {
+        g_array_free(found, 1);
+    }
+}
+
+/* Asked of QEMU at each store: besides MOV, task switches, SMM and nested guests change it. */
+static uint64_t cr3_of(unsigned vcpu)
+{
+    uint64_t cr3 = 0;
+    if (vcpu < MOST_VCPUS && cr3_handle[vcpu]) {
+        g_byte_array_set_size(cr3_bytes[vcpu], 0);
+        int size = qemu_plugin_read_register(cr3_handle[vcpu], cr3_bytes[vcpu]);
+        if (size > 0) {
+            memcpy(&cr3, cr3_bytes[vcpu]->data, size < 8 ? (size_t)size : 8);
+        }
+    }
+    return cr3;
+}
+
+/* What is stored, in the order of memory. */
+static void take_value(struct store *store, unsigned size)
+{
+    qemu_plugin_mem_value told = qemu_plugin_mem_get_value(store->info);
+    memset(store->value, 0, sizeof store->value);
+    memcpy(store->value, &told.data, size < sizeof store->value ? size : sizeof store->value);
+    if (qemu_plugin_mem_is_big_endian(store->info) && size <= sizeof store->value) {
+        for (unsigned i = 0; i < size / 2; i++) {
+            uint8_t kept = store->value[i];
+            store->value[i] = store->value[size - 1 - i];
+            store->value[size - 1 - i] = kept;
+        }
+    }
+}
+
+static void one_page(struct store *store, uint64_t gva, unsigned size, unsigned from)
+{
+    struct qemu_plugin_hwaddr *where = qemu_plugin_get_hwaddr(store->info, gva);
     if (unlikely(!where)) {
         __atomic_fetch_add(&ring->unknown, 1, __ATOMIC_RELAXED);
         return;
@@ -189,7 +258,7 @@ static void one_page(
         __atomic_fetch_add(&ring->elsewhere, 1, __ATOMIC_RELAXED);
         return;
     }
-    append(gpa, gva, pc, size, vcpu, flags, held);
+    append(store, gpa, gva, size, from);
 }
 
 static void on_access(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t gva, void *instruction)
@@ -205,19 +274,25 @@ static void on_access(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t gva, v
         return;
     }
     uint64_t pc = (uint64_t)(uintptr_t)instruction;
-    unsigned size = 1u << qemu_plugin_mem_size_shift(info), flags = pc >> 63 ? RECORD_KERNEL : 0;
+    unsigned size = 1u << qemu_plugin_mem_size_shift(info);
     unsigned room = PAGE_SIZE - (unsigned)(gva & (PAGE_SIZE - 1));
-    uint64_t held = 0;
+    struct store store;
+    store.info = info, store.pc = pc, store.vcpu = vcpu, store.flags = pc >> 63 ? RECORD_KERNEL : 0, store.held = 0;
+    if (wide) {
+        store.cr3 = cr3_of(vcpu);
+        take_value(&store, size);
+    }
     if (unlikely(size > room)) {
         /* One call with the address of the first byte; the second page may lie anywhere. */
         __atomic_fetch_add(&ring->split, 1, __ATOMIC_RELAXED);
-        one_page(vcpu, info, gva, room, pc, flags | RECORD_SPLIT, &held);
-        one_page(vcpu, info, gva + room, size - room, pc, flags | RECORD_SPLIT, &held);
+        store.flags |= RECORD_SPLIT;
+        one_page(&store, gva, room, 0);
+        one_page(&store, gva + room, size - room, room);
     } else {
-        one_page(vcpu, info, gva, size, pc, flags, &held);
+        one_page(&store, gva, size, 0);
     }
-    if (unlikely(held)) {
-        wait_for_verdict(held - 1);
+    if (unlikely(store.held)) {
+        wait_for_verdict(store.held - 1);
     }
 }
 
@@ -234,6 +309,19 @@ static void on_start(unsigned vcpu, void *unused)
     pthread_mutex_unlock(&starting);
 }
 
+static void on_stop(unsigned vcpu, void *unused)
+{
+    (void)vcpu;
+    (void)unused;
+    pthread_mutex_lock(&starting);
+    if (recording && ++stops_seen == ring->stop_n) {
+        recording = false;
+        __atomic_store_n(&ring->state, RING_STOPPED, __ATOMIC_RELEASE);
+        wake_reader();
+    }
+    pthread_mutex_unlock(&starting);
+}
+
 static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *block)
 {
     (void)id;
@@ -245,8 +333,11 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *block)
         if (ring->start_pc && pc == ring->start_pc) {
             qemu_plugin_register_vcpu_insn_exec_cb(instruction, on_start, QEMU_PLUGIN_CB_NO_REGS, NULL);
         }
+        if (ring->stop_pc && pc == ring->stop_pc) {
+            qemu_plugin_register_vcpu_insn_exec_cb(instruction, on_stop, QEMU_PLUGIN_CB_NO_REGS, NULL);
+        }
         qemu_plugin_register_vcpu_mem_cb(
-            instruction, on_access, QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_MEM_W, (void *)(uintptr_t)pc);
+            instruction, on_access, wide ? QEMU_PLUGIN_CB_R_REGS : QEMU_PLUGIN_CB_NO_REGS, QEMU_PLUGIN_MEM_W, (void *)(uintptr_t)pc);
     }
 }
 
@@ -255,7 +346,9 @@ static void on_exit_of_qemu(qemu_plugin_id_t id, void *unused)
     (void)id;
     (void)unused;
     recording = false;
-    __atomic_store_n(&ring->state, RING_ENDED, __ATOMIC_RELEASE);
+    if (ring->state != RING_STOPPED) {
+        __atomic_store_n(&ring->state, RING_ENDED, __ATOMIC_RELEASE);
+    }
     wake_reader();
 }
 
@@ -323,7 +416,7 @@ static bool take_argument(const char *argument)
             return false;
         }
         ring = at;
-        records = (struct ring_record *)((char *)at + RING_HEADER_BYTES);
+        records = (char *)at + RING_HEADER_BYTES;
         mapped = (size_t)found.st_size;
         return true;
     }
@@ -341,13 +434,19 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int
         return refuse("is started by `subpage record` and `subpage live`, not by hand");
     }
     capacity = ring->capacity;
-    if (ring->magic != RING_MAGIC || ring->version != RING_VERSION || ring->record_bytes != sizeof(struct ring_record) ||
-        !capacity || capacity & (capacity - 1) || capacity > mapped / sizeof(struct ring_record) ||
-        mapped != RING_HEADER_BYTES + capacity * sizeof(struct ring_record) + ring->guard_bytes) {
+    wide = ring->version == RING_VERSION && ring->wide;
+    size_t record_bytes = wide ? sizeof(struct ring_wide_record) : sizeof(struct ring_record);
+    if (ring->magic != RING_MAGIC || ring->version != RING_VERSION || ring->record_bytes != record_bytes ||
+        !capacity || capacity & (capacity - 1) || capacity > mapped / record_bytes ||
+        mapped != RING_HEADER_BYTES + capacity * record_bytes + ring->guard_bytes) {
         return refuse("was built for another version of its reader: run `make plugin` again");
     }
     if (!info->system_emulation || strcmp(info->target_name, "x86_64")) {
         return refuse("records x86-64 machines (qemu-system-x86_64) only");
+    }
+    if (wide && (!qemu_plugin_mem_get_value || !qemu_plugin_mem_is_big_endian || !qemu_plugin_get_registers ||
+                 !qemu_plugin_read_register || !g_array_free || !g_byte_array_new || !g_byte_array_set_size)) {
+        return refuse("this QEMU tells plugins neither CR3 nor what is stored (--values): QEMU 10 does");
     }
     if (!watch_reader()) {
         return refuse("could not start a thread");
@@ -355,11 +454,16 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int
     several = info->system.max_vcpus > 1;
     lap_shift = (unsigned)__builtin_ctzll(capacity);
     free_until = capacity;
-    guards = (uint64_t *)(records + capacity);
+    record_shift = (unsigned)__builtin_ctzll(record_bytes);
+    guards = (uint64_t *)(records + (capacity << record_shift));
     guard_count = ring->guard_bytes / sizeof *guards * 64;
+    ring->several = several;
     ring->interface = (uint32_t)qemu_plugin_version;
     __atomic_store_n(&ring->state, ring->start_pc ? RING_LOADED : RING_STARTED, __ATOMIC_RELEASE);
     recording = !ring->start_pc;
+    if (wide) {
+        qemu_plugin_register_vcpu_init_cb(id, on_vcpu);
+    }
     qemu_plugin_register_vcpu_tb_trans_cb(id, on_translation);
     qemu_plugin_register_atexit_cb(id, on_exit_of_qemu, NULL);
     return 0;

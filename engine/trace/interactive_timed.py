@@ -19,7 +19,7 @@ from engine.trace.columns import TraceChunk
 from engine.trace.interactive import InteractiveReplay, Load, Place
 from engine.trace.operations import MOV_CR3, Operation, operand_of
 from engine.trace.option_names import ANSWERS
-from engine.trace.session import ReplayOptions
+from engine.trace.session import ReplayOptions, run_of
 from engine.trace.timed import Operating, Performs
 
 Watched = Callable[[int], bool]
@@ -108,7 +108,7 @@ class InteractiveTimedReplay(InteractiveReplay, Operating):
         # The translation that it went by is gone with the violation: it runs where that had led.
         records = chunk.records[: at + 1].copy()
         records[at, 0] = self._accessed(place)[0]
-        words = frozen(records.reshape(-1))
+        run = run_of(chunk.moved(records, chunk.gva), 0, at + 1)
         gvas = self._no_gva if chunk.gva is None else frozen(chunk.gva)
         options, counts = self._words, self._count.copy()
         self._words = options.copy()
@@ -118,13 +118,13 @@ class InteractiveTimedReplay(InteractiveReplay, Operating):
         try:
             while True:
                 listed = int(self._used[0])
-                status, after = self._enter(chunk, words, gvas, at, place.base)
+                status, after = self._enter(chunk, run, gvas, at, place.base)
                 if status == replay.NEED_FRAMES:
                     self._draft.ensure()
                 elif status == replay.LOG_FULL:
                     self._drain(chunk, place.base)
                 elif status != record_checks.DONE:
-                    self._refuse_in(chunk, status, words, at, place.base)
+                    self._refuse_in(chunk, status, run, at, place.base)
                 elif after > at:
                     return int(self._used[0]) > listed
         finally:

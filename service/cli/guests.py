@@ -40,8 +40,7 @@ class Watch:
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
         end = max(first + size for first, size in recording.guest.ranges)
-        self._last = np.uint64(end >> 12)  # for what lies elsewhere
-        self._touched = np.zeros((end >> 12) + 1, dtype=np.bool_)
+        self._touched = np.zeros((end >> 12) + 1, dtype=np.bool_)  # the last one: for what lies elsewhere
         self._began = time.monotonic()
         self._looked = (self._began, 0)
         self._status: Any = None
@@ -52,7 +51,9 @@ class Watch:
     def see(self, records: NDArray[np.void]) -> None:
         """Count records, and tell now and then."""
         if len(records):
-            self._touched[np.minimum(records["gpa"] >> _PAGE_SHIFT, self._last)] = True
+            pages = (records["gpa"] >> _PAGE_SHIFT).astype(np.int64)
+            new = pages[~self._touched.take(pages, mode="clip")]  # few
+            self._touched.put(new, True, mode="clip")
             self.stores += len(records)
         now = time.monotonic()
         self.seconds = now - self._began

@@ -12,7 +12,7 @@ from service.cli import complete, show
 from service.cli.commands import AsJson, Given, is_typed
 from service.cli.connection import Service, remote
 from service.cli.progress import ProgressOption
-from service.cli.record import GuestCommand, Most, Only, Start, SymbolFile, ended, left_out, wanted_of
+from service.cli.record import GuestCommand, Most, Only, Start, SymbolFile, Until, ended, left_out, wanted_of
 
 if TYPE_CHECKING:
     from service.cli.rules import Rules
@@ -29,6 +29,7 @@ def live(
         Path, typer.Option(help='JSON or TOML: {"name", "objects", "pages"} as `POST …/protections` takes it.')
     ],
     start: Start = None,
+    until: Until = None,
     symbols: SymbolFile = None,
     kallsyms_from_guest: Annotated[
         bool,
@@ -79,7 +80,7 @@ def live(
     answers = read_live_rules(rules, asks)
     if kallsyms_from_guest and symbols is not None:
         raise Failure("--symbols does not go with --kallsyms-from-guest: the guest has one kernel")
-    wanted = wanted_of(start, symbols, only, most, later=kallsyms_from_guest)
+    wanted = wanted_of(start, until, symbols, only, most, later=kallsyms_from_guest)
     protected = read_policy(policy, named=kallsyms_from_guest or symbols is not None)
     try:
         with ExitStack() as stack:

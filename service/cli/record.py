@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +26,13 @@ Start = Annotated[
         help="Begin when the instruction at an address (0x…), or at a symbol of --symbols, runs for the N-th time.",
     ),
 ]
+Until = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHERE[:N]",
+        help="End the guest when the instruction there runs for the N-th time since recording began.",
+    ),
+]
 SymbolFile = Annotated[
     Path | None, typer.Option("--symbols", help="The guest kernel's symbols: kallsyms, System.map, ISF or ELF.")
 ]
@@ -39,9 +46,14 @@ def record(
     command: GuestCommand,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write: .parquet, or .arrow (a stream).")],
     start: Start = None,
+    until: Until = None,
     symbols: SymbolFile = None,
     only: Only = None,
     most: Most = None,
+    values: Annotated[
+        bool,
+        typer.Option("--values", help="With the CR3 and the bytes that are stored, which QEMU 9.2 and later tell."),
+    ] = False,
     progress: ProgressOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -56,10 +68,10 @@ def record(
     from service.platform.failures import Failure
 
     suffix = suffix_of(output)
-    wanted = wanted_of(start, symbols, only, most)
+    wanted = replace(wanted_of(start, until, symbols, only, most), wide=values)
     try:
         with Recording(command, wanted) as recording, stopping(recording), replacing(output) as beside:
-            file = RecordedFile(beside, suffix, recording.identity())
+            file = RecordedFile(beside, suffix, recording.identity(), wide=values)
             with watched("recording", recording, progress) as watch:
                 for records in recording:
                     file.add(records)
@@ -99,49 +111,56 @@ def ended(recording: Recording, name: str) -> None:
 
 
 def wanted_of(
-    start: str | None, symbols: Path | None, only: str | None, most: int | None, *, later: bool = False
+    start: str | None,
+    until: str | None,
+    symbols: Path | None,
+    only: str | None,
+    most: int | None,
+    *,
+    later: bool = False,
 ) -> Wanted:
     """The options as one; ``later``: symbols will be there. Raises Failure, naming the option."""
     from capture.recording import Wanted
     from service.platform.failures import Failure
 
     pc, count = start_of(start, symbols, later=later) if start is not None else (0, 1)
+    stop_pc, stop_n = start_of(until, symbols, option="--until") if until is not None else (0, 1)
     low, high = 0, 1 << 64
     if only is not None:
         first, dash, last = only.partition("-")
         low, high = _number(first, f"--only {only}"), _number(last if dash else "", f"--only {only}: LOW-HIGH")
         if not low < high <= 1 << 52:
             raise Failure(f"--only {only}: must be LOW-HIGH with LOW below HIGH, and HIGH at most 2^52")
-    return Wanted(pc, count, low, high, most)
+    return Wanted(pc, count, low, high, most, stop_pc, stop_n)
 
 
-def start_of(start: str, symbols: Path | None, *, later: bool = False) -> tuple[int, int]:
+def start_of(start: str, symbols: Path | None, *, later: bool = False, option: str = "--start") -> tuple[int, int]:
     """``WHERE[:N]``: the address, and how often. ``later``: a symbol has no address yet. Raises Failure."""
     from capture.recording import LATER
     from service.platform.failures import Failure
 
     where, _, times = start.rpartition(":") if ":" in start else (start, "", "1")
-    count = _number(times, f"--start {start}: the N of WHERE:N")
+    count = _number(times, f"{option} {start}: the N of WHERE:N")
     if count < 1:
-        raise Failure(f"--start {start}: the N of WHERE:N must be at least 1")
+        raise Failure(f"{option} {start}: the N of WHERE:N must be at least 1")
     if where.startswith("0x"):
-        pc = _number(where, f"--start {start}")
+        pc = _number(where, f"{option} {start}")
     else:
-        pc = LATER if later else _address(where, start, symbols)
+        pc = LATER if later else _address(where, f"{option} {start}", symbols)
     if not 0 < pc < 1 << 64:
-        raise Failure(f"--start {start}: must be an address of 64 bits, not 0")
+        raise Failure(f"{option} {start}: must be an address of 64 bits, not 0")
     return pc, count
 
 
-def _address(name: str, start: str, symbols: Path | None) -> int:
+def _address(name: str, said: str, symbols: Path | None) -> int:
     from service.cli.symbol_policies import read_symbols
     from service.platform.failures import Failure
 
     if symbols is None:
-        raise Failure(f"--start {start}: {name} is a symbol, which --symbols FILE must have; an address begins with 0x")
+        raise Failure(f"{said}: {name} is a symbol, which --symbols FILE must have; an address begins with 0x")
     found = read_symbols(symbols).table.find(name)
     if not found:
-        raise Failure(f"--start {start}: {symbols} has no symbol {name}")
+        raise Failure(f"{said}: {symbols} has no symbol {name}")
     return int(found[0].address)
 
 

@@ -15,7 +15,7 @@ import pytest
 from capture import plugin
 
 HERE = Path(__file__).parent
-STORE, DEVICE, UNKNOWN = 1 << 8, 1 << 9, 1 << 10
+STORE, DEVICE, UNKNOWN, SWAPPED = 1 << 8, 1 << 9, 1 << 10, 1 << 11
 
 Fake = Callable[..., list[str]]
 
@@ -27,7 +27,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         pytest.skip("no C compiler")
     folder = tmp_path_factory.mktemp("fake-qemu")
     found = {}
-    for version, flags in ((1, ["-DINTERFACE_1"]), (2, [])):
+    for version, flags in ((1, ["-DINTERFACE_1"]), (2, ["-DINTERFACE_2"]), (4, [])):
         path = folder / f"fake{version}.so"
         command = ["cc", "-O1", "-fPIC", "-shared", *flags, "-o", str(path), str(HERE / "fake_qemu.c"), "-lpthread"]
         subprocess.run(command, check=True)

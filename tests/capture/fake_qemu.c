@@ -1,5 +1,5 @@
 /* What the recorder needs of QEMU: the plugin interface, and stores that a test asks for. Built with INTERFACE_1 it is
- * as old as QEMU 7.2. */
+ * as old as QEMU 7.2, with INTERFACE_2 as 9.0, which tells nothing of what is stored. */
 #define _GNU_SOURCE
 #include "../../capture/qemu_plugin_api.h"
 #include "../../capture/ring.h"
@@ -7,7 +7,7 @@
 #include <pthread.h>
 #include <stddef.h>
 
-enum { STORE = 1 << 8, DEVICE = 1 << 9, UNKNOWN = 1 << 10 }; /* beside log2 of the size */
+enum { STORE = 1 << 8, DEVICE = 1 << 9, UNKNOWN = 1 << 10, SWAPPED = 1 << 11 }; /* beside log2 of the size */
 
 struct qemu_plugin_insn {
     uint64_t pc;
@@ -31,7 +31,34 @@ static __thread struct qemu_plugin_hwaddr where;
 
 #ifdef INTERFACE_1
 int qemu_plugin_n_vcpus(void) { return 1; }
+#elif !defined(INTERFACE_2)
+/* It stores the same bytes each time, under a CR3 for each vCPU. */
+static __thread struct { qemu_plugin_reg_descriptor only; } registers;
+static __thread GArray listed;
+static __thread GByteArray bytes;
+static __thread uint64_t cr3;
+qemu_plugin_mem_value qemu_plugin_mem_get_value(qemu_plugin_meminfo_t info)
+{
+    return (qemu_plugin_mem_value){.type = info & 0xFF, .data.u128 = {0x1122334455667788, 0x99AABBCCDDEEFF00}};
+}
+bool qemu_plugin_mem_is_big_endian(qemu_plugin_meminfo_t info) { return info & SWAPPED; }
+GArray *qemu_plugin_get_registers(void)
+{
+    registers.only = (qemu_plugin_reg_descriptor){(void *)&registers, "cr3", "org.gnu.gdb.i386.core"};
+    listed = (GArray){(char *)&registers, 1};
+    return &listed;
+}
+int qemu_plugin_read_register(struct qemu_plugin_register *handle, GByteArray *into)
+{
+    cr3 = 0x1234000;
+    into->data = (uint8_t *)&cr3;
+    return sizeof cr3;
+}
+char *g_array_free(GArray *array, int with_data) { return NULL; }
+GByteArray *g_byte_array_new(void) { return &bytes; }
+GByteArray *g_byte_array_set_size(GByteArray *array, unsigned size) { return array; }
 #endif
+void qemu_plugin_register_vcpu_init_cb(qemu_plugin_id_t id, qemu_plugin_vcpu_simple_cb cb) { cb(id, 0); }
 void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t id, qemu_plugin_tb_trans_cb cb) { translate = cb; }
 void qemu_plugin_register_atexit_cb(qemu_plugin_id_t id, qemu_plugin_udata_cb cb, void *data) { at_exit = cb; }
 void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *i, qemu_plugin_vcpu_udata_cb cb, int f, void *data)

@@ -21,7 +21,7 @@ from capture.errors import CaptureError
 from capture.qemu import MOST_RAM_OF_INTERFACE_1, program_of, ram_ranges
 from capture.recording import Recording, Wanted
 from capture.ring import Ring
-from tests.capture.conftest import DEVICE, STORE, UNKNOWN, Fake
+from tests.capture.conftest import DEVICE, STORE, SWAPPED, UNKNOWN, Fake
 from tests.capture.fake_qemu import TREE
 from tests.support.waiting import until
 
@@ -60,7 +60,7 @@ def test_the_two_descriptions_of_the_ring_are_one(libraries: dict[int, Path]) ->
     assert (layout.HEADER.itemsize, layout.RECORD.itemsize) == (256, 32)
 
 
-@pytest.mark.parametrize("interface", [1, 2])
+@pytest.mark.parametrize("interface", [1, 2, 4])
 def test_a_store_is_a_record_with_both_addresses(fake: Fake, interface: int) -> None:
     command = fake(accesses=[[0, STORE | 3, KERNEL + 0x10, PC], [0, STORE, 0x7000, 0x400000]], interface=interface)
     found, recording = recorded(command)
@@ -81,6 +81,37 @@ def test_a_store_over_two_pages_is_two_records_each_where_its_page_is(fake: Fake
         (0x9000, 0x8000, 5, layout.KERNEL | layout.SPLIT),
     ]
     assert recording.counts.split == 1
+
+
+def test_what_is_stored_and_under_which_cr3_is_in_wide_records(fake: Fake) -> None:
+    """In the order of memory, whatever that of the instruction; each part of a store over two pages has its own."""
+    stores = [[0, STORE | 2, 0x7000, PC], [0, STORE | SWAPPED | 1, 0x7010, PC], [0, STORE | 4, 0x7FFC, PC]]
+    found, recording = recorded(fake(accesses=stores, interface=4), Wanted(wide=True))
+    assert found["cr3"].tolist() == [0x1234000] * 4
+    assert [bytes(value[:size]).hex() for value, size in zip(found["value"], found["size"], strict=True)] == [
+        "88776655",
+        "7788",
+        "88776655",
+        "4433221100ffeeddccbbaa99",
+    ]
+    assert recording.guest.interface == 4
+
+
+@pytest.mark.parametrize("interface", [1, 2])
+def test_values_are_refused_where_they_are_not_told(
+    fake: Fake, interface: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(CaptureError, match="QEMU ended with status 1 before the guest ran; it said why"):
+        recorded(fake(accesses=[], interface=interface), Wanted(wide=True))
+    assert "tells plugins neither CR3 nor what is stored" in capfd.readouterr().err
+
+
+def test_recording_ends_where_it_is_told(fake: Fake) -> None:
+    """What the instruction itself stores is not in it."""
+    stores = [[0, STORE | 3, 0x7000 + 8 * n, pc] for n, pc in enumerate((PC, PC + 4, PC, PC + 8, PC))]
+    found, recording = recorded(fake(accesses=stores, sleep=60), Wanted(stop_pc=PC, stop_n=2))
+    assert found["gva"].tolist() == [0x7000, 0x7008]
+    assert recording.word == f"the guest came to {PC:#x}, where recording ends" and not recording.failed
 
 
 def test_loads_devices_and_unknown_addresses_are_no_records(fake: Fake) -> None:

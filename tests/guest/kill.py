@@ -23,6 +23,7 @@ from typing import Any
 import httpx2
 
 from tests.support.processes import free_port, served
+from tests.support.qemu import QEMU
 from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,7 @@ KINDS = ("reader", "reader with a service of its own", "service", "qemu")
 def machine(folder: Path) -> list[str]:
     disk = folder / "disk.img"
     disk.write_bytes(CODE.ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
-    qemu = ["qemu-system-x86_64", "-M", "pc,accel=tcg", "-m", "16M", "-nodefaults", "-vga", "none"]
+    qemu = [QEMU, "-M", "pc,accel=tcg", "-m", "16M", "-nodefaults", "-vga", "none"]
     return [*qemu, "-display", "none", "-drive", f"file={disk},format=raw,if=ide"]
 
 

@@ -19,6 +19,7 @@ from capture.qmp import Qmp
 from capture.recording import Recording, Wanted
 from service.cli.app import app
 from service.settings import Settings
+from tests.support.qemu import QEMU
 from tests.support.server import running
 from tests.support.tools import tool
 from tests.support.waiting import until
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.guest,
     pytest.mark.skipif(
-        shutil.which("qemu-system-x86_64") is None or shutil.which("cc") is None,
+        shutil.which(QEMU) is None or shutil.which("cc") is None,
         reason="needs qemu-system-x86_64 and a C compiler",
     ),
 ]
@@ -51,8 +52,8 @@ EXPECTED = [(0x8000 + 2 * n, 2, 0x7C0D) for n in range(STORES)] + [(0x9FFF, 1, 0
 def machine(tmp_path: Path) -> list[str]:
     disk = tmp_path / "disk.img"
     disk.write_bytes(CODE.ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
-    qemu = "qemu-system-x86_64 -M pc,accel=tcg -m 16M -nodefaults -vga none -display none"
-    return [*qemu.split(), "-drive", f"file={disk},format=raw,if=ide"]
+    qemu = "-M pc,accel=tcg -m 16M -nodefaults -vga none -display none"
+    return [QEMU, *qemu.split(), "-drive", f"file={disk},format=raw,if=ide"]
 
 
 def test_a_guest_has_not_printed_while_the_question_about_its_store_stands(tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_a_guest_has_not_printed_while_the_question_about_its_store_stands(tmp_p
     disk.write_bytes(code.ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
     policy.write_text(json.dumps({"name": "policy", "objects": [{"name": "secret", "gpa": "0x8000", "size": 8}]}))
     qemu = [
-        "qemu-system-x86_64",
+        QEMU,
         *["-M", "pc,accel=tcg", "-m", "16M", "-nodefaults", "-vga", "none", "-display", "none", "-S"],
     ]
     qemu += ["-drive", f"file={disk},format=raw,if=ide", "-debugcon", f"file:{printed}"]
@@ -99,7 +100,7 @@ def test_a_guest_that_is_not_there_any_more_is_told(ends: str, tmp_path: Path) -
     disk = tmp_path / "disk.img"
     code = bytes.fromhex("fa31c08ed8 c70600803412" + ("b0fee664" if ends == "resets" else "") + "f4ebfd")
     disk.write_bytes(code.ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
-    qemu = ["qemu-system-x86_64", "-M", "pc,accel=tcg", "-m", "16M", "-nodefaults", "-vga", "none", "-display", "none"]
+    qemu = [QEMU, "-M", "pc,accel=tcg", "-m", "16M", "-nodefaults", "-vga", "none", "-display", "none"]
     qemu += ["-drive", f"file={disk},format=raw,if=ide", "-qmp", f"unix:{tmp_path / 'qmp'},server=on,wait=off"]
     stored = 0
     with Recording(qemu, Wanted(start_pc=0x7C00)) as recording, socket.socket(socket.AF_UNIX) as control:

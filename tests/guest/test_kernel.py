@@ -23,6 +23,7 @@ from capture import guest as guests
 from capture import layout
 from capture.errors import CaptureError
 from capture.guest import SmallGuest, small_guest
+from capture.qemu import program_of
 from capture.recording import Recording, Wanted
 from engine.symbols.table import SymbolTable
 from service.cli.app import app
@@ -33,12 +34,13 @@ from service.settings import MIB, Settings
 from tests.support.bodies import PARQUET, Body
 from tests.support.http import new_vm
 from tests.support.http import replayed as replayed_on
+from tests.support.qemu import QEMU
 from tests.support.server import running
 
 pytestmark = [
     pytest.mark.guest,
     pytest.mark.skipif(
-        shutil.which("qemu-system-x86_64") is None or shutil.which("cc") is None,
+        shutil.which(QEMU) is None or shutil.which("cc") is None,
         reason="needs qemu-system-x86_64 and a C compiler",
     ),
 ]
@@ -70,7 +72,7 @@ def guest() -> SmallGuest:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            made = small_guest(folder)
+            made = small_guest(folder, QEMU)
         except CaptureError as error:  # without a mirror of Debian's there is no kernel to boot
             pytest.skip(f"no guest: {error}")
     return made
@@ -195,19 +197,19 @@ def test_a_guest_shows_its_symbols_itself(guest: SmallGuest, tmp_path: Path) -> 
 
 
 @pytest.mark.soak
-def test_two_recordings_are_one_file(
-    guest: SmallGuest, symbols: SymbolTable, recorded: Recorded, tmp_path: Path
-) -> None:
-    again = record(guest, symbols, tmp_path / "again.parquet")
-    assert digest(again.file) == digest(recorded.file)
-
-
-@pytest.mark.soak
-def test_two_recordings_of_two_vcpus_are_one_file(guest: SmallGuest, symbols: SymbolTable, tmp_path: Path) -> None:
-    """The vCPUs take turns by what they have executed. Each turn needs QEMU's main thread: a loaded machine is slow."""
-    two = [record(guest, symbols, tmp_path / f"{name}.parquet", "-smp", "2") for name in ("one", "two")]
-    assert digest(two[0].file) == digest(two[1].file)
-    assert set(two[0].records["vcpu"].tolist()) == {0, 1}
+@pytest.mark.parametrize("vcpus", ["1", "2"])
+def test_two_recordings_are_one_file(guest: SmallGuest, tmp_path: Path, vcpus: str) -> None:
+    """Up to where the script switches the guest off: what follows hangs on when QEMU stops it. Two vCPUs take turns by
+    what they have executed."""
+    if vcpus == "2" and int(program_of([QEMU]).version.partition(".")[0]) < 9:
+        pytest.skip("QEMU 7.2 under -icount does not get a kernel beyond the start of its second vCPU")
+    options = ["--start", guests.START, "--until", "__x64_sys_reboot", "--symbols", str(guest.symbols)]
+    command = guest.command(*SAME, "-smp", vcpus)
+    files = [tmp_path / "one.parquet", tmp_path / "two.parquet"]
+    for file in files:
+        assert runner.invoke(app, ["record", "-o", str(file), *options, "--", *command]).exit_code == 0
+    assert digest(files[0]) == digest(files[1])
+    assert len(set(pq.read_table(files[0])["vcpu"].to_pylist())) == int(vcpus)
 
 
 @pytest.mark.soak
