@@ -209,7 +209,7 @@ class Costs:
     def nbytes(self) -> int:
         """Memory of all that is kept of the footprint."""
         lines = (self._plain, self._paging, self._paging_pages, self._passing, self._guarded, self._own)
-        mixed = sum(getattr(self._mixed, item.name).nbytes for item in fields(Mixed))
+        mixed: int = sum(getattr(self._mixed, item.name).nbytes for item in fields(Mixed))
         return sum(line.nbytes for line in lines) + mixed + self._mixed_fine.nbytes
 
     @property
