@@ -53,13 +53,13 @@ class Costing:
             Protection(f"{number}", tuple(_moved(draw, item) for item in objects)) for number in range(count)
         ]
         self.count = count
-        self._calls = [[policy] for policy in self._policies] if alone else [self._policies]
+        self.calls = [[policy] for policy in self._policies] if alone else [self._policies]
 
     def prepare(self) -> None:
         pass
 
     def run(self) -> None:
-        for policies in self._calls:
+        for policies in self.calls:
             self._costs.of(policies)
 
     def violations(self, policy: Policy) -> int:

@@ -8,8 +8,7 @@ nested guests, host events, translation caches) depends on more than the accesse
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +20,17 @@ from engine.footprint.combine import coarser as coarser_footprint
 from engine.footprint.hits import NEVER, Lines
 from engine.footprint.intervals import Numbers, coarser, touched, united
 from engine.footprint.places import BYTES, INDEX_BITS, SPANS, UNKNOWN, By, Footprint, made
-from engine.footprint.question import WIDTH, Check, Mixed, Question, mixed_places, slices, sort_places, unbounded
+from engine.footprint.question import (
+    WIDTH,
+    Check,
+    Mixed,
+    Question,
+    Sorted,
+    mixed_places,
+    slices,
+    sort_places,
+    unbounded,
+)
 from engine.kvm.protections import GRANULARITIES, ProtectedObject, Protection, validate
 
 _PAGE = 12 - SUBPAGE_SHIFT
@@ -175,8 +184,8 @@ class Costs:
         """Raises InvalidValue for a question that means nothing or has no answer, and what ``check`` does."""
         self.question = question or Question()
         self.question.validate()
-        self._fine = coarser_footprint(footprint, by=By(), check=check)
-        spans = coarser_footprint(self._fine, SPANS, check=check)
+        fine = coarser_footprint(footprint, by=By(), check=check)
+        spans = coarser_footprint(fine, SPANS, check=check)
         check(len(spans) * _SPAN)
         found = sort_places(spans, self.question, check)
         first, extent = spans.first_subpage, spans.extent
@@ -189,18 +198,19 @@ class Costs:
         self._paging_pages = Lines(found.paging, page, pages, count, rank)
         self._passing = Lines(found.passing, first, extent, count, None)
         self._guarded = Lines(found.guarded, page, pages, count, None)
-        self._in_bytes = self._fine.level == BYTES
-        sorted_fine = found if self._fine is spans else sort_places(self._fine, self.question, check)
-        self._sorted = sorted_fine
-        self._mixed = mixed_places(self._fine, self.question, sorted_fine, check)
-        columns = {name: column[self._mixed.at] for name, column in self._fine.columns().items()}
-        self._mixed_fine = made(self._fine.level, self._fine.by, self._fine.origins, columns)
+        self._in_bytes = fine.level == BYTES
+        sorted_fine = found if fine is spans else sort_places(fine, self.question, check)
+        self._own = _own(fine, sorted_fine)
+        self._mixed = mixed_places(fine, self.question, sorted_fine, check)
+        columns = {name: column[self._mixed.at] for name, column in fine.columns().items()}
+        self._mixed_fine = made(fine.level, fine.by, fine.origins, columns)
 
-    @cached_property
-    def _own(self) -> Lines:
-        """Places that violate if they touch a byte of an object, in bytes."""
-        fine, found = self._fine, self._sorted
-        return Lines(found.plain | found.paging, fine.begin.view(np.int64), fine.extent, fine.count, None)
+    @property
+    def nbytes(self) -> int:
+        """Memory of all that is kept of the footprint."""
+        lines = (self._plain, self._paging, self._paging_pages, self._passing, self._guarded, self._own)
+        mixed: int = sum(getattr(self._mixed, item.name).nbytes for item in fields(Mixed))
+        return sum(line.nbytes for line in lines) + mixed + self._mixed_fine.nbytes
 
     @property
     def mixed(self) -> int:
@@ -389,6 +399,12 @@ class _Totals(NamedTuple):
     hits: Numbers
     first: Numbers
     own: Numbers
+
+
+def _own(footprint: Footprint, found: Sorted) -> Lines:
+    """Places of bytes that violate if they touch one of an object; none of spans, which do not tell."""
+    taken = found.plain | found.paging if footprint.level == BYTES else np.zeros(len(footprint), dtype=np.bool_)
+    return Lines(taken, footprint.begin.view(np.int64), footprint.extent, footprint.count, None)
 
 
 def costs(footprint: Footprint, policies: Sequence[Protection], question: Question | None = None) -> list[Cost]:

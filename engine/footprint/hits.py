@@ -107,6 +107,12 @@ class Lines:
                 ranks = None if rank is None else rank[some]
                 self._lines.append(_line(low[some], extent[some], count[some], ranks))
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tables."""
+        arrays = (array for line in self._lines for array in (line.low, line.high, line.total, line.rank, line.blocks))
+        return sum(array.nbytes for array in arrays)
+
     def touching(self, intervals: Intervals, check: Callable[[], None] = lambda: None) -> tuple[Numbers, Numbers]:
         """(counts, ranks) of the accesses that touch the ranges of each lot; NEVER for the rank of none. ``check`` is
         called every moment: a lot may have to look at every place."""

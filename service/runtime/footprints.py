@@ -42,8 +42,6 @@ PART = 4 << 20
 # that is apart by time or by the instruction, which is first made one that is not.
 ASKED_BYTES = {SPANS: 200, BYTES: 100}
 ASKED_APART_BYTES = 300
-# Of the sums alone.
-_SUMS, _SUMS_APART = {SPANS: 110, BYTES: 60}, 180
 # Of those that are read at one time.
 _READ = 1 << 24
 # Of each that is in memory, however few places it has, and of each of its traces.
@@ -76,12 +74,8 @@ class Asked:
     @property
     def nbytes(self) -> int:
         """What it takes, with all that was worked out of it."""
-        places, counts = len(self.footprint), self._counts
-        sums = (
-            0
-            if self._costs is None
-            else places * (_SUMS_APART if any(self.footprint.by) else _SUMS[self.footprint.level])
-        )
+        counts = self._counts
+        sums = 0 if self._costs is None else self._costs.nbytes
         listed = 0 if counts is None else sum(column.nbytes for column in (*counts[1], counts[2]))
         return _EACH + _ORIGIN * len(self.footprint.origins) + self.footprint.nbytes + sums + listed
 
