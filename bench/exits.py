@@ -25,12 +25,13 @@ FULL = (1 << 32) - 1
 
 
 def refused() -> tuple[Trace, Policy]:
-    """Writes to 64 objects of two sub-pages each, in no order."""
+    """Writes to 64 objects of two sub-pages each, in no order, after one to each page that is allowed."""
     rng = np.random.default_rng(4)
     first = np.arange(64, dtype=np.uint64) * np.uint64(3 * PAGE) + np.uint64(0x100080)
     gpa = rng.choice(first, EXITS) + rng.integers(0, 31, EXITS).astype(np.uint64) * np.uint64(8)
-    objects = [{"name": f"object{i}", "gpa": int(gpa), "size": 256} for i, gpa in enumerate(first.tolist())]
-    pages = [(int(gpa) // PAGE, 1, FULL & ~0b110) for gpa in first.tolist()]
+    gpa[:64] = first - np.uint64(0x80)
+    objects = [{"name": f"object{i}", "gpa": at, "size": 256} for i, at in enumerate(first.tolist())]
+    pages = [(at // PAGE, 1, FULL & ~0b110) for at in first.tolist()]
     return _trace("refused", gpa), Policy("objects", objects, pages)
 
 

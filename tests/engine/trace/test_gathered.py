@@ -10,7 +10,7 @@ from engine.trace.scattered import NONE, Scattered
 
 
 def part(first: int, count: int) -> ExitColumns:
-    """Numbers that no two parts have alike, one carried column, and one scattered record in every part but the first."""
+    """Numbers of its own, one carried column, and in every part but the first one scattered record."""
     columns = {name: np.arange(first, first + count).astype(dtype) for name, dtype, _ in EXIT_COLUMNS}
     places = Scattered(np.array([1]), np.array([first], dtype=np.uint64), np.array([2], dtype=np.uint16))
     numbers = np.arange(first, first + count, dtype=np.uint64)
