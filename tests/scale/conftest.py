@@ -22,7 +22,8 @@ def cluster(store: object) -> Iterator[Any]:
     store is in the environment that they begin with."""
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Of a machine that is busy with other tests as well, and of workers that are not to be last in line there.
+    os.environ |= {"RAY_raylet_start_wait_time_s": "300", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     # A node that is gone is noticed in seconds: by default it may be silent for half a minute.
     quick = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
     head = {"num_cpus": 0, "object_store_memory": 100 << 20, "include_dashboard": False, "_system_config": quick}

@@ -149,19 +149,6 @@ def until(what: Callable[[], bool]) -> None:
     raise TimeoutError
 
 
-@pytest.mark.parametrize(
-    ("address", "said"),
-    [
-        ("127.0.0.1:1", "--ray 127.0.0.1:1: no cluster of Ray answers there: "),
-        ("ray://127.0.0.1:1", "--ray ray://127.0.0.1:1: no cluster of Ray answers there: "),
-        ("nowhere", "--ray nowhere: must be local, auto, HOST:PORT or ray://HOST:PORT"),
-    ],
-)
-def test_where_no_cluster_is_that_is_told_soon(run: Run, folder: Path, tmp_path: Path, address: str, said: str) -> None:
-    done = run("footprint", "build", f"{folder}/*", "--ray", address, "-o", tmp_path / "f", status=1)
-    assert said in done.stderr and list(tmp_path.iterdir()) == []
-
-
 def test_something_else_that_listens_is_no_cluster(run: Run, folder: Path, tmp_path: Path) -> None:
     address = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
     done = run("footprint", "build", f"{folder}/*", "--ray", address, "-o", tmp_path / "f", status=1)
