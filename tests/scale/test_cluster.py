@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from tests.scale.nodes import begun
 from tests.scale.traces import write
 
 pytestmark = [pytest.mark.scale, pytest.mark.filterwarnings("default")]
@@ -126,7 +127,7 @@ def test_a_node_that_is_killed_changes_nothing_but_time(cluster: Any, run: Run, 
             (tmp_path / f"{number}-{path.name}").symlink_to(path)
     building = ("footprint", "build", f"{tmp_path}/*.parquet", "-o")
     output, partials = tmp_path / "f", tmp_path / "f.partials"
-    node = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+    node = begun(lambda: cluster.add_node(num_cpus=2, object_store_memory=100 << 20))
     command = [*SUBPAGE, *building, str(output), "--ray", cluster.address]
     running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
