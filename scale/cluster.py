@@ -35,7 +35,7 @@ def cluster(address: str) -> Iterator[Any]:
         raise ScaleError(
             "Ray is not installed: `pip install 'subpage[scale]'`. Without --ray it is done in this process"
         ) from None
-    _check_place(address)
+    check_place(address)
     try:
         ray.init(
             address=address,
@@ -54,8 +54,8 @@ def cluster(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _check_place(address: str) -> None:
-    """Refuse what nothing listens at: Ray itself would wait for it for a long time."""
+def check_place(address: str) -> None:
+    """Refuse what nothing listens at: Ray itself would wait for it for a long time. Raises ScaleError."""
     if address in (LOCAL, AUTO):
         return
     match = _PLACE.fullmatch(address)

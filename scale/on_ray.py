@@ -8,6 +8,7 @@ the cluster, so that neither references nor what Ray remembers about them grow w
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -42,6 +43,7 @@ class Run:
         self._next: deque[Callable[[], None]] = deque()
         self._tree: Tree[Made] = Tree(self._together, HARVEST, self._take_out)
         self._harvested: Footprint | None = None
+        self._look, self._room = 0.0, 0  # when the size of the cluster is asked next, and what it has room for
 
     def footprint(self, sources: Sequence[Source]) -> Footprint:
         """Raises ScaleError."""
@@ -64,8 +66,10 @@ class Run:
 
     def _fill(self, waiting: Iterator[Source]) -> bool:
         """Begin what there is room for; whether there is more to be done."""
-        room = _AHEAD * max(1, int(self._ray.cluster_resources().get("CPU", 1)))
-        while len(self._under_way) < room:
+        if time.monotonic() >= self._look:
+            self._room = _AHEAD * max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+            self._look = time.monotonic() + _SECONDS
+        while len(self._under_way) < self._room:
             if self._next:
                 self._next.popleft()()
                 continue

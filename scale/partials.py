@@ -19,7 +19,7 @@ from engine.errors import EngineError
 from engine.footprint import stored
 from engine.footprint.places import By, Footprint
 from scale.errors import ScaleError
-from scale.sources import Source, filesystem, inside
+from scale.sources import Source, filesystem, first_line, inside, is_address
 
 _NAME = re.compile(r"[0-9a-f]{32}\.footprint")
 _MEMORY = 64 << 30  # that reading one may take: it is the user's own file
@@ -43,9 +43,10 @@ class Partials:
         """Make the folder. Raises ScaleError."""
         files, path = filesystem(self.folder)
         try:
-            files.create_dir(path, recursive=True)
+            files.create_dir(path, recursive=is_address(self.folder))
         except OSError as error:
-            raise ScaleError(f"{self.folder}: no folder for partial results can be made there: {error}") from None
+            why = first_line(error)
+            raise ScaleError(f"{self.folder}: no folder for partial results can be made there: {why}") from None
 
     def read(self, name: str) -> Footprint | None:
         """One that is there. Raises ScaleError for what is not what its name says."""

@@ -142,7 +142,7 @@ def filesystem(text: str) -> tuple[Any, str]:
     try:
         files, path = fs.FileSystem.from_uri(text)
     except (ArrowException, ValueError, OSError, ImportError) as error:
-        raise ScaleError(f"{text}: cannot be reached: {_first_line(error)}") from None
+        raise ScaleError(f"{text}: cannot be reached: {first_line(error)}") from None
     return files, path
 
 
@@ -172,10 +172,11 @@ def _said(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise ScaleError(f"{name}: {_NONE}") from None
     except PermissionError as error:
-        raise ScaleError(f"{name}: it may not be read: {_first_line(error)}") from None
+        raise ScaleError(f"{name}: it may not be read: {first_line(error)}") from None
     except OSError as error:
-        raise ScaleError(f"{name}: cannot be read: {_first_line(error)}") from None
+        raise ScaleError(f"{name}: cannot be read: {first_line(error)}") from None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without what the libraries below add."""
     return str(error).strip().partition("\n")[0]

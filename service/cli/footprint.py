@@ -76,7 +76,6 @@ def build(
         typer.Argument(
             help="Traces: text of a tool, Parquet, Arrow, NDJSON, JSON or packed; .gz, .zst, .xz. Paths, addresses of "
             "objects (s3://, gs://), or patterns of either in quotes: * for a part of a name, ** for folders.",
-            metavar="TRACES...",
         ),
     ],
     output: Output,

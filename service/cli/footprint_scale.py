@@ -57,7 +57,11 @@ def build(
     )
     try:
         with _told():
-            found = _cluster(job, sources, address, progress) if address else _here(job, sources, reducing, progress)
+            found = (
+                _cluster(job, sources, address, progress)
+                if address is not None
+                else _here(job, sources, reducing, progress)
+            )
         saved(found, output)
     except BaseException:
         _tell_kept(job, sources)

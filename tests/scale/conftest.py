@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from service.cli.app import app
+from tests.scale.nodes import begun
 
 
 @pytest.fixture(scope="session")
@@ -22,12 +23,13 @@ def cluster(store: object) -> Iterator[Any]:
     store is in the environment that they begin with."""
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Workers are not to be last in line on a machine that is busy with other tests.
+    os.environ |= {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     # A node that is gone is noticed in seconds: by default it may be silent for half a minute.
     quick = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
     head = {"num_cpus": 0, "object_store_memory": 100 << 20, "include_dashboard": False, "_system_config": quick}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    made.add_node(num_cpus=1, object_store_memory=100 << 20)
+    made = begun(lambda: Cluster(initialize_head=True, head_node_args=head))
+    begun(lambda: made.add_node(num_cpus=1, object_store_memory=100 << 20))
     yield made
     made.shutdown()
 

@@ -114,6 +114,12 @@ def test_partials_are_of_what_their_names_say(traces: list[Source], tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
 
 
+def test_folders_above_are_not_made(traces: list[Source], tmp_path: Path) -> None:
+    with pytest.raises(ScaleError, match="not/there: no folder for partial results can be made there: "):
+        here(job(reducing(), tmp_path / "not" / "there"), traces, follow())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_has_changed_is_read_again(tmp_path: Path) -> None:
     path = write(tmp_path / "one.parquet", 1)
     (before,) = expand([str(path)])

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from tests.scale.nodes import begun
 from tests.scale.traces import write
 
 pytestmark = [pytest.mark.scale, pytest.mark.filterwarnings("default")]
@@ -126,7 +127,7 @@ def test_a_node_that_is_killed_changes_nothing_but_time(cluster: Any, run: Run, 
             (tmp_path / f"{number}-{path.name}").symlink_to(path)
     building = ("footprint", "build", f"{tmp_path}/*.parquet", "-o")
     output, partials = tmp_path / "f", tmp_path / "f.partials"
-    node = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+    node = begun(lambda: cluster.add_node(num_cpus=2, object_store_memory=100 << 20))
     command = [*SUBPAGE, *building, str(output), "--ray", cluster.address]
     running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
@@ -147,19 +148,6 @@ def until(what: Callable[[], bool]) -> None:
             return
         time.sleep(0.05)
     raise TimeoutError
-
-
-@pytest.mark.parametrize(
-    ("address", "said"),
-    [
-        ("127.0.0.1:1", "--ray 127.0.0.1:1: no cluster of Ray answers there: "),
-        ("ray://127.0.0.1:1", "--ray ray://127.0.0.1:1: no cluster of Ray answers there: "),
-        ("nowhere", "--ray nowhere: must be local, auto, HOST:PORT or ray://HOST:PORT"),
-    ],
-)
-def test_where_no_cluster_is_that_is_told_soon(run: Run, folder: Path, tmp_path: Path, address: str, said: str) -> None:
-    done = run("footprint", "build", f"{folder}/*", "--ray", address, "-o", tmp_path / "f", status=1)
-    assert said in done.stderr and list(tmp_path.iterdir()) == []
 
 
 def test_something_else_that_listens_is_no_cluster(run: Run, folder: Path, tmp_path: Path) -> None:
