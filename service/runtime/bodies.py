@@ -46,6 +46,7 @@ class BodyPipe:
         self._chunks: deque[bytes] = deque()
         self._queued = 0
         self._awaited = 1
+        self.prompt = False  # whether ``read`` gives what is there, instead of what was asked for
         self._ended = False
         self._aborted = False
         self._offset = 0
@@ -124,7 +125,10 @@ class BodyPipe:
             raise BodyAborted
 
     def read(self, size: int = -1) -> bytes:
-        """Exactly ``size`` bytes, fewer only at the end of the body; everything when ``size`` is negative."""
+        """Exactly ``size`` bytes, fewer only at the end of the body, or where it is ``prompt`` (then one at least, and
+        ``size`` is positive); everything when ``size`` is negative."""
+        if self.prompt:
+            return b"".join(self._take(size, least=1))
         parts: list[memoryview] = []
         wanted = size if size >= 0 else 1 << 62
         while wanted and (taken := self._take(wanted, least=min(wanted, self._bound))):

@@ -120,6 +120,7 @@ class Publisher:
         readers: list[TraceReader] = []
 
         def read(pipe: BodyPipe) -> None:
+            pipe.prompt = self._wanted.format != "arrow"  # whose batches say themselves what belongs together
             readers.append(self._wanted.reader(pipe, memory))
             for chunk in readers[0]:
                 if len(chunk) and not inbox.put(chunk, pipe.check):

@@ -17,7 +17,10 @@ PIECE_BYTES = 1 << 18
 
 
 class Source(Protocol):
-    """Anything with a blocking ``read``: a file, a socket file, a queue of received body parts."""
+    """Anything with a blocking ``read``: a file, a socket file, a queue of received body parts.
+
+    One that has a true ``prompt`` gives what has come, which rows and packed records are made of at once.
+    """
 
     def read(self, size: int = -1, /) -> bytes:
         """Up to ``size`` bytes; nothing means the end."""
@@ -61,8 +64,14 @@ def read_up_to(source: Source, size: int) -> bytes | bytearray:
     return gathered
 
 
-def read_into(source: Source, target: memoryview) -> int:
-    """Fill ``target``; the number of bytes stored is smaller than its length only at the end of the source.
+def read_come(source: Source, size: int) -> bytes | bytearray:
+    """What has come, up to ``size`` bytes, if the source is prompt; otherwise so many, fewer only at its end."""
+    return source.read(size) if getattr(source, "prompt", False) else read_up_to(source, size)
+
+
+def read_into(source: Source, target: memoryview, *, come: bool = False) -> int:
+    """Fill ``target``; the number of bytes stored is smaller than its length only at the end of the source. With
+    ``come`` it is what has come, if the source is prompt, and 0 at the end.
 
     A source that can store its bytes in place is asked to: a fresh object for every piece costs more, in page faults,
     than the copy.
@@ -79,4 +88,6 @@ def read_into(source: Source, target: memoryview) -> int:
         if not stored:
             break
         done += stored
+        if come and getattr(source, "prompt", False):
+            break
     return done

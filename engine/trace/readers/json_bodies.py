@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from engine.errors import TraceError
 from engine.trace.columns import TraceChunk
-from engine.trace.readers.base import Source, TraceReader, read_up_to
+from engine.trace.readers.base import Source, TraceReader, read_come
 from engine.trace.readers.json_rows import BLOCK_BYTES, MAX_LINE_BYTES, DocumentRows
 from engine.trace.readers.rows import CHUNK_ROWS, RowConverter
 
@@ -56,7 +56,7 @@ class NdjsonReader(TraceReader):
         """The body in runs of whole lines, without the line end of the last."""
         tail = bytearray()
         while True:
-            piece = read_up_to(self._source, BLOCK_BYTES)
+            piece = read_come(self._source, BLOCK_BYTES)
             cut = piece.rfind(b"\n")
             first = piece.find(b"\n")
             if len(tail) + (len(piece) if first < 0 else first) > MAX_LINE_BYTES:
@@ -68,7 +68,7 @@ class NdjsonReader(TraceReader):
                 yield block
             else:
                 tail += piece
-            if len(piece) < BLOCK_BYTES:
+            if not piece:
                 if tail:
                     yield bytes(tail)
                 return

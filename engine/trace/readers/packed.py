@@ -47,16 +47,18 @@ class PackedReader(TraceReader):
         buffer = ChunkBuffer(())
         addresses = np.zeros(CHUNK_RECORDS if width == 8 else 0, dtype=np.uint64)
         target = (addresses if width == 8 else buffer.records).data.cast("B")
-        done = 0
+        done = held = 0
         while True:
-            stored = read_into(self._source, target)
-            length, rest = divmod(stored, width)
+            come = read_into(self._source, target[held:], come=True)
+            stored = held + come
+            length, held = divmod(stored, width)
             if not done and (said := mistaken(bytes(target[: min(stored, _HEAD)]), binary=width == 8)) is not None:
                 raise TraceError(said, index=0, field="record")
             if length:
                 yield buffer.chunk_of({"gpa": addresses[:length]}, {}) if width == 8 else buffer.chunk(length, {})
                 done += length
-            if rest:
-                raise TraceError(f"the body ends {rest} bytes into a record of {width}", index=done)
-            if stored < len(target):
+            if not come:
+                if held:
+                    raise TraceError(f"the body ends {held} bytes into a record of {width}", index=done)
                 return
+            target[:held] = bytes(target[stored - held : stored])

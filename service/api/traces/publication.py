@@ -13,14 +13,15 @@ from service.problems import InvalidDocument
 from service.runtime.traces import Trace, TraceRequest
 
 _SHORTEST, _LONGEST = 0.05, 60.0
+PUBLISHABLE = ("arrow", "ndjson", "packed")
 
 PublishEvery = Annotated[
     str | None,
     Query(
         pattern="^[1-9][0-9]{0,5}(ms|s)$",
         description=(
-            "Commit what has come so often, as `200ms` or `1s`, from 50ms to 60s: an Arrow stream of any length, each "
-            "piece of which comes within the time that other bodies have as a whole."
+            "Commit what has come so often, as `200ms` or `1s`, from 50ms to 60s: an Arrow stream, NDJSON or packed "
+            "records of any length, each piece of which comes within the time that other bodies have as a whole."
         ),
     ),
 ]
@@ -63,8 +64,8 @@ def interval_of(text: str, wanted: TraceRequest, keyed: bool) -> float:
     seconds = int(text[:-2]) / 1000 if text.endswith("ms") else float(text[:-1])
     if not _SHORTEST <= seconds <= _LONGEST:
         raise InvalidDocument("must be from 50ms to 60s", field="publish_every", value=text)
-    if wanted.format != "arrow":
-        rule = "goes with Arrow streams, whose batches say what can be replayed already"
+    if wanted.format not in PUBLISHABLE:
+        rule = f"goes with bodies that are replayed while they come: {', '.join(PUBLISHABLE)}"
         raise InvalidDocument(rule, field="publish_every", value=text)
     if keyed:
         rule = "does not go with publish_every: what was committed stays, and is not done again by sending it again"
