@@ -241,8 +241,10 @@ async def unless_first(coming: Coroutine[Any, Any, T], failing: asyncio.Task[Non
     """As ``first``, in the task that asks: what is awaited has to end when it is cancelled, as threads do not."""
     task = asyncio.current_task()
     assert task is not None
-    waits = not failing.done()
-    failed = False
+    if failing.done():
+        coming.close()
+        failing.result()
+    waits, failed = True, False
 
     def give_up(_: asyncio.Task[None]) -> None:
         nonlocal failed
@@ -252,9 +254,6 @@ async def unless_first(coming: Coroutine[Any, Any, T], failing: asyncio.Task[Non
 
     failing.add_done_callback(give_up)
     try:
-        if not waits:
-            coming.close()
-            failing.result()
         return await coming
     except asyncio.CancelledError:
         # Cancelled from elsewhere as well, it is that.

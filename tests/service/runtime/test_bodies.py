@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from starlette.requests import ClientDisconnect, Request
 
-from service.runtime.bodies import BodyAborted, BodyPipe, Upload
+from service.runtime.bodies import BodyAborted, BodyPipe, Upload, unless_first
 from tests.contract.client import ContractClient
 from tests.support.bodies import gpa8
 from tests.support.server import Running
@@ -125,6 +125,55 @@ def test_upload(executor: ThreadPoolExecutor) -> None:
             return await upload.run(lambda pipe: pipe.read())
 
     assert asyncio.run(run()) == b"partlast"
+
+
+@pytest.mark.parametrize("how", ["comes", "fails", "failed before", "both", "cancelled", "cancelled and fails"])
+def test_what_is_waited_for_in_the_same_task(how: str) -> None:
+    """It is given up when the other fails, and only then; the task can be waited in and cancelled afterwards."""
+
+    async def run() -> str:
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[str] = loop.create_future()
+        trouble: asyncio.Future[None] = loop.create_future()
+
+        async def fails() -> None:
+            await trouble
+
+        async def waits() -> str:
+            return await answer
+
+        async def asks() -> str:
+            try:
+                return await unless_first(waits(), failing)
+            except ClientDisconnect:
+                await asyncio.sleep(0)  # not cancelled
+                return "left"
+
+        failing = loop.create_task(fails())
+        if how == "failed before":
+            trouble.set_exception(ClientDisconnect())
+            await asyncio.wait([failing])
+        asking = loop.create_task(asks())
+        await asyncio.sleep(0)
+        if how in ("comes", "both"):
+            answer.set_result("answer")
+        if "cancelled" in how:
+            asking.cancel()
+        if how in ("fails", "both", "cancelled and fails"):
+            trouble.set_exception(ClientDisconnect())
+        try:
+            return await asking
+        except asyncio.CancelledError:
+            return "cancelled"
+        finally:
+            failing.cancel()
+            await asyncio.wait([failing])
+            assert how in ("comes", "cancelled") or failing.exception() is not None
+
+    found = asyncio.run(run())
+    assert found in {"comes": ("answer",), "both": ("answer", "left")}.get(
+        how, ("cancelled",) if "cancelled" in how else ("left",)
+    )
 
 
 def test_work_may_end_before_the_body(executor: ThreadPoolExecutor) -> None:
