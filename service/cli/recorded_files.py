@@ -46,7 +46,7 @@ class RecordedFile:
     def __init__(self, path: Path, suffix: str, identity: dict[str, Any], *, wide: bool = False) -> None:
         """``wide``: with the column of the CR3, and one of what was stored."""
         self._schema = schema_of(identity, wide=wide)
-        self._held = {name: np.empty(ROW_GROUP, dtype=np.uint64) for name in WORDS}
+        self._held: dict[str, NDArray[Any]] = {name: np.empty(ROW_GROUP, dtype=np.uint64) for name in WORDS}
         self._held |= {name: np.empty(ROW_GROUP, dtype=np.uint8) for name in SMALL}
         if wide:
             self._held |= {"cr3": np.empty(ROW_GROUP, dtype=np.uint64), "value": np.empty((ROW_GROUP, 16), np.uint8)}
