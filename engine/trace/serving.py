@@ -44,7 +44,7 @@ class Run(NamedTuple):
     above: np.int64
 
     @property
-    def count(self) -> int:
+    def length(self) -> int:
         return max(len(self.words) // 2, len(self.gpas))
 
     def upto(self, end: int) -> Run:

@@ -72,7 +72,7 @@ class TimedReplay(Replay):
             return super()._enter(chunk, run, gvas, position, base)
         self._check_modelled(chunk, position, base)
         following = int(np.searchsorted(beside.at, position))
-        end = run.count
+        end = run.length
         stop = min(int(beside.at[following]), end) if following < len(beside.at) else end
         if stop == position:
             self._perform(chunk, beside.items[following], base + position)
