@@ -378,4 +378,4 @@ class ChunkBuffer:
 def _contiguous(values: npt.NDArray[Any], dtype: type[np.unsignedinteger[Any]]) -> npt.NDArray[Any]:
     """Values that fit, as kernels take them: without a copy if they lie so."""
     same = values.view(dtype) if values.dtype.kind in "iu" and values.itemsize == np.dtype(dtype).itemsize else values
-    return np.require(same, dtype=dtype, requirements="CA")
+    return np.require(same, dtype=dtype, requirements=("C", "A"))

@@ -44,7 +44,7 @@ class Run(NamedTuple):
     above: np.int64
 
     @property
-    def count(self) -> int:
+    def length(self) -> int:
         return max(len(self.words) // 2, len(self.gpas))
 
     def upto(self, end: int) -> Run:
@@ -100,56 +100,28 @@ def refuses(cache, gpa, more):
 
 
 @kernel
-def skim_plain(cache, words, start, above, seen):
-    """Pass over packed records of whole pages: the first position of another, or of a record that is not ``above``."""
-    count = np.uint64(words.shape[0] >> 1)
-    i = start
-    while i < count:
-        gpa = words[i << ONE]
-        if miss(cache, gpa, ((words[(i << ONE) | ONE] & seen) ^ above) - 1) != 0:
-            break
-        i += ONE
-    return i
-
-
-@kernel
-def skim_some(cache, words, start, end, above, seen, minding):
-    """Serve packed records up to position ``end`` at most; returns (position, guarded).
-
-    ``minding`` is -1 for writes, to which the maps of sub-pages matter, and 0 for others. One branch for a record
-    of either sort of page.
-    """
-    guarded = np.int64(0)
-    i = start
-    while i < end:
-        gpa = words[i << ONE]
-        more = ((words[(i << ONE) | ONE] & seen) ^ above) - 1
-        missed = miss(cache, gpa, more)
-        if missed & ~GUARDED | refuses(cache, gpa, more) & minding:
-            break
-        guarded += missed >> GUARDED_BIT
-        i += ONE
-    return i, guarded
-
-
-@kernel
 def skim(cache, words, start, above, seen, minding):
     """Serve packed records up to the first that is not served, or whose word 1 is not ``above`` but for the size, of
     the bits ``seen``; returns (position, guarded).
 
-    ``guarded`` counts those of pages with a sub-page that may not be written; such pages come in runs.
+    ``minding`` is -1 for writes, to which the maps of sub-pages matter, and 0 for others; ``guarded`` counts writes to
+    pages with a sub-page that may not be written.
     """
     count = np.uint64(words.shape[0] >> 1)
     guarded = np.int64(0)
     i = np.uint64(start)
     while i < count:
-        end = min(i + BLOCK, count)
-        i, found = skim_some(cache, words, i, end, above, seen, minding)
-        guarded += found
-        if i < end:
-            break
-        if found == 0:
-            i = skim_plain(cache, words, i, above, seen)
+        gpa = words[i << ONE]
+        more = ((words[(i << ONE) | ONE] & seen) ^ above) - 1
+        missed = miss(cache, gpa, more)
+        if missed != 0:
+            if missed != GUARDED:
+                break
+            if minding:
+                if refuses(cache, gpa, more) != 0:
+                    break
+                guarded += 1
+        i += ONE
     return np.int64(i), guarded
 
 
@@ -171,7 +143,10 @@ def skim_column_blocks(cache, gpas, sizes, start):
 
 @kernel
 def skim_some_columns(cache, gpas, sizes, start, end, minding):
-    """``skim_some`` for columns."""
+    """Serve columns up to position ``end`` at most; returns (position, guarded), of any access to guarded pages.
+
+    One branch for a record of either sort of page.
+    """
     guarded = np.int64(0)
     i = start
     while i < end:
@@ -186,7 +161,7 @@ def skim_some_columns(cache, gpas, sizes, start, end, minding):
 
 @kernel
 def skim_columns(cache, gpas, sizes, start, minding):
-    """``skim`` for columns."""
+    """``skim`` for columns; guarded pages come in runs, and so do others."""
     count = np.uint64(gpas.shape[0])
     guarded = np.int64(0)
     i = np.uint64(start)

@@ -191,7 +191,7 @@ class Replay:
         gvas = self._no_gva if chunk.gva is None else frozen(chunk.gva)
         if self._tables is not None:
             self._tables.begin(position)
-        while position < run.count:
+        while position < run.length:
             status, position = self._enter(chunk, run, gvas, position, base)
             if status == replay.UNTRANSLATED:
                 self._pass_over(chunk, base, position)

@@ -68,7 +68,7 @@ class Operating(Replay):
             return super()._enter(chunk, run, gvas, position, base)
         self._check_modelled(chunk, position, base)
         following = int(np.searchsorted(beside.at, position))
-        end = run.count
+        end = run.length
         stop = min(int(beside.at[following]), end) if following < len(beside.at) else end
         if stop == position:
             return self._come_to(chunk, beside.items[following], position, base)

@@ -17,11 +17,11 @@ MUTANTS = (
     Mutant(
         "replay-guarded",
         SERVING_PY,
-        "guarded += missed >> GUARDED_BIT",
+        "guarded += 1",
         "guarded += 0",
         "page-granular violations count allowed writes to guarded pages",
         named(REPLAY, "page_granular_counts_writes_to_pages_with_any_refused_sub_page"),
-        "skim_some",
+        "skim",
     ),
     Mutant(
         "columns-guarded",
