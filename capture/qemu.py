@@ -16,9 +16,9 @@ from typing import Any, Self
 
 from capture.errors import CaptureError
 from capture.qmp import Qmp, QmpClosed
+from capture.ram import Backends, Backing, ram_ranges
 from capture.ring import Ring
 
-_4_GIB = 1 << 32
 # Interface 1 tells where in a block of RAM a store landed. That is a guest-physical address only in the first block, as
 # long as it has no part above 4 GiB.
 MOST_RAM_OF_INTERFACE_1 = 3 << 30
@@ -31,7 +31,6 @@ _REFUSED = {
     "incoming": "a guest that arrives by migration cannot be recorded from its beginning",
     "preconfig": "QEMU must be stopped before the guest runs, not before it has a machine",
 }
-_RAM_LINE = re.compile(r"^\s+([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, (?:ram|rom)\): (\S+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +43,14 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """What a guest is made of: bytes of RAM, where they are (first address and size), and how many vCPUs."""
+    """What a guest is made of: bytes of RAM, where they are (first address and size), how many vCPUs, and what is
+    behind each range of RAM; the file has the range from the offset on that is said with it."""
 
     ram: int
     ranges: tuple[tuple[int, int], ...]
     vcpus: int
     interface: int
+    backing: tuple[Backing, ...] = ()
 
 
 def program_of(command: Sequence[str]) -> Program:
@@ -163,8 +164,11 @@ class Qemu:
     def _guest(self) -> Guest:
         sizes = self._qmp.execute("query-memory-size-summary")
         vcpus = self._qmp.execute("query-cpus-fast")
-        ranges = ram_ranges(self._qmp.monitor("info mtree -f"))
-        return Guest(int(sizes["base-memory"]), ranges, len(vcpus), self._ring.interface)
+        backends = Backends(self._qmp)
+        ram = ram_ranges(self._qmp.monitor("info mtree -f"), backends.names)
+        ranges = tuple((each.first, each.size) for each in ram)
+        backing = tuple(backends.behind(each) for each in ram)
+        return Guest(int(sizes["base-memory"]), ranges, len(vcpus), self._ring.interface, backing)
 
     def go(self) -> None:
         """Let the guest run, unless the command line says that it is to wait (-S). Raises CaptureError."""
@@ -250,36 +254,3 @@ def _word_of(event: dict[str, Any]) -> str | None:
     if name == "RESET" and data.get("guest"):
         return "the guest reset"
     return None
-
-
-def ram_ranges(tree: str) -> tuple[tuple[int, int], ...]:
-    """First address and size of RAM below and above 4 GiB, from what ``info mtree -f`` prints.
-
-    The first block of RAM is what lies at address 0. Where the firmware or a device covers it (0xa0000 to 0xfffff
-    before the guest has set the machine up) it still is RAM to a recorder.
-    """
-    name, low, high = None, 0, [_4_GIB, _4_GIB]
-    for line in _memory_view(tree):
-        found = _RAM_LINE.match(line)
-        if found is None:
-            continue
-        first, last = int(found[1], 16), int(found[2], 16)
-        name = name or (found[3] if first == 0 else None)
-        if found[3] != name:
-            continue
-        if first < _4_GIB:
-            low = last + 1
-        else:
-            high = [min(high[0], first), max(high[1], last + 1)]
-    if not low:
-        raise CaptureError("QEMU does not tell where the guest's RAM is")
-    above = ((high[0], high[1] - high[0]),) if high[1] > high[0] else ()
-    return ((0, low), *above)
-
-
-def _memory_view(tree: str) -> list[str]:
-    """The lines of the address space of the processors."""
-    for view in tree.split("FlatView #"):
-        if re.search(r'^ AS "memory"', view, re.MULTILINE):
-            return view.splitlines()
-    return []

@@ -89,6 +89,7 @@ def answer(control: socket.socket, guest: dict[str, Any], vcpus: int) -> None:
         "qmp_capabilities": {},
         "query-memory-size-summary": {"base-memory": ram},
         "query-cpus-fast": [{}] * vcpus,
+        "query-memdev": guest.get("memdev", []),
         "query-kvm": {"enabled": guest.get("kvm", False), "present": True},
         "human-monitor-command": TREE.format(last=ram - 1),
         "cont": {},
@@ -97,11 +98,21 @@ def answer(control: socket.socket, guest: dict[str, Any], vcpus: int) -> None:
     file.write(b'{"QMP": {"version": {}, "capabilities": []}}\n')
     file.flush()
     for line in file:
-        name = json.loads(line)["execute"]
-        file.write(json.dumps({"return": answers[name]}).encode() + b"\n")
+        asked = json.loads(line)
+        name = asked["execute"]
+        reply = {"return": answers[name]} if name != "qom-get" else property_of(guest, **asked["arguments"])
+        file.write(json.dumps(reply).encode() + b"\n")
         file.flush()
         if name == "cont":
             return
+
+
+def property_of(guest: dict[str, Any], path: str, property: str) -> dict[str, Any]:
+    """Of an object of the machine: what the test says of it by its name."""
+    found = guest.get("objects", {}).get(path.removeprefix("/objects/"), {})
+    if property not in found:
+        return {"error": {"class": "GenericError", "desc": f"Property '{property}' not found"}}
+    return {"return": found[property]}
 
 
 if __name__ == "__main__":

@@ -18,11 +18,10 @@ import pytest
 
 from capture import layout
 from capture.errors import CaptureError
-from capture.qemu import MOST_RAM_OF_INTERFACE_1, program_of, ram_ranges
+from capture.qemu import MOST_RAM_OF_INTERFACE_1, program_of
 from capture.recording import Recording, Wanted
 from capture.ring import Ring
 from tests.capture.conftest import DEVICE, STORE, SWAPPED, UNKNOWN, Fake
-from tests.capture.fake_qemu import TREE
 from tests.support.waiting import until
 
 KERNEL = 0xFFFFFFFF81000000
@@ -324,11 +323,3 @@ def test_guests_that_cannot_be_recorded_are_refused_before_they_run(fake: Fake, 
     with pytest.raises(CaptureError) as refused, Recording(fake(**guest), Wanted()):
         pass
     assert rule in str(refused.value)
-
-
-def test_ram_is_told_below_and_above_4_gib() -> None:
-    assert ram_ranges(TREE.format(last=(1 << 30) - 1)) == ((0, 1 << 30),)
-    above = "  0000000100000000-000000013fffffff (prio 0, ram): pc.ram @00000000c0000000\n"
-    assert ram_ranges(TREE.format(last=0xBFFFFFFF) + above) == ((0, 0xC0000000), (1 << 32, 1 << 30))
-    with pytest.raises(CaptureError, match="does not tell where"):
-        ram_ranges("")
