@@ -91,6 +91,8 @@ class Backends:
         if path is None:
             return Backing(None, 0, "the guest's RAM is in no file")
         place = Path(str(path)).absolute()  # QEMU runs in our folder
+        if ".." in place.parts:
+            place = place.resolve()
         if not self._shared[name]:
             return Backing(None, 0, f"the guest's RAM is a copy of {place} that QEMU keeps to itself (share=off)")
         if not place.is_file():

@@ -15,6 +15,7 @@ from service.cli.progress import ProgressOption
 from service.cli.record import GuestCommand, Most, Only, Start, SymbolFile, Until, ended, left_out, wanted_of
 
 if TYPE_CHECKING:
+    from capture.qemu import Guest
     from service.cli.rules import Rules
 
 ON_VIOLATION = ("allow", "ask")
@@ -65,7 +66,6 @@ def live(
     from capture.errors import CaptureError
     from capture.recording import LATER, NOT_SEEN, Recording
     from service.cli import live_stream
-    from service.cli.common import common_flags, flag_texts
     from service.cli.demo import service as service_of_our_own
     from service.cli.guests import stopping, watched
     from service.cli.live_symbols import GuestSymbols
@@ -88,12 +88,14 @@ def live(
             if not is_typed(context, "server"):
                 # A service of our own ends when we say so, not by the Ctrl-C that ends the guest.
                 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-                started = stack.enter_context(service_of_our_own(flag_texts(common_flags(context))))
+                started = stack.enter_context(service_of_our_own(settings_of_our_own(context, recording.guest)))
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
                 service = Service(started.url())
                 started.wait_until_ready(stack.enter_context(live_stream.bare_client(service.url)))
             client = stack.enter_context(service.client())
             machine = live_stream.Machine.make(client, recording.guest, protected)
+            for line in machine.memory:
+                typer.echo(f"subpage live: {line}", err=True)
             if not kallsyms_from_guest:
                 machine.name_and_protect(client, symbols)
             stack.enter_context(stopping(recording))
@@ -123,6 +125,17 @@ def live(
         typer.echo(left_out(recording))
         typer.echo(NOT_SEEN)
     ended(recording, "live")
+
+
+def settings_of_our_own(context: typer.Context, guest: Guest) -> list[str]:
+    """Those of a service for the time of the guest, as NAME=VALUE: it may read the file that has the guest's RAM."""
+    from service.cli.common import common_flags, flag_texts, load_settings
+    from service.cli.live_memory import files_of
+
+    given = common_flags(context)
+    if files := files_of(guest):
+        given = {**given, "memory_files": [*map(str, load_settings(**given).memory_files), *files]}
+    return flag_texts(given)
 
 
 def read_live_rules(path: Path | None, asks: bool) -> Rules | None:

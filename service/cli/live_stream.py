@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from capture.recording import Recording
 from service.cli.connection import Service, Unanswered
 from service.cli.demo import report_of
 from service.cli.guests import Watch
+from service.cli.live_memory import make_machine
 from service.cli.live_verdicts import Verdicts, end_if_stopped
 from service.cli.recorded_files import COMPRESSED, SMALL, WORDS, schema_of
 from service.cli.rules import Rules
@@ -47,23 +48,24 @@ def bare_client(url: str) -> httpx2.Client:
 class Machine:
     """The machine of a service that stands for the guest's processor."""
 
-    def __init__(self, vm: subpage.Vm, policy: ProtectionRequest, guest: Guest) -> None:
-        self._vm, self._policy, self._guest = vm, policy, guest
+    def __init__(self, vm: subpage.Vm, policy: ProtectionRequest, guest: Guest, memory: Sequence[str] = ()) -> None:
+        """``memory``: lines that say what is read of it."""
+        self._vm, self._policy, self._guest, self.memory = vm, policy, guest, memory
         self._covered: dict[str, Any] = {"pages": 0, "subpages": 0}
         self._symbols: SymbolTable | None = None
 
     @classmethod
     def make(cls, client: subpage.Client, guest: Guest, policy: ProtectionRequest) -> Machine:
         """With slots like the guest's RAM; nothing is protected yet. Raises Failure."""
-        slots = [{"slot": n, "gpa": hex(first), "size": hex(size)} for n, (first, size) in enumerate(guest.ranges)]
-        document = {"name": f"live {policy.name}"[:200], "vcpus": guest.vcpus, "memory_slots": slots, "spp": True}
-        return cls(client.vm(client.call("createVm", json=document).json()["id"]), policy, guest)
+        document = {"name": f"live {policy.name}"[:200], "vcpus": guest.vcpus, "spp": True}
+        vm, memory = make_machine(client, guest, document)
+        return cls(vm, policy, guest, memory)
 
     def name_and_protect(self, client: subpage.Client, symbols: Path | None) -> None:
         """The symbols, if there are any, and then what the policy protects. Raises Failure."""
         vm, policy = client.vm(self._vm.id), self._policy
         if symbols is not None:
-            # The machine's memory is empty: there is no kernel in it to be found.
+            # Before the guest runs there is no kernel in its memory to be found.
             vm.load_symbols(symbols, slide="0x0", phys_base="0x0")
             self._symbols = read_symbols(symbols, slide=0, phys_base=0).table
         self._covered = vm.protect(policy.model_dump(mode="json", exclude_unset=True), name=policy.name)

@@ -57,18 +57,20 @@ def machine(tmp_path: Path) -> list[str]:
 
 
 def test_a_guest_has_not_printed_while_the_question_about_its_store_stands(tmp_path: Path) -> None:
-    """A store to a protected word, then a letter to a port: the vCPU waits between them, and the store has landed."""
-    disk, printed, policy = tmp_path / "disk.img", tmp_path / "printed", tmp_path / "policy.json"
+    """A store to a protected word, then a letter to a port: the vCPU waits between them, and the store has landed. Its
+    RAM is a file that QEMU shares: the tool that is asked reads of the machine what QEMU says that the guest has."""
+    disk, printed, policy, ram = (tmp_path / name for name in ("disk.img", "printed", "policy.json", "ram"))
     code = bytes.fromhex("fa31c08ed8 c70600803412 b058e6e9 ba0406b80020ef f4ebfd")
     disk.write_bytes(code.ljust(510, b"\0") + b"\x55\xaa" + bytes(1 << 20))
     policy.write_text(json.dumps({"name": "policy", "objects": [{"name": "secret", "gpa": "0x8000", "size": 8}]}))
     qemu = [
         QEMU,
-        *["-M", "pc,accel=tcg", "-m", "16M", "-nodefaults", "-vga", "none", "-display", "none", "-S"],
+        *["-M", "pc,accel=tcg,memory-backend=ram", "-m", "16M", "-nodefaults", "-vga", "none", "-display", "none"],
+        *["-object", f"memory-backend-file,id=ram,size=16M,mem-path={ram},share=on", "-S"],
     ]
     qemu += ["-drive", f"file={disk},format=raw,if=ide", "-debugcon", f"file:{printed}"]
     qemu += ["-qmp", f"unix:{tmp_path / 'qmp'},server=on,wait=off"]
-    with running(Settings(warm_up=False)) as server:
+    with running(Settings(warm_up=False, memory_files=(ram,))) as server:
         command = [sys.executable, "-m", "service.cli", "live", "--server", server.url, "--policy", str(policy)]
         command += ["--start", "0x7c00", "--on-violation", "ask", "--json", "--", *qemu]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as live:
@@ -85,6 +87,9 @@ def test_a_guest_has_not_printed_while_the_question_about_its_store_stands(tmp_p
                     time.sleep(0.3)
                     assert printed.read_bytes() == b""
                     assert "0x1234" in qmp.monitor("xp /1xh 0x8000")
+                    for gpa in (0x7C00, 0x8000):  # its code, too
+                        found = server.client.get(f"{vm}/memory?gpa={gpa:#x}&size=16").content
+                        assert found.hex(" ") == bytes_at(qmp, gpa).hex(" ")
                     asked.answer(question, "allow")
                     assert asked.receive("resolved")["action"] == "allow"
                 said, _ = live.communicate(timeout=120)
@@ -92,6 +97,12 @@ def test_a_guest_has_not_printed_while_the_question_about_its_store_stands(tmp_p
                 live.kill()
     assert (live.returncode, printed.read_bytes()) == (0, b"X")
     assert json.loads(said)["by_object"]["secret"]["violations"] == 1
+
+
+def bytes_at(qmp: Qmp, gpa: int) -> bytes:
+    """Sixteen bytes of guest RAM, as QEMU says."""
+    lines = qmp.monitor(f"xp /16xb {gpa:#x}").splitlines()
+    return bytes(int(word, 16) for line in lines for word in line.partition(":")[2].split())
 
 
 @pytest.mark.parametrize("ends", ["resets", "migrates"])
