@@ -140,7 +140,7 @@ class Machine:
         """Lines that say which function wrote to which object, most often first."""
         found = list(itertools.islice(self._vm.trace(result["id"]).exits(), _LISTED))
         pairs = Counter(
-            (name, record.get("writer") or record.get("pc", "?")) for record in found for name in record["objects"]
+            (name, record.get("writer") or _pc(record) or "?") for record in found for name in record["objects"]
         )
         lines = [printable(f"  {name}: {count:,} writes by {writer}") for (name, writer), count in pairs.most_common()]
         some = f", of the first {_LISTED:,}" if result["violations"] > len(found) else ""
@@ -155,11 +155,17 @@ class Machine:
 def _told(detail: dict[str, Any], symbols: SymbolTable | None) -> str:
     """A violation in a line: what was written to, by whom, where."""
     who = ", ".join(detail.get("objects", ())) or "no object"
-    pc = detail.get("pc")
+    pc = _pc(detail)
     writer = symbols.label(int(pc, 16)) if symbols is not None and pc else None
     gva = f" (gva {detail['gva']})" if detail.get("gva") else ""
     by = f" by {writer or pc}" if pc else ""
     return f"violation: {who}: {detail['size']} bytes at {detail['gpa']}{gva}{by}, record {detail['index']:,}"
+
+
+def _pc(detail: dict[str, Any]) -> str | None:
+    """The instruction's address. As a carried column it is text only where JSON's numbers do not reach."""
+    pc = detail.get("pc")
+    return hex(pc) if isinstance(pc, int) else pc
 
 
 def _body(recording: Recording, watch: Watch) -> Iterator[bytes]:
