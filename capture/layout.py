@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 MAGIC = 0x31474E4952425553
-VERSION = 3
+VERSION = 4
 HEADER_BYTES = 4096
 
 MADE, LOADED, STARTED, ENDED, STOPPED = range(5)  # states of the recorder
@@ -31,7 +31,8 @@ HEADER = np.dtype(
         ("stop_pc", "<u8"),
         ("stop_n", "<u8"),
         ("wide", "<u8"),
-        ("reserved", "<u8", 4),
+        ("sample", "<u8"),
+        ("reserved", "<u8", 3),
         ("several", "<u4"),
         ("reserved1", "<u4"),
         ("head", "<u8"),

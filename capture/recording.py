@@ -33,7 +33,7 @@ class Wanted:
     """What is to be recorded: from the ``start_n``-th time that the instruction at ``start_pc`` runs (0: from the
     beginning) to the ``stop_n``-th time that the one at ``stop_pc`` does (0: to the end), stores to guest-physical
     addresses ``low`` to below ``high``, ``most`` of them (None: all). ``wide``: as ``layout.WIDE_RECORD``, with CR3
-    and what was stored."""
+    and what was stored. Of ``sample`` stores of a vCPU, to whatever address, one is looked at: the first of them."""
 
     start_pc: int = 0
     start_n: int = 1
@@ -43,6 +43,7 @@ class Wanted:
     stop_pc: int = 0
     stop_n: int = 1
     wide: bool = False
+    sample: int = 1
 
 
 class Recording:
@@ -82,7 +83,7 @@ class Recording:
         with ExitStack() as stack:
             start, stop = (wanted.start_pc, wanted.start_n), (wanted.stop_pc, wanted.stop_n)
             places = {"start_pc": start[0], "start_n": start[1], "stop_pc": stop[0], "stop_n": stop[1]}
-            ring = Ring(self._capacity, **places, wide=wanted.wide)
+            ring = Ring(self._capacity, **places, wide=wanted.wide, sample=wanted.sample)
             self._ring = stack.enter_context(ring)
             theirs = None
             if self._has_line:
@@ -210,5 +211,6 @@ class Recording:
             "ram": [[hex(first), hex(size)] for first, size in self.guest.ranges],
             "start": [hex(wanted.start_pc), wanted.start_n] if wanted.start_pc else None,
             "until": [hex(wanted.stop_pc), wanted.stop_n] if wanted.stop_pc else None,
+            "sample": wanted.sample if wanted.sample > 1 else None,
             "only": [hex(wanted.low), hex(wanted.high)] if (wanted.low, wanted.high) != (0, 1 << 64) else None,
         }

@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 #define RING_MAGIC 0x31474E4952425553ull /* "SUBRING1" */
-#define RING_VERSION 3u
+#define RING_VERSION 4u
 #define RING_HEADER_BYTES 4096
 
 enum ring_state { RING_MADE = 0, RING_LOADED = 1, RING_STARTED = 2, RING_ENDED = 3, RING_STOPPED = 4 };
@@ -34,7 +34,8 @@ struct ring_header {
     uint64_t stop_pc;     /* record until the instruction at this address runs; 0: to the end */
     uint64_t stop_n;      /* until the n-th time since recording began, at least 1 */
     uint64_t wide;        /* not 0: records are of 64 bytes, with CR3 and what was stored */
-    uint64_t reserved[4];
+    uint64_t sample;      /* of so many stores of a vCPU the first one is recorded; 0 and 1: all */
+    uint64_t reserved[3];
 
     /* written by the recorder when it is loaded */
     uint32_t several; /* vCPUs fill slots at once: the last one that is complete is not the last that was taken */

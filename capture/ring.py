@@ -56,10 +56,11 @@ class Ring:
         stop_pc: int = 0,
         stop_n: int = 1,
         wide: bool = False,
+        sample: int = 1,
     ) -> None:
         """A ring of so many records, a power of two. With ``start_pc`` the recorder begins when the instruction at that
         address runs for the ``start_n``-th time, and with ``stop_pc`` it ends the same way. ``wide``: with CR3
-        and what was stored."""
+        and what was stored. ``sample``: of so many stores of a vCPU one is recorded."""
         if capacity <= 0 or capacity & (capacity - 1):
             raise ValueError(f"a ring has a power of two of records, not {capacity}")
         kind = layout.WIDE_RECORD if wide else layout.RECORD
@@ -87,6 +88,7 @@ class Ring:
             ("stop_pc", stop_pc),
             ("stop_n", stop_n),
             ("wide", wide),
+            ("sample", sample),
             ("high_gpa", _HIGHEST),
             ("guard_bytes", layout.GUARD_BYTES),
         ):

@@ -41,6 +41,7 @@ static unsigned lap_shift;
 static int room_fd = -1, data_fd = -1, reader_fd = -1;
 static bool several; /* vCPUs run in threads of their own */
 static bool wide;    /* records have CR3 and what was stored */
+static uint64_t sample; /* of so many stores of a vCPU one is looked at */
 
 static volatile bool recording;
 static volatile bool guest_runs;
@@ -242,6 +243,23 @@ static void take_value(struct store *store, unsigned size)
     }
 }
 
+/* A cache line for each: vCPUs count at once. */
+static struct {
+    _Alignas(64) uint64_t left; /* stores to pass over before the next one that is looked at */
+} passing[MOST_VCPUS];
+
+/* Counted by what each vCPU stores, so that the same guest gives the same sample. */
+static bool is_passed_over(unsigned vcpu)
+{
+    uint64_t *left = &passing[vcpu % MOST_VCPUS].left;
+    if (*left) {
+        --*left;
+        return true;
+    }
+    *left = sample - 1;
+    return false;
+}
+
 static void one_page(struct store *store, uint64_t gva, unsigned size, unsigned from)
 {
     struct qemu_plugin_hwaddr *where = qemu_plugin_get_hwaddr(store->info, gva);
@@ -271,6 +289,9 @@ static void on_access(unsigned vcpu, qemu_plugin_meminfo_t info, uint64_t gva, v
         if (unlikely(!several)) {
             ring->loads++;
         }
+        return;
+    }
+    if (unlikely(sample > 1) && is_passed_over(vcpu)) {
         return;
     }
     uint64_t pc = (uint64_t)(uintptr_t)instruction;
@@ -434,6 +455,7 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int
         return refuse("is started by `subpage record` and `subpage live`, not by hand");
     }
     capacity = ring->capacity;
+    sample = ring->sample;
     wide = ring->version == RING_VERSION && ring->wide;
     size_t record_bytes = wide ? sizeof(struct ring_wide_record) : sizeof(struct ring_record);
     if (ring->magic != RING_MAGIC || ring->version != RING_VERSION || ring->record_bytes != record_bytes ||

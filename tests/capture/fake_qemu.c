@@ -139,6 +139,7 @@ const uint64_t fake_offsets[] = {
     offsetof(struct ring_header, closed),
     offsetof(struct ring_header, guard_bytes),
     offsetof(struct ring_header, judged),
+    offsetof(struct ring_header, sample),
     offsetof(struct ring_header, guarding),
     offsetof(struct ring_record, size),
     offsetof(struct ring_record, lap),

@@ -37,7 +37,7 @@ def recorded(command: list[str], wanted: Wanted | None = None, capacity: int = 1
 
 
 def test_the_two_descriptions_of_the_ring_are_one(libraries: dict[int, Path]) -> None:
-    words = (ctypes.c_uint64 * 13).in_dll(ctypes.CDLL(str(libraries[2])), "fake_offsets")
+    words = (ctypes.c_uint64 * 14).in_dll(ctypes.CDLL(str(libraries[2])), "fake_offsets")
     fields = {**(layout.HEADER.fields or {})}
     names = (
         "capacity",
@@ -49,6 +49,7 @@ def test_the_two_descriptions_of_the_ring_are_one(libraries: dict[int, Path]) ->
         "closed",
         "guard_bytes",
         "judged",
+        "sample",
         "guarding",
     )
     assert list(words) == [
@@ -190,6 +191,25 @@ def test_vcpus_have_one_order_and_each_keeps_its_own(fake: Fake) -> None:
     assert len(found) == 60000
     for vcpu in range(3):
         assert found["pc"][found["vcpu"] == vcpu].tolist() == list(range(0x1000, 0x1000 + 20000))
+
+
+@pytest.mark.parametrize("vcpus", [1, 3])
+def test_of_so_many_stores_of_each_vcpu_the_first_is_recorded(fake: Fake, vcpus: int) -> None:
+    """What the others store at the same time does not matter."""
+    found, _ = recorded(fake(run=[vcpus, 1000]), Wanted(sample=7), capacity=64)
+    for vcpu in range(vcpus):
+        assert found["pc"][found["vcpu"] == vcpu].tolist() == list(range(0x1000, 0x1000 + 1000, 7))
+
+
+def test_a_sample_begins_where_recording_does_and_has_stores_over_two_pages_whole(fake: Fake) -> None:
+    """Loads do not count; stores to addresses that were not asked for do."""
+    gvas = (0x7000, 0x9000, 0x7FFC, 0x7010, 0x7FFC, 0x9010)
+    accesses = [[0, STORE | 3, 0x7000, 0x1000], *([0, what | 3, gva, PC] for gva in gvas for what in (0, STORE))]
+    found, recording = recorded(fake(accesses=accesses), Wanted(start_pc=PC, sample=2))
+    assert found["gva"].tolist() == [0x7000, 0x7FFC, 0x8000, 0x7FFC, 0x8000]
+    assert recording.identity()["sample"] == 2
+    found, recording = recorded(fake(accesses=accesses), Wanted(start_pc=PC, sample=2, high=0x9000))
+    assert found["gva"].tolist() == [0x7000, 0x7FFC, 0x7FFC]
 
 
 def test_recording_starts_where_it_is_told_and_ends_after_so_many(fake: Fake) -> None:

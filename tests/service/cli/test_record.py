@@ -35,13 +35,14 @@ def test_a_file_has_the_columns_of_a_trace_and_says_what_it_is_of(fake: Fake, tm
     assert found.column_names == ["gpa", "gva", "pc", "size", "vcpu"]
     assert found["gpa"].to_pylist() == [0x6000 + 8 * n for n in range(40)]
     assert json.loads(found.schema.metadata[b"subpage.recording"]) == {
-        "recorder": "subpage ring 3",
+        "recorder": "subpage ring 4",
         "qemu": "10.0.2",
         "plugin_interface": 2,
         "vcpus": 1,
         "ram": [["0x0", "0x40000000"]],
         "start": None,
         "until": None,
+        "sample": None,
         "only": None,
     }
     shown = runner.invoke(app, ["trace", "info", str(path)])
