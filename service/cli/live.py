@@ -51,6 +51,7 @@ def live(
     rules: Annotated[
         Path | None, typer.Option(help="With ask: rules that answer (docs/command-line.md); others may attach too.")
     ] = None,
+    sample: Annotated[int, typer.Option(hidden=True)] = 1,
     progress: ProgressOption = None,
     as_json: AsJson = False,
     given: Given = None,
@@ -76,6 +77,9 @@ def live(
     if on_violation not in ON_VIOLATION:
         rule = "TCG tells of a store when it has landed: it can be let be (allow) or asked about (ask), not undone"
         raise Failure(f"--on-violation {on_violation}: {rule}")
+    if sample != 1:
+        rule = "a store that is passed over is judged by nobody: totals would be wrong, and violations missing"
+        raise Failure(f"--sample {sample}: {rule}; `subpage record --sample` makes a file that says what it is")
     asks = on_violation == "ask"
     answers = read_live_rules(rules, asks)
     if kallsyms_from_guest and symbols is not None:

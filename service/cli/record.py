@@ -54,6 +54,9 @@ def record(
         bool,
         typer.Option("--values", help="With the CR3 and the bytes that are stored, which QEMU 9.2 and later tell."),
     ] = False,
+    sample: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Of every N stores of a vCPU record one; the file is not the whole.")
+    ] = 1,
     progress: ProgressOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -63,12 +66,12 @@ def record(
     from capture.errors import CaptureError
     from capture.recording import NOT_SEEN, Recording
     from service.cli.guests import stopping, watched
-    from service.cli.recorded_files import RecordedFile, suffix_of
+    from service.cli.recorded_files import RecordedFile, sampled, suffix_of
     from service.cli.trace_parquet import replacing
     from service.platform.failures import Failure
 
     suffix = suffix_of(output)
-    wanted = replace(wanted_of(start, until, symbols, only, most), wide=values)
+    wanted = replace(wanted_of(start, until, symbols, only, most), wide=values, sample=sample)
     try:
         with Recording(command, wanted) as recording, stopping(recording), replacing(output) as beside:
             file = RecordedFile(beside, suffix, recording.identity(), wide=values)
@@ -81,9 +84,11 @@ def record(
         raise Failure(str(error)) from None
     size = output.stat().st_size
     if as_json:
-        show.document({"file": str(output), "bytes": size, **asdict(recording.counts)})
+        show.document({"file": str(output), "bytes": size, "sample": sample, **asdict(recording.counts)})
     else:
         typer.echo(f"{watch.told()} in {output}, {size / (1 << 20):.1f} MiB")
+        if sample > 1:
+            typer.echo(sampled(sample))
         typer.echo(left_out(recording))
         typer.echo(NOT_SEEN)
     ended(recording, "record")

@@ -100,6 +100,26 @@ def _stored(values: NDArray[np.uint8], sizes: NDArray[np.uint8]) -> pa.Array:
     return pa.Array.from_buffers(pa.binary(), len(sizes), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 
 
+def sample_of(path: Path, kind: str) -> int:
+    """Of how many stores of a vCPU a file (``parquet``, ``arrow``) has one: 1 unless it says that it is a sample."""
+    try:
+        if kind == "parquet":
+            metadata = pq.read_schema(path).metadata
+        else:
+            with pa.ipc.open_stream(path) as stream:
+                metadata = stream.schema.metadata
+        identity = json.loads((metadata or {}).get(METADATA, b"{}"))
+        sample = identity.get("sample") if isinstance(identity, dict) else None
+    except (OSError, ValueError):  # a file that is not what it was taken for is told by its reader
+        return 1
+    return sample if isinstance(sample, int) else 1
+
+
+def sampled(count: int) -> str:
+    """What is said of a sample wherever it is looked at."""
+    return f"A sample: of every {count:,} stores of a vCPU one was recorded, and what is counted is of these alone."
+
+
 def suffix_of(path: Path) -> str:
     """Of a file that can be written. Raises Failure."""
     if path.suffix not in SUFFIXES:

@@ -50,6 +50,22 @@ def test_a_file_has_the_columns_of_a_trace_and_says_what_it_is_of(fake: Fake, tm
     assert list(tmp_path.glob(".*")) == []
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_sample_says_that_it_is_one(fake: Fake, tmp_path: Path, suffix: str) -> None:
+    """When it is made, in the file, and where the file is looked at or replayed."""
+    path, policy, told = tmp_path / f"boot.{suffix}", tmp_path / "policy.json", "A sample: of every 16 stores of a vCPU"
+    policy.write_text('{"name": "policy", "objects": [{"name": "secret", "gpa": "0x6000", "size": 8}]}')
+    guest = fake(accesses=ACCESSES)
+    assert told in record("-o", path, "--sample", 16, "--", *guest)
+    for command in (["trace", "info", str(path)], ["replay", str(path), "--policy", str(policy)]):
+        shown = runner.invoke(app, command)
+        assert shown.exit_code == 0 and told in shown.output and "3" in shown.output, shown.output
+    said = json.loads(runner.invoke(app, ["record", "-o", str(path), "--sample", "16", "--json", "--", *guest]).stdout)
+    assert (said["sample"], said["taken"]) == (16, 3)
+    record("-o", path, "--", *guest)
+    assert "A sample" not in runner.invoke(app, ["trace", "info", str(path)]).output
+
+
 def test_an_arrow_stream_has_the_same(fake: Fake, tmp_path: Path) -> None:
     for name in ("boot.parquet", "boot.arrow"):
         record("-o", tmp_path / name, "--max", 7, "--", *fake(accesses=ACCESSES))
@@ -97,6 +113,7 @@ def test_what_cannot_be_recorded_leaves_no_file(fake: Fake, tmp_path: Path) -> N
     ("arguments", "rule"),
     [
         (("--on-violation", "skip"), "--on-violation skip: TCG tells of a store when it has landed"),
+        (("--sample", "10"), "--sample 10: a store that is passed over is judged by nobody: totals would be wrong"),
         (("--rules", "rules.toml"), "--rules rules.toml: goes with --on-violation ask"),
         (("--on-violation", "ask", "--rules", "rules.toml"), "--rules rules.toml: skip cannot be honoured"),
         (("--kallsyms-from-guest", "--symbols", "kallsyms"), "--symbols does not go with --kallsyms-from-guest"),
