@@ -143,6 +143,13 @@ def test_every_store_is_recorded_and_no_load(machine: list[str], tmp_path: Path)
     assert b'"plugin_interface"' in found.schema.metadata[b"subpage.recording"]
 
 
+def test_a_sample_has_one_of_so_many(machine: list[str], tmp_path: Path) -> None:
+    """The last one of it is the store over two pages, whole."""
+    assert "A sample: of every 10 stores" in recorded(tmp_path / "sample.parquet", machine, "--sample", "10")
+    found = pq.read_table(tmp_path / "sample.parquet")["gpa"].to_pylist()
+    assert found == [0x8000 + 2 * n for n in range(0, STORES, 10)] + [0x9FFF, 0xA000]
+
+
 def test_two_recordings_are_one_file(machine: list[str], tmp_path: Path) -> None:
     digests = set()
     for name in ("one.parquet", "two.parquet"):

@@ -155,18 +155,31 @@ def test_loads_are_no_records(recorded: Recorded, symbols: SymbolTable) -> None:
     assert not np.any((gva >= first) & (gva < end))
 
 
-def test_watched_live_and_recorded_come_to_the_same(guest: SmallGuest, recorded: Recorded, tmp_path: Path) -> None:
-    """Up to a little before the end: what is stored after the power is off hangs on when QEMU stops the guest."""
+def test_watched_live_and_recorded_come_to_the_same(
+    guest: SmallGuest, symbols: SymbolTable, recorded: Recorded, tmp_path: Path
+) -> None:
+    """Up to a little before the end: what is stored after the power is off hangs on when QEMU stops the guest. RAM is a
+    file that QEMU shares: the machine has the guest's memory, and its page tables lead where the kernel says."""
     policy = policy_of(guest, tmp_path / "policy.json")
     count = len(recorded.records) - 1000
     whole = pq.read_table(recorded.file)
     pq.write_table(whole.slice(0, count), tmp_path / "most.parquet")
-    with running(Settings(warm_up=False)) as server:
+    ram = tmp_path / "ram"
+    shared = ["-object", f"memory-backend-file,id=ram,size=512M,mem-path={ram},share=on"]
+    with running(Settings(warm_up=False, memory_files=(ram,))) as server:
         options = ["--server", server.url, "--json", "--policy", policy, "--symbols", guest.symbols]
-        options += ["--max", count, "--start", guests.START, "--", *guest.command(*SAME)]
+        options += ["--max", count, "--start", guests.START, "--"]
+        options += guest.command(*SAME, *shared, "-machine", "memory-backend=ram")
         live = runner.invoke(app, ["live", *map(str, options)])
         assert live.exit_code == 0, live.output
         watched = json.loads(live.stdout)
+        assert f"the machine's memory is the guest's as it is now: {ram}" in live.stderr
+        cr3 = address(symbols, "init_top_pgt") - IMAGE
+        for name, text in WRITTEN.items():
+            here = f"/v1/vms/{watched['vm']}"
+            walk = server.client.get(f"{here}/walk?gva={address(symbols, name):#x}&cr3={cr3:#x}").json()
+            assert walk["gpa"] == hex(address(symbols, name) - IMAGE)
+            assert server.client.get(f"{here}/memory?gpa={walk['gpa']}&size={len(text)}").content == text
         vm = new_vm(server.client, memory_slots=[{"slot": 0, "gpa": 0, "size": 512 * MIB}])
         server.client.post(f"{vm}/protections", json=json.loads(policy.read_text())).raise_for_status()
         replayed = replayed_on(
