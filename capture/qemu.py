@@ -44,13 +44,14 @@ class Program:
 @dataclass(frozen=True, slots=True)
 class Guest:
     """What a guest is made of: bytes of RAM, where they are (first address and size), how many vCPUs, and what is
-    behind each range of RAM; the file has the range from the offset on that is said with it."""
+    behind each range of RAM. ``blocks``: how many parts of QEMU's own memory the ranges are of."""
 
     ram: int
     ranges: tuple[tuple[int, int], ...]
     vcpus: int
     interface: int
     backing: tuple[Backing, ...] = ()
+    blocks: int = 1
 
 
 def program_of(command: Sequence[str]) -> Program:
@@ -159,6 +160,9 @@ class Qemu:
         if guest.interface == 1 and guest.ram > MOST_RAM_OF_INTERFACE_1:
             rule = "this QEMU is older than 9.0, and tells plugins wrong addresses above 4 GiB: at most -m 3G"
             raise CaptureError(f"the guest has {guest.ram / (1 << 30):g} GiB of RAM: {rule}")
+        if guest.interface == 1 and guest.blocks > 1:
+            rule = "this QEMU is older than 9.0, and tells plugins right addresses in the first alone: give it one"
+            raise CaptureError(f"the guest's RAM is of {guest.blocks} memory backends (-numa): {rule}")
         return guest
 
     def _guest(self) -> Guest:
@@ -168,7 +172,14 @@ class Qemu:
         ram = ram_ranges(self._qmp.monitor("info mtree -f"), backends.names)
         ranges = tuple((each.first, each.size) for each in ram)
         backing = tuple(backends.behind(each) for each in ram)
-        return Guest(int(sizes["base-memory"]), ranges, len(vcpus), self._ring.interface, backing)
+        return Guest(
+            int(sizes["base-memory"]),
+            ranges,
+            len(vcpus),
+            self._ring.interface,
+            backing,
+            len({each.block for each in ram}),
+        )
 
     def go(self) -> None:
         """Let the guest run, unless the command line says that it is to wait (-S). Raises CaptureError."""

@@ -91,7 +91,7 @@ def answer(control: socket.socket, guest: dict[str, Any], vcpus: int) -> None:
         "query-cpus-fast": [{}] * vcpus,
         "query-memdev": guest.get("memdev", []),
         "query-kvm": {"enabled": guest.get("kvm", False), "present": True},
-        "human-monitor-command": TREE.format(last=ram - 1),
+        "human-monitor-command": TREE.format(last=ram - 1) + guest.get("more_ram", ""),
         "cont": {},
     }
     file = control.makefile("rwb")

@@ -15,6 +15,7 @@ from tests.capture.conftest import Fake
 from tests.capture.fake_qemu import TREE
 
 GIB = 1 << 30
+SECOND = "  0000000040000000-000000007fffffff (prio 0, ram): m1\n"
 ABOVE = "  0000000100000000-000000013fffffff (prio 0, ram): {block} @00000000c0000000\n"
 
 
@@ -29,12 +30,18 @@ def test_ram_is_told_below_and_above_4_gib_and_where_its_block_has_it() -> None:
 
 def test_memory_backends_of_several_nodes_are_all_ram() -> None:
     """And video memory, which no backend is named for, is not."""
-    second = "  0000000040000000-000000007fffffff (prio 0, ram): m1\n"
-    assert ram_ranges(TREE.format(last=GIB - 1) + second, {"m0", "m1"}) == (
+    assert ram_ranges(TREE.format(last=GIB - 1) + SECOND, {"m0", "m1"}) == (
         RamRange(0, GIB, "pc.ram", 0),
         RamRange(GIB, GIB, "m1", 0),
     )
-    assert len(ram_ranges(TREE.format(last=GIB - 1) + second)) == 1
+    assert len(ram_ranges(TREE.format(last=GIB - 1) + SECOND)) == 1
+
+
+def test_an_old_qemu_with_several_memory_backends_is_refused(fake: Fake) -> None:
+    guest = {"memdev": [{"id": "pc.ram", "share": False}, {"id": "m1", "share": False}], "more_ram": SECOND}
+    assert guest_of(fake(**guest)).ranges == ((0, GIB), (GIB, GIB))
+    with pytest.raises(CaptureError, match="RAM is of 2 memory backends"):
+        guest_of(fake(**guest, interface=1))
 
 
 def guest_of(command: list[str]) -> Guest:
