@@ -100,23 +100,25 @@ def _stored(values: NDArray[np.uint8], sizes: NDArray[np.uint8]) -> pa.Array:
     return pa.Array.from_buffers(pa.binary(), len(sizes), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 
 
-def sample_of(path: Path, kind: str) -> int:
-    """Of how many stores of a vCPU a file (``parquet``, ``arrow``) has one: 1 unless it says that it is a sample."""
+def lines_of_sample(path: Path, kind: str) -> list[str]:
+    """What is said of a file of this format wherever it is looked at: nothing unless it says that it is a sample."""
     try:
         if kind == "parquet":
             metadata = pq.read_schema(path).metadata
-        else:
+        elif kind == "arrow":
             with pa.ipc.open_stream(path) as stream:
                 metadata = stream.schema.metadata
+        else:
+            return []
         identity = json.loads((metadata or {}).get(METADATA, b"{}"))
-        sample = identity.get("sample") if isinstance(identity, dict) else None
     except (OSError, ValueError):  # a file that is not what it was taken for is told by its reader
-        return 1
-    return sample if isinstance(sample, int) else 1
+        return []
+    sample = identity.get("sample") if isinstance(identity, dict) else None
+    return [sampled(sample)] if isinstance(sample, int) and sample > 1 else []
 
 
 def sampled(count: int) -> str:
-    """What is said of a sample wherever it is looked at."""
+    """What a sample is."""
     return f"A sample: of every {count:,} stores of a vCPU one was recorded, and what is counted is of these alone."
 
 

@@ -234,6 +234,7 @@ def _replayed(
     import time
 
     from service.cli.demo import report_of
+    from service.cli.recorded_files import lines_of_sample
     from service.cli.report import print_report
 
     began = time.perf_counter()
@@ -249,6 +250,9 @@ def _replayed(
     memory = memory or sum(int(slot["size"], 16) for slot in vm["memory_slots"])
     name = policy or f"{vm.id} {vm.name}".strip()
     report = report_of(str(file), name, memory, covered, trace.document, seconds)
+    kind = next((format for format, media in _MEDIA.items() if media == query["media"]), Format.AUTO)
+    for line in lines_of_sample(file, kind):
+        typer.echo(line)
     further = (f"subpage exits {vm.id} {trace.id}", f"subpage traces {vm.id}") if policy is None else ()
     print_report(report, how="over HTTP", further=further)
 

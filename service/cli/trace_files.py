@@ -232,11 +232,10 @@ def lines_about(
     packed_in = f", {compression}" if compression else ""
     if taken is None:
         yield f"{path}: {name}{packed_in}"
-        if isinstance(path, Path) and name in ("parquet", "arrow") and not compression:
-            from service.cli.recorded_files import sample_of, sampled
+        if isinstance(path, Path) and not compression:
+            from service.cli.recorded_files import lines_of_sample
 
-            if (of := sample_of(path, name)) > 1:
-                yield sampled(of)
+            yield from lines_of_sample(path, name)
     else:
         yield f"{path}: {taken.format}{packed_in}; {WHOSE[taken.address]}; sizes {taken.sizes}"
         for reason, count in taken.skipped.items():

@@ -11,7 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from service.cli.app import app
+from service.settings import Settings
 from tests.capture.conftest import STORE, Fake, fake, libraries
+from tests.support.server import running
 
 __all__ = ["fake", "libraries"]
 
@@ -57,9 +59,11 @@ def test_a_sample_says_that_it_is_one(fake: Fake, tmp_path: Path, suffix: str) -
     policy.write_text('{"name": "policy", "objects": [{"name": "secret", "gpa": "0x6000", "size": 8}]}')
     guest = fake(accesses=ACCESSES)
     assert told in record("-o", path, "--sample", 16, "--", *guest)
-    for command in (["trace", "info", str(path)], ["replay", str(path), "--policy", str(policy)]):
-        shown = runner.invoke(app, command)
-        assert shown.exit_code == 0 and told in shown.output and "3" in shown.output, shown.output
+    with running(Settings(warm_up=False)) as server:
+        here = ["replay", str(path), "--policy", str(policy)]
+        for command in (["trace", "info", str(path)], here, [*here, "--server", server.url]):
+            shown = runner.invoke(app, command)
+            assert shown.exit_code == 0 and told in shown.output and "3" in shown.output, shown.output
     said = json.loads(runner.invoke(app, ["record", "-o", str(path), "--sample", "16", "--json", "--", *guest]).stdout)
     assert (said["sample"], said["taken"]) == (16, 3)
     record("-o", path, "--", *guest)
