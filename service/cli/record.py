@@ -55,7 +55,10 @@ def record(
         typer.Option("--values", help="With the CR3 and the bytes that are stored, which QEMU 9.2 and later tell."),
     ] = False,
     sample: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Of every N stores of a vCPU record one; the file is not the whole.")
+        int,
+        typer.Option(
+            metavar="N", min=1, max=1 << 32, help="Of every N stores of a vCPU record one; the file is not the whole."
+        ),
     ] = 1,
     progress: ProgressOption = None,
     as_json: AsJson = False,
