@@ -42,7 +42,6 @@ OF_POLICY = re.compile(r"name|(objects|pages)\b")
 SLOT = {"gpa": "0x0", "size": "0x40000000", "read_only": False, "host_page_size": 4096}
 _OBJECT = {"subpages": 3, "violations": 12, "collateral": 12, "first_index": 4711, "first_trace": "boot"}
 COST = {
-    "name": "kernel",
     "violations": 12,
     "page_granular_violations": 902,
     "by_object": {"modprobe_path": _OBJECT},
@@ -52,8 +51,8 @@ COST = {
     "first_trace": "boot",
     "subpages": 3,
     "pages": 1,
-    "timeline": None,
 }
+_POLICY_COST = {"name": "kernel", **COST, "timeline": None}
 
 
 class AssumedSlot(Document):
@@ -133,7 +132,7 @@ class Cost(Document):
 class PolicyCost(Cost):
     """What one policy costs: what a replay with `on_violation=skip` counts."""
 
-    model_config = ConfigDict(json_schema_extra=examples(COST))
+    model_config = ConfigDict(json_schema_extra=examples(_POLICY_COST))
 
     name: str = Field(description="Of the policy.")
     timeline: list[BucketCost] | None = Field(
@@ -146,8 +145,8 @@ class PolicyCosts(Document):
 
     model_config = ConfigDict(
         json_schema_extra=examples(
-            {"profile": "kvm-2019", "memory_slots": [SLOT], "assumed": None, "costs": [COST]},
-            {"profile": "kvm-2019", "memory_slots": None, "assumed": NO_SLOTS, "costs": [COST]},
+            {"profile": "kvm-2019", "memory_slots": [SLOT], "assumed": None, "costs": [_POLICY_COST]},
+            {"profile": "kvm-2019", "memory_slots": None, "assumed": NO_SLOTS, "costs": [_POLICY_COST]},
         )
     )
 
