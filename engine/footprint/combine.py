@@ -35,7 +35,7 @@ def merge(footprints: Sequence[Footprint], check: Callable[[int], None] = lambda
     if len(origins) > MAX_ORIGINS:
         raise LimitExceeded(f"a footprint has at most {MAX_ORIGINS} traces", field="footprints", value=len(origins))
     taken = sum(footprint.nbytes for footprint in footprints)
-    check(2 * taken + len(footprints) * _SLICE)
+    check(2 * taken)
     places = [_position_of(footprint, origins) for footprint in footprints]
     found: list[Columns] = []
     for begin, end in pairwise(_cuts(footprints)):
