@@ -63,7 +63,9 @@ def asked(question: Question) -> dict[str, Any]:
 def budget_of(footprint: Footprint, per_second: float | None, per_million: float | None) -> float | None:
     """How many exits a policy may cost on a footprint; None for any number. Raises InvalidValue."""
     if per_second is not None and per_million is not None:
-        raise InvalidValue("per_second, per_million: one of them is the budget", field="per_second", value=per_second)
+        raise InvalidValue(
+            "must not stand beside per_million: one of them is the budget", field="per_second", value=per_second
+        )
     if per_million is not None:
         return per_million * footprint.writes / _MILLION
     if per_second is None:
