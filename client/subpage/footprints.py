@@ -35,6 +35,22 @@ class FootprintOperations(Handle):
         document = {"policies": [policy_of(policy) for policy in policies], "memory_slots": memory_slots, **asked}
         return [Document(cost) for cost in (await self._document("costPolicies", json=document))["costs"]]
 
+    @operation("advisePolicy")
+    async def advise(
+        self, /, policy: Any, *, memory_slots: Sequence[Mapping[str, Any]] | None = None, **asked: Any
+    ) -> Document:
+        """What to do about a policy, a file or a document: neighbours that its objects pay for, moves and what they
+        save, and with ``per_second`` or ``per_million``, exits that it may cost, what is not worth it. ``asked`` as in
+        ``costs``. Of a footprint of bytes. ::
+
+        >>> made = client.create_footprint([0x10000, 0x10040], level="bytes")
+        >>> advice = made.advise({"name": "p", "objects": [{"name": "o", "gpa": 0x10040, "size": 8}]}, per_million=0)
+        >>> advice["advice"][0]["saves"], advice["within_budget"]["dropped"]
+        (1, ['o'])
+        """
+        document = {"policy": policy_of(policy), "memory_slots": memory_slots, **asked}
+        return await self._document("advisePolicy", json=document, patience=None)
+
     def _rows(self, name: str, order: str) -> AsyncGenerator[Any, None]:
         query = {"order": order}
         return self._core.pages(f"getFootprint{name.title()}", name, path=self._place, query=query)
@@ -95,6 +111,15 @@ class FootprintCalls(Generic[F]):
         options: dict[str, Any] = {"content": body.pieces, "headers": body.headers(), "patience": None}
         options |= {"query": {**body.query, **query}, "again": not body.once}
         return self._footprint(self._core, await self._core.document("createFootprint", **options))
+
+    @operation("mergeFootprints")
+    async def merge_footprints(self, /, footprints: Iterable[F | str]) -> F:
+        """Add footprints of one level up, or their ids: another one, which is that of all of their traces.
+        ``client.merge_footprints([client.create_footprint([0x10040]), client.create_footprint([0])])["records"]`` is
+        ``2``."""
+        ids = [item if isinstance(item, str) else item.id for item in footprints]
+        options: dict[str, Any] = {"json": {"footprints": ids}, "patience": None}
+        return self._footprint(self._core, await self._core.document("mergeFootprints", **options))
 
     @stream("listFootprints")
     def footprints(self) -> AsyncGenerator[F, None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,10 @@ _SLICE = 1 << 17  # places that are put together at one time
 _GATHERED = 200  # memory of each meanwhile
 
 
-def merge(footprints: Sequence[Footprint]) -> Footprint:
-    """All of them as one. Raises InvalidValue unless they are of one level and apart by the same."""
+def merge(footprints: Sequence[Footprint], check: Callable[[int], None] = lambda size: None) -> Footprint:
+    """All of them as one. ``check`` is told how many bytes are about to be taken for a while, with what stays, and is
+    called every moment. Raises InvalidValue unless they are of one level and apart by the same, and what ``check``
+    does."""
     if not footprints:
         raise InvalidValue("must be at least one footprint", field="footprints", value=0)
     one = footprints[0]
@@ -31,9 +34,34 @@ def merge(footprints: Sequence[Footprint]) -> Footprint:
     origins = sorted(origin for footprint in footprints for origin in footprint.origins)
     if len(origins) > MAX_ORIGINS:
         raise LimitExceeded(f"a footprint has at most {MAX_ORIGINS} traces", field="footprints", value=len(origins))
-    parts = [_renumbered(footprint, origins) for footprint in footprints]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return gathered(one.level, one.by, origins, columns)
+    taken = sum(footprint.nbytes for footprint in footprints)
+    check(2 * taken)
+    places = [_position_of(footprint, origins) for footprint in footprints]
+    found: list[Columns] = []
+    for begin, end in pairwise(_cuts(footprints)):
+        pieces = [_between(footprint, begin, end) for footprint in footprints]
+        check(2 * taken + sum(map(len, pieces)) * _GATHERED)
+        parts = [_renumbered(piece, numbers) for piece, numbers in zip(pieces, places, strict=True)]
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        found.append(gathered(one.level, one.by, origins, columns).columns())
+    return made(one.level, one.by, origins, {name: np.concatenate([part[name] for part in found]) for name in found[0]})
+
+
+def _cuts(footprints: Sequence[Footprint]) -> list[int | None]:
+    """Where to cut footprints so that of all of them together some thousand places lie between two cuts; places that
+    begin together stay together."""
+    step = max(1, _SLICE // len(footprints))
+    cuts = np.unique(np.concatenate([footprint.begin[step::step] for footprint in footprints]))
+    return [None, *cuts.tolist(), None]
+
+
+def _between(footprint: Footprint, begin: int | None, end: int | None) -> Footprint:
+    """The places that begin from ``begin`` to before ``end``."""
+    low, high = (
+        None if edge is None else int(np.searchsorted(footprint.begin, np.uint64(edge))) for edge in (begin, end)
+    )
+    rows = {name: column[low:high] for name, column in footprint.columns().items()}
+    return made(footprint.level, footprint.by, footprint.origins, rows)
 
 
 def subtract(whole: Footprint, part: Footprint) -> Footprint:
@@ -53,7 +81,8 @@ def subtract(whole: Footprint, part: Footprint) -> Footprint:
     columns = whole.columns()
     gone = ~np.isin(columns["trace"], np.array([UNKNOWN, *kept], dtype=np.int32))
     columns["trace"] = np.where(gone, np.int32(UNKNOWN), columns["trace"])
-    columns = _renumbered(made(whole.level, whole.by, whole.origins, columns), origins)
+    left_over = made(whole.level, whole.by, whole.origins, columns)
+    columns = _renumbered(left_over, _position_of(left_over, origins))
     taken = part.columns()
     taken["count"] = -taken["count"]
     taken["trace"] = np.full(len(part), np.iinfo(np.int32).max, dtype=np.int32)
@@ -131,13 +160,17 @@ def gathered(level: str, by: By, origins: Sequence[Origin], columns: Columns) ->
     return made(level, by, origins, found)
 
 
-def _renumbered(footprint: Footprint, origins: Sequence[Origin]) -> Columns:
-    """The columns of a footprint, its traces by their positions in ``origins``. A trace that is there twice has the
-    first of them."""
+def _position_of(footprint: Footprint, origins: Sequence[Origin]) -> NDArray[np.int32]:
+    """Of each trace of a footprint its position in ``origins``, and UNKNOWN for none. A trace that is there twice has
+    the first of them."""
     place = {origin: position for position, origin in reversed(list(enumerate(origins)))}
-    numbers = [place.get(origin, UNKNOWN) for origin in footprint.origins]
+    return np.array([*(place.get(origin, UNKNOWN) for origin in footprint.origins), UNKNOWN], dtype=np.int32)
+
+
+def _renumbered(footprint: Footprint, numbers: NDArray[np.int32]) -> Columns:
+    """The columns of a footprint, its traces by ``numbers``, the last of which is for none."""
     columns = footprint.columns()
-    columns["trace"] = np.array([*numbers, UNKNOWN], dtype=np.int32)[columns["trace"]]
+    columns["trace"] = numbers[columns["trace"]]
     columns["first"] = np.where(columns["trace"] == UNKNOWN, UNKNOWN, columns["first"])
     return columns
 

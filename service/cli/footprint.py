@@ -228,6 +228,7 @@ def advise(
     from engine.footprint.advice import advise as advised
     from service.cli import footprint_files as files
     from service.cli import footprint_report as report
+    from service.runtime import footprint_documents as documents
 
     question = _question(memory_slots, profile)
     found = files.loaded(file)
@@ -236,7 +237,7 @@ def advise(
     with files.told():
         advice = advised(found, wanted, question, budget)
     if as_json:
-        typer.echo(json.dumps(report.advice_document(found, question, advice), indent=1))
+        typer.echo(json.dumps(documents.advice_document(found, question, advice), indent=1))
         return
     for line in report.advice_lines(found, wanted, question, advice):
         typer.echo(line)

@@ -30,12 +30,11 @@ from service.cli.trace_files import TraceFile, trace_in
 from service.cli.trace_options import Address
 from service.cli.trace_parquet import replacing
 from service.platform.failures import Failure, opened
-from service.runtime.footprint_documents import seconds_of
+from service.runtime import footprint_documents as documents
 
 _MEMORY = 64 << 30  # that reading a footprint may take: it is the user's own file
 _TIMES = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 _HOST_PAGES = {"2MiB": 1 << 21, "1GiB": 1 << 30}
-_MILLION = 1_000_000
 
 
 @contextmanager
@@ -218,13 +217,7 @@ def slots_of(texts: Sequence[str]) -> Iterator[SlotSpec]:
 
 def budget_of(footprint: Footprint, per_second: float | None, per_million: float | None) -> float | None:
     """How many exits a policy may cost on a footprint. Raises Failure."""
-    if per_second is not None and per_million is not None:
-        raise Failure("--per-second, --per-million: one of them is the budget")
-    if per_million is not None:
-        return per_million * footprint.writes / _MILLION
-    if per_second is None:
-        return None
-    seconds = seconds_of(footprint)
-    if seconds is None:
-        raise Failure("--per-second: not every trace of the footprint has times; say --per-million")
-    return per_second * seconds
+    try:
+        return documents.budget_of(footprint, per_second, per_million)
+    except EngineError as error:
+        raise Failure(f"--{str(error.field).replace('_', '-')}: {error.rule.replace('per_', '--per-')}") from None

@@ -153,36 +153,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
 # ---- advice
 
 
-def advice_document(footprint: Footprint, question: Question, report: Report) -> dict[str, Any]:
-    """All of it; every cost is that of the whole policy with the edit."""
-    return {
-        **asked(question),
-        "cost": costed(footprint.origins, report.cost),
-        "neighbours": {
-            name: [{"gpa": f"{item.gpa:#x}", "size": item.size, "violations": item.violations} for item in items]
-            for name, items in report.neighbours.items()
-        },
-        "advice": [
-            {
-                "object": item.object,
-                "action": item.action,
-                "to": None if item.to is None else f"{item.to:#x}",
-                "saves": item.saves,
-                "cost": costed(footprint.origins, item.cost),
-            }
-            for item in report.advice
-        ],
-        "all_moved": None if report.together is None else costed(footprint.origins, report.together),
-        "within_budget": None
-        if report.cut is None
-        else {
-            "exits": report.cut.budget,
-            "dropped": list(report.cut.dropped),
-            "cost": costed(footprint.origins, report.cut.cost),
-        },
-    }
-
-
 def advice_lines(footprint: Footprint, policy: Protection, question: Question, report: Report) -> Iterator[str]:
     """The same for people."""
     yield from _head(policy.name, footprint, question)

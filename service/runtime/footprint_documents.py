@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engine.errors import InvalidValue
+from engine.footprint.advice import Report
 from engine.footprint.costs import Cost, First
 from engine.footprint.places import Footprint, Origin
 from engine.footprint.question import Question
@@ -12,6 +14,7 @@ from engine.footprint.question import Question
 NO_SLOTS = "writable memory everywhere: no memory slots were given"
 # Traces of one footprint that are listed; their number is told.
 MOST_TRACES = 100
+_MILLION = 1_000_000
 
 
 def about(footprint: Footprint) -> dict[str, Any]:
@@ -54,6 +57,53 @@ def asked(question: Question) -> dict[str, Any]:
             for s in slots
         ],
         "assumed": NO_SLOTS if slots is None else None,
+    }
+
+
+def budget_of(footprint: Footprint, per_second: float | None, per_million: float | None) -> float | None:
+    """How many exits a policy may cost on a footprint; None for any number. Raises InvalidValue."""
+    if per_second is not None and per_million is not None:
+        raise InvalidValue(
+            "must not stand beside per_million: one of them is the budget", field="per_second", value=per_second
+        )
+    if per_million is not None:
+        return per_million * footprint.writes / _MILLION
+    if per_second is None:
+        return None
+    seconds = seconds_of(footprint)
+    if seconds is None:
+        rule = "not every trace of the footprint has times: say per_million"
+        raise InvalidValue(rule, field="per_second", value=per_second)
+    return per_second * seconds
+
+
+def advice_document(footprint: Footprint, question: Question, report: Report) -> dict[str, Any]:
+    """All that advice says; every cost is that of the whole policy with the edit."""
+    return {
+        **asked(question),
+        "cost": costed(footprint.origins, report.cost),
+        "neighbours": {
+            name: [{"gpa": f"{item.gpa:#x}", "size": item.size, "violations": item.violations} for item in items]
+            for name, items in report.neighbours.items()
+        },
+        "advice": [
+            {
+                "object": item.object,
+                "action": item.action,
+                "to": None if item.to is None else f"{item.to:#x}",
+                "saves": item.saves,
+                "cost": costed(footprint.origins, item.cost),
+            }
+            for item in report.advice
+        ],
+        "all_moved": None if report.together is None else costed(footprint.origins, report.together),
+        "within_budget": None
+        if report.cut is None
+        else {
+            "exits": report.cut.budget,
+            "dropped": list(report.cut.dropped),
+            "cost": costed(footprint.origins, report.cut.cost),
+        },
     }
 
 

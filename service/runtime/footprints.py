@@ -43,9 +43,10 @@ PART = 4 << 20
 ASKED_BYTES = {SPANS: 200, BYTES: 100}
 ASKED_APART_BYTES = 300
 # Of those that are read at one time.
-_READ = 1 << 24
+READ = 1 << 24
 # Of each that is in memory, however few places it has, and of each of its traces.
-_EACH, _ORIGIN = 4096, 1024
+EACH, ORIGIN = 4096, 1024
+_OF_FEWER = "asking a footprint may take up to {} bytes of memory: ask one of fewer places"
 # The last moment that there is, in microseconds.
 _LAST = moment(datetime.max.replace(tzinfo=UTC))
 
@@ -77,7 +78,7 @@ class Asked:
         counts = self._counts
         sums = 0 if self._costs is None else self._costs.nbytes
         listed = 0 if counts is None else sum(column.nbytes for column in (*counts[1], counts[2]))
-        return _EACH + _ORIGIN * len(self.footprint.origins) + self.footprint.nbytes + sums + listed
+        return EACH + ORIGIN * len(self.footprint.origins) + self.footprint.nbytes + sums + listed
 
     def costs(self, question: Question, check: Check) -> Costs:
         """What policies cost under a question: made once for the last one. Raises what ``check`` does."""
@@ -105,14 +106,15 @@ class Asked:
 class Room:
     """The memory of one question. Whoever works on it asks before something large is made."""
 
-    def __init__(self, budget: Budget, most: int) -> None:
+    def __init__(self, budget: Budget, most: int, rule: str = _OF_FEWER) -> None:
         self._budget = budget
         self._most = most
+        self._rule = rule
 
     def check(self, size: int) -> None:
         """Raise LimitExceeded or ShareExceeded unless ``size`` bytes more may be taken for a while."""
         if size > self._most - self._budget.kept:
-            rule = f"asking a footprint may take up to {self._most} bytes of memory: ask one of fewer places"
+            rule = self._rule.format(self._most)
             raise LimitExceeded(rule, field="footprint_memory_bytes", value=self._budget.kept + size)
         self._budget.check(size, "a footprint that is asked")
 
@@ -328,12 +330,12 @@ class Footprints:
         with self.memory.budget(tenant) as budget:
             room = Room(budget, self._settings.footprint_memory_bytes)
             each = ASKED_APART_BYTES if any(head["by"].values()) else ASKED_BYTES[head["level"]]
-            room.keep(head["places"] * each + head["traces_total"] * _ORIGIN + _EACH)
-            room.check(min(head["places"] * each, _READ))
+            room.keep(head["places"] * each + head["traces_total"] * ORIGIN + EACH)
+            room.check(min(head["places"] * each, READ))
             lock = self._loading.setdefault(record.id, asyncio.Lock())
             try:
                 async with lock:
-                    found = self._loaded.get(record.id) or await self._load(record)
+                    found = self._loaded.get(record.id) or Asked(record, await self.loaded(record))
             finally:
                 if not lock.locked():
                     self._loading.pop(record.id, None)
@@ -343,14 +345,16 @@ class Footprints:
                 if drops == self._drops:  # otherwise it may be gone by now
                     self._remember(found)
 
-    async def _load(self, record: FootprintRecord) -> Asked:
+    async def loaded(self, record: FootprintRecord) -> Footprint:
+        """What is in its file, which takes ``READ_BYTES`` a place. Raises NotFound where it is dropped meanwhile, and
+        StoreUnavailable."""
         parts: list[bytes] = []
         while sum(map(len, parts)) < record.size:
             part = await self._kept.footprint_part(record.id, len(parts))
             if not part:
                 raise footprint_not_kept(record.id)
             parts.append(part)
-        return Asked(record, await maybe_in_thread(False, _decoded, parts))
+        return await maybe_in_thread(False, _decoded, parts)
 
     def _remember(self, asked: Asked) -> None:
         """Keep what was asked last in memory, as much as may be there."""

@@ -15,6 +15,7 @@ from engine.errors import TraceError
 from engine.trace.readers import RECORD_BYTES, Budget, row_count
 from service.problems import Interrupted, describe
 from service.runtime.footprint_builds import FootprintRequest
+from service.runtime.footprint_merges import MergeRequest
 from service.runtime.spool import JobStopped, Spool
 from service.runtime.traces import TraceRequest
 from service.storage.records import JobRecord
@@ -26,6 +27,9 @@ ENDED = frozenset({SUCCEEDED, FAILED, CANCELLED, INTERRUPTED})
 
 _ENDED_EARLY = "the service ended before the replay did; the VM is as it was before it"
 _NOT_BUILT = "the service ended before the footprint was built"
+
+
+Wanted = TraceRequest | FootprintRequest | MergeRequest
 
 
 class Progress(Protocol):
@@ -40,7 +44,8 @@ class Job:
     """What is known of a job. Changed on the event loop only, but for ``progress``, which its thread sets.
 
     Of one that builds a footprint ``vm`` is empty; ``trace`` is the id of what came of it, a trace or a footprint.
-    ``wanted`` and ``spool`` are there until it has ended; ``waits`` while its task waits for the machine; ``halt`` is
+    ``wanted`` and ``spool`` are there until it has ended, ``spool`` but for a merge, which has no body left to read;
+    ``waits`` while its task waits for the machine; ``halt`` is
     the state in which it is to end early; ``fault`` the exception that it failed with, and ``error`` the same as a
     problem. ``stored`` tells whether its end is.
     """
@@ -56,7 +61,7 @@ class Job:
     records: int = 0
     trace: str | None = None
     error: dict[str, Any] | None = None
-    wanted: TraceRequest | FootprintRequest | None = None
+    wanted: Wanted | None = None
     spool: Spool | None = None
     total: int | None = None
     progress: Progress | None = None

@@ -7,15 +7,16 @@ import logging
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import Context
 from datetime import UTC, datetime, timedelta
 
 from starlette.requests import Request
 
 from engine.errors import EngineError, NotFound
+from engine.footprint.places import Footprint
 from engine.machine import VirtualMachine
 from engine.trace.results import TraceResult
 from service.platform.stamps import moment
@@ -25,8 +26,9 @@ from service.runtime.bodies import PIECE, Upload
 from service.runtime.body_memory import BodyMemory
 from service.runtime.commit_hooks import CommitHooks
 from service.runtime.footprint_builds import Collecting, FootprintRequest, build
+from service.runtime.footprint_merges import MergeRequest, merging
 from service.runtime.footprints import Footprints
-from service.runtime.job import Job
+from service.runtime.job import Job, Wanted
 from service.runtime.offload import finished
 from service.runtime.registry import Registry
 from service.runtime.replays import beside, committed
@@ -136,12 +138,12 @@ class Jobs:
         self,
         vm: str,
         tenant: str,
-        wanted: TraceRequest | FootprintRequest,
-        spool: Spool,
+        wanted: Wanted,
+        spool: Spool | None,
         hooks: CommitHooks,
         told: Callable[[Job], None],
     ) -> Job:
-        """A job of what was received, stored with what ``hooks`` say. ``told`` sees it before that.
+        """A job of what was received, if it has a body, stored with what ``hooks`` say. ``told`` sees it before that.
 
         Raises StoreUnavailable.
         """
@@ -301,26 +303,40 @@ class Jobs:
 
     async def _build(self, job: Job) -> JobRecord:
         """A footprint."""
-        wanted = job.wanted
-        assert isinstance(wanted, FootprintRequest) and self._executor is not None
         ended: list[JobRecord] = []
+
+        def told(kept: FootprintRecord) -> list[JobRecord]:
+            job.check()
+            now = datetime.now(UTC)
+            ended.append(job.record(states.SUCCEEDED, now, trace=kept.id, records=found.records))
+            return ended
+
         job.check()
         job.begin()
-        with self.memory.budget(job.tenant) as budget, self._footprints.memory.budget(job.tenant) as room:
-            thread = self._executor.submit(
-                lambda: build(wanted, job.source(budget), job.check, budget, room, job.follow)
-            )
-            found = await finished(thread)
-
-            def told(kept: FootprintRecord) -> list[JobRecord]:
-                job.check()
-                now = datetime.now(UTC)
-                ended.append(job.record(states.SUCCEEDED, now, trace=kept.id, records=found.records))
-                return ended
-
+        async with self._built(job) as found:
             await self._footprints.add(job.tenant, found, (), told)
         job.stored = True
         return ended[0]
+
+    @asynccontextmanager
+    async def _built(self, job: Job) -> AsyncIterator[Footprint]:
+        """That of a body, or of others; it has its memory until the context ends."""
+        wanted, executor = job.wanted, self._executor
+        assert executor is not None
+        if isinstance(wanted, MergeRequest):
+            async with merging(
+                self._footprints,
+                job.tenant,
+                wanted,
+                self._settings,
+                lambda work: finished(executor.submit(work, job.check)),
+            ) as found:
+                yield found
+            return
+        assert isinstance(wanted, FootprintRequest)
+        with self.memory.budget(job.tenant) as budget, self._footprints.memory.budget(job.tenant) as room:
+            thread = executor.submit(lambda: build(wanted, job.source(budget), job.check, budget, room, job.follow))
+            yield await finished(thread)
 
     async def _replay(self, job: Job) -> JobRecord:
         wanted = job.wanted

@@ -23,7 +23,7 @@ def repeated(parts: Iterator[Any]) -> list[str]:
 
 def test_size() -> None:
     text = CONTRACT.read_text(encoding="utf-8")
-    assert text.count("\n") <= 15_000 and len(text.encode()) <= 520_000
+    assert text.count("\n") <= 15_000 and len(text.encode()) <= 533_000
     assert max(map(len, text.splitlines())) < 2_500
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .mutant import Mutant
 from .paths import FOOTPRINTS, named
 
+ADVICE_PY = "engine/footprint/advice.py"
 COMBINE_PY = "engine/footprint/combine.py"
 COSTS_PY = "engine/footprint/costs.py"
 HITS_PY = "engine/footprint/hits.py"
@@ -168,6 +169,30 @@ MUTANTS = (
         'columns["trace"] = np.where(gone, np.int32(0), columns["trace"])',
         "where the first access was of a trace that is gone, it is not known",
         named(f"{FOOTPRINTS}/test_footprint_stored.py", "what_was_added_can_be_taken_away"),
+    ),
+    Mutant(
+        "footprint-merge-last-piece",
+        COMBINE_PY,
+        "return [None, *cuts.tolist(), None]",
+        "return [None, *cuts.tolist()] if len(cuts) else [None, None]",
+        "what is merged piece by piece is what is merged at once",
+        named(f"{FOOTPRINTS}/test_footprint_stored.py", "large_ones_are_merged_piece_by_piece"),
+    ),
+    Mutant(
+        "footprint-advice-far-mmio",
+        ADVICE_PY,
+        "return replace(cost, mmio=cost.mmio + self.mmio)",
+        "return cost",
+        "an edited policy costs the MMIO of places far from it, too",
+        named(f"{FOOTPRINTS}/test_footprint_advice.py", "what_is_far_from_a_policy_is_not_forgotten"),
+    ),
+    Mutant(
+        "footprint-advice-far-places",
+        ADVICE_PY,
+        "taken = [(begin >> 12, last >> 12), _pages_of(policy), far]",
+        "taken = [(begin >> 12, last >> 12), _pages_of(policy)]",
+        "objects are moved to where nothing is accessed, far from the policy either",
+        named(f"{FOOTPRINTS}/test_footprint_advice.py", "what_is_far_from_a_policy_is_not_forgotten"),
     ),
     Mutant(
         "footprint-values-of-pages",

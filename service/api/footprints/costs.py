@@ -11,7 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.errors import EngineError, LimitExceeded
-from engine.footprint.costs import Cost, outcome, runs_of
+from engine.footprint.costs import Cost as EngineCost
+from engine.footprint.costs import outcome, runs_of
 from engine.footprint.places import Origin
 from engine.footprint.question import Check, Question
 from engine.footprint.summaries import costs_over_time
@@ -34,14 +35,13 @@ routes = router("footprints", "/v1/footprints/{footprint}/costs", reads="read", 
 _MOST_POLICIES = 1 << 17
 _MOST_BUCKETS = 10_000
 # Memory of a run of sub-pages, or of an object, while it is asked.
-_RUN = 160
+RUN = 160
 # Of pages of mixed places, times policies and objects: minutes.
 _MOST_MIXED = 1 << 28
-_OF_POLICY = re.compile(r"name|(objects|pages)\b")
-_SLOT = {"gpa": "0x0", "size": "0x40000000", "read_only": False, "host_page_size": 4096}
+OF_POLICY = re.compile(r"name|(objects|pages)\b")
+SLOT = {"gpa": "0x0", "size": "0x40000000", "read_only": False, "host_page_size": 4096}
 _OBJECT = {"subpages": 3, "violations": 12, "collateral": 12, "first_index": 4711, "first_trace": "boot"}
-_COST = {
-    "name": "kernel",
+COST = {
     "violations": 12,
     "page_granular_violations": 902,
     "by_object": {"modprobe_path": _OBJECT},
@@ -51,14 +51,14 @@ _COST = {
     "first_trace": "boot",
     "subpages": 3,
     "pages": 1,
-    "timeline": None,
 }
+_POLICY_COST = {"name": "kernel", **COST, "timeline": None}
 
 
 class AssumedSlot(Document):
     """Memory of the guest that is asked about."""
 
-    model_config = ConfigDict(json_schema_extra=examples(_SLOT))
+    model_config = ConfigDict(json_schema_extra=examples(SLOT))
 
     gpa: Hex64 = Field(description="Guest-physical address of the first byte; a multiple of 4096.")
     size: Hex64 = Field(description="Size in bytes; a multiple of 4096, not zero.")
@@ -66,18 +66,30 @@ class AssumedSlot(Document):
     host_page_size: int = Field(4096, description="Page size of the host memory behind it.")
 
 
-class CostsRequest(Document):
-    """Policies, and the guest that they are asked for."""
+class Guest(Document):
+    """The guest that policies are asked for."""
 
-    model_config = ConfigDict(json_schema_extra=examples({"policies": [EXAMPLE], "memory_slots": [_SLOT]}))
-
-    policies: list[ProtectionRequest] = Field(
-        min_length=1, max_length=_MOST_POLICIES, description="As protections are; at most `max_policies` of them."
-    )
     memory_slots: list[AssumedSlot] | None = Field(
         None, max_length=512, description="Null: every place is writable memory."
     )
     profile: ProfileName = Field("kvm-2019", description="Which KVM.")
+
+    def question(self) -> Question:
+        """Raises InvalidValue."""
+        slots = self.memory_slots
+        found = Question(None if slots is None else tuple(_spec(*item) for item in enumerate(slots)), self.profile)
+        found.validate()
+        return found
+
+
+class CostsRequest(Guest):
+    """Policies, and the guest that they are asked for."""
+
+    model_config = ConfigDict(json_schema_extra=examples({"policies": [EXAMPLE], "memory_slots": [SLOT]}))
+
+    policies: list[ProtectionRequest] = Field(
+        min_length=1, max_length=_MOST_POLICIES, description="As protections are; at most `max_policies` of them."
+    )
     timeline: bool = Field(
         False, description="Also by bucket, of one policy: the footprint was made with `by=time:N` or `by=records:N`."
     )
@@ -103,12 +115,9 @@ class BucketCost(Document):
     page_granular_violations: int = Field(description="Writes that plain EPT write protection would have refused.")
 
 
-class PolicyCost(Document):
-    """What one policy costs: what a replay with `on_violation=skip` counts."""
+class Cost(Document):
+    """What a policy costs: what a replay with `on_violation=skip` counts."""
 
-    model_config = ConfigDict(json_schema_extra=examples(_COST))
-
-    name: str = Field(description="Of the policy.")
     violations: int = Field(description="Accesses that sub-page protection refuses.")
     page_granular_violations: int = Field(description="Writes that plain EPT write protection would have refused.")
     by_object: dict[str, ObjectCost] = Field(description="By the name of the object.")
@@ -118,6 +127,14 @@ class PolicyCost(Document):
     first_trace: str | None = Field(description="The trace that it is in: its label, or its digest.")
     subpages: int = Field(description="Distinct sub-pages that the policy covers.")
     pages: int = Field(description="Distinct pages with one of them.")
+
+
+class PolicyCost(Cost):
+    """What one policy costs: what a replay with `on_violation=skip` counts."""
+
+    model_config = ConfigDict(json_schema_extra=examples(_POLICY_COST))
+
+    name: str = Field(description="Of the policy.")
     timeline: list[BucketCost] | None = Field(
         None, description="By bucket, those in which it costs nothing left out; null where it was not asked for."
     )
@@ -128,8 +145,8 @@ class PolicyCosts(Document):
 
     model_config = ConfigDict(
         json_schema_extra=examples(
-            {"profile": "kvm-2019", "memory_slots": [_SLOT], "assumed": None, "costs": [_COST]},
-            {"profile": "kvm-2019", "memory_slots": None, "assumed": NO_SLOTS, "costs": [_COST]},
+            {"profile": "kvm-2019", "memory_slots": [SLOT], "assumed": None, "costs": [_POLICY_COST]},
+            {"profile": "kvm-2019", "memory_slots": None, "assumed": NO_SLOTS, "costs": [_POLICY_COST]},
         )
     )
 
@@ -168,9 +185,7 @@ async def cost_policies(request: Request, footprint: FootprintId, body: CostsReq
         raise LimitExceeded(rule, field="max_policies", value=len(body.policies))
     if body.timeline and len(body.policies) > 1:
         raise InvalidDocument("must be false where there is more than one policy", field="timeline", value=True)
-    slots = body.memory_slots
-    question = Question(None if slots is None else tuple(_spec(*item) for item in enumerate(slots)), body.profile)
-    question.validate()
+    question = body.question()
     content = await ask(
         request, footprint, lambda known, check: _answer(known, question, body.policies, body.timeline, check)
     )
@@ -185,7 +200,7 @@ def _answer(
     known: Asked, question: Question, given: Sequence[ProtectionRequest], timeline: bool, check: Check
 ) -> bytes:
     """The reply, in a thread."""
-    policies = [_policy(number, policy) for number, policy in enumerate(given)]
+    policies = [policy_of(f"policies[{number}]", policy) for number, policy in enumerate(given)]
     pages = sum(item.npages for policy in policies for item in policy.ranges)
     if pages > MAX_PAGES:
         rule = f"must have at most {MAX_PAGES} pages in the lists `pages` of all policies together"
@@ -197,7 +212,7 @@ def _answer(
             "the others in another call"
         )
         raise LimitExceeded(rule, field="policies", value=runs)
-    check((runs + objects) * _RUN)
+    check((runs + objects) * RUN)
     try:
         found = known.costs(question, check)
         if found.mixed * (objects + len(policies)) > _MOST_MIXED:
@@ -209,7 +224,7 @@ def _answer(
         costs = found.of(policies, check)
     except EngineError as error:
         # Of several policies the engine says which; what is about all of them, or the question, is of none.
-        if len(policies) == 1 and error.field is not None and _OF_POLICY.match(error.field):
+        if len(policies) == 1 and error.field is not None and OF_POLICY.match(error.field):
             error.field = f"policies[0].{error.field}"
         raise
     rows = [_row(known.footprint.origins, policy.name, cost) for policy, cost in zip(policies, costs, strict=True)]
@@ -224,13 +239,14 @@ def _timeline(known: Asked, policy: EngineProtection, question: Question, check:
     return [bucket._asdict() for bucket in costs_over_time(known.footprint, found, _MOST_BUCKETS, check)]
 
 
-def _policy(number: int, policy: ProtectionRequest) -> EngineProtection:
+def policy_of(where: str, policy: ProtectionRequest) -> EngineProtection:
+    """As the engine takes it. Raises ServiceError, whose field is under ``where``."""
     try:
         return policy.protection()
     except ServiceError as error:
-        error.field = f"policies[{number}].{error.field}"
+        error.field = f"{where}.{error.field}"
         raise
 
 
-def _row(origins: Sequence[Origin], name: str, cost: Cost) -> dict[str, Any]:
+def _row(origins: Sequence[Origin], name: str, cost: EngineCost) -> dict[str, Any]:
     return {"name": name, **costed(origins, cost), "timeline": None}

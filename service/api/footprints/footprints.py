@@ -142,7 +142,8 @@ def footprint_document(record: FootprintRecord) -> dict[str, Any]:
     return {**known, **json.loads(record.head)}
 
 
-def _created(record: FootprintRecord, extra: dict[str, str] | None = None) -> Response:
+def created(record: FootprintRecord, extra: dict[str, str] | None = None) -> Response:
+    """The reply that says what was made."""
     location = {"Location": f"/v1/footprints/{record.id}"}
     return json_response(footprint_document(record), status=201, extra=location | (extra or {}))
 
@@ -217,14 +218,14 @@ async def create_footprint(
         outcome = await done_as_job(request, "", wanted, wishes)
         if isinstance(outcome, Response):
             return outcome
-        return _created(await footprints.get(tenant, outcome[0]), outcome[1])
+        return created(await footprints.get(tenant, outcome[0]), outcome[1])
 
     def told(kept: FootprintRecord) -> list[JobRecord]:
-        will_answer(request, _created(kept))
+        will_answer(request, created(kept))
         return []
 
     async with built_body(wanted, request, tenant, replaying_of(request), footprints.memory, settings) as found:
-        return _created(await footprints.add(tenant, found, hooks_of(request), told))
+        return created(await footprints.add(tenant, found, hooks_of(request), told))
 
 
 @routes.get(

@@ -32,10 +32,9 @@ from service.http.idempotency import hooks_of, will_answer
 from service.http.wire_types import Document, decimal, examples
 from service.platform.stamps import stamp
 from service.problems import Problem
-from service.runtime.footprint_builds import FootprintRequest
-from service.runtime.job import CANCELLED
+from service.runtime.footprint_merges import MergeRequest
+from service.runtime.job import CANCELLED, Wanted
 from service.runtime.job import Job as KnownJob
-from service.runtime.traces import TraceRequest
 
 routes = router("jobs", "/v1/jobs", reads="read", writes="write")
 
@@ -66,7 +65,7 @@ def _moment(about: str) -> Any:
 
 
 class Job(Document):
-    """Long work: a replay on a VM, or a footprint that is built."""
+    """Long work: a replay on a VM, or a footprint that is built or added up."""
 
     model_config = ConfigDict(json_schema_extra=examples(_EXAMPLE))
 
@@ -135,18 +134,18 @@ def wanted_async(request: Request) -> prefer.Preferences | None:
 
 
 async def done_as_job(
-    request: Request, vm: str, wanted: TraceRequest | FootprintRequest, wishes: prefer.Preferences
+    request: Request, vm: str, wanted: Wanted, wishes: prefer.Preferences
 ) -> Response | tuple[str, dict[str, str]]:
-    """Accept the body of ``request`` as a job, for the machine ``vm`` or, where that is empty, as a footprint. The
-    reply that says so, or the id of what came of it and the headers of its reply if the job has succeeded while the
-    client was willing to wait.
+    """Accept the body of ``request`` as a job, for the machine ``vm`` or, where that is empty, as a footprint; that of
+    a merge was read already. The reply that says so, or the id of what came of it and the headers of its reply if the
+    job has succeeded while the client was willing to wait.
 
     Raises what the job failed with if that was while the client waited, LimitExceeded, NotReady, StoreUnavailable.
     """
     jobs, tenant = jobs_of(request), tenant_of(request)
     accepted = prefer.applied(respond_async=wishes.respond_async, wait=wishes.wait)
     with jobs.place(tenant):
-        spool = await jobs.receive(request, tenant)
+        spool = None if isinstance(wanted, MergeRequest) else await jobs.receive(request, tenant)
         job = await jobs.accept(
             vm,
             tenant,

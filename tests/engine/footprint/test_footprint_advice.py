@@ -9,7 +9,8 @@ import pytest
 
 from engine.arch import access as acc
 from engine.errors import InvalidValue
-from engine.footprint.advice import MOVE, NARROW, advise, applied, free_place, moved
+from engine.footprint.advice import MOVE, NARROW, advise, applied, by_objects, free_place, moved
+from engine.footprint.costs import Costs
 from engine.footprint.places import BYTES, SPANS
 from engine.footprint.question import Question
 from engine.kvm.protections import ProtectedObject, Protection
@@ -76,6 +77,39 @@ def test_a_moved_object_takes_its_accesses_along(seed: int) -> None:
         again = footprint_of(trace, BYTES)
         for name, column in moved(fine, item, to).columns().items():
             assert np.array_equal(column, again.columns()[name])
+
+
+@pytest.mark.parametrize("profile", ["kvm-2019", "kvm-latest"])
+def test_what_is_far_from_a_policy_is_not_forgotten(profile: str) -> None:
+    """Edits are costed with the places alone that touch its pages: as with all of them, MMIO elsewhere among these."""
+    edits = far = 0
+    for seed in range(20):
+        made = scene(seed, profile)
+        fine = footprint_of(made.records, BYTES)
+        report = advise(fine, made.policy, made.question)
+        assert report.cost == Costs(fine, made.question).of([by_objects(made.policy)])[0]
+        for edit in report.advice:
+            item = next(item for item in made.policy.objects if item.name == edit.object)
+            guest = moved(fine, item, edit.to) if edit.to is not None else fine
+            assert edit.cost == Costs(guest, made.question).of([applied(made.policy, edit)])[0]
+            if edit.to is not None:
+                assert edit.to == free_place(fine, made.question, made.policy, item)
+            edits, far = edits + 1, far + edit.cost.mmio
+    assert edits and far
+
+
+def test_advice_asks_whether_it_may_go_on() -> None:
+    sizes: list[int] = []
+    advise(footprint_of(TRACE, BYTES), POLICY, SLOTS, 0, sizes.append)
+    assert 0 in sizes and max(sizes) > 0
+
+    def stop(size: int) -> None:
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        advise(footprint_of(TRACE, BYTES), POLICY, SLOTS, check=stop)
+    with pytest.raises(InvalidValue, match="at least one byte"):
+        advise(footprint_of(TRACE, BYTES), Protection("p", (ProtectedObject("o", 0, 0),)))
 
 
 def test_an_object_is_not_moved_where_there_is_no_room() -> None:

@@ -79,6 +79,16 @@ def test_merged_in_any_order_files_are_equal(by: By) -> None:
         assert file(merge([order[0], merge([order[1], merge(order[2:])])])) == wanted
 
 
+@pytest.mark.parametrize("by", [By(), By(time=10, pc=True)])
+def test_large_ones_are_merged_piece_by_piece(by: By, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [footprint(seed, by=by) for seed in (3, 1, 2)]
+    wanted = file(merge(parts))
+    monkeypatch.setattr("engine.footprint.combine._SLICE", 8)
+    sizes: list[int] = []
+    assert file(merge(parts, sizes.append)) == wanted
+    assert len(sizes) > 10 and max(sizes) >= 2 * sum(part.nbytes for part in parts)
+
+
 def test_the_first_access_is_the_least_of_trace_and_index() -> None:
     parts = [footprint(seed) for seed in (2, 1, 3)]
     whole = merge(parts)

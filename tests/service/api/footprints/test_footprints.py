@@ -383,7 +383,12 @@ def test_a_footprint_is_its_tenants_own() -> None:
             client.get(f"/v1/footprints/{made_by_red}/pages", headers=blue),
             client.delete(f"/v1/footprints/{made_by_red}", headers=blue),
             client.post(f"/v1/footprints/{made_by_red}/costs", json={"policies": [POLICY]}, headers=blue),
+            client.post(f"/v1/footprints/{made_by_red}/advice", json={"policy": POLICY}, headers=blue),
         ):
             assert reply.status_code == 404 and reply.json()["field"] == "footprint"
+        own = done(make(client, body, **blue))["id"]
+        reply = client.post("/v1/footprints:merge", json={"footprints": [own, made_by_red]}, headers=blue)
+        assert reply.status_code == 404 and reply.json()["field"] == "footprints[1]"
+        assert client.delete(f"/v1/footprints/{own}", headers=blue).status_code == 204
         assert client.get("/v1/footprints", headers=blue).json()["footprints"] == []
         assert len(client.get("/v1/footprints", headers=red).json()["footprints"]) == 1
