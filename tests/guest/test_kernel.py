@@ -48,6 +48,8 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 IMAGE, DIRECT = 0xFFFFFFFF80000000, 0xFFFF888000000000
 DIRECT_END = DIRECT + (64 << 40)
+# How a guest turns itself off.
+LAST = "__x64_sys_reboot"
 # The same guest each time: time is what it executes, and begins on a day of ours.
 SAME = ("-icount", "shift=0,sleep=off", "-rtc", "base=2026-01-01T00:00:00,clock=vm", "-seed", "1")
 WRITTEN = {"modprobe_path": b"/bin/true\0", "core_pattern": b"|/bin/false\0"}
@@ -158,17 +160,18 @@ def test_loads_are_no_records(recorded: Recorded, symbols: SymbolTable) -> None:
 def test_watched_live_and_recorded_come_to_the_same(
     guest: SmallGuest, symbols: SymbolTable, recorded: Recorded, tmp_path: Path
 ) -> None:
-    """Up to a little before the end: what is stored after the power is off hangs on when QEMU stops the guest. RAM is a
-    file that QEMU shares: the machine has the guest's memory, and its page tables lead where the kernel says."""
+    """Until the guest turns itself off: what is stored after that hangs on when QEMU stops it. RAM is a file that QEMU
+    shares: the machine has the guest's memory, and its page tables lead where the kernel says."""
     policy = policy_of(guest, tmp_path / "policy.json")
-    count = len(recorded.records) - 1000
+    off = address(symbols, LAST)
+    count = int(np.argmax((recorded.records["pc"] >= off) & (recorded.records["pc"] < off + 256)))
     whole = pq.read_table(recorded.file)
     pq.write_table(whole.slice(0, count), tmp_path / "most.parquet")
     ram = tmp_path / "ram"
     shared = ["-object", f"memory-backend-file,id=ram,size=512M,mem-path={ram},share=on"]
     with running(Settings(warm_up=False, memory_files=(ram,))) as server:
         options = ["--server", server.url, "--json", "--policy", policy, "--symbols", guest.symbols]
-        options += ["--max", count, "--start", guests.START, "--"]
+        options += ["--start", guests.START, "--until", LAST, "--"]
         options += guest.command(*SAME, *shared, "-machine", "memory-backend=ram")
         live = runner.invoke(app, ["live", *map(str, options)])
         assert live.exit_code == 0, live.output
@@ -216,7 +219,7 @@ def test_two_recordings_are_one_file(guest: SmallGuest, tmp_path: Path, vcpus: s
     what they have executed."""
     if vcpus == "2" and int(program_of([QEMU]).version.partition(".")[0]) < 9:
         pytest.skip("QEMU 7.2 under -icount does not get a kernel beyond the start of its second vCPU")
-    options = ["--start", guests.START, "--until", "__x64_sys_reboot", "--symbols", str(guest.symbols)]
+    options = ["--start", guests.START, "--until", LAST, "--symbols", str(guest.symbols)]
     command = guest.command(*SAME, "-smp", vcpus)
     files = [tmp_path / "one.parquet", tmp_path / "two.parquet"]
     for file in files:

@@ -38,9 +38,11 @@ class _Server(uvicorn.Server):
         self._app = app
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        drain(self._app)
-        end_streams(self._app)
-        await super().shutdown(sockets)
+        try:
+            drain(self._app)
+            end_streams(self._app)
+        finally:
+            await super().shutdown(sockets)
 
 
 @contextlib.contextmanager

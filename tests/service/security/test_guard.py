@@ -249,11 +249,13 @@ def test_request_ids(service: Running) -> None:
     assert len(ids) == 3
 
 
-def test_a_defect_has_its_headers_and_its_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_defect_has_its_headers_and_its_id(tmp_path: Path) -> None:
     settings = Settings(warm_up=False, audit_log=str(tmp_path / "a"))
     with running(settings) as service:
-        monkeypatch.setattr(service.app.state, "registry", None)
+        # The state of an application is no plain object: a monkeypatch would take the registry away for good.
+        registry, service.app.state.registry = service.app.state.registry, None
         reply = httpx2.post(f"{service.url}/v1/vms", json={}, headers={"X-Request-Id": "r1"})
+        service.app.state.registry = registry
         assert reply.status_code == 500 and reply.json()["code"] == "internal-error"
         assert reply.headers["X-Request-Id"] == "r1" and reply.headers["X-Content-Type-Options"] == "nosniff"
     assert json.loads((tmp_path / "a").read_text())["outcome"] == "failed"
