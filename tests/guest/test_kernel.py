@@ -157,22 +157,19 @@ def test_loads_are_no_records(recorded: Recorded, symbols: SymbolTable) -> None:
     assert not np.any((gva >= first) & (gva < end))
 
 
-def test_watched_live_and_recorded_come_to_the_same(
-    guest: SmallGuest, symbols: SymbolTable, recorded: Recorded, tmp_path: Path
-) -> None:
+def test_watched_live_and_recorded_come_to_the_same(guest: SmallGuest, symbols: SymbolTable, tmp_path: Path) -> None:
     """Until the guest turns itself off: what is stored after that hangs on when QEMU stops it. RAM is a file that QEMU
     shares: the machine has the guest's memory, and its page tables lead where the kernel says."""
     policy = policy_of(guest, tmp_path / "policy.json")
-    off = address(symbols, LAST)
-    count = int(np.argmax((recorded.records["pc"] >= off) & (recorded.records["pc"] < off + 256)))
-    whole = pq.read_table(recorded.file)
-    pq.write_table(whole.slice(0, count), tmp_path / "most.parquet")
-    ram = tmp_path / "ram"
+    ram, whole = tmp_path / "ram", tmp_path / "whole.parquet"
     shared = ["-object", f"memory-backend-file,id=ram,size=512M,mem-path={ram},share=on"]
+    span = ["--symbols", guest.symbols, "--start", guests.START, "--until", LAST]
+    command = guest.command(*SAME, *shared, "-machine", "memory-backend=ram")
+    made = runner.invoke(app, ["record", "-o", *map(str, [whole, *span, "--", *command])])
+    assert made.exit_code == 0, made.output
+    ram.unlink()
     with running(Settings(warm_up=False, memory_files=(ram,))) as server:
-        options = ["--server", server.url, "--json", "--policy", policy, "--symbols", guest.symbols]
-        options += ["--start", guests.START, "--until", LAST, "--"]
-        options += guest.command(*SAME, *shared, "-machine", "memory-backend=ram")
+        options = ["--server", server.url, "--json", "--policy", policy, *span, "--", *command]
         live = runner.invoke(app, ["live", *map(str, options)])
         assert live.exit_code == 0, live.output
         watched = json.loads(live.stdout)
@@ -185,11 +182,9 @@ def test_watched_live_and_recorded_come_to_the_same(
             assert server.client.get(f"{here}/memory?gpa={walk['gpa']}&size={len(text)}").content == text
         vm = new_vm(server.client, memory_slots=[{"slot": 0, "gpa": 0, "size": 512 * MIB}])
         server.client.post(f"{vm}/protections", json=json.loads(policy.read_text())).raise_for_status()
-        replayed = replayed_on(
-            server.client, vm, Body((tmp_path / "most.parquet").read_bytes(), PARQUET), "on_violation=allow"
-        )
+        replayed = replayed_on(server.client, vm, Body(whole.read_bytes(), PARQUET), "on_violation=allow")
         assert totals(watched) == totals(replayed)
-        assert watched["records"] == count
+        assert watched["records"] == pq.read_metadata(whole).num_rows
         assert watched["by_object"]["modprobe_path"]["violations"] == len(WRITTEN["modprobe_path"])
         assert watched["by_object"]["core_pattern"]["violations"] == len(WRITTEN["core_pattern"])
         exits = [exits_of(server.client, trace) for trace in (watched, replayed)]
