@@ -34,6 +34,10 @@ def bar(what: str, wanted: bool | None, size: int | None = None) -> Iterator[Mov
         else (rich.DownloadColumn(binary_units=True), rich.TransferSpeedColumn())
     )
     columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *amounts, rich.TimeRemainingColumn())
-    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task(what, total=1.0 if size is None else size or None, done="")
-        yield lambda completed, **said: shown.update(task, completed=completed, **said)
+    console = Console(stderr=True)
+    try:
+        with rich.Progress(*columns, console=console, transient=True) as shown:
+            task = shown.add_task(what, total=1.0 if size is None else size or None, done="")
+            yield lambda completed, **said: shown.update(task, completed=completed, **said)
+    finally:
+        console.show_cursor()  # an interruption while the bar comes or goes would leave it hidden
