@@ -5,8 +5,6 @@ Run as a process of its own: ``python -m bench.large_guest`` prints the growth i
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import subprocess
 import sys
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from bench.data import Policy, load_trace
+from bench.memory import resident, status
 from bench.replay import machine
 from engine.trace.readers import open_trace
 from engine.trace.session import ReplayOptions
@@ -42,13 +41,6 @@ def measure() -> dict[str, int]:
     return result
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) << 10
-    raise KeyError(field)
-
-
 def _replay(ram_bytes: int, policy: Policy, path: str) -> Any:
     vm = machine(policy, ram_bytes)
     with Path(path).open("rb") as source, vm.replay(ReplayOptions()) as replay:
@@ -66,12 +58,10 @@ def main(path: str) -> None:
             file.write(source.read(16 * 100_000))
         file.flush()
         _replay(1 << 30, small, file.name)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
-    before = _status("VmRSS")
     vm, result = _replay(TIB, Policy("large", objects, []), path)
-    peak, after = _status("VmHWM"), _status("VmRSS")
+    peak, after = status("VmHWM"), status("VmRSS")
     print(
         json.dumps(
             {

@@ -30,8 +30,13 @@ def resident() -> int:
     """Bytes that the process has in memory, after what can be given back was."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+    return status("VmRSS")
+
+
+def status(field: str) -> int:
+    """Bytes that a line of the process's status tells."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
 def _protected(pages: int) -> VirtualMachine:
