@@ -91,19 +91,15 @@ class InteractiveTimedReplay(InteractiveReplay, Operating):
             self._perform(place.chunk, operation, place.record)
         return self._run_on(place, 1, most)
 
-    def _goes_by_translations(self, chunk: TraceChunk) -> bool:
-        beside = chunk.operations
-        return beside is not None and not (beside.plain and not len(self._uses)) and self._tables is None
-
     def _accessed(self, place: Place) -> tuple[int, int]:
         gpa, word = super()._accessed(place)
-        if self._goes_by_translations(place.chunk):
+        if self._beside(place.chunk) is not None:
             gpa = int(self._log[int(self._used[0]) - 1, vcpu_run.EXIT_GPA])
         return gpa, word
 
     def _run_one(self, place: Place) -> bool:
         chunk, at = place.chunk, place.position
-        if not self._goes_by_translations(chunk):
+        if self._beside(chunk) is None:
             return super()._run_one(place)
         # The translation that it went by is gone with the violation: it runs where that had led.
         records = chunk.records[: at + 1].copy()

@@ -16,7 +16,7 @@ from engine.errors import TraceError
 from engine.state.frame_store import Draft
 from engine.trace import object_hits, record_checks, translated
 from engine.trace.columns import TraceChunk
-from engine.trace.operations import NO_SPACE, Operation
+from engine.trace.operations import NO_SPACE, Operation, Operations
 from engine.trace.results import TraceResult
 from engine.trace.serving import Run
 from engine.trace.session import Replay, ReplayOptions
@@ -62,9 +62,16 @@ class Operating(Replay):
         self._no_spaces: NDArray[np.uint64] = np.zeros(0, dtype=np.uint64)
         self._listed = 0
 
-    def _enter(self, chunk: TraceChunk, run: Run, gvas: NDArray[np.int64], position: int, base: int) -> tuple[int, int]:
+    def _beside(self, chunk: TraceChunk) -> Operations | None:
+        """The operations of a chunk that goes by translations; None where it is replayed as any other."""
         beside = chunk.operations
         if beside is None or (beside.plain and not len(self._uses)) or self._tables is not None:
+            return None
+        return beside
+
+    def _enter(self, chunk: TraceChunk, run: Run, gvas: NDArray[np.int64], position: int, base: int) -> tuple[int, int]:
+        beside = self._beside(chunk)
+        if beside is None:
             return super()._enter(chunk, run, gvas, position, base)
         self._check_modelled(chunk, position, base)
         following = int(np.searchsorted(beside.at, position))

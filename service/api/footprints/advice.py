@@ -12,7 +12,7 @@ from engine.footprint.costs import runs_of
 from engine.footprint.question import WIDTH, Check, Question
 from engine.kvm.protections import MAX_PAGES, validate
 from service.api.common import documented, encode, router
-from service.api.footprints.asking import ask
+from service.api.footprints.asking import QUESTION, ask
 from service.api.footprints.costs import COST, OF_POLICY, RUN, SLOT, AssumedSlot, Cost, Guest, policy_of
 from service.api.footprints.footprints import FootprintId
 from service.api.protection.policies import ProtectionRequest
@@ -126,14 +126,7 @@ class PolicyAdvice(Document):
     ),
     responses=documented(
         {200: {"model": PolicyAdvice, "description": "The edits, and what they are worth."}},
-        "not-found",
-        "malformed-body",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
-        "limit-exceeded",
-        "invalid-trace",
-        "not-yet-supported",
+        *QUESTION,
     ),
 )
 @permission("read")

@@ -13,6 +13,18 @@ from service.runtime.footprints import Asked
 
 T = TypeVar("T")
 
+# What a question about a policy, in a body, may be answered with.
+QUESTION = (
+    "not-found",
+    "malformed-body",
+    "body-too-large",
+    "unsupported-media-type",
+    "invalid-value",
+    "limit-exceeded",
+    "invalid-trace",
+    "not-yet-supported",
+)
+
 
 async def ask(request: Request, footprint: str, work: Callable[[Asked, Check], T]) -> T:
     """What ``work`` makes of a footprint, in a thread. Its check is called before memory is taken, and every moment.

@@ -21,7 +21,7 @@ from engine.kvm.protections import Protection as EngineProtection
 from engine.kvm.slots import SlotSpec
 from engine.state.profiles import ProfileName
 from service.api.common import documented, encode, router, settings_of
-from service.api.footprints.asking import ask
+from service.api.footprints.asking import QUESTION, ask
 from service.api.footprints.footprints import FootprintId
 from service.api.protection.policies import EXAMPLE, ProtectionRequest
 from service.http.route import permission
@@ -167,14 +167,7 @@ class PolicyCosts(Document):
     ),
     responses=documented(
         {200: {"model": PolicyCosts, "description": "In the order of the policies."}},
-        "not-found",
-        "malformed-body",
-        "body-too-large",
-        "unsupported-media-type",
-        "invalid-value",
-        "limit-exceeded",
-        "invalid-trace",
-        "not-yet-supported",
+        *QUESTION,
     ),
 )
 @permission("read")

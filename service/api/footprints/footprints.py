@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from engine.footprint.places import Footprint as EngineFootprint
 from engine.trace.option_names import Address, RecordFormat, ToolFormatName
 from service.api.common import (
     BINARY,
@@ -34,10 +35,12 @@ from service.api.traces.traces import static
 from service.http import conditional, cursors
 from service.http.idempotency import hooks_of, will_answer
 from service.http.negotiation import ARROW, CSV, JSON, NDJSON, OCTETS, PARQUET, TEXT, content_type, preferred
+from service.http.prefer import Preferences
 from service.http.wire_types import Document, examples
 from service.runtime.footprint_bodies import built_body
 from service.runtime.footprint_builds import FootprintRequest, by_of
 from service.runtime.footprints import Footprints
+from service.runtime.job import Wanted
 from service.runtime.offload import maybe_in_thread
 from service.storage.records import FootprintRecord, JobRecord
 
@@ -148,6 +151,24 @@ def created(record: FootprintRecord, extra: dict[str, str] | None = None) -> Res
     return json_response(footprint_document(record), status=201, extra=location | (extra or {}))
 
 
+async def kept(request: Request, found: EngineFootprint) -> Response:
+    """Keep a footprint; the reply, which is kept with it for the key of the request. Raises what ``add`` does."""
+
+    def told(record: FootprintRecord) -> list[JobRecord]:
+        will_answer(request, created(record))
+        return []
+
+    return created(await footprints_of(request).add(tenant_of(request), found, hooks_of(request), told))
+
+
+async def made_as_job(request: Request, wanted: Wanted, wishes: Preferences) -> Response:
+    """The reply of a job that makes a footprint, or of its footprint if that was there in time."""
+    outcome = await done_as_job(request, "", wanted, wishes)
+    if isinstance(outcome, Response):
+        return outcome
+    return created(await footprints_of(request).get(tenant_of(request), outcome[0]), outcome[1])
+
+
 @routes.post(
     "",
     operation_id="createFootprint",
@@ -215,17 +236,10 @@ async def create_footprint(
     )
     wishes = wanted_async(request)
     if wishes is not None:
-        outcome = await done_as_job(request, "", wanted, wishes)
-        if isinstance(outcome, Response):
-            return outcome
-        return created(await footprints.get(tenant, outcome[0]), outcome[1])
-
-    def told(kept: FootprintRecord) -> list[JobRecord]:
-        will_answer(request, created(kept))
-        return []
+        return await made_as_job(request, wanted, wishes)
 
     async with built_body(wanted, request, tenant, replaying_of(request), footprints.memory, settings) as found:
-        return created(await footprints.add(tenant, found, hooks_of(request), told))
+        return await kept(request, found)
 
 
 @routes.get(

@@ -9,12 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service.api.common import CHANGE, documented, footprints_of, headers, replaying_of, router, settings_of, tenant_of
-from service.api.footprints.footprints import EXAMPLE_FOOTPRINT, Footprint, created
-from service.api.traces.jobs import ACCEPTED, PREFER, done_as_job, wanted_async
-from service.http.idempotency import hooks_of, will_answer
+from service.api.footprints.footprints import EXAMPLE_FOOTPRINT, Footprint, kept, made_as_job
+from service.api.traces.jobs import ACCEPTED, PREFER, wanted_async
 from service.http.wire_types import Document, examples
 from service.runtime.footprint_merges import MOST, MergeRequest, check_alike, merging
-from service.storage.records import FootprintRecord, JobRecord
 
 routes = router("footprints", "/v1", reads="read", writes="write")
 
@@ -57,14 +55,7 @@ async def merge_footprints(request: Request, body: FootprintMerge) -> Response:
     wishes = wanted_async(request)
     if wishes is not None:
         await check_alike(footprints, tenant, wanted)
-        outcome = await done_as_job(request, "", wanted, wishes)
-        if isinstance(outcome, Response):
-            return outcome
-        return created(await footprints.get(tenant, outcome[0]), outcome[1])
-
-    def told(kept: FootprintRecord) -> list[JobRecord]:
-        will_answer(request, created(kept))
-        return []
+        return await made_as_job(request, wanted, wishes)
 
     async with (
         replaying.computing(tenant),
@@ -76,4 +67,4 @@ async def merge_footprints(request: Request, body: FootprintMerge) -> Response:
             lambda work: replaying.compute(request, settings.footprint_seconds, work),
         ) as found,
     ):
-        return created(await footprints.add(tenant, found, hooks_of(request), told))
+        return await kept(request, found)
