@@ -25,7 +25,7 @@ _KERNEL_SOURCES = (
     "footprint/intervals.py",
     "footprint/kernels.py",
     "footprint/ordering.py",
-    "jit.py",
+    "jit",
     "kvm",
     "trace/__init__.py",
     "trace/guest_virtual.py",

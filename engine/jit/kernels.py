@@ -21,7 +21,7 @@ _intrinsic: Any = intrinsic
 _config: Any = numba.config
 _locator: Any = UserProvidedCacheLocator
 
-_ROOT = Path(__file__).parent
+_ROOT = Path(__file__).parent.parent
 
 
 class KernelLocator(_locator):  # type: ignore[misc]
