@@ -7,6 +7,8 @@ alone, so readers need no lock and giving a change up costs nothing.
 Kernels never allocate: ``ample`` says whether one more access can be served from the frames and rows at hand.
 """
 
+from typing import ClassVar
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -93,7 +95,7 @@ class Machine(Arrays):
         "top",
         "vcpu_of_id",
     )
-    kinds = {
+    kinds: ClassVar = {
         "rows": Kind(_INT64, 2),
         "row_of": Kind(_INT64, 1),
         "fresh": Kind(_UINT8, 1),

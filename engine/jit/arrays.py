@@ -134,9 +134,7 @@ def _array(context: Any, builder: Any, owner: ByPointer, row: Any, name: str) ->
     for length in reversed(lengths[1:]):
         strides.insert(0, builder.mul(strides[0], length))
     data = builder.inttoptr(_word(builder, row, start), array.data.type)
-    arrayobj.populate_array(
-        array, data=data, shape=lengths, strides=strides, itemsize=size, meminfo=None, parent=None
-    )
+    arrayobj.populate_array(array, data=data, shape=lengths, strides=strides, itemsize=size, meminfo=None, parent=None)
     return array._getvalue()
 
 

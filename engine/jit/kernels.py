@@ -11,15 +11,17 @@ from typing import Any, TypeVar
 import numba
 from numba.core import types
 from numba.core.caching import UserProvidedCacheLocator
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _numba_intrinsic
 
 F = TypeVar("F", bound=Callable[..., object])
 
 # numba's type hints do not list every option of its targets, nor what compiled code may call.
 _njit: Any = numba.njit
-_intrinsic: Any = intrinsic
+intrinsic: Any = _numba_intrinsic
 _config: Any = numba.config
 _locator: Any = UserProvidedCacheLocator
+
+COMPILED = not _config.DISABLE_JIT
 
 _ROOT = Path(__file__).parent.parent
 
@@ -75,5 +77,5 @@ def _without_inlining(_: Any) -> Any:
     return types.void(), mark
 
 
-if not _config.DISABLE_JIT:
-    stands_alone = _intrinsic(_without_inlining)
+if COMPILED:
+    stands_alone = intrinsic(_without_inlining)
