@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.arch.words import positions
-from engine.jit import Arrays, Kind, by_pointer, kernel, short_kernel
+from engine.jit import Arrays, Kind, by_pointer, kernel, position, short_kernel
 
 WORDS = 512
 FRAME_SIZE = 4096
@@ -133,7 +133,7 @@ class Machine(Arrays):
 @kernel
 def read_word(m, frame, index):
     """Word ``index`` of ``frame``."""
-    return m.rows[m.row_of[frame], index]
+    return m.rows[position(m.row_of[position(frame)]), position(index)]
 
 
 @kernel
@@ -153,7 +153,7 @@ def own(m, frame):
 @kernel
 def write_word(m, frame, index, word):
     """Store a word; a word that is already there costs no copy."""
-    if m.rows[m.row_of[frame], index] != word:
+    if read_word(m, frame, index) != word:
         m.rows[own(m, frame), index] = word
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+import numpy as np
 from numba.core import types
 from numba.core.caching import UserProvidedCacheLocator
 from numba.extending import intrinsic as _numba_intrinsic
@@ -60,6 +61,14 @@ def short_kernel(function: F) -> F:
     Who lets go of it for so short a time waits for every thread that wanted it meanwhile.
     """
     return _compiled(function, nogil=False)
+
+
+def _itself(number: int) -> int:
+    return number
+
+
+# Of a number that is an index and never negative: numba counts others from the end, which is a compare and an add.
+position: Any = np.uint64 if COMPILED else _itself
 
 
 def stands_alone() -> None:
