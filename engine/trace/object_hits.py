@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engine.arch.sppt import SUBPAGE_SHIFT
 from engine.errors import LimitExceeded
-from engine.jit import kernel
+from engine.jit import kernel, position
 from engine.kvm.protections import ProtectedObject, covered_subpages
 from engine.kvm.resolutions import VIOLATION
 from engine.kvm.vcpu_run import EXIT_GPA, EXIT_INDEX, EXIT_REASON, EXIT_RECORD
@@ -30,8 +30,10 @@ HIT_FIRST = 2
 HIT_WORDS = 3
 
 
-# A small table of the sub-pages that were looked for last, by some bits of a product of their number.
-RECENT = 256
+# A table of the sub-pages that were looked for last, by some bits of a product of their number: how many it has room
+# for, where a few violations are to come and where many.
+RECENT_FEW = 16
+RECENT_MANY = 4096
 RECENT_FACTOR = 0x9E37_79B1
 RECENT_SHIFT = 20
 RECENT_BITS = 0x7FFF_FFFF
@@ -93,9 +95,9 @@ def index_of(ranges: NDArray[np.int64]) -> ObjectIndex:
     return ObjectIndex(cuts.astype(np.int64), offsets, owner[order].astype(np.int64), ranges)
 
 
-def no_recent() -> NDArray[np.int64]:
-    """Scratch for ``attribute``: int64[RECENT, 2] of sub-page and piece; -1 is no sub-page."""
-    return np.full((RECENT, 2), -1, dtype=np.int64)
+def no_recent(room: int = RECENT_FEW) -> NDArray[np.int64]:
+    """Scratch for ``attribute``: int64[room, 2] of sub-page and piece, a power of two; -1 is no sub-page."""
+    return np.full((room, 2), -1, dtype=np.int64)
 
 
 @kernel
@@ -130,14 +132,14 @@ def attribute(index, log, count, hits, seen, touched, recent):
         last = (end - 1) >> SUBPAGE_SHIFT
         stamp = log[row, EXIT_INDEX]
         # Violations come back to the same sub-pages.
-        at = ((first & RECENT_BITS) * RECENT_FACTOR >> RECENT_SHIFT) & (recent.shape[0] - 1)
+        at = position((first & RECENT_BITS) * RECENT_FACTOR >> RECENT_SHIFT & (recent.shape[0] - 1))
         if recent[at, 0] != first:
             recent[at, 0], recent[at, 1] = first, max(piece_at(cuts, first), 0)
         piece = recent[at, 1]
-        while piece + 1 < cuts.shape[0] and cuts[piece] <= last:
-            for at in range(offsets[piece], offsets[piece + 1]):
-                member = members[at]
-                name = ranges[member, 2]
+        while piece + 1 < cuts.shape[0] and cuts[position(piece)] <= last:
+            for each in range(offsets[position(piece)], offsets[position(piece + 1)]):
+                member = position(members[position(each)])
+                name = position(ranges[member, 2])
                 own = begin < ranges[member, 1] and ranges[member, 0] < end
                 # Once for each name, however many of its ranges are touched.
                 if seen[name] != stamp:

@@ -309,6 +309,8 @@ class Replay:
         told = self._log[:count]
         if self._split:
             told = scattered.for_objects(told, self._split)
+        if len(self._recent) == object_hits.RECENT_FEW < count:
+            self._recent = object_hits.no_recent(object_hits.RECENT_MANY)
         found = (self._hits, self._seen, self._touched, self._recent)
         object_hits.attribute(self._targets.index, told, len(told), *found)
         kept = min(count, self._options.max_exit_records - self._kept)
