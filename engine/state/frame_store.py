@@ -34,8 +34,9 @@ _NO_PLACES = np.full(frames.MOST_PAGES, frames.NO_PLACE, dtype=np.int64)
 T = TypeVar("T", bound=np.generic)
 
 
-# Rows that are copied at one time when a store gets its own.
+# Rows that are copied at one time when a store gets its own, and those that take a millisecond.
 _COPIED_ROWS = 1 << 12
+_COPIED_QUICKLY = 1 << 10
 
 
 class Loan:
@@ -165,6 +166,12 @@ class FrameStore:
             rows[at : at + _COPIED_ROWS][shown] = machine.rows[at : at + _COPIED_ROWS][shown]
         self.spare = np.flatnonzero(~loan.shown)[::-1]
         self.published = Snapshot(machine._replace(rows=rows))
+
+    @property
+    def growth_is_near(self) -> bool:
+        """Whether a change would have to copy rows, more than a millisecond's, because few are spare."""
+        machine = self.published.machine
+        return len(machine.rows) > _COPIED_QUICKLY and len(self.spare) < int(machine.caps[CAP_RESERVE])
 
     def begin(self, slots: NDArray[np.int64]) -> Draft:
         """A change on top of the published state."""

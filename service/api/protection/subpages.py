@@ -25,11 +25,11 @@ from service.api.common import (
     find,
     guard,
     headers,
+    held_tag,
     octets_reply,
     router,
     settings_of,
     vm_parameter,
-    vm_tag,
 )
 from service.http import bitmaps, conditional
 from service.http.json_bodies import INLINE_BYTES, parsed
@@ -229,7 +229,7 @@ async def put_subpages(request: Request, vm: VmId, gfn: Gfn, npages: Pages = 1) 
     content = await request.body()
     small = npages <= _INLINE_PAGES and len(content) <= INLINE_BYTES
     words = await maybe_in_thread(small, _parse_window, media, content, npages, settings)
-    async with changing(request, entry) as machine:
+    async with changing(request, entry, joins=small) as machine:
         guard(request, entry, lambda: _tags(machine, gfn, npages))
         ranges = [SubpageRange(gfn, npages, words)]
         await maybe_in_thread(small, machine.set_subpages, ranges)
@@ -290,8 +290,8 @@ async def patch_subpages(request: Request, vm: VmId) -> Response:
     small = len(content) <= INLINE_BYTES
     ranges = await maybe_in_thread(small, _parse_patch, content, settings_of(request))
     small = small and sum(change.npages for change in ranges) <= _INLINE_PAGES
-    async with changing(request, entry) as machine:
-        guard(request, entry, lambda: [vm_tag(entry)])
+    async with changing(request, entry, joins=small) as machine:
+        guard(request, entry, lambda: [held_tag(entry)])
         await maybe_in_thread(small, machine.set_subpages, ranges)
         entry.events.note("subpages", subpages_set(ranges))
     return Response(status_code=204)
