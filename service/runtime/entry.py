@@ -277,18 +277,26 @@ class Entry:
 
     def _over(self, group: Group, error: BaseException | None) -> None:
         """The transaction has ended: show what was committed, or leave the machine as it was before."""
-        if error is None:
-            self._settle(group)
-        else:
-            if isinstance(error, StoreUnavailable) and not error.certain:
-                self.doubtful = True
-            group.before.withdraw(group.machine)
-            self.room.release()
-            self.traces.discard()
-            self.events.discard()
-        self.group = self.committing = None
-        group.end(error)
-        self.lock.give()
+        try:
+            if error is None:
+                self._settle(group)
+            else:
+                self._withdraw(group, error)
+        except BaseException as fault:
+            error = fault
+            raise
+        finally:
+            self.group = self.committing = None
+            group.end(error)
+            self.lock.give()
+
+    def _withdraw(self, group: Group, error: BaseException) -> None:
+        if isinstance(error, StoreUnavailable) and not error.certain:
+            self.doubtful = True
+        group.before.withdraw(group.machine)
+        self.room.release()
+        self.traces.discard()
+        self.events.discard()
 
     def _settle(self, group: Group) -> None:
         if group.deletes:

@@ -189,7 +189,7 @@ class StoreWriter:
 
     def _commit(self, connection: sa.Connection, group: Sequence[_Job]) -> None:
         """Store the changes of a group together, or one by one when they cannot be."""
-        meter = Meter(len(group))
+        meter = Meter(sum(job.change.count for job in group))
         try:
             replays = sum(len(job.change.traces) for job in group)
             logger.debug("writing %d changes with %d replays", len(group), replays)
