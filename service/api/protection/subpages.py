@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from fastapi import Query
 from pydantic import ConfigDict, FailFast, Field
 from starlette.requests import Request
 from starlette.responses import Response
@@ -44,11 +43,6 @@ from service.settings import Settings
 routes = router("subpages", "/v1/vms/{vm}/subpages", reads="read", writes="write")
 
 Layer = Literal["effective", "set", "protected", "granted"]
-Gfn = Annotated[
-    Hex64, Query(description="Number of the first guest page: its address shifted right by 12.", examples=["0x2000"])
-]
-Pages = Annotated[Hex64, Query(description="Number of pages.", examples=["1"])]
-
 _OFFERS = (JSON, OCTETS)
 # Above this, rendering and parsing take longer than the event loop should be kept from others.
 _INLINE_PAGES = 4096
@@ -59,11 +53,16 @@ _MOST_RANGES = 1 << 16
 _WINDOW = {"gfn": "0x2000", "npages": 2, "access": ["0xffffffff", "0x8001ffff"]}
 
 
-class WindowQuery(Document):
-    """Which bitmaps to read."""
+class PlaceQuery(Document):
+    """Which bitmaps to set."""
 
     gfn: Hex64 = Field(description="Number of the first guest page: its address shifted right by 12.")
     npages: Hex64 = Field(1, description="Number of pages.")
+
+
+class WindowQuery(PlaceQuery):
+    """Which bitmaps to read."""
+
     layer: Layer = Field("effective", description="`effective` is SET AND (not protected OR granted).")
 
     def values(self) -> tuple[int, int, str]:
@@ -202,13 +201,14 @@ def _parse_window(media: str, content: bytes, npages: int, settings: Settings) -
     description="Replaces the SET bitmaps of the window, all or nothing. It never lifts a protection; it ends grants.",
     status_code=204,
     openapi_extra={
+        "parameters": [vm_parameter(), *query_parameters(PlaceQuery)],
         "requestBody": {
             "required": True,
             "content": {
                 JSON: {"schema": {"$ref": "#/components/schemas/SubpageWindowRequest"}},
                 OCTETS: BINARY,
             },
-        }
+        },
     },
     responses=documented(
         {
@@ -221,8 +221,11 @@ def _parse_window(media: str, content: bytes, npages: int, settings: Settings) -
         *GUARDED_CHANGE,
     ),
 )
-async def put_subpages(request: Request, vm: VmId, gfn: Gfn, npages: Pages = 1) -> Response:
-    entry = find(request, vm)
+@reads_query
+async def put_subpages(request: Request) -> Response:
+    entry = find(request, request.path_params["vm"])
+    place = parse_query(PlaceQuery, request)
+    gfn, npages = place.gfn, place.npages
     media = content_type(request, _OFFERS)
     settings = settings_of(request)
     _check_window(gfn, npages, settings.max_subpage_window)
