@@ -7,8 +7,7 @@ publishes its whole effect or leaves the machine as it was.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -66,6 +65,25 @@ class Change(Draft):
         address_spaces.follow(self, (place(vcpu) for vcpu, item in self.nested.vcpus.items() if item.smm))
 
 
+class Changing:
+    """``with`` a change: published at the end of the block, or abandoned. See ``MachineState.change``."""
+
+    __slots__ = ("_change", "_since", "_slots", "_state")
+
+    def __init__(self, state: MachineState, since: State | None, slots: SlotMap | None) -> None:
+        self._state, self._since, self._slots = state, since, slots
+
+    def __enter__(self) -> Change:
+        self._change = self._state.open(self._since, self._slots)
+        return self._change
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            self._state.publish(self._change)
+        else:
+            self._state.abandon(self._change)
+
+
 class MachineState:
     """The state of one machine: what is published, and the one change that may be under way."""
 
@@ -74,17 +92,10 @@ class MachineState:
         self.current = current
         self.writer = threading.Lock()
 
-    @contextmanager
-    def change(self, since: State | None = None, slots: SlotMap | None = None) -> Iterator[Change]:
+    def change(self, since: State | None = None, slots: SlotMap | None = None) -> Changing:
         """A change, published when the block ends well. ``since`` is the state that its input was checked against,
         ``slots`` are the memory slots from now on. Raises Busy when another change is under way, or came first."""
-        change = self.open(since, slots)
-        try:
-            yield change
-        except BaseException:
-            self.abandon(change)
-            raise
-        self.publish(change)
+        return Changing(self, since, slots)
 
     def open(self, since: State | None = None, slots: SlotMap | None = None) -> Change:
         """Begin a change; whoever does ends it with ``publish`` or ``abandon``."""

@@ -266,14 +266,18 @@ class Entry:
         """What stores a group. Raises NotFound or StoreUnavailable if the machine is gone."""
         if self.gone:
             raise self.absence()
-        repository, before, hooks = self.repository, self.record(), group.hooks
+        repository, hooks = self.repository, group.hooks
         if group.deletes:
-            return lambda: repository.delete(before, hooks)
+            return lambda: repository.delete(self.record(), hooks)
         traces, dropped = self.traces.coming()
         log, next_event = self.events.coming()
-        after = self.record(self.revision + group.changes, next_event)
-        machines = (group.before, group.machine)
-        return lambda: repository.commit(before, after, machines, traces, dropped, log, hooks)
+
+        def commit() -> Awaitable[None]:
+            before, after = self.record(), self.record(self.revision + group.changes, next_event)
+            machines = (group.before, group.machine)
+            return repository.commit(before, after, machines, traces, dropped, log, hooks)
+
+        return commit
 
     def _over(self, group: Group, error: BaseException | None) -> None:
         """The transaction has ended: show what was committed, or leave the machine as it was before."""

@@ -44,6 +44,8 @@ _WAKE = 128
 
 Load = Callable[[int, int, str, int], Awaitable[list[EventRecord]]]
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
 
 @dataclass(slots=True)
 class LogStats:
@@ -104,11 +106,15 @@ class EventLog:
     def stage(self, others: Iterable[Note] = ()) -> None:
         """One more change of the next commit: what was noted since the one before, and ``others`` after that."""
         notes = (*self._notes, *others)
+        if not notes:
+            return
         self._notes.clear()
-        now = stamp() if notes else ""
+        now = stamp()
+        next_id = self._next_staged
         for note in notes:
-            body = json.dumps(note.detail, separators=(",", ":"))
-            self._coming.append(EventRecord(self._next_staged, note.count, now, note.kind, body, note.trace))
+            body = _encode(note.detail)
+            self._coming.append(EventRecord(next_id, note.count, now, note.kind, body, note.trace))
+            next_id += note.count
 
     @property
     def _next_staged(self) -> int:

@@ -148,6 +148,10 @@ def _tags(machine: VirtualMachine, gfn: int, npages: int) -> list[str]:
     return tags
 
 
+def _tag_of(machine: VirtualMachine, gfn: int, npages: int, media: str) -> str:
+    return _tag(media, "effective", gfn, machine.subpages(gfn, npages))
+
+
 def _window(machine: VirtualMachine, gfn: int, npages: int, layer: str, media: str) -> tuple[bytes, str]:
     words = machine.subpages(gfn, npages, layer)
     content = words.astype("<u4", copy=False).tobytes() if media == OCTETS else bitmaps.window_json(gfn, words)
@@ -237,7 +241,7 @@ async def put_subpages(request: Request) -> Response:
         ranges = [SubpageRange(gfn, npages, words)]
         await maybe_in_thread(small, machine.set_subpages, ranges)
         entry.events.note("subpages", subpages_set(ranges))
-        _, tag = await maybe_in_thread(small, _window, machine, gfn, npages, "effective", media)
+        tag = await maybe_in_thread(small, _tag_of, machine, gfn, npages, media)
     return Response(status_code=204, headers={"ETag": tag})
 
 
