@@ -263,9 +263,13 @@ class FrameStore:
 
 
 class Draft:
-    """A change under way: ``machine`` is what its kernels read and write."""
+    """A change under way: ``machine`` is what its kernels read and write.
 
-    def __init__(self, store: FrameStore, slots: NDArray[np.int64]) -> None:
+    One that ``executes`` no access shares its fast path with all others of its kind: it is empty, and what such a
+    change does to it is to empty it.
+    """
+
+    def __init__(self, store: FrameStore, slots: NDArray[np.int64], *, executes: bool = True) -> None:
         store.reclaim()
         base = store.published.machine
         self.store = store
@@ -280,7 +284,7 @@ class Draft:
             spare=_copy(store.spare),
             top=np.array([base.top[TOP_FREE], len(store.spare)], dtype=np.int64),
             slots=slots,
-            cache=_copy(_EMPTY_CACHE),
+            cache=_copy(_EMPTY_CACHE) if executes else _EMPTY_CACHE,
             tlb=base.tlb.copy(),
             queues=base.queues.copy(),
             places=_copy(_NO_PLACES),

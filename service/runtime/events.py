@@ -7,12 +7,13 @@ them. Rows are made durable with the change that they tell of; what is read is w
 from __future__ import annotations
 
 import asyncio
-import json
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
+
+import msgspec
 
 from service.platform.stamps import stamp
 from service.storage.records import EventRecord, LogChange, LogPruning
@@ -43,8 +44,6 @@ _TAIL = 64
 _WAKE = 128
 
 Load = Callable[[int, int, str, int], Awaitable[list[EventRecord]]]
-
-_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(slots=True)
@@ -112,7 +111,7 @@ class EventLog:
         now = stamp()
         next_id = self._next_staged
         for note in notes:
-            body = _encode(note.detail)
+            body = msgspec.json.encode(note.detail).decode()
             self._coming.append(EventRecord(next_id, note.count, now, note.kind, body, note.trace))
             next_id += note.count
 

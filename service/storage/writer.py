@@ -172,14 +172,11 @@ class StoreWriter:
             group = self._next_group()
             if not group and self._stopping:
                 return
-            try:
-                with connection.begin():
-                    self._lease.check(connection)
-            except (LeaseLost, SQLAlchemyError):
-                self._fail(group, StoreUnavailable(_NOT_OWNED))
-                raise
             if group:
                 self._commit(connection, group)
+            else:
+                with connection.begin():
+                    self._lease.check(connection)
 
     def _next_group(self) -> list[_Job]:
         with self._changed:
@@ -194,6 +191,7 @@ class StoreWriter:
             replays = sum(len(job.change.traces) for job in group)
             logger.debug("writing %d changes with %d replays", len(group), replays)
             connection.begin()
+            self._lease.check(connection)
             if rows.epoch_of(connection) != self._epoch:
                 raise LeaseLost
             for job in group:
