@@ -261,6 +261,8 @@ class Entry:
             error = fault
         # Nothing is awaited between the commit and what shows it.
         self._over(group, error)
+        if error is not None and not isinstance(error, Exception):
+            raise error
 
     def _store_of(self, group: Group) -> Callable[[], Awaitable[None]]:
         """What stores a group. Raises NotFound or StoreUnavailable if the machine is gone."""
