@@ -148,8 +148,10 @@ def _tags(machine: VirtualMachine, gfn: int, npages: int) -> list[str]:
     return tags
 
 
-def _tag_of(machine: VirtualMachine, gfn: int, npages: int, media: str) -> str:
-    return _tag(media, "effective", gfn, machine.subpages(gfn, npages))
+def _set_window(machine: VirtualMachine, wanted: SubpageRange, media: str) -> str:
+    """Set the window, and the tag that it has then."""
+    machine.set_subpages([wanted])
+    return _tag(media, "effective", wanted.gfn, machine.subpages(wanted.gfn, wanted.npages))
 
 
 def _window(machine: VirtualMachine, gfn: int, npages: int, layer: str, media: str) -> tuple[bytes, str]:
@@ -238,10 +240,9 @@ async def put_subpages(request: Request) -> Response:
     words = await maybe_in_thread(small, _parse_window, media, content, npages, settings)
     async with changing(request, entry, joins=small) as machine:
         guard(request, entry, lambda: _tags(machine, gfn, npages))
-        ranges = [SubpageRange(gfn, npages, words)]
-        await maybe_in_thread(small, machine.set_subpages, ranges)
-        entry.events.note("subpages", subpages_set(ranges))
-        tag = await maybe_in_thread(small, _tag_of, machine, gfn, npages, media)
+        wanted = SubpageRange(gfn, npages, words)
+        tag = await maybe_in_thread(small, _set_window, machine, wanted, media)
+        entry.events.note("subpages", subpages_set([wanted]))
     return Response(status_code=204, headers={"ETag": tag})
 
 
