@@ -7,8 +7,7 @@ publishes its whole effect or leaves the machine as it was.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -53,17 +52,36 @@ class State:
 class Change(Draft):
     """A change under way: frames as a draft has them, and beside them what else will be published."""
 
-    def __init__(self, store: FrameStore, state: State, slots: SlotMap | None = None) -> None:
+    def __init__(self, store: FrameStore, state: State, slots: SlotMap | None = None, *, executes: bool = True) -> None:
         self.config = state.config
         self.slots = state.slots if slots is None else slots
         self.protections = state.protections
         self.nested = state.nested
-        super().__init__(store, self.slots.table)
+        super().__init__(store, self.slots.table, executes=executes)
 
     def follow_modes(self) -> None:
         """Put every vCPU in the address space that it is to be in."""
         place = self.config.vcpu_position
         address_spaces.follow(self, (place(vcpu) for vcpu, item in self.nested.vcpus.items() if item.smm))
+
+
+class Changing:
+    """``with`` a change: published at the end of the block, or abandoned. See ``MachineState.change``."""
+
+    __slots__ = ("_change", "_executes", "_since", "_slots", "_state")
+
+    def __init__(self, state: MachineState, since: State | None, slots: SlotMap | None, executes: bool) -> None:
+        self._state, self._since, self._slots, self._executes = state, since, slots, executes
+
+    def __enter__(self) -> Change:
+        self._change = self._state.open(self._since, self._slots, executes=self._executes)
+        return self._change
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            self._state.publish(self._change)
+        else:
+            self._state.abandon(self._change)
 
 
 class MachineState:
@@ -74,26 +92,20 @@ class MachineState:
         self.current = current
         self.writer = threading.Lock()
 
-    @contextmanager
-    def change(self, since: State | None = None, slots: SlotMap | None = None) -> Iterator[Change]:
+    def change(self, since: State | None = None, slots: SlotMap | None = None, *, executes: bool = True) -> Changing:
         """A change, published when the block ends well. ``since`` is the state that its input was checked against,
-        ``slots`` are the memory slots from now on. Raises Busy when another change is under way, or came first."""
-        change = self.open(since, slots)
-        try:
-            yield change
-        except BaseException:
-            self.abandon(change)
-            raise
-        self.publish(change)
+        ``slots`` are the memory slots from now on; ``executes`` as a draft has it. Raises Busy when another change is
+        under way, or came first."""
+        return Changing(self, since, slots, executes)
 
-    def open(self, since: State | None = None, slots: SlotMap | None = None) -> Change:
+    def open(self, since: State | None = None, slots: SlotMap | None = None, *, executes: bool = True) -> Change:
         """Begin a change; whoever does ends it with ``publish`` or ``abandon``."""
         self._acquire()
         try:
             if since is not None and since is not self.current:
                 raise Busy("another change of this machine came first")
             self._own()
-            change = Change(self.store, self.current, slots)
+            change = Change(self.store, self.current, slots, executes=executes)
             if address_spaces.has_smm_slots(change.machine):
                 change.follow_modes()  # those of a machine that an earlier release stored
             _choose_path(change)

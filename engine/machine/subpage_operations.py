@@ -82,7 +82,7 @@ class Subpages(Operations):
         _check_active(now)
         for item in ranges:
             _check_range(now.snapshot.machine, now.config.maxphyaddr, item)
-        with self._state.change(since=now) as change:
+        with self._state.change(since=now, executes=False) as change:
             for item in ranges:
                 _set_range(change, item)
 

@@ -296,6 +296,12 @@ class VirtualMachine:
         LimitExceeded, nothing is changed."""
         self.state.store.limit = most
 
+    @property
+    def growth_is_near(self) -> bool:
+        """Whether another successor would have to copy many frames to get room: states that are kept take rows until
+        nobody shows them."""
+        return self.state.store.growth_is_near
+
     def successor(self) -> VirtualMachine:
         """A machine that goes on from this state and takes the changes; this one shows its state for good.
 

@@ -34,8 +34,9 @@ _NO_PLACES = np.full(frames.MOST_PAGES, frames.NO_PLACE, dtype=np.int64)
 T = TypeVar("T", bound=np.generic)
 
 
-# Rows that are copied at one time when a store gets its own.
+# Rows that are copied at one time when a store gets its own, and those that take a millisecond.
 _COPIED_ROWS = 1 << 12
+_COPIED_QUICKLY = 1 << 10
 
 
 class Loan:
@@ -167,6 +168,12 @@ class FrameStore:
         self.spare = np.flatnonzero(~loan.shown)[::-1]
         self.published = Snapshot(machine.replaced(rows=rows))
 
+    @property
+    def growth_is_near(self) -> bool:
+        """Whether a change would have to copy rows, more than a millisecond's, because few are spare."""
+        machine = self.published.machine
+        return len(machine.rows) > _COPIED_QUICKLY and len(self.spare) < int(machine.caps[CAP_RESERVE])
+
     def begin(self, slots: NDArray[np.int64]) -> Draft:
         """A change on top of the published state."""
         return Draft(self, slots)
@@ -257,9 +264,13 @@ class FrameStore:
 
 
 class Draft:
-    """A change under way: ``machine`` is what its kernels read and write."""
+    """A change under way: ``machine`` is what its kernels read and write.
 
-    def __init__(self, store: FrameStore, slots: NDArray[np.int64]) -> None:
+    One that ``executes`` no access shares its fast path with all others of its kind: it is empty, and what such a
+    change does to it is to empty it.
+    """
+
+    def __init__(self, store: FrameStore, slots: NDArray[np.int64], *, executes: bool = True) -> None:
         store.reclaim()
         base = store.published.machine
         self.store = store
@@ -274,7 +285,7 @@ class Draft:
             spare=_copy(store.spare),
             top=np.array([base.top[TOP_FREE], len(store.spare)], dtype=np.int64),
             slots=slots,
-            cache=_copy(_EMPTY_CACHE),
+            cache=_copy(_EMPTY_CACHE) if executes else _EMPTY_CACHE,
             tlb=base.tlb.copy(),
             queues=base.queues.copy(),
             places=_copy(_NO_PLACES),

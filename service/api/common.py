@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable
+from types import TracebackType
 from typing import Annotated, Any, cast
 
 import msgspec
@@ -188,16 +188,39 @@ def guard(request: Request, entry: Entry, current: Callable[[], Iterable[str]]) 
     conditional.require_match(request, current, required=entry.require_match)
 
 
-@asynccontextmanager
-async def changing(request: Request, entry: Entry) -> AsyncIterator[VirtualMachine]:
-    """The machine, held for one mutation that ``request`` makes; see ``Entry.mutation``."""
-    async with entry.mutation(hooks_of(request)) as change:
-        yield change.machine
+class changing:  # noqa: N801 - it reads as the function that it could be, which would take twice the time
+    """``async with changing(request, entry) as machine``: held for one mutation that ``request`` makes; see
+    ``Entry.mutation``."""
+
+    __slots__ = ("_mutation",)
+
+    def __init__(self, request: Request, entry: Entry, *, joins: bool = False) -> None:
+        self._mutation = entry.mutation(hooks_of(request), joins=joins)
+
+    async def __aenter__(self) -> VirtualMachine:
+        return (await self._mutation.__aenter__()).machine
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._mutation.__aexit__(kind, error, trace)
+        finally:
+            del error, trace
 
 
 def vm_tag(entry: Entry | Listed) -> str:
     """The entity tag of a machine as it is: every committed change counts its revision up."""
-    return entity_tag(f"{entry.id} {entry.created.isoformat()} {entry.revision} {__version__}".encode())
+    return _vm_tag(entry, entry.revision)
+
+
+def held_tag(entry: Entry) -> str:
+    """The same of the state that a mutation changes, which others of its group may have changed before it."""
+    return _vm_tag(entry, entry.held_revision)
+
+
+def _vm_tag(entry: Entry | Listed, revision: int) -> str:
+    return entity_tag(f"{entry.id} {entry.created.isoformat()} {revision} {__version__}".encode())
 
 
 def encode(document: BaseModel | Any) -> bytes:
@@ -238,9 +261,9 @@ async def changed(
 ) -> Response:
     """Change a resource of a machine as one mutation, if If-Match allows it; replies as ``tagged`` with what it is now.
 
-    ``shown`` reads the representation that GET of the resource has.
+    ``shown`` reads the representation that GET of the resource has; ``change`` takes well under a millisecond.
     """
-    async with changing(request, entry) as machine:
+    async with changing(request, entry, joins=True) as machine:
         guard(request, entry, lambda: [tag_of(shown(machine))])
         change(machine)
     return tagged(request, shown(machine))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar, cast
+from urllib.parse import parse_qsl
 
 from fastapi import APIRouter
 from fastapi._compat import ModelField
@@ -14,7 +15,7 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.http.admission import gated
 from service.http.handlers import refused
@@ -48,7 +49,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def reads_query(endpoint: F) -> F:
-    """Mark an endpoint that reads its query with ``parse_query``, which is as strict and four times as fast."""
+    """Mark an endpoint that takes its request alone: it reads the query with ``parse_query``, which is as strict and
+    four times as fast, and its body itself. Nothing is left to do for the framework."""
     endpoint.reads_query = True  # type: ignore[attr-defined]
     return endpoint
 
@@ -65,9 +67,11 @@ def permission(needed: Permission) -> Callable[[F], F]:
 
 def query_members(request: HTTPConnection) -> dict[str, str]:
     """The query by name. Raises InvalidDocument for more than a call can have, unread, and for a name given twice."""
-    if request.scope["query_string"].count(b"&") >= _MOST_PARAMETERS:
+    query: bytes = request.scope["query_string"]
+    if query.count(b"&") >= _MOST_PARAMETERS:
         raise InvalidDocument(f"must be at most {_MOST_PARAMETERS} parameters", field="query")
-    given = request.query_params.multi_items()
+    # As the framework does, which makes two more containers of it.
+    given = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
     members = dict(given)
     if len(members) < len(given):
         repeated = next(name for name, count in Counter(name for name, _ in given).items() if count > 1)
@@ -125,6 +129,16 @@ def _with_document(handler: Handler, field: ModelField | None) -> Handler:
     return reading
 
 
+def _direct(endpoint: Handler) -> ASGIApp:
+    """An endpoint that takes its request alone."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        response = await endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+    return app
+
+
 def _plain_integers(fields: Sequence[ModelField]) -> frozenset[str]:
     """The parameters that are integers to the framework, and have no parser of ours."""
     return frozenset(
@@ -153,12 +167,11 @@ class StrictRoute(APIRoute):
         self.permission = getattr(endpoint, "permission", None)
         self.offers = _offers(self.responses)
         self.chooses = len(self.offers) > 1 or 204 in self.responses
-        self.app = gated(self, self.app)
+        direct = getattr(endpoint, "reads_query", False)
+        self.app = gated(self, _direct(endpoint) if direct else self.app)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = _with_document(super().get_route_handler(), self.body_field)
-        if getattr(self.endpoint, "reads_query", False):
-            return handler
         known = frozenset(field.alias for field in self.dependant.query_params)
         counts = _plain_integers(self.dependant.query_params)
         numbered = _plain_integers(self.dependant.path_params)

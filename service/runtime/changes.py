@@ -47,7 +47,8 @@ def changes_of(before: VirtualMachine, after: VirtualMachine) -> Iterator[Note]:
         yield from _slots(before.memory_slots.known, after.memory_slots.known)
     if not before.spp_active and after.spp_active:
         yield Note("lifecycle", {"change": "spp-enabled"})
-    if after.protections() != before.protections():
+    same = after.state.current.protections is before.state.current.protections  # as after nearly every change
+    if not same and after.protections() != before.protections():
         yield from _protections(before.protections(), after.protections())
 
 

@@ -7,12 +7,13 @@ them. Rows are made durable with the change that they tell of; what is read is w
 from __future__ import annotations
 
 import asyncio
-import json
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
+
+import msgspec
 
 from service.platform.stamps import stamp
 from service.storage.records import EventRecord, LogChange, LogPruning
@@ -97,25 +98,37 @@ class EventLog:
         """Add an event with the machine's next commit."""
         self._notes.append(Note(kind, detail))
 
-    def coming(self, others: Iterable[Note] = ()) -> tuple[LogChange, int]:
-        """What the next commit stores, ``others`` after what was noted; and the id that the next event gets then."""
-        next_id = self.next_id
-        self._coming = []
+    def forget(self) -> None:
+        """What was noted last is no event: its change was refused."""
+        self._notes.clear()
+
+    def stage(self, others: Iterable[Note] = ()) -> None:
+        """One more change of the next commit: what was noted since the one before, and ``others`` after that."""
         notes = (*self._notes, *others)
-        now = stamp() if notes else ""
+        if not notes:
+            return
+        self._notes.clear()
+        now = stamp()
+        next_id = self._next_staged
         for note in notes:
-            body = json.dumps(note.detail, separators=(",", ":"))
+            body = msgspec.json.encode(note.detail).decode()
             self._coming.append(EventRecord(next_id, note.count, now, note.kind, body, note.trace))
             next_id += note.count
+
+    @property
+    def _next_staged(self) -> int:
+        return self._coming[-1].first + self._coming[-1].count if self._coming else self.next_id
+
+    def coming(self) -> tuple[LogChange, int]:
+        """What the next commit stores, and the id that the next event gets then."""
         pruning = None
         if self._coming and self._unpruned + len(self._coming) >= self._prune_every:
             pruning = LogPruning(self._kept, self.since())
-        return LogChange(self._coming, pruning), next_id
+        return LogChange(self._coming, pruning), self._next_staged
 
     def settle(self) -> None:
         """The commit has been made."""
         added, self._coming = self._coming, []
-        self._notes.clear()
         if not added:
             return
         self._unpruned += len(added)

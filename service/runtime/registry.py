@@ -209,7 +209,8 @@ class Registry:
             self._sequence += 1
             now = max(datetime.now(UTC), self._latest.get(tenant, _EPOCH) + _TICK)
             entry = self._entry(f"vm_{secrets.token_hex(8)}", self._sequence, now, 1, tenant)
-            log, next_event = entry.events.coming([created(machine, origin)])
+            entry.events.stage([created(machine, origin)])
+            log, next_event = entry.events.coming()
             await self.repository.create(entry.record(next_event=next_event), machine, log, hooks)
         except LimitExceeded as error:
             if room.is_refusal(error):

@@ -245,6 +245,8 @@ class TraceStore:
     def coming(self) -> tuple[list[Trace], list[str]]:
         """What the next commit stores: the traces handed in, and the ids of those that have to go for them, of which
         none is running."""
+        if not self._traces and not self._coming:
+            return [], []
         again = {trace.id for trace in self._coming}
         left = [*(trace for trace in self._traces.values() if trace.id not in again), *self._coming]
         records, count = sum(trace.exit_records for trace in left), len(left)

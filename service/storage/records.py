@@ -158,3 +158,8 @@ class Change:
     dropped: Sequence[str] = ()
     log: LogChange = LogChange()
     sides: Sequence[Side] = ()
+
+    @property
+    def count(self) -> int:
+        """How many changes of a machine these are: each of them counts its revision up."""
+        return 1 if self.before is None or self.after is None else self.after.revision - self.before

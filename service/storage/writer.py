@@ -172,14 +172,11 @@ class StoreWriter:
             group = self._next_group()
             if not group and self._stopping:
                 return
-            try:
-                with connection.begin():
-                    self._lease.check(connection)
-            except (LeaseLost, SQLAlchemyError):
-                self._fail(group, StoreUnavailable(_NOT_OWNED))
-                raise
             if group:
                 self._commit(connection, group)
+            else:
+                with connection.begin():
+                    self._lease.check(connection)
 
     def _next_group(self) -> list[_Job]:
         with self._changed:
@@ -189,11 +186,12 @@ class StoreWriter:
 
     def _commit(self, connection: sa.Connection, group: Sequence[_Job]) -> None:
         """Store the changes of a group together, or one by one when they cannot be."""
-        meter = Meter(len(group))
+        meter = Meter(sum(job.change.count for job in group))
         try:
             replays = sum(len(job.change.traces) for job in group)
             logger.debug("writing %d changes with %d replays", len(group), replays)
             connection.begin()
+            self._lease.check(connection)
             if rows.epoch_of(connection) != self._epoch:
                 raise LeaseLost
             for job in group:

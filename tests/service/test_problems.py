@@ -281,12 +281,12 @@ def test_busy() -> None:
     with running(Settings(warm_up=False, busy_timeout=0.05)) as slow:
         home = slow.client.post("/v1/vms", json={"spp": True}).headers["Location"]
         entry = slow.app.state.registry.get(home.rpartition("/")[2])
-        entry.lock._lock._locked = True
+        entry.lock.held = True
         assert slow.client.get(home).status_code == 200
         reply = slow.client.put(f"{home}/spp", json={"active": True})
         assert reply.status_code == 409 and reply.headers["Retry-After"] == "1"
         is_problem(reply, "vm-busy")
-        entry.lock._lock._locked = False
+        entry.lock.held = False
         assert slow.client.put(f"{home}/spp", json={"active": True}).status_code == 200
 
 

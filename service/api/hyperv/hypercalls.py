@@ -390,7 +390,7 @@ async def execute_hypercall(
             if value is not None:
                 raise InvalidDocument("must be a member of registers when the body is JSON", field=name, value=value)
         wanted = (await parse(Hypercall, content, settings_of(request))).request()
-    async with changing(request, entry) as machine:
+    async with changing(request, entry, joins=True) as machine:
         report = machine.hyperv.hypercall(n, wanted)
         entry.events.note("flush", _event(n, report))
     return json_response(report_document(report))

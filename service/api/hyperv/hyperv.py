@@ -239,7 +239,7 @@ async def get_flush_queue(request: Request, vm: VmId, n: VcpuId) -> Response:
     ),
 )
 async def service_flush_queue(request: Request, vm: VmId, n: VcpuId, body: ServiceRequest) -> Response:
-    async with changing(request, find(request, vm)) as machine:
+    async with changing(request, find(request, vm), joins=True) as machine:
         machine.hyperv.service(n, full=body.full)
     return json_response(_queue(machine, n))
 
@@ -353,7 +353,7 @@ async def put_vp_assist_page(request: Request, vm: VmId, n: VcpuId) -> Response:
     media = content_type(request, _OFFERS)
     content = await request.body()
     data = VP_ASSIST.encode(parse_document(content)) if media == JSON else content
-    async with changing(request, entry) as machine:
+    async with changing(request, entry, joins=True) as machine:
         page = machine.hyperv.vp_assist_page(n)
         guard(request, entry, lambda: [_assist_tag(page, known, "correct") for known in _OFFERS])
         machine.hyperv.set_vp_assist_page(n, data)

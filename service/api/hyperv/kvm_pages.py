@@ -85,7 +85,7 @@ def _assist(machine: VirtualMachine, n: int) -> dict[str, Any]:
     responses=documented({200: {"model": VpAssistPage, "description": "KVM's page on that CPU now."}}, *CHANGE),
 )
 async def load_on_cpu(request: Request, vm: VmId, n: VcpuId, body: LoadRequest) -> Response:
-    async with changing(request, find(request, vm)) as machine:
+    async with changing(request, find(request, vm), joins=True) as machine:
         machine.hyperv.load_on_cpu(n, n if body.vcpu is None else body.vcpu)
     return json_response(_assist(machine, n))
 
@@ -101,6 +101,6 @@ async def load_on_cpu(request: Request, vm: VmId, n: VcpuId, body: LoadRequest) 
     responses=documented({200: {"model": VpAssistPage, "description": "KVM's page on that CPU now."}}, *CHANGE),
 )
 async def leave_cpu(request: Request, vm: VmId, n: VcpuId) -> Response:
-    async with changing(request, find(request, vm)) as machine:
+    async with changing(request, find(request, vm), joins=True) as machine:
         machine.hyperv.leave_cpu(n)
     return json_response(_assist(machine, n))

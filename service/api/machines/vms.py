@@ -23,6 +23,7 @@ from service.api.common import (
     find,
     guard,
     headers,
+    held_tag,
     registry_of,
     router,
     settings_of,
@@ -402,6 +403,6 @@ async def get_vm(request: Request, vm: VmId) -> Response:
 async def delete_vm(request: Request, vm: VmId) -> Response:
     entry = find(request, vm)
     async with entry.mutation(hooks_of(request)) as change:
-        guard(request, entry, lambda: [vm_tag(entry)])
+        guard(request, entry, lambda: [held_tag(entry)])
         change.deletes = True
     return Response(status_code=204)

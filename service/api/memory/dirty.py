@@ -21,10 +21,10 @@ from service.api.common import (
     documented,
     find,
     guard,
+    held_tag,
     json_response,
     router,
     settings_of,
-    vm_tag,
 )
 from service.http import cursors
 from service.http.wire_types import Document, Hex32, Hex64, PageNumber, examples
@@ -259,7 +259,7 @@ async def get_dirty(
 async def put_dirty(request: Request, vm: VmId, body: TrackingRequest) -> Response:
     entry = find(request, vm)
     async with changing(request, entry) as machine:
-        guard(request, entry, lambda: [vm_tag(entry)])
+        guard(request, entry, lambda: [held_tag(entry)])
         now = await maybe_in_thread(_small(entry), machine.dirty.track, body.tracking, body.method)
     return json_response({"tracking": now.tracking, "method": now.method})
 

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.machine import VirtualMachine
-from service.api.common import guard, json_response, replaying_of, settings_of, vm_tag
+from service.api.common import guard, held_tag, json_response, replaying_of, settings_of
 from service.http.idempotency import hooks_of
 from service.http.negotiation import JSON, preferred
 from service.http.wire_types import Document, Hex64, examples
@@ -88,7 +88,7 @@ async def put_image(request: Request, entry: Entry, format: ImageFormat, gpa: in
     preferred(request, (JSON,))
 
     def check(machine: VirtualMachine) -> None:
-        guard(request, entry, lambda: [vm_tag(entry)])
+        guard(request, entry, lambda: [held_tag(entry)])
 
     replaying, settings = replaying_of(request), settings_of(request)
     found = await load_image(entry, request, format, gpa, replaying, settings, hooks_of(request), check)

@@ -129,7 +129,8 @@ async def write_memory(
         raise InvalidDocument(f"must be the length of the body, {len(content)}", field="size", value=size)
     if not content:
         raise InvalidDocument("must not be empty", field="body")
-    async with changing(request, entry) as machine:
+    small = _small(entry.machine, len(content))
+    async with changing(request, entry, joins=small) as machine:
         guard(request, entry, lambda: [_tag(machine.read_memory(gpa, len(content)), gpa)])
         await maybe_in_thread(_small(machine, len(content)), machine.write_memory, gpa, content)
     return Response(status_code=204, headers={"ETag": _tag(content, gpa)})

@@ -267,7 +267,7 @@ async def put_memory_slot(
     if address_space not in (None, space):
         raise InvalidDocument("must be that of the query", field="address_space", value=space)
     backing = await body.attached(request)
-    async with changing(request, entry) as machine:
+    async with changing(request, entry, joins=True) as machine:
         guard(request, entry, lambda: _tags(machine, slot, space))
         known = machine.memory_slots.find(slot, space or 0)
         if known is None:
@@ -293,7 +293,7 @@ async def put_memory_slot(
 )
 async def delete_memory_slot(request: Request, vm: VmId, slot: SlotId, address_space: AddressSpace = None) -> Response:
     entry = find(request, vm)
-    async with changing(request, entry) as machine:
+    async with changing(request, entry, joins=True) as machine:
         if _find(machine, slot, address_space) is None:
             raise _unknown(slot)
         guard(request, entry, lambda: _tags(machine, slot, address_space))

@@ -179,7 +179,7 @@ async def put_nested_state(request: Request, vm: VmId, n: VcpuId) -> Response:
     entry = find(request, vm)
     blob = await _blob(request)
     media = content_type(request, _OFFERS)
-    async with changing(request, entry) as machine:
+    async with changing(request, entry, joins=True) as machine:
         guard(request, entry, lambda: [_tag(machine.nested.state(n), known) for known in _OFFERS])
         result = machine.nested.set_state(n, blob, explain=True)
         if not result.returns or not _keeps(result.check):
@@ -243,6 +243,6 @@ async def explain_nested_state(request: Request, vm: VmId, n: VcpuId) -> Respons
     ),
 )
 async def prepare_run(request: Request, vm: VmId, n: VcpuId) -> Response:
-    async with changing(request, find(request, vm)) as machine:
+    async with changing(request, find(request, vm), joins=True) as machine:
         outcome = machine.nested.prepare_run(n)
     return json_response({"exit": outcome.exit, "suberror": outcome.suberror})

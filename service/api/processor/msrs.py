@@ -16,9 +16,9 @@ from service.api.common import (
     documented,
     find,
     guard,
+    held_tag,
     json_response,
     router,
-    vm_tag,
 )
 from service.api.nested.nested_state import VcpuId
 from service.http.wire_types import Document, Hex32, Hex64, examples
@@ -145,8 +145,8 @@ async def put_msrs(request: Request, vm: VmId, n: VcpuId, body: MsrsRequest) -> 
     writes = [(item.index, item.value) for item in body.msrs]
     guest = body.by == "guest"
     entry = find(request, vm)
-    async with changing(request, entry) as machine:
-        guard(request, entry, lambda: [vm_tag(entry)])
+    async with changing(request, entry, joins=True) as machine:
+        guard(request, entry, lambda: [held_tag(entry)])
         done = machine.nested.write_msrs(n, writes, guest=guest)
     refused: Any = None
     if done.refused is not None:

@@ -261,7 +261,7 @@ async def execute_vmx(request: Request, vm: VmId, n: VcpuId, body: VmxRequest) -
     if wanted != (body.address is not None):
         rule = "is required" if wanted else "is an operand of vmxon, vmclear and vmptrld only"
         raise InvalidDocument(rule, field="address", value=body.address)
-    async with changing(request, find(request, vm)) as machine:
+    async with changing(request, find(request, vm), joins=True) as machine:
         outcome = machine.nested.execute(n, body.instruction, body.address or 0)
     told: dict[str, Any] = asdict(outcome)
     for name in ("exit_reason", "exit_qualification", "value"):

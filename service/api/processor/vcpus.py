@@ -293,7 +293,7 @@ async def put_vmcs(request: Request, vm: VmId, n: VcpuId, body: VmcsUpdate) -> R
     ),
 )
 async def enter_vm(request: Request, vm: VmId, n: VcpuId) -> Response:
-    async with changing(request, find(request, vm)) as machine:
+    async with changing(request, find(request, vm), joins=True) as machine:
         outcome = machine.vcpus.vm_entry(n)
     return json_response({"result": outcome.result, "vm_instruction_error": outcome.vm_instruction_error})
 
@@ -307,7 +307,7 @@ async def enter_vm(request: Request, vm: VmId, n: VcpuId) -> Response:
     ),
 )
 async def execute_invept(request: Request, vm: VmId, n: VcpuId, body: InveptRequest) -> Response:
-    async with changing(request, find(request, vm)) as machine:
+    async with changing(request, find(request, vm), joins=True) as machine:
         outcome = machine.vcpus.invept(n, body.type, body.eptp, place=body.place, cpl=body.cpl)
     return json_response(asdict(outcome))
 
@@ -321,7 +321,7 @@ async def execute_invept(request: Request, vm: VmId, n: VcpuId, body: InveptRequ
     ),
 )
 async def execute_invvpid(request: Request, vm: VmId, n: VcpuId, body: InvvpidRequest) -> Response:
-    async with changing(request, find(request, vm)) as machine:
+    async with changing(request, find(request, vm), joins=True) as machine:
         outcome = machine.vcpus.invvpid(
             n, body.type, body.reserved << 16 | body.vpid, body.linear_address, place=body.place, cpl=body.cpl
         )

@@ -18,9 +18,9 @@ from service.api.common import (
     documented,
     find,
     guard,
+    held_tag,
     json_response,
     router,
-    vm_tag,
 )
 from service.http.wire_types import Document, Hex32, Hex64, PageNumber, Rights, examples
 from service.problems import InvalidDocument, showable
@@ -171,9 +171,9 @@ async def get_page_access(
 async def patch_page_access(request: Request, vm: VmId, body: PageAccessPatch) -> Response:
     entry = find(request, vm)
     entries = [AccessChange(item.gfn, item.access, item.write_bitmap) for item in body.entries]
-    async with changing(request, entry) as machine:
-        guard(request, entry, lambda: [vm_tag(entry)])
-        small = len(entries) <= _INLINE_ENTRIES
+    small = len(entries) <= _INLINE_ENTRIES
+    async with changing(request, entry, joins=small) as machine:
+        guard(request, entry, lambda: [held_tag(entry)])
         results = await maybe_in_thread(small, machine.page_access.set, entries, body.mode)
         applied = [item.gfn for item in results if item.outcome == "applied"]
         if applied:

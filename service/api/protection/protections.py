@@ -173,7 +173,7 @@ async def create_protection(request: Request, vm: VmId, body: ProtectionRequest)
     ranges = await maybe_in_thread(few, named.given_pages)
     known = [item for item in objects if isinstance(item, ProtectedObject)]
     small = few and len(known) == len(objects) and _small([EngineProtection(body.name, tuple(known), ranges)])
-    async with changing(request, entry) as machine:
+    async with changing(request, entry, joins=small) as machine:
         protection = await maybe_in_thread(small, machine.protect, body.name, objects, ranges, body.about)
     location = f"/v1/vms/{entry.id}/protections/{protection.name}"
     shown = await maybe_in_thread(_small([protection]), Protection.of, protection)

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from fastapi import Query
 from pydantic import ConfigDict, FailFast, Field
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,11 +24,11 @@ from service.api.common import (
     find,
     guard,
     headers,
+    held_tag,
     octets_reply,
     router,
     settings_of,
     vm_parameter,
-    vm_tag,
 )
 from service.http import bitmaps, conditional
 from service.http.json_bodies import INLINE_BYTES, parsed
@@ -44,11 +43,6 @@ from service.settings import Settings
 routes = router("subpages", "/v1/vms/{vm}/subpages", reads="read", writes="write")
 
 Layer = Literal["effective", "set", "protected", "granted"]
-Gfn = Annotated[
-    Hex64, Query(description="Number of the first guest page: its address shifted right by 12.", examples=["0x2000"])
-]
-Pages = Annotated[Hex64, Query(description="Number of pages.", examples=["1"])]
-
 _OFFERS = (JSON, OCTETS)
 # Above this, rendering and parsing take longer than the event loop should be kept from others.
 _INLINE_PAGES = 4096
@@ -59,11 +53,16 @@ _MOST_RANGES = 1 << 16
 _WINDOW = {"gfn": "0x2000", "npages": 2, "access": ["0xffffffff", "0x8001ffff"]}
 
 
-class WindowQuery(Document):
-    """Which bitmaps to read."""
+class PlaceQuery(Document):
+    """Which bitmaps to set."""
 
     gfn: Hex64 = Field(description="Number of the first guest page: its address shifted right by 12.")
     npages: Hex64 = Field(1, description="Number of pages.")
+
+
+class WindowQuery(PlaceQuery):
+    """Which bitmaps to read."""
+
     layer: Layer = Field("effective", description="`effective` is SET AND (not protected OR granted).")
 
     def values(self) -> tuple[int, int, str]:
@@ -149,6 +148,12 @@ def _tags(machine: VirtualMachine, gfn: int, npages: int) -> list[str]:
     return tags
 
 
+def _set_window(machine: VirtualMachine, wanted: SubpageRange, media: str) -> str:
+    """Set the window, and the tag that it has then."""
+    machine.set_subpages([wanted])
+    return _tag(media, "effective", wanted.gfn, machine.subpages(wanted.gfn, wanted.npages))
+
+
 def _window(machine: VirtualMachine, gfn: int, npages: int, layer: str, media: str) -> tuple[bytes, str]:
     words = machine.subpages(gfn, npages, layer)
     content = words.astype("<u4", copy=False).tobytes() if media == OCTETS else bitmaps.window_json(gfn, words)
@@ -202,13 +207,14 @@ def _parse_window(media: str, content: bytes, npages: int, settings: Settings) -
     description="Replaces the SET bitmaps of the window, all or nothing. It never lifts a protection; it ends grants.",
     status_code=204,
     openapi_extra={
+        "parameters": [vm_parameter(), *query_parameters(PlaceQuery)],
         "requestBody": {
             "required": True,
             "content": {
                 JSON: {"schema": {"$ref": "#/components/schemas/SubpageWindowRequest"}},
                 OCTETS: BINARY,
             },
-        }
+        },
     },
     responses=documented(
         {
@@ -221,20 +227,22 @@ def _parse_window(media: str, content: bytes, npages: int, settings: Settings) -
         *GUARDED_CHANGE,
     ),
 )
-async def put_subpages(request: Request, vm: VmId, gfn: Gfn, npages: Pages = 1) -> Response:
-    entry = find(request, vm)
+@reads_query
+async def put_subpages(request: Request) -> Response:
+    entry = find(request, request.path_params["vm"])
+    place = parse_query(PlaceQuery, request)
+    gfn, npages = place.gfn, place.npages
     media = content_type(request, _OFFERS)
     settings = settings_of(request)
     _check_window(gfn, npages, settings.max_subpage_window)
     content = await request.body()
     small = npages <= _INLINE_PAGES and len(content) <= INLINE_BYTES
     words = await maybe_in_thread(small, _parse_window, media, content, npages, settings)
-    async with changing(request, entry) as machine:
+    async with changing(request, entry, joins=small) as machine:
         guard(request, entry, lambda: _tags(machine, gfn, npages))
-        ranges = [SubpageRange(gfn, npages, words)]
-        await maybe_in_thread(small, machine.set_subpages, ranges)
-        entry.events.note("subpages", subpages_set(ranges))
-        _, tag = await maybe_in_thread(small, _window, machine, gfn, npages, "effective", media)
+        wanted = SubpageRange(gfn, npages, words)
+        tag = await maybe_in_thread(small, _set_window, machine, wanted, media)
+        entry.events.note("subpages", subpages_set([wanted]))
     return Response(status_code=204, headers={"ETag": tag})
 
 
@@ -290,8 +298,8 @@ async def patch_subpages(request: Request, vm: VmId) -> Response:
     small = len(content) <= INLINE_BYTES
     ranges = await maybe_in_thread(small, _parse_patch, content, settings_of(request))
     small = small and sum(change.npages for change in ranges) <= _INLINE_PAGES
-    async with changing(request, entry) as machine:
-        guard(request, entry, lambda: [vm_tag(entry)])
+    async with changing(request, entry, joins=small) as machine:
+        guard(request, entry, lambda: [held_tag(entry)])
         await maybe_in_thread(small, machine.set_subpages, ranges)
         entry.events.note("subpages", subpages_set(ranges))
     return Response(status_code=204)

@@ -122,7 +122,7 @@ def _entry_routes(structure: Structure) -> None:
     )
     async def put_entry(request: Request, vm: VmId, level: Level, gpa: Gpa, body: RawEntry) -> Response:
         entry = find(request, vm)
-        async with changing(request, entry) as machine:
+        async with changing(request, entry, joins=True) as machine:
             guard(request, entry, lambda: [tag_of(structure.shown(structure.read(machine.tables, level, gpa)))])
             # Not read again: an entry may change what the walk to it goes through.
             stored = structure.store(machine.tables, level, gpa, body.raw)
@@ -148,6 +148,6 @@ for _structure in STRUCTURES:
 )
 async def create_table_frame(request: Request, vm: VmId) -> Response:
     entry = find(request, vm)
-    async with changing(request, entry) as machine:
+    async with changing(request, entry, joins=True) as machine:
         address = machine.tables.new_frame()
     return json_response(TableFrame(address=address), status=201)

@@ -284,7 +284,7 @@ async def _machine_call(
     if not IOCTLS.changes(entry.machine, level, name):
         target = Target(config.profile, config.host, entry.machine, vcpu)
         return incoming.answer(IOCTLS.perform(target, incoming.call))
-    async with changing(request, entry) as machine:
+    async with changing(request, entry, joins=True) as machine:
         begins = incoming.call.user.copy_from(0, 16) or b""
         reply = IOCTLS.perform(Target(config.profile, config.host, machine, vcpu), incoming.call)
         told = of_ioctl(name, vcpu, begins, reply.returns, reply.errno)

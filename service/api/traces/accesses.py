@@ -226,8 +226,8 @@ async def execute_access(request: Request, vm: VmId, body: SingleAccess) -> Resp
         asker = asker_of(request, entry, traced=False)
         outcome = await while_connected(request, asking.access(entry, wanted, asker, hooks_of(request), _note))
     else:
-        async with changing(request, entry) as machine:
-            # The guest's page tables may be in a file, and that on a disk.
+        # The guest's page tables may be in a file, and that on a disk.
+        async with changing(request, entry, joins=not entry.machine.memory_slots.known.files) as machine:
             outcome = await maybe_in_thread(not machine.memory_slots.known.files, machine.access, wanted)
             _note(entry, outcome)
     metrics_of(request).accessed(outcome.exits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -427,6 +428,49 @@ def test_a_successor_that_grew_is_withdrawn() -> None:
     vm.write_memory(0x1000, b"next")
     assert vm.read_memory(0x1000, 4) == b"next"
     assert_sound(vm)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_line_of_successors_some_of_which_are_refused(seed: int) -> None:
+    """Changes that share a transaction: each goes on from the last that was kept, and all go when it fails."""
+    random = Random(seed)
+    vm = machine()
+    for _ in range(12):
+        before, tip, wanted = picture(vm), vm, None
+        for _ in range(random.randrange(1, 12)):
+            after = tip.successor()
+            for _ in range(random.randrange(3)):
+                set_map(after, random.randrange(8), random.getrandbits(32))
+                after.write_memory(random.randrange(8) << 12, random.randbytes(8))
+            if random.random() < 0.3:
+                shown = picture(tip)
+                tip.withdraw(after)
+                assert picture(tip) == shown
+            else:
+                tip = after
+            wanted = picture(tip)
+            assert picture(vm) == before
+        if tip is not vm and random.random() < 0.4:
+            vm.withdraw(tip)
+            assert picture(vm) == before
+        else:
+            vm = tip
+            assert picture(vm) == wanted
+        assert_sound(vm)
+        round_trip(vm)
+
+
+def test_growth_is_near_where_rows_would_be_copied() -> None:
+    vm = machine(slots=[SlotSpec(0, 0, 1 << 40)])
+    assert not vm.growth_is_near, "few rows are copied at once"
+    replay(vm, [i << 30 for i in range(900)])
+    line, growths = [vm], 0
+    while not line[-1].growth_is_near:
+        line.append(line[-1].successor())
+        set_map(line[-1], len(line), 0)
+        growths += line[-1].state.current.snapshot.machine.rows is not line[-2].state.current.snapshot.machine.rows
+    assert len(line) > 10 and not growths
+    assert len(line[-1].state.current.snapshot.machine.rows) > 1024
 
 
 def test_blocks_since_a_predecessor_give_the_successor() -> None:

@@ -70,10 +70,10 @@ def test_refusals_are_kept_unless_trying_again_can_help(own: Running) -> None:
     home = own.client.post("/v1/vms", json={"spp": True}).headers["Location"]
     entry = own.app.state.registry.get(home.rpartition("/")[2])
     entry.lock._timeout = 0.01
-    entry.lock._lock._locked = True
+    entry.lock.held = True
     body: dict[str, Any] = {"json": {"gpa": 0}, "headers": key("busy")}
     assert own.client.post(f"{home}/accesses", **body).json()["code"] == "vm-busy"
-    entry.lock._lock._locked = False
+    entry.lock.held = False
     assert own.client.post(f"{home}/accesses", **body).status_code == 200
     small = {"Content-Type": "text/plain"}
     assert own.client.post("/v1/vms", content=b"{}", headers=key("media", **small)).status_code == 415

@@ -78,3 +78,42 @@ def test_too_slow(parts: tuple[tuple[float, int], ...]) -> None:
 
 def test_time_in_which_nobody_reads_does_not_count() -> None:
     assert arrivals((0, 1), (0.01, 1), (0.01, 1), between=0.2, seconds=0.1) == 3
+
+
+def test_what_is_here_and_what_is_waited_for() -> None:
+    """What is here is taken at once; what is waited for has its time, is interrupted with who asks, and may fail."""
+    told: list[str] = []
+
+    async def run() -> None:
+        pieces: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+        async def receive() -> Message:
+            try:
+                piece = await pieces.get()
+            except asyncio.CancelledError:
+                told.append("cancelled")
+                raise
+            if piece is None:
+                raise OSError("gone")
+            await asyncio.sleep(0)
+            return {"type": "http.request", "body": piece, "more_body": True}
+
+        arriving = punctual(receive, 0.05, 1)
+        pieces.put_nowait(b"x" * 9)
+        assert (await arriving())["body"] == b"x" * 9  # brings nine seconds more
+        asyncio.get_running_loop().call_later(0.1, pieces.put_nowait, b"late")
+        assert (await arriving())["body"] == b"late"
+        task = asyncio.ensure_future(arriving())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        pieces.put_nowait(None)
+        with pytest.raises(OSError, match="gone"):
+            await arriving()
+        with pytest.raises(BodyTooSlow):
+            await punctual(receive, 0.01, 1)()
+
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        runner.run(run())
+    assert told == ["cancelled", "cancelled"]

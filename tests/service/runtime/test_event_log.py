@@ -18,7 +18,8 @@ from service.storage.records import EventRecord
 
 
 def add(log: EventLog, count: int = 1) -> None:
-    log.coming([Note("flush", {}, count)])
+    log.stage([Note("flush", {}, count)])
+    log.coming()
     log.settle()
 
 
@@ -26,6 +27,7 @@ def test_what_was_given_up_takes_no_id() -> None:
     async def run() -> None:
         log = EventLog(kept=10)
         log.note("flush", {"vcpu": 1})
+        log.stage()
         change, next_id = log.coming()
         assert (len(change.events), next_id, log.next_id) == (1, 2, 1) and await log.rows(0, 10) == []
         log.discard()

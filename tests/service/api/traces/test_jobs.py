@@ -198,8 +198,8 @@ def test_turns(own: Running, gate: Gate) -> None:
 def test_a_job_waits_for_its_machine(own: Running, gate: Gate) -> None:
     gate.opened.set()
     client, vm = own.client, new_vm(own.client)
-    lock = own.app.state.registry.get(vm.rpartition("/")[2]).lock._lock
-    lock._locked = True
+    lock = own.app.state.registry.get(vm.rpartition("/")[2]).lock
+    lock.held = True
     urls = [post(client, vm).headers["Location"] for _ in range(2)]
     until(lambda: any(job.waits for job in own.app.state.jobs._running))
     time.sleep(0.1)  # twice busy_timeout
@@ -207,7 +207,7 @@ def test_a_job_waits_for_its_machine(own: Running, gate: Gate) -> None:
     assert client.post(f"{urls[0]}:cancel").json()["state"] == "cancelled"
     until(lambda: any(job.waits for job in own.app.state.jobs._running))
     (task,) = own.app.state.jobs._running.values()
-    task.get_loop().call_soon_threadsafe(lock.release)
+    task.get_loop().call_soon_threadsafe(lock.give)
     assert ended(client, urls[1])["state"] == "succeeded" and gate.begun == ["json"]
 
 
