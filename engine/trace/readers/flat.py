@@ -96,6 +96,16 @@ class Whole:
         return without_nulls(self._values[start : start + length], null)
 
 
+class Same:
+    """One value, an array of length 1, for all records."""
+
+    def __init__(self, value: npt.NDArray[Any]) -> None:
+        self._value = value
+
+    def part(self, start: int, length: int) -> Part:
+        return np.broadcast_to(self._value, length), None
+
+
 class Windows:
     """Bytes of any length: those from one offset to the next of ``data``."""
 
