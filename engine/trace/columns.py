@@ -82,6 +82,7 @@ COLUMNS: tuple[Column, ...] = (
 KINDS = frozenset({"kind", "linear", "source", "insn_len"})
 # Those beside place and length that a record has: where all of a chunk are alike in them, it is no more than columns.
 SHARED = frozenset({"access", "vcpu", *KINDS})
+WORD_BYTES = 8
 # The longest access that such a chunk can have.
 SHORT = 255
 _DEFAULT_ACCESS = np.array(acc.DEFAULT_ACCESS, dtype=np.uint8)
@@ -310,6 +311,7 @@ class ChunkBuffer:
         for name, column in self._columns.items():
             column[:] = RECORD[name].default or 0
         self._eights: npt.NDArray[np.uint8] | None = None
+        self._wide: npt.NDArray[np.uint64] | None = None
         self._kinds = not used.isdisjoint(KINDS)
         self._kind_says_access = "kind" in used and "access" not in used
         self._byte3 = fields["zero"]
@@ -360,7 +362,16 @@ class ChunkBuffer:
             if name in SHARED:
                 self.fill(name, values[:1])
         above = int(self.records[0, 1]) >> 16 << 16
-        return Columns(_contiguous(parts["gpa"], np.uint64), _contiguous(size, np.uint8), above)
+        return Columns(self._words(parts["gpa"]), _contiguous(size, np.uint8), above)
+
+    def _words(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Addresses as kernels take them: of fewer than 64 bits in memory that is used again."""
+        if values.dtype.itemsize == WORD_BYTES and values.strides == (WORD_BYTES,):
+            return _contiguous(values, np.uint64)
+        if self._wide is None:
+            self._wide = np.empty(self.capacity, dtype=np.uint64)
+        self._wide[: len(values)] = values
+        return self._wide[: len(values)]
 
     def chunk_of(
         self,

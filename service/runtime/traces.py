@@ -54,8 +54,8 @@ class TraceRequest:
     footprint: str | None = None
     footprint_by: str | None = None
 
-    def reader(self, source: Source, memory: int | Budget, *, late: bool = False) -> TraceReader:
-        """Of a body of the format. ``memory`` and ``late`` as in ``open_trace``."""
+    def reader(self, source: Source, memory: int | Budget, *, late: bool = False, ahead: bool = False) -> TraceReader:
+        """Of a body of the format. ``memory``, ``late`` and ``ahead`` as in ``open_trace``."""
         return open_trace(
             self.format,
             source,
@@ -66,6 +66,7 @@ class TraceRequest:
             columns=self.columns,
             longest=self.longest,
             late=late,
+            ahead=ahead,
         )
 
     def options(self, *, published: bool = False) -> ReplayOptions:
@@ -176,7 +177,7 @@ def replay(
     footprint. Returns the result and the names of the columns that were ignored.
     """
     # Where linear addresses are a note, those of records with an exit are enough.
-    reader = request.reader(source, memory, late=request.address == "gpa" and beside is None)
+    reader = request.reader(source, memory, late=request.address == "gpa" and beside is None, ahead=True)
     with machine.replay(request.options()) as run, _fed(run, beside) as feed:
         follow(run)
         for chunk in reader:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from engine.errors import TraceError
 from engine.trace.operations import LARGEST_ARGUMENT
-from engine.trace.readers.budget import Budget
+from engine.trace.readers.budget import MANY_RECORDS, RECORDS_A_BYTE, Budget
 from engine.trace.readers.thrift import I32, I64, LIST, STRUCT, TooMuch, Walk
 
 FROM_END = 2  # of seek
@@ -26,10 +26,6 @@ MAX_FOOTER_BYTES = 16 << 20
 MAX_PAGES = 1 << 20  # of the columns that are needed; 20,000 records a page are usual
 PAGE_HEADER_BYTES = (256, 1 << 16)  # read at first, and at most
 WHOLE_BYTES = 1 << 20  # of a column's pages that are read in one go: a read for each takes longer than the rest
-
-# Records that may come of a file: pages of one value repeated cost next to nothing.
-MANY_RECORDS = 1 << 28
-RECORDS_A_BYTE = 16
 
 # Fields of the structs
 NUM_ROWS, ROW_GROUPS = (3, I64), (4, LIST)  # FileMetaData, each with its type
