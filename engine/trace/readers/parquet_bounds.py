@@ -315,8 +315,7 @@ class _Pages:
         left = self._end - start
         for most in PAGE_HEADER_BYTES:
             try:
-                data = self._bytes(start, min(most, left))
-                page = _usual(data, start) or _read_header(data, start)
+                page = self._read(start, min(most, left))
                 break
             except (IndexError, TooMuch) as error:
                 if most == PAGE_HEADER_BYTES[-1] or most >= left:
@@ -328,6 +327,13 @@ class _Pages:
         if self._bytes_of_any_length:
             self._check_bytes(page)
         return page
+
+    def _read(self, start: int, length: int) -> Page:
+        found = _usual(self._whole, start - self._begin, start) if self._whole else None
+        if found is None:
+            data = self._bytes(start, length)
+            found = _usual(data, 0, start) or _read_header(data, start)
+        return found
 
     def _bytes(self, start: int, length: int) -> bytes:
         if self._whole:
@@ -361,13 +367,13 @@ _USUAL = re.compile(
 )
 
 
-def _usual(data: bytes, at: int) -> Page | None:
-    """The header of a page, if it is one of the usual sort."""
-    found = _USUAL.match(data)
+def _usual(data: bytes, begin: int, at: int) -> Page | None:
+    """The header of the page at ``at``, from ``begin`` of some data on, if it is one of the usual sort."""
+    found = _USUAL.match(data, begin)
     if found is None:
         return None
     unpacked, packed, values, encoding = found.groups()
-    return Page(at, found.end(), DATA, _zigzag(unpacked), _zigzag(packed), _zigzag(values), _zigzag(encoding))
+    return Page(at, found.end() - begin, DATA, _zigzag(unpacked), _zigzag(packed), _zigzag(values), _zigzag(encoding))
 
 
 @lru_cache(1 << 12)  # most are those of the page before

@@ -414,3 +414,10 @@ def test_what_a_name_does_not_go_with(tmp_path: Path) -> None:
     assert "goes with -o ….arrow" in run(
         "convert", source, "-o", tmp_path / "other.parquet", "--compression", "lz4", status=1
     )
+
+
+def test_columns_of_parquet_are_required_where_no_value_is_missing(tmp_path: Path) -> None:
+    output = tmp_path / "trace.parquet"
+    pq.write_table(TRACE, tmp_path / "given.parquet")
+    run("convert", tmp_path / "given.parquet", "-o", output)
+    assert not any(field.nullable for field in pq.read_schema(output))
