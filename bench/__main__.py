@@ -22,6 +22,7 @@ SECTIONS: dict[str, tuple[str, Callable[[int], list[sections.Row]]]] = {
     "gva": ("The same trace by linear addresses, through the guest's page tables", sections.guest_virtual),
     "unicorn": ("Calling Python for every write", sections.unicorn),
     "http": ("Replay over HTTP, from the first byte sent to the result", sections.http_replay),
+    "network": ("The same taken apart: what each part of the way takes alone", sections.network),
     "ask": ("Asking a tool about every violation, over HTTP, by WebSocket and by KVMI", sections.asking),
     "kvmi": ("Pages of a guest by KVMI, one after the other", sections.kvmi_reads),
     "client": ("The Python client beside the same calls by httpx2", sections.client),

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
+
+import subpage
 from bench.data import RAM_BYTES, Answer, Policy, Trace
 from bench.servers import call, post
+from tests.support import recorded
 
-BODIES = {
-    "packed": ("application/octet-stream", "?record=record16"),
-    "arrow": ("application/vnd.apache.arrow.stream", ""),
+ARROW = "application/vnd.apache.arrow.stream"
+CONTENT_TYPES = {
+    "packed": "application/octet-stream",
+    "arrow": ARROW,
+    "parquet": "application/vnd.apache.parquet",
+    "compact": ARROW,
 }
+QUERIES = {"packed": "?record=record16"}
+
+
+def body_of(kind: str, trace: Trace) -> bytes:
+    """A trace as it is posted: packed records, columns side by side, the recorded file with all that it has, or the
+    columns as ``subpage.compact`` makes them."""
+    if kind == "packed":
+        return trace.packed()
+    if kind == "arrow":
+        return trace.arrow()
+    if kind == "parquet":
+        return recorded.trace(trace.name).read_bytes()
+    return b"".join(subpage.compact(pa.table({"gpa": trace.gpa, "size": trace.size})))
 
 
 class HttpReplay:
@@ -16,8 +36,9 @@ class HttpReplay:
 
     def __init__(self, port: int, kind: str, trace: Trace, policy: Policy) -> None:
         self._port, self._policy = port, policy
-        self._content_type, self._query = BODIES[kind]
-        self._body = trace.packed() if kind == "packed" else trace.arrow()
+        self._content_type, self._query = CONTENT_TYPES[kind], QUERIES.get(kind, "")
+        self._body = body_of(kind, trace)
+        self.bytes_record = len(self._body) / max(1, len(trace))
         self.path: str | None = None  # of the machine
         self._answer = Answer(-1)
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from bench import console as console_pages
 from bench import exits as exit_traces
+from bench import network as network_parts
 from bench.asking import AllowedReplay, AskedReplay
 from bench.c_walk import CSum, CWalk
 from bench.client import CALLS, ClientBitmaps, ClientReplay, RawBitmaps, RawReplay
 from bench.data import POLICIES, TRACES, Answer, expected, load_policy, load_trace
 from bench.footprints import Building, Costing
 from bench.guest_virtual import GuestVirtualReplay
-from bench.http_replay import BODIES, HttpReplay
+from bench.http_replay import CONTENT_TYPES, HttpReplay
 from bench.kvmi import READS, KvmiReplay, Reads, Tool, attach, image, loaded, place
 from bench.large_guest import measure
 from bench.memory import bytes_of_pages
@@ -150,12 +151,31 @@ def http_replay(rounds: int) -> list[Row]:
     with service() as port:
         for trace in map(load_trace, TRACES):
             for policy in map(load_policy, POLICIES):
-                methods = {f"HTTP {kind} (f)": HttpReplay(port, kind, trace, policy) for kind in BODIES}
+                methods = {
+                    f"HTTP {kind}, {trace.name} (f)": HttpReplay(port, kind, trace, policy) for kind in CONTENT_TYPES
+                }
                 timings = alternate(methods, rounds)
                 for name, method in methods.items():
                     _verify(name, trace.name, policy.name, method.answer())
                     method.close()
-                    rows.append(_row(trace.name, policy.name, name, len(trace), timings[name]))
+                    sent = {"bytes_record": method.bytes_record}
+                    rows.append(_row(trace.name, policy.name, name, len(trace), timings[name], **sent))
+    return rows
+
+
+def network(rounds: int) -> list[Row]:
+    """(o) What each part of the way takes alone, for each kind of body."""
+    trace, policy = load_trace(TRACES[0]), load_policy(POLICIES[0])
+    rows = []
+    with network_parts.parts(trace, policy) as kinds:
+        for kind, methods in kinds.items():
+            timings = alternate(methods, rounds)
+            for name, method in methods.items():
+                if isinstance(method, HttpReplay):
+                    _verify(name, trace.name, policy.name, method.answer())
+                    method.close()
+                row = _row(trace.name, policy.name, f"{kind}: {name} (o)", len(trace), timings[name])
+                rows.append({**row, "milliseconds": 1000 * timings[name].median})
     return rows
 
 

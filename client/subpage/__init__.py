@@ -15,6 +15,7 @@
 
 from subpage.bitmaps import Bitmap
 from subpage.client import AsyncClient, Client
+from subpage.compacting import compact
 from subpage.errors import (
     BadInput,
     Error,
@@ -47,5 +48,5 @@ __all__ = [
     "ROUTES", "AsyncClient", "AsyncFootprint", "AsyncJob", "AsyncStream", "AsyncTool", "AsyncTrace", "AsyncVm",
     "BadInput", "Bitmap", "Client", "Document", "Error", "Footprint", "Forbidden", "Interrupted", "Job", "NotFound",
     "NotInstalled", "NotSubpage", "Problem", "Question", "Reply", "Stream", "StreamBroken", "TooLarge", "Tool",
-    "Trace", "Unauthenticated", "Unreachable", "Untrusted", "VersionMismatch", "Vm", "__version__",
+    "Trace", "Unauthenticated", "Unreachable", "Untrusted", "VersionMismatch", "Vm", "__version__", "compact",
 ]  # fmt: skip

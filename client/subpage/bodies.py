@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from subpage.bitmaps import library
+from subpage.compacting import taken
 from subpage.errors import BadInput
 from subpage.progress import Report, counting
 from subpage.wire import file_pieces
@@ -161,16 +162,8 @@ def _arrow(table: Any) -> Iterator[bytes]:
     with arrow.ipc.new_stream(held, reader.schema) as writer:
         for batch in reader:
             writer.write_batch(batch)
-            yield _taken(held)
-    yield _taken(held)
-
-
-def _taken(held: io.BytesIO) -> bytes:
-    """What was written since it was last asked."""
-    data = held.getvalue()
-    held.seek(0)
-    held.truncate()
-    return data
+            yield taken(held)
+    yield taken(held)
 
 
 def _ndjson(records: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -82,6 +82,7 @@ COLUMNS: tuple[Column, ...] = (
 KINDS = frozenset({"kind", "linear", "source", "insn_len"})
 # Those beside place and length that a record has: where all of a chunk are alike in them, it is no more than columns.
 SHARED = frozenset({"access", "vcpu", *KINDS})
+WORD_BYTES = 8
 # The longest access that such a chunk can have.
 SHORT = 255
 _DEFAULT_ACCESS = np.array(acc.DEFAULT_ACCESS, dtype=np.uint8)
@@ -115,6 +116,13 @@ class Columns(NamedTuple):
     above: int
 
 
+class Late(Protocol):
+    """The linear addresses of a chunk where its reader has not decoded them: few records need theirs."""
+
+    def at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """Those of some records, by position in the chunk, in ascending order. Raises TraceError."""
+
+
 @dataclass(slots=True)
 class TraceChunk:
     """A run of consecutive accesses. Valid until the next chunk is asked for: readers fill the same memory again.
@@ -131,6 +139,7 @@ class TraceChunk:
     the row of an operation has its vCPU and nothing else that counts.
     ``has_gpa``: not, where some record has no column ``gpa``; the trace has ``gva`` then (``trace.addresses``).
     ``room``: uint64[at least n, 2] to pack columns into, or None.
+    ``late``: has the linear addresses, and ``gva`` is None; only for who asked the reader for it.
     """
 
     packed: npt.NDArray[np.uint64] | None
@@ -141,6 +150,7 @@ class TraceChunk:
     has_gpa: bool = True
     columns: Columns | None = None
     room: npt.NDArray[np.uint64] | None = None
+    late: Late | None = None
 
     def __len__(self) -> int:
         return len(self.columns.gpa) if self.columns is not None else len(self.records)
@@ -171,12 +181,20 @@ class TraceChunk:
             return {self.columns.above >> 32 & 0xFFFF}
         return {int(vcpu) for vcpu in np.unique(self.records[:, 1] >> np.uint64(32) & np.uint64(0xFFFF))}
 
+    def with_gva(self) -> TraceChunk:
+        """The same with linear addresses that were late."""
+        if self.late is None:
+            return self
+        return replace(self, gva=self.late.at(np.arange(len(self))), late=None)
+
     def moved(self, records: npt.NDArray[np.uint64], gva: npt.NDArray[np.uint64] | None) -> TraceChunk:
         """The same accesses at other addresses: ``records`` are theirs."""
         return replace(self, packed=records, gva=gva, has_gpa=True, columns=None, room=None)
 
     def copy(self) -> TraceChunk:
         """The same, valid for ever."""
+        if self.late is not None:
+            return self.with_gva().copy()
         gva = None if self.gva is None else self.gva.copy()
         carry = {name: column.copy() for name, column in self.carry.items()}
         if self.columns is None:
@@ -293,6 +311,7 @@ class ChunkBuffer:
         for name, column in self._columns.items():
             column[:] = RECORD[name].default or 0
         self._eights: npt.NDArray[np.uint8] | None = None
+        self._wide: npt.NDArray[np.uint64] | None = None
         self._kinds = not used.isdisjoint(KINDS)
         self._kind_says_access = "kind" in used and "access" not in used
         self._byte3 = fields["zero"]
@@ -330,7 +349,7 @@ class ChunkBuffer:
         length, and short. Two columns that fit are not copied."""
         if self.beside or "gpa" not in parts or not len(parts["gpa"]):
             return None
-        if any(len(values) and (values != values[0]).any() for name, values in parts.items() if name in SHARED):
+        if any(not _is_same(values) for name, values in parts.items() if name in SHARED):
             return None
         size = parts.get("size")
         if size is None:
@@ -343,7 +362,16 @@ class ChunkBuffer:
             if name in SHARED:
                 self.fill(name, values[:1])
         above = int(self.records[0, 1]) >> 16 << 16
-        return Columns(_contiguous(parts["gpa"], np.uint64), _contiguous(size, np.uint8), above)
+        return Columns(self._words(parts["gpa"]), _contiguous(size, np.uint8), above)
+
+    def _words(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Addresses as kernels take them: of fewer than 64 bits in memory that is used again."""
+        if values.dtype.itemsize == WORD_BYTES and values.strides == (WORD_BYTES,):
+            return _contiguous(values, np.uint64)
+        if self._wide is None:
+            self._wide = np.empty(self.capacity, dtype=np.uint64)
+        self._wide[: len(values)] = values
+        return self._wide[: len(values)]
 
     def chunk_of(
         self,
@@ -373,6 +401,11 @@ class ChunkBuffer:
             operations,
             self._has_gpa,
         )
+
+
+def _is_same(values: npt.NDArray[Any]) -> bool:
+    """Whether all values are the same; of one that is spread over an array that is known."""
+    return values.strides == (0,) or not len(values) or not (values != values[0]).any()
 
 
 def _contiguous(values: npt.NDArray[Any], dtype: type[np.unsignedinteger[Any]]) -> npt.NDArray[Any]:

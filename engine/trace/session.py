@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.arch import access as acc
-from engine.cpu.ept import TRAIL_ROWS
+from engine.cpu.ept import MODE_VE, TRAIL_ROWS, mode_of
 from engine.cpu.frames import NO_PLACE, STATE_FRAME, Machine
 from engine.errors import InvalidValue, TraceError
 from engine.kvm import state_frame as reg
@@ -162,8 +162,10 @@ class Replay:
         chunk = self._addresses.of(chunk, self._next)
         if self._before is not None:
             self._before(chunk)
+        if chunk.late is not None and self._wants_gva(chunk):
+            chunk = chunk.with_gva()
         count = len(chunk)
-        self._has_gva = self._has_gva or chunk.gva is not None
+        self._has_gva = self._has_gva or chunk.gva is not None or chunk.late is not None
         self._words[replay.OPTION_KINDS] = chunk.kinds
         base = self._next
         self._next = base + count
@@ -175,6 +177,12 @@ class Replay:
                     return False
                 position += 1
         return self._run(chunk, base, position)
+
+    def _wants_gva(self, chunk: TraceChunk) -> bool:
+        """Whether the processor itself has a use for linear addresses: it tells a guest of them that handles #VE."""
+        m = self._draft.machine
+        known = (int(m.vcpu_of_id[vcpu]) for vcpu in chunk.vcpus() if vcpu < len(m.vcpu_of_id))
+        return any(position >= 0 and mode_of(m, position) & MODE_VE for position in known)
 
     def _run_again(self, chunk: TraceChunk, base: int, position: int) -> bool:
         """Run the record at which an earlier replay stopped, and which that one counted as a violation."""
@@ -223,7 +231,7 @@ class Replay:
         self._end_chunk(chunk, base)
 
     def _end_chunk(self, chunk: TraceChunk, base: int) -> None:
-        if chunk.carry:
+        if chunk.carry or chunk.late is not None:
             self._drain(chunk, base)
 
     def uncounted(self) -> NDArray[np.int64]:
@@ -307,6 +315,8 @@ class Replay:
             return
         self._used[0] = 0
         told = self._log[:count]
+        if chunk is not None and chunk.late is not None:
+            told[:, vcpu_run.EXIT_GVA] = chunk.late.at(told[:, vcpu_run.EXIT_INDEX] - base).view(np.int64)
         if self._split:
             told = scattered.for_objects(told, self._split)
         if len(self._recent) == object_hits.RECENT_FEW < count:

@@ -16,8 +16,10 @@ from service.cli.trace_options import (
     FILE_HELP,
     Address,
     Columns,
+    Compression,
     Format,
     FormatOption,
+    Note,
     Record,
     RecordOption,
     SkipUnknown,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from engine.trace.columns import TraceChunk
     from service.cli.trace_files import TraceFile
+    from service.cli.trace_parquet import TableOut
     from service.cli.trace_summary import Summary
 
 trace = typer.Typer(cls=Group, help="Convert trace files of other tools, and look into them.", no_args_is_help=True)
@@ -51,22 +54,33 @@ _SHOWN_RANGES = 12
 @command(trace, "subpage trace convert boot.log -o boot.parquet")
 def convert(
     file: File,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The Parquet file to write.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The file to write: ….parquet, or ….arrow for a compact stream.")
+    ],
     format: FormatOption = Format.AUTO,
     address: AddressOption = None,
     record: RecordOption = Record.RECORD16,
     columns: Columns = None,
     skip_unknown: SkipUnknown = False,
+    compression: Annotated[
+        Compression | None, typer.Option(help="Of ….arrow: lz4 (the default) is read fastest, zstd is smaller.")
+    ] = None,
+    without: Annotated[
+        list[Note] | None,
+        typer.Option(help="A column to leave out: a note that exit records give back. May be repeated."),
+    ] = None,
     as_json: AsJson = False,
     progress: ProgressOption = None,
 ) -> None:
-    """Convert a trace to Parquet, say what was read and what was skipped, and what to do next."""
+    """Convert a trace to Parquet or to compact Arrow, say what was read and what was skipped, and what to do next."""
     from service.cli.trace_files import opened_trace
-    from service.cli.trace_parquet import ParquetOut, replacing
+    from service.cli.trace_parquet import replacing
     from service.cli.trace_summary import Summary
 
-    if output.suffix != ".parquet":
-        raise Failure(f"-o {output}: the name must end in .parquet, which is what is written")
+    if output.suffix not in (".parquet", ".arrow"):
+        raise Failure(f"-o {output}: the name must end in .parquet or .arrow, which is what is written")
+    if compression is not None and output.suffix != ".arrow":
+        raise Failure(f"--compression {compression.value}: goes with -o ….arrow; Parquet is compressed by zstd")
     if output.exists() and file.exists() and output.samefile(file):
         raise Failure(f"-o {output}: is the file that is read")
     summary = Summary()
@@ -75,7 +89,7 @@ def convert(
         replacing(output) as beside,
         bar("converting", progress) as move,
     ):
-        out = ParquetOut(beside)
+        out = _out(beside, output.suffix, compression, [note.value for note in without or ()])
         for chunk in opened:
             records = addressed(chunk, opened, address)
             summary.add(chunk, records)
@@ -91,6 +105,17 @@ def convert(
     typer.echo(f"{out.records:,} records written to {output}")
     for line in _next(opened, summary, address, output):
         typer.echo(line)
+
+
+def _out(path: Path, suffix: str, compression: Compression | None, without: list[str]) -> TableOut:
+    """What writes such a file."""
+    if suffix == ".arrow":
+        from service.cli.trace_arrow import ArrowOut
+
+        return ArrowOut(path, (compression or Compression.LZ4).value, without)
+    from service.cli.trace_parquet import ParquetOut
+
+    return ParquetOut(path, without)
 
 
 @command(trace, "subpage trace info boot.parquet")

@@ -40,6 +40,22 @@ class Record(StrEnum):
     GPA8 = "gpa8"
 
 
+class Compression(StrEnum):
+    """Of the buffers of a compact Arrow stream."""
+
+    LZ4 = "lz4"
+    ZSTD = "zstd"
+
+
+class Note(StrEnum):
+    """Columns that nothing of a replay depends on."""
+
+    GVA = "gva"
+    PC = "pc"
+    TIME = "time"
+    VALUE = "value"
+
+
 class Address(StrEnum):
     """Which address of a trace is meant, and whose it is."""
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from service.http.long_bodies import LONG, Handing, LongBody
 from service.problems import MEDIA_TYPE, PROBLEMS, problem_body
 
 # Of the URL and the fields, also those behind a chunked body. The API's own calls take a few hundred bytes.
@@ -70,6 +71,7 @@ class PatientConnection(HttpToolsProtocol):
         self._fields = self._head_bytes = 0
         self._body_bytes = self._chunks = 0
         self._framing = 0  # what is no body, of the reads after the one that it began in
+        self._declared = 0  # how long its body is, where its head says so
 
     # What uvicorn calls
 
@@ -96,6 +98,9 @@ class PatientConnection(HttpToolsProtocol):
                 return
         if not self._in_head:
             self._answered_early_closes()
+            left = self._declared - self._body_bytes
+            if left > LONG and not self.transport.is_closing():
+                self.transport.set_protocol(LongBody(self, left))
 
     def shutdown(self) -> None:
         self._keeps = False
@@ -109,7 +114,7 @@ class PatientConnection(HttpToolsProtocol):
         super().on_message_begin()
         self._in_head = self._in_message = True
         self._number += 1
-        self._fields = self._head_bytes = self._body_bytes = self._chunks = self._framing = 0
+        self._fields = self._head_bytes = self._body_bytes = self._chunks = self._framing = self._declared = 0
         if self._timer is None:
             self._wait()
 
@@ -132,6 +137,12 @@ class PatientConnection(HttpToolsProtocol):
         self._in_head = False
         self._stop_waiting()
         super().on_headers_complete()
+        if self.parser.should_upgrade():
+            return
+        self.cycle.__class__ = Handing
+        fields = dict(self.headers)
+        declared = b"0" if b"transfer-encoding" in fields else fields.get(b"content-length", b"0")
+        self._declared = int(declared)  # digits: the parser has seen to it
 
     def on_chunk_header(self) -> None:
         self._chunks += 1
@@ -141,7 +152,22 @@ class PatientConnection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        if cycle is not None and cycle.body and isinstance(cycle.body, bytes):
+            cycle.body = bytearray(cycle.body)  # pieces may be small and many
         super().on_body(body)
+
+    def on_part(self, size: int) -> None:
+        """So many bytes of a long body have come."""
+        self._body_bytes += size
+        self._unset_keepalive_if_required()
+        if self._deaf:
+            self._unread()
+
+    @property
+    def wanted(self) -> RequestResponseCycle | None:
+        """The request whose body comes; None when nobody wants the rest of it."""
+        return None if self._deaf or not self._answering else self.cycle
 
     def on_message_complete(self) -> None:
         self._in_message = False

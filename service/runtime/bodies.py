@@ -124,6 +124,11 @@ class BodyPipe:
         if self._aborted:
             raise BodyAborted
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to read, or will be nothing more."""
+        return self._ready(1)
+
     def read(self, size: int = -1) -> bytes:
         """Exactly ``size`` bytes, fewer only at the end of the body, or where it is ``prompt`` (then one at least, and
         ``size`` is positive); everything when ``size`` is negative."""

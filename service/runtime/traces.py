@@ -54,8 +54,8 @@ class TraceRequest:
     footprint: str | None = None
     footprint_by: str | None = None
 
-    def reader(self, source: Source, memory: int | Budget) -> TraceReader:
-        """Of a body of the format. ``memory`` as in ``open_trace``."""
+    def reader(self, source: Source, memory: int | Budget, *, late: bool = False, ahead: bool = False) -> TraceReader:
+        """Of a body of the format. ``memory``, ``late`` and ``ahead`` as in ``open_trace``."""
         return open_trace(
             self.format,
             source,
@@ -65,6 +65,8 @@ class TraceRequest:
             skip_unknown=self.skip_unknown,
             columns=self.columns,
             longest=self.longest,
+            late=late,
+            ahead=ahead,
         )
 
     def options(self, *, published: bool = False) -> ReplayOptions:
@@ -174,7 +176,8 @@ def replay(
     as it was before. ``memory`` is what the body may take while it is read (``open_trace``). ``beside`` collects a
     footprint. Returns the result and the names of the columns that were ignored.
     """
-    reader = request.reader(source, memory)
+    # Where linear addresses are a note, those of records with an exit are enough.
+    reader = request.reader(source, memory, late=request.address == "gpa" and beside is None, ahead=True)
     with machine.replay(request.options()) as run, _fed(run, beside) as feed:
         follow(run)
         for chunk in reader:

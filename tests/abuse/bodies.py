@@ -90,6 +90,118 @@ def one_batch(mib: int = 256) -> bytes:
     return arrow(pa.record_batch({"gpa": pa.array(np.zeros(mib << 17, np.uint64))}), compression="zstd")
 
 
+def _runs(values: pa.Array, ends: list[int]) -> pa.RunEndEncodedArray:
+    return pa.RunEndEncodedArray.from_arrays(pa.array(ends, pa.int32()), values)
+
+
+def _with_ends(*ends: int) -> bytes:
+    """Two runs of a thousand records with other ends than they had."""
+    good = arrow(pa.record_batch({"gpa": _runs(pa.array([0, 8], pa.uint64()), [0x123, 0x3E8])}))
+    true = struct.pack("<2i", 0x123, 0x3E8)
+    assert good.count(true) == 1
+    return good.replace(true, struct.pack("<2i", *ends))
+
+
+def runs_that_descend() -> bytes:
+    return _with_ends(1000, 999)
+
+
+def runs_below_zero() -> bytes:
+    return _with_ends(-5, 1000)
+
+
+def runs_that_end_early() -> bytes:
+    return _with_ends(0x123, 0x3E7)
+
+
+def runs_without_end() -> bytes:
+    """One run of a million million records, in some hundred bytes."""
+    good = arrow(pa.record_batch({"gpa": _runs(pa.array([0], pa.uint64()), [0x1234567])}))
+    rows = struct.pack("<q", 0x1234567)
+    end = struct.pack("<i", 0x1234567)
+    return good.replace(rows, struct.pack("<q", 1 << 40)).replace(end, struct.pack("<i", 0x7FFFFFFF))
+
+
+def _indexed(index: int) -> bytes:
+    """Records whose places in a dictionary of two are made up."""
+    indices = pa.Array.from_buffers(pa.int32(), 3, [None, pa.py_buffer(struct.pack("<3i", 0, index, 1))])
+    gpa = pa.DictionaryArray.from_arrays(indices, pa.array([0, 8], pa.uint64()), safe=False)
+    return arrow(pa.record_batch({"gpa": gpa}))
+
+
+def index_past_the_dictionary() -> bytes:
+    return _indexed(0x7FFFFFFF)
+
+
+def index_below_the_dictionary() -> bytes:
+    return _indexed(-1)
+
+
+def dictionary_of_two_milliards() -> bytes:
+    """A dictionary that says so of itself, and is not."""
+    values = pa.array([0x0123456789ABCDEF] * 3, pa.uint64())
+    good = arrow(pa.record_batch({"gpa": pa.DictionaryArray.from_arrays(pa.array([0] * 5, pa.int32()), values)}))
+    length = struct.pack("<q", 3)
+    return good.replace(length, struct.pack("<q", 1 << 31))
+
+
+def many_deltas(count: int = 20_000) -> bytes:
+    """A dictionary that grows by one value so many times."""
+    schema = pa.schema([("gpa", pa.dictionary(pa.int32(), pa.uint64()))])
+    values = np.arange(count, dtype=np.uint64)
+    batches = [
+        pa.record_batch([pa.DictionaryArray.from_arrays(pa.array([n], pa.int32()), pa.array(values[: n + 1]))], schema)
+        for n in range(1, count, count // 400)
+    ]
+    return arrow(*batches, schema=schema, emit_dictionary_deltas=True)
+
+
+def _claimed(codec: str, claim: int, name: str = "gpa") -> bytes:
+    """A compressed buffer that says another length of itself than it has."""
+    good = arrow(pa.record_batch({name: np.arange(100_000, dtype=np.uint64)}), compression=codec)
+    true = struct.pack("<q", 800_000)
+    assert good.count(true) == 1
+    return good.replace(true, struct.pack("<q", claim))
+
+
+def claims_more() -> bytes:
+    """More than it has: what the records need is there, and that is all that is taken."""
+    return _claimed("lz4", 1 << 40)
+
+
+def claims_less() -> bytes:
+    return _claimed("zstd", 8)
+
+
+def claims_below_zero() -> bytes:
+    return _claimed("lz4", -(1 << 40))
+
+
+def claims_to_be_stored() -> bytes:
+    """-1: as it is."""
+    return _claimed("zstd", -1)
+
+
+def holds_less() -> bytes:
+    """Buffers of a thousand records where the batch says it has a million."""
+    good = arrow(pa.record_batch({"gpa": np.full(0x2345, 8, np.uint64)}), compression="zstd")
+    rows, size = struct.pack("<q", 0x2345), struct.pack("<q", 0x2345 * 8)
+    return good.replace(rows, struct.pack("<q", 1_000_000)).replace(size, struct.pack("<q", 8_000_000))
+
+
+def batches_ahead(mib: int = 8, count: int = 6) -> bytes:
+    """Batches of that size that come to a few kilobytes each, so that as many as may be are decompressed at once."""
+    batch = pa.record_batch({"gpa": np.zeros(mib << 17, np.uint64)})
+    return arrow(*[batch] * count, compression="zstd")
+
+
+def one_value_in_many_pages() -> bytes:
+    """A column that is said to be the same everywhere, by a dictionary with a value that no column may have."""
+    count = 1 << 19
+    columns = {"gpa": pa.array(np.zeros(count, np.uint64)), "vcpu": pa.array(np.full(count, 70_000, np.int32))}
+    return parquet(pa.table(columns), row_group_size=1 << 17)
+
+
 def large_pages(mib: int = 48) -> bytes:
     """Six columns of one page each."""
     zeros = pa.array(np.zeros(mib << 17, np.uint64))
@@ -227,6 +339,21 @@ ATTACKS: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "dictionary": (ARROW, used_dictionary, "memory"),
     "deltas": (ARROW, deltas, "memory"),
     "batch": (ARROW, one_batch, "memory"),
+    "runs-descend": (ARROW, runs_that_descend, "do not ascend"),
+    "runs-below-zero": (ARROW, runs_below_zero, "do not ascend"),
+    "runs-end-early": (ARROW, runs_that_end_early, "do not ascend"),
+    "runs-without-end": (ARROW, runs_without_end, "may have up to 268435456 records"),
+    "index-past": (ARROW, index_past_the_dictionary, "an index is not in its dictionary"),
+    "index-below": (ARROW, index_below_the_dictionary, "an index is not in its dictionary"),
+    "dictionary-claims": (ARROW, dictionary_of_two_milliards, "where its records need"),
+    "many-deltas": (ARROW, many_deltas, ""),
+    "claims-more": (ARROW, claims_more, ""),
+    "claims-less": (ARROW, claims_less, "a buffer has 8 bytes"),
+    "claims-below-zero": (ARROW, claims_below_zero, "a buffer has -"),
+    "claims-stored": (ARROW, claims_to_be_stored, "where its records need"),
+    "holds-less": (ARROW, holds_less, "where its records need"),
+    "batches-ahead": (ARROW, batches_ahead, ""),
+    "uniform": (PARQUET, one_value_in_many_pages, "vcpu must be an integer"),
     "shared-fields": (ARROW, shared_fields, "1024 columns"),
     "shared-name": (ARROW, shared_name, "a name has more than 256 bytes"),
     "pages": (PARQUET, large_pages, "memory"),

@@ -38,10 +38,16 @@ __all__ = [
 ]
 
 
-def _parquet(source: Source, carry: Sequence[str], budget: Budget) -> TraceReader:
+def _parquet(source: Source, carry: Sequence[str], budget: Budget, late: bool, ahead: bool) -> TraceReader:
     from engine.trace.readers.parquet import ParquetReader  # noqa: PLC0415 - the Arrow library is 33 MB
 
-    return ParquetReader(source, carry, budget)
+    del ahead  # all of it is there
+    return ParquetReader(source, carry, budget, late=late)
+
+
+def _arrow(source: Source, carry: Sequence[str], budget: Budget, late: bool, ahead: bool) -> TraceReader:
+    del late  # a batch is there whole
+    return ArrowReader(source, carry, budget, ahead=ahead)
 
 
 def row_count(source: Any, memory: int | Budget) -> int:
@@ -52,8 +58,8 @@ def row_count(source: Any, memory: int | Budget) -> int:
 
 
 _ROWS: Mapping[str, Callable[[Source, Sequence[str]], TraceReader]] = {"json": JsonReader, "ndjson": NdjsonReader}
-_COLUMNS: Mapping[str, Callable[[Source, Sequence[str], Budget], TraceReader]] = {
-    "arrow": ArrowReader,
+_COLUMNS: Mapping[str, Callable[[Source, Sequence[str], Budget, bool, bool], TraceReader]] = {
+    "arrow": _arrow,
     "parquet": _parquet,
 }
 
@@ -68,6 +74,8 @@ def open_trace(
     skip_unknown: bool = False,
     columns: str | None = None,
     longest: int = 0,
+    late: bool = False,
+    ahead: bool = False,
 ) -> TraceReader:
     """A reader of ``source``, which is read while the reader is iterated.
 
@@ -75,7 +83,8 @@ def open_trace(
     ``packed`` and with nothing else. ``source`` needs ``read(n)``, which may return less than asked for and returns
     nothing only at the end; its ``readinto`` is used if it has one; parquet also needs ``seek`` and ``tell``. ``carry``
     names other columns to hand through. ``memory`` bounds what a columnar body may take while it is read, in bytes or
-    as a budget; others take a few megabytes.
+    as a budget; others take a few megabytes. With ``late`` a chunk may have its linear addresses undecoded
+    (``TraceChunk.late``); with ``ahead`` more of a body may be read than the chunk needs that is given.
 
     Of bodies of tools: ``skip_unknown`` passes over lines that are of no form that the format has; ``columns``, as
     ``gpa=addr,size=len``, says which columns of a table are meant; ``longest`` bounds what is in one that is a
@@ -97,4 +106,4 @@ def open_trace(
         raise InvalidValue("must be left out: only csv has columns to name", field="columns", value=columns)
     if format in _ROWS:
         return HintingReader(source, lambda seen: _ROWS[format](seen, names))
-    return HintingReader(source, lambda seen: _COLUMNS[format](seen, names, Budget.of(memory)))
+    return HintingReader(source, lambda seen: _COLUMNS[format](seen, names, Budget.of(memory), late, ahead))

@@ -43,7 +43,7 @@ class Messages:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._unread = 0
-        self._memory = np.empty(0, dtype=np.uint8)
+        self.taken = 0  # bytes of the stream
         self._scratch = np.empty(PIECE_BYTES, dtype=np.uint8)  # for what is not wanted
 
     def __iter__(self) -> Iterator[Message]:
@@ -67,23 +67,23 @@ class Messages:
             yield found
             self._skip(self._unread)
 
-    def body(self, ranges: list[tuple[int, int]]) -> Body:
+    def body(self, ranges: list[tuple[int, int]], memory: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], Body]:
         """The parts of the message's body at these offsets and lengths; others are not kept.
 
-        The memory is used again for the next one.
+        They are in ``memory``, or in what is given back with them where that is too small.
         """
         spans = _spans(ranges)
         need = spans[-1].at + spans[-1].end - spans[-1].start if spans else 0
-        if len(self._memory) < need:
-            self._memory = np.empty(need, dtype=np.uint8)
+        if len(memory) < need:
+            memory = np.empty(need, dtype=np.uint8)
         done = 0
         for span in spans:
             self._skip(span.start - done)
-            target = self._memory[span.at : span.at + span.end - span.start]
+            target = memory[span.at : span.at + span.end - span.start]
             self._took(read_into(self._source, target.data), len(target))
             done = span.end
         self._skip(self._unread)  # before anything is made of it: a body that is cut off is none
-        return Body(self._memory, spans)
+        return memory, Body(memory, spans)
 
     def finish(self) -> None:
         """Check that nothing follows the mark at the end."""
@@ -108,6 +108,7 @@ class Messages:
 
     def _take(self, size: int) -> bytes | bytearray:
         data = read_up_to(self._source, size)
+        self.taken += len(data)
         if len(data) < size:
             raise TraceError("the Arrow stream is cut off")
         return data
@@ -120,6 +121,7 @@ class Messages:
 
     def _took(self, size: int, wanted: int) -> None:
         self._unread -= size
+        self.taken += size
         if size < wanted:
             raise TraceError("the Arrow stream is cut off")
 

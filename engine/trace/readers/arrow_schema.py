@@ -1,13 +1,14 @@
 """The schema of an Arrow IPC stream: what its columns hold, and which buffers of a batch are theirs.
 
-Columns that a trace uses are flat: integers, numbers, bits and bytes, or a dictionary of these. Any other is stepped
-over, whatever it is; for that its buffers and those of its children are counted (Arrow columnar format, "Serialization
-and interprocess communication", and the tables of Schema.fbs). Nothing is made of a type but a name, so a schema that
-refers to one field a million times costs as much as the fields that are allowed.
+Columns that a trace uses are flat: integers, numbers, bits and bytes, or a dictionary of these, or runs of numbers. Any
+other is stepped over, whatever it is; for that its buffers and those of its children are counted (Arrow columnar
+format, "Serialization and interprocess communication", and the tables of Schema.fbs). Nothing is made of a type but a
+name, so a schema that refers to one field a million times costs as much as the fields that are allowed.
 """
 
 from __future__ import annotations
 
+import itertools
 import struct
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ UNION_MODE = 0
 CELL_WIDTH = 0
 
 # The union Type
-INT, FLOAT, BINARY, BOOL, UNION, CELLS, LARGE_BINARY, BINARY_VIEW, UTF8_VIEW = 2, 3, 4, 6, 14, 15, 19, 23, 24
+INT, FLOAT, BINARY, BOOL, UNION, CELLS, LARGE_BINARY, RUNS, BINARY_VIEW, UTF8_VIEW = 2, 3, 4, 6, 14, 15, 19, 22, 23, 24
 # Number of each: its name, and how many buffers it has itself in the metadata of version 5.
 TYPES = {
     1: ("null", 0),
@@ -53,7 +54,7 @@ TYPES = {
     LARGE_BINARY: ("large_binary", 3),
     20: ("large_string", 3),
     21: ("large_list", 2),
-    22: ("run_end_encoded", 0),
+    RUNS: ("run_end_encoded", 0),
     BINARY_VIEW: ("binary_view", 2),  # and as many as the batch says
     UTF8_VIEW: ("string_view", 2),
     25: ("list_view", 3),
@@ -74,7 +75,8 @@ class Stored(NamedTuple):
 class Field(NamedTuple):
     """A column. ``node`` and ``buffer`` are the first of its in a batch, ``views`` how many columns of views precede.
 
-    ``places`` is how the places in dictionary number ``dictionary`` lie, if it has one; ``stored`` is about its values.
+    ``places`` is how the places in dictionary number ``dictionary`` lie, if it has one, ``ends`` how the ends of its
+    runs do, if it has runs; ``stored`` is about its values.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Field(NamedTuple):
     node: int
     buffer: int
     views: int
+    ends: Stored | None = None
 
 
 class Schema(NamedTuple):
@@ -105,12 +108,14 @@ def read_schema(schema: Table, version: int) -> Schema:
         node, buffer, views = count.nodes, count.buffers, count.views
         count.add(table, 0)
         encoding = table.child(FIELD_DICTIONARY) if table.field(FIELD_DICTIONARY) else None
-        stored = _stored(table)
+        ends, stored = None, _stored(table)
+        if encoding is None and stored.kind.name == TYPES[RUNS][0]:
+            ends, stored = _runs(table, stored)
         index = None
         if encoding is not None:
             index = _integers(encoding.child(DICTIONARY_INDEX)) if encoding.field(DICTIONARY_INDEX) else _INT32
         dictionary = 0 if encoding is None else encoding.scalar(DICTIONARY_ID, "<q")
-        fields.append(Field(table.text(FIELD_NAME), stored, index, dictionary, node, buffer, views))
+        fields.append(Field(table.text(FIELD_NAME), stored, index, dictionary, node, buffer, views, ends))
     return Schema(tuple(fields), count.nodes, count.buffers, count.views)
 
 
@@ -181,6 +186,17 @@ def _stored(field: Table) -> Stored:
             raise struct.error("bytes of a negative length")
         return Stored(Kind(f"{name}[{width}]", Sort.BYTES), "", width)
     return Stored(Kind(name, Sort.OTHER))
+
+
+def _runs(field: Table, stored: Stored) -> tuple[Stored | None, Stored]:
+    """How the ends of runs and their values lie; none, and the column as it is, where the values are no numbers."""
+    parts = list(itertools.islice(field.tables(FIELD_CHILDREN), 3))
+    if len(parts) != 2 or any(part.field(FIELD_DICTIONARY) for part in parts):
+        return None, stored
+    ends, values = map(_stored, parts)
+    if ends.kind.sort is not Sort.INTEGERS or values.kind.sort not in (Sort.INTEGERS, Sort.NUMBERS):
+        return None, stored
+    return ends, values
 
 
 def _integers(kind: Table) -> Stored:

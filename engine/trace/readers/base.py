@@ -19,7 +19,8 @@ PIECE_BYTES = 1 << 18
 class Source(Protocol):
     """Anything with a blocking ``read``: a file, a socket file, a queue of received body parts.
 
-    One that has a true ``prompt`` gives what has come, which rows and packed records are made of at once.
+    One that has a true ``prompt`` gives what has come, which rows and packed records are made of at once. One that has
+    ``waiting`` says by it whether a read would give something at once.
     """
 
     def read(self, size: int = -1, /) -> bytes:

@@ -13,6 +13,10 @@ from engine.errors import TraceError
 # A batch of 16 M records with all columns of 64-bit words that a record has, and some more.
 DEFAULT_MEMORY = 512 << 20
 
+# Records that may come of a body: many equal ones cost next to nothing.
+MANY_RECORDS = 1 << 28
+RECORDS_A_BYTE = 16
+
 
 class Budget:
     """The memory of one body: ``keep`` is for what stays, ``check`` for what is there only for a while.
@@ -41,6 +45,10 @@ class Budget:
         if more > 0:
             self._take(more)
             self._taken += more
+
+    def has(self, size: int) -> bool:
+        """Whether ``size`` bytes more are within what this body may take."""
+        return self.kept + size <= self.limit
 
     def keep(self, size: int, what: str) -> None:
         """Take them; a negative size gives back what was kept."""

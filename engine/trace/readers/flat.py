@@ -96,6 +96,39 @@ class Whole:
         return without_nulls(self._values[start : start + length], null)
 
 
+class Same:
+    """One value, an array of length 1, for all records."""
+
+    def __init__(self, value: npt.NDArray[Any]) -> None:
+        self._value = value
+
+    def part(self, start: int, length: int) -> Part:
+        return np.broadcast_to(self._value, length), None
+
+
+class Runs:
+    """One value after the other, each up to the position where its run ends: ``ends`` ascend, the last is at least that
+    of the column. ``null`` says which values are none."""
+
+    def __init__(self, ends: npt.NDArray[Any], values: npt.NDArray[Any], null: Lacking) -> None:
+        self._ends = ends
+        self._values = values
+        self._null = null
+
+    def part(self, start: int, length: int) -> Part:
+        if not length:
+            return self._values[:0], None
+        first, last = np.searchsorted(self._ends, [start, start + length - 1], side="right").tolist()
+        values = self._values[first : last + 1]
+        null = None if self._null is None or not self._null[first : last + 1].any() else self._null[first : last + 1]
+        if first == last:
+            spread = None if null is None else np.broadcast_to(null, length)
+            return without_nulls(np.broadcast_to(values, length), spread)
+        ends = np.minimum(self._ends[first : last + 1].astype(np.int64), start + length)
+        lengths = np.diff(ends, prepend=start)
+        return without_nulls(np.repeat(values, lengths), None if null is None else np.repeat(null, lengths))
+
+
 class Windows:
     """Bytes of any length: those from one offset to the next of ``data``."""
 

@@ -1,11 +1,13 @@
 """The compact protocol of Thrift, as far as bounding a Parquet file needs it: steps over values and reads numbers.
 
-The format is that of "Thrift compact protocol encoding". Data that ends too early is an IndexError.
+The format is that of "Thrift compact protocol encoding". Data that ends too early is an IndexError. ``written`` makes
+such data, of the few structs that the directory of a small file has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
 LAST_FIELD = (1 << 15) - 1
@@ -128,3 +130,38 @@ class Walk:
         self.left -= size
         if self.left < 0:
             raise TooMuch
+
+
+# A struct to be written: of each field, by number, its type and value; a list has the type of its elements beside them.
+Value = dict[int, tuple[int, Any]]
+
+
+def written(struct: Value) -> bytes:
+    """A struct of integers, bytes, structs and short lists."""
+    out = bytearray()
+    last = 0
+    for number, (kind, value) in struct.items():
+        out.append((number - last) << 4 | kind)
+        out += _written(kind, value)
+        last = number
+    return bytes(out) + b"\0"
+
+
+def _written(kind: int, value: Any) -> bytes:
+    if kind in (I32, I64):
+        return _varint(value << 1 ^ value >> 63)
+    if kind == BINARY:
+        return _varint(len(value)) + bytes(value)
+    if kind == STRUCT:
+        return written(value)
+    inner, items = value
+    assert kind == LIST and len(items) < 15
+    return bytes([len(items) << 4 | inner]) + b"".join(_written(inner, item) for item in items)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import subpage
-from subpage import bitmaps, client, errors, footprints, jobs, machines, policies, traces, values
+from subpage import bitmaps, client, compacting, errors, footprints, jobs, machines, policies, traces, values
 from subpage.modes import Method
 
 # In this order: the examples of one class build on each other, and a trace is made by those of machines.
-MODULES = (subpage, client, bitmaps, policies, values, machines, traces, jobs, footprints, errors)
+MODULES = (subpage, client, bitmaps, policies, values, machines, compacting, traces, jobs, footprints, errors)
 # Without an example of their own: what needs a library that is optional.
 WITHOUT = {"pandas", "polars"}
 

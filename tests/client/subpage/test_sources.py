@@ -51,6 +51,7 @@ SOURCES: dict[str, Any] = {
     "an Arrow stream": arrow,
     "a table": lambda: TABLE,
     "a reader": lambda: TABLE.to_reader(max_chunksize=10),
+    "a compact stream": lambda: subpage.compact(TABLE, "zstd"),
     "an array": lambda: GPAS,
     "an array with names": lambda: np.rec.fromarrays([GPAS, np.full(64, 8, np.uint16)], names="gpa,size"),
     "a table of text": lambda: b"gpa,size\n" + b"".join(b"%#x,8\n" % gpa for gpa in GPAS),

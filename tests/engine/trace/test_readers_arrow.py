@@ -104,8 +104,8 @@ def test_dictionary_of_text(read):
         read("arrow", stream(pa.table({"gpa": pa.array(["a"]).dictionary_encode()})))
 
 
-def test_run_end_encoding_is_not_a_column_of_integers(read):
-    gpa = pa.RunEndEncodedArray.from_arrays([2, 3], [7, 8])
+def test_runs_of_text(read):
+    gpa = pa.RunEndEncodedArray.from_arrays([2, 3], ["a", "b"])
     with pytest.raises(TraceError, match="integers"):
         read("arrow", stream(pa.table({"gpa": gpa})))
 

@@ -360,3 +360,64 @@ def test_a_table_whose_columns_are_named(tmp_path: Path) -> None:
     run("convert", path, "-o", out, "--columns", names)
     assert pq.read_table(out)["size"].to_pylist() == [4, 2]
     assert "lackey" in run("info", SAMPLES / "lackey.txt", "--format", "lackey", "--columns", names, status=1)
+
+
+def converted(path: Path, source: Path, *options: object) -> pa.Table:
+    run("convert", source, "-o", path, *options)
+    return pa.ipc.open_stream(path.read_bytes()).read_all()
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd"])
+def test_a_compact_stream(tmp_path: Path, codec: str) -> None:
+    """Columns as narrow as they may be, one run where all are the same; and it is the same trace."""
+    count = 300_000
+    source = tmp_path / "trace.parquet"
+    columns = {"gpa": np.arange(count) * 8, "size": np.full(count, 8), "access": np.full(count, 1), "vcpu": [3] * count}
+    pq.write_table(pa.table({**columns, "gva": np.arange(count) + (1 << 47)}), source)
+    found = converted(tmp_path / "trace.arrow", source, "--compression", codec)
+    assert [str(kind) for kind in found.schema.types] == [
+        "uint32",
+        *["run_end_encoded<run_ends: int32, values: uint8>"] * 3,
+        "uint64",
+    ]
+    assert "gva" not in converted(tmp_path / "short.arrow", source, "--without", "gva").column_names
+    assert json.loads(run("info", tmp_path / "trace.arrow", "--json"))["bytes_written"] == 8 * count
+    again = tmp_path / "again.parquet"
+    run("convert", tmp_path / "trace.arrow", "-o", again)
+    for name in ("gpa", "size", "access", "vcpu", "gva"):
+        assert pq.read_table(again)[name].to_pylist() == pq.read_table(source)[name].to_pylist(), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "again.parquet",
+        "short.arrow",
+        "trace.arrow",
+        "trace.parquet",
+    ]
+
+
+def test_a_compact_stream_of_everything_that_a_trace_may_have(tmp_path: Path) -> None:
+    sample = next(SAMPLES.glob("bochs-*"))
+    found, plain = converted(tmp_path / "trace.arrow", sample), tmp_path / "trace.parquet"
+    run("convert", sample, "-o", plain)
+    same = pq.read_table(plain)
+    assert found.column_names == same.column_names
+    for name in found.column_names:
+        assert found[name].to_pylist() == same[name].to_pylist(), name
+    empty = tmp_path / "empty.parquet"
+    pq.write_table(pa.table({"gpa": pa.array([], pa.uint64())}), empty)
+    assert converted(tmp_path / "empty.arrow", empty).num_rows == 0
+
+
+def test_what_a_name_does_not_go_with(tmp_path: Path) -> None:
+    source = tmp_path / "trace.parquet"
+    pq.write_table(TRACE, source)
+    assert ".parquet or .arrow" in run("convert", source, "-o", tmp_path / "trace.bin", status=1)
+    assert "goes with -o ….arrow" in run(
+        "convert", source, "-o", tmp_path / "other.parquet", "--compression", "lz4", status=1
+    )
+
+
+def test_columns_of_parquet_are_required_where_no_value_is_missing(tmp_path: Path) -> None:
+    output = tmp_path / "trace.parquet"
+    pq.write_table(TRACE, tmp_path / "given.parquet")
+    run("convert", tmp_path / "given.parquet", "-o", output)
+    assert not any(field.nullable for field in pq.read_schema(output))
