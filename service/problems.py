@@ -391,6 +391,12 @@ def describe(exc: Exception, instance: str) -> tuple[dict[str, Any], dict[str, s
     return (body if resume_at is None else body | {RESUME_AT: resume_at}), headers
 
 
+def said(error: errors.EngineError | ServiceError) -> str:
+    """A refusal in one line, as a problem's detail has it."""
+    problem, _ = describe(error, "")
+    return f"record {problem['index']}: {problem['detail']}" if "index" in problem else str(problem["detail"])
+
+
 def _describe(exc: Exception, instance: str) -> tuple[dict[str, Any], dict[str, str]]:
     if isinstance(exc, errors.EngineError):
         nearest = next(cls for cls in type(exc).__mro__ if cls in ENGINE_PROBLEMS)
