@@ -101,6 +101,9 @@ _ROWS = (
         "interrupted", 503, "Interrupted", "The service ended before the job did; the machine is as before the job."
     ),
     ProblemType(
+        "cluster-unavailable", 503, "Cluster unavailable", "Work is handed to a cluster, which cannot do it now."
+    ),
+    ProblemType(
         "store-unavailable", 503, "Store unavailable", "The store failed or belongs to another.", retry_after=2
     ),
 )
@@ -301,6 +304,12 @@ class NotReady(ServiceError):
     """The service is starting or draining."""
 
     code = "not-ready"
+
+
+class ClusterUnavailable(ServiceError):
+    """The cluster that work is handed to does not answer, or cannot do it."""
+
+    code = "cluster-unavailable"
 
 
 class StoreUnavailable(ServiceError):

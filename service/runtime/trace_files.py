@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any, BinaryIO, cast
 
-from engine.errors import EngineError
+from engine.errors import EngineError, LimitExceeded
 from engine.trace.columns import TraceChunk
 from engine.trace.compressed import DECODERS, FAULTS, Decoder, Zstandard, compression_of
 from engine.trace.option_names import FORMATS, TOOL_FORMATS
@@ -110,6 +110,8 @@ def told_of(path: Path | str) -> Iterator[None]:
     """What is wrong in a file, with its name."""
     try:
         yield
+    except LimitExceeded:
+        raise  # of all files together: it is not this one that is wrong
     except EngineError as error:
         raise fault_in(path, error) from None
     except OSError as error:
@@ -125,14 +127,15 @@ def trace_in(
     skip_unknown: bool = False,
     columns: str | None = None,
     memory: int | Budget = DEFAULT_MEMORY,
+    longest: int = 0,
 ) -> TraceFile:
     """A trace in a file that is open, or in an object of a store, whose address ``path`` is then; ``memory`` as in
-    ``open_trace``. Raises Failure."""
+    ``open_trace``. A compressed one unpacks to up to ``longest`` bytes, 0 for any number. Raises Failure."""
     with told_of(path):
         progress = Progress(size)
         counted = io.BufferedReader(_Counted(raw, progress), 1 << 18)
         compression = compression_of(counted.peek(8))
-        plain = counted if compression is None else unpacked(path, counted, compression)
+        plain = counted if compression is None else unpacked(path, counted, compression, longest)
         kind = _kind(path, plain, compression, format, columns)
         layout = record if kind == "packed" else None
         tool = TOOLS.get(kind)
@@ -146,9 +149,9 @@ def trace_in(
 _DECODERS: Mapping[str, Callable[[], Decoder]] = MappingProxyType({**DECODERS, "zstd": lambda: Zstandard(_WINDOW)})
 
 
-def unpacked(path: Path | str, file: Source, compression: str) -> io.BufferedReader[Any]:
-    """What is in a compressed file."""
-    return io.BufferedReader(_Unpacked(file, _DECODERS[compression](), path), HEAD_BYTES)
+def unpacked(path: Path | str, file: Source, compression: str, longest: int = 0) -> io.BufferedReader[Any]:
+    """What is in a compressed file, up to ``longest`` bytes; 0 for any number."""
+    return io.BufferedReader(_Unpacked(file, _DECODERS[compression](), path, longest), HEAD_BYTES)
 
 
 def look_in(raw: Any, path: Path | str, format: str = AUTO, columns: str | None = None) -> str:
@@ -180,9 +183,11 @@ def _kind(
 class _Unpacked(io.RawIOBase):
     """Unpacked data: each read gives as much as it is asked for, but at the end. Damage raises TraceFileError."""
 
-    def __init__(self, file: Source, decoder: Decoder, path: Path | str) -> None:
+    def __init__(self, file: Source, decoder: Decoder, path: Path | str, longest: int) -> None:
         self._pieces = self._decoded(file, decoder)
         self._path = path
+        self._longest = longest
+        self._taken = 0
         self._left = memoryview(b"")
 
     def _decoded(self, file: Source, decoder: Decoder) -> Iterator[bytes]:
@@ -206,6 +211,9 @@ class _Unpacked(io.RawIOBase):
                 if piece is None:
                     break
                 self._left = memoryview(piece)
+                self._taken += len(piece)
+                if self._taken > self._longest > 0:
+                    raise TraceFileError(f"{self._path}: may unpack to {self._longest:,} bytes, and has more")
             count = min(len(view) - done, len(self._left))
             view[done : done + count] = self._left[:count]
             self._left = self._left[count:]
