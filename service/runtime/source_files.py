@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +24,11 @@ _DEEPEST = 64
 _BUFFER = 1 << 18
 _WHERE = "the places that the operator lists (SUBPAGE_FOOTPRINT_SOURCES)"
 _CHANGED = "must not change while it is read: it is not as it was found"
+
+# What stands in the messages of the libraries below.
+_ANSWER = re.compile(r"AWS Error ([A-Z_]+)")
+
+logger = logging.getLogger("subpage.sources")
 
 Check = Callable[[], None]
 """Called now and then; raises when nobody wants it any more."""
@@ -117,7 +125,11 @@ class Files:
         folder = name_of("", begin)
         names = walked(folder, self._folders, _WHERE, (pattern.begin, 0), below, means)
         for name in sorted(names):
-            yield self._file(f"{folder.rstrip('/')}/{name}")
+            path = f"{folder.rstrip('/')}/{name}"
+            try:
+                yield self._file(path)
+            except NotAFile as error:
+                raise NotAFile(f"{error}: {path}") from None
 
     def _object(self, place: Place, parts: Sequence[str]) -> Source:
         from pyarrow import fs  # noqa: PLC0415 - the Arrow library is 33 MB
@@ -215,13 +227,20 @@ def _about(field: str, name: str) -> Iterator[None]:
     except (NotAllowed, NotAFile) as error:
         raise InvalidValue(str(error), field=field, value=name) from None
     except ScaleError as error:
-        why = str(error).rpartition("cannot be reached: ")[2]  # and not by which address
-        raise InvalidValue(f"cannot be reached: {why}", field=field, value=name) from None
+        raise InvalidValue(f"cannot be reached: {_why(error)}", field=field, value=name) from None
     except EngineError:
         raise
     except OSError as error:
-        said = error.strerror or first_line(error)
-        raise InvalidValue(f"cannot be read: {said}", field=field, value=name) from None
+        raise InvalidValue(f"cannot be read: {_why(error)}", field=field, value=name) from None
+
+
+def _why(error: Exception) -> str:
+    """What clients are told of a store: what it answers, and not where it is. The log has all of it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    logger.warning("a source cannot be read: %s", first_line(error))
+    found = _ANSWER.search(str(error))
+    return f"the store answers {found[1]}" if found else "the store does not answer as it should"
 
 
 class _Watched(io.RawIOBase):
@@ -232,7 +251,10 @@ class _Watched(io.RawIOBase):
 
     def readinto(self, target: Any) -> int:
         self._check()
-        return int(self._file.readinto(target))
+        try:
+            return int(self._file.readinto(target))
+        except OSError as error:
+            raise OSError(errno.EIO, _why(error)) from None
 
     def readable(self) -> bool:
         return True
