@@ -333,10 +333,9 @@ def test_a_store_that_does_not_answer_is_told(start: Start, monkeypatch: pytest.
         monkeypatch.setenv(f"AWS_{name}", value)
     place = "s3://boots/kernels?endpoint_override=127.0.0.1:1&scheme=http&region=here"
     client = start(footprint_sources=(place,)).client
-    for source in ("s3://boots/kernels/a.parquet", "s3://boots/kernels/**"):
-        reply = build(client, source)
-        refused(reply, 422, "sources[0]", "cannot be read: the store answers NETWORK_CONNECTION")
-        assert not any(word in reply.text for word in ("127.0.0.1", "hush", "AKIA", "here")), reply.text
+    reply = build(client, "s3://boots/kernels/**")
+    refused(reply, 422, "sources[0]", "cannot be read: the store answers NETWORK_CONNECTION")
+    assert not any(word in reply.text for word in ("127.0.0.1", "hush", "AKIA", "here")), reply.text
 
 
 def test_a_cluster_that_does_not_answer_fails_the_job(start: Start, folder: Path) -> None:
