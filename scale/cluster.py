@@ -88,8 +88,10 @@ def _speaks_grpc(place: str) -> bool:
 def _not_there(address: str, error: Exception) -> ClusterError:
     why = str(error).strip().partition("\n")[0] or type(error).__name__
     if address == AUTO:
-        return ClusterError(address, f"no cluster of Ray runs on this machine ({why}). `ray start --head` starts one")
-    return ClusterError(address, f"no cluster of Ray answers there: {why}")
+        return ClusterError(
+            address, "no cluster of Ray runs on this machine", f" ({why}). `ray start --head` starts one"
+        )
+    return ClusterError(address, "no cluster of Ray answers there", f": {why}")
 
 
 def _check_nodes(ray: Any, address: str) -> None:
@@ -101,6 +103,7 @@ def _check_nodes(ray: Any, address: str) -> None:
         raise ClusterError(address, "the cluster has no processor that is free for two minutes") from None
     except (ray.exceptions.RayError, ImportError) as error:
         why = str(error).strip().rpartition("\n")[2]
-        raise ClusterError(address, f"its nodes cannot run subpage: {why}. Install the same release there") from None
+        rule = "its nodes cannot run subpage"
+        raise ClusterError(address, rule, f": {why}. Install the same release there") from None
     if found != tasks.release_here():
         raise ClusterError(address, "its nodes have another release of subpage: install this one there")

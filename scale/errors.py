@@ -8,8 +8,8 @@ class ScaleError(Exception):
 
 
 class ClusterError(ScaleError):
-    """There is no cluster that could do it: ``why`` without its address, which is the text's."""
+    """There is no cluster that could do it: ``why``, to which the text adds its address and ``more``."""
 
-    def __init__(self, address: str, why: str) -> None:
-        super().__init__(f"--ray {address}: {why}")
+    def __init__(self, address: str, why: str, more: str = "") -> None:
+        super().__init__(f"--ray {address}: {why}{more}")
         self.why = why

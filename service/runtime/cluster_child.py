@@ -23,7 +23,7 @@ from scale.errors import ClusterError, ScaleError
 from service.runtime.source_builds import Reducing, SourceFault, of_document
 
 # What a line tells.
-RECORDS, SHARE, FAULT, CLUSTER, DONE = "records", "share", "fault", "cluster", "done"
+RECORDS, SHARE, FAULT, CLUSTER, LOG, DONE = "records", "share", "fault", "cluster", "log", "done"
 _GRACE_SECONDS = 5.0
 
 
@@ -47,9 +47,9 @@ def main() -> None:
         except (InvalidValue, LimitExceeded) as error:
             tell(fault=SourceFault.of(error).args)
         except ClusterError as error:
-            tell(cluster=error.why)
+            tell(cluster=error.why, log=str(error))
         except ScaleError as error:
-            tell(cluster=str(error))
+            tell(cluster="its workers could not do it", log=str(error))
 
 
 def _build(document: dict[str, Any], out: Any, tell: Callable[..., None]) -> None:
@@ -70,7 +70,8 @@ def _build(document: dict[str, Any], out: Any, tell: Callable[..., None]) -> Non
         try:
             found = on_ray.built(ray, job, sources, following)
         except ray.exceptions.RayError as error:
-            raise ClusterError("", str(error).strip().partition("\n")[0]) from None
+            why = str(error).strip().partition("\n")[0]
+            raise ClusterError(document["cluster"], "it was lost", f": {why}") from None
         stored.write(found, out)
     out.flush()
     tell(done=True)

@@ -17,7 +17,7 @@ from typing import IO, Any
 from engine.footprint.places import ROW_GROUP, WRITTEN_BYTES, Footprint
 from engine.trace.readers import Budget
 from service.problems import ClusterUnavailable
-from service.runtime.cluster_child import CLUSTER, DONE, FAULT, RECORDS, SHARE
+from service.runtime.cluster_child import CLUSTER, DONE, FAULT, LOG, RECORDS, SHARE
 from service.runtime.source_builds import Allowed, SourceFault, SourcesRequest, document_of
 from service.runtime.source_files import Check
 from service.runtime.work_progress import Told
@@ -91,7 +91,7 @@ class Building:
             if FAULT in line:
                 raise SourceFault(*line[FAULT]).raised()
             if CLUSTER in line:
-                logger.warning("the cluster cannot build a footprint: %s", line[CLUSTER])
+                logger.warning("the cluster cannot build a footprint: %s", line[LOG])
                 raise ClusterUnavailable(f"the cluster (SUBPAGE_RAY_ADDRESS) cannot do it: {line[CLUSTER]}")
             told.records_done, told.share = int(line[RECORDS]), float(line[SHARE])
         status = process.wait()

@@ -343,7 +343,7 @@ def test_a_cluster_that_does_not_answer_fails_the_job(start: Start, folder: Path
     client = start(footprint_sources=(str(folder),), ray_address="127.0.0.1:1").client
     reply = build(client, f"{folder}/a.parquet")
     assert (reply.status_code, reply.json()["code"]) == (503, "cluster-unavailable"), reply.text
-    assert "no cluster of Ray answers there: [Errno 111] Connection refused" in reply.json()["rule"]
+    assert reply.json()["rule"].endswith("cannot do it: no cluster of Ray answers there")
     refused(build(client, f"{folder}/nothing"), 422, "sources[0]", "must exist")
     assert client.get("/livez").status_code == 200
 
