@@ -122,7 +122,7 @@ install-test: $(DEVELOPED) ## Install both locks with pips of four ages, beside 
 console-test: $(DEVELOPED) $(WARMED) ## The console in Chromium: every flow, keyboard alone, axe; pictures of all screens in build/console/
 	$(BIN)/python -m pytest -p no:xdist -m console --durations=5 tests/console $(ARGS)
 
-scale-test: scale-tools $(WARMED) ## Footprints by two nodes of Ray on this machine, one of them killed, and a store that speaks S3
+scale-test: scale-tools $(WARMED) ## Footprints and replays by two nodes of Ray on this machine, one of them killed, and a store that speaks S3
 	$(BIN)/python -m pytest -p no:xdist -m scale --durations=5 tests/scale $(ARGS)
 
 scale-tools: $(SCALED) ## Install what `make scale-test` needs beside: Ray and a store of objects

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from scale.errors import ScaleError
+from scale.errors import ClusterError
 
 LOCAL, AUTO = "local", "auto"
+CLUSTERS = "local, auto, HOST:PORT or ray://HOST:PORT"
 _SECONDS = 5.0  # for an address to answer
 _PLACE = re.compile(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d{1,5})")
 
@@ -26,15 +27,13 @@ def cluster(address: str) -> Iterator[Any]:
     """The module ``ray``, connected: to ``local``, one of this process on this machine; ``auto``, the one of this
     machine or of ``RAY_ADDRESS``; ``HOST:PORT`` or ``ray://HOST:PORT``. Its nodes must have this release.
 
-    Raises ScaleError.
+    Raises ClusterError.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked us to tell others
     try:
         import ray  # noqa: PLC0415 - an extra
     except ImportError:
-        raise ScaleError(
-            "Ray is not installed: `pip install 'subpage[scale]'`. Without --ray it is done in this process"
-        ) from None
+        raise ClusterError(address, "Ray is not installed: `pip install 'subpage[scale]'`") from None
     check_place(address)
     try:
         ray.init(
@@ -54,13 +53,18 @@ def cluster(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
+def is_place(address: str) -> bool:
+    """Whether it is what an address looks like."""
+    return address in (LOCAL, AUTO) or _PLACE.fullmatch(address) is not None
+
+
 def check_place(address: str) -> None:
-    """Refuse what nothing listens at: Ray itself would wait for it for a long time. Raises ScaleError."""
+    """Refuse what nothing listens at: Ray itself would wait for it for a long time. Raises ClusterError."""
     if address in (LOCAL, AUTO):
         return
     match = _PLACE.fullmatch(address)
     if match is None:
-        raise ScaleError(f"--ray {address}: must be local, auto, HOST:PORT or ray://HOST:PORT")
+        raise ClusterError(address, f"must be {CLUSTERS}")
     try:
         socket.create_connection((match[1], int(match[2])), _SECONDS).close()
     except (OSError, OverflowError, UnicodeError) as error:
@@ -81,11 +85,13 @@ def _speaks_grpc(place: str) -> bool:
     return True
 
 
-def _not_there(address: str, error: Exception) -> ScaleError:
+def _not_there(address: str, error: Exception) -> ClusterError:
     why = str(error).strip().partition("\n")[0] or type(error).__name__
     if address == AUTO:
-        return ScaleError(f"--ray auto: no cluster of Ray runs on this machine ({why}). `ray start --head` starts one")
-    return ScaleError(f"--ray {address}: no cluster of Ray answers there: {why}")
+        return ClusterError(
+            address, "no cluster of Ray runs on this machine", f" ({why}). `ray start --head` starts one"
+        )
+    return ClusterError(address, "no cluster of Ray answers there", f": {why}")
 
 
 def _check_nodes(ray: Any, address: str) -> None:
@@ -94,11 +100,10 @@ def _check_nodes(ray: Any, address: str) -> None:
     try:
         found = ray.get(tasks.release.remote(), timeout=120)
     except ray.exceptions.GetTimeoutError:
-        raise ScaleError(f"--ray {address}: the cluster has no processor that is free for two minutes") from None
+        raise ClusterError(address, "the cluster has no processor that is free for two minutes") from None
     except (ray.exceptions.RayError, ImportError) as error:
         why = str(error).strip().rpartition("\n")[2]
-        raise ScaleError(
-            f"--ray {address}: its nodes cannot run subpage: {why}. Install the same release there"
-        ) from None
+        rule = "its nodes cannot run subpage"
+        raise ClusterError(address, rule, f": {why}. Install the same release there") from None
     if found != tasks.release_here():
-        raise ScaleError(f"--ray {address}: its nodes have another release of subpage: install this one there")
+        raise ClusterError(address, "its nodes have another release of subpage: install this one there")

@@ -8,7 +8,6 @@ the cluster, so that neither references nor what Ray remembers about them grow w
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,16 +15,13 @@ from typing import Any
 
 from engine.footprint.places import Footprint
 from scale.build import Done, Job, Progress, added
-from scale.errors import ScaleError
 from scale.groups import Piece, Whole
 from scale.sources import Source
 from scale.tree import Tree, rounds
+from scale.under_way import UnderWay
 
 HARVEST = 3  # that of 512 files
-_AHEAD = 2  # tasks under way for each processor
-_SECONDS = 1.0  # after which it is looked at whether nodes have come or gone
 
-Then = Callable[[Any], object]
 # References to a footprint, and to what is said of it.
 Made = tuple[Any, Any]
 
@@ -36,14 +32,13 @@ class Run:
     def __init__(self, ray: Any, job: Job, progress: Progress) -> None:
         from scale import tasks  # noqa: PLC0415 - needs Ray
 
-        self._ray, self._tasks = ray, tasks
+        self._tasks = tasks
         self._plain, self._job = job, ray.put(job)
         self._progress = progress
-        self._under_way: dict[Any, tuple[str, Then]] = {}
+        self._under_way = UnderWay(ray)
         self._next: deque[Callable[[], None]] = deque()
         self._tree: Tree[Made] = Tree(self._together, HARVEST, self._take_out)
         self._harvested: Footprint | None = None
-        self._look, self._room = 0.0, 0  # when the size of the cluster is asked next, and what it has room for
 
     def footprint(self, sources: Sequence[Source]) -> Footprint:
         """Raises ScaleError."""
@@ -54,22 +49,18 @@ class Run:
                 self._take_out(last)
             self._run(waiting)
         except BaseException:
-            for ref in self._under_way:
-                self._ray.cancel(ref, force=False)
+            self._under_way.cancel()
             raise
         assert self._harvested is not None
         return self._harvested
 
     def _run(self, waiting: Iterator[Source]) -> None:
         while self._fill(waiting) or self._under_way:
-            self._settle()
+            self._under_way.settle()
 
     def _fill(self, waiting: Iterator[Source]) -> bool:
         """Begin what there is room for; whether there is more to be done."""
-        if time.monotonic() >= self._look:
-            self._room = _AHEAD * max(1, int(self._ray.cluster_resources().get("CPU", 1)))
-            self._look = time.monotonic() + _SECONDS
-        while len(self._under_way) < self._room:
+        while self._under_way.has_room():
             if self._next:
                 self._next.popleft()()
                 continue
@@ -79,32 +70,9 @@ class Run:
             self._begin(source)
         return True
 
-    def _settle(self) -> None:
-        """Wait for something to be done, and go on from it."""
-        done, _ = self._ray.wait(list(self._under_way), num_returns=1, timeout=_SECONDS)
-        for ref in done:
-            about, then = self._under_way.pop(ref)
-            then(self._said(ref, about))
-
-    def _said(self, ref: Any, about: str) -> Any:
-        """What a task gave. Raises ScaleError."""
-        errors = self._ray.exceptions
-        try:
-            return self._ray.get(ref)
-        except errors.RayTaskError as error:
-            if isinstance(error.cause, ScaleError):
-                raise error.cause from None
-            raise
-        except errors.RayError as error:
-            why = str(error).strip().partition("\n")[0]
-            raise ScaleError(f"{about}: no worker could do it, however often it was tried: {why}") from None
-
-    def _follow(self, ref: Any, about: str, then: Then) -> None:
-        self._under_way[ref] = about, then
-
     def _begin(self, source: Source) -> None:
         if self._plain.in_pieces and source.size > self._plain.split:
-            self._follow(
+            self._under_way.follow(
                 self._tasks.planned.remote(self._job, source), source.name, lambda pieces: self._plan(source, pieces)
             )
         else:
@@ -112,7 +80,7 @@ class Run:
 
     def _reduce(self, source: Source) -> None:
         found, said = self._tasks.reduced.remote(self._job, source, None)
-        self._follow(said, source.name, lambda done: self._file_done(source, (found, said), done))
+        self._under_way.follow(said, source.name, lambda done: self._file_done(source, (found, said), done))
 
     def _plan(self, source: Source, pieces: Sequence[Piece]) -> None:
         """Have a file reduced whole, or piece by piece."""
@@ -133,7 +101,7 @@ class Run:
                 known.append(whole)
                 done()
 
-            self._follow(self._tasks.whole.remote(source), source.name, told)
+            self._under_way.follow(self._tasks.whole.remote(source), source.name, told)
 
         def begin(at: int, piece: Piece) -> None:
             def told(_: Done) -> None:
@@ -141,7 +109,7 @@ class Run:
                 done()
 
             found, said = self._tasks.reduced.remote(self._job, source, piece)
-            self._follow(said, source.name, told)
+            self._under_way.follow(said, source.name, told)
 
         self._next.append(begin_whole)
         self._next.extend(partial(begin, at, piece) for at, piece in enumerate(pieces))
@@ -149,7 +117,7 @@ class Run:
     def _finish(self, source: Source, made: Sequence[Any], whole: Whole) -> None:
         (one,) = rounds(lambda refs: self._tasks.pieces_together.remote(*refs)[0], made)
         found, said = self._tasks.file_finished.remote(self._job, source, one, whole)
-        self._follow(said, source.name, lambda done: self._file_done(source, (found, said), done))
+        self._under_way.follow(said, source.name, lambda done: self._file_done(source, (found, said), done))
 
     def _file_done(self, source: Source, made: Made, done: Done) -> None:
         self._progress.count(source, done)
@@ -164,10 +132,10 @@ class Run:
         ref, said = made
 
         def add(_: Done) -> None:
-            found: Footprint = self._said(ref, "the footprints")
+            found: Footprint = self._under_way.said(ref, "the footprints")
             self._harvested = found if self._harvested is None else added([self._harvested, found])
 
-        self._follow(said, "the footprints", add)
+        self._under_way.follow(said, "the footprints", add)
 
 
 def built(ray: Any, job: Job, sources: Sequence[Source], progress: Progress) -> Footprint:

@@ -13,6 +13,7 @@ from engine.footprint.costs import Cost, Costs
 from engine.footprint.places import Footprint
 from engine.footprint.question import Question
 from engine.kvm.protections import Protection
+from scale import each as work_on_each
 from scale import groups
 from scale.build import Done, Job, added, leaf
 from scale.cluster import RETRIES
@@ -75,6 +76,12 @@ def planned(job: Job, source: Source) -> list[groups.Piece]:
 def whole(source: Source) -> groups.Whole:
     """What is known of a file as a whole."""
     return groups.whole_of(source)
+
+
+@_task
+def each(work: work_on_each.Work[Any], source: Source, item: Any, about: str) -> work_on_each.Made:
+    """What comes of one file and one item."""
+    return work_on_each.leaf(work, work_on_each.Task(source, item, about))
 
 
 _asked: dict[str, Costs] = {}

@@ -22,7 +22,7 @@ from engine.warm.progress import progress_lines, progress_on
 from engine.warm.whole import Group, compile_kernels, load_kernels
 from service import __version__
 from service.api.events import events, introspection, kvmi
-from service.api.footprints import advice, costs, footprints, merges, places
+from service.api.footprints import advice, builds, costs, footprints, merges, places
 from service.api.hyperv import hypercalls, hyperv, kvm_pages
 from service.api.machines import clones, counters, vm_capabilities, vms
 from service.api.memory import dirty, host_memory, memory, memory_slots, symbols
@@ -77,6 +77,7 @@ RESOURCES = (
     jobs,
     footprints,
     merges,
+    builds,
     costs,
     advice,
     places,

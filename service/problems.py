@@ -101,6 +101,9 @@ _ROWS = (
         "interrupted", 503, "Interrupted", "The service ended before the job did; the machine is as before the job."
     ),
     ProblemType(
+        "cluster-unavailable", 503, "Cluster unavailable", "Work is handed to a cluster, which cannot do it now."
+    ),
+    ProblemType(
         "store-unavailable", 503, "Store unavailable", "The store failed or belongs to another.", retry_after=2
     ),
 )
@@ -303,6 +306,12 @@ class NotReady(ServiceError):
     code = "not-ready"
 
 
+class ClusterUnavailable(ServiceError):
+    """The cluster that work is handed to does not answer, or cannot do it."""
+
+    code = "cluster-unavailable"
+
+
 class StoreUnavailable(ServiceError):
     """The store could not be written or read. ``certain``: nothing of the change is stored, now or later."""
 
@@ -389,6 +398,12 @@ def describe(exc: Exception, instance: str) -> tuple[dict[str, Any], dict[str, s
     body, headers = _describe(exc, instance)
     resume_at = getattr(exc, RESUME_AT, None)
     return (body if resume_at is None else body | {RESUME_AT: resume_at}), headers
+
+
+def said(error: errors.EngineError | ServiceError) -> str:
+    """A refusal in one line, as a problem's detail has it."""
+    problem, _ = describe(error, "")
+    return f"record {problem['index']}: {problem['detail']}" if "index" in problem else str(problem["detail"])
 
 
 def _describe(exc: Exception, instance: str) -> tuple[dict[str, Any], dict[str, str]]:

@@ -11,8 +11,10 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from engine.trace.option_names import DefaultAnswer
+from scale.cluster import CLUSTERS, is_place
 from service.platform.failures import FileError, read_document
 from service.platform.sockets import Allowed
+from service.platform.source_places import Place
 from service.storage.urls import StoreUrl, default_store
 
 MIB = 1 << 20
@@ -124,6 +126,22 @@ class Settings(BaseSettings):
     )
     footprint_seconds: float = Field(
         120, ge=0, description="Seconds that one question about a footprint may take to compute; 0: any time."
+    )
+    footprint_sources: tuple[str, ...] = Field(
+        (),
+        description="Where `POST /v1/footprints:build` may read traces: `/DIRECTORY`, `s3://BUCKET/PREFIX` or "
+        "`gs://BUCKET/PREFIX`, perhaps with `?endpoint_override=HOST:PORT&scheme=http` behind it, for one tenant with "
+        "`TENANT=` before it; nowhere by default. Whoever may write counts what is there.",
+    )
+    max_source_files: int = Field(1000, ge=1, le=1 << 16, description="Files that one such footprint may be of.")
+    max_source_bytes: int = Field(
+        64 * GIB, ge=1, description="Bytes that they may have together, and what one of them may unpack to."
+    )
+    source_seconds: float = Field(3600, ge=0, description="Seconds that reading them may take; 0: any time.")
+    ray_address: str | None = Field(
+        None,
+        description="A cluster of Ray that they are handed to: `local`, `auto`, `HOST:PORT` or `ray://HOST:PORT`; "
+        "without one they are read here. Needs the extra `scale`.",
     )
     loaded_footprint_bytes: int = Field(
         256 * MIB,
@@ -273,6 +291,20 @@ class Settings(BaseSettings):
     def _known_sockets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for text in value:
             Allowed.parse(text)
+        return value
+
+    @field_validator("footprint_sources")
+    @classmethod
+    def _known_places(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            Place.parse(text)
+        return value
+
+    @field_validator("ray_address")
+    @classmethod
+    def _known_cluster(cls, value: str | None) -> str | None:
+        if value is not None and not is_place(value):
+            raise ValueError(f"must be {CLUSTERS}: {value!r}")
         return value
 
     @field_validator("store")

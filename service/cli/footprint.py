@@ -15,7 +15,7 @@ from service.cli.commands import AsJson, Group, command
 from service.cli.connection import Service, remote
 from service.cli.progress import ProgressOption, bar
 from service.cli.trace import AddressOption
-from service.cli.trace_options import Columns, Format, FormatOption, Record, RecordOption, SkipUnknown
+from service.cli.trace_options import Columns, Format, FormatOption, Ray, Record, RecordOption, SkipUnknown
 
 if TYPE_CHECKING:
     from engine.footprint.places import Footprint
@@ -52,14 +52,6 @@ Slots = Annotated[
         metavar="GPA:SIZE[:ro][:2MiB]",
         help="Guest RAM, such as 0:3GiB; read-only with :ro, on host pages of 2 MiB or 1 GiB with :2MiB or :1GiB. May "
         "repeat. Without it there is writable memory everywhere.",
-    ),
-]
-Ray = Annotated[
-    str | None,
-    typer.Option(
-        "--ray",
-        metavar="ADDRESS",
-        help="Have it done by a cluster of Ray: local, auto, HOST:PORT or ray://HOST:PORT. Needs the extra `scale`.",
     ),
 ]
 ProfileOption = Annotated[Profile, typer.Option(help="Which KVM the guest runs under.")]

@@ -23,14 +23,15 @@ from scale.groups import Piece, Rows
 from scale.sources import Source
 from service import __version__
 from service.cli.numbers import parse_range as ram_range
-from service.cli.policy_files import read_policy, said
+from service.cli.policy_files import named_policies, read_policy
 from service.cli.progress import Move
 from service.cli.trace import addressed
-from service.cli.trace_files import TraceFile, trace_in
 from service.cli.trace_options import Address
 from service.cli.trace_parquet import replacing
 from service.platform.failures import Failure, opened
+from service.problems import said
 from service.runtime import footprint_documents as documents
+from service.runtime.trace_files import TraceFile, trace_in
 
 _MEMORY = 64 << 30  # that reading a footprint may take: it is the user's own file
 _TIMES = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
@@ -178,28 +179,8 @@ def one_policy(path: Path) -> Protection:
 
 
 def policies_of(paths: Sequence[Path], move: Callable[[float], object]) -> dict[str, Protection]:
-    """Policies by name, those of folders in order of their files; of two with one name the file's is taken.
-
-    Raises Failure.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            files.append(path)
-            continue
-        inside = sorted(item for item in path.iterdir() if item.suffix in (".json", ".toml"))
-        if not inside:
-            raise Failure(f"{path}: has no policy in it, no file that ends in .json or .toml")
-        files += inside
-    found: dict[str, Protection] = {}
-    for number, file in enumerate(files):
-        policy = one_policy(file)
-        name = policy.name if policy.name not in found else file.stem
-        if name in found:
-            name = str(file)
-        found[name] = policy
-        move((number + 1) / len(files))
-    return found
+    """Policies by name, those of folders in order of their files. Raises Failure."""
+    return {name: policy.protection() for name, policy in named_policies(paths, read_policy, move).items()}
 
 
 def slots_of(texts: Sequence[str]) -> Iterator[SlotSpec]:

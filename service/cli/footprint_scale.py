@@ -18,6 +18,7 @@ from scale.errors import ScaleError
 from scale.sources import Source, expand, is_address
 from service.cli.footprint_files import Reducing, check_output, saved
 from service.cli.progress import Move, bar
+from service.cli.samples import line_of_samples
 from service.cli.trace_options import Format
 from service.platform.failures import Failure
 
@@ -25,7 +26,7 @@ _PARQUET = (Format.AUTO, Format.PARQUET)
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def scale_told() -> Iterator[None]:
     """Raises Failure."""
     try:
         yield
@@ -43,9 +44,11 @@ def build(
 ) -> Footprint:
     """Write the footprint of all files that ``texts`` name. Partial ones are kept in ``folder``, or beside the output
     until that is written. Raises Failure."""
-    with _told():
+    with scale_told():
         sources = expand(texts)
     check_output(output, [Path(source.name) for source in sources if not is_address(source.name)])
+    if (line := line_of_samples(sources)) is not None:
+        typer.echo(line, err=True)
     several = folder is not None or address is not None or len(sources) > 1
     job = building.Job(
         reducing,
@@ -56,7 +59,7 @@ def build(
         reducing.reading.format in _PARQUET,
     )
     try:
-        with _told():
+        with scale_told():
             found = (
                 _cluster(job, sources, address, progress)
                 if address is not None
@@ -126,7 +129,7 @@ def costs(
     """What policies cost, asked by the workers of a cluster. Raises Failure."""
     from scale.cluster import cluster
 
-    with _told(), cluster(address) as ray:
+    with scale_told(), cluster(address) as ray:
         from scale import spread
 
         return spread.costs(ray, footprint, question, policies, lambda share: move(share, done="policies asked"))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -23,15 +23,16 @@ from service.api.protection.policies import ProtectionRequest
 from service.api.protection.subpages import SubpagePatch, SubpageRangeRequest, ranges_of
 from service.api.traces.traces import carried_columns, result_document
 from service.cli.demo import report_of
-from service.cli.policy_files import checked, policy_document, policy_of, said
-from service.cli.trace_files import AUTO, fault_in, look, unpacked
+from service.cli.policy_files import checked, policy_document, policy_of
+from service.cli.trace_files import look
 from service.http.handlers import refusal
 from service.http.wire_types import Document
 from service.platform.failures import Failure, opened
-from service.problems import ServiceError
+from service.problems import ServiceError, said
 from service.runtime.job import Job
 from service.runtime.registry import build
 from service.runtime.spool import Spool
+from service.runtime.trace_files import AUTO, fault_in, look_in, unpacked
 from service.runtime.traces import Trace, TraceRequest, replay
 from service.settings import Settings
 
@@ -42,6 +43,20 @@ _LOOK_SECONDS = 0.1
 
 class LocalError(Failure):
     """The replay cannot be done, or ended in a refusal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The settings that bound a machine and a replay on it, without the others, some of which are secrets."""
+
+    max_table_frames: int
+    max_subpage_window: int
+    max_exit_records: int
+    body_memory_bytes: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> Bounds:
+        return cls(*(getattr(settings, field.name) for field in fields(cls)))
 
 
 class Policy(Document):
@@ -91,7 +106,7 @@ def _in_vm(document: dict[str, Any]) -> Policy:
     return Policy.model_validate({**document, "vm": {"spp": True, **vm} if isinstance(vm, dict) else vm})
 
 
-def create(policy: Policy, settings: Settings) -> VirtualMachine:
+def create(policy: Policy, settings: Settings | Bounds) -> VirtualMachine:
     """The machine that a policy describes. Raises LocalError."""
     try:
         slots = [slot.spec(slot.slot) for slot in policy.vm.memory_slots]
@@ -106,7 +121,7 @@ def create(policy: Policy, settings: Settings) -> VirtualMachine:
     return machine
 
 
-def _set(machine: VirtualMachine, ranges: Sequence[SubpageRangeRequest], settings: Settings) -> None:
+def _set(machine: VirtualMachine, ranges: Sequence[SubpageRangeRequest], settings: Settings | Bounds) -> None:
     """SET them. The call of the service has them under another name."""
     try:
         machine.set_subpages(ranges_of(SubpagePatch(ranges=list(ranges)), settings.max_subpage_window))
@@ -130,9 +145,16 @@ class Options:
     skip_unknown: bool = False
     address: str = "gpa"
 
-    def request(self, path: Path, settings: Settings) -> TraceRequest:
+    def request(self, path: Path, settings: Settings | Bounds) -> TraceRequest:
         """What is asked for, of a file whose format it is or is found out. Raises Failure."""
-        kind = look(path, self.format, self.columns)
+        return self.request_of(look(path, self.format, self.columns), settings)
+
+    def request_in(self, raw: Any, name: str, settings: Settings | Bounds) -> TraceRequest:
+        """The same of a file that is open. Raises Failure."""
+        return self.request_of(look_in(raw, name, self.format, self.columns), settings)
+
+    def request_of(self, kind: str, settings: Settings | Bounds) -> TraceRequest:
+        """The same of a file of this format. Raises Failure."""
         kept = settings.max_exit_records if self.max_exit_records is None else self.max_exit_records
         try:
             carry = carried_columns(self.carry)
@@ -154,6 +176,7 @@ class Options:
 
 
 Watcher = Callable[[Job], object]
+T = TypeVar("T")
 
 
 def run(path: Path, machine: VirtualMachine, request: TraceRequest, watch: Watcher = lambda job: None) -> Trace:
@@ -163,44 +186,66 @@ def run(path: Path, machine: VirtualMachine, request: TraceRequest, watch: Watch
     keyboard leaves the machine as it was and is raised again.
     """
     with opened(path) as file:
-        compression = compression_of(file.read(8))
-        file.seek(0)
-        job = Job(1, "local", "local", "local", datetime.now(UTC), wanted=request)
-        job.spool = Spool(file, path.stat().st_size)
-        memory = Settings().body_memory_bytes
-        done: list[tuple[TraceResult, tuple[str, ...]]] = []
-        failed: list[Exception] = []
+        return run_in(file, path.stat().st_size, path, machine, request, Settings().body_memory_bytes, watch)
 
-        def work() -> None:
-            try:
-                source: Source = job.source(memory)
-                if compression is not None:
-                    job.total, source = None, unpacked(path, source, compression)
-                done.append(replay(machine, request, source, job.check, job.follow, memory))
-            except Exception as error:  # noqa: BLE001 - raised below
-                failed.append(error)
 
-        thread = threading.Thread(target=work, name="replay")
-        began = time.perf_counter()
-        job.begin()
-        thread.start()
-        try:
-            looked = False
-            while not looked or thread.is_alive():
-                thread.join(_LOOK_SECONDS)
-                watch(job)
-                looked = True
-        except KeyboardInterrupt:
-            job.stop("cancelled")
-            thread.join()
-            raise
-        seconds = time.perf_counter() - began
-    if failed:
-        if isinstance(failed[0], (EngineError, ServiceError)):
-            raise fault_in(path, failed[0])
-        raise failed[0]
-    result, ignored = done[0]
+def run_in(
+    file: Any,
+    size: int,
+    name: Path | str,
+    machine: VirtualMachine,
+    request: TraceRequest,
+    memory: int,
+    watch: Watcher = lambda job: None,
+) -> Trace:
+    """The same of a file that is open, whose body may take ``memory``."""
+    compression = compression_of(file.read(8))
+    file.seek(0)
+    job = Job(1, "local", "local", "local", datetime.now(UTC), wanted=request)
+    job.spool = Spool(file, size)
+
+    def work() -> tuple[TraceResult, tuple[str, ...]]:
+        source: Source = job.source(memory)
+        if compression is not None:
+            job.total, source = None, unpacked(name, source, compression)
+        return replay(machine, request, source, job.check, job.follow, memory)
+
+    began = time.perf_counter()
+    try:
+        result, ignored = _watched(job, work, watch)
+    except (EngineError, ServiceError) as error:
+        raise fault_in(name, error) from None
+    seconds = time.perf_counter() - began
     return Trace("tr_local", 1, request, result, ignored, datetime.now(UTC), seconds, len(result.exit_columns))
+
+
+def _watched(job: Job, work: Callable[[], T], watch: Watcher) -> T:
+    """What a thread works out, which is told when nobody wants that any more."""
+    done: list[T] = []
+    failed: list[Exception] = []
+
+    def caught() -> None:
+        try:
+            done.append(work())
+        except Exception as error:  # noqa: BLE001 - raised below
+            failed.append(error)
+
+    thread = threading.Thread(target=caught, name="replay")
+    job.begin()
+    thread.start()
+    try:
+        looked = False
+        while not looked or thread.is_alive():
+            thread.join(_LOOK_SECONDS)
+            watch(job)
+            looked = True
+    except KeyboardInterrupt:
+        job.stop("cancelled")
+        thread.join()
+        raise
+    if failed:
+        raise failed[0]
+    return done[0]
 
 
 def document_of(trace: Trace, exits: int) -> dict[str, Any]:

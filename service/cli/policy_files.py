@@ -6,9 +6,9 @@ A policy is what ``POST …/protections`` takes (``service.api.protection.polici
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from pydantic import ValidationError
 
@@ -18,7 +18,7 @@ from engine.symbols.formats import told
 from service.api.protection.policies import ProtectionRequest
 from service.http.handlers import refusal
 from service.platform.failures import FileError, opened, read_document
-from service.problems import ServiceError, describe
+from service.problems import ServiceError, said
 
 # Bits of the widest guest-physical addresses; those of a machine are checked when it is there.
 _WIDEST = 52
@@ -72,7 +72,38 @@ def name_of_file(path: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_.~-]", "_", path.stem)[:128].lstrip(".~-") or "policy"
 
 
-def said(error: EngineError | ServiceError) -> str:
-    """A refusal in one line, as a problem's detail has it."""
-    problem, _ = describe(error, "")
-    return f"record {problem['index']}: {problem['detail']}" if "index" in problem else str(problem["detail"])
+class Named(Protocol):
+    """A policy."""
+
+    @property
+    def name(self) -> str: ...
+
+
+P = TypeVar("P", bound=Named)
+
+
+def named_policies(
+    paths: Sequence[Path], read: Callable[[Path], P], move: Callable[[float], object] = lambda share: None
+) -> dict[str, P]:
+    """Policies by name, those of folders in order of their files; of two with one name the file's is taken.
+
+    Raises Failure.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = sorted(item for item in path.iterdir() if item.suffix in (".json", ".toml"))
+        if not inside:
+            raise FileError(f"{path}: has no policy in it, no file that ends in .json or .toml")
+        files += inside
+    found: dict[str, P] = {}
+    for number, file in enumerate(files):
+        policy = read(file)
+        name = policy.name if policy.name not in found else file.stem
+        if name in found:
+            name = str(file)
+        found[name] = policy
+        move((number + 1) / len(files))
+    return found

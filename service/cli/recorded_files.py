@@ -103,18 +103,31 @@ def _stored(values: NDArray[np.uint8], sizes: NDArray[np.uint8]) -> pa.Array:
 def lines_of_sample(path: Path, kind: str) -> list[str]:
     """What is said of a file of this format wherever it is looked at: nothing unless it says that it is a sample."""
     try:
+        with path.open("rb") as file:
+            count = sample_in(file, kind)
+    except OSError:  # a file that is not what it was taken for is told by its reader
+        return []
+    return [sampled(count)] if count else []
+
+
+def sample_in(file: Any, kind: str) -> int:
+    """Of how many stores an open file of this format has one, where it says that it is a sample; 0 where it does not.
+
+    Raises OSError.
+    """
+    try:
         if kind == "parquet":
-            metadata = pq.read_schema(path).metadata
+            metadata = pq.read_schema(file).metadata
         elif kind == "arrow":
-            with pa.ipc.open_stream(path) as stream:
+            with pa.ipc.open_stream(file) as stream:
                 metadata = stream.schema.metadata
         else:
-            return []
+            return 0
         identity = json.loads((metadata or {}).get(METADATA, b"{}"))
-    except (OSError, ValueError):  # a file that is not what it was taken for is told by its reader
-        return []
+    except ValueError:
+        return 0
     sample = identity.get("sample") if isinstance(identity, dict) else None
-    return [sampled(sample)] if isinstance(sample, int) and sample > 1 else []
+    return sample if isinstance(sample, int) and sample > 1 else 0
 
 
 def sampled(count: int) -> str:

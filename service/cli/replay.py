@@ -19,6 +19,7 @@ from service.cli.trace_options import (
     Columns,
     Format,
     FormatOption,
+    Ray,
     Record,
     RecordOption,
     SkipUnknown,
@@ -62,12 +63,26 @@ _MEDIA = {
 def replay(
     context: typer.Context,
     service: Service,
-    file: Annotated[Path, typer.Argument(help=FILE_HELP)],
+    traces: Annotated[
+        list[str],
+        typer.Argument(
+            help=FILE_HELP + " With --policies several of them, addresses of objects (s3://, gs://), and patterns in "
+            "quotes.",
+        ),
+    ],
     policy: Annotated[
         Path | None,
         typer.Option(
             help='JSON or TOML: {"name", "objects", "pages"} as `POST …/protections` takes it, or, without a service, '
             'a whole machine: {"vm", "protections", "subpages"}.'
+        ),
+    ] = None,
+    policies: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--policies",
+            help="A policy, or a folder of them; may repeat. Every trace is replayed against every policy, each on a "
+            "machine of its own.",
         ),
     ] = None,
     vm: Annotated[
@@ -92,8 +107,23 @@ def replay(
     include: Annotated[Include, typer.Option(help="Which exits become exit records.")] = Include.VIOLATIONS,
     carry: Annotated[str | None, typer.Option(help="Columns to copy into exit records, with commas.")] = None,
     max_exit_records: Annotated[int | None, typer.Option(min=0, help="Exit records to keep.")] = None,
-    exits: Annotated[int, typer.Option(min=0, help="With --json: exit records to print.")] = 1000,
+    exits: Annotated[
+        int | None,
+        typer.Option(min=0, help="With --json: exit records to print; 1000, and of each with --policies none."),
+    ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="With --server and --policy: leave the machine there.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="With --policies: write all results there, as JSON.")
+    ] = None,
+    ray: Ray = None,
+    partials: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="With --policies: where results are kept, a path or an address; the next run takes them from there. "
+            "By default beside the output until that is there.",
+        ),
+    ] = None,
     as_json: AsJson = False,
     progress: ProgressOption = None,
     given: Given = None,
@@ -101,9 +131,16 @@ def replay(
     """Replay a trace against a policy: which writes would have exited, and what whole pages would cost.
 
     Without --vm and --server it runs in this process. With --server a machine is made there for the policy, and deleted
-    in the end.
+    in the end. With --policies it is a table of traces and policies, by the workers of a cluster with --ray.
     """
     by_service = vm is not None or is_typed(context, "server")
+    options = (format, record, on_violation, start, include, carry, max_exit_records, columns, skip_unknown, address)
+    if policies:
+        _check_many(policy, by_service, keep, address)
+        _many(context, traces, policies, options, exits or 0, (ray, partials, output, as_json, progress))
+        return
+    _check_one(traces, ray, partials, output)
+    file, exits = Path(traces[0]), 1000 if exits is None else exits
     if policy is None and vm is None:
         raise typer.BadParameter("give the policy to replay against, or with --vm a machine", param_hint="--policy")
     if policy is not None and vm is not None:
@@ -131,8 +168,43 @@ def replay(
         }
         _by_service(service, file, policy, vm, query, exits if as_json else None, keep, progress)
         return
-    options = (format, record, on_violation, start, include, carry, max_exit_records, columns, skip_unknown, address)
     _here(context, file, policy, options, exits if as_json else None, progress)
+
+
+def _check_many(policy: Path | None, by_service: bool, keep: bool, address: Address) -> None:
+    """Refuse what does not go with --policies. Raises BadParameter."""
+    if policy is not None:
+        raise typer.BadParameter("goes alone: with --policies give it as one of these", param_hint="--policy")
+    if by_service or keep:
+        raise typer.BadParameter("is done here or by --ray, not by a service", param_hint="--policies")
+    if address is Address.GVA:
+        raise typer.BadParameter("gva needs a machine with the guest's page tables (--vm)", param_hint="--address")
+
+
+def _check_one(traces: list[str], *others: object) -> None:
+    """Refuse what goes with --policies alone. Raises BadParameter."""
+    if len(traces) > 1:
+        raise typer.BadParameter("several traces go with --policies", param_hint="TRACES")
+    for name, value in zip(("--ray", "--partials", "--output"), others, strict=True):
+        if value is not None:
+            raise typer.BadParameter("goes with --policies", param_hint=name)
+
+
+def _many(
+    context: typer.Context,
+    traces: list[str],
+    policies: list[Path],
+    given: tuple[Any, ...],
+    exits: int,
+    wanted: tuple[Any, ...],
+) -> None:
+    """All traces against all policies."""
+    from service.cli import local, replay_many
+    from service.cli.common import common_flags, load_settings
+
+    bounds = local.Bounds.of(load_settings(**common_flags(context)))
+    replaying = replay_many.Replaying(local.Options(*given), bounds, exits)
+    replay_many.replay(traces, policies, replaying, replay_many.Wanted(*wanted))
 
 
 def _sent_as(file: Path, format: Format, columns: str | None, record: Record) -> dict[str, str | None]:

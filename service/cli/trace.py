@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from engine.trace.columns import TraceChunk
-    from service.cli.trace_files import TraceFile
     from service.cli.trace_parquet import TableOut
     from service.cli.trace_summary import Summary
+    from service.runtime.trace_files import TraceFile
 
 trace = typer.Typer(cls=Group, help="Convert trace files of other tools, and look into them.", no_args_is_help=True)
 

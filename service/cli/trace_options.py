@@ -75,3 +75,11 @@ Columns = Annotated[
 SkipUnknown = Annotated[
     bool, typer.Option("--skip-unknown", help="Pass over lines that the format does not have; they are counted.")
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Have it done by a cluster of Ray: local, auto, HOST:PORT or ray://HOST:PORT. Needs the extra `scale`.",
+    ),
+]

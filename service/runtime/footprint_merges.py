@@ -13,12 +13,14 @@ from engine.footprint.combine import merge
 from engine.footprint.places import ROW_GROUP, WRITTEN_BYTES, Footprint
 from service.runtime.footprints import EACH, ORIGIN, READ, Footprints, Room
 from service.runtime.offload import maybe_in_thread
+from service.runtime.work_progress import Told
 from service.settings import Settings
 from service.storage.records import FootprintRecord
 
 MOST = 100
 # Memory of a place that was read, and of one that is apart by time or by the instruction.
 _PLACE, _APART = 40, 56
+_STEP = 1 << 17  # places that are added up at a time, about
 # Of how many what is told of them is read on the event loop.
 _INLINE = 4
 _RULE = "adding up footprints may take up to {} bytes of memory: add up fewer, or use `subpage footprint merge`"
@@ -54,6 +56,27 @@ async def check_alike(footprints: Footprints, tenant: str, wanted: MergeRequest)
     return found, await maybe_in_thread(len(found) <= _INLINE, _memory_of, found)
 
 
+class _Following:
+    """Tells how far the sum of ``count`` footprints is: the first half is to read them, the other to add them up."""
+
+    def __init__(self, told: Told, count: int) -> None:
+        self._told, self._count = told, count
+        self._read = self._places = self._steps = 0
+
+    def read(self, footprint: Footprint) -> Footprint:
+        """One is there."""
+        self._read += 1
+        self._places += len(footprint)
+        self._told.records_done += footprint.records
+        self._told.share = self._read / self._count / 2
+        return footprint
+
+    def step(self) -> None:
+        """Some thousand places are about to be added up."""
+        self._told.share = 0.5 + min(0.5, self._steps / (2 + self._places / _STEP) / 2)
+        self._steps += 1
+
+
 def _memory_of(records: Sequence[FootprintRecord]) -> int:
     heads = [json.loads(record.head) for record in records]
     one, size = heads[0], 0
@@ -74,8 +97,10 @@ async def merging(
     wanted: MergeRequest,
     settings: Settings,
     run: Callable[[Work], Awaitable[Footprint]],
+    told: Told | None = None,
 ) -> AsyncIterator[Footprint]:
-    """The sum, in memory of its tenant until the context ends; ``run`` has the work done in a thread.
+    """The sum, in memory of its tenant until the context ends; ``run`` has the work done in a thread. ``told`` tells
+    how far it is.
 
     Raises what ``check_alike``, ``engine.footprint.combine.merge`` and ``run`` do, and ShareExceeded or LimitExceeded
     where there is too little memory.
@@ -85,12 +110,14 @@ async def merging(
         room = Room(budget, settings.footprint_memory_bytes, _RULE)
         room.keep(size)
         room.check(min(size, READ))
-        read = [await footprints.loaded(record) for record in records]
+        following = _Following(told or Told(), len(records))
+        read = [following.read(await footprints.loaded(record)) for record in records]
 
         def work(going_on: Callable[[], None]) -> Footprint:
             def check(size: int) -> None:
                 going_on()
                 room.check(size)
+                following.step()
 
             return merge(read, check)
 

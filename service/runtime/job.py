@@ -16,8 +16,10 @@ from engine.trace.readers import RECORD_BYTES, Budget, row_count
 from service.problems import Interrupted, describe
 from service.runtime.footprint_builds import FootprintRequest
 from service.runtime.footprint_merges import MergeRequest
+from service.runtime.source_builds import SourcesRequest
 from service.runtime.spool import JobStopped, Spool
 from service.runtime.traces import TraceRequest
+from service.runtime.work_progress import Told
 from service.storage.records import JobRecord
 
 QUEUED, RUNNING = "queued", "running"
@@ -29,7 +31,9 @@ _ENDED_EARLY = "the service ended before the replay did; the VM is as it was bef
 _NOT_BUILT = "the service ended before the footprint was built"
 
 
-Wanted = TraceRequest | FootprintRequest | MergeRequest
+Wanted = TraceRequest | FootprintRequest | MergeRequest | SourcesRequest
+# Of these all that is wanted was said: no body is put aside.
+BODILESS = (MergeRequest, SourcesRequest)
 
 
 class Progress(Protocol):
@@ -44,7 +48,7 @@ class Job:
     """What is known of a job. Changed on the event loop only, but for ``progress``, which its thread sets.
 
     Of one that builds a footprint ``vm`` is empty; ``trace`` is the id of what came of it, a trace or a footprint.
-    ``wanted`` and ``spool`` are there until it has ended, ``spool`` but for a merge, which has no body left to read;
+    ``wanted`` and ``spool`` are there until it has ended, ``spool`` but for one that is BODILESS;
     ``waits`` while its task waits for the machine; ``halt`` is
     the state in which it is to end early; ``fault`` the exception that it failed with, and ``error`` the same as a
     problem. ``stored`` tells whether its end is.
@@ -145,6 +149,9 @@ class Job:
     def eta(self) -> float | None:
         """Seconds to its end at the rate so far; None when that cannot be told."""
         rate, spool = self.rate, self.spool
+        if self.state == RUNNING and isinstance(self.progress, Told):
+            share = self.progress.share
+            return (time.monotonic() - self.began) * (1 - share) / share if share else None
         if self.state != RUNNING or rate is None or spool is None or self.wanted is None:
             return None
         done = self.records_done
@@ -157,6 +164,8 @@ class Job:
     @property
     def share(self) -> float:
         """How much of it is done, 0 to 1, as far as that can be told."""
+        if isinstance(self.progress, Told):
+            return self.progress.share
         if self.spool is None or self.wanted is None:
             return float(self.over)
         if self.total is not None:
@@ -178,6 +187,11 @@ class Job:
     def follow(self, progress: Progress) -> None:
         """The replay has begun."""
         self.progress = progress
+
+    def told(self) -> Told:
+        """What tells how far it is where it has no body: for whoever does it."""
+        self.progress = found = Told()
+        return found
 
     def source(self, memory: int | Budget) -> Spool:
         """The body, from its beginning; it is told how many records it has where that can be known.

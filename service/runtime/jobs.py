@@ -18,9 +18,11 @@ from starlette.requests import Request
 from engine.errors import EngineError, NotFound
 from engine.footprint.places import Footprint
 from engine.machine import VirtualMachine
+from engine.trace.readers import Budget
 from engine.trace.results import TraceResult
 from service.platform.stamps import moment
 from service.problems import Interrupted, NotReady, ServiceError, StoreUnavailable, describe
+from service.runtime import handed_over, source_builds
 from service.runtime import job as states
 from service.runtime.bodies import PIECE, Upload
 from service.runtime.body_memory import BodyMemory
@@ -33,6 +35,7 @@ from service.runtime.offload import finished
 from service.runtime.registry import Registry
 from service.runtime.replays import beside, committed
 from service.runtime.shares import Share, Tenants, one_tenant
+from service.runtime.source_builds import SourcesRequest
 from service.runtime.spool import JobStopped, Spool, Spools
 from service.runtime.traces import Trace, TraceRequest, replay
 from service.settings import Settings
@@ -330,13 +333,29 @@ class Jobs:
                 wanted,
                 self._settings,
                 lambda work: finished(executor.submit(work, job.check)),
+                job.told(),
             ) as found:
                 yield found
+            return
+        if isinstance(wanted, SourcesRequest):
+            with self._footprints.memory.budget(job.tenant) as room:
+                yield await finished(executor.submit(self._of_sources(job, wanted, room).footprint, job.told()))
             return
         assert isinstance(wanted, FootprintRequest)
         with self.memory.budget(job.tenant) as budget, self._footprints.memory.budget(job.tenant) as room:
             thread = executor.submit(lambda: build(wanted, job.source(budget), job.check, budget, room, job.follow))
             yield await finished(thread)
+
+    def _of_sources(
+        self, job: Job, wanted: SourcesRequest, room: Budget
+    ) -> source_builds.Building | handed_over.Building:
+        """What builds a footprint of files: a thread, or a cluster where there is one."""
+        settings = self._settings
+        check = source_builds.timed(job.check, settings.source_seconds)
+        allowed = source_builds.Allowed.of(settings, job.tenant)
+        if settings.ray_address is not None:
+            return handed_over.Building(settings.ray_address, wanted, allowed, check, room, settings.spool_dir)
+        return source_builds.Building(wanted, allowed, check, lambda: self.memory.budget(job.tenant), room)
 
     async def _replay(self, job: Job) -> JobRecord:
         wanted = job.wanted

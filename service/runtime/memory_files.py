@@ -8,16 +8,15 @@ the slot any more.
 from __future__ import annotations
 
 import os
-import stat
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from engine.errors import EngineError, InvalidValue, LimitExceeded
 from engine.kvm.slot_files import SlotFile
+from service.platform.allowed_files import NotAFile, looked_at, reopened, within
 
 # In a directory of the list, stands for the tenant that asks.
 TENANT_WORD = "{tenant}"
@@ -25,10 +24,7 @@ LONGEST_PATH = 4096
 
 FileState = Literal["attached", "changed", "missing"]
 
-# Nothing happens to what a name leads to, a device perhaps, before it is known to be a file.
-_LOOK = os.O_PATH | os.O_CLOEXEC
-_READ = os.O_RDONLY | os.O_CLOEXEC
-_FOUND = "/proc/self/fd/{}"
+_WHERE = "the directories of memory_files"
 
 
 class MemoryFile:
@@ -87,48 +83,25 @@ class MemoryFiles:
         allowed = [directory.replace(TENANT_WORD, tenant) for directory in self._directories]
         if not allowed:
             raise _refused("no file may be behind a slot: memory_files lists no directory", path)
-        if not _within(path, allowed) or ".." in path.split("/") or "\0" in path or len(path) > LONGEST_PATH:
+        if not within(path, allowed) or ".." in path.split("/") or "\0" in path or len(path) > LONGEST_PATH:
             raise _refused(f"must be an absolute path, without .., below {' or '.join(allowed)}", path)
-        with _looked_at(path) as found:
-            place = str(Path(_FOUND.format(found)).readlink())
-            if not _within(place, [os.path.realpath(directory) for directory in allowed]):
-                raise _refused("must not lead out of the directories of memory_files", path)
-            about = os.fstat(found)
-            if not stat.S_ISREG(about.st_mode):
-                raise _refused("must be a file, or shared memory", path)
-            with self._lock:
-                return self._shared(found, (about.st_dev, about.st_ino), path)
+        try:
+            with looked_at(path, allowed, _WHERE, "a file, or shared memory") as found:
+                about = os.fstat(found)
+                with self._lock:
+                    return self._shared(found, (about.st_dev, about.st_ino))
+        except NotAFile as error:
+            raise _refused(str(error), path) from None
 
-    def _shared(self, found: int, key: tuple[int, int], path: str) -> MemoryFile:
+    def _shared(self, found: int, key: tuple[int, int]) -> MemoryFile:
         known = self._open.get(key)
         if known is not None:
             return known
         if len(self._open) >= self._most:
             rule = f"at most {self._most} files may be behind slots at one time, over all machines"
             raise LimitExceeded(rule, field="max_memory_files", value=self._most)
-        try:
-            # Through what was looked at, whatever the name leads to by now.
-            opened = self._open[key] = MemoryFile(os.open(_FOUND.format(found), _READ))
-        except OSError as error:
-            raise _refused(f"must be readable: {error.strerror}", path) from None
+        opened = self._open[key] = MemoryFile(reopened(found))
         return opened
-
-
-def _within(path: str, directories: Sequence[str]) -> bool:
-    return any(Path(path).is_relative_to(directory) for directory in directories)
-
-
-@contextmanager
-def _looked_at(path: str) -> Iterator[int]:
-    """What a name leads to, without opening it for anything."""
-    try:
-        found = os.open(path, _LOOK)
-    except (OSError, ValueError) as error:
-        raise _refused(f"must exist: {getattr(error, 'strerror', error)}", path) from None
-    try:
-        yield found
-    finally:
-        os.close(found)
 
 
 def _refused(rule: str, path: str) -> InvalidValue:

@@ -20,7 +20,7 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     trace = write(tmp_path / "one.parquet", 1)
     result = CliRunner().invoke(app, ["footprint", "build", str(trace), "--ray", "auto", "-o", str(tmp_path / "f")])
     assert result.exit_code == 1
-    assert "subpage footprint build: Ray is not installed: `pip install 'subpage[scale]'`" in result.stderr
+    assert "subpage footprint build: --ray auto: Ray is not installed: `pip install 'subpage[scale]'`" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["one.parquet"]
 
 

@@ -32,8 +32,7 @@ from service.http.idempotency import hooks_of, will_answer
 from service.http.wire_types import Document, decimal, examples
 from service.platform.stamps import stamp
 from service.problems import Problem
-from service.runtime.footprint_merges import MergeRequest
-from service.runtime.job import CANCELLED, Wanted
+from service.runtime.job import BODILESS, CANCELLED, RUNNING, SUCCEEDED, Wanted
 from service.runtime.job import Job as KnownJob
 
 routes = router("jobs", "/v1/jobs", reads="read", writes="write")
@@ -50,6 +49,7 @@ _EXAMPLE: dict[str, Any] = {
     "state": "succeeded",
     "vm": EXAMPLE_VM,
     "records_done": 16000000,
+    "progress": 1.0,
     "rate": 76190476.2,
     "eta": None,
     "result": f"/v1/vms/{EXAMPLE_VM}/traces/{EXAMPLE_TRACE}",
@@ -78,6 +78,9 @@ class Job(Document):
     )
     vm: str | None = Field(description="Id of the VM; null where a footprint is built.")
     records_done: int = Field(description="Accesses replayed, or counted, so far.")
+    progress: float | None = Field(
+        description="How much of it is done, 0 to 1; null where it ended without success.", examples=[1.0]
+    )
     rate: float | None = Field(description="Accesses a second.")
     eta: float | None = Field(description="Seconds to its end, where that can be told.")
     result: str | None = Field(description="URL of the result, while it is kept.")
@@ -108,6 +111,7 @@ def job_document(job: KnownJob, with_result: Collection[str] = ()) -> dict[str, 
         "state": job.state,
         "vm": job.vm or None,
         "records_done": job.records_done,
+        "progress": _progress(job),
         "rate": None if rate is None else round(rate, 1),
         "eta": None if eta is None else round(eta, 3),
         "result": job.result if job.id in with_result else None,
@@ -116,6 +120,12 @@ def job_document(job: KnownJob, with_result: Collection[str] = ()) -> dict[str, 
         "started": _shown(job.started),
         "finished": _shown(job.finished),
     }
+
+
+def _progress(job: KnownJob) -> float | None:
+    if job.state == RUNNING:
+        return round(job.share, 4)
+    return None if job.over and job.state != SUCCEEDED else float(job.over)
 
 
 def _retry(job: KnownJob) -> dict[str, str]:
@@ -137,15 +147,15 @@ async def done_as_job(
     request: Request, vm: str, wanted: Wanted, wishes: prefer.Preferences
 ) -> Response | tuple[str, dict[str, str]]:
     """Accept the body of ``request`` as a job, for the machine ``vm`` or, where that is empty, as a footprint; that of
-    a merge was read already. The reply that says so, or the id of what came of it and the headers of its reply if the
-    job has succeeded while the client was willing to wait.
+    what is BODILESS was read already. The reply that says so, or the id of what came of it and the headers of its reply
+    if the job has succeeded while the client was willing to wait.
 
     Raises what the job failed with if that was while the client waited, LimitExceeded, NotReady, StoreUnavailable.
     """
     jobs, tenant = jobs_of(request), tenant_of(request)
     accepted = prefer.applied(respond_async=wishes.respond_async, wait=wishes.wait)
     with jobs.place(tenant):
-        spool = None if isinstance(wanted, MergeRequest) else await jobs.receive(request, tenant)
+        spool = None if isinstance(wanted, BODILESS) else await jobs.receive(request, tenant)
         job = await jobs.accept(
             vm,
             tenant,

@@ -113,7 +113,7 @@ def test_what_the_client_raises_has_a_status(error: Exception, status: Status) -
         ("list", "did you mean `subpage vm list` or `subpage footprint list` or `subpage token list`?"),
         ("xyzzy", "there is no command 'xyzzy'; see `subpage --help`"),
         ("vm list --jsn", "subpage vm list: there is no option --jsn: did you mean `--json`?"),
-        ("replay x.bin --polcy p", "did you mean `--policy`?"),
+        ("replay x.bin --polcy p", "did you mean `--policy` or `--policies`?"),
         ("vm create --memory 1GB2", "must be a size such as 1GiB, 512M or 0x1000, not 1GB2"),
         ("vm create --slot 5", "must be GPA:SIZE, such as 0:3GiB"),
         ("bitmap get g 0x", "must be a number such as 0x100000 or 4096, not 0x"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import httpx2
@@ -18,6 +19,7 @@ from engine.footprint.places import Footprint
 from engine.footprint.question import Question
 from engine.kvm.protections import ProtectedObject, Protection
 from engine.kvm.slots import SlotSpec
+from service.runtime import footprint_merges
 from service.runtime.footprint_documents import advice_document
 from service.settings import MIB, Settings
 from tests.contract.client import ContractClient
@@ -253,3 +255,23 @@ def test_the_sum_is_one_of_those_that_are_kept(small: Callable[..., ContractClie
     ids = [made(client, body) for body in bodies()[:2]]
     found = done(add(client, *ids))["id"]
     assert [item["id"] for item in client.get("/v1/footprints").json()["footprints"]] == [ids[1], found]
+
+
+def test_a_job_that_adds_up_tells_how_far_it_is(client: ContractClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = made(client), made(client)
+    gate, begun = threading.Event(), threading.Event()
+
+    def held(footprints: Sequence[Footprint], check: Callable[[int], None]) -> Footprint:
+        check(1)
+        begun.set()
+        assert gate.wait(60)
+        return merge(footprints, check)
+
+    monkeypatch.setattr(footprint_merges, "merge", held)
+    url = add(client, one, two, **ASYNC).headers["Location"]
+    assert begun.wait(60)
+    job = client.get(url).json()
+    assert (job["records_done"], job["progress"]) == (2 * len(GPA), 0.5) and job["eta"] > 0
+    gate.set()
+    job = ended(client, url)
+    assert (job["state"], job["records_done"], job["progress"]) == ("succeeded", 2 * len(GPA), 1.0)
