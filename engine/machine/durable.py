@@ -10,6 +10,7 @@ from typing import Any
 from engine.cpu import frames
 from engine.errors import InvalidValue
 from engine.kvm.protection_head import protection_from_head, protection_to_head
+from engine.kvm.protections import Protection
 from engine.kvm.slot_files import OpenFile, SlotFile
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec
@@ -25,27 +26,44 @@ from engine.state.head import config_from_head, config_head_today, config_text, 
 HEAD_FORMAT = 2
 _READ = (1, HEAD_FORMAT)
 
+# Where a protection, which does not change, has its text.
+_TEXT = "_text"
+
 # Opens the file behind a slot, or says that it is not there.
 Attach = Callable[[SlotFile], OpenFile | None]
 
 
 def head_of(state: State) -> dict[str, Any]:
     """The small part, as JSON: configuration, slots, protections, number of frames."""
-    config = config_to_head(state.config)
-    return {**_head_of_others(state), "config": config, "slots": json.loads(state.slots.json)}
+    return {
+        **_head_of_others(state),
+        "config": config_to_head(state.config),
+        "slots": json.loads(state.slots.json),
+        "protections": [protection_to_head(p) for p in state.protections.values()],
+    }
 
 
 def head_text(state: State) -> str:
-    """The head as text. A machine may have thousands of slots and vCPUs: their text is kept, not made again."""
+    """The head as text. A machine may have thousands of slots, vCPUs and protected objects: their text is kept, not
+    made again."""
+    protections = ", ".join(map(_protection_text, state.protections.values()))
     others = json.dumps(_head_of_others(state))[1:]
-    return f'{{"slots": {state.slots.json}, "config": {config_text(state.config)}, {others}'
+    config = config_text(state.config)
+    return f'{{"slots": {state.slots.json}, "config": {config}, "protections": [{protections}], {others}'
+
+
+def _protection_text(protection: Protection) -> str:
+    kept: dict[str, Any] = vars(protection)
+    if _TEXT not in kept:
+        kept[_TEXT] = json.dumps(protection_to_head(protection))
+    text: str = kept[_TEXT]
+    return text
 
 
 def _head_of_others(state: State) -> dict[str, Any]:
-    """The head without the slots and the configuration."""
+    """The head without the slots, the configuration and the protections."""
     return {
         "format": HEAD_FORMAT,
-        "protections": [protection_to_head(p) for p in state.protections.values()],
         "nested": states_to_head(state.config, state.nested),
         "frames": len(state.snapshot.machine.row_of),
         "outline": summary_to_head(spp_active=state.spp_active, failing=state.failing),

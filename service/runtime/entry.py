@@ -104,7 +104,7 @@ class Mutation:
                     entry.room.check(self.machine)
                     entry.accept(self)
                     return None
-                except Exception as fault:  # noqa: BLE001 - raised by the caller
+                except BaseException as fault:  # noqa: BLE001 - raised by the caller
                     error = refusal = fault
             entry.reject(self.machine)
             return entry.room.refusal() if entry.room.is_refusal(error) else refusal

@@ -107,13 +107,14 @@ class EventLog:
         notes = (*self._notes, *others)
         if not notes:
             return
-        self._notes.clear()
-        now = stamp()
-        next_id = self._next_staged
+        now, next_id = stamp(), self._next_staged
+        rows = []
         for note in notes:
             body = msgspec.json.encode(note.detail).decode()
-            self._coming.append(EventRecord(next_id, note.count, now, note.kind, body, note.trace))
+            rows.append(EventRecord(next_id, note.count, now, note.kind, body, note.trace))
             next_id += note.count
+        self._coming += rows
+        self._notes.clear()
 
     @property
     def _next_staged(self) -> int:

@@ -186,10 +186,11 @@ class StoreWriter:
 
     def _commit(self, connection: sa.Connection, group: Sequence[_Job]) -> None:
         """Store the changes of a group together, or one by one when they cannot be."""
-        meter = Meter(sum(job.change.count for job in group))
+        changes = sum(job.change.count for job in group)
+        meter = Meter(changes)
         try:
             replays = sum(len(job.change.traces) for job in group)
-            logger.debug("writing %d changes with %d replays", len(group), replays)
+            logger.debug("writing %d changes with %d replays", changes, replays)
             connection.begin()
             self._lease.check(connection)
             if rows.epoch_of(connection) != self._epoch:
