@@ -8,7 +8,7 @@ from engine.arch import controls as ctl
 from engine.arch import ept
 from engine.cpu.frames import CAP_EPT_VPID, CAP_RESERVED_ADDRESS, FIRST_VCPU_FRAME
 from engine.cpu.host_physical_memory import read_entry
-from engine.jit import kernel
+from engine.jit import kernel, position
 
 # Outcomes of a walk, and what an entry can be: COMPLETE is one that maps the page.
 COMPLETE = 0
@@ -42,7 +42,7 @@ def mode_of(m, vcpu):
     Secondary and tertiary controls count as 0 unless the primary controls activate them; without EPT there is nothing
     that its other controls could do.
     """
-    row = m.row_of[FIRST_VCPU_FRAME + vcpu]
+    row = position(m.row_of[position(FIRST_VCPU_FRAME + vcpu)])
     primary = m.rows[row, ctl.V_PRIMARY]
     secondary = m.rows[row, ctl.V_SECONDARY] if primary & ctl.PRIMARY_SECONDARY else 0
     tertiary = m.rows[row, ctl.V_TERTIARY] if primary & ctl.PRIMARY_TERTIARY else 0  # EPT's paging controls: 2 and 3

@@ -64,6 +64,12 @@ def denial(m, gpa, size):
 
 
 @kernel
+def whole(m, gpa, size):
+    """Whether an access is in one page, all of whose sub-pages are known to be writable."""
+    return m.cache[(gpa >> 12) & CACHE_MASK] == gpa >> 12 and (gpa & 0xFFF) + size <= 4096
+
+
+@kernel
 def forget(m, gfn):
     """Drop a page."""
     at = gfn & CACHE_MASK

@@ -7,13 +7,13 @@ alone, so readers need no lock and giving a change up costs nothing.
 Kernels never allocate: ``ample`` says whether one more access can be served from the frames and rows at hand.
 """
 
-from typing import NamedTuple
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.arch.words import positions
-from engine.jit import kernel, short_kernel
+from engine.jit import Arrays, Kind, by_pointer, kernel, position, short_kernel
 
 WORDS = 512
 FRAME_SIZE = 4096
@@ -61,8 +61,11 @@ QUEUE_WORDS = 18
 
 Words = NDArray[np.int64]
 
+_INT64, _UINT8 = np.dtype(np.int64), np.dtype(np.uint8)
 
-class Machine(NamedTuple):
+
+@by_pointer
+class Machine(Arrays):
     """What kernels see of a machine.
 
     ``rows`` int64[n, 512]; ``row_of`` int64[frames] (-1: free); ``fresh`` uint8[frames] (1: this change owns the row);
@@ -75,6 +78,41 @@ class Machine(NamedTuple):
     int64[1], the first page that this change found missing in the file behind its slot (see ``cpu.memory_files``).
     """
 
+    __slots__ = (
+        "cache",
+        "caps",
+        "free",
+        "fresh",
+        "kind",
+        "lost",
+        "places",
+        "queues",
+        "row_of",
+        "rows",
+        "slots",
+        "spare",
+        "tlb",
+        "top",
+        "vcpu_of_id",
+    )
+    kinds: ClassVar = {
+        "rows": Kind(_INT64, 2),
+        "row_of": Kind(_INT64, 1),
+        "fresh": Kind(_UINT8, 1),
+        "kind": Kind(_UINT8, 1),
+        "free": Kind(_INT64, 1),
+        "spare": Kind(_INT64, 1),
+        "top": Kind(_INT64, 1),
+        "caps": Kind(_INT64, 1),
+        "vcpu_of_id": Kind(_INT64, 1),
+        "slots": Kind(_INT64, 2),
+        "cache": Kind(_INT64, 1),
+        "tlb": Kind(_INT64, 2),
+        "queues": Kind(_INT64, 3),
+        "places": Kind(_INT64, 1),
+        "lost": Kind(_INT64, 1),
+    }
+
     rows: Words
     row_of: Words
     fresh: NDArray[np.uint8]
@@ -86,16 +124,16 @@ class Machine(NamedTuple):
     vcpu_of_id: Words
     slots: Words
     cache: Words
-    tlb: Words = np.zeros((0, 14), dtype=np.int64)
-    queues: Words = np.zeros((0, 2, QUEUE_WORDS), dtype=np.int64)
-    places: Words = np.full(MOST_PAGES, NO_PLACE, dtype=np.int64)
-    lost: Words = np.zeros(1, dtype=np.int64)
+    tlb: Words
+    queues: Words
+    places: Words
+    lost: Words
 
 
 @kernel
 def read_word(m, frame, index):
     """Word ``index`` of ``frame``."""
-    return m.rows[m.row_of[frame], index]
+    return m.rows[position(m.row_of[position(frame)]), position(index)]
 
 
 @kernel
@@ -115,7 +153,7 @@ def own(m, frame):
 @kernel
 def write_word(m, frame, index, word):
     """Store a word; a word that is already there costs no copy."""
-    if m.rows[m.row_of[frame], index] != word:
+    if read_word(m, frame, index) != word:
         m.rows[own(m, frame), index] = word
 
 

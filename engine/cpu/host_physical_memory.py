@@ -7,9 +7,9 @@ GPA (SDM vol. 3C, 26.5.7.2 and 29.3.6). Anywhere else there is no memory: it rea
 
 from engine.arch import ept
 from engine.cpu import guest_memory
-from engine.cpu.frames import CAP_ARENA, CLIENT, EPT, SPPT, write_word
+from engine.cpu.frames import CAP_ARENA, CLIENT, EPT, SPPT, read_word, write_word
 from engine.cpu.memory_slots import find_slot
-from engine.jit import kernel
+from engine.jit import kernel, position
 
 
 def table_memory(width: int) -> int:
@@ -41,9 +41,9 @@ def frame_at(m, address):
     Registers, bitmap layers and guest pages are kept in frames too, but an entry that a client made cannot lead there.
     """
     frame = (address - m.caps[CAP_ARENA]) >> 12
-    if frame < 0 or frame >= m.row_of.shape[0] or m.row_of[frame] < 0:
+    if frame < 0 or frame >= m.row_of.shape[0] or m.row_of[position(frame)] < 0:
         return -1
-    kind = m.kind[frame]
+    kind = m.kind[position(frame)]
     if kind != EPT and kind != SPPT and kind != CLIENT:
         return -1
     return frame
@@ -55,7 +55,7 @@ def read_entry(m, table, index):
     frame = frame_at(m, table)
     if frame < 0:
         return -1
-    return m.rows[m.row_of[frame], index]
+    return read_word(m, frame, index)
 
 
 @kernel

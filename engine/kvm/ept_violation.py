@@ -21,7 +21,7 @@ from engine.kvm.slots import SLOT_FLAGS, SLOT_READ_ONLY
 @kernel
 def map_and_arm(m, gfn, slot, write, trail, tally):
     """First touch of a page, or a leaf that lost a right it should have."""
-    if write:
+    if write and dirty_marking.mode(m):
         dirty_marking.note_fault(m, gfn, slot, bitmaps.effective(m, gfn))
     made = mapping.map_page(m, gfn, slot, write, trail)
     if made == mapping.MAP_FAILED:

@@ -29,11 +29,11 @@ def empty_buffers(draft: Draft, slots: SlotMap | None = None) -> None:
         return
     after = draft.machine.slots
     if slots is not None:
-        draft.machine = draft.machine._replace(slots=slots.table)
+        draft.machine = draft.machine.replaced(slots=slots.table)
     for position in range(frames.records(draft.machine)):
         draft.ensure(20 * LOG_ENTRIES)
         dirty_harvest.empty_buffer(draft.machine, position, np.int64(0))
-    draft.machine = draft.machine._replace(slots=after)
+    draft.machine = draft.machine.replaced(slots=after)
 
 
 def use_buffers(draft: Draft, config: VmConfig, method: str) -> None:

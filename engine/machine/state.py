@@ -207,4 +207,4 @@ def _choose_path(change: Change) -> None:
     if bool(machine.caps[frames.CAP_FAST_PATH]) != serves:
         caps = machine.caps.copy()
         caps[frames.CAP_FAST_PATH] = serves
-        change.machine = machine._replace(caps=caps)
+        change.machine = machine.replaced(caps=caps)

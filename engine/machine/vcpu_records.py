@@ -82,7 +82,7 @@ def admit(draft: Draft, config: VmConfig) -> None:
     m = draft.machine
     caps = m.caps.copy()
     count(caps, config, frames.records(m))
-    draft.machine = m = m._replace(caps=caps, vcpu_of_id=positions(config))
+    draft.machine = m = m.replaced(caps=caps, vcpu_of_id=positions(config))
     for name, word in SHARED_REGISTERS.items():
         frames.write_word(m, FIRST_VCPU_FRAME + position, word, signed(RESET_REGISTERS[name]))
 
@@ -90,7 +90,7 @@ def admit(draft: Draft, config: VmConfig) -> None:
 def _make(draft: Draft, config: VmConfig, position: int) -> None:
     frames.place_frame(draft.machine, int(FIRST_VCPU_FRAME) + position, frames.VCPU)
     queue = np.zeros((1, *draft.machine.queues.shape[1:]), dtype=np.int64)
-    draft.machine = draft.machine._replace(queues=np.concatenate([draft.machine.queues, queue]))
+    draft.machine = draft.machine.replaced(queues=np.concatenate([draft.machine.queues, queue]))
     fill(draft.machine, config, position)
     if register(draft.machine, reg.SPPT_TREES):
         if kvm_version(config.profile).subpages.sppt_per_vcpu:

@@ -92,6 +92,7 @@ class FrameStore:
                 tlb=tlb.new_table() if modelled else tlb.no_table(),
                 queues=np.zeros((vcpus, 2, frames.QUEUE_WORDS), dtype=np.int64),
                 places=_NO_PLACES.copy(),
+                lost=np.zeros(1, dtype=np.int64),
             )
         )
 
@@ -112,7 +113,7 @@ class FrameStore:
         stack[: len(free)] = free
         self.spare = np.zeros(0, dtype=np.int64)
         self.published = Snapshot(
-            self.published.machine._replace(
+            self.published.machine.replaced(
                 rows=rows,
                 row_of=row_of,
                 fresh=np.zeros(total, dtype=np.uint8),
@@ -134,7 +135,7 @@ class FrameStore:
         row_of = np.full(len(machine.row_of), -1, dtype=np.int64)
         row_of[used] = np.arange(len(used))
         return self._another(
-            Snapshot(machine._replace(rows=rows, row_of=row_of)), np.arange(len(used), len(rows), dtype=np.int64)
+            Snapshot(machine.replaced(rows=rows, row_of=row_of)), np.arange(len(used), len(rows), dtype=np.int64)
         )
 
     def lend(self, snapshot: Snapshot) -> FrameStore:
@@ -164,7 +165,7 @@ class FrameStore:
             shown = loan.shown[at : at + _COPIED_ROWS]
             rows[at : at + _COPIED_ROWS][shown] = machine.rows[at : at + _COPIED_ROWS][shown]
         self.spare = np.flatnonzero(~loan.shown)[::-1]
-        self.published = Snapshot(machine._replace(rows=rows))
+        self.published = Snapshot(machine.replaced(rows=rows))
 
     def begin(self, slots: NDArray[np.int64]) -> Draft:
         """A change on top of the published state."""
@@ -265,7 +266,7 @@ class Draft:
         self.base = base
         # A machine that is beyond its limit already may change and shrink.
         self._most = max(store.limit, frames.in_use(base))
-        self.machine = base._replace(
+        self.machine = base.replaced(
             row_of=_copy(base.row_of),
             fresh=_copy(base.fresh),
             kind=_copy(base.kind),
@@ -315,7 +316,7 @@ class Draft:
         gone = max(0, min(unused, height - int(m.caps[CAP_RESERVE])))
         top = m.top.copy()
         top[TOP_SPARE] = height - gone
-        self.machine = m._replace(rows=m.rows[: total - gone], spare=m.spare[gone:], top=top)
+        self.machine = m.replaced(rows=m.rows[: total - gone], spare=m.spare[gone:], top=top)
 
     def check(self) -> None:
         """Raise LimitExceeded if more frames are in use than the machine may have, Conflict if the file behind a slot
@@ -345,7 +346,7 @@ class Draft:
         free[len(added) : len(added) + height] = m.free[:height]
         top = m.top.copy()
         top[TOP_FREE] = height + len(added)
-        self.machine = m._replace(
+        self.machine = m.replaced(
             row_of=_extended(m.row_of, total, -1),
             fresh=_extended(m.fresh, total, 0),
             kind=_extended(m.kind, total, int(FREE)),
@@ -363,7 +364,7 @@ class Draft:
         height = int(m.top[TOP_SPARE])
         top = m.top.copy()
         top[TOP_SPARE] = len(added) + height
-        self.machine = m._replace(rows=rows, spare=np.concatenate([added, m.spare]), top=top)
+        self.machine = m.replaced(rows=rows, spare=np.concatenate([added, m.spare]), top=top)
 
     def spare_rows(self) -> NDArray[np.int64]:
         """Rows this change has not taken."""

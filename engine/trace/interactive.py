@@ -29,7 +29,7 @@ from engine.trace import object_hits, record_checks, replay
 from engine.trace.addresses import frozen
 from engine.trace.columns import TraceChunk
 from engine.trace.option_names import ANSWERS, ASK
-from engine.trace.results import ExitColumns, ObjectHits, TraceResult
+from engine.trace.results import ExitColumns, ObjectHits, Room, TraceResult
 from engine.trace.session import COUNTED_ONCE, Replay, ReplayOptions, run_of
 
 # Exit records find their objects by address. Where the objects change during a replay, the bits above an address
@@ -285,8 +285,10 @@ class InteractiveReplay(Replay):
     def _by_object(self) -> dict[str, ObjectHits]:
         return {**self._gone, **super()._by_object()}
 
-    def _columns(self, log: NDArray[np.int64], chunk: TraceChunk | None, base: int) -> ExitColumns:
-        found = super()._columns(log, chunk, base)
+    def _columns(
+        self, log: NDArray[np.int64], chunk: TraceChunk | None, base: int, room: Room | None = None
+    ) -> ExitColumns:
+        found = super()._columns(log, chunk, base, room)
         if self._set:
             above = np.uint64(self._set << SET_SHIFT)
             places = found.scattered._replace(gpa=found.scattered.gpa | above)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engine.arch.sppt import SUBPAGE_SHIFT
 from engine.errors import LimitExceeded
-from engine.jit import kernel
+from engine.jit import kernel, position
 from engine.kvm.protections import ProtectedObject, covered_subpages
 from engine.kvm.resolutions import VIOLATION
 from engine.kvm.vcpu_run import EXIT_GPA, EXIT_INDEX, EXIT_REASON, EXIT_RECORD
@@ -28,6 +28,15 @@ HIT_VIOLATIONS = 0
 HIT_COLLATERAL = 1
 HIT_FIRST = 2
 HIT_WORDS = 3
+
+
+# A table of the sub-pages that were looked for last, by some bits of a product of their number: how many it has room
+# for, where a few violations are to come and where many.
+RECENT_FEW = 16
+RECENT_MANY = 4096
+RECENT_FACTOR = 0x9E37_79B1
+RECENT_SHIFT = 20
+RECENT_BITS = 0x7FFF_FFFF
 
 
 class ObjectIndex(NamedTuple):
@@ -86,14 +95,19 @@ def index_of(ranges: NDArray[np.int64]) -> ObjectIndex:
     return ObjectIndex(cuts.astype(np.int64), offsets, owner[order].astype(np.int64), ranges)
 
 
+def no_recent(room: int = RECENT_FEW) -> NDArray[np.int64]:
+    """Scratch for ``attribute``: int64[room, 2] of sub-page and piece, a power of two; -1 is no sub-page."""
+    return np.full((room, 2), -1, dtype=np.int64)
+
+
 @kernel
-def piece_at(index, subpage):
+def piece_at(cuts, subpage):
     """Piece that holds a sub-page, -1 before the first."""
     low = 0
-    high = index.cuts.shape[0]
+    high = cuts.shape[0]
     while low < high:
         middle = (low + high) >> 1
-        if index.cuts[middle] <= subpage:
+        if cuts[middle] <= subpage:
             low = middle + 1
         else:
             high = middle
@@ -101,13 +115,14 @@ def piece_at(index, subpage):
 
 
 @kernel
-def attribute(index, log, count, hits, seen, touched):
+def attribute(index, log, count, hits, seen, touched, recent):
     """Add the violations among ``count`` log records to ``hits`` (int64[names, HIT_WORDS]).
 
     ``seen`` and ``touched`` int64[names] are scratch: the last record that counted for a name, and the last one that
-    touched its own bytes. Both start at -1, and so does the first index in ``hits``.
+    touched its own bytes. Both start at -1, and so does the first index in ``hits``. ``recent`` is scratch, too
+    (``no_recent``): pieces of sub-pages that were looked for.
     """
-    found = np.int64(0)
+    cuts, offsets, members, ranges = index.cuts, index.offsets, index.members, index.ranges
     for row in range(count):
         if (log[row, EXIT_REASON] >> 16) & 0xFF != VIOLATION:
             continue
@@ -116,32 +131,29 @@ def attribute(index, log, count, hits, seen, touched):
         first = begin >> SUBPAGE_SHIFT
         last = (end - 1) >> SUBPAGE_SHIFT
         stamp = log[row, EXIT_INDEX]
-        # Violations come in runs: look at the piece of the one before first.
-        if found + 1 >= index.cuts.shape[0] or not index.cuts[found] <= first < index.cuts[found + 1]:
-            found = max(piece_at(index, first), np.int64(0))
-        piece = found
-        while piece + 1 < index.cuts.shape[0] and index.cuts[piece] <= last:
-            for at in range(index.offsets[piece], index.offsets[piece + 1]):
-                count_range(index.ranges[index.members[at]], begin, end, stamp, hits, seen, touched)
+        # Violations come back to the same sub-pages.
+        at = position((first & RECENT_BITS) * RECENT_FACTOR >> RECENT_SHIFT & (recent.shape[0] - 1))
+        if recent[at, 0] != first:
+            recent[at, 0], recent[at, 1] = first, max(piece_at(cuts, first), 0)
+        piece = recent[at, 1]
+        while piece + 1 < cuts.shape[0] and cuts[position(piece)] <= last:
+            for each in range(offsets[position(piece)], offsets[position(piece + 1)]):
+                member = position(members[position(each)])
+                name = position(ranges[member, 2])
+                own = begin < ranges[member, 1] and ranges[member, 0] < end
+                # Once for each name, however many of its ranges are touched.
+                if seen[name] != stamp:
+                    seen[name] = stamp
+                    hits[name, HIT_VIOLATIONS] += 1
+                    hits[name, HIT_COLLATERAL] += not own
+                    if hits[name, HIT_FIRST] < 0:
+                        hits[name, HIT_FIRST] = stamp
+                    if own:
+                        touched[name] = stamp
+                elif own and touched[name] != stamp:
+                    touched[name] = stamp
+                    hits[name, HIT_COLLATERAL] -= 1
             piece += 1
-
-
-@kernel
-def count_range(limits, begin, end, stamp, hits, seen, touched):
-    """Count one range that a violation touches, once for each name."""
-    name = limits[2]
-    own = begin < limits[1] and limits[0] < end
-    if seen[name] != stamp:
-        seen[name] = stamp
-        hits[name, HIT_VIOLATIONS] += 1
-        hits[name, HIT_COLLATERAL] += not own
-        if hits[name, HIT_FIRST] < 0:
-            hits[name, HIT_FIRST] = stamp
-        if own:
-            touched[name] = stamp
-    elif own and touched[name] != stamp:
-        touched[name] = stamp
-        hits[name, HIT_COLLATERAL] -= 1
 
 
 @kernel
@@ -155,7 +167,7 @@ def fill_objects(index, gpas, sizes, offsets, positions, seen):
         offsets[row] = used
         begin = np.int64(gpas[row])
         last = (begin + np.int64(sizes[row]) - 1) >> SUBPAGE_SHIFT
-        piece = max(piece_at(index, begin >> SUBPAGE_SHIFT), 0)
+        piece = max(piece_at(index.cuts, begin >> SUBPAGE_SHIFT), 0)
         while piece + 1 < index.cuts.shape[0] and index.cuts[piece] <= last:
             for at in range(index.offsets[piece], index.offsets[piece + 1]):
                 name = index.ranges[index.members[at], 2]

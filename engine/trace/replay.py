@@ -20,6 +20,7 @@ from engine.kvm import state_frame as reg
 from engine.kvm.granted_subpages import grant_touched
 from engine.kvm.slots import writable_bytes
 from engine.trace.record_checks import DONE, describe, refusal
+from engine.trace.refused import count_refused
 from engine.trace.serving import BUT_LENGTH, WHOLE, count_of, record_at, serve
 
 # Why the loop came back, beside DONE and what is wrong with a record
@@ -57,6 +58,8 @@ def place_of(m, source, vcpu, gpa):
 @kernel
 def in_protected_page(m, gpa, size):
     """Whether an access touches a page with a sub-page that may not be written: what page granularity would stop."""
+    if fastpath.whole(m, gpa, size):
+        return False
     done = 0
     while done < size:
         at = access_over_pages.place(m, gpa, done)
@@ -162,6 +165,14 @@ def run_record(m, gpa, word, index, gva, options, trail, log, used, tally):
 
 
 @kernel
+def only_counts_refused(m, options):
+    """Whether a plain write that is refused is counted and listed, and nothing else."""
+    skips = options[OPTION_ON_VIOLATION] == SKIP
+    allows = options[OPTION_ON_VIOLATION] == ALLOW and not dirty_marking.mode(m)
+    return (skips or allows) and options[OPTION_CIRCUMSTANCES] == 0
+
+
+@kernel
 def replay(m, run, gvas, start, base, options, trail, log, used, tally):
     """Replay a ``serving.Run`` of n records from position ``start``; ``base`` is the index of the chunk's first.
 
@@ -173,10 +184,16 @@ def replay(m, run, gvas, start, base, options, trail, log, used, tally):
     i = start
     nowhere = np.int64(0)
     seen = BUT_LENGTH if options[OPTION_KINDS] else WHOLE
+    counting = only_counts_refused(m, options)
     while True:
         i = serve(m.cache, m.vcpu_of_id, run, i, seen, tally)
         if i == count_of(run):
             break
+        if counting:
+            after = count_refused(m, run, gvas, i, base, seen, log, used, tally)
+            if after > i:
+                i = after
+                continue
         gpa, word = record_at(run, i)
         if options[OPTION_NOWHERE] and gpa >= guest_tables.NOWHERE:
             if options[OPTION_NOWHERE] == LISTED:

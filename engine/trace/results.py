@@ -43,6 +43,10 @@ EXIT_COLUMNS: tuple[tuple[str, str, str], ...] = (
 )
 
 
+# Columns, and the first byte of each access, that are to be filled.
+Room = tuple[dict[str, NDArray[Any]], NDArray[np.uint64]]
+
+
 @dataclass(frozen=True)
 class ExitColumns:
     """Exit records: equally long numpy columns (see ``EXIT_COLUMNS``) and what is needed to name objects.
@@ -148,10 +152,16 @@ def split_log(
         first[i] = log[i, vcpu_run.EXIT_GPA]
 
 
-def columns_of_log(log: NDArray[np.int64]) -> tuple[dict[str, NDArray[Any]], NDArray[np.uint64]]:
-    """Columns, and the first byte of each access, from int64[n, EXIT_WORDS] log rows."""
-    columns = {name: np.empty(len(log), dtype=dtype) for name, dtype, _ in EXIT_COLUMNS}
-    first = np.empty(len(log), dtype=np.uint64)
+def room_for(count: int) -> Room:
+    """Room for so many exit records."""
+    return {name: np.empty(count, dtype=dtype) for name, dtype, _ in EXIT_COLUMNS}, np.empty(count, dtype=np.uint64)
+
+
+def columns_of_log(
+    log: NDArray[np.int64], room: Room | None = None
+) -> tuple[dict[str, NDArray[Any]], NDArray[np.uint64]]:
+    """Columns, and the first byte of each access, from int64[n, EXIT_WORDS] log rows; in ``room`` for n, if given."""
+    columns, first = room or room_for(len(log))
     signed = [c.view(np.int64) if c.dtype == np.uint64 else c for c in (*columns.values(), first)]
     split_log(log, *signed)
     return columns, first

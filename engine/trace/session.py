@@ -22,11 +22,11 @@ from engine.trace.addresses import RULES, Addresses, GuestTables, frozen, refusa
 from engine.trace.columns import TraceChunk
 from engine.trace.gathered import Gathered
 from engine.trace.option_names import ADDRESSES, ASK, INCLUDE, ON_VIOLATION
-from engine.trace.results import ExitColumns, ObjectHits, TraceResult, Untranslated, columns_of_log
+from engine.trace.results import ExitColumns, ObjectHits, Room, TraceResult, Untranslated, columns_of_log
 from engine.trace.serving import Run
 
 # Rows of the exit buffer: drained into columns when full, so a replay's memory is its kept exits and this.
-LOG_ROWS = 1 << 15
+LOG_ROWS = 1 << 13
 
 # What the kernel does for each ``on_violation``: it stops where somebody is to be asked.
 _DOES: dict[str, int] = {
@@ -146,6 +146,7 @@ class Replay:
         self._hits[:, object_hits.HIT_FIRST] = -1
         self._seen = np.full(names, -1, dtype=np.int64)
         self._touched = np.full(names, -1, dtype=np.int64)
+        self._recent = object_hits.no_recent()
 
     @property
     def records_done(self) -> int:
@@ -318,18 +319,24 @@ class Replay:
             told[:, vcpu_run.EXIT_GVA] = chunk.late.at(told[:, vcpu_run.EXIT_INDEX] - base).view(np.int64)
         if self._split:
             told = scattered.for_objects(told, self._split)
-        object_hits.attribute(self._targets.index, told, len(told), self._hits, self._seen, self._touched)
+        if len(self._recent) == object_hits.RECENT_FEW < count:
+            self._recent = object_hits.no_recent(object_hits.RECENT_MANY)
+        found = (self._hits, self._seen, self._touched, self._recent)
+        object_hits.attribute(self._targets.index, told, len(told), *found)
         kept = min(count, self._options.max_exit_records - self._kept)
         self._dropped += count - kept
         if kept:
             self._kept += kept
-            self._exits.add(self._columns(self._log[:kept], chunk, base))
+            self._exits.add(self._columns(self._log[:kept], chunk, base, self._exits.room(kept)))
         if self._split:
             self._split = dict([self._split.popitem()])  # the last one may still be under way
 
-    def _columns(self, log: NDArray[np.int64], chunk: TraceChunk | None, base: int) -> ExitColumns:
+    def _columns(
+        self, log: NDArray[np.int64], chunk: TraceChunk | None, base: int, room: Room | None = None
+    ) -> ExitColumns:
+        """The exits of log rows, in ``room`` for so many if given."""
         split, bounds = scattered.in_log(log, self._split)
-        columns, record_gpa = columns_of_log(bounds)
+        columns, record_gpa = columns_of_log(bounds, room)
         record_gpa[split.rows] = log[split.rows, vcpu_run.EXIT_GPA].view(np.uint64)
         carry = {}
         if chunk is not None and chunk.carry:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from .mutant import Mutant
-from .paths import COLUMNAR, LINE_PATTERNS, OBJECTS, REPLAY, TOOL_LINES, named
+from .paths import COLUMNAR, FASTPATH, LINE_PATTERNS, OBJECTS, REPLAY, TOOL_LINES, named
 
 RECORD_CHECKS_PY = "engine/trace/record_checks.py"
 REPLAY_PY = "engine/trace/replay.py"
+LANES_PY = "engine/trace/lanes.py"
+REFUSED_PY = "engine/trace/refused.py"
 SERVING_PY = "engine/trace/serving.py"
 SESSION_PY = "engine/trace/session.py"
 OBJECTS_PY = "engine/trace/object_hits.py"
@@ -15,38 +17,77 @@ READERS = "engine/trace/readers"
 
 MUTANTS = (
     Mutant(
-        "replay-guarded",
+        "words-guarded",
         SERVING_PY,
-        "guarded += 1",
+        "guarded += found",
         "guarded += 0",
         "page-granular violations count allowed writes to guarded pages",
-        named(REPLAY, "page_granular_counts_writes_to_pages_with_any_refused_sub_page"),
-        "skim",
+        named(COLUMNAR, "columns_are_served_like_packed_records"),
+        "skim_words",
     ),
     Mutant(
         "columns-guarded",
         SERVING_PY,
-        "guarded += missed >> GUARDED_BIT",
+        "guarded += found",
         "guarded += 0",
         "columns count allowed writes to guarded pages as packed records do",
         named(COLUMNAR, "columns_are_served_like_packed_records"),
-        "skim_some_columns",
+        "skim_columns",
     ),
     Mutant(
-        "columns-refused",
+        "one-refused",
         SERVING_PY,
-        "if missed & ~GUARDED | refuses(cache, gpa, more) & minding:",
-        "if missed & ~GUARDED:",
-        "a write by columns is served as far as the map of its page goes",
+        "return missed == 0 or (missed == GUARDED and refuses(cache, gpa, more) & minding == 0)",
+        "return missed == 0 or missed == GUARDED",
+        "a write is served as far as the map of its page goes",
+        named(FASTPATH, "only_sub_pages_that_may_be_written_are_served"),
+    ),
+    Mutant(
+        "lanes-refused",
+        LANES_PY,
+        "bars = builder.or_(builder.and_(missed, _all(~fastpath.GUARDED)), refused)",
+        "bars = builder.and_(missed, _all(~fastpath.GUARDED))",
+        "so it is with many side by side",
         named(COLUMNAR, "columns_are_served_like_packed_records"),
-        "skim_some_columns",
     ),
     Mutant(
-        "columns-block",
-        SERVING_PY,
-        "missed |= miss(cache, gpas[at], np.int64(sizes[at]) - 1)",
-        "missed = miss(cache, gpas[at], np.int64(sizes[at]) - 1)",
+        "lanes-whole",
+        LANES_PY,
+        "missed = builder.or_(missed, _missed(v, *records(v, first)).missed)",
+        "missed = _missed(v, *records(v, first)).missed",
         "a block is passed over if all of it is served",
+        named(COLUMNAR, "columns_are_served_like_packed_records"),
+    ),
+    Mutant(
+        "lanes-below-the-stop",
+        LANES_PY,
+        "counts = [builder.zext(v.zeros_below(stops), _WORD), v.count(builder.and_(guarded, below))]",
+        "counts = [builder.zext(v.zeros_below(stops), _WORD), v.count(guarded)]",
+        "what comes after a record that is not served is not served yet",
+        named(COLUMNAR, "columns_are_served_like_packed_records"),
+    ),
+    Mutant(
+        "refused-nested",
+        REFUSED_PY,
+        "if read_word(m, FIRST_VCPU_FRAME + m.vcpu_of_id[head >> 16], V_GUEST_MODE):",
+        "if False:",
+        "a nested guest's tables have no sub-page permissions",
+        named(COLUMNAR, "a_nested_guest_passes_by_what_the_next_vcpu_is_refused"),
+    ),
+    Mutant(
+        "refused-by-another",
+        REFUSED_PY,
+        "if (word & seen) >> 16 != head or word & 0xFFFF == 0:",
+        "if word & 0xFFFF == 0:",
+        "what is known of one vCPU's writes is not of another's",
+        named(COLUMNAR, "a_nested_guest_passes_by_what_the_next_vcpu_is_refused"),
+    ),
+    Mutant(
+        "refused-asked",
+        REPLAY_PY,
+        "skips = options[OPTION_ON_VIOLATION] == SKIP",
+        "skips = True",
+        "a replay that stops, or grants, does so at the first violation",
         named(COLUMNAR, "columns_are_served_like_packed_records"),
     ),
     Mutant(
@@ -149,8 +190,8 @@ MUTANTS = (
     Mutant(
         "objects-own-byte",
         OBJECTS_PY,
-        "own = begin < limits[1] and limits[0] < end",
-        "own = begin < limits[1] and limits[0] <= end",
+        "own = begin < ranges[member, 1] and ranges[member, 0] < end",
+        "own = begin < ranges[member, 1] and ranges[member, 0] <= end",
         "an access just before an object touches none of its bytes",
         named(OBJECTS, "violations_and_collateral"),
     ),
@@ -169,6 +210,14 @@ MUTANTS = (
         "if stamp >= 0:",
         "a violation counts once for each name",
         named(OBJECTS, "violations_and_collateral"),
+    ),
+    Mutant(
+        "objects-recent",
+        OBJECTS_PY,
+        "if recent[at, 0] != first:",
+        "if recent[at, 0] < 0:",
+        "what was looked up for one sub-page is not of another",
+        named(OBJECTS, "hits_of_many_objects_are_those_that_the_records_name"),
     ),
     Mutant(
         "objects-end",

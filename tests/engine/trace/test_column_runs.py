@@ -10,14 +10,30 @@ import pyarrow as pa
 import pytest
 
 from engine.arch import access as acc
+from engine.arch import controls as ctl
 from engine.cpu import fastpath
+from engine.cpu.frames import FIRST_VCPU_FRAME, write_word
 from engine.errors import TraceError
 from engine.kvm.slots import SlotSpec
 from engine.machine import VirtualMachine
 from engine.trace.columns import CHUNK_RECORDS, Columns, TraceChunk
 from engine.trace.readers import open_trace
-from engine.trace.session import ReplayOptions
-from tests.engine.builders import EXECUTE, MIB, READ, WRITE, exits, machine, picture, protect, replay, set_map, totals
+from engine.trace.session import LOG_ROWS, ReplayOptions
+from tests.engine.builders import (
+    EXECUTE,
+    MIB,
+    READ,
+    WRITE,
+    edit,
+    exits,
+    machine,
+    picture,
+    protect,
+    records,
+    replay,
+    set_map,
+    totals,
+)
 
 HEADS = {
     "writes": WRITE,
@@ -49,8 +65,8 @@ def drawn(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     return (pages * 4096 + offsets).astype(np.uint64), sizes.astype(np.uint8)
 
 
-def columns(gpa: np.ndarray, size: np.ndarray, head: int, **more: Any) -> TraceChunk:
-    return TraceChunk(None, None, {}, kinds=True, columns=Columns(gpa, size, head << 16), **more)
+def columns(gpa: np.ndarray, size: np.ndarray, head: int, gva: Any = None, **more: Any) -> TraceChunk:
+    return TraceChunk(None, gva, {}, kinds=True, columns=Columns(gpa, size, head << 16), **more)
 
 
 def outcome(vm: VirtualMachine, chunks: list[TraceChunk], options: dict[str, Any], *, forgetting: bool = False) -> Any:
@@ -79,6 +95,26 @@ def test_columns_are_served_like_packed_records(head: str, on_violation: str) ->
     assert expected == outcome(guest(), [packed], options)
     assert expected == outcome(guest(), [whole], options)
     assert expected == outcome(guest(), pieces, options)
+
+
+def test_a_nested_guest_passes_by_what_the_next_vcpu_is_refused() -> None:
+    """Two write the same sub-page in turn; the fast path knows the refusal, which is not of a nested guest."""
+    vm = guest()
+    edit(vm, lambda m: write_word(m, FIRST_VCPU_FRAME + 1, ctl.V_GUEST_MODE, 1))
+    result = replay(vm, records([(0x5880, 8, WRITE, 0), (0x5880, 8, WRITE, 0), (0x5880, 8, WRITE, 3)] * 20))
+    assert (result.violations, result.unenforced_writes, result.page_granular_violations) == (40, 20, 60)
+    assert set(result.exit_columns.column("vcpu").tolist()) == {0}
+
+
+def test_refused_writes_are_listed_when_the_log_is_full_and_emptied() -> None:
+    """More than the log has room for, with addresses that the records have beside them."""
+    count = 2 * LOG_ROWS + 5
+    gpa, gva = np.full(count, 0x7008, dtype=np.uint64), np.arange(count, dtype=np.uint64) + np.uint64(1 << 40)
+    chunk = columns(gpa, np.full(count, 8, dtype=np.uint8), WRITE, gva=gva)
+    result = replay(guest(), chunk)
+    found = result.exit_columns
+    assert result.violations == len(found) == count
+    assert found.column("index").tolist() == list(range(count)) and (found.column("gva") == gva).all()
 
 
 def test_a_replay_stops_and_goes_on_within_columns() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -172,3 +173,15 @@ def test_what_a_drained_log_still_has_is_not_counted_again(monkeypatch: pytest.M
     vm.protect("p", [ProtectedObject("a", 0x1000, 128), ProtectedObject("low", 0, 8)])
     found = replay(vm, [(0x1000, 8)] * 4)
     assert (found.violations, found.by_object["a"].violations, found.by_object["low"].violations) == (4, 4, 0)
+
+
+def test_hits_of_many_objects_are_those_that_the_records_name() -> None:
+    """More sub-pages than the replay remembers where to look for, hit in no order."""
+    rng = np.random.default_rng(3)
+    vm = machine()
+    ranges = [(f"o{i % 300}", 0x10000 + 640 * i, 200) for i in range(1500)]
+    vm.protect("p", [ProtectedObject(*item) for item in ranges])
+    result = replay(vm, (0x10000 + rng.integers(0, 640 * 1500 // 8, 6000) * 8).tolist())
+    named = Counter(name for names in result.exit_columns.objects() for name in names)
+    assert {name: hits.violations for name, hits in result.by_object.items()} == named
+    assert result.violations > 2000 and len(named) == 300

@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+import numpy as np
 from numba.core import types
 from numba.core.caching import UserProvidedCacheLocator
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _numba_intrinsic
 
 F = TypeVar("F", bound=Callable[..., object])
 
 # numba's type hints do not list every option of its targets, nor what compiled code may call.
 _njit: Any = numba.njit
-_intrinsic: Any = intrinsic
+intrinsic: Any = _numba_intrinsic
 _config: Any = numba.config
 _locator: Any = UserProvidedCacheLocator
 
-_ROOT = Path(__file__).parent
+COMPILED = not _config.DISABLE_JIT
+
+_ROOT = Path(__file__).parent.parent
 
 
 class KernelLocator(_locator):  # type: ignore[misc]
@@ -60,6 +63,14 @@ def short_kernel(function: F) -> F:
     return _compiled(function, nogil=False)
 
 
+def _itself(number: int) -> int:
+    return number
+
+
+# Of a number that is an index and never negative: numba counts others from the end, which is a compare and an add.
+position: Any = np.uint64 if COMPILED else _itself
+
+
 def stands_alone() -> None:
     """Said in a kernel: it stays a function of its own in the machine code of its callers.
 
@@ -75,5 +86,5 @@ def _without_inlining(_: Any) -> Any:
     return types.void(), mark
 
 
-if not _config.DISABLE_JIT:
-    stands_alone = _intrinsic(_without_inlining)
+if COMPILED:
+    stands_alone = intrinsic(_without_inlining)
