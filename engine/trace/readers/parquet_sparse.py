@@ -2,9 +2,9 @@
 
 Linear addresses are wanted of the records with an exit, when the rest has been replayed; decoding all of them takes as
 long as the addresses themselves. A column whose dictionary has one value is known when one page of it is. So the pages
-in question are found, and each is decoded once, as a file of its own that has nothing but the page, the dictionary that
-it may need, and a directory made here. The pages were bounded before like those of all columns that are used
-(``parquet_bounds``).
+in question are found, and those that are wanted together decoded as a file of their own, that has nothing but these,
+the dictionary that they may need, and a directory made here. The pages were bounded before like those of all columns
+that are used (``parquet_bounds``).
 
 What is decoded is checked as ever. Of what is not: no value can be wrong, as it is an unsigned 64-bit address, or that
 of the dictionary, which was looked at; and a column counts as sparse only where each row group says that it has no
@@ -58,6 +58,16 @@ class Sparse(NamedTuple):
         return self.kind in CONVERTED and whole and [chunk.values for chunk in self.chunks] == list(rows)
 
 
+class _Placed(NamedTuple):
+    """A page and the index of its first record."""
+
+    first: int
+    page: Page
+
+
+_NOWHERE = _Placed(-1, Page(0, 0, DATA, 0, 0, 0, 0))
+
+
 class SparseColumn:
     """The values of such a column, by the numbers of their records, which ascend from call to call."""
 
@@ -68,82 +78,100 @@ class SparseColumn:
         # Index of the first record of each row group, and of the one behind the last.
         self._firsts = list(itertools.accumulate((chunk.values for chunk in column.chunks), initial=0))
         self._group = -1
-        self._pages: Iterator[tuple[int, Page]] = iter(())
+        self._pages: Iterator[_Placed] = iter(())
+        self._page = _NOWHERE
         self._dictionary: Page | None = None
-        # What was decoded last: its values, and the index of the first.
-        self._first = 0
-        self._values: npt.NDArray[Any] = np.zeros(0, dtype=column.kind.to_pandas_dtype())
 
     def at(self, records: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Their values. Raises TraceError."""
-        found = np.zeros(len(records), dtype=self._values.dtype)
+        found = np.zeros(len(records), dtype=self._column.kind.to_pandas_dtype())
         done = 0
         while done < len(records):
-            record = int(records[done])
-            if not self._first <= record < self._first + len(self._values):
-                self._go_to(record)
-            end = done + int(np.searchsorted(records[done:], self._first + len(self._values)))
-            found[done:end] = self._values[records[done:end] - self._first]
+            group = int(np.searchsorted(self._firsts, records[done], side="right")) - 1
+            end = int(np.searchsorted(records, self._firsts[group + 1]))
+            found[done:end] = self._in_group(group, records[done:end])
             done = end
         return found
 
-    def _go_to(self, record: int) -> None:
-        """Decode the page with a record."""
-        group = int(np.searchsorted(self._firsts, record, side="right")) - 1
-        if group != self._group or record < self._first:
-            self._group, self._dictionary = group, None
-            self._pages = self._numbered(group)
-        for first, page in self._pages:
-            if page.type == DICTIONARY:
-                self._dictionary = page
-            elif page.type in (DATA, DATA_2) and record < first + page.values:
-                self._first, self._values = first, self._decoded(page, first)
-                return
-        raise TraceError(f"the column {self._name} is not valid: a page is missing", index=record, field=self._name)
+    def _in_group(self, group: int, records: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Those of records of one row group: the pages with them, decoded together."""
+        if group != self._group:
+            self._group, self._dictionary, self._page = group, None, _NOWHERE
+            self._pages = self._placed(group)
+        wanted, done = list[_Placed](), 0
+        while done < len(records):
+            wanted.append(placed := self._page_with(int(records[done])))
+            done = int(np.searchsorted(records, placed.first + placed.page.values))
+        values = self._decoded(wanted)
+        firsts = np.array([placed.first for placed in wanted])
+        begins = np.cumsum([0, *(placed.page.values for placed in wanted)])
+        which = np.searchsorted(firsts, records, side="right") - 1
+        found: npt.NDArray[Any] = values[begins[which] + records - firsts[which]]
+        return found
 
-    def _numbered(self, group: int) -> Iterator[tuple[int, Page]]:
-        """The pages of a row group, each with the index of its first record."""
+    def _page_with(self, record: int) -> _Placed:
+        while not self._page.first <= record < self._page.first + self._page.page.values:
+            placed = next(self._pages, None)
+            if placed is None:
+                raise TraceError(f"the column {self._name} is not valid: a page is missing", field=self._name)
+            if placed.page.type == DICTIONARY:
+                self._dictionary = placed.page
+            elif placed.page.type in (DATA, DATA_2):
+                self._page = placed
+        return self._page
+
+    def _placed(self, group: int) -> Iterator[_Placed]:
         first = self._firsts[group]
         for page in pages_of(self._source, self._name, self._column.chunks[group], self._column.size):
-            yield first, page
+            yield _Placed(first, page)
             first += page.values if page.type in (DATA, DATA_2) else 0
 
-    def _decoded(self, page: Page, first: int) -> npt.NDArray[Any]:
-        body = b"".join(map(self._bytes, filter(None, (self._dictionary, page))))
+    def _decoded(self, wanted: Sequence[_Placed]) -> npt.NDArray[Any]:
+        """The values of some pages, one after the other."""
+        pages = [placed.page for placed in wanted]
+        first, count = wanted[0].first, sum(page.values for page in pages)
+        body = b"".join(map(self._bytes, pages if self._dictionary is None else [self._dictionary, *pages]))
         try:
-            table = pq.ParquetFile(pa.BufferReader(self._file(body, page)), page_checksum_verification=True).read(
-                use_threads=False
-            )
-            column = table.column(0).combine_chunks()
+            file = pq.ParquetFile(pa.BufferReader(self._file(body, pages)), page_checksum_verification=True)
+            column = file.read(use_threads=False).column(0).combine_chunks()
             column.validate(full=True)
         except (pa.ArrowException, OSError, ValueError) as error:
             rule = f"the column {self._name} is not valid: {error}"
             raise TraceError(rule, index=first, field=self._name) from error
-        if len(column) != page.values:
-            rule = f"the column {self._name} is not valid: a page has {len(column)} values and says {page.values}"
+        if len(column) != count:
+            rule = f"the column {self._name} is not valid: pages have {len(column)} values and say {count}"
             raise TraceError(rule, index=first, field=self._name)
         if column.null_count:
-            raise is_null(self._name, first + int(np.argmax(column.is_null().to_numpy(zero_copy_only=False))))
+            raise is_null(self._name, self._record(wanted, int(np.argmax(column.is_null()))))
         values: npt.NDArray[Any] = column.to_numpy(zero_copy_only=False)
         return values
+
+    def _record(self, wanted: Sequence[_Placed], position: int) -> int:
+        """The number of the record whose value is at a position of some pages."""
+        for first, page in wanted:
+            if position < page.values:
+                return first + position
+            position -= page.values
+        raise AssertionError("no page has it")
 
     def _bytes(self, page: Page) -> bytes:
         self._source.seek(page.at)
         return bytes(self._source.read(page.header + page.packed))
 
-    def _file(self, body: bytes, page: Page) -> bytes:
-        """A file of one column with one row group of these pages."""
+    def _file(self, body: bytes, pages: Sequence[Page]) -> bytes:
+        """A file of one column with one row group of these pages, whose ``body`` begins with the dictionary."""
         dictionary, wanted = self._dictionary, self._column
         chunk = wanted.chunks[self._group]
         head = len(MAGIC)
         length = 0 if dictionary is None else dictionary.header + dictionary.packed
-        unpacked = sum(each.header + each.unpacked for each in (dictionary, page) if each is not None)
+        count = sum(page.values for page in pages)
+        unpacked = sum(page.header + page.unpacked for page in (*pages, dictionary) if page is not None)
         column: Value = {
             1: (I32, chunk.physical_type),
             2: (LIST, (I32, [PLAIN])),
             3: (LIST, (BINARY, [b"v"])),
             4: (I32, chunk.codec),
-            5: (I64, page.values),
+            5: (I64, count),
             6: (I64, unpacked),
             7: (I64, len(body)),
             9: (I64, head + length),
@@ -152,7 +180,7 @@ class SparseColumn:
         group: Value = {
             1: (LIST, (STRUCT, [{2: (I64, head), 3: (STRUCT, column)}])),
             2: (I64, unpacked),
-            3: (I64, page.values),
+            3: (I64, count),
         }
         leaf: Value = {
             1: (I32, chunk.physical_type),
@@ -165,7 +193,7 @@ class SparseColumn:
             {
                 1: (I32, 2),
                 2: (LIST, (STRUCT, [root, leaf])),
-                3: (I64, page.values),
+                3: (I64, count),
                 4: (LIST, (STRUCT, [group])),
             }
         )

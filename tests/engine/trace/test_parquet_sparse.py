@@ -93,9 +93,12 @@ def test_only_pages_with_an_exit_are_decoded(monkeypatch: pytest.MonkeyPatch) ->
     data = table(gpa=pa.array([0x1000 if n == 777 else 0x3000 for n in range(RECORDS)], pa.uint64()))
     decoded: list[int] = []
     whole = parquet.SparseColumn._decoded
-    monkeypatch.setattr(
-        parquet.SparseColumn, "_decoded", lambda self, page, first: decoded.append(first) or whole(self, page, first)
-    )
+
+    def noted(self, wanted):
+        decoded.extend(placed.first for placed in wanted if self._name == "gva")
+        return whole(self, wanted)
+
+    monkeypatch.setattr(parquet.SparseColumn, "_decoded", noted)
     late = replayed(file(data, **OPTIONS["plain"]), late=True)
     assert late.exit_columns.columns["gva"].tolist() == [data["gva"][777].as_py()]
     assert len(decoded) == 1 and decoded[0] <= 777 < decoded[0] + 50
