@@ -191,12 +191,18 @@ class Files:
                 yield file
             return
         with looked_at(source.name, self._folders, _WHERE) as found:
-            about = os.fstat(found)
-            if (about.st_size, about.st_mtime_ns) != source[1:]:
-                raise InvalidValue(_CHANGED)
+            _check_unchanged(found, source)
             descriptor = reopened(found)
         with io.FileIO(descriptor) as file:
             yield file
+            _check_unchanged(descriptor, source)
+
+
+def _check_unchanged(descriptor: int, source: Source) -> None:
+    """Raises InvalidValue for a file that is not as it was found."""
+    about = os.fstat(descriptor)
+    if (about.st_size, about.st_mtime_ns) != (source.size, source.changed):
+        raise InvalidValue(_CHANGED)
 
 
 def _source(name: str, item: Any) -> Source:

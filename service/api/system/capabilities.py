@@ -142,6 +142,8 @@ async def get_capabilities(request: Request) -> Response:
             "max_memory_window",
             "max_image_bytes",
             "max_image_memory_bytes",
+            "max_source_files",
+            "max_source_bytes",
             "max_page_size",
             "exit_page_size",
             "max_exit_records",

@@ -219,6 +219,20 @@ def test_nothing_is_put_in_its_place_while_it_waits(
     swapped((folder / "a.parquet").unlink, "must exist")
 
 
+def test_a_file_that_is_written_to_while_it_is_read_is_refused(
+    start: Start, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = start(footprint_sources=(str(folder),)).client
+    real = source_builds.trace_in
+
+    def written(*given: Any) -> Any:
+        os.utime(folder / "a.parquet", ns=(1, 1))
+        return real(*given)
+
+    monkeypatch.setattr(source_builds, "trace_in", written)
+    refused(build(client, f"{folder}/a.parquet"), 422, "sources", "must not change while it is read")
+
+
 def test_neighbours_have_places_of_their_own(start: Start, folder: Path) -> None:
     (folder / "link").symlink_to(folder.parent / "secret" / "a.parquet")
     store: TokenStore = MemoryTokens()
