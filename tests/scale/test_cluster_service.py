@@ -43,7 +43,7 @@ def client(cluster: Any, folder: Path) -> Iterator[ContractClient]:
     settings = Settings(
         warm_up=False,
         store="memory",
-        footprint_sources=(str(folder), "s3://traces/boots"),
+        footprint_sources=(str(folder), "s3://traces/served"),
         ray_address=cluster.address,
     )
     with running(settings) as started:
@@ -87,8 +87,8 @@ def test_it_is_what_one_process_makes(
     client: ContractClient, run: Run, folder: Path, store: Callable[[str, bytes], None], tmp_path: Path
 ) -> None:
     for name in ("00.parquet", "01.parquet", "02.parquet"):
-        store(f"boots/{name}", (folder / name).read_bytes())
-    sources = [f"{folder}/0[3-9].parquet", "s3://traces/boots/*.parquet"]
+        store(f"served/{name}", (folder / name).read_bytes())
+    sources = [f"{folder}/0[3-9].parquet", "s3://traces/served/*.parquet"]
     seen = []
     url = begin(client, *sources)
     until(lambda: seen.append(client.get(url).json()) or seen[-1]["state"] not in ("queued", "running"), 240)
