@@ -13,7 +13,7 @@ import pytest
 
 from engine.errors import TraceError
 from engine.trace.readers import Budget, arrow, open_trace
-from tests.engine.trace.test_readers_arrow import stream
+from tests.engine.trace.arrow_streams import stream
 
 ENDS = {"int16": pa.int16(), "int32": pa.int32(), "int64": pa.int64()}
 

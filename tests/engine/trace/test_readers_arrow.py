@@ -18,19 +18,8 @@ from engine.errors import TraceError
 from engine.trace.columns import CHUNK_RECORDS
 from engine.trace.readers import open_trace
 from tests.abuse.bodies import shared_name
+from tests.engine.trace.arrow_streams import EOS, stream
 from tests.engine.trace.conftest import table
-
-EOS = b"\xff\xff\xff\xff\0\0\0\0"
-
-
-def stream(*batches, schema=None, eos=True, **options):
-    sink = io.BytesIO()
-    with pa.ipc.new_stream(sink, schema or batches[0].schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
-        for batch in batches:
-            writer.write(batch)
-    body = sink.getvalue()
-    assert body.endswith(EOS)
-    return body if eos else body[: -len(EOS)]
 
 
 def messages(body):
