@@ -78,23 +78,6 @@ class Machine(Arrays):
     int64[1], the first page that this change found missing in the file behind its slot (see ``cpu.memory_files``).
     """
 
-    __slots__ = (
-        "cache",
-        "caps",
-        "free",
-        "fresh",
-        "kind",
-        "lost",
-        "places",
-        "queues",
-        "row_of",
-        "rows",
-        "slots",
-        "spare",
-        "tlb",
-        "top",
-        "vcpu_of_id",
-    )
     kinds: ClassVar = {
         "rows": Kind(_INT64, 2),
         "row_of": Kind(_INT64, 1),

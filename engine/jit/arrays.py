@@ -11,6 +11,7 @@ every array is what the declaration says is checked when the object is made, onc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -54,28 +55,38 @@ class Kind(NamedTuple):
 class Arrays:
     """Base of an object that kernels take by pointer; ``kinds`` of each array by its name, in order."""
 
-    __slots__ = ("arrays",)
     kinds: ClassVar[dict[str, Kind]]
 
     arrays: tuple[np.ndarray[Any, Any], ...]
 
     def __init__(self, **arrays: np.ndarray[Any, Any]) -> None:
         """Raises TypeError for an array that is not as declared, or is not there."""
-        if arrays.keys() != self.kinds.keys():
-            raise TypeError(f"not the arrays of a {type(self).__name__}: {sorted(arrays.keys() ^ self.kinds.keys())}")
-        for name, (dtype, dimensions) in self.kinds.items():
-            array = arrays[name]
-            if array.dtype != dtype or array.ndim != dimensions or not array.flags.carray:
-                raise TypeError(f"{name} is no array of {dtype} with {dimensions} indices, in one piece and writable")
-            object.__setattr__(self, name, array)
-        object.__setattr__(self, "arrays", tuple(arrays[name] for name in self.kinds))
+        _check(self.kinds, arrays)
+        if len(arrays) != len(self.kinds):
+            raise TypeError(f"a {type(self).__name__} has other arrays, too: {sorted(self.kinds.keys() - arrays)}")
+        self._hold(arrays)
+
+    def replaced(self: A, **arrays: np.ndarray[Any, Any]) -> A:
+        """The same with other arrays under some names. Raises TypeError as above."""
+        _check(self.kinds, arrays)
+        made = object.__new__(type(self))
+        made._hold(dict(zip(self.kinds, self.arrays, strict=True)) | arrays)
+        return made
+
+    def _hold(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        self.__dict__.update(arrays, arrays=tuple([arrays[name] for name in self.kinds]))
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{name} of a {type(self).__name__} stays what it is: make another with `replaced`")
 
-    def replaced(self: A, **arrays: np.ndarray[Any, Any]) -> A:
-        """The same with other arrays under some names."""
-        return type(self)(**(dict(zip(self.kinds, self.arrays, strict=True)) | arrays))
+
+def _check(kinds: Mapping[str, Kind], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    for name, array in arrays.items():
+        if name not in kinds:
+            raise TypeError(f"there is no array {name}")
+        dtype, dimensions = kinds[name]
+        if array.dtype != dtype or array.ndim != dimensions or not array.flags.carray:
+            raise TypeError(f"{name} is no array of {dtype} with {dimensions} indices, in one piece and writable")
 
 
 class ByPointer(_Type):  # type: ignore[misc]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +277,10 @@ def test_a_reader_that_vanishes_ends_the_recording_and_not_the_guest(fake: Fake,
 
 def _mapped(pid: int) -> bytes:
     """The files that a process has mapped and open."""
-    opened = (str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir())
+    opened = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since it was listed
+            opened.append(str(path.readlink()))
     return Path(f"/proc/{pid}/maps").read_bytes() + "\n".join(opened).encode()
 
 

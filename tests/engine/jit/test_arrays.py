@@ -16,7 +16,6 @@ WORDS, BYTES = np.dtype(np.int64), np.dtype(np.uint8)
 class Three(Arrays):
     """Arrays of one, two and three indices."""
 
-    __slots__ = ("bytes", "cube", "table")
     kinds: ClassVar = {"bytes": Kind(BYTES, 1), "table": Kind(WORDS, 2), "cube": Kind(WORDS, 3)}
 
     bytes: np.ndarray
