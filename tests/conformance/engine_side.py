@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from engine.arch import access as acc
 from engine.arch import controls as ctl
 from engine.arch.words import signed, unsigned
-from engine.cpu import control_checks, frames, instruction
+from engine.cpu import control_checks, frames, instruction, tlb
+from engine.cpu.fastpath import CACHE_WORDS, EMPTY
+from engine.cpu.memory_slots import SLOT_WORDS
 from engine.kvm import page_contents
 
 from . import layout
@@ -67,8 +69,12 @@ class EngineMachine:
             top=np.array([len(free), len(free)], dtype=np.int64),
             caps=caps,
             vcpu_of_id=np.zeros(1, dtype=np.int64),
-            slots=np.zeros((0, 4), dtype=np.int64),
-            cache=np.zeros(1, dtype=np.int64),
+            slots=np.zeros((0, SLOT_WORDS), dtype=np.int64),
+            cache=np.full(CACHE_WORDS, EMPTY, dtype=np.int64),
+            tlb=tlb.no_table(),
+            queues=np.zeros((0, 2, frames.QUEUE_WORDS), dtype=np.int64),
+            places=np.full(frames.MOST_PAGES, frames.NO_PLACE, dtype=np.int64),
+            lost=np.zeros(1, dtype=np.int64),
         )
         self.base = layout.base_memory()
         pages = {*layout.TABLES, layout.TEST_PT, *(address & -layout.PAGE for address in self.base)}

@@ -230,7 +230,7 @@ MUTANTS = (
     Mutant(
         "frames-same-word",
         FRAMES_PY,
-        "if m.rows[m.row_of[frame], index] != word:",
+        "if read_word(m, frame, index) != word:",
         "if m.rows[m.row_of[frame], index] != word or index >= 0:",
         "a word that is already there copies nothing",
         named(FRAMES, "word_that_is_already_there_copies_nothing"),

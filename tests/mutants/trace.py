@@ -93,7 +93,7 @@ MUTANTS = (
     Mutant(
         "columns-alike",
         "engine/trace/columns.py",
-        "if any(len(values) and (values != values[0]).any() for name, values in parts.items() if name in SHARED):",
+        "if any(not _is_same(values) for name, values in parts.items() if name in SHARED):",
         "if False:",
         "columns are left as they are where the accesses are alike in all else",
         named(COLUMNAR, "what_differs_in_more_than_place_and_length_is_packed"),

@@ -16,6 +16,7 @@ from engine.arch import controls as ctl
 from engine.arch import ept as bits
 from engine.arch.words import signed, unsigned
 from engine.cpu import control_checks, frames, guest_memory, host_physical_memory, instruction, tlb
+from engine.cpu.fastpath import CACHE_WORDS, EMPTY
 from engine.cpu.memory_slots import SLOT_WORDS
 from engine.state.default_host import EPT_VPID_CAP, PROCBASED_CTLS2
 
@@ -65,7 +66,7 @@ class Processor:
             caps=caps,
             vcpu_of_id=np.zeros(1, dtype=np.int64),
             slots=np.zeros((0, SLOT_WORDS), dtype=np.int64),
-            cache=np.zeros(1, dtype=np.int64),
+            cache=np.full(CACHE_WORDS, EMPTY, dtype=np.int64),
             tlb=tlb.new_table() if model else tlb.no_table(),
             queues=np.zeros((0, 2, frames.QUEUE_WORDS), dtype=np.int64),
             places=np.full(frames.MOST_PAGES, frames.NO_PLACE, dtype=np.int64),
