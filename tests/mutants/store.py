@@ -9,7 +9,7 @@ STORE_PY = "engine/state/frame_store.py"
 CLONES = "tests/engine/machine/test_clones.py"
 FRAMES_PY = "engine/cpu/frames.py"
 FASTPATH_PY = "engine/cpu/fastpath.py"
-SERVING_PY = "engine/trace/serving.py"
+SERVED_PY = "engine/trace/served.py"
 
 SUMMARY_PY = "engine/machine/summary.py"
 SUMMARY = "tests/engine/machine/test_summary.py"
@@ -274,7 +274,7 @@ MUTANTS = (
     ),
     Mutant(
         "fastpath-two-pages",
-        SERVING_PY,
+        SERVED_PY,
         "return (cache[np.uint64(gpa >> 12) & CACHE_MASK] ^ ((gpa + more) >> 12)) | (more >> 16)",
         "return (cache[np.uint64(gpa >> 12) & CACHE_MASK] ^ (gpa >> 12)) | (more >> 16)",
         "an access over two pages is not served",
@@ -282,7 +282,7 @@ MUTANTS = (
     ),
     Mutant(
         "fastpath-last-sub-page",
-        SERVING_PY,
+        SERVED_PY,
         "touched = (2 << last) - (1 << ((gpa >> 7) & 31))",
         "touched = 1 << ((gpa >> 7) & 31)",
         "every touched sub-page must be writable",
@@ -290,7 +290,7 @@ MUTANTS = (
     ),
     Mutant(
         "fastpath-another-head",
-        SERVING_PY,
+        SERVED_PY,
         "return (cache[np.uint64(gpa >> 12) & CACHE_MASK] ^ ((gpa + more) >> 12)) | (more >> 16)",
         "return cache[np.uint64(gpa >> 12) & CACHE_MASK] ^ ((gpa + more) >> 12)",
         "a record without bytes, or of another vCPU, is not served",

@@ -101,8 +101,9 @@ def test_a_nested_guest_passes_by_what_the_next_vcpu_is_refused() -> None:
     """Two write the same sub-page in turn; the fast path knows the refusal, which is not of a nested guest."""
     vm = guest()
     edit(vm, lambda m: write_word(m, FIRST_VCPU_FRAME + 1, ctl.V_GUEST_MODE, 1))
-    result = replay(vm, records([(0x5880, 8, WRITE, 0), (0x5880, 8, WRITE, 0), (0x5880, 8, WRITE, 3)] * 20))
-    assert (result.violations, result.unenforced_writes, result.page_granular_violations) == (40, 20, 60)
+    allowed, refused, nested = (0x5000, 8, WRITE, 0), (0x5880, 8, WRITE, 0), (0x5880, 8, WRITE, 3)
+    result = replay(vm, records([allowed, refused, *([nested, refused, refused] * 20)]))
+    assert (result.violations, result.unenforced_writes, result.page_granular_violations) == (41, 20, 62)
     assert set(result.exit_columns.column("vcpu").tolist()) == {0}
 
 
