@@ -24,8 +24,9 @@ MACHINES: dict[str, dict[str, Any]] = {
     "getDirtyLog": {"memory_slots": [{"slot": 0, "gpa": "0x0", "size": "0x40000000", "log_dirty": True}]},
     "loadOnCpu": {"host": {"hyperv": {}}},
 }
-# To a socket that the operator has to allow, and where a tool listens: tests/service/kvmi does that.
-ELSEWHERE = ("putKvmi",)
+# What the operator has to allow: a socket where a tool listens (tests/service/kvmi), and places where files are read
+# (tests/service/api/footprints).
+ELSEWHERE = ("putKvmi", "buildFootprint")
 # Calls about a page that is protected and was touched: that of the path's own example.
 TOUCHED = ("putEptEntry", "putSpptEntry")
 
