@@ -32,7 +32,7 @@ from engine.trace.columns import TraceChunk
 from engine.trace.session import ReplayOptions
 
 PAGE = 4096
-RESULTS = Path("bench/results/curves.json")
+RESULTS = Path("docs/images/scale-curves.json")
 PICTURES = Path("docs/images")
 
 Point = dict[str, float]
