@@ -254,9 +254,9 @@ def test_a_reader_that_vanishes_ends_the_recording_and_not_the_guest(fake: Fake,
     when it is told to (the stand-in heeds that between its stores)."""
     command = fake(run=[1, 100000], sleep=60)
     reader = (
-        "import os, sys; from capture.recording import *\n"
+        "import os, sys, time; from capture.recording import *\n"
         "with Recording(sys.argv[1:], Wanted(), 64) as recording:\n"
-        "    print(recording.qemu._process.pid, flush=True); recording.qemu.go(); os._exit(9)\n"
+        "    print(recording.qemu._process.pid, flush=True); recording.qemu.go(); time.sleep(2); os._exit(9)\n"
     )
     with (
         (tmp_path / "said").open("w+b") as said,
