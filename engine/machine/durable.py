@@ -10,7 +10,6 @@ from typing import Any
 from engine.cpu import frames
 from engine.errors import InvalidValue
 from engine.kvm.protection_head import protection_from_head, protection_to_head
-from engine.kvm.protections import Protection
 from engine.kvm.slot_files import OpenFile, SlotFile
 from engine.kvm.slot_map import SlotMap
 from engine.kvm.slots import SlotSpec
@@ -20,14 +19,11 @@ from engine.machine.state import MachineState, State, targets_of_all
 from engine.machine.summary import summary_to_head
 from engine.state.config import VmConfig
 from engine.state.frame_store import Snapshot, blocks_of
-from engine.state.head import config_from_head, config_head_today, config_text, config_to_head
+from engine.state.head import config_from_head, config_head_today, config_text, config_to_head, kept_text
 
 # Format 1 had a record for each vCPU that a machine has room for; otherwise the two are alike.
 HEAD_FORMAT = 2
 _READ = (1, HEAD_FORMAT)
-
-# Where a protection, which does not change, has its text.
-_TEXT = "_text"
 
 # Opens the file behind a slot, or says that it is not there.
 Attach = Callable[[SlotFile], OpenFile | None]
@@ -46,18 +42,10 @@ def head_of(state: State) -> dict[str, Any]:
 def head_text(state: State) -> str:
     """The head as text. A machine may have thousands of slots, vCPUs and protected objects: their text is kept, not
     made again."""
-    protections = ", ".join(map(_protection_text, state.protections.values()))
+    protections = ", ".join(kept_text(protection, protection_to_head) for protection in state.protections.values())
     others = json.dumps(_head_of_others(state))[1:]
     config = config_text(state.config)
     return f'{{"slots": {state.slots.json}, "config": {config}, "protections": [{protections}], {others}'
-
-
-def _protection_text(protection: Protection) -> str:
-    kept: dict[str, Any] = vars(protection)
-    if _TEXT not in kept:
-        kept[_TEXT] = json.dumps(protection_to_head(protection))
-    text: str = kept[_TEXT]
-    return text
 
 
 def _head_of_others(state: State) -> dict[str, Any]:

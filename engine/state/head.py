@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.state.config import HostConfig, VcpuConfig, VmConfig
 
+T = TypeVar("T")
+
+# Where an object that does not change has its text.
 _TEXT = "_text"
 
 # What a vCPU is as if nothing had been given, as releases before format 2 wrote it.
@@ -26,9 +29,14 @@ def config_to_head(config: VmConfig) -> dict[str, Any]:
 
 def config_text(config: VmConfig) -> str:
     """The same as text, made once: a machine may have a thousand vCPUs."""
-    kept: dict[str, Any] = vars(config)
+    return kept_text(config, config_to_head)
+
+
+def kept_text(item: T, to_head: Callable[[T], Any]) -> str:
+    """The text of what does not change, made once and kept with it."""
+    kept: dict[str, Any] = vars(item)
     if _TEXT not in kept:
-        kept[_TEXT] = json.dumps(config_to_head(config))
+        kept[_TEXT] = json.dumps(to_head(item))
     text: str = kept[_TEXT]
     return text
 
